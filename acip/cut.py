@@ -1,0 +1,174 @@
+"""A size -> a rank per layer, exactly and never above what was asked (paper 2.2.3, D.3).
+
+Directions leave in one global order, lowest score first; a size is a prefix of that order removed, so sizes nest. What
+is stored after removing n directions is a running sum, and a cut is one binary search in it.
+
+A layer at rank r keeps its R folded adapter rows too and stores (r + R)(M + N) numbers; where that would not be smaller
+than M N, it is the original dense layer, without adapter (the paper's reset rule). Biases are always kept.
+
+    convention   counts                                          of
+    linear       stored numbers of the target layers             their dense numbers     (default)
+    paper        the same without adapters, min(MN, r(M + N))    their dense numbers     (the paper's tables)
+    model        every stored number of the model                the base model's
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from acip.errors import BudgetError
+from acip.recipe import Convention
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A target layer: y_M = W_MN x_N + b."""
+
+    name: str
+    M: int
+    N: int
+    bias: bool
+
+    @property
+    def K(self) -> int:
+        return min(self.M, self.N)
+
+    @property
+    def dense_params(self) -> int:
+        return self.M * self.N + self.M * self.bias
+
+    def stored_rank(self, adapter_rank: int) -> int:
+        """The largest rank that is smaller than the dense layer: no size ever needs more rows."""
+        return max(0, min(self.K, -(-self.M * self.N // (self.M + self.N)) - 1 - adapter_rank))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A model of one size. `ranks[name]` None = the original dense layer."""
+
+    ranks: Mapping[str, int | None]
+    removed: int  # directions removed, of the global order
+    asked: float | int
+    convention: str
+    sizes: Mapping[str, float]  # got, in every convention
+    params: int  # every stored number of the model
+
+    @property
+    def got(self) -> float | int:
+        return self.params if self.convention == "params" else self.sizes[self.convention]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large a model may be: a ratio in one of the conventions, or an absolute number of parameters."""
+
+    ratio: float | None = None
+    convention: Convention = "linear"
+    params: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.ratio is None) == (self.params is None):
+            raise BudgetError("a budget is either a size ratio or a number of parameters; give exactly one of them.")
+        if self.convention not in get_args(Convention):
+            raise BudgetError(f"unknown convention {self.convention!r}; allowed: {', '.join(get_args(Convention))}.")
+        if self.ratio is not None and not (_is_number(self.ratio) and 0 < self.ratio <= 1):
+            raise BudgetError(f"size ratio is {self.ratio!r}; it must be a number above 0 and up to 1 (1.0 = the base model).")
+        if self.params is not None and (isinstance(self.params, bool) or not isinstance(self.params, int) or self.params < 1):
+            raise BudgetError(f"params is {self.params!r}; it must be a whole number of parameters, at least 1.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def stored_params(M: Tensor, N: Tensor, ranks: Tensor, adapter_rank: int) -> Tensor:
+    """Numbers stored by layers [M, N] at `ranks`, biases aside; elementwise on int64 tensors of any device."""
+    return torch.minimum(M * N, (ranks + adapter_rank) * (M + N))
+
+
+@dataclass(frozen=True)
+class CutTable:
+    """Everything a cut needs: the layers, the global removal order as layer indices, and what else the model stores.
+
+    `order` [D]: the layer that loses its least important direction, first to leave first.
+    """
+
+    layers: tuple[LayerShape, ...]
+    order: Tensor
+    adapter_rank: int
+    rest_params: int  # numbers outside the target layers
+    _sums: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def _shape(self) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(torch.tensor([getattr(layer, key) for layer in self.layers]) for key in ("M", "N", "K"))  # type: ignore[return-value]
+
+    def stored(self, adapters: bool = True) -> Tensor:
+        """[D + 1] numbers stored by the target layers after removing the first n directions, n = 0 ... D."""
+        key = "linear" if adapters else "paper"
+        if key not in self._sums:
+            M, N, K = self._shape()
+            R = self.adapter_rank if adapters else 0
+            order = self.order.long()
+            # the i-th loss of a layer takes it from rank K - i to K - i - 1
+            by_layer = torch.argsort(order, stable=True)
+            counts = torch.bincount(order, minlength=len(self.layers))
+            starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+            nth = torch.empty_like(order)
+            nth[by_layer] = torch.arange(len(order)) - starts
+            before = K[order] - nth
+            saved = stored_params(M[order], N[order], before, R) - stored_params(M[order], N[order], before - 1, R)
+            bias = sum(layer.M for layer in self.layers if layer.bias)
+            full = int(stored_params(M, N, K, R).sum()) + bias
+            self._sums[key] = torch.cat([torch.tensor([full]), full - saved.cumsum(0)])
+        return self._sums[key]
+
+    @property
+    def dense_params(self) -> int:
+        return sum(layer.dense_params for layer in self.layers)
+
+    def ranks(self, removed: int) -> dict[str, int | None]:
+        counts = torch.bincount(self.order[:removed].long(), minlength=len(self.layers)).tolist()
+        ranks: dict[str, int | None] = {}
+        for layer, lost in zip(self.layers, counts, strict=True):
+            rank = layer.K - lost
+            dense = (rank + self.adapter_rank) * (layer.M + layer.N) >= layer.M * layer.N
+            ranks[layer.name] = None if dense else rank
+        return ranks
+
+    def cut(self, budget: Budget) -> Cut:
+        """The largest model within `budget`: got <= asked, and the next larger one would exceed it."""
+        linear = self.stored()
+        table = self.stored(adapters=False) if budget.convention == "paper" else linear
+        if budget.params is not None:
+            allowed, asked, convention = budget.params - self.rest_params, budget.params, "params"
+        else:
+            assert budget.ratio is not None
+            asked, convention = budget.ratio, budget.convention
+            # the decimal that was written, not its nearest double: 0.7 of 10 is 7
+            exact = Fraction(repr(float(budget.ratio)))
+            if convention == "model":
+                allowed = int(exact * (self.dense_params + self.rest_params)) - self.rest_params
+            else:
+                allowed = int(exact * self.dense_params)
+        # stored amounts never rise with n: the first n that fits keeps the most directions
+        n = int(torch.searchsorted(-table, -allowed))
+        if n == len(table):
+            raise BudgetError(f"size {asked!r} ({convention}) can't be reached: the smallest is {self._smallest(convention)}.")
+        params = int(linear[n]) + self.rest_params
+        sizes = {
+            "linear": int(linear[n]) / self.dense_params,
+            "paper": int(self.stored(adapters=False)[n]) / self.dense_params,
+            "model": params / (self.dense_params + self.rest_params),
+        }
+        return Cut(self.ranks(n), n, asked, convention, sizes, params)
+
+    def _smallest(self, convention: str) -> str:
+        least = int(self.stored(adapters=convention != "paper")[-1])
+        if convention == "params":
+            return f"{least + self.rest_params:,} parameters"
+        extra = self.rest_params if convention == "model" else 0
+        return f"{(least + extra) / (self.dense_params + extra):.4f}"

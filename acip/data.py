@@ -1,0 +1,133 @@
+"""Calibration text -> token windows: packed, deterministic, and resumable because batch i is a function of (seed, i).
+
+    source                         what it is
+    package:wikipedia              the text that ships with acip (CC BY-SA 3.0, see acip/corpora/README.md)
+    c4, wikitext2                  the hub's, through `datasets`; C4 is streamed and stopped when enough is read
+    path/to/file.txt, a folder     local text; documents are parted by two blank lines (.txt) or lines (.jsonl, "text")
+
+Documents are tokenised with their end token and joined without padding, so the end token is learned.
+"""
+
+import importlib.resources
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from acip.errors import DataError
+from acip.recipe import did_you_mean
+
+Split = Literal["train", "heldout"]
+HELDOUT_EVERY = 8  # of local documents, every eighth is held out
+
+
+def documents(source: str, split: Split) -> Iterator[str]:
+    """The documents of one split of `source`, in a fixed order. The splits of a source share no document."""
+    if source.startswith("package:"):
+        name = source.removeprefix("package:")
+        shipped = [p.name.removesuffix(".txt") for p in importlib.resources.files("acip").joinpath("corpora").iterdir() if p.name.endswith(".txt")]
+        if name not in shipped:
+            raise DataError(f"no text {name!r} ships with acip{did_you_mean(name, shipped)}. Shipped: {', '.join(shipped)}.")
+        path = importlib.resources.files("acip").joinpath("corpora", name + ".txt")
+        yield from _part(_split_text(path.read_text(encoding="utf-8")), split)
+    elif source in HUB:
+        yield from HUB[source](split)
+    elif os.path.exists(source):
+        yield from _part(_local(Path(source)), split)
+    else:
+        raise DataError(
+            f"data source {source!r} is neither a file or folder here nor a known name{did_you_mean(source, list(HUB))}. "
+            f"Allowed: package:wikipedia, {', '.join(HUB)}, or a path to .txt or .jsonl text."
+        )
+
+
+def _part(docs: Iterable[str], split: Split) -> Iterator[str]:
+    for i, doc in enumerate(docs):
+        if (i % HELDOUT_EVERY == HELDOUT_EVERY - 1) == (split == "heldout"):
+            yield doc
+
+
+def _split_text(text: str) -> list[str]:
+    return [doc.strip() for doc in text.split("\n\n\n") if doc.strip()]
+
+
+def _local(path: Path) -> Iterator[str]:
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
+    if not files:
+        raise DataError(f"folder {str(path)!r} holds no .txt or .jsonl file.")
+    for file in files:
+        try:
+            if file.suffix == ".jsonl":
+                for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+                    row = json.loads(line)
+                    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                        raise DataError(f'{file}, line {n}: each line must be an object with a string "text".')
+                    yield row["text"]
+            else:
+                yield from _split_text(file.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DataError(f"{file} can't be read as UTF-8 {file.suffix}: {error}.") from error
+
+
+def _c4(split: Split) -> Iterator[str]:
+    from datasets import load_dataset
+
+    rows = load_dataset("allenai/c4", "en", split="train" if split == "train" else "validation", streaming=True)
+    # the paper evaluates on the first 1100 validation documents
+    return (row["text"] for row in (rows if split == "train" else islice(rows, 1100)))
+
+
+def _wikitext2(split: Split) -> Iterator[str]:
+    from datasets import load_dataset
+
+    rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="train" if split == "train" else "test")
+    yield "\n\n".join(rows["text"])  # one document, as the field's protocol joins it
+
+
+HUB = {"c4": _c4, "wikitext2": _wikitext2}
+
+
+def token_windows(docs: Iterable[str], tokenizer: Any, seq_len: int, count: int | None = None) -> Tensor:
+    """`docs` joined by the end token and cut into full windows: [n, T] int32, n = `count` where given.
+
+    Reads only as many documents as `count` windows need. Raises DataError if there is not one full window.
+    """
+    need = None if count is None else count * seq_len
+    ids: list[int] = []
+    for doc in docs:
+        ids.extend(tokenizer(doc, add_special_tokens=False, verbose=False)["input_ids"])
+        if tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        if need is not None and len(ids) >= need:
+            break
+    n = len(ids) // seq_len if count is None else min(count, len(ids) // seq_len)
+    if n == 0:
+        raise DataError(f"the text has {len(ids):,} tokens, less than one window of {seq_len:,}; use more text or a smaller seq_len.")
+    return torch.tensor(ids[: n * seq_len], dtype=torch.int32).view(n, seq_len)
+
+
+@dataclass(frozen=True)
+class TokenBatches:
+    """`batches[i]` -> [B, T] int64: the i-th batch of an endless run over `windows`, reshuffled each epoch by `seed`."""
+
+    windows: Tensor
+    batch_size: int
+    seed: int = 0
+    shuffle: bool = True
+
+    def __getitem__(self, i: int) -> Tensor:
+        n = len(self.windows)
+        rows = []
+        for at in range(i * self.batch_size, (i + 1) * self.batch_size):
+            epoch, place = divmod(at, n)
+            rows.append(int(self._order(epoch)[place]) if self.shuffle else place)
+        return self.windows[rows].long()
+
+    def _order(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self.windows), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))

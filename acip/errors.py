@@ -1,0 +1,40 @@
+"""Every error a user can meet, drawn as a tree. Each message says what came, what is allowed and what to do.
+
+    AcipError (ValueError)
+    ├── RecipeError        a field of a Recipe or of a fleet file is missing, unknown or out of range
+    ├── BaseModelError     a base model can't be found, read, or compressed by this method
+    ├── DataError          a text or token source can't be read, or is too short for the recipe
+    ├── BudgetError        a size that is malformed or can't be reached
+    ├── CalibrationError   the calibration itself went wrong (loss not finite, stop ratio never reached)
+    └── ArtifactError      a folder that is not an artifact, not whole, or newer than this code
+
+Assertions are for us; these are for users.
+"""
+
+
+class AcipError(ValueError):
+    """Root of the tree: `except AcipError` catches everything the caller can mend."""
+
+
+class RecipeError(AcipError):
+    pass
+
+
+class BaseModelError(AcipError):
+    pass
+
+
+class DataError(AcipError):
+    pass
+
+
+class BudgetError(AcipError):
+    pass
+
+
+class CalibrationError(AcipError):
+    pass
+
+
+class ArtifactError(AcipError):
+    pass

@@ -1,0 +1,211 @@
+"""Base model -> model with `SVDLinear` layers, and the exact inverse (paper 2.2.1).
+
+    W = U V,  U_MK orthonormal,  V_KN = U^T W
+
+is exact for every basis U of W's column space; the basis decides what a prefix of the directions is worth:
+
+* `svd`: left singular vectors of W (the paper).
+* `covariance`: eigenvectors of W C W^T, C = sum x x^T over the layer's inputs. Every prefix is then the best layer of
+  its rank for the calibration activations (the optimum that SVD-LLM reaches by whitening, without its inverse).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from acip.errors import BaseModelError
+from acip.linear import ElasticLinear, KnotLinear, SVDLinear
+from acip.recipe import Recipe
+
+ADAPTER = "default"  # PEFT's name for our adapter
+RIDGE = 1e-6  # of C's mean energy: directions without energy get the order of the plain SVD instead of an arbitrary one
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer that can be compressed: its dotted name in the base model, what sits in its slot, and its parts."""
+
+    name: str
+    slot: nn.Module  # PEFT's LoRA wrapper, or the core itself where there are no adapters
+    core: SVDLinear | ElasticLinear
+    lora: LoraLayer | None
+
+    @property
+    def A(self) -> nn.Parameter:
+        assert self.lora is not None
+        return self.lora.lora_A[ADAPTER].weight
+
+    @property
+    def B(self) -> nn.Module:
+        """PEFT's linear B, or a `KnotLinear`."""
+        assert self.lora is not None
+        return self.lora.lora_B[ADAPTER]
+
+    @property
+    def Bs(self) -> list[nn.Parameter]:
+        return list(self.B.weights) if isinstance(self.B, KnotLinear) else [self.B.weight]  # type: ignore[list-item]
+
+    def use_adapter(self, on: bool) -> None:
+        if self.lora is not None:
+            self.lora._disable_adapters = not on
+
+    def replace_core(self, core: ElasticLinear, model: nn.Module) -> "Target":
+        if self.lora is not None:
+            self.lora.base_layer = core
+            return Target(self.name, self.slot, core, self.lora)
+        set_module(model, self.name, core)
+        return Target(self.name, core, core, None)
+
+
+def targets(model: nn.Module) -> list[Target]:
+    """The parametrised layers of `model`, in the order of the model."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and isinstance(module.base_layer, SVDLinear | ElasticLinear):
+            found.append(Target(name, module, module.base_layer, module))
+        elif isinstance(module, SVDLinear | ElasticLinear) and not name.endswith(".base_layer"):
+            found.append(Target(name, module, module, None))
+    return found
+
+
+def find_linears(model: nn.Module, exclude: tuple[str, ...] = ()) -> dict[str, nn.Module]:
+    """Every linear layer inside the model's blocks (its ModuleLists); embeddings and the output head are left alone."""
+    blocks = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or not any(name.startswith(block + ".") for block in blocks):
+            continue
+        if type(module) not in (nn.Linear, Conv1D):
+            raise BaseModelError(
+                f"layer {name} is a {type(module).__name__}: an already quantised base can't be parametrised. "
+                "Load the base model in 16 or 32 bit."
+            )
+        if not any(part in name for part in exclude):
+            found[name] = module
+    if not found:
+        raise BaseModelError(
+            f"{type(model).__name__} has no linear layers inside repeated blocks"
+            + (f" that `exclude` = {list(exclude)} leaves." if exclude else "; there is nothing to compress.")
+        )
+    return found
+
+
+def weight_MN(layer: nn.Module) -> Tensor:
+    """The weight as [out, in]; GPT-2's Conv1D stores [in, out]."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(layer, Conv1D) else weight
+
+
+@torch.no_grad()
+def covariances(model: nn.Module, linears: Mapping[str, nn.Module], windows: Tensor, batch_size: int = 4) -> dict[str, Tensor]:
+    """C_NN = mean of x x^T per layer over `windows` [n, T] of token ids, float32, in one forward pass.
+
+    Layers that are fed the same tensor (q, k, v; gate, up) share one C.
+    """
+    shared: dict[str, Tensor] = {}
+    last: list[tuple[Tensor, str]] = []  # the input hooked last, and the layer that saw it first
+
+    def hook(name: str) -> Callable[..., None]:
+        def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            if last and last[0][0] is x:
+                shared.setdefault(name, shared[last[0][1]])
+                return
+            last[:] = [(x, name)]
+            x_SN = x.reshape(-1, x.shape[-1]).float()
+            C_NN = shared.setdefault(name, torch.zeros(x_SN.shape[1], x_SN.shape[1], device=x.device))
+            C_NN.addmm_(x_SN.T, x_SN, alpha=1.0 / windows.numel())
+
+        return add
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
+    try:
+        for batch in windows.split(batch_size):
+            model(input_ids=batch.to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shared
+
+
+@torch.no_grad()
+def basis(W_MN: Tensor, C_NN: Tensor | None) -> Tensor:
+    """U_MK, orthonormal, spanning W's columns, most important direction first. `C_NN` None = the SVD's (float32).
+
+    The covariance basis is solved in float64. For M > N that happens in the small space: with C = L L^T and the
+    eigenvectors Q of L^T W^T W L, the columns of W L Q span the right prefixes, and QR makes them orthonormal without
+    changing a span.
+    """
+    M, N = W_MN.shape
+    if C_NN is None:
+        return torch.linalg.svd(W_MN.float(), full_matrices=False).U
+    W, C = W_MN.double(), C_NN.double()
+    energy = C.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    C = C + RIDGE * energy * torch.eye(N, dtype=C.dtype, device=C.device)
+    if M <= N:
+        return torch.linalg.eigh(W @ C @ W.T).eigenvectors.flip(1)
+    WL = W @ torch.linalg.cholesky(C)
+    Q = torch.linalg.eigh(WL.T @ WL).eigenvectors.flip(1)
+    return torch.linalg.qr(WL @ Q).Q
+
+
+def parametrise(
+    model: nn.Module,
+    recipe: Recipe,
+    windows: Tensor | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Target]:
+    """Swap every target layer of `model` for an `SVDLinear` under a PEFT LoRA, in place.
+
+    `windows` [n, T] of token ids feed the covariance basis (`recipe.covariance_windows` of them are used).
+    `progress(done, total)` counts layers. The swapped model computes what the base model computes, up to rounding.
+    """
+    if targets(model):
+        raise BaseModelError("this model is parametrised already; call restore(model) first.")
+    linears = find_linears(model, recipe.exclude)
+    model.requires_grad_(False)
+    C: Mapping[str, Tensor] = {}
+    if recipe.basis == "covariance":
+        if windows is None:
+            raise BaseModelError("the covariance basis needs calibration text: pass `windows`, or set basis to 'svd'.")
+        C = covariances(model, linears, windows[: recipe.covariance_windows])
+    if recipe.adapter_rank:
+        torch.manual_seed(recipe.seed)
+        config = LoraConfig(
+            r=recipe.adapter_rank, lora_alpha=recipe.adapter_alpha, lora_dropout=recipe.adapter_dropout, target_modules=list(linears),
+        )  # fmt: skip
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for done, (name, linear) in enumerate(linears.items(), 1):
+        W_MN = weight_MN(linear)
+        core = SVDLinear(linear, W_MN, basis(W_MN, C.get(name)), recipe.mask_scale)
+        slot = model.get_submodule(name)
+        if isinstance(slot, LoraLayer):
+            slot.base_layer = core
+        else:
+            set_module(model, name, core)
+        progress(done, len(linears))
+    return targets(model)
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """The inverse: every original layer back in its slot, adapters gone."""
+    for target in targets(model):
+        set_module(model, target.name, target.core.original)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    return model
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def trainable(model: nn.Module) -> Iterator[nn.Parameter]:
+    return (p for p in model.parameters() if p.requires_grad)

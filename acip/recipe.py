@@ -1,0 +1,163 @@
+"""A calibration is described by one frozen `Recipe`; a named recipe is a function that returns one.
+
+Fields carry their meaning, unit, allowed range and the section of the paper (ACIP, TMLR 2025) they come from.
+`Recipe.from_dict` is the only way in from files: it names what is wrong and what is allowed.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from acip.errors import RecipeError
+
+Basis = Literal["covariance", "svd"]
+Convention = Literal["linear", "paper", "model"]
+PostTune = Literal["stop", "sizes"]
+Distill = Literal["none", "kl"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    # Parametrisation (2.2.1)
+    basis: Basis = "covariance"  # directions of a layer: eigenvectors of W C W^T (ours), or the SVD's of W (the paper)
+    covariance_windows: int = 64  # windows of calibration text behind C; >= 1
+    exclude: tuple[str, ...] = ()  # layers whose dotted name contains one of these stay as they are (D.8)
+    mask_scale: float = 0.02  # start of the mask parameters p; > 0
+    adapter_rank: int = 32  # R of the LoRA adapters; 0 = no adapters (D.2)
+    adapter_alpha: float = 16.0  # adapters are scaled by alpha / R
+    adapter_dropout: float = 0.05  # [0, 1)
+    dtype: Dtype = "bfloat16"  # of the weights; masks, scores, adapters and optimiser state are always float32
+
+    # Data
+    batch_size: int = 4  # windows per forward pass
+    accumulate: int = 1  # forward passes per optimiser step
+    seq_len: int = 1024  # tokens per window
+    seed: int = 0  # order of the windows, adapters' start, dropout, sizes in post-tuning
+
+    # Pruning (2.2.2, Algorithm 1, Appendix B)
+    lr: float = 5e-5  # AdamW, masks and adapters; > 0
+    lambda_start: float = 1e-3  # weight of the L1 term on the masks; > 0
+    lambda_factor: float = 1.01  # lambda grows by this factor; >= 1
+    lambda_interval: int = 4  # every so many optimiser steps
+    stop_ratio: float = 0.4  # pruning stops at this size (D.4); (0, 1)
+    convention: Convention = "linear"  # what stop_ratio and the sizes in post-tuning count; see acip.cut
+    max_prune_steps: int = 10_000  # an error if the stop ratio isn't reached by then
+
+    # Post-tuning (D.7)
+    post_tune_steps: int = 1000
+    post_tune: PostTune = "sizes"  # stop: the smallest size only (the paper); sizes: the smallest and U[stop, 1] in turn
+    post_tune_lr: float | None = None  # None = lr
+    distill: Distill = "kl"  # post-tuning's loss: next token (none), or KL to the base model's distribution
+    knots: tuple[float, ...] = (0.4, 0.5, 0.6, 0.8, 1.0)  # sizes at which B is stored; () = one B for all sizes
+
+    def __post_init__(self) -> None:
+        for name, rule, ok in (
+            ("covariance_windows", ">= 1", self.covariance_windows >= 1),
+            ("mask_scale", "> 0", self.mask_scale > 0),
+            ("adapter_rank", ">= 0", self.adapter_rank >= 0),
+            ("adapter_alpha", "> 0", self.adapter_alpha > 0),
+            ("adapter_dropout", "in [0, 1)", 0 <= self.adapter_dropout < 1),
+            ("batch_size", ">= 1", self.batch_size >= 1),
+            ("accumulate", ">= 1", self.accumulate >= 1),
+            ("seq_len", ">= 2", self.seq_len >= 2),
+            ("lr", "> 0", self.lr > 0),
+            ("lambda_start", "> 0", self.lambda_start > 0),
+            ("lambda_factor", ">= 1", self.lambda_factor >= 1),
+            ("lambda_interval", ">= 1", self.lambda_interval >= 1),
+            ("stop_ratio", "in (0, 1)", 0 < self.stop_ratio < 1),
+            ("max_prune_steps", ">= 1", self.max_prune_steps >= 1),
+            ("post_tune_steps", ">= 0", self.post_tune_steps >= 0),
+            ("post_tune_lr", "> 0", self.post_tune_lr is None or self.post_tune_lr > 0),
+            ("knots", "rising, in (0, 1]", list(self.knots) == sorted({k for k in self.knots if 0 < k <= 1})),
+        ):
+            if not ok:
+                raise RecipeError(f"{name} is {getattr(self, name)!r}; it must be {rule}.")
+        if self.knots and self.post_tune == "stop":
+            raise RecipeError("knots need sizes to learn from: set post_tune to 'sizes', or knots to [].")
+
+    @property
+    def label(self) -> str:
+        """Short content hash: equal recipes have equal labels."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], start: "Recipe | None" = None) -> "Recipe":
+        """`start` (default: the default recipe) with `fields` changed. Unknown names and wrong types are RecipeErrors."""
+        known = {field.name: field.type for field in dataclasses.fields(cls)}
+        changes: dict[str, Any] = {}
+        for name, value in fields.items():
+            if name not in known:
+                raise RecipeError(f"unknown recipe field {name!r}{did_you_mean(name, known)}. Allowed: {', '.join(known)}.")
+            changes[name] = _coerce(name, value, known[name])
+        return dataclasses.replace(start or cls(), **changes)
+
+
+def did_you_mean(name: object, known: "Mapping[str, Any] | list[str] | tuple[str, ...]") -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _coerce(name: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind`, where that loses nothing: 3 is a float, 3.5 is no int, "3" is no number."""
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        raise RecipeError(f"{name} is {value!r}; allowed: {', '.join(map(repr, get_args(kind)))}.")
+    if get_origin(kind) is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_coerce(name, item, get_args(kind)[0]) for item in value)
+        raise RecipeError(f"{name} is {value!r}; it must be a list.")
+    if value is None and type(None) in get_args(kind):
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise RecipeError(f"{name} is {value!r}; it must be {_article(kind)}.")
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is int and isinstance(value, int):
+        return value
+    if (kind is float or float in get_args(kind)) and not isinstance(value, str):
+        return float(value)
+    raise RecipeError(f"{name} is {value!r}; it must be {_article(kind)}.")
+
+
+def _article(kind: Any) -> str:
+    if get_args(kind):
+        kind = next(k for k in get_args(kind) if k is not type(None))
+    return {int: "a whole number", float: "a number (write 1.0e-4, not 1e-4, in YAML)", str: "text"}[kind]
+
+
+def acip() -> Recipe:
+    """Our default at the scale of the paper's models."""
+    return Recipe()
+
+
+def paper() -> Recipe:
+    """The paper to the letter: SVD basis, sizes without adapters, post-tuning at the stop ratio only (Appendix B)."""
+    return Recipe(basis="svd", convention="paper", post_tune="stop", distill="none", knots=())
+
+
+def demo() -> Recipe:
+    """Minutes on two CPU cores for a 135M model: few, small batches, so a high learning rate and a steep lambda."""
+    return Recipe(
+        covariance_windows=64, adapter_rank=16, adapter_alpha=8.0, adapter_dropout=0.0, batch_size=2, seq_len=256,
+        lr=1e-3, lambda_factor=1.05, post_tune_steps=120,
+    )  # fmt: skip
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"acip": acip, "paper": paper, "demo": demo}
+
+
+def named(name: str) -> Recipe:
+    """A recipe by its name in `RECIPES`."""
+    if name not in RECIPES:
+        raise RecipeError(f"unknown recipe {name!r}{did_you_mean(name, RECIPES)}. Allowed: {', '.join(RECIPES)}.")
+    return RECIPES[name]()

@@ -1,0 +1,1 @@
+"""Ray, MLflow, S3 and HTTP around `acip`, the pure method."""

@@ -1,0 +1,58 @@
+"""The environment -> one frozen `Settings`. Everything has an embedded default: a folder and a SQLite file.
+
+    variable               meaning                                        default
+    ACIP_HOME              folder of the embedded default                 .acip in the checkout, else ~/.acip
+    ACIP_STORE             where artifacts go: a folder or s3://bucket/x  ACIP_HOME/artifacts
+    ACIP_RUNS              Ray Train's checkpoints: folder or s3://       ACIP_HOME/runs
+    MLFLOW_TRACKING_URI    tracking server or database                    sqlite:///ACIP_HOME/mlflow.db
+
+S3 credentials and endpoint come from boto3's usual chain (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...), never from here.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+PASSED_ON = ("AWS_", "MLFLOW_", "HF_", "ACIP_", "RAY_AUTH_")  # what Ray workers need of the submitter's environment
+
+
+@dataclass(frozen=True)
+class Settings:
+    home: Path
+    store: str
+    runs: str
+    tracking_uri: str
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> "Settings":
+        env = os.environ if env is None else env
+        checkout = Path(__file__).resolve().parents[2]
+        default = checkout / ".acip" if (checkout / "jobs").is_dir() else Path.home() / ".acip"
+        home = Path(env.get("ACIP_HOME") or default).expanduser().resolve()
+        return cls(
+            home=home,
+            store=env.get("ACIP_STORE") or str(home / "artifacts"),
+            runs=env.get("ACIP_RUNS") or str(home / "runs"),
+            tracking_uri=env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
+        )
+
+    def worker_env(self) -> dict[str, str]:
+        """Environment variables that make a worker on any node see these settings."""
+        passed = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
+        return passed | {
+            "ACIP_HOME": str(self.home),
+            "ACIP_STORE": self.store,
+            "ACIP_RUNS": self.runs,
+            "MLFLOW_TRACKING_URI": self.tracking_uri,
+        }
+
+    def __repr__(self) -> str:
+        shown = {field.name: masked(str(getattr(self, field.name))) for field in fields(self)}
+        return "Settings(" + ", ".join(f"{key}={value!r}" for key, value in shown.items()) + ")"
+
+
+def masked(uri: str) -> str:
+    """`uri` without the password in it."""
+    return re.sub(r"(//[^:/@]+:)[^@/]+@", r"\1***@", uri)

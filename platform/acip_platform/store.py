@@ -1,0 +1,120 @@
+"""Folders by URI: a local path, file://, or s3://bucket/prefix. The only place that uses boto3.
+
+An artifact is complete when its manifest is there, so the manifest is moved last, in both directions.
+"""
+
+import hashlib
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from acip.artifact import MANIFEST
+from acip.errors import AcipError
+
+
+class StoreError(AcipError):
+    """A URI that can't be read or written. Says which, and what to check."""
+
+
+class Store:
+    """`root` is a folder or s3://bucket/prefix; `cache` is a local folder for what is fetched from S3."""
+
+    def __init__(self, root: str, cache: Path) -> None:
+        self.root = root.rstrip("/")
+        self.cache = cache
+
+    def uri(self, key: str) -> str:
+        return f"{self.root}/{key}"
+
+    def exists(self, uri: str) -> bool:
+        """Is there a complete artifact at `uri`?"""
+        if not _is_s3(uri):
+            return (_path(uri) / MANIFEST).is_file()
+        bucket, prefix = _split(uri)
+        found = _s3().list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/{MANIFEST}", MaxKeys=1)
+        return found.get("KeyCount", 0) > 0
+
+    def put(self, folder: Path, key: str) -> str:
+        """Move a local folder into the store under `key`; returns its URI. What was there before is replaced."""
+        uri = self.uri(key)
+        if not _is_s3(uri):
+            target = _path(uri)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                shutil.rmtree(target)
+            shutil.move(folder, target)
+            return uri
+        bucket, prefix = _split(uri)
+        client = _s3()
+        client.delete_object(Bucket=bucket, Key=f"{prefix}/{MANIFEST}")
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+
+        def upload(path: Path) -> None:
+            client.upload_file(str(path), bucket, f"{prefix}/{path.relative_to(folder).as_posix()}")
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(upload, files))
+        upload(folder / MANIFEST)
+        shutil.rmtree(folder)
+        return uri
+
+    def replace_manifest(self, uri: str, folder: Path) -> None:
+        """Publish the manifest of `folder`, a local copy of `uri`, after it was changed there."""
+        if _is_s3(uri):
+            bucket, prefix = _split(uri)
+            _s3().upload_file(str(folder / MANIFEST), bucket, f"{prefix}/{MANIFEST}")
+
+    def fetch(self, uri: str) -> Path:
+        """A local folder with the content of `uri`: itself if it is local, else a cached download."""
+        if not _is_s3(uri):
+            path = _path(uri)
+            if not path.is_dir():
+                raise StoreError(f"there is no folder {path}. Was the artifact moved or deleted? Calibrate again, or check ACIP_STORE.")
+            return path
+        bucket, prefix = _split(uri)
+        client = _s3()
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix + "/")
+        objects = {item["Key"].removeprefix(prefix + "/"): item for page in pages for item in page.get("Contents", [])}
+        if MANIFEST not in objects:
+            raise StoreError(f"there is no complete artifact at {uri}: no {MANIFEST}. Check the URI and the credentials.")
+        # a manifest's ETag changes with its content, so a replaced artifact gets a folder of its own
+        version = hashlib.sha256(f"{uri}{objects[MANIFEST]['ETag']}".encode()).hexdigest()[:16]
+        folder = self.cache / version
+        if (folder / MANIFEST).is_file():
+            return folder
+
+        def download(name: str) -> None:
+            target = (folder / name).resolve()
+            if not target.is_relative_to(folder.resolve()):
+                raise StoreError(f"{uri} holds an object outside its folder: {name!r}.")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            client.download_file(bucket, f"{prefix}/{name}", str(target))
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(download, [name for name in objects if name != MANIFEST]))
+        download(MANIFEST)
+        return folder
+
+
+def _is_s3(uri: str) -> bool:
+    return uri.startswith("s3://")
+
+
+def _path(uri: str) -> Path:
+    return Path(urlparse(uri).path if uri.startswith("file://") else uri)
+
+
+def _split(uri: str) -> tuple[str, str]:
+    parsed = urlparse(uri)
+    if not parsed.netloc or not parsed.path.strip("/"):
+        raise StoreError(f"{uri!r} must be s3://bucket/prefix.")
+    return parsed.netloc, parsed.path.strip("/")
+
+
+def _s3() -> Any:
+    import boto3
+    from botocore.config import Config
+
+    return boto3.client("s3", config=Config(retries={"max_attempts": 8, "mode": "adaptive"}))
