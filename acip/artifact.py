@@ -1,15 +1,15 @@
 """The artifact: a folder from which a model of any size is read. safetensors and JSON only; nothing in it is executed.
 
-    manifest.json         written last, atomically: without it the artifact does not exist. Schema, provenance, recipe,
-                          layer table, curve, and size and sha256 of every other file
-    factors.safetensors   per target layer `NAME.left` [S, M], `NAME.right` [S, N]: one direction a row, most important
-                          first, so that a size is a prefix; S is the largest rank that is smaller than the dense layer
-    adapters.safetensors  `NAME.A` [R, N], `NAME.B` [max(1, knots), R, M], scaled by alpha / R: rows that go before the factors'
-    dense.safetensors     `NAME.weight` [M, N]: for the layers that are dense at a size
-    rest.safetensors      every other tensor of the base model (embeddings, norms, biases, head)
-    order.safetensors     `layer` [D]: the layer that loses a direction, first to leave first; `score`, `crossing`, and
-                          `direction`: each layer's basis indices in the order of importance
-    config.json, tokenizer files, generation_config.json    the base model's own
+manifest.json         written last, atomically: without it the artifact does not exist. Schema, provenance, recipe,
+                      layer table, curve, and size and sha256 of every other file
+factors.safetensors   per target layer `NAME.left` [S, M], `NAME.right` [S, N]: one direction a row, most important
+                      first, so that a size is a prefix; S is the largest rank that is smaller than the dense layer
+adapters.safetensors  `NAME.A` [R, N], `NAME.B` [max(1, knots), R, M], scaled by alpha / R: rows that go before the factors'
+dense.safetensors     `NAME.weight` [M, N]: for the layers that are dense at a size
+rest.safetensors      every other tensor of the base model (embeddings, norms, biases, head)
+order.safetensors     `layer` [D]: the layer that loses a direction, first to leave first; `score`, `crossing`, and
+                      `direction`: each layer's basis indices in the order of importance
+config.json, tokenizer files, generation_config.json    the base model's own
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,7 +32,7 @@ from acip.base import Base
 from acip.calibrate import Calibration
 from acip.cut import CutTable, LayerShape
 from acip.errors import ArtifactError
-from acip.linear import ElasticLinear
+from acip.linear import ElasticLinear, knot_place
 from acip.materialise import AnySize
 from acip.parametrise import set_module, targets, weight_MN
 from acip.recipe import Recipe
@@ -114,6 +115,23 @@ class Artifact:
         _write_atomically(self.folder / MANIFEST, {**self.manifest, "curve": rows})
         return Artifact.open(self.folder)
 
+    def save_peft(self, folder: str | Path, size: float) -> None:
+        """The adapters as they are at `size`, in PEFT's own format (alpha / R = 1: the scale is folded in)."""
+        recipe = self.recipe
+        low, high, share = knot_place(size, recipe.knots) if recipe.knots else (0, 0, 0.0)
+        tensors: dict[str, Tensor] = {}
+        with self._tensors("adapters") as adapters:
+            for row in self.manifest["layers"]:
+                B = adapters.get_tensor(f"{row['name']}.B")
+                tensors[f"base_model.model.{row['name']}.lora_A.weight"] = adapters.get_tensor(f"{row['name']}.A")
+                tensors[f"base_model.model.{row['name']}.lora_B.weight"] = torch.lerp(B[low], B[high], share).T.contiguous()
+        config = LoraConfig(
+            r=recipe.adapter_rank, lora_alpha=recipe.adapter_rank, target_modules=[row["name"] for row in self.manifest["layers"]],
+            base_model_name_or_path=self.manifest["base"]["source"], inference_mode=True,
+        )  # fmt: skip
+        config.save_pretrained(str(folder))
+        save_file(tensors, Path(folder) / "adapter_model.safetensors")
+
     # ---- read
 
     @classmethod
@@ -172,7 +190,7 @@ class Artifact:
             for layer in table.layers:
                 original = model.get_submodule(layer.name)
                 weight = dense.get_tensor(f"{layer.name}.weight").to(device)
-                transposed = tuple(original.weight.shape) != (layer.M, layer.N)  # type: ignore[union-attr, arg-type]
+                transposed = tuple(original.weight.shape) != (layer.M, layer.N)
                 original.weight = torch.nn.Parameter(weight.T if transposed else weight, requires_grad=False)
                 left, right = (factors.get_tensor(f"{layer.name}.{side}").to(device) for side in ("left", "right"))
                 if recipe.adapter_rank:

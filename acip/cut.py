@@ -143,8 +143,11 @@ class CutTable:
         """The largest model within `budget`: got <= asked, and the next larger one would exceed it."""
         linear = self.stored()
         table = self.stored(adapters=False) if budget.convention == "paper" else linear
+        asked: float | int
+        convention: str
         if budget.params is not None:
-            allowed, asked, convention = budget.params - self.rest_params, budget.params, "params"
+            asked, convention = budget.params, "params"
+            allowed = budget.params - self.rest_params
         else:
             assert budget.ratio is not None
             asked, convention = budget.ratio, budget.convention

@@ -31,7 +31,9 @@ def documents(source: str, split: Split) -> Iterator[str]:
     """The documents of one split of `source`, in a fixed order. The splits of a source share no document."""
     if source.startswith("package:"):
         name = source.removeprefix("package:")
-        shipped = [p.name.removesuffix(".txt") for p in importlib.resources.files("acip").joinpath("corpora").iterdir() if p.name.endswith(".txt")]
+        shipped = [
+            p.name.removesuffix(".txt") for p in importlib.resources.files("acip").joinpath("corpora").iterdir() if p.name.endswith(".txt")
+        ]
         if name not in shipped:
             raise DataError(f"no text {name!r} ships with acip{did_you_mean(name, shipped)}. Shipped: {', '.join(shipped)}.")
         path = importlib.resources.files("acip").joinpath("corpora", name + ".txt")

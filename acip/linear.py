@@ -11,6 +11,7 @@ Legend: M = out features, N = in features, K = min(M, N) directions, R = adapter
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +22,14 @@ class StraightThrough(torch.autograd.Function):
     """The gate g(p): forward `level` * 1[p > 0], backward `slope` * 1[p > 0], the slope of relu(p) (paper eq. 6)."""
 
     @staticmethod
-    def forward(ctx, p_K: Tensor, level: float, slope: float, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, p_K: Tensor, level: float, slope: float, dtype: torch.dtype) -> Tensor:
         alive_K = p_K > 0
         ctx.save_for_backward(alive_K)
         ctx.slope = slope
         return (alive_K * level).to(dtype)
 
     @staticmethod
-    def backward(ctx, grad_K: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor, None, None, None]:
         (alive_K,) = ctx.saved_tensors
         return grad_K.float() * alive_K * ctx.slope, None, None, None
 

@@ -54,7 +54,7 @@ class AnySize:
         """The present size as a plain model: two plain linear layers, or the dense one, per target."""
         assert self.cut is not None, "resize first"
         skip = {id(layer): layer for layer in self.layers.values()}
-        plain: Any = copy.deepcopy(self.model, memo={key: layer for key, layer in skip.items()})
+        plain: Any = copy.deepcopy(self.model, memo=dict(skip))
         for name, layer in self.layers.items():
             set_module(plain, name, copy.deepcopy(layer.materialise()))
         return plain

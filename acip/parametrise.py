@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -33,12 +33,14 @@ class Target:
     name: str
     slot: nn.Module  # PEFT's LoRA wrapper, or the core itself where there are no adapters
     core: SVDLinear | ElasticLinear
-    lora: LoraLayer | None
+    lora: LoraLinear | None
 
     @property
     def A(self) -> nn.Parameter:
         assert self.lora is not None
-        return self.lora.lora_A[ADAPTER].weight
+        weight = self.lora.lora_A[ADAPTER].weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
 
     @property
     def B(self) -> nn.Module:
@@ -64,9 +66,9 @@ class Target:
 
 def targets(model: nn.Module) -> list[Target]:
     """The parametrised layers of `model`, in the order of the model."""
-    found = []
+    found: list[Target] = []
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and isinstance(module.base_layer, SVDLinear | ElasticLinear):
+        if isinstance(module, LoraLinear) and isinstance(module.base_layer, SVDLinear | ElasticLinear):
             found.append(Target(name, module, module.base_layer, module))
         elif isinstance(module, SVDLinear | ElasticLinear) and not name.endswith(".base_layer"):
             found.append(Target(name, module, module, None))
@@ -76,7 +78,7 @@ def targets(model: nn.Module) -> list[Target]:
 def find_linears(model: nn.Module, exclude: tuple[str, ...] = ()) -> dict[str, nn.Module]:
     """Every linear layer inside the model's blocks (its ModuleLists); embeddings and the output head are left alone."""
     blocks = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    found = {}
+    found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or not any(name.startswith(block + ".") for block in blocks):
             continue
@@ -178,14 +180,20 @@ def parametrise(
     if recipe.adapter_rank:
         torch.manual_seed(recipe.seed)
         config = LoraConfig(
-            r=recipe.adapter_rank, lora_alpha=recipe.adapter_alpha, lora_dropout=recipe.adapter_dropout, target_modules=list(linears),
-        )  # fmt: skip
+            r=recipe.adapter_rank,
+            lora_alpha=recipe.adapter_alpha,  # type: ignore[arg-type]
+            lora_dropout=recipe.adapter_dropout,
+            target_modules=list(linears),
+        )
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        for name, param in model.named_parameters():
+            if ".lora_" in name:
+                param.data = param.data.float()  # PEFT follows the layer's dtype; small steps would be lost in bfloat16
     for done, (name, linear) in enumerate(linears.items(), 1):
         W_MN = weight_MN(linear)
         core = SVDLinear(linear, W_MN, basis(W_MN, C.get(name)), recipe.mask_scale)
         slot = model.get_submodule(name)
-        if isinstance(slot, LoraLayer):
+        if isinstance(slot, LoraLinear):
             slot.base_layer = core
         else:
             set_module(model, name, core)

@@ -77,6 +77,8 @@ class Recipe:
         ):
             if not ok:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; it must be {rule}.")
+        if not self.adapter_rank and self.post_tune_steps:
+            raise RecipeError("without adapters (adapter_rank 0) there is nothing to post-tune: set post_tune_steps to 0.")
         if self.knots and self.post_tune == "stop":
             raise RecipeError("knots need sizes to learn from: set post_tune to 'sizes', or knots to [].")
 
@@ -97,7 +99,7 @@ class Recipe:
         for name, value in fields.items():
             if name not in known:
                 raise RecipeError(f"unknown recipe field {name!r}{did_you_mean(name, known)}. Allowed: {', '.join(known)}.")
-            changes[name] = _coerce(name, value, known[name])
+            changes[name] = coerce(name, value, known[name])
         return dataclasses.replace(start or cls(), **changes)
 
 
@@ -106,7 +108,7 @@ def did_you_mean(name: object, known: "Mapping[str, Any] | list[str] | tuple[str
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _coerce(name: str, value: Any, kind: Any) -> Any:
+def coerce(name: str, value: Any, kind: Any) -> Any:
     """`value` as `kind`, where that loses nothing: 3 is a float, 3.5 is no int, "3" is no number."""
     if get_origin(kind) is Literal:
         if value in get_args(kind):
@@ -114,10 +116,12 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
         raise RecipeError(f"{name} is {value!r}; allowed: {', '.join(map(repr, get_args(kind)))}.")
     if get_origin(kind) is tuple:
         if isinstance(value, list | tuple):
-            return tuple(_coerce(name, item, get_args(kind)[0]) for item in value)
+            return tuple(coerce(name, item, get_args(kind)[0]) for item in value)
         raise RecipeError(f"{name} is {value!r}; it must be a list.")
     if value is None and type(None) in get_args(kind):
         return None
+    if kind is bool and isinstance(value, bool):
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise RecipeError(f"{name} is {value!r}; it must be {_article(kind)}.")
     if kind is str and isinstance(value, str):
@@ -132,7 +136,7 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
 def _article(kind: Any) -> str:
     if get_args(kind):
         kind = next(k for k in get_args(kind) if k is not type(None))
-    return {int: "a whole number", float: "a number (write 1.0e-4, not 1e-4, in YAML)", str: "text"}[kind]
+    return {int: "a whole number", float: "a number (write 1.0e-4, not 1e-4, in YAML)", str: "text", bool: "true or false"}[kind]
 
 
 def acip() -> Recipe:

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-
-from acip.artifact import Artifact
 from acip_platform.settings import Settings
 from acip_platform.store import Store, StoreError
 from acip_platform.tracking import Registry, RegistryError, Tracking
+
+from acip.artifact import Artifact
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ pass through MLflow: a registered version points at the URI, and the alias `cham
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from acip.recipe import did_you_mean
 from acip_platform.settings import Settings
 
 mpl.use("Agg")
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.figure import Figure
 
 CHAMPION = "champion"
 
@@ -86,7 +86,7 @@ class Run:
         """The last step at which `key` was logged; 0 if never. A resumed run doesn't log a step twice."""
         return max((metric.step for metric in self.client.get_metric_history(self.run_id, key)), default=0)
 
-    def metrics(self, rows: list[tuple[int, Mapping[str, float]]]) -> None:
+    def metrics(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         now = int(time.time() * 1000)
         metrics = [Metric(key, value, now, step) for step, values in rows for key, value in values.items()]
         for start in range(0, len(metrics), 1000):

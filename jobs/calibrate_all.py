@@ -1,0 +1,148 @@
+"""Calibrate every model of a fleet, one Ray Train worker each.
+
+    ray job submit -- python jobs/calibrate_all.py                 the embedded demo fleet, on a running Ray
+    python jobs/calibrate_all.py                                   the same, on a Ray of its own
+    python jobs/calibrate_all.py --fleet jobs/fleets/paper.yaml    the paper's models; needs GPUs and the hub
+
+What is done already is not done again (--force does); what was interrupted goes on. Exit code 0 = every model is there.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from acip_platform.cluster import connect
+from acip_platform.console import Watch, console, duration, lines, trade_off_table
+from acip_platform.fleet import Fleet, Job, Outcome, run_all, share
+from acip_platform.settings import Settings, masked
+from acip_platform.store import Store
+from acip_platform.tracking import Registry, RegistryError, Run, Tracking
+from acip_platform.train import Inbox, run_job
+
+from acip.errors import AcipError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fleet", default=str(ROOT / "jobs" / "fleets" / "demo.yaml"), help="fleet file (default: the embedded demo)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models of the fleet")
+    parser.add_argument("--force", action="store_true", help="calibrate again what is done already")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
+    args = parser.parse_args()
+    out = console()
+    try:
+        return run(args, out)
+    except AcipError as error:
+        out.print(f"error: {error}", markup=False)
+        return 2
+    finally:
+        ray.shutdown()
+
+
+def run(args: argparse.Namespace, out: Any) -> int:
+    began = time.time()
+    settings = Settings.from_env()
+    fleet = Fleet.load(args.fleet)
+    unknown = set(args.only or ()) - {job.name for job in fleet.jobs}
+    if unknown:
+        raise AcipError(f"--only names {', '.join(sorted(unknown))}; the fleet has {', '.join(job.name for job in fleet.jobs)}.")
+    jobs = [job for job in fleet.jobs if not args.only or job.name in args.only]
+
+    own = connect(settings)
+    shares = {job.name: share(job, ray.cluster_resources()) for job in jobs}
+    tracking, registry, store = Tracking(settings, f"acip/{fleet.name}"), Registry(settings), Store(settings.store, settings.home / "cache")
+    done = {} if args.force else {job.name: version for job in jobs if (version := finished(job, registry, store)) is not None}
+    open_jobs = [job for job in jobs if job.name not in done]
+    runs = {} if args.dry_run else {job.name: start_run(tracking, fleet, job, args.force) for job in open_jobs}
+    first_screen(out, settings, fleet, jobs, done, shares, own, runs)
+    if args.dry_run:
+        return 0
+
+    inbox = Inbox.remote()  # type: ignore[attr-defined]
+    at_once = min((shares[job.name].at_once for job in open_jobs), default=1)
+    with Watch(out, inbox):
+        outcomes = list(
+            run_all(open_jobs, at_once, lambda job: run_job(job, shares[job.name], settings, runs[job.name][0], runs[job.name][1], inbox))
+        )
+    for outcome in outcomes:
+        runs[outcome.job.name][0].finish("FAILED" if outcome.error else "FINISHED")
+    return last_screen(out, settings, fleet, outcomes, done, time.time() - began)
+
+
+def finished(job: Job, registry: Registry, store: Store) -> str | None:
+    """The champion's version if it is this very job's result and its artifact is there."""
+    try:
+        version = registry.resolve(job.name)
+    except RegistryError:
+        return None
+    return version.version if version.tags.get("fingerprint") == job.fingerprint and store.exists(version.uri) else None
+
+
+def start_run(tracking: Tracking, fleet: Fleet, job: Job, force: bool) -> tuple[Run, str]:
+    """The MLflow run, and the name of the attempt: the same name goes on where it stopped, a new one starts afresh."""
+    attempt = f"{job.name}-{job.fingerprint}" + (f"-{int(time.time())}" if force else "")
+    run = tracking.start(job.name, attempt, {"fleet": fleet.name, "model": job.name})
+    run.params({**job.recipe.to_dict(), "base": job.base, "data": job.data})
+    return run, attempt
+
+
+def first_screen(
+    out: Any, settings: Settings, fleet: Fleet, jobs: list[Job], done: dict[str, str], shares: dict[str, Any], own: bool, runs: dict[str, Any]
+) -> None:  # fmt: skip
+    context = ray.get_runtime_context()
+    out.print(f"acip: fleet {fleet.name}, {len(jobs)} model{'s' * (len(jobs) != 1)}, {len(done)} done already", markup=False)
+    dashboard = ray.init(ignore_reinit_error=True, log_to_driver=False).dashboard_url
+    lines(out, {
+        "job": context.get_job_id() + (" on a Ray of its own" if own else ""),
+        "dashboard": f"http://{dashboard}" if dashboard else "none",
+        "tracking": masked(settings.tracking_uri),
+        "artifacts": settings.store,
+        **{f"run {name}": f"{run.run_id} in experiment {run.experiment_id}" for name, (run, _) in runs.items()},
+    })  # fmt: skip
+    for job in jobs:
+        if job.name in done:
+            out.print(f"[{job.name}] done already: version {done[job.name]} is the champion (--force calibrates again)", markup=False)
+            continue
+        r = job.recipe
+        part = shares[job.name]
+        out.print(
+            f"[{job.name}] {job.base} on {job.data}: {r.basis} basis, stop at {r.stop_ratio} ({r.convention}), then {r.post_tune_steps} steps of "
+            f"post-tuning; {r.batch_size * r.accumulate} x {r.seq_len} tokens a step; {part.gpus:g} GPU, {part.cpus:g} CPU",
+            markup=False,
+        )
+
+
+def last_screen(out: Any, settings: Settings, fleet: Fleet, outcomes: list[Outcome], done: dict[str, str], seconds: float) -> int:
+    for outcome in outcomes:
+        if outcome.error is None:
+            out.print()
+            out.print(trade_off_table(outcome))
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    out.print()
+    for outcome in failed:
+        out.print(f"[{outcome.job.name}] FAILED: {outcome.error}", markup=False)
+    good = [outcome.job.name for outcome in outcomes if outcome.error is None] + list(done)
+    out.print(f"{len(good)} of {len(good) + len(failed)} models are there, after {duration(seconds)}.", markup=False)
+    if good:
+        python = shlex.quote(os.path.relpath(sys.executable)) if sys.executable.startswith(str(Path.cwd())) else shlex.quote(sys.executable)
+        mlflow = str(Path(python).with_name("mlflow"))
+        body = f'{{"model": "{good[0]}", "size_ratio": 0.6, "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0}}'
+        local = settings.tracking_uri.startswith("sqlite:")
+        out.print("\nNext:", markup=False)
+        lines(out, {
+            "see the runs": f"{mlflow} server --backend-store-uri {settings.tracking_uri} --port 5000 --workers 1" if local else settings.tracking_uri,
+            "serve": f"{python} jobs/serve.py",
+            "ask at 0.6": f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{body}'",
+        })  # fmt: skip
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

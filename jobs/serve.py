@@ -1,0 +1,147 @@
+"""Serve any-size models from the registry over HTTP, until Ctrl-C.
+
+    python jobs/serve.py                          every model that has a champion
+    python jobs/serve.py --model smollm2-135m     this one
+
+Ends with 0 when it was stopped, 1 when it can't serve or lost its cluster, 2 for wrong arguments.
+"""
+
+import argparse
+import ipaddress
+import json
+import signal
+import socket
+import sys
+import time
+
+import ray
+from acip_platform.cluster import ClusterError, connect
+from acip_platform.serve.api import BUILD_ARGS, application, choose
+from acip_platform.settings import Settings, masked
+from acip_platform.store import Store, StoreError
+from acip_platform.tracking import CHAMPION, ModelVersion
+from ray import serve
+
+from acip.errors import AcipError
+
+APPLICATION = "acip"
+MAX_CPUS = 8  # more threads don't make one token at a time faster
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", help="name in the registry; may be given more than once (default: all with the alias)")
+    parser.add_argument("--alias", default=CHAMPION, help="alias or version number to serve (default: %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="loopback address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    args = parser.parse_args()
+    if not 0 < args.port < 65536:
+        parser.error(f"--port is {args.port}; it must be from 1 to 65535.")
+    if not _is_loopback(args.host):
+        parser.error(
+            f"--host is {args.host!r}; only a loopback address (127.0.0.1) is allowed, because the server has no API keys yet "
+            "and would be open to everyone. From elsewhere, use a tunnel: ssh -L 8000:127.0.0.1:8000 HOST."
+        )
+    return args
+
+
+def main() -> int:
+    args, settings = arguments(), Settings.from_env()
+    _stop_by_signal()
+    try:
+        versions = choose(settings, args.model, args.alias)
+        _check_artifacts(settings, versions)
+        _check_port(args.host, args.port)
+        local = connect(settings)
+        _stop_by_signal()  # again: Ray sets its own
+        return _serve(versions, args.host, args.port, local)
+    except KeyboardInterrupt:
+        print("stopped.", flush=True)
+        return 0
+    except (AcipError, RuntimeError) as error:  # RuntimeError: Serve could not deploy
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        ray.shutdown()  # stops Ray if it was started here, else lets go of it
+
+
+def _serve(versions: list[ModelVersion], host: str, port: int, local: bool) -> int:
+    if serve.status().proxies:
+        raise ClusterError("Serve already runs on this cluster. Deploy with `serve deploy`, or stop it with `serve shutdown`.")
+    try:
+        there = ray.cluster_resources()
+        options = {key: value for key, value in BUILD_ARGS.items() if key not in ("models", "alias")}
+        options["num_gpus"] = min(1, there.get("GPU", 0))
+        if local:  # nobody else wants the cores
+            options["num_cpus"] = min(MAX_CPUS, there["CPU"])
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(application(versions, **options), name=APPLICATION, route_prefix="/")
+        print(first_screen(versions, f"http://{host}:{port}"), flush=True)
+        while APPLICATION in serve.status().applications:  # raises when the cluster is gone
+            time.sleep(5)
+        raise ClusterError("the application was removed from Serve by someone else.")
+    finally:
+        serve.shutdown()
+
+
+def first_screen(versions: list[ModelVersion], url: str) -> str:
+    name = versions[0].name
+    ask = json.dumps({"model": name, "size_ratio": 0.6, "prompt": "The capital of France is", "max_tokens": 24})
+    short = json.dumps({"model": f"{name}@0.6", "prompt": "Once upon a time", "temperature": 0})
+    served = "\n".join(f"  {version.name}  version {version.version}  {masked(version.uri)}" for version in versions)
+    return f"""
+serving, each at any size:
+{served}
+
+list them
+  curl -s {url}/v1/models
+
+ask at 60 % of the size
+  curl -s {url}/v1/completions -H 'Content-Type: application/json' -d '{ask}'
+  curl -s {url}/v1/completions -H 'Content-Type: application/json' -d '{short}'
+
+stop: Ctrl-C
+"""
+
+
+def _check_artifacts(settings: Settings, versions: list[ModelVersion]) -> None:
+    store = Store(settings.store, settings.home / "cache")
+    for version in versions:
+        if not store.exists(version.uri):
+            raise StoreError(
+                f"version {version.version} of {version.name!r} points at {version.uri}, where there is no artifact. "
+                "Was it moved or deleted? Calibrate again, or give another --alias."
+            )
+
+
+def _check_port(host: str, port: int) -> None:
+    """Serve would find out only after the weights are loaded."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ClusterError(
+                f"can't listen on {host}:{port} ({error.strerror}). Stop what runs there, or choose another --port."
+            ) from error
+
+
+def _stop_by_signal() -> None:
+    def stop(*_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # shutting down takes seconds and must not be cut short
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address("127.0.0.1" if host == "localhost" else host).is_loopback
+    except ValueError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

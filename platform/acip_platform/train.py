@@ -1,0 +1,248 @@
+"""One base model on one Ray Train worker: `calibrate_one` is what the worker does, from loading to registering.
+
+    load -> parametrise -> one real step -> calibrate (checkpoints, resume) -> artifact -> curve -> registry
+
+The artifact is saved before it is evaluated, and evaluated from what was saved. A worker that dies goes on from its last
+checkpoint; a job whose artifact is complete is not calibrated again. Progress goes to the driver through an `Inbox`.
+"""
+
+import dataclasses
+import importlib.metadata
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from mlflow.exceptions import MlflowException
+from ray.train.torch import TorchTrainer
+
+from acip.artifact import Artifact
+from acip.base import Base, load_base
+from acip.calibrate import CalibrationState, StepReport, calibrate, trial_step
+from acip.data import TokenBatches, documents, token_windows
+from acip.errors import AcipError
+from acip.evaluate import trade_off
+from acip.parametrise import parametrise, targets
+from acip_platform import figures
+from acip_platform.fleet import Job, Share
+from acip_platform.settings import Settings
+from acip_platform.store import Store
+from acip_platform.tracking import Registry, Run, Tracking
+
+REPORT_EVERY_S = 10.0
+CHECKPOINT_EVERY_S = 60.0
+
+
+@ray.remote(num_cpus=0)
+class Inbox:
+    """What the workers say, in order; the driver empties it."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def put(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+
+    def take(self) -> list[dict[str, Any]]:
+        events, self.events = self.events, []
+        return events
+
+
+def run_job(job: Job, share: Share, settings: Settings, run: Run, attempt: str, inbox: Any) -> dict[str, Any]:
+    """Calibrate `job` on one Ray Train worker; returns its summary. The run's name decides what is resumed."""
+    resources = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
+    result = TorchTrainer(
+        worker,  # type: ignore[arg-type]
+        train_loop_config={
+            "job": job.to_dict(),
+            "settings": dataclasses.asdict(settings),
+            "run": run.run_id,
+            "attempt": attempt,
+            "threads": max(1, int(share.cpus)),
+            "inbox": inbox,
+        },
+        scaling_config=ray.train.ScalingConfig(num_workers=1, use_gpu=share.gpus > 0, resources_per_worker=resources),
+        run_config=ray.train.RunConfig(
+            name=attempt,
+            storage_path=settings.runs,
+            failure_config=ray.train.FailureConfig(max_failures=2),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    ).fit()
+    summary: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
+    if "error" in summary:
+        raise AcipError(summary["error"])
+    return summary
+
+
+def worker(config: dict[str, Any]) -> dict[str, Any]:
+    """`calibrate_one`, with the user's errors as values: raised, Ray would try again what can't succeed."""
+    try:
+        return calibrate_one(config)
+    except AcipError as error:
+        return {"error": str(error)}
+
+
+def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
+    """The worker's whole work. Returns a summary with the artifact's URI, the version and the curve."""
+    job, settings = Job.from_dict(config["job"]), Settings(**config["settings"])
+    torch.set_num_threads(config["threads"])
+    tracking = Tracking(settings, "acip")
+    run = Run(tracking.client, config["run"], tracking.experiment_id)
+    store = Store(settings.store, settings.home / "cache")
+    key = f"{job.name}/{config['attempt']}"
+    started = time.time()
+
+    def say(kind: str, **facts: Any) -> None:
+        config["inbox"].put.remote({"model": job.name, "kind": kind, **facts})
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    say("stage", text=f"loading {job.base}")
+    base = load_base(job.base, job.recipe.dtype, job.trust_remote_code)
+    heldout = _heldout(job, base)
+    if not store.exists(store.uri(key)):
+        torch.nn.Module.to(base.model, device)
+        artifact = _calibrated(job, base, run, settings, store, key, say)
+        uri = store.put(artifact.folder, key)
+        say("stage", text=f"artifact saved: {uri}")
+    uri = store.uri(key)
+    artifact = Artifact.open(store.fetch(uri))
+    if not artifact.curve:
+        rows = []
+        for row in trade_off(artifact, artifact.load(device), heldout, job.eval_data or job.data, job.sizes):
+            rows.append(row)
+            say("stage", text=f"size {row['asked']:.2f}: perplexity {row['perplexity']:.2f}")
+        artifact = artifact.record_curve(rows)
+        store.replace_manifest(uri, artifact.folder)
+    version = _publish(job, artifact, uri, run, settings)
+    return {
+        "uri": uri,
+        "version": version,
+        "curve": artifact.curve,
+        "stop_ratio": job.recipe.stop_ratio,
+        "seconds": time.time() - started,
+    }
+
+
+def _heldout(job: Job, base: Base) -> torch.Tensor:
+    context = min(job.eval_context, getattr(base.model.config, "max_position_embeddings", job.eval_context))
+    return token_windows(documents(job.eval_data or job.data, "heldout"), base.tokenizer, context, job.eval_windows or None)
+
+
+def _calibrated(job: Job, base: Base, run: Run, settings: Settings, store: Store, key: str, say: Callable[..., None]) -> Artifact:
+    """Parametrise and calibrate, from the last checkpoint if there is one; the artifact, in a temporary folder."""
+    recipe = job.recipe
+    # enough text for one pass over the expected steps and the covariances; a longer run reads it again in another order
+    wanted = recipe.covariance_windows + recipe.batch_size * recipe.accumulate * min(recipe.max_prune_steps, 2500)
+    windows = token_windows(documents(job.data, "train"), base.tokenizer, recipe.seq_len, wanted)
+    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))]
+    batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
+
+    began = time.time()
+    parametrise(base.model, recipe, windows, lambda done, total: say("parametrise", done=done, total=total))
+    say("stage", text=f"{recipe.basis} basis of {len(targets(base.model))} layers in {time.time() - began:.0f} s")
+    began = time.time()
+    loss = trial_step(base.model, batches, recipe)
+    facts = f"loss {loss:.3f} in {time.time() - began:.1f} s, at full shape; {len(windows):,} windows of {recipe.seq_len} tokens"
+    say("stage", text=f"one real step: {facts}")
+
+    observer = Observer(job, run, say)
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        calibration = calibrate(base.model, batches, recipe, observe=observer)
+    else:
+        with checkpoint.as_directory() as folder:
+            say("stage", text="going on from the last checkpoint")
+            calibration = calibrate(base.model, batches, recipe, resume=folder, observe=observer)
+    observer.flush()
+
+    settings.home.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="saving-", dir=settings.home))
+    provenance = {
+        "job": job.to_dict(),
+        "attempt": key,
+        "mlflow_run": run.run_id,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "packages": {name: importlib.metadata.version(name) for name in ("acip-platform", "torch", "transformers", "peft", "ray")},
+    }
+    return Artifact.save(folder, base, calibration, provenance)
+
+
+class Observer:
+    """Hears each step of the loop: metrics to MLflow, progress to the driver, state to Ray Train. Changes nothing."""
+
+    def __init__(self, job: Job, run: Run, say: Callable[..., None]) -> None:
+        self.job, self.run, self.say = job, run, say
+        self.tokens = job.recipe.batch_size * job.recipe.accumulate * job.recipe.seq_len
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.logged = run.last_step("loss_nats")
+        self.reported = self.saved = self.stepped = time.monotonic()
+        self.phase = ""
+        self.phase_began = (time.monotonic(), 0.0)  # when, and at which progress
+
+    def __call__(self, report: StepReport, state: CalibrationState) -> None:
+        now = time.monotonic()
+        tokens_per_s = self.tokens / (now - self.stepped)
+        self.stepped = now
+        if report.step > self.logged:
+            row = {"loss_nats": report.loss, "size_ratio": report.size, "lambda": report.lambda_}
+            self.rows.append((report.step, row | {"directions_alive": report.live, "tokens_per_s": tokens_per_s}))
+        if report.phase != self.phase:
+            self.phase, self.phase_began = report.phase, (now, report.progress)
+        ends = report.progress == 1.0
+        if ends or now - self.reported >= REPORT_EVERY_S:
+            self.reported = now
+            self.flush()
+            since, at = self.phase_began
+            done = report.progress - at
+            eta_s = (now - since) * (1 - report.progress) / done if done > 0 else None
+            facts = dataclasses.asdict(report) | {"stop": self.job.recipe.stop_ratio, "tokens_per_s": tokens_per_s, "eta_s": eta_s}
+            self.say("step", **facts)
+        if now - self.saved >= CHECKPOINT_EVERY_S:
+            with tempfile.TemporaryDirectory() as folder:
+                state.save(folder)
+                metrics = {"step": report.step, "loss": report.loss, "size": report.size}
+                ray.train.report(
+                    metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=f"step_{report.step:06d}"
+                )
+            self.saved = self.stepped = time.monotonic()
+
+    def flush(self) -> None:
+        """Metrics to MLflow. While it is down they wait here; the calibration goes on."""
+        try:
+            self.run.metrics(self.rows)
+            self.rows = []
+        except MlflowException as error:
+            self.say("stage", text=f"MLflow can't be reached ({type(error).__name__}); {len(self.rows)} steps wait")
+
+
+def _publish(job: Job, artifact: Artifact, uri: str, run: Run, settings: Settings) -> str:
+    """The run's pictures, curve, adapter and URI; the registered version, as champion."""
+    table = artifact.table()
+    run.tags({"artifact_uri": uri, "base": job.base, "stop_step": str(artifact.manifest["stop_step"])})
+    if run.last_step("tradeoff/perplexity") == 0:
+        points = []
+        for row in artifact.curve:
+            values = {key: row[key] for key in ("perplexity", "loss", "params", "bytes", "got")}
+            points.append((round(row["asked"] * 100), {f"tradeoff/{key}": float(value) for key, value in values.items()}))
+        run.metrics(points)
+    run.table({key: [row[key] for row in artifact.curve] for key in artifact.curve[0]}, "tradeoff.json")
+    run.figure(figures.curve(artifact, job.name), "tradeoff.png")
+    run.figure(figures.score_map(table), "score_map.png")
+    for size in (0.8, 0.6, 0.4):
+        figure = figures.kept_ranks(table, size)
+        if figure is not None:
+            run.figure(figure, f"kept_ranks_{round(size * 100)}.png")
+    if job.recipe.adapter_rank:
+        with tempfile.TemporaryDirectory() as folder:
+            artifact.save_peft(folder, job.recipe.stop_ratio)
+            run.folder(Path(folder), f"adapter_at_{round(job.recipe.stop_ratio * 100)}")
+    registry = Registry(settings)
+    version = registry.register(job.name, uri, run.run_id, {"fingerprint": job.fingerprint, "base": job.base})
+    registry.set_alias(version)
+    return version.version
