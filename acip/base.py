@@ -69,7 +69,7 @@ def load_base(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = 
         raise BaseModelError(f"base {source!r} can't be loaded: {error}") from error
     if "gguf_file" in kwargs:
         # the weights are dense now; transformers would refuse to save or touch a "quantised" model
-        del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)
         model.hf_quantizer = None  # type: ignore[assignment]
         model.is_quantized = False  # type: ignore[assignment]
     model.config.use_cache = True

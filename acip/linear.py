@@ -142,6 +142,20 @@ def plain_linear(weight_MN: Tensor, bias_M: Tensor | None) -> nn.Linear:
     return layer
 
 
+class MasterLinear(nn.Linear):
+    """An adapter's A or B: float32 weights, so that small steps count, multiplied in the input's dtype."""
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "MasterLinear":
+        layer = cls(1, 1, bias=False, device="meta")
+        layer.out_features, layer.in_features = linear.weight.shape
+        layer.weight = nn.Parameter(linear.weight.detach().float())
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
 class KnotLinear(nn.Module):
     """The adapter's B as a function of size: B(size) is linear between matrices stored at `knots` (ours).
 
@@ -162,7 +176,7 @@ class KnotLinear(nn.Module):
         return torch.lerp(self.weights[low], self.weights[high], share)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 def knot_place(size: float, knots: tuple[float, ...]) -> tuple[int, int, float]:

