@@ -134,11 +134,12 @@ def last_screen(out: Any, settings: Settings, fleet: Fleet, outcomes: list[Outco
         python = shlex.quote(os.path.relpath(sys.executable)) if sys.executable.startswith(str(Path.cwd())) else shlex.quote(sys.executable)
         mlflow = str(Path(python).with_name("mlflow"))
         body = f'{{"model": "{good[0]}", "size_ratio": 0.6, "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0}}'
+        home = f"ACIP_HOME={shlex.quote(str(settings.home))} " if os.environ.get("ACIP_HOME") else ""
         local = settings.tracking_uri.startswith("sqlite:")
         out.print("\nNext:", markup=False)
         lines(out, {
             "see the runs": f"{mlflow} server --backend-store-uri {settings.tracking_uri} --port 5000 --workers 1" if local else settings.tracking_uri,
-            "serve": f"{python} jobs/serve.py",
+            "serve": f"{home}{python} jobs/serve.py",
             "ask at 0.6": f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{body}'",
         })  # fmt: skip
     return 1 if failed else 0

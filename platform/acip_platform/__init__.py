@@ -2,7 +2,4 @@
 
 import logging
 
-# what these say at import and at the first use of a database is not for the readers of a job's log
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-logging.getLogger("mlflow").setLevel(logging.WARNING)
-logging.getLogger("alembic").setLevel(logging.WARNING)
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it says at import is not for the readers of a job's log

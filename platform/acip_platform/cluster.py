@@ -7,6 +7,7 @@
 A cluster that another program started for itself is left alone: it would end with that program.
 """
 
+import logging
 import os
 import secrets
 import socket
@@ -16,9 +17,6 @@ from typing import Any
 from acip.errors import AcipError
 from acip_platform.settings import Settings
 
-# With `uv run`, Ray uploads the current folder to every worker, artifacts and all. It reads this when it is imported.
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-
 OBJECT_STORE_BYTES = 1 << 30  # Ray's default is 30 % of the memory; weights and checkpoints don't go through the object store
 
 
@@ -26,21 +24,25 @@ class ClusterError(AcipError):
     """The Ray cluster that was named can't be reached."""
 
 
-def connect(settings: Settings, log_to_driver: bool = False, num_cpus: int | None = None) -> bool:
+def connect(settings: Settings, log_to_driver: bool = False) -> bool:
     """Connect this process to Ray, workers seeing the same settings. True if a local cluster was started for it.
 
-    `log_to_driver` prints what workers print; `num_cpus` is for a local cluster (default: all there are).
-    Ends with `ray.shutdown()`, which stops what was started here.
+    `log_to_driver` prints what workers print. Ends with `ray.shutdown()`, which stops what was started here.
     """
     import ray
+    from ray._private import ray_constants
 
+    if "RAY_ENABLE_UV_RUN_RUNTIME_ENV" not in os.environ:
+        # Under `uv run`, Ray would upload the current folder to every worker, artifacts and all. Its switch is read when
+        # ray is imported, which may have been before us.
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     # Inside `ray job submit` both the job and we set variables; ours were read from the job's, so ours may win.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     common: dict[str, Any] = {"runtime_env": {"env_vars": settings.worker_env()}, "log_to_driver": log_to_driver}
     address = os.environ.get("RAY_ADDRESS", "")
     if address == "local" or not (address or _answers(_noted_by_ray_start())):
         _token_of_our_own()
-        ray.init(address="local", num_cpus=num_cpus, object_store_memory=OBJECT_STORE_BYTES, **common)
+        ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, **common)
         return True
     where = f"RAY_ADDRESS={address}" if address else "the cluster that `ray start` left here"
     remedy = "Start that cluster, or unset RAY_ADDRESS to use a local one."
@@ -63,6 +65,7 @@ def _token_of_our_own() -> None:
     given = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     if not given and not (Path.home() / ".ray" / "auth_token").exists():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it would warn that this is on
 
 
 def _noted_by_ray_start() -> str:

@@ -3,11 +3,13 @@
 An artifact is complete when its manifest is there, so the manifest is moved last, in both directions.
 """
 
+import functools
 import hashlib
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlparse
 
 from acip.artifact import MANIFEST
@@ -16,6 +18,27 @@ from acip.errors import AcipError
 
 class StoreError(AcipError):
     """A URI that can't be read or written. Says which, and what to check."""
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _told(method: Callable[P, T]) -> Callable[P, T]:
+    """S3's errors as ours, with the URI and what to check."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            return method(*args, **kwargs)
+        except (BotoCoreError, ClientError, Boto3Error) as error:
+            check = "Check the bucket's name, AWS_ENDPOINT_URL and the credentials (AWS_ACCESS_KEY_ID or a role)."
+            raise StoreError(f"S3 refused {method.__name__} of {args[1] if len(args) > 1 else ''}: {error} {check}") from error
+
+    return call
 
 
 class Store:
@@ -28,6 +51,7 @@ class Store:
     def uri(self, key: str) -> str:
         return f"{self.root}/{key}"
 
+    @_told
     def exists(self, uri: str) -> bool:
         """Is there a complete artifact at `uri`?"""
         if not _is_s3(uri):
@@ -36,6 +60,7 @@ class Store:
         found = _s3().list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/{MANIFEST}", MaxKeys=1)
         return found.get("KeyCount", 0) > 0
 
+    @_told
     def put(self, folder: Path, key: str) -> str:
         """Move a local folder into the store under `key`; returns its URI. What was there before is replaced."""
         uri = self.uri(key)
@@ -60,12 +85,14 @@ class Store:
         shutil.rmtree(folder)
         return uri
 
+    @_told
     def replace_manifest(self, uri: str, folder: Path) -> None:
         """Publish the manifest of `folder`, a local copy of `uri`, after it was changed there."""
         if _is_s3(uri):
             bucket, prefix = _split(uri)
             _s3().upload_file(str(folder / MANIFEST), bucket, f"{prefix}/{MANIFEST}")
 
+    @_told
     def fetch(self, uri: str) -> Path:
         """A local folder with the content of `uri`: itself if it is local, else a cached download."""
         if not _is_s3(uri):

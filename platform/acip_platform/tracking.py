@@ -4,6 +4,7 @@ A run records what a person wants to see: recipe, metrics, figures, small files,
 pass through MLflow: a registered version points at the URI, and the alias `champion` chooses what is served.
 """
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from acip.recipe import did_you_mean
 from acip_platform.settings import Settings
 
 mpl.use("Agg")
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # after its import, which sets another level
 from matplotlib.figure import Figure
 
 CHAMPION = "champion"
