@@ -16,8 +16,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -32,6 +31,9 @@ from acip.linear import ElasticLinear, KnotLinear, SVDLinear, knot_place
 from acip.parametrise import ADAPTER, Target, targets
 from acip.recipe import Recipe
 from acip.scores import ScoreMap
+
+PACK_EVERY = 8  # optimiser steps between looks at which layers to pack
+PACK_BELOW = 0.9  # of the directions that are multiplied now; packing copies, so not for a few
 
 
 class Batches(Protocol):
@@ -67,17 +69,25 @@ class Calibration:
 class CalibrationState:
     """Every variable of the loop. Tensors are live: `save` reads them, nothing else may."""
 
+    layers: list[Target]
     scores: ScoreMap
     params: dict[str, nn.Parameter]  # what is trained, by name
     optimizer: torch.optim.Optimizer
     lambda_: float
     step: int = 0
     stop_step: int | None = None
-    history: list[StepReport] | None = None
+    history: list[StepReport] = field(default_factory=list)
+
+    def packed(self) -> dict[str, Tensor]:
+        """The directions that packed layers multiply. Sums over fewer terms round differently, so this is state."""
+        cores = {target.name: target.core for target in self.layers if isinstance(target.core, SVDLinear)}
+        return {name: core.packed for name, core in cores.items() if core.packed is not None}
 
     def save(self, folder: str | Path) -> None:
         """Write the state as `state.safetensors` and `state.json` into an existing folder."""
         tensors = {"score": self.scores.score, "crossing": self.scores.crossing}
+        for name, packed in self.packed().items():
+            tensors[f"packed/{name}"] = packed
         for name, param in self.params.items():
             tensors[f"param/{name}"] = param.detach()
             for key, value in self.optimizer.state.get(param, {}).items():
@@ -87,7 +97,7 @@ class CalibrationState:
             "lambda": self.lambda_,
             "step": self.step,
             "stop_step": self.stop_step,
-            "history": [asdict(r) for r in self.history or []],
+            "history": [asdict(r) for r in self.history],
         }
         (Path(folder) / "state.json").write_text(json.dumps(scalars))
 
@@ -104,16 +114,14 @@ def calibrate(
     `resume` is a folder that `CalibrationState.save` wrote. Raises CalibrationError where the loss is not finite or the
     stop ratio is not reached in `recipe.max_prune_steps`.
     """
-    layers = targets(model)
-    shapes = tuple(layer_shape(target) for target in layers)
-    state = _start(layers, recipe)
-    state.history = []
+    state = _start(targets(model), recipe)
+    shapes = tuple(layer_shape(target) for target in state.layers)
     model.eval()  # the base model's own dropout stays off; the adapters' is on
-    for target in layers:
+    for target in state.layers:
         if target.lora is not None:
             target.lora.lora_dropout.train()
     if resume is not None:
-        layers = _load(state, Path(resume), model, layers, recipe)
+        _load(state, Path(resume), model, recipe)
 
     # prune: until the stop ratio is reached
     while state.stop_step is None:
@@ -122,17 +130,20 @@ def calibrate(
                 f"the stop ratio {recipe.stop_ratio} was not reached in max_prune_steps = {recipe.max_prune_steps} steps (now at "
                 f"{state.history[-1].size:.3f}). Raise lr, lambda_start or lambda_factor, lower lambda_interval, or allow more steps."
             )
-        masks_before = _masks(layers)
+        masks_before = _masks(state.layers)
         l1 = state.lambda_ * torch.stack([p.relu().sum() for name, p in state.params.items() if name.endswith(".mask")]).sum()
         loss = _step(model, batches, recipe, state, next_token_loss, extra=l1)
         if state.step % recipe.lambda_interval == 0:
             state.lambda_ *= recipe.lambda_factor
-        masks = _masks(layers)
+        masks = _masks(state.layers)
         state.scores.update(masks_before, masks)
-        size, live = _live_size(masks, state.scores, shapes, recipe)
+        ranks = _live_ranks(masks, state.scores)
+        size, live = _size_ratio(ranks, shapes, recipe), int(ranks.sum())
+        if state.step % PACK_EVERY == 0:
+            _pack(state.layers, ranks)
         if size <= recipe.stop_ratio:
             state.stop_step = state.step
-            layers = _freeze_masks(model, layers, state, recipe)
+            _freeze_masks(model, state, recipe)
         progress = 1.0 if state.stop_step else _progress(masks, live, shapes, recipe)
         report = StepReport(state.step, "prune", loss, size, state.lambda_, live, progress)
         state.history.append(report)
@@ -141,16 +152,16 @@ def calibrate(
     # post-tune: the adapters alone, at the stop size or at many
     table = cut_table(model, state.scores, recipe)
     live = int((state.scores.score > 0).sum())
-    at_stop = _live_ranks(state.scores)
+    at_stop = _live_ranks(state.scores.score, state.scores).tolist()
     while state.step < state.stop_step + recipe.post_tune_steps:
         if recipe.post_tune == "stop":
             size = state.history[-1].size
-            for target, rank in zip(layers, at_stop, strict=True):
+            for target, rank in zip(state.layers, at_stop, strict=True):
                 set_rank(target, rank)
         else:
             size = _next_size(state.step, recipe)
-            set_size(layers, table.cut(Budget(size, recipe.convention)), size, recipe.knots)
-        objective = next_token_loss if recipe.distill == "none" else _distillation_from(layers)
+            set_size(state.layers, table.cut(Budget(size, recipe.convention)), size, recipe.knots)
+        objective = next_token_loss if recipe.distill == "none" else _distillation_from(state.layers)
         loss = _step(model, batches, recipe, state, objective)
         progress = (state.step - state.stop_step) / recipe.post_tune_steps
         report = StepReport(state.step, "post_tune", loss, size, state.lambda_, live, progress)
@@ -275,18 +286,28 @@ def _masks(layers: list[Target]) -> Tensor:
     return torch.cat([target.core.p.detach() for target in layers if isinstance(target.core, SVDLinear)])
 
 
-def _live_ranks(scores: ScoreMap) -> list[int]:
-    return [int((scores.score[a:b] > 0).sum()) for a, b in pairwise(scores.offsets)]
+def _live_ranks(values: Tensor, scores: ScoreMap) -> Tensor:
+    """[L] on the CPU: how many of each layer's `values` [D] (masks or scores) are alive."""
+    alive = (values > 0).long()
+    return torch.zeros(len(scores.names), dtype=torch.long, device=values.device).index_add_(0, scores.layer_of, alive).cpu()
 
 
-def _live_size(masks: Tensor, scores: ScoreMap, shapes: tuple[LayerShape, ...], recipe: Recipe) -> tuple[float, int]:
-    """Size ratio in the recipe's convention, and the number of directions alive."""
-    alive = (masks > 0).long()
-    ranks = torch.zeros(len(shapes), dtype=torch.long, device=masks.device).index_add_(0, scores.layer_of, alive)
-    M, N = (torch.tensor([getattr(shape, key) for shape in shapes], device=masks.device) for key in ("M", "N"))
+def _size_ratio(ranks: Tensor, shapes: tuple[LayerShape, ...], recipe: Recipe) -> float:
+    """The size of layers at these ranks, in the recipe's convention."""
+    M, N = (torch.tensor([getattr(shape, key) for shape in shapes]) for key in ("M", "N"))
     stored = stored_params(M, N, ranks, 0 if recipe.convention == "paper" else recipe.adapter_rank)
     bias = sum(shape.M for shape in shapes if shape.bias)
-    return (int(stored.sum()) + bias) / (int((M * N).sum()) + bias), int(alive.sum())
+    return (int(stored.sum()) + bias) / (int((M * N).sum()) + bias)
+
+
+def _pack(layers: list[Target], ranks: Tensor) -> None:
+    """Layers that lost enough directions since they were packed multiply only the living ones from here on."""
+    for target, rank in zip(layers, ranks.tolist(), strict=True):
+        core = target.core
+        if isinstance(core, SVDLinear):
+            multiplied = core.V.shape[0] if core.packed is None else len(core.packed)
+            if rank <= PACK_BELOW * multiplied:
+                core.pack((core.p > 0).nonzero().squeeze(1))
 
 
 def _progress(masks: Tensor, live: int, shapes: tuple[LayerShape, ...], recipe: Recipe) -> float:
@@ -321,26 +342,25 @@ def _start(layers: list[Target], recipe: Recipe) -> CalibrationState:
     if len(masks) != len(layers) or not layers:
         raise CalibrationError("calibrate needs a freshly parametrised model: call parametrise(model, recipe) first.")
     params = _parameters(layers)
-    return CalibrationState(ScoreMap.start(masks), params, _adamw(params, recipe.lr), recipe.lambda_start)
+    return CalibrationState(layers, ScoreMap.start(masks), params, _adamw(params, recipe.lr), recipe.lambda_start)
 
 
-def _freeze_masks(model: nn.Module, layers: list[Target], state: CalibrationState, recipe: Recipe) -> list[Target]:
+def _freeze_masks(model: nn.Module, state: CalibrationState, recipe: Recipe) -> None:
     """Masks are done: sort every layer by score, give each knot its B, and carry the adapters' moments along."""
-    layers = sort_layers(model, layers, state.scores)
-    for target in layers:
+    state.layers = sort_layers(model, state.layers, state.scores)
+    for target in state.layers:
         if target.lora is not None and recipe.knots:
             assert isinstance(target.B, nn.Linear)
             target.lora.lora_B[ADAPTER] = KnotLinear(target.B.weight, len(recipe.knots))
     moments, old = state.optimizer.state, state.params
-    state.params = _parameters(layers)
+    state.params = _parameters(state.layers)
     if not state.params:  # no adapters: nothing is left to train
-        return layers
+        return
     state.optimizer = _adamw(state.params, recipe.post_tune_lr or recipe.lr)
     for name, param in state.params.items():
         was = old[name if name in old else name.rstrip("0123456789") + "0"]  # every knot's B grows out of B0
         if was in moments:
             state.optimizer.state[param] = {key: value.clone() for key, value in moments[was].items()}
-    return layers
 
 
 def sort_layers(model: nn.Module, layers: list[Target], scores: ScoreMap) -> list[Target]:
@@ -351,8 +371,8 @@ def sort_layers(model: nn.Module, layers: list[Target], scores: ScoreMap) -> lis
     ]
 
 
-def _load(state: CalibrationState, folder: Path, model: nn.Module, layers: list[Target], recipe: Recipe) -> list[Target]:
-    """Put a saved state into a freshly started one. Returns the layers, which are sorted if pruning was over."""
+def _load(state: CalibrationState, folder: Path, model: nn.Module, recipe: Recipe) -> None:
+    """Put a saved state into a freshly started one."""
     scalars: Mapping[str, Any] = json.loads((folder / "state.json").read_text())
     tensors = load_file(folder / "state.safetensors")
     device = state.scores.score.device
@@ -364,7 +384,7 @@ def _load(state: CalibrationState, folder: Path, model: nn.Module, layers: list[
     state.lambda_, state.step, state.stop_step = scalars["lambda"], scalars["step"], scalars["stop_step"]
     state.history = [StepReport(**report) for report in scalars["history"]]
     if state.stop_step is not None:
-        layers = _freeze_masks(model, layers, state, recipe)
+        _freeze_masks(model, state, recipe)
     if {f"param/{name}" for name in state.params} != {key for key in tensors if key.startswith("param/")}:
         raise CalibrationError(f"the checkpoint in {folder} belongs to another model or recipe: its parameters have other names.")
     with torch.no_grad():
@@ -373,4 +393,6 @@ def _load(state: CalibrationState, folder: Path, model: nn.Module, layers: list[
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optim/{name}/{key}" in tensors]
             values = {key: tensors[f"optim/{name}/{key}"] for key in keys}
             state.optimizer.state[param] = {k: v if k == "step" else v.to(param.device) for k, v in values.items()}
-    return layers
+    for target in state.layers:
+        if isinstance(target.core, SVDLinear) and f"packed/{target.name}" in tensors:
+            target.core.pack(tensors[f"packed/{target.name}"].to(device))

@@ -57,6 +57,7 @@ class SVDLinear(nn.Module):
         self.U: Tensor
         self.V: Tensor
         self.p = nn.Parameter(torch.full((U_MK.shape[1],), mask_scale, dtype=torch.float32, device=W_MN.device))
+        self.packed: Tensor | None = None  # [k] directions that are still multiplied; None = all
 
     @property
     def bias(self) -> Tensor | None:
@@ -64,8 +65,15 @@ class SVDLinear(nn.Module):
         return bias if isinstance(bias, Tensor) else None
 
     def forward(self, x_BTN: Tensor) -> Tensor:
-        gate_K = StraightThrough.apply(self.p, self.level, self.slope, x_BTN.dtype)
-        return F.linear(F.linear(x_BTN, self.V) * gate_K, self.U, self.bias)
+        gate_k = StraightThrough.apply(self.p, self.level, self.slope, x_BTN.dtype)
+        if self.packed is None:
+            return F.linear(F.linear(x_BTN, self.V) * gate_k, self.U, self.bias)
+        return F.linear(F.linear(x_BTN, self._V) * gate_k[self.packed], self._U, self.bias)
+
+    def pack(self, directions_k: Tensor) -> None:
+        """Multiply only these directions from now on. The others must be pruned: they never return, so nothing changes."""
+        self.packed = directions_k
+        self._U, self._V = self.U[:, directions_k].contiguous(), self.V[directions_k].contiguous()
 
     def sorted(self, importance_K: Tensor) -> "ElasticLinear":
         """The same layer with its directions as rows, in the order of `importance_K`, and without masks."""
