@@ -7,20 +7,22 @@ Ends with 0 when it was stopped, 1 when it can't serve or lost its cluster, 2 fo
 """
 
 import argparse
+import contextlib
+import io
 import ipaddress
 import json
+import logging
+import os
 import signal
 import socket
 import sys
 import time
 
-import ray
 from acip_platform.cluster import ClusterError, connect
 from acip_platform.serve.api import BUILD_ARGS, application, choose
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store, StoreError
 from acip_platform.tracking import CHAMPION, ModelVersion
-from ray import serve
 
 from acip.errors import AcipError
 
@@ -62,10 +64,18 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
+        import ray
+
         ray.shutdown()  # stops Ray if it was started here, else lets go of it
 
 
 def _serve(versions: list[ModelVersion], host: str, port: int, local: bool) -> int:
+    import ray
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if serve.status().proxies:
         raise ClusterError("Serve already runs on this cluster. Deploy with `serve deploy`, or stop it with `serve shutdown`.")
     try:
@@ -75,13 +85,21 @@ def _serve(versions: list[ModelVersion], host: str, port: int, local: bool) -> i
         if local:  # nobody else wants the cores
             options["num_cpus"] = min(MAX_CPUS, there["CPU"])
         serve.start(http_options={"host": host, "port": port})
-        serve.run(application(versions, **options), name=APPLICATION, route_prefix="/")
+        try:
+            serve.run(application(versions, **options), name=APPLICATION, route_prefix="/")
+        except RuntimeError as error:  # names the deployment only; its message ends with what was raised in it
+            failed = serve.status().applications[APPLICATION].deployments.values()
+            causes = [part.message.strip().splitlines()[-1] for part in failed if part.message.strip()]
+            raise ClusterError("\n".join(["the engine can't start.", *causes])) from error
         print(first_screen(versions, f"http://{host}:{port}"), flush=True)
         while APPLICATION in serve.status().applications:  # raises when the cluster is gone
             time.sleep(5)
         raise ClusterError("the application was removed from Serve by someone else.")
     finally:
-        serve.shutdown()
+        # Serve kills its own controller in the end, and Ray then prints that this call of it failed
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(RayError, RayServeException):
+            serve.delete(APPLICATION)  # waits for what is being answered; shutdown alone would cut it off
+            serve.shutdown()
 
 
 def first_screen(versions: list[ModelVersion], url: str) -> str:
@@ -129,7 +147,8 @@ def _check_port(host: str, port: int) -> None:
 def _stop_by_signal() -> None:
     def stop(*_: object) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # shutting down takes seconds and must not be cut short
+            signal.signal(number, lambda *_: None)  # shutting down takes seconds and must not be cut short
+        os.write(1, b"stopping, when what is being answered is done ...\n")  # print may have been interrupted itself
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,16 +1,20 @@
 """The engine without Ray: sizes, texts, limits, seeds, stops; on the small artifact."""
 
+import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from acip_platform.serve.engine import Cancelled, Engine
 from acip_platform.serve.errors import RequestError
 from acip_platform.serve.request import CompletionRequest
+from acip_platform.serve.routes import routes
 from acip_platform.serve.served import Served
 from acip_platform.tracking import ModelVersion
 from transformers import AutoModelForCausalLM
@@ -57,7 +61,8 @@ def test_full_size_is_the_base_model(ask: Ask, small_base: str, engine: Engine) 
 def test_a_smaller_size_is_what_materialise_makes(ask: Ask, small_artifact: Artifact) -> None:
     any_size = small_artifact.load()
     any_size.resize(0.5)
-    plain, tokenizer = any_size.materialise(), small_artifact.tokenizer()
+    plain: Any = any_size.materialise()
+    tokenizer = small_artifact.tokenizer()
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
     made = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False, pad_token_id=2)
     assert text(ask(size_ratio=0.5, max_tokens=32)) == tokenizer.decode(made[0, ids.shape[1] :])
@@ -102,7 +107,7 @@ def test_the_seed_reproduces(ask: Ask) -> None:
 
 
 def test_settings_that_are_left_out_are_the_models_own_else_openais(ask: Ask, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = engine.models["small"].any_size.model.generation_config
+    own = engine.models["small"].stated
     free = {"seed": 3, "max_tokens": 32}
     assert text(ask(**free, temperature=None)) == text(ask(**free, temperature=1, top_p=1))
     monkeypatch.setattr(own, "temperature", 0.7)
@@ -111,6 +116,18 @@ def test_settings_that_are_left_out_are_the_models_own_else_openais(ask: Ask, en
     assert stated == text(ask(**free, temperature=0.7, top_p=0.8))
     assert stated != text(ask(**free, temperature=1, top_p=1))
     assert text(ask(temperature=1e-9)) == text(ask(temperature=0))
+
+
+def test_what_a_model_states_about_length_or_beams_does_not_overrule_the_request(
+    ask: Ask, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usual = text(ask(max_tokens=32))
+    logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "propagate", True)
+    for name, value in {"max_length": 8, "num_beams": 3, "return_dict_in_generate": True, "temperature": 0.6}.items():
+        monkeypatch.setattr(engine.models["small"].stated, name, value)
+    assert text(ask(max_tokens=32)) == usual
+    assert caplog.messages == []
 
 
 def test_a_list_of_prompts_is_answered_in_order(ask: Ask) -> None:
@@ -134,7 +151,7 @@ def test_a_stop_text_ends_the_answer_before_it(ask: Ask) -> None:
 
 def test_the_end_token_ends_the_answer(ask: Ask, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = text(ask(max_tokens=32))
-    monkeypatch.setattr(engine.models["small"].any_size.model.generation_config, "eos_token_id", ord(whole[9]))
+    monkeypatch.setattr(engine.models["small"].stated, "eos_token_id", ord(whole[9]))
     answer = ask(max_tokens=32)
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"]["completion_tokens"] == whole.index(whole[9]) + 1
@@ -182,3 +199,18 @@ def test_several_models_need_a_name(engine: Engine, small_artifact: Artifact) ->
     assert both.complete(CompletionRequest(prompt="a", model="other@0.5"))["model"] == "other"
     with pytest.raises(RequestError, match="model must be given: small, other"):
         both.complete(CompletionRequest(prompt="a"))
+
+
+def test_an_unexpected_failure_is_a_500_that_leaks_nothing() -> None:
+    async def broken(*_: object) -> Any:
+        raise RuntimeError("password in /etc")
+
+    async def get() -> httpx.Response:
+        transport = httpx.ASGITransport(routes(broken, broken, broken), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post("/v1/completions", json={"prompt": "a"})
+
+    response = asyncio.run(get())
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "server_error"
+    assert "password" not in response.text

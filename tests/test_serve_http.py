@@ -25,6 +25,9 @@ from acip_platform.tracking import Registry, Tracking
 
 from acip.artifact import Artifact
 
+# of Ray's import
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
+
 JOB = Path(__file__).parents[1] / "jobs" / "serve.py"
 PROMPT = "It was a bright cold day and "
 START_TIMEOUT_S = 180.0
@@ -231,17 +234,16 @@ def test_a_full_queue_is_429_and_who_leaves_makes_room(server: Server) -> None:
     async def flood() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=60)) as client:
             asked = [asyncio.create_task(client.post("/v1/completions", json=long)) for _ in range(60)]
-            done, waiting = await asyncio.wait(asked, timeout=5)
+            done, waiting = await asyncio.wait(asked, timeout=4)
             health = await client.get("/health")
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
-            assert len(waiting) >= 8 + 32 - 1
             return [health, *(task.result() for task in done)]
 
     health, *refused = asyncio.run(flood())
     assert health.status_code == 200, "busy is not broken"
-    assert len(refused) >= 15
+    assert len(refused) == 60 - (8 + 32), "eight in the engine and 32 before it"
     for response in refused:
         assert response.status_code == 429
         assert int(response.headers["retry-after"]) >= 1
@@ -269,12 +271,16 @@ def test_a_killed_engine_is_503_then_replaced(server: Server) -> None:
     assert text(server.ask(size_ratio=0.5)) == before, "waits for the new engine, which serves the same version"
 
 
-def test_ctrl_c_stops_it_and_leaves_nothing_behind(server: Server) -> None:
+def test_ctrl_c_lets_answers_finish_and_leaves_nothing_behind(server: Server) -> None:
     everything = server.processes()
     assert len(everything) > 5
-    server.process.send_signal(signal.SIGINT)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.ask, prompt=["a"] * 4, max_tokens=500)
+        time.sleep(1)
+        server.process.send_signal(signal.SIGINT)
+        assert asked.result()["usage"]["completion_tokens"] == 2000
     assert server.process.wait(60) == 0
-    assert server.log.read_text().rstrip().endswith("stopped.")
+    assert server.log.read_text().rstrip().endswith("...\nstopped.")
     assert psutil.wait_procs(everything, timeout=10)[1] == []
 
 
