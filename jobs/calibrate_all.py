@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from acip_platform.cluster import connect
+from acip_platform.cluster import Cluster, connect
 from acip_platform.console import Watch, console, duration, lines, trade_off_table
-from acip_platform.fleet import Fleet, Job, Outcome, run_all, share
+from acip_platform.fleet import Fleet, Job, Outcome, Share, run_all, share
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
 from acip_platform.tracking import Registry, RegistryError, Run, Tracking
@@ -55,13 +55,13 @@ def run(args: argparse.Namespace, out: Any) -> int:
         raise AcipError(f"--only names {', '.join(sorted(unknown))}; the fleet has {', '.join(job.name for job in fleet.jobs)}.")
     jobs = [job for job in fleet.jobs if not args.only or job.name in args.only]
 
-    own = connect(settings)
+    cluster = connect(settings)
     shares = {job.name: share(job, ray.cluster_resources()) for job in jobs}
     tracking, registry, store = Tracking(settings, f"acip/{fleet.name}"), Registry(settings), Store(settings.store, settings.home / "cache")
     done = {} if args.force else {job.name: version for job in jobs if (version := finished(job, registry, store)) is not None}
     open_jobs = [job for job in jobs if job.name not in done]
     runs = {} if args.dry_run else {job.name: start_run(tracking, fleet, job, args.force) for job in open_jobs}
-    first_screen(out, settings, fleet, jobs, done, shares, own, runs)
+    first_screen(out, settings, fleet, jobs, done, shares, cluster, runs)
     if args.dry_run:
         return 0
 
@@ -94,14 +94,20 @@ def start_run(tracking: Tracking, fleet: Fleet, job: Job, force: bool) -> tuple[
 
 
 def first_screen(
-    out: Any, settings: Settings, fleet: Fleet, jobs: list[Job], done: dict[str, str], shares: dict[str, Any], own: bool, runs: dict[str, Any]
-) -> None:  # fmt: skip
+    out: Any,
+    settings: Settings,
+    fleet: Fleet,
+    jobs: list[Job],
+    done: dict[str, str],
+    shares: dict[str, Share],
+    cluster: Cluster,
+    runs: dict[str, tuple[Run, str]],
+) -> None:
     context = ray.get_runtime_context()
     out.print(f"acip: fleet {fleet.name}, {len(jobs)} model{'s' * (len(jobs) != 1)}, {len(done)} done already", markup=False)
-    dashboard = ray.init(ignore_reinit_error=True, log_to_driver=False).dashboard_url
     lines(out, {
-        "job": context.get_job_id() + (" on a Ray of its own" if own else ""),
-        "dashboard": f"http://{dashboard}" if dashboard else "none",
+        "job": context.get_job_id() + (" on a Ray of its own" if cluster.own else ""),
+        "dashboard": cluster.dashboard or "none",
         "tracking": masked(settings.tracking_uri),
         "artifacts": settings.store,
         **{f"run {name}": f"{run.run_id} in experiment {run.experiment_id}" for name, (run, _) in runs.items()},

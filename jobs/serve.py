@@ -54,9 +54,9 @@ def main() -> int:
         versions = choose(settings, args.model, args.alias)
         _check_artifacts(settings, versions)
         _check_port(args.host, args.port)
-        local = connect(settings)
+        own = connect(settings).own
         _stop_by_signal()  # again: Ray sets its own
-        return _serve(versions, args.host, args.port, local)
+        return _serve(versions, args.host, args.port, own)
     except KeyboardInterrupt:
         print("stopped.", flush=True)
         return 0
@@ -69,7 +69,7 @@ def main() -> int:
         ray.shutdown()  # stops Ray if it was started here, else lets go of it
 
 
-def _serve(versions: list[ModelVersion], host: str, port: int, local: bool) -> int:
+def _serve(versions: list[ModelVersion], host: str, port: int, own: bool) -> int:
     import ray
     from ray import serve
     from ray.exceptions import RayError
@@ -82,7 +82,7 @@ def _serve(versions: list[ModelVersion], host: str, port: int, local: bool) -> i
         there = ray.cluster_resources()
         options = {key: value for key, value in BUILD_ARGS.items() if key not in ("models", "alias")}
         options["num_gpus"] = min(1, there.get("GPU", 0))
-        if local:  # nobody else wants the cores
+        if own:  # nobody else wants the cores
             options["num_cpus"] = min(MAX_CPUS, there["CPU"])
         serve.start(http_options={"host": host, "port": port})
         try:

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+from acip_platform.fleet import Fleet, FleetError, Job, root_cause, run_all, share
 
 from acip.recipe import Recipe, named
-from acip_platform.fleet import Fleet, FleetError, Job, root_cause, run_all, share
 
 FLEETS = Path(__file__).parents[1] / "jobs" / "fleets"
 
@@ -53,7 +53,11 @@ def test_defaults_and_changes(tmp_path: Path) -> None:
         ("models:\n- base: b/c", 2, "a model needs a 'name'"),
         ("models:\n- name: a", 2, "a model needs a 'base'"),
         ("models:\n- {name: a, base: b/c, recipe: papr}", 2, "unknown recipe 'papr' (did you mean 'paper'?)"),
-        ("models:\n- name: a\n  base: b/c\n  set:\n    stop_ration: 0.4", 4, "unknown recipe field 'stop_ration' (did you mean 'stop_ratio'?)"),
+        (
+            "models:\n- name: a\n  base: b/c\n  set:\n    stop_ration: 0.4",
+            4,
+            "unknown recipe field 'stop_ration' (did you mean 'stop_ratio'?)",
+        ),
         ("models:\n- {name: a, base: b/c, set: {stop_ratio: 1.4}}", 2, "stop_ratio is 1.4; it must be in (0, 1)"),
         ("models:\n- {name: a, base: b/c, set: {lr: 1e-4}}", 2, "write 1.0e-4"),
         ("models:\n- {name: a, base: b/c, gpus: many}", 2, "gpus is 'many'; it must be a number"),

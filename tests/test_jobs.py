@@ -19,12 +19,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from acip_platform.settings import Settings
+from acip_platform.tracking import Registry, Tracking
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from acip.artifact import Artifact
-from acip_platform.settings import Settings
-from acip_platform.tracking import Registry, Tracking
 
 ROOT = Path(__file__).parents[1]
 CHANGES = (
@@ -48,7 +48,9 @@ class Place:
         self.write_fleet(f"- {{name: tiny, base: {base}}}")
         self.ray_temp = tempfile.mkdtemp(prefix="r")  # sockets live in it, and their paths may not be long
         self.dashboard = free_port()
-        extra = f"--temp-dir={self.ray_temp} --num-cpus=2 --dashboard-agent-listen-port={free_port()} --ray-client-server-port={free_port()}"
+        extra = (
+            f"--temp-dir={self.ray_temp} --num-cpus=2 --dashboard-agent-listen-port={free_port()} --ray-client-server-port={free_port()}"
+        )
         self.env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
             "ACIP_HOME": str(self.home),
             "ACIP_RAY_PORT": str(free_port()),
@@ -91,7 +93,15 @@ def first(place: Place) -> subprocess.CompletedProcess[str]:
 
 def test_the_screens(first: subprocess.CompletedProcess[str], place: Place) -> None:
     out = " ".join(first.stdout.split())
-    for expected in (" job ", " dashboard http://", f" artifacts {place.settings.store} ", "run tiny", "one real step: loss", "ETA", "tok/s"):
+    for expected in (
+        " job ",
+        " dashboard http://",
+        f" artifacts {place.settings.store} ",
+        "run tiny",
+        "one real step: loss",
+        "ETA",
+        "tok/s",
+    ):
         assert expected in out, f"{expected!r} is not on the screen:\n{out}"
     for asked in ("1.00", "0.90", "0.60", "0.40"):
         assert f"│ {asked} │" in out

@@ -6,10 +6,10 @@ from shutil import copytree
 
 import boto3
 import pytest
+from acip_platform.store import Store, StoreError
 from moto.server import ThreadedMotoServer
 
 from acip.artifact import MANIFEST, Artifact
-from acip_platform.store import Store, StoreError
 
 
 @pytest.fixture

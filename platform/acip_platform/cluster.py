@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,16 @@ class ClusterError(AcipError):
     """The Ray cluster that was named can't be reached."""
 
 
-def connect(settings: Settings, log_to_driver: bool = False) -> bool:
-    """Connect this process to Ray, workers seeing the same settings. True if a local cluster was started for it.
+@dataclass(frozen=True)
+class Cluster:
+    """The Ray that this process is connected to. `own`: it was started for this process, and ends with it."""
+
+    own: bool
+    dashboard: str  # its address, "" where there is none
+
+
+def connect(settings: Settings, log_to_driver: bool = False) -> Cluster:
+    """Connect this process to Ray, workers seeing the same settings.
 
     `log_to_driver` prints what workers print. Ends with `ray.shutdown()`, which stops what was started here.
     """
@@ -42,17 +51,19 @@ def connect(settings: Settings, log_to_driver: bool = False) -> bool:
     address = os.environ.get("RAY_ADDRESS", "")
     if address == "local" or not (address or _answers(_noted_by_ray_start())):
         _token_of_our_own()
-        ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, **common)
-        return True
+        return _cluster(True, ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, **common))
     where = f"RAY_ADDRESS={address}" if address else "the cluster that `ray start` left here"
     remedy = "Start that cluster, or unset RAY_ADDRESS to use a local one."
     if address and address != "auto" and "://" not in address and not _answers(address):
         raise ClusterError(f"nothing answers at {where}. {remedy}")  # Ray would try for minutes
     try:
-        ray.init(**common)  # finds the address as above, and the token if the cluster asks for one
+        return _cluster(False, ray.init(**common))  # finds the address as above, and the token if the cluster asks for one
     except (ConnectionError, RuntimeError) as error:
         raise ClusterError(f"can't connect to Ray at {where}: {error}. {remedy}") from error
-    return False
+
+
+def _cluster(own: bool, context: Any) -> Cluster:
+    return Cluster(own, f"http://{context.dashboard_url}" if getattr(context, "dashboard_url", "") else "")
 
 
 def _token_of_our_own() -> None:
