@@ -118,11 +118,12 @@ def first_screen(
             continue
         r = job.recipe
         part = shares[job.name]
-        out.print(
-            f"[{job.name}] {job.base} on {job.data}: {r.basis} basis, stop at {r.stop_ratio} ({r.convention}), then {r.post_tune_steps} steps of "
-            f"post-tuning; {r.batch_size * r.accumulate} x {r.seq_len} tokens a step; {part.gpus:g} GPU, {part.cpus:g} CPU",
-            markup=False,
+        text = (
+            f"[{job.name}] {job.base} on {job.data}: {r.basis} basis, stop at {r.stop_ratio} ({r.convention}), "
+            f"then {r.post_tune_steps} steps of post-tuning; "
+            f"{r.batch_size * r.accumulate} x {r.seq_len} tokens a step; {part.gpus:g} GPU, {part.cpus:g} CPU"
         )
+        out.print(text, markup=False)
 
 
 def last_screen(out: Any, settings: Settings, fleet: Fleet, outcomes: list[Outcome], done: dict[str, str], seconds: float) -> int:
@@ -142,9 +143,10 @@ def last_screen(out: Any, settings: Settings, fleet: Fleet, outcomes: list[Outco
         body = f'{{"model": "{good[0]}", "size_ratio": 0.6, "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0}}'
         home = f"ACIP_HOME={shlex.quote(str(settings.home))} " if os.environ.get("ACIP_HOME") else ""
         local = settings.tracking_uri.startswith("sqlite:")
+        server = f"{mlflow} server --backend-store-uri {settings.tracking_uri} --port 5000 --workers 1"
         out.print("\nNext:", markup=False)
         lines(out, {
-            "see the runs": f"{mlflow} server --backend-store-uri {settings.tracking_uri} --port 5000 --workers 1" if local else settings.tracking_uri,
+            "see the runs": server if local else settings.tracking_uri,
             "serve": f"{home}{python} jobs/serve.py",
             "ask at 0.6": f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{body}'",
         })  # fmt: skip

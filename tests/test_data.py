@@ -14,7 +14,7 @@ from tests.conftest import byte_tokenizer
 
 
 def test_the_splits_share_no_document() -> None:
-    train, heldout = (list(documents("package:wikipedia", split)) for split in ("train", "heldout"))  # type: ignore[arg-type]
+    train, heldout = (list(documents("package:wikipedia", split)) for split in ("train", "heldout"))
     assert len(train) + len(heldout) == 93
     assert len(heldout) == 11
     assert not set(train) & set(heldout)

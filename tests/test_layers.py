@@ -7,7 +7,7 @@ from torch import nn
 from acip.base import load_base
 from acip.calibrate import calibrate, cut_table, set_rank, sort_layers
 from acip.data import TokenBatches
-from acip.linear import KnotLinear, LowRankLinear, SVDLinear, knot_place
+from acip.linear import ElasticLinear, KnotLinear, LowRankLinear, SVDLinear, knot_place
 from acip.parametrise import basis, covariances, find_linears, parametrise, restore, targets
 from acip.recipe import Recipe
 from acip.scores import ScoreMap
@@ -99,13 +99,14 @@ def test_masks_scores_and_moments_are_float32_in_a_bfloat16_model(small_base: st
     base = load_base(small_base, "bfloat16")
     quick = recipe(dtype="bfloat16", lr=3e-3, lambda_factor=1.3, post_tune_steps=2)
     parametrise(base.model, quick, golden_tokens)
-    dtypes = set()
+    dtypes: set[torch.dtype] = set()
 
     def observe(report: object, state: object) -> None:
         dtypes.update(value.dtype for moments in state.optimizer.state.values() for value in moments.values())  # type: ignore[attr-defined]
 
-    assert {t.core.p.dtype for t in targets(base.model)} == {torch.float32}  # type: ignore[union-attr]
-    assert {t.core.U.dtype for t in targets(base.model)} == {torch.bfloat16}  # type: ignore[union-attr]
+    cores = [target.core for target in targets(base.model) if isinstance(target.core, SVDLinear)]
+    assert {core.p.dtype for core in cores} == {torch.float32}
+    assert {core.U.dtype for core in cores} == {torch.bfloat16}
     calibration = calibrate(base.model, TokenBatches(golden_tokens, 4), quick, observe=observe)
     assert dtypes == {torch.float32}
     assert calibration.scores.score.dtype == torch.float32
@@ -130,12 +131,12 @@ def test_masked_sorted_and_materialised_agree(small_base: str, golden_tokens: to
     for target in layers:
         set_rank(target, live[target.name])
     torch.testing.assert_close(logits(model, heldout_tokens[:4]), masked, rtol=0, atol=2e-4)
-    target = layers[0]
-    x = torch.randn(3, 7, target.core.right.shape[1])  # type: ignore[union-attr]
+    target, core = layers[0], layers[0].core
+    assert isinstance(core, ElasticLinear)
+    x = torch.randn(3, 7, core.right.shape[1])
+    kept = slice(live[target.name])
     folded = LowRankLinear(
-        torch.cat([target.Bs[0].detach(), target.core.left[: live[target.name]].T], dim=1),  # type: ignore[union-attr]
-        torch.cat([target.A.detach(), target.core.right[: live[target.name]]]),  # type: ignore[union-attr]
-        target.core.bias,
+        torch.cat([target.Bs[0].detach(), core.left[kept].T], dim=1), torch.cat([target.A.detach(), core.right[kept]]), core.bias
     )
     torch.testing.assert_close(folded(x), target.slot(x), rtol=0, atol=1e-5)
     assert cut_table(model, scores, recipe()).rest_params == sum(
