@@ -1,12 +1,22 @@
-"""What is written is what is read, and nothing else is."""
+"""What is written is what is read; what is broken, foreign or newer is refused with a reason."""
 
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from safetensors import safe_open
+from torch import nn
 
-from acip.artifact import Artifact
+from acip.artifact import MANIFEST, Artifact
 from acip.base import load_base
-from acip.materialise import AnySize
+from acip.calibrate import Calibration, set_size
+from acip.errors import ArtifactError
+from acip.linear import ElasticLinear, LowRankLinear
+from acip.parametrise import targets
 
 
 def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -18,8 +28,119 @@ def test_size_one_is_the_base_bit_for_bit(small_artifact: Artifact, small_base: 
     base = load_base(small_base, "float32").model
     any_size = small_artifact.load()
     any_size.resize(0.5)
-    any_size.resize(1.0)
+    cut = any_size.resize(1.0)
     assert torch.equal(logits(any_size.model, heldout_tokens[:4]), logits(base, heldout_tokens[:4]))
-    assert any_size.cut is not None
-    assert any_size.cut.params == sum(p.numel() for p in base.parameters())
-    assert AnySize is not None
+    assert cut.params == sum(p.numel() for p in base.parameters())
+
+
+@pytest.mark.parametrize("size", [0.45, 0.6, 0.85])
+def test_every_size_computes_what_was_calibrated(
+    calibrated: tuple[Any, Calibration], small_artifact: Artifact, heldout_tokens: torch.Tensor, size: float
+) -> None:
+    """Masked and adapted in memory, resident from disk, and materialised: one function, three ways."""
+    _, calibration = calibrated
+    any_size = small_artifact.load()
+    cut = any_size.resize(size)
+    set_size(targets(calibration.model), cut, cut.sizes["linear"], calibration.recipe.knots)
+    resident = logits(any_size.model, heldout_tokens[:4])
+    torch.testing.assert_close(resident, logits(calibration.model, heldout_tokens[:4]), rtol=0, atol=1e-4)
+    plain = any_size.materialise()
+    any_size.resize(1.0)
+    assert torch.equal(logits(plain, heldout_tokens[:4]), resident)
+    assert sum(p.numel() for p in plain.parameters()) == cut.params
+    assert not any(isinstance(module, ElasticLinear) for module in plain.modules())
+    kinds = {name: type(plain.get_submodule(name)) for name in cut.ranks}
+    assert kinds == {name: nn.Linear if rank is None else LowRankLinear for name, rank in cut.ranks.items()}
+
+
+def test_a_size_is_a_prefix_on_disk(small_artifact: Artifact) -> None:
+    """No size needs more rows than are stored, and rows fall in importance: the order on disk is the removal order."""
+    table = small_artifact.table()
+    with safe_open(small_artifact.folder / "factors.safetensors", framework="pt") as factors:
+        for layer in table.layers:
+            rows = factors.get_slice(f"{layer.name}.left").get_shape()[0]
+            assert rows == layer.stored_rank(table.adapter_rank)
+            assert (rows + 1 + table.adapter_rank) * (layer.M + layer.N) >= layer.M * layer.N
+    any_size = small_artifact.load()
+    before = {name: layer.right.data_ptr() for name, layer in any_size.layers.items()}
+    any_size.resize(0.5)
+    any_size.resize(0.8)
+    assert before == {name: layer.right.data_ptr() for name, layer in any_size.layers.items()}, "a size is a view, not a copy"
+
+
+def test_generation_and_tokenizer_come_along(small_artifact: Artifact) -> None:
+    any_size, tokenizer = small_artifact.load(), small_artifact.tokenizer()
+    any_size.resize(0.7)
+    ids = tokenizer("It is a truth universally", return_tensors="pt")["input_ids"]
+    out = any_size.model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert out.shape[1] <= ids.shape[1] + 8
+    assert tokenizer.decode(out[0]).startswith("It is a truth universally")
+
+
+def test_a_curve_is_recorded_and_nothing_else_changes(small_artifact: Artifact, tmp_path: Path) -> None:
+    folder = shutil.copytree(small_artifact.folder, tmp_path / "copy")
+    changed = Artifact.open(folder).record_curve([{"asked": 1.0, "perplexity": 4.0}])
+    assert changed.curve == [{"asked": 1.0, "perplexity": 4.0}]
+    assert {**changed.manifest, "curve": []} == small_artifact.manifest
+    assert Artifact.open(folder, verify=True).curve == changed.curve
+
+
+def _edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        change(manifest)
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    return edit
+
+
+def _flip(folder: Path) -> None:
+    path = folder / "factors.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda folder: (folder / MANIFEST).unlink(), "holds no manifest.json"),
+        (lambda folder: (folder / MANIFEST).write_bytes(b"\x80\x04pickle"), "is not JSON"),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), "not an acip manifest"),
+        (lambda folder: (folder / "dense.safetensors").unlink(), "missing"),
+        (lambda folder: (folder / "rest.safetensors").write_bytes(b"short"), "the manifest says"),
+        (_flip, "is corrupted"),
+        (_edit(lambda m: m.update(schema=99)), "Upgrade acip"),
+        (_edit(lambda m: m.pop("layers")), "'layers' is missing"),
+        (_edit(lambda m: m["files"].update({"../outside": {"bytes": 1, "sha256": ""}})), "outside its folder"),
+        (_edit(lambda m: m["files"].update({"/etc/passwd": {"bytes": 1, "sha256": ""}})), "outside its folder"),
+        (_edit(lambda m: m["layers"][0].update(M="many")), "malformed layer row"),
+    ],
+)
+def test_what_is_not_whole_is_refused(small_artifact: Artifact, tmp_path: Path, harm: Callable[[Path], None], says: str) -> None:
+    folder = shutil.copytree(small_artifact.folder, tmp_path / "copy")
+    harm(folder)
+    with pytest.raises(ArtifactError, match=says):
+        Artifact.open(folder, verify=True)
+
+
+def test_a_table_that_does_not_fit_its_order_is_refused(small_artifact: Artifact, tmp_path: Path) -> None:
+    folder = shutil.copytree(small_artifact.folder, tmp_path / "copy")
+    _edit(lambda m: m["layers"].pop())(folder)
+    with pytest.raises(ArtifactError, match="does not fit the layer table"):
+        Artifact.open(folder).table()
+
+
+def test_a_crash_while_writing_leaves_no_artifact(
+    calibrated: tuple[Any, Calibration], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, calibration = calibrated
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(base.tokenizer, "save_pretrained", full)
+    with pytest.raises(OSError, match="no space"):
+        Artifact.save(tmp_path / "half", base, calibration, {})
+    with pytest.raises(ArtifactError, match="cut short"):
+        Artifact.open(tmp_path / "half")

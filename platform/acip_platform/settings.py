@@ -4,6 +4,7 @@
     ACIP_HOME              folder of the embedded default                 .acip in the checkout, else ~/.acip
     ACIP_STORE             where artifacts go: a folder or s3://bucket/x  ACIP_HOME/artifacts
     ACIP_RUNS              Ray Train's checkpoints: folder or s3://       ACIP_HOME/runs
+    ACIP_CHECKPOINT_S      seconds between checkpoints of a calibration   60
     MLFLOW_TRACKING_URI    tracking server or database                    sqlite:///ACIP_HOME/mlflow.db
 
 S3 credentials and endpoint come from boto3's usual chain (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...), never from here.
@@ -15,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from acip.errors import AcipError
+
 PASSED_ON = ("AWS_", "MLFLOW_", "HF_", "ACIP_", "RAY_AUTH_")  # what Ray workers need of the submitter's environment
 
 
@@ -24,6 +27,7 @@ class Settings:
     store: str
     runs: str
     tracking_uri: str
+    checkpoint_s: float = 60.0
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> "Settings":
@@ -36,6 +40,7 @@ class Settings:
             store=env.get("ACIP_STORE") or str(home / "artifacts"),
             runs=env.get("ACIP_RUNS") or str(home / "runs"),
             tracking_uri=env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
+            checkpoint_s=_seconds(env, "ACIP_CHECKPOINT_S", 60.0),
         )
 
     def worker_env(self) -> dict[str, str]:
@@ -45,12 +50,24 @@ class Settings:
             "ACIP_HOME": str(self.home),
             "ACIP_STORE": self.store,
             "ACIP_RUNS": self.runs,
+            "ACIP_CHECKPOINT_S": str(self.checkpoint_s),
             "MLFLOW_TRACKING_URI": self.tracking_uri,
         }
 
     def __repr__(self) -> str:
         shown = {field.name: masked(str(getattr(self, field.name))) for field in fields(self)}
         return "Settings(" + ", ".join(f"{key}={value!r}" for key, value in shown.items()) + ")"
+
+
+def _seconds(env: Mapping[str, str], name: str, default: float) -> float:
+    text = env.get(name) or str(default)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise AcipError(f"{name} is {text!r}; it must be a number of seconds above 0.")
+    return seconds
 
 
 def masked(uri: str) -> str:

@@ -35,7 +35,6 @@ from acip_platform.store import Store
 from acip_platform.tracking import Registry, Run, Tracking
 
 REPORT_EVERY_S = 10.0
-CHECKPOINT_EVERY_S = 60.0
 
 
 @ray.remote(num_cpus=0)
@@ -151,7 +150,7 @@ def _calibrated(job: Job, base: Base, run: Run, settings: Settings, store: Store
     facts = f"loss {loss:.3f} in {time.time() - began:.1f} s, at full shape; {len(windows):,} windows of {recipe.seq_len} tokens"
     say("stage", text=f"one real step: {facts}")
 
-    observer = Observer(job, run, say)
+    observer = Observer(job, run, settings.checkpoint_s, say)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         calibration = calibrate(base.model, batches, recipe, observe=observer)
@@ -176,8 +175,8 @@ def _calibrated(job: Job, base: Base, run: Run, settings: Settings, store: Store
 class Observer:
     """Hears each step of the loop: metrics to MLflow, progress to the driver, state to Ray Train. Changes nothing."""
 
-    def __init__(self, job: Job, run: Run, say: Callable[..., None]) -> None:
-        self.job, self.run, self.say = job, run, say
+    def __init__(self, job: Job, run: Run, checkpoint_s: float, say: Callable[..., None]) -> None:
+        self.job, self.run, self.checkpoint_s, self.say = job, run, checkpoint_s, say
         self.tokens = job.recipe.batch_size * job.recipe.accumulate * job.recipe.seq_len
         self.rows: list[tuple[int, dict[str, float]]] = []
         self.logged = run.last_step("loss_nats")
@@ -203,7 +202,7 @@ class Observer:
             eta_s = (now - since) * (1 - report.progress) / done if done > 0 else None
             facts = dataclasses.asdict(report) | {"stop": self.job.recipe.stop_ratio, "tokens_per_s": tokens_per_s, "eta_s": eta_s}
             self.say("step", **facts)
-        if now - self.saved >= CHECKPOINT_EVERY_S:
+        if now - self.saved >= self.checkpoint_s:
             with tempfile.TemporaryDirectory() as folder:
                 state.save(folder)
                 metrics = {"step": report.step, "loss": report.loss, "size": report.size}

@@ -1,0 +1,69 @@
+"""A worker is killed in the middle of its calibration: another goes on, and the result is the undisturbed one, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from acip_platform.settings import Settings
+from acip_platform.tracking import Registry
+
+ROOT = Path(__file__).parents[1]
+FLEET = """\
+name: twins
+defaults:
+  data: package:wikipedia
+  eval_context: 64
+  eval_windows: 8
+  sizes: [1.0, 0.5]
+  cpus: 1
+  set: {covariance_windows: 16, adapter_rank: 4, adapter_alpha: 4.0, dtype: float32, batch_size: 4, seq_len: 64, lr: 3.0e-3,
+        lambda_factor: 1.2, post_tune_steps: 300}
+models:
+  - {name: killed, base: BASE}
+  - {name: undisturbed, base: BASE}
+"""
+
+
+def test_a_killed_worker_loses_nothing(tmp_path: Path, small_base: str) -> None:
+    fleet = tmp_path / "fleet.yaml"
+    fleet.write_text(FLEET.replace("BASE", small_base))
+    env = {**os.environ, "ACIP_HOME": str(tmp_path / "home"), "ACIP_CHECKPOINT_S": "1", "RAY_ADDRESS": "local"}
+    settings = Settings.from_env(env)
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        job = subprocess.Popen([sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(fleet)], env=env, stdout=out, stderr=out)
+        try:
+            victim = worker_of("killed", job, Path(settings.runs), log)
+            victim.send_signal(signal.SIGKILL)
+            assert job.wait(timeout=300) == 0, log.read_text()
+        finally:
+            if job.poll() is None:
+                job.terminate()
+                job.wait(timeout=60)
+    text = log.read_text()
+    assert "[killed] going on from the last checkpoint" in text
+    assert "[undisturbed] going on" not in text
+    ours, theirs = (Path(Registry(settings).resolve(name).uri) for name in ("killed", "undisturbed"))
+    for file in ("order", "factors", "adapters"):
+        a, b = load_file(ours / f"{file}.safetensors"), load_file(theirs / f"{file}.safetensors")
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), file
+
+
+def worker_of(name: str, job: subprocess.Popen[bytes], runs: Path, log: Path) -> psutil.Process:
+    """The process that calibrates `name`, once it has left a checkpoint that counts."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and job.poll() is None:
+        if len(list(runs.glob(f"{name}-*/step_*"))) >= 2:
+            for process in psutil.Process(job.pid).children(recursive=True):
+                if "RayTrainWorker" in " ".join(process.cmdline()) and f"{os.sep}{name}-" in process.cwd():
+                    return process
+        time.sleep(0.1)
+    raise AssertionError(f"no worker of {name} with a checkpoint:\n{log.read_text()}")
