@@ -60,10 +60,13 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path, small_base: str) -> None:
 def worker_of(name: str, job: subprocess.Popen[bytes], runs: Path, log: Path) -> psutil.Process:
     """The process that calibrates `name`, once it has left a checkpoint that counts."""
     deadline = time.monotonic() + 180
+    seen: set[Path] = set()
     while time.monotonic() < deadline and job.poll() is None:
-        if len(list(runs.glob(f"{name}-*/step_*"))) >= 2:
+        there = set(runs.glob(f"{name}-*/step_*"))
+        if seen - there:  # the oldest was deleted, so the controller has counted two younger ones
             for process in psutil.Process(job.pid).children(recursive=True):
                 if "RayTrainWorker" in " ".join(process.cmdline()) and f"{os.sep}{name}-" in process.cwd():
                     return process
+        seen |= there
         time.sleep(0.1)
     raise AssertionError(f"no worker of {name} with a checkpoint:\n{log.read_text()}")
