@@ -9,10 +9,9 @@ from pathlib import Path
 
 import psutil
 import torch
-from safetensors.torch import load_file
-
 from acip_platform.settings import Settings
 from acip_platform.tracking import Registry
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 FLEET = """\
@@ -38,7 +37,8 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path, small_base: str) -> None:
     settings = Settings.from_env(env)
     log = tmp_path / "log"
     with log.open("w") as out:
-        job = subprocess.Popen([sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(fleet)], env=env, stdout=out, stderr=out)
+        command = [sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(fleet)]
+        job = subprocess.Popen(command, env=env, stdout=out, stderr=out)
         try:
             victim = worker_of("killed", job, Path(settings.runs), log)
             victim.send_signal(signal.SIGKILL)
