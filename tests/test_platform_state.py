@@ -43,6 +43,17 @@ def test_passwords_are_not_shown() -> None:
     assert "user:***@db" in shown
 
 
+def test_secrets_are_not_passed_on(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
+    """Ray shows a job's environment to everyone who sees its dashboard."""
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "hunter2")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://s3")
+    passed = settings.worker_env()
+    assert passed["AWS_ENDPOINT_URL"] == "http://s3"
+    assert passed["ACIP_HOME"] == str(settings.home)
+    assert "hunter2" not in passed.values()
+
+
 def test_store_says_what_is_missing(settings: Settings, small_artifact: Artifact) -> None:
     store = Store(settings.store, settings.home / "cache")
     assert store.exists(str(small_artifact.folder))

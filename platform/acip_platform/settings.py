@@ -18,7 +18,8 @@ from pathlib import Path
 
 from acip.errors import AcipError
 
-PASSED_ON = ("AWS_", "MLFLOW_", "HF_", "ACIP_", "RAY_AUTH_")  # what Ray workers need of the submitter's environment
+PASSED_ON = ("AWS_", "MLFLOW_", "HF_", "ACIP_")  # what Ray workers need of the submitter's environment ...
+SECRET = ("SECRET", "TOKEN", "PASSWORD", "ACCESS_KEY")  # ... but Ray shows what it passes on, so secrets belong on the nodes
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Settings:
         )
 
     def worker_env(self) -> dict[str, str]:
-        """Environment variables that make a worker on any node see these settings."""
-        passed = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
+        """Environment variables that make a worker on any node see these settings. Without secrets."""
+        passed = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON) and not any(word in key for word in SECRET)}
         return passed | {
             "ACIP_HOME": str(self.home),
             "ACIP_STORE": self.store,

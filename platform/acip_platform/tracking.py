@@ -129,7 +129,13 @@ class Registry:
         self.client.set_registered_model_alias(version.name, alias, version.version)
 
     def models(self) -> list[str]:
-        return sorted(model.name for model in self.client.search_registered_models())
+        names: list[str] = []
+        page = None
+        while page != "":
+            models = self.client.search_registered_models(page_token=page)
+            names.extend(model.name for model in models)
+            page = models.token or ""
+        return sorted(names)
 
     def resolve(self, name: str, which: str = CHAMPION) -> ModelVersion:
         """`which` is an alias or a version number. Resolve once and keep the version: aliases move."""
