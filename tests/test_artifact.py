@@ -70,9 +70,10 @@ def test_a_size_is_a_prefix_on_disk(small_artifact: Artifact) -> None:
 
 def test_generation_and_tokenizer_come_along(small_artifact: Artifact) -> None:
     any_size, tokenizer = small_artifact.load(), small_artifact.tokenizer()
+    model: Any = any_size.model
     any_size.resize(0.7)
     ids = tokenizer("It is a truth universally", return_tensors="pt")["input_ids"]
-    out = any_size.model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    out = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert out.shape[1] <= ids.shape[1] + 8
     assert tokenizer.decode(out[0]).startswith("It is a truth universally")
 
