@@ -9,7 +9,7 @@ is exact for every basis U of W's column space; the basis decides what a prefix 
   its rank for the calibration activations (the optimum that SVD-LLM reaches by whitening, without its inverse).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -216,7 +216,3 @@ def restore(model: nn.Module) -> nn.Module:
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def trainable(model: nn.Module) -> Iterator[nn.Parameter]:
-    return (p for p in model.parameters() if p.requires_grad)

@@ -6,7 +6,6 @@ Fields carry their meaning, unit, allowed range and the section of the paper (AC
 
 import dataclasses
 import difflib
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -81,12 +80,6 @@ class Recipe:
             raise RecipeError("without adapters (adapter_rank 0) there is nothing to post-tune: set post_tune_steps to 0.")
         if self.knots and self.post_tune == "stop":
             raise RecipeError("knots need sizes to learn from: set post_tune to 'sizes', or knots to [].")
-
-    @property
-    def label(self) -> str:
-        """Short content hash: equal recipes have equal labels."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))

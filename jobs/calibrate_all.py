@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, out: Any) -> int:
         )
     for outcome in outcomes:
         runs[outcome.job.name][0].finish("FAILED" if outcome.error else "FINISHED")
-    return last_screen(out, settings, fleet, outcomes, done, time.time() - began)
+    return last_screen(out, settings, outcomes, done, time.time() - began)
 
 
 def finished(job: Job, registry: Registry, store: Store) -> str | None:
@@ -126,7 +126,7 @@ def first_screen(
         out.print(text, markup=False)
 
 
-def last_screen(out: Any, settings: Settings, fleet: Fleet, outcomes: list[Outcome], done: dict[str, str], seconds: float) -> int:
+def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dict[str, str], seconds: float) -> int:
     for outcome in outcomes:
         if outcome.error is None:
             out.print()

@@ -95,7 +95,6 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     run = Run(tracking.client, config["run"], tracking.experiment_id)
     store = Store(settings.store, settings.home / "cache")
     key = f"{job.name}/{config['attempt']}"
-    started = time.time()
 
     def say(kind: str, **facts: Any) -> None:
         config["inbox"].put.remote({"model": job.name, "kind": kind, **facts})
@@ -106,7 +105,7 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     heldout = _heldout(job, base)
     if not store.exists(store.uri(key)):
         torch.nn.Module.to(base.model, device)
-        artifact = _calibrated(job, base, run, settings, store, key, say)
+        artifact = _calibrated(job, base, run, settings, key, say)
         uri = store.put(artifact.folder, key)
         say("stage", text=f"artifact saved: {uri}")
     uri = store.uri(key)
@@ -124,7 +123,6 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
         "version": version,
         "curve": artifact.curve,
         "stop_ratio": job.recipe.stop_ratio,
-        "seconds": time.time() - started,
     }
 
 
@@ -133,7 +131,7 @@ def _heldout(job: Job, base: Base) -> torch.Tensor:
     return token_windows(documents(job.eval_data or job.data, "heldout"), base.tokenizer, context, job.eval_windows or None)
 
 
-def _calibrated(job: Job, base: Base, run: Run, settings: Settings, store: Store, key: str, say: Callable[..., None]) -> Artifact:
+def _calibrated(job: Job, base: Base, run: Run, settings: Settings, key: str, say: Callable[..., None]) -> Artifact:
     """Parametrise and calibrate, from the last checkpoint if there is one; the artifact, in a temporary folder."""
     recipe = job.recipe
     # enough text for one pass over the expected steps and the covariances; a longer run reads it again in another order
