@@ -1,7 +1,7 @@
 """Calibration text -> token windows: packed, deterministic, and resumable because batch i is a function of (seed, i).
 
     source                         what it is
-    package:wikipedia              the text that ships with acip (CC BY-SA 3.0, see acip/corpora/README.md)
+    package:wikipedia, ...:austen  the texts that ship with acip (licences in acip/corpora/README.md)
     c4, wikitext2                  the hub's, through `datasets`; C4 is streamed and stopped when enough is read
     path/to/file.txt, a folder     local text; documents are parted by two blank lines (.txt) or lines (.jsonl, "text")
 
@@ -45,7 +45,7 @@ def documents(source: str, split: Split) -> Iterator[str]:
     else:
         raise DataError(
             f"data source {source!r} is neither a file or folder here nor a known name{did_you_mean(source, list(HUB))}. "
-            f"Allowed: package:wikipedia, {', '.join(HUB)}, or a path to .txt or .jsonl text."
+            f"Allowed: package:wikipedia, package:austen, {', '.join(HUB)}, or a path to .txt or .jsonl text."
         )
 
 

@@ -59,7 +59,7 @@ def test_local_text(tmp_path: Path) -> None:
 def test_bad_sources_say_what_is_allowed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"did you mean 'wikipedia'"):
         list(documents("package:wikipedias", "train"))
-    with pytest.raises(DataError, match=r"Allowed: package:wikipedia, c4, wikitext2, or a path"):
+    with pytest.raises(DataError, match=r"Allowed: package:wikipedia, package:austen, c4, wikitext2, or a path"):
         list(documents("wikitext", "train"))
     with pytest.raises(DataError, match="holds no"):
         list(documents(str(tmp_path), "train"))
