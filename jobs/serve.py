@@ -92,8 +92,10 @@ def _serve(versions: list[ModelVersion], host: str, port: int, own: bool) -> int
             causes = [part.message.strip().splitlines()[-1] for part in failed if part.message.strip()]
             raise ClusterError("\n".join(["the engine can't start.", *causes])) from error
         print(first_screen(versions, f"http://{host}:{port}"), flush=True)
-        while APPLICATION in serve.status().applications:  # raises when the cluster is gone
-            time.sleep(5)
+        while not _stopping and APPLICATION in serve.status().applications:  # raises when the cluster is gone
+            time.sleep(2)
+        if _stopping:
+            raise KeyboardInterrupt
         raise ClusterError("the application was removed from Serve by someone else.")
     finally:
         # Serve kills its own controller in the end, and Ray then prints that this call of it failed
@@ -144,8 +146,14 @@ def _check_port(host: str, port: int) -> None:
             ) from error
 
 
+_stopping: list[int] = []  # the signal that asked for it
+
+
 def _stop_by_signal() -> None:
-    def stop(*_: object) -> None:
+    """Ctrl-C and SIGTERM end the job, once. The exception may land where it is lost (a destructor); the note stays."""
+
+    def stop(number: int, _frame: object) -> None:
+        _stopping.append(number)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)  # shutting down takes seconds and must not be cut short
         os.write(1, b"stopping, when what is being answered is done ...\n")  # print may have been interrupted itself

@@ -165,8 +165,13 @@ def test_the_endpoint_serves_the_champion(first: subprocess.CompletedProcess[str
         assert set(bad.json()["error"]) == {"message", "type", "param", "code"}
     finally:
         server.send_signal(signal.SIGTERM)
-        server.wait(timeout=60)
-        log.close()
+        try:
+            server.wait(timeout=180)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            pytest.fail(f"the server did not stop:\n{Path(log.name).read_text()}")
+        finally:
+            log.close()
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> Any:
