@@ -152,8 +152,8 @@ _stopping: list[int] = []  # the signal that asked for it
 def _stop_by_signal() -> None:
     """Ctrl-C and SIGTERM end the job, once. The exception may land where it is lost (a destructor); the note stays."""
 
-    def stop(number: int, _frame: object) -> None:
-        _stopping.append(number)
+    def stop(received: int, _frame: object) -> None:
+        _stopping.append(received)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)  # shutting down takes seconds and must not be cut short
         os.write(1, b"stopping, when what is being answered is done ...\n")  # print may have been interrupted itself
