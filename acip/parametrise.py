@@ -178,20 +178,7 @@ def parametrise(
             raise BaseModelError("the covariance basis needs calibration text: pass `windows`, or set basis to 'svd'.")
         C = covariances(model, linears, windows[: recipe.covariance_windows])
     if recipe.adapter_rank:
-        torch.manual_seed(recipe.seed)
-        config = LoraConfig(
-            r=recipe.adapter_rank,
-            lora_alpha=recipe.adapter_alpha,  # type: ignore[arg-type]
-            lora_dropout=recipe.adapter_dropout,
-            target_modules=list(linears),
-        )
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-        for name in linears:
-            lora = model.get_submodule(name)
-            assert isinstance(lora, LoraLinear)
-            lora.cast_input_dtype_enabled = False  # MasterLinear casts the small weights instead of the large input
-            for matrices in (lora.lora_A, lora.lora_B):
-                matrices[ADAPTER] = MasterLinear.of(matrices[ADAPTER])  # type: ignore[arg-type]
+        add_adapters(model, list(linears), recipe)
     for done, (name, linear) in enumerate(linears.items(), 1):
         W_MN = weight_MN(linear)
         core = SVDLinear(linear, W_MN, basis(W_MN, C.get(name)), recipe.mask_scale)
@@ -202,6 +189,24 @@ def parametrise(
             set_module(model, name, core)
         progress(done, len(linears))
     return targets(model)
+
+
+def add_adapters(model: nn.Module, names: list[str], recipe: Recipe) -> None:
+    """A fresh PEFT LoRA around each named layer, in place: B is zero, so nothing changes yet."""
+    torch.manual_seed(recipe.seed)
+    config = LoraConfig(
+        r=recipe.adapter_rank,
+        lora_alpha=recipe.adapter_alpha,  # type: ignore[arg-type]
+        lora_dropout=recipe.adapter_dropout,
+        target_modules=names,
+    )
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for name in names:
+        lora = model.get_submodule(name)
+        assert isinstance(lora, LoraLinear)
+        lora.cast_input_dtype_enabled = False  # MasterLinear casts the small weights instead of the large input
+        for matrices in (lora.lora_A, lora.lora_B):
+            matrices[ADAPTER] = MasterLinear.of(matrices[ADAPTER])  # type: ignore[arg-type]
 
 
 def restore(model: nn.Module) -> nn.Module:
