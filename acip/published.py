@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ from acip.base import Base, load_base
 from acip.calibrate import Calibration, cut_table
 from acip.errors import ArtifactError, RecipeError
 from acip.linear import ElasticLinear
-from acip.parametrise import add_adapters, find_linears, targets, weight_MN
+from acip.parametrise import add_adapters, find_linears, set_module, targets, weight_MN
 from acip.recipe import Recipe, paper
 from acip.scores import ScoreMap
 
@@ -62,18 +63,15 @@ def open_published(folder: str | Path, base: Base | str | None = None) -> tuple[
     recipe = checkpoint.recipe
     base = _base(checkpoint, base, recipe)
     linears = find_linears(base.model)
-    foreign = [name for name in checkpoint.layers if name not in linears]
-    if foreign:
+    layers = checkpoint.layers
+    if foreign := [name for name in layers if name not in linears]:
         raise ArtifactError(f"{_other(checkpoint, base)}: it has no linear layer {foreign[0]}.")
-    names = [name for name in linears if name in checkpoint.layers]  # in the order of the model
+    names = [name for name in linears if name in layers]  # in the order of the model
     shapes = {name: (W.shape[0], W.shape[1]) for name in names for W in (weight_MN(linears[name]),)}
 
     scores = ScoreMap.start({name: checkpoint.read(name, "mask_score", min(shapes[name])) for name in names})
-    recipe = replace(
-        recipe,
-        exclude=tuple(name for name in linears if name not in names),
-        stop_ratio=_stop_ratio(checkpoint, scores, shapes),
-    )
+    left_out = tuple(name for name in linears if name not in layers)
+    recipe = replace(recipe, exclude=left_out, stop_ratio=_stop_ratio(checkpoint, scores, shapes))
     importance = scores.importance()
     cores: dict[str, ElasticLinear] = {}
     adapters: dict[str, tuple[Tensor, Tensor]] = {}
@@ -86,19 +84,18 @@ def open_published(folder: str | Path, base: Base | str | None = None) -> tuple[
 
     if recipe.adapter_rank:
         add_adapters(base.model, names, recipe)
-        for name, core in cores.items():
-            slot: Any = base.model.get_submodule(name)
+    for name, core in cores.items():
+        slot = base.model.get_submodule(name)
+        if isinstance(slot, LoraLinear):
             slot.base_layer = core
-    else:
-        for name, core in cores.items():
-            base.model.set_submodule(name, core)
-    with torch.no_grad():
-        for target in targets(base.model):
-            if target.lora is not None:
-                A, B = adapters[target.name]
-                target.A.copy_(A)
-                target.Bs[0].copy_(B)
+        else:
+            set_module(base.model, name, core)
     base.model.eval().requires_grad_(False)
+    for target in targets(base.model):
+        if target.lora is not None:
+            A, B = adapters[target.name]
+            target.A.copy_(A)
+            target.Bs[0].copy_(B)
     return base, Calibration(base.model, recipe, scores, cut_table(base.model, scores, recipe), stop_step=0, history=[])
 
 
@@ -113,38 +110,49 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
         config = _json(folder / CONFIG)
-        for key in ("base_model_config", "parametrization_config"):
-            if not isinstance(config.get(key), dict):
-                raise ArtifactError(
-                    f"{folder / CONFIG} has no {key!r}: it is not a checkpoint in the published ACIP format (model_type "
-                    f"{config.get('model_type')!r}). An artifact is opened with Artifact.open, a base model with load_base."
-                )
-        kind = config["parametrization_config"].get("module_factory_cls")
-        if kind != "svd":
-            raise ArtifactError(f"{folder / CONFIG}: the parametrisation is {kind!r}; only 'svd' can be opened.")
+        if "parametrization_config" not in config:
+            raise ArtifactError(
+                f"{folder / CONFIG} has no 'parametrization_config': it is not a checkpoint in the published ACIP format (model_type "
+                f"{config.get('model_type')!r}). An artifact is opened with Artifact.open, a base model with load_base."
+            )
         return cls(folder, config, _tensors(folder))
+
+    def section(self, *path: str) -> dict[str, Any]:
+        """A part of the config; {} where it is missing or null."""
+        here = self.config
+        for key in path:
+            here = here.get(key) or {}
+            if not isinstance(here, dict):
+                raise ArtifactError(f"{self.folder / CONFIG}: {key!r} is {here!r}; it must be a JSON object. Fetch the checkpoint again.")
+        return here
 
     @property
     def adapter(self) -> str | None:
         """The adapter's name in the tensors."""
-        adapters = (self.config.get("adapter_config") or {}).get("peft_config", {})
+        adapters = self.section("adapter_config", "peft_config")
         if len(adapters) > 1:
-            raise ArtifactError(f"{self.folder / CONFIG} has the adapters {', '.join(adapters)}; only one can be opened. Remove the others.")
+            raise ArtifactError(f"{self.folder / CONFIG} has the adapters {', '.join(adapters)}; save it with one of them.")
         return next(iter(adapters), None)
 
     @property
     def recipe(self) -> Recipe:
         """The paper's recipe, with the checkpoint's mask scale, adapters and dtype."""
-        factory = self.config["parametrization_config"].get("module_factory_kwargs") or {}
+        kind = self.section("parametrization_config").get("module_factory_cls")
+        if kind != "svd":
+            raise ArtifactError(f"{self.folder / CONFIG}: the parametrisation is {kind!r}; only 'svd' can be opened.")
+        factory = self.section("parametrization_config", "module_factory_kwargs")
         told: dict[str, Any] = {"mask_scale": factory.get("mask_scaling_factor", "norm"), "dtype": self.dtype}
         if self.adapter is None:
             told |= {"adapter_rank": 0, "post_tune_steps": 0}
         else:
-            lora = self.config["adapter_config"]["peft_config"][self.adapter]
+            lora = self.section("adapter_config", "peft_config", self.adapter)
             for key, plain in PLAIN_LORA.items():
-                if (lora.get(key) or None) != (plain or None):
-                    raise ArtifactError(f"{self.folder / CONFIG}: the adapter has {key} = {lora[key]!r}; it must be {plain!r}, a plain LoRA.")
-            told |= {"adapter_rank": lora.get("r"), "adapter_alpha": lora.get("lora_alpha"), "adapter_dropout": lora.get("lora_dropout", 0.0)}
+                if (lora.get(key, plain) or None) != (plain or None):
+                    raise ArtifactError(
+                        f"{self.folder / CONFIG}: the adapter's {key} is {lora[key]!r}; it must be {plain!r}, a plain LoRA."
+                    )
+            dropout = lora.get("lora_dropout", 0.0)
+            told |= {"adapter_rank": lora.get("r"), "adapter_alpha": lora.get("lora_alpha"), "adapter_dropout": dropout}
         try:
             return Recipe.from_dict(told, start=paper())
         except RecipeError as error:
@@ -153,7 +161,7 @@ class Checkpoint:
     @property
     def base_source(self) -> str:
         """The base model's hub id or path, as the checkpoint names it."""
-        return str((self.config["base_model_config"].get("pretrained_model_kwargs") or {}).get("pretrained_model_name_or_path"))
+        return str(self.section("base_model_config", "pretrained_model_kwargs").get("pretrained_model_name_or_path"))
 
     @property
     def layers(self) -> list[str]:
@@ -185,7 +193,7 @@ class Checkpoint:
         if got != shape or dtype not in DTYPES:
             raise ArtifactError(
                 f"{self.folder}: {key} is {dtype} {list(got)}; it must be {list(shape)}, in {', '.join(DTYPES)}. "
-                "It was compressed or quantised before it was saved, or belongs to another base model: save it uncompressed, check the base."
+                "Was it compressed or quantised before it was saved, or is the base another model? Save it whole, check the base."
             )
         tensor: Tensor = self.tensors[key].get_tensor(key)
         if not torch.isfinite(tensor).all():
@@ -213,7 +221,9 @@ def _tensors(folder: Path) -> dict[str, Any]:
             raise ArtifactError(f"{folder / INDEX} has no 'weight_map' of tensor to file. Fetch the checkpoint again.")
         for file in where.values():
             if PurePosixPath(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-                raise ArtifactError(f"{folder / INDEX} names {file!r}; it may name only .safetensors files beside it. Don't trust this folder.")
+                raise ArtifactError(
+                    f"{folder / INDEX} names {file!r}; only .safetensors files beside it are allowed. Don't trust this folder."
+                )
     elif (folder / WEIGHTS).is_file():
         where = None
     else:
@@ -246,7 +256,7 @@ def _base(checkpoint: Checkpoint, base: Base | str | None, recipe: Recipe) -> Ba
     if isinstance(base, str):
         return load_base(base, recipe.dtype)
     if str(base.model.dtype) != f"torch.{recipe.dtype}":
-        raise ArtifactError(f"base {base.source!r} is in {base.model.dtype}, the checkpoint in {recipe.dtype}. Load the base in {recipe.dtype}.")
+        raise ArtifactError(f"base {base.source!r} is in {base.model.dtype}; load it in the checkpoint's dtype, {recipe.dtype}.")
     return base
 
 
@@ -257,7 +267,7 @@ def _other(checkpoint: Checkpoint, base: Base) -> str:
 def _stop_ratio(checkpoint: Checkpoint, scores: ScoreMap, shapes: dict[str, tuple[int, int]]) -> float:
     """The size at which pruning stopped, to the nearest percent: what the directions that were never pruned store (`paper`)."""
     if float(scores.score.min()) > 0:
-        raise ArtifactError(f"{checkpoint.folder}: every score is above 0, so nothing was ever pruned. Give a checkpoint saved after calibration.")
+        raise ArtifactError(f"{checkpoint.folder}: every score is above 0, so nothing was pruned yet. Save it after calibration.")
     kept = sum(min(M * N, int((scores.of(name) > 0).sum()) * (M + N)) for name, (M, N) in shapes.items())
     ratio = kept / sum(M * N for M, N in shapes.values())
     return min(0.99, max(0.01, round(ratio, 2)))
@@ -267,21 +277,21 @@ def _core(checkpoint: Checkpoint, name: str, linear: nn.Module, importance_K: Te
     """All K directions of a layer as rows in the order of importance, around the base model's own layer."""
     W_MN = weight_MN(linear)
     (M, N), K = W_MN.shape, len(importance_K)
-    # s is shared out so that one side is exact, a power of two, and only the other is rounded again
+    # s is shared out so that one side is scaled exactly, by a power of two, and only the other is rounded again
     half = 2.0 ** round(math.log2(recipe.mask_scale) / 2)
-    left_KM = checkpoint.read(name, "ortho.weight", M, K).T[importance_K] * half
-    right_KN = (checkpoint.read(name, "base.weight", K, N)[importance_K].float() * (recipe.mask_scale / half)).to(left_KM.dtype)
+    left_KM = checkpoint.read(name, "ortho.weight", M, K).T[importance_K].to(W_MN) * half
+    right_KN = (checkpoint.read(name, "base.weight", K, N)[importance_K].float() * (recipe.mask_scale / half)).to(W_MN)
     checkpoint.read(name, "mask", K)
 
-    x_NP = torch.randn(N, PROBES, generator=torch.Generator().manual_seed(0))
+    x_NP = torch.randn(N, PROBES, generator=torch.Generator().manual_seed(0)).to(W_MN.device)
     Wx_MP = W_MN.float() @ x_NP
     error = float((left_KM.T.float() @ (right_KN.float() @ x_NP) - Wx_MP).norm() / Wx_MP.norm().clamp_min(1e-30))
-    allowed = max(1e-4, 4 * torch.finfo(W_MN.dtype).eps)
+    allowed = max(1e-4, 2 * torch.finfo(W_MN.dtype).eps)
     if not error <= allowed:
-        raise ArtifactError(f"{_other(checkpoint, base)}: their weights of {name} are {error:.1%} apart, and rounding explains {allowed:.2%}.")
+        raise ArtifactError(f"{_other(checkpoint, base)}: weights of {name} are {error:.1%} apart; rounding explains {allowed:.2%}.")
     bias = linear.bias
-    if isinstance(bias, Tensor) and not torch.equal(checkpoint.read(name, "ortho.bias", M), bias):
-        raise ArtifactError(f"{_other(checkpoint, base)}: their biases of {name} differ.")
+    if isinstance(bias, Tensor) and not _equal(checkpoint.read(name, "ortho.bias", M), bias):
+        raise ArtifactError(f"{_other(checkpoint, base)}: biases of {name} differ.")
     return ElasticLinear(linear, left_KM.contiguous(), right_KN)
 
 
@@ -293,6 +303,10 @@ def _compare_rest(checkpoint: Checkpoint, base: Base, names: list[str]) -> None:
     state = {f"model.{name}": tensor for name, tensor in base.model.state_dict().items()}
     for key in checkpoint.tensors.keys() - ours:
         if key not in state:
-            raise ArtifactError(f"{checkpoint.folder} holds {key}, which neither the published format nor the base model {base.source!r} knows.")
-        if not torch.equal(checkpoint.tensors[key].get_tensor(key), state[key].cpu()):
+            raise ArtifactError(f"{checkpoint.folder} holds {key}, unknown to the published format and to {base.source!r}. Check the base.")
+        if not _equal(checkpoint.tensors[key].get_tensor(key), state[key]):
             raise ArtifactError(f"{_other(checkpoint, base)}: {key.removeprefix('model.')} differs.")
+
+
+def _equal(theirs: Tensor, ours: Tensor) -> bool:
+    return theirs.dtype == ours.dtype and torch.equal(theirs, ours.cpu())

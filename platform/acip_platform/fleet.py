@@ -28,6 +28,8 @@ from acip.artifact import SCHEMA
 from acip.errors import AcipError, RecipeError
 from acip.recipe import Recipe, did_you_mean
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of a registered model
+
 
 class FleetError(AcipError):
     """A fleet file that can't be read, or a job the cluster can't hold."""
@@ -132,7 +134,7 @@ class _Reader:
         for needed in ("name", "base"):
             if needed not in fields:
                 raise self.fail(node, f"a model needs a {needed!r}.")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", fields["name"]):
+        if not re.fullmatch(NAME, fields["name"]):
             raise self.fail(node, f"the name {fields['name']!r} may hold only letters, digits, '.', '_' and '-'.")
         for size in fields.get("sizes", ()):
             if not 0 < size <= 1:

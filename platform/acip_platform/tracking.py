@@ -24,7 +24,8 @@ mpl.use("Agg")
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # after its import, which sets another level
 from matplotlib.figure import Figure
 
-CHAMPION = "champion"
+CHAMPION = "champion"  # what is served
+CANDIDATE = "candidate"  # what may become it
 
 
 class RegistryError(AcipError):

@@ -26,13 +26,12 @@ from acip.base import Base, load_base
 from acip.calibrate import CalibrationState, StepReport, calibrate, trial_step
 from acip.data import TokenBatches, documents, token_windows
 from acip.errors import AcipError
-from acip.evaluate import trade_off
 from acip.parametrise import parametrise, targets
-from acip_platform import figures
+from acip_platform.finish import finish, heldout_windows
 from acip_platform.fleet import Job, Share
 from acip_platform.settings import Settings
 from acip_platform.store import Store
-from acip_platform.tracking import Registry, Run, Tracking
+from acip_platform.tracking import Run, Tracking
 
 REPORT_EVERY_S = 10.0
 
@@ -102,33 +101,13 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say("stage", text=f"loading {job.base}")
     base = load_base(job.base, job.recipe.dtype, job.trust_remote_code)
-    heldout = _heldout(job, base)
+    heldout = heldout_windows(job, base)
     if not store.exists(store.uri(key)):
         torch.nn.Module.to(base.model, device)
         artifact = _calibrated(job, base, run, settings, key, say)
         uri = store.put(artifact.folder, key)
         say("stage", text=f"artifact saved: {uri}")
-    uri = store.uri(key)
-    artifact = Artifact.open(store.fetch(uri))
-    if not artifact.curve:
-        rows = []
-        for row in trade_off(artifact, artifact.load(device), heldout, job.eval_data or job.data, job.sizes):
-            rows.append(row)
-            say("stage", text=f"size {row['asked']:.2f}: perplexity {row['perplexity']:.2f}")
-        artifact = artifact.record_curve(rows)
-        store.replace_manifest(uri, artifact.folder)
-    version = _publish(job, artifact, uri, run, settings)
-    return {
-        "uri": uri,
-        "version": version,
-        "curve": artifact.curve,
-        "stop_ratio": job.recipe.stop_ratio,
-    }
-
-
-def _heldout(job: Job, base: Base) -> torch.Tensor:
-    context = min(job.eval_context, getattr(base.model.config, "max_position_embeddings", job.eval_context))
-    return token_windows(documents(job.eval_data or job.data, "heldout"), base.tokenizer, context, job.eval_windows or None)
+    return finish(job, store.uri(key), run, settings, heldout, device, say)
 
 
 def _calibrated(job: Job, base: Base, run: Run, settings: Settings, key: str, say: Callable[..., None]) -> Artifact:
@@ -216,30 +195,3 @@ class Observer:
             self.rows = []
         except MlflowException as error:
             self.say("stage", text=f"MLflow can't be reached ({type(error).__name__}); {len(self.rows)} steps wait")
-
-
-def _publish(job: Job, artifact: Artifact, uri: str, run: Run, settings: Settings) -> str:
-    """The run's pictures, curve, adapter and URI; the registered version, as champion."""
-    table = artifact.table()
-    run.tags({"artifact_uri": uri, "base": job.base, "stop_step": str(artifact.manifest["stop_step"])})
-    if run.last_step("tradeoff/perplexity") == 0:
-        points = []
-        for row in artifact.curve:
-            values = {key: row[key] for key in ("perplexity", "loss", "params", "bytes", "got")}
-            points.append((round(row["asked"] * 100), {f"tradeoff/{key}": float(value) for key, value in values.items()}))
-        run.metrics(points)
-    run.table({key: [row[key] for row in artifact.curve] for key in artifact.curve[0]}, "tradeoff.json")
-    run.figure(figures.curve(artifact, job.name), "tradeoff.png")
-    run.figure(figures.score_map(table), "score_map.png")
-    for size in (0.8, 0.6, 0.4):
-        figure = figures.kept_ranks(table, size)
-        if figure is not None:
-            run.figure(figure, f"kept_ranks_{round(size * 100)}.png")
-    if job.recipe.adapter_rank:
-        with tempfile.TemporaryDirectory() as folder:
-            artifact.save_peft(folder, job.recipe.stop_ratio)
-            run.folder(Path(folder), f"adapter_at_{round(job.recipe.stop_ratio * 100)}")
-    registry = Registry(settings)
-    version = registry.register(job.name, uri, run.run_id, {"fingerprint": job.fingerprint, "base": job.base})
-    registry.set_alias(version)
-    return version.version

@@ -1,0 +1,118 @@
+"""Take over a model in the published ACIP format: convert, measure its trade-off curve, store and register it.
+
+    python jobs/import_published.py --checkpoint FOLDER --name llama-2-7b                     the base model comes from the hub
+    python jobs/import_published.py --checkpoint FOLDER --name llama-2-7b --base path/to/base
+
+The new version gets the alias `candidate`; the champion stays what it is. Code in FOLDER is never run. Needs no Ray.
+What was imported before is not stored again. Exit code 0 = it is there.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from acip_platform.console import console, lines, trade_off_table
+from acip_platform.finish import finish, heldout_windows
+from acip_platform.fleet import NAME, Job, Outcome
+from acip_platform.settings import Settings
+from acip_platform.store import Store
+from acip_platform.tracking import CANDIDATE, Tracking
+
+from acip.artifact import Artifact
+from acip.base import Base
+from acip.calibrate import Calibration
+from acip.errors import AcipError
+from acip.parametrise import targets
+from acip.published import open_published
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="folder of config.json and model*.safetensors")
+    parser.add_argument("--name", required=True, help="name in the registry")
+    parser.add_argument("--base", metavar="SOURCE", help="base model: org/name, folder, GGUF file (default: the one the checkpoint names)")
+    parser.add_argument("--eval-data", default="package:wikipedia", help="text whose held-out part is measured on (default: %(default)s)")
+    parser.add_argument("--eval-context", type=int, default=2048, help="tokens per window (default: %(default)s)")
+    parser.add_argument("--eval-windows", type=int, default=0, help="at most so many windows (default: 0, all)")
+    args = parser.parse_args()
+    if not re.fullmatch(NAME, args.name):
+        parser.error(f"--name is {args.name!r}; it may hold only letters, digits, '.', '_' and '-'.")
+    if args.eval_context < 2 or args.eval_windows < 0:
+        parser.error("--eval-context must be at least 2, --eval-windows at least 0.")
+    out = console()
+    try:
+        run(args, out)
+    except AcipError as error:
+        out.print(f"error: {error}", markup=False)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace, out: Any) -> None:
+    settings = Settings.from_env()
+
+    def say(_kind: str, text: str) -> None:
+        out.print(f"[{args.name}] {text}", markup=False)
+
+    say("stage", f"opening {args.checkpoint}")
+    base, calibration = open_published(args.checkpoint, args.base)
+    recipe = calibration.recipe
+    say("stage", f"{len(calibration.table.layers)} layers of {base.source}, pruned to {recipe.stop_ratio} (paper), {recipe.dtype}")
+    job = Job(args.name, base.source, recipe, args.eval_data, eval_context=args.eval_context, eval_windows=args.eval_windows)
+    heldout = heldout_windows(job, base)
+    fingerprint = f"published-{identity(base, calibration)}"
+    mlflow_run = Tracking(settings, "acip/published").start(job.name, f"{job.name}-{fingerprint}", {"model": job.name})
+    mlflow_run.params(recipe.to_dict())
+    mlflow_run.tags({"checkpoint": str(args.checkpoint)})
+    status = "FAILED"
+    try:
+        uri = stored(
+            job, f"{job.name}/{fingerprint}", base, calibration, settings, {"checkpoint": args.checkpoint, "mlflow_run": mlflow_run.run_id}
+        )
+        say("stage", f"artifact: {uri}")
+        del base, calibration
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        summary = finish(job, uri, mlflow_run, settings, heldout, device, say, fingerprint, CANDIDATE)
+        status = "FINISHED"
+    finally:
+        mlflow_run.finish(status)
+    out.print(trade_off_table(Outcome(job, summary, None)))
+    lines(out, {
+        "registered": f"version {summary['version']} of {job.name}, alias {CANDIDATE}",
+        "serve it": f"python jobs/serve.py --model {job.name} --alias {CANDIDATE}",
+    })  # fmt: skip
+
+
+def identity(base: Base, calibration: Calibration) -> str:
+    """Hash of the base model, the scores and the adapters: what makes one checkpoint differ from another."""
+    sha = hashlib.sha256(base.digest.encode())
+    adapters = [matrix for target in targets(calibration.model) if target.lora is not None for matrix in (target.A, *target.Bs)]
+    for tensor in (calibration.scores.score, *adapters):
+        sha.update(tensor.detach().numpy().tobytes())
+    return sha.hexdigest()[:12]
+
+
+def stored(job: Job, key: str, base: Base, calibration: Calibration, settings: Settings, origin: dict[str, Any]) -> str:
+    """The artifact's URI; it is written where it isn't there yet."""
+    store = Store(settings.store, settings.home / "cache")
+    if store.exists(store.uri(key)):
+        return store.uri(key)
+    packages = {name: importlib.metadata.version(name) for name in ("acip-platform", "torch", "transformers", "peft")}
+    settings.home.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="saving-", dir=settings.home))
+    try:
+        artifact = Artifact.save(folder, base, calibration, {"job": job.to_dict(), "packages": packages, **origin})
+        return store.put(artifact.folder, key)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
