@@ -1,0 +1,471 @@
+"""A checkpoint in the published format computes here what was recorded there; what is not one is refused with a reason.
+
+golden/checkpoint is such a checkpoint, saved by the published implementation, with the logits it gave at each size.
+"""
+
+import json
+import pickle
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from acip_platform.settings import Settings
+from acip_platform.tracking import Registry, RegistryError, Tracking
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from acip.artifact import Artifact
+from acip.base import Base, digest, load_base
+from acip.calibrate import Calibration, layer_shape, set_rank
+from acip.errors import ArtifactError
+from acip.evaluate import perplexity
+from acip.linear import ElasticLinear
+from acip.parametrise import find_linears, targets
+from acip.published import INDEX, WEIGHTS, open_published
+from tests.conftest import GOLDEN, byte_tokenizer
+
+CHECKPOINT = GOLDEN / "checkpoint"
+JOB = Path(__file__).parents[1] / "jobs" / "import_published.py"
+SIZES = json.loads((GOLDEN / "sizes.json").read_text())
+PROBE = load_file(GOLDEN / "probe.safetensors")
+Config = dict[str, Any]
+Tensors = dict[str, Tensor]
+
+
+def logits(model: Any, tokens: Tensor = PROBE["probe"]) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens.long()).logits
+
+
+def recorded_ranks(size: str, reset: bool, calibration: Calibration) -> dict[str, int | None]:
+    """`reset`: layers that save nothing are the original ones again (D.3)."""
+    ranks: dict[str, int | None] = {}
+    for shape in calibration.table.layers:
+        rank = SIZES[size]["ranks"][f"{shape.name}.base_layer.parametrization.mask"]
+        ranks[shape.name] = None if reset and rank * (shape.M + shape.N) >= shape.M * shape.N else rank
+    return ranks
+
+
+def write(folder: Path, change: Callable[[Config, Tensors], object] = lambda config, tensors: None) -> Path:
+    """golden's checkpoint in `folder`, with a change."""
+    config, tensors = json.loads((CHECKPOINT / "config.json").read_text()), load_file(CHECKPOINT / WEIGHTS)
+    change(config, tensors)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS)
+    return folder
+
+
+def shard(folder: Path) -> Path:
+    """Part a checkpoint's weights in two files and an index."""
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    keys = sorted(tensors)
+    where = {}
+    for i, part in enumerate((keys[::2], keys[1::2]), 1):
+        file = f"model-{i:05d}-of-00002.safetensors"
+        save_file({key: tensors[key] for key in part}, folder / file)
+        where.update(dict.fromkeys(part, file))
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": where}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(small_base: str) -> tuple[Base, Calibration]:
+    return open_published(CHECKPOINT, small_base)
+
+
+@pytest.fixture(scope="module")
+def artifact(opened: tuple[Base, Calibration], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return Artifact.save(tmp_path_factory.mktemp("published") / "artifact", *opened, {})
+
+
+# ---- what was recorded there is computed here
+
+
+@pytest.mark.parametrize("reset", ["", "reset_"])
+@pytest.mark.parametrize("size", ["1.0", "0.9", "0.8", "0.7", "0.6", "0.5", "0.4", "0.3"])
+def test_logits_at_the_recorded_ranks(opened: tuple[Base, Calibration], size: str, reset: str) -> None:
+    base, calibration = opened
+    ranks = recorded_ranks(size, bool(reset), calibration)
+    for target in targets(base.model):
+        set_rank(target, ranks[target.name])
+    torch.testing.assert_close(logits(base.model), PROBE[f"logits_{reset}{size}"], rtol=0, atol=1e-3)
+
+
+def test_the_loss_as_calibrated(opened: tuple[Base, Calibration]) -> None:
+    """With the directions that were alive at the end: those with a score above 0."""
+    base, calibration = opened
+    for target in targets(base.model):
+        set_rank(target, int((calibration.scores.of(target.name) > 0).sum()))
+    assert perplexity(base.model, PROBE["hold"], 32).loss == pytest.approx(SIZES["as_calibrated"]["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("size", ["1.0", "0.5", "0.4", "0.3"])
+def test_the_artifact_on_disk_gives_the_recorded_logits(artifact: Artifact, opened: tuple[Base, Calibration], size: str) -> None:
+    """At 1.0 every layer is dense, at these others every layer is factors; between, an artifact counts the adapters too."""
+    any_size = artifact.load()
+    ranks = recorded_ranks(size, True, opened[1])
+    assert {rank is None for rank in ranks.values()} == {size == "1.0"}
+    for name, layer in any_size.layers.items():
+        layer.set_rank(ranks[name])
+    torch.testing.assert_close(logits(any_size.model), PROBE[f"logits_reset_{size}"], rtol=0, atol=1e-3)
+    torch.testing.assert_close(logits(any_size.materialise()), PROBE[f"logits_reset_{size}"], rtol=0, atol=1e-3)
+
+
+def test_the_artifact_is_one_like_any_other(artifact: Artifact, small_base: str) -> None:
+    Artifact.open(artifact.folder, verify=True)
+    any_size = artifact.load()
+    cut = any_size.resize(0.45)
+    assert 0.44 < cut.got <= 0.45
+    assert logits(any_size.materialise()).isfinite().all()
+    any_size.resize(1.0)
+    assert torch.equal(logits(any_size.model), logits(load_base(small_base, "float32").model)), "the base, bit for bit"
+
+
+def test_scores_and_recipe_are_the_recorded_ones(opened: tuple[Base, Calibration]) -> None:
+    _, calibration = opened
+    recipe, scores = calibration.recipe, calibration.scores
+    config = json.loads((GOLDEN / "config.json").read_text())
+    for key, score in load_file(GOLDEN / "score_map.safetensors").items():
+        assert torch.equal(scores.of(key.removesuffix(".base_layer.parametrization.mask")), score)
+    assert (recipe.basis, recipe.convention, recipe.knots, recipe.exclude) == ("svd", "paper", (), ())
+    assert (recipe.adapter_rank, recipe.adapter_alpha, recipe.adapter_dropout) == (config["lora_r"], config["lora_alpha"], 0.0)
+    assert (recipe.mask_scale, recipe.stop_ratio, recipe.dtype) == (config["mask_scale"], config["stop_ratio"], "float32")
+
+
+def test_ties_leave_in_one_order(opened: tuple[Base, Calibration]) -> None:
+    """Many directions share a score; of a layer's equals the weaker singular direction leaves first."""
+    scores = opened[1].scores
+    ties = 0
+    for name, importance in scores.importance().items():
+        ordered = scores.of(name)[importance]
+        assert (ordered[:-1] >= ordered[1:]).all()
+        tied = ordered[:-1] == ordered[1:]
+        ties += int(tied.sum())
+        assert (importance[:-1][tied] < importance[1:][tied]).all()
+    assert ties > 50
+
+
+# ---- the forms a checkpoint comes in
+
+
+def test_shards_are_the_same(opened: tuple[Base, Calibration], small_base: str, tmp_path: Path) -> None:
+    _, sharded = open_published(shard(write(tmp_path / "sharded")), small_base)
+    assert torch.equal(sharded.scores.score, opened[1].scores.score)
+    for ours, theirs in zip(targets(sharded.model), targets(opened[1].model), strict=True):
+        assert isinstance(ours.core, ElasticLinear)
+        assert isinstance(theirs.core, ElasticLinear)
+        assert ours.name == theirs.name
+        assert torch.equal(ours.core.left, theirs.core.left)
+        assert torch.equal(ours.core.right, theirs.core.right)
+        assert torch.equal(ours.A, theirs.A)
+        assert torch.equal(ours.Bs[0], theirs.Bs[0])
+
+
+def test_without_adapters(small_base: str, tmp_path: Path) -> None:
+    """D.2 of the paper: layers sit in the base model's own places."""
+
+    def strip(config: Config, tensors: Tensors) -> None:
+        config["adapter_config"] = None
+        for key in list(tensors):
+            tensor = tensors.pop(key)
+            if "lora_" not in key:
+                tensors[key.replace(".base_layer.", ".")] = tensor
+
+    base, calibration = open_published(write(tmp_path / "plain", strip), small_base)
+    for target in targets(base.model):
+        set_rank(target, layer_shape(target).K)
+    torch.testing.assert_close(logits(base.model), logits(load_base(small_base, "float32").model), rtol=0, atol=1e-3)
+    any_size = Artifact.save(tmp_path / "artifact", base, calibration, {}).load()
+    assert any_size.resize(0.5).got <= 0.5
+    assert logits(any_size.model).isfinite().all()
+
+
+def qwen(folder: Path, dtype: torch.dtype) -> tuple[Path, Path]:
+    """A base model with biases and tied embeddings, its `up_proj` left out, and its checkpoint in shards: (checkpoint, base)."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=256, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=True, initializer_range=0.15,
+    )  # fmt: skip
+    model: Any = Qwen2ForCausalLM(config)
+    model.to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    model.save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    for name, linear in find_linears(model, ("up_proj",)).items():
+        W = tensors.pop(f"model.{name}.weight")
+        U, S, _ = torch.linalg.svd(W.float(), full_matrices=False)
+        ortho = (U / 0.02**0.5).to(dtype)
+        at = f"model.{name}.base_layer.parametrization"
+        score = torch.where(torch.rand(len(S)) < 0.7, -torch.randint(1, 40, S.shape).float(), 0.02 + 0.01 * torch.rand(len(S)))
+        tensors |= {
+            f"{at}.ortho.weight": ortho, f"{at}.base.weight": ortho.T @ W, f"{at}.S": S.to(dtype),
+            f"{at}.mask": score.clamp(-0.01, 1).to(dtype), f"{at}.mask_score": score,
+            f"model.{name}.lora_A.default.weight": 0.1 * torch.randn(4, W.shape[1]).to(dtype),
+            f"model.{name}.lora_B.default.weight": 0.1 * torch.randn(W.shape[0], 4).to(dtype),
+        }  # fmt: skip
+        if getattr(linear, "bias", None) is not None:
+            tensors[f"{at}.ortho.bias"] = tensors.pop(f"model.{name}.bias")
+
+    def change(config: Config, there: Tensors) -> None:
+        config["adapter_config"]["peft_config"]["default"] |= {"r": 4, "lora_alpha": 8}
+        there.clear()
+        there.update({key: tensor.clone() for key, tensor in tensors.items()})
+
+    return shard(write(folder / "checkpoint", change)), folder / "base"
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-4), (torch.bfloat16, 0.08)])
+def test_biases_tied_embeddings_left_out_layers_and_16_bit(tmp_path: Path, dtype: torch.dtype, atol: float) -> None:
+    """Against dense weights put together from the checkpoint's tensors: s ortho diag(kept) base + alpha / R B A, in float32."""
+    folder, source = qwen(tmp_path, dtype)
+    base, calibration = open_published(folder, str(source))
+    assert calibration.recipe.exclude == ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
+    any_size = Artifact.save(tmp_path / "artifact", base, calibration, {}).load()
+    assert any_size.model.dtype == dtype
+    cut = any_size.resize(0.5)
+    assert sum(rank is not None for rank in cut.ranks.values()) == len(cut.ranks)
+
+    tensors = {key: tensor.float() for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    reference: Any = Qwen2ForCausalLM.from_pretrained(source, dtype=torch.float32)
+    kept = torch.ones_like(calibration.scores.score)
+    kept[calibration.scores.removal_order()[: cut.removed]] = 0
+    parts = kept.split([shape.K for shape in calibration.table.layers])
+    with torch.no_grad():
+        for name, kept_K in zip(calibration.scores.names, parts, strict=True):
+            at = f"model.{name}.base_layer.parametrization"
+            W = 0.02 * tensors[f"{at}.ortho.weight"] * kept_K @ tensors[f"{at}.base.weight"]
+            BA = tensors[f"model.{name}.lora_B.default.weight"] @ tensors[f"model.{name}.lora_A.default.weight"]
+            reference.get_submodule(name).weight.copy_(W + 8 / 4 * BA)
+    torch.testing.assert_close(logits(any_size.model).float(), logits(reference), rtol=0, atol=atol)
+
+
+def test_the_base_model_is_the_one_the_checkpoint_names(small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rename(config: Config, _: Tensors) -> None:
+        config["base_model_config"]["pretrained_model_kwargs"]["pretrained_model_name_or_path"] = "some/base"
+
+    folder = write(tmp_path / "checkpoint", rename)
+    shutil.copytree(small_base, tmp_path / "some" / "base")
+    monkeypatch.chdir(tmp_path)
+    base, _ = open_published(folder)
+    assert base.source == "some/base"
+    assert base.digest == load_base(small_base, "float32").digest
+
+
+# ---- what is not such a checkpoint, not whole, or not of this base model is refused
+
+Q = "model.model.layers.0.self_attn.q_proj"
+P = f"{Q}.base_layer.parametrization"
+
+
+def _set(*path: str, to: Any) -> Callable[[Config, Tensors], None]:
+    def change(config: Config, _: Tensors) -> None:
+        for key in path[:-1]:
+            config = config[key]
+        config[path[-1]] = to
+
+    return change
+
+
+def _tensor(key: str, make: Callable[[Tensor], Tensor | None]) -> Callable[[Config, Tensors], None]:
+    def change(_: Config, tensors: Tensors) -> None:
+        made = make(tensors.pop(key))
+        if made is not None:
+            tensors[key] = made
+
+    return change
+
+
+def _broken(value: float) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.index_put((torch.tensor(0),), torch.tensor(value))
+
+
+LORA = ("adapter_config", "peft_config", "default")
+FACTORY = ("parametrization_config", "module_factory_kwargs")
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda config, _: config.pop("parametrization_config"), "not a checkpoint in the published ACIP format"),
+        (_set("parametrization_config", "module_factory_cls", to="qr"), "only 'svd'"),
+        (_set("parametrization_config", to=[1]), "must be a JSON object"),
+        (_set(*FACTORY, "mask_scaling_factor", to="norm"), "mask_scale is 'norm'; it must be a number"),
+        (_set(*FACTORY, "mask_scaling_factor", to=-1.0), "mask_scale is -1.0; it must be > 0"),
+        (_set("adapter_config", "peft_config", "second", to={}), "has the adapters default, second"),
+        (_set(*LORA, "use_dora", to=True), "use_dora is True; it must be False"),
+        (_set(*LORA, "rank_pattern", to={"q_proj": 4}), "rank_pattern is .* a plain LoRA"),
+        (_set(*LORA, "r", to=16), r"lora_A.default.weight is F32 \[8, .*it must be \[16, "),
+        (_set(*LORA, "r", to=None), "adapter_rank is None; it must be a whole number"),
+        (_tensor(f"{P}.mask_score", lambda t: None), "lacks the tensor model.*q_proj.*mask_score.*Fetch"),
+        (_tensor(f"{P}.mask", lambda t: None), "lacks the tensor model.*q_proj.*mask"),
+        (_tensor(f"{P}.mask_score", lambda t: t[1:]), r"is F32 \[95\]; it must be \[96\]"),
+        (_tensor(f"{P}.ortho.weight", lambda t: t[:, :40]), r"is F32 \[96, 40\]; it must be \[96, 96\].*compressed"),
+        (_tensor(f"{P}.base.weight", lambda t: t.to(torch.uint8)), "is U8 .*quantised"),
+        (_tensor(f"{P}.mask_score", _broken(float("nan"))), "mask_score holds NaN or infinity"),
+        (_tensor(f"{Q}.lora_B.default.weight", _broken(float("inf"))), "lora_B.default.weight holds NaN or infinity"),
+        (_tensor(f"{P}.base.weight", lambda t: t * 1.01), "is not the base model.*q_proj are 1.0% apart; rounding explains"),
+        (_tensor("model.model.norm.weight", lambda t: t + 1e-6), "is not the base model.*model.norm.weight differs"),
+        (_tensor("model.model.norm.weight", lambda t: t.bfloat16()), "is not the base model.*model.norm.weight differs"),
+        (lambda _, tensors: tensors.update({"model.extra": torch.zeros(1)}), "holds model.extra, unknown to the published format"),
+        (
+            lambda _, tensors: tensors.update({key.replace("layers.0.", "layers.9."): t.clone() for key, t in tensors.items() if P in key}),
+            "is not the base model.*no linear layer model.layers.9.self_attn.q_proj",
+        ),
+        (lambda _, tensors: [tensors.pop(key) for key in list(tensors) if "ortho" in key], "holds no layer in the published format"),
+        (
+            lambda _, tensors: tensors.update({key: t.abs() + 1 for key, t in tensors.items() if key.endswith("mask_score")}),
+            "every score is above 0",
+        ),
+    ],
+)
+def test_what_is_no_such_checkpoint_is_refused(
+    small_base: str, tmp_path: Path, harm: Callable[[Config, Tensors], object], says: str
+) -> None:
+    """And the base model that was given stays as it was."""
+    folder = write(tmp_path / "bad", harm)
+    base = load_base(small_base, "float32")
+    with pytest.raises(ArtifactError, match=says):
+        open_published(folder, base)
+    assert digest(base.model) == base.digest
+    assert not targets(base.model)
+
+
+def _index(**change: str) -> Callable[[Path], None]:
+    def harm(folder: Path) -> None:
+        index = json.loads((shard(folder) / INDEX).read_text())
+        index["weight_map"].update(change)
+        (folder / INDEX).write_text(json.dumps(index))
+
+    return harm
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "No such file.*not a checkpoint folder"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\x80\x04"), "is not JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "is a list; it must be a JSON object"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "holds no weights; it must hold model.safetensors"),
+        (lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"), "only pytorch_model.bin, a pickle, which can run code"),
+        (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1000]), "can't be read.*Fetch"),
+        (_index(**{"model.lm_head.weight": "../model.safetensors"}), "names '../model.safetensors'; only .safetensors files beside it"),
+        (_index(**{"model.lm_head.weight": "/tmp/model.safetensors"}), "names '/tmp/model.safetensors'; only"),
+        (_index(**{"model.lm_head.weight": "..\\model.safetensors"}), "only .safetensors files beside it"),
+        (_index(**{"model.lm_head.weight": "pytorch_model.bin"}), "names 'pytorch_model.bin'; only"),
+        (_index(**{"model.lm_head.weight": "model-00003-of-00003.safetensors"}), "model-00003-of-00003.safetensors can't be read"),
+        (_index(**{"model.none.weight": "model-00001-of-00002.safetensors"}), "lacks model.none.weight, which .* says it holds"),
+        (lambda folder: (shard(folder) / INDEX).write_text('{"weight_map": []}'), "has no 'weight_map'"),
+    ],
+)
+def test_files_that_are_not_whole_or_not_safe_are_refused(
+    small_base: str, tmp_path: Path, harm: Callable[[Path], object], says: str
+) -> None:
+    folder = write(tmp_path / "bad")
+    harm(folder)
+    with pytest.raises(ArtifactError, match=says):
+        open_published(folder, small_base)
+
+
+def test_another_base_model_is_refused(small_base: str, tmp_path: Path) -> None:
+    other = shutil.copytree(small_base, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"] += 0.01
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ArtifactError, match=r"other' is not the base model .* \('base'; give that one\): weights of model.layers.3.mlp.up_proj"
+    ):
+        open_published(CHECKPOINT, str(other))
+    with pytest.raises(ArtifactError, match=r"base model 'base', which is no hub id. Give its base model"):
+        open_published(CHECKPOINT)
+    with pytest.raises(ArtifactError, match=r"is in torch.bfloat16; load it in the checkpoint's dtype, float32"):
+        open_published(CHECKPOINT, load_base(small_base, "bfloat16"))
+
+
+class Trap:
+    """Unpickled, it leaves a trace."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.trace,)
+
+
+def test_nothing_in_the_folder_is_run(small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config points at code beside the weights (`auto_map`), and a pickle lies there too."""
+    trace = tmp_path / "trace"
+    folder = write(tmp_path / "checkpoint")
+    (folder / "acip_model.py").write_text(f"open({str(trace)!r}, 'w')")
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(trace)))
+    monkeypatch.chdir(folder)
+    open_published(folder, small_base)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(ArtifactError, match="a pickle"):
+        open_published(folder, small_base)
+    assert not trace.exists()
+    assert "acip_model" not in sys.modules
+    pickle.loads((folder / "pytorch_model.bin").read_bytes())
+    assert trace.exists(), "the trap works"
+
+
+# ---- the job
+
+
+def test_the_job_registers_a_candidate(
+    small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Converted, measured, stored, registered; the champion stays; a second time nothing is added; an error says why."""
+    monkeypatch.setenv("ACIP_HOME", str(tmp_path))
+    for name in ("ACIP_STORE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+
+    def job(*args: str) -> Any:
+        monkeypatch.setattr(sys, "argv", [str(JOB), "--checkpoint", str(CHECKPOINT), "--name", "tiny", *args])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(JOB), run_name="__main__")
+        return end.value.code
+
+    settings = Settings.from_env()
+    registry = Registry(settings)
+    champion = registry.register("tiny", "/somewhere", Tracking(settings, "acip").start("tiny", "f", {}).run_id, {})
+    registry.set_alias(champion)
+    assert job() == 2
+    assert "error: " in (said := capsys.readouterr().out)
+    assert "no hub id. Give its base model" in said
+    with pytest.raises(RegistryError, match="no version or alias 'candidate'"):
+        registry.resolve("tiny", "candidate")
+
+    given = ("--base", small_base, "--eval-context", "64", "--eval-windows", "4")
+    assert job(*given) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "│ 0.40 │" in said
+    assert "version 2 of tiny, alias candidate" in said
+    version = registry.resolve("tiny", "candidate")
+    assert version.tags["base"] == small_base
+    artifact = Artifact.open(version.uri, verify=True)
+    assert [row["asked"] for row in artifact.curve] == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+    assert {(row["corpus"], row["context"], row["windows"]) for row in artifact.curve} == {("package:wikipedia", 64, 4)}
+    tracking = Tracking(settings, "acip/published")
+    (run,) = tracking.client.search_runs([tracking.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["artifact_uri"] == version.uri
+    assert run.data.metrics["tradeoff/perplexity"] > 0
+
+    assert job(*given) == 0
+    assert registry.resolve("tiny", "candidate").version == version.version
+    assert registry.resolve("tiny").version == champion.version
+    assert len(list(tmp_path.glob("artifacts/tiny/*"))) == 1
+    assert not list(tmp_path.glob("saving-*"))
