@@ -154,9 +154,12 @@ class Checkpoint:
             dropout = lora.get("lora_dropout", 0.0)
             told |= {"adapter_rank": lora.get("r"), "adapter_alpha": lora.get("lora_alpha"), "adapter_dropout": dropout}
         try:
-            return Recipe.from_dict(told, start=paper())
+            recipe = Recipe.from_dict(told, start=paper())
         except RecipeError as error:
             raise ArtifactError(f"{self.folder / CONFIG} can't be opened: {error}") from error
+        if not math.isfinite(recipe.mask_scale * recipe.adapter_alpha):
+            raise ArtifactError(f"{self.folder / CONFIG}: mask scale {recipe.mask_scale} and alpha {recipe.adapter_alpha} must be finite.")
+        return recipe
 
     @property
     def base_source(self) -> str:
@@ -206,7 +209,7 @@ def _json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ArtifactError(f"{path} can't be read ({error.strerror}): not a checkpoint folder. Check the path, or fetch it.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ArtifactError(f"{path} is not JSON ({error}). Fetch the checkpoint again.") from error
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} is a {type(content).__name__}; it must be a JSON object. Fetch the checkpoint again.")
@@ -301,7 +304,7 @@ def _compare_rest(checkpoint: Checkpoint, base: Base, names: list[str]) -> None:
     ours = {checkpoint.key(name, part) for name in names for part in parts}
     ours.update(checkpoint.key(name, "ortho.bias") for name in names if base.model.get_submodule(name).bias is not None)
     state = {f"model.{name}": tensor for name, tensor in base.model.state_dict().items()}
-    for key in checkpoint.tensors.keys() - ours:
+    for key in sorted(checkpoint.tensors.keys() - ours):
         if key not in state:
             raise ArtifactError(f"{checkpoint.folder} holds {key}, unknown to the published format and to {base.source!r}. Check the base.")
         if not _equal(checkpoint.tensors[key].get_tensor(key), state[key]):

@@ -304,6 +304,7 @@ FACTORY = ("parametrization_config", "module_factory_kwargs")
         (_set("parametrization_config", to=[1]), "must be a JSON object"),
         (_set(*FACTORY, "mask_scaling_factor", to="norm"), "mask_scale is 'norm'; it must be a number"),
         (_set(*FACTORY, "mask_scaling_factor", to=-1.0), "mask_scale is -1.0; it must be > 0"),
+        (_set(*FACTORY, "mask_scaling_factor", to=float("inf")), "mask scale inf .* must be finite"),
         (_set("adapter_config", "peft_config", "second", to={}), "has the adapters default, second"),
         (_set(*LORA, "use_dora", to=True), "use_dora is True; it must be False"),
         (_set(*LORA, "rank_pattern", to={"q_proj": 4}), "rank_pattern is .* a plain LoRA"),
