@@ -92,8 +92,8 @@ class Artifact:
         for file, tensors in (("factors", factors), ("adapters", adapters), ("dense", dense), ("rest", rest), ("order", order)):
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / f"{file}.safetensors")
         base.model.config.architectures = [type(base.model).__name__]
-        for part in (base.model.config, base.model.generation_config, base.tokenizer):
-            if part is not None:  # what does not generate, or reads no text
+        for part in (base.model.config, getattr(base.model, "generation_config", None), base.tokenizer):
+            if part is not None:  # a vision model has no words to read or write
                 part.save_pretrained(folder)
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         manifest = {
