@@ -21,12 +21,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from acip.base import Base
 from acip.calibrate import Calibration
@@ -89,9 +91,10 @@ class Artifact:
         }
         for file, tensors in (("factors", factors), ("adapters", adapters), ("dense", dense), ("rest", rest), ("order", order)):
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / f"{file}.safetensors")
-        base.model.config.save_pretrained(folder)
-        base.model.generation_config.save_pretrained(folder)
-        base.tokenizer.save_pretrained(folder)
+        base.model.config.architectures = [type(base.model).__name__]
+        for part in (base.model.config, getattr(base.model, "generation_config", None), base.tokenizer):
+            if part is not None:  # a vision model has no words to read or write
+                part.save_pretrained(folder)
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         manifest = {
             "schema": SCHEMA,
@@ -180,7 +183,7 @@ class Artifact:
         """The resident model of every size, at size 1.0: bit for bit the base model."""
         config = AutoConfig.from_pretrained(self.folder)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+            model = _model_class(config)._from_config(config, dtype=config.dtype)
         table, recipe = self.table(), self.recipe
         with self._tensors("rest") as tensors:
             rest = {name: tensors.get_tensor(name).to(device) for name in tensors.keys()}  # noqa: SIM118
@@ -190,8 +193,8 @@ class Artifact:
             for layer in table.layers:
                 original = model.get_submodule(layer.name)
                 weight = dense.get_tensor(f"{layer.name}.weight").to(device)
-                transposed = tuple(original.weight.shape) != (layer.M, layer.N)
-                original.weight = torch.nn.Parameter(weight.T if transposed else weight, requires_grad=False)
+                weight = weight.T.contiguous() if isinstance(original, Conv1D) else weight
+                original.weight = torch.nn.Parameter(weight, requires_grad=False)
                 left, right = (factors.get_tensor(f"{layer.name}.{side}").to(device) for side in ("left", "right"))
                 if recipe.adapter_rank:
                     Bs[layer.name] = adapters.get_tensor(f"{layer.name}.B").to(device)
@@ -233,6 +236,13 @@ def _check(manifest: Any, folder: Path) -> None:
         fields = {"name": str, "M": int, "N": int, "bias": bool, "stored_rank": int}
         if not isinstance(row, dict) or any(not isinstance(row.get(key), kind) for key, kind in fields.items()):
             raise ArtifactError(f"{folder / MANIFEST}: malformed layer row {row!r}.")
+
+
+def _model_class(config: PreTrainedConfig) -> Any:
+    """The class that was saved, where transformers has it (an encoder, a vision model); else the causal one for this config."""
+    saved = getattr(transformers, (config.architectures or [""])[0], None)
+    known = isinstance(saved, type) and issubclass(saved, PreTrainedModel)
+    return saved if known else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def _persistent_buffers(model: torch.nn.Module) -> list[tuple[str, Tensor]]:

@@ -25,10 +25,13 @@ from acip.recipe import Dtype
 
 @dataclass
 class Base:
-    """A loaded base model. `digest` identifies its weights: equal digests, equal models."""
+    """A loaded base model. `digest` identifies its weights: equal digests, equal models.
+
+    `load_base` makes one of a language model; for an encoder or a vision model, fill it in yourself.
+    """
 
     model: PreTrainedModel
-    tokenizer: Any
+    tokenizer: Any  # None where the model reads no text
     source: str
     revision: str | None
     digest: str

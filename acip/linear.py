@@ -116,8 +116,7 @@ class ElasticLinear(nn.Module):
             return self.original(x_BTN)
         rows = self.adapter_rows + self.rank
         h_BTr = F.linear(x_BTN, self.right[:rows])
-        y_BTM = h_BTr @ self.left[:rows]
-        return y_BTM if self.bias is None else y_BTM + self.bias
+        return F.linear(h_BTr, self.left[:rows].T, self.bias)
 
     def materialise(self) -> nn.Module:
         """The layer at its present rank, as a plain module that shares nothing with this one."""

@@ -9,10 +9,13 @@ is exact for every basis U of W's column space; the basis decides what a prefix 
   its rank for the calibration activations (the optimum that SVD-LLM reaches by whitening, without its inverse).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
@@ -76,25 +79,76 @@ def targets(model: nn.Module) -> list[Target]:
 
 
 def find_linears(model: nn.Module, exclude: tuple[str, ...] = ()) -> dict[str, nn.Module]:
-    """Every linear layer inside the model's blocks (its ModuleLists); embeddings and the output head are left alone."""
-    blocks = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    """Every linear layer inside the model's blocks, which are the elements of its ModuleLists.
+
+    Embeddings and heads stand outside, routers of experts are left alone, and so is what has a part of `exclude` in its
+    name. BaseModelError for what can't be compressed: quantised weights, experts fused into one tensor, and subclasses
+    of nn.Linear that compute something else than W x + b.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise _quantised(type(model).__name__)
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    blocks = tuple(f"{name}.{i}." for name, module in lists for i in range(len(module)))
+    inside = {name: module for name, module in model.named_modules() if name.startswith(blocks)}
+    experts = {name: len(weight) for name, module in inside.items() if (weight := _fused(name, module)) is not None}
     found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D) or not any(name.startswith(block + ".") for block in blocks):
+    for name, module in inside.items():
+        if any(part in name for part in exclude):
             continue
-        if type(module) not in (nn.Linear, Conv1D):
+        if name in experts:
+            part = re.split(r"\.\d+\.", name)[-1].split(".")[0]
             raise BaseModelError(
-                f"layer {name} is a {type(module).__name__}: an already quantised base can't be parametrised. "
-                "Load the base model in 16 or 32 bit."
+                f"{name} holds its experts' weights fused into one tensor, which can't be compressed. "
+                f"Set exclude to {[part, *exclude]} to compress the other layers only."
             )
-        if not any(part in name for part in exclude):
-            found[name] = module
+        if _is_quantised(module):
+            raise _quantised(name)
+        if not isinstance(module, nn.Linear | Conv1D):
+            continue
+        if any(name.startswith(e.rpartition(".")[0] + ".") and len(weight_MN(module)) in (1, count) for e, count in experts.items()):
+            continue  # a router, or the gate of a shared expert
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear and not _computes_Wx(module):
+            raise BaseModelError(
+                f"layer {name} is a {type(module).__name__}, which computes something else than W x + b. "
+                f"Set exclude to {[name.rpartition('.')[2], *exclude]} to leave it as it is."
+            )
+        found[name] = module
     if not found:
         raise BaseModelError(
             f"{type(model).__name__} has no linear layers inside repeated blocks"
             + (f" that `exclude` = {list(exclude)} leaves." if exclude else "; there is nothing to compress.")
         )
     return found
+
+
+def _fused(name: str, module: nn.Module) -> Tensor | None:
+    """The weights of many linear layers in one tensor: [experts, M, N], or [experts * M, N] in what calls itself experts."""
+    if isinstance(module, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return None
+    own = (weight for weight in module.parameters(recurse=False) if weight.ndim == 3 or (weight.ndim == 2 and "experts" in name))
+    return next(own, None)
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Weights in integers, 8-bit floats, or a tensor class of their own."""
+    own = [tensor for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if tensor.ndim > 1]
+    packed = any(tensor.dtype == torch.int32 or (tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool) for tensor in own)
+    return packed or (isinstance(module, nn.Linear) and type(module.weight) is not nn.Parameter)
+
+
+def _quantised(name: str) -> BaseModelError:
+    return BaseModelError(f"{name} is quantised already, and its weights can't be parametrised. Load the base model in 16 or 32 bit.")
+
+
+@torch.no_grad()
+def _computes_Wx(layer: nn.Linear) -> bool:
+    """Whether a subclass of nn.Linear (Falcon's) does what nn.Linear does."""
+    x_1N = torch.linspace(-1, 1, layer.weight.shape[1], dtype=layer.weight.dtype, device=layer.weight.device)[None]
+    expected = F.linear(x_1N, layer.weight, layer.bias)
+    try:
+        return bool((layer(x_1N) - expected).norm() <= 0.01 * expected.norm())
+    except RuntimeError:  # other shapes
+        return False
 
 
 def weight_MN(layer: nn.Module) -> Tensor:
@@ -104,11 +158,23 @@ def weight_MN(layer: nn.Module) -> Tensor:
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
+def feed_tokens(model: nn.Module, ids_BT: Tensor) -> None:
+    """Run the blocks, and not the head where the model parts them."""
+    getattr(model, "base_model", model)(input_ids=ids_BT, use_cache=False)
+
+
 @torch.no_grad()
-def covariances(model: nn.Module, linears: Mapping[str, nn.Module], windows: Tensor, batch_size: int = 4) -> dict[str, Tensor]:
+def covariances(
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    windows: Tensor,
+    batch_size: int = 4,
+    feed: Callable[[nn.Module, Tensor], Any] = feed_tokens,
+) -> dict[str, Tensor]:
     """C_NN = mean of x x^T per layer over `windows` [n, T] of token ids, float32, in one forward pass.
 
-    Layers that are fed the same tensor (q, k, v; gate, up) share one C.
+    Layers that are fed the same tensor (q, k, v; gate, up) share one C. `feed(model, windows[i:j])` runs a model on other
+    inputs (images); C is then a multiple of the mean, which has the same eigenvectors. A layer that is never called is missing.
     """
     shared: dict[str, Tensor] = {}
     last: list[tuple[Tensor, str]] = []  # the input hooked last, and the layer that saw it first
@@ -129,7 +195,7 @@ def covariances(model: nn.Module, linears: Mapping[str, nn.Module], windows: Ten
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
     try:
         for batch in windows.split(batch_size):
-            model(input_ids=batch.to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
+            feed(model, batch.to(next(model.parameters()).device))
     finally:
         for handle in handles:
             handle.remove()
@@ -162,10 +228,12 @@ def parametrise(
     recipe: Recipe,
     windows: Tensor | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    feed: Callable[[nn.Module, Tensor], Any] = feed_tokens,
 ) -> list[Target]:
     """Swap every target layer of `model` for an `SVDLinear` under a PEFT LoRA, in place.
 
-    `windows` [n, T] of token ids feed the covariance basis (`recipe.covariance_windows` of them are used).
+    `windows` [n, T] of token ids feed the covariance basis (`recipe.covariance_windows` of them are used), or, for other
+    models, whatever `feed(model, windows[i:j])` makes of them.
     `progress(done, total)` counts layers. The swapped model computes what the base model computes, up to rounding.
     """
     if targets(model):
@@ -176,7 +244,12 @@ def parametrise(
     if recipe.basis == "covariance":
         if windows is None:
             raise BaseModelError("the covariance basis needs calibration text: pass `windows`, or set basis to 'svd'.")
-        C = covariances(model, linears, windows[: recipe.covariance_windows])
+        C = covariances(model, linears, windows[: recipe.covariance_windows], feed=feed)
+        if idle := [name for name in linears if name not in C]:
+            raise BaseModelError(
+                f"{len(idle)} layers are never called on this text, {idle[0]} among them, so nothing can be learned about them: "
+                "the tower of another modality, perhaps. Put a part of their names into exclude."
+            )
     if recipe.adapter_rank:
         add_adapters(model, list(linears), recipe)
     for done, (name, linear) in enumerate(linears.items(), 1):
