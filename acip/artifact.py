@@ -4,7 +4,9 @@ manifest.json         written last, atomically: without it the artifact does not
                       layer table, curve, and size and sha256 of every other file
 factors.safetensors   per target layer `NAME.left` [S, M], `NAME.right` [S, N]: one direction a row, most important
                       first, so that a size is a prefix; S is the largest rank that is smaller than the dense layer
-adapters.safetensors  `NAME.A` [R, N], `NAME.B` [max(1, knots), R, M], scaled by alpha / R: rows that go before the factors'
+adapters.safetensors  the adapters of both factors, B scaled by alpha / R at every knot: `NAME.right.A` [R, N],
+                      `NAME.right.B` [max(1, knots), S, R], `NAME.left.A` [S, R], `NAME.left.B` [max(1, knots), M, R];
+                      or of one beside the layer: `NAME.layer.A` [R, N], `NAME.layer.B` [max(1, knots), M, R]
 dense.safetensors     `NAME.weight` [M, N]: for the layers that are dense at a size
 rest.safetensors      every other tensor of the base model (embeddings, norms, biases, head)
 order.safetensors     `layer` [D]: the layer that loses a direction, first to leave first; `score`, `crossing`, and
@@ -23,7 +25,6 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,12 +35,12 @@ from acip.base import Base
 from acip.calibrate import Calibration
 from acip.cut import CutTable, LayerShape
 from acip.errors import ArtifactError
-from acip.linear import ElasticLinear, knot_place
+from acip.linear import ALL, ElasticLinear, LoRA
 from acip.materialise import AnySize
 from acip.parametrise import set_module, targets, weight_MN
 from acip.recipe import Recipe
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 
 
@@ -59,27 +60,27 @@ class Artifact:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
         recipe, table, layers = calibration.recipe, calibration.table, targets(calibration.model)
-        stored = {shape.name: shape.stored_rank(recipe.adapter_rank) for shape in table.layers}
+        stored = {shape.name: shape.stored_rank(recipe.adapter_rows, recipe.storage, recipe.reset) for shape in table.layers}
         factors: dict[str, Tensor] = {}
         adapters: dict[str, Tensor] = {}
         dense: dict[str, Tensor] = {}
         inside: set[int] = set()
-        for target in layers:
-            assert isinstance(target.core, ElasticLinear)
-            name, dtype = target.name, target.core.left.dtype
-            factors[f"{name}.left"] = target.core.left[: stored[name]]
-            factors[f"{name}.right"] = target.core.right[: stored[name]]
-            dense[f"{name}.weight"] = weight_MN(target.core.original)
-            inside.update(id(tensor) for tensor in target.slot.parameters() if tensor is not target.core.bias)
-            if target.lora is not None:
-                scale = recipe.adapter_alpha / recipe.adapter_rank
-                adapters[f"{name}.A"] = target.A.to(dtype)
-                adapters[f"{name}.B"] = torch.stack([B.T * scale for B in target.Bs]).to(dtype)
+        for name, core in layers.items():
+            assert isinstance(core, ElasticLinear)
+            rows = slice(stored[name])
+            factors[f"{name}.left"] = core.left[rows]
+            factors[f"{name}.right"] = core.right[rows]
+            dense[f"{name}.weight"] = weight_MN(core.original)
+            inside.update(id(tensor) for tensor in core.parameters() if tensor is not core.bias)
+            for place, lora in core.loras.items():
+                A = lora.A[:, rows].T if place == "left" else lora.A
+                B = torch.stack([B * lora.scale for B in lora.B])[:, rows if place == "right" else ALL]
+                adapters |= {f"{name}.{place}.A": A.to(core.left.dtype), f"{name}.{place}.B": B.to(core.left.dtype)}
         rest: dict[str, Tensor] = {}
         seen: set[int] = set()
         for name, tensor in (*calibration.model.named_parameters(), *_persistent_buffers(calibration.model)):
             if id(tensor) not in inside and id(tensor) not in seen:  # a tied head is stored once
-                rest[name.replace(".base_layer.original.", ".").replace(".original.", ".")] = tensor
+                rest[name.replace(".original.", ".")] = tensor
                 seen.add(id(tensor))
         scores = calibration.scores
         importance = scores.importance()
@@ -117,23 +118,6 @@ class Artifact:
         """Put the measured trade-off curve into the manifest. Nothing else changes."""
         _write_atomically(self.folder / MANIFEST, {**self.manifest, "curve": rows})
         return Artifact.open(self.folder)
-
-    def save_peft(self, folder: str | Path, size: float) -> None:
-        """The adapters as they are at `size`, in PEFT's own format (alpha / R = 1: the scale is folded in)."""
-        recipe = self.recipe
-        low, high, share = knot_place(size, recipe.knots) if recipe.knots else (0, 0, 0.0)
-        tensors: dict[str, Tensor] = {}
-        with self._tensors("adapters") as adapters:
-            for row in self.manifest["layers"]:
-                B = adapters.get_tensor(f"{row['name']}.B")
-                tensors[f"base_model.model.{row['name']}.lora_A.weight"] = adapters.get_tensor(f"{row['name']}.A")
-                tensors[f"base_model.model.{row['name']}.lora_B.weight"] = torch.lerp(B[low], B[high], share).T.contiguous()
-        config = LoraConfig(
-            r=recipe.adapter_rank, lora_alpha=recipe.adapter_rank, target_modules=[row["name"] for row in self.manifest["layers"]],
-            base_model_name_or_path=self.manifest["base"]["source"], inference_mode=True,
-        )  # fmt: skip
-        config.save_pretrained(str(folder))
-        save_file(tensors, Path(folder) / "adapter_model.safetensors")
 
     # ---- read
 
@@ -174,7 +158,8 @@ class Artifact:
         counts = torch.bincount(order.long(), minlength=len(layers))
         if counts.tolist() != [layer.K for layer in layers]:
             raise ArtifactError(f"{self.folder}: the removal order does not fit the layer table. Fetch the artifact again.")
-        return CutTable(layers, order, self.recipe.adapter_rank, self.manifest["rest_params"])
+        recipe = self.recipe
+        return CutTable(layers, order, recipe.adapter_rows, self.manifest["rest_params"], recipe.storage, recipe.reset)
 
     def tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.folder)
@@ -188,19 +173,20 @@ class Artifact:
         with self._tensors("rest") as tensors:
             rest = {name: tensors.get_tensor(name).to(device) for name in tensors.keys()}  # noqa: SIM118
         model.load_state_dict(rest, strict=False, assign=True)
-        Bs: dict[str, Tensor] = {}
         with self._tensors("factors") as factors, self._tensors("dense") as dense, self._tensors("adapters") as adapters:
+            stored = adapters.keys()
             for layer in table.layers:
                 original = model.get_submodule(layer.name)
                 weight = dense.get_tensor(f"{layer.name}.weight").to(device)
                 weight = weight.T.contiguous() if isinstance(original, Conv1D) else weight
                 original.weight = torch.nn.Parameter(weight, requires_grad=False)
                 left, right = (factors.get_tensor(f"{layer.name}.{side}").to(device) for side in ("left", "right"))
-                if recipe.adapter_rank:
-                    Bs[layer.name] = adapters.get_tensor(f"{layer.name}.B").to(device)
-                    left = torch.cat([Bs[layer.name][-1], left])
-                    right = torch.cat([adapters.get_tensor(f"{layer.name}.A").to(device), right])
-                set_module(model, layer.name, ElasticLinear(original, left, right, recipe.adapter_rank))
+                loras = {}
+                for place in ("layer", "right", "left"):
+                    if f"{layer.name}.{place}.A" in stored:
+                        A, B = (adapters.get_tensor(f"{layer.name}.{place}.{part}").to(device) for part in "AB")
+                        loras[place] = LoRA.of(A.T if place == "left" else A, B)
+                set_module(model, layer.name, ElasticLinear(original, left, right, loras))
         model.tie_weights()
         missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
         if missing:
@@ -208,7 +194,7 @@ class Artifact:
         if (self.folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(self.folder)
         model.to(device).eval().requires_grad_(False)
-        any_size = AnySize(model, table, recipe.knots, recipe.convention, Bs)
+        any_size = AnySize(model, table, recipe)
         any_size.resize(1.0)
         return any_size
 
@@ -223,8 +209,11 @@ def _check(manifest: Any, folder: Path) -> None:
     """Refuse what this code did not write: other schemas, missing fields, paths that leave the folder."""
     if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
         raise ArtifactError(f"{folder / MANIFEST} is not an acip manifest.")
-    if manifest["schema"] > SCHEMA:
-        raise ArtifactError(f"{folder} has schema {manifest['schema']}; this acip reads up to {SCHEMA}. Upgrade acip.")
+    if manifest["schema"] != SCHEMA:
+        remedy = (
+            "Upgrade acip." if manifest["schema"] > SCHEMA else "Calibrate again; nothing reads what was written before the first release."
+        )
+        raise ArtifactError(f"{folder} has schema {manifest['schema']}; this acip reads {SCHEMA}. {remedy}")
     for key, kind in (("base", dict), ("recipe", dict), ("layers", list), ("files", dict), ("curve", list), ("rest_params", int)):
         if not isinstance(manifest.get(key), kind):
             raise ArtifactError(f"{folder / MANIFEST}: {key!r} is missing or not a {kind.__name__}. Fetch the artifact again.")

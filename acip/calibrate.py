@@ -5,8 +5,9 @@ Paper, Algorithm 1 and Appendix B, top to bottom in `calibrate`:
     prune       loss = task loss + lambda * sum of relu(p);  ramp lambda;  update scores;  test stop
     post-tune   masks frozen, adapters alone: at the stop size (the paper), or at many sizes (ours)
 
-A size-conditioned adapter keeps B at several sizes (knots) and interpolates between them; in post-tuning every step is
-taken at one size, the stop ratio and a uniform one in turn, with the base model's distribution as the target.
+While pruning, the task loss is mixed with the divergence from the base model's own distribution; in post-tuning that alone
+is the target, and every step is taken at one size: the stop ratio and a uniform one in turn. Each adapter keeps its B at
+several sizes (knots) and interpolates between them. (All of this ours; `recipe.paper` turns it off.)
 
 Observers get a `StepReport` and the `CalibrationState` after each step and change nothing. A state that is saved and
 loaded again goes on bit for bit as if nothing had happened (CPU).
@@ -15,7 +16,8 @@ loaded again goes on bit for bit as if nothing had happened (CPU).
 import json
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -27,13 +29,16 @@ from torch import Tensor, nn
 
 from acip.cut import Budget, Cut, CutTable, LayerShape, stored_params
 from acip.errors import CalibrationError
-from acip.linear import ElasticLinear, KnotLinear, SVDLinear, knot_place
-from acip.parametrise import ADAPTER, Target, targets
+from acip.linear import ALL, Compressible, ElasticLinear, SVDLinear, knot_place
+from acip.parametrise import set_module, targets, weight_MN
 from acip.recipe import Recipe
 from acip.scores import ScoreMap
 
 PACK_EVERY = 8  # optimiser steps between looks at which layers to pack
 PACK_BELOW = 0.9  # of the directions that are multiplied now; packing copies, so not for a few
+
+
+TaskLoss = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]  # (model, batch) -> loss, logits [..., classes]
 
 
 class Batches(Protocol):
@@ -69,23 +74,29 @@ class Calibration:
 class CalibrationState:
     """Every variable of the loop. Tensors are live: `save` reads them, nothing else may."""
 
-    layers: list[Target]
+    layers: dict[str, SVDLinear | ElasticLinear]
     scores: ScoreMap
     params: dict[str, nn.Parameter]  # what is trained, by name
     optimizer: torch.optim.Optimizer
     lambda_: float
+    gradients: Tensor  # [D] the task loss' gradients of the masks, summed over the steps; stays 0 where scores don't need it
     step: int = 0
     stop_step: int | None = None
+    stop_ranks: list[int] = field(default_factory=list)  # directions of each layer that were left when pruning stopped
     history: list[StepReport] = field(default_factory=list)
+
+    @property
+    def masks(self) -> list[nn.Parameter]:
+        return [core.p for core in self.layers.values() if isinstance(core, SVDLinear)]
 
     def packed(self) -> dict[str, Tensor]:
         """The directions that packed layers multiply. Sums over fewer terms round differently, so this is state."""
-        cores = {target.name: target.core for target in self.layers if isinstance(target.core, SVDLinear)}
+        cores = {name: core for name, core in self.layers.items() if isinstance(core, SVDLinear)}
         return {name: core.packed for name, core in cores.items() if core.packed is not None}
 
     def save(self, folder: str | Path) -> None:
         """Write the state as `state.safetensors` and `state.json` into an existing folder."""
-        tensors = {"score": self.scores.score, "crossing": self.scores.crossing}
+        tensors = {"score": self.scores.score, "crossing": self.scores.crossing, "gradients": self.gradients}
         for name, packed in self.packed().items():
             tensors[f"packed/{name}"] = packed
         for name, param in self.params.items():
@@ -97,9 +108,16 @@ class CalibrationState:
             "lambda": self.lambda_,
             "step": self.step,
             "stop_step": self.stop_step,
+            "stop_ranks": self.stop_ranks,
             "history": [asdict(r) for r in self.history],
         }
         (Path(folder) / "state.json").write_text(json.dumps(scalars))
+
+
+def next_token(model: nn.Module, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of each next token, nats; and the logits."""
+    out = model(input_ids=ids_BT, labels=ids_BT, use_cache=False)
+    return out.loss, out.logits
 
 
 def calibrate(
@@ -108,18 +126,19 @@ def calibrate(
     recipe: Recipe,
     resume: str | Path | None = None,
     observe: Callable[[StepReport, CalibrationState], None] = lambda report, state: None,
+    task_loss: TaskLoss = next_token,
 ) -> Calibration:
     """Run or resume the calibration of a parametrised `model` (see `parametrise`) on `batches[i]` -> [B, T] token ids.
 
-    `resume` is a folder that `CalibrationState.save` wrote. Raises CalibrationError where the loss is not finite or the
-    stop ratio is not reached in `recipe.max_prune_steps`.
+    `resume` is a folder that `CalibrationState.save` wrote. `task_loss(model, batches[i])` returns the loss and the logits
+    that are distilled. Raises CalibrationError where the loss is not finite or the stop ratio is not reached in
+    `recipe.max_prune_steps`.
     """
-    state = _start(targets(model), recipe)
-    shapes = tuple(layer_shape(target) for target in state.layers)
+    state = _start(model, recipe)
+    shapes = layer_shapes(model)
     model.eval()  # the base model's own dropout stays off; the adapters' is on
-    for target in state.layers:
-        if target.lora is not None:
-            target.lora.lora_dropout.train()
+    for core in state.layers.values():
+        core.train()
     if resume is not None:
         _load(state, Path(resume), model, recipe)
 
@@ -130,20 +149,21 @@ def calibrate(
                 f"the stop ratio {recipe.stop_ratio} was not reached in max_prune_steps = {recipe.max_prune_steps} steps (now at "
                 f"{state.history[-1].size:.3f}). Raise lr, lambda_start or lambda_factor, lower lambda_interval, or allow more steps."
             )
-        masks_before = _masks(state.layers)
-        l1 = state.lambda_ * torch.stack([p.relu().sum() for name, p in state.params.items() if name.endswith(".mask")]).sum()
-        loss = _step(model, batches, recipe, state, next_token_loss, extra=l1)
+        masks_before = _flat(state.masks)
+        l1 = state.lambda_ * torch.stack([p.relu().sum() for p in state.masks]).sum()
+        loss = _step(model, batches, recipe, state, task_loss, recipe.distill_prune, l1)
         if state.step % recipe.lambda_interval == 0:
             state.lambda_ *= recipe.lambda_factor
-        masks = _masks(state.layers)
-        state.scores.update(masks_before, masks)
+        masks = _flat(state.masks)
         ranks = _live_ranks(masks, state.scores)
         size, live = _size_ratio(ranks, shapes, recipe), int(ranks.sum())
-        if state.step % PACK_EVERY == 0:
+        if not state.history or state.history[-1].size > (recipe.scores_until or 0):
+            state.scores.update(masks_before, masks)
+        if state.step % PACK_EVERY == 0 and recipe.quantise == "none":
             _pack(state.layers, ranks)
         if size <= recipe.stop_ratio:
-            state.stop_step = state.step
-            _freeze_masks(model, state, recipe)
+            state.stop_ranks = ranks.tolist()
+            _end_pruning(model, state, recipe)
         progress = 1.0 if state.stop_step else _progress(masks, live, shapes, recipe)
         report = StepReport(state.step, "prune", loss, size, state.lambda_, live, progress)
         state.history.append(report)
@@ -151,18 +171,17 @@ def calibrate(
 
     # post-tune: the adapters alone, at the stop size or at many
     table = cut_table(model, state.scores, recipe)
-    live = int((state.scores.score > 0).sum())
-    at_stop = _live_ranks(state.scores.score, state.scores).tolist()
+    live = sum(state.stop_ranks)
     while state.step < state.stop_step + recipe.post_tune_steps:
-        if recipe.post_tune == "stop":
-            size = state.history[-1].size
-            for target, rank in zip(state.layers, at_stop, strict=True):
-                set_rank(target, rank)
+        if recipe.post_tune == "stop" and state.stop_ranks:  # the masks that pruning left, not a cut
+            size = _size_ratio(torch.tensor(state.stop_ranks), shapes, recipe)
+            for core, rank in zip(state.layers.values(), state.stop_ranks, strict=True):
+                assert isinstance(core, ElasticLinear)
+                core.set_rank(rank)
         else:
-            size = _next_size(state.step, recipe)
-            set_size(state.layers, table.cut(Budget(size, recipe.convention)), size, recipe.knots)
-        objective = next_token_loss if recipe.distill == "none" else _distillation_from(state.layers)
-        loss = _step(model, batches, recipe, state, objective)
+            size = recipe.stop_ratio if recipe.post_tune == "stop" else _next_size(state.step, recipe)
+            set_size(state.layers, table.cut(Budget(size, recipe.convention)), recipe)
+        loss = _step(model, batches, recipe, state, task_loss, recipe.distill)
         progress = (state.step - state.stop_step) / recipe.post_tune_steps
         report = StepReport(state.step, "post_tune", loss, size, state.lambda_, live, progress)
         state.history.append(report)
@@ -172,12 +191,36 @@ def calibrate(
     return Calibration(model, recipe, state.scores, table, state.stop_step, state.history)
 
 
-def trial_step(model: nn.Module, batches: Batches, recipe: Recipe) -> float:
+def transfer(calibration: Calibration, model: nn.Module, recipe: Recipe) -> Calibration:
+    """The scores and adapters of one calibration on another, freshly parametrised `model` of the same layers, in place.
+
+    So a calibration on 4-bit weights serves the full-precision base (paper 3.4). `recipe` is the other model's; its basis
+    and adapters must be those of the calibration, and its basis must come from the same text.
+    """
+    for name in ("basis", "adapter", "adapter_rank", "adapter_alpha", "exclude", "mask_scale", "storage", "convention", "knots"):
+        if getattr(recipe, name) != getattr(calibration.recipe, name):
+            raise CalibrationError(
+                f"{name} is {getattr(recipe, name)!r}; to carry scores over it must be {getattr(calibration.recipe, name)!r}."
+            )
+    theirs, ours = targets(calibration.model), targets(model)
+    if layer_shapes(model) != layer_shapes(calibration.model) or not all(isinstance(core, SVDLinear) for core in ours.values()):
+        raise CalibrationError("scores can be carried over to a freshly parametrised model with the same layers only.")
+    ours = sort_layers(model, calibration.scores)
+    for name, core in ours.items():
+        for place, lora in core.loras.items():
+            lora.grow(max(1, len(recipe.knots)))
+            lora.load_state_dict(theirs[name].loras[place].state_dict())
+    model.eval()
+    table = cut_table(model, calibration.scores, recipe)
+    return Calibration(model, recipe, calibration.scores, table, calibration.stop_step, calibration.history)
+
+
+def trial_step(model: nn.Module, batches: Batches, recipe: Recipe, task_loss: TaskLoss = next_token) -> float:
     """One real forward and backward pass at full size and shape, which changes nothing. Returns its loss.
 
     Run before the long work: what doesn't fit or doesn't learn fails here, in the first seconds.
     """
-    loss = next_token_loss(model, batches[0].to(next(model.parameters()).device))
+    loss = _objective(model, targets(model), batches[0].to(next(model.parameters()).device), task_loss, recipe.distill_prune)
     loss.backward()
     model.zero_grad(set_to_none=True)
     if not math.isfinite(loss.item()):
@@ -190,24 +233,30 @@ def trial_step(model: nn.Module, batches: Batches, recipe: Recipe) -> float:
 
 def next_token_loss(model: nn.Module, ids_BT: Tensor) -> Tensor:
     """Mean cross-entropy of each next token, nats."""
-    return model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+    return next_token(model, ids_BT)[0]
 
 
-def _distillation_from(layers: list[Target]) -> Callable[[nn.Module, Tensor], Tensor]:
-    """KL(base || model) per token, the base being the same model with every layer dense."""
+@contextmanager
+def as_base(layers: Mapping[str, Compressible]) -> Iterator[None]:
+    """Inside, every layer is the base model's."""
+    for core in layers.values():
+        core.bypass = True
+    try:
+        yield
+    finally:
+        for core in layers.values():
+            core.bypass = False
 
-    def kl(model: nn.Module, ids_BT: Tensor) -> Tensor:
-        sizes = [(target, target.core.rank) for target in layers if isinstance(target.core, ElasticLinear)]
-        for target, _ in sizes:
-            set_rank(target, None)
-        with torch.no_grad():
-            base = F.log_softmax(model(input_ids=ids_BT, use_cache=False).logits.float(), -1)
-        for target, rank in sizes:
-            set_rank(target, rank)
-        logp = F.log_softmax(model(input_ids=ids_BT, use_cache=False).logits.float(), -1)
-        return F.kl_div(logp, base, log_target=True, reduction="sum") / ids_BT.numel()
 
-    return kl
+def _objective(model: nn.Module, layers: Mapping[str, Compressible], batch: Tensor, task_loss: TaskLoss, distill: float) -> Tensor:
+    """(1 - distill) * task loss + distill * KL(base || model) per position."""
+    if not distill:
+        return task_loss(model, batch)[0]
+    with torch.no_grad(), as_base(layers):
+        base = F.log_softmax(task_loss(model, batch)[1].float(), -1)
+    loss, logits = task_loss(model, batch)
+    kl = F.kl_div(F.log_softmax(logits.float(), -1), base, log_target=True, reduction="sum") / base.shape[:-1].numel()
+    return kl if distill == 1 else (1 - distill) * loss + distill * kl
 
 
 # ---- one optimiser step
@@ -218,17 +267,19 @@ def _step(
     batches: Batches,
     recipe: Recipe,
     state: CalibrationState,
-    objective: Callable[[nn.Module, Tensor], Tensor],
-    extra: Tensor | None = None,
+    task_loss: TaskLoss,
+    distill: float,
+    l1: Tensor | None = None,
 ) -> float:
     """Accumulate, step, count. Dropout is seeded by the step, so a resumed run draws what the straight one drew."""
     torch.manual_seed(recipe.seed * 1_000_003 + state.step)
     device = next(iter(state.params.values())).device
     total = 0.0
     for i in range(recipe.accumulate):
-        loss = objective(model, batches[state.step * recipe.accumulate + i].to(device)) / recipe.accumulate
-        if extra is not None and i == 0:
-            loss = loss + extra
+        batch = batches[state.step * recipe.accumulate + i].to(device)
+        loss = _objective(model, state.layers, batch, task_loss, distill) / recipe.accumulate
+        if l1 is not None and i == 0:
+            loss = loss + l1
         if loss.requires_grad:  # at a size where every layer is dense there is nothing to learn
             loss.backward()
         total += float(loss.detach())
@@ -236,6 +287,8 @@ def _step(
         raise CalibrationError(
             f"the loss is {total} at step {state.step + 1}: the calibration diverged. Lower lr (now {recipe.lr}), or use dtype float32."
         )
+    if recipe.scores == "gradient" and l1 is not None:
+        state.gradients += torch.cat([p.grad - state.lambda_ * (p > 0) for p in state.masks if p.grad is not None])
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
@@ -252,38 +305,34 @@ def _next_size(step: int, recipe: Recipe) -> float:
 # ---- sizes of a model whose layers are sorted
 
 
-def set_rank(target: Target, rank: int | None) -> None:
-    """`rank` directions plus adapter; None: the original layer, adapter off."""
-    assert isinstance(target.core, ElasticLinear)
-    target.core.set_rank(rank)
-    target.use_adapter(rank is not None)
+def set_size(layers: Mapping[str, Compressible], cut: Cut, recipe: Recipe) -> None:
+    """Every layer at its rank of `cut`, every adapter at the cut's size."""
+    place = knot_place(cut.sizes[recipe.convention], recipe.knots)
+    for name, core in layers.items():
+        assert isinstance(core, ElasticLinear)
+        core.set_rank(cut.ranks[name])
+        for lora in core.loras.values():
+            lora.place = place
 
 
-def set_size(layers: list[Target], cut: Cut, size: float, knots: tuple[float, ...]) -> None:
-    for target in layers:
-        set_rank(target, cut.ranks[target.name])
-        if target.lora is not None and isinstance(target.B, KnotLinear):
-            target.B.place = knot_place(size, knots)
-
-
-def layer_shape(target: Target) -> LayerShape:
-    core = target.core
-    (M, N) = (core.U.shape[0], core.V.shape[1]) if isinstance(core, SVDLinear) else (core.left.shape[1], core.right.shape[1])
-    return LayerShape(target.name, M, N, core.bias is not None)
+def layer_shapes(model: nn.Module) -> tuple[LayerShape, ...]:
+    shapes = []
+    for name, core in targets(model).items():
+        M, N = weight_MN(core.original).shape
+        shapes.append(LayerShape(name, M, N, core.bias is not None))
+    return tuple(shapes)
 
 
 def cut_table(model: nn.Module, scores: ScoreMap, recipe: Recipe) -> CutTable:
     """The table of every size of `model`, from its scores."""
-    layers = targets(model)
-    shapes = tuple(layer_shape(target) for target in layers)
-    inside = {id(p) for target in layers for p in target.slot.parameters()}
+    inside = {id(p) for core in targets(model).values() for p in core.parameters()}
     rest = sum(p.numel() for p in model.parameters() if id(p) not in inside)  # parameters() counts tied weights once
     order = scores.layer_of[scores.removal_order()].to(torch.int32).cpu()
-    return CutTable(shapes, order, recipe.adapter_rank, rest)
+    return CutTable(layer_shapes(model), order, recipe.adapter_rows, rest, recipe.storage, recipe.reset)
 
 
-def _masks(layers: list[Target]) -> Tensor:
-    return torch.cat([target.core.p.detach() for target in layers if isinstance(target.core, SVDLinear)])
+def _flat(masks: list[nn.Parameter]) -> Tensor:
+    return torch.cat([p.detach() for p in masks])
 
 
 def _live_ranks(values: Tensor, scores: ScoreMap) -> Tensor:
@@ -295,15 +344,15 @@ def _live_ranks(values: Tensor, scores: ScoreMap) -> Tensor:
 def _size_ratio(ranks: Tensor, shapes: tuple[LayerShape, ...], recipe: Recipe) -> float:
     """The size of layers at these ranks, in the recipe's convention."""
     M, N = (torch.tensor([getattr(shape, key) for shape in shapes]) for key in ("M", "N"))
-    stored = stored_params(M, N, ranks, 0 if recipe.convention == "paper" else recipe.adapter_rank)
+    paper = recipe.convention == "paper"
+    stored = stored_params(M, N, ranks, 0 if paper else recipe.adapter_rows, "factors" if paper else recipe.storage)
     bias = sum(shape.M for shape in shapes if shape.bias)
     return (int(stored.sum()) + bias) / (int((M * N).sum()) + bias)
 
 
-def _pack(layers: list[Target], ranks: Tensor) -> None:
+def _pack(layers: Mapping[str, Compressible], ranks: Tensor) -> None:
     """Layers that lost enough directions since they were packed multiply only the living ones from here on."""
-    for target, rank in zip(layers, ranks.tolist(), strict=True):
-        core = target.core
+    for core, rank in zip(layers.values(), ranks.tolist(), strict=True):
         if isinstance(core, SVDLinear):
             multiplied = core.V.shape[0] if core.packed is None else len(core.packed)
             if rank <= PACK_BELOW * multiplied:
@@ -312,7 +361,7 @@ def _pack(layers: list[Target], ranks: Tensor) -> None:
 
 def _progress(masks: Tensor, live: int, shapes: tuple[LayerShape, ...], recipe: Recipe) -> float:
     """How much of the pruning is done, an estimate: first the masks travel to zero, then directions leave."""
-    R = 0 if recipe.convention == "paper" else recipe.adapter_rank
+    R = 0 if recipe.convention == "paper" else recipe.adapter_rows
     live_at_stop = sum(max(0.0, recipe.stop_ratio * shape.M * shape.N / (shape.M + shape.N) - R) for shape in shapes)
     gone = (masks.numel() - live) / (masks.numel() - live_at_stop)
     travelled = 1 - float(masks.clamp(min=0).sum()) / (recipe.mask_scale * masks.numel())
@@ -322,14 +371,14 @@ def _progress(masks: Tensor, live: int, shapes: tuple[LayerShape, ...], recipe: 
 # ---- the loop's variables: start, the turn from pruning to post-tuning, load
 
 
-def _parameters(layers: list[Target]) -> dict[str, nn.Parameter]:
+def _parameters(layers: Mapping[str, Compressible]) -> dict[str, nn.Parameter]:
     params: dict[str, nn.Parameter] = {}
-    for target in layers:
-        if isinstance(target.core, SVDLinear):
-            params[f"{target.name}.mask"] = target.core.p
-        if target.lora is not None:
-            params[f"{target.name}.A"] = target.A
-            params.update({f"{target.name}.B{i}": B for i, B in enumerate(target.Bs)})
+    for name, core in layers.items():
+        if isinstance(core, SVDLinear):
+            params[f"{name}.mask"] = core.p
+        for place, lora in core.loras.items():
+            params[f"{name}.{place}.A"] = lora.A
+            params.update({f"{name}.{place}.B{i}": B for i, B in enumerate(lora.B)})
     return params
 
 
@@ -337,22 +386,30 @@ def _adamw(params: dict[str, nn.Parameter], lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(params.values(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
 
-def _start(layers: list[Target], recipe: Recipe) -> CalibrationState:
-    masks: dict[str, Tensor] = {target.name: target.core.p for target in layers if isinstance(target.core, SVDLinear)}
+def _start(model: nn.Module, recipe: Recipe) -> CalibrationState:
+    layers = targets(model)
+    masks: dict[str, Tensor] = {name: core.p for name, core in layers.items() if isinstance(core, SVDLinear)}
     if len(masks) != len(layers) or not layers:
         raise CalibrationError("calibrate needs a freshly parametrised model: call parametrise(model, recipe) first.")
-    params = _parameters(layers)
-    return CalibrationState(layers, ScoreMap.start(masks), params, _adamw(params, recipe.lr), recipe.lambda_start)
+    params, scores = _parameters(layers), ScoreMap.start(masks)
+    state = CalibrationState(layers, scores, params, _adamw(params, recipe.lr), recipe.lambda_start, torch.zeros_like(scores.score))
+    if recipe.scores == "singular_values":  # nothing to learn: straight to post-tuning
+        scores.score = torch.cat([core.V.float().norm(dim=1) for core in layers.values() if isinstance(core, SVDLinear)])
+        _end_pruning(model, state, recipe)
+    return state
 
 
-def _freeze_masks(model: nn.Module, state: CalibrationState, recipe: Recipe) -> None:
+def _end_pruning(model: nn.Module, state: CalibrationState, recipe: Recipe) -> None:
     """Masks are done: sort every layer by score, give each knot its B, and carry the adapters' moments along."""
-    state.layers = sort_layers(model, state.layers, state.scores)
-    for target in state.layers:
-        if target.lora is not None and recipe.knots:
-            assert isinstance(target.B, nn.Linear)
-            target.lora.lora_B[ADAPTER] = KnotLinear(target.B.weight, len(recipe.knots))
+    state.stop_step = state.step
+    if recipe.scores == "gradient":
+        state.scores.score = -state.gradients
+    importance = state.scores.importance()
     moments, old = state.optimizer.state, state.params
+    state.layers = sort_layers(model, state.scores)
+    for core in state.layers.values():
+        for lora in core.loras.values():
+            lora.grow(max(1, len(recipe.knots)))
     state.params = _parameters(state.layers)
     if not state.params:  # no adapters: nothing is left to train
         return
@@ -360,15 +417,24 @@ def _freeze_masks(model: nn.Module, state: CalibrationState, recipe: Recipe) -> 
     for name, param in state.params.items():
         was = old[name if name in old else name.rstrip("0123456789") + "0"]  # every knot's B grows out of B0
         if was in moments:
-            state.optimizer.state[param] = {key: value.clone() for key, value in moments[was].items()}
+            layer, place, part = name.rsplit(".", 2)
+            sorting = (
+                (importance[layer],)
+                if (place, part[0]) == ("right", "B")
+                else (ALL, importance[layer])
+                if place == "left" and part == "A"
+                else (ALL,)
+            )
+            state.optimizer.state[param] = {k: v.clone() if k == "step" else v[sorting].clone() for k, v in moments[was].items()}
 
 
-def sort_layers(model: nn.Module, layers: list[Target], scores: ScoreMap) -> list[Target]:
-    """Every SVDLinear becomes an ElasticLinear with its directions in the order of their scores."""
+def sort_layers(model: nn.Module, scores: ScoreMap) -> dict[str, SVDLinear | ElasticLinear]:
+    """Every SVDLinear becomes an ElasticLinear with its directions, and its adapters', in the order of their scores."""
     importance = scores.importance()
-    return [
-        target.replace_core(target.core.sorted(importance[target.name]), model) for target in layers if isinstance(target.core, SVDLinear)
-    ]
+    for name, core in targets(model).items():
+        assert isinstance(core, SVDLinear)
+        set_module(model, name, core.sorted(importance[name]))
+    return targets(model)
 
 
 def _load(state: CalibrationState, folder: Path, model: nn.Module, recipe: Recipe) -> None:
@@ -381,10 +447,12 @@ def _load(state: CalibrationState, folder: Path, model: nn.Module, recipe: Recip
             f"the checkpoint in {folder} belongs to another model or recipe: it holds {tensors['score'].numel()} scores."
         )
     state.scores.score, state.scores.crossing = tensors["score"].to(device), tensors["crossing"].to(device)
-    state.lambda_, state.step, state.stop_step = scalars["lambda"], scalars["step"], scalars["stop_step"]
+    state.gradients = tensors["gradients"].to(device)
+    state.lambda_, state.step, state.stop_ranks = scalars["lambda"], scalars["step"], scalars["stop_ranks"]
     state.history = [StepReport(**report) for report in scalars["history"]]
-    if state.stop_step is not None:
-        _freeze_masks(model, state, recipe)
+    if scalars["stop_step"] is not None and state.stop_step is None:
+        _end_pruning(model, state, recipe)
+    state.stop_step = scalars["stop_step"]
     if {f"param/{name}" for name in state.params} != {key for key in tensors if key.startswith("param/")}:
         raise CalibrationError(f"the checkpoint in {folder} belongs to another model or recipe: its parameters have other names.")
     with torch.no_grad():
@@ -393,6 +461,6 @@ def _load(state: CalibrationState, folder: Path, model: nn.Module, recipe: Recip
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optim/{name}/{key}" in tensors]
             values = {key: tensors[f"optim/{name}/{key}"] for key in keys}
             state.optimizer.state[param] = {k: v if k == "step" else v.to(param.device) for k, v in values.items()}
-    for target in state.layers:
-        if isinstance(target.core, SVDLinear) and f"packed/{target.name}" in tensors:
-            target.core.pack(tensors[f"packed/{target.name}"].to(device))
+    for name, core in state.layers.items():
+        if isinstance(core, SVDLinear) and f"packed/{name}" in tensors:
+            core.pack(tensors[f"packed/{name}"].to(device))

@@ -3,12 +3,18 @@
 Directions leave in one global order, lowest score first; a size is a prefix of that order removed, so sizes nest. What
 is stored after removing n directions is a running sum, and a cut is one binary search in it.
 
-A layer at rank r keeps its R folded adapter rows too and stores (r + R)(M + N) numbers; where that would not be smaller
-than M N, it is the original dense layer, without adapter (the paper's reset rule). Biases are always kept.
+A layer keeps its r best directions, and where its adapter sits beside it, the adapter's R too: q = r + R (else q = r).
+What it stores depends on its form:
+
+    factors      q (M + N)         two plain factors (the paper)
+    pivot        q (M + N - q)     q of its rows, and every other row as a combination of them
+
+Where that would not be smaller than M N, it is the original dense layer, without adapter (the paper's reset rule, D.3;
+without it, one dense matrix of the product). The pivot form saves something at every q < K. Biases are always kept.
 
     convention   counts                                          of
     linear       stored numbers of the target layers             their dense numbers     (default)
-    paper        the same without adapters, min(MN, r(M + N))    their dense numbers     (the paper's tables)
+    paper        min(MN, r(M + N)), without adapters             their dense numbers     (the paper's tables)
     model        every stored number of the model                the base model's
 """
 
@@ -21,7 +27,7 @@ import torch
 from torch import Tensor
 
 from acip.errors import BudgetError
-from acip.recipe import Convention
+from acip.recipe import Convention, Storage
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,14 @@ class LayerShape:
     def dense_params(self) -> int:
         return self.M * self.N + self.M * self.bias
 
-    def stored_rank(self, adapter_rank: int) -> int:
-        """The largest rank that is smaller than the dense layer: no size ever needs more rows."""
-        return max(0, min(self.K, -(-self.M * self.N // (self.M + self.N)) - 1 - adapter_rank))
+    def dense_from(self, adapter_rows: int, storage: Storage) -> int:
+        """The smallest rank that saves nothing."""
+        limit = self.K if storage == "pivot" else -(-self.M * self.N // (self.M + self.N))
+        return limit - adapter_rows
+
+    def stored_rank(self, adapter_rows: int, storage: Storage, reset: bool) -> int:
+        """The largest rank of any size: nobody needs more rows."""
+        return max(0, self.dense_from(adapter_rows, storage) - 1) if reset else self.K
 
 
 @dataclass(frozen=True)
@@ -85,9 +96,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def stored_params(M: Tensor, N: Tensor, ranks: Tensor, adapter_rank: int) -> Tensor:
+def stored_params(M: Tensor, N: Tensor, ranks: Tensor, adapter_rows: int, storage: Storage) -> Tensor:
     """Numbers stored by layers [M, N] at `ranks`, biases aside; elementwise on int64 tensors of any device."""
-    return torch.minimum(M * N, (ranks + adapter_rank) * (M + N))
+    if storage == "factors":
+        return torch.minimum(M * N, (ranks + adapter_rows) * (M + N))
+    q = torch.minimum(ranks + adapter_rows, torch.minimum(M, N))
+    return q * (M + N - q)
 
 
 @dataclass(frozen=True)
@@ -99,8 +113,10 @@ class CutTable:
 
     layers: tuple[LayerShape, ...]
     order: Tensor
-    adapter_rank: int
+    adapter_rows: int
     rest_params: int  # numbers outside the target layers
+    storage: Storage = "pivot"
+    reset: bool = True
     _sums: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def _shape(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +127,7 @@ class CutTable:
         key = "linear" if adapters else "paper"
         if key not in self._sums:
             M, N, K = self._shape()
-            R = self.adapter_rank if adapters else 0
+            R, storage = (self.adapter_rows, self.storage) if adapters else (0, "factors")
             order = self.order.long()
             # the i-th loss of a layer takes it from rank K - i to K - i - 1
             by_layer = torch.argsort(order, stable=True)
@@ -120,9 +136,9 @@ class CutTable:
             nth = torch.empty_like(order)
             nth[by_layer] = torch.arange(len(order)) - starts
             before = K[order] - nth
-            saved = stored_params(M[order], N[order], before, R) - stored_params(M[order], N[order], before - 1, R)
+            saved = stored_params(M[order], N[order], before, R, storage) - stored_params(M[order], N[order], before - 1, R, storage)
             bias = sum(layer.M for layer in self.layers if layer.bias)
-            full = int(stored_params(M, N, K, R).sum()) + bias
+            full = int(stored_params(M, N, K, R, storage).sum()) + bias
             self._sums[key] = torch.cat([torch.tensor([full]), full - saved.cumsum(0)])
         return self._sums[key]
 
@@ -135,8 +151,7 @@ class CutTable:
         ranks: dict[str, int | None] = {}
         for layer, lost in zip(self.layers, counts, strict=True):
             rank = layer.K - lost
-            dense = (rank + self.adapter_rank) * (layer.M + layer.N) >= layer.M * layer.N
-            ranks[layer.name] = None if dense else rank
+            ranks[layer.name] = None if self.reset and rank >= layer.dense_from(self.adapter_rows, self.storage) else rank
         return ranks
 
     def cut(self, budget: Budget) -> Cut:

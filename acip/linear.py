@@ -1,21 +1,32 @@
 """The layers: one linear layer y = W x + b in the forms it takes on its way from the base model to any size.
 
-    nn.Linear --parametrise--> SVDLinear --sort by score--> ElasticLinear --materialise--> LowRankLinear, or nn.Linear
+    nn.Linear --parametrise--> SVDLinear --sort by score--> ElasticLinear --materialise--> LowRankLinear, PivotLinear
+                                                                                           or a plain nn.Linear
 
 Legend: M = out features, N = in features, K = min(M, N) directions, R = adapter rank, r = kept rank.
 
 * `SVDLinear` prunes: y = U diag(g(p)) V x + b with one trainable mask entry per direction (paper 2.2.1, eq. 5).
 * `ElasticLinear` holds the same directions as rows sorted by importance, so that rank r is a contiguous prefix of two
   tensors; changing the size of a model is changing an integer per layer.
-* `LowRankLinear` is what is left at one size: two plain linear layers.
+* `LowRankLinear` and `PivotLinear` are what is left at one size, with the adapters folded in.
+
+Both of the first two carry their adapters, `LoRA` modules by place:
+
+    layer            y + B A x                    beside the layer, R more directions (the paper, eq. 9)
+    right, left      V + B A  and  U + B A        on the factors: folded in, they cost no direction (ours)
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
+import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from acip.recipe import Storage
+
+ALL = slice(None)
 
 
 class StraightThrough(torch.autograd.Function):
@@ -34,19 +45,76 @@ class StraightThrough(torch.autograd.Function):
         return grad_K.float() * alive_K * ctx.slope, None, None, None
 
 
-class SVDLinear(nn.Module):
-    """A linear layer with its directions laid open, and a mask over them. Holds the original layer: the exact inverse.
+class LoRA(nn.Module):
+    """scale * B A x, with `A` [R, in] and `B` [out, R] float32 whatever the model's dtype: small steps must count.
 
-    Masks start at `mask_scale` = s instead of 1, which `U` [M, K] and `V` [K, N] make up for: U = c U0 and V = U^T W
+    B is a function of size (ours): linear between matrices at `knots` sizes, all grown from the B that pruning left. One B for all sizes
+    makes the sizes fight; a B for each size would not be any-size. `place` = (lower knot, upper knot, share of the upper).
+    """
+
+    def __init__(self, inputs: int, outputs: int, rank: int, scale: float, dropout: float = 0.0, device: Any = None) -> None:
+        super().__init__()
+        self.scale, self.dropout = scale, dropout
+        self.A = nn.Parameter(torch.empty(rank, inputs, device=device))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.B = nn.ParameterList([nn.Parameter(torch.zeros(outputs, rank, device=device))])
+        self.place: tuple[int, int, float] = (0, 0, 0.0)
+
+    @classmethod
+    def of(cls, A_Rn: Tensor, B_kmR: Tensor) -> "LoRA":
+        """Around given, scaled matrices, for use without training: in their own dtype."""
+        lora = cls(1, 1, 1, 1.0, device="meta")
+        lora.A = nn.Parameter(A_Rn, requires_grad=False)
+        lora.B = nn.ParameterList([nn.Parameter(B, requires_grad=False) for B in B_kmR])
+        return lora
+
+    def grow(self, knots: int) -> None:
+        self.B = nn.ParameterList([nn.Parameter(self.B[0].detach().clone()) for _ in range(knots)])
+
+    def at_size(self) -> Tensor:
+        """B [out, R] at the present size."""
+        low, high, share = self.place
+        return self.B[low] if share == 0.0 else torch.lerp(self.B[low], self.B[high], share)
+
+    def forward(self, x: Tensor, inputs: Tensor | slice = ALL, outputs: Tensor | slice = ALL) -> Tensor:
+        """`inputs` and `outputs` choose the columns of A that x holds and the rows of B that are wanted."""
+        A, B = self.A[:, inputs].to(x.dtype), self.at_size()[outputs].to(x.dtype)
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        return F.linear(F.linear(x, A), B) * self.scale
+
+    def product(self) -> Tensor:
+        """scale * B A [out, in] at the present size."""
+        return self.at_size() @ self.A * self.scale
+
+
+class Compressible(nn.Module):
+    """What the two trainable forms share: the original layer, which is the exact inverse, and the adapters."""
+
+    def __init__(self, original: nn.Module, loras: dict[str, LoRA] | None) -> None:
+        super().__init__()
+        self.original = original.requires_grad_(False)
+        self.loras: dict[str, LoRA] = nn.ModuleDict(loras)  # type: ignore[assignment]
+        self.bypass = False  # compute the original layer
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.original.bias
+        return bias if isinstance(bias, Tensor) else None
+
+
+class SVDLinear(Compressible):
+    """A linear layer with its directions laid open, and a mask over them.
+
+    Masks start at `mask_scale` = s instead of 1, which `U` [M, K] and `V` [K, N] make up for: U = c U0 and V = c U0^T W
     with U0 orthonormal and the gate's level 1 / c^2, so that the layer is unchanged. The paper's c is s^-1/2; in 16 bit
     it is the nearest power of two, which scales without rounding, and the gate's slope keeps the paper's gradient.
 
     The mask `p` [K] is float32 whatever the model's dtype: a step of 5e-5 at 0.02 is lost in bfloat16.
     """
 
-    def __init__(self, original: nn.Module, W_MN: Tensor, U0_MK: Tensor, mask_scale: float) -> None:
-        super().__init__()
-        self.original = original.requires_grad_(False)
+    def __init__(self, original: nn.Module, W_MN: Tensor, U0_MK: Tensor, mask_scale: float, loras: dict[str, LoRA] | None = None) -> None:
+        super().__init__(original, loras)
         exact = W_MN.dtype == torch.float32
         self.c = mask_scale**-0.5 if exact else 2.0 ** round(math.log2(mask_scale**-0.5))
         self.level = mask_scale if exact else self.c**-2
@@ -58,85 +126,175 @@ class SVDLinear(nn.Module):
         self.V: Tensor
         self.p = nn.Parameter(torch.full((U_MK.shape[1],), mask_scale, dtype=torch.float32, device=W_MN.device))
         self.packed: Tensor | None = None  # [k] directions that are still multiplied; None = all
-
-    @property
-    def bias(self) -> Tensor | None:
-        bias = self.original.bias
-        return bias if isinstance(bias, Tensor) else None
+        self._U, self._V = self.U, self.V
 
     def forward(self, x_BTN: Tensor) -> Tensor:
-        gate_k = StraightThrough.apply(self.p, self.level, self.slope, x_BTN.dtype)
-        if self.packed is None:
-            return F.linear(F.linear(x_BTN, self.V) * gate_k, self.U, self.bias)
-        return F.linear(F.linear(x_BTN, self._V) * gate_k[self.packed], self._U, self.bias)
+        if self.bypass:
+            return self.original(x_BTN)
+        live = ALL if self.packed is None else self.packed
+        h_BTk = F.linear(x_BTN, self._V)
+        if "right" in self.loras:
+            h_BTk = h_BTk + self.c * self.loras["right"](x_BTN, outputs=live)
+        h_BTk = h_BTk * StraightThrough.apply(self.p, self.level, self.slope, x_BTN.dtype)[live]
+        y_BTM = F.linear(h_BTk, self._U, self.bias)
+        if "left" in self.loras:
+            y_BTM = y_BTM + self.c * self.loras["left"](h_BTk, inputs=live)
+        if "layer" in self.loras:
+            y_BTM = y_BTM + self.loras["layer"](x_BTN)
+        return y_BTM
 
     def pack(self, directions_k: Tensor) -> None:
         """Multiply only these directions from now on. The others must be pruned: they never return, so nothing changes."""
         self.packed = directions_k
         self._U, self._V = self.U[:, directions_k].contiguous(), self.V[directions_k].contiguous()
 
+    def round_to_4bit(self, kind: Literal["nf4", "fp4"]) -> None:
+        """U and V as bitsandbytes' 4-bit formats hold them, in blocks of 64 of a direction (paper 3.4, W4A16)."""
+        for factor in (self.U, self.V.T):
+            rows = factor.T.contiguous()
+            packed, state = bnb.quantize_4bit(rows.float(), blocksize=64, quant_type=kind)
+            factor.copy_(bnb.dequantize_4bit(packed, state).to(factor.dtype).T)
+
     def sorted(self, importance_K: Tensor) -> "ElasticLinear":
         """The same layer with its directions as rows, in the order of `importance_K`, and without masks."""
-        return ElasticLinear(self.original, self.U.T[importance_K] / self.c, self.V[importance_K] / self.c)
+        with torch.no_grad():
+            if "right" in self.loras:
+                for B in self.loras["right"].B:
+                    B.copy_(B[importance_K])
+                self.loras["left"].A.copy_(self.loras["left"].A[:, importance_K])
+        return ElasticLinear(self.original, self.U.T[importance_K] / self.c, self.V[importance_K] / self.c, dict(self.loras.items()))
 
 
-class ElasticLinear(nn.Module):
+class ElasticLinear(Compressible):
     """Any rank of a layer from one copy of its factors.
 
-    `left` [A + S, M] and `right` [A + S, N] hold one direction a row: first A rows of the folded adapter (always
-    kept), then S stored directions, most important first. Rank r is the prefix [: A + r] of both; `rank = None` is the
-    original dense layer, bit for bit. S may be less than K: ranks that cost more than W are never wanted.
+    `left` [S, M] and `right` [S, N] hold one direction a row, most important first; rank r is the prefix [:r] of both.
+    `rank = None` is the original dense layer, bit for bit. S may be less than K: ranks that cost more than W are never wanted.
     """
 
-    def __init__(self, original: nn.Module, left: Tensor, right: Tensor, adapter_rows: int = 0) -> None:
-        super().__init__()
-        self.original = original.requires_grad_(False)
+    def __init__(self, original: nn.Module, left: Tensor, right: Tensor, loras: dict[str, LoRA] | None = None) -> None:
+        super().__init__(original, loras)
         self.register_buffer("left", left, persistent=False)
         self.register_buffer("right", right, persistent=False)
         self.left: Tensor
         self.right: Tensor
-        self.adapter_rows = adapter_rows
         self.rank: int | None = None
 
     @property
-    def bias(self) -> Tensor | None:
-        bias = self.original.bias
-        return bias if isinstance(bias, Tensor) else None
-
-    @property
     def stored_rank(self) -> int:
-        return self.left.shape[0] - self.adapter_rows
+        return self.left.shape[0]
 
     def set_rank(self, rank: int | None) -> None:
         assert rank is None or 0 <= rank <= self.stored_rank, f"rank {rank} of {self.stored_rank} stored"
         self.rank = rank
 
     def forward(self, x_BTN: Tensor) -> Tensor:
-        if self.rank is None:
+        if self.rank is None or self.bypass:
             return self.original(x_BTN)
-        rows = self.adapter_rows + self.rank
-        h_BTr = F.linear(x_BTN, self.right[:rows])
-        return F.linear(h_BTr, self.left[:rows].T, self.bias)
+        kept = slice(self.rank)
+        h_BTr = F.linear(x_BTN, self.right[kept])
+        if "right" in self.loras:
+            h_BTr = h_BTr + self.loras["right"](x_BTN, outputs=kept)
+        y_BTM = F.linear(h_BTr, self.left[kept].T, self.bias)
+        if "left" in self.loras:
+            y_BTM = y_BTM + self.loras["left"](h_BTr, inputs=kept)
+        if "layer" in self.loras:
+            y_BTM = y_BTM + self.loras["layer"](x_BTN)
+        return y_BTM
 
-    def materialise(self) -> nn.Module:
-        """The layer at its present rank, as a plain module that shares nothing with this one."""
+    @torch.no_grad()
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(left [M, q], right [q, N]) at the present rank, adapters folded in, float32; q = r, or r + R with one beside the layer."""
+        assert self.rank is not None
+        right, left = self.right[: self.rank].float(), self.left[: self.rank].T.float()
+        if "right" in self.loras:
+            right = right + self.loras["right"].product()[: self.rank]
+            left = left + self.loras["left"].product()[:, : self.rank]
+        if "layer" in self.loras:
+            beside = self.loras["layer"]
+            left = torch.cat([beside.at_size() * beside.scale, left], 1)
+            right = torch.cat([beside.A.float(), right])
+        return left, right
+
+    @torch.no_grad()
+    def correction(self) -> tuple[Tensor, Tensor]:
+        """What the adapters add at the present rank, as one LoRA: (B [M, q], A [q, N]), float32; q = R, or 2 R on the factors."""
+        if "layer" in self.loras:
+            beside = self.loras["layer"]
+            return beside.at_size().float() * beside.scale, beside.A.float()
+        kept, on_right, on_left = slice(self.rank), self.loras["right"], self.loras["left"]
+        right, left = self.right[kept].float(), self.left[kept].T.float()
+        b_rR, c_MR, d_Rr = on_right.at_size()[kept].float(), on_left.at_size().float(), on_left.A[:, kept].float()
+        b_rR, c_MR = b_rR * on_right.scale, c_MR * on_left.scale
+        # (U + c d)(V + b a) - U V = [U b + c d b | c] [a ; d V]
+        return torch.cat([left @ b_rR + c_MR @ (d_Rr @ b_rR), c_MR], 1), torch.cat([on_right.A.float(), d_Rr @ right])
+
+    def materialise(self, storage: Storage) -> nn.Module:
+        """The layer at its present rank in its smallest form, as a plain module that shares nothing with this one."""
         if self.rank is None:
             return self.original
-        rows = self.adapter_rows + self.rank
-        return LowRankLinear(self.left[:rows].T.contiguous(), self.right[:rows].clone(), self.bias)
+        left_Mq, right_qN = self.factors()
+        (M, q), N, dtype = left_Mq.shape, right_qN.shape[1], self.left.dtype
+        if q >= min(M, N) or (storage == "factors" and q * (M + N) >= M * N):
+            return plain_linear((left_Mq @ right_qN).to(dtype), self.bias)
+        if storage == "factors":
+            return LowRankLinear(left_Mq.to(dtype).contiguous(), right_qN.to(dtype).contiguous(), self.bias)
+        return PivotLinear.of(left_Mq, right_qN, self.bias, dtype)
 
 
 class LowRankLinear(nn.Module):
-    """y = L (R x) + b: a compressed layer as two plain linear layers (paper eq. 9, 10; adapters folded in)."""
+    """y = L (R x) + b: a compressed layer as two plain linear layers (paper eq. 9, 10)."""
 
-    def __init__(self, left_Mr: Tensor, right_rN: Tensor, bias_M: Tensor | None) -> None:
+    def __init__(self, left_Mq: Tensor, right_qN: Tensor, bias_M: Tensor | None) -> None:
         super().__init__()
-        (self.out_features, self.rank), self.in_features = left_Mr.shape, right_rN.shape[1]
-        self.right = plain_linear(right_rN, None)
-        self.left = plain_linear(left_Mr, bias_M)
+        (self.out_features, self.rank), self.in_features = left_Mq.shape, right_qN.shape[1]
+        self.right = plain_linear(right_qN, None)
+        self.left = plain_linear(left_Mq, bias_M)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.left(self.right(x))
+
+
+class PivotLinear(nn.Module):
+    """y_p = W_p x, y_rest = C y_p: a layer of rank q from q of its rows, and every other row as a combination of them.
+
+    q (M + N - q) numbers where two factors take q (M + N); `place` [M] says where each row belongs (PIFA's storage).
+    """
+
+    def __init__(self, pivots_qN: Tensor, combine: Tensor, place_M: Tensor, bias_M: Tensor | None) -> None:
+        super().__init__()
+        self.rank, self.in_features = pivots_qN.shape
+        self.out_features = len(place_M)
+        self.pivots = plain_linear(pivots_qN, None)
+        self.combine = plain_linear(combine, None)
+        self.register_buffer("place", place_M)
+        self.place: Tensor
+        self.bias = None if bias_M is None else nn.Parameter(bias_M.detach().clone(), requires_grad=False)
+
+    @classmethod
+    def of(cls, left_Mq: Tensor, right_qN: Tensor, bias_M: Tensor | None, dtype: torch.dtype) -> "PivotLinear":
+        """From factors. The combinations are fitted to the pivot rows as `dtype` rounds them."""
+        rows_M = pivot_rows(left_Mq)
+        q = left_Mq.shape[1]
+        W_MN = left_Mq.float() @ right_qN.float()
+        pivots_qN = W_MN[rows_M[:q]].to(dtype)
+        Q, R = torch.linalg.qr(pivots_qN.double().T)
+        combine = torch.linalg.solve_triangular(R, Q.T @ W_MN[rows_M[q:]].double().T, upper=True).T
+        return cls(pivots_qN.contiguous(), combine.to(dtype).contiguous(), torch.argsort(rows_M), bias_M)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y_p = self.pivots(x)
+        y = torch.cat([y_p, self.combine(y_p)], -1).index_select(-1, self.place)
+        return y if self.bias is None else y + self.bias
+
+
+def pivot_rows(left_Mq: Tensor) -> Tensor:
+    """[M] row indices of a matrix with columns `left`, the q pivots first: chosen so that the others are small combinations of them."""
+    _, pivots = torch.linalg.lu_factor(left_Mq.double()) if left_Mq.numel() else (None, left_Mq.new_zeros(0, dtype=torch.int32))
+    rows = list(range(left_Mq.shape[0]))
+    for i, j in enumerate((pivots - 1).tolist()):
+        rows[i], rows[j] = rows[j], rows[i]
+    return torch.tensor(rows, device=left_Mq.device)
 
 
 def plain_linear(weight_MN: Tensor, bias_M: Tensor | None) -> nn.Linear:
@@ -149,46 +307,9 @@ def plain_linear(weight_MN: Tensor, bias_M: Tensor | None) -> nn.Linear:
     return layer
 
 
-class MasterLinear(nn.Linear):
-    """An adapter's A or B: float32 weights, so that small steps count, multiplied in the input's dtype."""
-
-    @classmethod
-    def of(cls, linear: nn.Linear) -> "MasterLinear":
-        layer = cls(1, 1, bias=False, device="meta")
-        layer.out_features, layer.in_features = linear.weight.shape
-        layer.weight = nn.Parameter(linear.weight.detach().float())
-        return layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-class KnotLinear(nn.Module):
-    """The adapter's B as a function of size: B(size) is linear between matrices stored at `knots` (ours).
-
-    One B for all sizes makes the sizes fight; a B for each size would not be any-size. Takes the place of PEFT's
-    `lora_B`, whose weight every knot starts from. `place` is set with the size: (lower knot, upper knot, share of upper).
-    """
-
-    def __init__(self, start_MR: Tensor, knots: int) -> None:
-        super().__init__()
-        self.weights = nn.ParameterList([nn.Parameter(start_MR.detach().clone()) for _ in range(knots)])
-        self.place: tuple[int, int, float] = (0, 0, 0.0)
-
-    @property
-    def weight(self) -> Tensor:
-        low, high, share = self.place
-        if share == 0.0:
-            return self.weights[low]
-        return torch.lerp(self.weights[low], self.weights[high], share)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-
 def knot_place(size: float, knots: tuple[float, ...]) -> tuple[int, int, float]:
     """Where `size` lies among the rising `knots`: (lower index, upper index, share of the upper). Clamped at the ends."""
-    if size <= knots[0]:
+    if not knots or size <= knots[0]:
         return 0, 0, 0.0
     for high in range(1, len(knots)):
         if size <= knots[high]:

@@ -1,22 +1,25 @@
 """A cut -> a model of that size: resident and switchable in place, or plain and on its own (paper 2.2.3).
 
 `AnySize` holds one copy of every layer's sorted factors, its dense weight, and the adapters at their knots. Changing its
-size sets one integer per layer and writes B(size) into the adapter's rows; `materialise` makes a plain transformers
+size sets one integer per layer and the adapters' place between their knots; `materialise` makes a plain transformers
 model that shares nothing with it.
 """
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from acip.calibrate import set_size
 from acip.cut import Budget, Cut, CutTable
-from acip.linear import ElasticLinear, knot_place
+from acip.linear import ElasticLinear
 from acip.parametrise import set_module
+from acip.recipe import Recipe
 
 
 @dataclass
@@ -25,9 +28,7 @@ class AnySize:
 
     model: PreTrainedModel  # with an ElasticLinear in the slot of every target
     table: CutTable
-    knots: tuple[float, ...]  # sizes of the stored Bs; () = one B for all sizes
-    convention: str  # the knots' sizes count this
-    Bs: Mapping[str, Tensor]  # per layer [max(1, knots), R, M], scaled; empty without adapters
+    recipe: Recipe
     cut: Cut | None = None
 
     @property
@@ -35,26 +36,31 @@ class AnySize:
         return {layer.name: self.model.get_submodule(layer.name) for layer in self.table.layers}  # type: ignore[misc]
 
     def resize(self, budget: Budget | float) -> Cut:
-        """Take the largest size within `budget` (a number is a `linear` size ratio). No weights are copied but B's rows."""
+        """Take the largest size within `budget` (a number is a `linear` size ratio). No weights are copied."""
         cut = self.table.cut(budget if isinstance(budget, Budget) else Budget(ratio=budget))
-        if self.cut is not None and cut.removed == self.cut.removed:
-            self.cut = cut
-            return cut
-        low, high, share = knot_place(cut.sizes[self.convention], self.knots) if self.knots else (0, 0, 0.0)
-        for name, layer in self.layers.items():
-            rank = cut.ranks[name]
-            layer.set_rank(rank)
-            if rank is not None and name in self.Bs:
-                B = self.Bs[name]
-                layer.left[: layer.adapter_rows] = B[low] if share == 0.0 else torch.lerp(B[low], B[high], share)
+        if self.cut is None or cut.removed != self.cut.removed:
+            set_size(self.layers, cut, self.recipe)
         self.cut = cut
         return cut
 
     def materialise(self) -> PreTrainedModel:
-        """The present size as a plain model: two plain linear layers, or the dense one, per target."""
+        """The present size as a plain model: every target in its smallest form, adapters folded in."""
         assert self.cut is not None, "resize first"
         skip = {id(layer): layer for layer in self.layers.values()}
         plain: Any = copy.deepcopy(self.model, memo=dict(skip))
         for name, layer in self.layers.items():
-            set_module(plain, name, copy.deepcopy(layer.materialise()))
+            set_module(plain, name, copy.deepcopy(layer.materialise(self.table.storage)))
         return plain
+
+    def save_peft(self, folder: str | Path, base: str) -> None:
+        """What the adapters add at the present size, in PEFT's own format (alpha / R = 1: the scale is folded in)."""
+        tensors: dict[str, Tensor] = {}
+        names = [name for name, layer in self.layers.items() if layer.rank is not None]
+        for name in names:
+            B, A = self.layers[name].correction()
+            tensors[f"base_model.model.{name}.lora_A.weight"] = A.to(self.model.dtype).cpu().contiguous()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = B.to(self.model.dtype).cpu().contiguous()
+        q = self.recipe.adapter_rank * (2 if self.recipe.adapter == "factors" else 1)
+        config = LoraConfig(r=q, lora_alpha=q, target_modules=names, base_model_name_or_path=base, inference_mode=True)
+        config.save_pretrained(str(folder))
+        save_file(tensors, Path(folder) / "adapter_model.safetensors")

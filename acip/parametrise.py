@@ -11,71 +11,23 @@ is exact for every basis U of W's column space; the basis decides what a prefix 
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from acip.errors import BaseModelError
-from acip.linear import ElasticLinear, KnotLinear, MasterLinear, SVDLinear
+from acip.linear import ElasticLinear, LoRA, SVDLinear
 from acip.recipe import Recipe
 
-ADAPTER = "default"  # PEFT's name for our adapter
 RIDGE = 1e-6  # of C's mean energy: directions without energy get the order of the plain SVD instead of an arbitrary one
 
 
-@dataclass(frozen=True)
-class Target:
-    """One layer that can be compressed: its dotted name in the base model, what sits in its slot, and its parts."""
-
-    name: str
-    slot: nn.Module  # PEFT's LoRA wrapper, or the core itself where there are no adapters
-    core: SVDLinear | ElasticLinear
-    lora: LoraLinear | None
-
-    @property
-    def A(self) -> nn.Parameter:
-        assert self.lora is not None
-        weight = self.lora.lora_A[ADAPTER].weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
-
-    @property
-    def B(self) -> nn.Module:
-        """PEFT's linear B, or a `KnotLinear`."""
-        assert self.lora is not None
-        return self.lora.lora_B[ADAPTER]
-
-    @property
-    def Bs(self) -> list[nn.Parameter]:
-        return list(self.B.weights) if isinstance(self.B, KnotLinear) else [self.B.weight]  # type: ignore[list-item]
-
-    def use_adapter(self, on: bool) -> None:
-        if self.lora is not None:
-            self.lora._disable_adapters = not on
-
-    def replace_core(self, core: ElasticLinear, model: nn.Module) -> "Target":
-        if self.lora is not None:
-            self.lora.base_layer = core
-            return Target(self.name, self.slot, core, self.lora)
-        set_module(model, self.name, core)
-        return Target(self.name, core, core, None)
-
-
-def targets(model: nn.Module) -> list[Target]:
-    """The parametrised layers of `model`, in the order of the model."""
-    found: list[Target] = []
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLinear) and isinstance(module.base_layer, SVDLinear | ElasticLinear):
-            found.append(Target(name, module, module.base_layer, module))
-        elif isinstance(module, SVDLinear | ElasticLinear) and not name.endswith(".base_layer"):
-            found.append(Target(name, module, module, None))
-    return found
+def targets(model: nn.Module) -> dict[str, SVDLinear | ElasticLinear]:
+    """The parametrised layers of `model` by their dotted names, in the order of the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SVDLinear | ElasticLinear)}
 
 
 def find_linears(model: nn.Module, exclude: tuple[str, ...] = ()) -> dict[str, nn.Module]:
@@ -229,8 +181,8 @@ def parametrise(
     windows: Tensor | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     feed: Callable[[nn.Module, Tensor], Any] = feed_tokens,
-) -> list[Target]:
-    """Swap every target layer of `model` for an `SVDLinear` under a PEFT LoRA, in place.
+) -> dict[str, SVDLinear | ElasticLinear]:
+    """Swap every target layer of `model` for an `SVDLinear` with its adapters, in place.
 
     `windows` [n, T] of token ids feed the covariance basis (`recipe.covariance_windows` of them are used), or, for other
     models, whatever `feed(model, windows[i:j])` makes of them.
@@ -250,44 +202,29 @@ def parametrise(
                 f"{len(idle)} layers are never called on this text, {idle[0]} among them, so nothing can be learned about them: "
                 "the tower of another modality, perhaps. Put a part of their names into exclude."
             )
-    if recipe.adapter_rank:
-        add_adapters(model, list(linears), recipe)
+    torch.manual_seed(recipe.seed)  # the adapters' start
     for done, (name, linear) in enumerate(linears.items(), 1):
         W_MN = weight_MN(linear)
-        core = SVDLinear(linear, W_MN, basis(W_MN, C.get(name)), recipe.mask_scale)
-        slot = model.get_submodule(name)
-        if isinstance(slot, LoraLinear):
-            slot.base_layer = core
-        else:
-            set_module(model, name, core)
+        core = SVDLinear(linear, W_MN, basis(W_MN, C.get(name)), recipe.mask_scale, adapters(W_MN, recipe))
+        if recipe.quantise != "none":
+            core.round_to_4bit(recipe.quantise)
+        set_module(model, name, core)
         progress(done, len(linears))
     return targets(model)
 
 
-def add_adapters(model: nn.Module, names: list[str], recipe: Recipe) -> None:
-    """A fresh PEFT LoRA around each named layer, in place: B is zero, so nothing changes yet."""
-    torch.manual_seed(recipe.seed)
-    config = LoraConfig(
-        r=recipe.adapter_rank,
-        lora_alpha=recipe.adapter_alpha,  # type: ignore[arg-type]
-        lora_dropout=recipe.adapter_dropout,
-        target_modules=names,
-    )
-    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-    for name in names:
-        lora = model.get_submodule(name)
-        assert isinstance(lora, LoraLinear)
-        lora.cast_input_dtype_enabled = False  # MasterLinear casts the small weights instead of the large input
-        for matrices in (lora.lora_A, lora.lora_B):
-            matrices[ADAPTER] = MasterLinear.of(matrices[ADAPTER])  # type: ignore[arg-type]
+def adapters(W_MN: Tensor, recipe: Recipe) -> dict[str, LoRA]:
+    """Fresh adapters for a layer, by place: beside it, or on its two factors. B is zero, so nothing changes yet."""
+    (M, N), R = W_MN.shape, recipe.adapter_rank
+    places = {} if not R else {"layer": (N, M)} if recipe.adapter == "layer" else {"right": (N, min(M, N)), "left": (min(M, N), M)}
+    scale = recipe.adapter_alpha / max(1, R)
+    return {place: LoRA(n, m, R, scale, recipe.adapter_dropout, W_MN.device) for place, (n, m) in places.items()}
 
 
 def restore(model: nn.Module) -> nn.Module:
     """The inverse: every original layer back in its slot, adapters gone."""
-    for target in targets(model):
-        set_module(model, target.name, target.core.original)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
+    for name, core in targets(model).items():
+        set_module(model, name, core.original)
     return model
 
 

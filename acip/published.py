@@ -26,15 +26,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from acip.base import Base, load_base
 from acip.calibrate import Calibration, cut_table
 from acip.errors import ArtifactError, RecipeError
-from acip.linear import ElasticLinear
-from acip.parametrise import add_adapters, find_linears, set_module, targets, weight_MN
+from acip.linear import ElasticLinear, LoRA
+from acip.parametrise import find_linears, set_module, weight_MN
 from acip.recipe import Recipe, paper
 from acip.scores import ScoreMap
 
@@ -74,28 +73,16 @@ def open_published(folder: str | Path, base: Base | str | None = None) -> tuple[
     recipe = replace(recipe, exclude=left_out, stop_ratio=_stop_ratio(checkpoint, scores, shapes))
     importance = scores.importance()
     cores: dict[str, ElasticLinear] = {}
-    adapters: dict[str, tuple[Tensor, Tensor]] = {}
     for name in names:
         cores[name] = _core(checkpoint, name, linears[name], importance[name], recipe, base)
         if recipe.adapter_rank:
             (M, N), R = shapes[name], recipe.adapter_rank
-            adapters[name] = checkpoint.read(name, "lora_A", R, N), checkpoint.read(name, "lora_B", M, R)
+            A, B = checkpoint.read(name, "lora_A", R, N), checkpoint.read(name, "lora_B", M, R)
+            cores[name].loras["layer"] = LoRA.of(A, B[None] * (recipe.adapter_alpha / R))
     _compare_rest(checkpoint, base, names)
-
-    if recipe.adapter_rank:
-        add_adapters(base.model, names, recipe)
     for name, core in cores.items():
-        slot = base.model.get_submodule(name)
-        if isinstance(slot, LoraLinear):
-            slot.base_layer = core
-        else:
-            set_module(base.model, name, core)
+        set_module(base.model, name, core)
     base.model.eval().requires_grad_(False)
-    for target in targets(base.model):
-        if target.lora is not None:
-            A, B = adapters[target.name]
-            target.A.copy_(A)
-            target.Bs[0].copy_(B)
     return base, Calibration(base.model, recipe, scores, cut_table(base.model, scores, recipe), stop_step=0, history=[])
 
 

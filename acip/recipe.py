@@ -14,9 +14,12 @@ from typing import Any, Literal, get_args, get_origin
 from acip.errors import RecipeError
 
 Basis = Literal["covariance", "svd"]
+Adapter = Literal["factors", "layer"]
+Scores = Literal["order", "gradient", "singular_values"]
+Storage = Literal["pivot", "factors"]
 Convention = Literal["linear", "paper", "model"]
 PostTune = Literal["stop", "sizes"]
-Distill = Literal["none", "kl"]
+Quantise = Literal["none", "nf4", "fp4"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -27,10 +30,12 @@ class Recipe:
     covariance_windows: int = 64  # windows of calibration text behind C; >= 1
     exclude: tuple[str, ...] = ()  # layers whose dotted name contains one of these stay as they are (D.8)
     mask_scale: float = 0.02  # start of the mask parameters p; > 0
-    adapter_rank: int = 32  # R of the LoRA adapters; 0 = no adapters (D.2)
+    adapter: Adapter = "factors"  # where the LoRA adapters sit: on U and V, where they cost nothing (ours), or beside the layer (the paper)
+    adapter_rank: int = 32  # R of the adapters; 0 = no adapters (D.2)
     adapter_alpha: float = 16.0  # adapters are scaled by alpha / R
     adapter_dropout: float = 0.05  # [0, 1)
     dtype: Dtype = "bfloat16"  # of the weights; masks, scores, adapters and optimiser state are always float32
+    quantise: Quantise = "none"  # round U and V to 4 bit before calibrating (3.4); `transfer` carries the result over to full precision
 
     # Data
     batch_size: int = 4  # windows per forward pass
@@ -45,14 +50,23 @@ class Recipe:
     lambda_interval: int = 4  # every so many optimiser steps
     stop_ratio: float = 0.4  # pruning stops at this size (D.4); (0, 1)
     convention: Convention = "linear"  # what stop_ratio and the sizes in post-tuning count; see acip.cut
+    distill_prune: float = (
+        0.5  # share of KL to the base model's distribution in the task loss; [0, 1), as KL alone starts without a gradient
+    )
+    scores: Scores = "order"  # order of pruning, accumulated task gradients of the masks, or singular values without any pruning (D.6)
+    scores_until: float | None = None  # the score map is frozen below this size, while pruning goes on to the stop ratio (D.5)
     max_prune_steps: int = 10_000  # an error if the stop ratio isn't reached by then
 
     # Post-tuning (D.7)
     post_tune_steps: int = 1000
     post_tune: PostTune = "sizes"  # stop: the smallest size only (the paper); sizes: the smallest and U[stop, 1] in turn
     post_tune_lr: float | None = None  # None = lr
-    distill: Distill = "kl"  # post-tuning's loss: next token (none), or KL to the base model's distribution
+    distill: float = 1.0  # share of KL to the base model's distribution in post-tuning's loss; [0, 1]
     knots: tuple[float, ...] = (0.4, 0.5, 0.6, 0.8, 1.0)  # sizes at which B is stored; () = one B for all sizes
+
+    # Any size (2.2.3)
+    storage: Storage = "pivot"  # how a compressed layer is stored, and so what a rank costs; see acip.cut
+    reset: bool = True  # a layer that saves nothing is the original one, without adapter (D.3)
 
     def __post_init__(self) -> None:
         for name, rule, ok in (
@@ -72,14 +86,24 @@ class Recipe:
             ("max_prune_steps", ">= 1", self.max_prune_steps >= 1),
             ("post_tune_steps", ">= 0", self.post_tune_steps >= 0),
             ("post_tune_lr", "> 0", self.post_tune_lr is None or self.post_tune_lr > 0),
+            ("distill_prune", "in [0, 1)", 0 <= self.distill_prune < 1),
+            ("distill", "in [0, 1]", 0 <= self.distill <= 1),
+            ("scores_until", "in (stop_ratio, 1)", self.scores_until is None or self.stop_ratio < self.scores_until < 1),
             ("knots", "rising, in (0, 1]", list(self.knots) == sorted({k for k in self.knots if 0 < k <= 1})),
         ):
             if not ok:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; it must be {rule}.")
         if not self.adapter_rank and self.post_tune_steps:
             raise RecipeError("without adapters (adapter_rank 0) there is nothing to post-tune: set post_tune_steps to 0.")
+        if self.scores == "singular_values" and self.basis != "svd":
+            raise RecipeError("singular values as scores need the SVD's directions: set basis to 'svd'.")
         if self.knots and self.post_tune == "stop":
             raise RecipeError("knots need sizes to learn from: set post_tune to 'sizes', or knots to [].")
+
+    @property
+    def adapter_rows(self) -> int:
+        """The directions that the adapter of a layer takes up at every size."""
+        return self.adapter_rank if self.adapter == "layer" else 0
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -139,7 +163,9 @@ def acip() -> Recipe:
 
 def paper() -> Recipe:
     """The paper to the letter: SVD basis, sizes without adapters, post-tuning at the stop ratio only (Appendix B)."""
-    return Recipe(basis="svd", convention="paper", post_tune="stop", distill="none", knots=())
+    return Recipe(
+        basis="svd", adapter="layer", convention="paper", distill_prune=0.0, post_tune="stop", distill=0.0, knots=(), storage="factors",
+    )  # fmt: skip
 
 
 def demo() -> Recipe:

@@ -93,9 +93,9 @@ def run(args: argparse.Namespace, out: Any) -> None:
 def identity(base: Base, calibration: Calibration) -> str:
     """Hash of the base model, the scores and the adapters: what makes one checkpoint differ from another."""
     sha = hashlib.sha256(base.digest.encode())
-    adapters = [matrix for target in targets(calibration.model) if target.lora is not None for matrix in (target.A, *target.Bs)]
+    adapters = [param for core in targets(calibration.model).values() for lora in core.loras.values() for param in lora.parameters()]
     for tensor in (calibration.scores.score, *adapters):
-        sha.update(tensor.detach().numpy().tobytes())
+        sha.update(tensor.detach().float().numpy().tobytes())
     return sha.hexdigest()[:12]
 
 

@@ -152,7 +152,7 @@ def journey(request: Any, tmp_path_factory: pytest.TempPathFactory, tokens: Tens
     byte_tokenizer().save_pretrained(folder)
     base = load_base(str(folder), architecture.recipe.dtype)
     before = logits(base.model, tokens[:4])
-    names = [target.name for target in parametrise(base.model, architecture.recipe, tokens)]
+    names = list(parametrise(base.model, architecture.recipe, tokens))
     after = logits(base.model, tokens[:4])
     calibration = calibrate(base.model, TokenBatches(tokens, 4), architecture.recipe)
     Artifact.save(folder / "artifact", base, calibration, {})
@@ -216,7 +216,7 @@ def test_fused_experts_are_refused_by_name_with_a_way_on(config: PreTrainedConfi
     with pytest.raises(BaseModelError, match=r"model\.layers\.0\.mlp\.experts .* Set exclude to \['mlp'\]"):
         parametrise(model, RECIPE, tokens)
     found = parametrise(model, replace(RECIPE, exclude=("mlp",)), tokens)
-    assert {target.name.rpartition(".")[2] for target in found} == set(ATTENTION.split())
+    assert {name.rpartition(".")[2] for name in found} == set(ATTENTION.split())
 
 
 def test_a_router_is_no_target_where_only_the_experts_are_excluded() -> None:
@@ -289,7 +289,7 @@ class Towers(nn.Module):
 def test_adapters_go_where_the_targets_are_and_nowhere_else() -> None:
     model = Towers()
     found = parametrise(model, replace(RECIPE, basis="svd", exclude=("other",)))
-    assert [target.name for target in found] == ["layers.0.0"]
+    assert list(found) == ["layers.0.0"]
     assert isinstance(model.get_submodule("other.layers.0.0"), nn.Linear)
     assert all(type(head) is nn.Linear for head in model.heads)
 
@@ -318,10 +318,10 @@ def test_an_encoder_goes_the_same_way(name: str, tokens: Tensor, tmp_path: Path)
 
     # scores from one gradient of the task's loss: what it costs to lose a direction, to first order
     F.cross_entropy(_run(model, inputs).logits.flatten(0, -2), before.argmax(-1).flatten()).backward()
-    cores = {target.name: target.core for target in layers if isinstance(target.core, SVDLinear)}
+    cores = {name: core for name, core in layers.items() if isinstance(core, SVDLinear)}
     scores = ScoreMap.start({name: (core.p.grad * core.p).abs() for name, core in cores.items() if core.p.grad is not None})
     assert list(scores.names) == list(cores), "the task's loss reaches every layer"
-    sort_layers(model, layers, scores)
+    sort_layers(model, scores)
     calibration = Calibration(model, recipe, scores, cut_table(model, scores, recipe), 0, [])
 
     any_size = Artifact.save(tmp_path, Base(model, None, name, None, digest(model)), calibration, {}).load()
@@ -332,7 +332,7 @@ def test_an_encoder_goes_the_same_way(name: str, tokens: Tensor, tmp_path: Path)
         resident, plain = _run(any_size.model, inputs).logits, any_size.materialise()
         assert torch.equal(_run(plain, inputs).logits, resident)
         assert sum(p.numel() for p in plain.parameters()) == cut.params
-        set_size(targets(model), cut, cut.sizes["linear"], ())
+        set_size(targets(model), cut, recipe)
         torch.testing.assert_close(_run(model, inputs).logits, resident, rtol=0, atol=1e-4)
         assert torch.equal(_run(restore(model), inputs).logits, before)
 

@@ -10,6 +10,10 @@ from hypothesis import strategies as st
 from acip.artifact import Artifact
 from acip.cut import Budget, CutTable, LayerShape
 from acip.errors import BudgetError
+from acip.recipe import Storage
+
+
+STORAGES: tuple[Storage, ...] = ("pivot", "factors")
 
 
 def random_table(seed: int) -> CutTable:
@@ -17,17 +21,23 @@ def random_table(seed: int) -> CutTable:
     shapes = tuple(LayerShape(f"layer{i}", rng.randint(8, 200), rng.randint(8, 200), rng.random() < 0.5) for i in range(rng.randint(1, 12)))
     order = [i for i, shape in enumerate(shapes) for _ in range(shape.K)]
     rng.shuffle(order)
-    return CutTable(shapes, torch.tensor(order, dtype=torch.int32), rng.choice([0, 0, 2, 4, 16]), rng.randint(0, 50_000))
+    return CutTable(
+        shapes, torch.tensor(order, dtype=torch.int32), rng.choice([0, 0, 2, 4, 16]), rng.randint(0, 50_000), STORAGES[seed % 2]
+    )
 
 
 def stored(table: CutTable, ranks: dict[str, int | None], adapters: bool = True) -> int:
     """Counted the slow way, layer by layer."""
-    R = table.adapter_rank if adapters else 0
     total = 0
     for layer in table.layers:
         rank = ranks[layer.name]
-        full = layer.M * layer.N
-        total += (full if rank is None else min(full, (rank + R) * (layer.M + layer.N))) + layer.M * layer.bias
+        full, sides = layer.M * layer.N, layer.M + layer.N
+        if rank is not None and adapters:
+            q = min(rank + table.adapter_rows, layer.K)
+            full = min(full, q * (sides - q) if table.storage == "pivot" else q * sides)
+        elif rank is not None:
+            full = min(full, rank * sides)
+        total += full + layer.M * layer.bias
     return total
 
 
@@ -78,7 +88,7 @@ def test_sizes_nest(seed: int, a: float, b: float) -> None:
 
 def test_the_decimal_that_was_written_counts() -> None:
     """0.7 of 10 numbers is 7, though 0.7 * 10 in binary is not."""
-    table = CutTable((LayerShape("a", 10, 10, False),), torch.zeros(10, dtype=torch.int32), 0, 0)
+    table = CutTable((LayerShape("a", 10, 10, False),), torch.zeros(10, dtype=torch.int32), 0, 0, "factors")
     assert table.cut(Budget(ratio=0.6)).params == 60
     assert table.cut(Budget(ratio=0.8)).params == 80
     assert table.cut(Budget(ratio=1.0)).ranks == {"a": None}
@@ -103,6 +113,6 @@ def test_bad_ratios_say_what_is_allowed(ratio: object) -> None:
 
 def test_unreachable_sizes_say_the_smallest(small_artifact: Artifact) -> None:
     with pytest.raises(BudgetError, match=r"can't be reached: the smallest is 0\.\d+"):
-        small_artifact.table().cut(Budget(ratio=0.001))
+        small_artifact.table().cut(Budget(ratio=0.001, convention="model"))
     with pytest.raises(BudgetError, match=r"parameters"):
         small_artifact.table().cut(Budget(params=10))

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from acip.artifact import Artifact
 from acip.base import load_base
-from acip.calibrate import Calibration, StepReport, calibrate, layer_shape, set_rank
+from acip.calibrate import Calibration, StepReport, calibrate, layer_shapes
 from acip.data import TokenBatches
+from acip.linear import ElasticLinear
 from acip.parametrise import parametrise, targets
 from acip.recipe import Recipe
 from tests.conftest import GOLDEN
@@ -23,7 +24,10 @@ RECIPE = Recipe(
     basis="svd",
     convention="paper",
     post_tune="stop",
-    distill="none",
+    adapter="layer",
+    storage="factors",
+    distill_prune=0.0,
+    distill=0.0,
     knots=(),
     mask_scale=CONFIG["mask_scale"],
     adapter_rank=CONFIG["lora_r"],
@@ -41,6 +45,10 @@ RECIPE = Recipe(
 )
 
 
+def elastic(model: Any) -> dict[str, ElasticLinear]:
+    return {name: core for name, core in targets(model).items() if isinstance(core, ElasticLinear)}
+
+
 @pytest.fixture(scope="module")
 def replay(small_base: str, golden_tokens: torch.Tensor) -> tuple[Any, Calibration]:
     threads = torch.get_num_threads()
@@ -49,9 +57,9 @@ def replay(small_base: str, golden_tokens: torch.Tensor) -> tuple[Any, Calibrati
     parametrise(base.model, RECIPE)
     adapters = load_file(GOLDEN / "initial_adapters.safetensors")
     with torch.no_grad():
-        for target in targets(base.model):
-            target.A.copy_(adapters[f"model.{target.name}.lora_A.default.weight"])
-            target.Bs[0].copy_(adapters[f"model.{target.name}.lora_B.default.weight"])
+        for name, core in targets(base.model).items():
+            core.loras["layer"].A.copy_(adapters[f"model.{name}.lora_A.default.weight"])
+            core.loras["layer"].B[0].copy_(adapters[f"model.{name}.lora_B.default.weight"])
     calibration = calibrate(base.model, TokenBatches(golden_tokens, CONFIG["B"], shuffle=False), RECIPE)
     torch.set_num_threads(threads)
     return base, calibration
@@ -91,9 +99,10 @@ def test_logits_at_the_recorded_ranks(replay: tuple[Any, Calibration], size: str
     base, _ = replay
     ranks = json.loads((GOLDEN / "sizes.json").read_text())[size]["ranks"]
     probe = load_file(GOLDEN / "probe.safetensors")
-    for target in targets(base.model):
-        shape, rank = layer_shape(target), ranks[f"{target.name}.base_layer.parametrization.mask"]
-        set_rank(target, None if reset and rank * (shape.M + shape.N) >= shape.M * shape.N else rank)
+    layers = elastic(base.model)
+    for shape in layer_shapes(base.model):
+        rank = ranks[f"{shape.name}.base_layer.parametrization.mask"]
+        layers[shape.name].set_rank(None if reset and rank * (shape.M + shape.N) >= shape.M * shape.N else rank)
     with torch.no_grad():
         ours = base.model(input_ids=probe["probe"].long()).logits
     theirs = probe[f"logits_{reset}{size}"]
@@ -107,7 +116,7 @@ def test_the_artifact_of_the_replay_says_the_same(replay: tuple[Any, Calibration
     any_size = artifact.load()
     cut = any_size.resize(0.4)
     tokens = load_file(GOLDEN / "probe.safetensors")["probe"].long()
-    for target in targets(base.model):
-        set_rank(target, cut.ranks[target.name])
+    for name, layer in elastic(base.model).items():
+        layer.set_rank(cut.ranks[name])
     with torch.no_grad():
         torch.testing.assert_close(any_size.model(input_ids=tokens).logits, base.model(input_ids=tokens).logits, rtol=0, atol=1e-4)

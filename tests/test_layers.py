@@ -1,15 +1,17 @@
 """The layer in its forms: each computes what the one before computes."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from acip.base import load_base
-from acip.calibrate import calibrate, cut_table, set_rank, sort_layers
+from acip.calibrate import as_base, calibrate, cut_table, sort_layers
 from acip.data import TokenBatches
-from acip.linear import ElasticLinear, KnotLinear, LowRankLinear, SVDLinear, knot_place
-from acip.parametrise import basis, covariances, find_linears, parametrise, restore, targets
-from acip.recipe import Recipe
+from acip.linear import ElasticLinear, LoRA, LowRankLinear, PivotLinear, SVDLinear, knot_place
+from acip.parametrise import basis, covariances, find_linears, parametrise, restore, set_module, targets
+from acip.recipe import Recipe, Storage
 from acip.scores import ScoreMap
 
 
@@ -104,7 +106,7 @@ def test_masks_scores_and_moments_are_float32_in_a_bfloat16_model(small_base: st
     def observe(report: object, state: object) -> None:
         dtypes.update(value.dtype for moments in state.optimizer.state.values() for value in moments.values())  # type: ignore[attr-defined]
 
-    cores = [target.core for target in targets(base.model) if isinstance(target.core, SVDLinear)]
+    cores = [core for core in targets(base.model).values() if isinstance(core, SVDLinear)]
     assert {core.p.dtype for core in cores} == {torch.float32}
     assert {core.U.dtype for core in cores} == {torch.bfloat16}
     calibration = calibrate(base.model, TokenBatches(golden_tokens, 4), quick, observe=observe)
@@ -112,36 +114,46 @@ def test_masks_scores_and_moments_are_float32_in_a_bfloat16_model(small_base: st
     assert calibration.scores.score.dtype == torch.float32
 
 
-def test_masked_sorted_and_materialised_agree(small_base: str, golden_tokens: torch.Tensor, heldout_tokens: torch.Tensor) -> None:
-    """One set of kept directions in three forms: masks, a prefix of sorted rows with the adapter beside, two linears."""
+@pytest.mark.parametrize("adapter", ["factors", "layer"])
+@pytest.mark.parametrize("storage", ["pivot", "factors"])
+def test_masked_packed_sorted_and_materialised_agree(
+    small_base: str, golden_tokens: torch.Tensor, heldout_tokens: torch.Tensor, adapter: str, storage: Storage
+) -> None:
+    """One set of kept directions in four forms: masks, what masks left, a prefix of sorted rows, plain layers."""
     model = load_base(small_base, "float32").model
-    layers = parametrise(model, recipe(adapter_dropout=0.0), golden_tokens)
+    layers = parametrise(model, recipe(adapter=adapter, adapter_dropout=0.0), golden_tokens)
     torch.manual_seed(0)
-    masks = {}
-    for target in layers:
-        assert isinstance(target.core, SVDLinear)
+    for core in layers.values():
+        assert isinstance(core, SVDLinear)
         with torch.no_grad():
-            target.core.p.copy_(torch.randn_like(target.core.p))
-            target.Bs[0].normal_(std=0.02)
-        masks[target.name] = target.core.p.detach().clone()
-    masked = logits(model, heldout_tokens[:4])
+            core.p.copy_(torch.randn_like(core.p))
+            for lora in core.loras.values():
+                lora.B[0].normal_(std=0.02)
+    masks = {name: core.p.detach().clone() for name, core in layers.items() if isinstance(core, SVDLinear)}
+    tokens = heldout_tokens[:4]
+    masked = logits(model, tokens)
+    for core in layers.values():
+        assert isinstance(core, SVDLinear)
+        core.pack((core.p > 0).nonzero().squeeze(1))
+    torch.testing.assert_close(logits(model, tokens), masked, rtol=0, atol=2e-4)
     scores = ScoreMap.start(masks)
-    live = {name: int((p > 0).sum()) for name, p in masks.items()}
-    layers = sort_layers(model, layers, scores)
-    for target in layers:
-        set_rank(target, live[target.name])
-    torch.testing.assert_close(logits(model, heldout_tokens[:4]), masked, rtol=0, atol=2e-4)
-    target, core = layers[0], layers[0].core
-    assert isinstance(core, ElasticLinear)
-    x = torch.randn(3, 7, core.right.shape[1])
-    kept = slice(live[target.name])
-    folded = LowRankLinear(
-        torch.cat([target.Bs[0].detach(), core.left[kept].T], dim=1), torch.cat([target.A.detach(), core.right[kept]]), core.bias
-    )
-    torch.testing.assert_close(folded(x), target.slot(x), rtol=0, atol=1e-5)
-    assert cut_table(model, scores, recipe()).rest_params == sum(
-        p.numel() for name, p in load_base(small_base, "float32").model.named_parameters() if "_proj" not in name
-    )
+    layers = sort_layers(model, scores)
+    for name, core in layers.items():
+        assert isinstance(core, ElasticLinear)
+        core.set_rank(int((masks[name] > 0).sum()))
+    torch.testing.assert_close(logits(model, tokens), masked, rtol=0, atol=2e-4)
+    with as_base(layers):
+        torch.testing.assert_close(logits(model, tokens), logits(load_base(small_base, "float32").model, tokens), rtol=0, atol=0)
+    rest = sum(p.numel() for name, p in load_base(small_base, "float32").model.named_parameters() if "_proj" not in name)
+    assert cut_table(model, scores, recipe()).rest_params == rest
+    for name, core in layers.items():
+        assert isinstance(core, ElasticLinear)
+        B, A = core.correction()
+        W = core.left[: core.rank].T @ core.right[: core.rank] + B @ A
+        left, right = core.factors()
+        torch.testing.assert_close(left @ right, W, rtol=0, atol=1e-5)
+        set_module(model, name, core.materialise(storage))
+    torch.testing.assert_close(logits(model, tokens), masked, rtol=0, atol=5e-4)
 
 
 def test_knots_interpolate() -> None:
@@ -149,8 +161,54 @@ def test_knots_interpolate() -> None:
     assert knot_place(0.3, knots) == (0, 0, 0.0)
     assert knot_place(0.5, knots) == (0, 1, pytest.approx(1.0))
     assert knot_place(0.75, knots) == (1, 2, pytest.approx(0.5))
-    layer = KnotLinear(torch.zeros(2, 3), 3)
+    assert knot_place(0.75, ()) == (0, 0, 0.0)
+    lora = LoRA(3, 2, rank=3, scale=1.0)
+    lora.grow(3)
     with torch.no_grad():
-        layer.weights[2].fill_(4.0)
-    layer.place = knot_place(0.75, knots)
-    torch.testing.assert_close(layer.weight, torch.full((2, 3), 2.0))
+        lora.B[2].fill_(4.0)
+    lora.place = knot_place(0.75, knots)
+    torch.testing.assert_close(lora.at_size(), torch.full((2, 3), 2.0))
+
+
+@pytest.mark.parametrize(("M", "N", "q"), [(6, 5, 0), (96, 96, 60), (256, 96, 40), (96, 256, 95), (40, 8, 1), (8, 40, 7)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_pivot_form_is_the_product_in_fewer_numbers(M: int, N: int, q: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    left, right, b, x = torch.randn(M, q), torch.randn(q, N), torch.randn(M), torch.randn(5, N)
+    layer = PivotLinear.of(left, right, b if bias else None, torch.float32)
+    expected = x @ (left @ right).T + (b if bias else 0)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+    assert sum(p.numel() for p in layer.parameters()) == q * (M + N - q) + M * bias
+    assert (layer.combine.weight.abs() < 10).all(), "rows are small combinations of the pivots"
+
+
+def test_the_pivot_form_is_as_good_in_16_bit_as_two_factors(calibrated: Any) -> None:
+    """Of trained layers at half their rank: the rounding of the pivot form against that of the factors."""
+    _, calibration = calibrated
+    for core in targets(calibration.model).values():
+        assert isinstance(core, ElasticLinear)
+        core.set_rank(core.stored_rank // 2)
+        left, right = core.factors()
+        x = torch.randn(64, right.shape[1])
+        exact = x @ (left @ right).T
+        error = [
+            float((layer(x.bfloat16()).float() - exact - (core.bias if core.bias is not None else 0)).norm() / exact.norm())
+            for layer in (PivotLinear.of(left, right, None, torch.bfloat16), LowRankLinear(left.bfloat16(), right.bfloat16(), None))
+        ]
+        assert error[0] < 3 * error[1] < 0.03
+
+
+def test_adapters_on_the_factors_reach_outside_of_the_kept_directions() -> None:
+    """They cost no rank, and yet the layer's row and column space are free to move."""
+    linear = torch.nn.Linear(12, 8, bias=False)
+    W = linear.weight.detach()
+    core = SVDLinear(linear, W, basis(W, None), 0.02, {"right": LoRA(12, 8, 2, 1.0), "left": LoRA(8, 8, 2, 1.0)})
+    with torch.no_grad():
+        for lora in core.loras.values():
+            lora.B[0].normal_()
+    elastic = core.sorted(torch.arange(8))
+    elastic.set_rank(3)
+    left, right = elastic.factors()
+    assert torch.linalg.matrix_rank(left @ right) == 3
+    joint = torch.cat([elastic.left[:3].T, left], 1), torch.cat([elastic.right[:3], right])
+    assert [int(torch.linalg.matrix_rank(both)) for both in joint] == [5, 5], "two more dimensions on either side"

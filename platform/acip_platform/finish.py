@@ -12,8 +12,10 @@ import torch
 
 from acip.artifact import Artifact
 from acip.base import Base
+from acip.cut import Budget
 from acip.data import documents, token_windows
 from acip.evaluate import trade_off
+from acip.materialise import AnySize
 from acip_platform import figures
 from acip_platform.fleet import Job
 from acip_platform.settings import Settings
@@ -44,21 +46,22 @@ def finish(
     """
     store = Store(settings.store, settings.home / "cache")
     artifact = Artifact.open(store.fetch(uri))
+    any_size = artifact.load(device)
     if not artifact.curve:
         rows = []
-        for row in trade_off(artifact, artifact.load(device), heldout, job.eval_data or job.data, job.sizes):
+        for row in trade_off(artifact, any_size, heldout, job.eval_data or job.data, job.sizes):
             rows.append(row)
             say("stage", text=f"size {row['asked']:.2f}: perplexity {row['perplexity']:.2f}")
         artifact = artifact.record_curve(rows)
         store.replace_manifest(uri, artifact.folder)
-    _show(job, artifact, uri, run)
+    _show(job, artifact, any_size, uri, run)
     registry = Registry(settings)
     version = registry.register(job.name, uri, run.run_id, {"fingerprint": fingerprint or job.fingerprint, "base": job.base})
     registry.set_alias(version, alias)
     return {"uri": uri, "version": version.version, "curve": artifact.curve, "stop_ratio": job.recipe.stop_ratio}
 
 
-def _show(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
+def _show(job: Job, artifact: Artifact, any_size: AnySize, uri: str, run: Run) -> None:
     """The run's pictures, curve, adapter and URI."""
     table = artifact.table()
     run.tags({"artifact_uri": uri, "base": job.base, "stop_step": str(artifact.manifest["stop_step"])})
@@ -77,5 +80,6 @@ def _show(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
             run.figure(figure, f"kept_ranks_{round(size * 100)}.png")
     if job.recipe.adapter_rank:
         with tempfile.TemporaryDirectory() as folder:
-            artifact.save_peft(folder, job.recipe.stop_ratio)
+            any_size.resize(Budget(job.recipe.stop_ratio, job.recipe.convention))
+            any_size.save_peft(folder, job.base)
             run.folder(Path(folder), f"adapter_at_{round(job.recipe.stop_ratio * 100)}")
