@@ -9,7 +9,6 @@ is exact for every basis U of W's column space; the basis decides what a prefix 
   its rank for the calibration activations (the optimum that SVD-LLM reaches by whitening, without its inverse).
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -96,10 +95,9 @@ def find_linears(model: nn.Module, exclude: tuple[str, ...] = ()) -> dict[str, n
         if any(part in name for part in exclude):
             continue
         if name in experts:
-            part = re.split(r"\.\d+\.", name)[-1].split(".")[0]
             raise BaseModelError(
                 f"{name} holds its experts' weights fused into one tensor, which can't be compressed. "
-                f"Set exclude to {[part, *exclude]} to compress the other layers only."
+                f"Set exclude to {[name.rpartition('.')[2], *exclude]} to compress the other layers only."
             )
         if _is_quantised(module):
             raise _quantised(name)
@@ -125,8 +123,8 @@ def _fused(name: str, module: nn.Module) -> Tensor | None:
     """The weights of many linear layers in one tensor: [experts, M, N], or [experts * M, N] in what calls itself experts."""
     if isinstance(module, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return None
-    own = (weight for weight in module.parameters(recurse=False) if weight.ndim == 3 or (weight.ndim == 2 and "experts" in name))
-    return next(own, None)
+    own = (weight for weight in module.parameters(recurse=False) if weight.ndim > 1 and min(weight.shape) > 1)
+    return next((weight for weight in own if weight.ndim == 3 or "experts" in name), None)
 
 
 def _is_quantised(module: nn.Module) -> bool:
@@ -218,7 +216,11 @@ def basis(W_MN: Tensor, C_NN: Tensor | None) -> Tensor:
     C = C + RIDGE * energy * torch.eye(N, dtype=C.dtype, device=C.device)
     if M <= N:
         return torch.linalg.eigh(W @ C @ W.T).eigenvectors.flip(1)
-    WL = W @ torch.linalg.cholesky(C)
+    L, failed = torch.linalg.cholesky_ex(C)
+    if failed:  # float32 rounding of C outweighs the ridge where few directions carry most of the energy
+        values, vectors = torch.linalg.eigh(C)
+        L = vectors * values.clamp_min(RIDGE * energy).sqrt()
+    WL = W @ L
     Q = torch.linalg.eigh(WL.T @ WL).eigenvectors.flip(1)
     return torch.linalg.qr(WL @ Q).Q
 
@@ -248,7 +250,7 @@ def parametrise(
         if idle := [name for name in linears if name not in C]:
             raise BaseModelError(
                 f"{len(idle)} layers are never called on this text, {idle[0]} among them, so nothing can be learned about them: "
-                "the tower of another modality, perhaps. Put a part of their names into exclude."
+                "another modality's tower, or cross-attention, perhaps. Put a part of their names into exclude."
             )
     if recipe.adapter_rank:
         torch.manual_seed(recipe.seed)
@@ -256,16 +258,17 @@ def parametrise(
             r=recipe.adapter_rank,
             lora_alpha=recipe.adapter_alpha,  # type: ignore[arg-type]
             lora_dropout=recipe.adapter_dropout,
-            target_modules="|".join(re.escape(name) for name in linears),  # a list would match ends of names
+            target_modules=r"\d+",
             fan_in_fan_out=any(isinstance(linear, Conv1D) for linear in linears.values()),
         )
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-        for name in linears:
-            lora = model.get_submodule(name)
+        # wrapped in a list of their own: in the model PEFT would match ends of names, and has rules for some model types
+        wrapped = inject_adapter_in_model(config, nn.ModuleList(linears.values()), adapter_name=ADAPTER)
+        for name, lora in zip(linears, wrapped.children(), strict=True):
             assert isinstance(lora, LoraLinear)
             lora.cast_input_dtype_enabled = False  # MasterLinear casts the small weights instead of the large input
             for matrices in (lora.lora_A, lora.lora_B):
                 matrices[ADAPTER] = MasterLinear.of(matrices[ADAPTER])  # type: ignore[arg-type]
+            set_module(model, name, lora)
     for done, (name, linear) in enumerate(linears.items(), 1):
         W_MN = weight_MN(linear)
         core = SVDLinear(linear, W_MN, basis(W_MN, C.get(name)), recipe.mask_scale)
@@ -282,8 +285,6 @@ def restore(model: nn.Module) -> nn.Module:
     """The inverse: every original layer back in its slot, adapters gone."""
     for target in targets(model):
         set_module(model, target.name, target.core.original)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
     return model
 
 

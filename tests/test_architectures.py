@@ -109,7 +109,7 @@ ARCHITECTURES = {
         FalconConfig(**WIDE, new_decoder_architecture=True, num_kv_heads=2, bias=True),
         "query_key_value dense dense_h_to_4h dense_4h_to_h",
     ),
-    "mixtral": Architecture(MixtralConfig(**GROUPED, num_local_experts=4), ATTENTION, replace(RECIPE, exclude=("mlp",))),
+    "mixtral": Architecture(MixtralConfig(**GROUPED, num_local_experts=4), ATTENTION, replace(RECIPE, exclude=("experts",))),
 }
 
 
@@ -203,26 +203,25 @@ def test_it_writes_after_loading_what_it_wrote_before_saving(journey: Journey, t
 
 # ---- what can't be compressed, and what must not be
 
-MOE: dict[str, PreTrainedConfig] = {
-    "mixtral": MixtralConfig(**GROUPED, num_local_experts=4),
-    "qwen2-moe": Qwen2MoeConfig(**GROUPED, num_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=40),
-    "gpt-oss": GptOssConfig(**GROUPED, head_dim=16, num_local_experts=4),
+MOE: dict[str, tuple[PreTrainedConfig, str]] = {
+    "mixtral": (MixtralConfig(**GROUPED, num_local_experts=4), ""),
+    "gpt-oss": (GptOssConfig(**GROUPED, head_dim=16, num_local_experts=4), ""),
+    # a shared expert, and its gate: a linear layer with one output
+    "qwen2-moe": (Qwen2MoeConfig(**GROUPED, num_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=40), GATED),
 }
 
 
-@pytest.mark.parametrize("config", MOE.values(), ids=MOE)
-def test_fused_experts_are_refused_by_name_with_a_way_on(config: PreTrainedConfig, tokens: Tensor) -> None:
+@pytest.mark.parametrize("name", MOE)
+def test_fused_experts_are_refused_and_what_is_beside_them_can_be_compressed(name: str, tokens: Tensor) -> None:
+    """The router is never a target, a raw parameter or a linear layer."""
+    config, beside = MOE[name]
     model = random_model(config)
-    with pytest.raises(BaseModelError, match=r"model\.layers\.0\.mlp\.experts .* Set exclude to \['mlp'\]"):
+    with pytest.raises(BaseModelError, match=r"model\.layers\.0\.mlp\.experts .* Set exclude to \['experts'\]"):
         parametrise(model, RECIPE, tokens)
-    found = parametrise(model, replace(RECIPE, exclude=("mlp",)), tokens)
-    assert {target.name.rpartition(".")[2] for target in found} == set(ATTENTION.split())
-
-
-def test_a_router_is_no_target_where_only_the_experts_are_excluded() -> None:
-    found = find_linears(random_model(MOE["qwen2-moe"]), exclude=("experts",))
-    beside = {name.partition(".mlp.")[2] for name in found if ".mlp." in name}
-    assert beside == {f"shared_expert.{name}" for name in GATED.split()}
+    before = logits(model, tokens)
+    found = parametrise(model, replace(RECIPE, exclude=("experts",)), tokens)
+    assert {target.name.rpartition(".")[2] for target in found} == set(f"{ATTENTION} {beside}".split())
+    torch.testing.assert_close(logits(model, tokens), before, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
