@@ -222,7 +222,13 @@ def trial_step(model: nn.Module, batches: Batches, recipe: Recipe, task_loss: Ta
     """
     loss = _objective(model, targets(model), batches[0].to(next(model.parameters()).device), task_loss, recipe.distill_prune)
     loss.backward()
+    idle = [name for name, core in targets(model).items() if isinstance(core, SVDLinear) and core.p.grad is None]
     model.zero_grad(set_to_none=True)
+    if idle:
+        raise CalibrationError(
+            f"the loss does not reach {len(idle)} layers, {idle[0]} among them, and would prune them blindly. Put a part of their names "
+            "into exclude."
+        )
     if not math.isfinite(loss.item()):
         raise CalibrationError(f"the loss of the first batch is {loss.item()}; try dtype float32, and check the base model and its text.")
     return loss.item()

@@ -9,7 +9,6 @@ is exact for every basis U of W's column space; the basis decides what a prefix 
   its rank for the calibration activations (the optimum that SVD-LLM reaches by whitening, without its inverse).
 """
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,10 +47,9 @@ def find_linears(model: nn.Module, exclude: tuple[str, ...] = ()) -> dict[str, n
         if any(part in name for part in exclude):
             continue
         if name in experts:
-            part = re.split(r"\.\d+\.", name)[-1].split(".")[0]
             raise BaseModelError(
                 f"{name} holds its experts' weights fused into one tensor, which can't be compressed. "
-                f"Set exclude to {[part, *exclude]} to compress the other layers only."
+                f"Set exclude to {[name.rpartition('.')[2], *exclude]} to compress the other layers only."
             )
         if _is_quantised(module):
             raise _quantised(name)
@@ -77,8 +75,8 @@ def _fused(name: str, module: nn.Module) -> Tensor | None:
     """The weights of many linear layers in one tensor: [experts, M, N], or [experts * M, N] in what calls itself experts."""
     if isinstance(module, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return None
-    own = (weight for weight in module.parameters(recurse=False) if weight.ndim == 3 or (weight.ndim == 2 and "experts" in name))
-    return next(own, None)
+    own = (weight for weight in module.parameters(recurse=False) if weight.ndim > 1 and min(weight.shape) > 1)
+    return next((weight for weight in own if weight.ndim == 3 or "experts" in name), None)
 
 
 def _is_quantised(module: nn.Module) -> bool:
@@ -170,7 +168,11 @@ def basis(W_MN: Tensor, C_NN: Tensor | None) -> Tensor:
     C = C + RIDGE * energy * torch.eye(N, dtype=C.dtype, device=C.device)
     if M <= N:
         return torch.linalg.eigh(W @ C @ W.T).eigenvectors.flip(1)
-    WL = W @ torch.linalg.cholesky(C)
+    L, failed = torch.linalg.cholesky_ex(C)
+    if failed:  # float32 rounding of C outweighs the ridge where few directions carry most of the energy
+        values, vectors = torch.linalg.eigh(C)
+        L = vectors * values.clamp_min(RIDGE * energy).sqrt()
+    WL = W @ L
     Q = torch.linalg.eigh(WL.T @ WL).eigenvectors.flip(1)
     return torch.linalg.qr(WL @ Q).Q
 
@@ -200,7 +202,7 @@ def parametrise(
         if idle := [name for name in linears if name not in C]:
             raise BaseModelError(
                 f"{len(idle)} layers are never called on this text, {idle[0]} among them, so nothing can be learned about them: "
-                "the tower of another modality, perhaps. Put a part of their names into exclude."
+                "another modality's tower, or cross-attention, perhaps. Put a part of their names into exclude."
             )
     torch.manual_seed(recipe.seed)  # the adapters' start
     for done, (name, linear) in enumerate(linears.items(), 1):

@@ -42,7 +42,7 @@ from transformers import (
 
 from acip.artifact import Artifact
 from acip.base import Base, digest, load_base
-from acip.calibrate import Calibration, calibrate, cut_table, set_size, sort_layers
+from acip.calibrate import Calibration, calibrate, set_size, trial_step
 from acip.cut import Budget
 from acip.data import TokenBatches
 from acip.errors import BaseModelError
@@ -50,7 +50,6 @@ from acip.linear import ElasticLinear, SVDLinear
 from acip.materialise import AnySize
 from acip.parametrise import covariances, find_linears, parametrise, restore, targets
 from acip.recipe import Recipe
-from acip.scores import ScoreMap
 from tests.conftest import byte_tokenizer
 
 LAYERS = 2
@@ -109,7 +108,7 @@ ARCHITECTURES = {
         FalconConfig(**WIDE, new_decoder_architecture=True, num_kv_heads=2, bias=True),
         "query_key_value dense dense_h_to_4h dense_4h_to_h",
     ),
-    "mixtral": Architecture(MixtralConfig(**GROUPED, num_local_experts=4), ATTENTION, replace(RECIPE, exclude=("mlp",))),
+    "mixtral": Architecture(MixtralConfig(**GROUPED, num_local_experts=4), ATTENTION, replace(RECIPE, exclude=("experts",))),
 }
 
 
@@ -182,7 +181,8 @@ def test_a_smaller_size_is_a_plain_model_of_that_many_parameters(journey: Journe
     assert 5 < journey.calibration.stop_step < 30, "the schedule should neither jump nor crawl"
     cut = journey.any_size.resize(0.6)
     resident, plain = logits(journey.any_size.model, tokens), journey.any_size.materialise()
-    assert torch.equal(logits(plain, tokens), resident)
+    exact = journey.architecture.recipe.dtype == "float32"
+    torch.testing.assert_close(logits(plain, tokens), resident, rtol=0, atol=1e-3 if exact else 0.3)
     assert sum(p.numel() for p in plain.parameters()) == cut.params
     assert cut.sizes["linear"] <= 0.6
     assert not any(isinstance(module, ElasticLinear | SVDLinear) for module in plain.modules())
@@ -192,37 +192,37 @@ def test_a_smaller_size_is_a_plain_model_of_that_many_parameters(journey: Journe
 
 def test_it_writes_after_loading_what_it_wrote_before_saving(journey: Journey, tokens: Tensor) -> None:
     cut = journey.any_size.resize(0.6)
-    set_size(targets(journey.calibration.model), cut, cut.sizes["linear"], RECIPE.knots)
+    set_size(targets(journey.calibration.model), cut, RECIPE)
     tokenizer, prompt = journey.artifact.tokenizer(), tokens[:1, :6]
     ways: list[Any] = [journey.calibration.model, journey.any_size.model, journey.any_size.materialise()]
     written = [way.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False) for way in ways]
     before, resident, plain = (tokenizer.decode(ids[0]) for ids in written)
-    assert before == resident == plain
+    if journey.architecture.recipe.dtype == "float32":  # in 16 bit adapters are rounded when they are saved and folded
+        assert before == resident == plain
     assert written[0].shape[1] > prompt.shape[1]
 
 
 # ---- what can't be compressed, and what must not be
 
-MOE: dict[str, PreTrainedConfig] = {
-    "mixtral": MixtralConfig(**GROUPED, num_local_experts=4),
-    "qwen2-moe": Qwen2MoeConfig(**GROUPED, num_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=40),
-    "gpt-oss": GptOssConfig(**GROUPED, head_dim=16, num_local_experts=4),
+MOE: dict[str, tuple[PreTrainedConfig, str]] = {
+    "mixtral": (MixtralConfig(**GROUPED, num_local_experts=4), ""),
+    "gpt-oss": (GptOssConfig(**GROUPED, head_dim=16, num_local_experts=4), ""),
+    # a shared expert, and its gate: a linear layer with one output
+    "qwen2-moe": (Qwen2MoeConfig(**GROUPED, num_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=40), GATED),
 }
 
 
-@pytest.mark.parametrize("config", MOE.values(), ids=MOE)
-def test_fused_experts_are_refused_by_name_with_a_way_on(config: PreTrainedConfig, tokens: Tensor) -> None:
+@pytest.mark.parametrize("name", MOE)
+def test_fused_experts_are_refused_and_what_is_beside_them_can_be_compressed(name: str, tokens: Tensor) -> None:
+    """The router is never a target, a raw parameter or a linear layer."""
+    config, beside = MOE[name]
     model = random_model(config)
-    with pytest.raises(BaseModelError, match=r"model\.layers\.0\.mlp\.experts .* Set exclude to \['mlp'\]"):
+    with pytest.raises(BaseModelError, match=r"model\.layers\.0\.mlp\.experts .* Set exclude to \['experts'\]"):
         parametrise(model, RECIPE, tokens)
-    found = parametrise(model, replace(RECIPE, exclude=("mlp",)), tokens)
-    assert {name.rpartition(".")[2] for name in found} == set(ATTENTION.split())
-
-
-def test_a_router_is_no_target_where_only_the_experts_are_excluded() -> None:
-    found = find_linears(random_model(MOE["qwen2-moe"]), exclude=("experts",))
-    beside = {name.partition(".mlp.")[2] for name in found if ".mlp." in name}
-    assert beside == {f"shared_expert.{name}" for name in GATED.split()}
+    before = logits(model, tokens)
+    found = parametrise(model, replace(RECIPE, exclude=("experts",)), tokens)
+    assert {name.rpartition(".")[2] for name in found} == set(f"{ATTENTION} {beside}".split())
+    torch.testing.assert_close(logits(model, tokens), before, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
@@ -312,17 +312,16 @@ def test_an_encoder_goes_the_same_way(name: str, tokens: Tensor, tmp_path: Path)
     inputs = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0)) if name == "vit" else tokens
     with torch.no_grad():
         before = _run(model, inputs).logits
-    recipe = replace(RECIPE, knots=(), post_tune="stop", post_tune_steps=0)
-    layers = parametrise(model, recipe, inputs, feed=_run)
+    parametrise(model, RECIPE, inputs, feed=_run)
     torch.testing.assert_close(_run(model, inputs).logits, before, rtol=0, atol=1e-4)
 
-    # scores from one gradient of the task's loss: what it costs to lose a direction, to first order
-    F.cross_entropy(_run(model, inputs).logits.flatten(0, -2), before.argmax(-1).flatten()).backward()
-    cores = {name: core for name, core in layers.items() if isinstance(core, SVDLinear)}
-    scores = ScoreMap.start({name: (core.p.grad * core.p).abs() for name, core in cores.items() if core.p.grad is not None})
-    assert list(scores.names) == list(cores), "the task's loss reaches every layer"
-    sort_layers(model, scores)
-    calibration = Calibration(model, recipe, scores, cut_table(model, scores, recipe), 0, [])
+    def task(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        out = _run(model, inputs).logits
+        return F.cross_entropy(out.flatten(0, -2), out.detach().argmax(-1).flatten()), out
+
+    batches = [inputs[i % len(inputs) : i % len(inputs) + 4] for i in range(0, 400, 4)]
+    assert trial_step(model, batches, RECIPE, task) > 0
+    calibration = calibrate(model, batches, RECIPE, task_loss=task)
 
     any_size = Artifact.save(tmp_path, Base(model, None, name, None, digest(model)), calibration, {}).load()
     assert type(any_size.model) is kind
@@ -330,9 +329,9 @@ def test_an_encoder_goes_the_same_way(name: str, tokens: Tensor, tmp_path: Path)
         assert torch.equal(_run(any_size.model, inputs).logits, before)
         cut = any_size.resize(Budget(0.6))
         resident, plain = _run(any_size.model, inputs).logits, any_size.materialise()
-        assert torch.equal(_run(plain, inputs).logits, resident)
+        torch.testing.assert_close(_run(plain, inputs).logits, resident, rtol=0, atol=1e-3)
         assert sum(p.numel() for p in plain.parameters()) == cut.params
-        set_size(targets(model), cut, recipe)
+        set_size(targets(model), cut, RECIPE)
         torch.testing.assert_close(_run(model, inputs).logits, resident, rtol=0, atol=1e-4)
         assert torch.equal(_run(restore(model), inputs).logits, before)
 

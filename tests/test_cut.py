@@ -12,7 +12,6 @@ from acip.cut import Budget, CutTable, LayerShape
 from acip.errors import BudgetError
 from acip.recipe import Storage
 
-
 STORAGES: tuple[Storage, ...] = ("pivot", "factors")
 
 

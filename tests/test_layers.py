@@ -62,6 +62,17 @@ def test_every_covariance_prefix_is_the_whitening_optimum(M: int, N: int) -> Non
         torch.testing.assert_close(error, dropped[r:].sum(), rtol=1e-4, atol=1e-6)
 
 
+def test_a_covariance_that_rounding_made_indefinite_still_orders_directions() -> None:
+    """Where one direction carries nearly all energy (massive activations), float32 rounding outweighs the others' energy."""
+    torch.manual_seed(0)
+    X, W = torch.randn(600, 256) + 1e3 * torch.randn(256), torch.randn(300, 256)
+    C = X.T @ X / len(X)
+    assert torch.linalg.eigvalsh(C.double())[0] < 0
+    U, W, X = basis(W, C), W.double(), X.double()
+    error = ((W - U[:, :64] @ (U[:, :64].T @ W)) @ X.T).square().sum()
+    assert error < 1.5 * torch.linalg.svdvals(W @ X.T)[64:].square().sum()
+
+
 def test_layers_that_share_an_input_share_its_covariance(small_base: str, golden_tokens: torch.Tensor) -> None:
     model = load_base(small_base, "float32").model
     C = covariances(model, find_linears(model), golden_tokens[:8])
