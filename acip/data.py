@@ -3,7 +3,8 @@
     source                         what it is
     package:wikipedia, ...:austen  the texts that ship with acip (licences in acip/corpora/README.md)
     c4, wikitext2                  the hub's, through `datasets`; C4 is streamed and stopped when enough is read
-    path/to/file.txt, a folder     local text; documents are parted by two blank lines (.txt) or lines (.jsonl, "text")
+    path/to/file.txt, a folder     local text; documents are parted by two blank lines (.txt) or lines (.jsonl); a line holds
+                                   "text", or "messages" that the tokenizer's chat template turns into text
 
 Documents are tokenised with their end token and joined without padding, so the end token is learned.
 """
@@ -23,11 +24,12 @@ from torch import Tensor
 from acip.errors import DataError
 from acip.recipe import did_you_mean
 
+Document = str | list[dict[str, str]]  # text, or the messages of a chat
 Split = Literal["train", "heldout"]
 HELDOUT_EVERY = 8  # of local documents, every eighth is held out
 
 
-def documents(source: str, split: Split) -> Iterator[str]:
+def documents(source: str, split: Split) -> Iterator[Document]:
     """The documents of one split of `source`, in a fixed order. The splits of a source share no document."""
     if source.startswith("package:"):
         name = source.removeprefix("package:")
@@ -49,7 +51,7 @@ def documents(source: str, split: Split) -> Iterator[str]:
         )
 
 
-def _part(docs: Iterable[str], split: Split) -> Iterator[str]:
+def _part(docs: Iterable[Document], split: Split) -> Iterator[Document]:
     for i, doc in enumerate(docs):
         if (i % HELDOUT_EVERY == HELDOUT_EVERY - 1) == (split == "heldout"):
             yield doc
@@ -59,7 +61,15 @@ def _split_text(text: str) -> list[str]:
     return [doc.strip() for doc in text.split("\n\n\n") if doc.strip()]
 
 
-def _local(path: Path) -> Iterator[str]:
+def _is_chat(messages: Any) -> bool:
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
+    )
+
+
+def _local(path: Path) -> Iterator[Document]:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
     if not files:
         raise DataError(f"folder {str(path)!r} holds no .txt or .jsonl file.")
@@ -68,9 +78,15 @@ def _local(path: Path) -> Iterator[str]:
             if file.suffix == ".jsonl":
                 for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
                     row = json.loads(line)
-                    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                        raise DataError(f'{file}, line {n}: each line must be an object with a string "text".')
-                    yield row["text"]
+                    if isinstance(row, dict) and isinstance(row.get("text"), str):
+                        yield row["text"]
+                    elif isinstance(row, dict) and _is_chat(row.get("messages")):
+                        yield row["messages"]
+                    else:
+                        raise DataError(
+                            f'{file}, line {n}: each line must be an object with a string "text", or with "messages", '
+                            'a list of {"role": ..., "content": ...}.'
+                        )
             else:
                 yield from _split_text(file.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -95,7 +111,7 @@ def _wikitext2(split: Split) -> Iterator[str]:
 HUB = {"c4": _c4, "wikitext2": _wikitext2}
 
 
-def token_windows(docs: Iterable[str], tokenizer: Any, seq_len: int, count: int | None = None) -> Tensor:
+def token_windows(docs: Iterable[Document], tokenizer: Any, seq_len: int, count: int | None = None) -> Tensor:
     """`docs` joined by the end token and cut into full windows: [n, T] int32, n = `count` where given.
 
     Reads only as many documents as `count` windows need. Raises DataError if there is not one full window.
@@ -103,7 +119,8 @@ def token_windows(docs: Iterable[str], tokenizer: Any, seq_len: int, count: int 
     need = None if count is None else count * seq_len
     ids: list[int] = []
     for doc in docs:
-        ids.extend(tokenizer(doc, add_special_tokens=False, verbose=False)["input_ids"])
+        text = doc if isinstance(doc, str) else _chat_text(doc, tokenizer)
+        ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         if need is not None and len(ids) >= need:
@@ -112,6 +129,15 @@ def token_windows(docs: Iterable[str], tokenizer: Any, seq_len: int, count: int 
     if n == 0:
         raise DataError(f"the text has {len(ids):,} tokens, less than one window of {seq_len:,}; use more text or a smaller seq_len.")
     return torch.tensor(ids[: n * seq_len], dtype=torch.int32).view(n, seq_len)
+
+
+def _chat_text(messages: list[dict[str, str]], tokenizer: Any) -> str:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise DataError('the text holds chats ("messages"), and this base model\'s tokenizer has no chat template; give it plain "text".')
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # templates raise what they like: wrong roles, wrong order
+        raise DataError(f"the chat template refuses a chat that begins with {str(messages[0])[:80]!r}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -152,8 +152,8 @@ class SVDLinear(Compressible):
         """U and V as bitsandbytes' 4-bit formats hold them, in blocks of 64 of a direction (paper 3.4, W4A16)."""
         for factor in (self.U, self.V.T):
             rows = factor.T.contiguous()
-            packed, state = bnb.quantize_4bit(rows.float(), blocksize=64, quant_type=kind)
-            factor.copy_(bnb.dequantize_4bit(packed, state).to(factor.dtype).T)
+            packed, state = bnb.quantize_4bit(rows.float().flatten(), blocksize=64, quant_type=kind)
+            factor.copy_(bnb.dequantize_4bit(packed, state).view_as(rows).to(factor.dtype).T)
 
     def sorted(self, importance_K: Tensor) -> "ElasticLinear":
         """The same layer with its directions as rows, in the order of `importance_K`, and without masks."""

@@ -186,7 +186,7 @@ def parametrise(
 ) -> dict[str, SVDLinear | ElasticLinear]:
     """Swap every target layer of `model` for an `SVDLinear` with its adapters, in place.
 
-    `windows` [n, T] of token ids feed the covariance basis (`recipe.covariance_windows` of them are used), or, for other
+    `windows` [n, T] of token ids feed the covariance basis (`recipe.sample_windows` of them are used), or, for other
     models, whatever `feed(model, windows[i:j])` makes of them.
     `progress(done, total)` counts layers. The swapped model computes what the base model computes, up to rounding.
     """
@@ -198,7 +198,7 @@ def parametrise(
     if recipe.basis == "covariance":
         if windows is None:
             raise BaseModelError("the covariance basis needs calibration text: pass `windows`, or set basis to 'svd'.")
-        C = covariances(model, linears, windows[: recipe.covariance_windows], feed=feed)
+        C = covariances(model, linears, windows[: recipe.sample_windows], feed=feed)
         if idle := [name for name in linears if name not in C]:
             raise BaseModelError(
                 f"{len(idle)} layers are never called on this text, {idle[0]} among them, so nothing can be learned about them: "

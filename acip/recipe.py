@@ -15,7 +15,7 @@ from acip.errors import RecipeError
 
 Basis = Literal["covariance", "svd"]
 Adapter = Literal["factors", "layer"]
-Scores = Literal["order", "gradient", "singular_values"]
+Scores = Literal["fisher", "order", "gradient", "singular_values"]
 Storage = Literal["pivot", "factors"]
 Convention = Literal["linear", "paper", "model"]
 PostTune = Literal["stop", "sizes"]
@@ -27,7 +27,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Recipe:
     # Parametrisation (2.2.1)
     basis: Basis = "covariance"  # directions of a layer: eigenvectors of W C W^T (ours), or the SVD's of W (the paper)
-    covariance_windows: int = 64  # windows of calibration text behind C; >= 1
+    sample_windows: int = 64  # windows of calibration text behind the covariance basis and the Fisher scores; >= 1
     exclude: tuple[str, ...] = ()  # layers whose dotted name contains one of these stay as they are (D.8)
     mask_scale: float = 0.02  # start of the mask parameters p; > 0
     adapter: Adapter = "factors"  # where the LoRA adapters sit: on U and V, where they cost nothing (ours), or beside the layer (the paper)
@@ -43,7 +43,9 @@ class Recipe:
     seq_len: int = 1024  # tokens per window
     seed: int = 0  # order of the windows, adapters' start, dropout, sizes in post-tuning
 
-    # Pruning (2.2.2, Algorithm 1, Appendix B)
+    # Scores (2.2.2, Algorithm 1, Appendix B). fisher: Fisher information of each direction, measured once (ours);
+    # order: of pruning by L1 (the paper); gradient: the masks' task gradients summed over that; singular_values: as they are (D.6)
+    scores: Scores = "fisher"
     lr: float = 5e-5  # AdamW, masks and adapters; > 0
     lambda_start: float = 1e-3  # weight of the L1 term on the masks; > 0
     lambda_factor: float = 1.01  # lambda grows by this factor; >= 1
@@ -53,12 +55,12 @@ class Recipe:
     distill_prune: float = (
         0.5  # share of KL to the base model's distribution in the task loss; [0, 1), as KL alone starts without a gradient
     )
-    scores: Scores = "order"  # order of pruning, accumulated task gradients of the masks, or singular values without any pruning (D.6)
     scores_until: float | None = None  # the score map is frozen below this size, while pruning goes on to the stop ratio (D.5)
     max_prune_steps: int = 10_000  # an error if the stop ratio isn't reached by then
 
     # Post-tuning (D.7)
     post_tune_steps: int = 1000
+    total_steps: int | None = None  # of pruning and post-tuning together; None = post_tune_steps after however many pruning took
     post_tune: PostTune = "sizes"  # stop: the smallest size only (the paper); sizes: the smallest and U[stop, 1] in turn
     post_tune_lr: float | None = None  # None = lr
     distill: float = 1.0  # share of KL to the base model's distribution in post-tuning's loss; [0, 1]
@@ -70,7 +72,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, rule, ok in (
-            ("covariance_windows", ">= 1", self.covariance_windows >= 1),
+            ("sample_windows", ">= 1", self.sample_windows >= 1),
             ("mask_scale", "> 0", self.mask_scale > 0),
             ("adapter_rank", ">= 0", self.adapter_rank >= 0),
             ("adapter_alpha", "> 0", self.adapter_alpha > 0),
@@ -85,6 +87,7 @@ class Recipe:
             ("stop_ratio", "in (0, 1)", 0 < self.stop_ratio < 1),
             ("max_prune_steps", ">= 1", self.max_prune_steps >= 1),
             ("post_tune_steps", ">= 0", self.post_tune_steps >= 0),
+            ("total_steps", ">= 1", self.total_steps is None or self.total_steps >= 1),
             ("post_tune_lr", "> 0", self.post_tune_lr is None or self.post_tune_lr > 0),
             ("distill_prune", "in [0, 1)", 0 <= self.distill_prune < 1),
             ("distill", "in [0, 1]", 0 <= self.distill <= 1),
@@ -93,12 +96,18 @@ class Recipe:
         ):
             if not ok:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; it must be {rule}.")
-        if not self.adapter_rank and self.post_tune_steps:
-            raise RecipeError("without adapters (adapter_rank 0) there is nothing to post-tune: set post_tune_steps to 0.")
+        if not self.adapter_rank and (self.post_tune_steps or self.total_steps):
+            raise RecipeError(
+                "without adapters (adapter_rank 0) there is nothing to post-tune: set post_tune_steps to 0, total_steps to null."
+            )
         if self.scores == "singular_values" and self.basis != "svd":
             raise RecipeError("singular values as scores need the SVD's directions: set basis to 'svd'.")
         if self.knots and self.post_tune == "stop":
             raise RecipeError("knots need sizes to learn from: set post_tune to 'sizes', or knots to [].")
+
+    def end(self, stop_step: int) -> int:
+        """The last step of a calibration whose pruning stopped at `stop_step`."""
+        return stop_step + self.post_tune_steps if self.total_steps is None else max(stop_step, self.total_steps)
 
     @property
     def adapter_rows(self) -> int:
@@ -135,8 +144,10 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
         if isinstance(value, list | tuple):
             return tuple(coerce(name, item, get_args(kind)[0]) for item in value)
         raise RecipeError(f"{name} is {value!r}; it must be a list.")
-    if value is None and type(None) in get_args(kind):
-        return None
+    if type(None) in get_args(kind):
+        if value is None:
+            return None
+        kind = next(k for k in get_args(kind) if k is not type(None))
     if kind is bool and isinstance(value, bool):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -145,14 +156,12 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
         return value
     if kind is int and isinstance(value, int):
         return value
-    if (kind is float or float in get_args(kind)) and not isinstance(value, str):
+    if kind is float and not isinstance(value, str):
         return float(value)
     raise RecipeError(f"{name} is {value!r}; it must be {_article(kind)}.")
 
 
 def _article(kind: Any) -> str:
-    if get_args(kind):
-        kind = next(k for k in get_args(kind) if k is not type(None))
     return {int: "a whole number", float: "a number (write 1.0e-4, not 1e-4, in YAML)", str: "text", bool: "true or false"}[kind]
 
 
@@ -164,14 +173,15 @@ def acip() -> Recipe:
 def paper() -> Recipe:
     """The paper to the letter: SVD basis, sizes without adapters, post-tuning at the stop ratio only (Appendix B)."""
     return Recipe(
-        basis="svd", adapter="layer", convention="paper", distill_prune=0.0, post_tune="stop", distill=0.0, knots=(), storage="factors",
+        basis="svd", adapter="layer", scores="order", convention="paper", distill_prune=0.0,
+        post_tune="stop", distill=0.0, knots=(), storage="factors",
     )  # fmt: skip
 
 
 def demo() -> Recipe:
     """Minutes on two CPU cores for a 135M model: few, small batches, so a high learning rate and a steep lambda."""
     return Recipe(
-        covariance_windows=32, adapter_rank=16, adapter_alpha=8.0, adapter_dropout=0.0, batch_size=2, seq_len=256,
+        sample_windows=32, adapter_rank=16, adapter_alpha=8.0, adapter_dropout=0.0, batch_size=2, seq_len=256,
         lr=1e-3, lambda_start=2e-3, lambda_factor=1.08, post_tune_steps=80,
     )  # fmt: skip
 

@@ -1,14 +1,22 @@
 """Scores: in which order the directions of all layers leave (paper 2.2.2, Algorithm 1).
 
+`ScoreMap` holds them and orders by them, wherever they come from: from pruning (the paper), or from `fisher` (ours).
+
 A living direction's score is its mask, a forecast of its turn; a pruned one's is minus the number of steps since it was
 pruned. Lowest first is the removal order. Ties within a step are broken by the moment of crossing inside it.
 """
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from acip.linear import SVDLinear
 
 
 @dataclass
@@ -65,3 +73,34 @@ class ScoreMap:
         layer = self.layer_of[order]
         by_layer = order[torch.argsort(layer, stable=True)]
         return {name: by_layer[a:b] - a for name, (a, b) in zip(self.names, pairwise(self.offsets), strict=True)}
+
+
+@contextmanager
+def fisher(cores: Mapping[str, SVDLinear]) -> Iterator[dict[str, Tensor]]:
+    """Fills a dict of scores [K] per layer while losses are computed and `backward` runs inside.
+
+    A direction i adds u_i (v_i x) to a layer's output, and removing it changes the loss of one token by about
+    -(g u_i)(v_i x), g the gradient at the output. Its score is that, squared and summed over tokens: the diagonal of the
+    empirical Fisher information of the masks, twice the loss that removing it costs, to second order. It takes the
+    gradients of single tokens, which the masks' own gradients no longer hold.
+    """
+    scores: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def forward(core: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
+            x_BTN = args[0].detach()
+
+            def backward(grad_BTM: Tensor) -> None:
+                h_BTK = F.linear(x_BTN, core.V).float() * (grad_BTM @ core.U).float()
+                scores[name] = scores.get(name, 0) + h_BTK.square().flatten(0, -2).sum(0) / core.c**4
+
+            out.register_hook(backward)
+
+        return forward
+
+    handles = [core.register_forward_hook(hook(name)) for name, core in cores.items()]
+    try:
+        yield scores
+    finally:
+        for handle in handles:
+            handle.remove()

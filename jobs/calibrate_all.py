@@ -120,7 +120,7 @@ def first_screen(
         part = shares[job.name]
         text = (
             f"[{job.name}] {job.base} on {job.data}: {r.basis} basis, stop at {r.stop_ratio} ({r.convention}), "
-            f"then {r.post_tune_steps} steps of post-tuning; "
+            f"{f'{r.total_steps} steps in all' if r.total_steps else f'then {r.post_tune_steps} steps of post-tuning'}; "
             f"{r.batch_size * r.accumulate} x {r.seq_len} tokens a step; {part.gpus:g} GPU, {part.cpus:g} CPU"
         )
         out.print(text, markup=False)

@@ -60,7 +60,7 @@ GROUPED: dict[str, Any] = {**WIDE, "num_key_value_heads": 2}
 OPT: dict[str, Any] = {**IDS, **SMALL, "ffn_dim": 48, "init_std": 0.2}
 
 RECIPE = Recipe(
-    covariance_windows=8, adapter_rank=2, adapter_alpha=2.0, dtype="float32", batch_size=4, seq_len=16,
+    sample_windows=8, adapter_rank=2, adapter_alpha=2.0, dtype="float32", batch_size=4, seq_len=16,
     lr=4e-3, lambda_start=4e-3, lambda_factor=1.6, lambda_interval=1, max_prune_steps=40, post_tune_steps=4,
 )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Text to token windows: packed, deterministic, with disjoint splits."""
 
+import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ def test_local_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\n\ntwo\n\n\nthree")
     (tmp_path / "b.jsonl").write_text('{"text": "four"}\n{"text": "five", "id": 1}')
     assert list(documents(str(tmp_path), "train")) == ["one", "two", "three", "four", "five"]
+    (tmp_path / "b.jsonl").write_text('{"messages": [{"role": "user"}]}')
+    with pytest.raises(DataError, match=r'b\.jsonl, line 1.*"messages"'):
+        list(documents(str(tmp_path), "train"))
     (tmp_path / "b.jsonl").write_text('{"txt": "four"}')
     with pytest.raises(DataError, match=r"b\.jsonl, line 1"):
         list(documents(str(tmp_path), "train"))
@@ -97,3 +101,17 @@ def test_the_model_that_a_package_ships() -> None:
     ids = torch.tensor([base.tokenizer(text)["input_ids"]])
     with torch.no_grad():
         assert 2 < float(base.model(input_ids=ids, labels=ids).loss) < 4
+
+
+def test_chats_go_through_the_chat_template(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Which size?"}, {"role": "assistant", "content": "Any."}]
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps({"messages": chat})] * 20))
+    tokenizer = byte_tokenizer()
+    with pytest.raises(DataError, match="no chat template"):
+        token_windows(documents(str(tmp_path), "train"), tokenizer, 16)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    windows = token_windows(documents(str(tmp_path), "train"), tokenizer, 16)
+    assert tokenizer.decode(windows.flatten()[:32]) == "<user>Which size?<assistant>Any."
+    tokenizer.chat_template = "{{ raise_exception('system first') }}"
+    with pytest.raises(DataError, match=r"refuses a chat that begins with .*Which size"):
+        token_windows(documents(str(tmp_path), "train"), tokenizer, 16)

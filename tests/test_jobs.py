@@ -28,7 +28,7 @@ from acip.artifact import Artifact
 
 ROOT = Path(__file__).parents[1]
 CHANGES = (
-    "{covariance_windows: 64, adapter_rank: 4, adapter_alpha: 4.0, dtype: float32, batch_size: 4, seq_len: 64, lr: 3.0e-3, "
+    "{sample_windows: 64, adapter_rank: 4, adapter_alpha: 4.0, dtype: float32, batch_size: 4, seq_len: 64, lr: 3.0e-3, "
     "lambda_factor: 1.2, post_tune_steps: 30}"
 )
 

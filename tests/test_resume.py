@@ -22,7 +22,7 @@ defaults:
   eval_windows: 8
   sizes: [1.0, 0.5]
   cpus: 1
-  set: {covariance_windows: 16, adapter_rank: 4, adapter_alpha: 4.0, dtype: float32, batch_size: 4, seq_len: 64, lr: 3.0e-3,
+  set: {sample_windows: 16, adapter_rank: 4, adapter_alpha: 4.0, dtype: float32, batch_size: 4, seq_len: 64, lr: 3.0e-3,
         lambda_factor: 1.2, post_tune_steps: 300}
 models:
   - {name: killed, base: BASE}
