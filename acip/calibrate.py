@@ -144,7 +144,7 @@ def calibrate(
         core.train()
     if resume is not None:
         _load(state, Path(resume), model, recipe)
-    elif recipe.scores in ("fisher", "singular_values"):  # known before the first step
+    elif not recipe.prunes:
         state.scores.score = _fixed_scores(model, batches, recipe, state.layers, task_loss)
         _end_pruning(model, state, recipe)
 

@@ -105,6 +105,11 @@ class Recipe:
         if self.knots and self.post_tune == "stop":
             raise RecipeError("knots need sizes to learn from: set post_tune to 'sizes', or knots to [].")
 
+    @property
+    def prunes(self) -> bool:
+        """Whether scores come from pruning, and aren't known before the first step."""
+        return self.scores in ("order", "gradient")
+
     def end(self, stop_step: int) -> int:
         """The last step of a calibration whose pruning stopped at `stop_step`."""
         return stop_step + self.post_tune_steps if self.total_steps is None else max(stop_step, self.total_steps)

@@ -61,7 +61,7 @@ OPT: dict[str, Any] = {**IDS, **SMALL, "ffn_dim": 48, "init_std": 0.2}
 
 RECIPE = Recipe(
     sample_windows=8, adapter_rank=2, adapter_alpha=2.0, dtype="float32", batch_size=4, seq_len=16,
-    lr=4e-3, lambda_start=4e-3, lambda_factor=1.6, lambda_interval=1, max_prune_steps=40, post_tune_steps=4,
+    scores="order", lr=4e-3, lambda_start=4e-3, lambda_factor=1.6, lambda_interval=1, max_prune_steps=40, post_tune_steps=4,
 )  # fmt: skip
 
 ATTENTION, GATED = "q_proj k_proj v_proj o_proj", "gate_proj up_proj down_proj"

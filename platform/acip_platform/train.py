@@ -113,8 +113,9 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
 def _calibrated(job: Job, base: Base, run: Run, settings: Settings, key: str, say: Callable[..., None]) -> Artifact:
     """Parametrise and calibrate, from the last checkpoint if there is one; the artifact, in a temporary folder."""
     recipe = job.recipe
-    # enough text for one pass over the expected steps and the covariances; a longer run reads it again in another order
-    wanted = recipe.sample_windows + recipe.batch_size * recipe.accumulate * min(recipe.max_prune_steps, 2500)
+    # enough text for one pass over the expected steps and the samples; a longer run reads it again in another order
+    pruning = min(recipe.max_prune_steps, 2500) if recipe.prunes else 0
+    wanted = recipe.sample_windows + recipe.batch_size * recipe.accumulate * recipe.end(pruning)
     windows = token_windows(documents(job.data, "train"), base.tokenizer, recipe.seq_len, wanted)
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))]
     batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
