@@ -120,7 +120,8 @@ def first_screen(
         part = shares[job.name]
         steps = f"{r.total_steps} steps in all" if r.total_steps else f"{r.post_tune_steps} steps of post-tuning"
         text = (
-            f"[{job.name}] {job.base} on {job.data}: {r.basis} basis, {r.scores} scores, sizes down to {r.stop_ratio} ({r.convention}), {steps}; "
+            f"[{job.name}] {job.base} on {job.data}: {r.basis} basis, {r.scores} scores, "
+            f"sizes down to {r.stop_ratio} ({r.convention}), {steps}; "
             f"{r.batch_size * r.accumulate} x {r.seq_len} tokens a step; {part.gpus:g} GPU, {part.cpus:g} CPU"
         )
         out.print(text, markup=False)

@@ -46,10 +46,12 @@ IDEAS: dict[str, dict[str, Any]] = {  # our recipe without ...
     "covariance basis": {"basis": "svd"},
     "adapters on the factors": {"adapter": "layer"},
     "pivot storage": {"storage": "factors"},
-    "distillation while pruning": {"distill_prune": 0.0},
-    "distillation in post-tuning": {"distill": 0.0},
+    "Fisher scores (L1 pruning, KL mixed in)": {"scores": "order"},
+    "Fisher scores (L1 pruning, as in the paper)": {"scores": "order", "distill_prune": 0.0},
+    "distillation": {"distill": 0.0},
     "size-conditioned adapters": {"knots": ()},
     "many sizes in post-tuning": {"knots": (), "post_tune": "stop"},
+    "post-tuning (one step)": {"total_steps": 1},
 }
 
 
