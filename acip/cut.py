@@ -3,7 +3,7 @@
 Directions leave in one global order, lowest score first; a size is a prefix of that order removed, so sizes nest. What
 is stored after removing n directions is a running sum, and a cut is one binary search in it.
 
-A layer keeps its r best directions, and where its adapter sits beside it, the adapter's R too: q = r + R (else q = r).
+A layer keeps its r >= 1 best directions, and where its adapter sits beside it, the adapter's R too: q = r + R (else q = r).
 What it stores depends on its form:
 
     factors      q (M + N)         two plain factors (the paper)
@@ -136,7 +136,8 @@ class CutTable:
             nth = torch.empty_like(order)
             nth[by_layer] = torch.arange(len(order)) - starts
             before = K[order] - nth
-            saved = stored_params(M[order], N[order], before, R, storage) - stored_params(M[order], N[order], before - 1, R, storage)
+            after = (before - 1).clamp_min(1)  # the last one stays
+            saved = stored_params(M[order], N[order], before, R, storage) - stored_params(M[order], N[order], after, R, storage)
             bias = sum(layer.M for layer in self.layers if layer.bias)
             full = int(stored_params(M, N, K, R, storage).sum()) + bias
             self._sums[key] = torch.cat([torch.tensor([full]), full - saved.cumsum(0)])
@@ -150,7 +151,7 @@ class CutTable:
         counts = torch.bincount(self.order[:removed].long(), minlength=len(self.layers)).tolist()
         ranks: dict[str, int | None] = {}
         for layer, lost in zip(self.layers, counts, strict=True):
-            rank = layer.K - lost
+            rank = max(1, layer.K - lost)
             ranks[layer.name] = None if self.reset and rank >= layer.dense_from(self.adapter_rows, self.storage) else rank
         return ranks
 
