@@ -26,7 +26,8 @@ def test_the_papers_fleet_has_the_papers_recipes() -> None:
     assert all(job.recipe.batch_size * job.recipe.accumulate == 4 and job.gpus == 1 for job in jobs.values())
     paper = jobs["llama-7b"].recipe
     assert paper == named("paper")
-    assert (paper.basis, paper.post_tune, paper.knots, paper.convention, paper.distill) == ("svd", "stop", (), "paper", "none")
+    assert (paper.basis, paper.scores, paper.adapter, paper.storage) == ("svd", "order", "layer", "factors")
+    assert (paper.post_tune, paper.knots, paper.convention, paper.distill, paper.distill_prune) == ("stop", (), "paper", 0.0, 0.0)
 
 
 def test_the_demo_is_the_embedded_default() -> None:
