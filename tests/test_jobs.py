@@ -194,5 +194,5 @@ def test_without_a_running_ray(place: Place, first: subprocess.CompletedProcess[
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "[tiny]" in result.stdout
-    assert "stop at 0.4" in result.stdout
+    assert "fisher scores, sizes down to 0.4 (linear)" in result.stdout
     assert json.dumps(sorted(path.name for path in tmp_path.rglob("factors*"))) == "[]"
