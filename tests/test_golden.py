@@ -25,6 +25,7 @@ RECIPE = Recipe(
     convention="paper",
     post_tune="stop",
     adapter="layer",
+    scores="order",
     storage="factors",
     distill_prune=0.0,
     distill=0.0,
