@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from acip.cut import Budget, Cut, CutTable, LayerShape, stored_params
 from acip.errors import CalibrationError
-from acip.linear import ALL, Compressible, ElasticLinear, SVDLinear, knot_place
+from acip.linear import Compressible, ElasticLinear, SVDLinear, knot_place, sort_directions
 from acip.parametrise import set_module, targets, weight_MN
 from acip.recipe import Recipe
 from acip.scores import ScoreMap, fisher
@@ -449,14 +449,10 @@ def _end_pruning(model: nn.Module, state: CalibrationState, recipe: Recipe) -> N
         was = old[name if name in old else name.rstrip("0123456789") + "0"]  # every knot's B grows out of B0
         if was in moments:
             layer, place, part = name.rsplit(".", 2)
-            sorting = (
-                (importance[layer],)
-                if (place, part[0]) == ("right", "B")
-                else (ALL, importance[layer])
-                if place == "left" and part == "A"
-                else (ALL,)
-            )
-            state.optimizer.state[param] = {k: v.clone() if k == "step" else v[sorting].clone() for k, v in moments[was].items()}
+            state.optimizer.state[param] = {
+                key: (value if key == "step" else sort_directions(value, place, part[0], importance[layer])).clone()
+                for key, value in moments[was].items()
+            }
 
 
 def sort_layers(model: nn.Module, scores: ScoreMap) -> dict[str, SVDLinear | ElasticLinear]:

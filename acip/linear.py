@@ -126,17 +126,18 @@ class SVDLinear(Compressible):
         self.V: Tensor
         self.p = nn.Parameter(torch.full((U_MK.shape[1],), mask_scale, dtype=torch.float32, device=W_MN.device))
         self.packed: Tensor | None = None  # [k] directions that are still multiplied; None = all
-        self._U, self._V = self.U, self.V
+        self._packed_factors: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x_BTN: Tensor) -> Tensor:
         if self.bypass:
             return self.original(x_BTN)
         live = ALL if self.packed is None else self.packed
-        h_BTk = F.linear(x_BTN, self._V)
+        U_Mk, V_kN = self._packed_factors or (self.U, self.V)
+        h_BTk = F.linear(x_BTN, V_kN)
         if "right" in self.loras:
             h_BTk = h_BTk + self.c * self.loras["right"](x_BTN, outputs=live)
         h_BTk = h_BTk * StraightThrough.apply(self.p, self.level, self.slope, x_BTN.dtype)[live]
-        y_BTM = F.linear(h_BTk, self._U, self.bias)
+        y_BTM = F.linear(h_BTk, U_Mk, self.bias)
         if "left" in self.loras:
             y_BTM = y_BTM + self.c * self.loras["left"](h_BTk, inputs=live)
         if "layer" in self.loras:
@@ -146,7 +147,7 @@ class SVDLinear(Compressible):
     def pack(self, directions_k: Tensor) -> None:
         """Multiply only these directions from now on. The others must be pruned: they never return, so nothing changes."""
         self.packed = directions_k
-        self._U, self._V = self.U[:, directions_k].contiguous(), self.V[directions_k].contiguous()
+        self._packed_factors = self.U[:, directions_k].contiguous(), self.V[directions_k].contiguous()
 
     def round_to_4bit(self, kind: Literal["nf4", "fp4"]) -> None:
         """U and V as bitsandbytes' 4-bit formats hold them, in blocks of 64 of a direction (paper 3.4, W4A16)."""
@@ -160,8 +161,8 @@ class SVDLinear(Compressible):
         with torch.no_grad():
             if "right" in self.loras:
                 for B in self.loras["right"].B:
-                    B.copy_(B[importance_K])
-                self.loras["left"].A.copy_(self.loras["left"].A[:, importance_K])
+                    B.copy_(sort_directions(B, "right", "B", importance_K))
+                self.loras["left"].A.copy_(sort_directions(self.loras["left"].A, "left", "A", importance_K))
         return ElasticLinear(self.original, self.U.T[importance_K] / self.c, self.V[importance_K] / self.c, dict(self.loras.items()))
 
 
@@ -240,6 +241,12 @@ class ElasticLinear(Compressible):
         if storage == "factors":
             return LowRankLinear(left_Mq.to(dtype).contiguous(), right_qN.to(dtype).contiguous(), self.bias)
         return PivotLinear.of(left_Mq, right_qN, self.bias, dtype)
+
+
+def sort_directions(values: Tensor, place: str, part: str, importance_K: Tensor) -> Tensor:
+    """An adapter's matrix `part` at `place`, or its optimiser's moments, with the layer's directions in another order."""
+    dim = {("right", "B"): 0, ("left", "A"): 1}.get((place, part))
+    return values if dim is None else values.index_select(dim, importance_K)
 
 
 class LowRankLinear(nn.Module):

@@ -223,3 +223,12 @@ def test_adapters_on_the_factors_reach_outside_of_the_kept_directions() -> None:
     assert torch.linalg.matrix_rank(left @ right) == 3
     joint = torch.cat([elastic.left[:3].T, left], 1), torch.cat([elastic.right[:3], right])
     assert [int(torch.linalg.matrix_rank(both)) for both in joint] == [5, 5], "two more dimensions on either side"
+
+
+def test_a_parametrised_model_can_be_moved(small_base: str, golden_tokens: torch.Tensor, heldout_tokens: torch.Tensor) -> None:
+    """Whatever `model.to` moves or casts, the layers multiply the moved factors."""
+    model = load_base(small_base, "float32").model
+    parametrise(model, recipe(adapter_dropout=0.0), golden_tokens)
+    before = logits(model, heldout_tokens[:2])
+    torch.nn.Module.to(model, torch.float64)
+    torch.testing.assert_close(logits(model, heldout_tokens[:2]), before.double(), rtol=0, atol=1e-3)
