@@ -285,7 +285,9 @@ def test_ctrl_c_lets_answers_finish_and_leaves_nothing_behind(server: Server) ->
         server.process.send_signal(signal.SIGINT)
         assert asked.result()["usage"]["completion_tokens"] == 2000
     assert server.process.wait(60) == 0
-    assert server.log.read_text().rstrip().endswith("...\nstopped.")
+    # Ray's own warnings about the machine may stand between or after
+    said = [line for line in server.log.read_text().splitlines() if line in ("stopped.", "Traceback (most recent call last):")]
+    assert said == ["stopped."]
     assert psutil.wait_procs(everything, timeout=10)[1] == []
 
 
