@@ -68,9 +68,9 @@ class Artifact:
         for name, core in layers.items():
             assert isinstance(core, ElasticLinear)
             rows = slice(stored[name])
-            factors[f"{name}.left"] = core.left[rows]
-            factors[f"{name}.right"] = core.right[rows]
-            dense[f"{name}.weight"] = weight_MN(core.original)
+            factors[f"{name}.left"] = core.left.read(stored[name])
+            factors[f"{name}.right"] = core.right.read(stored[name])
+            dense[f"{name}.weight"] = weight_MN(core.exact)
             inside.update(id(tensor) for tensor in core.parameters() if tensor is not core.bias)
             for place, lora in core.loras.items():
                 A = lora.A[:, rows].T if place == "left" else lora.A

@@ -6,8 +6,8 @@
 Legend: M = out features, N = in features, K = min(M, N) directions, R = adapter rank, r = kept rank.
 
 * `SVDLinear` prunes: y = U diag(g(p)) V x + b with one trainable mask entry per direction (paper 2.2.1, eq. 5).
-* `ElasticLinear` holds the same directions as rows sorted by importance, so that rank r is a contiguous prefix of two
-  tensors; changing the size of a model is changing an integer per layer.
+* `ElasticLinear` holds the same directions sorted by importance, so that rank r is a contiguous prefix of two tensors'
+  rows; changing the size of a model is changing an integer per layer.
 * `LowRankLinear` and `PivotLinear` are what is left at one size, with the adapters folded in.
 
 Both of the first two carry their adapters, `LoRA` modules by place:
@@ -17,32 +17,36 @@ Both of the first two carry their adapters, `LoRA` modules by place:
 """
 
 import math
-from typing import Any, Literal
+from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acip.recipe import Storage
+from acip.recipe import Quantise, Storage
+from acip.rows import FourBitLinear, FourBitRows, Rows
 
 ALL = slice(None)
 
 
 class StraightThrough(torch.autograd.Function):
-    """The gate g(p): forward `level` * 1[p > 0], backward `slope` * 1[p > 0], the slope of relu(p) (paper eq. 6)."""
+    """The gate over directions: forward 1[p > 0], backward `slope` * 1[p > 0] (paper eq. 6, whose mask scale s = 1 / slope).
+
+    The paper starts masks at s and makes the factors s^-1/2 times larger each. Both are in the slope here, so the factors stay
+    orthonormal, and nothing is rounded for it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, p_K: Tensor, level: float, slope: float, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, p_K: Tensor, slope: float, dtype: torch.dtype) -> Tensor:
         alive_K = p_K > 0
         ctx.save_for_backward(alive_K)
         ctx.slope = slope
-        return (alive_K * level).to(dtype)
+        return alive_K.to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor, None, None]:
         (alive_K,) = ctx.saved_tensors
-        return grad_K.float() * alive_K * ctx.slope, None, None, None
+        return grad_K.float() * alive_K * ctx.slope, None, None
 
 
 class LoRA(nn.Module):
@@ -89,11 +93,15 @@ class LoRA(nn.Module):
 
 
 class Compressible(nn.Module):
-    """What the two trainable forms share: the original layer, which is the exact inverse, and the adapters."""
+    """What the two trainable forms share: the original layer, which is the exact inverse, the directions, and the adapters.
 
-    def __init__(self, original: nn.Module, loras: dict[str, LoRA] | None) -> None:
+    `left` [K, M] and `right` [K, N] hold one direction a row: W = left^T right.
+    """
+
+    def __init__(self, original: nn.Module, left_KM: Rows, right_KN: Rows, loras: dict[str, LoRA] | None) -> None:
         super().__init__()
         self.original = original.requires_grad_(False)
+        self.left, self.right = left_KM, right_KN
         self.loras: dict[str, LoRA] = nn.ModuleDict(loras)  # type: ignore[assignment]
         self.bypass = False  # compute the original layer
 
@@ -102,88 +110,100 @@ class Compressible(nn.Module):
         bias = self.original.bias
         return bias if isinstance(bias, Tensor) else None
 
+    @property
+    def exact(self) -> nn.Module:
+        """The original layer, at its full precision."""
+        return self.original.exact if isinstance(self.original, FourBitLinear) else self.original
+
 
 class SVDLinear(Compressible):
     """A linear layer with its directions laid open, and a mask over them.
 
-    Masks start at `mask_scale` = s instead of 1, which `U` [M, K] and `V` [K, N] make up for: U = c U0 and V = c U0^T W
-    with U0 orthonormal and the gate's level 1 / c^2, so that the layer is unchanged. The paper's c is s^-1/2; in 16 bit
-    it is the nearest power of two, which scales without rounding, and the gate's slope keeps the paper's gradient.
-
-    The mask `p` [K] is float32 whatever the model's dtype: a step of 5e-5 at 0.02 is lost in bfloat16.
+    The mask `p` [K] starts at `mask_scale` and is float32 whatever the model's dtype: a step of 5e-5 at 0.02 is lost in bfloat16.
+    `U_MK` is orthonormal and spans W's columns. In 4 bit, so is the original layer (see `FourBitLinear`).
     """
 
-    def __init__(self, original: nn.Module, W_MN: Tensor, U0_MK: Tensor, mask_scale: float, loras: dict[str, LoRA] | None = None) -> None:
-        super().__init__(original, loras)
-        exact = W_MN.dtype == torch.float32
-        self.c = mask_scale**-0.5 if exact else 2.0 ** round(math.log2(mask_scale**-0.5))
-        self.level = mask_scale if exact else self.c**-2
-        self.slope = self.level / mask_scale
-        U_MK = U0_MK * self.c
-        self.register_buffer("U", U_MK.to(W_MN.dtype).contiguous(), persistent=False)
-        self.register_buffer("V", (U_MK.T @ W_MN.to(U_MK.dtype)).to(W_MN.dtype).contiguous(), persistent=False)
-        self.U: Tensor
-        self.V: Tensor
-        self.p = nn.Parameter(torch.full((U_MK.shape[1],), mask_scale, dtype=torch.float32, device=W_MN.device))
-        self.packed: Tensor | None = None  # [k] directions that are still multiplied; None = all
-        self._packed_factors: tuple[Tensor, Tensor] | None = None
+    def __init__(
+        self,
+        original: nn.Module,
+        W_MN: Tensor,
+        U_MK: Tensor,
+        mask_scale: float,
+        loras: dict[str, LoRA] | None = None,
+        bits: Quantise = "none",
+    ) -> None:
+        def rows(values: Tensor) -> Rows:
+            return Rows(values.contiguous()) if bits == "none" else FourBitRows(values, bits)
+
+        device = W_MN.device
+        left_KM = rows(U_MK.T.to(W_MN.dtype))
+        rounded = bits != "none" or W_MN.dtype != torch.float32
+        right_KN = rows(coordinates(W_MN, left_KM.read(), refine=2 * rounded))
+        super().__init__(original if bits == "none" else FourBitLinear(original, W_MN, bits), left_KM, right_KN, loras)
+        self.slope = 1 / mask_scale
+        self.p = nn.Parameter(torch.full((U_MK.shape[1],), mask_scale, dtype=torch.float32, device=device))
+        self.order: Tensor | None = None  # [K] the direction in each row; None = as the basis has them
+        self.live: int | None = None  # so many rows are multiplied, the first; None = all
+
+    @property
+    def packed(self) -> Tensor | None:
+        """[k] the directions that are still multiplied; None = all."""
+        return None if self.order is None else self.order[: self.live]
 
     def forward(self, x_BTN: Tensor) -> Tensor:
         if self.bypass:
             return self.original(x_BTN)
         live = ALL if self.packed is None else self.packed
-        U_Mk, V_kN = self._packed_factors or (self.U, self.V)
-        h_BTk = F.linear(x_BTN, V_kN)
+        h_BTk = self.right.project(x_BTN, self.live)
         if "right" in self.loras:
-            h_BTk = h_BTk + self.c * self.loras["right"](x_BTN, outputs=live)
-        h_BTk = h_BTk * StraightThrough.apply(self.p, self.level, self.slope, x_BTN.dtype)[live]
-        y_BTM = F.linear(h_BTk, U_Mk, self.bias)
+            h_BTk = h_BTk + self.loras["right"](x_BTN, outputs=live)
+        h_BTk = h_BTk * StraightThrough.apply(self.p, self.slope, x_BTN.dtype)[live]
+        y_BTM = self.left.expand(h_BTk, self.live, self.bias)
         if "left" in self.loras:
-            y_BTM = y_BTM + self.c * self.loras["left"](h_BTk, inputs=live)
+            y_BTM = y_BTM + self.loras["left"](h_BTk, inputs=live)
         if "layer" in self.loras:
             y_BTM = y_BTM + self.loras["layer"](x_BTN)
         return y_BTM
 
     def pack(self, directions_k: Tensor) -> None:
         """Multiply only these directions from now on. The others must be pruned: they never return, so nothing changes."""
-        self.packed = directions_k
-        self._packed_factors = self.U[:, directions_k].contiguous(), self.V[directions_k].contiguous()
+        dead = torch.ones_like(self.p, dtype=torch.bool)
+        dead[directions_k] = False
+        self._arrange(torch.cat([directions_k, dead.nonzero().squeeze(1)]))
+        self.live = len(directions_k)
 
-    def round_to_4bit(self, kind: Literal["nf4", "fp4"]) -> None:
-        """U and V as bitsandbytes' 4-bit formats hold them, in blocks of 64 of a direction (paper 3.4, W4A16)."""
-        for factor in (self.U, self.V.T):
-            rows = factor.T.contiguous()
-            packed, state = bnb.quantize_4bit(rows.float().flatten(), blocksize=64, quant_type=kind)
-            factor.copy_(bnb.dequantize_4bit(packed, state).view_as(rows).to(factor.dtype).T)
+    def _arrange(self, order_K: Tensor) -> None:
+        """Put direction order[i] into row i."""
+        place_K = order_K if self.order is None else torch.argsort(self.order)[order_K]
+        self.left.permute(place_K)
+        self.right.permute(place_K)
+        self.order = order_K
 
     def sorted(self, importance_K: Tensor) -> "ElasticLinear":
-        """The same layer with its directions as rows, in the order of `importance_K`, and without masks."""
+        """The same layer with its directions in the order of `importance_K`, and without masks. This one is used up."""
+        self._arrange(importance_K)
         with torch.no_grad():
             if "right" in self.loras:
                 for B in self.loras["right"].B:
                     B.copy_(sort_directions(B, "right", "B", importance_K))
                 self.loras["left"].A.copy_(sort_directions(self.loras["left"].A, "left", "A", importance_K))
-        return ElasticLinear(self.original, self.U.T[importance_K] / self.c, self.V[importance_K] / self.c, dict(self.loras.items()))
+        return ElasticLinear(self.original, self.left, self.right, dict(self.loras.items()))
 
 
 class ElasticLinear(Compressible):
-    """Any rank of a layer from one copy of its factors.
+    """Any rank of a layer from one copy of its directions, most important first: rank r is the prefix [:r] of its rows.
 
-    `left` [S, M] and `right` [S, N] hold one direction a row, most important first; rank r is the prefix [:r] of both.
-    `rank = None` is the original dense layer, bit for bit. S may be less than K: ranks that cost more than W are never wanted.
+    `rank = None` is the original dense layer, bit for bit. There may be less than K rows: ranks that cost more than W are never wanted.
     """
 
-    def __init__(self, original: nn.Module, left: Tensor, right: Tensor, loras: dict[str, LoRA] | None = None) -> None:
-        super().__init__(original, loras)
-        self.register_buffer("left", left, persistent=False)
-        self.register_buffer("right", right, persistent=False)
-        self.left: Tensor
-        self.right: Tensor
+    def __init__(self, original: nn.Module, left: Rows | Tensor, right: Rows | Tensor, loras: dict[str, LoRA] | None = None) -> None:
+        rows = [side if isinstance(side, Rows) else Rows(side) for side in (left, right)]
+        super().__init__(original, rows[0], rows[1], loras)
         self.rank: int | None = None
 
     @property
     def stored_rank(self) -> int:
-        return self.left.shape[0]
+        return len(self.left)
 
     def set_rank(self, rank: int | None) -> None:
         assert rank is None or 0 <= rank <= self.stored_rank, f"rank {rank} of {self.stored_rank} stored"
@@ -193,10 +213,10 @@ class ElasticLinear(Compressible):
         if self.rank is None or self.bypass:
             return self.original(x_BTN)
         kept = slice(self.rank)
-        h_BTr = F.linear(x_BTN, self.right[kept])
+        h_BTr = self.right.project(x_BTN, self.rank)
         if "right" in self.loras:
             h_BTr = h_BTr + self.loras["right"](x_BTN, outputs=kept)
-        y_BTM = F.linear(h_BTr, self.left[kept].T, self.bias)
+        y_BTM = self.left.expand(h_BTr, self.rank, self.bias)
         if "left" in self.loras:
             y_BTM = y_BTM + self.loras["left"](h_BTr, inputs=kept)
         if "layer" in self.loras:
@@ -207,7 +227,7 @@ class ElasticLinear(Compressible):
     def factors(self) -> tuple[Tensor, Tensor]:
         """(left [M, q], right [q, N]) at the present rank, adapters folded in, float32; q = r, or r + R with one beside the layer."""
         assert self.rank is not None
-        right, left = self.right[: self.rank].float(), self.left[: self.rank].T.float()
+        right, left = self.right.read(self.rank).float(), self.left.read(self.rank).T.float()
         if "right" in self.loras:
             right = right + self.loras["right"].product()[: self.rank]
             left = left + self.loras["left"].product()[:, : self.rank]
@@ -224,7 +244,7 @@ class ElasticLinear(Compressible):
             beside = self.loras["layer"]
             return beside.at_size().float() * beside.scale, beside.A.float()
         kept, on_right, on_left = slice(self.rank), self.loras["right"], self.loras["left"]
-        right, left = self.right[kept].float(), self.left[kept].T.float()
+        right, left = self.right.read(self.rank).float(), self.left.read(self.rank).T.float()
         b_rR, c_MR, d_Rr = on_right.at_size()[kept].float(), on_left.at_size().float(), on_left.A[:, kept].float()
         b_rR, c_MR = b_rR * on_right.scale, c_MR * on_left.scale
         # (U + c d)(V + b a) - U V = [U b + c d b | c] [a ; d V]
@@ -241,6 +261,16 @@ class ElasticLinear(Compressible):
         if storage == "factors":
             return LowRankLinear(left_Mq.to(dtype).contiguous(), right_qN.to(dtype).contiguous(), self.bias)
         return PivotLinear.of(left_Mq, right_qN, self.bias, dtype)
+
+
+@torch.no_grad()
+def coordinates(W_MN: Tensor, left_KM: Tensor, refine: int) -> Tensor:
+    """right_KN with left^T right = W. Where left was rounded, `refine` steps of iteration make up for what it lost in orthonormality."""
+    left, W = left_KM.float(), W_MN.float()
+    right = left @ W
+    for _ in range(refine):
+        right += left @ (W - left.T @ right)
+    return right.to(W_MN.dtype)
 
 
 def sort_directions(values: Tensor, place: str, part: str, importance_K: Tensor) -> Tensor:

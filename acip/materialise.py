@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from acip.calibrate import set_size
 from acip.cut import Budget, Cut, CutTable
 from acip.linear import ElasticLinear
 from acip.parametrise import set_module
 from acip.recipe import Recipe
+from acip.sizes import set_size
 
 
 @dataclass

@@ -207,9 +207,7 @@ def parametrise(
     torch.manual_seed(recipe.seed)  # the adapters' start
     for done, (name, linear) in enumerate(linears.items(), 1):
         W_MN = weight_MN(linear)
-        core = SVDLinear(linear, W_MN, basis(W_MN, C.get(name)), recipe.mask_scale, adapters(W_MN, recipe))
-        if recipe.quantise != "none":
-            core.round_to_4bit(recipe.quantise)
+        core = SVDLinear(linear, W_MN, basis(W_MN, C.get(name)), recipe.mask_scale, adapters(W_MN, recipe), recipe.quantise)
         set_module(model, name, core)
         progress(done, len(linears))
     return targets(model)
@@ -226,7 +224,7 @@ def adapters(W_MN: Tensor, recipe: Recipe) -> dict[str, LoRA]:
 def restore(model: nn.Module) -> nn.Module:
     """The inverse: every original layer back in its slot, adapters gone."""
     for name, core in targets(model).items():
-        set_module(model, name, core.original)
+        set_module(model, name, core.exact)
     return model
 
 

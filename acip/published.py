@@ -30,12 +30,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from acip.base import Base, load_base
-from acip.calibrate import Calibration, cut_table
+from acip.calibrate import Calibration
 from acip.errors import ArtifactError, RecipeError
 from acip.linear import ElasticLinear, LoRA
 from acip.parametrise import find_linears, set_module, weight_MN
 from acip.recipe import Recipe, paper
 from acip.scores import ScoreMap
+from acip.sizes import cut_table
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

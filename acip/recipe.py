@@ -35,11 +35,12 @@ class Recipe:
     adapter_alpha: float = 16.0  # adapters are scaled by alpha / R
     adapter_dropout: float = 0.05  # [0, 1)
     dtype: Dtype = "bfloat16"  # of the weights; masks, scores, adapters and optimiser state are always float32
-    quantise: Quantise = "none"  # round U and V to 4 bit before calibrating (3.4); `transfer` carries the result over to full precision
+    quantise: Quantise = "none"  # weights and directions in 4 bit (3.4); `transfer` carries the result over to full precision
 
     # Data
     batch_size: int = 4  # windows per forward pass
     accumulate: int = 1  # forward passes per optimiser step
+    recompute: bool = False  # activations again in the backward pass instead of keeping them: far less memory, a third more time
     seq_len: int = 1024  # tokens per window
     seed: int = 0  # order of the windows, adapters' start, dropout, sizes in post-tuning
 

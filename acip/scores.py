@@ -9,11 +9,11 @@ pruned. Lowest first is the removal order. Ties within a step are broken by the 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from acip.linear import SVDLinear
@@ -40,21 +40,23 @@ class ScoreMap:
         score = torch.cat([p.detach().float() for p in masks.values()])
         return cls(tuple(masks), tuple(offsets), score, torch.ones_like(score))
 
-    @property
+    @cached_property
     def layer_of(self) -> Tensor:
         """[D] index of the layer that each direction belongs to."""
         counts = torch.tensor([b - a for a, b in pairwise(self.offsets)], device=self.score.device)
         return torch.repeat_interleave(torch.arange(len(self.names), device=self.score.device), counts)
 
-    def update(self, before: Tensor, after: Tensor) -> None:
+    def update(self, before: Tensor, after: Tensor, frozen: Tensor | bool = False) -> None:
         """One optimiser step moved the masks from `before` to `after` [D].
 
-        s = p where alive; 0 - 1 where pruned in this step; s - 1 where pruned before.
+        s = p where alive; 0 - 1 where pruned in this step; s - 1 where pruned before. `frozen` = change nothing.
         """
         alive = after > 0
         crossed = (before > 0) & ~alive
-        self.crossing = torch.where(crossed, before / (before - after).clamp_min(torch.finfo(before.dtype).tiny), self.crossing)
-        self.score = torch.where(alive, after, self.score.clamp(max=0) - 1)
+        if isinstance(frozen, bool):
+            frozen = torch.tensor(frozen, device=after.device)
+        self.crossing = torch.where(crossed & ~frozen, before / (before - after).clamp_min(torch.finfo(before.dtype).tiny), self.crossing)
+        self.score = torch.where(frozen, self.score, torch.where(alive, after, self.score.clamp(max=0) - 1))
 
     def of(self, name: str) -> Tensor:
         i = self.names.index(name)
@@ -91,9 +93,11 @@ def fisher(cores: Mapping[str, SVDLinear]) -> Iterator[dict[str, Tensor]]:
             x_BTN = args[0].detach()
 
             def backward(grad_BTM: Tensor) -> None:
-                h_BTK = F.linear(x_BTN, core.V).float() * (grad_BTM @ core.U).float()
-                scores[name] = scores.get(name, 0) + h_BTK.square().flatten(0, -2).sum(0) / core.c**4
+                h_BTK = core.right.project(x_BTN).float() * core.left.project(grad_BTM).float()
+                scores[name] = scores.get(name, 0) + h_BTK.square().flatten(0, -2).sum(0)
 
+            if not out.requires_grad:  # the first layer of a frozen model
+                out.requires_grad_()
             out.register_hook(backward)
 
         return forward

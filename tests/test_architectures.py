@@ -42,14 +42,16 @@ from transformers import (
 
 from acip.artifact import Artifact
 from acip.base import Base, digest, load_base
-from acip.calibrate import Calibration, calibrate, set_size, trial_step
+from acip.calibrate import Calibration, calibrate, trial_step
 from acip.cut import Budget
 from acip.data import TokenBatches
 from acip.errors import BaseModelError
 from acip.linear import ElasticLinear, SVDLinear
+from acip.losses import Task
 from acip.materialise import AnySize
 from acip.parametrise import covariances, find_linears, parametrise, restore, targets
 from acip.recipe import Recipe
+from acip.sizes import set_size
 from tests.conftest import byte_tokenizer
 
 LAYERS = 2
@@ -315,13 +317,13 @@ def test_an_encoder_goes_the_same_way(name: str, tokens: Tensor, tmp_path: Path)
     parametrise(model, RECIPE, inputs, feed=_run)
     torch.testing.assert_close(_run(model, inputs).logits, before, rtol=0, atol=1e-4)
 
-    def task(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        out = _run(model, inputs).logits
-        return F.cross_entropy(out.flatten(0, -2), out.detach().argmax(-1).flatten()), out
+    def loss(logits: Tensor, inputs: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, -2), logits.detach().argmax(-1).flatten())
 
+    task = Task(lambda model, inputs: _run(model, inputs).logits, loss)
     batches = [inputs[i % len(inputs) : i % len(inputs) + 4] for i in range(0, 400, 4)]
     assert trial_step(model, batches, RECIPE, task) > 0
-    calibration = calibrate(model, batches, RECIPE, task_loss=task)
+    calibration = calibrate(model, batches, RECIPE, task=task)
 
     any_size = Artifact.save(tmp_path, Base(model, None, name, None, digest(model)), calibration, {}).load()
     assert type(any_size.model) is kind

@@ -13,10 +13,11 @@ from torch import nn
 
 from acip.artifact import MANIFEST, Artifact
 from acip.base import load_base
-from acip.calibrate import Calibration, set_size
+from acip.calibrate import Calibration
 from acip.errors import ArtifactError
 from acip.linear import ElasticLinear, PivotLinear
 from acip.parametrise import targets
+from acip.sizes import set_size
 
 
 def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -62,10 +63,10 @@ def test_a_size_is_a_prefix_on_disk(small_artifact: Artifact) -> None:
             assert rows == layer.stored_rank(table.adapter_rows, table.storage, table.reset)
             assert rows == layer.K - 1, "in the pivot form every rank below K saves something"
     any_size = small_artifact.load()
-    before = {name: layer.right.data_ptr() for name, layer in any_size.layers.items()}
+    before = {name: layer.right.values.data_ptr() for name, layer in any_size.layers.items()}
     any_size.resize(0.5)
     any_size.resize(0.8)
-    assert before == {name: layer.right.data_ptr() for name, layer in any_size.layers.items()}, "a size is a view, not a copy"
+    assert before == {name: layer.right.values.data_ptr() for name, layer in any_size.layers.items()}, "a size is a view, not a copy"
 
 
 def test_generation_and_tokenizer_come_along(small_artifact: Artifact) -> None:

@@ -7,13 +7,14 @@ import torch
 
 from acip.artifact import Artifact
 from acip.base import load_base
-from acip.calibrate import Calibration, CalibrationState, StepReport, calibrate, trial_step
+from acip.calibrate import Calibration, calibrate, trial_step
 from acip.data import TokenBatches
 from acip.errors import BaseModelError, CalibrationError
 from acip.evaluate import perplexity
 from acip.parametrise import parametrise, targets
 from acip.recipe import Recipe
 from acip.scores import ScoreMap
+from acip.state import CalibrationState, StepReport
 
 
 @pytest.mark.parametrize("at", [7, -8], ids=["while pruning", "in post-tuning"])
@@ -27,8 +28,8 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
     class Killed(Exception):  # noqa: N818
         pass
 
-    def kill(report: StepReport, state: CalibrationState) -> None:
-        if report.step == stop_at:
+    def kill(reports: list[StepReport], state: CalibrationState) -> None:
+        if state.step == stop_at:
             state.save(tmp_path)
             raise Killed
 
@@ -42,19 +43,52 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
     assert resumed.history == straight.history
     assert torch.equal(resumed.scores.score, straight.scores.score)
     assert torch.equal(resumed.scores.crossing, straight.scores.crossing)
-    theirs = targets(straight.model)
-    for name, core in targets(resumed.model).items():
-        for place, lora in core.loras.items():
-            other = theirs[name].loras[place]
-            assert torch.equal(lora.A, other.A)
-            assert all(torch.equal(a, b) for a, b in zip(lora.B, other.B, strict=True))
+    assert adapters_equal(resumed, straight)
+
+
+@pytest.mark.parametrize("look_every", [4, 8])
+def test_it_never_matters_when_the_host_looks(
+    small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor, calibrated: tuple[object, Calibration], look_every: int
+) -> None:
+    """The stop falls between two looks; the steps after it change nothing."""
+    _, straight = calibrated
+    assert straight.stop_step % look_every
+    base = load_base(small_base, quick_recipe.dtype)
+    parametrise(base.model, quick_recipe, golden_tokens)
+    calls = []
+    batches = TokenBatches(golden_tokens, quick_recipe.batch_size)
+    rare = calibrate(base.model, batches, quick_recipe, observe=lambda reports, state: calls.append(len(reports)), look_every=look_every)
+    assert max(calls) == look_every
+    assert rare.history == straight.history
+    assert torch.equal(rare.scores.score, straight.scores.score)
+    assert torch.equal(rare.scores.crossing, straight.scores.crossing)
+    assert adapters_equal(rare, straight)
+
+
+def adapters_equal(one: Calibration, two: Calibration) -> bool:
+    ours, theirs = targets(one.model), targets(two.model)
+    pairs = [(lora, theirs[name].loras[place]) for name, core in ours.items() for place, lora in core.loras.items()]
+    return all(torch.equal(a, b) for lora, other in pairs for a, b in zip(lora.parameters(), other.parameters(), strict=True))
+
+
+def test_recomputed_activations_are_the_same(
+    small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor, calibrated: tuple[object, Calibration]
+) -> None:
+    base = load_base(small_base, quick_recipe.dtype)
+    thrifty = Recipe.from_dict({"recompute": True}, quick_recipe)
+    parametrise(base.model, thrifty, golden_tokens)
+    calibration = calibrate(base.model, TokenBatches(golden_tokens, quick_recipe.batch_size), thrifty)
+    _, straight = calibrated
+    assert calibration.history == straight.history, "dropout included"
+    assert adapters_equal(calibration, straight)
+    assert "forward" not in vars(base.model.get_submodule("model.layers.1"))
 
 
 def test_another_recipes_checkpoint_is_refused(
     small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor, calibrated: tuple[object, Calibration], tmp_path: Path
 ) -> None:
-    def keep(report: StepReport, state: CalibrationState) -> None:
-        if report.step == 2:
+    def keep(reports: list[StepReport], state: CalibrationState) -> None:
+        if state.step == 2:
             state.save(tmp_path)
             raise KeyboardInterrupt
 
@@ -108,8 +142,8 @@ def test_a_small_model_is_better_calibrated_than_cut_blindly(
         rank = cut.ranks[name]
         if rank:
             keep = torch.randperm(layer.stored_rank)[:rank]
-            layer.left[:rank] = layer.left[keep]
-            layer.right[:rank] = layer.right[keep]
+            layer.left.values[:rank] = layer.left.values[keep]
+            layer.right.values[:rank] = layer.right.values[keep]
     blind = perplexity(any_size.model, heldout_tokens[:64], 16).loss
     base = perplexity(load_base(small_base, "float32").model, heldout_tokens[:64], 16).loss
     assert ours - base < 0.8 * (blind - base)

@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 
 from acip.artifact import Artifact
 from acip.base import load_base
-from acip.calibrate import Calibration, StepReport, calibrate, layer_shapes
+from acip.calibrate import Calibration, calibrate
 from acip.data import TokenBatches
 from acip.linear import ElasticLinear
 from acip.parametrise import parametrise, targets
 from acip.recipe import Recipe
+from acip.sizes import layer_shapes
+from acip.state import StepReport
 from tests.conftest import GOLDEN
 
 CONFIG = json.loads((GOLDEN / "config.json").read_text())

@@ -1,18 +1,23 @@
 """The layer in its forms: each computes what the one before computes."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from acip import losses
 from acip.base import load_base
-from acip.calibrate import as_base, calibrate, cut_table, sort_layers
+from acip.calibrate import calibrate
 from acip.data import TokenBatches
 from acip.linear import ElasticLinear, LoRA, LowRankLinear, PivotLinear, SVDLinear, knot_place
+from acip.losses import as_base
 from acip.parametrise import basis, covariances, find_linears, parametrise, restore, set_module, targets
 from acip.recipe import Recipe, Storage
+from acip.rows import FourBitRows, Rows
 from acip.scores import ScoreMap
+from acip.sizes import cut_table, sort_layers
 
 
 def recipe(**changes: object) -> Recipe:
@@ -119,7 +124,7 @@ def test_masks_scores_and_moments_are_float32_in_a_bfloat16_model(small_base: st
 
     cores = [core for core in targets(base.model).values() if isinstance(core, SVDLinear)]
     assert {core.p.dtype for core in cores} == {torch.float32}
-    assert {core.U.dtype for core in cores} == {torch.bfloat16}
+    assert {core.left.dtype for core in cores} == {torch.bfloat16}
     calibration = calibrate(base.model, TokenBatches(golden_tokens, 4), quick, observe=observe)
     assert dtypes == {torch.float32}
     assert calibration.scores.score.dtype == torch.float32
@@ -160,7 +165,7 @@ def test_masked_packed_sorted_and_materialised_agree(
     for name, core in layers.items():
         assert isinstance(core, ElasticLinear)
         B, A = core.correction()
-        W = core.left[: core.rank].T @ core.right[: core.rank] + B @ A
+        W = core.left.read(core.rank).T @ core.right.read(core.rank) + B @ A
         left, right = core.factors()
         torch.testing.assert_close(left @ right, W, rtol=0, atol=1e-5)
         set_module(model, name, core.materialise(storage))
@@ -221,7 +226,7 @@ def test_adapters_on_the_factors_reach_outside_of_the_kept_directions() -> None:
     elastic.set_rank(3)
     left, right = elastic.factors()
     assert torch.linalg.matrix_rank(left @ right) == 3
-    joint = torch.cat([elastic.left[:3].T, left], 1), torch.cat([elastic.right[:3], right])
+    joint = torch.cat([elastic.left.read(3).T, left], 1), torch.cat([elastic.right.read(3), right])
     assert [int(torch.linalg.matrix_rank(both)) for both in joint] == [5, 5], "two more dimensions on either side"
 
 
@@ -232,3 +237,59 @@ def test_a_parametrised_model_can_be_moved(small_base: str, golden_tokens: torch
     before = logits(model, heldout_tokens[:2])
     torch.nn.Module.to(model, torch.float64)
     torch.testing.assert_close(logits(model, heldout_tokens[:2]), before.double(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_divergence_and_its_gradient(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against autograd through log-softmax, with chunks that do not divide the rows."""
+    monkeypatch.setattr(losses, "CHUNK", 3 * 50)
+    torch.manual_seed(0)
+    logits, base = (3 * torch.randn(2, 5, 50)).to(dtype).requires_grad_(), (3 * torch.randn(2, 5, 50)).to(dtype)
+    kl = losses.Divergence.apply(logits, base)
+    (2 * kl).backward()
+    exact = logits.detach().double().requires_grad_()
+    expected = F.kl_div(exact.log_softmax(-1), base.double().log_softmax(-1), log_target=True, reduction="sum") / 10
+    (2 * expected).backward()
+    assert logits.grad is not None
+    assert exact.grad is not None
+    assert logits.grad.dtype == dtype
+    torch.testing.assert_close(kl.double(), expected.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("width", [64, 100, 192])
+def test_rows_in_four_bit(kind: Literal["nf4", "fp4"], width: int) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(20, width)
+    rows, full = FourBitRows(values, kind), Rows(values.clone())
+    bytes_ = sum(p.numel() * p.element_size() for p in rows.parameters())
+    assert bytes_ <= 20 * 64 * -(-width // 64) * 0.5625
+    assert 0 < float((rows.read() - values).abs().mean()) < 0.12
+    assert torch.equal(rows.read(7), rows.read()[:7])
+    x, h = torch.randn(3, width, requires_grad=True), torch.randn(3, 7, requires_grad=True)
+    for ours, theirs, leaf in (
+        (rows.project(x, 7), x @ rows.read(7).T, x),
+        (rows.expand(h, 7, torch.ones(width)), h @ rows.read(7) + 1, h),
+    ):
+        torch.testing.assert_close(ours, theirs)
+        got, expected = (torch.autograd.grad(y.square().sum(), leaf)[0] for y in (ours, theirs))
+        torch.testing.assert_close(got, expected)
+    order = torch.randperm(20)
+    before = rows.read()
+    for kept in (rows, full):
+        kept.permute(order)
+    assert torch.equal(rows.read(), before[order])
+    assert torch.equal(full.read(), values[order])
+
+
+def test_a_layer_in_four_bit_is_small_and_gives_its_weight_back(small_base: str, golden_tokens: torch.Tensor) -> None:
+    model = load_base(small_base, "float32").model
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    full = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if "_proj" in name)
+    layers = parametrise(model, recipe(quantise="nf4", adapter_rank=0, post_tune_steps=0), golden_tokens)
+    frozen = sum(p.numel() * p.element_size() for core in layers.values() for p in core.parameters() if not p.requires_grad)
+    assert frozen < 0.45 * full, "the layer and its directions together: 32 bit at 2.4 times the numbers would be 2.4"
+    assert next(iter(layers.values())).exact.weight.device.type == "cpu"
+    restore(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

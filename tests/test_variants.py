@@ -7,15 +7,17 @@ import torch
 from torch import Tensor
 
 from acip.base import load_base
-from acip.calibrate import Calibration, calibrate, next_token_loss, set_size, transfer
+from acip.calibrate import Calibration, calibrate, transfer
 from acip.cut import Budget
 from acip.data import TokenBatches
 from acip.errors import CalibrationError, RecipeError
 from acip.evaluate import perplexity
 from acip.linear import ElasticLinear, SVDLinear
+from acip.losses import next_token
 from acip.parametrise import parametrise, targets, weight_MN
 from acip.recipe import Recipe, paper
 from acip.scores import fisher
+from acip.sizes import set_size
 
 Run = Callable[..., Calibration]
 
@@ -156,7 +158,8 @@ def test_four_bit_first_then_back_to_full_precision(
     rounded = parametrise(model, recipe(quantise=kind), golden_tokens)
     core = next(iter(rounded.values()))
     assert isinstance(core, SVDLinear)
-    blocks = core.U.T.contiguous().flatten()[: core.U.numel() // 64 * 64].view(-1, 64)
+    rows = core.left.read()
+    blocks = rows[:, : rows.shape[1] // 64 * 64].reshape(-1, 64)
     assert max(len(block.unique()) for block in blocks) <= 16, "a block of 64 holds 4-bit numbers"
     quantised = calibrate(model, TokenBatches(golden_tokens, 4), recipe(quantise=kind))
 
@@ -181,15 +184,15 @@ def test_fisher_scores_are_the_squared_gradients_of_single_tokens(small_base: st
     assert isinstance(core, SVDLinear)
     ids = golden_tokens[:3]
     with fisher({name: core}) as scores:
-        next_token_loss(model, ids).backward()
+        next_token(model, ids).backward()
 
-    gates = torch.ones(*ids.shape, core.V.shape[0], requires_grad=True)
+    gates = torch.ones(*ids.shape, len(core.right), requires_grad=True)
 
     def gated(layer: SVDLinear, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        return (args[0] @ layer.V.T / layer.c * gates) @ layer.U.T / layer.c
+        return layer.left.expand(layer.right.project(args[0]) * gates)
 
     handle = core.register_forward_hook(gated)
-    next_token_loss(model, ids).backward()
+    next_token(model, ids).backward()
     handle.remove()
     assert gates.grad is not None
     torch.testing.assert_close(scores[name], gates.grad.square().sum((0, 1)), rtol=1e-3, atol=1e-14)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from acip.artifact import Artifact
-from acip.calibrate import next_token_loss
 from acip.cut import Budget
 from acip.errors import BudgetError
+from acip.losses import next_token
 from acip.materialise import AnySize
 
 
@@ -35,7 +35,7 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 1) -> Perple
     device = next(model.parameters()).device
     losses = []
     for batch in windows.split(batch_size):
-        loss = next_token_loss(model, batch.long().to(device))  # equal lengths: the mean over the batch is the windows' mean
+        loss = next_token(model, batch.long().to(device))  # equal lengths: the mean over the batch is the windows' mean
         losses.extend([float(loss)] * len(batch))
     values = torch.tensor(losses, dtype=torch.float64)
     stderr = float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.inf

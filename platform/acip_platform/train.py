@@ -23,10 +23,11 @@ from ray.train.torch import TorchTrainer
 
 from acip.artifact import Artifact
 from acip.base import Base, load_base
-from acip.calibrate import CalibrationState, StepReport, calibrate, trial_step
+from acip.calibrate import calibrate, trial_step
 from acip.data import TokenBatches, documents, token_windows
 from acip.errors import AcipError
 from acip.parametrise import parametrise, targets
+from acip.state import CalibrationState, StepReport
 from acip_platform.finish import finish, heldout_windows
 from acip_platform.fleet import Job, Share
 from acip_platform.settings import Settings
@@ -162,13 +163,15 @@ class Observer:
         self.phase = ""
         self.phase_began = (time.monotonic(), 0.0)  # when, and at which progress
 
-    def __call__(self, report: StepReport, state: CalibrationState) -> None:
+    def __call__(self, reports: list[StepReport], state: CalibrationState) -> None:
         now = time.monotonic()
-        tokens_per_s = self.tokens / (now - self.stepped)
+        tokens_per_s = self.tokens * len(reports) / (now - self.stepped)
         self.stepped = now
-        if report.step > self.logged:
-            row = {"loss_nats": report.loss, "size_ratio": report.size, "lambda": report.lambda_}
-            self.rows.append((report.step, row | {"directions_alive": report.live, "tokens_per_s": tokens_per_s}))
+        for report in reports:
+            if report.step > self.logged:
+                row = {"loss_nats": report.loss, "size_ratio": report.size, "lambda": report.lambda_}
+                self.rows.append((report.step, row | {"directions_alive": report.live, "tokens_per_s": tokens_per_s}))
+        report = reports[-1]
         if report.phase != self.phase:
             self.phase, self.phase_began = report.phase, (now, report.progress)
         ends = report.progress == 1.0

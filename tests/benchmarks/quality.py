@@ -32,11 +32,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from acip.base import load_base
-from acip.calibrate import calibrate, next_token_loss, set_size
+from acip.calibrate import calibrate
 from acip.cut import Budget
 from acip.data import TokenBatches, documents, token_windows
+from acip.losses import next_token
 from acip.parametrise import parametrise, targets
 from acip.recipe import Recipe, paper
+from acip.sizes import set_size
 
 ROOT = Path(__file__).parents[2]
 SIZES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -112,7 +114,7 @@ def _spread(windows: Tensor, n: int) -> Tensor:
 
 @torch.no_grad()
 def loss(model: Any, windows: Tensor) -> float:
-    return mean(float(next_token_loss(model, batch.long())) for batch in windows.split(math.gcd(len(windows), 16)))
+    return mean(float(next_token(model, batch.long())) for batch in windows.split(math.gcd(len(windows), 16)))
 
 
 def measure(setting: Setting, label: str, recipe: Recipe) -> dict[str, Any]:

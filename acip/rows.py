@@ -1,0 +1,108 @@
+"""A layer's directions: frozen rows, in full or in 4 bit, of which any prefix is multiplied."""
+
+from typing import Any, Literal
+
+import bitsandbytes.functional as bnb
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCK = 64  # numbers that share a scale in 4 bit
+
+
+class Rows(nn.Module):
+    """A frozen matrix [n, width] that is multiplied by a prefix of its rows."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values = nn.Parameter(values, requires_grad=False)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    def read(self, count: int | None = None) -> Tensor:
+        """The first `count` rows (None = all)."""
+        return self.values[:count]
+
+    def project(self, x: Tensor, count: int | None = None) -> Tensor:
+        """x [..., width] on the first `count` rows: [..., count]."""
+        return F.linear(x, self.read(count))
+
+    def expand(self, h: Tensor, count: int | None = None, bias: Tensor | None = None) -> Tensor:
+        """The sum of the first `count` rows weighted by h [..., count], plus a bias: [..., width]."""
+        return F.linear(h, self.read(count).T, bias)
+
+    @torch.no_grad()
+    def permute(self, order: Tensor) -> None:
+        """Put row order[i] at place i."""
+        for values in self.parameters():
+            values.data = values.data.index_select(0, order)
+
+
+class FourBitRows(Rows):
+    """Rows in bitsandbytes' 4-bit formats, in blocks of 64 of a row, dequantised where they are multiplied (paper 3.4, W4A16)."""
+
+    def __init__(self, values: Tensor, kind: Literal["nf4", "fp4"]) -> None:
+        self.width, self.kind, self._dtype = values.shape[1], kind, values.dtype
+        padded = F.pad(values.float(), (0, -self.width % BLOCK))
+        codes, state = bnb.quantize_4bit(padded.flatten(), blocksize=BLOCK, quant_type=kind)
+        super().__init__(codes.view(len(values), -1))
+        self.absmax = nn.Parameter(state.absmax.view(len(values), -1), requires_grad=False)
+        self.register_buffer("code", state.code, persistent=False)
+        self.code: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    def read(self, count: int | None = None) -> Tensor:
+        codes, absmax = self.values[:count], self.absmax[:count]
+        n = absmax.numel() * BLOCK
+        state = bnb.QuantState(absmax.flatten(), torch.Size([n]), self.code, BLOCK, self.kind, torch.float32)
+        # flat: on a CPU, bitsandbytes dequantises matrices wrongly unless their sides are multiples of 64
+        return bnb.dequantize_4bit(codes.flatten()[:, None], state).view(len(codes), -1)[:, : self.width].to(self._dtype)
+
+    def project(self, x: Tensor, count: int | None = None) -> Tensor:
+        return _DequantisedLinear.apply(x, self, count, False)
+
+    def expand(self, h: Tensor, count: int | None = None, bias: Tensor | None = None) -> Tensor:
+        y = _DequantisedLinear.apply(h, self, count, True)
+        return y if bias is None else y + bias
+
+
+class _DequantisedLinear(torch.autograd.Function):
+    """x W^T or x W, W dequantised once for each direction of the chain rule and kept in neither."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: FourBitRows, count: int | None, expand: bool) -> Tensor:
+        ctx.rows, ctx.count, ctx.expand = rows, count, expand
+        W = rows.read(count)
+        return x @ (W if expand else W.T)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        W = ctx.rows.read(ctx.count)
+        return grad @ (W.T if ctx.expand else W), None, None, None
+
+
+class FourBitLinear(nn.Module):
+    """A linear layer computed in 4 bit. The exact one waits on the host, for `restore` and the artifact."""
+
+    def __init__(self, exact: nn.Module, W_MN: Tensor, kind: Literal["nf4", "fp4"]) -> None:
+        super().__init__()
+        self.rows = FourBitRows(W_MN, kind)
+        bias = exact.bias
+        self.bias = nn.Parameter(bias.detach().clone(), requires_grad=False) if isinstance(bias, Tensor) else None
+        self._exact = (exact.to("cpu"),)  # in a tuple, so that `model.to` and `parameters` don't see it
+
+    @property
+    def exact(self) -> nn.Module:
+        return self._exact[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.rows.project(x)
+        return y if self.bias is None else y + self.bias
