@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from acip import shard
 from acip.cut import Budget, CutTable, LayerShape
 from acip.errors import CalibrationError
 from acip.linear import ElasticLinear, SVDLinear
@@ -132,6 +133,9 @@ class _Loop:
         """The steps from `step` to the next look, or to `end`."""
         return range(step, min(end, step + self.look_every - step % self.look_every))
 
+    def batch(self, i: int) -> Any:
+        return shard.my_part(self.batches[i]).to(self.device, non_blocking=True)
+
     def prune(self, state: CalibrationState, shapes: tuple[LayerShape, ...]) -> list[StepReport]:
         """Algorithm 1's body, until the next look or until the stop."""
         recipe, scores = self.recipe, state.scores
@@ -151,7 +155,7 @@ class _Loop:
             rows.append(torch.stack([loss.double(), size, ranks.sum().double(), masks.clamp(min=0).double().sum()]))
             lambdas.append(state.lambda_)
         reports: list[StepReport] = []
-        for (loss_, size_, live, mass), lambda_ in zip(torch.stack(rows).tolist(), lambdas, strict=True):
+        for (loss_, size_, live, mass), lambda_ in zip(_averaged(rows), lambdas, strict=True):
             stops = size_ <= recipe.stop_ratio
             progress = 1.0 if stops else _progress(mass, int(live), scores.score.numel(), shapes, recipe)
             reports.append(StepReport(first + len(reports) + 1, "prune", loss_, size_, lambda_, int(live), progress))
@@ -168,7 +172,7 @@ class _Loop:
             sizes.append(_take_size(state, table, self.recipe))
             losses.append(self.step(state, self.recipe.distill))
         reports = []
-        for step, (loss, size) in enumerate(zip(torch.stack(losses).tolist(), sizes, strict=True), first + 1):
+        for step, (loss, size) in enumerate(zip(_averaged(losses), sizes, strict=True), first + 1):
             progress = (step - state.stop_step) / (end - state.stop_step)
             reports.append(StepReport(step, "post_tune", loss, size, state.lambda_, sum(state.stop_ranks), progress))
         return reports
@@ -179,10 +183,10 @@ class _Loop:
         Dropout is seeded by the step, so a resumed run draws what the straight one drew.
         """
         recipe, optimizer = self.recipe, state.optimizer
-        torch.manual_seed(recipe.seed * 1_000_003 + state.step)
+        torch.manual_seed((recipe.seed * 1_000_003 + state.step) * shard.workers() + shard.rank())
         total = torch.zeros((), device=self.device)
         for i in range(recipe.accumulate):
-            batch = self.batches[state.step * recipe.accumulate + i].to(self.device, non_blocking=True)
+            batch = self.batch(state.step * recipe.accumulate + i)
             with recomputing(self.model, recipe.recompute):
                 loss = objective(self.model, state.layers, batch, self.task, distill) / recipe.accumulate
                 if stopped is not None and i == 0:
@@ -190,6 +194,7 @@ class _Loop:
                 if loss.requires_grad:  # at a size where every layer is dense there is nothing to learn
                     loss.backward()
             total += loss.detach()
+        shard.average(p.grad for p in state.params.values() if p.grad is not None)
         if stopped is not None:
             if recipe.scores == "gradient":
                 gradients = torch.cat([p.grad - state.lambda_ * (p > 0) for p in state.masks if p.grad is not None])
@@ -207,9 +212,11 @@ class _Loop:
             return torch.cat([core.right.read().float().norm(dim=1) for core in cores.values()])
         with fisher(cores) as scores, as_base(cores), recomputing(self.model, self.recipe.recompute):
             for i in range(-(-self.recipe.sample_windows // self.recipe.batch_size)):
-                self.task(self.model, self.batches[i].to(self.device)).backward()
+                self.task(self.model, self.batch(i)).backward()
         _all_reached([name for name in cores if name not in scores])
-        return torch.cat([scores[name] for name in cores])
+        score = torch.cat([scores[name] for name in cores])
+        shard.average([score])  # of sums over a part of the tokens, squared gradients of a mean over that part: n times too much
+        return score / shard.workers()
 
 
 def transfer(calibration: Calibration, model: nn.Module, recipe: Recipe) -> Calibration:
@@ -242,7 +249,7 @@ def trial_step(model: nn.Module, batches: Batches, recipe: Recipe, task: Task = 
     Run before the long work: what doesn't fit or doesn't learn fails here, in the first seconds.
     """
     layers = targets(model)
-    batch = batches[0].to(next(model.parameters()).device)
+    batch = shard.my_part(batches[0]).to(next(model.parameters()).device)
     with recomputing(model, recipe.recompute):
         loss = objective(model, layers, batch, task, recipe.distill_prune)
         loss.backward()
@@ -276,6 +283,13 @@ def recomputing(model: nn.Module, on: bool) -> Iterator[None]:
     finally:
         for block in blocks:
             del block.forward
+
+
+def _averaged(rows: list[Tensor]) -> list[Any]:
+    """What the steps since the last look computed, the workers' mean, on the host."""
+    table = torch.stack(rows)
+    shard.average([table])
+    return table.tolist()
 
 
 def _take_size(state: CalibrationState, table: CutTable, recipe: Recipe) -> float:

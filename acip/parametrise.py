@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from acip import shard
 from acip.errors import BaseModelError
 from acip.linear import ElasticLinear, LoRA, SVDLinear
 from acip.recipe import Recipe
@@ -194,6 +195,12 @@ def parametrise(
         raise BaseModelError("this model is parametrised already; call restore(model) first.")
     linears = find_linears(model, recipe.exclude)
     model.requires_grad_(False)
+    device = next(model.parameters()).device
+    if shard.workers() > 1:
+        for linear in linears.values():
+            shard.shard(linear)
+        device = shard.device()
+        nn.Module.to(model, device)
     C: Mapping[str, Tensor] = {}
     if recipe.basis == "covariance":
         if windows is None:
@@ -206,8 +213,11 @@ def parametrise(
             )
     torch.manual_seed(recipe.seed)  # the adapters' start
     for done, (name, linear) in enumerate(linears.items(), 1):
-        W_MN = weight_MN(linear)
-        core = SVDLinear(linear, W_MN, basis(W_MN, C.get(name)), recipe.mask_scale, adapters(W_MN, recipe), recipe.quantise)
+        with shard.whole(linear):
+            W_MN = weight_MN(linear)
+            core = SVDLinear(linear, W_MN, basis(W_MN, C.get(name)), recipe.mask_scale, adapters(W_MN, recipe), recipe.quantise)
+        for rows in (core.left, core.right):
+            shard.shard(rows)
         set_module(model, name, core)
         progress(done, len(linears))
     return targets(model)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acip.shard import read, settle, write
+
 BLOCK = 64  # numbers that share a scale in 4 bit
 
 
@@ -30,17 +32,22 @@ class Rows(nn.Module):
 
     def project(self, x: Tensor, count: int | None = None) -> Tensor:
         """x [..., width] on the first `count` rows: [..., count]."""
-        return F.linear(x, self.read(count))
+        return self(x, count, False, None)
 
     def expand(self, h: Tensor, count: int | None = None, bias: Tensor | None = None) -> Tensor:
         """The sum of the first `count` rows weighted by h [..., count], plus a bias: [..., width]."""
-        return F.linear(h, self.read(count).T, bias)
+        return self(h, count, True, bias)
+
+    def forward(self, x: Tensor, count: int | None, expand: bool, bias: Tensor | None) -> Tensor:
+        W = self.read(count)
+        return F.linear(x, W.T if expand else W, bias)
 
     @torch.no_grad()
     def permute(self, order: Tensor) -> None:
         """Put row order[i] at place i."""
+        settle(self)
         for values in self.parameters():
-            values.data = values.data.index_select(0, order)
+            write(values, read(values).index_select(0, order))
 
 
 class FourBitRows(Rows):
@@ -66,11 +73,8 @@ class FourBitRows(Rows):
         # flat: on a CPU, bitsandbytes dequantises matrices wrongly unless their sides are multiples of 64
         return bnb.dequantize_4bit(codes.flatten()[:, None], state).view(len(codes), -1)[:, : self.width].to(self._dtype)
 
-    def project(self, x: Tensor, count: int | None = None) -> Tensor:
-        return _DequantisedLinear.apply(x, self, count, False)
-
-    def expand(self, h: Tensor, count: int | None = None, bias: Tensor | None = None) -> Tensor:
-        y = _DequantisedLinear.apply(h, self, count, True)
+    def forward(self, x: Tensor, count: int | None, expand: bool, bias: Tensor | None) -> Tensor:
+        y: Tensor = _DequantisedLinear.apply(x, self, count, expand)
         return y if bias is None else y + bias
 
 

@@ -47,8 +47,9 @@ class Job:
     eval_context: int = 2048  # tokens per window of held-out text
     eval_windows: int = 0  # at most so many; 0 = all
     sizes: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the trade-off curve
+    num_workers: int = 1  # that share this model: its weights sharded, each batch parted
     gpus: float = -1.0  # per worker; -1 = one where the cluster has any
-    cpus: float = -1.0  # per worker; -1 = all of a CPU-only cluster, else 4
+    cpus: float = -1.0  # per worker; -1 = all of a CPU-only cluster (shared out), else 4
     trust_remote_code: bool = False  # runs code that comes with the base model
 
     @property
@@ -131,15 +132,20 @@ class _Reader:
         recipe = start
         for key_node, change in changes:
             recipe = self.checked(key_node, Recipe.from_dict, change, recipe)
+        self.check(node, fields, recipe)
+        return Job(recipe=recipe, **fields)
+
+    def check(self, node: yaml.Node, fields: dict[str, Any], recipe: Recipe) -> None:
         for needed in ("name", "base"):
             if needed not in fields:
                 raise self.fail(node, f"a model needs a {needed!r}.")
         if not re.fullmatch(NAME, fields["name"]):
             raise self.fail(node, f"the name {fields['name']!r} may hold only letters, digits, '.', '_' and '-'.")
+        if (n := fields.get("num_workers", 1)) < 1 or recipe.batch_size % n:
+            raise self.fail(node, f"num_workers is {n}; it must be at least 1 and divide batch_size, which is {recipe.batch_size}.")
         for size in fields.get("sizes", ()):
             if not 0 < size <= 1:
                 raise self.fail(node, f"sizes holds {size!r}; each must be above 0 and up to 1.")
-        return Job(recipe=recipe, **fields)
 
     def items(self, node: yaml.Node, allowed: Any, what: str) -> Iterator[tuple[str, tuple[yaml.Node, yaml.Node]]]:
         if not isinstance(node, yaml.MappingNode):
@@ -171,7 +177,7 @@ class _Reader:
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker gets of the cluster, and how many such workers fit at once."""
+    """What one worker gets of the cluster, and how many such jobs fit at once."""
 
     gpus: float
     cpus: float
@@ -182,13 +188,15 @@ def share(job: Job, resources: dict[str, float]) -> Share:
     """The worker of `job` on a cluster with `resources`. What can never fit is an error now, not a wait without end."""
     have_gpus, have_cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
     gpus = job.gpus if job.gpus >= 0 else float(have_gpus >= 1)
-    cpus = job.cpus if job.cpus >= 0 else (min(4.0, have_cpus) if gpus else have_cpus)
-    if gpus > have_gpus or cpus > have_cpus:
+    n = job.num_workers
+    cpus = job.cpus if job.cpus >= 0 else (min(4.0, have_cpus / n) if gpus else max(1.0, have_cpus // n))
+    if n * gpus > have_gpus or n * cpus > have_cpus:
+        workers = f"{n} workers with " if n > 1 else ""
         raise FleetError(
-            f"{job.name} asks for {gpus:g} GPUs and {cpus:g} CPUs; the cluster has {have_gpus:g} and {have_cpus:g}. "
-            "Lower gpus or cpus in the fleet file, or add nodes."
+            f"{job.name} asks for {workers}{gpus:g} GPUs and {cpus:g} CPUs; the cluster has {have_gpus:g} and {have_cpus:g}. "
+            "Lower num_workers, gpus or cpus in the fleet file, or add nodes."
         )
-    fits = [int(have // need) for have, need in ((have_gpus, gpus), (have_cpus, cpus)) if need > 0]
+    fits = [int(have // (n * need)) for have, need in ((have_gpus, gpus), (have_cpus, cpus)) if need > 0]
     return Share(gpus, cpus, max(1, min(fits, default=1)))
 
 

@@ -21,6 +21,7 @@ import torch
 from mlflow.exceptions import MlflowException
 from ray.train.torch import TorchTrainer
 
+from acip import shard
 from acip.artifact import Artifact
 from acip.base import Base, load_base
 from acip.calibrate import calibrate, trial_step
@@ -65,7 +66,7 @@ def run_job(job: Job, share: Share, settings: Settings, run: Run, attempt: str, 
             "threads": max(1, int(share.cpus)),
             "inbox": inbox,
         },
-        scaling_config=ray.train.ScalingConfig(num_workers=1, use_gpu=share.gpus > 0, resources_per_worker=resources),
+        scaling_config=ray.train.ScalingConfig(num_workers=job.num_workers, use_gpu=share.gpus > 0, resources_per_worker=resources),
         run_config=ray.train.RunConfig(
             name=attempt,
             storage_path=settings.runs,
@@ -97,22 +98,29 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     key = f"{job.name}/{config['attempt']}"
 
     def say(kind: str, **facts: Any) -> None:
-        config["inbox"].put.remote({"model": job.name, "kind": kind, **facts})
+        if shard.rank() == 0:
+            config["inbox"].put.remote({"model": job.name, "kind": kind, **facts})
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say("stage", text=f"loading {job.base}")
     base = load_base(job.base, job.recipe.dtype, job.trust_remote_code)
     heldout = heldout_windows(job, base)
-    if not store.exists(store.uri(key)):
-        torch.nn.Module.to(base.model, device)
-        artifact = _calibrated(job, base, run, settings, key, say)
-        uri = store.put(artifact.folder, key)
-        say("stage", text=f"artifact saved: {uri}")
+    if not shard.decided(store.exists(store.uri(key)), device):
+        if job.num_workers == 1:  # else the layers go there one by one, each worker's part of them
+            torch.nn.Module.to(base.model, device)
+        artifact = _calibrated(job, base, run, settings, key, say, device)
+        if artifact is not None:
+            uri = store.put(artifact.folder, key)
+            say("stage", text=f"artifact saved: {uri}")
+    if shard.rank() > 0:
+        return {}
     return finish(job, store.uri(key), run, settings, heldout, device, say)
 
 
-def _calibrated(job: Job, base: Base, run: Run, settings: Settings, key: str, say: Callable[..., None]) -> Artifact:
-    """Parametrise and calibrate, from the last checkpoint if there is one; the artifact, in a temporary folder."""
+def _calibrated(
+    job: Job, base: Base, run: Run, settings: Settings, key: str, say: Callable[..., None], device: torch.device
+) -> Artifact | None:
+    """Parametrise and calibrate, from the last checkpoint if there is one; the first worker's artifact, in a temporary folder."""
     recipe = job.recipe
     # enough text for one pass over the expected steps and the samples; a longer run reads it again in another order
     pruning = min(recipe.max_prune_steps, 2500) if recipe.prunes else 0
@@ -129,7 +137,7 @@ def _calibrated(job: Job, base: Base, run: Run, settings: Settings, key: str, sa
     facts = f"loss {loss:.3f} in {time.time() - began:.1f} s, at full shape; {len(windows):,} windows of {recipe.seq_len} tokens"
     say("stage", text=f"one real step: {facts}")
 
-    observer = Observer(job, run, settings.checkpoint_s, say)
+    observer = Observer(job, run, settings.checkpoint_s, say, device)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         calibration = calibrate(base.model, batches, recipe, observe=observer)
@@ -138,6 +146,9 @@ def _calibrated(job: Job, base: Base, run: Run, settings: Settings, key: str, sa
             say("stage", text="going on from the last checkpoint")
             calibration = calibrate(base.model, batches, recipe, resume=folder, observe=observer)
     observer.flush()
+    shard.gather(base.model)
+    if shard.rank() > 0:
+        return None
 
     settings.home.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="saving-", dir=settings.home))
@@ -154,8 +165,8 @@ def _calibrated(job: Job, base: Base, run: Run, settings: Settings, key: str, sa
 class Observer:
     """Hears each step of the loop: metrics to MLflow, progress to the driver, state to Ray Train. Changes nothing."""
 
-    def __init__(self, job: Job, run: Run, checkpoint_s: float, say: Callable[..., None]) -> None:
-        self.job, self.run, self.checkpoint_s, self.say = job, run, checkpoint_s, say
+    def __init__(self, job: Job, run: Run, checkpoint_s: float, say: Callable[..., None], device: torch.device) -> None:
+        self.job, self.run, self.checkpoint_s, self.say, self.device = job, run, checkpoint_s, say, device
         self.tokens = job.recipe.batch_size * job.recipe.accumulate * job.recipe.seq_len
         self.rows: list[tuple[int, dict[str, float]]] = []
         self.logged = run.last_step("loss_nats")
@@ -183,17 +194,20 @@ class Observer:
             eta_s = (now - since) * (1 - report.progress) / done if done > 0 else None
             facts = dataclasses.asdict(report) | {"stop": self.job.recipe.stop_ratio, "tokens_per_s": tokens_per_s, "eta_s": eta_s}
             self.say("step", **facts)
-        if now - self.saved >= self.checkpoint_s:
+        if shard.decided(now - self.saved >= self.checkpoint_s, self.device):
             with tempfile.TemporaryDirectory() as folder:
-                state.save(folder)
+                checkpoint = None
+                if shard.rank() == 0:  # the others have the same state
+                    state.save(folder)
+                    checkpoint = ray.train.Checkpoint.from_directory(folder)
                 metrics = {"step": report.step, "loss": report.loss, "size": report.size}
-                ray.train.report(
-                    metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=f"step_{report.step:06d}"
-                )
+                ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step_{report.step:06d}")
             self.saved = self.stepped = time.monotonic()
 
     def flush(self) -> None:
         """Metrics to MLflow. While it is down they wait here; the calibration goes on."""
+        if shard.rank() > 0:
+            return
         try:
             self.run.metrics(self.rows)
             self.rows = []
