@@ -110,6 +110,11 @@ class Compressible(nn.Module):
         bias = self.original.bias
         return bias if isinstance(bias, Tensor) else None
 
+    def park(self) -> None:
+        """What is only kept leaves the accelerator."""
+        if isinstance(self.original, FourBitLinear):
+            self.original.park()
+
     @property
     def exact(self) -> nn.Module:
         """The original layer, at its full precision."""

@@ -1,16 +1,6 @@
-"""Base model -> model with `SVDLinear` layers, and the exact inverse (paper 2.2.1).
+"""Base model -> model with `SVDLinear` layers in the bases of acip.bases, and the exact inverse (paper 2.2.1)."""
 
-    W = U V,  U_MK orthonormal,  V_KN = U^T W
-
-is exact for every basis U of W's column space; the basis decides what a prefix of the directions is worth:
-
-* `svd`: left singular vectors of W (the paper).
-* `covariance`: eigenvectors of W C W^T, C = sum x x^T over the layer's inputs. Every prefix is then the best layer of
-  its rank for the calibration activations (the optimum that SVD-LLM reaches by whitening, without its inverse).
-"""
-
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +8,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from acip import shard
+from acip.bases import BasisCache, Feed, bases, basis_keys, feed_tokens, weight_MN
 from acip.errors import BaseModelError
 from acip.linear import ElasticLinear, LoRA, SVDLinear
 from acip.recipe import Recipe
-
-RIDGE = 1e-6  # of C's mean energy: directions without energy get the order of the plain SVD instead of an arbitrary one
 
 
 def targets(model: nn.Module) -> dict[str, SVDLinear | ElasticLinear]:
@@ -102,124 +91,44 @@ def _computes_Wx(layer: nn.Linear) -> bool:
         return False
 
 
-def weight_MN(layer: nn.Module) -> Tensor:
-    """The weight as [out, in]; GPT-2's Conv1D stores [in, out]."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if isinstance(layer, Conv1D) else weight
-
-
-def feed_tokens(model: nn.Module, ids_BT: Tensor) -> None:
-    """Run the blocks, and not the head where the model parts them."""
-    getattr(model, "base_model", model)(input_ids=ids_BT, use_cache=False)
-
-
-@torch.no_grad()
-def covariances(
-    model: nn.Module,
-    linears: Mapping[str, nn.Module],
-    windows: Tensor,
-    batch_size: int = 4,
-    feed: Callable[[nn.Module, Tensor], Any] = feed_tokens,
-) -> dict[str, Tensor]:
-    """C_NN = mean of x x^T per layer over `windows` [n, T] of token ids, float32, in one forward pass.
-
-    Layers that are fed the same tensor (q, k, v; gate, up) share one C. `feed(model, windows[i:j])` runs a model on other
-    inputs (images); C is then a multiple of the mean, which has the same eigenvectors. A layer that is never called is missing.
-    """
-    shared: dict[str, Tensor] = {}
-    last: list[tuple[Tensor, str]] = []  # the input hooked last, and the layer that saw it first
-
-    def hook(name: str) -> Callable[..., None]:
-        def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            if last and last[0][0] is x:
-                shared.setdefault(name, shared[last[0][1]])
-                return
-            last[:] = [(x, name)]
-            x_SN = x.reshape(-1, x.shape[-1]).float()
-            C_NN = shared.setdefault(name, torch.zeros(x_SN.shape[1], x_SN.shape[1], device=x.device))
-            C_NN.addmm_(x_SN.T, x_SN, alpha=1.0 / windows.numel())
-
-        return add
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
-    try:
-        for batch in windows.split(batch_size):
-            feed(model, batch.to(next(model.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return shared
-
-
-@torch.no_grad()
-def basis(W_MN: Tensor, C_NN: Tensor | None) -> Tensor:
-    """U_MK, orthonormal, spanning W's columns, most important direction first. `C_NN` None = the SVD's (float32).
-
-    The covariance basis is solved in float64. For M > N that happens in the small space: with C = L L^T and the
-    eigenvectors Q of L^T W^T W L, the columns of W L Q span the right prefixes, and QR makes them orthonormal without
-    changing a span.
-    """
-    M, N = W_MN.shape
-    if C_NN is None:
-        return torch.linalg.svd(W_MN.float(), full_matrices=False).U
-    W, C = W_MN.double(), C_NN.double()
-    energy = C.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    C = C + RIDGE * energy * torch.eye(N, dtype=C.dtype, device=C.device)
-    if M <= N:
-        return torch.linalg.eigh(W @ C @ W.T).eigenvectors.flip(1)
-    L, failed = torch.linalg.cholesky_ex(C)
-    if failed:  # float32 rounding of C outweighs the ridge where few directions carry most of the energy
-        values, vectors = torch.linalg.eigh(C)
-        L = vectors * values.clamp_min(RIDGE * energy).sqrt()
-    WL = W @ L
-    Q = torch.linalg.eigh(WL.T @ WL).eigenvectors.flip(1)
-    return torch.linalg.qr(WL @ Q).Q
-
-
 def parametrise(
     model: nn.Module,
     recipe: Recipe,
     windows: Tensor | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    feed: Callable[[nn.Module, Tensor], Any] = feed_tokens,
+    feed: Feed = feed_tokens,
+    cache: BasisCache | None = None,
 ) -> dict[str, SVDLinear | ElasticLinear]:
     """Swap every target layer of `model` for an `SVDLinear` with its adapters, in place.
 
     `windows` [n, T] of token ids feed the covariance basis (`recipe.sample_windows` of them are used), or, for other
-    models, whatever `feed(model, windows[i:j])` makes of them.
+    models, whatever `feed(model, windows[i:j])` makes of them. `cache` keeps the bases for the next time.
     `progress(done, total)` counts layers. The swapped model computes what the base model computes, up to rounding.
     """
     if targets(model):
         raise BaseModelError("this model is parametrised already; call restore(model) first.")
     linears = find_linears(model, recipe.exclude)
     model.requires_grad_(False)
-    device = next(model.parameters()).device
+    torch.manual_seed(recipe.seed)  # the adapters' start
+    loras = {name: adapters(weight_MN(linear), recipe) for name, linear in linears.items()}
+    keys = basis_keys(model, linears, recipe, windows, feed) if cache else {}
     if shard.workers() > 1:
         for linear in linears.values():
             shard.shard(linear)
-        device = shard.device()
-        nn.Module.to(model, device)
-    C: Mapping[str, Tensor] = {}
-    if recipe.basis == "covariance":
-        if windows is None:
-            raise BaseModelError("the covariance basis needs calibration text: pass `windows`, or set basis to 'svd'.")
-        C = covariances(model, linears, windows[: recipe.sample_windows], feed=feed)
-        if idle := [name for name in linears if name not in C]:
-            raise BaseModelError(
-                f"{len(idle)} layers are never called on this text, {idle[0]} among them, so nothing can be learned about them: "
-                "another modality's tower, or cross-attention, perhaps. Put a part of their names into exclude."
-            )
-    torch.manual_seed(recipe.seed)  # the adapters' start
-    for done, (name, linear) in enumerate(linears.items(), 1):
+        nn.Module.to(model, shard.device())
+        for places in loras.values():
+            for lora in places.values():
+                lora.to(shard.device())
+    cores: dict[str, SVDLinear] = {}
+    for name, directions_KM in bases(model, linears, recipe, windows, feed, cache, keys, progress):
+        linear = linears[name]
         with shard.whole(linear):
-            W_MN = weight_MN(linear)
-            core = SVDLinear(linear, W_MN, basis(W_MN, C.get(name)), recipe.mask_scale, adapters(W_MN, recipe), recipe.quantise)
-        for rows in (core.left, core.right):
+            cores[name] = SVDLinear(linear, weight_MN(linear), directions_KM.T, recipe.mask_scale, loras[name], recipe.quantise)
+        for rows in (cores[name].left, cores[name].right):
             shard.shard(rows)
-        set_module(model, name, core)
-        progress(done, len(linears))
+    for name in linears:
+        set_module(model, name, cores[name])
+        cores[name].park()
     return targets(model)
 
 

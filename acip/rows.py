@@ -101,11 +101,15 @@ class FourBitLinear(nn.Module):
         self.rows = FourBitRows(W_MN, kind)
         bias = exact.bias
         self.bias = nn.Parameter(bias.detach().clone(), requires_grad=False) if isinstance(bias, Tensor) else None
-        self._exact = (exact.to("cpu"),)  # in a tuple, so that `model.to` and `parameters` don't see it
+        self._exact = (exact,)  # in a tuple, so that `model.to` and `parameters` don't see it
 
     @property
     def exact(self) -> nn.Module:
         return self._exact[0]
+
+    def park(self) -> None:
+        """The exact layer leaves the accelerator."""
+        self.exact.to("cpu")
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.rows.project(x)

@@ -42,6 +42,7 @@ from transformers import (
 
 from acip.artifact import Artifact
 from acip.base import Base, digest, load_base
+from acip.bases import moments
 from acip.calibrate import Calibration, calibrate, trial_step
 from acip.cut import Budget
 from acip.data import TokenBatches
@@ -49,7 +50,7 @@ from acip.errors import BaseModelError
 from acip.linear import ElasticLinear, SVDLinear
 from acip.losses import Task
 from acip.materialise import AnySize
-from acip.parametrise import covariances, find_linears, parametrise, restore, targets
+from acip.parametrise import find_linears, parametrise, restore, targets
 from acip.recipe import Recipe
 from acip.sizes import set_size
 from tests.conftest import byte_tokenizer
@@ -345,7 +346,7 @@ def test_a_layer_that_runs_several_times_sums_all_of_its_inputs(tokens: Tensor) 
     name = next(name for name in find_linears(model) if name.endswith("ffn_output"))
     seen: list[Tensor] = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
-    C = covariances(model, find_linears(model), tokens)[name]
+    C = moments(model, find_linears(model), tokens)[name]
     handle.remove()
     X = torch.cat(seen)
     assert len(X) == LAYERS * tokens.numel()

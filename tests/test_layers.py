@@ -9,11 +9,12 @@ from torch import nn
 
 from acip import losses
 from acip.base import load_base
+from acip.bases import basis
 from acip.calibrate import calibrate
 from acip.data import TokenBatches
 from acip.linear import ElasticLinear, LoRA, LowRankLinear, PivotLinear, SVDLinear, knot_place
 from acip.losses import as_base
-from acip.parametrise import basis, covariances, find_linears, parametrise, restore, set_module, targets
+from acip.parametrise import parametrise, restore, set_module, targets
 from acip.recipe import Recipe, Storage
 from acip.rows import FourBitRows, Rows
 from acip.scores import ScoreMap
@@ -42,55 +43,6 @@ def test_full_rank_is_the_base_and_restore_is_exact(
     assert torch.equal(logits(model, heldout_tokens[:4]), before)
     assert not targets(model)
     assert not any("lora" in name for name, _ in model.named_modules())
-
-
-@pytest.mark.parametrize(("M", "N"), [(24, 24), (40, 16), (16, 40)])
-def test_bases_are_orthonormal_and_lossless(M: int, N: int) -> None:
-    torch.manual_seed(0)
-    W, X = torch.randn(M, N), torch.randn(500, N) @ torch.randn(N, N)
-    for C in (None, X.T @ X / len(X), torch.zeros(N, N)):
-        U = basis(W, C).double()
-        torch.testing.assert_close(U.T @ U, torch.eye(min(M, N), dtype=torch.float64), rtol=0, atol=1e-5)
-        torch.testing.assert_close(U @ (U.T @ W.double()), W.double(), rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize(("M", "N"), [(24, 24), (40, 16), (16, 40)])
-def test_every_covariance_prefix_is_the_whitening_optimum(M: int, N: int) -> None:
-    """The error of rank r equals the dropped singular values of W S, C = S S^T (SVD-LLM's optimum), without its inverse."""
-    torch.manual_seed(1)
-    W, X = torch.randn(M, N).double(), (torch.randn(2000, N) @ torch.randn(N, N)).double()
-    C = X.T @ X
-    U = basis(W, C)
-    dropped = torch.linalg.svdvals(W @ torch.linalg.cholesky(C)) ** 2
-    for r in (1, 5, 10, 15):
-        error = ((W - U[:, :r] @ (U[:, :r].T @ W)) @ X.T).square().sum()
-        torch.testing.assert_close(error, dropped[r:].sum(), rtol=1e-4, atol=1e-6)
-
-
-def test_a_covariance_that_rounding_made_indefinite_still_orders_directions() -> None:
-    """Where one direction carries nearly all energy (massive activations), float32 rounding outweighs the others' energy."""
-    torch.manual_seed(0)
-    X, W = torch.randn(600, 256) + 1e3 * torch.randn(256), torch.randn(300, 256)
-    C = X.T @ X / len(X)
-    assert torch.linalg.eigvalsh(C.double())[0] < 0
-    U, W, X = basis(W, C), W.double(), X.double()
-    error = ((W - U[:, :64] @ (U[:, :64].T @ W)) @ X.T).square().sum()
-    assert error < 1.5 * torch.linalg.svdvals(W @ X.T)[64:].square().sum()
-
-
-def test_layers_that_share_an_input_share_its_covariance(small_base: str, golden_tokens: torch.Tensor) -> None:
-    model = load_base(small_base, "float32").model
-    C = covariances(model, find_linears(model), golden_tokens[:8])
-    layer = "model.layers.1."
-    assert C[layer + "self_attn.q_proj"] is C[layer + "self_attn.v_proj"]
-    assert C[layer + "mlp.gate_proj"] is C[layer + "mlp.up_proj"]
-    assert C[layer + "self_attn.q_proj"] is not C[layer + "self_attn.o_proj"]
-    seen: list[torch.Tensor] = []
-    handle = model.get_submodule(layer + "mlp.down_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
-    logits(model, golden_tokens[:8])
-    handle.remove()
-    X = torch.cat(seen)
-    torch.testing.assert_close(C[layer + "mlp.down_proj"], X.T @ X / len(X), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,6 +5,7 @@
     ACIP_STORE             where artifacts go: a folder or s3://bucket/x  ACIP_HOME/artifacts
     ACIP_RUNS              Ray Train's checkpoints: folder or s3://       ACIP_HOME/runs
     ACIP_CHECKPOINT_S      seconds between checkpoints of a calibration   60
+    ACIP_BASIS_CACHE_GB    of bases kept in ACIP_HOME/cache on each node  50
     MLFLOW_TRACKING_URI    tracking server or database                    sqlite:///ACIP_HOME/mlflow.db
 
 S3 credentials and endpoint come from boto3's usual chain (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...), never from here.
@@ -29,6 +30,7 @@ class Settings:
     runs: str
     tracking_uri: str
     checkpoint_s: float = 60.0
+    basis_cache_gb: float = 50.0
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> "Settings":
@@ -41,7 +43,8 @@ class Settings:
             store=env.get("ACIP_STORE") or str(home / "artifacts"),
             runs=env.get("ACIP_RUNS") or str(home / "runs"),
             tracking_uri=env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
-            checkpoint_s=_seconds(env, "ACIP_CHECKPOINT_S", 60.0),
+            checkpoint_s=_positive(env, "ACIP_CHECKPOINT_S", 60.0, "seconds"),
+            basis_cache_gb=_positive(env, "ACIP_BASIS_CACHE_GB", 50.0, "gigabytes"),
         )
 
     def worker_env(self) -> dict[str, str]:
@@ -52,6 +55,7 @@ class Settings:
             "ACIP_STORE": self.store,
             "ACIP_RUNS": self.runs,
             "ACIP_CHECKPOINT_S": str(self.checkpoint_s),
+            "ACIP_BASIS_CACHE_GB": str(self.basis_cache_gb),
             "MLFLOW_TRACKING_URI": self.tracking_uri,
         }
 
@@ -60,15 +64,15 @@ class Settings:
         return "Settings(" + ", ".join(f"{key}={value!r}" for key, value in shown.items()) + ")"
 
 
-def _seconds(env: Mapping[str, str], name: str, default: float) -> float:
+def _positive(env: Mapping[str, str], name: str, default: float, unit: str) -> float:
     text = env.get(name) or str(default)
     try:
-        seconds = float(text)
+        number = float(text)
     except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise AcipError(f"{name} is {text!r}; it must be a number of seconds above 0.")
-    return seconds
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise AcipError(f"{name} is {text!r}; it must be a number of {unit} above 0.")
+    return number
 
 
 def masked(uri: str) -> str:

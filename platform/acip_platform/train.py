@@ -24,6 +24,7 @@ from ray.train.torch import TorchTrainer
 from acip import shard
 from acip.artifact import Artifact
 from acip.base import Base, load_base
+from acip.bases import BasisCache
 from acip.calibrate import calibrate, trial_step
 from acip.data import TokenBatches, documents, token_windows
 from acip.errors import AcipError
@@ -130,7 +131,8 @@ def _calibrated(
     batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
 
     began = time.time()
-    parametrise(base.model, recipe, windows, lambda done, total: say("parametrise", done=done, total=total))
+    cache = BasisCache(settings.home / "cache" / "bases", int(settings.basis_cache_gb * 1e9))
+    parametrise(base.model, recipe, windows, lambda done, total: say("parametrise", done=done, total=total), cache=cache)
     say("stage", text=f"{recipe.basis} basis of {len(targets(base.model))} layers in {time.time() - began:.0f} s")
     began = time.time()
     loss = trial_step(base.model, batches, recipe)
