@@ -271,6 +271,8 @@ class ElasticLinear(Compressible):
 @torch.no_grad()
 def coordinates(W_MN: Tensor, left_KM: Tensor, refine: int) -> Tensor:
     """right_KN with left^T right = W. Where left was rounded, `refine` steps of iteration make up for what it lost in orthonormality."""
+    if not refine:
+        return (left_KM.double() @ W_MN.double()).to(W_MN.dtype)
     left, W = left_KM.float(), W_MN.float()
     right = left @ W
     for _ in range(refine):
