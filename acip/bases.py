@@ -281,9 +281,12 @@ def basis(W_MN: Tensor, C_nn: Tensor | None = None) -> Tensor:
     For M > N, W = Q R and U = Q Z with the eigenvectors Z of R C R^T: orthonormal, however W and C are conditioned.
 
     Eigenvectors come in float64, for 16-bit weights in float32, unless half of the energies are out of its reach (massive
-    activations, fewer samples than features). The result is float32, or float64 like the weight.
+    activations, fewer samples than features). The SVD of other weights is LAPACK's own, since a recorded run hangs on its
+    rounding. The result is float32, or float64 like the weight.
     """
     half = W_MN.dtype.itemsize == 2
+    if C_nn is None and not half:
+        return torch.linalg.svd(W_MN, full_matrices=False).U
     R = W_MN.float() if half else W_MN
     Q = None
     if R.shape[-2] > R.shape[-1]:
