@@ -9,8 +9,8 @@ is exact for every basis U of W's column space; the basis decides what a prefix 
   its rank for the calibration activations (the optimum that SVD-LLM reaches by whitening, without its inverse).
 
 What makes it fast: W C W^T is the second moment of the outputs y = W x, so a layer with fewer outputs than inputs gathers
-the small matrix and needs no product; a layer with more outputs is solved for R of its QR factors, which is small too; one
-thread solves one layer; 16-bit weights get their eigenvectors in float32, whose error is that of rounding them to 16 bit.
+the small matrix and needs no product; a layer with more outputs is solved for R of W = Q R, which is small too; one thread
+solves one layer; 16-bit weights get their basis in float32, whose error is below that of rounding it to 16 bit.
 `accuracy` measures it all against float64.
 
 Legend: M = out features, N = in features, n = M or N, S = samples (tokens), b = layers in one stack.
@@ -41,6 +41,7 @@ from acip.recipe import Recipe
 VERSION = 1  # of what a cached basis depends on; raise it where the same inputs give another basis
 RIDGE = 1e-6  # of C's mean energy: directions without energy get the order of the plain SVD instead of an arbitrary one
 REACH = 1e-6  # of the largest eigenvalue: what lies below has no certain order in float32
+ORTHONORMAL = 1e-4  # is what directions have to be before they are rounded to 16 bit, to 4e-3
 STACK = 2**27  # numbers in the stacks that a GPU solves at once
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def bases(
     windows: Tensor | None = None,
     feed: Feed = feed_tokens,
     cache: "BasisCache | None" = None,
-    keys: Mapping[str, str] = {},
+    keys: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     covariance_bytes: int = 8 * 2**30,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -86,6 +87,8 @@ def bases(
         if windows is None:
             raise BaseModelError("the covariance basis needs calibration text: pass `windows`, or set basis to 'svd'.")
         samples = windows[: recipe.sample_windows]
+    if keys is None:
+        keys = basis_keys(model, linears, recipe, windows, feed) if cache and rank == 0 else {}
     done = 0
     known: dict[str, Tensor] = {}
     for name, key in keys.items() if cache and rank == 0 else ():
@@ -279,21 +282,45 @@ def basis(W_MN: Tensor, C_nn: Tensor | None = None) -> Tensor:
     """U_MK, orthonormal, spanning W's columns, most important direction first; also for a stack W [b, M, N], C [b, n, n].
 
     `C_nn` is the second moment of the inputs [N, N], or, for M < N, of the outputs [M, M]; None = the SVD's basis.
-    For M > N, W = Q R and U = Q Z with the eigenvectors Z of R C R^T: orthonormal, however W and C are conditioned.
+    For M > N, W = Q R and U = Q Z with the eigenvectors Z of R C R^T: orthonormal, however C is conditioned.
 
     Eigenvectors come in float64, for 16-bit weights in float32, unless half of the energies are out of its reach (massive
-    activations, fewer samples than features). The result is float32, or float64 like the weight.
+    activations, fewer samples than features). The SVD of other weights is LAPACK's own, since a recorded run hangs on its
+    rounding. The result is float32, or float64 like the weight.
     """
     half = W_MN.dtype.itemsize == 2
-    R = W_MN.float() if half else W_MN
-    Q = None
-    if R.shape[-2] > R.shape[-1]:
-        Q, R = torch.linalg.qr(R)
+    if C_nn is None and not half:
+        return torch.linalg.svd(W_MN, full_matrices=False).U
+    Q, R = _factors(W_MN.float() if half else W_MN, half)
     values, Z = torch.linalg.eigh(_energy(R, C_nn, torch.float32 if half else torch.float64))
     if half and not bool((values[..., values.shape[-1] // 2] > REACH * values[..., -1]).all()):
         Z = torch.linalg.eigh(_energy(R, C_nn, torch.float64)).eigenvectors
     U = Z.flip(-1).to(R.dtype)
-    return U if Q is None else Q @ U
+    return U if Q is None else Q(U)
+
+
+def _factors(W_MN: Tensor, coarse: bool) -> tuple[Callable[[Tensor], Tensor] | None, Tensor]:
+    """W = Q R with orthonormal columns in Q and R [N, N], for M > N; Q as the product with it. Else None and W.
+
+    `coarse` tries Cholesky factors of W^T W, half the work: Q is orthonormal to ORTHONORMAL for all but ill-conditioned weights.
+    """
+    M, N = W_MN.shape[-2:]
+    if M <= N:
+        return None, W_MN
+    if coarse:
+        L_NN, failed = torch.linalg.cholesky_ex(W_MN.mT @ W_MN)
+        generator = torch.Generator(L_NN.device).manual_seed(0)
+        z_N8 = torch.randn(*L_NN.shape[:-1], 8, generator=generator, dtype=L_NN.dtype, device=L_NN.device)
+
+        def Q(x: Tensor) -> Tensor:
+            return W_MN @ torch.linalg.solve_triangular(L_NN.mT, x, upper=True)
+
+        if not failed.any():
+            off_N8 = torch.linalg.solve_triangular(L_NN, W_MN.mT @ Q(z_N8), upper=False) - z_N8  # (Q^T Q - 1) z
+            if bool((off_N8.norm(dim=(-2, -1)) < ORTHONORMAL * z_N8.norm(dim=(-2, -1))).all()):
+                return Q, L_NN.mT
+    Q_MN, R_NN = torch.linalg.qr(W_MN)
+    return lambda x: Q_MN @ x, R_NN
 
 
 def _energy(R_KN: Tensor, C_nn: Tensor | None, dtype: torch.dtype) -> Tensor:

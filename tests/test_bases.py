@@ -114,13 +114,13 @@ def test_bases_are_optimal_even_where_the_covariance_is_ill_conditioned(
     inputs = basis(W, C)
     of_inputs = accuracy(W, C, inputs.T)
     assert inputs.dtype == torch.float32
-    assert of_inputs.orthonormality < 3e-6
+    assert of_inputs.orthonormality < 1e-5
     assert of_inputs.excess.max() < tolerance
     first = min(M, N) // 8  # beside a massive activation they hold a millionth of the energy
     assert (of_inputs.excess < 0.05 * of_inputs.optimum)[:first].all()
     if M < N:
         of_outputs = accuracy(W, C, basis(W, (W.double() @ C.double() @ W.double().T).float()).T)
-        assert of_outputs.orthonormality < 3e-6
+        assert of_outputs.orthonormality < 1e-5
         assert of_outputs.excess.max() < tolerance
         assert (of_outputs.excess < 0.05 * of_outputs.optimum)[:first].all()
 
@@ -131,10 +131,24 @@ def test_the_svds_basis_is_the_svds(M: int, N: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     W = torch.randn(M, N).to(dtype)
     found = accuracy(W, None, basis(W).T)
-    assert found.orthonormality < 3e-6
-    assert found.excess.max() < 1e-8
+    assert found.orthonormality < 1e-5
+    assert found.excess.max() < 1e-7
     overlap = (torch.linalg.svd(W.double(), full_matrices=False).U * basis(W).double()).sum(0).abs()
     torch.testing.assert_close(overlap, torch.ones_like(overlap), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("M", "N"), [(96, 96), (160, 64), (64, 160)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("covariance", [True, False])
+def test_a_weight_of_any_condition_gets_a_basis(M: int, N: int, dtype: torch.dtype, covariance: bool) -> None:
+    """Of low rank, nearly so, and zero."""
+    W, C = correlated(M, N, 500)
+    low = W[:, :8] @ torch.randn(8, N, generator=torch.Generator().manual_seed(1))
+    for weight in (low, low + 1e-3 * W, torch.zeros(M, N)):
+        found = basis(weight.to(dtype), C if covariance else None)
+        torch.testing.assert_close(found.T @ found, torch.eye(min(M, N)), rtol=0, atol=2e-5)
+        if weight.any():
+            assert accuracy(weight.to(dtype), C if covariance else None, found.T).excess.max() < 2e-6
 
 
 def test_a_stack_of_layers_is_solved_as_each_of_them() -> None:

@@ -73,6 +73,18 @@ def replay(small_base: str, golden_tokens: torch.Tensor) -> tuple[Any, Calibrati
     return base, calibration
 
 
+def test_the_svds_directions_are_the_recorded_ones(small_base: str) -> None:
+    """Up to sign; where singular values lie close together, up to a rotation among them."""
+    model = load_base(small_base, "float32").model
+    parametrise(model, RECIPE)
+    recorded = load_file(GOLDEN / "checkpoint" / "model.safetensors")
+    for name, core in targets(model).items():
+        key = f"model.{name}.base_layer.parametrization"
+        cosines_K = (core.left.read() * recorded[f"{key}.ortho.weight"].T * CONFIG["mask_scale"] ** 0.5).sum(1).abs()
+        assert float((cosines_K > 0.9999).float().mean()) > 0.97, name
+        torch.testing.assert_close(core.right.read().norm(dim=1), recorded[f"{key}.S"], rtol=1e-3, atol=1e-4)
+
+
 def test_every_step_is_the_recorded_one(replay: tuple[Any, Calibration]) -> None:
     _, calibration = replay
     trace = json.loads((GOLDEN / "trace.json").read_text())
