@@ -143,6 +143,8 @@ class _Reader:
             raise self.fail(node, f"the name {fields['name']!r} may hold only letters, digits, '.', '_' and '-'.")
         if (n := fields.get("num_workers", 1)) < 1 or recipe.batch_size % n:
             raise self.fail(node, f"num_workers is {n}; it must be at least 1 and divide batch_size, which is {recipe.batch_size}.")
+        if n > 1 and recipe.quantise != "none":
+            raise self.fail(node, f"num_workers is {n} and quantise {recipe.quantise!r}: weights are either sharded or in 4 bit, not both.")
         for size in fields.get("sizes", ()):
             if not 0 < size <= 1:
                 raise self.fail(node, f"sizes holds {size!r}; each must be above 0 and up to 1.")
