@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -154,8 +155,10 @@ class TokenBatches:
         rows = []
         for at in range(i * self.batch_size, (i + 1) * self.batch_size):
             epoch, place = divmod(at, n)
-            rows.append(int(self._order(epoch)[place]) if self.shuffle else place)
+            rows.append(int(_order(n, self.seed * 1_000_003 + epoch)[place]) if self.shuffle else place)
         return self.windows[rows].long()
 
-    def _order(self, epoch: int) -> Tensor:
-        return torch.randperm(len(self.windows), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+
+@lru_cache(maxsize=4)
+def _order(n: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
