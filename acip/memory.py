@@ -2,7 +2,7 @@
 
 A calibration has phases, and each phase its largest moment, a sum of parts:
 
-    parametrise   covariances of the layers' inputs, and the eigenvectors of one layer at a time
+    parametrise   second moments of the layers' inputs, and eigenvectors
     scores        Fisher scores: forward and backward through the base model
     prune         a step with masks. Every calibration takes one at least, the trial step
     post-tune     a step with adapters at every knot, and the optimiser's moments of them
@@ -23,14 +23,15 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from acip.bases import STACK, weight_MN
 from acip.errors import CalibrationError
 from acip.losses import CHUNK
-from acip.parametrise import find_linears, weight_MN
+from acip.parametrise import find_linears
 from acip.recipe import Recipe
 from acip.rows import BLOCK
 
 HEADROOM = 0.05  # of the prediction, for what allocators lose
-COVARIANCES = 8 << 30  # bytes; parametrise holds no more of them at once
+COVARIANCES = 8 << 30  # bytes; `acip.bases` holds no more of them at once
 SAMPLE_BATCH = 4  # windows that feed them at once
 FOUR_BIT = 0.5 + 4 / BLOCK  # bytes per number, scales included
 ATTENTION = re.compile(r"[^.]*att(n|ention)[^.]*", re.IGNORECASE)
@@ -89,8 +90,8 @@ class Memory:
 def predict(model: nn.Module, recipe: Recipe, device: str | torch.device | None = None, workers: int = 1) -> Memory:
     """The memory of calibrating `model`, not parametrised yet, on `device`: None = where it is; meta counts as an accelerator.
 
-    On a CPU, 4-bit layers stand beside the exact ones, in one memory. Each of several `workers` holds its part of the frozen
-    weights, and one block of them whole.
+    On a CPU, 4-bit layers stand beside the exact ones, in one memory. Of several `workers` this is one: it holds its part of
+    the target layers, and is fed its part of each batch.
     """
     kind = torch.device(device or next(model.parameters()).device).type
     return _Prediction(model, recipe, kind == "cpu", workers).memory()
@@ -101,30 +102,30 @@ def fits(memory: Memory, available: float) -> bool:
     return memory.peak * (1 + HEADROOM) <= available
 
 
-def check(model: nn.Module, recipe: Recipe, available: float, device: str | torch.device | None = None) -> Memory:
-    """The prediction; CalibrationError where it is above `available` bytes, with the changes of the recipe that would do."""
-    memory = predict(model, recipe, device)
+def check(model: nn.Module, recipe: Recipe, available: float, device: str | torch.device | None = None, workers: int = 1) -> Memory:
+    """The prediction; CalibrationError where it is above `available` bytes, with the changes of the fleet file that would do."""
+    memory = predict(model, recipe, device, workers)
     if fits(memory, available):
         return memory
     parts = sorted(memory.worst.parts.items(), key=lambda part: -part[1])
     listed = ", ".join(f"{name} {bytes_ / 1e9:.2f}" for name, bytes_ in parts if bytes_ >= 0.01 * memory.peak)
-    ways = [f"{text} ({peak / 1e9:.2f} GB)" for text, peak in _ways(model, recipe, available, device)]
+    ways = [f"{text} ({peak / 1e9:.2f} GB)" for text, peak in _ways(model, recipe, available, device, workers)]
     raise CalibrationError(
         f"the calibration needs {memory.peak / 1e9:.2f} GB and {HEADROOM:.0%} of headroom, and {available / 1e9:.2f} GB are there. "
-        f"Its largest moment is in {memory.worst.name!r}: {listed}. "
-        + (f"What would fit: {'; '.join(ways)}." if ways else "No change of the recipe makes it fit: it needs a larger device.")
+        f"Its largest moment is in {memory.worst.name}: {listed}. "
+        + (f"What would fit: {'; '.join(ways)}." if ways else "No setting makes it fit: it needs a larger device.")
     )
 
 
-def available(model: nn.Module) -> float:
-    """Bytes that a calibration of `model` may take where it is: what is free, and what the model takes already.
+def available(model: nn.Module, device: torch.device) -> float:
+    """Bytes that a calibration of `model` may take on `device`: what is free, and what this process has there already.
 
     On a CPU the smaller one of what the machine has and what its control group may take. Infinite where nothing tells.
     """
-    device = next(model.parameters()).device
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
-    return min(_host(), _control_group()) + sum(p.numel() * p.itemsize for p in model.parameters())
+    here = sum(p.numel() * p.itemsize for p in model.parameters() if p.device.type == "cpu")
+    return min(_host(), _control_group()) + here
 
 
 def _host(meminfo: Path = Path("/proc/meminfo")) -> float:
@@ -155,24 +156,28 @@ def _control_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
     return max(0.0, min(left))
 
 
-def _ways(model: nn.Module, recipe: Recipe, available: float, device: Any) -> list[tuple[str, float]]:
-    """Changes that fit, each as it is written in a fleet file, with its peak: of one field; else of several; else more workers."""
+def _ways(model: nn.Module, recipe: Recipe, available: float, device: Any, workers: int) -> list[tuple[str, float]]:
+    """Changes that fit, as a fleet file has them, and their peaks: of one field; else of several, or more workers."""
 
-    def tried(*changes: dict[str, Any], workers: int = 1) -> list[tuple[str, float]]:
+    def tried(*changes: dict[str, Any]) -> list[tuple[str, float]]:
         """The first of `changes` that fits."""
         for change in changes:
-            memory = predict(model, replace(recipe, **change), device, workers)
+            fields = {name: value for name, value in change.items() if name != "num_workers"}
+            memory = predict(model, replace(recipe, **fields), device, change.get("num_workers", workers))
             if fits(memory, available):
-                named = change | ({"num_workers": workers} if workers > 1 else {})
-                return [(", ".join(f"{name}: {_yaml(value)}" for name, value in named.items()), memory.peak)]
+                return [(", ".join(f"{name}: {_yaml(value)}" for name, value in change.items()), memory.peak)]
         return []
 
-    batch = recipe.batch_size
-    smaller = [{"batch_size": b, "accumulate": recipe.accumulate * batch // b} for b in range(batch - 1, 0, -1) if batch % b == 0]
-    one = smaller[-1] if smaller else {}
-    lean = one | {"recompute": True}
+    def batch(b: int) -> dict[str, Any]:
+        """Batches of `b` windows, and about as many windows in an optimiser step."""
+        return {"batch_size": b, "accumulate": max(1, recipe.accumulate * recipe.batch_size // b)} if b != recipe.batch_size else {}
+
+    lean = {"recompute": True}
+    smaller = [batch(b) for b in range(recipe.batch_size - 1, 0, -1) if recipe.batch_size % b == 0 and b % workers == 0]
+    least = lean | (smaller[-1] if smaller else {})
+    more = [lean | {"num_workers": n} | (batch(n) if recipe.batch_size % n else {}) for n in (2, 4, 8, 16) if n > workers]
     single = [
-        *tried(*([] if recipe.recompute else [{"recompute": True}])),
+        *tried(*([lean] if not recipe.recompute else [])),
         *tried(*([{"adapter_dropout": 0.0}] if recipe.adapter_dropout else [])),
         *tried(*smaller),
         *tried(*({"seq_len": recipe.seq_len >> i} for i in range(1, 4) if recipe.seq_len >> i >= 2)),
@@ -181,11 +186,7 @@ def _ways(model: nn.Module, recipe: Recipe, available: float, device: Any) -> li
         *tried(*([{"knots": (recipe.knots[0], recipe.knots[-1])}] if len(recipe.knots) > 2 else [])),
         *tried(*([{"dtype": "bfloat16"}] if recipe.dtype == "float32" else [])),
     ]
-    return (
-        single
-        or tried({"recompute": True, "adapter_dropout": 0.0}, lean, lean | {"quantise": "nf4"}, lean | {"adapter_dropout": 0.0})
-        or next((way for n in (2, 4, 8, 16) if (way := tried(lean, workers=n))), [])
-    )
+    return single or [*tried(least, lean | {"quantise": "nf4"}, least | {"quantise": "nf4"}), *tried(*more)]
 
 
 def _yaml(value: Any) -> str:
@@ -197,23 +198,28 @@ class _Layer:
     """A target layer M x N, and whose its input is: its `own`, a `sibling`'s (k and v are fed q's; up gate's), or `kept` by
     autograd for another operation anyhow (attention, relu)."""
 
-    name: str
     M: int
     N: int
     source: Source
+    bias: bool
     share: float = 1.0  # of the tokens: an expert sees some
 
     @property
     def K(self) -> int:
         return min(self.M, self.N)
 
+    @property
+    def moment(self) -> float:
+        """Bytes of its own second moment: of its outputs, or inputs (see `acip.bases.of_outputs`)."""
+        return 4.0 * self.M**2 if self.M < self.N and not self.bias else 4.0 * self.N**2 * (self.source != "sibling")
+
 
 class _Block:
     """One element of a ModuleList: its target layers, and the numbers per token that autograd keeps for everything else.
 
-        attention    q, k, v, and what it returns
-        perceptron   what enters the activation; where gated, what leaves it and what that is multiplied with
-        norms        their inputs, in float32 if they are RMSNorms
+    attention    q, k, v, and what it returns
+    perceptron   what enters the activation; where gated, what leaves it and what that is multiplied with
+    norms        their inputs, in float32 if they are RMSNorms
     """
 
     def __init__(self, name: str, block: nn.Module, found: Mapping[str, nn.Module], config: Any) -> None:
@@ -230,7 +236,11 @@ class _Block:
         for keys in attention.values():
             self.attend(keys)
         inside = {key for keys in attention.values() for key in keys}
-        self.perceptrons([key for key in self.shapes if key not in inside], block, str(config("hidden_act", "activation_function", "hidden_activation") or ""))
+        self.perceptrons(
+            [key for key in self.shapes if key not in inside],
+            block,
+            str(config("hidden_act", "activation_function", "hidden_activation") or ""),
+        )
         for key, module in block.named_modules():
             self.norm(key, module)
             self.fused(module)
@@ -240,8 +250,8 @@ class _Block:
         widths: set[int] = set()
         for key in keys:
             M, N = self.shapes[key]
-            if f"{self.name}.{key}" in self.found:
-                self.layers.append(_Layer(f"{self.name}.{key}", M, N, "sibling" if N in widths else source, share))
+            if (layer := self.found.get(f"{self.name}.{key}")) is not None:
+                self.layers.append(_Layer(M, N, "sibling" if N in widths else source, layer.bias is not None, share))
                 widths.add(N)
 
     def attend(self, keys: list[str]) -> None:
@@ -289,7 +299,7 @@ class _Prediction:
         self.recipe, self.cpu, self.workers = recipe, cpu, workers
         self.s: int = getattr(torch, recipe.dtype).itemsize
         self.four_bit = recipe.quantise != "none"
-        self.tokens = recipe.batch_size * recipe.seq_len
+        self.tokens = max(1, recipe.batch_size // workers) * recipe.seq_len
         found = find_linears(model, recipe.exclude)
         names = list(_block_names(model, found))
 
@@ -332,41 +342,48 @@ class _Prediction:
         return n * math.ceil(width / BLOCK) * BLOCK * FOUR_BIT if self.four_bit else float(self.s * n * width)
 
     def frozen(self) -> dict[str, float]:
+        """Parts of a parametrised model."""
         originals = sum(self.rows(layer.M, layer.N) for layer in self.layers) + self.dense * (self.four_bit and self.cpu)
         directions = sum(self.rows(layer.K, layer.M) + self.rows(layer.K, layer.N) for layer in self.layers)
-        parts = {"rest": self.rest, "originals": originals, "directions": directions}
-        return {name: bytes_ / self.workers for name, bytes_ in parts.items()}
-
-    def gathered(self) -> float:
-        """Bytes of the frozen weights of one block, which a worker of several has whole."""
-        share = max(len(block.layers) for block in self.blocks) / len(self.layers)
-        return 0.0 if self.workers == 1 else share * sum(self.frozen().values()) * self.workers
+        return {"rest": self.rest, "originals": originals / self.workers, "directions": directions / self.workers}
 
     # moments
 
     def parametrise(self) -> Phase:
-        """While covariances are summed, at the first layer, or at the last; 4-bit models start dense."""
-        recipe, s = self.recipe, self.s
-        dense = Phase("parametrise", self.rest / self.workers, self.dense / self.workers)
-        solve = max(self.solve(layer.M, layer.N) for layer in self.layers)
-        covariances, forward = 0.0, 0.0
-        if recipe.basis == "covariance":
-            covariances = min(sum(4.0 * layer.N**2 for layer in self.layers if layer.source != "sibling"), COVARIANCES)
-            widest = max(max(4 * s, s + 4) * layer.N + 3 * s * layer.M for layer in self.layers)
-            forward = widest * min(SAMPLE_BATCH, recipe.sample_windows) * recipe.seq_len
-        moments = (
-            replace(dense, transient=covariances + forward),
-            replace(dense, transient=covariances + solve),
-            replace(dense, **self.frozen(), trainable=self.masks + self.A + self.B, transient=covariances + solve),
+        """While moments are summed, while a group of layers is solved, or at the end, when 4-bit layers are still dense, too."""
+        recipe, s, frozen = self.recipe, self.s, self.frozen()
+        dense = self.dense / self.workers
+        moments = sum(layer.moment for layer in self.layers) if recipe.basis == "covariance" else 0.0
+        group = min(1.0, COVARIANCES / max(1.0, moments))  # share of the layers that are solved at once
+        widest = max(max(4 * s, s + 4) * layer.N + 3 * s * layer.M for layer in self.layers)
+        forward = widest * min(SAMPLE_BATCH, recipe.sample_windows) * recipe.seq_len if moments else 0.0
+        solved = group * s * sum(layer.K * layer.M for layer in self.layers)
+        gathered = group * self.dense / self.workers if self.workers > 1 else 0.0
+        start = Phase("parametrise", self.rest, dense, (1 - group) * frozen["directions"], trainable=self.masks + self.A + self.B)
+        built = frozen["originals"] + (dense if self.four_bit and not self.cpu else 0.0)
+        copies = solved if self.four_bit or self.workers > 1 else 0.0
+        coordinates = max(4.0 * (3 * layer.M * layer.N + 2 * layer.K * (layer.M + layer.N)) for layer in self.layers)
+        phases = (
+            replace(start, transient=group * moments + max(forward, gathered + solved + self.solving())),
+            replace(start, originals=built, directions=frozen["directions"], transient=copies + coordinates),
         )
-        return max(moments, key=lambda phase: phase.total)
+        return max(phases, key=lambda phase: phase.total)
 
-    def solve(self, M: int, N: int) -> float:
-        """Bytes of one layer's directions while they are computed: see `acip.parametrise.basis`, then `acip.linear.coordinates`."""
-        K = min(M, N)
-        svd = 4 * (2 * M * N + K * (M + N) + 4 * K * K)  # float32, with LAPACK's work space
-        eigen = 8 * (M * N + max(3 * N * N, N * N + 5 * K * K, 3 * M * N))  # float64
-        return float(max(svd if self.recipe.basis == "svd" else eigen, 4 * (3 * M * N + 2 * K * (M + N))))
+    def solving(self) -> float:
+        """Bytes of the layers that are solved at the same time: a stack on an accelerator, as many as there are threads on a CPU."""
+        if self.cpu:
+            threads = torch.get_num_threads()
+            return sum(sorted((self.solve(layer) for layer in self.layers), reverse=True)[:threads])
+        return max(self.solve(layer) * max(1, STACK // max(layer.M, layer.N) ** 2) for layer in self.layers)
+
+    def solve(self, layer: _Layer) -> float:
+        """Bytes for one layer's eigenvectors: see `acip.bases.basis`. They may have to be float64."""
+        M, N, K = layer.M, layer.N, layer.K
+        C = 0 if self.recipe.basis == "svd" else (M if M < N and not layer.bias else N) ** 2
+        weights = (self.s + 4 * (self.s < 4)) * M * N + 4 * C  # stacked, in float32
+        tall = 4 * (M * N + K * K) * (M > N)  # QR
+        energy = 8 * (3 * C + 2 * K * N)
+        return float(weights + tall + max(energy, 8 * 5 * K * K))
 
     def step(self, phase: str, distill: float, trainable: float, gradients: float, optimiser: float) -> Phase:
         """At the loss, or in the backward pass of the first block that it reaches, or of the last."""
@@ -381,7 +398,7 @@ class _Prediction:
         divergence = 3 * s * L + chunk if distill else 0.0  # the model's logits, the base's, and the gradient
         entropy = max((3 if distill else 1) * s + 8, s * (distill > 0) + 12) * L if distill < 1 else 0.0
         start = Phase(phase, **self.frozen(), trainable=trainable, gradients=before, optimiser=optimiser)
-        back = replace(start, loss=s * L * (distill > 0), transient=self.flow(phase) + self.gathered())
+        back = replace(start, loss=s * L * (distill > 0), transient=self.flow(phase))
         moments = (
             replace(start, activations=at_loss, loss=max(divergence, entropy)),
             replace(back, activations=at_loss + max(blocks) * recompute, gradients=max(before, gradients / len(blocks))),
@@ -392,8 +409,13 @@ class _Prediction:
     def flow(self, phase: str) -> float:
         """Bytes that a layer's backward pass needs for a moment: gradients, products for its scores, weights that are not in 4 bit."""
         dequantised = max(layer.M * layer.N for layer in self.layers) * (4 + self.s) if self.four_bit else 0
+        gathered = 2 * self.s * max(layer.M * layer.N for layer in self.layers) if self.workers > 1 else 0
         products = 12 * (phase == "scores")
-        return dequantised + self.tokens * max(2 * self.s * (layer.M + layer.N) + (self.s + products) * layer.K for layer in self.layers)
+        return (
+            dequantised
+            + gathered
+            + self.tokens * max(2 * self.s * (layer.M + layer.N) + (self.s + products) * layer.K for layer in self.layers)
+        )
 
     # activations
 
