@@ -63,6 +63,11 @@ class Phase:
     def total(self) -> float:
         return sum(self.parts.values())
 
+    def __str__(self) -> str:
+        """Its name, and its parts down to one percent, largest first."""
+        parts = sorted(self.parts.items(), key=lambda part: -part[1])
+        return f"{self.name}: " + ", ".join(f"{name} {part / 1e9:.2f}" for name, part in parts if part >= 0.01 * self.total)
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -107,12 +112,10 @@ def check(model: nn.Module, recipe: Recipe, available: float, device: str | torc
     memory = predict(model, recipe, device, workers)
     if fits(memory, available):
         return memory
-    parts = sorted(memory.worst.parts.items(), key=lambda part: -part[1])
-    listed = ", ".join(f"{name} {bytes_ / 1e9:.2f}" for name, bytes_ in parts if bytes_ >= 0.01 * memory.peak)
     ways = [f"{text} ({peak / 1e9:.2f} GB)" for text, peak in _ways(model, recipe, available, device, workers)]
     raise CalibrationError(
         f"the calibration needs {memory.peak / 1e9:.2f} GB and {HEADROOM:.0%} of headroom, and {available / 1e9:.2f} GB are there. "
-        f"Its largest moment is in {memory.worst.name}: {listed}. "
+        f"It needs most in {memory.worst}. "
         + (f"What would fit: {'; '.join(ways)}." if ways else "No setting makes it fit: it needs a larger device.")
     )
 
@@ -236,11 +239,8 @@ class _Block:
         for keys in attention.values():
             self.attend(keys)
         inside = {key for keys in attention.values() for key in keys}
-        self.perceptrons(
-            [key for key in self.shapes if key not in inside],
-            block,
-            str(config("hidden_act", "activation_function", "hidden_activation") or ""),
-        )
+        activation = str(config("hidden_act", "activation_function", "hidden_activation"))
+        self.perceptrons([key for key in self.shapes if key not in inside], block, activation)
         for key, module in block.named_modules():
             self.norm(key, module)
             self.fused(module)
@@ -260,7 +260,7 @@ class _Block:
         self.add(projections)
         self.add([out], "kept")
 
-    def perceptrons(self, keys: list[str], block: nn.Module, act: str) -> None:
+    def perceptrons(self, keys: list[str], block: nn.Module, activation: str) -> None:
         ups: list[str] = []
         for key in keys:
             N = self.shapes[key][1]
@@ -270,9 +270,9 @@ class _Block:
             expert = re.match(r"(.*experts)\.\d+\.", key)
             share = min(1.0, self.experts / len(list(block.get_submodule(expert[1]).children()))) if expert else 1.0
             gated = sum(self.shapes[up][0] for up in ups) >= 2 * N
-            self.numbers += share * N * (ACTIVATION.get(act, 1) + 2 * gated)
+            self.numbers += share * N * (ACTIVATION.get(activation, 1) + 2 * gated)
             self.add(ups, share=share)
-            self.add([key], "kept" if act == "relu" else "own", share)
+            self.add([key], "kept" if activation == "relu" else "own", share)
             ups = []
         self.add(ups)
 
@@ -387,12 +387,7 @@ class _Prediction:
 
     def step(self, phase: str, distill: float, trainable: float, gradients: float, optimiser: float) -> Phase:
         """At the loss, or in the backward pass of the first block that it reaches, or of the last."""
-        blocks = [sum(self.kept(layer, phase) for layer in block.layers) + self.around(block) for block in self.blocks]
-        inputs = float(sum(self.s * self.tokens * block.width for block in self.blocks))
-        recompute = self.recipe.recompute
-        if recompute and phase == "scores":  # its hooks keep the layers' inputs
-            inputs += self.s * self.tokens * sum(layer.N * layer.share for layer in self.layers if layer.source != "sibling")
-        at_loss = self.last_norm + (inputs if recompute else sum(blocks))
+        at_loss, block = self.activations(phase)
         before = gradients * (self.recipe.accumulate > 1)
         L, s, chunk = self.logits, self.s, 4.0 * min(4 * self.logits, 6 * CHUNK)
         divergence = 3 * s * L + chunk if distill else 0.0  # the model's logits, the base's, and the gradient
@@ -401,23 +396,29 @@ class _Prediction:
         back = replace(start, loss=s * L * (distill > 0), transient=self.flow(phase))
         moments = (
             replace(start, activations=at_loss, loss=max(divergence, entropy)),
-            replace(back, activations=at_loss + max(blocks) * recompute, gradients=max(before, gradients / len(blocks))),
-            replace(back, activations=max(blocks), gradients=gradients),
+            replace(back, activations=at_loss + block * self.recipe.recompute, gradients=max(before, gradients / len(self.blocks))),
+            replace(back, activations=block, gradients=gradients),
         )
         return max(moments, key=lambda moment: moment.total)
 
     def flow(self, phase: str) -> float:
-        """Bytes that a layer's backward pass needs for a moment: gradients, products for its scores, weights that are not in 4 bit."""
-        dequantised = max(layer.M * layer.N for layer in self.layers) * (4 + self.s) if self.four_bit else 0
-        gathered = 2 * self.s * max(layer.M * layer.N for layer in self.layers) if self.workers > 1 else 0
-        products = 12 * (phase == "scores")
-        return (
-            dequantised
-            + gathered
-            + self.tokens * max(2 * self.s * (layer.M + layer.N) + (self.s + products) * layer.K for layer in self.layers)
-        )
+        """Bytes that a layer's backward pass needs for a moment: gradients, its scores, weights out of 4 bit or of all workers."""
+        largest = max(layer.M * layer.N for layer in self.layers)
+        weights = (4 + self.s) * largest if self.four_bit else 2 * self.s * largest if self.workers > 1 else 0
+        numbers = self.s + 12 * (phase == "scores")
+        return weights + self.tokens * max(2 * self.s * (layer.M + layer.N) + numbers * layer.K for layer in self.layers)
 
     # activations
+
+    def activations(self, phase: str) -> tuple[float, float]:
+        """Bytes that autograd keeps when the loss is computed, and in the largest block, which may be among them or yet to come."""
+        blocks = [sum(self.kept(layer, phase) for layer in block.layers) + self.around(block) for block in self.blocks]
+        if not self.recipe.recompute:
+            return self.last_norm + sum(blocks), max(blocks)
+        inputs = float(sum(block.width for block in self.blocks))
+        if phase == "scores":  # its hooks keep the layers' inputs
+            inputs += sum(layer.N * layer.share for layer in self.layers if layer.source != "sibling")
+        return self.last_norm + self.s * self.tokens * inputs, max(blocks)
 
     def around(self, block: _Block) -> float:
         return self.tokens * (self.s * block.numbers + 4 * block.float32)
