@@ -21,13 +21,13 @@ import torch
 from mlflow.exceptions import MlflowException
 from ray.train.torch import TorchTrainer
 
-from acip import shard
+from acip import memory, shard
 from acip.artifact import Artifact
 from acip.base import Base, load_base
 from acip.bases import BasisCache
 from acip.calibrate import calibrate, trial_step
 from acip.data import TokenBatches, documents, token_windows
-from acip.errors import AcipError
+from acip.errors import AcipError, CalibrationError
 from acip.parametrise import parametrise, targets
 from acip.state import CalibrationState, StepReport
 from acip_platform.finish import finish, heldout_windows
@@ -130,6 +130,7 @@ def _calibrated(
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))]
     batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
 
+    _fits(job, base, device, say)
     began = time.time()
     cache = BasisCache(settings.home / "cache" / "bases", int(settings.basis_cache_gb * 1e9))
     parametrise(base.model, recipe, windows, lambda done, total: say("parametrise", done=done, total=total), cache=cache)
@@ -162,6 +163,18 @@ def _calibrated(
         "packages": {name: importlib.metadata.version(name) for name in ("acip-platform", "torch", "transformers", "peft", "ray")},
     }
     return Artifact.save(folder, base, calibration, provenance)
+
+
+def _fits(job: Job, base: Base, device: torch.device, say: Callable[..., None]) -> None:
+    """Refuse, before the work, what the device's memory can't hold. All workers do what the first decides."""
+    there, error = memory.available(base.model, device), None
+    try:
+        needed = memory.check(base.model, job.recipe, there, device, job.num_workers)
+        say("stage", text=f"needs {needed.peak / 1e9:.1f} of {there / 1e9:.1f} GB, most in {needed.worst}")
+    except CalibrationError as refusal:
+        error = refusal
+    if not shard.decided(error is None, device):
+        raise error or CalibrationError("another worker's memory is too small.")
 
 
 class Observer:
