@@ -63,12 +63,14 @@ class LiteralLinear(nn.Module):
 def parametrise(model: nn.Module, rank: int, alpha: float, scale: float = 0.02) -> dict[str, LiteralLinear]:
     """Swap every linear layer of the transformer blocks, in place."""
     model.requires_grad_(False)
-    linears = {name: module for name, module in model.named_modules() if ".layers." in name and isinstance(module, nn.Linear)}
+    names = [name for name, module in model.named_modules() if ".layers." in name and isinstance(module, nn.Linear)]
     layers: dict[str, LiteralLinear] = {}
-    for name, linear in linears.items():
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
         layers[name] = LiteralLinear(linear, rank, alpha, scale)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layers[name])
+        setattr(model.get_submodule(parent), child, layers[name])  # the original is gone from here on
     return layers
 
 
