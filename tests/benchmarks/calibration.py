@@ -3,8 +3,9 @@
     python tests/benchmarks/calibration.py --quick              SmolLM2-135M, few and short steps: under 5 minutes on 2 cores
     python tests/benchmarks/calibration.py                      the same with three times the steps and twice the tokens
     python tests/benchmarks/calibration.py --gpu                a random model of Llama-7B's shape, bfloat16, 4 x 1024 tokens
-    python tests/benchmarks/calibration.py --gpu --shape 13b --side ours       the literal side of 13B does not fit
-    python tests/benchmarks/calibration.py --gpu --shape tiny   tries the GPU mode's code, on a CPU too
+    python tests/benchmarks/calibration.py --gpu --side same --folder numbers   one side at a time, where time is short
+    python tests/benchmarks/calibration.py --gpu --shape 13b --side ours        the literal side of 13B does not fit
+    python tests/benchmarks/calibration.py --gpu --shape tiny                   tries the GPU mode's code, on a CPU too
 
 Both sides get the same weights, adapters, batches, stop ratio and number of post-tuning steps, and each runs in a process
 of its own. Ours has two rows: the *same algorithm* (recipe `paper`), which must prune the same directions in the same order,
@@ -61,14 +62,14 @@ CURVE = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 @dataclass(frozen=True)
 class Setting:
-    """A base model and the scale of a calibration. `lambda_start` None: as large as the task's own gradients of the masks."""
+    """A base model and the scale of a calibration. `lambda_start` None: in proportion to the task's gradients."""
 
     shape: str = "smollm2"
     dtype: Dtype = "float32"
     batch_size: int = 2
     seq_len: int = 128
     lr: float = 2e-3
-    lambda_start: float | None = 1e-3
+    lambda_start: float | None = 8e-3
     lambda_factor: float = 1.11
     lambda_interval: int = 1
     post_tune_steps: int = 25
@@ -98,7 +99,7 @@ class Setting:
 
 QUICK = Setting()
 LONG = Setting(seq_len=256, lr=7e-4, lambda_factor=1.035, post_tune_steps=75, sample_windows=16)
-GPU = Setting("7b", "bfloat16", 4, 1024, lr=5e-4, lambda_start=None, lambda_factor=1.05, post_tune_steps=60, sample_windows=16)
+GPU = Setting("7b", "bfloat16", 4, 1024, lr=5e-4, lambda_start=None, lambda_factor=1.05, post_tune_steps=100, sample_windows=16)
 
 
 @torch.no_grad()
@@ -212,12 +213,12 @@ def stopwatch(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def gradients_scale(model: Any, ids: Tensor) -> float:
-    """The nearest power of two to the mean size of the task's gradients of the masks: where pruning by L1 starts to choose."""
+    """The power of two next to a 16th of the task's gradients of the masks: from there, pruning by L1 takes its time."""
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     masks = [p.grad for name, p in model.named_parameters() if name.endswith(".p") and p.grad is not None]
     mean = torch.cat(masks).abs().mean().item()
     model.zero_grad(set_to_none=True)
-    return 2.0 ** round(math.log2(mean))
+    return 2.0 ** round(math.log2(mean / 16))
 
 
 def run_side(side: str, setting: Setting, adapters: Path) -> dict[str, Any]:
@@ -357,7 +358,7 @@ def compare(results: dict[str, dict[str, Any]], gpu: bool) -> tuple[list[str], b
         f"{same['pruned']} and {theirs['pruned']} steps at {same['size'][-1]:.4f} and {theirs['size'][-1]:.4f}; "
         f"living directions of a layer differ by {apart:.2%} at most, losses while pruning by {losses:.1e}"
     )
-    print("\n" + row("literal / ours", [SIDES[side] for side in results if side != "literal"]) + "\n|---|---|---|")
+    print("\n" + row("literal / ours", [SIDES[side] for side in results if side != "literal"]) + "\n|---|" + "---|" * (len(results) - 1))
     rows: dict[str, Callable[[dict[str, Any]], float]] = {
         "whole calibration": lambda r: whole(theirs) / whole(r),
         "prune, or scores": lambda r: theirs["seconds"]["scores"] / r["seconds"]["scores"],
@@ -392,6 +393,7 @@ def main() -> int:
     parser.add_argument("--gpu", action="store_true", help="random weights of a large Llama's shape, on a GPU")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="7b", help="with --gpu")
     parser.add_argument("--side", choices=["ours", *SIDES], action="append", help="only this side (may be given again)")
+    parser.add_argument("--folder", type=Path, help="keep each side's numbers here, and compare with those of sides run earlier")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a goal is missed")
     parser.add_argument("--json", type=Path, help="write every number here, too")
     args = parser.parse_args()
@@ -408,10 +410,16 @@ def main() -> int:
     print(f"{setting}\n{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}", flush=True)
     peak = alone(matmul_peak, setting.dtype, setting.device)
     results: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        folder.mkdir(exist_ok=True)
         for side in sides:
-            results[side] = alone(run_side, side, setting, Path(folder) / "adapters.safetensors")
-            print(f"{SIDES[side]}: {whole(results[side]):.1f} s, {results[side]['pruned']} pruning steps", flush=True)
+            result = alone(run_side, side, setting, folder / "adapters.safetensors")
+            (folder / f"{side}.json").write_text(json.dumps(result))
+            print(f"{SIDES[side]}: {whole(result):.1f} s, {result['pruned']} pruning steps", flush=True)
+        for side in SIDES:
+            if (folder / f"{side}.json").exists():
+                results[side] = json.loads((folder / f"{side}.json").read_text())
     show(results, peak)
     if args.json:
         kept = [{key: value for key, value in result.items() if key != "left_at"} for result in results.values()]
