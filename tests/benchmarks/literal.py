@@ -1,0 +1,147 @@
+"""The paper's algorithm to the letter: the baseline of calibration.py, written from the description alone.
+
+No part of it imports `acip`. It does what the description says and nothing beyond: layers are decomposed one after the
+other, every direction is multiplied until the end, and each step visits the layers one by one, waits for each one's count
+of living directions, and clones its scores. tests/test_literal.py shows that it replays the recorded run.
+
+    y = U diag(g(p)) V x + alpha / R B A x + b        loss = cross-entropy + lambda * sum of relu(p)
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Batches(Protocol):
+    def __getitem__(self, i: int, /) -> Tensor: ...
+
+
+class Gate(torch.autograd.Function):
+    """Forward scale * 1[p > 0], backward that of relu(p)."""
+
+    @staticmethod
+    def forward(ctx: Any, p_K: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(p_K)
+        return ((p_K > 0) * scale).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor, None, None]:
+        (p_K,) = ctx.saved_tensors
+        return grad_K.float() * (p_K > 0), None, None
+
+
+class LiteralLinear(nn.Module):
+    """A linear layer as U diag(g(p)) V with a LoRA adapter beside it; masks and adapters are float32."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, scale: float) -> None:
+        super().__init__()
+        W_MN = linear.weight.detach()
+        (M, N), dtype = W_MN.shape, W_MN.dtype
+        U_MK = torch.linalg.svd(W_MN.float(), full_matrices=False).U / math.sqrt(scale)
+        self.register_buffer("U", U_MK.to(dtype).contiguous())
+        self.register_buffer("V", (U_MK.T @ W_MN.float()).to(dtype).contiguous())
+        self.U: Tensor
+        self.V: Tensor
+        self.bias = linear.bias
+        self.mask_scale, self.lora_scale = scale, alpha / rank
+        self.p = nn.Parameter(torch.full((U_MK.shape[1],), scale, device=W_MN.device))
+        self.A = nn.Parameter(torch.empty(rank, N, device=W_MN.device))
+        self.B = nn.Parameter(torch.zeros(M, rank, device=W_MN.device))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.linear(x, self.V) * Gate.apply(self.p, self.mask_scale, x.dtype)
+        adapter = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+        return F.linear(h, self.U, self.bias) + self.lora_scale * adapter
+
+
+def parametrise(model: nn.Module, rank: int, alpha: float, scale: float = 0.02) -> dict[str, LiteralLinear]:
+    """Swap every linear layer of the transformer blocks, in place."""
+    model.requires_grad_(False)
+    names = [name for name, module in model.named_modules() if ".layers." in name and isinstance(module, nn.Linear)]
+    layers: dict[str, LiteralLinear] = {}
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        layers[name] = LiteralLinear(linear, rank, alpha, scale)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layers[name])  # the original is gone from here on
+    return layers
+
+
+@dataclass(frozen=True)
+class Step:
+    phase: Literal["prune", "post_tune"]
+    loss: float  # with the L1 term
+    size: float  # after the step, in the paper's convention
+    live: int
+    lambda_: float
+
+
+@dataclass(frozen=True)
+class Run:
+    history: list[Step]
+    scores: dict[str, Tensor]
+    stop_step: int
+
+
+def calibrate(
+    model: Callable[..., Any],
+    layers: dict[str, LiteralLinear],
+    batches: Batches,
+    *,
+    lr: float,
+    lambda_: float,
+    lambda_factor: float,
+    lambda_interval: int,
+    stop_ratio: float,
+    post_tune_steps: int,
+) -> Run:
+    """Prune until `stop_ratio`, then tune the adapters with the masks frozen."""
+    optimizer = torch.optim.AdamW([p for layer in layers.values() for p in (layer.p, layer.A, layer.B)], lr=lr, weight_decay=0.0)
+    scores = {name: layer.p.detach().clone() for name, layer in layers.items()}
+    dense = sum(layer.U.shape[0] * layer.V.shape[1] for layer in layers.values())
+    device = next(iter(layers.values())).p.device
+    history: list[Step] = []
+    stop_step = None
+    while stop_step is None or len(history) < stop_step + post_tune_steps:
+        ids = batches[len(history)].to(device)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        for layer in layers.values():
+            loss = loss + lambda_ * layer.p.relu().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if stop_step is not None:
+            history.append(Step("post_tune", loss.item(), history[-1].size, history[-1].live, lambda_))
+            continue
+        if (len(history) + 1) % lambda_interval == 0:
+            lambda_ *= lambda_factor
+        stored = living = 0
+        for name, layer in layers.items():
+            scores[name] = updated(scores[name], layer.p.detach())
+            M, N = layer.U.shape[0], layer.V.shape[1]
+            live = int((layer.p > 0).sum().item())
+            living += live
+            stored += min(M * N, live * (M + N))
+        history.append(Step("prune", loss.item(), stored / dense, living, lambda_))
+        if stored / dense <= stop_ratio:
+            stop_step = len(history)
+            for layer in layers.values():
+                layer.p.requires_grad_(False)
+    return Run(history, scores, stop_step)
+
+
+def updated(score_K: Tensor, p_K: Tensor) -> Tensor:
+    """The mask where alive; 0 and then -1 where pruned in this step; one less where pruned before."""
+    new_K = score_K.clone()
+    alive_K = p_K > 0
+    new_K[alive_K] = p_K[alive_K]
+    new_K[~alive_K & (score_K > 0)] = 0.0
+    new_K[~alive_K] -= 1.0
+    return new_K
