@@ -59,13 +59,8 @@ def replay(small_base: str, golden_tokens: torch.Tensor) -> tuple[Any, Calibrati
     base = load_base(small_base, "float32")
     parametrise(base.model, RECIPE)
     adapters = load_file(GOLDEN / "initial_adapters.safetensors")
-    recorded = load_file(GOLDEN / "checkpoint" / "model.safetensors")
     with torch.no_grad():
         for name, core in targets(base.model).items():
-            # the recorded directions: over 351 steps, some masks pass so close to zero that the last digit of the SVD decides
-            for rows, part in ((core.left, "ortho.weight"), (core.right, "base.weight")):
-                factor = recorded[f"model.{name}.base_layer.parametrization.{part}"] * CONFIG["mask_scale"] ** 0.5
-                rows.values.copy_(factor.T if part == "ortho.weight" else factor)
             core.loras["layer"].A.copy_(adapters[f"model.{name}.lora_A.default.weight"])
             core.loras["layer"].B[0].copy_(adapters[f"model.{name}.lora_B.default.weight"])
     calibration = calibrate(base.model, TokenBatches(golden_tokens, CONFIG["B"], shuffle=False), RECIPE)
