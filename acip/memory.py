@@ -33,6 +33,7 @@ from acip.rows import BLOCK
 HEADROOM = 0.05  # of the prediction, for what allocators lose
 COVARIANCES = 8 << 30  # bytes; `acip.bases` holds no more of them at once
 SAMPLE_BATCH = 4  # windows that feed them at once
+KERNELS = 0.5e9  # bytes of code that oneDNN compiles and keeps for 16-bit products on a CPU: some for each shape, and a rank is one
 FOUR_BIT = 0.5 + 4 / BLOCK  # bytes per number, scales included
 ATTENTION = re.compile(r"[^.]*att(n|ention)[^.]*", re.IGNORECASE)
 ACTIVATION = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 2}  # tensors that autograd keeps of one; others: 1
@@ -392,8 +393,9 @@ class _Prediction:
         L, s, chunk = self.logits, self.s, 4.0 * min(4 * self.logits, 6 * CHUNK)
         divergence = 3 * s * L + chunk if distill else 0.0  # the model's logits, the base's, and the gradient
         entropy = max((3 if distill else 1) * s + 8, s * (distill > 0) + 12) * L if distill < 1 else 0.0
-        start = Phase(phase, **self.frozen(), trainable=trainable, gradients=before, optimiser=optimiser)
-        back = replace(start, loss=s * L * (distill > 0), transient=self.flow(phase))
+        kernels = KERNELS * (self.cpu and s == 2 and phase == "post-tune")
+        start = Phase(phase, **self.frozen(), trainable=trainable, gradients=before, optimiser=optimiser, transient=kernels)
+        back = replace(start, loss=s * L * (distill > 0), transient=kernels + self.flow(phase))
         moments = (
             replace(start, activations=at_loss, loss=max(divergence, entropy)),
             replace(back, activations=at_loss + block * self.recipe.recompute, gradients=max(before, gradients / len(self.blocks))),

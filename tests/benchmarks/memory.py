@@ -1,0 +1,188 @@
+"""Memory: the prediction of acip.memory against what real calibrations took of this machine.
+
+    python tests/benchmarks/memory.py                     a Llama of 58M parameters, 10 recipes, CPU: some minutes on 2 cores
+    python tests/benchmarks/memory.py --quick             5 recipes
+    python tests/benchmarks/memory.py --predict           the table of MEMORY.md, without running anything
+
+Each calibration runs in a process of its own, in which freed memory goes back to the system at once (malloc's thresholds). Taken is
+the peak resident memory above that before the model was loaded. It holds what a prediction can't know: code that is loaded late,
+thread pools, weights that oneDNN packs anew. `--check` ends with 1 where predicted / taken leaves 0.9 .. 1.5.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+LOW, HIGH = 0.9, 1.5
+SHAPE = {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+CASES: dict[str, dict[str, Any]] = {  # the first of them are --quick
+    "float32": {},
+    "float32, recompute": {"recompute": True},
+    "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16, recompute": {"dtype": "bfloat16", "recompute": True},
+    "nf4": {"dtype": "bfloat16", "quantise": "nf4"},
+    "float32, long windows": {"seq_len": 512},
+    "float32, dropout": {"adapter_dropout": 0.05},
+    "float32, prunes": {"scores": "order", "max_prune_steps": 4, "stop_ratio": 0.98, "lr": 5e-2, "distill": 0.5},
+    "float32, rank 128": {"adapter_rank": 128},
+    "nf4, recompute": {"dtype": "bfloat16", "quantise": "nf4", "recompute": True},
+}
+QUICK = 5
+LLAMAS = {  # vocabulary, hidden, intermediate, layers, heads, key-value heads
+    "LLaMA-7B": (32000, 4096, 11008, 32, 32, 32),
+    "LLaMA-13B": (32000, 5120, 13824, 40, 40, 40),
+    "Llama-3.1-8B": (128256, 4096, 14336, 32, 32, 8),
+    "34B": (32000, 8192, 22016, 48, 64, 8),
+    "70B": (128256, 8192, 28672, 80, 64, 8),
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "dropout 0": {"adapter_dropout": 0.0},
+    "recompute": {"recompute": True},
+    "nf4": {"quantise": "nf4"},
+    "both": {"recompute": True, "quantise": "nf4"},
+}
+
+
+def run(name: str) -> tuple[float, float]:
+    """(predicted, taken) GB of one calibration, in this process."""
+    import psutil
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from acip.calibrate import calibrate, trial_step
+    from acip.memory import predict
+    from acip.parametrise import parametrise
+    from acip.recipe import Recipe
+
+    recipe = replace(
+        Recipe(
+            sample_windows=8, adapter_rank=16, adapter_dropout=0.0, dtype="float32", batch_size=4, seq_len=256, post_tune_steps=6
+        ),
+        **CASES[name],
+    )  # fmt: skip
+    warm_up(recipe)
+    process, highest, done = psutil.Process(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(0.002):
+            highest = max(highest, process.memory_info().rss)
+
+    before = process.memory_info().rss
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(LlamaConfig(**SHAPE)).to(getattr(torch, recipe.dtype))
+    model = empty.to_empty(device="cpu").eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0.0, 0.02)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    predicted = predict(model, recipe)
+    print(predicted)
+    windows = torch.randint(0, SHAPE["vocab_size"], (8, recipe.seq_len))
+
+    class Batches:
+        def __getitem__(self, i: int, /) -> torch.Tensor:
+            return windows[: recipe.batch_size]
+
+    marks = []
+    parametrise(model, recipe, windows)
+    marks.append(("parametrise", highest))
+    trial_step(model, Batches(), recipe)
+    marks.append(("trial step", highest))
+    calibrate(model, Batches(), recipe)
+    marks.append(("calibrate", highest))
+    done.set()
+    watcher.join()
+    print("highest so far:", ", ".join(f"{phase} {(bytes_ - before) / 1e9:.2f}" for phase, bytes_ in marks))
+    return predicted.peak / 1e9, (highest - before) / 1e9
+
+
+def warm_up(recipe: Any) -> None:
+    """Load what a calibration loads late: kernels, LAPACK, the optimiser."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from acip.calibrate import calibrate
+    from acip.parametrise import parametrise
+
+    small = {**SHAPE, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**small)).to(getattr(torch, recipe.dtype)).eval()
+    windows = torch.randint(0, 64, (8, 16))
+    recipe = replace(recipe, batch_size=8, seq_len=16, scores="fisher", post_tune_steps=2)
+    parametrise(model, recipe, windows)
+    calibrate(model, [windows] * 4, recipe)
+
+
+def measured(name: str) -> float:
+    """predicted / taken of a case, in a new process; prints its row."""
+    honest = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    began = time.time()
+    child = subprocess.run(
+        [sys.executable, __file__, "--case", name], env=os.environ | honest, capture_output=True, text=True, check=False
+    )  # fmt: skip
+    if child.returncode:
+        raise RuntimeError(f"{name}: {child.stderr[-2000:]}")
+    predicted, taken = (float(number) for number in child.stdout.split()[-2:])
+    print(f"{name:<24}{predicted:>12.2f}{taken:>12.2f}{predicted / taken:>12.2f}{time.time() - began:>8.0f} s", flush=True)
+    return predicted / taken
+
+
+def predictions() -> None:
+    """The table of MEMORY.md: GB of the default recipe and of changes of it, on an accelerator."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from acip.memory import predict
+    from acip.recipe import Recipe
+
+    print("| predicted GB | " + " | ".join(CHANGES) + " |\n|---" + "|---" * len(CHANGES) + "|")
+    for name, (vocabulary, hidden, intermediate, layers, heads, kv_heads) in LLAMAS.items():
+        config = LlamaConfig(
+            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, tie_word_embeddings=False,
+        )  # fmt: skip
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        cells = []
+        for change in CHANGES.values():
+            memory = predict(model, replace(Recipe(), **change))
+            cells.append(f"{memory.peak / 1e9:.0f} ({memory.worst.name})")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--predict", action="store_true")
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.predict:
+        predictions()
+        return 0
+    if args.case:
+        predicted, taken = run(args.case)
+        print(predicted, taken)
+        return 0
+    print(f"{'GB':<24}{'predicted':>12}{'taken':>12}{'ratio':>12}")
+    ratios = [measured(name) for name in list(CASES)[: QUICK if args.quick else None]]
+    worst = max(ratios, key=lambda ratio: max(ratio, 1 / ratio))
+    print(f"worst ratio of predicted to taken: {worst:.2f} (allowed: {LOW} .. {HIGH})")
+    return int(args.check and not LOW <= min(ratios) <= max(ratios) <= HIGH)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    sys.exit(main())
