@@ -212,7 +212,9 @@ class _Loop:
             return torch.cat([core.right.read().float().norm(dim=1) for core in cores.values()])
         with fisher(cores) as scores, as_base(cores), recomputing(self.model, self.recipe.recompute):
             for i in range(-(-self.recipe.sample_windows // self.recipe.batch_size)):
-                self.task(self.model, self.batch(i)).backward()
+                batch = self.batch(i)
+                for part in batch.split(scored_at_once(len(batch), self.recipe.seq_len)):  # every layer's inputs are kept
+                    self.task(self.model, part).backward()
         _all_reached([name for name in cores if name not in scores])
         score = torch.cat([scores[name] for name in cores])
         shard.average([score])  # of sums over a part of the tokens, squared gradients of a mean over that part: n times too much
@@ -283,6 +285,11 @@ def recomputing(model: nn.Module, on: bool) -> Iterator[None]:
     finally:
         for block in blocks:
             del block.forward
+
+
+def scored_at_once(batch_size: int, seq_len: int) -> int:
+    """Windows in a pass for Fisher scores: long ones go alone."""
+    return 1 if seq_len >= 1024 else batch_size
 
 
 def _averaged(rows: list[Tensor]) -> list[Any]:

@@ -12,6 +12,7 @@ counted layer by layer, as autograd keeps them (`_Block`, `_Prediction.kept`), a
 Not counted: the device's context, buffers inside of cuBLAS and LAPACK beyond `solve`, and what allocators lose (`HEADROOM`).
 """
 
+import copy
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from acip.bases import STACK, weight_MN
+from acip.calibrate import scored_at_once
 from acip.errors import CalibrationError
 from acip.losses import CHUNK
 from acip.parametrise import find_linears
@@ -311,7 +313,7 @@ class _Prediction:
         self.layers = [layer for block in self.blocks for layer in block.layers]
         inside = tuple(f"{name}." for name in names)
         norms = [type(m).__name__ for name, m in model.named_modules() if "Norm" in type(m).__name__ and not name.startswith(inside)]
-        self.last_norm = self.blocks[-1].width * (self.s if norms[-1] == "LayerNorm" else 4) * self.tokens if norms else 0
+        self.last_norm: float = self.blocks[-1].width * (self.s if norms[-1] == "LayerNorm" else 4) * self.tokens if norms else 0
         self.dense = self.s * sum(layer.M * layer.N for layer in self.layers)
         weights = {id(linear.weight) for linear in found.values()}
         self.rest = self.s * sum(p.numel() for p in model.parameters() if id(p) not in weights)
@@ -325,12 +327,22 @@ class _Prediction:
         self.A = 4.0 * R * sum(layer.N + factors * layer.K for layer in self.layers)
         self.B = 4.0 * R * sum(layer.M + factors * layer.K for layer in self.layers)
 
+    @property
+    def scored(self) -> "_Prediction":
+        """This, with as many windows as are scored at once."""
+        one = copy.copy(self)
+        windows = max(1, self.recipe.batch_size // self.workers)
+        one.tokens = scored_at_once(windows, self.recipe.seq_len) * self.recipe.seq_len
+        one.logits = self.logits // self.tokens * one.tokens
+        one.last_norm = self.last_norm / self.tokens * one.tokens
+        return one
+
     def memory(self) -> Memory:
         recipe, masks, A, B, knots = self.recipe, self.masks, self.A, self.B, max(1, len(self.recipe.knots))
         start = masks + A + B
         phases = [self.parametrise()]
         if recipe.scores == "fisher":
-            phases.append(self.step("scores", 0.0, start, 0.0, 0.0))
+            phases.append(self.scored.step("scores", 0.0, start, 0.0, 0.0))
         phases.append(self.step("prune", recipe.distill_prune, start, start, 2 * start * recipe.prunes))
         if recipe.adapter_rank and (recipe.post_tune_steps or recipe.total_steps):
             phases.append(self.step("post-tune", recipe.distill, A + knots * B, A + min(2, knots) * B, 2 * (A + knots * B)))
