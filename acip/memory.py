@@ -15,6 +15,7 @@ Not counted: the device's context, buffers inside of cuBLAS and LAPACK beyond `s
 import copy
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -387,7 +388,9 @@ class _Prediction:
         if self.cpu:
             threads = torch.get_num_threads()
             return sum(sorted((self.solve(layer) for layer in self.layers), reverse=True)[:threads])
-        return max(self.solve(layer) * max(1, STACK // max(layer.M, layer.N) ** 2) for layer in self.layers)
+        alike = Counter((layer.M, layer.N) for layer in self.layers)
+        stacked = {(M, N): min(count, max(1, STACK // max(M, N) ** 2)) for (M, N), count in alike.items()}
+        return max(self.solve(layer) * stacked[layer.M, layer.N] for layer in self.layers)
 
     def solve(self, layer: _Layer) -> float:
         """Bytes for one layer's eigenvectors: see `acip.bases.basis`. They may have to be float64."""

@@ -198,7 +198,7 @@ def test_any_architecture_has_a_prediction() -> None:
 
 
 def test_a_refusal_names_what_would_fit() -> None:
-    model, recipe = causal("llama"), replace(RECIPE, batch_size=4, seq_len=256, adapter_dropout=0.05)
+    model, recipe = causal("llama", device="meta"), replace(RECIPE, batch_size=4, seq_len=256, adapter_dropout=0.05)
     needed = predict(model, recipe).peak
     assert isinstance(check(model, recipe, 1.1 * needed), Memory)
     with pytest.raises(CalibrationError, match=r"needs most in \w+: activations") as refused:
