@@ -187,7 +187,7 @@ def paper() -> Recipe:
 def demo() -> Recipe:
     """Minutes on two CPU cores for a 135M model: few, small batches, so a high learning rate."""
     return Recipe(
-        sample_windows=32, batch_size=2, seq_len=256, lr=1e-3, post_tune_steps=80,
+        sample_windows=32, batch_size=2, seq_len=256, lr=1e-3, post_tune_steps=60,
     )  # fmt: skip
 
 
