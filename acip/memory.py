@@ -179,21 +179,22 @@ def _ways(model: nn.Module, recipe: Recipe, available: float, device: Any, worke
         """Batches of `b` windows, and about as many windows in an optimiser step."""
         return {"batch_size": b, "accumulate": max(1, recipe.accumulate * recipe.batch_size // b)} if b != recipe.batch_size else {}
 
-    lean = {"recompute": True}
+    lean, four_bit = {"recompute": True}, recipe.quantise != "none"
+    to_four_bit = [{"quantise": "nf4"}] if not four_bit and workers == 1 else []  # what is in 4 bit can't be sharded
     smaller = [batch(b) for b in range(recipe.batch_size - 1, 0, -1) if recipe.batch_size % b == 0 and b % workers == 0]
     least = lean | (smaller[-1] if smaller else {})
-    more = [lean | {"num_workers": n} | (batch(n) if recipe.batch_size % n else {}) for n in (2, 4, 8, 16) if n > workers]
+    more = [lean | {"num_workers": n} | (batch(n) if recipe.batch_size % n else {}) for n in (2, 4, 8, 16) if n > workers and not four_bit]
     single = [
         *tried(*([lean] if not recipe.recompute else [])),
         *tried(*([{"adapter_dropout": 0.0}] if recipe.adapter_dropout else [])),
         *tried(*smaller),
         *tried(*({"seq_len": recipe.seq_len >> i} for i in range(1, 4) if recipe.seq_len >> i >= 2)),
-        *tried(*([{"quantise": "nf4"}] if recipe.quantise == "none" else [])),
+        *tried(*to_four_bit),
         *tried(*({"adapter_rank": recipe.adapter_rank >> i} for i in range(1, 4) if recipe.adapter_rank >> i)),
         *tried(*([{"knots": (recipe.knots[0], recipe.knots[-1])}] if len(recipe.knots) > 2 else [])),
         *tried(*([{"dtype": "bfloat16"}] if recipe.dtype == "float32" else [])),
     ]
-    return single or [*tried(least, lean | {"quantise": "nf4"}, least | {"quantise": "nf4"}), *tried(*more)]
+    return single or [*tried(least, *(way | bits for way in (lean, least) for bits in to_four_bit)), *tried(*more)]
 
 
 def _yaml(value: Any) -> str:
