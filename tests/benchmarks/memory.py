@@ -52,7 +52,7 @@ LLAMAS = {  # vocabulary, hidden, intermediate, layers, heads, key-value heads
 }
 CHANGES: dict[str, dict[str, Any]] = {
     "default": {},
-    "dropout 0": {"adapter_dropout": 0.0},
+    "dropout 0.05": {"adapter_dropout": 0.05},
     "recompute": {"recompute": True},
     "nf4": {"quantise": "nf4"},
     "both": {"recompute": True, "quantise": "nf4"},
