@@ -84,35 +84,36 @@ def calibrate(
     model.eval()  # the base model's own dropout stays off; the adapters' is on
     for core in state.layers.values():
         core.train()
-    if resume is not None:
-        state.load(Path(resume), model, recipe)
-    elif not recipe.prunes:
-        state.scores.score = loop.fixed_scores(state)
-        state.end_pruning(model, recipe)
-
-    # prune: until the stop ratio is reached
-    shapes = layer_shapes(model)
-    while state.stop_step is None:
-        if state.step >= recipe.max_prune_steps:
-            raise CalibrationError(
-                f"the stop ratio {recipe.stop_ratio} was not reached in max_prune_steps = {recipe.max_prune_steps} steps (now at "
-                f"{state.history[-1].size:.3f}). Raise lr, lambda_start or lambda_factor, lower lambda_interval, or allow more steps."
-            )
-        reports = loop.prune(state, shapes)
-        state.record(reports, recipe)
-        if reports[-1].size <= recipe.stop_ratio:
-            state.stop_ranks = live_ranks(state.flat_masks(), state.scores).tolist()
+    with recomputing(model, recipe.recompute):
+        if resume is not None:
+            state.load(Path(resume), model, recipe)
+        elif not recipe.prunes:
+            state.scores.score = loop.fixed_scores(state)
             state.end_pruning(model, recipe)
-        elif state.step % PACK_EVERY == 0:
-            state.pack()
-        observe(reports, state)
 
-    # post-tune: the adapters alone, at the stop size or at many
-    table = cut_table(model, state.scores, recipe)
-    while state.step < recipe.end(state.stop_step):
-        reports = loop.post_tune(state, table)
-        state.record(reports, recipe)
-        observe(reports, state)
+        # prune: until the stop ratio is reached
+        shapes = layer_shapes(model)
+        while state.stop_step is None:
+            if state.step >= recipe.max_prune_steps:
+                raise CalibrationError(
+                    f"the stop ratio {recipe.stop_ratio} was not reached in max_prune_steps = {recipe.max_prune_steps} steps (now at "
+                    f"{state.history[-1].size:.3f}). Raise lr, lambda_start or lambda_factor, lower lambda_interval, or allow more steps."
+                )
+            reports = loop.prune(state, shapes)
+            state.record(reports, recipe)
+            if reports[-1].size <= recipe.stop_ratio:
+                state.stop_ranks = live_ranks(state.flat_masks(), state.scores).tolist()
+                state.end_pruning(model, recipe)
+            elif state.step % PACK_EVERY == 0:
+                state.pack()
+            observe(reports, state)
+
+        # post-tune: the adapters alone, at the stop size or at many
+        table = cut_table(model, state.scores, recipe)
+        while state.step < recipe.end(state.stop_step):
+            reports = loop.post_tune(state, table)
+            state.record(reports, recipe)
+            observe(reports, state)
 
     model.eval()
     return Calibration(model, recipe, state.scores, table, state.stop_step, state.history)
@@ -141,7 +142,7 @@ class _Loop:
         recipe, scores = self.recipe, state.scores
         rows, lambdas, first = [], [], state.step
         stopped = torch.zeros((), dtype=torch.bool, device=self.device)
-        size = torch.tensor(state.history[-1].size if state.history else 1.0, device=self.device)
+        size = torch.tensor(state.history[-1].size if state.history else 1.0, dtype=torch.float64, device=self.device)
         for _ in self.until_look(state.step, recipe.max_prune_steps):
             masks_before = state.flat_masks()
             loss = self.step(state, recipe.distill_prune, stopped)
@@ -187,12 +188,11 @@ class _Loop:
         total = torch.zeros((), device=self.device)
         for i in range(recipe.accumulate):
             batch = self.batch(state.step * recipe.accumulate + i)
-            with recomputing(self.model, recipe.recompute):
-                loss = objective(self.model, state.layers, batch, self.task, distill) / recipe.accumulate
-                if stopped is not None and i == 0:
-                    loss = loss + state.lambda_ * torch.stack([p.relu().sum() for p in state.masks]).sum()
-                if loss.requires_grad:  # at a size where every layer is dense there is nothing to learn
-                    loss.backward()
+            loss = objective(self.model, state.layers, batch, self.task, distill) / recipe.accumulate
+            if stopped is not None and i == 0:
+                loss = loss + state.lambda_ * torch.stack([p.relu().sum() for p in state.masks]).sum()
+            if loss.requires_grad:  # at a size where every layer is dense there is nothing to learn
+                loss.backward()
             total += loss.detach()
         shard.average(p.grad for p in state.params.values() if p.grad is not None)
         if stopped is not None:
@@ -210,7 +210,7 @@ class _Loop:
         cores = {name: core for name, core in state.layers.items() if isinstance(core, SVDLinear)}
         if self.recipe.scores == "singular_values":
             return torch.cat([core.right.read().float().norm(dim=1) for core in cores.values()])
-        with fisher(cores) as scores, as_base(cores), recomputing(self.model, self.recipe.recompute):
+        with fisher(cores) as scores, as_base(cores):
             for i in range(-(-self.recipe.sample_windows // self.recipe.batch_size)):
                 batch = self.batch(i)
                 for part in batch.split(scored_at_once(len(batch), self.recipe.seq_len)):  # every layer's inputs are kept
@@ -273,7 +273,7 @@ def _all_reached(idle: list[str]) -> None:
 
 @contextmanager
 def recomputing(model: nn.Module, on: bool) -> Iterator[None]:
-    """Inside, the activations of each block are computed again in the backward pass instead of kept: memory for a third more time."""
+    """Inside, the activations of each block are computed again in the backward pass instead of kept."""
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     blocks = [block for blocks in lists for block in blocks if targets(block)] if on else []
     inner = {id(module) for block in blocks for module in block.modules() if module is not block}

@@ -86,4 +86,5 @@ class Divergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.grad * grad.to(ctx.grad.dtype), None
+        logits_grad, ctx.grad = ctx.grad, None  # it is as large as the logits, and not needed twice
+        return logits_grad.mul_(grad), None

@@ -33,14 +33,14 @@ class Recipe:
     adapter: Adapter = "factors"  # where the LoRA adapters sit: on U and V, where they cost nothing (ours), or beside the layer (the paper)
     adapter_rank: int = 32  # R of the adapters; 0 = no adapters (D.2)
     adapter_alpha: float = 16.0  # adapters are scaled by alpha / R
-    adapter_dropout: float = 0.0  # [0, 1); costs a fifth of the memory
+    adapter_dropout: float = 0.0  # [0, 1); each layer then keeps its own dropped input
     dtype: Dtype = "bfloat16"  # of the weights; masks, scores, adapters and optimiser state are always float32
     quantise: Quantise = "none"  # weights and directions in 4 bit (3.4); `transfer` carries the result over to full precision
 
     # Data
     batch_size: int = 4  # windows per forward pass
     accumulate: int = 1  # forward passes per optimiser step
-    recompute: bool = False  # activations again in the backward pass instead of keeping them: far less memory, a third more time
+    recompute: bool = False  # activations again in the backward pass instead of keeping them: less memory, one more forward pass
     seq_len: int = 1024  # tokens per window
     seed: int = 0  # order of the windows, adapters' start, dropout, sizes in post-tuning
 

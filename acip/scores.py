@@ -53,8 +53,7 @@ class ScoreMap:
         """
         alive = after > 0
         crossed = (before > 0) & ~alive
-        if isinstance(frozen, bool):
-            frozen = torch.tensor(frozen, device=after.device)
+        frozen = torch.as_tensor(frozen, device=after.device)
         self.crossing = torch.where(crossed & ~frozen, before / (before - after).clamp_min(torch.finfo(before.dtype).tiny), self.crossing)
         self.score = torch.where(frozen, self.score, torch.where(alive, after, self.score.clamp(max=0) - 1))
 

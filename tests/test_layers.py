@@ -242,6 +242,5 @@ def test_a_layer_in_four_bit_is_small_and_gives_its_weight_back(small_base: str,
     layers = parametrise(model, recipe(quantise="nf4", adapter_rank=0, post_tune_steps=0), golden_tokens)
     frozen = sum(p.numel() * p.element_size() for core in layers.values() for p in core.parameters() if not p.requires_grad)
     assert frozen < 0.45 * full, "the layer and its directions together: 32 bit at 2.4 times the numbers would be 2.4"
-    assert next(iter(layers.values())).exact.weight.device.type == "cpu"
     restore(model)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -55,7 +55,8 @@ class Job:
     @property
     def fingerprint(self) -> str:
         """Hash of all that decides the result: equal fingerprints need no second calibration."""
-        decides = {"base": self.base, "recipe": self.recipe.to_dict(), "data": self.data, "schema": SCHEMA}
+        recipe = {name: value for name, value in self.recipe.to_dict().items() if name != "recompute"}
+        decides = {"base": self.base, "recipe": recipe, "data": self.data, "schema": SCHEMA}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
