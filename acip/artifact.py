@@ -35,9 +35,9 @@ from acip.base import Base
 from acip.calibrate import Calibration
 from acip.cut import CutTable, LayerShape
 from acip.errors import ArtifactError
+from acip.layers import set_module, targets, weight_MN
 from acip.linear import ALL, ElasticLinear, LoRA
 from acip.materialise import AnySize
-from acip.parametrise import set_module, targets, weight_MN
 from acip.recipe import Recipe
 
 SCHEMA = 2

@@ -35,9 +35,9 @@ from torch.utils.checkpoint import checkpoint
 from acip import shard
 from acip.cut import Budget, CutTable, LayerShape
 from acip.errors import CalibrationError
+from acip.layers import targets
 from acip.linear import ElasticLinear, SVDLinear
 from acip.losses import Task, as_base, next_token, objective
-from acip.parametrise import targets
 from acip.recipe import Recipe
 from acip.scores import ScoreMap, fisher
 from acip.sizes import cut_table, layer_shapes, live_ranks, set_size, size_ratio, sort_layers

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from acip.cut import Budget, Cut, CutTable
+from acip.layers import set_module
 from acip.linear import ElasticLinear
-from acip.parametrise import set_module
 from acip.recipe import Recipe
 from acip.sizes import set_size
 

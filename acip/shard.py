@@ -8,6 +8,7 @@ without an initialised process group, everything here does nothing, and the code
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 
 def workers() -> int:
@@ -106,3 +109,19 @@ def decided(mine: bool, device: torch.device) -> bool:
     flag = torch.tensor(float(mine), device=device)
     dist.broadcast(flag, 0)
     return bool(flag)
+
+
+def from_first(value: T) -> T:
+    """The first worker's `value`, which can be pickled."""
+    values = [value]
+    if workers() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def from_all(value: T) -> list[T]:
+    """Every worker's `value`, in their order."""
+    values = [value] * workers()
+    if workers() > 1:
+        dist.all_gather_object(values, value)
+    return values

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from acip.cut import Cut, CutTable, LayerShape, stored_params
+from acip.layers import set_module, targets, weight_MN
 from acip.linear import Compressible, ElasticLinear, SVDLinear, knot_place
-from acip.parametrise import set_module, targets, weight_MN
 from acip.recipe import Recipe
 from acip.scores import ScoreMap
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from acip.errors import CalibrationError
+from acip.layers import targets
 from acip.linear import ElasticLinear, SVDLinear, sort_directions
-from acip.parametrise import targets
 from acip.recipe import Recipe
 from acip.scores import ScoreMap
 from acip.sizes import live_ranks, sort_layers

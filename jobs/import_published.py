@@ -29,7 +29,7 @@ from acip.artifact import Artifact
 from acip.base import Base
 from acip.calibrate import Calibration
 from acip.errors import AcipError
-from acip.parametrise import targets
+from acip.layers import targets
 from acip.published import open_published
 
 

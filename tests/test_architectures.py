@@ -42,15 +42,16 @@ from transformers import (
 
 from acip.artifact import Artifact
 from acip.base import Base, digest, load_base
-from acip.bases import moments
 from acip.calibrate import Calibration, calibrate, trial_step
 from acip.cut import Budget
 from acip.data import TokenBatches
 from acip.errors import BaseModelError
+from acip.layers import find_linears, targets
 from acip.linear import ElasticLinear, SVDLinear
 from acip.losses import Task
 from acip.materialise import AnySize
-from acip.parametrise import find_linears, parametrise, restore, targets
+from acip.moments import moments
+from acip.parametrise import parametrise, restore
 from acip.recipe import Recipe
 from acip.sizes import set_size
 from tests.conftest import byte_tokenizer

@@ -15,8 +15,8 @@ from acip.artifact import MANIFEST, Artifact
 from acip.base import load_base
 from acip.calibrate import Calibration
 from acip.errors import ArtifactError
+from acip.layers import targets
 from acip.linear import ElasticLinear, PivotLinear
-from acip.parametrise import targets
 from acip.sizes import set_size
 
 

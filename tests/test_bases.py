@@ -15,9 +15,12 @@ from torch import nn
 from torch.multiprocessing import spawn
 
 from acip.base import load_base
-from acip.bases import BasisCache, _grouped, accuracy, bases, basis, feed_tokens, moments, solve, weight_MN
+from acip.bases import accuracy, bases, basis, solve
+from acip.basis_cache import BasisCache
 from acip.errors import BaseModelError
-from acip.parametrise import find_linears, parametrise
+from acip.layers import find_linears, weight_MN
+from acip.moments import feed_tokens, grouped, moments
+from acip.parametrise import parametrise
 from acip.recipe import Recipe
 from tests.conftest import GOLDEN
 
@@ -206,10 +209,10 @@ def test_little_memory_gives_several_groups_and_the_same_bases(solve_all: Callab
 def test_groups_stay_within_the_limit_and_count_a_shared_input_once() -> None:
     linears: dict[str, nn.Module] = {name: nn.Linear(10, 10) for name in "abcd"}
     trace = [("a", "a"), ("b", "a"), ("c", "c"), ("a", "a")]
-    assert _grouped(linears, trace, 800) == [["a", "b", "c"], ["d"]]
-    assert _grouped(linears, trace, 400) == [["a", "b"], ["c"], ["d"]]
-    assert _grouped(linears, trace, 1) == [["a", "b"], ["c"], ["d"]]
-    assert _grouped(linears, [], 800) == [["a", "b"], ["c", "d"]]
+    assert grouped(linears, trace, 800) == [["a", "b", "c"], ["d"]]
+    assert grouped(linears, trace, 400) == [["a", "b"], ["c"], ["d"]]
+    assert grouped(linears, trace, 1) == [["a", "b"], ["c"], ["d"]]
+    assert grouped(linears, [], 800) == [["a", "b"], ["c", "d"]]
 
 
 def test_a_pass_ends_with_the_last_layer_that_is_wanted(model: Any, golden_tokens: torch.Tensor) -> None:

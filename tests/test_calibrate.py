@@ -11,7 +11,8 @@ from acip.calibrate import Calibration, calibrate, trial_step
 from acip.data import TokenBatches
 from acip.errors import BaseModelError, CalibrationError
 from acip.evaluate import perplexity
-from acip.parametrise import parametrise, targets
+from acip.layers import targets
+from acip.parametrise import parametrise
 from acip.recipe import Recipe
 from acip.scores import ScoreMap
 from acip.state import CalibrationState, StepReport

@@ -14,8 +14,9 @@ from acip.artifact import Artifact
 from acip.base import load_base
 from acip.calibrate import Calibration, calibrate
 from acip.data import TokenBatches
+from acip.layers import targets
 from acip.linear import ElasticLinear
-from acip.parametrise import parametrise, targets
+from acip.parametrise import parametrise
 from acip.recipe import Recipe
 from acip.sizes import layer_shapes
 from acip.state import StepReport

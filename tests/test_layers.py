@@ -12,9 +12,10 @@ from acip.base import load_base
 from acip.bases import basis
 from acip.calibrate import calibrate
 from acip.data import TokenBatches
+from acip.layers import set_module, targets
 from acip.linear import ElasticLinear, LoRA, LowRankLinear, PivotLinear, SVDLinear, knot_place
 from acip.losses import as_base
-from acip.parametrise import parametrise, restore, set_module, targets
+from acip.parametrise import parametrise, restore
 from acip.recipe import Recipe, Storage
 from acip.rows import FourBitRows, Rows
 from acip.scores import ScoreMap

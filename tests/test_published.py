@@ -23,8 +23,8 @@ from acip.artifact import Artifact
 from acip.base import Base, load_base
 from acip.calibrate import Calibration
 from acip.evaluate import perplexity
+from acip.layers import find_linears, targets
 from acip.linear import ElasticLinear
-from acip.parametrise import find_linears, targets
 from acip.published import INDEX, WEIGHTS, open_published
 from tests.conftest import GOLDEN, byte_tokenizer
 

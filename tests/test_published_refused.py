@@ -15,7 +15,7 @@ from torch import Tensor
 
 from acip.base import digest, load_base
 from acip.errors import ArtifactError
-from acip.parametrise import targets
+from acip.layers import targets
 from acip.published import INDEX, WEIGHTS, open_published
 from tests.test_published import CHECKPOINT, Config, Tensors, shard, write
 

@@ -16,7 +16,8 @@ from acip.base import load_base
 from acip.calibrate import calibrate, trial_step
 from acip.data import TokenBatches
 from acip.evaluate import perplexity
-from acip.parametrise import parametrise, targets
+from acip.layers import targets
+from acip.parametrise import parametrise
 from acip.recipe import Recipe
 
 PRUNES = {"scores": "order", "lr": 3e-3, "lambda_factor": 1.2, "post_tune_steps": 6, "distill_prune": 0.3}

@@ -12,9 +12,10 @@ from acip.cut import Budget
 from acip.data import TokenBatches
 from acip.errors import CalibrationError, RecipeError
 from acip.evaluate import perplexity
+from acip.layers import targets, weight_MN
 from acip.linear import ElasticLinear, SVDLinear
 from acip.losses import next_token
-from acip.parametrise import parametrise, targets, weight_MN
+from acip.parametrise import parametrise
 from acip.recipe import Recipe, paper
 from acip.scores import fisher
 from acip.sizes import set_size

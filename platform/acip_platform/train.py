@@ -21,14 +21,15 @@ import torch
 from mlflow.exceptions import MlflowException
 from ray.train.torch import TorchTrainer
 
-from acip import memory, shard
+from acip import fit, shard
 from acip.artifact import Artifact
 from acip.base import Base, load_base
-from acip.bases import BasisCache
+from acip.basis_cache import BasisCache
 from acip.calibrate import calibrate, trial_step
 from acip.data import TokenBatches, documents, token_windows
 from acip.errors import AcipError, CalibrationError
-from acip.parametrise import parametrise, targets
+from acip.layers import targets
+from acip.parametrise import parametrise
 from acip.state import CalibrationState, StepReport
 from acip_platform.finish import finish, heldout_windows
 from acip_platform.fleet import Job, Share
@@ -167,9 +168,9 @@ def _calibrated(
 
 def _fits(job: Job, base: Base, device: torch.device, say: Callable[..., None]) -> None:
     """Refuse, before the work, what the device's memory can't hold. All workers do what the first decides."""
-    there, error = memory.available(base.model, device), None
+    there, error = fit.available(base.model, device), None
     try:
-        needed = memory.check(base.model, job.recipe, there, device, job.num_workers)
+        needed = fit.check(base.model, job.recipe, there, device, job.num_workers)
         say("stage", text=f"needs {needed.peak / 1e9:.1f} of {there / 1e9:.1f} GB, most in {needed.worst}")
     except CalibrationError as refusal:
         error = refusal

@@ -20,9 +20,11 @@ import torch
 from torch import nn
 
 from acip.base import load_base
-from acip.bases import BasisCache, accuracy, bases, moments, solve, weight_MN
+from acip.bases import accuracy, bases, solve
+from acip.basis_cache import BasisCache
 from acip.data import documents, token_windows
-from acip.parametrise import find_linears
+from acip.layers import find_linears, weight_MN
+from acip.moments import moments
 from acip.recipe import Dtype, Recipe
 
 GOAL = 3.0

@@ -44,11 +44,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from acip.base import load_base
-from acip.bases import weight_MN
 from acip.calibrate import calibrate
 from acip.data import TokenBatches, documents, token_windows
+from acip.layers import targets, weight_MN
 from acip.linear import ElasticLinear
-from acip.parametrise import parametrise, targets
+from acip.parametrise import parametrise
 from acip.recipe import Dtype, Recipe, acip, paper
 from tests.benchmarks import literal
 

@@ -35,8 +35,9 @@ from acip.base import load_base
 from acip.calibrate import calibrate
 from acip.cut import Budget
 from acip.data import TokenBatches, documents, token_windows
+from acip.layers import targets
 from acip.losses import next_token
-from acip.parametrise import parametrise, targets
+from acip.parametrise import parametrise
 from acip.recipe import Recipe, paper
 from acip.sizes import set_size
 
