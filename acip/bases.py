@@ -10,7 +10,7 @@ is exact for every basis U of W's column space; the basis decides what a prefix 
 
 What makes it fast: W C W^T is the second moment of the outputs y = W x, so a layer with fewer outputs than inputs gathers
 the small matrix and needs no product; a layer with more outputs is solved for R of W = Q R, which is small too; one thread
-solves one layer; 16-bit weights get their basis in float32, whose error is below that of rounding it to 16 bit.
+solves one layer; float32 eigenvectors do, an error in them counts by its square.
 `accuracy` measures it all against float64.
 
 Legend: M = out features, N = in features, n = M or N, S = samples (tokens), b = layers in one stack.
@@ -115,16 +115,13 @@ def basis(W_MN: Tensor, C_nn: Tensor | None = None) -> Tensor:
     `C_nn` is the second moment of the inputs [N, N], or, for M < N, of the outputs [M, M]; None = the SVD's basis.
     For M > N, W = Q R and U = Q Z with the eigenvectors Z of R C R^T: orthonormal, however C is conditioned.
 
-    Eigenvectors come in float64, for 16-bit weights in float32, unless half of the energies are out of its reach (massive
-    activations, fewer samples than features). The SVD of other weights is LAPACK's own, since a recorded run hangs on its
-    rounding. The result is float32, or float64 like the weight.
+    Eigenvectors come in float32, unless half of the energies are out of its reach (massive activations, fewer samples than
+    features); in float64 then, and for float64 weights. The result is float32, or float64 like the weight.
     """
-    half = W_MN.dtype.itemsize == 2
-    if C_nn is None and not half:
-        return torch.linalg.svd(W_MN, full_matrices=False).U
+    exact, half = W_MN.dtype == torch.float64, W_MN.dtype.itemsize == 2
     Q, R = _factors(W_MN.float() if half else W_MN, half)
-    values, Z = torch.linalg.eigh(_energy(R, C_nn, torch.float32 if half else torch.float64))
-    if half and not bool((values[..., values.shape[-1] // 2] > REACH * values[..., -1]).all()):
+    values, Z = torch.linalg.eigh(_energy(R, C_nn, R.dtype))
+    if not exact and not bool((values[..., values.shape[-1] // 2] > REACH * values[..., -1]).all()):
         Z = torch.linalg.eigh(_energy(R, C_nn, torch.float64)).eigenvectors
     U = Z.flip(-1).to(R.dtype)
     return U if Q is None else Q(U)
