@@ -43,8 +43,7 @@ from acip.scores import ScoreMap, fisher
 from acip.sizes import cut_table, layer_shapes, live_ranks, set_size, size_ratio, sort_layers
 from acip.state import CalibrationState, StepReport
 
-LOOK_EVERY = 8  # optimiser steps, on an accelerator
-PACK_EVERY = 8  # optimiser steps between looks at which layers to pack
+LOOK_EVERY = 4  # optimiser steps; of the host at an accelerator, and at which layers to pack
 
 
 class Batches(Protocol):
@@ -74,7 +73,7 @@ def calibrate(
 ) -> Calibration:
     """Run or resume the calibration of a parametrised `model` (see `parametrise`) on `batches[i]` -> [B, T] token ids.
 
-    `resume` is a folder that `CalibrationState.save` wrote. `look_every` steps the host reads losses and sizes; None = 8 on an
+    `resume` is a folder that `CalibrationState.save` wrote. `look_every` steps the host reads losses and sizes; None = 4 on an
     accelerator, and every step on a CPU, where it is free. Raises CalibrationError where the loss is not finite or the stop
     ratio is not reached in `recipe.max_prune_steps`.
     """
@@ -104,7 +103,7 @@ def calibrate(
             if reports[-1].size <= recipe.stop_ratio:
                 state.stop_ranks = live_ranks(state.flat_masks(), state.scores).tolist()
                 state.end_pruning(model, recipe)
-            elif state.step % PACK_EVERY == 0:
+            elif state.step % LOOK_EVERY == 0:
                 state.pack()
             observe(reports, state)
 

@@ -85,7 +85,7 @@ class LoRA(nn.Module):
         A, B = self.A[:, inputs].to(x.dtype), self.at_size()[outputs].to(x.dtype)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        return F.linear(F.linear(x, A), B) * self.scale
+        return F.linear(F.linear(x, A) * self.scale, B)
 
     def product(self) -> Tensor:
         """scale * B A [out, in] at the present size."""

@@ -47,7 +47,7 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
     assert adapters_equal(resumed, straight)
 
 
-@pytest.mark.parametrize("look_every", [4, 8])
+@pytest.mark.parametrize("look_every", [2, 4])
 def test_it_never_matters_when_the_host_looks(
     small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor, calibrated: tuple[object, Calibration], look_every: int
 ) -> None:
