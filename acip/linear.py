@@ -82,7 +82,9 @@ class LoRA(nn.Module):
 
     def forward(self, x: Tensor, inputs: Tensor | slice = ALL, outputs: Tensor | slice = ALL) -> Tensor:
         """`inputs` and `outputs` choose the columns of A that x holds and the rows of B that are wanted."""
-        A, B = self.A[:, inputs].to(x.dtype), self.at_size()[outputs].to(x.dtype)
+        B = self.at_size()  # a slice of everything would still be copied in the backward pass
+        A, B = self.A if inputs is ALL else self.A[:, inputs], B if outputs is ALL else B[outputs]
+        A, B = A.to(x.dtype), B.to(x.dtype)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         return F.linear(F.linear(x, A) * self.scale, B)
@@ -158,11 +160,11 @@ class SVDLinear(Compressible):
     def forward(self, x_BTN: Tensor) -> Tensor:
         if self.bypass:
             return self.original(x_BTN)
-        live = ALL if self.packed is None else self.packed
+        live, gate_K = ALL if self.packed is None else self.packed, StraightThrough.apply(self.p, self.slope, x_BTN.dtype)
         h_BTk = self.right.project(x_BTN, self.live)
         if "right" in self.loras:
             h_BTk = h_BTk + self.loras["right"](x_BTN, outputs=live)
-        h_BTk = h_BTk * StraightThrough.apply(self.p, self.slope, x_BTN.dtype)[live]
+        h_BTk = h_BTk * (gate_K if live is ALL else gate_K[live])
         y_BTM = self.left.expand(h_BTk, self.live, self.bias)
         if "left" in self.loras:
             y_BTM = y_BTM + self.loras["left"](h_BTk, inputs=live)
