@@ -27,6 +27,24 @@ from acip.recipe import Recipe
 
 GOLDEN = Path(__file__).parent / "golden" / "reference-trace"
 
+FLEET = """\
+name: small
+defaults:
+  data: package:wikipedia
+  eval_context: 64
+  eval_windows: 8
+  sizes: [1.0, 0.5]
+  cpus: 1
+  set: {sample_windows: 16, adapter_rank: 4, adapter_alpha: 4.0, dtype: float32, batch_size: 4, seq_len: 64, SET}
+models:
+"""
+
+
+def write_fleet(path: Path, settings: str, *models: str) -> Path:
+    """A fleet file of models that take seconds; `settings` and `models` are YAML between braces."""
+    path.write_text(FLEET.replace("SET", settings) + "".join(f"  - {{{model}}}\n" for model in models))
+    return path
+
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Token id = byte value: the tokenizer that golden's model was trained with."""

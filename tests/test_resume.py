@@ -13,26 +13,14 @@ from acip_platform.settings import Settings
 from acip_platform.tracking import Registry
 from safetensors.torch import load_file
 
+from tests.conftest import write_fleet
+
 ROOT = Path(__file__).parents[1]
-FLEET = """\
-name: twins
-defaults:
-  data: package:wikipedia
-  eval_context: 64
-  eval_windows: 8
-  sizes: [1.0, 0.5]
-  cpus: 1
-  set: {sample_windows: 16, adapter_rank: 4, adapter_alpha: 4.0, dtype: float32, batch_size: 4, seq_len: 64, lr: 3.0e-3,
-        lambda_factor: 1.2, post_tune_steps: 300}
-models:
-  - {name: killed, base: BASE}
-  - {name: undisturbed, base: BASE}
-"""
 
 
 def test_a_killed_worker_loses_nothing(tmp_path: Path, small_base: str) -> None:
-    fleet = tmp_path / "fleet.yaml"
-    fleet.write_text(FLEET.replace("BASE", small_base))
+    models = (f"name: {name}, base: {small_base}" for name in ("killed", "undisturbed"))
+    fleet = write_fleet(tmp_path / "fleet.yaml", "lr: 3.0e-3, lambda_factor: 1.2, post_tune_steps: 300", *models)
     env = {**os.environ, "ACIP_HOME": str(tmp_path / "home"), "ACIP_CHECKPOINT_S": "1", "RAY_ADDRESS": "local"}
     settings = Settings.from_env(env)
     log = tmp_path / "log"
