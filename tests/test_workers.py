@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 def fleet(path: Path, base: str, more: str = "", workers: int = 2) -> Path:
     return write_fleet(
-        path, f"lr: 1.0e-3, post_tune_steps: 40{more}", f"name: one, base: {base}", f"name: two, base: {base}, num_workers: {workers}"
+        path, f"lr: 1.0e-3, post_tune_steps: 12{more}", f"name: one, base: {base}", f"name: two, base: {base}, num_workers: {workers}"
     )
 
 
