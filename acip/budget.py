@@ -150,10 +150,10 @@ class Decoder:
         if getattr(config, "is_encoder_decoder", False):
             return None
         text = config.get_text_config()
-        heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
-        layers, vocabulary = getattr(text, "num_hidden_layers", None), getattr(text, "vocab_size", None)
+        keys = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+        layers, heads, hidden, vocabulary = (getattr(text, key, None) or 0 for key in keys)
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
-        if not all(isinstance(number, int) and number > 0 for number in (heads, hidden, layers, vocabulary, kv_heads)):
+        if not all(isinstance(number, int) and number > 0 for number in (layers, heads, hidden, vocabulary, kv_heads)):
             return None
         # where keys and values, or some layers, have sizes of their own, the largest
         stated = [getattr(text, key, None) or 0 for key in ("head_dim", "global_head_dim", "qk_head_dim", "v_head_dim")]
@@ -180,7 +180,7 @@ class Curve:
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]]) -> "Curve | None":
         """From rows with `got` (else `asked`) and `loss`. It ends where a loss is not finite; None where nothing is left."""
-        measured = [(row.get("got", row.get("asked")), row.get("loss")) for row in rows]
+        measured: list[tuple[Any, Any]] = [(row.get("got", row.get("asked")), row.get("loss")) for row in rows]
         sizes: list[float] = []
         losses: list[float] = []
         for size, loss in sorted((point for point in measured if _is_number(point[0])), key=lambda point: -point[0]):

@@ -310,5 +310,5 @@ class CutTable:
             whose = "the base model has" if curve.sizes[0] == 1.0 else f"the largest measured size, {curve.sizes[0]:.4f}, has"
             raise BudgetError(f"{budget.kind} {budget.asked!r} can't be kept: {whose} perplexity {as_perplexity(curve.losses[0]):.6g}.")
         # of removals that change no size, the first
-        n = bisect_left(range(n), True, key=lambda m: linear[m] <= linear[n])
+        n = bisect_left(range(n), True, key=lambda m: int(linear[m]) <= int(linear[n]))
         return n, got(n)
