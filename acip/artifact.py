@@ -162,11 +162,11 @@ class Artifact:
             raise ArtifactError(f"{self.folder}: the removal order does not fit the layer table. Fetch the artifact again.")
         with self._tensors("dense") as dense:
             itemsizes = tuple(ITEMSIZES[dense.get_slice(f"{layer.name}.weight").get_dtype()] for layer in layers)
-        recipe, config = self.recipe, AutoConfig.from_pretrained(self.folder)
+        recipe = self.recipe
         return CutTable(
             layers, order, recipe.adapter_rows, self.manifest["rest_params"], recipe.storage, recipe.reset,
             weights=Weights(itemsizes, self._data_bytes("rest")),
-            decoder=Decoder.of(config, config.dtype.itemsize),
+            decoder=Decoder.of(AutoConfig.from_pretrained(self.folder), max(itemsizes)),
             curve=Curve.of(self.curve),
         )  # fmt: skip
 
