@@ -70,7 +70,7 @@ def counts(index: int) -> dict[str, list[int]]:
     t = table(index)
     assert t.weights
     ranks = [layer.K for layer in t.layers]
-    found: dict[str, list[int]] = {"params": []} | {f"{bits}": [] for bits in ALL_BITS}
+    found: dict[str, list[int]] = {key: [] for key in ("params", *map(str, ALL_BITS))}
     for leaves in [None, *t.order.tolist()]:
         if leaves is not None:
             ranks[leaves] = max(1, ranks[leaves] - 1)
