@@ -32,8 +32,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer,
 from transformers.pytorch_utils import Conv1D
 
 from acip.base import Base
+from acip.budget import Curve, Decoder
 from acip.calibrate import Calibration
-from acip.cut import CutTable, LayerShape
+from acip.cut import CutTable, LayerShape, Weights
 from acip.errors import ArtifactError
 from acip.layers import set_module, targets, weight_MN
 from acip.linear import ALL, ElasticLinear, LoRA
@@ -42,6 +43,7 @@ from acip.recipe import Recipe
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
+ITEMSIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of safetensors' names
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,15 @@ class Artifact:
         counts = torch.bincount(order.long(), minlength=len(layers))
         if counts.tolist() != [layer.K for layer in layers]:
             raise ArtifactError(f"{self.folder}: the removal order does not fit the layer table. Fetch the artifact again.")
+        with self._tensors("dense") as dense:
+            itemsizes = tuple(ITEMSIZES[dense.get_slice(f"{layer.name}.weight").get_dtype()] for layer in layers)
         recipe = self.recipe
-        return CutTable(layers, order, recipe.adapter_rows, self.manifest["rest_params"], recipe.storage, recipe.reset)
+        return CutTable(
+            layers, order, recipe.adapter_rows, self.manifest["rest_params"], recipe.storage, recipe.reset,
+            weights=Weights(itemsizes, self._data_bytes("rest")),
+            decoder=Decoder.of(AutoConfig.from_pretrained(self.folder), max(itemsizes)),
+            curve=Curve.of(self.curve),
+        )  # fmt: skip
 
     def tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.folder)
@@ -197,6 +206,12 @@ class Artifact:
         any_size = AnySize(model, table, recipe)
         any_size.resize(1.0)
         return any_size
+
+    def _data_bytes(self, file: str) -> int:
+        """Bytes of a file's tensors: all that follows its header, of which the first 8 bytes say the length."""
+        path = self.folder / f"{file}.safetensors"
+        with path.open("rb") as opened:
+            return path.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
 
     def _tensors(self, file: str) -> Any:
         try:

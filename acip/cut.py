@@ -16,18 +16,32 @@ without it, one dense matrix of the product). The pivot form saves something at 
     linear       stored numbers of the target layers             their dense numbers     (default)
     paper        min(MN, r(M + N)), without adapters             their dense numbers     (the paper's tables)
     model        every stored number of the model                the base model's
+
+Bytes are those of the tensors that a materialised model saves, a tied one once:
+
+    target layers' matrices   each row of n numbers: n in the model's dtype; n + 4 in 8 bit (a float32 scale);
+                              36 per 64 numbers or part of them in 4 bit (a float32 absmax)
+    pivot form                8 M more: the place of each row, int64
+    biases, everything else   as they are
+
+So the pivot form at q near K holds more bytes than the dense layer, and bytes may rise where a direction leaves. A cut is the
+first size, from the largest, that is within its budget.
 """
 
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from acip.budget import MEGA, UNITS, Bits, Budget, Curve, Decoder, as_perplexity
 from acip.errors import BudgetError
-from acip.recipe import Convention, Storage
+from acip.recipe import Storage
+from acip.rows import BLOCK
+
+PLACE = 8  # bytes of a row's place in the pivot form
 
 
 @dataclass(frozen=True)
@@ -64,36 +78,25 @@ class Cut:
     ranks: Mapping[str, int | None]
     removed: int  # directions removed, of the global order
     asked: float | int
-    convention: str
+    convention: str  # a ratio's convention, or the budget's kind
+    got: float | int  # what `asked` limits
     sizes: Mapping[str, float]  # got, in every convention
     params: int  # every stored number of the model
+    bits: Bits | None = None  # what the budget counted the target layers' matrices in
+    bytes: int | None = None  # what the model stores in these bits, where the table knows
+    predicted: Mapping[str, float] | None = None  # loss (nats per token) and perplexity by the curve, where it was measured
 
     @property
-    def got(self) -> float | int:
-        return self.params if self.convention == "params" else self.sizes[self.convention]
+    def unit(self) -> str:
+        return UNITS.get(self.convention, "ratio")
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How large a model may be: a ratio in one of the conventions, or an absolute number of parameters."""
+class Weights:
+    """What bytes need to know: bytes per number of each target layer's matrices, and the bytes of everything else, biases too."""
 
-    ratio: float | None = None
-    convention: Convention = "linear"
-    params: int | None = None
-
-    def __post_init__(self) -> None:
-        if (self.ratio is None) == (self.params is None):
-            raise BudgetError("a budget is either a size ratio or a number of parameters; give exactly one of them.")
-        if self.convention not in get_args(Convention):
-            raise BudgetError(f"unknown convention {self.convention!r}; allowed: {', '.join(get_args(Convention))}.")
-        if self.ratio is not None and not (_is_number(self.ratio) and 0 < self.ratio <= 1):
-            raise BudgetError(f"size ratio is {self.ratio!r}; it must be a number above 0 and up to 1 (1.0 = the base model).")
-        if self.params is not None and (isinstance(self.params, bool) or not isinstance(self.params, int) or self.params < 1):
-            raise BudgetError(f"params is {self.params!r}; it must be a whole number of parameters, at least 1.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    itemsizes: tuple[int, ...]
+    rest: int
 
 
 def stored_params(M: Tensor, N: Tensor, ranks: Tensor, adapter_rows: int, storage: Storage) -> Tensor:
@@ -104,11 +107,28 @@ def stored_params(M: Tensor, N: Tensor, ranks: Tensor, adapter_rows: int, storag
     return q * (M + N - q)
 
 
+def stored_bytes(M: Tensor, N: Tensor, ranks: Tensor, adapter_rows: int, storage: Storage, itemsize: Tensor, bits: Bits | None) -> Tensor:
+    """Bytes stored by layers [M, N] at `ranks`, biases aside, in the form that `ElasticLinear.materialise` takes; elementwise, int64."""
+
+    def matrix(rows: Tensor, columns: Tensor) -> Tensor:
+        if bits == 8:
+            return rows * (columns + 4)
+        if bits == 4:
+            return rows * ((columns + BLOCK - 1) // BLOCK) * (BLOCK // 2 + 4)
+        return rows * columns * itemsize
+
+    q, dense = ranks + adapter_rows, matrix(M, N)
+    if storage == "factors":
+        return torch.where(q * (M + N) >= M * N, dense, matrix(M, q) + matrix(q, N))
+    return torch.where(q >= torch.minimum(M, N), dense, matrix(q, N) + matrix(M - q, q) + PLACE * M)
+
+
 @dataclass(frozen=True)
 class CutTable:
     """Everything a cut needs: the layers, the global removal order as layer indices, and what else the model stores.
 
-    `order` [D]: the layer that loses its least important direction, first to leave first.
+    `order` [D]: the layer that loses its least important direction, first to leave first. What only some budgets need may be
+    missing: they are refused then.
     """
 
     layers: tuple[LayerShape, ...]
@@ -117,77 +137,178 @@ class CutTable:
     rest_params: int  # numbers outside the target layers
     storage: Storage = "pivot"
     reset: bool = True
-    _sums: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    weights: Weights | None = None
+    decoder: Decoder | None = None
+    curve: Curve | None = None
+    _kept: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # running sums, once computed
 
     def _shape(self) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(torch.tensor([getattr(layer, key) for layer in self.layers]) for key in ("M", "N", "K"))  # type: ignore[return-value]
 
+    def _departures(self) -> Tensor:
+        """[D] rising: i (D + 1) + n for the n-th removal, which takes a direction from layer i."""
+        if "departures" not in self._kept:
+            by_layer = torch.argsort(self.order, stable=True)
+            self._kept["departures"] = by_layer + self.order.long()[by_layer] * (len(self.order) + 1)
+        return self._kept["departures"]
+
+    def _lost(self, removed: int) -> Tensor:
+        """[L] directions that each layer has lost after `removed` removals."""
+        layer = torch.arange(len(self.layers)) * (len(self.order) + 1)
+        found = torch.searchsorted(self._departures(), torch.cat([layer, layer + removed]))
+        return found[len(layer) :] - found[: len(layer)]
+
+    def _running(self, amounts: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """[D + 1] the sum of `amounts(layer, M, N, rank)` after removing the first n directions, n = 0 ... D."""
+        M, N, K = self._shape()
+        counts = self._lost(len(self.order))
+        layer = torch.repeat_interleave(torch.arange(len(self.layers)), counts)
+        nth = torch.arange(len(self.order)) - (counts.cumsum(0) - counts)[layer]
+        # the i-th loss of a layer takes it from rank K - i to K - i - 1; the last one stays
+        before = K[layer] - nth
+        M_D, N_D = M[layer], N[layer]
+        saved = amounts(layer, M_D, N_D, before) - amounts(layer, M_D, N_D, (before - 1).clamp_min(1))
+        total = torch.empty(len(self.order) + 1, dtype=torch.long)
+        total[0] = amounts(torch.arange(len(M)), M, N, K).sum()
+        total[1 + self._departures() - layer * (len(self.order) + 1)] = -saved
+        return total.cumsum(0)
+
     def stored(self, adapters: bool = True) -> Tensor:
         """[D + 1] numbers stored by the target layers after removing the first n directions, n = 0 ... D."""
         key = "linear" if adapters else "paper"
-        if key not in self._sums:
-            M, N, K = self._shape()
+        if key not in self._kept:
             R, storage = (self.adapter_rows, self.storage) if adapters else (0, "factors")
-            order = self.order.long()
-            # the i-th loss of a layer takes it from rank K - i to K - i - 1
-            by_layer = torch.argsort(order, stable=True)
-            counts = torch.bincount(order, minlength=len(self.layers))
-            starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-            nth = torch.empty_like(order)
-            nth[by_layer] = torch.arange(len(order)) - starts
-            before = K[order] - nth
-            after = (before - 1).clamp_min(1)  # the last one stays
-            saved = stored_params(M[order], N[order], before, R, storage) - stored_params(M[order], N[order], after, R, storage)
             bias = sum(layer.M for layer in self.layers if layer.bias)
-            full = int(stored_params(M, N, K, R, storage).sum()) + bias
-            self._sums[key] = torch.cat([torch.tensor([full]), full - saved.cumsum(0)])
-        return self._sums[key]
+            self._kept[key] = self._running(lambda _, M, N, ranks: stored_params(M, N, ranks, R, storage)) + bias
+        return self._kept[key]
+
+    def least_bytes(self, bits: Bits | None = None) -> Tensor:
+        """[D + 1] the fewest bytes that the target layers' matrices store at any size that lacks at most n directions."""
+        key = f"bytes {bits}"
+        if key not in self._kept:
+            itemsizes = torch.tensor(self._weights.itemsizes)
+            self._kept[key] = self._running(
+                lambda layer, M, N, ranks: stored_bytes(M, N, ranks, self.adapter_rows, self.storage, itemsizes[layer], bits)
+            ).cummin(0).values  # fmt: skip
+        return self._kept[key]
+
+    @property
+    def _weights(self) -> Weights:
+        if self.weights is None:
+            raise BudgetError("these layers' bytes are not known before they are saved: ask by ratio or params, or load the artifact.")
+        return self.weights
 
     @property
     def dense_params(self) -> int:
         return sum(layer.dense_params for layer in self.layers)
 
     def ranks(self, removed: int) -> dict[str, int | None]:
-        counts = torch.bincount(self.order[:removed].long(), minlength=len(self.layers)).tolist()
         ranks: dict[str, int | None] = {}
-        for layer, lost in zip(self.layers, counts, strict=True):
+        for layer, lost in zip(self.layers, self._lost(removed).tolist(), strict=True):
             rank = max(1, layer.K - lost)
             ranks[layer.name] = None if self.reset and rank >= layer.dense_from(self.adapter_rows, self.storage) else rank
         return ranks
 
     def cut(self, budget: Budget) -> Cut:
-        """The largest model within `budget`: got <= asked, and the next larger one would exceed it."""
-        linear = self.stored()
-        table = self.stored(adapters=False) if budget.convention == "paper" else linear
-        asked: float | int
-        convention: str
-        if budget.params is not None:
-            asked, convention = budget.params, "params"
-            allowed = budget.params - self.rest_params
-        else:
-            assert budget.ratio is not None
-            asked, convention = budget.ratio, budget.convention
-            # the decimal that was written, not its nearest double: 0.7 of 10 is 7
-            exact = Fraction(repr(float(budget.ratio)))
-            if convention == "model":
-                allowed = int(exact * (self.dense_params + self.rest_params)) - self.rest_params
-            else:
-                allowed = int(exact * self.dense_params)
-        # stored amounts never rise with n: the first n that fits keeps the most directions
-        n = int(torch.searchsorted(-table, -allowed))
-        if n == len(table):
-            raise BudgetError(f"size {asked!r} ({convention}) can't be reached: the smallest is {self._smallest(convention)}.")
-        params = int(linear[n]) + self.rest_params
+        """The largest model within `budget`: got <= asked, and every larger one would exceed it.
+
+        By the curve, the smallest: of those, every smaller one that was measured would exceed it.
+        """
+        n, got = self._by_curve(budget) if budget.by_curve else self._by_amount(budget)
+        linear = int(self.stored()[n])
+        params = linear + self.rest_params
         sizes = {
-            "linear": int(linear[n]) / self.dense_params,
+            "linear": linear / self.dense_params,
             "paper": int(self.stored(adapters=False)[n]) / self.dense_params,
             "model": params / (self.dense_params + self.rest_params),
         }
-        return Cut(self.ranks(n), n, asked, convention, sizes, params)
+        loss = self.curve.loss(sizes["linear"]) if self.curve and budget.bits is None else None
+        return Cut(
+            ranks=self.ranks(n), removed=n, asked=budget.asked, convention=budget.convention if budget.ratio is not None else budget.kind,
+            got=got, sizes=sizes, params=params, bits=budget.bits, bytes=self._bytes(n, budget.bits),
+            predicted=None if loss is None else {"loss": loss, "perplexity": as_perplexity(loss)},
+        )  # fmt: skip
 
-    def _smallest(self, convention: str) -> str:
-        least = int(self.stored(adapters=convention != "paper")[-1])
-        if convention == "params":
-            return f"{least + self.rest_params:,} parameters"
-        extra = self.rest_params if convention == "model" else 0
-        return f"{(least + extra) / (self.dense_params + extra):.4f}"
+    def _bytes(self, removed: int, bits: Bits | None) -> int | None:
+        if self.weights is None:
+            return None
+        M, N, K = self._shape()
+        ranks = (K - self._lost(removed)).clamp_min(1)
+        itemsizes = torch.tensor(self.weights.itemsizes)
+        return int(stored_bytes(M, N, ranks, self.adapter_rows, self.storage, itemsizes, bits).sum()) + self.weights.rest
+
+    def _by_amount(self, budget: Budget) -> tuple[int, float | int]:
+        """(directions removed, got) of a budget that limits (a running sum + constant) / scale."""
+        sums, constant, scale = self._amount(budget)
+        # the decimal that was written, not its nearest double: 0.7 of 10 is 7
+        asked = Fraction(budget.asked if isinstance(budget.asked, int) else repr(float(budget.asked)))
+        allowed = int(asked * scale) - constant
+        # what never rises with n: the first n that fits keeps the most directions
+        n = bisect_left(range(len(sums)), True, key=lambda n: int(sums[n]) <= allowed)
+        if n == len(sums):
+            name = budget.convention if budget.ratio is not None else budget.kind
+            least = self._smallest(budget, int(sums[-1]) + constant, scale)
+            raise BudgetError(f"size {budget.asked!r} ({name}) can't be reached: the smallest is {least}.")
+        got = int(sums[n]) + constant
+        return n, got if scale == 1 else got / scale
+
+    def _amount(self, budget: Budget) -> tuple[Tensor, int, int]:
+        """(running sums, constant, scale) of what `budget` limits."""
+        if budget.params is not None:
+            return self.stored(), self.rest_params, 1
+        if budget.stored_bytes is not None:
+            return self.least_bytes(budget.bits), self._weights.rest, 1
+        if budget.memory_mb is not None:
+            return self.least_bytes(budget.bits), self._weights.rest + sum(self._beside(budget)), MEGA
+        if budget.convention == "model":
+            return self.stored(), self.rest_params, self.dense_params + self.rest_params
+        return self.stored(adapters=budget.convention != "paper"), 0, self.dense_params
+
+    def _beside(self, budget: Budget) -> tuple[int, int]:
+        """(KV cache, overhead) of serving, bytes."""
+        if self.decoder is None:
+            raise BudgetError("this model's config does not describe a decoder with a KV cache: ask for stored_bytes instead of memory_mb.")
+        assert budget.context is not None and budget.batch is not None
+        return self.decoder.cache(budget.context, budget.batch), self.decoder.overhead(budget.batch)
+
+    def _smallest(self, budget: Budget, least: int, scale: int) -> str:
+        if budget.params is not None:
+            return f"{least:,} parameters"
+        bits = "" if budget.bits is None else f" in {budget.bits} bit"
+        if budget.stored_bytes is not None:
+            return f"{least:,} bytes{bits}"
+        if budget.memory_mb is not None:
+            cache, overhead = self._beside(budget)
+            parts = (("weights" + bits, least - cache - overhead), ("KV cache", cache), ("overhead", overhead))
+            return f"{-(-least // MEGA):,} MB ({', '.join(f'{name} {part / MEGA:,.1f}' for name, part in parts)})"
+        return f"{least / scale:.4f}"
+
+    def _by_curve(self, budget: Budget) -> tuple[int, float]:
+        """(directions removed, predicted) of the smallest measured size that the curve says is good enough."""
+        curve, linear, dense = self.curve, self.stored(), self.dense_params
+        if curve is None:
+            raise BudgetError(
+                f"no curve was measured, so {budget.kind} can't be kept: measure it (acip.evaluate.trade_off), or ask for a ratio."
+            )
+        if budget.max_loss_increase is not None and curve.sizes[0] != 1.0:
+            raise BudgetError(
+                f"the curve starts at size {curve.sizes[0]:.4f}, so the base model's loss is unknown: ask for max_perplexity."
+            )
+
+        def got(n: int) -> float:
+            loss = curve.loss(int(linear[n]) / dense)
+            assert loss is not None
+            return as_perplexity(loss) if budget.max_perplexity is not None else loss - curve.losses[0]
+
+        # sizes [first, last) were measured or lie between such; what is predicted never falls with n there
+        first = bisect_left(range(len(linear)), True, key=lambda n: int(linear[n]) / dense <= curve.sizes[0])
+        last = bisect_left(range(len(linear)), True, key=lambda n: int(linear[n]) / dense < curve.sizes[-1])
+        if first >= last:
+            raise BudgetError("the curve was measured at sizes that this model does not have: measure it again.")
+        n = bisect_right(range(last), budget.asked, lo=first, key=got) - 1
+        if n < first:
+            whose = "the base model has" if curve.sizes[0] == 1.0 else f"the largest measured size, {curve.sizes[0]:.4f}, has"
+            raise BudgetError(f"{budget.kind} {budget.asked!r} can't be kept: {whose} perplexity {as_perplexity(curve.losses[0]):.6g}.")
+        # of removals that change no size, the first
+        n = bisect_left(range(n), True, key=lambda m: int(linear[m]) <= int(linear[n]))
+        return n, got(n)

@@ -36,7 +36,11 @@ class AnySize:
         return {layer.name: self.model.get_submodule(layer.name) for layer in self.table.layers}  # type: ignore[misc]
 
     def resize(self, budget: Budget | float) -> Cut:
-        """Take the largest size within `budget` (a number is a `linear` size ratio). No weights are copied."""
+        """Take the largest size within `budget` (a number is a `linear` size ratio). No weights are copied.
+
+        Bytes and memory are those of the plain model that `materialise` makes; this one always holds every size. BudgetError
+        where nothing is within the budget.
+        """
         cut = self.table.cut(budget if isinstance(budget, Budget) else Budget(ratio=budget))
         if self.cut is None or cut.removed != self.cut.removed:
             set_size(self.layers, cut, self.recipe)
@@ -44,7 +48,10 @@ class AnySize:
         return cut
 
     def materialise(self) -> PreTrainedModel:
-        """The present size as a plain model: every target in its smallest form, adapters folded in."""
+        """The present size as a plain model: every target in its smallest form, adapters folded in.
+
+        In the model's own dtype: a cut in 8 or 4 bit counted what a quantiser has yet to make of it.
+        """
         assert self.cut is not None, "resize first"
         skip = {id(layer): layer for layer in self.layers.values()}
         plain: Any = copy.deepcopy(self.model, memo=dict(skip))
