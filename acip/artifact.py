@@ -2,56 +2,58 @@
 
 manifest.json         written last, atomically: without it the artifact does not exist. Schema, provenance, recipe,
                       layer table, curve, and size and sha256 of every other file
-factors.safetensors   per target layer `NAME.left` [S, M], `NAME.right` [S, N]: one direction a row, most important
-                      first, so that a size is a prefix; S is the largest rank that is smaller than the dense layer
-adapters.safetensors  the adapters of both factors, B scaled by alpha / R at every knot: `NAME.right.A` [R, N],
-                      `NAME.right.B` [max(1, knots), S, R], `NAME.left.A` [S, R], `NAME.left.B` [max(1, knots), M, R];
-                      or of one beside the layer: `NAME.layer.A` [R, N], `NAME.layer.B` [max(1, knots), M, R]
+factors.safetensors   per target layer `NAME.left` [S, M], `NAME.right` [S, N]: one direction a row, most important first,
+                      adapters folded in, so that a size is a prefix; S is the largest rank that is smaller than the dense
+                      layer. Where the adapter sits beside the layer, its R rows come before the directions
 dense.safetensors     `NAME.weight` [M, N]: for the layers that are dense at a size
 rest.safetensors      every other tensor of the base model (embeddings, norms, biases, head)
 order.safetensors     `layer` [D]: the layer that loses a direction, first to leave first; `score`, `crossing`, and
                       `direction`: each layer's basis indices in the order of importance
+digests.safetensors   `FILE/TENSOR` [chunks, 32]: sha256 of each chunk of rows (acip.tensors) of the files above
+adapters.safetensors  the adapters by themselves, for PEFT; no size reads them: `NAME.PLACE.A`, `NAME.PLACE.B` (scaled) at
+                      the places right (A [R, N], B [S, R]) and left (A [R, S], B [M, R]), or layer (A [R, N], B [M, R])
 config.json, tokenizer files, generation_config.json    the base model's own
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-import transformers
-from accelerate import init_empty_weights
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoConfig, AutoTokenizer
 
 from acip.base import Base
-from acip.budget import Curve, Decoder
+from acip.budget import Budget, Curve, Decoder
 from acip.calibrate import Calibration
 from acip.cut import CutTable, LayerShape, Weights
 from acip.errors import ArtifactError
-from acip.layers import set_module, targets, weight_MN
-from acip.linear import ALL, ElasticLinear, LoRA
+from acip.layers import targets, weight_MN
+from acip.linear import ElasticLinear
 from acip.materialise import AnySize
+from acip.reader import Reader
 from acip.recipe import Recipe
+from acip.source import Folder, Source
+from acip.tensors import TensorFile, digests
 
-SCHEMA = 2
+SCHEMA = 3
+DIGESTS = "digests"
 MANIFEST = "manifest.json"
-ITEMSIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of safetensors' names
+DIGESTED = ("factors", "dense", "rest", "order", "adapters")
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An opened artifact: its folder and its checked manifest. Tensors are read when a model is loaded."""
+    """An opened artifact: its checked manifest, where its bytes come from, and the folder for those that are needed as files."""
 
     folder: Path
     manifest: dict[str, Any]
+    source: Source
 
     # ---- write
 
@@ -69,14 +71,13 @@ class Artifact:
         inside: set[int] = set()
         for name, core in layers.items():
             assert isinstance(core, ElasticLinear)
-            rows = slice(stored[name])
-            factors[f"{name}.left"] = core.left.read(stored[name])
-            factors[f"{name}.right"] = core.right.read(stored[name])
+            left, right = core.folded(stored[name])
+            factors |= {f"{name}.left": left.to(core.left.dtype), f"{name}.right": right.to(core.left.dtype)}
             dense[f"{name}.weight"] = weight_MN(core.exact)
             inside.update(id(tensor) for tensor in core.parameters() if tensor is not core.bias)
             for place, lora in core.loras.items():
-                A = lora.A[:, rows].T if place == "left" else lora.A
-                B = torch.stack([B * lora.scale for B in lora.B])[:, rows if place == "right" else ALL]
+                A = lora.A[:, : stored[name]] if place == "left" else lora.A
+                B = (lora.B[: stored[name]] if place == "right" else lora.B) * lora.scale
                 adapters |= {f"{name}.{place}.A": A.to(core.left.dtype), f"{name}.{place}.B": B.to(core.left.dtype)}
         rest: dict[str, Tensor] = {}
         seen: set[int] = set()
@@ -92,8 +93,9 @@ class Artifact:
             "crossing": scores.crossing,
             "direction": torch.cat([importance[name] for name in scores.names]).to(torch.int32),
         }
-        for file, tensors in (("factors", factors), ("adapters", adapters), ("dense", dense), ("rest", rest), ("order", order)):
+        for file, tensors in zip(DIGESTED, (factors, dense, rest, order, adapters), strict=True):
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / f"{file}.safetensors")
+        save_file(dict(_digests(folder)), folder / f"{DIGESTS}.safetensors")
         base.model.config.architectures = [type(base.model).__name__]
         for part in (base.model.config, getattr(base.model, "generation_config", None), base.tokenizer):
             if part is not None:  # a vision model has no words to read or write
@@ -124,26 +126,57 @@ class Artifact:
     # ---- read
 
     @classmethod
-    def open(cls, folder: str | Path, verify: bool = False) -> "Artifact":
-        """Open and check an artifact: its manifest, and that every file is there with its size (`verify`: its sha256 too)."""
+    def open(cls, folder: str | Path, source: Source | None = None, verify: bool = False) -> "Artifact":
+        """Open and check an artifact: its manifest, and that every file has its size (`verify`: its checksums too).
+
+        `source` is where its bytes are, None = in `folder`; of a source elsewhere only what has to be a file is copied there.
+        """
         folder = Path(folder)
+        source = source or Folder(folder)
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            (raw,) = source.read(MANIFEST, [(0, source.size(MANIFEST))])
+        except ArtifactError:
             raise ArtifactError(
-                f"{folder} holds no {MANIFEST}: it is not an artifact, or its writing was cut short. Calibrate again, or check the path."
+                f"{source.where} holds no {MANIFEST}: it is not an artifact, or its writing was cut short. "
+                "Calibrate again, or check the path."
             ) from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ArtifactError(f"{folder / MANIFEST} is not JSON ({error}). Fetch the artifact again.") from error
-        _check(manifest, folder)
+        try:
+            manifest = json.loads(bytes(raw).decode())
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"{source.where}/{MANIFEST} is not JSON ({error}). Fetch the artifact again.") from error
+        check(manifest, source.where)
         for file, facts in manifest["files"].items():
-            path = folder / file
-            if not path.is_file() or path.stat().st_size != facts["bytes"]:
-                got = f"{path.stat().st_size:,} bytes" if path.is_file() else "missing"
-                raise ArtifactError(f"{path} is {got}; the manifest says {facts['bytes']:,} bytes. Fetch the artifact again.")
-            if verify and _sha256(path) != facts["sha256"]:
-                raise ArtifactError(f"{path} is corrupted: its sha256 is not the manifest's. Fetch the artifact again.")
-        return cls(folder, manifest)
+            if (got := source.size(file)) != facts["bytes"]:
+                raise ArtifactError(
+                    f"{source.where}/{file} is {got:,} bytes; the manifest says {facts['bytes']:,} bytes. Fetch the artifact again."
+                )
+            if verify:
+                _compare(file, source.read(file, [(0, got)])[0], facts, source.where)
+        return cls(folder, manifest, source)
+
+    def local(self, file: str) -> Path:
+        """A file of the artifact as a local file, its checksum compared where it had to be copied."""
+        path = self.folder / file
+        if not path.is_file():
+            facts = self.manifest["files"].get(file)
+            if facts is None:
+                raise ArtifactError(f"{self.source.where} has no {file}. Fetch the artifact again.")
+            (content,) = self.source.read(file, [(0, facts["bytes"])])
+            _compare(file, content, facts, self.source.where)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+            partial.write_bytes(content)
+            partial.replace(path)
+        return path
+
+    def tensors(self, file: str) -> TensorFile:
+        """One of the artifact's safetensors files, to be read in parts."""
+        known: dict[str, Tensor] = {}
+        if self.source.checked and file != DIGESTS:
+            (content,) = self.source.read(f"{DIGESTS}.safetensors", [(0, self.source.size(f"{DIGESTS}.safetensors"))])
+            _compare(f"{DIGESTS}.safetensors", content, self.manifest["files"][f"{DIGESTS}.safetensors"], self.source.where)
+            known = {key.removeprefix(f"{file}/"): value for key, value in load(bytes(content)).items() if key.startswith(f"{file}/")}
+        return TensorFile(self.source, f"{file}.safetensors", known)
 
     @property
     def recipe(self) -> Recipe:
@@ -155,98 +188,73 @@ class Artifact:
 
     def table(self) -> CutTable:
         layers = tuple(LayerShape(row["name"], row["M"], row["N"], row["bias"]) for row in self.manifest["layers"])
-        with self._tensors("order") as tensors:
-            order = tensors.get_tensor("layer")
-        counts = torch.bincount(order.long(), minlength=len(layers))
-        if counts.tolist() != [layer.K for layer in layers]:
-            raise ArtifactError(f"{self.folder}: the removal order does not fit the layer table. Fetch the artifact again.")
-        with self._tensors("dense") as dense:
-            itemsizes = tuple(ITEMSIZES[dense.get_slice(f"{layer.name}.weight").get_dtype()] for layer in layers)
-        recipe = self.recipe
+        order = self.tensors("order").read(["layer"])["layer"]
+        misfit = ArtifactError(f"{self.source.where}: the removal order does not fit the layer table. Fetch the artifact again.")
+        if order.dtype != torch.int32 or order.ndim != 1 or not len(order) or not 0 <= int(order.min()) <= int(order.max()) < len(layers):
+            raise misfit
+        if torch.bincount(order.long(), minlength=len(layers)).tolist() != [layer.K for layer in layers]:
+            raise misfit
+        dense, recipe = self.tensors("dense"), self.recipe
+        itemsizes = tuple(dense.entry(f"{layer.name}.weight").dtype.itemsize for layer in layers)
         return CutTable(
             layers, order, recipe.adapter_rows, self.manifest["rest_params"], recipe.storage, recipe.reset,
-            weights=Weights(itemsizes, self._data_bytes("rest")),
-            decoder=Decoder.of(AutoConfig.from_pretrained(self.folder), max(itemsizes)),
+            weights=Weights(itemsizes, self.tensors("rest").data_bytes),
+            decoder=Decoder.of(AutoConfig.from_pretrained(self.local("config.json").parent), max(itemsizes)),
             curve=Curve.of(self.curve),
         )  # fmt: skip
 
     def tokenizer(self) -> Any:
+        for file in self.manifest["files"]:
+            if not file.endswith(".safetensors"):
+                self.local(file)
         return AutoTokenizer.from_pretrained(self.folder)
 
-    def load(self, device: str | torch.device = "cpu") -> AnySize:
-        """The resident model of every size, at size 1.0: bit for bit the base model."""
-        config = AutoConfig.from_pretrained(self.folder)
-        with init_empty_weights(include_buffers=False):
-            model = _model_class(config)._from_config(config, dtype=config.dtype)
-        table, recipe = self.table(), self.recipe
-        with self._tensors("rest") as tensors:
-            rest = {name: tensors.get_tensor(name).to(device) for name in tensors.keys()}  # noqa: SIM118
-        model.load_state_dict(rest, strict=False, assign=True)
-        with self._tensors("factors") as factors, self._tensors("dense") as dense, self._tensors("adapters") as adapters:
-            stored = adapters.keys()
-            for layer in table.layers:
-                original = model.get_submodule(layer.name)
-                weight = dense.get_tensor(f"{layer.name}.weight").to(device)
-                weight = weight.T.contiguous() if isinstance(original, Conv1D) else weight
-                original.weight = torch.nn.Parameter(weight, requires_grad=False)
-                left, right = (factors.get_tensor(f"{layer.name}.{side}").to(device) for side in ("left", "right"))
-                loras = {}
-                for place in ("layer", "right", "left"):
-                    if f"{layer.name}.{place}.A" in stored:
-                        A, B = (adapters.get_tensor(f"{layer.name}.{place}.{part}").to(device) for part in "AB")
-                        loras[place] = LoRA.of(A.T if place == "left" else A, B)
-                set_module(model, layer.name, ElasticLinear(original, left, right, loras))
-        model.tie_weights()
-        missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
-        if missing:
-            raise ArtifactError(f"{self.folder} lacks tensors of its model: {', '.join(missing[:3])}. Fetch the artifact again.")
-        if (self.folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(self.folder)
-        model.to(device).eval().requires_grad_(False)
-        any_size = AnySize(model, table, recipe)
-        any_size.resize(1.0)
+    def load(self, device: str | torch.device = "cpu", size: Budget | float | None = None) -> AnySize:
+        """The resident model: of every size, at size 1.0, bit for bit the base model; or of one `size`, which grows when it is resized.
+
+        At a size, only its bytes are read.
+        """
+        reader = Reader(self, device)
+        any_size = AnySize(reader.model(), self.table(), self.recipe, reader.fill)
+        if size is None:
+            reader.fill(any_size.layers, reader.everything(), dense=True)
+        any_size.resize(1.0 if size is None else size)
         return any_size
 
-    def _data_bytes(self, file: str) -> int:
-        """Bytes of a file's tensors: all that follows its header, of which the first 8 bytes say the length."""
-        path = self.folder / f"{file}.safetensors"
-        with path.open("rb") as opened:
-            return path.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
 
-    def _tensors(self, file: str) -> Any:
-        try:
-            return safe_open(self.folder / f"{file}.safetensors", framework="pt")
-        except Exception as error:  # safetensors raises its own, unrelated types
-            raise ArtifactError(f"{self.folder / file}.safetensors can't be read: {error}. Fetch the artifact again.") from error
+def _digests(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for file in DIGESTED:
+        written = TensorFile(Folder(folder), f"{file}.safetensors")
+        for name, entry in written.entries.items():
+            (piece,) = written.source.read(written.file, [(entry.start, entry.start + entry.rows * entry.row_bytes)])
+            yield f"{file}/{name}", digests(piece, entry)
 
 
-def _check(manifest: Any, folder: Path) -> None:
+def _compare(file: str, content: memoryview, facts: Mapping[str, Any], where: str) -> None:
+    if len(content) != facts["bytes"] or hashlib.sha256(content).hexdigest() != facts["sha256"]:
+        raise ArtifactError(f"{where}/{file} is corrupted: its sha256 is not the manifest's. Fetch the artifact again.")
+
+
+def check(manifest: Any, where: str) -> None:
     """Refuse what this code did not write: other schemas, missing fields, paths that leave the folder."""
     if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
-        raise ArtifactError(f"{folder / MANIFEST} is not an acip manifest.")
+        raise ArtifactError(f"{where}/{MANIFEST} is not an acip manifest.")
     if manifest["schema"] != SCHEMA:
         remedy = (
             "Upgrade acip." if manifest["schema"] > SCHEMA else "Calibrate again; nothing reads what was written before the first release."
         )
-        raise ArtifactError(f"{folder} has schema {manifest['schema']}; this acip reads {SCHEMA}. {remedy}")
+        raise ArtifactError(f"{where} has schema {manifest['schema']}; this acip reads {SCHEMA}. {remedy}")
     for key, kind in (("base", dict), ("recipe", dict), ("layers", list), ("files", dict), ("curve", list), ("rest_params", int)):
         if not isinstance(manifest.get(key), kind):
-            raise ArtifactError(f"{folder / MANIFEST}: {key!r} is missing or not a {kind.__name__}. Fetch the artifact again.")
+            raise ArtifactError(f"{where}/{MANIFEST}: {key!r} is missing or not a {kind.__name__}. Fetch the artifact again.")
     for file, facts in manifest["files"].items():
         path = PurePosixPath(file)
         if path.is_absolute() or ".." in path.parts or not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys():
-            raise ArtifactError(f"{folder / MANIFEST} names a file outside its folder, or without its size: {file!r}. It is not ours.")
+            raise ArtifactError(f"{where}/{MANIFEST} names a file outside its folder, or without its size: {file!r}. It is not ours.")
     for row in manifest["layers"]:
         fields = {"name": str, "M": int, "N": int, "bias": bool, "stored_rank": int}
         if not isinstance(row, dict) or any(not isinstance(row.get(key), kind) for key, kind in fields.items()):
-            raise ArtifactError(f"{folder / MANIFEST}: malformed layer row {row!r}.")
-
-
-def _model_class(config: PreTrainedConfig) -> Any:
-    """The class that was saved, where transformers has it (an encoder, a vision model); else the causal one for this config."""
-    saved = getattr(transformers, (config.architectures or [""])[0], None)
-    known = isinstance(saved, type) and issubclass(saved, PreTrainedModel)
-    return saved if known else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            raise ArtifactError(f"{where}/{MANIFEST}: malformed layer row {row!r}.")
 
 
 def _persistent_buffers(model: torch.nn.Module) -> list[tuple[str, Tensor]]:

@@ -9,8 +9,8 @@ Our default takes its scores from one backward pass instead (`fisher`, acip.scor
 and a worse order, see tests/benchmarks/QUALITY.md. Then all steps are post-tuning.
 
 While pruning, the task loss is mixed with the divergence from the base model's own distribution; in post-tuning that alone
-is the target, and every step is taken at one size: the stop ratio and a uniform one in turn. Each adapter keeps its B at
-several sizes (knots) and interpolates between them. (All of this ours; `recipe.paper` turns it off.)
+is the target, and every step is taken at one size: the stop ratio and a uniform one in turn. (All of this ours;
+`recipe.paper` turns it off.)
 
 On an accelerator the host looks only once in several steps. The stop test is the device's: from the step that reaches the
 stop ratio on, steps change nothing, until the host has seen it and takes back its count. So it never matters when it looks.
@@ -43,6 +43,8 @@ from acip.scores import ScoreMap, fisher
 from acip.sizes import cut_table, layer_shapes, live_ranks, set_size, size_ratio, sort_layers
 from acip.state import CalibrationState, StepReport
 
+EVEN = 0.75  # 0 = sizes weigh as much as their divergence, the smallest most; 1 = all alike. In between it is best for all of them
+LEAST = 1e-3  # nats; a smaller divergence weighs no more
 LOOK_EVERY = 4  # optimiser steps; of the host at an accelerator, and at which layers to pack
 
 
@@ -170,15 +172,17 @@ class _Loop:
         first, losses, sizes, end = state.step, [], [], self.recipe.end(state.stop_step)
         for _ in self.until_look(state.step, end):
             sizes.append(_take_size(state, table, self.recipe))
-            losses.append(self.step(state, self.recipe.distill))
+            losses.append(self.step(state, self.recipe.distill, even=self.recipe.post_tune == "sizes"))
         reports = []
         for step, (loss, size) in enumerate(zip(_averaged(losses), sizes, strict=True), first + 1):
             progress = (step - state.stop_step) / (end - state.stop_step)
             reports.append(StepReport(step, "post_tune", loss, size, state.lambda_, sum(state.stop_ranks), progress))
         return reports
 
-    def step(self, state: CalibrationState, distill: float, stopped: Tensor | None = None) -> Tensor:
+    def step(self, state: CalibrationState, distill: float, stopped: Tensor | None = None, even: bool = False) -> Tensor:
         """One optimiser step; its loss. While pruning, `stopped` tells on the device whether it still counts.
+
+        `even` weighs sizes more alike than their losses do: with EVEN = 1, the logarithm of the loss would be minimised.
 
         Dropout is seeded by the step, so a resumed run draws what the straight one drew.
         """
@@ -190,9 +194,12 @@ class _Loop:
             loss = objective(self.model, state.layers, batch, self.task, distill) / recipe.accumulate
             if stopped is not None and i == 0:
                 loss = loss + state.lambda_ * torch.stack([p.relu().sum() for p in state.masks]).sum()
+            total += loss.detach()
+            if even:
+                shard.average([scale := loss.detach().clone() * recipe.accumulate])
+                loss = loss * scale.clamp_min(LEAST) ** -EVEN
             if loss.requires_grad:  # at a size where every layer is dense there is nothing to learn
                 loss.backward()
-            total += loss.detach()
         shard.average(p.grad for p in state.params.values() if p.grad is not None)
         if stopped is not None:
             if recipe.scores == "gradient":
@@ -226,7 +233,7 @@ def transfer(calibration: Calibration, model: nn.Module, recipe: Recipe) -> Cali
     So a calibration on 4-bit weights serves the full-precision base (paper 3.4). `recipe` is the other model's; its basis
     and adapters must be those of the calibration, and its basis must come from the same text.
     """
-    for name in ("basis", "adapter", "adapter_rank", "adapter_alpha", "exclude", "mask_scale", "storage", "convention", "knots"):
+    for name in ("basis", "adapter", "adapter_rank", "adapter_alpha", "exclude", "mask_scale", "storage", "convention"):
         if getattr(recipe, name) != getattr(calibration.recipe, name):
             raise CalibrationError(
                 f"{name} is {getattr(recipe, name)!r}; to carry scores over it must be {getattr(calibration.recipe, name)!r}."
@@ -237,7 +244,6 @@ def transfer(calibration: Calibration, model: nn.Module, recipe: Recipe) -> Cali
     ours = sort_layers(model, calibration.scores)
     for name, core in ours.items():
         for place, lora in core.loras.items():
-            lora.grow(max(1, len(recipe.knots)))
             lora.load_state_dict(theirs[name].loras[place].state_dict())
     model.eval()
     table = cut_table(model, calibration.scores, recipe)
@@ -306,7 +312,7 @@ def _take_size(state: CalibrationState, table: CutTable, recipe: Recipe) -> floa
             core.set_rank(rank)
         return float(size_ratio(torch.tensor(state.stop_ranks), table.layers, recipe))
     size = recipe.stop_ratio if recipe.post_tune == "stop" else _next_size(state.step, recipe)
-    set_size(state.layers, table.cut(Budget(size, recipe.convention)), recipe)
+    set_size(state.layers, table.cut(Budget(size, recipe.convention)))
     return size
 
 

@@ -52,8 +52,7 @@ class StraightThrough(torch.autograd.Function):
 class LoRA(nn.Module):
     """scale * B A x, with `A` [R, in] and `B` [out, R] float32 whatever the model's dtype: small steps must count.
 
-    B is a function of size (ours): linear between matrices at `knots` sizes, all grown from the B that pruning left. One B for all sizes
-    makes the sizes fight; a B for each size would not be any-size. `place` = (lower knot, upper knot, share of the upper).
+    A and B serve all sizes; on the factors, each size takes the directions' part of them that it keeps.
     """
 
     def __init__(self, inputs: int, outputs: int, rank: int, scale: float, dropout: float = 0.0, device: Any = None) -> None:
@@ -61,37 +60,27 @@ class LoRA(nn.Module):
         self.scale, self.dropout = scale, dropout
         self.A = nn.Parameter(torch.empty(rank, inputs, device=device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.B = nn.ParameterList([nn.Parameter(torch.zeros(outputs, rank, device=device))])
-        self.place: tuple[int, int, float] = (0, 0, 0.0)
+        self.B = nn.Parameter(torch.zeros(outputs, rank, device=device))
 
     @classmethod
-    def of(cls, A_Rn: Tensor, B_kmR: Tensor) -> "LoRA":
+    def of(cls, A_Rn: Tensor, B_mR: Tensor) -> "LoRA":
         """Around given, scaled matrices, for use without training: in their own dtype."""
         lora = cls(1, 1, 1, 1.0, device="meta")
-        lora.A = nn.Parameter(A_Rn, requires_grad=False)
-        lora.B = nn.ParameterList([nn.Parameter(B, requires_grad=False) for B in B_kmR])
+        lora.A, lora.B = (nn.Parameter(matrix, requires_grad=False) for matrix in (A_Rn, B_mR))
         return lora
-
-    def grow(self, knots: int) -> None:
-        self.B = nn.ParameterList([nn.Parameter(self.B[0].detach().clone()) for _ in range(knots)])
-
-    def at_size(self) -> Tensor:
-        """B [out, R] at the present size."""
-        low, high, share = self.place
-        return self.B[low] if share == 0.0 else torch.lerp(self.B[low], self.B[high], share)
 
     def forward(self, x: Tensor, inputs: Tensor | slice = ALL, outputs: Tensor | slice = ALL) -> Tensor:
         """`inputs` and `outputs` choose the columns of A that x holds and the rows of B that are wanted."""
-        B = self.at_size()  # a slice of everything would still be copied in the backward pass
-        A, B = self.A if inputs is ALL else self.A[:, inputs], B if outputs is ALL else B[outputs]
+        # a slice of everything would still be copied in the backward pass
+        A, B = self.A if inputs is ALL else self.A[:, inputs], self.B if outputs is ALL else self.B[outputs]
         A, B = A.to(x.dtype), B.to(x.dtype)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         return F.linear(F.linear(x, A) * self.scale, B)
 
     def product(self) -> Tensor:
-        """scale * B A [out, in] at the present size."""
-        return self.at_size() @ self.A * self.scale
+        """scale * B A [out, in]."""
+        return self.B.float() @ self.A.float() * self.scale
 
 
 class Compressible(nn.Module):
@@ -191,8 +180,7 @@ class SVDLinear(Compressible):
         self._arrange(importance_K)
         with torch.no_grad():
             if "right" in self.loras:
-                for B in self.loras["right"].B:
-                    B.copy_(sort_directions(B, "right", "B", importance_K))
+                self.loras["right"].B.copy_(sort_directions(self.loras["right"].B, "right", "B", importance_K))
                 self.loras["left"].A.copy_(sort_directions(self.loras["left"].A, "left", "A", importance_K))
         return ElasticLinear(self.original, self.left, self.right, dict(self.loras.items()))
 
@@ -201,16 +189,26 @@ class ElasticLinear(Compressible):
     """Any rank of a layer from one copy of its directions, most important first: rank r is the prefix [:r] of its rows.
 
     `rank = None` is the original dense layer, bit for bit. There may be less than K rows: ranks that cost more than W are never wanted.
+    `lead` rows come before the directions and are in every rank: an adapter beside the layer, folded in.
     """
 
-    def __init__(self, original: nn.Module, left: Rows | Tensor, right: Rows | Tensor, loras: dict[str, LoRA] | None = None) -> None:
+    def __init__(
+        self, original: nn.Module, left: Rows | Tensor, right: Rows | Tensor, loras: dict[str, LoRA] | None = None, lead: int = 0
+    ) -> None:
         rows = [side if isinstance(side, Rows) else Rows(side) for side in (left, right)]
         super().__init__(original, rows[0], rows[1], loras)
         self.rank: int | None = None
+        self.lead = lead
 
     @property
     def stored_rank(self) -> int:
-        return len(self.left)
+        return min(len(self.left), len(self.right)) - self.lead
+
+    @property
+    def kept(self) -> int:
+        """Rows at the present rank."""
+        assert self.rank is not None
+        return self.lead + self.rank
 
     def set_rank(self, rank: int | None) -> None:
         assert rank is None or 0 <= rank <= self.stored_rank, f"rank {rank} of {self.stored_rank} stored"
@@ -219,49 +217,34 @@ class ElasticLinear(Compressible):
     def forward(self, x_BTN: Tensor) -> Tensor:
         if self.rank is None or self.bypass:
             return self.original(x_BTN)
-        kept = slice(self.rank)
-        h_BTr = self.right.project(x_BTN, self.rank)
+        h_BTr = self.right.project(x_BTN, self.kept)
         if "right" in self.loras:
-            h_BTr = h_BTr + self.loras["right"](x_BTN, outputs=kept)
-        y_BTM = self.left.expand(h_BTr, self.rank, self.bias)
+            h_BTr = h_BTr + self.loras["right"](x_BTN, outputs=slice(self.kept))
+        y_BTM = self.left.expand(h_BTr, self.kept, self.bias)
         if "left" in self.loras:
-            y_BTM = y_BTM + self.loras["left"](h_BTr, inputs=kept)
+            y_BTM = y_BTM + self.loras["left"](h_BTr, inputs=slice(self.kept))
         if "layer" in self.loras:
             y_BTM = y_BTM + self.loras["layer"](x_BTN)
         return y_BTM
 
     @torch.no_grad()
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(left [M, q], right [q, N]) at the present rank, adapters folded in, float32; q = r, or r + R with one beside the layer."""
-        assert self.rank is not None
-        right, left = self.right.read(self.rank).float(), self.left.read(self.rank).T.float()
+    def folded(self, rank: int) -> tuple[Tensor, Tensor]:
+        """(left [q, M], right [q, N]) of the first `rank` directions, float32, adapters folded in, if beside the layer as rows before."""
+        right, left = self.right.read(self.lead + rank).float(), self.left.read(self.lead + rank).float()
         if "right" in self.loras:
-            right = right + self.loras["right"].product()[: self.rank]
-            left = left + self.loras["left"].product()[:, : self.rank]
+            right = right + self.loras["right"].product()[:rank]
+            left = left + self.loras["left"].product()[:, :rank].T
         if "layer" in self.loras:
             beside = self.loras["layer"]
-            left = torch.cat([beside.at_size() * beside.scale, left], 1)
-            right = torch.cat([beside.A.float(), right])
+            left, right = torch.cat([beside.B.float().T * beside.scale, left]), torch.cat([beside.A.float(), right])
         return left, right
-
-    @torch.no_grad()
-    def correction(self) -> tuple[Tensor, Tensor]:
-        """What the adapters add at the present rank, as one LoRA: (B [M, q], A [q, N]), float32; q = R, or 2 R on the factors."""
-        if "layer" in self.loras:
-            beside = self.loras["layer"]
-            return beside.at_size().float() * beside.scale, beside.A.float()
-        kept, on_right, on_left = slice(self.rank), self.loras["right"], self.loras["left"]
-        right, left = self.right.read(self.rank).float(), self.left.read(self.rank).T.float()
-        b_rR, c_MR, d_Rr = on_right.at_size()[kept].float(), on_left.at_size().float(), on_left.A[:, kept].float()
-        b_rR, c_MR = b_rR * on_right.scale, c_MR * on_left.scale
-        # (U + c d)(V + b a) - U V = [U b + c d b | c] [a ; d V]
-        return torch.cat([left @ b_rR + c_MR @ (d_Rr @ b_rR), c_MR], 1), torch.cat([on_right.A.float(), d_Rr @ right])
 
     def materialise(self, storage: Storage) -> nn.Module:
         """The layer at its present rank in its smallest form, as a plain module that shares nothing with this one."""
         if self.rank is None:
             return self.original
-        left_Mq, right_qN = self.factors()
+        left_qM, right_qN = self.folded(self.rank)
+        left_Mq = left_qM.T
         (M, q), N, dtype = left_Mq.shape, right_qN.shape[1], self.left.dtype
         if q >= min(M, N) or (storage == "factors" and q * (M + N) >= M * N):
             return plain_linear((left_Mq @ right_qN).to(dtype), self.bias)
@@ -351,13 +334,3 @@ def plain_linear(weight_MN: Tensor, bias_M: Tensor | None) -> nn.Linear:
     if bias_M is not None:
         layer.bias = nn.Parameter(bias_M.detach().clone(), requires_grad=False)
     return layer
-
-
-def knot_place(size: float, knots: tuple[float, ...]) -> tuple[int, int, float]:
-    """Where `size` lies among the rising `knots`: (lower index, upper index, share of the upper). Clamped at the ends."""
-    if not knots or size <= knots[0]:
-        return 0, 0, 0.0
-    for high in range(1, len(knots)):
-        if size <= knots[high]:
-            return high - 1, high, (size - knots[high - 1]) / (knots[high] - knots[high - 1])
-    return len(knots) - 1, len(knots) - 1, 0.0

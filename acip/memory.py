@@ -5,7 +5,7 @@ A calibration has phases, and each phase its largest moment, a sum of parts:
     parametrise   second moments of the layers' inputs, and eigenvectors
     scores        Fisher scores: forward and backward through the base model
     prune         a step with masks. Every calibration takes one at least, the trial step
-    post-tune     a step with adapters at every knot, and the optimiser's moments of them
+    post-tune     a step with adapters, and the optimiser's moments of them
 
 The largest moment of a step is when the loss is computed, or when the backward pass is in its first block. Activations are
 counted layer by layer, as autograd keeps them (`_Block`, `_Prediction.kept`), and measured in tests/test_memory.py.
@@ -242,14 +242,14 @@ class _Prediction:
         return one
 
     def memory(self) -> Memory:
-        recipe, masks, A, B, knots = self.recipe, self.masks, self.A, self.B, max(1, len(self.recipe.knots))
+        recipe, masks, A, B = self.recipe, self.masks, self.A, self.B
         start = masks + A + B
         phases = [self.parametrise()]
         if recipe.scores == "fisher":
             phases.append(self.scored.step("scores", 0.0, start, 0.0, 0.0))
         phases.append(self.step("prune", recipe.distill_prune, start, start, 2 * start * recipe.prunes))
         if recipe.adapter_rank and (recipe.post_tune_steps or recipe.total_steps):
-            phases.append(self.step("post-tune", recipe.distill, A + knots * B, A + min(2, knots) * B, 2 * (A + knots * B)))
+            phases.append(self.step("post-tune", recipe.distill, A + B, A + B, 2 * (A + B)))
         return Memory(tuple(phases))
 
     # frozen weights
@@ -358,8 +358,7 @@ class _Prediction:
             per_token += s * R * (1 + factors)
             per_token += factors * k * (dropped if recipe.adapter_dropout else s)
         casts = R * (layer.N + layer.M + 2 * layer.K * factors) * s if s < 4 else 0
-        at_size = R * (layer.M + layer.K * factors) * 4 if s == 4 and not pruning and len(recipe.knots) > 1 else 0
-        return per_token * layer.share * self.tokens + casts + at_size
+        return per_token * layer.share * self.tokens + casts
 
     def rank(self, layer: _Layer) -> float:
         """The largest rank in post-tuning."""

@@ -79,7 +79,7 @@ def open_published(folder: str | Path, base: Base | str | None = None) -> tuple[
         if recipe.adapter_rank:
             (M, N), R = shapes[name], recipe.adapter_rank
             A, B = checkpoint.read(name, "lora_A", R, N), checkpoint.read(name, "lora_B", M, R)
-            cores[name].loras["layer"] = LoRA.of(A, B[None] * (recipe.adapter_alpha / R))
+            cores[name].loras["layer"] = LoRA.of(A, B * (recipe.adapter_alpha / R))
     _compare_rest(checkpoint, base, names)
     for name, core in cores.items():
         set_module(base.model, name, core)

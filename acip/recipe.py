@@ -65,7 +65,6 @@ class Recipe:
     post_tune: PostTune = "sizes"  # stop: the smallest size only (the paper); sizes: the smallest and U[stop, 1] in turn
     post_tune_lr: float | None = None  # None = lr
     distill: float = 1.0  # share of KL to the base model's distribution in post-tuning's loss; [0, 1]
-    knots: tuple[float, ...] = (0.4, 0.5, 0.6, 0.8, 1.0)  # sizes at which B is stored; () = one B for all sizes
 
     # Any size (2.2.3)
     storage: Storage = "pivot"  # how a compressed layer is stored, and so what a rank costs; see acip.cut
@@ -93,7 +92,6 @@ class Recipe:
             ("distill_prune", "in [0, 1)", 0 <= self.distill_prune < 1),
             ("distill", "in [0, 1]", 0 <= self.distill <= 1),
             ("scores_until", "in (stop_ratio, 1)", self.scores_until is None or self.stop_ratio < self.scores_until < 1),
-            ("knots", "rising, in (0, 1]", list(self.knots) == sorted({k for k in self.knots if 0 < k <= 1})),
         ):
             if not ok:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; it must be {rule}.")
@@ -103,8 +101,6 @@ class Recipe:
             )
         if self.scores == "singular_values" and self.basis != "svd":
             raise RecipeError("singular values as scores need the SVD's directions: set basis to 'svd'.")
-        if self.knots and self.post_tune == "stop":
-            raise RecipeError("knots need sizes to learn from: set post_tune to 'sizes', or knots to [].")
 
     @property
     def prunes(self) -> bool:
@@ -180,7 +176,7 @@ def paper() -> Recipe:
     """The paper to the letter: SVD basis, sizes without adapters, post-tuning at the stop ratio only (Appendix B)."""
     return Recipe(
         basis="svd", adapter="layer", adapter_dropout=0.05, scores="order", convention="paper", distill_prune=0.0,
-        post_tune="stop", distill=0.0, knots=(), storage="factors",
+        post_tune="stop", distill=0.0, storage="factors",
     )  # fmt: skip
 
 

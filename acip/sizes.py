@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from acip.cut import Cut, CutTable, LayerShape, stored_params
 from acip.layers import set_module, targets, weight_MN
-from acip.linear import Compressible, ElasticLinear, SVDLinear, knot_place
+from acip.linear import Compressible, ElasticLinear, SVDLinear
 from acip.recipe import Recipe
 from acip.scores import ScoreMap
 
@@ -38,14 +38,11 @@ def sort_layers(model: nn.Module, scores: ScoreMap) -> dict[str, SVDLinear | Ela
     return targets(model)
 
 
-def set_size(layers: Mapping[str, Compressible], cut: Cut, recipe: Recipe) -> None:
-    """Every layer at its rank of `cut`, every adapter at the cut's size."""
-    place = knot_place(cut.sizes[recipe.convention], recipe.knots)
+def set_size(layers: Mapping[str, Compressible], cut: Cut) -> None:
+    """Every layer at its rank of `cut`."""
     for name, core in layers.items():
         assert isinstance(core, ElasticLinear)
         core.set_rank(cut.ranks[name])
-        for lora in core.loras.values():
-            lora.place = place
 
 
 def live_ranks(values: Tensor, scores: ScoreMap) -> Tensor:

@@ -84,26 +84,22 @@ class CalibrationState:
                     core.pack((core.p > 0).nonzero().squeeze(1))
 
     def end_pruning(self, model: nn.Module, recipe: Recipe) -> None:
-        """Masks are done: sort every layer by score, give each knot its B, and carry the adapters' moments along."""
+        """Masks are done: sort every layer by score, and carry the adapters' moments along."""
         self.stop_step = self.step
         if recipe.scores == "gradient":
             self.scores.score = -self.gradients
         importance = self.scores.importance()
         moments, old = self.optimizer.state, self.params
         self.layers = sort_layers(model, self.scores)
-        for core in self.layers.values():
-            for lora in core.loras.values():
-                lora.grow(max(1, len(recipe.knots)))
         self.params = _parameters(self.layers)
         if not self.params:  # no adapters: nothing is left to train
             return
         self.optimizer = _adamw(self.params, recipe.post_tune_lr or recipe.lr)
         for name, param in self.params.items():
-            was = old[name if name in old else name.rstrip("0123456789") + "0"]  # every knot's B grows out of B0
-            if was in moments:
+            if (was := old[name]) in moments:
                 layer, place, part = name.rsplit(".", 2)
                 self.optimizer.state[param] = {
-                    key: (value if key == "step" else sort_directions(value, place, part[0], importance[layer])).clone()
+                    key: (value if key == "step" else sort_directions(value, place, part, importance[layer])).clone()
                     for key, value in moments[was].items()
                 }
 
@@ -161,8 +157,7 @@ def _parameters(layers: Mapping[str, SVDLinear | ElasticLinear]) -> dict[str, nn
         if isinstance(core, SVDLinear):
             params[f"{name}.mask"] = core.p
         for place, lora in core.loras.items():
-            params[f"{name}.{place}.A"] = lora.A
-            params.update({f"{name}.{place}.B{i}": B for i, B in enumerate(lora.B)})
+            params |= {f"{name}.{place}.A": lora.A, f"{name}.{place}.B": lora.B}
     return params
 
 

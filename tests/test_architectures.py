@@ -196,7 +196,7 @@ def test_a_smaller_size_is_a_plain_model_of_that_many_parameters(journey: Journe
 
 def test_it_writes_after_loading_what_it_wrote_before_saving(journey: Journey, tokens: Tensor) -> None:
     cut = journey.any_size.resize(0.6)
-    set_size(targets(journey.calibration.model), cut, RECIPE)
+    set_size(targets(journey.calibration.model), cut)
     tokenizer, prompt = journey.artifact.tokenizer(), tokens[:1, :6]
     ways: list[Any] = [journey.calibration.model, journey.any_size.model, journey.any_size.materialise()]
     written = [way.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False) for way in ways]
@@ -335,7 +335,7 @@ def test_an_encoder_goes_the_same_way(name: str, tokens: Tensor, tmp_path: Path)
         resident, plain = _run(any_size.model, inputs).logits, any_size.materialise()
         torch.testing.assert_close(_run(plain, inputs).logits, resident, rtol=0, atol=1e-3)
         assert sum(p.numel() for p in plain.parameters()) == cut.params
-        set_size(targets(model), cut, RECIPE)
+        set_size(targets(model), cut)
         torch.testing.assert_close(_run(model, inputs).logits, resident, rtol=0, atol=1e-4)
         assert torch.equal(_run(restore(model), inputs).logits, before)
 

@@ -42,7 +42,7 @@ def test_every_size_computes_what_was_calibrated(
     _, calibration = calibrated
     any_size = small_artifact.load()
     cut = any_size.resize(size)
-    set_size(targets(calibration.model), cut, calibration.recipe)
+    set_size(targets(calibration.model), cut)
     resident = logits(any_size.model, heldout_tokens[:4])
     torch.testing.assert_close(resident, logits(calibration.model, heldout_tokens[:4]), rtol=0, atol=1e-4)
     plain = any_size.materialise()
@@ -109,7 +109,7 @@ def _flip(folder: Path) -> None:
         (lambda folder: (folder / MANIFEST).unlink(), "holds no manifest.json"),
         (lambda folder: (folder / MANIFEST).write_bytes(b"\x80\x04pickle"), "is not JSON"),
         (lambda folder: (folder / MANIFEST).write_text("[]"), "not an acip manifest"),
-        (lambda folder: (folder / "dense.safetensors").unlink(), "missing"),
+        (lambda folder: (folder / "dense.safetensors").unlink(), "is missing"),
         (lambda folder: (folder / "rest.safetensors").write_bytes(b"short"), "the manifest says"),
         (_flip, "is corrupted"),
         (_edit(lambda m: m.update(schema=99)), "Upgrade acip"),

@@ -227,7 +227,7 @@ def test_bytes_are_those_of_materialised_layers(dtype: torch.dtype, storage: Sto
 
 def test_an_artifact_keeps_what_its_curve_predicts(small_artifact: Artifact) -> None:
     rows = [{"asked": size, "got": size, "loss": loss} for size, loss in ((1.0, 1.5), (0.8, 1.6), (0.6, 1.9))]
-    any_size = Artifact(small_artifact.folder, {**small_artifact.manifest, "curve": rows}).load()
+    any_size = Artifact(small_artifact.folder, {**small_artifact.manifest, "curve": rows}, small_artifact.source).load()
     assert any_size.cut and any_size.cut.predicted == {"loss": 1.5, "perplexity": math.exp(1.5)}
     cut = any_size.resize(Budget(max_loss_increase=0.1))
     assert (cut.asked, cut.convention, cut.unit) == (0.1, "max_loss_increase", "nats per token")
@@ -341,6 +341,6 @@ def test_bytes_budgets_set_a_model(small_artifact: Artifact) -> None:
     by_ratio = any_size.resize(0.6)
     assert by_ratio.bytes
     by_bytes = any_size.table.cut(Budget(stored_bytes=by_ratio.bytes))
-    set_size(any_size.layers, by_bytes, any_size.recipe)
+    set_size(any_size.layers, by_bytes)
     assert {name: layer.rank for name, layer in any_size.layers.items()} == by_bytes.ranks
     assert by_bytes.params >= by_ratio.params

@@ -188,7 +188,7 @@ def test_no_adapters(
 ) -> None:
     """D.2: masks alone. The artifact holds no adapter, and a size stores none."""
     base = load_base(small_base, "float32")
-    bare = Recipe.from_dict({"adapter_rank": 0, "knots": [], "post_tune_steps": 0}, quick_recipe)
+    bare = Recipe.from_dict({"adapter_rank": 0, "post_tune_steps": 0}, quick_recipe)
     parametrise(base.model, bare, golden_tokens)
     calibration = calibrate(base.model, TokenBatches(golden_tokens, 4), bare)
     any_size = Artifact.save(tmp_path / "bare", base, calibration, {}).load()

@@ -28,7 +28,7 @@ def test_the_papers_fleet_has_the_papers_recipes() -> None:
     paper = jobs["llama-7b"].recipe
     assert paper == replace(named("paper"), recompute=True)
     assert (paper.basis, paper.scores, paper.adapter, paper.storage) == ("svd", "order", "layer", "factors")
-    assert (paper.post_tune, paper.knots, paper.convention, paper.distill, paper.distill_prune) == ("stop", (), "paper", 0.0, 0.0)
+    assert (paper.post_tune, paper.convention, paper.distill, paper.distill_prune) == ("stop", "paper", 0.0, 0.0)
 
 
 def test_the_demo_is_the_embedded_default() -> None:
@@ -37,7 +37,7 @@ def test_the_demo_is_the_embedded_default() -> None:
 
 
 def test_defaults_and_changes(tmp_path: Path) -> None:
-    text = "defaults: {recipe: paper, set: {lr: 0.5}}\nmodels:\n- {name: a, base: x/y}\n- {name: b, base: x/y, set: {lr: 1, knots: []}}"
+    text = "defaults: {recipe: paper, set: {lr: 0.5}}\nmodels:\n- {name: a, base: x/y}\n- {name: b, base: x/y, set: {lr: 1, exclude: []}}"
     a, b = load(tmp_path, text).jobs
     assert a.recipe == Recipe.from_dict({"lr": 0.5}, named("paper"))
     assert b.recipe.lr == 1.0

@@ -34,7 +34,6 @@ RECIPE = Recipe(
     storage="factors",
     distill_prune=0.0,
     distill=0.0,
-    knots=(),
     mask_scale=CONFIG["mask_scale"],
     adapter_rank=CONFIG["lora_r"],
     adapter_alpha=float(CONFIG["lora_alpha"]),
@@ -73,7 +72,7 @@ def replay(small_base: str, golden_tokens: torch.Tensor, tmp_path_factory: pytes
     with torch.no_grad():
         for name, core in targets(base.model).items():
             core.loras["layer"].A.copy_(adapters[f"model.{name}.lora_A.default.weight"])
-            core.loras["layer"].B[0].copy_(adapters[f"model.{name}.lora_B.default.weight"])
+            core.loras["layer"].B.copy_(adapters[f"model.{name}.lora_B.default.weight"])
     calibration = calibrate(base.model, TokenBatches(golden_tokens, CONFIG["B"], shuffle=False), RECIPE)
     torch.set_num_threads(threads)
     return base, calibration

@@ -13,7 +13,7 @@ from acip.bases import basis
 from acip.calibrate import calibrate
 from acip.data import TokenBatches
 from acip.layers import set_module, targets
-from acip.linear import ElasticLinear, LoRA, LowRankLinear, PivotLinear, SVDLinear, knot_place
+from acip.linear import ElasticLinear, LoRA, LowRankLinear, PivotLinear, SVDLinear
 from acip.losses import as_base
 from acip.parametrise import parametrise, restore
 from acip.recipe import Recipe, Storage
@@ -97,7 +97,7 @@ def test_masked_packed_sorted_and_materialised_agree(
         with torch.no_grad():
             core.p.copy_(torch.randn_like(core.p))
             for lora in core.loras.values():
-                lora.B[0].normal_(std=0.02)
+                lora.B.normal_(std=0.02)
     masks = {name: core.p.detach().clone() for name, core in layers.items() if isinstance(core, SVDLinear)}
     tokens = heldout_tokens[:4]
     masked = logits(model, tokens)
@@ -117,26 +117,14 @@ def test_masked_packed_sorted_and_materialised_agree(
     assert cut_table(model, scores, recipe()).rest_params == rest
     for name, core in layers.items():
         assert isinstance(core, ElasticLinear)
-        B, A = core.correction()
-        W = core.left.read(core.rank).T @ core.right.read(core.rank) + B @ A
-        left, right = core.factors()
-        torch.testing.assert_close(left @ right, W, rtol=0, atol=1e-5)
+        assert core.rank is not None
+        left, right = core.folded(core.rank)
+        resident = ElasticLinear(core.original, left, right, lead=4 if adapter == "layer" else 0)
+        resident.set_rank(core.rank)
+        x = torch.randn(3, right.shape[1])
+        torch.testing.assert_close(resident(x), core(x), rtol=0, atol=1e-4)
         set_module(model, name, core.materialise(storage))
     torch.testing.assert_close(logits(model, tokens), masked, rtol=0, atol=5e-4)
-
-
-def test_knots_interpolate() -> None:
-    knots = (0.4, 0.5, 1.0)
-    assert knot_place(0.3, knots) == (0, 0, 0.0)
-    assert knot_place(0.5, knots) == (0, 1, pytest.approx(1.0))
-    assert knot_place(0.75, knots) == (1, 2, pytest.approx(0.5))
-    assert knot_place(0.75, ()) == (0, 0, 0.0)
-    lora = LoRA(3, 2, rank=3, scale=1.0)
-    lora.grow(3)
-    with torch.no_grad():
-        lora.B[2].fill_(4.0)
-    lora.place = knot_place(0.75, knots)
-    torch.testing.assert_close(lora.at_size(), torch.full((2, 3), 2.0))
 
 
 @pytest.mark.parametrize(("M", "N", "q"), [(6, 5, 0), (96, 96, 60), (256, 96, 40), (96, 256, 95), (40, 8, 1), (8, 40, 7)])
@@ -156,8 +144,8 @@ def test_the_pivot_form_is_as_good_in_16_bit_as_two_factors(calibrated: Any) -> 
     _, calibration = calibrated
     for core in targets(calibration.model).values():
         assert isinstance(core, ElasticLinear)
-        core.set_rank(core.stored_rank // 2)
-        left, right = core.factors()
+        left_qM, right = core.folded(core.stored_rank // 2)
+        left = left_qM.T
         x = torch.randn(64, right.shape[1])
         exact = x @ (left @ right).T
         error = [
@@ -174,12 +162,12 @@ def test_adapters_on_the_factors_reach_outside_of_the_kept_directions() -> None:
     core = SVDLinear(linear, W, basis(W, None), 0.02, {"right": LoRA(12, 8, 2, 1.0), "left": LoRA(8, 8, 2, 1.0)})
     with torch.no_grad():
         for lora in core.loras.values():
-            lora.B[0].normal_()
+            lora.B.normal_()
     elastic = core.sorted(torch.arange(8))
     elastic.set_rank(3)
-    left, right = elastic.factors()
-    assert torch.linalg.matrix_rank(left @ right) == 3
-    joint = torch.cat([elastic.left.read(3).T, left], 1), torch.cat([elastic.right.read(3), right])
+    left, right = elastic.folded(3)
+    assert torch.linalg.matrix_rank(left.T @ right) == 3
+    joint = torch.cat([elastic.left.read(3), left]), torch.cat([elastic.right.read(3), right])
     assert [int(torch.linalg.matrix_rank(both)) for both in joint] == [5, 5], "two more dimensions on either side"
 
 

@@ -33,11 +33,9 @@ def test_recipes_are_checked() -> None:
         Recipe.from_dict({"bassis": "svd"})
     with pytest.raises(RecipeError, match="allowed: 'covariance', 'svd'"):
         Recipe.from_dict({"basis": "pca"})
-    with pytest.raises(RecipeError, match="rising"):
-        Recipe.from_dict({"knots": [0.5, 0.4]})
+    with pytest.raises(RecipeError, match="stop_ratio"):
+        Recipe.from_dict({"scores_until": 2.0})
     with pytest.raises(RecipeError, match="nothing to post-tune"):
         Recipe.from_dict({"adapter_rank": 0})
-    with pytest.raises(RecipeError, match="sizes to learn from"):
-        Recipe.from_dict({"post_tune": "stop"})
     assert issubclass(RecipeError, AcipError)
     assert issubclass(AcipError, ValueError)

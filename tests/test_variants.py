@@ -46,7 +46,7 @@ def plain(run: Run) -> Calibration:
 
 
 def loss(calibration: Calibration, size: float, windows: Tensor) -> float:
-    set_size(targets(calibration.model), calibration.table.cut(Budget(size, "paper")), calibration.recipe)
+    set_size(targets(calibration.model), calibration.table.cut(Budget(size, "paper")))
     return perplexity(calibration.model, windows[:64], 16).loss
 
 
@@ -71,7 +71,7 @@ def test_the_reset_rule(run: Run, plain: Calibration, small_base: str, heldout_t
     cut = everywhere.table.cut(Budget(0.9))
     assert None not in cut.ranks.values()
     layers = {name: core for name, core in targets(everywhere.model).items() if isinstance(core, ElasticLinear)}
-    set_size(layers, cut, everywhere.recipe)
+    set_size(layers, cut)
     sizes = [sum(p.numel() for p in core.materialise("factors").parameters()) for core in layers.values()]
     assert sum(sizes) + everywhere.table.rest_params == cut.params, "what saves nothing is stored as one dense product"
 

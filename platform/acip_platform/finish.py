@@ -16,6 +16,7 @@ from acip.cut import Budget
 from acip.data import documents, token_windows
 from acip.evaluate import trade_off
 from acip.materialise import AnySize
+from acip.peft_export import save_peft
 from acip_platform import figures
 from acip_platform.fleet import Job
 from acip_platform.settings import Settings
@@ -80,6 +81,6 @@ def _show(job: Job, artifact: Artifact, any_size: AnySize, uri: str, run: Run) -
             run.figure(figure, f"kept_ranks_{round(size * 100)}.png")
     if job.recipe.adapter_rank:
         with tempfile.TemporaryDirectory() as folder:
-            any_size.resize(Budget(job.recipe.stop_ratio, job.recipe.convention))
-            any_size.save_peft(folder, job.base)
+            cut = artifact.table().cut(Budget(job.recipe.stop_ratio, job.recipe.convention))
+            save_peft(artifact, folder, cut, job.base)
             run.folder(Path(folder), f"adapter_at_{round(job.recipe.stop_ratio * 100)}")

@@ -52,8 +52,7 @@ IDEAS: dict[str, dict[str, Any]] = {  # our recipe without ...
     "Fisher scores (L1 pruning, KL mixed in)": {"scores": "order"},
     "Fisher scores (L1 pruning, as in the paper)": {"scores": "order", "distill_prune": 0.0},
     "distillation": {"distill": 0.0},
-    "size-conditioned adapters": {"knots": ()},
-    "many sizes in post-tuning": {"knots": (), "post_tune": "stop"},
+    "many sizes in post-tuning": {"post_tune": "stop"},
     "post-tuning (one step)": {"total_steps": 1},
 }
 
@@ -130,7 +129,7 @@ def measure(setting: Setting, label: str, recipe: Recipe) -> dict[str, Any]:
     calibration = calibrate(model, TokenBatches(train, recipe.batch_size, recipe.seed), recipe)
     excess: dict[str, dict[float, float]] = {domain: {} for domain in heldout}
     for size in FINE:
-        set_size(targets(model), calibration.table.cut(Budget(size)), recipe)
+        set_size(targets(model), calibration.table.cut(Budget(size)))
         for domain, windows in heldout.items():
             excess[domain][size] = loss(model, windows) - base[domain]
     return {

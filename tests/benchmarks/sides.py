@@ -67,7 +67,7 @@ class Setting:
         same = asdict(self) | {"lambda_start": self.lambda_start or 1e-3, "adapter_dropout": 0.0}
         del same["shape"]
         if side == "ours":
-            same |= {"post_tune": "stop", "distill": 0.0, "knots": ()}
+            same |= {"post_tune": "stop", "distill": 0.0}
         return Recipe.from_dict(same, paper() if side in ("same", "literal") else acip())
 
     @property

@@ -1,0 +1,38 @@
+"""The adapters of an artifact in PEFT's own format, for those who go on from there."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+
+from acip.artifact import Artifact
+from acip.cut import Cut
+
+
+def save_peft(artifact: Artifact, folder: str | Path, cut: Cut, base: str) -> None:
+    """What the adapters add to the directions kept at `cut`, in PEFT's own format (alpha / R = 1: the scale is folded in).
+
+    Rank R beside the layer; on the factors 2 R: (U + c d)(V + b a) - U V = [U b + c d b | c] [a ; d V].
+    """
+    adapters, factors = artifact.tensors("adapters"), artifact.tensors("factors")
+    tensors: dict[str, Tensor] = {}
+    names = [name for name, rank in cut.ranks.items() if rank is not None]
+    for name in names:
+        lora = {key: value.float() for key, value in adapters.read([key for key in adapters.entries if key.startswith(f"{name}.")]).items()}
+        if f"{name}.layer.A" in lora:
+            B, A = lora[f"{name}.layer.B"], lora[f"{name}.layer.A"]
+        else:
+            rank = cut.ranks[name]
+            left, right = (rows[:rank].float() for rows in factors.read([f"{name}.left", f"{name}.right"]).values())
+            a, b = lora[f"{name}.right.A"], lora[f"{name}.right.B"][:rank]
+            d, c = lora[f"{name}.left.A"][:, :rank], lora[f"{name}.left.B"]
+            U, V = left.T - c @ d, right - b @ a
+            B, A = torch.cat([U @ b + c @ (d @ b), c], 1), torch.cat([a, d @ V])
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.to(factors.entry(f"{name}.right").dtype).contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B.to(factors.entry(f"{name}.right").dtype).contiguous()
+    q = artifact.recipe.adapter_rank * (2 if artifact.recipe.adapter == "factors" else 1)
+    config = LoraConfig(r=q, lora_alpha=q, target_modules=names, base_model_name_or_path=base, inference_mode=True)
+    config.save_pretrained(str(folder))
+    save_file(tensors, Path(folder) / "adapter_model.safetensors")

@@ -1,0 +1,51 @@
+"""Where an artifact's bytes come from: files by name, of which pieces are read.
+
+A folder maps its files into memory, so that nothing is read before it is used and nothing twice. Other places (S3) are the
+platform's: they bring a `Source` of their own, whose bytes are compared with their checksums.
+"""
+
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from acip.errors import ArtifactError
+
+Range = tuple[int, int]  # the first byte, and the one after the last
+
+
+class Source(Protocol):
+    where: str  # for messages
+    checked: bool  # whether what is read is compared with its checksum
+
+    def size(self, file: str) -> int:
+        """Bytes of a file; ArtifactError where there is none."""
+        ...
+
+    def read(self, file: str, ranges: Sequence[Range]) -> list[memoryview]:
+        """The bytes of each range, in their order."""
+        ...
+
+
+class Folder:
+    """A local folder. Its bytes are the page cache's, shared by all who read them."""
+
+    def __init__(self, folder: Path, checked: bool = False) -> None:
+        self.folder, self.where, self.checked = folder, str(folder), checked
+        self._maps: dict[str, memoryview] = {}
+
+    def size(self, file: str) -> int:
+        try:
+            return (self.folder / file).stat().st_size
+        except OSError as error:
+            raise ArtifactError(f"{self.folder / file} is missing: {error.strerror}. Fetch the artifact again.") from error
+
+    def read(self, file: str, ranges: Sequence[Range]) -> list[memoryview]:
+        if file not in self._maps:
+            try:
+                with (self.folder / file).open("rb") as opened:
+                    # a private copy of what is written to: torch has no tensors that can't be
+                    self._maps[file] = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
+            except (OSError, ValueError) as error:
+                raise ArtifactError(f"{self.folder / file} can't be read: {error}. Fetch the artifact again.") from error
+        return [self._maps[file][start:stop] for start, stop in ranges]
