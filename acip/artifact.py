@@ -20,6 +20,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -171,12 +172,16 @@ class Artifact:
 
     def tensors(self, file: str) -> TensorFile:
         """One of the artifact's safetensors files, to be read in parts."""
-        known: dict[str, Tensor] = {}
-        if self.source.checked and file != DIGESTS:
-            (content,) = self.source.read(f"{DIGESTS}.safetensors", [(0, self.source.size(f"{DIGESTS}.safetensors"))])
-            _compare(f"{DIGESTS}.safetensors", content, self.manifest["files"][f"{DIGESTS}.safetensors"], self.source.where)
-            known = {key.removeprefix(f"{file}/"): value for key, value in load(bytes(content)).items() if key.startswith(f"{file}/")}
-        return TensorFile(self.source, f"{file}.safetensors", known)
+        known = self._digests if self.source.checked else {}
+        own = {key.removeprefix(f"{file}/"): value for key, value in known.items() if key.startswith(f"{file}/")}
+        return TensorFile(self.source, f"{file}.safetensors", own)
+
+    @cached_property
+    def _digests(self) -> dict[str, Tensor]:
+        file = f"{DIGESTS}.safetensors"
+        (content,) = self.source.read(file, [(0, self.source.size(file))])
+        _compare(file, content, self.manifest["files"].get(file, {"bytes": 0, "sha256": ""}), self.source.where)
+        return load(bytes(content))
 
     @property
     def recipe(self) -> Recipe:

@@ -8,11 +8,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import torch
+from botocore.exceptions import BotoCoreError, ClientError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -100,3 +107,54 @@ def small_artifact(calibrated: Any, tmp_path_factory: pytest.TempPathFactory) ->
     """An artifact of the small model, saved and opened."""
     base, calibration = calibrated
     return Artifact.save(tmp_path_factory.mktemp("artifact") / "small", base, calibration, {"seed": 0})
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A real S3 server (SeaweedFS) with the bucket `models`; the environment that leads to it."""
+    folder = tmp_path_factory.mktemp("s3")
+    ports = {name: free_port() for name in ("s3", "master", "volume", "filer", "admin")}
+    keys = {"AWS_ACCESS_KEY_ID": "admin", "AWS_SECRET_ACCESS_KEY": "adminsecret", "AWS_DEFAULT_REGION": "us-east-1"}
+    command = [
+        str(Path(sys.executable).with_name("weed")), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-bucket=models",
+        "-admin.ui=false", "-webdav=false", "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
+        *(f"-{name}.port={port}" for name, port in ports.items()),
+    ]  # fmt: skip
+    endpoint = f"http://127.0.0.1:{ports['s3']}"
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, env={**os.environ, **keys}, stdout=log, stderr=log, cwd=folder)
+    client = boto3.client(
+        "s3", endpoint_url=endpoint, aws_access_key_id="admin", aws_secret_access_key="adminsecret", region_name="us-east-1"
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                client.put_object(Bucket="models", Key="ready", Body=b"")
+                break
+            except (BotoCoreError, ClientError):
+                assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+                time.sleep(0.2)
+        yield {**keys, "AWS_ENDPOINT_URL": endpoint}
+    finally:
+        server.terminate()
+        try:
+            server.wait(15)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def free_port() -> int:
+    """A free port whose neighbour 10000 above is free, too: SeaweedFS takes both."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            port = int(one.getsockname()[1])
+            if port > 55_000:
+                continue
+            try:
+                two.bind(("127.0.0.1", port + 10_000))
+            except OSError:
+                continue
+            return port

@@ -1,32 +1,23 @@
-"""The store on S3, over HTTP against moto's server: what is put is what is fetched, and nothing counts before its manifest."""
+"""The store on S3, against a real server: what is put is what is fetched, and nothing counts before its manifest."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from shutil import copytree
 
 import boto3
 import pytest
 from acip_platform.store import Store, StoreError
-from moto.server import ThreadedMotoServer
 
 from acip.artifact import MANIFEST, Artifact
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
+def bucket(s3_server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bucket of this test's own."""
+    for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="models")
-    yield "models"
-    server.stop()
+    name = tmp_path.name.replace("_", "-")
+    boto3.client("s3").create_bucket(Bucket=name)
+    return name
 
 
 def test_an_artifact_goes_there_and_back(bucket: str, small_artifact: Artifact, tmp_path: Path) -> None:

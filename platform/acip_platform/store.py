@@ -6,14 +6,23 @@ An artifact is complete when its manifest is there, so the manifest is moved las
 import functools
 import hashlib
 import shutil
-from collections.abc import Callable
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlparse
 
-from acip.artifact import MANIFEST
-from acip.errors import AcipError
+from urllib3.exceptions import HTTPError
+
+from acip.artifact import MANIFEST, Artifact
+from acip.errors import AcipError, ArtifactError
+from acip.source import Range
+
+PART = 8 << 20  # bytes of one request at most
+AT_ONCE = 16  # requests
+ATTEMPTS = 4  # at a body that is cut off
 
 
 class StoreError(AcipError):
@@ -93,6 +102,14 @@ class Store:
             _s3().upload_file(str(folder / MANIFEST), bucket, f"{prefix}/{MANIFEST}")
 
     @_told
+    def open(self, uri: str) -> Artifact:
+        """The artifact at `uri`, of which only what is used is read: mapped into memory, or by ranged requests."""
+        if not _is_s3(uri):
+            return Artifact.open(self.fetch(uri))
+        objects = self._objects(uri)
+        return Artifact.open(self.cache / f"{_version(uri, objects)}-parts", S3Source(uri, objects))
+
+    @_told
     def fetch(self, uri: str) -> Path:
         """A local folder with the content of `uri`: itself if it is local, else a cached download."""
         if not _is_s3(uri):
@@ -101,14 +118,8 @@ class Store:
                 raise StoreError(f"there is no folder {path}. Was the artifact moved or deleted? Calibrate again, or check ACIP_STORE.")
             return path
         bucket, prefix = _split(uri)
-        client = _s3()
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix + "/")
-        objects = {item["Key"].removeprefix(prefix + "/"): item for page in pages for item in page.get("Contents", [])}
-        if MANIFEST not in objects:
-            raise StoreError(f"there is no complete artifact at {uri}: no {MANIFEST}. Check the URI and the credentials.")
-        # a manifest's ETag changes with its content, so a replaced artifact gets a folder of its own
-        version = hashlib.sha256(f"{uri}{objects[MANIFEST]['ETag']}".encode()).hexdigest()[:16]
-        folder = self.cache / version
+        client, objects = _s3(), self._objects(uri)
+        folder = self.cache / _version(uri, objects)
         if (folder / MANIFEST).is_file():
             return folder
 
@@ -123,6 +134,89 @@ class Store:
             list(pool.map(download, [name for name in objects if name != MANIFEST]))
         download(MANIFEST)
         return folder
+
+    def _objects(self, uri: str) -> dict[str, Any]:
+        """What S3 lists under an artifact's URI, by file."""
+        bucket, prefix = _split(uri)
+        pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix + "/")
+        objects = {item["Key"].removeprefix(prefix + "/"): item for page in pages for item in page.get("Contents", [])}
+        if MANIFEST not in objects:
+            raise StoreError(f"there is no complete artifact at {uri}: no {MANIFEST}. Check the URI and the credentials.")
+        return objects
+
+
+class S3Source:
+    """An artifact's bytes on S3, by ranged requests side by side; neighbours are asked for together. Everything is checked.
+
+    An object that is replaced while it is being read is an error, not a mixture.
+    """
+
+    checked = True
+
+    def __init__(self, uri: str, objects: Mapping[str, Any]) -> None:
+        self.where, self.objects = uri, objects
+        self.bucket, self.prefix = _split(uri)
+        self.fetched = 0  # bytes
+        self.requests = 0
+        self._client = _s3()
+
+    def size(self, file: str) -> int:
+        if file not in self.objects:
+            raise ArtifactError(f"{self.where}/{file} is missing. Store the artifact again.")
+        return int(self.objects[file]["Size"])
+
+    def read(self, file: str, ranges: Sequence[Range]) -> list[memoryview]:
+        self.size(file)
+        parts = [(a, min(stop, a + PART)) for start, stop in _joined(ranges) for a in range(start, stop, PART)]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            pieces = dict(zip((start for start, _ in parts), pool.map(lambda part: self._get(file, part), parts), strict=True))
+        runs: dict[int, memoryview] = {}
+        for start, stop in _joined(ranges):
+            own = [pieces[a] for a in range(start, stop, PART)]
+            runs[start] = memoryview(own[0] if len(own) == 1 else bytearray().join(own))
+        starts = sorted(runs)
+        found = []
+        for start, stop in ranges:
+            run = starts[bisect_right(starts, start) - 1] if stop > start else 0
+            found.append(runs[run][start - run : stop - run] if stop > start else memoryview(bytearray()))
+        return found
+
+    @_told
+    def _get(self, file: str, part: Range) -> bytearray:
+        from botocore.exceptions import BotoCoreError
+
+        start, stop = part
+        tag = self.objects[file]["ETag"]
+        for attempt in range(ATTEMPTS):
+            answer = self._client.get_object(
+                Bucket=self.bucket, Key=f"{self.prefix}/{file}", Range=f"bytes={start}-{stop - 1}", IfMatch=tag
+            )
+            self.requests += 1
+            try:
+                content = bytearray(answer["Body"].read())
+            except (BotoCoreError, HTTPError, OSError):  # cut off on the way; asking again is botocore's only before the body
+                content = bytearray()
+            self.fetched += len(content)
+            if len(content) == stop - start:
+                return content
+            time.sleep(0.1 * 2**attempt)
+        raise StoreError(f"{self.where}/{file}: bytes {start:,} to {stop:,} came cut off {ATTEMPTS} times. Check the network.")
+
+
+def _joined(ranges: Sequence[Range]) -> list[Range]:
+    """The same bytes in as few ranges as possible."""
+    runs: list[Range] = []
+    for start, stop in sorted(span for span in ranges if span[1] > span[0]):
+        if runs and start <= runs[-1][1]:
+            runs[-1] = (runs[-1][0], max(stop, runs[-1][1]))
+        else:
+            runs.append((start, stop))
+    return runs
+
+
+def _version(uri: str, objects: Mapping[str, Any]) -> str:
+    """A manifest's ETag changes with its content, so a replaced artifact gets a folder of its own."""
+    return hashlib.sha256(f"{uri}{objects[MANIFEST]['ETag']}".encode()).hexdigest()[:16]
 
 
 def _is_s3(uri: str) -> bool:
@@ -144,4 +238,4 @@ def _s3() -> Any:
     import boto3
     from botocore.config import Config
 
-    return boto3.client("s3", config=Config(retries={"max_attempts": 8, "mode": "adaptive"}))
+    return boto3.client("s3", config=Config(retries={"max_attempts": 8, "mode": "adaptive"}, max_pool_connections=8 * AT_ONCE))
