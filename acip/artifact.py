@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from acip.base import Base
 from acip.budget import Budget, Curve, Decoder
@@ -204,15 +204,23 @@ class Artifact:
         return CutTable(
             layers, order, recipe.adapter_rows, self.manifest["rest_params"], recipe.storage, recipe.reset,
             weights=Weights(itemsizes, self.tensors("rest").data_bytes),
-            decoder=Decoder.of(AutoConfig.from_pretrained(self.local("config.json").parent), max(itemsizes)),
+            decoder=Decoder.of(self.config, max(itemsizes)),
             curve=Curve.of(self.curve),
         )  # fmt: skip
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        folder = self.local("config.json").parent
+        try:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # transformers raises whatever a foreign config makes of it
+            raise ArtifactError(f"{self.source.where}/config.json describes no model: {error}") from error
 
     def tokenizer(self) -> Any:
         for file in self.manifest["files"]:
             if not file.endswith(".safetensors"):
                 self.local(file)
-        return AutoTokenizer.from_pretrained(self.folder)
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
 
     def load(self, device: str | torch.device = "cpu", size: Budget | float | None = None) -> AnySize:
         """The resident model: of every size, at size 1.0, bit for bit the base model; or of one `size`, which grows when it is resized.
@@ -241,8 +249,8 @@ def _compare(file: str, content: memoryview, facts: Mapping[str, Any], where: st
 
 
 def check(manifest: Any, where: str) -> None:
-    """Refuse what this code did not write: other schemas, missing fields, paths that leave the folder."""
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
+    """Refuse what this code did not write: other schemas, missing fields, paths that leave the folder, numbers that can't be."""
+    if not isinstance(manifest, dict) or not _is_count(manifest.get("schema")):
         raise ArtifactError(f"{where}/{MANIFEST} is not an acip manifest.")
     if manifest["schema"] != SCHEMA:
         remedy = (
@@ -254,12 +262,24 @@ def check(manifest: Any, where: str) -> None:
             raise ArtifactError(f"{where}/{MANIFEST}: {key!r} is missing or not a {kind.__name__}. Fetch the artifact again.")
     for file, facts in manifest["files"].items():
         path = PurePosixPath(file)
-        if path.is_absolute() or ".." in path.parts or not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys():
+        inside = file == str(path) and "\\" not in file and ":" not in file and not path.is_absolute() and ".." not in path.parts
+        if not inside or not isinstance(facts, dict) or not _is_count(facts.get("bytes")) or not isinstance(facts.get("sha256"), str):
             raise ArtifactError(f"{where}/{MANIFEST} names a file outside its folder, or without its size: {file!r}. It is not ours.")
     for row in manifest["layers"]:
-        fields = {"name": str, "M": int, "N": int, "bias": bool, "stored_rank": int}
-        if not isinstance(row, dict) or any(not isinstance(row.get(key), kind) for key, kind in fields.items()):
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str) or not isinstance(row.get("bias"), bool):
             raise ArtifactError(f"{where}/{MANIFEST}: malformed layer row {row!r}.")
+        counts = [row[key] for key in ("M", "N", "stored_rank") if _is_count(row.get(key))]
+        if len(counts) < 3 or not all(0 < side < 2**24 for side in counts[:2]) or counts[2] > min(counts[:2]):
+            raise ArtifactError(f"{where}/{MANIFEST}: malformed layer row {row!r}.")
+    names = {row["name"] for row in manifest["layers"]}
+    if not names or len(names) < len(manifest["layers"]) or not _is_count(manifest["rest_params"]):
+        raise ArtifactError(f"{where}/{MANIFEST}: its layers are none, or named twice, or the rest is no number.")
+    if not all(isinstance(row, dict) for row in manifest["curve"]):
+        raise ArtifactError(f"{where}/{MANIFEST}: malformed row of the curve.")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**48
 
 
 def _persistent_buffers(model: torch.nn.Module) -> list[tuple[str, Tensor]]:

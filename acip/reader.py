@@ -10,11 +10,11 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from acip.errors import ArtifactError
-from acip.layers import set_module
+from acip.layers import set_module, weight_MN
 from acip.linear import ElasticLinear
 from acip.rows import Rows
 
@@ -39,24 +39,30 @@ class Reader:
 
     def model(self) -> PreTrainedModel:
         """Everything but the target layers' numbers."""
-        config = AutoConfig.from_pretrained(self.artifact.local("config.json").parent)
-        with init_empty_weights(include_buffers=False):
-            model = _model_class(config)._from_config(config, dtype=config.dtype)
+        config, where = self.artifact.config, self.artifact.source.where
         rest = self.artifact.tensors("rest")
-        tensors = {name: tensor.to(self.device) for name, tensor in rest.read(list(rest.entries)).items()}
-        model.load_state_dict(tensors, strict=False, assign=True)
-        for name in self.stored:
-            original = model.get_submodule(name)
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = _model_class(config)._from_config(config, dtype=config.dtype)
+            tensors = {name: tensor.to(self.device) for name, tensor in rest.read(list(rest.entries)).items()}
+            model.load_state_dict(tensors, strict=False, assign=True)
+        except ArtifactError:
+            raise
+        except Exception as error:  # whatever a foreign config makes of transformers and torch
+            raise ArtifactError(f"{where} does not make the model that its config.json describes: {error}") from error
+        modules = dict(model.named_modules())
+        for row in self.artifact.manifest["layers"]:
+            name, original = row["name"], modules.get(row["name"])
+            if not isinstance(original, nn.Linear | Conv1D) or weight_MN(original).shape != (row["M"], row["N"]):
+                raise ArtifactError(f"{where}: the model of config.json has no linear layer {name} of {row['M']} x {row['N']}.")
             dtype = self.factors.entry(f"{name}.left").dtype
-            left, right = (
-                torch.empty(0, self.factors.entry(f"{name}.{side}").shape[1], dtype=dtype, device=self.device) for side in ("left", "right")
-            )
+            left, right = (torch.empty(0, row[side], dtype=dtype, device=self.device) for side in ("M", "N"))
             set_module(model, name, ElasticLinear(original, left, right, lead=self.lead))
         model.tie_weights()
         targets = {f"{name}.original.weight" for name in self.stored}
         named = (*model.named_parameters(), *model.named_buffers())
         if missing := [name for name, tensor in named if tensor.is_meta and name not in targets]:
-            raise ArtifactError(f"{self.artifact.folder} lacks tensors of its model: {', '.join(missing[:3])}. Fetch the artifact again.")
+            raise ArtifactError(f"{where} lacks tensors of its model: {', '.join(missing[:3])}. Fetch the artifact again.")
         if "generation_config.json" in self.artifact.manifest["files"]:
             model.generation_config = GenerationConfig.from_pretrained(self.artifact.local("generation_config.json").parent)
         for parameter in model.parameters():

@@ -74,7 +74,7 @@ def test_two_workers_do_what_one_does(folder: Path) -> None:
     assert one["held"] > 1.6 * two["held"], "each worker holds half of the frozen weights"
     del one["held"], two["held"], other["held"]
     assert all(torch.equal(two[key], other[key]) for key in two), "the workers agree to the bit"
-    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-4, atol=5e-4)
     ranks = [torch.argsort(torch.argsort(scores)).double() for scores in (one["score"], two["score"])]
     assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.9999
     torch.testing.assert_close(two["score"], one["score"], rtol=1e-2, atol=1e-3 * float(one["score"].abs().max()))
