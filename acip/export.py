@@ -31,7 +31,7 @@ from acip.cut import Cut
 from acip.errors import ArtifactError
 from acip.linear import LowRankLinear, PivotLinear
 from acip.materialise import AnySize
-from acip.modeling_acip import KINDS, QuantLinear, classes, quantise
+from acip.modeling_acip import KINDS, QuantLinear, SizedModel, classes, quantise
 
 PROVENANCE = "provenance.json"
 SCHEMA = 1
@@ -111,7 +111,7 @@ def write(model: PreTrainedModel, cut: Cut, artifact: Artifact, folder: Path, ma
     try:
         partial.mkdir(parents=True)
         ends = _keep_ends(model, artifact)
-        model.save_pretrained(partial, max_shard_size=max_shard_size)
+        SizedModel.save_pretrained(model, partial, max_shard_size=max_shard_size)  # type: ignore[arg-type]
         tokenizer = artifact.tokenizer()
         tokenizer.save_pretrained(partial)
         _check(partial, tokenizer, ends)

@@ -1,6 +1,7 @@
 """An export is the model of its size and nothing less: the same logits, falling bytes, no foreign code, nothing half written."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,10 +63,11 @@ def read(folder: Path) -> Any:
 @pytest.mark.parametrize("storage", ["pivot", "factors"])
 @pytest.mark.parametrize("size", [1.0, 0.85, 0.45])
 def test_an_export_is_what_was_materialised(
-    any_size: AnySize, small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path: Path, size: float, storage: Any
+    small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path: Path, size: float, storage: Any
 ) -> None:
     """Bit for bit; and its weights take the bytes that the cut counted, not one more."""
-    sizes = AnySize(any_size.model, replace(any_size.table, storage=storage, _kept={}), any_size.recipe)
+    sizes = small_artifact.load()
+    sizes.table = replace(sizes.table, storage=storage, _kept={})
     cut = sizes.resize(size)
     provenance = export(sizes, small_artifact, tmp_path / "out")
     loaded = read(tmp_path / "out")
@@ -111,8 +113,6 @@ def test_what_is_in_the_folder(exported: Path, any_size: AnySize, small_artifact
 
 
 def test_the_card(small_artifact: Artifact, tmp_path: Path) -> None:
-    import shutil
-
     artifact = Artifact.open(shutil.copytree(small_artifact.folder, tmp_path / "artifact"))
     row = {"got": 1.0, "params": 10, "perplexity": 4.0, "stderr": 0.1, "corpus": "books", "windows": 8, "context": 64}
     artifact.record_curve([{**row, "asked": 1.0}, {**row, "asked": 0.5, "got": 0.4999, "perplexity": 6.0, "extrapolated": True}])
@@ -175,8 +175,6 @@ assert type(config).__module__ == "acip.modeling_acip", type(config)
 
 def test_end_ids_are_kept(small_artifact: Artifact, tmp_path: Path) -> None:
     """The base stops at 2; its generation config says 7 and 9, too."""
-    import shutil
-
     folder = shutil.copytree(small_artifact.folder, tmp_path / "artifact")
     any_size = small_artifact.load()
     any_size.model.generation_config = GenerationConfig(eos_token_id=[7, 9])
@@ -204,14 +202,12 @@ def test_an_end_id_that_would_be_lost_is_told(
 
 
 def test_a_chat_template_comes_along(small_artifact: Artifact, tmp_path: Path) -> None:
-    import shutil
-
     folder = shutil.copytree(small_artifact.folder, tmp_path / "artifact")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     any_size = small_artifact.load()
-    export(any_size, Artifact.open_unchecked(folder) if hasattr(Artifact, "open_unchecked") else Artifact(folder, small_artifact.manifest), tmp_path / "out")
+    export(any_size, Artifact(folder, small_artifact.manifest), tmp_path / "out")
     read_back = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert read_back.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "[user] hi"
 
@@ -278,8 +274,6 @@ def test_fine_tuning_with_peft(exported: Path, golden_tokens: torch.Tensor, tmp_
 
 
 def test_a_foreign_description_of_layers_is_refused(exported: Path, tmp_path: Path) -> None:
-    import shutil
-
     for change, says in (
         ({"form": "pivot", "rank": 10**9}, "allowed are form"),
         ({"form": "exec", "rank": 1}, "allowed are form"),
