@@ -40,7 +40,7 @@ def card(provenance: dict[str, Any], artifact: Artifact, name: str) -> str:
     return "\n".join([
         "---", *head, "---", "",
         f"# {name}", "",
-        f"{linked} compressed to {ratio:.0%} of its size by [ACIP](https://arxiv.org/abs/2502.01717). The size was chosen after calibration; "
+        f"{linked} compressed to {ratio:.0%} by [ACIP](https://arxiv.org/abs/2502.01717). The size was chosen after calibration; "
         "no training happened for it in particular.", "",
         "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), "",
         "## Use", "", "```python", *_usage(quantised), "```", "",
@@ -120,6 +120,10 @@ def _limits(provenance: dict[str, Any], licence: str | None, linked: str) -> lis
     if isinstance(stop, int | float) and provenance["size"]["sizes"]["linear"] < stop:
         limits.append(f"This size is below {stop}, where calibration stopped: it is extrapolated.")
     if provenance["quantise"]:
-        limits.append("Quantised matrices are dequantised at each use: less memory, not more speed. Fine-tune an export that is not quantised.")
-    limits.append(f"Licence: {licence}, the base model's." if licence else "Licence: that of the base model; it was not known here. Check it.")
-    return limits + [f"Base model's digest: `{json.dumps(provenance['base'].get('digest'))[1:13]}`; everything else in `provenance.json`."]
+        limits.append(
+            "Quantised matrices are dequantised at each use: less memory, not more speed. Fine-tune an export that is not quantised."
+        )
+    limits.append(
+        f"Licence: {licence}, the base model's." if licence else "Licence: that of the base model; it was not known here. Check it."
+    )
+    return [*limits, f"Base model's digest: `{json.dumps(provenance['base'].get('digest'))[1:13]}`; everything else in `provenance.json`."]

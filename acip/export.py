@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from accelerate import init_empty_weights
 from torch import nn
@@ -31,12 +31,11 @@ from acip.cut import Cut
 from acip.errors import ArtifactError
 from acip.linear import LowRankLinear, PivotLinear
 from acip.materialise import AnySize
-from acip.modeling_acip import KINDS, QuantLinear, SizedModel, classes, quantise
+from acip.modeling_acip import SizedModel, classes
+from acip.quantise import Kind, kind_of, quantise_in_place
 
 PROVENANCE = "provenance.json"
 SCHEMA = 1
-Kind = Literal["nf4", "fp4", "int8"]
-BITS = {"nf4": 4, "fp4": 4, "int8": 8}
 
 
 def export(
@@ -48,7 +47,7 @@ def export(
     """
     folder = free(folder)
     assert any_size.cut is not None, "resize first"
-    return write(sized(any_size, _kind(any_size.cut, kind)), any_size.cut, artifact, folder, max_shard_size)
+    return write(sized(any_size, kind_of(any_size.cut, kind)), any_size.cut, artifact, folder, max_shard_size)
 
 
 def sized(any_size: AnySize, kind: Kind | None = None) -> PreTrainedModel:
@@ -74,21 +73,12 @@ def framed(plain: PreTrainedModel, mixin: type | None = None) -> PreTrainedModel
     fields = {key: value for key, value in plain.config.to_dict().items() if key not in ("model_type", "architectures")}
     config = config_class.from_dict(fields | {"acip": {"base_class": type(plain).__name__, "quantise": None, "layers": {}}})
     if mixin is not None:
-        model_class = type(f"AnySize{type(plain).__name__}", (mixin, model_class), {"__module__": mixin.__module__, "__doc__": mixin.__doc__})
+        model_class = type(
+            f"AnySize{type(plain).__name__}", (mixin, model_class), {"__module__": mixin.__module__, "__doc__": mixin.__doc__}
+        )
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = model_class._from_config(config, dtype=plain.dtype)
     return model
-
-
-def quantise_in_place(model: PreTrainedModel, kind: str) -> None:
-    """Target layers' matrices in 8 or 4 bit, everything else as it is."""
-    acip = model.config.acip
-    if kind not in KINDS:
-        raise ArtifactError(f"{kind!r} is no quantisation; allowed are {', '.join(KINDS)}.")
-    if acip["quantise"] is not None:
-        raise ArtifactError(f"the model is quantised to {acip['quantise']} already. Start again from a compressed one.")
-    quantise(model, acip["layers"], lambda linear: QuantLinear.of(linear, kind))
-    acip["quantise"] = kind
 
 
 def adopt(model: PreTrainedModel, other: PreTrainedModel) -> None:
@@ -151,20 +141,10 @@ def free(folder: str | Path) -> Path:
         if ours is None:
             raise ArtifactError(f"{folder} holds something that is not an earlier export; it is not overwritten. Choose another folder.")
         if there - ours:
-            raise ArtifactError(f"{folder} is an earlier export with files added to it ({_some(there - ours)}). Move them, or choose another.")
+            raise ArtifactError(
+                f"{folder} is an earlier export with files added to it ({_some(there - ours)}). Move them, or choose another."
+            )
     return folder
-
-
-def _kind(cut: Cut, kind: Kind | None) -> Kind | None:
-    if kind is not None and kind not in KINDS:
-        raise ArtifactError(f"{kind!r} is no quantisation; allowed are {', '.join(KINDS)}.")
-    if cut.bits is None:
-        return kind
-    if kind is None:
-        return "int8" if cut.bits == 8 else "nf4"
-    if BITS[kind] > cut.bits:
-        raise ArtifactError(f"the size was cut to fit in {cut.bits} bit; {kind} needs {BITS[kind]}. Leave the kind out, or ask for these bits.")
-    return kind
 
 
 def _row(original: nn.Module, layer: nn.Module) -> dict[str, Any]:
@@ -196,7 +176,9 @@ def _check(folder: Path, tokenizer: Any, ends: list[int]) -> None:
     read = AutoTokenizer.from_pretrained(folder)
     for what in ("eos_token_id", "bos_token_id", "chat_template"):
         if getattr(read, what, None) != getattr(tokenizer, what, None):
-            raise ArtifactError(f"the tokenizer's {what} would not survive the export: {getattr(tokenizer, what)!r} became {getattr(read, what)!r}.")
+            raise ArtifactError(
+                f"the tokenizer's {what} would not survive the export: {getattr(tokenizer, what)!r} became {getattr(read, what)!r}."
+            )
     if len(read) != len(tokenizer):
         raise ArtifactError(f"the tokenizer would not survive the export: {len(tokenizer)} tokens became {len(read)}.")
 

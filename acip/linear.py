@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acip.modeling_acip import LowRankLinear, PivotLinear, pivot_rows, plain_linear
+from acip.modeling_acip import LowRankLinear, PivotLinear, plain_linear
 from acip.recipe import Quantise, Storage
 from acip.rows import FourBitLinear, FourBitRows, Rows
 

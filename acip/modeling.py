@@ -11,7 +11,7 @@ when another size is asked for.
 """
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -20,9 +20,10 @@ from acip.artifact import MANIFEST, Artifact
 from acip.budget import Budget
 from acip.cut import Cut
 from acip.errors import ArtifactError, BudgetError
-from acip.export import Kind, adopt, export, framed, free, quantise_in_place, sized, write
+from acip.export import adopt, export, framed, free, sized, write
 from acip.materialise import AnySize
 from acip.modeling_acip import MODEL_TYPE
+from acip.quantise import Kind, quantise_in_place
 from acip.recipe import Convention
 
 
@@ -103,7 +104,7 @@ class AnySizeModel:
             self.any_size = None
         return self
 
-    def quantize(self, kind: Kind | Literal["int4"] = "nf4") -> "AnySizeModel":
+    def quantize(self, kind: Kind = "nf4") -> "AnySizeModel":
         """The compressed layers' matrices in 4 bit (nf4, fp4) or 8 bit (int8)."""
         self.compress()
         quantise_in_place(cast(PreTrainedModel, self), kind)

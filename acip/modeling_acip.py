@@ -20,7 +20,7 @@ Quantised (nf4, fp4, int8), each of these weights is `codes` and `absmax` (`Quan
 
 import shutil
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,6 @@ class QuantLinear(nn.Module):
     rows, and refuses most ranks there (bitsandbytes 0.50). This one needs no kernels, so it runs anywhere, and is not fast.
     """
 
-    _keep = ("codes", "absmax")
-
     def __init__(self, codes: Tensor, absmax: Tensor, in_features: int, kind: str, bias_M: Tensor | None) -> None:
         super().__init__()
         self.kind, self.in_features, self.out_features = kind, in_features, len(codes)
@@ -133,31 +131,14 @@ class QuantLinear(nn.Module):
         self.bias = None if bias_M is None else nn.Parameter(bias_M.detach().clone(), requires_grad=False)
 
     @classmethod
-    def of(cls, layer: nn.Module, kind: str) -> "QuantLinear":
-        """A linear layer, quantised."""
-        W_MN = _weight_MN(layer).detach().float()
-        if kind == "int8":
-            absmax = W_MN.abs().amax(1, keepdim=True)
-            codes = (W_MN * (127 / absmax.clamp_min(1e-30))).round().to(torch.int8)
-            return cls(codes, absmax, W_MN.shape[1], kind, _bias(layer))
-        import bitsandbytes.functional as bnb
-
-        M, N = W_MN.shape
-        padded = F.pad(W_MN, (0, -N % BLOCK))
-        if padded.numel():
-            codes, state = bnb.quantize_4bit(padded.flatten(), blocksize=BLOCK, quant_type=kind)
-            return cls(codes.view(M, -1), state.absmax.view(M, -1), N, kind, _bias(layer))
-        return cls.blank(layer, kind)
-
-    @classmethod
     def blank(cls, layer: nn.Module, kind: str) -> "QuantLinear":
         """The same with nothing in it yet: shapes for weights to come."""
-        (M, N), device = _weight_MN(layer).shape, _weight_MN(layer).device
+        (M, N), device = weight_MN(layer).shape, weight_MN(layer).device
         blocks = 1 if kind == "int8" else -(-N // BLOCK)
         codes = torch.zeros(M, N, dtype=torch.int8, device=device)
         if kind != "int8":
             codes = torch.zeros(M, blocks * BLOCK // 2, dtype=torch.uint8, device=device)
-        return cls(codes, torch.zeros(M, blocks, device=device), N, kind, _bias(layer))
+        return cls(codes, torch.zeros(M, blocks, device=device), N, kind, bias_of(layer))
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """W [M, N]."""
@@ -182,7 +163,7 @@ def _pairs(kind: str, device: torch.device) -> Tensor:
     return torch.cartesian_prod(levels, levels).to(device)
 
 
-def quantise(model: nn.Module, layers: Mapping[str, Any], make: Callable[[nn.Module], nn.Module]) -> None:
+def swap_linears(model: nn.Module, layers: Mapping[str, Any], make: Callable[[nn.Module], nn.Module]) -> None:
     """Put `make(linear)` in the place of every linear layer that the layers `layers` are, or consist of."""
     for name in layers:
         module = model.get_submodule(name)
@@ -198,10 +179,10 @@ def shrink(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
     for name, row in layers.items():
         try:
             original = model.get_submodule(name)
-            (M, N), weight = _weight_MN(original).shape, _weight_MN(original)
+            (M, N), weight = weight_MN(original).shape, weight_MN(original)
         except (AttributeError, ValueError) as error:
             raise ValueError(f"config.json describes a layer {name!r}, which this model does not have.") from error
-        form, q = row.get("form"), row.get("rank")
+        form, q = row.get("form"), row.get("rank", 0)
         if form == "dense":
             continue
         if form not in ("linear", "factors", "pivot") or (form != "linear" and not (isinstance(q, int) and 0 <= q <= min(M, N))):
@@ -209,19 +190,19 @@ def shrink(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
                 f"config.json says {dict(row)!r} of layer {name!r} [{M}, {N}]; allowed are form dense, linear, factors or pivot, "
                 f"the last two with a rank from 0 to {min(M, N)}. Export the model again."
             )
-        empty = {"dtype": weight.dtype, "device": weight.device}
+        empty: Any = {"dtype": weight.dtype, "device": weight.device}
         new: nn.Module
         if form == "linear":
-            new = plain_linear(torch.zeros(M, N, **empty), _bias(original))
+            new = plain_linear(torch.zeros(M, N, **empty), bias_of(original))
         elif form == "factors":
-            new = LowRankLinear(torch.zeros(M, q, **empty), torch.zeros(q, N, **empty), _bias(original))
+            new = LowRankLinear(torch.zeros(M, q, **empty), torch.zeros(q, N, **empty), bias_of(original))
         else:
             place = torch.arange(M, device=weight.device)
-            new = PivotLinear(torch.zeros(q, N, **empty), torch.zeros(M - q, q, **empty), place, _bias(original))
+            new = PivotLinear(torch.zeros(q, N, **empty), torch.zeros(M - q, q, **empty), place, bias_of(original))
         _set(model, name, new.requires_grad_(True))
 
 
-def _weight_MN(layer: nn.Module) -> Tensor:
+def weight_MN(layer: nn.Module) -> Tensor:
     """The weight as [out, in]; GPT-2's Conv1D stores [in, out]."""
     weight = layer.weight
     if not isinstance(weight, Tensor) or weight.ndim != 2:
@@ -229,7 +210,7 @@ def _weight_MN(layer: nn.Module) -> Tensor:
     return weight.T if type(layer).__name__ == "Conv1D" else weight
 
 
-def _bias(layer: nn.Module) -> Tensor | None:
+def bias_of(layer: nn.Module) -> Tensor | None:
     bias = layer.bias
     return bias if isinstance(bias, Tensor) else None
 
@@ -279,14 +260,14 @@ class SizedModel:
     _keep_in_fp32_modules_strict = ("absmax",)
 
     def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:
-        super().__init__(config, *inputs, **kwargs)
+        super().__init__(config, *inputs, **kwargs)  # type: ignore[call-arg]
         model: Any = self
         shrink(model, config.acip["layers"])
         kind = config.acip.get("quantise")
         if kind is not None and kind not in KINDS:
             raise ValueError(f"config.json says quantise {kind!r}; allowed are {', '.join(KINDS)} or null.")
         if kind is not None:
-            quantise(model, config.acip["layers"], lambda linear: QuantLinear.blank(linear, kind))
+            swap_linears(model, config.acip["layers"], lambda linear: QuantLinear.blank(linear, kind))
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         Path(save_directory).mkdir(parents=True, exist_ok=True)
@@ -296,7 +277,7 @@ class SizedModel:
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
 
-@lru_cache(maxsize=None)
+@cache
 def classes(base_type: str, base_class: str) -> tuple[Any, Any]:
     """(config class, model class) of any size of a base model's class, known to transformers from now on."""
     import transformers
@@ -305,7 +286,8 @@ def classes(base_type: str, base_class: str) -> tuple[Any, Any]:
     base_model = getattr(transformers, base_class, None)
     if base_type not in CONFIG_MAPPING or not (isinstance(base_model, type) and issubclass(base_model, PreTrainedModel)):
         raise ValueError(
-            f"this is a compressed {base_class} ({base_type}), which transformers {transformers.__version__} does not have. Upgrade transformers."
+            f"this is a compressed {base_class} ({base_type}), which transformers {transformers.__version__} "
+            "does not have. Upgrade transformers."
         )
     base_config = CONFIG_MAPPING[base_type]
     plans = dict.fromkeys(("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan"))  # for the base's layers, not ours

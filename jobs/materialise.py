@@ -18,7 +18,7 @@ from acip_platform.settings import Settings, masked
 
 from acip.errors import AcipError
 
-BITS = {"nf4": 4, "fp4": 4, "int8": 8}
+KINDS = ("nf4", "fp4", "int8")
 HUB_ID = r"[\w.-]+/[\w.-]+"
 
 
@@ -30,7 +30,7 @@ def arguments() -> argparse.Namespace:
     size.add_argument("--fit", metavar="BYTES", help='"8GB" or "8GiB" of weights; with --context, of memory')
     parser.add_argument("--context", type=int, help="tokens of a sequence, prompt and answer (with --fit)")
     parser.add_argument("--batch", type=int, help="sequences served at once (with --context; default: 1)")
-    parser.add_argument("--quantize", choices=sorted(BITS), help="the compressed layers' matrices in 4 or 8 bit")
+    parser.add_argument("--quantize", choices=KINDS, help="the compressed layers' matrices in 4 or 8 bit")
     parser.add_argument("--alias", default="champion", help="alias or version number in the registry (default: %(default)s)")
     parser.add_argument("--max-shard-size", default="5GB", help="(default: %(default)s)")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where to write; an earlier export there is replaced")
@@ -66,7 +66,7 @@ def budget(args: argparse.Namespace) -> Any:
         asked = Budget(memory_mb=asked.stored_bytes / MEGA, context=args.context, batch=1 if args.batch is None else args.batch)
     if args.quantize is None or asked.by_curve:  # the curve was not measured in these bits
         return asked
-    return replace(asked, bits=BITS[args.quantize])
+    return replace(asked, bits=8 if args.quantize == "int8" else 4)
 
 
 def main() -> int:
@@ -101,7 +101,9 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     any_size.resize(args.budget)
     provenance = export(any_size, artifact, folder, args.quantize, args.max_shard_size)
     on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"weights    {provenance['weight_bytes']:,} bytes ({provenance['quantise'] or provenance['dtype']}); {on_disk:,} with everything else")
+    print(
+        f"weights    {provenance['weight_bytes']:,} bytes ({provenance['quantise'] or provenance['dtype']}); {on_disk:,} with everything else"
+    )
     print(f"written    {folder}")
     if args.push:
         push(folder, args.push)
@@ -131,7 +133,9 @@ def push(folder: Path, repository: str) -> None:
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Export of {folder.name}", delete_patterns=["*"])
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-        raise AcipError(f"{folder} is written, but not pushed to {repository}: {error} Check HF_TOKEN and the name, and push again.") from error
+        raise AcipError(
+            f"{folder} is written, but not pushed to {repository}: {error} Check HF_TOKEN and the name, and push again."
+        ) from error
     print(f"pushed     https://huggingface.co/{repository}")
 
 
@@ -139,8 +143,8 @@ def try_it(model: str) -> str:
     """As the shell reads it."""
     import shlex
 
-    code = f"import acip; from transformers import pipeline; print(pipeline('text-generation', {model!r})('The capital of France is', max_new_tokens=24))"
-    return shlex.quote(code)
+    say = f"pipeline('text-generation', {model!r})('The capital of France is', max_new_tokens=24)"
+    return shlex.quote(f"import acip; from transformers import pipeline; print({say})")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from acip.export import PROVENANCE, export, tensor_bytes
 from acip.linear import LowRankLinear, PivotLinear
 from acip.materialise import AnySize
 from acip.modeling_acip import CODE, QuantLinear, plain_linear
+from acip.quantise import quantised as as_quantised
 
 ROOT = Path(__file__).parents[1]
 
@@ -139,8 +140,8 @@ def test_the_shipped_code_is_enough(exported: Path, any_size: AnySize, heldout_t
     any_size.resize(0.6)
     torch.save({"tokens": heldout_tokens[:2], "logits": logits(any_size.materialise(), heldout_tokens[:2])}, tmp_path / "expected.pt")
     script = f"""
-import importlib.util, sys, torch
-assert importlib.util.find_spec("acip") is None
+import sys, torch
+sys.modules |= dict.fromkeys(("acip", "bitsandbytes", "peft"))  # can't be imported
 from transformers import AutoModelForCausalLM, pipeline
 expected = torch.load({str(tmp_path / "expected.pt")!r})
 try:
@@ -212,7 +213,9 @@ def test_a_chat_template_comes_along(small_artifact: Artifact, tmp_path: Path) -
     assert read_back.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "[user] hi"
 
 
-def test_a_crash_leaves_nothing(any_size: AnySize, small_artifact: Artifact, exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_crash_leaves_nothing(
+    any_size: AnySize, small_artifact: Artifact, exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
@@ -297,7 +300,7 @@ def test_a_quantised_export_is_close_and_as_small_as_counted(
     expected = Budget(stored_bytes=700_000, bits=bits)
     cut = any_size.resize(expected)
     export(any_size, small_artifact, tmp_path / "out", kind=kind)
-    assert tensor_bytes(tmp_path / "out") == cut.bytes <= 700_000
+    assert cut.bytes is not None and tensor_bytes(tmp_path / "out") == cut.bytes <= 700_000
     loaded = read(tmp_path / "out")
     exact = logits(any_size.materialise(), heldout_tokens[:4])
     assert (logits(loaded, heldout_tokens[:4]) - exact).norm() < near * exact.norm()
@@ -312,7 +315,7 @@ def test_quantised_matrices_of_every_shape(M: int, N: int, kind: str, near: floa
     """Of rows on very different scales: misplaced blocks would show."""
     torch.manual_seed(0)
     W_MN = torch.randn(M, N) * torch.exp(2 * torch.randn(M, 1))
-    quantised = QuantLinear.of(plain_linear(W_MN, torch.ones(M)), kind)
+    quantised = as_quantised(plain_linear(W_MN, torch.ones(M)), kind)
     assert ((quantised.dequantised(torch.float32) - W_MN).norm(dim=1) <= near * W_MN.norm(dim=1) + 1e-6).all()
     x = torch.randn(3, N)
     torch.testing.assert_close(quantised(x), nn.functional.linear(x, quantised.dequantised(torch.float32), torch.ones(M)))
@@ -380,4 +383,104 @@ def test_wrong_sizes_and_places_are_told(small_artifact: Artifact, exported: Pat
     with pytest.raises(ArtifactError, match="not an artifact"):
         acip.from_pretrained(tmp_path)
     with pytest.raises(AttributeError, match="has no attribute 'from_pretraind'"):
-        acip.from_pretraind  # type: ignore[attr-defined] # noqa: B018
+        acip.from_pretraind  # noqa: B018
+
+
+# ---- the command
+
+
+class Command:
+    def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.home, self.monkeypatch, self.capsys = home, monkeypatch, capsys
+        for name in ("ACIP_STORE", "ACIP_RUNS", "MLFLOW_TRACKING_URI"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("ACIP_HOME", str(home))
+
+    def __call__(self, *args: str | Path) -> tuple[int, str]:
+        from jobs import materialise
+
+        self.monkeypatch.setattr(sys, "argv", ["materialise.py", *map(str, args)])
+        try:
+            code = materialise.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = self.capsys.readouterr()
+        return code, said.out + said.err
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    (tmp_path / "home").mkdir()
+    return Command(tmp_path / "home", monkeypatch, capsys)
+
+
+def test_the_command_takes_names_paths_and_uris(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
+    settings = Settings.from_env()
+    version = Registry(settings).register("small", str(small_artifact.folder), "", {})
+    Registry(settings).set_alias(version)
+    outputs = []
+    for model in ("small", small_artifact.folder, small_artifact.folder.as_uri()):
+        code, said = command(model, "--size", "60%", "--out", tmp_path / "out")
+        assert code == 0, said
+        assert "asked      0.6 (linear)" in said and "got        0.59" in said and "try it\n  python -c " in said
+        outputs.append(json.loads((tmp_path / "out" / PROVENANCE).read_text())["weight_bytes"])
+        assert f"weights    {outputs[-1]:,} bytes" in said
+    assert len(set(outputs)) == 1
+    assert command("small", "--alias", "1", "--size", "0.5", "--out", tmp_path / "out")[0] == 0
+    code, said = command("smal", "--size", "0.5", "--out", tmp_path / "out")
+    assert code == 1 and "no model 'smal' in the registry (did you mean 'small'?)" in said
+
+
+def test_the_command_fits_bytes_memory_and_bits(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert command(small_artifact.folder, "--fit", "1MB", "--out", out)[0] == 0
+    assert 900_000 < tensor_bytes(out) <= 10**6
+    assert command(small_artifact.folder, "--fit", "450KB", "--quantize", "nf4", "--out", out)[0] == 0
+    assert 400_000 < tensor_bytes(out) <= 450_000
+    code, said = command(small_artifact.folder, "--fit", "258MB", "--context", "128", "--out", out)
+    assert code == 0 and "MB (memory_mb)" in said
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["--size", "0.5", "--fit", "1GB"], 2, "not allowed with"),
+        ([], 2, "one of the arguments --size --fit is required"),
+        (["--size", "big"], 2, "is not a budget"),
+        (["--size", "1.5"], 2, "size ratio is 1.5"),
+        (["--fit", "0.6"], 2, "A ratio goes with --size"),
+        (["--size", "0.5", "--context", "64"], 2, "--context goes with --fit"),
+        (["--fit", "1GB", "--batch", "2"], 2, "--batch goes with --context"),
+        (["--fit", "1GB", "--context", "0"], 2, "context is 0"),
+        (["--size", "0.5", "--quantize", "int3"], 2, "invalid choice"),
+        (["--size", "0.5", "--push", "nobody"], 2, "must be OWNER/NAME"),
+        (["--size", "0.5", "--max-shard-size", "5"], 2, "must be like"),
+        (["--fit", "1KB"], 1, "can't be reached: the smallest is"),
+        (["--size", "ppl<=20"], 1, "no curve was measured"),
+    ],
+)
+def test_the_command_refuses(command: Command, small_artifact: Artifact, tmp_path: Path, args: list[str], code: int, says: str) -> None:
+    got, said = command(small_artifact.folder, *args, "--out", tmp_path / "out")
+    assert (got, says in said) == (code, True), said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_touches_nothing_of_others(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "mine")
+    assert code == 1 and "not an earlier export" in said
+    code, said = command(tmp_path / "mine", "--size", "0.5", "--out", tmp_path / "out")
+    assert code == 1 and "holds no manifest.json" in said
+    code, said = command(str(tmp_path / "nowhere"), "--size", "0.5", "--out", tmp_path / "out")
+    assert code == 1 and "there is no folder" in said
+
+
+def test_the_command_pushes(command: Command, small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as a machine without the hub can tell: what is called, and what is said where it fails."""
+    calls: list[Any] = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda _, name, **kwargs: calls.append((name, kwargs)))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda _, **kwargs: calls.append(kwargs["repo_id"]))
+    code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "out", "--push", "me/small")
+    assert code == 0 and calls == [("me/small", {"exist_ok": True}), "me/small"] and "https://huggingface.co/me/small" in said
+    monkeypatch.undo()
