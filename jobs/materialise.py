@@ -101,9 +101,8 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     any_size.resize(args.budget)
     provenance = export(any_size, artifact, folder, args.quantize, args.max_shard_size)
     on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(
-        f"weights    {provenance['weight_bytes']:,} bytes ({provenance['quantise'] or provenance['dtype']}); {on_disk:,} with everything else"
-    )
+    stored_as = provenance["quantise"] or provenance["dtype"]
+    print(f"weights    {provenance['weight_bytes']:,} bytes ({stored_as}); {on_disk:,} with everything else")
     print(f"written    {folder}")
     if args.push:
         push(folder, args.push)

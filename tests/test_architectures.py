@@ -51,6 +51,7 @@ from acip.layers import find_linears, targets
 from acip.linear import ElasticLinear, SVDLinear
 from acip.losses import Task
 from acip.materialise import AnySize
+from acip.modeling import from_pretrained
 from acip.moments import moments
 from acip.parametrise import parametrise, restore
 from acip.recipe import Recipe
@@ -204,6 +205,8 @@ def test_every_architecture_is_exported_and_read_back(journey: Journey, tokens: 
         read = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert torch.equal(logits(read, tokens), logits(any_size.materialise(), tokens))
         assert tensor_bytes(tmp_path / "out") == cut.bytes
+        compressed: Any = from_pretrained(journey.artifact.folder, size).compress()  # type: ignore[operator]
+        assert torch.equal(logits(compressed, tokens), logits(read, tokens))
         read.save_pretrained(tmp_path / "again")
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), tokens), logits(read, tokens))
 
