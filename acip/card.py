@@ -27,7 +27,7 @@ def card(provenance: dict[str, Any], artifact: Artifact, name: str) -> str:
     ]
     ratio = size["sizes"]["linear"]
     forms = ", ".join(f"{count} {form}" for form, count in provenance["storage"].items())
-    linked = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"`{source}`"
+    linked = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"`{_shown(source)}`"
     facts = {
         "base model": linked + (f" at `{provenance['base']['revision']}`" if provenance["base"].get("revision") else ""),
         "asked": _amount(size["asked"], size["convention"], size["unit"]),
@@ -66,6 +66,11 @@ def licence_of(source: str) -> str | None:
     front = re.match(r"---\s*\n(.*?)\n---", Path(path).read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     found = re.search(r"^license:\s*[\"']?([\w.-]+)[\"']?\s*$", front[1], re.MULTILINE) if front else None
     return found[1] if found else None
+
+
+def _shown(source: str) -> str:
+    """A path is this machine's own business."""
+    return source if source.startswith("package:") else Path(source).name
 
 
 def _is_hub_id(source: str) -> bool:

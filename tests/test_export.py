@@ -133,6 +133,7 @@ def test_the_card(small_artifact: Artifact, tmp_path: Path) -> None:
         "| 0.50 | 0.4999 | 10 | 6.00 ± 0.60 | nearest to this model, below what was calibrated |", "books, held out", "import acip",
     ):  # fmt: skip
         assert expected in card, expected
+    assert str(tmp_path) not in card, "no paths of this machine"
 
 
 def test_the_shipped_code_is_enough(exported: Path, any_size: AnySize, heldout_tokens: torch.Tensor, tmp_path: Path) -> None:
