@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acip.modeling_acip import LowRankLinear, PivotLinear, plain_linear
 from acip.recipe import Quantise, Storage
 from acip.rows import FourBitLinear, FourBitRows, Rows
 
@@ -269,68 +270,3 @@ def sort_directions(values: Tensor, place: str, part: str, importance_K: Tensor)
     """An adapter's matrix `part` at `place`, or its optimiser's moments, with the layer's directions in another order."""
     dim = {("right", "B"): 0, ("left", "A"): 1}.get((place, part))
     return values if dim is None else values.index_select(dim, importance_K)
-
-
-class LowRankLinear(nn.Module):
-    """y = L (R x) + b: a compressed layer as two plain linear layers (paper eq. 9, 10)."""
-
-    def __init__(self, left_Mq: Tensor, right_qN: Tensor, bias_M: Tensor | None) -> None:
-        super().__init__()
-        (self.out_features, self.rank), self.in_features = left_Mq.shape, right_qN.shape[1]
-        self.right = plain_linear(right_qN, None)
-        self.left = plain_linear(left_Mq, bias_M)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.left(self.right(x))
-
-
-class PivotLinear(nn.Module):
-    """y_p = W_p x, y_rest = C y_p: a layer of rank q from q of its rows, and every other row as a combination of them.
-
-    q (M + N - q) numbers where two factors take q (M + N); `place` [M] says where each row belongs (PIFA's storage).
-    """
-
-    def __init__(self, pivots_qN: Tensor, combine: Tensor, place_M: Tensor, bias_M: Tensor | None) -> None:
-        super().__init__()
-        self.rank, self.in_features = pivots_qN.shape
-        self.out_features = len(place_M)
-        self.pivots = plain_linear(pivots_qN, None)
-        self.combine = plain_linear(combine, None)
-        self.register_buffer("place", place_M)
-        self.place: Tensor
-        self.bias = None if bias_M is None else nn.Parameter(bias_M.detach().clone(), requires_grad=False)
-
-    @classmethod
-    def of(cls, left_Mq: Tensor, right_qN: Tensor, bias_M: Tensor | None, dtype: torch.dtype) -> "PivotLinear":
-        """From factors. The combinations are fitted to the pivot rows as `dtype` rounds them."""
-        rows_M = pivot_rows(left_Mq)
-        q = left_Mq.shape[1]
-        W_MN = left_Mq.float() @ right_qN.float()
-        pivots_qN = W_MN[rows_M[:q]].to(dtype)
-        Q, R = torch.linalg.qr(pivots_qN.double().T)
-        combine = torch.linalg.solve_triangular(R, Q.T @ W_MN[rows_M[q:]].double().T, upper=True).T
-        return cls(pivots_qN.contiguous(), combine.to(dtype).contiguous(), torch.argsort(rows_M), bias_M)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y_p = self.pivots(x)
-        y = torch.cat([y_p, self.combine(y_p)], -1).index_select(-1, self.place)
-        return y if self.bias is None else y + self.bias
-
-
-def pivot_rows(left_Mq: Tensor) -> Tensor:
-    """[M] row indices of a matrix with columns `left`, the q pivots first: chosen so that the others are small combinations of them."""
-    _, pivots = torch.linalg.lu_factor(left_Mq.double()) if left_Mq.numel() else (None, left_Mq.new_zeros(0, dtype=torch.int32))
-    rows = list(range(left_Mq.shape[0]))
-    for i, j in enumerate((pivots - 1).tolist()):
-        rows[i], rows[j] = rows[j], rows[i]
-    return torch.tensor(rows, device=left_Mq.device)
-
-
-def plain_linear(weight_MN: Tensor, bias_M: Tensor | None) -> nn.Linear:
-    """An nn.Linear around given tensors, without allocating or initialising others."""
-    layer = nn.Linear(1, 1, bias=bias_M is not None, device="meta")
-    layer.out_features, layer.in_features = weight_MN.shape
-    layer.weight = nn.Parameter(weight_MN, requires_grad=False)
-    if bias_M is not None:
-        layer.bias = nn.Parameter(bias_M.detach().clone(), requires_grad=False)
-    return layer

@@ -46,10 +46,12 @@ from acip.calibrate import Calibration, calibrate, trial_step
 from acip.cut import Budget
 from acip.data import TokenBatches
 from acip.errors import BaseModelError
+from acip.export import export, tensor_bytes
 from acip.layers import find_linears, targets
 from acip.linear import ElasticLinear, SVDLinear
 from acip.losses import Task
 from acip.materialise import AnySize
+from acip.modeling import from_pretrained
 from acip.moments import moments
 from acip.parametrise import parametrise, restore
 from acip.recipe import Recipe
@@ -192,6 +194,21 @@ def test_a_smaller_size_is_a_plain_model_of_that_many_parameters(journey: Journe
     assert not any(isinstance(module, ElasticLinear | SVDLinear) for module in plain.modules())
     base = logits(load_base(str(journey.folder), journey.architecture.recipe.dtype).model, tokens)
     assert not torch.allclose(resident, base, atol=0.1), "at 0.6 something must have been cut"
+
+
+def test_every_architecture_is_exported_and_read_back(journey: Journey, tokens: Tensor, tmp_path: Path) -> None:
+    """Transposed layers, tied heads, sandwiched towers and all; and once more from what was read."""
+    any_size = journey.artifact.load()
+    for size in (0.6, 1.0):
+        cut = any_size.resize(size)
+        export(any_size, journey.artifact, tmp_path / "out")
+        read = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert torch.equal(logits(read, tokens), logits(any_size.materialise(), tokens))
+        assert tensor_bytes(tmp_path / "out") == cut.bytes
+        compressed: Any = from_pretrained(journey.artifact.folder, size).compress()  # type: ignore[operator]
+        assert torch.equal(logits(compressed, tokens), logits(read, tokens))
+        read.save_pretrained(tmp_path / "again")
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), tokens), logits(read, tokens))
 
 
 def test_it_writes_after_loading_what_it_wrote_before_saving(journey: Journey, tokens: Tensor) -> None:

@@ -1,0 +1,134 @@
+"""The model card of an export: what it is, what was asked and got, what was measured, how to use it, what to beware of."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from acip.artifact import Artifact
+
+HUB_ID = r"[\w.-]+/[\w.-]+"
+
+
+def card(provenance: dict[str, Any], artifact: Artifact, name: str) -> str:
+    """README.md with the hub's fields on top."""
+    source, size, quantised = provenance["base"]["source"], provenance["size"], provenance["quantise"]
+    hub_id = source.partition("@")[0] if _is_hub_id(source) else None
+    licence = licence_of(source)
+    tags = ["acip", "compressed", "low-rank", *([quantised, "quantized"] if quantised else [])]
+    head = [
+        *([f"license: {licence}"] if licence else []),
+        *([f"base_model: {hub_id}"] if hub_id else []),
+        *(["base_model_relation: quantized"] if hub_id and quantised else []),
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+    ]
+    ratio = size["sizes"]["linear"]
+    forms = ", ".join(f"{count} {form}" for form, count in provenance["storage"].items())
+    linked = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"`{_shown(source)}`"
+    facts = {
+        "base model": linked + (f" at `{provenance['base']['revision']}`" if provenance["base"].get("revision") else ""),
+        "asked": _amount(size["asked"], size["convention"], size["unit"]),
+        "got": _amount(size["got"], size["convention"], size["unit"]),
+        "size of the compressed layers": f"{ratio:.4f} of the base model's numbers",
+        "parameters": f"{size['params']:,}",
+        "weights": f"{provenance['weight_bytes']:,} bytes, {quantised or provenance['dtype']}",
+        "layers": forms,
+    }
+    return "\n".join([
+        "---", *head, "---", "",
+        f"# {name}", "",
+        f"{linked} compressed to {ratio:.0%} by [ACIP](https://arxiv.org/abs/2502.01717). The size was chosen after calibration; "
+        "no training happened for it in particular.", "",
+        "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), "",
+        "## Use", "", "```python", *_usage(quantised), "```", "",
+        "Without `acip`, the layers' code is `modeling_acip.py` in this folder: pass `trust_remote_code=True` instead of importing it. "
+        "Needs transformers 5 or newer.", "",
+        "## Measured", "", *_curve(artifact.curve, ratio, quantised), "",
+        "## Limits", "", *(f"* {limit}" for limit in _limits(provenance, licence, linked)), "",
+    ])  # fmt: skip
+
+
+def licence_of(source: str) -> str | None:
+    """The licence in the base model's own card, where it is on this machine; nothing is downloaded."""
+    if Path(source).is_dir():
+        path: Any = Path(source) / "README.md"
+    elif _is_hub_id(source):
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(source.partition("@")[0], "README.md", revision=source.partition("@")[2] or None)
+    else:
+        return None
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        return None
+    front = re.match(r"---\s*\n(.*?)\n---", Path(path).read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    found = re.search(r"^license:\s*[\"']?([\w.-]+)[\"']?\s*$", front[1], re.MULTILINE) if front else None
+    return found[1] if found else None
+
+
+def _shown(source: str) -> str:
+    """A path is this machine's own business."""
+    return source if source.startswith("package:") else Path(source).name
+
+
+def _is_hub_id(source: str) -> bool:
+    return re.fullmatch(HUB_ID + r"(@[\w./-]+)?", source) is not None and not Path(source.partition("@")[0]).exists()
+
+
+def _amount(amount: float, convention: str, unit: str) -> str:
+    if unit == "ratio":
+        return f"{amount:.4f} ({convention} ratio)"
+    return f"{amount:,} {unit}" if isinstance(amount, int) else f"{amount:,.4f} {unit}"
+
+
+def _usage(quantised: str | None) -> list[str]:
+    return [
+        "import acip  # makes transformers know these layers; no code from this folder is run",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("path/or/repo")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/or/repo")',
+        'inputs = tokenizer("The capital of France is", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=24)[0]))",
+        *([] if quantised else ["", '# LoRA: peft.LoraConfig(target_modules="all-linear") adapts the layers inside']),
+    ]
+
+
+def _curve(rows: list[dict[str, Any]], ratio: float, quantised: str | None) -> list[str]:
+    measured = [row for row in rows if isinstance(row.get("perplexity"), int | float)]
+    if not measured:
+        return ["No trade-off curve was measured for this model."]
+    first = measured[0]
+    known = [f"{first['corpus']}, held out"] if "corpus" in first else []
+    known += [f"{first['windows']} windows of {first['context']} tokens"] if {"windows", "context"} <= first.keys() else []
+    table = ["Every size of the same calibration" + (f" ({'; '.join(known)})" if known else "") + ", before any quantisation:", ""]
+    table += ["| asked | got | parameters | perplexity | |", "|---|---|---|---|---|"]
+    nearest = min(measured, key=lambda row: abs(row.get("got", row.get("asked", 0)) - ratio))
+    for row in measured:
+        got = row.get("got", row.get("asked"))
+        error = f" ± {row['perplexity'] * row['stderr']:.2f}" if isinstance(row.get("stderr"), int | float) else ""
+        params = f"{row['params']:,}" if "params" in row else ""
+        notes = ["nearest to this model"] if row is nearest else []
+        notes += ["below what was calibrated"] if row.get("extrapolated") else []
+        table.append(f"| {row.get('asked', got):.2f} | {got:.4f} | {params} | {row['perplexity']:.2f}{error} | {', '.join(notes)} |")
+    return table + (["", f"This model is quantised ({quantised}); the table does not include what that costs."] if quantised else [])
+
+
+def _limits(provenance: dict[str, Any], licence: str | None, linked: str) -> list[str]:
+    stop = provenance["recipe"].get("stop_ratio")
+    limits = [
+        f"What {linked} can't do or does wrong, this model can't do or does wrong too; compression may add to it, unevenly over topics.",
+        "Perplexity on one corpus is not quality on your task: measure there.",
+    ]
+    if isinstance(stop, int | float) and provenance["size"]["sizes"]["linear"] < stop:
+        limits.append(f"This size is below {stop}, where calibration stopped: it is extrapolated.")
+    if provenance["quantise"]:
+        limits.append(
+            "Quantised matrices are dequantised at each use: less memory, not more speed. Fine-tune an export that is not quantised."
+        )
+    limits.append(
+        f"Licence: {licence}, the base model's." if licence else "Licence: that of the base model; it was not known here. Check it."
+    )
+    return [*limits, f"Base model's digest: `{json.dumps(provenance['base'].get('digest'))[1:13]}`; everything else in `provenance.json`."]

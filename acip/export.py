@@ -1,0 +1,235 @@
+"""One size of an artifact as a folder that transformers loads: a plain model in its smallest form, with all that belongs to it.
+
+model*.safetensors       the weights of this size, nothing else: the bytes of the cut, in shards
+config.json              the base model's, and each target layer's form and rank (acip/modeling_acip.py)
+modeling_acip.py         the code of these layers, for who has no acip
+tokenizer files          with the chat template
+generation_config.json   with every end-of-sequence id that the base model, its tokenizer or its config knows
+README.md                the model card: the measured curve, what was asked and got, how to use it (acip/card.py)
+provenance.json          base model, recipe, sizes, versions, sha256 of every other file; written last
+
+It is written beside its place and renamed: a crash leaves no half export.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from acip.artifact import Artifact
+from acip.card import card
+from acip.cut import Cut
+from acip.errors import ArtifactError
+from acip.linear import LowRankLinear, PivotLinear
+from acip.materialise import AnySize
+from acip.modeling_acip import SizedModel, classes
+from acip.quantise import Kind, kind_of, quantise_in_place
+
+PROVENANCE = "provenance.json"
+SCHEMA = 1
+
+
+def export(
+    any_size: AnySize, artifact: Artifact, folder: str | Path, kind: Kind | None = None, max_shard_size: str | int = "5GB"
+) -> dict[str, Any]:
+    """Write the present size of `any_size` to `folder`; returns its provenance. An earlier export there is replaced.
+
+    `kind` quantises the target layers' matrices. A cut whose budget was counted in 8 or 4 bit must be quantised so.
+    """
+    folder = free(folder)
+    assert any_size.cut is not None, "resize first"
+    return write(sized(any_size, kind_of(any_size.cut, kind)), any_size.cut, artifact, folder, max_shard_size)
+
+
+def sized(any_size: AnySize, kind: Kind | None = None) -> PreTrainedModel:
+    """The present size as a transformers model on its own, whose `save_pretrained` writes what `from_pretrained` reads."""
+    plain = any_size.materialise()
+    model = framed(plain)
+    model.config.acip["layers"] = {name: _row(model.get_submodule(name), plain.get_submodule(name)) for name in any_size.layers}
+    adopt(model, plain)
+    model.requires_grad_(True)
+    if kind is not None:
+        quantise_in_place(model, kind)
+    return model
+
+
+def framed(plain: PreTrainedModel, mixin: type | None = None) -> PreTrainedModel:
+    """A model of the class of any size for `plain`'s class (and of `mixin`), as yet without weights."""
+    try:
+        config_class, model_class = classes(plain.config.model_type, type(plain).__name__)
+    except ValueError as error:
+        raise ArtifactError(f"{type(plain).__name__} can't be exported: {error}") from error
+    if not plain.can_generate():
+        raise ArtifactError(f"{type(plain).__name__} generates no text; only causal language models can be exported.")
+    fields = {key: value for key, value in plain.config.to_dict().items() if key not in ("model_type", "architectures")}
+    config = config_class.from_dict(fields | {"acip": {"base_class": type(plain).__name__, "quantise": None, "layers": {}}})
+    if mixin is not None:
+        model_class = type(
+            f"AnySize{type(plain).__name__}", (mixin, model_class), {"__module__": mixin.__module__, "__doc__": mixin.__doc__}
+        )
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = model_class._from_config(config, dtype=plain.dtype)
+    return model
+
+
+def adopt(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """`model` gets every module of `other`, which has the same slots."""
+    before = other.config
+    for name, child in list(other.named_children()):
+        setattr(model, name, child)
+    for module in model.modules():
+        if getattr(module, "config", None) is before:
+            module.config = model.config  # type: ignore[assignment]
+    if getattr(other, "generation_config", None) is not None:
+        model.generation_config = other.generation_config
+    model.train(other.training)
+
+
+def write(model: PreTrainedModel, cut: Cut, artifact: Artifact, folder: Path, max_shard_size: str | int = "5GB") -> dict[str, Any]:
+    """The folder of a model that `sized` made."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        ends = _keep_ends(model, artifact)
+        SizedModel.save_pretrained(model, partial, max_shard_size=max_shard_size)  # type: ignore[arg-type]
+        tokenizer = artifact.tokenizer()
+        tokenizer.save_pretrained(partial)
+        _check(partial, tokenizer, ends)
+        provenance = _provenance(model, cut, artifact, partial)
+        (partial / "README.md").write_text(card(provenance, artifact, folder.name), encoding="utf-8")
+        provenance["files"] = _files(partial)
+        with (partial / PROVENANCE).open("w", encoding="utf-8") as file:
+            json.dump(provenance, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        earlier = folder.with_name(folder.name + ".replaced")
+        if folder.exists():
+            shutil.rmtree(earlier, ignore_errors=True)
+            folder.rename(earlier)
+        partial.rename(folder)
+        shutil.rmtree(earlier, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return provenance
+
+
+def free(folder: str | Path) -> Path:
+    """The folder, if an export may be written there: it is not there, empty, or an earlier export and nothing more."""
+    folder = Path(folder).absolute()
+    if not folder.exists() and not folder.is_symlink():
+        return folder
+    if folder.is_symlink() or not folder.is_dir():
+        raise ArtifactError(f"{folder} is not a folder. Choose another place for the export.")
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    if there:
+        try:
+            earlier = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+            ours = {PROVENANCE, *earlier["files"]} if "acip_export" in earlier else None
+        except (OSError, ValueError, KeyError, TypeError):
+            ours = None
+        if ours is None:
+            raise ArtifactError(f"{folder} holds something that is not an earlier export; it is not overwritten. Choose another folder.")
+        if there - ours:
+            raise ArtifactError(
+                f"{folder} is an earlier export with files added to it ({_some(there - ours)}). Move them, or choose another."
+            )
+    return folder
+
+
+def _row(original: nn.Module, layer: nn.Module) -> dict[str, Any]:
+    if isinstance(layer, PivotLinear):
+        return {"form": "pivot", "rank": layer.rank}
+    if isinstance(layer, LowRankLinear):
+        return {"form": "factors", "rank": layer.rank}
+    return {"form": "dense" if type(layer) is type(original) else "linear", "rank": None}
+
+
+def _keep_ends(model: PreTrainedModel, artifact: Artifact) -> list[int]:
+    """Every end-of-sequence id of base model, config and tokenizer, put into the generation config in this order."""
+    generation: Any = model.generation_config
+    config, tokenizer = AutoConfig.from_pretrained(artifact.folder), artifact.tokenizer()
+    ends: list[int] = []
+    for ids in (getattr(generation, "eos_token_id", None), getattr(config.get_text_config(), "eos_token_id", None), tokenizer.eos_token_id):
+        ends += [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None and i not in ends]
+    if ends:
+        generation.eos_token_id = ends if len(ends) > 1 else ends[0]
+    return ends
+
+
+def _check(folder: Path, tokenizer: Any, ends: list[int]) -> None:
+    """What was written is what will be read: end ids, vocabulary, chat template."""
+    got = GenerationConfig.from_pretrained(folder).eos_token_id if (folder / "generation_config.json").is_file() else None
+    lost = set(ends) - set(got if isinstance(got, list) else [got])
+    if lost:
+        raise ArtifactError(f"end-of-sequence ids {sorted(lost)} would be lost by the export: generation would not stop at them.")
+    read = AutoTokenizer.from_pretrained(folder)
+    for what in ("eos_token_id", "bos_token_id", "chat_template"):
+        if getattr(read, what, None) != getattr(tokenizer, what, None):
+            raise ArtifactError(
+                f"the tokenizer's {what} would not survive the export: {getattr(tokenizer, what)!r} became {getattr(read, what)!r}."
+            )
+    if len(read) != len(tokenizer):
+        raise ArtifactError(f"the tokenizer would not survive the export: {len(tokenizer)} tokens became {len(read)}.")
+
+
+def _provenance(model: PreTrainedModel, cut: Cut, artifact: Artifact, folder: Path) -> dict[str, Any]:
+    facts = {key: value for key, value in asdict(cut).items() if key != "ranks"}
+    return {
+        "acip_export": SCHEMA,
+        "base": artifact.manifest["base"],
+        "recipe": artifact.manifest["recipe"],
+        "artifact": artifact.manifest.get("provenance", {}),
+        "size": {**facts, "unit": cut.unit},
+        "quantise": model.config.acip["quantise"],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "storage": _forms(model.config.acip["layers"]),
+        "weight_bytes": tensor_bytes(folder),
+        "curve": artifact.curve,
+        "packages": {name: _version(name) for name in ("acip-platform", "torch", "transformers", "safetensors")},
+    }
+
+
+def tensor_bytes(folder: str | Path) -> int:
+    """Bytes of the weights in a folder, the files' headers aside."""
+    total = 0
+    for path in Path(folder).glob("*.safetensors"):
+        with path.open("rb") as file:
+            total += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    return total
+
+
+def _forms(layers: Mapping[str, Any]) -> dict[str, int]:
+    forms = [row["form"] for row in layers.values()]
+    return {form: forms.count(form) for form in sorted(set(forms))}
+
+
+def _files(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,128 @@
+"""A calibrated model in transformers' hands, at any size (the paper's three lines).
+
+    model = acip.from_pretrained("path/to/artifact", size=0.6)     or "8GB", "800M params", a Budget
+    model.prune_model_by_score(size_ratio=0.5)                     another size, at once, as often as you like
+    model.compress()                                               plain layers, adapters folded in; memory falls
+    model.quantize("nf4")                                          their matrices in 4 bit
+    model.save_pretrained("folder")                                an export (acip/export.py)
+
+Each of the three returns the model, and works on it in place. What `compress` dropped is read again from the artifact
+when another size is asked for.
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from acip.artifact import MANIFEST, Artifact
+from acip.budget import Budget
+from acip.cut import Cut
+from acip.errors import ArtifactError, BudgetError
+from acip.export import adopt, export, framed, free, sized, write
+from acip.materialise import AnySize
+from acip.modeling_acip import MODEL_TYPE
+from acip.quantise import Kind, quantise_in_place
+from acip.recipe import Convention
+
+
+def from_pretrained(
+    source: str | Path, size: float | str | Budget | None = None, quantize: Kind | None = None, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """An artifact as a transformers model of `size` (default: the base model), with the methods of `AnySizeModel`.
+
+    `quantize` compresses, too. A folder that was exported at one size is loaded as it is.
+    """
+    folder = Path(str(source).removeprefix("file://"))
+    if not (folder / MANIFEST).is_file() and (folder / "config.json").is_file():
+        if size is not None or quantize is not None:
+            raise BudgetError(f"{folder} is a model of one size; another size or quantisation is made from its artifact. Leave them out.")
+        exported: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+        if exported.config.to_dict().get("model_type") != MODEL_TYPE:
+            raise ArtifactError(f"{folder} is neither an artifact nor an export of one. Calibrate it first (jobs/calibrate_all.py).")
+        return exported.to(device)  # type: ignore[arg-type]
+    artifact = Artifact.open(source if "://" in str(source) and not str(source).startswith("file://") else folder)
+    model = AnySizeModel.of(artifact, device)
+    if size is not None:
+        model.resize(as_budget(size))
+    if quantize is not None:
+        model.quantize(quantize)
+    return cast(PreTrainedModel, model)
+
+
+def as_budget(size: float | str | Budget) -> Budget:
+    if isinstance(size, Budget):
+        return size
+    return Budget.parse(size) if isinstance(size, str) else Budget(ratio=size)
+
+
+class AnySizeModel:
+    """Mixed into the base model's class: a resident model of every size until `compress`, a plain model of one after it."""
+
+    artifact: Artifact
+    any_size: AnySize | None  # None once compressed
+    cut: Cut
+
+    @classmethod
+    def of(cls, artifact: Artifact, device: str | torch.device = "cpu") -> "AnySizeModel":
+        any_size = artifact.load(device=device)
+        model: Any = framed(any_size.model, cls)
+        model.artifact = artifact
+        model._take(any_size)
+        return model
+
+    def prune_model_by_score(
+        self, size_ratio: float | None = None, compression_rate: float | None = None, convention: Convention = "linear"
+    ) -> "AnySizeModel":
+        """The largest size up to `size_ratio` of the base model, in `convention` (acip/cut.py). `compression_rate` = 1 - `size_ratio`."""
+        if (size_ratio is None) == (compression_rate is None):
+            raise BudgetError("give either size_ratio (0.4 keeps 40 %) or compression_rate (0.6 takes 60 % away), and not both.")
+        if size_ratio is None:
+            assert compression_rate is not None
+            if not isinstance(compression_rate, int | float) or not 0 <= compression_rate < 1:
+                raise BudgetError(f"compression_rate is {compression_rate!r}; it must be a number from 0 (the base model) and below 1.")
+            size_ratio = round(1 - compression_rate, 12)
+        return self.resize(Budget(ratio=size_ratio, convention=convention))
+
+    def resize(self, budget: Budget | float | str) -> "AnySizeModel":
+        """The largest size within any budget. `cut` says what was got."""
+        if self.any_size is None:
+            self._take(self.artifact.load(device=cast(Any, self).device))
+        assert self.any_size is not None
+        self.cut = self.any_size.resize(as_budget(budget))
+        return self
+
+    def compress(self) -> "AnySizeModel":
+        """Plain layers in their smallest form, adapters folded in. The other sizes leave the memory."""
+        if self.any_size is not None:
+            small, model = sized(self.any_size), cast(Any, self)
+            acip = small.config.acip
+            adopt(model, small)
+            model.config.acip = acip
+            model.requires_grad_(True)
+            self.any_size = None
+        return self
+
+    def quantize(self, kind: Kind = "nf4") -> "AnySizeModel":
+        """The compressed layers' matrices in 4 bit (nf4, fp4) or 8 bit (int8)."""
+        self.compress()
+        quantise_in_place(cast(PreTrainedModel, self), kind)
+        return self
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """An export of the present size. With other arguments than `max_shard_size` (a Trainer's), the model's files only."""
+        if self.any_size is not None:
+            return export(self.any_size, self.artifact, save_directory, max_shard_size=kwargs.get("max_shard_size", "5GB"))
+        if args or kwargs.keys() - {"max_shard_size"} or getattr(self, "_hf_peft_config_loaded", False):
+            return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        return write(cast(PreTrainedModel, self), self.cut, self.artifact, free(save_directory), **kwargs)
+
+    def _take(self, any_size: AnySize) -> None:
+        model = cast(Any, self)
+        adopt(model, any_size.model)
+        model.config.acip = {**model.config.acip, "quantise": None, "layers": {}}
+        model.requires_grad_(False)
+        self.any_size = any_size
+        assert any_size.cut is not None
+        self.cut = any_size.cut

@@ -1,0 +1,302 @@
+"""A language model of one size, as transformers loads it: the base model's class with smaller linear layers in their slots.
+
+This one file is all the code that an exported folder needs; it is copied into each (torch and transformers only). With acip
+installed, `import acip` makes transformers know it, and nothing in the folder is run.
+
+config.json is the base model's own, with model_type "acip", `base_model_type`, and what the layers became:
+
+    "acip": {"base_class": "LlamaForCausalLM", "quantise": null,
+             "layers": {"model.layers.0.self_attn.q_proj": {"form": "pivot", "rank": 37}, ...}}
+
+    form      tensors                                    y = W x + b from
+    dense     weight [M, N]                              the base model's own layer
+    linear    weight [M, N]                              an nn.Linear in its place
+    factors   right.weight [q, N], left.weight [M, q]    two nn.Linear
+    pivot     pivots.weight [q, N], combine.weight       q rows of W, and every other row as a combination of them;
+              [M - q, q], place [M], bias                place[i] is where row i of W is found
+
+Quantised (nf4, fp4, int8), each of these weights is `codes` and `absmax` (`QuantLinear`).
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+MODEL_TYPE = "acip"
+CODE = "modeling_acip.py"
+BLOCK = 64  # numbers of a row that share a scale in 4 bit
+LEVELS = {  # bitsandbytes' values of the 16 codes, times the scale
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": (
+        0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
+        0.0, -0.0052083334885537624, -0.6666666865348816, -1.0, -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
+    ),
+}  # fmt: skip
+KINDS = ("nf4", "fp4", "int8")
+
+
+class LowRankLinear(nn.Module):
+    """y = L (R x) + b: a compressed layer as two plain linear layers (paper eq. 9, 10)."""
+
+    def __init__(self, left_Mq: Tensor, right_qN: Tensor, bias_M: Tensor | None) -> None:
+        super().__init__()
+        (self.out_features, self.rank), self.in_features = left_Mq.shape, right_qN.shape[1]
+        self.right = plain_linear(right_qN, None)
+        self.left = plain_linear(left_Mq, bias_M)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(self.right(x))
+
+
+class PivotLinear(nn.Module):
+    """y_p = W_p x, y_rest = C y_p: a layer of rank q from q of its rows, and every other row as a combination of them.
+
+    q (M + N - q) numbers where two factors take q (M + N); `place` [M] says where each row belongs (PIFA's storage).
+    """
+
+    def __init__(self, pivots_qN: Tensor, combine: Tensor, place_M: Tensor, bias_M: Tensor | None) -> None:
+        super().__init__()
+        self.rank, self.in_features = pivots_qN.shape
+        self.out_features = len(place_M)
+        self.pivots = plain_linear(pivots_qN, None)
+        self.combine = plain_linear(combine, None)
+        self.register_buffer("place", place_M)
+        self.place: Tensor
+        self.bias = None if bias_M is None else nn.Parameter(bias_M.detach().clone(), requires_grad=False)
+
+    @classmethod
+    def of(cls, left_Mq: Tensor, right_qN: Tensor, bias_M: Tensor | None, dtype: torch.dtype) -> "PivotLinear":
+        """From factors. The combinations are fitted to the pivot rows as `dtype` rounds them."""
+        rows_M = pivot_rows(left_Mq)
+        q = left_Mq.shape[1]
+        W_MN = left_Mq.float() @ right_qN.float()
+        pivots_qN = W_MN[rows_M[:q]].to(dtype)
+        Q, R = torch.linalg.qr(pivots_qN.double().T)
+        combine = torch.linalg.solve_triangular(R, Q.T @ W_MN[rows_M[q:]].double().T, upper=True).T
+        return cls(pivots_qN.contiguous(), combine.to(dtype).contiguous(), torch.argsort(rows_M), bias_M)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y_p = self.pivots(x)
+        y = torch.cat([y_p, self.combine(y_p)], -1).index_select(-1, self.place)
+        return y if self.bias is None else y + self.bias
+
+
+def pivot_rows(left_Mq: Tensor) -> Tensor:
+    """[M] row indices of a matrix with columns `left`, the q pivots first: chosen so that the others are small combinations of them."""
+    _, pivots = torch.linalg.lu_factor(left_Mq.double()) if left_Mq.numel() else (None, left_Mq.new_zeros(0, dtype=torch.int32))
+    rows = list(range(left_Mq.shape[0]))
+    for i, j in enumerate((pivots - 1).tolist()):
+        rows[i], rows[j] = rows[j], rows[i]
+    return torch.tensor(rows, device=left_Mq.device)
+
+
+def plain_linear(weight_MN: Tensor, bias_M: Tensor | None) -> nn.Linear:
+    """An nn.Linear around given tensors, without allocating or initialising others."""
+    layer = nn.Linear(1, 1, bias=bias_M is not None, device="meta")
+    layer.out_features, layer.in_features = weight_MN.shape
+    layer.weight = nn.Parameter(weight_MN, requires_grad=False)
+    if bias_M is not None:
+        layer.bias = nn.Parameter(bias_M.detach().clone(), requires_grad=False)
+    return layer
+
+
+class QuantLinear(nn.Module):
+    """y = W x + b with the matrix in 8 or 4 bit, dequantised where it is multiplied (W8A16, W4A16).
+
+    int8         `codes` int8 [M, N], `absmax` float32 [M, 1]: W = codes absmax / 127
+    nf4, fp4     `codes` uint8 [M, ceil(N / 64) 32], two numbers a byte, the first one high; `absmax` float32 [M, ceil(N / 64)]
+
+    Codes and scales are bitsandbytes', but blocks never leave their row: its own Linear4bit is wrong on a CPU where blocks cross
+    rows, and refuses most ranks there (bitsandbytes 0.50). This one needs no kernels, so it runs anywhere, and is not fast.
+    """
+
+    def __init__(self, codes: Tensor, absmax: Tensor, in_features: int, kind: str, bias_M: Tensor | None) -> None:
+        super().__init__()
+        self.kind, self.in_features, self.out_features = kind, in_features, len(codes)
+        self.register_buffer("codes", codes)
+        self.register_buffer("absmax", absmax)
+        self.codes: Tensor
+        self.absmax: Tensor
+        self.bias = None if bias_M is None else nn.Parameter(bias_M.detach().clone(), requires_grad=False)
+
+    @classmethod
+    def blank(cls, layer: nn.Module, kind: str) -> "QuantLinear":
+        """The same with nothing in it yet: shapes for weights to come."""
+        (M, N), device = weight_MN(layer).shape, weight_MN(layer).device
+        blocks = 1 if kind == "int8" else -(-N // BLOCK)
+        codes = torch.zeros(M, N, dtype=torch.int8, device=device)
+        if kind != "int8":
+            codes = torch.zeros(M, blocks * BLOCK // 2, dtype=torch.uint8, device=device)
+        return cls(codes, torch.zeros(M, blocks, device=device), N, kind, bias_of(layer))
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """W [M, N]."""
+        absmax = self.absmax.float()
+        if self.kind == "int8":
+            return (self.codes * (absmax / 127)).to(dtype)
+        pairs = _pairs(self.kind, self.codes.device)[self.codes.int()]  # [M, bytes, 2]
+        W = pairs.reshape(len(pairs), -1, BLOCK) * absmax[..., None]
+        return W.flatten(1)[:, : self.in_features].to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantised(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}"
+
+
+@lru_cache(maxsize=16)
+def _pairs(kind: str, device: torch.device) -> Tensor:
+    """[256, 2] the two numbers of each byte."""
+    levels = torch.tensor(LEVELS[kind])
+    return torch.cartesian_prod(levels, levels).to(device)
+
+
+def swap_linears(model: nn.Module, layers: Mapping[str, Any], make: Callable[[nn.Module], nn.Module]) -> None:
+    """Put `make(linear)` in the place of every linear layer that the layers `layers` are, or consist of."""
+    for name in layers:
+        module = model.get_submodule(name)
+        if isinstance(module, LowRankLinear | PivotLinear):
+            for part, linear in list(module.named_children()):
+                setattr(module, part, make(linear))
+        else:
+            _set(model, name, make(module))
+
+
+def shrink(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put layers of these forms and ranks, with nothing in them yet, into a base model."""
+    for name, row in layers.items():
+        try:
+            original = model.get_submodule(name)
+            (M, N), weight = weight_MN(original).shape, weight_MN(original)
+        except (AttributeError, ValueError) as error:
+            raise ValueError(f"config.json describes a layer {name!r}, which this model does not have.") from error
+        form, q = row.get("form"), row.get("rank", 0)
+        if form == "dense":
+            continue
+        if form not in ("linear", "factors", "pivot") or (form != "linear" and not (isinstance(q, int) and 0 <= q <= min(M, N))):
+            raise ValueError(
+                f"config.json says {dict(row)!r} of layer {name!r} [{M}, {N}]; allowed are form dense, linear, factors or pivot, "
+                f"the last two with a rank from 0 to {min(M, N)}. Export the model again."
+            )
+        empty: Any = {"dtype": weight.dtype, "device": weight.device}
+        new: nn.Module
+        if form == "linear":
+            new = plain_linear(torch.zeros(M, N, **empty), bias_of(original))
+        elif form == "factors":
+            new = LowRankLinear(torch.zeros(M, q, **empty), torch.zeros(q, N, **empty), bias_of(original))
+        else:
+            place = torch.arange(M, device=weight.device)
+            new = PivotLinear(torch.zeros(q, N, **empty), torch.zeros(M - q, q, **empty), place, bias_of(original))
+        _set(model, name, new.requires_grad_(True))
+
+
+def weight_MN(layer: nn.Module) -> Tensor:
+    """The weight as [out, in]; GPT-2's Conv1D stores [in, out]."""
+    weight = layer.weight
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise ValueError(f"{type(layer).__name__} is not a linear layer.")
+    return weight.T if type(layer).__name__ == "Conv1D" else weight
+
+
+def bias_of(layer: nn.Module) -> Tensor | None:
+    bias = layer.bias
+    return bias if isinstance(bias, Tensor) else None
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+# ---- transformers' side
+
+
+class AcipConfig(PreTrainedConfig):
+    """The door: config.json of an exported model becomes a config of the base model's kind that knows its layers."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        fields = {key: value for key, value in config_dict.items() if key not in ("model_type", "auto_map", "architectures")}
+        base_type, acip = fields.pop("base_model_type", None), fields.get("acip")
+        if not isinstance(base_type, str) or not isinstance(acip, dict) or not isinstance(acip.get("layers"), dict):
+            raise ValueError('config.json has model_type "acip" but no base_model_type and "acip": {"base_class", "layers"}. Export again.')
+        config_class, _ = classes(base_type, str(acip.get("base_class")))
+        return config_class.from_dict(fields, **kwargs)
+
+
+class SizedConfig:
+    """Mixed into the base model's config class. In memory it is that config; on disk it is an `AcipConfig`."""
+
+    model_type: str
+    acip: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        written: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return written | {
+            "model_type": MODEL_TYPE,
+            "base_model_type": type(self).model_type,
+            "architectures": [f"Acip{self.acip['base_class']}"],
+            "auto_map": {"AutoConfig": f"{CODE.removesuffix('.py')}.AcipConfig"},  # which finds the model's class, too
+        }
+
+
+class SizedModel:
+    """Mixed into the base model's class: its layers are those of the config, before weights are loaded."""
+
+    _keep_in_fp32_modules_strict = ("absmax",)
+
+    def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:
+        super().__init__(config, *inputs, **kwargs)  # type: ignore[call-arg]
+        model: Any = self
+        shrink(model, config.acip["layers"])
+        kind = config.acip.get("quantise")
+        if kind is not None and kind not in KINDS:
+            raise ValueError(f"config.json says quantise {kind!r}; allowed are {', '.join(KINDS)} or null.")
+        if kind is not None:
+            swap_linears(model, config.acip["layers"], lambda linear: QuantLinear.blank(linear, kind))
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        target = Path(save_directory) / CODE
+        if not target.exists():
+            shutil.copyfile(__file__, target)
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+@cache
+def classes(base_type: str, base_class: str) -> tuple[Any, Any]:
+    """(config class, model class) of any size of a base model's class, known to transformers from now on."""
+    import transformers
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+    base_model = getattr(transformers, base_class, None)
+    if base_type not in CONFIG_MAPPING or not (isinstance(base_model, type) and issubclass(base_model, PreTrainedModel)):
+        raise ValueError(
+            f"this is a compressed {base_class} ({base_type}), which transformers {transformers.__version__} "
+            "does not have. Upgrade transformers."
+        )
+    base_config = CONFIG_MAPPING[base_type]
+    plans = dict.fromkeys(("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan"))  # for the base's layers, not ours
+    body = {"__module__": __name__, "model_type": base_config.model_type, "__doc__": SizedConfig.__doc__, **plans}
+    config_class: Any = type(f"Acip{base_config.__name__}", (SizedConfig, base_config), body)
+    keep = (*(base_model._keep_in_fp32_modules_strict or ()), *SizedModel._keep_in_fp32_modules_strict)
+    body = {
+        "__module__": __name__, "__doc__": SizedModel.__doc__, "config_class": config_class, "_keep_in_fp32_modules_strict": list(keep),
+    }  # fmt: skip
+    model_class: Any = type(f"Acip{base_class}", (SizedModel, base_model), body)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    return config_class, model_class

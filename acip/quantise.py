@@ -1,0 +1,66 @@
+"""The matrices of a compressed model in 8 or 4 bit, as bitsandbytes makes them (paper 3.4, W4A16).
+
+Blocks of 64 numbers never leave their row: then bytes are those that a cut counted, and a CPU reads them right. bitsandbytes'
+own Linear4bit, whose blocks run on into the next row, is silently wrong on a CPU for rows of 96 or 32 numbers, and stops
+there at most ranks (bitsandbytes 0.50); its int8 is right everywhere.
+"""
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from acip.cut import Cut
+from acip.errors import ArtifactError
+from acip.modeling_acip import BLOCK, QuantLinear, bias_of, swap_linears, weight_MN
+
+Kind = Literal["nf4", "fp4", "int8"]
+BITS = {"nf4": 4, "fp4": 4, "int8": 8}
+
+
+@torch.no_grad()
+def quantised(layer: nn.Module, kind: str) -> QuantLinear:
+    """A linear layer in 8 or 4 bit."""
+    W_MN = weight_MN(layer).float()
+    (M, N), bias_M = W_MN.shape, bias_of(layer)
+    if kind == "int8":
+        absmax = W_MN.abs().amax(1, keepdim=True)
+        return QuantLinear((W_MN * (127 / absmax.clamp_min(1e-30))).round().to(torch.int8), absmax, N, kind, bias_M)
+    if not W_MN.numel():
+        return QuantLinear.blank(layer, kind)
+    import bitsandbytes.functional as bnb
+
+    codes, state = bnb.quantize_4bit(F.pad(W_MN, (0, -N % BLOCK)).flatten(), blocksize=BLOCK, quant_type=kind)
+    return QuantLinear(codes.view(M, -1), state.absmax.view(M, -1), N, kind, bias_M)
+
+
+def quantise_in_place(model: PreTrainedModel, kind: str) -> None:
+    """The matrices of the target layers of a model that `acip.export.sized` made; everything else stays as it is."""
+    acip = model.config.acip
+    _known(kind)
+    if acip["quantise"] is not None:
+        raise ArtifactError(f"the model is quantised to {acip['quantise']} already. Ask for its size again, and then for {kind}.")
+    swap_linears(model, acip["layers"], lambda linear: quantised(linear, kind))
+    acip["quantise"] = kind
+
+
+def kind_of(cut: Cut, kind: Kind | None) -> Kind | None:
+    """What a cut is quantised to where `kind` is asked for: never to more bits than its budget was counted in."""
+    if kind is not None:
+        _known(kind)
+    if cut.bits is None:
+        return kind
+    if kind is None:
+        return "int8" if cut.bits == 8 else "nf4"
+    if BITS[kind] > cut.bits:
+        raise ArtifactError(
+            f"the size was cut to fit in {cut.bits} bit; {kind} needs {BITS[kind]}. Leave the kind out, or ask for these bits."
+        )
+    return kind
+
+
+def _known(kind: str) -> None:
+    if kind not in get_args(Kind):
+        raise ArtifactError(f"{kind!r} is no quantisation; allowed are {', '.join(get_args(Kind))}.")
