@@ -23,7 +23,7 @@ from typing import Any
 
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from acip.artifact import Artifact
 from acip.card import card
@@ -158,7 +158,7 @@ def _row(original: nn.Module, layer: nn.Module) -> dict[str, Any]:
 def _keep_ends(model: PreTrainedModel, artifact: Artifact) -> list[int]:
     """Every end-of-sequence id of base model, config and tokenizer, put into the generation config in this order."""
     generation: Any = model.generation_config
-    config, tokenizer = AutoConfig.from_pretrained(artifact.folder), artifact.tokenizer()
+    config, tokenizer = artifact.config, artifact.tokenizer()
     ends: list[int] = []
     for ids in (getattr(generation, "eos_token_id", None), getattr(config.get_text_config(), "eos_token_id", None), tokenizer.eos_token_id):
         ends += [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None and i not in ends]

@@ -28,12 +28,21 @@ from acip.recipe import Convention
 
 
 def from_pretrained(
-    source: str | Path, size: float | str | Budget | None = None, quantize: Kind | None = None, device: str | torch.device = "cpu"
+    source: str | Path | Artifact,
+    size: float | str | Budget | None = None,
+    quantize: Kind | None = None,
+    device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
     """An artifact as a transformers model of `size` (default: the base model), with the methods of `AnySizeModel`.
 
-    `quantize` compresses, too. A folder that was exported at one size is loaded as it is.
+    `quantize` compresses, too. A folder that was exported at one size is loaded as it is. At a size only its bytes are read,
+    and those of larger ones when they are asked for. From S3: `from_pretrained(Store(...).open("s3://..."), size=0.6)`.
     """
+    budget = None if size is None else as_budget(size)
+    if isinstance(source, Artifact):
+        return _sized(source, budget, quantize, device)
+    if "://" in str(source) and not str(source).startswith("file://"):
+        raise ArtifactError(f"{source} is no folder. Open it with acip_platform.store.Store, and pass what comes back.")
     folder = Path(str(source).removeprefix("file://"))
     if not (folder / MANIFEST).is_file() and (folder / "config.json").is_file():
         if size is not None or quantize is not None:
@@ -42,10 +51,11 @@ def from_pretrained(
         if exported.config.to_dict().get("model_type") != MODEL_TYPE:
             raise ArtifactError(f"{folder} is neither an artifact nor an export of one. Calibrate it first (jobs/calibrate_all.py).")
         return exported.to(device)  # type: ignore[arg-type]
-    artifact = Artifact.open(source if "://" in str(source) and not str(source).startswith("file://") else folder)
-    model = AnySizeModel.of(artifact, device)
-    if size is not None:
-        model.resize(as_budget(size))
+    return _sized(Artifact.open(folder), budget, quantize, device)
+
+
+def _sized(artifact: Artifact, budget: Budget | None, quantize: Kind | None, device: str | torch.device) -> PreTrainedModel:
+    model = AnySizeModel.of(artifact, device, budget)
     if quantize is not None:
         model.quantize(quantize)
     return cast(PreTrainedModel, model)
@@ -65,8 +75,8 @@ class AnySizeModel:
     cut: Cut
 
     @classmethod
-    def of(cls, artifact: Artifact, device: str | torch.device = "cpu") -> "AnySizeModel":
-        any_size = artifact.load(device=device)
+    def of(cls, artifact: Artifact, device: str | torch.device = "cpu", budget: Budget | None = None) -> "AnySizeModel":
+        any_size = artifact.load(device, budget)
         model: Any = framed(any_size.model, cls)
         model.artifact = artifact
         model._take(any_size)
@@ -88,7 +98,7 @@ class AnySizeModel:
     def resize(self, budget: Budget | float | str) -> "AnySizeModel":
         """The largest size within any budget. `cut` says what was got."""
         if self.any_size is None:
-            self._take(self.artifact.load(device=cast(Any, self).device))
+            self._take(self.artifact.load(cast(Any, self).device, as_budget(budget)))
         assert self.any_size is not None
         self.cut = self.any_size.resize(as_budget(budget))
         return self

@@ -81,13 +81,12 @@ def main() -> int:
 def run(args: argparse.Namespace, settings: Settings) -> int:
     from acip_platform.store import Store
 
-    from acip.artifact import Artifact
     from acip.export import export, free
 
     folder = free(args.out)
     uri = find(args.model, args.alias, settings)
     print(f"artifact   {masked(uri)}", flush=True)
-    artifact = Artifact.open(Store(settings.store, settings.home / "cache").fetch(uri))
+    artifact = Store(settings.store, settings.home / "cache").open(uri)
     table = artifact.table()
     cut = table.cut(args.budget)  # before the weights are read: what can't be reached is refused at once
     unit = "" if cut.unit == "ratio" else f" {cut.unit}"
@@ -97,8 +96,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     if cut.predicted:
         print(f"predicted  perplexity {cut.predicted['perplexity']:.2f} by the measured curve")
     sys.stdout.flush()
-    any_size = artifact.load()
-    any_size.resize(args.budget)
+    any_size = artifact.load(size=args.budget)
     provenance = export(any_size, artifact, folder, args.quantize, args.max_shard_size)
     on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     stored_as = provenance["quantise"] or provenance["dtype"]

@@ -27,6 +27,7 @@ from acip.linear import LowRankLinear, PivotLinear
 from acip.materialise import AnySize
 from acip.modeling_acip import CODE, QuantLinear, plain_linear
 from acip.quantise import quantised as as_quantised
+from acip.source import Folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -209,7 +210,7 @@ def test_a_chat_template_comes_along(small_artifact: Artifact, tmp_path: Path) -
     tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     any_size = small_artifact.load()
-    export(any_size, Artifact(folder, small_artifact.manifest), tmp_path / "out")
+    export(any_size, Artifact(folder, small_artifact.manifest, Folder(folder)), tmp_path / "out")
     read_back = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert read_back.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "[user] hi"
 

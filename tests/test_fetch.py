@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from shutil import copytree
-from typing import Any
+from typing import Any, cast
 
 import boto3
 import pytest
@@ -13,6 +13,7 @@ from acip_platform.store import S3Source, Store, StoreError
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import acip
 from acip.artifact import Artifact
 from acip.base import Base
 from acip.calibrate import calibrate
@@ -112,6 +113,23 @@ def test_growing_fetches_the_difference(remote: tuple[Store, str], wide: Artifac
     any_size.resize(1.0)
     whole.resize(1.0)
     assert torch.equal(logits(any_size), logits(whole))
+
+
+def test_the_three_lines_fetch_what_they_need(remote: tuple[Store, str], wide: Artifact, tmp_path: Path) -> None:
+    """from_pretrained at 0.4, up to 0.6, compressed: what an export of 0.6 computes."""
+    store, uri = remote
+    artifact = store.open(uri)
+    source: Any = artifact.source
+    model: Any = acip.from_pretrained(artifact, size=0.4)
+    at_first = source.fetched
+    assert at_first < 0.6 * sum(path.stat().st_size for path in wide.folder.rglob("*"))
+    model.prune_model_by_score(size_ratio=0.6).compress()
+    assert source.fetched > at_first
+    whole = wide.load()
+    whole.resize(0.6)
+    ids = torch.arange(32)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, cast(Any, whole.materialise())(input_ids=ids).logits)
 
 
 def test_from_disk_no_more_is_read(wide: Artifact) -> None:
