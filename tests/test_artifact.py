@@ -1,6 +1,7 @@
 """What is written is what is read; what is broken, foreign or newer is refused with a reason."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+import acip
 from acip.artifact import MANIFEST, Artifact
 from acip.base import load_base
 from acip.calibrate import Calibration
@@ -146,3 +148,29 @@ def test_a_crash_while_writing_leaves_no_artifact(
         Artifact.save(tmp_path / "half", base, calibration, {})
     with pytest.raises(ArtifactError, match="cut short"):
         Artifact.open(tmp_path / "half")
+
+
+def test_the_formats_page_is_true(small_artifact: Artifact) -> None:
+    """Its snippet, run as it stands, reads what we read; its rule for ranks gives our ranks."""
+    page = (Path(acip.__file__).parent / "ARTIFACT.md").read_text()
+    snippet: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], snippet)
+    any_size, folder = small_artifact.load(), str(small_artifact.folder)
+    cut = any_size.resize(0.6)
+    for name, layer in any_size.layers.items():
+        if layer.rank is not None:
+            left, right = layer.folded(layer.rank)
+            torch.testing.assert_close(torch.from_numpy(snippet["weight"](folder, name, layer.rank)), left.T @ right, rtol=0, atol=1e-5)
+    layers = small_artifact.manifest["layers"]
+    ranks = [min(row["M"], row["N"]) for row in layers]
+    dense = sum(row["M"] * row["N"] for row in layers)
+
+    def stored() -> int:
+        return sum(q * (row["M"] + row["N"] - q) for q, row in zip(ranks, layers, strict=True))
+
+    for index in snippet["tensor"](folder, "order", "layer"):
+        if stored() <= 0.6 * dense:
+            break
+        ranks[index] = max(1, ranks[index] - 1)
+    ours = {row["name"]: None if q == min(row["M"], row["N"]) else q for q, row in zip(ranks, layers, strict=True)}
+    assert ours == dict(cut.ranks)
