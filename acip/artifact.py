@@ -18,6 +18,7 @@ config.json, tokenizer files, generation_config.json    the base model's own
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,6 +65,7 @@ class Artifact:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
+        (folder / MANIFEST).with_suffix(".partial").unlink(missing_ok=True)
         recipe, table, layers = calibration.recipe, calibration.table, targets(calibration.model)
         stored = {shape.name: shape.stored_rank(recipe.adapter_rows, recipe.storage, recipe.reset) for shape in table.layers}
         factors: dict[str, Tensor] = {}
@@ -120,7 +122,9 @@ class Artifact:
         return cls.open(folder)
 
     def record_curve(self, rows: list[dict[str, Any]]) -> "Artifact":
-        """Put the measured trade-off curve into the manifest. Nothing else changes."""
+        """Put the measured trade-off curve into the manifest. Nothing else changes. Of a local artifact only."""
+        if not (self.folder / MANIFEST).is_file():
+            raise ArtifactError(f"{self.source.where} can't be changed in place. Fetch it, record the curve, publish the manifest.")
         _write_atomically(self.folder / MANIFEST, {**self.manifest, "curve": rows})
         return Artifact.open(self.folder)
 
@@ -172,6 +176,15 @@ class Artifact:
 
     def tensors(self, file: str) -> TensorFile:
         """One of the artifact's safetensors files, to be read in parts."""
+        if file not in self._opened:
+            self._opened[file] = self._open(file)
+        return self._opened[file]
+
+    @cached_property
+    def _opened(self) -> dict[str, TensorFile]:
+        return {}
+
+    def _open(self, file: str) -> TensorFile:
         known = self._digests if self.source.checked else {}
         own = {key.removeprefix(f"{file}/"): value for key, value in known.items() if key.startswith(f"{file}/")}
         return TensorFile(self.source, f"{file}.safetensors", own)
@@ -262,7 +275,9 @@ def check(manifest: Any, where: str) -> None:
             raise ArtifactError(f"{where}/{MANIFEST}: {key!r} is missing or not a {kind.__name__}. Fetch the artifact again.")
     for file, facts in manifest["files"].items():
         path = PurePosixPath(file)
-        inside = file == str(path) and "\\" not in file and ":" not in file and not path.is_absolute() and ".." not in path.parts
+        inside = (
+            file == str(path) and path.parts and re.fullmatch(r"[\w./ @+-]+", file) and not path.is_absolute() and ".." not in path.parts
+        )
         if not inside or not isinstance(facts, dict) or not _is_count(facts.get("bytes")) or not isinstance(facts.get("sha256"), str):
             raise ArtifactError(f"{where}/{MANIFEST} names a file outside its folder, or without its size: {file!r}. It is not ours.")
     for row in manifest["layers"]:
@@ -276,6 +291,8 @@ def check(manifest: Any, where: str) -> None:
         raise ArtifactError(f"{where}/{MANIFEST}: its layers are none, or named twice, or the rest is no number.")
     if not all(isinstance(row, dict) for row in manifest["curve"]):
         raise ArtifactError(f"{where}/{MANIFEST}: malformed row of the curve.")
+    if not isinstance(manifest["base"].get("source"), str):
+        raise ArtifactError(f"{where}/{MANIFEST} does not say of which base model it is.")
 
 
 def _is_count(value: Any) -> bool:

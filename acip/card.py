@@ -12,7 +12,7 @@ HUB_ID = r"[\w.-]+/[\w.-]+"
 
 def card(provenance: dict[str, Any], artifact: Artifact, name: str) -> str:
     """README.md with the hub's fields on top."""
-    source, size, quantised = provenance["base"]["source"], provenance["size"], provenance["quantise"]
+    source, size, quantised = artifact.manifest["base"]["source"], provenance["size"], provenance["quantise"]
     hub_id = source.partition("@")[0] if _is_hub_id(source) else None
     licence = licence_of(source)
     tags = ["acip", "compressed", "low-rank", *([quantised, "quantized"] if quantised else [])]
@@ -27,7 +27,7 @@ def card(provenance: dict[str, Any], artifact: Artifact, name: str) -> str:
     ]
     ratio = size["sizes"]["linear"]
     forms = ", ".join(f"{count} {form}" for form, count in provenance["storage"].items())
-    linked = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"`{_shown(source)}`"
+    linked = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"`{shown(source)}`"
     facts = {
         "base model": linked + (f" at `{provenance['base']['revision']}`" if provenance["base"].get("revision") else ""),
         "asked": _amount(size["asked"], size["convention"], size["unit"]),
@@ -68,9 +68,9 @@ def licence_of(source: str) -> str | None:
     return found[1] if found else None
 
 
-def _shown(source: str) -> str:
+def shown(source: str) -> str:
     """A path is this machine's own business."""
-    return source if source.startswith("package:") else Path(source).name
+    return source if source.startswith("package:") or _is_hub_id(source) else Path(source).name
 
 
 def _is_hub_id(source: str) -> bool:

@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from acip.artifact import Artifact
-from acip.card import card
+from acip.card import card, shown
 from acip.cut import Cut
 from acip.errors import ArtifactError
 from acip.linear import LowRankLinear, PivotLinear
@@ -86,6 +87,8 @@ def adopt(model: PreTrainedModel, other: PreTrainedModel) -> None:
     before = other.config
     for name, child in list(other.named_children()):
         setattr(model, name, child)
+    model._parameters.update(other._parameters)
+    model._buffers.update(other._buffers)
     for module in model.modules():
         if getattr(module, "config", None) is before:
             module.config = model.config  # type: ignore[assignment]
@@ -96,10 +99,11 @@ def adopt(model: PreTrainedModel, other: PreTrainedModel) -> None:
 
 def write(model: PreTrainedModel, cut: Cut, artifact: Artifact, folder: Path, max_shard_size: str | int = "5GB") -> dict[str, Any]:
     """The folder of a model that `sized` made."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))  # nobody else's
+    partial, earlier = aside / "new", aside / "earlier"
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir()
         ends = _keep_ends(model, artifact)
         SizedModel.save_pretrained(model, partial, max_shard_size=max_shard_size)  # type: ignore[arg-type]
         tokenizer = artifact.tokenizer()
@@ -112,15 +116,16 @@ def write(model: PreTrainedModel, cut: Cut, artifact: Artifact, folder: Path, ma
             json.dump(provenance, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        earlier = folder.with_name(folder.name + ".replaced")
         if folder.exists():
-            shutil.rmtree(earlier, ignore_errors=True)
             folder.rename(earlier)
-        partial.rename(folder)
-        shutil.rmtree(earlier, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        try:
+            partial.rename(folder)
+        except BaseException:
+            if earlier.exists():
+                earlier.rename(folder)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return provenance
 
 
@@ -187,9 +192,9 @@ def _provenance(model: PreTrainedModel, cut: Cut, artifact: Artifact, folder: Pa
     facts = {key: value for key, value in asdict(cut).items() if key != "ranks"}
     return {
         "acip_export": SCHEMA,
-        "base": artifact.manifest["base"],
+        "base": {**artifact.manifest["base"], "source": shown(artifact.manifest["base"]["source"])},
         "recipe": artifact.manifest["recipe"],
-        "artifact": artifact.manifest.get("provenance", {}),
+        "artifact": _without_paths(artifact.manifest.get("provenance", {})),
         "size": {**facts, "unit": cut.unit},
         "quantise": model.config.acip["quantise"],
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -198,6 +203,15 @@ def _provenance(model: PreTrainedModel, cut: Cut, artifact: Artifact, folder: Pa
         "curve": artifact.curve,
         "packages": {name: _version(name) for name in ("acip-platform", "torch", "transformers", "safetensors")},
     }
+
+
+def _without_paths(value: Any) -> Any:
+    """What is published does not tell of this machine: of a path, its last part."""
+    if isinstance(value, dict):
+        return {key: _without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def tensor_bytes(folder: str | Path) -> int:

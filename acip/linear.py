@@ -17,6 +17,7 @@ Both of the first two carry their adapters, `LoRA` modules by place:
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -106,6 +107,17 @@ class Compressible(nn.Module):
         """What is only kept leaves the accelerator."""
         if isinstance(self.original, FourBitLinear):
             self.original.park()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Compressible":
+        """As of every module, but a weight that was not read yet can't be moved or cast: it comes where the rows are."""
+        unread = self.original._parameters.get("weight")
+        if unread is None or not unread.is_meta:
+            return super()._apply(fn, recurse)
+        del self.original._parameters["weight"]
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self.original._parameters["weight"] = unread
 
     @property
     def exact(self) -> nn.Module:
@@ -241,7 +253,7 @@ class ElasticLinear(Compressible):
         return left, right
 
     def materialise(self, storage: Storage) -> nn.Module:
-        """The layer at its present rank in its smallest form, as a plain module that shares nothing with this one."""
+        """The layer at its present rank in its smallest form, as a plain module. It may share weights with this one."""
         if self.rank is None:
             return self.original
         left_qM, right_qN = self.folded(self.rank)

@@ -36,7 +36,7 @@ class AnySize:
         """Take the largest size within `budget` (a number is a `linear` size ratio). No weights are copied;
         what the size needs and is not there yet is fetched.
 
-        Bytes and memory are those of the plain model that `materialise` makes; this one always holds every size. BudgetError
+        Bytes and memory are those of the plain model that `materialise` makes; this one holds what was read. BudgetError
         where nothing is within the budget.
         """
         cut = self.table.cut(budget if isinstance(budget, Budget) else Budget(ratio=budget))

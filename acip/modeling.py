@@ -10,8 +10,11 @@ Each of the three returns the model, and works on it in place. What `compress` d
 when another size is asked for.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -23,7 +26,7 @@ from acip.errors import ArtifactError, BudgetError
 from acip.export import adopt, export, framed, free, sized, write
 from acip.materialise import AnySize
 from acip.modeling_acip import MODEL_TYPE
-from acip.quantise import Kind, quantise_in_place
+from acip.quantise import Kind, kind_of, quantise_in_place
 from acip.recipe import Convention
 
 
@@ -43,7 +46,7 @@ def from_pretrained(
         return _sized(source, budget, quantize, device)
     if "://" in str(source) and not str(source).startswith("file://"):
         raise ArtifactError(f"{source} is no folder. Open it with acip_platform.store.Store, and pass what comes back.")
-    folder = Path(str(source).removeprefix("file://"))
+    folder = Path(url2pathname(urlparse(str(source)).path) if str(source).startswith("file://") else source)
     if not (folder / MANIFEST).is_file() and (folder / "config.json").is_file():
         if size is not None or quantize is not None:
             raise BudgetError(f"{folder} is a model of one size; another size or quantisation is made from its artifact. Leave them out.")
@@ -55,6 +58,8 @@ def from_pretrained(
 
 
 def _sized(artifact: Artifact, budget: Budget | None, quantize: Kind | None, device: str | torch.device) -> PreTrainedModel:
+    if budget is not None and quantize is not None and budget.bits is None and not budget.by_curve:
+        budget = replace(budget, bits=8 if quantize == "int8" else 4)
     model = AnySizeModel.of(artifact, device, budget)
     if quantize is not None:
         model.quantize(quantize)
@@ -116,16 +121,21 @@ class AnySizeModel:
 
     def quantize(self, kind: Kind = "nf4") -> "AnySizeModel":
         """The compressed layers' matrices in 4 bit (nf4, fp4) or 8 bit (int8)."""
+        kind_of(self.cut, kind)  # refuses other bits than the budget was counted in
         self.compress()
         quantise_in_place(cast(PreTrainedModel, self), kind)
         return self
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """An export of the present size. With other arguments than `max_shard_size` (a Trainer's), the model's files only."""
+        """An export of the present size. Once compressed, with a Trainer's arguments, the model's files only."""
         if self.any_size is not None:
+            if args or kwargs.keys() - {"max_shard_size"}:
+                raise ArtifactError("a model of every size is saved as an export, with max_shard_size alone: call compress() first.")
             return export(self.any_size, self.artifact, save_directory, max_shard_size=kwargs.get("max_shard_size", "5GB"))
         if args or kwargs.keys() - {"max_shard_size"} or getattr(self, "_hf_peft_config_loaded", False):
             return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if self.cut.bits is not None and cast(Any, self).config.acip["quantise"] is None:
+            raise ArtifactError(f"this size was cut to fit in {self.cut.bits} bit: call quantize() before it is saved.")
         return write(cast(PreTrainedModel, self), self.cut, self.artifact, free(save_directory), **kwargs)
 
     def _take(self, any_size: AnySize) -> None:

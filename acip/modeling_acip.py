@@ -83,7 +83,10 @@ class PivotLinear(nn.Module):
         W_MN = left_Mq.float() @ right_qN.float()
         pivots_qN = W_MN[rows_M[:q]].to(dtype)
         Q, R = torch.linalg.qr(pivots_qN.double().T)
-        combine = torch.linalg.solve_triangular(R, Q.T @ W_MN[rows_M[q:]].double().T, upper=True).T
+        rest = Q.T @ W_MN[rows_M[q:]].double().T
+        lost = R.diagonal().abs() <= 1e-12 * R.diagonal().abs().max() if q else R.diagonal().bool()
+        R[lost], rest[lost] = torch.eye(q, dtype=R.dtype, device=R.device)[lost], 0.0  # rows that say nothing, of layers of zeros say
+        combine = torch.linalg.solve_triangular(R, rest, upper=True).T
         return cls(pivots_qN.contiguous(), combine.to(dtype).contiguous(), torch.argsort(rows_M), bias_M)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +97,9 @@ class PivotLinear(nn.Module):
 
 def pivot_rows(left_Mq: Tensor) -> Tensor:
     """[M] row indices of a matrix with columns `left`, the q pivots first: chosen so that the others are small combinations of them."""
-    _, pivots = torch.linalg.lu_factor(left_Mq.double()) if left_Mq.numel() else (None, left_Mq.new_zeros(0, dtype=torch.int32))
+    pivots = left_Mq.new_zeros(0, dtype=torch.int32)
+    if left_Mq.numel():
+        pivots = torch.linalg.lu_factor_ex(left_Mq.double()).pivots  # columns of zeros are no error
     rows = list(range(left_Mq.shape[0]))
     for i, j in enumerate((pivots - 1).tolist()):
         rows[i], rows[j] = rows[j], rows[i]

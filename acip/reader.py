@@ -34,8 +34,10 @@ class Reader:
             name, rows = row["name"], row["stored_rank"] + self.lead
             places = ((self.factors, "left", (rows, row["M"])), (self.factors, "right", (rows, row["N"])))
             for file, part, shape in (*places, (self.dense, "weight", (row["M"], row["N"]))):
-                if (found := file.entry(f"{name}.{part}")).shape != shape:
-                    raise ArtifactError(f"{artifact.folder}: {name}.{part} is {list(found.shape)}; the layer table says {list(shape)}.")
+                if (found := file.entry(f"{name}.{part}")).shape != shape or not found.dtype.is_floating_point:
+                    raise ArtifactError(
+                        f"{artifact.source.where}: {name}.{part} is {found.dtype} {list(found.shape)}; the layer table says {list(shape)}."
+                    )
 
     def model(self) -> PreTrainedModel:
         """Everything but the target layers' numbers."""
@@ -67,7 +69,7 @@ class Reader:
             model.generation_config = GenerationConfig.from_pretrained(self.artifact.local("generation_config.json").parent)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        for buffer_name, buffer in list(model.named_buffers()):  # those that no file holds
+        for buffer_name, buffer in list(model.named_buffers(remove_duplicate=False)):  # those that no file holds
             parent, _, child = buffer_name.rpartition(".")
             model.get_submodule(parent)._buffers[child] = buffer.to(self.device)
         return model.eval()
@@ -89,11 +91,12 @@ class Reader:
         for (key, *_), new in zip(wanted, self.factors.rows(wanted) if wanted else [], strict=True):
             name, _, side = key.rpartition(".")
             held: Rows = getattr(layers[name], side)
-            more = new.to(self.device)
+            more = new.to(held.values)
             held.values = nn.Parameter(torch.cat([held.values, more]) if len(held) else more, requires_grad=False)
         for name, weight in self.dense.read([f"{name}.weight" for name in weights]).items() if weights else ():
-            original: Any = layers[name.removesuffix(".weight")].original
-            moved: Tensor = weight.to(self.device)
+            layer = layers[name.removesuffix(".weight")]
+            original: Any = layer.original
+            moved: Tensor = weight.to(layer.left.values)
             original.weight = nn.Parameter(moved.T.contiguous() if isinstance(original, Conv1D) else moved, requires_grad=False)
 
 

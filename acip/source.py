@@ -5,12 +5,14 @@ platform's: they bring a `Source` of their own, whose bytes are compared with th
 """
 
 import mmap
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from acip.errors import ArtifactError
 
+NORESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which the module doesn't name
 Range = tuple[int, int]  # the first byte, and the one after the last
 
 
@@ -37,15 +39,16 @@ class Folder:
     def size(self, file: str) -> int:
         try:
             return (self.folder / file).stat().st_size
-        except OSError as error:
-            raise ArtifactError(f"{self.folder / file} is missing: {error.strerror}. Fetch the artifact again.") from error
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{self.folder / file} is missing: {error}. Fetch the artifact again.") from error
 
     def read(self, file: str, ranges: Sequence[Range]) -> list[memoryview]:
         if file not in self._maps:
             try:
                 with (self.folder / file).open("rb") as opened:
-                    # a private copy of what is written to: torch has no tensors that can't be
-                    self._maps[file] = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
+                    # writable, because torch knows no other tensors, and private; nothing is reserved for it, files may outgrow memory
+                    kind = {"flags": mmap.MAP_PRIVATE | NORESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+                    self._maps[file] = memoryview(mmap.mmap(opened.fileno(), 0, **kind))
             except (OSError, ValueError) as error:
                 raise ArtifactError(f"{self.folder / file} can't be read: {error}. Fetch the artifact again.") from error
         return [self._maps[file][start:stop] for start, stop in ranges]

@@ -141,7 +141,9 @@ class TensorFile:
 
 
 def digests(piece: memoryview | bytes, entry: Entry) -> Tensor:
-    """[chunks, 32] sha256 of whole chunks of rows."""
+    """[chunks, 32] sha256 of whole chunks of rows, each after the tensor's dtype and shape as the header has them."""
     step = max(1, entry.chunk_rows * entry.row_bytes)
-    found = b"".join(hashlib.sha256(piece[i : i + step]).digest() for i in range(0, max(1, len(piece)), step))
+    kind = next(name for name, dtype in DTYPES.items() if dtype == entry.dtype)
+    facts = json.dumps([kind, *entry.shape]).encode()
+    found = b"".join(hashlib.sha256(facts + bytes(piece[i : i + step])).digest() for i in range(0, max(1, len(piece)), step))
     return torch.frombuffer(bytearray(found), dtype=torch.uint8).view(-1, 32)

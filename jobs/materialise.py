@@ -34,7 +34,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--alias", default="champion", help="alias or version number in the registry (default: %(default)s)")
     parser.add_argument("--max-shard-size", default="5GB", help="(default: %(default)s)")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where to write; an earlier export there is replaced")
-    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to this repository of the hub, too")
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload the folder to this repository of the hub, too; an export there is replaced"
+    )
     args = parser.parse_args()
     if args.context is not None and args.fit is None:
         parser.error("--context goes with --fit: how much memory may serving at this context take?")
@@ -128,6 +130,9 @@ def push(folder: Path, repository: str) -> None:
     try:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
+        others = set(api.list_repo_files(repository)) - {".gitattributes"}
+        if others and "provenance.json" not in others:
+            raise AcipError(f"{repository} holds something else than an export of ours ({sorted(others)[0]}); push to another repository.")
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Export of {folder.name}", delete_patterns=["*"])
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
         raise AcipError(

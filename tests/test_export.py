@@ -105,8 +105,10 @@ def test_what_is_in_the_folder(exported: Path, any_size: AnySize, small_artifact
     described = {name: row["rank"] for name, row in config["acip"]["layers"].items()}
     assert described == cut.ranks
     provenance = json.loads((exported / PROVENANCE).read_text())
-    assert provenance["base"]["source"] == small_base and provenance["recipe"] == small_artifact.manifest["recipe"]
+    assert provenance["base"]["source"] == Path(small_base).name and provenance["recipe"] == small_artifact.manifest["recipe"]
     assert provenance["size"]["asked"] == 0.6 >= provenance["size"]["got"]
+    for path in exported.iterdir():
+        assert str(Path(small_base).parent).encode() not in path.read_bytes(), "nothing of this machine's paths is published"
     there = {path.name for path in exported.iterdir()}
     assert there == {PROVENANCE, *provenance["files"]}
     assert {"README.md", CODE, "model.safetensors", "tokenizer.json", "generation_config.json"} <= there
@@ -483,7 +485,12 @@ def test_the_command_pushes(command: Command, small_artifact: Artifact, tmp_path
     """As far as a machine without the hub can tell: what is called, and what is said where it fails."""
     calls: list[Any] = []
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda _, name, **kwargs: calls.append((name, kwargs)))
+    held = [".gitattributes"]
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda _, name: held)
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda _, **kwargs: calls.append(kwargs["repo_id"]))
     code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "out", "--push", "me/small")
     assert code == 0 and calls == [("me/small", {"exist_ok": True}), "me/small"] and "https://huggingface.co/me/small" in said
+    held.append("thesis.tex")
+    code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "out", "--push", "me/small")
+    assert code == 1 and "holds something else than an export of ours (thesis.tex)" in said
     monkeypatch.undo()

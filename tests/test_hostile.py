@@ -124,7 +124,9 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_a_manifest_with_anything_anywhere(small_artifact: Artifact, data: st.DataObject) -> None:
+def test_a_manifest_with_anything_anywhere(small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Opened as from elsewhere: into a folder of its own, outside of which nothing appears."""
+    place = tmp_path_factory.mktemp("place")
     manifest = json.loads(json.dumps(small_artifact.manifest))
     path = data.draw(st.sampled_from(sorted(places(manifest), key=str)))
     value = data.draw(JSON | st.sampled_from([0, -1, 2**70, "../../etc/passwd", "/etc/passwd", ".."]))
@@ -137,11 +139,19 @@ def test_a_manifest_with_anything_anywhere(small_artifact: Artifact, data: st.Da
         inner[path[-1]] = value
     source = Held({MANIFEST: json.dumps(manifest).encode()}, small_artifact.folder)
     with contextlib.suppress(AcipError):
-        any_size = Artifact.open(small_artifact.folder, source, verify=True).load(size=0.6)
+        any_size = Artifact.open(place / "inside", source, verify=True).load(size=0.6)
         ids = torch.arange(8)[None]
         model: Any = any_size.model
         with torch.no_grad():
             assert model(input_ids=ids).logits.shape == (1, 8, 256)
+    assert {path.name for path in place.iterdir()} <= {"inside"}
+
+
+@pytest.mark.parametrize("name", [".", "", "..", "../x", "/x", "a/../../x", "a\\..\\x", "C:x", "a\0b", "a\nb", "\ud800"])
+def test_names_of_files_that_are_refused(small_artifact: Artifact, tmp_path: Path, name: str) -> None:
+    manifest = {**small_artifact.manifest, "files": {**small_artifact.manifest["files"], name: {"bytes": 0, "sha256": ""}}}
+    with pytest.raises(ArtifactError, match="outside its folder"):
+        Artifact.open(tmp_path, Held({MANIFEST: json.dumps(manifest).encode()}, small_artifact.folder))
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -233,3 +233,14 @@ def test_a_layer_in_four_bit_is_small_and_gives_its_weight_back(small_base: str,
     assert frozen < 0.45 * full, "the layer and its directions together: 32 bit at 2.4 times the numbers would be 2.4"
     restore(model)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_the_pivot_form_of_a_layer_with_less_rank_than_it_keeps(kept: int) -> None:
+    """Layers of zeros are in models that were grown by blocks."""
+    torch.manual_seed(0)
+    left, right = torch.randn(12, 6), torch.randn(6, 10)
+    left[:, kept:] = 0
+    layer = PivotLinear.of(left, right, None, torch.float32)
+    x = torch.randn(4, 10)
+    torch.testing.assert_close(layer(x), x @ (left @ right).T, rtol=0, atol=1e-4)

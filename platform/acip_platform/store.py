@@ -6,6 +6,7 @@ An artifact is complete when its manifest is there, so the manifest is moved las
 import functools
 import hashlib
 import shutil
+import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 from urllib3.exceptions import HTTPError
 
@@ -22,6 +24,7 @@ from acip.source import Range
 
 PART = 8 << 20  # bytes of one request at most
 AT_ONCE = 16  # requests
+JOINED = 64 << 20  # bytes
 ATTEMPTS = 4  # at a body that is cut off
 
 
@@ -44,6 +47,8 @@ def _told(method: Callable[P, T]) -> Callable[P, T]:
         try:
             return method(*args, **kwargs)
         except (BotoCoreError, ClientError, Boto3Error) as error:
+            if "PreconditionFailed" in str(error):
+                raise StoreError(f"an object was replaced while it was being read ({error}). Open the artifact again.") from error
             check = "Check the bucket's name, AWS_ENDPOINT_URL and the credentials (AWS_ACCESS_KEY_ID or a role)."
             raise StoreError(f"S3 refused {method.__name__} of {args[1] if len(args) > 1 else ''}: {error} {check}") from error
 
@@ -90,6 +95,9 @@ class Store:
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(upload, files))
+        there = {path.relative_to(folder).as_posix() for path in files}
+        for stale in self._listed(uri).keys() - there:
+            client.delete_object(Bucket=bucket, Key=f"{prefix}/{stale}")
         upload(folder / MANIFEST)
         shutil.rmtree(folder)
         return uri
@@ -123,26 +131,37 @@ class Store:
         if (folder / MANIFEST).is_file():
             return folder
 
-        def download(name: str) -> None:
-            target = (folder / name).resolve()
-            if not target.is_relative_to(folder.resolve()):
-                raise StoreError(f"{uri} holds an object outside its folder: {name!r}.")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            client.download_file(bucket, f"{prefix}/{name}", str(target))
+        files = [MANIFEST, *Artifact.open(folder, S3Source(uri, objects)).manifest["files"]]
+        self.cache.mkdir(parents=True, exist_ok=True)
+        coming = Path(tempfile.mkdtemp(prefix="coming-", dir=self.cache))
 
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(download, [name for name in objects if name != MANIFEST]))
-        download(MANIFEST)
+        def download(name: str) -> None:
+            (coming / name).parent.mkdir(parents=True, exist_ok=True)
+            client.download_file(bucket, f"{prefix}/{name}", str(coming / name))
+
+        try:
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(download, files))
+            Artifact.open(coming, verify=True)
+            if not (folder / MANIFEST).is_file():  # else another process was faster
+                shutil.rmtree(folder, ignore_errors=True)
+                coming.rename(folder)
+        finally:
+            shutil.rmtree(coming, ignore_errors=True)
         return folder
 
     def _objects(self, uri: str) -> dict[str, Any]:
         """What S3 lists under an artifact's URI, by file."""
-        bucket, prefix = _split(uri)
-        pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix + "/")
-        objects = {item["Key"].removeprefix(prefix + "/"): item for page in pages for item in page.get("Contents", [])}
+        objects = self._listed(uri)
         if MANIFEST not in objects:
             raise StoreError(f"there is no complete artifact at {uri}: no {MANIFEST}. Check the URI and the credentials.")
         return objects
+
+    def _listed(self, uri: str) -> dict[str, Any]:
+        bucket, prefix = _split(uri)
+        pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix + "/")
+        listed = {item["Key"].removeprefix(prefix + "/"): item for page in pages for item in page.get("Contents", [])}
+        return {name: item for name, item in listed.items() if name and not name.endswith("/")}  # not folders' own markers
 
 
 class S3Source:
@@ -167,13 +186,17 @@ class S3Source:
 
     def read(self, file: str, ranges: Sequence[Range]) -> list[memoryview]:
         self.size(file)
-        parts = [(a, min(stop, a + PART)) for start, stop in _joined(ranges) for a in range(start, stop, PART)]
+        runs = {start: memoryview(bytearray(stop - start)) for start, stop in _joined(ranges)}
+        parts = [
+            ((start + at, start + at + len(view)), view)
+            for start, run in runs.items()
+            for at in range(0, len(run), PART)
+            for view in (run[at : at + PART],)
+        ]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            pieces = dict(zip((start for start, _ in parts), pool.map(lambda part: self._get(file, part), parts), strict=True))
-        runs: dict[int, memoryview] = {}
-        for start, stop in _joined(ranges):
-            own = [pieces[a] for a in range(start, stop, PART)]
-            runs[start] = memoryview(own[0] if len(own) == 1 else bytearray().join(own))
+            for fetched, requests in pool.map(lambda part: self._get(file, *part), parts):
+                self.fetched += fetched
+                self.requests += requests
         starts = sorted(runs)
         found = []
         for start, stop in ranges:
@@ -182,32 +205,35 @@ class S3Source:
         return found
 
     @_told
-    def _get(self, file: str, part: Range) -> bytearray:
+    def _get(self, file: str, part: Range, into: memoryview) -> tuple[int, int]:
+        """(bytes fetched, requests made) until the part was there."""
         from botocore.exceptions import BotoCoreError
 
         start, stop = part
-        tag = self.objects[file]["ETag"]
+        tag, fetched = self.objects[file]["ETag"], 0
         for attempt in range(ATTEMPTS):
             answer = self._client.get_object(
                 Bucket=self.bucket, Key=f"{self.prefix}/{file}", Range=f"bytes={start}-{stop - 1}", IfMatch=tag
             )
-            self.requests += 1
+            if answer["ContentLength"] != stop - start:
+                raise StoreError(f"{self.where}: the server sent {answer['ContentLength']:,} bytes for {stop - start:,}; it has no ranges.")
             try:
-                content = bytearray(answer["Body"].read())
+                content = answer["Body"].read()
             except (BotoCoreError, HTTPError, OSError):  # cut off on the way; asking again is botocore's only before the body
-                content = bytearray()
-            self.fetched += len(content)
+                content = b""
+            fetched += len(content)
             if len(content) == stop - start:
-                return content
+                into[:] = content
+                return fetched, attempt + 1
             time.sleep(0.1 * 2**attempt)
         raise StoreError(f"{self.where}/{file}: bytes {start:,} to {stop:,} came cut off {ATTEMPTS} times. Check the network.")
 
 
 def _joined(ranges: Sequence[Range]) -> list[Range]:
-    """The same bytes in as few ranges as possible."""
+    """The same bytes in as few ranges as possible; neighbours up to JOINED bytes, because they are held together, too."""
     runs: list[Range] = []
     for start, stop in sorted(span for span in ranges if span[1] > span[0]):
-        if runs and start <= runs[-1][1]:
+        if runs and start <= runs[-1][1] and (stop - runs[-1][0] <= JOINED or start < runs[-1][1]):
             runs[-1] = (runs[-1][0], max(stop, runs[-1][1]))
         else:
             runs.append((start, stop))
@@ -224,14 +250,14 @@ def _is_s3(uri: str) -> bool:
 
 
 def _path(uri: str) -> Path:
-    return Path(urlparse(uri).path if uri.startswith("file://") else uri)
+    return Path(url2pathname(urlparse(uri).path) if uri.startswith("file://") else uri)
 
 
 def _split(uri: str) -> tuple[str, str]:
-    parsed = urlparse(uri)
-    if not parsed.netloc or not parsed.path.strip("/"):
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    if not bucket or not prefix.strip("/"):
         raise StoreError(f"{uri!r} must be s3://bucket/prefix.")
-    return parsed.netloc, parsed.path.strip("/")
+    return bucket, prefix.strip("/")
 
 
 def _s3() -> Any:
