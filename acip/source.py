@@ -1,6 +1,6 @@
 """Where an artifact's bytes come from: files by name, of which pieces are read.
 
-A folder maps its files into memory, so that nothing is read before it is used and nothing twice. Other places (S3) are the
+A folder maps its files into memory, so that nothing is read before it is used. Other places (S3) are the
 platform's: they bring a `Source` of their own, whose bytes are compared with their checksums.
 """
 
@@ -34,7 +34,6 @@ class Folder:
 
     def __init__(self, folder: Path, checked: bool = False) -> None:
         self.folder, self.where, self.checked = folder, str(folder), checked
-        self._maps: dict[str, memoryview] = {}
 
     def size(self, file: str) -> int:
         try:
@@ -43,12 +42,12 @@ class Folder:
             raise ArtifactError(f"{self.folder / file} is missing: {error}. Fetch the artifact again.") from error
 
     def read(self, file: str, ranges: Sequence[Range]) -> list[memoryview]:
-        if file not in self._maps:
-            try:
-                with (self.folder / file).open("rb") as opened:
-                    # writable, because torch knows no other tensors, and private; nothing is reserved for it, files may outgrow memory
-                    kind = {"flags": mmap.MAP_PRIVATE | NORESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
-                    self._maps[file] = memoryview(mmap.mmap(opened.fileno(), 0, **kind))
-            except (OSError, ValueError) as error:
-                raise ArtifactError(f"{self.folder / file} can't be read: {error}. Fetch the artifact again.") from error
-        return [self._maps[file][start:stop] for start, stop in ranges]
+        try:
+            with (self.folder / file).open("rb") as opened:
+                # writable, because torch knows no other tensors, and private: one mapping for each read, so that who trains what
+                # came of one changes nobody else's. Nothing is reserved for it: files may be larger than memory
+                kind = {"flags": mmap.MAP_PRIVATE | NORESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+                mapped = memoryview(mmap.mmap(opened.fileno(), 0, **kind))
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{self.folder / file} can't be read: {error}. Fetch the artifact again.") from error
+        return [mapped[start:stop] for start, stop in ranges]

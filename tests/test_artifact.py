@@ -174,3 +174,18 @@ def test_the_formats_page_is_true(small_artifact: Artifact) -> None:
         ranks[index] = max(1, ranks[index] - 1)
     ours = {row["name"]: None if q == min(row["M"], row["N"]) else q for q, row in zip(ranks, layers, strict=True)}
     assert ours == dict(cut.ranks)
+
+
+def test_what_is_trained_changes_no_other_model(small_artifact: Artifact, heldout_tokens: torch.Tensor) -> None:
+    """Neither one loaded before, nor one loaded after, nor the file."""
+    before = small_artifact.load()
+    before.resize(0.6)
+    expected = logits(before.model, heldout_tokens[:2])
+    changed = small_artifact.load()
+    for parameter in changed.model.parameters():
+        parameter.data.add_(1.0)
+    after = Artifact.open(small_artifact.folder, verify=True).load()
+    again = small_artifact.load()
+    for any_size in (after, again):
+        any_size.resize(0.6)
+    assert all(torch.equal(logits(any_size.model, heldout_tokens[:2]), expected) for any_size in (before, after, again))

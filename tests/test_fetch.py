@@ -7,6 +7,7 @@ from shutil import copytree
 from typing import Any, cast
 
 import boto3
+import psutil
 import pytest
 import torch
 from acip_platform.store import S3Source, Store, StoreError
@@ -19,7 +20,6 @@ from acip.base import Base
 from acip.calibrate import calibrate
 from acip.data import TokenBatches
 from acip.errors import ArtifactError
-from acip.linear import ElasticLinear
 from acip.materialise import AnySize
 from acip.parametrise import parametrise
 from acip.recipe import Recipe
@@ -155,13 +155,10 @@ def test_from_disk_no_more_is_read(wide: Artifact) -> None:
 
 
 def test_what_is_mapped_is_not_copied(wide: Artifact) -> None:
-    """All replicas of one machine share the pages of one file."""
+    """All replicas of one machine share the pages of one file: loading takes no memory of its own."""
+    own = psutil.Process().memory_full_info().uss
     any_size = wide.load()
-    layer = next(iter(any_size.layers.values()))
-    assert isinstance(layer, ElasticLinear)
-    (whole,) = wide.source.read("factors.safetensors", [(0, wide.source.size("factors.safetensors"))])
-    begin = torch.frombuffer(whole, dtype=torch.uint8).data_ptr()
-    assert begin <= layer.left.values.data_ptr() < begin + len(whole)
+    assert psutil.Process().memory_full_info().uss - own < 0.2 * needed(any_size)
 
 
 def test_a_header_that_lies_about_its_numbers_is_found(remote: tuple[Store, str]) -> None:
