@@ -116,7 +116,7 @@ class Artifact:
             ],
             "rest_params": table.rest_params,
             "curve": [],
-            "files": {file: {"bytes": (folder / file).stat().st_size, "sha256": _sha256(folder / file)} for file in files},
+            "files": {file: {"bytes": (folder / file).stat().st_size, "sha256": sha256(folder / file)} for file in files},
         }  # fmt: skip
         _write_atomically(folder / MANIFEST, manifest)
         return cls.open(folder)
@@ -241,7 +241,7 @@ class Artifact:
         At a size, only its bytes are read.
         """
         reader = Reader(self, device)
-        any_size = AnySize(reader.model(), self.table(), self.recipe, reader.fill)
+        any_size = AnySize(reader.model(), self.table(), reader.fill)
         if size is None:
             reader.fill(any_size.layers, reader.everything(), dense=True)
         any_size.resize(1.0 if size is None else size)
@@ -313,6 +313,6 @@ def _write_atomically(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

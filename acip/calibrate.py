@@ -43,7 +43,7 @@ from acip.scores import ScoreMap, fisher
 from acip.sizes import cut_table, layer_shapes, live_ranks, set_size, size_ratio, sort_layers
 from acip.state import CalibrationState, StepReport
 
-EVEN = 0.75  # 0 = sizes weigh as much as their divergence, the smallest most; 1 = all alike. In between it is best for all of them
+EVEN = 0.75  # 0 = sizes weigh as much as their divergence, the smallest most; 1 = all alike (small Llama: QUALITY.md)
 LEAST = 1e-3  # nats; a smaller divergence weighs no more
 LOOK_EVERY = 4  # optimiser steps; of the host at an accelerator, and at which layers to pack
 

@@ -11,7 +11,6 @@ provenance.json          base model, recipe, sizes, versions, sha256 of every ot
 It is written beside its place and renamed: a crash leaves no half export.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -26,7 +25,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from acip.artifact import Artifact
+from acip.artifact import Artifact, sha256
 from acip.card import card, shown
 from acip.cut import Cut
 from acip.errors import ArtifactError
@@ -34,6 +33,8 @@ from acip.linear import LowRankLinear, PivotLinear
 from acip.materialise import AnySize
 from acip.modeling_acip import SizedModel, classes
 from acip.quantise import Kind, kind_of, quantise_in_place
+from acip.source import Folder
+from acip.tensors import TensorFile
 
 PROVENANCE = "provenance.json"
 SCHEMA = 1
@@ -216,11 +217,7 @@ def _without_paths(value: Any) -> Any:
 
 def tensor_bytes(folder: str | Path) -> int:
     """Bytes of the weights in a folder, the files' headers aside."""
-    total = 0
-    for path in Path(folder).glob("*.safetensors"):
-        with path.open("rb") as file:
-            total += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
-    return total
+    return sum(TensorFile(Folder(path.parent), path.name).data_bytes for path in Path(folder).glob("*.safetensors"))
 
 
 def _forms(layers: Mapping[str, Any]) -> dict[str, int]:
@@ -230,12 +227,7 @@ def _forms(layers: Mapping[str, Any]) -> dict[str, int]:
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
 
 
 def _version(package: str) -> str | None:

@@ -7,13 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from acip.errors import BaseModelError
 from acip.linear import ElasticLinear, SVDLinear
-
-
-def weight_MN(layer: nn.Module) -> Tensor:
-    """The weight as [out, in]; GPT-2's Conv1D stores [in, out]."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if isinstance(layer, Conv1D) else weight
+from acip.modeling_acip import weight_MN
 
 
 def targets(model: nn.Module) -> dict[str, SVDLinear | ElasticLinear]:
@@ -91,8 +85,3 @@ def _computes_Wx(layer: nn.Linear) -> bool:
         return bool((layer(x_1N) - expected).norm() <= 0.01 * expected.norm())
     except RuntimeError:  # other shapes
         return False
-
-
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

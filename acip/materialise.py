@@ -12,9 +12,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from acip.cut import Budget, Cut, CutTable
-from acip.layers import set_module
 from acip.linear import ElasticLinear
-from acip.recipe import Recipe
+from acip.modeling_acip import set_module
 from acip.sizes import set_size
 
 
@@ -24,7 +23,6 @@ class AnySize:
 
     model: PreTrainedModel  # with an ElasticLinear in the slot of every target
     table: CutTable
-    recipe: Recipe
     fill: Callable[[Mapping[str, ElasticLinear], Mapping[str, int | None]], None] | None = None  # fetches what a size lacks
     cut: Cut | None = None
 

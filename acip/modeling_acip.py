@@ -176,7 +176,7 @@ def swap_linears(model: nn.Module, layers: Mapping[str, Any], make: Callable[[nn
             for part, linear in list(module.named_children()):
                 setattr(module, part, make(linear))
         else:
-            _set(model, name, make(module))
+            set_module(model, name, make(module))
 
 
 def shrink(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
@@ -204,7 +204,7 @@ def shrink(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
         else:
             place = torch.arange(M, device=weight.device)
             new = PivotLinear(torch.zeros(q, N, **empty), torch.zeros(M - q, q, **empty), place, bias_of(original))
-        _set(model, name, new.requires_grad_(True))
+        set_module(model, name, new.requires_grad_(True))
 
 
 def weight_MN(layer: nn.Module) -> Tensor:
@@ -220,7 +220,7 @@ def bias_of(layer: nn.Module) -> Tensor | None:
     return bias if isinstance(bias, Tensor) else None
 
 
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 

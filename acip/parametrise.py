@@ -9,8 +9,9 @@ from acip import shard
 from acip.bases import bases
 from acip.basis_cache import BasisCache, basis_keys
 from acip.errors import BaseModelError
-from acip.layers import find_linears, set_module, targets, weight_MN
+from acip.layers import find_linears, targets, weight_MN
 from acip.linear import ElasticLinear, LoRA, SVDLinear
+from acip.modeling_acip import set_module
 from acip.moments import Feed, feed_tokens
 from acip.recipe import Recipe
 

@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from acip.base import Base, load_base
 from acip.calibrate import Calibration
 from acip.errors import ArtifactError, RecipeError
-from acip.layers import find_linears, set_module, weight_MN
+from acip.layers import find_linears, weight_MN
 from acip.linear import ElasticLinear, LoRA
+from acip.modeling_acip import set_module
 from acip.recipe import Recipe, paper
 from acip.scores import ScoreMap
 from acip.sizes import cut_table

@@ -14,8 +14,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrain
 from transformers.pytorch_utils import Conv1D
 
 from acip.errors import ArtifactError
-from acip.layers import set_module, weight_MN
+from acip.layers import weight_MN
 from acip.linear import ElasticLinear
+from acip.modeling_acip import set_module
 from acip.rows import Rows
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from acip.cut import Cut, CutTable, LayerShape, stored_params
-from acip.layers import set_module, targets, weight_MN
+from acip.layers import targets, weight_MN
 from acip.linear import Compressible, ElasticLinear, SVDLinear
+from acip.modeling_acip import set_module
 from acip.recipe import Recipe
 from acip.scores import ScoreMap
 

@@ -145,5 +145,9 @@ def digests(piece: memoryview | bytes, entry: Entry) -> Tensor:
     step = max(1, entry.chunk_rows * entry.row_bytes)
     kind = next(name for name, dtype in DTYPES.items() if dtype == entry.dtype)
     facts = json.dumps([kind, *entry.shape]).encode()
-    found = b"".join(hashlib.sha256(facts + bytes(piece[i : i + step])).digest() for i in range(0, max(1, len(piece)), step))
-    return torch.frombuffer(bytearray(found), dtype=torch.uint8).view(-1, 32)
+    found = bytearray()
+    for i in range(0, max(1, len(piece)), step):
+        chunk = hashlib.sha256(facts)
+        chunk.update(piece[i : i + step])
+        found += chunk.digest()
+    return torch.frombuffer(found, dtype=torch.uint8).view(-1, 32)

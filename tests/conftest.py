@@ -22,13 +22,16 @@ import torch
 from botocore.exceptions import BotoCoreError, ClientError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.utils import logging as transformers_logging
 
 from acip.artifact import Artifact
 from acip.base import load_base
 from acip.calibrate import calibrate
 from acip.data import TokenBatches
+from acip.export import export
+from acip.materialise import AnySize
 from acip.parametrise import parametrise
 from acip.recipe import Recipe
 
@@ -107,6 +110,36 @@ def small_artifact(calibrated: Any, tmp_path_factory: pytest.TempPathFactory) ->
     """An artifact of the small model, saved and opened."""
     base, calibration = calibrated
     return Artifact.save(tmp_path_factory.mktemp("artifact") / "small", base, calibration, {"seed": 0})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    """What the tests compare is what we print."""
+    transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def any_size(small_artifact: Artifact) -> AnySize:
+    return small_artifact.load()
+
+
+@pytest.fixture(scope="module")
+def exported(any_size: AnySize, small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model at 0.6."""
+    any_size.resize(0.6)
+    folder = tmp_path_factory.mktemp("exports") / "small-0.6"
+    export(any_size, small_artifact, folder)
+    return folder
+
+
+def read(folder: Path) -> Any:
+    """An export, as a user loads it."""
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
 
 
 @pytest.fixture(scope="session")

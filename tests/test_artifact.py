@@ -20,11 +20,7 @@ from acip.errors import ArtifactError
 from acip.layers import targets
 from acip.linear import ElasticLinear, PivotLinear
 from acip.sizes import set_size
-
-
-def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens).logits
+from tests.conftest import logits
 
 
 def test_size_one_is_the_base_bit_for_bit(small_artifact: Artifact, small_base: str, heldout_tokens: torch.Tensor) -> None:

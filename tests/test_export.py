@@ -4,62 +4,25 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from acip_platform.settings import Settings
-from acip_platform.tracking import Registry
 from peft import LoraConfig, get_peft_model
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer, GenerationConfig, pipeline
 
-import acip
 from acip.artifact import Artifact
-from acip.budget import Budget
-from acip.errors import ArtifactError, BudgetError
+from acip.errors import ArtifactError
 from acip.export import PROVENANCE, export, tensor_bytes
 from acip.linear import LowRankLinear, PivotLinear
 from acip.materialise import AnySize
-from acip.modeling_acip import CODE, QuantLinear, plain_linear
-from acip.quantise import quantised as as_quantised
+from acip.modeling_acip import CODE
 from acip.source import Folder
+from tests.conftest import logits, read
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Iterator[None]:
-    transformers_logging.disable_progress_bar()
-    yield
-    transformers_logging.enable_progress_bar()
-
-
-@pytest.fixture(scope="module")
-def any_size(small_artifact: Artifact) -> AnySize:
-    return small_artifact.load()
-
-
-@pytest.fixture(scope="module")
-def exported(any_size: AnySize, small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small model at 0.6."""
-    any_size.resize(0.6)
-    folder = tmp_path_factory.mktemp("exports") / "small-0.6"
-    export(any_size, small_artifact, folder)
-    return folder
-
-
-def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens).logits
-
-
-def read(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("storage", ["pivot", "factors"])
@@ -292,205 +255,3 @@ def test_a_foreign_description_of_layers_is_refused(exported: Path, tmp_path: Pa
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=says):
             read(folder)
-
-
-# ---- quantised
-
-
-@pytest.mark.parametrize(("kind", "bits", "near"), [("nf4", 4, 0.2), ("fp4", 4, 0.35), ("int8", 8, 0.03)])
-def test_a_quantised_export_is_close_and_as_small_as_counted(
-    any_size: AnySize, small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path: Path, kind: Any, bits: Any, near: float
-) -> None:
-    most = {4: 400_000, 8: 500_000}[bits]
-    cut = any_size.resize(Budget(stored_bytes=most, bits=bits))
-    export(any_size, small_artifact, tmp_path / "out", kind=kind)
-    assert cut.bytes is not None and tensor_bytes(tmp_path / "out") == cut.bytes <= most
-    loaded = read(tmp_path / "out")
-    exact = logits(any_size.materialise(), heldout_tokens[:4])
-    assert (logits(loaded, heldout_tokens[:4]) - exact).norm() < near * exact.norm()
-    assert PivotLinear in {type(loaded.get_submodule(name)) for name in cut.ranks} <= {PivotLinear, QuantLinear}
-    assert not any(type(part) is nn.Linear for name in cut.ranks for part in loaded.get_submodule(name).modules())
-    loaded.save_pretrained(tmp_path / "again")
-    assert torch.equal(logits(read(tmp_path / "again"), heldout_tokens[:2]), logits(loaded, heldout_tokens[:2]))
-
-
-@pytest.mark.parametrize(("M", "N"), [(128, 96), (64, 32), (37, 37), (192, 51), (5, 1), (64, 64)])
-@pytest.mark.parametrize(("kind", "near"), [("nf4", 0.15), ("fp4", 0.25), ("int8", 0.02)])
-def test_quantised_matrices_of_every_shape(M: int, N: int, kind: str, near: float) -> None:
-    """Of rows on very different scales: misplaced blocks would show."""
-    torch.manual_seed(0)
-    W_MN = torch.randn(M, N) * torch.exp(2 * torch.randn(M, 1))
-    quantised = as_quantised(plain_linear(W_MN, torch.ones(M)), kind)
-    assert ((quantised.dequantised(torch.float32) - W_MN).norm(dim=1) <= near * W_MN.norm(dim=1) + 1e-6).all()
-    x = torch.randn(3, N)
-    torch.testing.assert_close(quantised(x), nn.functional.linear(x, quantised.dequantised(torch.float32), torch.ones(M)))
-
-
-def test_a_cut_in_4_bit_is_exported_in_4_bit(any_size: AnySize, small_artifact: Artifact, tmp_path: Path) -> None:
-    any_size.resize(Budget(ratio=0.5, bits=4))
-    assert export(any_size, small_artifact, tmp_path / "out")["quantise"] == "nf4"
-    with pytest.raises(ArtifactError, match="int8 needs 8"):
-        export(any_size, small_artifact, tmp_path / "other", kind="int8")
-    with pytest.raises(ArtifactError, match="allowed are nf4, fp4, int8"):
-        export(any_size, small_artifact, tmp_path / "other", kind="int3")  # type: ignore[arg-type]
-
-
-# ---- the paper's three lines
-
-
-def test_sizes_come_and_go(small_artifact: Artifact, heldout_tokens: torch.Tensor, any_size: AnySize) -> None:
-    tokens = heldout_tokens[:2]
-    model: Any = acip.from_pretrained(small_artifact.folder)
-    whole = logits(model, tokens)
-    half = logits(model.prune_model_by_score(size_ratio=0.5), tokens)
-    assert model.cut.got <= 0.5 and not torch.equal(whole, half)
-    assert torch.equal(logits(model.prune_model_by_score(compression_rate=0.0), tokens), whole)
-    assert torch.equal(logits(model.prune_model_by_score(compression_rate=0.5), tokens), half)
-    footprint = model.get_memory_footprint()
-    small = model.compress()
-    any_size.resize(0.5)
-    assert small is model and torch.equal(logits(model, tokens), logits(any_size.materialise(), tokens))
-    assert model.get_memory_footprint() < 0.6 * footprint
-    quantised = logits(model.quantize("nf4"), tokens)
-    assert (quantised - half).norm() < 0.2 * half.norm()
-    with pytest.raises(ArtifactError, match="quantised to nf4 already"):
-        model.quantize("fp4")
-    assert torch.equal(logits(model.prune_model_by_score(1.0), tokens), whole), "compress and quantize are reversible, too"
-    assert model.generate(tokens[:1, :8], max_new_tokens=4, pad_token_id=0).shape[1] <= 12
-
-
-def test_from_pretrained_takes_budgets_and_writes_exports(small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path: Path) -> None:
-    tokens = heldout_tokens[:2]
-    model: Any = acip.from_pretrained(str(small_artifact.folder), size="1MB")
-    assert model.cut.bytes <= 10**6
-    model.save_pretrained(tmp_path / "elastic")
-    model.compress().save_pretrained(tmp_path / "compressed", max_shard_size="300KB")
-    for folder in ("elastic", "compressed"):
-        assert (tmp_path / folder / PROVENANCE).is_file()
-        loaded: Any = acip.from_pretrained(tmp_path / folder)
-        assert torch.equal(logits(loaded, tokens), logits(model, tokens))
-    model.save_pretrained(tmp_path / "trainer", state_dict=model.state_dict())
-    assert torch.equal(logits(read(tmp_path / "trainer"), tokens), logits(model, tokens))
-    ready: Any = acip.from_pretrained(small_artifact.folder, size=Budget(ratio=0.5), quantize="int8")
-    ready.save_pretrained(tmp_path / "quantised")
-    assert torch.equal(logits(read(tmp_path / "quantised"), tokens), logits(ready, tokens))
-
-
-def test_wrong_sizes_and_places_are_told(small_artifact: Artifact, exported: Path, small_base: str, tmp_path: Path) -> None:
-    model: Any = acip.from_pretrained(small_artifact.folder)
-    for wrong in ({}, {"size_ratio": 0.5, "compression_rate": 0.5}, {"compression_rate": 1}, {"size_ratio": 0}, {"size_ratio": "half"}):
-        with pytest.raises(BudgetError):
-            model.prune_model_by_score(**wrong)
-    with pytest.raises(BudgetError, match="is a model of one size"):
-        acip.from_pretrained(exported, size=0.5)
-    with pytest.raises(ArtifactError, match="neither an artifact nor an export"):
-        acip.from_pretrained(small_base)
-    with pytest.raises(ArtifactError, match="not an artifact"):
-        acip.from_pretrained(tmp_path)
-    with pytest.raises(AttributeError, match="has no attribute 'from_pretraind'"):
-        acip.from_pretraind  # noqa: B018
-
-
-# ---- the command
-
-
-class Command:
-    def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.home, self.monkeypatch, self.capsys = home, monkeypatch, capsys
-        for name in ("ACIP_STORE", "ACIP_RUNS", "MLFLOW_TRACKING_URI"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("ACIP_HOME", str(home))
-
-    def __call__(self, *args: str | Path) -> tuple[int, str]:
-        from jobs import materialise
-
-        self.monkeypatch.setattr(sys, "argv", ["materialise.py", *map(str, args)])
-        try:
-            code = materialise.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = self.capsys.readouterr()
-        return code, said.out + said.err
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    (tmp_path / "home").mkdir()
-    return Command(tmp_path / "home", monkeypatch, capsys)
-
-
-def test_the_command_takes_names_paths_and_uris(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
-    settings = Settings.from_env()
-    version = Registry(settings).register("small", str(small_artifact.folder), "", {})
-    Registry(settings).set_alias(version)
-    outputs = []
-    for model in ("small", small_artifact.folder, small_artifact.folder.as_uri()):
-        code, said = command(model, "--size", "60%", "--out", tmp_path / "out")
-        assert code == 0, said
-        assert "asked      0.6 (linear)" in said and "got        0.59" in said and "try it\n  python -c " in said
-        outputs.append(json.loads((tmp_path / "out" / PROVENANCE).read_text())["weight_bytes"])
-        assert f"weights    {outputs[-1]:,} bytes" in said
-    assert len(set(outputs)) == 1
-    assert command("small", "--alias", "1", "--size", "0.5", "--out", tmp_path / "out")[0] == 0
-    code, said = command("smal", "--size", "0.5", "--out", tmp_path / "out")
-    assert code == 1 and "no model 'smal' in the registry (did you mean 'small'?)" in said
-
-
-def test_the_command_fits_bytes_memory_and_bits(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert command(small_artifact.folder, "--fit", "1MB", "--out", out)[0] == 0
-    assert 900_000 < tensor_bytes(out) <= 10**6
-    assert command(small_artifact.folder, "--fit", "450KB", "--quantize", "nf4", "--out", out)[0] == 0
-    assert 400_000 < tensor_bytes(out) <= 450_000
-    code, said = command(small_artifact.folder, "--fit", "258MB", "--context", "128", "--out", out)
-    assert code == 0 and "MB (memory_mb)" in said
-
-
-@pytest.mark.parametrize(
-    ("args", "code", "says"),
-    [
-        (["--size", "0.5", "--fit", "1GB"], 2, "not allowed with"),
-        ([], 2, "one of the arguments --size --fit is required"),
-        (["--size", "big"], 2, "is not a budget"),
-        (["--size", "1.5"], 2, "size ratio is 1.5"),
-        (["--fit", "0.6"], 2, "A ratio goes with --size"),
-        (["--size", "0.5", "--context", "64"], 2, "--context goes with --fit"),
-        (["--fit", "1GB", "--batch", "2"], 2, "--batch goes with --context"),
-        (["--fit", "1GB", "--context", "0"], 2, "context is 0"),
-        (["--size", "0.5", "--quantize", "int3"], 2, "invalid choice"),
-        (["--size", "0.5", "--push", "nobody"], 2, "must be OWNER/NAME"),
-        (["--size", "0.5", "--max-shard-size", "5"], 2, "must be like"),
-        (["--fit", "1KB"], 1, "can't be reached: the smallest is"),
-        (["--size", "ppl<=20"], 1, "no curve was measured"),
-    ],
-)
-def test_the_command_refuses(command: Command, small_artifact: Artifact, tmp_path: Path, args: list[str], code: int, says: str) -> None:
-    got, said = command(small_artifact.folder, *args, "--out", tmp_path / "out")
-    assert (got, says in said) == (code, True), said
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_command_touches_nothing_of_others(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("mine")
-    code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "mine")
-    assert code == 1 and "not an earlier export" in said
-    code, said = command(tmp_path / "mine", "--size", "0.5", "--out", tmp_path / "out")
-    assert code == 1 and "holds no manifest.json" in said
-    code, said = command(str(tmp_path / "nowhere"), "--size", "0.5", "--out", tmp_path / "out")
-    assert code == 1 and "there is no folder" in said
-
-
-def test_the_command_pushes(command: Command, small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as a machine without the hub can tell: what is called, and what is said where it fails."""
-    calls: list[Any] = []
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda _, name, **kwargs: calls.append((name, kwargs)))
-    held = [".gitattributes"]
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda _, name: held)
-    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda _, **kwargs: calls.append(kwargs["repo_id"]))
-    code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "out", "--push", "me/small")
-    assert code == 0 and calls == [("me/small", {"exist_ok": True}), "me/small"] and "https://huggingface.co/me/small" in said
-    held.append("thesis.tex")
-    code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "out", "--push", "me/small")
-    assert code == 1 and "holds something else than an export of ours (thesis.tex)" in said
-    monkeypatch.undo()

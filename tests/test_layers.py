@@ -12,24 +12,21 @@ from acip.base import load_base
 from acip.bases import basis
 from acip.calibrate import calibrate
 from acip.data import TokenBatches
-from acip.layers import set_module, targets
+from acip.layers import targets
 from acip.linear import ElasticLinear, LoRA, LowRankLinear, PivotLinear, SVDLinear
 from acip.losses import as_base
+from acip.modeling_acip import set_module
 from acip.parametrise import parametrise, restore
 from acip.recipe import Recipe, Storage
 from acip.rows import FourBitRows, Rows
 from acip.scores import ScoreMap
 from acip.sizes import cut_table, sort_layers
+from tests.conftest import logits
 
 
 def recipe(**changes: object) -> Recipe:
     fields = {"dtype": "float32", "adapter_rank": 4, "adapter_alpha": 4.0, "batch_size": 4, "seq_len": 64} | changes
     return Recipe.from_dict(fields)
-
-
-def logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens).logits
 
 
 @pytest.mark.parametrize("basis_name", ["covariance", "svd"])

@@ -9,6 +9,7 @@ checkpoint; a job whose artifact is complete is not calibrated again. Progress g
 import dataclasses
 import importlib.metadata
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -112,7 +113,10 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
             torch.nn.Module.to(base.model, device)
         artifact = _calibrated(job, base, run, settings, key, say, device)
         if artifact is not None:
-            uri = store.put(artifact.folder, key)
+            try:
+                uri = store.put(artifact.folder, key)
+            finally:
+                shutil.rmtree(artifact.folder, ignore_errors=True)  # gone already, unless it failed
             say("stage", text=f"artifact saved: {uri}")
     if shard.rank() > 0:
         return {}

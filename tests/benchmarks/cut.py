@@ -1,6 +1,6 @@
 """How long a cut takes: a table of 224 layers and a million directions, budgets of every kind. Milliseconds, one thread.
 
-    PYTHONPATH=. python tests/benchmarks/cut.py [--quick] [--check]
+    python tests/benchmarks/cut.py [--quick] [--check]
 
 The first cut of a kind computes its running sums, the next ones search in them. --check fails where one of the next takes
 more than LIMIT. The last line is the figure.

@@ -1,0 +1,117 @@
+"""`python jobs/materialise.py`: an artifact by name, path or URI becomes a folder of one size, or an error that helps."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from acip_platform.settings import Settings
+from acip_platform.tracking import Registry
+
+from acip.artifact import Artifact
+from acip.export import PROVENANCE, tensor_bytes
+
+ROOT = Path(__file__).parents[1]
+
+
+class Command:
+    def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.home, self.monkeypatch, self.capsys = home, monkeypatch, capsys
+        for name in ("ACIP_STORE", "ACIP_RUNS", "MLFLOW_TRACKING_URI"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("ACIP_HOME", str(home))
+
+    def __call__(self, *args: str | Path) -> tuple[int, str]:
+        from jobs import materialise
+
+        self.monkeypatch.setattr(sys, "argv", ["materialise.py", *map(str, args)])
+        try:
+            code = materialise.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = self.capsys.readouterr()
+        return code, said.out + said.err
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    (tmp_path / "home").mkdir()
+    return Command(tmp_path / "home", monkeypatch, capsys)
+
+
+def test_the_command_takes_names_paths_and_uris(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
+    settings = Settings.from_env()
+    version = Registry(settings).register("small", str(small_artifact.folder), "", {})
+    Registry(settings).set_alias(version)
+    outputs = []
+    for model in ("small", small_artifact.folder, small_artifact.folder.as_uri()):
+        code, said = command(model, "--size", "60%", "--out", tmp_path / "out")
+        assert code == 0, said
+        assert "asked      0.6 (linear)" in said and "got        0.59" in said and "try it\n  python -c " in said
+        outputs.append(json.loads((tmp_path / "out" / PROVENANCE).read_text())["weight_bytes"])
+        assert f"weights    {outputs[-1]:,} bytes" in said
+    assert len(set(outputs)) == 1
+    assert command("small", "--alias", "1", "--size", "0.5", "--out", tmp_path / "out")[0] == 0
+    code, said = command("smal", "--size", "0.5", "--out", tmp_path / "out")
+    assert code == 1 and "no model 'smal' in the registry (did you mean 'small'?)" in said
+
+
+def test_the_command_fits_bytes_memory_and_bits(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert command(small_artifact.folder, "--fit", "1MB", "--out", out)[0] == 0
+    assert 900_000 < tensor_bytes(out) <= 10**6
+    assert command(small_artifact.folder, "--fit", "450KB", "--quantize", "nf4", "--out", out)[0] == 0
+    assert 400_000 < tensor_bytes(out) <= 450_000
+    code, said = command(small_artifact.folder, "--fit", "258MB", "--context", "128", "--out", out)
+    assert code == 0 and "MB (memory_mb)" in said
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["--size", "0.5", "--fit", "1GB"], 2, "not allowed with"),
+        ([], 2, "one of the arguments --size --fit is required"),
+        (["--size", "big"], 2, "is not a budget"),
+        (["--size", "1.5"], 2, "size ratio is 1.5"),
+        (["--fit", "0.6"], 2, "A ratio goes with --size"),
+        (["--size", "0.5", "--context", "64"], 2, "--context goes with --fit"),
+        (["--fit", "1GB", "--batch", "2"], 2, "--batch goes with --context"),
+        (["--fit", "1GB", "--context", "0"], 2, "context is 0"),
+        (["--size", "0.5", "--quantize", "int3"], 2, "invalid choice"),
+        (["--size", "0.5", "--push", "nobody"], 2, "must be OWNER/NAME"),
+        (["--size", "0.5", "--max-shard-size", "5"], 2, "must be like"),
+        (["--fit", "1KB"], 1, "can't be reached: the smallest is"),
+        (["--size", "ppl<=20"], 1, "no curve was measured"),
+    ],
+)
+def test_the_command_refuses(command: Command, small_artifact: Artifact, tmp_path: Path, args: list[str], code: int, says: str) -> None:
+    got, said = command(small_artifact.folder, *args, "--out", tmp_path / "out")
+    assert (got, says in said) == (code, True), said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_touches_nothing_of_others(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "mine")
+    assert code == 1 and "not an earlier export" in said
+    code, said = command(tmp_path / "mine", "--size", "0.5", "--out", tmp_path / "out")
+    assert code == 1 and "holds no manifest.json" in said
+    code, said = command(str(tmp_path / "nowhere"), "--size", "0.5", "--out", tmp_path / "out")
+    assert code == 1 and "there is no folder" in said
+
+
+def test_the_command_pushes(command: Command, small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as a machine without the hub can tell: what is called, and what is said where it fails."""
+    calls: list[Any] = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda _, name, **kwargs: calls.append((name, kwargs)))
+    held = [".gitattributes"]
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda _, name: held)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda _, **kwargs: calls.append(kwargs["repo_id"]))
+    code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "out", "--push", "me/small")
+    assert code == 0 and calls == [("me/small", {"exist_ok": True}), "me/small"] and "https://huggingface.co/me/small" in said
+    held.append("thesis.tex")
+    code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "out", "--push", "me/small")
+    assert code == 1 and "holds something else than an export of ours (thesis.tex)" in said
+    monkeypatch.undo()

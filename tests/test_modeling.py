@@ -1,0 +1,68 @@
+"""The paper's three lines: any size, compressed, quantised, and back."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import acip
+from acip.artifact import Artifact
+from acip.budget import Budget
+from acip.errors import ArtifactError, BudgetError
+from acip.export import PROVENANCE
+from acip.materialise import AnySize
+from tests.conftest import logits, read
+
+
+def test_sizes_come_and_go(small_artifact: Artifact, heldout_tokens: torch.Tensor, any_size: AnySize) -> None:
+    tokens = heldout_tokens[:2]
+    model: Any = acip.from_pretrained(small_artifact.folder)
+    whole = logits(model, tokens)
+    half = logits(model.prune_model_by_score(size_ratio=0.5), tokens)
+    assert model.cut.got <= 0.5 and not torch.equal(whole, half)
+    assert torch.equal(logits(model.prune_model_by_score(compression_rate=0.0), tokens), whole)
+    assert torch.equal(logits(model.prune_model_by_score(compression_rate=0.5), tokens), half)
+    footprint = model.get_memory_footprint()
+    small = model.compress()
+    any_size.resize(0.5)
+    assert small is model and torch.equal(logits(model, tokens), logits(any_size.materialise(), tokens))
+    assert model.get_memory_footprint() < 0.6 * footprint
+    quantised = logits(model.quantize("nf4"), tokens)
+    assert (quantised - half).norm() < 0.2 * half.norm()
+    with pytest.raises(ArtifactError, match="quantised to nf4 already"):
+        model.quantize("fp4")
+    assert torch.equal(logits(model.prune_model_by_score(1.0), tokens), whole), "compress and quantize are reversible, too"
+    assert model.generate(tokens[:1, :8], max_new_tokens=4, pad_token_id=0).shape[1] <= 12
+
+
+def test_from_pretrained_takes_budgets_and_writes_exports(small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path: Path) -> None:
+    tokens = heldout_tokens[:2]
+    model: Any = acip.from_pretrained(str(small_artifact.folder), size="1MB")
+    assert model.cut.bytes <= 10**6
+    model.save_pretrained(tmp_path / "elastic")
+    model.compress().save_pretrained(tmp_path / "compressed", max_shard_size="300KB")
+    for folder in ("elastic", "compressed"):
+        assert (tmp_path / folder / PROVENANCE).is_file()
+        loaded: Any = acip.from_pretrained(tmp_path / folder)
+        assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+    model.save_pretrained(tmp_path / "trainer", state_dict=model.state_dict())
+    assert torch.equal(logits(read(tmp_path / "trainer"), tokens), logits(model, tokens))
+    ready: Any = acip.from_pretrained(small_artifact.folder, size=Budget(ratio=0.5), quantize="int8")
+    ready.save_pretrained(tmp_path / "quantised")
+    assert torch.equal(logits(read(tmp_path / "quantised"), tokens), logits(ready, tokens))
+
+
+def test_wrong_sizes_and_places_are_told(small_artifact: Artifact, exported: Path, small_base: str, tmp_path: Path) -> None:
+    model: Any = acip.from_pretrained(small_artifact.folder)
+    for wrong in ({}, {"size_ratio": 0.5, "compression_rate": 0.5}, {"compression_rate": 1}, {"size_ratio": 0}, {"size_ratio": "half"}):
+        with pytest.raises(BudgetError):
+            model.prune_model_by_score(**wrong)
+    with pytest.raises(BudgetError, match="is a model of one size"):
+        acip.from_pretrained(exported, size=0.5)
+    with pytest.raises(ArtifactError, match="neither an artifact nor an export"):
+        acip.from_pretrained(small_base)
+    with pytest.raises(ArtifactError, match="not an artifact"):
+        acip.from_pretrained(tmp_path)
+    with pytest.raises(AttributeError, match="has no attribute 'from_pretraind'"):
+        acip.from_pretraind  # noqa: B018

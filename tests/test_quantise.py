@@ -1,0 +1,56 @@
+"""A quantised export is close to the model of its size, and as small as it was counted."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from acip.artifact import Artifact
+from acip.budget import Budget
+from acip.errors import ArtifactError
+from acip.export import export, tensor_bytes
+from acip.linear import PivotLinear
+from acip.materialise import AnySize
+from acip.modeling_acip import QuantLinear, plain_linear
+from acip.quantise import quantised as as_quantised
+from tests.conftest import logits, read
+
+
+@pytest.mark.parametrize(("kind", "bits", "near"), [("nf4", 4, 0.2), ("fp4", 4, 0.35), ("int8", 8, 0.03)])
+def test_a_quantised_export_is_close_and_as_small_as_counted(
+    any_size: AnySize, small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path: Path, kind: Any, bits: Any, near: float
+) -> None:
+    most = {4: 400_000, 8: 500_000}[bits]
+    cut = any_size.resize(Budget(stored_bytes=most, bits=bits))
+    export(any_size, small_artifact, tmp_path / "out", kind=kind)
+    assert cut.bytes is not None and tensor_bytes(tmp_path / "out") == cut.bytes <= most
+    loaded = read(tmp_path / "out")
+    exact = logits(any_size.materialise(), heldout_tokens[:4])
+    assert (logits(loaded, heldout_tokens[:4]) - exact).norm() < near * exact.norm()
+    assert PivotLinear in {type(loaded.get_submodule(name)) for name in cut.ranks} <= {PivotLinear, QuantLinear}
+    assert not any(type(part) is nn.Linear for name in cut.ranks for part in loaded.get_submodule(name).modules())
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(read(tmp_path / "again"), heldout_tokens[:2]), logits(loaded, heldout_tokens[:2]))
+
+
+@pytest.mark.parametrize(("M", "N"), [(128, 96), (64, 32), (37, 37), (192, 51), (5, 1), (64, 64)])
+@pytest.mark.parametrize(("kind", "near"), [("nf4", 0.15), ("fp4", 0.25), ("int8", 0.02)])
+def test_quantised_matrices_of_every_shape(M: int, N: int, kind: str, near: float) -> None:
+    """Of rows on very different scales: misplaced blocks would show."""
+    torch.manual_seed(0)
+    W_MN = torch.randn(M, N) * torch.exp(2 * torch.randn(M, 1))
+    quantised = as_quantised(plain_linear(W_MN, torch.ones(M)), kind)
+    assert ((quantised.dequantised(torch.float32) - W_MN).norm(dim=1) <= near * W_MN.norm(dim=1) + 1e-6).all()
+    x = torch.randn(3, N)
+    torch.testing.assert_close(quantised(x), nn.functional.linear(x, quantised.dequantised(torch.float32), torch.ones(M)))
+
+
+def test_a_cut_in_4_bit_is_exported_in_4_bit(any_size: AnySize, small_artifact: Artifact, tmp_path: Path) -> None:
+    any_size.resize(Budget(ratio=0.5, bits=4))
+    assert export(any_size, small_artifact, tmp_path / "out")["quantise"] == "nf4"
+    with pytest.raises(ArtifactError, match="int8 needs 8"):
+        export(any_size, small_artifact, tmp_path / "other", kind="int8")
+    with pytest.raises(ArtifactError, match="allowed are nf4, fp4, int8"):
+        export(any_size, small_artifact, tmp_path / "other", kind="int3")  # type: ignore[arg-type]
