@@ -18,6 +18,7 @@ Both of the first two carry their adapters, `LoRA` modules by place:
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -198,11 +199,21 @@ class SVDLinear(Compressible):
         return ElasticLinear(self.original, self.left, self.right, dict(self.loras.items()))
 
 
+@dataclass(frozen=True)
+class Group:
+    """Rows of a batch that a layer multiplies together: with its first `kept` rows, None = with its dense weight."""
+
+    rows: slice
+    kept: int | None
+    mask: Tensor | None = None  # [rows, kept] where rows keep less than that
+
+
 class ElasticLinear(Compressible):
     """Any rank of a layer from one copy of its directions, most important first: rank r is the prefix [:r] of its rows.
 
     `rank = None` is the original dense layer, bit for bit. There may be less than K rows: ranks that cost more than W are never wanted.
     `lead` rows come before the directions and are in every rank: an adapter beside the layer, folded in.
+    `groups` of rows with ranks of their own overrule `rank` (`acip.mixed`).
     """
 
     def __init__(
@@ -211,6 +222,7 @@ class ElasticLinear(Compressible):
         rows = [side if isinstance(side, Rows) else Rows(side) for side in (left, right)]
         super().__init__(original, rows[0], rows[1], loras)
         self.rank: int | None = None
+        self.groups: tuple[Group, ...] | None = None
         self.lead = lead
 
     @property
@@ -228,14 +240,21 @@ class ElasticLinear(Compressible):
         self.rank = rank
 
     def forward(self, x_BTN: Tensor) -> Tensor:
-        if self.rank is None or self.bypass:
+        if self.groups is not None:
+            return torch.cat([self._product(x_BTN[..., group.rows, :], group.kept, group.mask) for group in self.groups], -2)
+        return self._product(x_BTN, None if self.rank is None or self.bypass else self.kept)
+
+    def _product(self, x_BTN: Tensor, kept: int | None, mask_Tr: Tensor | None = None) -> Tensor:
+        if kept is None:
             return self.original(x_BTN)
-        h_BTr = self.right.project(x_BTN, self.kept)
+        h_BTr = self.right.project(x_BTN, kept)
         if "right" in self.loras:
-            h_BTr = h_BTr + self.loras["right"](x_BTN, outputs=slice(self.kept))
-        y_BTM = self.left.expand(h_BTr, self.kept, self.bias)
+            h_BTr = h_BTr + self.loras["right"](x_BTN, outputs=slice(kept))
+        if mask_Tr is not None:
+            h_BTr = h_BTr * mask_Tr
+        y_BTM = self.left.expand(h_BTr, kept, self.bias)
         if "left" in self.loras:
-            y_BTM = y_BTM + self.loras["left"](h_BTr, inputs=slice(self.kept))
+            y_BTM = y_BTM + self.loras["left"](h_BTr, inputs=slice(kept))
         if "layer" in self.loras:
             y_BTM = y_BTM + self.loras["layer"](x_BTN)
         return y_BTM

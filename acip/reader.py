@@ -3,6 +3,7 @@
 A layer at rank r reads rows [0, r) of its factors; a dense one its weight. What is there stays: growing reads the difference.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ class Reader:
 
     def model(self) -> PreTrainedModel:
         """Everything but the target layers' numbers."""
-        config, where = self.artifact.config, self.artifact.source.where
+        config, where = copy.deepcopy(self.artifact.config), self.artifact.source.where  # the model may change its own
         rest = self.artifact.tensors("rest")
         try:
             with init_empty_weights(include_buffers=False):

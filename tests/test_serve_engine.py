@@ -1,26 +1,23 @@
 """The engine without Ray: sizes, texts, limits, seeds, stops; on the small artifact."""
 
-import asyncio
-import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import pytest
 import torch
-from acip_platform.serve.engine import Cancelled, Engine
+from acip_platform.serve.answers import Answer
+from acip_platform.serve.engine import Engine, Event
 from acip_platform.serve.errors import RequestError
 from acip_platform.serve.request import CompletionRequest
-from acip_platform.serve.routes import routes
 from acip_platform.serve.served import Served
 from acip_platform.tracking import ModelVersion
 from transformers import AutoModelForCausalLM
 
 from acip.artifact import Artifact
-from acip.errors import BudgetError
+from acip.errors import AcipError, BudgetError
 
 PROMPT = "It was a bright cold day and "
 
@@ -28,17 +25,42 @@ Ask = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def engine(small_artifact: Artifact) -> Engine:
-    version = ModelVersion("small", "7", str(small_artifact.folder), ("champion",), {})
-    engine = Engine([Served(version, small_artifact)])
-    engine.warm_up()
-    return engine
+def served(small_artifact: Artifact) -> Served:
+    return Served(ModelVersion("small", "7", str(small_artifact.folder), ("champion",), {}), small_artifact)
 
 
 @pytest.fixture(scope="module")
-def ask(engine: Engine) -> Ask:
+def engine(served: Served) -> Iterator[Engine]:
+    engine = Engine()
+    engine.add(served)
+    yield engine
+    engine.close()
+
+
+def answered(engine: Engine, served: Served, request: Any) -> dict[str, Any]:
+    """The whole answer, as the HTTP side makes it of the engine's events."""
+    heard: list[Event] = []
+    done = threading.Event()
+
+    def hear(events: list[Event]) -> None:
+        heard.extend(events)
+        if heard[-1].kind in ("done", "error"):
+            done.set()
+
+    ticket = engine.submit(served, request, hear)
+    assert done.wait(60)
+    if heard[-1].kind == "error":
+        raise RequestError(heard[-1].data["body"]["error"]["message"], status=heard[-1].data["status"])
+    answer = Answer(request)
+    for event in (ticket.head(), *heard):
+        list(answer.hear(event))
+    return answer.whole()
+
+
+@pytest.fixture(scope="module")
+def ask(engine: Engine, served: Served) -> Ask:
     def complete(**fields: Any) -> dict[str, Any]:
-        return engine.complete(CompletionRequest.parse({"prompt": PROMPT, "temperature": 0, **fields}))
+        return answered(engine, served, CompletionRequest.parse({"prompt": PROMPT, "temperature": 0, **fields}))
 
     return complete
 
@@ -47,9 +69,9 @@ def text(answer: dict[str, Any]) -> str:
     return answer["choices"][0]["text"]
 
 
-def test_full_size_is_the_base_model(ask: Ask, small_base: str, engine: Engine) -> None:
+def test_full_size_is_the_base_model(ask: Ask, small_base: str, served: Served) -> None:
     base = AutoModelForCausalLM.from_pretrained(small_base).eval()
-    tokenizer = engine.models["small"].tokenizer
+    tokenizer = served.tokenizer
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
     made = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=2)
     answer = ask(max_tokens=64)
@@ -106,8 +128,8 @@ def test_the_seed_reproduces(ask: Ask) -> None:
     assert text(ask(temperature=1, max_tokens=32, seed=drawn["seed"])) == text(drawn)
 
 
-def test_settings_that_are_left_out_are_the_models_own_else_openais(ask: Ask, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = engine.models["small"].stated
+def test_settings_that_are_left_out_are_the_models_own_else_openais(ask: Ask, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = served.stated
     free = {"seed": 3, "max_tokens": 32}
     assert text(ask(**free, temperature=None)) == text(ask(**free, temperature=1, top_p=1))
     monkeypatch.setattr(own, "temperature", 0.7)
@@ -116,18 +138,6 @@ def test_settings_that_are_left_out_are_the_models_own_else_openais(ask: Ask, en
     assert stated == text(ask(**free, temperature=0.7, top_p=0.8))
     assert stated != text(ask(**free, temperature=1, top_p=1))
     assert text(ask(temperature=1e-9)) == text(ask(temperature=0))
-
-
-def test_what_a_model_states_about_length_or_beams_does_not_overrule_the_request(
-    ask: Ask, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    usual = text(ask(max_tokens=32))
-    logger = logging.getLogger("transformers")
-    monkeypatch.setattr(logger, "propagate", True)
-    for name, value in {"max_length": 8, "num_beams": 3, "return_dict_in_generate": True, "temperature": 0.6}.items():
-        monkeypatch.setattr(engine.models["small"].stated, name, value)
-    assert text(ask(max_tokens=32)) == usual
-    assert caplog.messages == []
 
 
 def test_a_list_of_prompts_is_answered_in_order(ask: Ask) -> None:
@@ -149,12 +159,14 @@ def test_a_stop_text_ends_the_answer_before_it(ask: Ask) -> None:
     assert ask(max_tokens=64)["choices"][0]["finish_reason"] == "length"
 
 
-def test_the_end_token_ends_the_answer(ask: Ask, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_token_ends_the_answer(ask: Ask, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = text(ask(max_tokens=32))
-    monkeypatch.setattr(engine.models["small"].stated, "eos_token_id", ord(whole[9]))
+    monkeypatch.setattr(served.stated, "eos_token_id", ord(whole[9]))
     answer = ask(max_tokens=32)
+    assert text(answer) == whole[: whole.index(whole[9])]
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"]["completion_tokens"] == whole.index(whole[9]) + 1
+    assert text(ask(max_tokens=32, ignore_eos=True)) == whole
 
 
 def test_the_context_may_be_filled_but_not_overrun(ask: Ask) -> None:
@@ -167,50 +179,177 @@ def test_an_empty_prompt_starts_from_the_models_first_token(ask: Ask) -> None:
     assert ask(prompt="")["usage"]["prompt_tokens"] == 1
 
 
-def test_a_size_that_cannot_be_reached_says_what_is_the_smallest(ask: Ask, engine: Engine) -> None:
-    smallest = engine.models["small"].card()["size"]["smallest"]
+def test_a_size_that_cannot_be_reached_says_what_is_the_smallest(ask: Ask, served: Served) -> None:
+    smallest = served.card()["size"]["smallest"]
     with pytest.raises(BudgetError, match=f"smallest is {smallest:.4f}"):
         ask(size_ratio=smallest / 2)
     assert ask(size_ratio=smallest * 1.01)["size"]["got"] <= smallest * 1.01
 
 
-def test_who_is_gone_does_not_keep_the_engine(engine: Engine) -> None:
-    long = CompletionRequest.parse({"prompt": ["a"] * 16, "max_tokens": 511})
-    gone = threading.Event()
-    timer = threading.Timer(0.3, gone.set)
-    began = time.monotonic()
-    timer.start()
-    with pytest.raises(Cancelled):
-        engine.complete(long, gone)
-    assert 0.3 <= time.monotonic() - began < 2, "stops at the next token, not after 8,176 of them"
+def test_who_is_gone_frees_the_slots_at_the_next_step(engine: Engine, served: Served) -> None:
+    heard: list[Event] = []
+    ticket = engine.submit(
+        served, CompletionRequest.parse({"prompt": ["a"] * 16, "n": 2, "max_tokens": 511, "ignore_eos": True}), heard.extend
+    )
+    wait_until(lambda: len(served.batch.active) == 32)
+    engine.cancel(ticket)
+    wait_until(lambda: not served.batch and engine.open == 0)
+    assert heard[-1].kind == "text"
+    assert served.batch.slots.bytes == 0
 
 
-def test_an_answer_that_takes_too_long_is_given_up(engine: Engine) -> None:
-    hasty = Engine(list(engine.models.values()), timeout_s=0.2)
-    with pytest.raises(RequestError, match=r"within 0\.2 s") as caught:
-        hasty.complete(CompletionRequest.parse({"prompt": ["a"] * 16, "max_tokens": 511}))
+def test_an_answer_that_takes_too_long_is_given_up(served: Served) -> None:
+    hasty = Engine(timeout_s=0.3)
+    hasty.add(served)
+    with pytest.raises(RequestError, match=r"within 0\.3 s") as caught:
+        answered(hasty, served, CompletionRequest.parse({"prompt": ["a"] * 16, "max_tokens": 511, "ignore_eos": True}))
     assert caught.value.status == 408
+    wait_until(lambda: not served.batch)
+    hasty.close()
 
 
-def test_several_models_need_a_name(engine: Engine, small_artifact: Artifact) -> None:
-    served = engine.models["small"]
-    other = Served(ModelVersion("other", "1", served.version.uri, (), {}), small_artifact)
-    both = Engine([served, other])
-    assert both.complete(CompletionRequest(prompt="a", model="other@0.5"))["model"] == "other"
-    with pytest.raises(RequestError, match="model must be given: small, other"):
-        both.complete(CompletionRequest(prompt="a"))
+def test_a_failing_step_fails_its_requests_and_not_the_next(
+    engine: Engine, served: Served, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = text(ask(max_tokens=8))
 
-
-def test_an_unexpected_failure_is_a_500_that_leaks_nothing() -> None:
-    async def broken(*_: object) -> Any:
+    def broken(*_: object, **__: object) -> Any:
         raise RuntimeError("password in /etc")
 
-    async def get() -> httpx.Response:
-        transport = httpx.ASGITransport(routes(broken, broken, broken), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.post("/v1/completions", json={"prompt": "a"})
+    with monkeypatch.context() as patched:
+        patched.setattr(served.batch, "_forward", broken)
+        with pytest.raises(RequestError, match="its log says why") as caught:
+            ask(max_tokens=8)
+    assert caught.value.status == 500
+    assert "password" not in str(caught.value)
+    assert text(ask(max_tokens=8)) == usual
 
-    response = asyncio.run(get())
-    assert response.status_code == 500
-    assert response.json()["error"]["type"] == "server_error"
-    assert "password" not in response.text
+
+def test_sizes_in_one_batch_give_the_texts_of_each_alone(ask: Ask, served: Served) -> None:
+    """Thirty-two answers at once, of many sizes and lengths, joining and leaving."""
+    kinds = [
+        {"size_ratio": size, "max_tokens": 8 + 5 * i, "prompt": PROMPT[: 8 + i]} for i, size in enumerate((1.0, 0.9, 0.7, 0.5, 0.4, 0.3))
+    ]
+    alone = [text(ask(**kind)) for kind in kinds]
+    most = 0
+
+    def one(i: int) -> str:
+        nonlocal most
+        time.sleep(0.01 * (i % 7))
+        got = text(ask(**kinds[i % len(kinds)]))
+        most = max(most, len(served.batch.active))
+        return got
+
+    with ThreadPoolExecutor(40) as pool:
+        together = list(pool.map(one, range(120)))
+    assert together == [alone[i % len(kinds)] for i in range(120)]
+    assert most > 8
+
+
+def test_a_long_prompt_delays_the_others_by_pieces(ask: Ask, engine: Engine, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    forward = served.batch._forward
+    monkeypatch.setattr(served.batch, "_forward", lambda ids, *rest: counts.append(len(ids)) or forward(ids, *rest))
+    with ThreadPoolExecutor(2) as pool:
+        short = pool.submit(ask, max_tokens=200)
+        wait_until(lambda: len(counts) > 5)
+        long = pool.submit(ask, prompt="b" * 490, max_tokens=4)
+        assert long.result()["usage"]["prompt_tokens"] == 490
+        assert short.result()["usage"]["completion_tokens"] == 200
+    assert max(counts) <= 128 + 1, "a piece of the long prompt, and one token of the other"
+    pieces = [i for i, count in enumerate(counts) if count > 64]
+    assert len(pieces) == 4, "490 tokens in pieces of 128"
+
+
+@pytest.mark.parametrize("size", [1.0, 0.5])
+def test_a_prompt_in_pieces_is_the_prompt(ask: Ask, monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    prompt = (PROMPT * 20)[:450]
+    whole = text(ask(prompt=prompt, max_tokens=24, size_ratio=size))
+    monkeypatch.setattr("acip_platform.serve.batch.PIECE", 37)
+    assert text(ask(prompt=prompt, max_tokens=24, size_ratio=size)) == whole
+
+
+def test_memory_for_keys_and_values_is_bounded(small_artifact: Artifact) -> None:
+    tight = Served(ModelVersion("small", "7", "here", (), {}), small_artifact, kv_tokens=1024)
+    engine = Engine()
+    engine.add(tight)
+    seen: list[int] = []
+    step = tight.batch.step
+    tight.batch.step = lambda: (step(), seen.append(tight.batch.slots.count * tight.batch.slots.length))[0]  # type: ignore[method-assign]
+    request = CompletionRequest.parse({"prompt": ["a" * 200] * 12, "max_tokens": 50, "ignore_eos": True, "temperature": 0})
+    answer = answered(engine, tight, request)
+    engine.close()
+    assert max(seen) == 1024
+    assert len({choice["text"] for choice in answer["choices"]}) == 1, "all twelve were answered, four at a time"
+
+
+def test_the_log_probabilities_are_the_models(ask: Ask, small_base: str, served: Served) -> None:
+    answer = ask(max_tokens=6, logprobs=3)
+    told = answer["choices"][0]["logprobs"]
+    base = AutoModelForCausalLM.from_pretrained(small_base).eval()
+    ids = served.tokenizer(PROMPT + text(answer))["input_ids"]
+    with torch.no_grad():
+        logprobs = base(torch.tensor([ids])).logits[0].log_softmax(-1)
+    for i in range(6):
+        at = len(PROMPT) - 1 + i
+        assert told["token_logprobs"][i] == pytest.approx(float(logprobs[at, ids[at + 1]]), abs=1e-4)
+        assert list(told["top_logprobs"][i].values()) == pytest.approx(logprobs[at].topk(3).values.tolist(), abs=1e-4)
+    assert "".join(told["tokens"]) == text(answer)
+    assert told["text_offset"] == list(range(6))
+
+
+def test_penalties_and_biases_change_what_is_chosen(ask: Ask) -> None:
+    usual = text(ask(max_tokens=48))
+    assert text(ask(max_tokens=48, frequency_penalty=2.0)) != usual
+    assert text(ask(max_tokens=4, logit_bias={str(ord("Q")): 100})) == "QQQQ"
+    assert "e" not in text(ask(max_tokens=48, logit_bias={str(ord("e")): -100}))
+    with pytest.raises(RequestError, match="names token 999"):
+        ask(logit_bias={"999": 1})
+
+
+def test_n_answers_are_drawn_apart(ask: Ask) -> None:
+    answer = ask(n=3, temperature=1, seed=4, max_tokens=24)
+    texts = [choice["text"] for choice in answer["choices"]]
+    assert len(set(texts)) == 3
+    assert texts[0] == text(ask(temperature=1, seed=4, max_tokens=24))
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    with pytest.raises(RequestError, match="more than 32 answers"):
+        ask(prompt=["a"] * 3, n=16)
+
+
+def test_tokens_may_be_given_instead_of_text(ask: Ask) -> None:
+    assert text(ask(prompt=list(PROMPT.encode()))) == text(ask())
+    with pytest.raises(RequestError, match=r"token 300; small has tokens 0 to 255"):
+        ask(prompt=[[1, 300]])
+
+
+def test_a_model_leaves_only_when_nobody_uses_it(engine: Engine, served: Served) -> None:
+    ticket = engine.submit(served, CompletionRequest.parse({"prompt": "a", "max_tokens": 500, "ignore_eos": True}), lambda _: None)
+    assert not engine.remove(served)
+    engine.cancel(ticket)
+    wait_until(lambda: engine.open == 0)
+    assert engine.remove(served)
+    with pytest.raises(RequestError, match="was unloaded"):
+        engine.submit(served, CompletionRequest.parse({"prompt": "a"}), lambda _: None)
+    engine.add(served)
+
+
+def test_a_model_whose_sequences_would_mix_is_refused(small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an architecture that computes its own positions would do."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    turn = LlamaRotaryEmbedding.forward
+
+    def own(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        return turn(self, x, torch.arange(position_ids.shape[1])[None])
+
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", own)
+    with pytest.raises(AcipError, match="LlamaForCausalLM can't be served: tokens of several sequences"):
+        Served(ModelVersion("small", "7", "here", (), {}), small_artifact)
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -1,6 +1,6 @@
-"""Any-size models on Ray Serve: HTTP on the CPU in front of one engine that holds the weights.
+"""Any-size models on Ray Serve: HTTP on the CPU in front of engines that hold the weights.
 
-    client -> Serve's proxy -> Api (routes, checks) -> Engine (one replica: queue, lock, generate)
+    client -> Serve's proxy -> Api (routes, keys, limits, metrics) -> EngineReplica (models, batches)
 
 `build` makes the application, for `serve.run` and for a serve.yaml:
 
@@ -11,115 +11,149 @@
 import asyncio
 import contextlib
 import logging
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from acip.artifact import Artifact
 from acip.recipe import did_you_mean
-from acip_platform.serve.engine import Engine
-from acip_platform.serve.errors import RequestError, as_response, error_body
-from acip_platform.serve.request import CompletionRequest
-from acip_platform.serve.routes import Answer, routes
-from acip_platform.serve.served import Served
+from acip_platform.serve.errors import RequestError
+from acip_platform.serve.metrics import Metrics
+from acip_platform.serve.replica import EngineReplica
+from acip_platform.serve.request import Asked, ChatRequest, CompletionRequest
+from acip_platform.serve.routes import Answered, routes
 from acip_platform.settings import Settings, masked
-from acip_platform.store import Store
 from acip_platform.tracking import CHAMPION, ModelVersion, Registry, RegistryError
 
 BUILD_ARGS: dict[str, Any] = {
     "models": None,  # names in the registry; None = every model that has the alias
     "alias": CHAMPION,
-    "num_cpus": 1,  # of the engine; also its threads
+    "num_cpus": 1,  # of an engine; also its threads
     "num_gpus": 0,
+    "memory_gb": None,  # that an engine may use for weights; None = most of what is free
     "timeout_s": 300.0,  # of a request, waiting included
-    "max_ongoing_requests": 8,  # in the engine: one generates, the others wait for it
-    "max_queued_requests": 32,  # before the engine; more are answered 429
+    "max_requests": 64,  # for each engine, being answered or waiting; more are answered 429
+    "replicas": 1,  # engines, or the most of them where min_replicas is less
+    "min_replicas": None,
 }
 GONE = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
-HEALTH_TIMEOUT_S = 2.0
+READY_TIMEOUT_S = 5.0
+RETRY_S = 1.0
 DRAIN_S = 20  # what is being answered when the server is told to stop has this long
 
 log = logging.getLogger("ray.serve")
 
 
-class EngineReplica:
-    """The replica with the weights. Answers with plain values: an exception would reach the client as a Ray traceback."""
-
-    def __init__(self, versions: list[ModelVersion], timeout_s: float, device: str) -> None:
-        settings = Settings.from_env()
-        store = Store(settings.store, settings.home / "cache")
-        self.engine = Engine([Served(version, Artifact.open(store.fetch(version.uri)), device) for version in versions], timeout_s)
-        self.engine.warm_up()
-
-    async def cards(self) -> list[dict[str, Any]]:
-        return [served.card() for served in self.engine.models.values()]
-
-    async def complete(self, request: CompletionRequest) -> Answer:
-        cancelled = threading.Event()
-        try:
-            return 200, await asyncio.to_thread(self.engine.complete, request, cancelled)
-        except asyncio.CancelledError:  # the client is gone; the thread stops at its next token
-            cancelled.set()
-            raise
-        except Exception as error:
-            request_id = uuid4().hex
-            status, body = as_response(error, request_id)
-            if status >= 500:
-                log.exception("request %s failed", request_id)
-            return status, body
-
-
 class Api:
-    """HTTP in front of the engine. Counts what it passes on: Serve's own limit lets a burst through while replicas are asked."""
+    """HTTP in front of the engines. Knows which version is served under each name, and counts what it passes on."""
 
-    def __init__(self, engine: DeploymentHandle, capacity: int) -> None:
+    def __init__(self, engine: DeploymentHandle, versions: list[ModelVersion], capacity: int) -> None:
         self.engine, self.capacity = engine, capacity
+        self.versions = {version.name: version for version in versions}
+        self.metrics = Metrics()
         self.running = 0
-        self._cards: list[dict[str, Any]] = []
+        self._cards: dict[ModelVersion, dict[str, Any]] = {}
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return routes(self.cards, self.complete, self.health)
+        return routes(self)
+
+    # ---- what the routes ask
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.versions)
 
     async def cards(self) -> list[dict[str, Any]]:
-        """Asked for once: the versions are pinned, so a restarted engine serves the same."""
-        if not self._cards:
-            with _told_apart():
-                self._cards = await self.engine.cards.remote()
-        return self._cards
+        return [await self.card(name) for name in self.names]
 
-    async def complete(self, request: CompletionRequest) -> Answer:
+    async def card(self, name: str) -> dict[str, Any]:
+        version = self.versions[name]
+        if version not in self._cards:
+            self._cards[version] = await self._ask("card", version)
+        return self._cards[version]
+
+    async def size(self, name: str, asked: Asked) -> dict[str, Any]:
+        return await self._ask("size", self.versions[name], asked)
+
+    async def trade_off(self, name: str) -> dict[str, Any]:
+        return await self._ask("trade_off", self.versions[name])
+
+    async def load(self, name: str, which: str) -> dict[str, Any]:
+        """From now on this version is served under this name; answers in flight keep theirs."""
+        try:
+            version = await asyncio.to_thread(lambda: Registry(Settings.from_env()).resolve(name, which))
+        except RegistryError as error:
+            raise RequestError(str(error), "model", "model_not_found", 404) from error
+        card = await self._ask("card", version)
+        self._cards[version], self.versions[name] = card, version
+        return card
+
+    async def ready(self) -> tuple[bool, str, list[str]]:
+        """(ready, why not, models)."""
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                state = await self.engine.ready.remote()
+        except (TimeoutError, BackPressureError, *GONE):
+            return False, "the engine does not answer; it may be starting.", []
+        if state["failed"]:
+            return False, f"a model can't be loaded: {state['failed']}", []
+        return state["warm"], "the model is being loaded.", self.names
+
+    async def answer(self, request: CompletionRequest | ChatRequest) -> Answered:
+        """Events of one request, some at a time; the head or an error first."""
+        name, _ = request.name_and_budget(self.names)
         if self.running >= self.capacity:
             raise _queue_full()
+        return self._events(self.versions[name], request)
+
+    async def _events(self, version: ModelVersion, request: CompletionRequest | ChatRequest) -> Answered:
         self.running += 1
+        watched = self.metrics.begin(version.name)
         try:
-            with _told_apart():
-                return await self.engine.complete.remote(request)
+            async for events in self._tried_twice(version, request):
+                for event in events:
+                    watched.hear(event.kind, event.data)
+                yield events
+        except RequestError as error:
+            watched.status = str(error.status)
+            raise
         finally:
             self.running -= 1
+            watched.end()
 
-    async def health(self) -> Answer:
-        try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_S):
-                cards = await self.engine.cards.remote()
-            return 200, {"status": "ok", "models": [card["id"] for card in cards]}
-        except (TimeoutError, BackPressureError):
-            if self.running:
-                return 200, {"status": "busy"}
-        except GONE:
-            pass
-        return 503, error_body(503, "the engine does not answer; it may be starting.", code="engine_restarting")
+    async def _tried_twice(self, version: ModelVersion, request: CompletionRequest | ChatRequest) -> Answered:
+        """An engine that is lost before its client has heard anything is replaced without the client's knowledge."""
+        told = False
+        for again in (True, False):
+            stream: Any = self.engine.options(stream=True).stream.remote(version, request)
+            try:
+                with _told_apart():
+                    async for events in stream:
+                        told |= bool(request.stream)
+                        yield events
+                return
+            except RequestError as error:
+                if error.code != "engine_restarting" or told or not again:
+                    raise
+                await asyncio.sleep(RETRY_S)
+            finally:
+                stream.cancel()
+
+    async def _ask(self, method: str, *args: Any) -> dict[str, Any]:
+        with _told_apart():
+            answered = await getattr(self.engine, method).remote(*args)
+        if "status" in answered:
+            error = answered["body"]["error"]
+            raise RequestError(error["message"], error["param"], error["code"], answered["status"])
+        return answered["body"]
 
 
 @contextlib.contextmanager
-def _told_apart() -> Iterator[None]:
+def _told_apart() -> Any:
     """Serve's reasons for not reaching the engine, as answers that say when to try again."""
     try:
         yield
@@ -128,6 +162,9 @@ def _told_apart() -> Iterator[None]:
     except GONE as error:
         message = "the engine stopped and is being replaced; try again in a moment."
         raise RequestError(message, code="engine_restarting", status=503) from error
+    except RayTaskError as error:
+        log.exception("the engine failed")
+        raise RequestError("the engine failed; the server's log says why.", code="internal_error", status=500) from error
 
 
 def _queue_full() -> RequestError:
@@ -135,7 +172,7 @@ def _queue_full() -> RequestError:
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """The application that `args` describe. Aliases are resolved here, once: what is served changes when it is deployed again."""
+    """The application that `args` describe. Aliases are resolved here, once: what is served changes when it is deployed or loaded again."""
     for key in args:
         if key not in BUILD_ARGS:
             raise ValueError(f"unknown argument {key!r}{did_you_mean(key, BUILD_ARGS)}. Allowed: {', '.join(BUILD_ARGS)}.")
@@ -148,30 +185,38 @@ def application(
     *,
     num_cpus: float,
     num_gpus: float,
+    memory_gb: float | None,
     timeout_s: float,
-    max_ongoing_requests: int,
-    max_queued_requests: int,
+    max_requests: int,
+    replicas: int,
+    min_replicas: int | None,
 ) -> serve.Application:
+    scaling: dict[str, Any] = {"num_replicas": replicas}
+    if min_replicas is not None and min_replicas < replicas:
+        target = max(1, max_requests // 2)
+        scaling = {"autoscaling_config": {"min_replicas": min_replicas, "max_replicas": replicas, "target_ongoing_requests": target}}
     engine = serve.deployment(
         name="Engine",
-        num_replicas=1,
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
-        max_ongoing_requests=max_ongoing_requests,
-        max_queued_requests=max_queued_requests + 16,  # the rest is for /health and /v1/models
+        max_ongoing_requests=max_requests + 16,  # the rest is for cards and readiness
+        max_queued_requests=-1,  # the ingress counts
         health_check_period_s=5,
         max_constructor_retry_count=1,  # what can't be loaded once can't be loaded the third time either
         graceful_shutdown_timeout_s=DRAIN_S,
+        **scaling,
     )(EngineReplica)
     api = serve.deployment(
         name="Api",
-        num_replicas=1,
+        num_replicas=1,  # it knows what is served, and counts
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=256,  # well above what the engine queues, so that a full queue is answered here, in our shape
-        max_queued_requests=256,
+        max_ongoing_requests=10 * max_requests * replicas,  # well above what it passes on, so that a full queue is answered in our shape
+        max_queued_requests=1024,
         backpressure_config={"status_code": 429, "retry_after_s": 2},
         graceful_shutdown_timeout_s=DRAIN_S,
     )(serve.ingress()(Api))
-    return api.bind(engine.bind(versions, timeout_s, "cuda" if num_gpus else "cpu"), max_ongoing_requests + max_queued_requests)
+    threads = max(1, int(num_cpus))
+    bound = engine.bind(versions, timeout_s, "cuda" if num_gpus else "cpu", threads, memory_gb)
+    return api.bind(bound, versions, max_requests * replicas)
 
 
 def choose(settings: Settings, names: list[str] | None, alias: str) -> list[ModelVersion]:

@@ -1,144 +1,256 @@
-"""The engine: resident any-size models that complete text, one request at a time.
+"""The engine: resident any-size models, and one thread that steps them.
 
-    request -> which model, which size -> tokens -> [lock: set the ranks, generate, ...] -> text, and what it was made with
+    request -> which size, which tokens -> sequences in the model's batch -> [thread: step, step, ...] -> events, as they come
 
-Every size of a model is served from one copy of its sorted factors: a size is a rank per layer. Size and the random
-generator are state of the process, so they are set under one lock, and a request keeps them for all its tokens.
+Every size of a model is served from one copy of its sorted factors, and sizes share a step (`acip.mixed`), so nothing is loaded,
+moved or switched between requests. Models take turns, a step each.
 """
 
+import logging
 import threading
 import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from queue import SimpleQueue
 from secrets import randbits
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
-
-from acip.cut import Budget
-from acip_platform.serve.errors import RequestError
-from acip_platform.serve.request import CompletionRequest
+from acip.cut import Cut
+from acip.mixed import Size
+from acip_platform.serve.batch import Sequence
+from acip_platform.serve.errors import RequestError, as_response
+from acip_platform.serve.request import MAX_ANSWERS, ChatRequest, CompletionRequest
+from acip_platform.serve.sampling import Choice
 from acip_platform.serve.served import Served
+from acip_platform.serve.text import Text
 
-DEFAULT_MAX_TOKENS = 16  # OpenAI's
-
-
-class Cancelled(Exception):  # noqa: N818 - no error: nobody waits for the answer
-    """Whoever asked is gone."""
+log = logging.getLogger("ray.serve")
 
 
-class Engine:
-    def __init__(self, models: list[Served], timeout_s: float = 300.0) -> None:
-        self.models = {served.version.name: served for served in models}
-        self.timeout_s = timeout_s
-        self._lock = threading.Lock()
+@dataclass(frozen=True)
+class Event:
+    """What happened to a request: its `head`, `start` once it has a slot, `text` of a choice, its `end`, and `done` or `error` at last."""
 
-    def warm_up(self) -> None:
-        """One token of every model, so that what can't run is noticed before anyone asks."""
-        for name in self.models:
-            self.complete(CompletionRequest(prompt="a", model=name, max_tokens=1, temperature=0.0))
+    kind: str
+    index: int = 0
+    text: str = ""
+    logprobs: list[dict[str, Any]] | None = None
+    data: dict[str, Any] = field(default_factory=dict)
 
-    def complete(self, request: CompletionRequest, cancelled: threading.Event | None = None) -> dict[str, Any]:
-        """Answer a request. Raises RequestError or BudgetError for what can't be answered, Cancelled once that is set."""
-        received = time.monotonic()
-        name, ratio = request.name_and_size(list(self.models))
-        served, max_tokens = self.models[name], request.max_tokens or DEFAULT_MAX_TOKENS
-        prompts = [served.encode(prompt, max_tokens) for prompt in request.prompts]
-        config = served.generation_config(request, max_tokens)
-        seed = randbits(63) if request.seed is None else request.seed
-        cancelled = cancelled or threading.Event()
-        if not self._lock.acquire(timeout=self.timeout_s):
-            raise _too_slow(self.timeout_s)
-        try:
-            began = time.monotonic()
-            cut = served.any_size.resize(Budget(ratio=ratio))
-            watches = []
-            for index, ids_1T in enumerate(prompts):
-                if cancelled.is_set():
-                    raise Cancelled
-                watch = Watch(served.tokenizer, ids_1T, request.stops, cancelled, received + self.timeout_s)
-                watches.append(watch)
-                torch.manual_seed((seed + index) % 2**63)  # of its own for each, so that a prompt repeated in a list varies
-                watch.generate(served.any_size.model, config)
-                if cancelled.is_set():
-                    raise Cancelled
-                if watch.late:
-                    raise _too_slow(self.timeout_s)
-        finally:
-            self._lock.release()
-        done = time.monotonic()
-        asked, made = sum(ids.shape[1] for ids in prompts), sum(watch.made for watch in watches)
+
+@dataclass(eq=False)
+class Ticket:
+    """A request on its way. Events are handed to `hear` in the engine's thread, those of a step together."""
+
+    served: Served
+    cut: Cut
+    seed: int
+    deadline: float  # seconds of time.monotonic
+    timeout_s: float
+    hear: Callable[[list[Event]], object]
+    received: float
+    prompt_tokens: int = 0
+    open: int = 0  # sequences
+    made: int = 0  # tokens
+    began: float = 0.0
+    first: float = 0.0
+    finished: bool = False
+    cancelled: bool = False  # set from any thread
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def gone(self) -> bool:
+        return self.cancelled or self.finished
+
+    def head(self) -> Event:
+        """What is known before anything is generated."""
+        version = self.served.version
+        return Event("head", data={
+            "model": version.name, "version": version.version, "seed": self.seed, "size": self.served.size(self.cut),
+        })  # fmt: skip
+
+    def say(self, event: Event) -> None:
+        self.events.append(event)
+
+    def flush(self) -> None:
+        if self.events:
+            events, self.events = self.events, []
+            self.hear(events)
+
+    def error(self, error: Exception) -> None:
+        if not self.finished:
+            request_id = uuid.uuid4().hex
+            status, body = as_response(error, request_id)
+            if status >= 500:
+                log.error("request %s failed", request_id, exc_info=error)
+            self.finished = True
+            self.say(Event("error", data={"status": status, "body": body}))
+
+    # what a sequence calls
+
+    def token(self, sequence: Sequence, choice: Choice, text: str) -> None:
+        if not self.first:
+            self.first, self.began = time.monotonic(), sequence.began
+            self.say(Event("start", data={"queued_s": self.began - self.received}))
+        self.made += 1
+        told = None
+        if choice.logprob is not None:
+            shown = self.served.tokenizer.decode
+            told = [{"token": shown([choice.token]), "logprob": choice.logprob, "top": [(shown([id]), value) for id, value in choice.top]}]
+        if text or told:
+            self.say(Event("text", sequence.index, text, told))
+
+    def ended(self, sequence: Sequence, text: str, reason: str) -> None:
+        if not self.first:  # by its first token
+            self.first, self.began = time.monotonic(), sequence.began
+            self.say(Event("start", data={"queued_s": self.began - self.received}))
+        self.made += reason == "stop" and not sequence.text.stopped  # the token that ended it
+        self.say(Event("end", sequence.index, text, data={"finish_reason": reason}))
+        self.open -= 1
+        if self.open == 0:
+            self.finished = True
+            self.say(Event("done", data={"usage": self.usage(), "timings": self.timings()}))
+
+    def usage(self) -> dict[str, int]:
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.made, "total_tokens": self.prompt_tokens + self.made}
+
+    def timings(self) -> dict[str, float]:
+        now = time.monotonic()
         return {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": name,
-            "version": served.version.version,
-            "choices": [
-                {"index": index, "text": watch.text, "logprobs": None, "finish_reason": watch.finish_reason}
-                for index, watch in enumerate(watches)
-            ],
-            "usage": {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made},
-            "size": served.size(cut),
-            "seed": seed,
-            "timings": {
-                "queued_s": began - received,
-                "first_token_s": watches[0].first_token - began,
-                "generate_s": done - began,
-                "tokens_per_s": made / (done - began),
-            },
+            "queued_s": self.began - self.received,
+            "first_token_s": self.first - self.began,
+            "generate_s": now - self.began,
+            "tokens_per_s": self.made / max(now - self.began, 1e-9),
         }
 
 
-@dataclass
-class Watch(StoppingCriteria):
-    """One prompt on its way: stops at a stop text, at the deadline, or when nobody waits any more."""
+class Engine:
+    """Steps the batches of resident models in a thread of its own until `close`."""
 
-    tokenizer: Any
-    prompt: Tensor  # [1, T] token ids
-    stops: list[str]
-    cancelled: threading.Event
-    deadline: float
-    made: int = 0  # tokens
-    text: str = ""
-    finish_reason: str = "length"
-    first_token: float = 0.0  # when it was there, seconds of time.monotonic
-    late: bool = False
+    def __init__(self, timeout_s: float = 300.0) -> None:
+        self.timeout_s = timeout_s
+        self._served: list[Served] = []
+        self._tickets: set[Ticket] = set()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, daemon=True, name="engine")
+        self._thread.start()
 
-    def generate(self, model: Any, config: GenerationConfig) -> None:
-        """Run transformers' `generate` and keep what it made."""
-        ids_1T = model.generate(
-            self.prompt,
-            attention_mask=torch.ones_like(self.prompt),
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList([self]),
-        )
-        self.made = ids_1T.shape[1] - self.prompt.shape[1]
-        text = self._decode(ids_1T)
-        ends = [text.index(stop) for stop in self.stops if stop in text]
-        eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        if ends or int(ids_1T[0, -1]) in eos:
-            self.finish_reason = "stop"
-        self.text = text[: min(ends, default=None)]
+    # ---- from any thread
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    def add(self, served: Served) -> None:
+        with self._changed:
+            self._served.append(served)
+
+    def remove(self, served: Served) -> bool:
+        """Forget a model, unless somebody uses it."""
+        with self._changed:
+            if any(ticket.served is served for ticket in self._tickets) or served not in self._served:
+                return False
+            self._served.remove(served)
+            return True
+
+    @property
+    def open(self) -> int:
+        """Requests that are being answered, or wait for it."""
+        return len(self._tickets)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(
+        self, served: Served, request: CompletionRequest | ChatRequest, hear: Callable[[list[Event]], object], received: float | None = None
+    ) -> Ticket:
+        """Begin to answer. Raises RequestError or BudgetError for what can't be answered; later errors are events."""
+        received = time.monotonic() if received is None else received
+        _, budget = request.name_and_budget([served.version.name])
+        cut = served.cut(budget)
+        encoded = served.encode(request)
+        choices = request.n or 1
+        if len(encoded) * choices > MAX_ANSWERS:
+            raise RequestError(
+                f"{len(encoded)} prompts times n = {choices} is more than {MAX_ANSWERS} answers; ask for fewer at once.", "n"
+            )
+        max_tokens = served.fit(encoded, request.limit, None)
+        seed = randbits(63) if request.seed is None else request.seed
+        ticket = Ticket(served, cut, seed, received + self.timeout_s, self.timeout_s, hear, received)
+        size, ends = Size(cut.removed, cut.ranks), served.ends(request)
+        sequences = [
+            Sequence(
+                ids=list(encoded[index // choices]), size=size, sampler=served.sampler(request, (seed + index) % 2**63),
+                text=Text(served.tokenizer, encoded[index // choices], request.stops), max_tokens=max_tokens, ends=ends,
+                hear=ticket, index=index,
+            )
+            for index in range(len(encoded) * choices)
+        ]  # fmt: skip
+        ticket.open, ticket.prompt_tokens = len(sequences), sum(map(len, encoded))
+        with self._changed:
+            if served not in self._served:
+                raise RequestError(f"{served.version.name} was unloaded; ask again.", "model", "unloaded", 503)
+            self._tickets.add(ticket)
+            served.batch.waiting.extend(sequences)
+            self._changed.notify()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Nobody waits for it any more: its sequences leave before the next step."""
+        ticket.cancelled = True
+        with self._changed:
+            self._changed.notify()
+
+    def events(self, served: Served, request: CompletionRequest | ChatRequest) -> Iterator[Event]:
+        """Answer in the calling thread: events until the last."""
+        heard: SimpleQueue[list[Event]] = SimpleQueue()
+        ticket = self.submit(served, request, heard.put)
+        try:
+            while True:
+                for event in heard.get():
+                    yield event
+                    if event.kind in ("done", "error"):
+                        return
+        finally:
+            self.cancel(ticket)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    # ---- in the engine's thread
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or any(served.batch for served in self._served))
+                if self._closed:
+                    return
+                ready = [served for served in self._served if served.batch]
+            for served in ready:
+                try:
+                    served.batch.step()
+                except Exception as error:
+                    served.batch.fail()
+                    with self._changed:
+                        lost = [ticket for ticket in self._tickets if ticket.served is served]
+                    for ticket in lost:
+                        ticket.error(error)
+            self._after()
+
+    def _after(self) -> None:
+        """Deadlines, and who has heard the last of it."""
         now = time.monotonic()
-        self.first_token = self.first_token or now
-        self.late = now > self.deadline
-        done = self.late or self.cancelled.is_set()
-        if not done and self.stops:
-            text = self._decode(input_ids)
-            done = any(stop in text for stop in self.stops)
-        return torch.full((input_ids.shape[0],), done, device=input_ids.device)
-
-    def _decode(self, ids_1T: Tensor) -> str:
-        """The text that continues the prompt. Decoded with the prompt: on its own it would lose a leading space."""
-        before, whole = (
-            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in (self.prompt[0], ids_1T[0])
-        )
-        return whole[len(before) :]
+        with self._changed:
+            tickets = list(self._tickets)
+        for ticket in tickets:
+            if now > ticket.deadline and not ticket.gone:
+                ticket.error(_too_slow(ticket.timeout_s))
+            ticket.flush()
+            if ticket.gone:
+                with self._changed:
+                    self._tickets.discard(ticket)
 
 
 def _too_slow(timeout_s: float) -> RequestError:

@@ -1,62 +1,140 @@
-"""The HTTP face: OpenAI's routes over three functions of an engine that may be anywhere. Knows nothing of Ray.
+"""The HTTP face: OpenAI's routes, and those of sizes. Knows nothing of Ray: whatever answers is an `Endpoint`.
 
-GET  /v1/models          what is served: version, context, sizes, measured curve
-GET  /v1/models/{id}     one of them; {id} may be NAME@RATIO
-POST /v1/completions     text at a size
-GET  /health             200 when the engine answers
+GET  /                        the page
+GET  /health                  200 while the process lives
+GET  /ready                   200 once a model is loaded and has made a real token, else 503
+GET  /metrics                 for Prometheus
+GET  /v1/models               what is served: version, context, sizes, measured curve
+GET  /v1/models/{id}          one of them; {id} may be NAME@0.6 or NAME@fit:8GB, and is told what it comes to
+GET  /v1/models/{id}/tradeoff every size with its bytes and quality, ranks by layer, recorded samples
+POST /v1/models/{id}/load     serve another version from the registry
+POST /v1/completions          text at a size
+POST /v1/chat/completions     the same for models with a chat template
 """
 
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
 from uuid import uuid4
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from acip_platform.serve.answers import DONE, Answer, broken, sse
+from acip_platform.serve.engine import Event
 from acip_platform.serve.errors import RequestError, as_response, error_body
-from acip_platform.serve.request import CompletionRequest, explain, split_name
+from acip_platform.serve.metrics import CONTENT_TYPE, Metrics
+from acip_platform.serve.replica import page
+from acip_platform.serve.request import Asked, ChatRequest, CompletionRequest, explain, split_name
 
 BODY_LIMIT_BYTES = 4 << 20
 RETRY_AFTER_S = {429: 2, 503: 10}
+SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
-Answer = tuple[int, dict[str, Any]]  # status, body
+Answered = AsyncIterator[list[Event]]
 
 
-def routes(
-    cards: Callable[[], Awaitable[list[dict[str, Any]]]],
-    complete: Callable[[CompletionRequest], Awaitable[Answer]],
-    health: Callable[[], Awaitable[Answer]],
-) -> FastAPI:
+class Endpoint(Protocol):
+    metrics: Metrics
+
+    @property
+    def names(self) -> list[str]: ...
+    async def cards(self) -> list[dict[str, Any]]: ...
+    async def card(self, name: str) -> dict[str, Any]: ...
+    async def size(self, name: str, asked: Asked) -> dict[str, Any]: ...
+    async def trade_off(self, name: str) -> dict[str, Any]: ...
+    async def load(self, name: str, which: str) -> dict[str, Any]: ...
+    async def ready(self) -> tuple[bool, str, list[str]]: ...
+    async def answer(self, request: CompletionRequest | ChatRequest) -> Answered: ...
+
+
+class LoadRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    version: str | None = Field(default=None, pattern=r"^\d{1,9}$", description='a version number as a text, like "2"')
+    alias: str | None = Field(default=None, min_length=1, max_length=200, pattern=r"^\D", description='an alias, like "champion"')
+
+
+REQUESTS: dict[str, type[BaseModel]] = {
+    "/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest,
+}  # fmt: skip
+
+
+def routes(endpoint: Endpoint) -> FastAPI:
     app = FastAPI(title="acip", description="Any-size language models. One model, every size: NAME@0.6 or size_ratio.")
     app.add_middleware(BodyLimit)
 
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> FileResponse:
+        return FileResponse(page(), media_type="text/html", headers={"Cache-Control": "no-cache"})
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        is_ready, why, models = await endpoint.ready()
+        if is_ready:
+            return answer(200, {"status": "ready", "models": models})
+        return answer(503, error_body(503, why, None, "load_failed" if "can't" in why else "not_ready"))
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(endpoint.metrics.text(), media_type=CONTENT_TYPE)
+
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": await cards()}
+        return {"object": "list", "data": await endpoint.cards()}
+
+    @app.get("/v1/models/{model:path}/tradeoff")
+    async def trade_off(model: str) -> dict[str, Any]:
+        name, _ = split_name(model, endpoint.names)
+        return await endpoint.trade_off(name)
+
+    @app.post("/v1/models/{model:path}/load")
+    async def load(model: str, request: LoadRequest) -> dict[str, Any]:
+        name, _ = split_name(model, endpoint.names)
+        if (request.version is None) == (request.alias is None):
+            raise RequestError('give either "version" (a number) or "alias".', "version")
+        return await endpoint.load(name, request.version or request.alias or "")
 
     @app.get("/v1/models/{model:path}")
     async def show_model(model: str) -> dict[str, Any]:
-        by_name = {card["id"]: card for card in await cards()}
-        name, _ = split_name(model, list(by_name))
-        return by_name[name] | {"id": model}
+        name, budget = split_name(model, endpoint.names)
+        card = await endpoint.card(name) | {"id": model}
+        return card if budget is None else card | {"got": await endpoint.size(name, Asked(model=model))}
 
     @app.post("/v1/completions")
-    async def completions(request: CompletionRequest) -> JSONResponse:
-        return answer(*await complete(request))
+    async def completions(request: CompletionRequest) -> Response:
+        return await respond(request)
 
-    @app.get("/health")
-    async def healthy() -> JSONResponse:
-        return answer(*await health())
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: ChatRequest) -> Response:
+        return await respond(request)
+
+    async def respond(request: CompletionRequest | ChatRequest) -> Response:
+        events = await endpoint.answer(request)
+        first = await anext(events)
+        if request.stream and first[0].kind != "error":
+            return StreamingResponse(_stream(Answer(request), first, events), media_type="text/event-stream", headers=SSE_HEADERS)
+        told = Answer(request)
+        async for event in _one_by_one(first, events):
+            if event.kind == "error":
+                return answer(event.data["status"], event.data["body"])
+            for _ in told.hear(event):
+                pass
+        return answer(200, told.whole())
 
     there = [route for route in app.routes if isinstance(route, Route)]
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(*as_response(explain(error.errors(), error.body), ""))
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        kind = REQUESTS.get(request.url.path, LoadRequest)
+        return answer(*as_response(explain(error.errors(), error.body, kind), ""))
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> JSONResponse:
@@ -78,6 +156,37 @@ def routes(
         return answer(*as_response(error, uuid4().hex))
 
     return app
+
+
+async def _one_by_one(first: list[Event], events: Answered) -> AsyncIterator[Event]:
+    for event in first:
+        yield event
+    async for more in events:
+        for event in more:
+            yield event
+
+
+async def _stream(told: Answer, first: list[Event], events: Answered) -> AsyncIterator[bytes]:
+    """Chunks of events that come together are sent together. A stream that has begun ends with an error in it, not with a status."""
+    try:
+        yield _chunks(told, first)
+        async for more in events:
+            yield _chunks(told, more)
+            if more[-1].kind == "error":
+                return
+        yield DONE
+    except RequestError as error:
+        yield broken(error.status, str(error), error.code)
+
+
+def _chunks(told: Answer, events: list[Event]) -> bytes:
+    out = []
+    for event in events:
+        if event.kind == "error":
+            error = event.data["body"]["error"]
+            out.append(broken(event.data["status"], error["message"], error["code"]))
+        out += [sse(chunk) for chunk in told.hear(event)]
+    return b"".join(out)
 
 
 def answer(status: int, body: dict[str, Any], headers: Any = None) -> JSONResponse:

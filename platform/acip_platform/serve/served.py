@@ -1,37 +1,55 @@
 """A model of the registry in memory: one copy of its sorted factors, its tokenizer, and what it may be asked."""
 
-import copy
+import functools
 import json
+from collections.abc import Sequence as Many
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from acip.artifact import MANIFEST, Artifact
-from acip.cut import Budget, Cut
+from acip.budget import Budget
+from acip.cut import Cut
+from acip.errors import AcipError
 from acip.materialise import AnySize
+from acip.mixed import Mixer, Size
+from acip_platform.serve.batch import Batch
 from acip_platform.serve.errors import RequestError
-from acip_platform.serve.request import CompletionRequest
+from acip_platform.serve.request import ChatRequest, CompletionRequest
+from acip_platform.serve.sampling import Sampler
+from acip_platform.serve.slots import ATTENTION, Piece, Slots, Step
 from acip_platform.tracking import ModelVersion
 
-GREEDY_BELOW = 1e-5  # dividing logits by a temperature much smaller than this overflows float32
+CHECK_TOKENS = 13
+AGREES = 0.05  # of the logits' norm: rounding stays below, another position or mask does not
 
 
 class Served:
     """One registered version of a model, resident at every size."""
 
-    def __init__(self, version: ModelVersion, artifact: Artifact, device: str | torch.device = "cpu") -> None:
+    def __init__(self, version: ModelVersion, artifact: Artifact, device: str | torch.device = "cpu", kv_tokens: int = 1 << 17) -> None:
         self.version, self.artifact = version, artifact
         self.any_size: AnySize = artifact.load(device)
         self.tokenizer = artifact.tokenizer()
-        # what the model states is a default for requests; left in the model, it would come back through what they don't set
-        self.stated = self.any_size.model.generation_config
-        self.any_size.model.generation_config = GenerationConfig()
+        self.stated = self.any_size.model.generation_config or GenerationConfig()
         recipe, table = artifact.recipe, self.any_size.table
         self._removed_at_stop = table.cut(Budget(ratio=recipe.stop_ratio, convention=recipe.convention)).removed
         config = self.any_size.model.config.get_text_config()
         self.context = int(getattr(config, "max_position_embeddings", None) or min(self.tokenizer.model_max_length, 1 << 17))
+        self.vocabulary = int(config.vocab_size)
+        self.cut = functools.lru_cache(maxsize=256)(table.cut)
+        self._check(Mixer(self.any_size.layers))
+        self.batch = Batch(self.any_size.model, Mixer(self.any_size.layers), kv_tokens)
+
+    @property
+    def chat(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def bytes(self) -> int:
+        """Of the weights that are resident: factors, dense weights and the rest."""
+        return sum(tensor.nbytes for tensor in {id(t): t for t in self.any_size.model.state_dict(keep_vars=True).values()}.values())
 
     def card(self) -> dict[str, Any]:
         """The model as /v1/models shows it."""
@@ -45,6 +63,8 @@ class Served:
             "version": self.version.version,
             "artifact": self.version.uri,
             "base": self.artifact.manifest["base"],
+            "chat": self.chat,
+            "resident_bytes": self.bytes,
             "size": {
                 "convention": "linear",
                 "smallest": int(table.stored()[-1]) / table.dense_params,
@@ -57,43 +77,121 @@ class Served:
 
     def size(self, cut: Cut) -> dict[str, Any]:
         """What was asked for and what it is. Below the size that calibration stopped at, the order is extrapolated."""
-        extrapolated = cut.removed > self._removed_at_stop
-        return {"asked": cut.asked, "got": cut.got, "convention": cut.convention, "params": cut.params, "extrapolated": extrapolated}
+        return {
+            "asked": cut.asked, "got": cut.got, "unit": cut.unit, "convention": cut.convention, "ratio": cut.sizes["linear"],
+            "params": cut.params, "bytes": cut.bytes, "extrapolated": cut.removed > self._removed_at_stop,
+        }  # fmt: skip
 
-    def encode(self, prompt: str, max_tokens: int) -> Tensor:
-        """[1, T] token ids that fit into the context together with what is to be generated."""
-        ids = self.tokenizer(prompt)["input_ids"]
-        if not ids and self.tokenizer.bos_token_id is not None:
-            ids = [self.tokenizer.bos_token_id]
-        if not ids:
-            raise RequestError("the prompt is empty, and this model has no token to start from; give at least one character.", "prompt")
-        if len(ids) + max_tokens > self.context:
+    def encode(self, request: CompletionRequest | ChatRequest) -> list[list[int]]:
+        """Token ids of each prompt. RequestError where they can't be had."""
+        if isinstance(request, ChatRequest):
+            if not self.chat:
+                raise RequestError(
+                    f"{self.version.name} has no chat template; ask POST /v1/completions with a prompt.", "messages", "no_chat"
+                )
+            try:
+                told = self.tokenizer.apply_chat_template(request.told, tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # whatever a template makes of them
+                raise RequestError(f"the chat template of {self.version.name} refuses these messages: {error}", "messages") from error
+            return [self.tokenizer(told, add_special_tokens=False)["input_ids"]]
+        encoded = []
+        for prompt in request.prompts:
+            ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+            if not ids and self.tokenizer.bos_token_id is not None:
+                ids = [self.tokenizer.bos_token_id]
+            if not ids:
+                raise RequestError("the prompt is empty, and this model has no token to start from; give at least one character.", "prompt")
+            if max(ids) >= self.vocabulary or min(ids) < 0:
+                raise RequestError(
+                    f"the prompt holds token {max(ids)}; {self.version.name} has tokens 0 to {self.vocabulary - 1}.", "prompt"
+                )
+            encoded.append(ids)
+        return encoded
+
+    def fit(self, encoded: Many[Many[int]], max_tokens: int | None, otherwise: int | None) -> int:
+        """How many tokens to generate. RequestError where prompt and answer are longer than the context."""
+        longest = max(len(ids) for ids in encoded)
+        if max_tokens is None:
+            max_tokens = min(self.context - longest, otherwise or self.context)
+        if max_tokens < 1 or longest + max_tokens > self.context:
+            max_tokens = max(max_tokens, 1)
             room = self.context - max_tokens
             fits = f"shorten the prompt to {room} tokens" if room > 0 else f"ask for at most {self.context - 1} tokens"
-            fewer = f", or set max_tokens to at most {self.context - len(ids)}" if self.context - len(ids) > 0 and room > 0 else ""
+            fewer = f", or set max_tokens to at most {self.context - longest}" if self.context - longest > 0 and room > 0 else ""
             raise RequestError(
-                f"the prompt has {len(ids)} tokens and max_tokens is {max_tokens}, together {len(ids) + max_tokens}; "
+                f"the prompt has {longest} tokens and max_tokens is {max_tokens}, together {longest + max_tokens}; "
                 f"the context of {self.version.name} is {self.context} tokens: {fits}{fewer}.",
                 "prompt" if room > 0 else "max_tokens",
                 "context_length_exceeded",
             )
-        return torch.tensor([ids], device=self.any_size.model.device)
+        return max_tokens
 
-    def generation_config(self, request: CompletionRequest, max_tokens: int) -> GenerationConfig:
+    def ends(self, request: CompletionRequest | ChatRequest) -> frozenset[int]:
+        if request.ignore_eos:
+            return frozenset()
+        stated = self.stated.eos_token_id
+        ids = stated if isinstance(stated, list) else [stated]
+        return frozenset(i for i in (*ids, self.tokenizer.eos_token_id) if i is not None)
+
+    def sampler(self, request: CompletionRequest | ChatRequest, seed: int) -> Sampler:
         """The request's settings, else the model's own, else OpenAI's defaults."""
         stated = self.stated
         usual = 0.0 if stated.do_sample is False else _first(stated.temperature, 1.0)
-        temperature = _first(request.temperature, usual)
-        if temperature < GREEDY_BELOW:
-            how: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # what transformers calls unset
-        else:
-            top_p = _first(request.top_p, _first(stated.top_p, 1.0))
-            how = {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p), "top_k": _first(stated.top_k, 0)}
-        how |= {"max_new_tokens": max_tokens, "max_length": None, "num_beams": 1, "num_return_sequences": 1}
-        eos = stated.eos_token_id[0] if isinstance(stated.eos_token_id, list) else stated.eos_token_id
-        config = copy.deepcopy(stated)
-        config.update(**how, pad_token_id=_first(stated.pad_token_id, eos), return_dict_in_generate=False)
-        return config
+        return Sampler(
+            temperature=float(_first(request.temperature, usual)),
+            top_p=float(_first(request.top_p, _first(stated.top_p, 1.0))),
+            top_k=int(_first(request.top_k, _first(stated.top_k, 0))),
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            logit_bias=self._biases(request),
+            seed=seed,
+            logprobs=request.told_logprobs,
+        )
+
+    def _biases(self, request: CompletionRequest | ChatRequest) -> dict[int, float]:
+        biases = {int(token): bias for token, bias in (request.logit_bias or {}).items()}
+        if biases and max(biases) >= self.vocabulary:
+            raise RequestError(f"logit_bias names token {max(biases)}; the last one is {self.vocabulary - 1}.", "logit_bias")
+        return biases
+
+    @torch.inference_mode()
+    def _check(self, mixer: Mixer) -> None:
+        """A prompt in pieces and a sequence beside it, at two sizes in one pass, give the logits of each alone: a real token, too.
+
+        Whatever would mix up sequences or positions of an architecture is noticed here, not by its users.
+        """
+        model, device = self.any_size.model, self.any_size.model.device
+        small = max(self._removed_at_stop, 1)
+        sizes = [Size(0, self.any_size.table.ranks(0)), Size(small, self.any_size.table.ranks(small))]
+        ids = [[(7 + 3 * i + 11 * row) % self.vocabulary for i in range(CHECK_TOKENS)] for row in range(2)]
+        alone = []
+        for size, row in zip(sizes, ids, strict=True):
+            mixer.set([(size, CHECK_TOKENS)])
+            alone.append(model(input_ids=torch.tensor([row], device=device), past_key_values=DynamicCache(config=model.config)).logits[0])
+        model.set_attn_implementation(ATTENTION)
+        slots, found = Slots(), []
+        slots.room(2, CHECK_TOKENS)
+        start = 0
+        for stop in (5, 9, *range(10, CHECK_TOKENS + 1)):
+            count = stop - start
+            pieces = [Piece(1, start, 0, count), Piece(0, start, count, 2 * count)]  # slots not in the order of rows
+            mixer.set([(sizes[0], count), (sizes[1], count)])
+            with Step.of(slots, pieces, device) as step:
+                out = model(
+                    input_ids=torch.tensor([ids[0][start:stop] + ids[1][start:stop]], device=device),
+                    position_ids=step.position[None], past_key_values=slots, use_cache=True,
+                )  # fmt: skip
+            found.append(out.logits[0].unflatten(0, (2, count)))
+            start = stop
+        mixer.clear()
+        together = torch.cat(found, 1)
+        for apart, beside in zip(alone, together, strict=True):
+            error = float((apart.float() - beside.float()).norm() / apart.float().norm())
+            if not error < AGREES:
+                raise AcipError(
+                    f"{self.version.name}: {type(model).__name__} can't be served: tokens of several sequences in one pass change its "
+                    f"logits by {error:.1%}, so its attention or positions work in another way. Export sizes with jobs/materialise.py."
+                )
 
 
 def _first(value: Any, otherwise: Any) -> Any:

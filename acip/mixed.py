@@ -1,0 +1,101 @@
+"""Many sizes in one forward pass: each row of a batch at the ranks of its own size.
+
+Rows come in runs of one size, sizes falling. Sizes nest, so in every layer the runs that are dense there come first, and the
+ranks of the others fall. A layer multiplies
+
+    dense runs              with its dense weight
+    a long run (a prompt)   with the prefix of its own rank: no more work than its size needs
+    short runs together     with the prefix of the largest rank among them, what is beyond a row's own rank set to zero: a few
+                            rows are bound by reading weights, and one product is faster than many
+
+The result of a row is that of its size alone, but for the rounding of other shapes.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from acip.linear import ElasticLinear, Group
+
+SHORT = 16  # rows
+PLANS = 64  # that are kept
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size that rows may have: `removed` directions of the global order, and what is left of each layer (None = dense)."""
+
+    removed: int
+    ranks: Mapping[str, int | None]
+
+
+Runs = tuple[tuple[int, int], ...]  # (removed, rows)
+
+
+class Mixer:
+    """Sets the layers of one resident model to the sizes of the next batch."""
+
+    def __init__(self, layers: Mapping[str, ElasticLinear]) -> None:
+        self.layers = layers
+        self._plans: OrderedDict[Runs, list[tuple[Group, ...]]] = OrderedDict()
+        self._now: Runs | None = None
+
+    def set(self, runs: Sequence[tuple[Size, int]]) -> None:
+        """The next batch has these runs of rows, sizes falling."""
+        key = tuple((size.removed, rows) for size, rows in runs)
+        if len(key) == 1:  # one size: however many rows
+            key = ((key[0][0], -1),)
+        if key == self._now:
+            return
+        if len(key) == 1:
+            for name, layer in self.layers.items():
+                layer.groups = None
+                layer.set_rank(runs[0][0].ranks[name])
+        else:
+            if key not in self._plans:
+                self._plans[key] = [
+                    _groups([(size.ranks[name], rows) for size, rows in runs], layer) for name, layer in self.layers.items()
+                ]
+                if len(self._plans) > PLANS:
+                    self._plans.popitem(last=False)
+            self._plans.move_to_end(key)
+            for layer, groups in zip(self.layers.values(), self._plans[key], strict=True):
+                layer.groups = groups
+        self._now = key
+
+    def clear(self) -> None:
+        """Back to one size for all: the caller sets it."""
+        for layer in self.layers.values():
+            layer.groups = None
+        self._now = None
+
+
+def _groups(runs: Sequence[tuple[int | None, int]], layer: ElasticLinear) -> tuple[Group, ...]:
+    """(rank, rows) of one layer -> what is multiplied together."""
+    parted: list[list[tuple[int | None, int]]] = []
+    for rank, rows in runs:
+        last = parted[-1] if parted else None
+        together = last is not None and (
+            last[-1][0] == rank or (rank is not None and last[-1][0] is not None and rows <= SHORT and all(n <= SHORT for _, n in last))
+        )
+        if together and last is not None:
+            last.append((rank, rows))
+        else:
+            parted.append([(rank, rows)])
+    groups, start = [], 0
+    for part in parted:
+        stop = start + sum(rows for _, rows in part)
+        top = part[0][0]
+        mask = _mask(part, layer) if top is not None and any(rank != top for rank, _ in part) else None
+        groups.append(Group(slice(start, stop), None if top is None else layer.lead + top, mask))
+        start = stop
+    return tuple(groups)
+
+
+def _mask(part: Sequence[tuple[int | None, int]], layer: ElasticLinear) -> Tensor:
+    """[rows, kept] 1 where a row keeps a direction."""
+    kept = torch.tensor([layer.lead + (rank or 0) for rank, rows in part for _ in range(rows)], device=layer.left.values.device)
+    return (torch.arange(int(kept[0]), device=kept.device) < kept[:, None]).to(layer.left.dtype)

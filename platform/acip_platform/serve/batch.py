@@ -1,0 +1,169 @@
+"""Continuous batching of one resident model: sequences of any size join and leave between steps.
+
+    waiting --a slot is free--> prefilling, in pieces --first token--> continued, a token a step --end--> slot free again
+
+Each step is one forward pass over a token of every sequence that is being continued and, up to `PIECE` tokens, over prompts: so a
+long prompt delays the others by one piece at a time. First come, first served, whatever the size: none starves.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from acip.mixed import Mixer, Size
+from acip_platform.serve.sampling import Choice, Sampler, choose
+from acip_platform.serve.slots import Piece, Slots, Step, doubled
+from acip_platform.serve.text import Text
+
+MAX_SEQUENCES = 32  # at once
+PIECE = 128  # tokens of prompts in a step
+
+
+class Listener(Protocol):
+    """Who asked."""
+
+    @property
+    def gone(self) -> bool: ...  # nobody waits any more
+    def token(self, sequence: "Sequence", choice: Choice, text: str) -> None: ...  # and the text that became certain with it
+    def ended(self, sequence: "Sequence", text: str, reason: str) -> None: ...  # the last text, and why
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One prompt being answered once."""
+
+    ids: list[int]  # the prompt, and what was generated
+    size: Size
+    sampler: Sampler
+    text: Text
+    max_tokens: int
+    ends: frozenset[int]  # tokens that end it
+    hear: "Listener"
+    index: int = 0  # of its request's answers
+    made: int = 0
+    past: int = 0  # tokens in the cache
+    slot: int = -1
+    began: float = 0.0  # when it got its slot, seconds of time.monotonic
+
+    @property
+    def longest(self) -> int:
+        return len(self.ids) - self.made + self.max_tokens
+
+
+@dataclass
+class Batch:
+    model: Any
+    mixer: Mixer
+    kv_tokens: int  # slots times their length, at most; one sequence is always taken
+    waiting: deque[Sequence] = field(default_factory=deque)
+    active: list[Sequence] = field(default_factory=list)  # by slot
+    slots: Slots = field(default_factory=Slots)
+
+    def __bool__(self) -> bool:
+        return bool(self.waiting or self.active)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One forward pass for whoever is there."""
+        self._leave([sequence for sequence in self.active if sequence.hear.gone])
+        self._join()
+        if not self.active:
+            return
+        parts = self._parts()
+        pieces: list[Piece] = []
+        runs: list[tuple[Size, int]] = []
+        last: list[tuple[Sequence, int]] = []
+        ids: list[int] = []
+        start = 0
+        for sequence, count in parts:
+            pieces.append(Piece(sequence.slot, sequence.past, start, start + count))
+            ids += sequence.ids[sequence.past : sequence.past + count]
+            start += count
+            if runs and runs[-1][0].removed == sequence.size.removed:
+                runs[-1] = (runs[-1][0], runs[-1][1] + count)
+            else:
+                runs.append((sequence.size, count))
+            sequence.past += count
+            if sequence.past == len(sequence.ids):
+                last.append((sequence, start - 1))
+        logits_nV = self._forward(ids, pieces, runs, [place for _, place in last] or [start - 1])
+        if last:
+            done = [sequence for sequence, _ in last]
+            for sequence, choice in zip(done, choose(logits_nV, [sequence.sampler for sequence in done]), strict=True):
+                self._take(sequence, choice)
+            self._leave([sequence for sequence in done if sequence.past < 0])
+
+    def fail(self) -> list[Sequence]:
+        """Everybody leaves; returns who was there."""
+        there = [*self.active, *self.waiting]
+        self.waiting.clear()
+        self.active.clear()
+        self.slots.free()
+        self.mixer.clear()
+        return there
+
+    def _join(self) -> None:
+        while self.waiting and len(self.active) < MAX_SEQUENCES:
+            if self.waiting[0].hear.gone:
+                self.waiting.popleft()
+                continue
+            longest = max(sequence.longest for sequence in (*self.active, self.waiting[0]))
+            if self.active and doubled(len(self.active) + 1, 1) * doubled(longest) > self.kv_tokens:
+                return
+            sequence = self.waiting.popleft()
+            sequence.slot, sequence.began = len(self.active), time.monotonic()
+            self.active.append(sequence)
+
+    def _parts(self) -> list[tuple[Sequence, int]]:
+        """Who takes part with how many tokens, sizes falling."""
+        parts, room = [], PIECE
+        for sequence in self.active:
+            count = len(sequence.ids) - sequence.past
+            if count > 1 or not sequence.past:
+                count = min(count, room)
+                room -= count
+            if count:
+                parts.append((sequence, count))
+        return sorted(parts, key=lambda part: part[0].size.removed)
+
+    def _forward(self, ids: list[int], pieces: list[Piece], runs: list[tuple[Size, int]], keep: list[int]) -> torch.Tensor:
+        """[n, V] logits of the tokens `keep`."""
+        device = self.model.device
+        self.slots.room(len(self.active), max(piece.past + piece.stop - piece.start for piece in pieces))
+        self.mixer.set(runs)
+        with Step.of(self.slots, pieces, device) as step:
+            out = self.model(
+                input_ids=torch.tensor([ids], device=device), position_ids=step.position[None], past_key_values=self.slots,
+                use_cache=True, logits_to_keep=torch.tensor(keep, device=device),
+            )  # fmt: skip
+        return out.logits[0]
+
+    def _take(self, sequence: Sequence, choice: Choice) -> None:
+        sequence.ids.append(choice.token)
+        sequence.made += 1
+        if choice.token in sequence.ends:
+            sequence.hear.ended(sequence, sequence.text.end(), "stop")
+        else:
+            sequence.hear.token(sequence, choice, sequence.text.add(choice.token))
+            if sequence.text.stopped:
+                sequence.hear.ended(sequence, "", "stop")
+            elif sequence.made >= sequence.max_tokens:
+                sequence.hear.ended(sequence, sequence.text.end(), "length")
+            else:
+                return
+        sequence.past = -1  # done
+
+    def _leave(self, leaving: Iterable[Sequence]) -> None:
+        """Free their slots. The last slot moves into a hole, so that those in use are the first."""
+        for sequence in leaving:
+            mover, hole = self.active[-1], sequence.slot
+            if mover is not sequence:
+                self.slots.move(mover.slot, hole, max(mover.past, 0))
+                self.active[hole], mover.slot = mover, hole
+            self.active.pop()
+        if not self.active and not self.waiting:
+            self.slots.free()

@@ -1,0 +1,89 @@
+"""Which models are resident: loaded when they are first asked for; the least recently used leave when memory runs short."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from acip.artifact import Artifact
+from acip.errors import AcipError
+from acip_platform.serve.engine import Engine
+from acip_platform.serve.errors import RequestError
+from acip_platform.serve.served import Served
+from acip_platform.store import Store
+from acip_platform.tracking import ModelVersion
+
+WEIGHTS = ("factors.safetensors", "dense.safetensors", "rest.safetensors")
+WAIT_S = 60.0  # for those who use a model that has to leave
+
+Key = tuple[str, str, str]  # name, version, URI
+
+
+@dataclass
+class Place:
+    """A model that is there or is coming."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    served: Served | None = None
+    needs: int = 0  # bytes
+    used: float = 0.0  # seconds of time.monotonic
+
+
+class Models:
+    def __init__(
+        self, engine: Engine, store: Store, device: str, limit_bytes: int, loaded: Callable[[Served], None] = lambda _: None
+    ) -> None:
+        self.engine, self.store, self.device, self.limit_bytes, self.loaded = engine, store, device, limit_bytes, loaded
+        self._places: dict[Key, Place] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def resident(self) -> list[Served]:
+        return [place.served for place in list(self._places.values()) if place.served is not None]
+
+    def get(self, version: ModelVersion) -> Served:
+        """The model, loaded if it has to be: that takes its time, so not in an event loop."""
+        key = (version.name, version.version, version.uri)
+        with self._lock:
+            place = self._places.setdefault(key, Place())
+        with place.lock:
+            place.used = time.monotonic()
+            if place.served is None:
+                try:
+                    place.served = self._load(version, place)
+                except BaseException:
+                    place.needs = 0
+                    raise
+                self.loaded(place.served)
+            return place.served
+
+    def _load(self, version: ModelVersion, place: Place) -> Served:
+        artifact = Artifact.open(self.store.fetch(version.uri))
+        needs = sum(artifact.manifest["files"][file]["bytes"] for file in WEIGHTS)
+        if needs > self.limit_bytes:
+            raise AcipError(
+                f"{version.name} needs {needs:,} bytes of memory for all its sizes; this server may use {self.limit_bytes:,}. "
+                "Raise memory_gb, or export one size with jobs/materialise.py."
+            )
+        self._make_room(needs, place)
+        served = Served(version, artifact, self.device)
+        self.engine.add(served)
+        return served
+
+    def _make_room(self, needs: int, coming: Place) -> None:
+        """Reserve memory. Models that are in use are waited for."""
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            with self._lock:
+                there = [place for place in self._places.values() if place.needs]
+                if sum(place.needs for place in there) + needs <= self.limit_bytes:
+                    coming.needs = needs
+                    return
+                for place in sorted(there, key=lambda place: place.used):
+                    if place.served is not None and self.engine.remove(place.served):
+                        place.served, place.needs = None, 0
+                        break
+                else:
+                    if time.monotonic() > deadline:
+                        raise RequestError("every model in memory is in use; try again in a moment.", "model", "memory_full", 503)
+            time.sleep(0.1)

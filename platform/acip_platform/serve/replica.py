@@ -1,0 +1,168 @@
+"""The deployment that holds the weights: an engine, its resident models, and streams of what happens to each request.
+
+Answers with plain values: an exception would reach the client as a Ray traceback.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psutil
+import torch
+
+from acip.errors import AcipError
+from acip_platform.serve.engine import Engine, Event, Ticket
+from acip_platform.serve.errors import as_response
+from acip_platform.serve.models import Models
+from acip_platform.serve.recorded import Recorder
+from acip_platform.serve.request import Asked, ChatRequest, CompletionRequest
+from acip_platform.serve.served import Served
+from acip_platform.serve.tradeoff import as_json, trade_off
+from acip_platform.settings import Settings
+from acip_platform.store import Store
+from acip_platform.tracking import ModelVersion
+
+SHARE = 0.8  # of the free memory, where no limit is given
+MESSAGES_PER_S = 100  # that are sent to clients in all: each costs about a millisecond on its way, so many streams send more at once
+
+log = logging.getLogger("ray.serve")
+
+
+class EngineReplica:
+    def __init__(self, versions: list[ModelVersion], timeout_s: float, device: str, num_cpus: int, memory_gb: float | None) -> None:
+        if device == "cpu":
+            torch.set_num_threads(max(1, num_cpus))
+        self.settings = Settings.from_env()
+        self.engine = Engine(timeout_s)
+        self.recorder = Recorder(self.engine, self.settings.home / "cache" / "recorded")
+        limit = int(memory_gb * 1e9) if memory_gb else int(SHARE * _free(device))
+        store = Store(self.settings.store, self.settings.home / "cache")
+        self.models = Models(self.engine, store, device, limit, self.recorder.add)
+        self.failed: str | None = None
+        self.warm = False
+        self._trade_offs: dict[Served, dict[str, Any]] = {}
+        threading.Thread(target=self._load, args=(versions,), daemon=True, name="loading").start()
+
+    def _load(self, versions: list[ModelVersion]) -> None:
+        """The first models, while the page is there already. What fits: the others come when they are asked for."""
+        try:
+            for version in versions:
+                served = self.models.get(version)
+                for _ in self.engine.events(served, CompletionRequest(prompt="a", max_tokens=1, temperature=0.0)):
+                    pass
+                self.warm = True
+        except Exception as error:
+            log.exception("a model can't be loaded")
+            self.failed = str(error) if isinstance(error, AcipError) else f"{type(error).__name__} while a model was loaded; see the log."
+
+    async def ready(self) -> dict[str, Any]:
+        return {"warm": self.warm, "failed": self.failed, "models": [served.version.name for served in self.models.resident]}
+
+    async def stats(self) -> dict[str, Any]:
+        """What an operator may ask; not part of the public routes."""
+        rss = psutil.Process().memory_info().rss
+        slots = sum(served.batch.slots.bytes for served in self.models.resident)
+        return {"pid": os.getpid(), "rss": rss, "open": self.engine.open, "slots_bytes": slots, "tasks": len(asyncio.all_tasks())}
+
+    async def card(self, version: ModelVersion) -> dict[str, Any]:
+        return await self._answered(lambda served: served.card(), version)
+
+    async def trade_off(self, version: ModelVersion) -> dict[str, Any]:
+        def made(served: Served) -> dict[str, Any]:
+            if served not in self._trade_offs:
+                resident = self.models.resident
+                self._trade_offs = {known: body for known, body in self._trade_offs.items() if known in resident}
+                self._trade_offs[served] = as_json(trade_off(served))
+            return self._trade_offs[served] | {"recorded": self.recorder.of(served)}
+
+        return await self._answered(made, version)
+
+    async def size(self, version: ModelVersion, request: Asked) -> dict[str, Any]:
+        """What a size comes to, without generating anything."""
+        return await self._answered(lambda s: s.size(s.cut(request.name_and_budget([s.version.name])[1])), version)
+
+    async def _answered(self, make: Any, version: ModelVersion) -> dict[str, Any]:
+        """{"body"}, or {"status", "body"} of an error."""
+        try:
+            return {"body": await asyncio.to_thread(lambda: make(self.models.get(version)))}
+        except Exception as error:
+            return _failed(error)
+
+    async def stream(self, version: ModelVersion, request: CompletionRequest | ChatRequest) -> AsyncIterator[list[Event]]:
+        """Events of one request, some at a time: the head first; where nobody reads a stream, the rest at once."""
+        received = time.monotonic()
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[list[Event]]()
+        ticket: Ticket | None = None
+        gone = False
+
+        def begin() -> Ticket:
+            served = self.models.get(version)
+            made = self.engine.submit(served, request, lambda events: loop.call_soon_threadsafe(queue.put_nowait, events), received)
+            if gone:
+                self.engine.cancel(made)
+            return made
+
+        try:
+            try:
+                ticket = await asyncio.to_thread(begin)
+            except Exception as error:
+                yield [Event("error", data=_failed(error))]
+                return
+            yield [ticket.head()]
+            last, said, finished = 0.0, list[Event](), False
+            while not finished:
+                said += await queue.get()
+                rest = last + self.engine.open / MESSAGES_PER_S - time.monotonic()
+                if rest > 0 and said[-1].kind not in ("done", "error"):
+                    await asyncio.sleep(rest)
+                while not queue.empty():
+                    said += queue.get_nowait()
+                finished = said[-1].kind in ("done", "error")
+                if said and (request.stream or finished or said[0].kind == "start"):
+                    yield merged(said)
+                    last, said = time.monotonic(), []
+        finally:
+            gone = True
+            if ticket is not None:
+                self.engine.cancel(ticket)
+
+    def check_health(self) -> None:
+        if not self.engine.alive:
+            raise RuntimeError("the engine's thread has ended")
+
+
+def merged(events: list[Event]) -> list[Event]:
+    """The same with neighbouring texts of a choice in one."""
+    out: list[Event] = []
+    for event in events:
+        last = out[-1] if out else None
+        if last is not None and last.kind == "text" and event.kind in ("text", "end") and last.index == event.index:
+            logprobs = (last.logprobs or []) + (event.logprobs or []) or None
+            out[-1] = Event(event.kind, event.index, last.text + event.text, logprobs, event.data)
+        else:
+            out.append(event)
+    return out
+
+
+def _failed(error: Exception) -> dict[str, Any]:
+    request_id = uuid4().hex
+    status, body = as_response(error, request_id)
+    if status >= 500 and status != 503:
+        log.error("request %s failed", request_id, exc_info=error)
+    return {"status": status, "body": body}
+
+
+def _free(device: str) -> int:
+    if device == "cpu":
+        return int(psutil.virtual_memory().available)
+    return int(torch.cuda.mem_get_info()[0])
+
+
+def page() -> Path:
+    return Path(__file__).parent / "page" / "index.html"

@@ -1,0 +1,108 @@
+"""The next token of each sequence of a batch, by its own settings.
+
+greedy      the largest logit
+sampled     softmax(logits / temperature), cut to the most likely tokens that make `top_p` together and to `top_k` of them, and one
+            uniform random number of the sequence's own generator: what others in the batch do changes nothing
+
+Logits first get biases, and penalties for what was generated already, as OpenAI defines them.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+GREEDY_BELOW = 1e-5  # dividing logits by a temperature much smaller than this overflows float32
+FEW = 256  # most likely tokens that are sorted at first
+
+
+@dataclass
+class Sampler:
+    """The settings of one sequence, and what they need to remember."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int = 0
+    logprobs: int | None = None  # so many of the most likely tokens are told with each
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self.counts: Counter[int] = Counter()
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+
+@dataclass(frozen=True)
+class Choice:
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()  # token, log-probability; most likely first
+
+
+@torch.no_grad()
+def choose(logits_nV: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
+    """One token for each row. Log-probabilities are the model's own, before temperature, biases and penalties."""
+    logits_nV = logits_nV.float()
+    told = {i: logits_nV[i].log_softmax(-1) for i, sampler in enumerate(samplers) if sampler.logprobs is not None}
+    for i, sampler in enumerate(samplers):
+        change = dict(sampler.logit_bias)
+        if sampler.presence_penalty or sampler.frequency_penalty:
+            for token, count in sampler.counts.items():
+                change[token] = change.get(token, 0.0) - sampler.presence_penalty - sampler.frequency_penalty * count
+        if change:
+            ids = torch.tensor(list(change), device=logits_nV.device)
+            logits_nV[i, ids] += torch.tensor(list(change.values()), device=logits_nV.device)
+    tokens = logits_nV.argmax(-1)
+    for limited in (False, True):
+        rows = [i for i, s in enumerate(samplers) if not s.greedy and (s.top_p < 1 or s.top_k > 0) == limited]
+        if rows:
+            tokens[rows] = _sample(logits_nV[rows], [samplers[i] for i in rows], limited)
+    choices = []
+    for i, token in enumerate(tokens.tolist()):
+        samplers[i].counts[token] += 1
+        if i in told:
+            most = told[i].topk(min(samplers[i].logprobs or 0, told[i].numel()))
+            top = tuple(zip(most.indices.tolist(), most.values.tolist(), strict=True))
+            choices.append(Choice(token, float(told[i][token]), top))
+        else:
+            choices.append(Choice(token))
+    return choices
+
+
+def _sample(logits_nV: Tensor, samplers: Sequence[Sampler], limited: bool) -> Tensor:
+    device = logits_nV.device
+    probs_nV = (logits_nV / torch.tensor([[s.temperature] for s in samplers], device=device)).softmax(-1)
+    ids_nk = None
+    if limited:
+        probs_nV, ids_nk = _limit(probs_nV, samplers)
+    cdf = probs_nV.double().cumsum(-1)
+    drawn = torch.tensor([[s.random.random()] for s in samplers], dtype=torch.float64, device=device) * cdf[:, -1:]
+    at = torch.searchsorted(cdf, drawn, right=True).clamp_max(cdf.shape[1] - 1)
+    at = torch.where(probs_nV.gather(1, at) > 0, at, probs_nV.argmax(-1, keepdim=True))  # by rounding only
+    return (at if ids_nk is None else ids_nk.gather(1, at)).squeeze(1)
+
+
+def _limit(probs_nV: Tensor, samplers: Sequence[Sampler]) -> tuple[Tensor, Tensor]:
+    """(probabilities [n, k], zero where cut off; token ids [n, k]). A whole vocabulary is sorted only where it is needed."""
+    V = probs_nV.shape[1]
+    top_p = torch.tensor([[s.top_p] for s in samplers], device=probs_nV.device)
+    top_k = torch.tensor([[s.top_k or V] for s in samplers], device=probs_nV.device)
+    k = min(FEW, V)
+    while True:
+        most, ids = probs_nV.topk(k)
+        before = most.cumsum(-1) - most
+        enough = (before[:, -1:] >= top_p) | (top_k <= k)
+        if k == V or bool(enough.all()):
+            kept = (before < top_p) & (torch.arange(k, device=most.device) < top_k)
+            kept[:, 0] = True
+            return most * kept, ids
+        k = min(8 * k, V)
