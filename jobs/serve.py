@@ -17,6 +17,8 @@ import signal
 import socket
 import sys
 import time
+import urllib.error
+import urllib.request
 
 from acip_platform.cluster import ClusterError, connect
 from acip_platform.serve.api import BUILD_ARGS, application, choose
@@ -91,7 +93,10 @@ def _serve(versions: list[ModelVersion], host: str, port: int, own: bool) -> int
             failed = serve.status().applications[APPLICATION].deployments.values()
             causes = [part.message.strip().splitlines()[-1] for part in failed if part.message.strip()]
             raise ClusterError("\n".join(["the engine can't start.", *causes])) from error
-        print(first_screen(versions, f"http://{host}:{port}"), flush=True)
+        url = f"http://{host}:{port}"
+        print(f"loading; the page is there already: {url}/", flush=True)
+        _wait_until_ready(url)
+        print(first_screen(versions, url), flush=True)
         while not _stopping and APPLICATION in serve.status().applications:  # raises when the cluster is gone
             time.sleep(2)
         if _stopping:
@@ -104,14 +109,32 @@ def _serve(versions: list[ModelVersion], host: str, port: int, own: bool) -> int
             serve.shutdown()
 
 
+def _wait_until_ready(url: str) -> None:
+    """Until a model has made a token. ClusterError where it can't be loaded."""
+    while not _stopping:
+        try:
+            with urllib.request.urlopen(f"{url}/ready", timeout=30):
+                return
+        except urllib.error.HTTPError as answer:
+            error = json.load(answer)["error"]
+            if error["code"] == "load_failed":
+                raise ClusterError(error["message"]) from None
+        except OSError:  # not yet
+            pass
+        time.sleep(0.5)
+
+
 def first_screen(versions: list[ModelVersion], url: str) -> str:
     name = versions[0].name
     ask = json.dumps({"model": name, "size_ratio": 0.6, "prompt": "The capital of France is", "max_tokens": 24})
-    short = json.dumps({"model": f"{name}@0.6", "prompt": "Once upon a time", "temperature": 0})
+    short = json.dumps({"model": f"{name}@0.6", "prompt": "Once upon a time", "temperature": 0, "stream": True})
     served = "\n".join(f"  {version.name}  version {version.version}  {masked(version.uri)}" for version in versions)
     return f"""
 serving, each at any size:
 {served}
+
+the page with the slider
+  {url}/
 
 list them
   curl -s {url}/v1/models

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -43,7 +44,7 @@ class Server:
         with self.log.open("w") as log:
             command = [sys.executable, str(JOB), "--port", self.url.rpartition(":")[2]]
             self.process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.client = httpx.Client(base_url=self.url, timeout=120)
         deadline = time.monotonic() + START_TIMEOUT_S
         while "stop: Ctrl-C" not in self.log.read_text():
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
@@ -96,12 +97,14 @@ def text(answer: dict[str, Any]) -> str:
 def test_the_first_screens_commands_work_as_they_are(server: Server) -> None:
     """Each curl line, split as a shell would and sent as curl would: a machine without curl checks them too."""
     commands = [shlex.split(line) for line in server.log.read_text().splitlines() if line.strip().startswith("curl")]
-    answers = []
+    answers: list[Any] = []
     for _, silent, url, *rest in commands:
         options = dict(zip(rest[::2], rest[1::2], strict=True))
         name, _, value = options.get("-H", "Accept: */*").partition(": ")
         method = "POST" if "-d" in options else "GET"
-        answers.append(httpx.request(method, url, headers={name: value}, content=options.get("-d"), timeout=60).json())
+        response = httpx.request(method, url, headers={name: value}, content=options.get("-d"), timeout=60)
+        streamed = response.headers["content-type"].startswith("text/event-stream")
+        answers.append(chunks(response.text)[0] if streamed else response.json())
         assert silent == "-s"
         assert options.keys() <= {"-H", "-d"}
     assert answers[0]["data"][0]["id"] == "small"
@@ -120,8 +123,98 @@ def test_models_say_what_is_served(server: Server, small_artifact: Artifact) -> 
     assert card["size"]["calibrated_to"] == small_artifact.recipe.stop_ratio
     assert 0 < card["size"]["smallest"] < card["size"]["calibrated_to"]
     assert server.client.get("/v1/models/small").json() == card
-    assert server.client.get("/v1/models/small@0.5").json()["id"] == "small@0.5"
-    assert server.client.get("/health").json() == {"status": "ok", "models": ["small"]}
+    half = server.client.get("/v1/models/small@0.5").json()
+    assert half["id"] == "small@0.5"
+    assert half["got"]["got"] <= 0.5
+    fitting = server.client.get(f"/v1/models/small@fit:{half['got']['bytes']}B").json()["got"]
+    assert fitting["bytes"] <= half["got"]["bytes"] == fitting["asked"]
+    assert server.client.get("/health").json() == {"status": "ok"}
+    assert server.client.get("/ready").json() == {"status": "ready", "models": ["small"]}
+
+
+def test_the_trade_off_is_told(server: Server, small_artifact: Artifact) -> None:
+    told = server.client.get("/v1/models/small/tradeoff").json()
+    table = small_artifact.table()
+    assert [row["asked"] for row in told["sizes"][:3]] == [1.0, 0.99, 0.98]
+    assert all(row["got"] <= row["asked"] for row in told["sizes"])
+    assert told["sizes"][0]["params"] == table.dense_params + table.rest_params
+    assert told["heatmap"]["ranks"]["1.0"] == told["heatmap"]["full"]
+    half, full = told["heatmap"]["ranks"]["0.5"], told["heatmap"]["full"]
+    assert sum(map(sum, half)) < sum(map(sum, full))
+    assert told["memory"]["kv_bytes_per_token"] > 0
+    deadline = time.monotonic() + 60
+    while len((recorded := server.client.get("/v1/models/small/tradeoff").json()["recorded"])[0]["completions"]) < 3:
+        assert time.monotonic() < deadline, "recordings are made in idle time"
+        time.sleep(0.5)
+    first = recorded[0]
+    at = first["completions"][1]
+    live = server.ask(prompt=first["prompt"], size_ratio=at["size"], max_tokens=first["max_tokens"])
+    assert text(live) == at["text"], "a recording is what the model says"
+
+
+def test_a_budget_may_be_the_size(server: Server) -> None:
+    fit = server.ask(model="small@fit:300KB", max_tokens=2)["size"]
+    assert (fit["asked"], fit["unit"]) == (300_000, "bytes")
+    assert fit["bytes"] <= 300_000
+    assert server.ask(model="small@60%", max_tokens=2)["size"]["got"] == server.ask(model="small@0.6", max_tokens=2)["size"]["got"]
+    memory = server.ask(model="small@fit:300MB@256", max_tokens=2)["size"]
+    assert (memory["asked"], memory["unit"]) == (300.0, "MB")
+
+
+def chunks(body: str) -> list[dict[str, Any]]:
+    """The chunks of a stream, which must be server-sent events to the last byte."""
+    lines = body.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    assert all(line.startswith("data: ") for line in lines[:-1])
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+def test_a_stream_is_the_answer_in_pieces(server: Server) -> None:
+    asked = {"prompt": PROMPT, "temperature": 1, "seed": 3, "max_tokens": 40, "size_ratio": 0.6, "n": 2}
+    whole = server.client.post("/v1/completions", json=asked).json()
+    response = server.client.post("/v1/completions", json={**asked, "stream": True, "stream_options": {"include_usage": True}})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    told = chunks(response.text)
+    assert len({(chunk["id"], chunk["model"], chunk["created"]) for chunk in told}) == 1
+    assert told[0]["size"] == whole["size"]
+    assert told[-1]["choices"] == []
+    assert told[-1]["usage"] == whole["usage"]
+    assert all(chunk["usage"] is None for chunk in told[:-1])
+    for choice in whole["choices"]:
+        parts = [part for chunk in told for part in chunk["choices"] if part["index"] == choice["index"]]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        assert [part["finish_reason"] for part in parts if part["finish_reason"]] == ["length"]
+    assert len(told) > 6, "it came in pieces"
+
+
+def test_a_stream_comes_while_it_is_made(server: Server) -> None:
+    times = []
+    asked = {"prompt": PROMPT, "max_tokens": 400, "stream": True, "ignore_eos": True}
+    with server.client.stream("POST", "/v1/completions", json=asked) as response:
+        for line in response.iter_lines():
+            if line:
+                times.append(time.monotonic())
+    assert len(times) > 20
+    assert times[len(times) // 2] - times[0] > 0.2 * (times[-1] - times[0])
+
+
+def test_what_a_stream_cannot_answer_is_a_status(server: Server) -> None:
+    response = server.client.post("/v1/completions", json={"prompt": "a" * 600, "stream": True})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_metrics_count_what_was_answered(server: Server) -> None:
+    def told(name: str) -> float:
+        lines = [line for line in server.client.get("/metrics").text.splitlines() if line.startswith(name)]
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+    before = told("acip_generated_tokens_total"), told("acip_time_to_first_token_seconds_count")
+    server.ask(max_tokens=7, size_ratio=0.5, ignore_eos=True)
+    assert told("acip_generated_tokens_total") == before[0] + 7
+    assert told("acip_time_to_first_token_seconds_count") == before[1] + 1
+    assert 'acip_generated_tokens_total{model="small",size="0.50"}' in server.client.get("/metrics").text
+    assert told("acip_requests_running") == told("acip_requests_waiting") == 0
 
 
 def test_asked_and_got(server: Server) -> None:
@@ -162,11 +255,20 @@ def test_openais_client_works(server: Server) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="smalll", prompt=PROMPT)
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
-    with pytest.raises(openai.BadRequestError, match="streaming is not offered yet"):
-        client.completions.create(model="small", prompt=PROMPT, stream=True)
+    stream = client.completions.create(
+        model="small@0.6", prompt=PROMPT, seed=3, max_tokens=24, stream=True, stream_options={"include_usage": True}
+    )
+    parts = list(stream)
+    assert "".join(part.choices[0].text for part in parts if part.choices) == one.choices[0].text
+    assert parts[-1].usage is not None and parts[-1].usage.completion_tokens == 24
+    assert client.completions.create(model="small", prompt=PROMPT, logprobs=2, max_tokens=2).choices[0].logprobs is not None
+    with pytest.raises(openai.BadRequestError, match="no chat template; ask POST /v1/completions"):
+        client.chat.completions.create(model="small", messages=[{"role": "user", "content": "Hello"}])
 
 
 ASK = ("POST", "/v1/completions")
+CHAT = ("POST", "/v1/chat/completions")
+LOAD = ("POST", "/v1/models/small/load")
 JSON = {"content-type": "application/json"}
 # request, status, param, what the message says
 BAD: dict[str, tuple[tuple[str, str], Any, int, str | None, list[str]]] = {
@@ -178,6 +280,7 @@ BAD: dict[str, tuple[tuple[str, str], Any, int, str | None, list[str]]] = {
     "ratio too small": (ASK, {"prompt": "a", "size_ratio": 1e-4}, 400, "size_ratio", ["can't be reached: the smallest is 0.0"]),
     "ratio in the name": (ASK, {"prompt": "a", "model": "small@big"}, 400, "model", ["'big'", "as in small@0.6"]),
     "ratio in the name above 1": (ASK, {"prompt": "a", "model": "small@60"}, 400, "model", ["'60'", "above 0 and up to 1"]),
+    "a context of nothing": (ASK, {"prompt": "a", "model": "small@fit:8GB@much"}, 400, "model", ["small@fit:8GB@4096 at this context"]),
     "two ratios": (ASK, {"prompt": "a", "model": "small@0.5", "size_ratio": 0.6}, 400, "size_ratio", ["0.5", "0.6", "give one"]),
     "unknown model": (ASK, {"prompt": "a", "model": "smal"}, 404, "model", ["'smal'", "did you mean 'small'?", "NAME@RATIO"]),
     "unknown model with size": (ASK, {"prompt": "a", "model": "gpt-4@0.5"}, 404, "model", ["'gpt-4'", "served: small"]),
@@ -186,7 +289,8 @@ BAD: dict[str, tuple[tuple[str, str], Any, int, str | None, list[str]]] = {
     "no tokens": (ASK, {"prompt": "a", "max_tokens": 0}, 400, "max_tokens", ["max_tokens is 0", "at least 1"]),
     "half a token": (ASK, {"prompt": "a", "max_tokens": 1.5}, 400, "max_tokens", ["1.5", "whole number"]),
     "no prompt": (ASK, {"size_ratio": 0.6}, 400, "prompt", ["prompt is missing", "a text, or a list"]),
-    "tokens as prompt": (ASK, {"prompt": [1, 2, 3]}, 400, "prompt", ["[1, 2, 3]", "a list of 1 to 16 texts"]),
+    "no such token": (ASK, {"prompt": [1, 2, 300]}, 400, "prompt", ["token 300", "tokens 0 to 255"]),
+    "texts and tokens": (ASK, {"prompt": ["a", 2]}, 400, "prompt", ["['a', 2]", "a list of 1 to 16 texts, or token ids"]),
     "too many prompts": (ASK, {"prompt": ["a"] * 17}, 400, "prompt", ["a list of 1 to 16 texts"]),
     "half a character": (ASK, b'{"prompt": "\\ud800"}', 400, "prompt", ["\\ud800", "a text"]),
     "typo": (ASK, {"prompt": "a", "size_ration": 0.6}, 400, "size_ration", ["unknown field", "did you mean 'size_ratio'?", "max_tokens"]),
@@ -195,19 +299,28 @@ BAD: dict[str, tuple[tuple[str, str], Any, int, str | None, list[str]]] = {
     "seed": (ASK, {"prompt": "a", "seed": -1}, 400, "seed", ["-1", "whole number from 0"]),
     "five stops": (ASK, {"prompt": "a", "stop": list("abcde")}, 400, "stop", ["up to 4 texts"]),
     "empty stop": (ASK, {"prompt": "a", "stop": ""}, 400, "stop", ["none empty"]),
-    "n": (ASK, {"prompt": "a", "n": 2}, 400, "n", ["n is 2", "must be 1"]),
-    "stream": (ASK, {"prompt": "a", "stream": True}, 400, "stream", ["must be false", "not offered yet"]),
+    "n": (ASK, {"prompt": "a", "n": 17}, 400, "n", ["n is 17", "from 1 to 16"]),
+    "stream": (ASK, {"prompt": "a", "stream": "yes"}, 400, "stream", ["must be true or false"]),
+    "stream options": (ASK, {"prompt": "a", "stream_options": 3}, 400, "stream_options", ['like {"include_usage": true}']),
+    "bias": (ASK, {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", ["token ids with biases from -100 to 100"]),
+    "no messages": (CHAT, {"messages": []}, 400, "messages", ["a list like", "roles system, developer, user, assistant"]),
+    "a role": (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, 400, "messages", ["roles system, developer, user, assistant"]),
+    "an image": (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", ["contents text"]),
+    "tools": (CHAT, {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, 400, "tools", ["not offered"]),
+    "chat without a template": (CHAT, {"messages": [{"role": "user", "content": "a"}]}, 400, "messages", ["ask POST /v1/completions"]),
+    "load nothing": (LOAD, {}, 400, "version", ['give either "version"']),
+    "load a name as version": (LOAD, {"version": "new"}, 400, "version", ["a version number as a text"]),
+    "load what is not there": (LOAD, {"version": "99"}, 404, "model", ["no version or alias '99'"]),
     "echo": (ASK, {"prompt": "a", "echo": True}, 400, "echo", ["must be false"]),
-    "logprobs": (ASK, {"prompt": "a", "logprobs": 3}, 400, "logprobs", ["not offered"]),
-    "penalty": (ASK, {"prompt": "a", "presence_penalty": 0.5}, 400, "presence_penalty", ["0.5", "must be 0"]),
+    "logprobs": (ASK, {"prompt": "a", "logprobs": 9}, 400, "logprobs", ["logprobs is 9", "0 to 5"]),
+    "penalty": (ASK, {"prompt": "a", "presence_penalty": 2.5}, 400, "presence_penalty", ["2.5", "from -2 to 2"]),
     "broken JSON": (ASK, b'{"prompt": "a"', 400, None, ["not JSON", "delimiter"]),
     "an array": (ASK, [1], 400, None, ["send a JSON object like", "size_ratio"]),
     "no body": (ASK, b"", 400, None, ["send a JSON object like", "Content-Type: application/json"]),
     "not UTF-8": (ASK, b'{"prompt": "\xff"}', 400, None, ["JSON object in UTF-8"]),
     "a huge body": (ASK, b'{"prompt": "' + b"a" * (5 << 20) + b'"}', 413, None, ["4,194,304 bytes"]),
     "wrong method": (("GET", "/v1/completions"), b"", 405, None, ["no GET /v1/completions", "POST /v1/completions"]),
-    "unknown route": (("POST", "/v1/chat/completions"), {}, 404, None, ["no POST /v1/chat/completions", "POST /v1/completions"]),
-    "root": (("GET", "/"), b"", 404, None, ["GET /v1/models"]),
+    "unknown route": (("POST", "/v1/embeddings"), {}, 404, None, ["no POST /v1/embeddings", "POST /v1/completions"]),
     "unknown model's card": (("GET", "/v1/models/tiny"), b"", 404, "model", ["no model 'tiny'", "served: small"]),
 }  # fmt: skip
 
@@ -234,21 +347,22 @@ def test_json_without_its_header_is_told_so(server: Server) -> None:
 
 
 def test_a_full_queue_is_429_and_who_leaves_makes_room(server: Server) -> None:
-    long = {"prompt": ["a"] * 16, "max_tokens": 500, "stop": "never there"}  # each more than ten seconds of work
+    long = {"prompt": ["a"] * 16, "max_tokens": 500, "stop": "never there", "ignore_eos": True}  # seconds of work each
 
     async def flood() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=60)) as client:
-            asked = [asyncio.create_task(client.post("/v1/completions", json=long)) for _ in range(60)]
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=100)) as client:
+            asked = [asyncio.create_task(client.post("/v1/completions", json={**long, "stream": i % 2 == 0})) for i in range(90)]
             done, waiting = await asyncio.wait(asked, timeout=4)
-            health = await client.get("/health")
+            ready = await client.get("/ready")
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
-            return [health, *(task.result() for task in done)]
+            return [ready, *(task.result() for task in done)]
 
-    health, *refused = asyncio.run(flood())
-    assert health.status_code == 200, "busy is not broken"
-    assert len(refused) == 60 - (8 + 32), "eight in the engine and 32 before it"
+    ready, *refused = asyncio.run(flood())
+    assert ready.status_code == 200, "busy is not broken"
+    refused = [response for response in refused if response.status_code != 200]
+    assert len(refused) == 90 - 64
     for response in refused:
         assert response.status_code == 429
         assert int(response.headers["retry-after"]) >= 1
@@ -258,29 +372,52 @@ def test_a_full_queue_is_429_and_who_leaves_makes_room(server: Server) -> None:
         }  # fmt: skip
     began = time.monotonic()
     server.ask(max_tokens=1)
-    assert time.monotonic() - began < 10, "the forty that were waiting are gone, and so is their work"
+    assert time.monotonic() - began < 10, "the others are gone, and so is their work"
+    deadline = time.monotonic() + 10
+    while sum(float(line.rpartition(" ")[2]) for line in server.client.get("/metrics").text.splitlines() if line.startswith(OPEN)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
-def test_a_killed_engine_is_503_then_replaced(server: Server) -> None:
+OPEN = ("acip_requests_waiting", "acip_requests_running")
+
+
+def test_a_killed_engine_is_replaced_and_its_requests_are_answered_or_told(server: Server) -> None:
     before = text(server.ask(size_ratio=0.5))
     (engine,) = [process for process in server.processes() if "Engine" in process.name() or "Engine" in "".join(process.cmdline())]
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(server.client.post, "/v1/completions", json={"prompt": ["a"] * 16, "max_tokens": 500})
+    long = {"prompt": ["a"] * 16, "max_tokens": 250, "ignore_eos": True}
+    with ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(server.client.post, "/v1/completions", json=long)
+        streamed = pool.submit(server.client.post, "/v1/completions", json={**long, "stream": True})
         time.sleep(1)
         engine.kill()
-        response = asked.result()
-    assert response.status_code == 503
-    assert int(response.headers["retry-after"]) >= 1
-    assert response.json()["error"]["type"] == "service_unavailable"
-    assert "being replaced" in response.json()["error"]["message"]
-    assert text(server.ask(size_ratio=0.5)) == before, "waits for the new engine, which serves the same version"
+        *_, last = [line for line in streamed.result().text.split("\n\n") if line]
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert error["type"] == "service_unavailable", "a stream that has begun can't begin again"
+        assert "being replaced" in error["message"]
+        assert whole.result().status_code == 200, "asked again of the new engine"
+        assert whole.result().json()["usage"]["completion_tokens"] == 16 * 250
+    assert text(server.ask(size_ratio=0.5)) == before, "the same version"
+
+
+def test_another_version_is_served_without_a_restart(server: Server, home: Path, small_artifact: Artifact) -> None:
+    settings = Settings.from_env({"ACIP_HOME": str(home)})
+    copied = shutil.copytree(small_artifact.folder, home / "again")
+    new = Registry(settings).register("small", str(copied), Tracking(settings, "test").start("again", "g", {}).run_id, {})
+    Registry(settings).set_alias(new, "candidate")
+    card = server.client.post("/v1/models/small/load", json={"alias": "candidate"}).json()
+    assert (card["id"], card["version"], card["artifact"]) == ("small", new.version, str(copied))
+    assert server.ask(max_tokens=2)["version"] == new.version
+    assert server.client.get("/v1/models/small").json()["version"] == new.version
+    assert server.client.post("/v1/models/small/load", json={"version": "1"}).json()["version"] == "1"
+    assert server.ask(max_tokens=2)["version"] == "1"
 
 
 def test_ctrl_c_lets_answers_finish_and_leaves_nothing_behind(server: Server) -> None:
     everything = server.processes()
     assert len(everything) > 5
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(server.ask, prompt=["a"] * 4, max_tokens=500)
+        asked = pool.submit(server.ask, prompt=["a"] * 4, max_tokens=500, ignore_eos=True)
         time.sleep(1)
         server.process.send_signal(signal.SIGINT)
         assert asked.result()["usage"]["completion_tokens"] == 2000

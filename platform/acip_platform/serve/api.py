@@ -56,7 +56,7 @@ class Api:
         self.versions = {version.name: version for version in versions}
         self.metrics = Metrics()
         self.running = 0
-        self._cards: dict[ModelVersion, dict[str, Any]] = {}
+        self._cards: dict[tuple[str, str], dict[str, Any]] = {}
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return routes(self)
@@ -72,9 +72,10 @@ class Api:
 
     async def card(self, name: str) -> dict[str, Any]:
         version = self.versions[name]
-        if version not in self._cards:
-            self._cards[version] = await self._ask("card", version)
-        return self._cards[version]
+        key = (name, version.version)
+        if key not in self._cards:
+            self._cards[key] = await self._ask("card", version)
+        return self._cards[key]
 
     async def size(self, name: str, asked: Asked) -> dict[str, Any]:
         return await self._ask("size", self.versions[name], asked)
@@ -89,7 +90,7 @@ class Api:
         except RegistryError as error:
             raise RequestError(str(error), "model", "model_not_found", 404) from error
         card = await self._ask("card", version)
-        self._cards[version], self.versions[name] = card, version
+        self._cards[name, version.version], self.versions[name] = card, version
         return card
 
     async def ready(self) -> tuple[bool, str, list[str]]:
