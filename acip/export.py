@@ -41,15 +41,21 @@ SCHEMA = 1
 
 
 def export(
-    any_size: AnySize, artifact: Artifact, folder: str | Path, kind: Kind | None = None, max_shard_size: str | int = "5GB"
+    any_size: AnySize,
+    artifact: Artifact,
+    folder: str | Path,
+    kind: Kind | None = None,
+    max_shard_size: str | int = "5GB",
+    facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the present size of `any_size` to `folder`; returns its provenance. An earlier export there is replaced.
 
     `kind` quantises the target layers' matrices. A cut whose budget was counted in 8 or 4 bit must be quantised so.
+    `facts` go into the provenance: what the caller knows of this export.
     """
     folder = free(folder)
     assert any_size.cut is not None, "resize first"
-    return write(sized(any_size, kind_of(any_size.cut, kind)), any_size.cut, artifact, folder, max_shard_size)
+    return write(sized(any_size, kind_of(any_size.cut, kind)), any_size.cut, artifact, folder, max_shard_size, facts)
 
 
 def sized(any_size: AnySize, kind: Kind | None = None) -> PreTrainedModel:
@@ -98,7 +104,14 @@ def adopt(model: PreTrainedModel, other: PreTrainedModel) -> None:
     model.train(other.training)
 
 
-def write(model: PreTrainedModel, cut: Cut, artifact: Artifact, folder: Path, max_shard_size: str | int = "5GB") -> dict[str, Any]:
+def write(
+    model: PreTrainedModel,
+    cut: Cut,
+    artifact: Artifact,
+    folder: Path,
+    max_shard_size: str | int = "5GB",
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The folder of a model that `sized` made."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))  # nobody else's
@@ -110,7 +123,7 @@ def write(model: PreTrainedModel, cut: Cut, artifact: Artifact, folder: Path, ma
         tokenizer = artifact.tokenizer()
         tokenizer.save_pretrained(partial)
         _check(partial, tokenizer, ends)
-        provenance = _provenance(model, cut, artifact, partial)
+        provenance = {**(facts or {}), **_provenance(model, cut, artifact, partial)}
         (partial / "README.md").write_text(card(provenance, artifact, folder.name), encoding="utf-8")
         provenance["files"] = _files(partial)
         with (partial / PROVENANCE).open("w", encoding="utf-8") as file:

@@ -5,6 +5,7 @@ own Linear4bit, whose blocks run on into the next row, is silently wrong on a CP
 there at most ranks (bitsandbytes 0.50); its int8 is right everywhere.
 """
 
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from acip.budget import Budget
 from acip.cut import Cut
 from acip.errors import ArtifactError
 from acip.modeling_acip import BLOCK, QuantLinear, bias_of, swap_linears, weight_MN
@@ -44,6 +46,14 @@ def quantise_in_place(model: PreTrainedModel, kind: str) -> None:
         raise ArtifactError(f"the model is quantised to {acip['quantise']} already. Ask for its size again, and then for {kind}.")
     swap_linears(model, acip["layers"], lambda linear: quantised(linear, kind))
     acip["quantise"] = kind
+
+
+def counted(budget: Budget, kind: Kind | None) -> Budget:
+    """`budget`, counted in the bits that `kind` needs where it does not say itself; the curve was not measured in any."""
+    if kind is None or budget.by_curve or budget.bits is not None:
+        return budget
+    _known(kind)
+    return replace(budget, bits=8 if BITS[kind] == 8 else 4)
 
 
 def kind_of(cut: Cut, kind: Kind | None) -> Kind | None:

@@ -55,8 +55,6 @@ def arguments() -> argparse.Namespace:
 
 def budget(args: argparse.Namespace) -> Any:
     """What --size, --fit, --context, --batch and --quantize ask for, together."""
-    from dataclasses import replace
-
     from acip.budget import MEGA, Budget
     from acip.errors import BudgetError
 
@@ -66,9 +64,11 @@ def budget(args: argparse.Namespace) -> Any:
     if args.context is not None:
         assert asked.stored_bytes is not None
         asked = Budget(memory_mb=asked.stored_bytes / MEGA, context=args.context, batch=1 if args.batch is None else args.batch)
-    if args.quantize is None or asked.by_curve:  # the curve was not measured in these bits
+    if args.quantize is None:
         return asked
-    return replace(asked, bits=8 if args.quantize == "int8" else 4)
+    from acip.quantise import counted
+
+    return counted(asked, args.quantize)
 
 
 def main() -> int:

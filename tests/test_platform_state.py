@@ -62,3 +62,29 @@ def test_store_says_what_is_missing(settings: Settings, small_artifact: Artifact
         store.fetch(store.uri("nothing"))
     with pytest.raises(StoreError, match="s3://bucket/prefix"):
         Store("s3://", Path()).exists("s3://bucket")
+
+
+def test_what_is_added_to_the_store_stays(tmp_path: Path) -> None:
+    """A folder that is complete is not written again, one that is not is not taken for it, and one on its way is not seen."""
+    store = Store(str(tmp_path / "store"), tmp_path / "cache")
+
+    def folder(content: str) -> Path:
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "last").write_text(content)
+        return tmp_path / "new"
+
+    uri = store.add(folder("first"), "some/where/one", "last")
+    assert store.add(folder("second"), "some/where/one", "last") == uri
+    assert not (tmp_path / "new").exists()
+    assert store.exists(uri, "last") and not store.exists(uri)
+    (tmp_path / "store/some/where/.two.xyz/new").mkdir(parents=True)
+    (tmp_path / "store/some/where/.two.xyz/new/last").touch()
+    assert list(store.complete("some", "last")) == [uri] and store.complete("other", "last") == {}
+    assert store.read([f"{uri}/last"]) == [b"first"]
+    with pytest.raises(StoreError, match=r"can't read .*last: No such file"):
+        store.read([f"{uri}/other/last"])
+    (tmp_path / "store/some/three").mkdir()
+    (tmp_path / "store/some/three/weights").touch()
+    with pytest.raises(StoreError, match="is there without last: remove it"):
+        store.add(folder("third"), "some/three", "last")
+    assert sorted(path.name for path in (tmp_path / "store/some").iterdir()) == ["three", "where"]

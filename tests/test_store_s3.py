@@ -50,3 +50,19 @@ def test_a_missing_bucket_says_what_to_check(bucket: str, tmp_path: Path) -> Non
     store = Store("s3://nobody-has-this/artifacts", tmp_path / "cache")
     with pytest.raises(StoreError, match=r"NoSuchBucket.*Check the bucket's name"):
         store.fetch(store.uri("tiny/1"))
+
+
+def test_a_folder_of_another_kind_is_complete_with_its_last_file(bucket: str, tmp_path: Path) -> None:
+    store = Store(f"s3://{bucket}", tmp_path / "cache")
+    (tmp_path / "new" / "deep").mkdir(parents=True)
+    for name in ("last", "deep/last", "weights"):
+        (tmp_path / "new" / name).write_text(name)
+    copytree(tmp_path / "new", tmp_path / "again")
+    uri = store.add(tmp_path / "new", "some/one", "last")
+    assert store.exists(uri, "last") and not store.exists(uri)
+    (came,) = (when for found, when in store.complete("some", "last").items() if found == uri)
+    assert store.add(tmp_path / "again", "some/one", "last") == uri and not (tmp_path / "again").exists()
+    assert store.complete("some", "last")[uri] == came, "what is complete is not written again"
+    assert store.read([f"{uri}/{name}" for name in ("weights", "deep/last")]) == [b"weights", b"deep/last"]
+    with pytest.raises(StoreError, match="NoSuchKey"):
+        store.read([f"{uri}/other"])

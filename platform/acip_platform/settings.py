@@ -7,8 +7,11 @@
     ACIP_CHECKPOINT_S      seconds between checkpoints of a calibration   60
     ACIP_BASIS_CACHE_GB    of bases kept in ACIP_HOME/cache on each node  50
     MLFLOW_TRACKING_URI    tracking server or database                    sqlite:///ACIP_HOME/mlflow.db
+    ACIP_API_KEYS          who may ask the server: keys, with commas      everyone (acip_platform/serve/keys.py)
+    ACIP_API_KEYS_FILE     the same, as a file of one key a line
 
-S3 credentials and endpoint come from boto3's usual chain (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...), never from here.
+S3 credentials and endpoint come from boto3's usual chain (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...), never from here; API keys
+are read where they are checked, and neither held here nor passed on.
 """
 
 import os
@@ -20,7 +23,7 @@ from pathlib import Path
 from acip.errors import AcipError
 
 PASSED_ON = ("AWS_", "MLFLOW_", "HF_", "ACIP_")  # what Ray workers need of the submitter's environment ...
-SECRET = ("SECRET", "TOKEN", "PASSWORD", "ACCESS_KEY")  # ... but Ray shows what it passes on, so secrets belong on the nodes
+SECRET = ("SECRET", "TOKEN", "PASSWORD", "ACCESS_KEY", "API_KEY")  # ... but Ray shows what it passes on, so secrets belong on the nodes
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """Folders by URI: a local path, file://, or s3://bucket/prefix. The only place that uses boto3.
 
-An artifact is complete when its manifest is there, so the manifest is moved last, in both directions.
+An artifact is complete when its manifest is there, so the manifest is moved last, in both directions. Other folders have
+another last file (an export: its provenance).
 """
 
 import functools
 import hashlib
 import shutil
 import tempfile
+import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -66,13 +68,42 @@ class Store:
         return f"{self.root}/{key}"
 
     @_told
-    def exists(self, uri: str) -> bool:
-        """Is there a complete artifact at `uri`?"""
+    def exists(self, uri: str, last: str = MANIFEST) -> bool:
+        """Is there a complete artifact at `uri`, or a complete folder of another kind, whose last file is `last`?"""
         if not _is_s3(uri):
-            return (_path(uri) / MANIFEST).is_file()
+            return (_path(uri) / last).is_file()
         bucket, prefix = _split(uri)
-        found = _s3().list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/{MANIFEST}", MaxKeys=1)
+        found = _s3().list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/{last}", MaxKeys=1)
         return found.get("KeyCount", 0) > 0
+
+    @_told
+    def complete(self, under: str, last: str) -> dict[str, float]:
+        """Folders anywhere under the key `under` that have their file `last`: by URI, when it came (seconds since 1970)."""
+        root = self.uri(under)
+        if _is_s3(root):
+            came = {name: item["LastModified"].timestamp() for name, item in self._listed(root).items()}
+        else:
+            files = [(path, path.relative_to(_path(root)).as_posix()) for path in _path(root).rglob(last)]
+            came = {name: path.stat().st_mtime for path, name in files if not name.startswith(".") and "/." not in name}  # on their way
+        return {f"{root}/{name.removesuffix(f'/{last}')}": when for name, when in came.items() if name.endswith(f"/{last}")}
+
+    @_told
+    def read(self, uris: Sequence[str]) -> list[bytes]:
+        """The content of small files."""
+        if not all(map(_is_s3, uris)):
+            try:
+                return [_path(uri).read_bytes() for uri in uris]
+            except OSError as error:
+                raise StoreError(f"can't read {error.filename}: {error.strerror}. Was it moved or deleted?") from error
+        client = _s3()
+
+        def get(uri: str) -> bytes:
+            bucket, key = _split(uri)
+            content: bytes = client.get_object(Bucket=bucket, Key=key)["Body"].read()
+            return content
+
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(get, uris))
 
     @_told
     def put(self, folder: Path, key: str) -> str:
@@ -88,18 +119,29 @@ class Store:
         bucket, prefix = _split(uri)
         client = _s3()
         client.delete_object(Bucket=bucket, Key=f"{prefix}/{MANIFEST}")
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
-
-        def upload(path: Path) -> None:
-            client.upload_file(str(path), bucket, f"{prefix}/{path.relative_to(folder).as_posix()}")
-
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(upload, files))
-        there = {path.relative_to(folder).as_posix() for path in files}
+        there = _upload(client, folder, uri, MANIFEST)
         for stale in self._listed(uri).keys() - there:
             client.delete_object(Bucket=bucket, Key=f"{prefix}/{stale}")
-        upload(folder / MANIFEST)
+        client.upload_file(str(folder / MANIFEST), bucket, f"{prefix}/{MANIFEST}")
         shutil.rmtree(folder)
+        return uri
+
+    @_told
+    def add(self, folder: Path, key: str, last: str) -> str:
+        """Move a local folder, complete with its file `last`, to where only the same is ever written; returns its URI.
+
+        The key holds a checksum of the content. So nothing is replaced, and writers of the same at once do no harm.
+        """
+        uri = self.uri(key)
+        if self.exists(uri, last):
+            shutil.rmtree(folder)
+        elif _is_s3(uri):
+            client, (bucket, prefix) = _s3(), _split(uri)
+            _upload(client, folder, uri, last)
+            client.upload_file(str(folder / last), bucket, f"{prefix}/{last}")
+            shutil.rmtree(folder)
+        else:
+            _rename(folder, _path(uri), last)
         return uri
 
     @_told
@@ -229,6 +271,30 @@ class S3Source:
         raise StoreError(f"{self.where}/{file}: bytes {start:,} to {stop:,} came cut off {ATTEMPTS} times. Check the network.")
 
 
+def _upload(client: Any, folder: Path, uri: str, last: str) -> set[str]:
+    """Every file of `folder` but `last`; returns their names."""
+    bucket, prefix = _split(uri)
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {last}
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: client.upload_file(str(folder / name), bucket, f"{prefix}/{name}"), sorted(names)))
+    return names
+
+
+def _rename(folder: Path, target: Path, last: str) -> None:
+    """Move a folder, from another file system perhaps, so that it is there at once or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        shutil.move(folder, aside / "new")
+        (aside / "new").rename(target)
+    except OSError as error:
+        if not (target / last).is_file():  # else another writer was faster
+            remedy = f"It is there without {last}: remove it." if target.exists() else "Check the folder and the space on its disk."
+            raise StoreError(f"can't write {target}: {error.strerror or type(error).__name__}. {remedy}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def _joined(ranges: Sequence[Range]) -> list[Range]:
     """The same bytes in as few ranges as possible; neighbours up to JOINED bytes, because they are held together, too."""
     runs: list[Range] = []
@@ -260,8 +326,13 @@ def _split(uri: str) -> tuple[str, str]:
     return bucket, prefix.strip("/")
 
 
+_making = threading.Lock()  # clients may be used by several threads, but not made by them at once
+
+
 def _s3() -> Any:
     import boto3
     from botocore.config import Config
 
-    return boto3.client("s3", config=Config(retries={"max_attempts": 8, "mode": "adaptive"}, max_pool_connections=8 * AT_ONCE))
+    config = Config(retries={"max_attempts": 8, "mode": "adaptive"}, max_pool_connections=8 * AT_ONCE)
+    with _making:
+        return boto3.client("s3", config=config)

@@ -1,0 +1,234 @@
+"""Materializations: sizes of registered models exported to the store, each once, in the background.
+
+    queued -> running -> succeeded | failed        one Ray task each (export_task), `at_once` of them side by side
+
+The id is a hash of the version and its cut, so budgets that come to the same cut are one materialization. The truth is in the
+store: a folder `exports/NAME/VERSION/size-0.6000[-KIND]-HASH-CHECKSUM` with its provenance.json, which comes last. So a server
+that was restarted, or another one, finds what is there. What failed may be asked for again; so may what was deleted.
+
+A record's `sha256` is that of the folder's provenance.json, which holds the sha256 of every other file: comparing it, and then
+each file with what is written there, checks all of the folder. `bytes` are those of all its files.
+"""
+
+import asyncio
+import contextvars
+import hashlib
+import json
+import logging
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, WorkerCrashedError
+
+from acip.budget import Budget
+from acip.cut import Cut, CutTable
+from acip.errors import AcipError, ArtifactError
+from acip.export import PROVENANCE
+from acip.quantise import Kind, counted, kind_of
+from acip_platform.serve.errors import RequestError
+from acip_platform.serve.export_task import Work, export_task, sums
+from acip_platform.settings import Settings
+from acip_platform.store import Store, StoreError
+from acip_platform.tracking import ModelVersion
+
+EXPORTS = "exports"  # key in the store
+LOOK_EVERY_S = 30.0  # at most, for what others put into the store
+TABLES = 16  # kept, of versions that were asked for
+
+log = logging.getLogger("ray.serve")
+
+
+@dataclass
+class Record:
+    """One materialization, as clients see it."""
+
+    id: str
+    model: str
+    version: str
+    size: dict[str, Any]
+    quantize: str | None
+    created: int
+    status: str = "queued"
+    uri: str | None = None
+    sha256: str | None = None
+    bytes: int | None = None
+    finished: int | None = None
+    error: str | None = None
+
+    @property
+    def active(self) -> bool:
+        return self.status in ("queued", "running")
+
+    def tell(self, **facts: Any) -> None:
+        for key, value in facts.items():
+            setattr(self, key, value)
+        if not self.active:
+            self.finished = int(time.time())
+
+    def shown(self) -> dict[str, Any]:
+        return {"object": "materialization", **asdict(self)}
+
+
+class Materializations:
+    """Of one store. For one event loop; the Ray tasks need `num_cpus` that nobody else holds, or stay queued."""
+
+    def __init__(self, settings: Settings, at_once: int = 1, num_cpus: float = 1, max_queued: int = 16, keep: int = 1000) -> None:
+        self.settings, self.keep, self.most = settings, keep, at_once + max_queued
+        self.store = Store(settings.store, settings.home / "cache")
+        self.task: Any = ray.remote(num_cpus=num_cpus, max_retries=0)(export_task)
+        self._turns, self._looking, self._looked = asyncio.Semaphore(at_once), asyncio.Lock(), -LOOK_EVERY_S
+        self._records: dict[str, Record] = {}
+        self._tables: dict[str, tuple[CutTable, int]] = {}  # by artifact: the table, and directions removed where calibration stopped
+        self._background: set[asyncio.Task[None]] = set()  # the loop itself would forget them
+
+    async def start(self, version: ModelVersion, budget: Budget, quantise: str | None = None) -> dict[str, Any]:
+        """The record of this size of this version, begun where it is neither there nor under way.
+
+        BudgetError for a size that can't be had, RequestError for the rest: 400, 429 (too many wait) or 503 (the store).
+        """
+        record, work = await asyncio.to_thread(self._plan, version, budget, quantise)
+        if (known := self._records.get(record.id)) and known.active:
+            return known.shown()
+        there = await asyncio.to_thread(self._stored, f"{EXPORTS}/{_name(version)}", {record.id})
+        known = self._records.get(record.id)  # again: others were here meanwhile
+        if known and (known.active or (there and known.uri == there[0].uri)):
+            return known.shown()
+        if there:
+            self._put(there[0])
+            return there[0].shown()
+        if sum(other.active for other in self._records.values()) >= self.most:
+            message = f"{self.most} materializations are queued or running, the most that may be; ask again when some are done."
+            raise RequestError(message, code="queue_full", status=429)
+        self._put(record)
+        # a context of its own: cancelling a request cancels the Ray tasks begun in it
+        running = asyncio.create_task(self._run(record, work), context=contextvars.Context())
+        self._background.add(running)
+        running.add_done_callback(self._background.discard)
+        return record.shown()
+
+    async def get(self, id: str) -> dict[str, Any]:
+        if id not in self._records and re.fullmatch(r"mat-[0-9a-f]{16}", id):
+            await self._look()
+        if id not in self._records:
+            message = f"no materialization {id!r}; GET /v1/materializations lists them, POST makes one."
+            raise RequestError(message, "id", "materialization_not_found", 404)
+        return self._records[id].shown()
+
+    async def list(self) -> Sequence[dict[str, Any]]:
+        """What is known, the newest first."""
+        await self._look()
+        return [record.shown() for record in sorted(self._records.values(), key=lambda record: -record.created)]
+
+    async def _look(self) -> None:
+        """Learn what is in the store, from before this process or from others; not all the time."""
+        async with self._looking:
+            if time.monotonic() - self._looked < LOOK_EVERY_S:
+                return
+            known = {id for id, record in self._records.items() if record.status == "succeeded"}
+            for record in await asyncio.to_thread(self._stored, EXPORTS, None, known):
+                if record.id not in self._records or self._records[record.id].status == "failed":
+                    self._put(record)
+            self._looked = time.monotonic()
+
+    async def _run(self, record: Record, work: Work) -> None:
+        async with self._turns:
+            try:
+                async for said in self.task.remote(self.settings, work):
+                    record.tell(**await said)
+            except Exception as error:
+                log.exception("materialization %s failed", record.id)
+                record.tell(status="failed", error=_reason(error))
+        if record.status == "failed":
+            self._tables.pop(work.artifact, None)  # perhaps the artifact is no longer what it was
+
+    def _plan(self, version: ModelVersion, budget: Budget, quantise: str | None) -> tuple[Record, Work]:
+        """What is to be made, and its record."""
+        kind = _kind(quantise)
+        table, at_stop = self._table(version.uri)
+        budget = counted(budget, kind)
+        cut = table.cut(budget)
+        try:
+            kind = kind_of(cut, kind)
+        except ArtifactError as error:
+            raise RequestError(str(error), "quantize") from error
+        code = hashlib.sha256(json.dumps([version.name, version.version, version.uri, cut.removed, kind]).encode()).hexdigest()[:16]
+        record = Record(f"mat-{code}", version.name, version.version, _size(cut, at_stop), kind, int(time.time()))
+        size = f"{cut.sizes['linear']:.4f}" + (f"-{kind}" if kind else "")
+        facts = {key: getattr(record, key) for key in ("id", "model", "version", "size", "quantize")}
+        title = f"{_name(version).partition('/')[0]}-{size}"
+        key = f"{EXPORTS}/{_name(version)}/size-{size}-{code}"
+        return record, Work(version.uri, budget, cut.removed, kind, title, key, facts)
+
+    def _table(self, uri: str) -> tuple[CutTable, int]:
+        if uri not in self._tables:
+            try:
+                artifact = self.store.open(uri)
+                table, recipe = artifact.table(), artifact.recipe
+            except AcipError as error:
+                raise RequestError(str(error), "model", "artifact_unavailable", 503) from error
+            at_stop = table.cut(Budget(ratio=recipe.stop_ratio, convention=recipe.convention)).removed
+            while len(self._tables) >= TABLES:
+                self._tables.pop(next(iter(self._tables)), None)
+            self._tables[uri] = table, at_stop
+        return self._tables[uri]
+
+    def _stored(self, under: str, wanted: set[str] | None, known: set[str] | None = None) -> Sequence[Record]:
+        """Complete exports in the store, the oldest first: those `wanted` (None: the newest that are not `known`)."""
+        try:
+            came = self.store.complete(under, PROVENANCE)
+            ids = {uri: f"mat-{found[1]}" for uri in came if (found := re.search(r"/size-[^/]*-([0-9a-f]{16})-[0-9a-f]{8}$", uri))}
+            uris = [uri for uri in ids if (ids[uri] not in (known or set()) if wanted is None else ids[uri] in wanted)]
+            uris = sorted(uris, key=lambda uri: (came[uri], uri))[-self.keep :]
+            raws = self.store.read([f"{uri}/{PROVENANCE}" for uri in uris])
+        except StoreError as error:
+            raise RequestError(str(error), None, "store_unavailable", 503) from error
+        records = [_record(uri, raw, int(came[uri])) for uri, raw in zip(uris, raws, strict=True)]
+        return [record for record in records if record is not None]
+
+    def _put(self, record: Record) -> None:
+        self._records.pop(record.id, None)
+        self._records[record.id] = record
+        finished = sorted((other for other in self._records.values() if not other.active), key=lambda other: other.finished or 0)
+        for other in finished[: max(0, len(finished) - self.keep)]:
+            del self._records[other.id]
+
+
+def _record(uri: str, raw: bytes, came: int) -> Record | None:
+    """The record of a folder in the store; None where its provenance is not of a materialization."""
+    try:
+        facts: Mapping[str, Any] = json.loads(raw)["materialization"]
+        return Record(**facts, created=came, status="succeeded", uri=uri, finished=came, **sums(raw))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        log.warning("%s/%s is not what we write; the folder is passed over", uri, PROVENANCE)
+        return None
+
+
+def _size(cut: Cut, removed_at_stop: int) -> dict[str, Any]:
+    """What was asked for and what it is. Below the size that calibration stopped at, the order is extrapolated."""
+    facts = {key: getattr(cut, key) for key in ("asked", "got", "convention", "params", "bytes")}
+    return facts | {"extrapolated": cut.removed > removed_at_stop}
+
+
+def _kind(quantise: str | None) -> Kind | None:
+    if quantise is None or quantise in ("nf4", "fp4", "int8"):
+        return quantise  # type: ignore[return-value]
+    raise RequestError(f'quantize is {quantise!r}; it must be "nf4", "fp4", "int8" or null.', "quantize")
+
+
+def _name(version: ModelVersion) -> str:
+    """NAME/VERSION as a part of a key, whatever the name is."""
+    return re.sub(r"^\.+|[^A-Za-z0-9._-]", "_", version.name) + f"/{version.version}"
+
+
+def _reason(error: Exception) -> str:
+    """What the client may know of a task that did not come back."""
+    if isinstance(error, OutOfMemoryError):
+        return "its node ran out of memory. Ask for a smaller size, or give the node more."
+    if isinstance(error, WorkerCrashedError | NodeDiedError):
+        return "the process that made it died; it was stopped, or its node ran out of memory. Ask again."
+    what = "Ray" if isinstance(error, RayError) else "the server"
+    return f"{what} could not do it ({type(error).__name__}); the server's log says more."
