@@ -22,6 +22,7 @@ import urllib.request
 
 from acip_platform.cluster import ClusterError, connect
 from acip_platform.serve.api import BUILD_ARGS, application, choose
+from acip_platform.serve.keys import Keys
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store, StoreError
 from acip_platform.tracking import CHAMPION, ModelVersion
@@ -36,15 +37,20 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", help="name in the registry; may be given more than once (default: all with the alias)")
     parser.add_argument("--alias", default=CHAMPION, help="alias or version number to serve (default: %(default)s)")
-    parser.add_argument("--host", default="127.0.0.1", help="loopback address to listen on (default: %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; with API keys not only loopback (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     args = parser.parse_args()
+    try:
+        args.keys = Keys.from_env()
+    except AcipError as error:
+        parser.error(str(error))
     if not 0 < args.port < 65536:
         parser.error(f"--port is {args.port}; it must be from 1 to 65535.")
-    if not _is_loopback(args.host):
+    if not args.keys and not _is_loopback(args.host):
         parser.error(
-            f"--host is {args.host!r}; only a loopback address (127.0.0.1) is allowed, because the server has no API keys yet "
-            "and would be open to everyone. From elsewhere, use a tunnel: ssh -L 8000:127.0.0.1:8000 HOST."
+            f"--host is {args.host!r}; without API keys only a loopback address (127.0.0.1) is allowed, because the server would be "
+            "open to everyone. Set ACIP_API_KEYS or ACIP_API_KEYS_FILE (`openssl rand -hex 24` makes a key), or use a tunnel: "
+            "ssh -L 8000:127.0.0.1:8000 HOST."
         )
     return args
 
@@ -58,7 +64,7 @@ def main() -> int:
         _check_port(args.host, args.port)
         own = connect(settings).own
         _stop_by_signal()  # again: Ray sets its own
-        return _serve(versions, args.host, args.port, own)
+        return _serve(versions, args, own)
     except KeyboardInterrupt:
         print("stopped.", flush=True)
         return 0
@@ -71,7 +77,7 @@ def main() -> int:
         ray.shutdown()  # stops Ray if it was started here, else lets go of it
 
 
-def _serve(versions: list[ModelVersion], host: str, port: int, own: bool) -> int:
+def _serve(versions: list[ModelVersion], args: argparse.Namespace, own: bool) -> int:
     import ray
     from ray import serve
     from ray.exceptions import RayError
@@ -85,18 +91,18 @@ def _serve(versions: list[ModelVersion], host: str, port: int, own: bool) -> int
         options = {key: value for key, value in BUILD_ARGS.items() if key not in ("models", "alias")}
         options["num_gpus"] = min(1, there.get("GPU", 0))
         if own:  # nobody else wants the cores
-            options["num_cpus"] = min(MAX_CPUS, there["CPU"])
-        serve.start(http_options={"host": host, "port": port})
+            options["num_cpus"], options["export_cpus"] = min(MAX_CPUS, there["CPU"]), 0
+        serve.start(http_options={"host": args.host, "port": args.port})
         try:
-            serve.run(application(versions, **options), name=APPLICATION, route_prefix="/")
+            serve.run(application(versions, keys=args.keys, **options), name=APPLICATION, route_prefix="/")
         except RuntimeError as error:  # names the deployment only; its message ends with what was raised in it
             failed = serve.status().applications[APPLICATION].deployments.values()
             causes = [part.message.strip().splitlines()[-1] for part in failed if part.message.strip()]
             raise ClusterError("\n".join(["the engine can't start.", *causes])) from error
-        url = f"http://{host}:{port}"
+        url = f"http://{_reached(args.host)}:{args.port}"
         print(f"loading; the page is there already: {url}/", flush=True)
         _wait_until_ready(url)
-        print(first_screen(versions, url), flush=True)
+        print(first_screen(versions, url, bool(args.keys)), flush=True)
         while not _stopping and APPLICATION in serve.status().applications:  # raises when the cluster is gone
             time.sleep(2)
         if _stopping:
@@ -124,10 +130,11 @@ def _wait_until_ready(url: str) -> None:
         time.sleep(0.5)
 
 
-def first_screen(versions: list[ModelVersion], url: str) -> str:
+def first_screen(versions: list[ModelVersion], url: str, keys: bool = False) -> str:
     name = versions[0].name
     ask = json.dumps({"model": name, "size_ratio": 0.6, "prompt": "The capital of France is", "max_tokens": 24})
     short = json.dumps({"model": f"{name}@0.6", "prompt": "Once upon a time", "temperature": 0, "stream": True})
+    key = " -H 'Authorization: Bearer KEY'" if keys else ""
     served = "\n".join(f"  {version.name}  version {version.version}  {masked(version.uri)}" for version in versions)
     return f"""
 serving, each at any size:
@@ -137,11 +144,11 @@ the page with the slider
   {url}/
 
 list them
-  curl -s {url}/v1/models
+  curl -s {url}/v1/models{key}
 
 ask at 60 % of the size
-  curl -s {url}/v1/completions -H 'Content-Type: application/json' -d '{ask}'
-  curl -s {url}/v1/completions -H 'Content-Type: application/json' -d '{short}'
+  curl -s {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{ask}'
+  curl -s {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{short}'
 
 stop: Ctrl-C
 """
@@ -184,6 +191,12 @@ def _stop_by_signal() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+
+
+def _reached(host: str) -> str:
+    """How this machine reaches a server that listens there."""
+    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{here}]" if ":" in here else here
 
 
 def _is_loopback(host: str) -> bool:

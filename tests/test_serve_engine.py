@@ -249,7 +249,12 @@ def test_sizes_in_one_batch_give_the_texts_of_each_alone(ask: Ask, served: Serve
 def test_a_long_prompt_delays_the_others_by_pieces(ask: Ask, engine: Engine, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
     forward = served.batch._forward
-    monkeypatch.setattr(served.batch, "_forward", lambda ids, *rest: counts.append(len(ids)) or forward(ids, *rest))
+
+    def counted(ids: list[int], *rest: Any) -> Any:
+        counts.append(len(ids))
+        return forward(ids, *rest)
+
+    monkeypatch.setattr(served.batch, "_forward", counted)
     with ThreadPoolExecutor(2) as pool:
         short = pool.submit(ask, max_tokens=200)
         wait_until(lambda: len(counts) > 5)
@@ -269,13 +274,18 @@ def test_a_prompt_in_pieces_is_the_prompt(ask: Ask, monkeypatch: pytest.MonkeyPa
     assert text(ask(prompt=prompt, max_tokens=24, size_ratio=size)) == whole
 
 
-def test_memory_for_keys_and_values_is_bounded(small_artifact: Artifact) -> None:
+def test_memory_for_keys_and_values_is_bounded(small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     tight = Served(ModelVersion("small", "7", "here", (), {}), small_artifact, kv_tokens=1024)
     engine = Engine()
     engine.add(tight)
     seen: list[int] = []
     step = tight.batch.step
-    tight.batch.step = lambda: (step(), seen.append(tight.batch.slots.count * tight.batch.slots.length))[0]  # type: ignore[method-assign]
+
+    def watched() -> None:
+        step()
+        seen.append(tight.batch.slots.count * tight.batch.slots.length)
+
+    monkeypatch.setattr(tight.batch, "step", watched)
     request = CompletionRequest.parse({"prompt": ["a" * 200] * 12, "max_tokens": 50, "ignore_eos": True, "temperature": 0})
     answer = answered(engine, tight, request)
     engine.close()

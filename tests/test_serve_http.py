@@ -283,12 +283,12 @@ BAD: dict[str, tuple[tuple[str, str], Any, int, str | None, list[str]]] = {
     "a context of nothing": (ASK, {"prompt": "a", "model": "small@fit:8GB@much"}, 400, "model", ["small@fit:8GB@4096 at this context"]),
     "two ratios": (ASK, {"prompt": "a", "model": "small@0.5", "size_ratio": 0.6}, 400, "size_ratio", ["0.5", "0.6", "give one"]),
     "unknown model": (ASK, {"prompt": "a", "model": "smal"}, 404, "model", ["'smal'", "did you mean 'small'?", "NAME@RATIO"]),
-    "unknown model with size": (ASK, {"prompt": "a", "model": "gpt-4@0.5"}, 404, "model", ["'gpt-4'", "served: small"]),
+    "unknown model with size": (ASK, {"prompt": "a", "model": "gpt-4@0.5"}, 404, "model", ["'gpt-4@0.5'", "served: small"]),
     "over-long prompt": (ASK, {"prompt": "a" * 600}, 400, "prompt", ["600 tokens", "512 tokens", "shorten the prompt to 496 tokens"]),
     "too many tokens": (ASK, {"prompt": "a", "max_tokens": 5000}, 400, "max_tokens", ["5000", "512", "at most 511 tokens"]),
     "no tokens": (ASK, {"prompt": "a", "max_tokens": 0}, 400, "max_tokens", ["max_tokens is 0", "at least 1"]),
     "half a token": (ASK, {"prompt": "a", "max_tokens": 1.5}, 400, "max_tokens", ["1.5", "whole number"]),
-    "no prompt": (ASK, {"size_ratio": 0.6}, 400, "prompt", ["prompt is missing", "a text, or a list"]),
+    "no prompt": (ASK, {"size_ratio": 0.6}, 400, "prompt", ["prompt is missing", "a text, a list"]),
     "no such token": (ASK, {"prompt": [1, 2, 300]}, 400, "prompt", ["token 300", "tokens 0 to 255"]),
     "texts and tokens": (ASK, {"prompt": ["a", 2]}, 400, "prompt", ["['a', 2]", "a list of 1 to 16 texts, or token ids"]),
     "too many prompts": (ASK, {"prompt": ["a"] * 17}, 400, "prompt", ["a list of 1 to 16 texts"]),
@@ -442,7 +442,7 @@ def test_it_does_not_listen_to_the_world(job: ModuleType, monkeypatch: pytest.Mo
     with pytest.raises(SystemExit) as stopped:
         job.main()
     assert stopped.value.code == 2
-    assert "'0.0.0.0'; only a loopback address (127.0.0.1) is allowed" in capsys.readouterr().err
+    assert "'0.0.0.0'; without API keys only a loopback address (127.0.0.1) is allowed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

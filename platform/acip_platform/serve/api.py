@@ -1,6 +1,7 @@
 """Any-size models on Ray Serve: HTTP on the CPU in front of engines that hold the weights.
 
     client -> Serve's proxy -> Api (routes, keys, limits, metrics) -> EngineReplica (models, batches)
+                                                                   -> Ray tasks (materializations)
 
 `build` makes the application, for `serve.run` and for a serve.yaml:
 
@@ -22,9 +23,11 @@ from ray.serve.handle import DeploymentHandle
 
 from acip.recipe import did_you_mean
 from acip_platform.serve.errors import RequestError
+from acip_platform.serve.keys import Keys
+from acip_platform.serve.materializations import Materializations
 from acip_platform.serve.metrics import Metrics
 from acip_platform.serve.replica import EngineReplica
-from acip_platform.serve.request import Asked, ChatRequest, CompletionRequest
+from acip_platform.serve.request import ChatRequest, CompletionRequest, MaterializationRequest, Sized
 from acip_platform.serve.routes import Answered, routes
 from acip_platform.settings import Settings, masked
 from acip_platform.tracking import CHAMPION, ModelVersion, Registry, RegistryError
@@ -39,6 +42,7 @@ BUILD_ARGS: dict[str, Any] = {
     "max_requests": 64,  # for each engine, being answered or waiting; more are answered 429
     "replicas": 1,  # engines, or the most of them where min_replicas is less
     "min_replicas": None,
+    "export_cpus": 1,  # that nobody else holds, for POST /v1/materializations; 0 = beside the engine
 }
 GONE = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 READY_TIMEOUT_S = 5.0
@@ -51,8 +55,9 @@ log = logging.getLogger("ray.serve")
 class Api:
     """HTTP in front of the engines. Knows which version is served under each name, and counts what it passes on."""
 
-    def __init__(self, engine: DeploymentHandle, versions: list[ModelVersion], capacity: int) -> None:
-        self.engine, self.capacity = engine, capacity
+    def __init__(self, engine: DeploymentHandle, versions: list[ModelVersion], capacity: int, keys: Keys, export_cpus: float) -> None:
+        self.engine, self.capacity, self.keys = engine, capacity, keys
+        self.materializations = Materializations(Settings.from_env(), num_cpus=export_cpus)
         self.versions = {version.name: version for version in versions}
         self.metrics = Metrics()
         self.running = 0
@@ -77,7 +82,7 @@ class Api:
             self._cards[key] = await self._ask("card", version)
         return self._cards[key]
 
-    async def size(self, name: str, asked: Asked) -> dict[str, Any]:
+    async def size(self, name: str, asked: Sized) -> dict[str, Any]:
         return await self._ask("size", self.versions[name], asked)
 
     async def trade_off(self, name: str) -> dict[str, Any]:
@@ -92,6 +97,10 @@ class Api:
         card = await self._ask("card", version)
         self._cards[name, version.version], self.versions[name] = card, version
         return card
+
+    async def materialise(self, request: MaterializationRequest) -> dict[str, Any]:
+        name, budget = request.name_and_budget(self.names)
+        return await self.materializations.start(self.versions[name], budget, request.quantize)
 
     async def ready(self) -> tuple[bool, str, list[str]]:
         """(ready, why not, models)."""
@@ -178,7 +187,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         if key not in BUILD_ARGS:
             raise ValueError(f"unknown argument {key!r}{did_you_mean(key, BUILD_ARGS)}. Allowed: {', '.join(BUILD_ARGS)}.")
     chosen = BUILD_ARGS | args
-    return application(choose(Settings.from_env(), chosen.pop("models"), chosen.pop("alias")), **chosen)
+    return application(choose(Settings.from_env(), chosen.pop("models"), chosen.pop("alias")), keys=Keys.from_env(), **chosen)
 
 
 def application(
@@ -191,6 +200,8 @@ def application(
     max_requests: int,
     replicas: int,
     min_replicas: int | None,
+    export_cpus: float,
+    keys: Keys,
 ) -> serve.Application:
     scaling: dict[str, Any] = {"num_replicas": replicas}
     if min_replicas is not None and min_replicas < replicas:
@@ -217,7 +228,7 @@ def application(
     )(serve.ingress()(Api))
     threads = max(1, int(num_cpus))
     bound = engine.bind(versions, timeout_s, "cuda" if num_gpus else "cpu", threads, memory_gb)
-    return api.bind(bound, versions, max_requests * replicas)
+    return api.bind(bound, versions, max_requests * replicas, keys, export_cpus)
 
 
 def choose(settings: Settings, names: list[str] | None, alias: str) -> list[ModelVersion]:

@@ -25,12 +25,13 @@ import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, WorkerCrashedError
 
 from acip.budget import Budget
-from acip.cut import Cut, CutTable
+from acip.cut import CutTable
 from acip.errors import AcipError, ArtifactError
 from acip.export import PROVENANCE
 from acip.quantise import Kind, counted, kind_of
 from acip_platform.serve.errors import RequestError
 from acip_platform.serve.export_task import Work, export_task, sums
+from acip_platform.serve.sizes import told
 from acip_platform.settings import Settings
 from acip_platform.store import Store, StoreError
 from acip_platform.tracking import ModelVersion
@@ -156,7 +157,7 @@ class Materializations:
         except ArtifactError as error:
             raise RequestError(str(error), "quantize") from error
         code = hashlib.sha256(json.dumps([version.name, version.version, version.uri, cut.removed, kind]).encode()).hexdigest()[:16]
-        record = Record(f"mat-{code}", version.name, version.version, _size(cut, at_stop), kind, int(time.time()))
+        record = Record(f"mat-{code}", version.name, version.version, told(cut, at_stop), kind, int(time.time()))
         size = f"{cut.sizes['linear']:.4f}" + (f"-{kind}" if kind else "")
         facts = {key: getattr(record, key) for key in ("id", "model", "version", "size", "quantize")}
         title = f"{_name(version).partition('/')[0]}-{size}"
@@ -205,12 +206,6 @@ def _record(uri: str, raw: bytes, came: int) -> Record | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         log.warning("%s/%s is not what we write; the folder is passed over", uri, PROVENANCE)
         return None
-
-
-def _size(cut: Cut, removed_at_stop: int) -> dict[str, Any]:
-    """What was asked for and what it is. Below the size that calibration stopped at, the order is extrapolated."""
-    facts = {key: getattr(cut, key) for key in ("asked", "got", "convention", "params", "bytes")}
-    return facts | {"extrapolated": cut.removed > removed_at_stop}
 
 
 def _kind(quantise: str | None) -> Kind | None:

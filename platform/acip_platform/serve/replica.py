@@ -21,7 +21,7 @@ from acip_platform.serve.engine import Engine, Event, Ticket
 from acip_platform.serve.errors import as_response
 from acip_platform.serve.models import Models
 from acip_platform.serve.recorded import Recorder
-from acip_platform.serve.request import Asked, ChatRequest, CompletionRequest
+from acip_platform.serve.request import ChatRequest, CompletionRequest, Sized
 from acip_platform.serve.served import Served
 from acip_platform.serve.tradeoff import as_json, trade_off
 from acip_platform.settings import Settings
@@ -83,7 +83,7 @@ class EngineReplica:
 
         return await self._answered(made, version)
 
-    async def size(self, version: ModelVersion, request: Asked) -> dict[str, Any]:
+    async def size(self, version: ModelVersion, request: Sized) -> dict[str, Any]:
         """What a size comes to, without generating anything."""
         return await self._answered(lambda s: s.size(s.cut(request.name_and_budget([s.version.name])[1])), version)
 

@@ -51,8 +51,8 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class Asked(BaseModel):
-    """What both routes have in common."""
+class Sized(BaseModel):
+    """Which model, at which size."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -61,6 +61,27 @@ class Asked(BaseModel):
         description="the name of a served model, NAME@RATIO or NAME@fit:8GB; not needed if only one is served")
     size_ratio: float | None = Field(default=None, gt=0, le=1,
         description="a number above 0 and up to 1 (1.0 = the base model, the default)")
+    # fmt: on
+
+    def name_and_budget(self, names: Sequence[str]) -> tuple[str, Budget]:
+        """Which of the served models, and how large: `size_ratio`, what is behind the @ in the name, or 1.0."""
+        name, budget = split_name(self.model, names)
+        if budget is not None and self.size_ratio is not None and budget.ratio != self.size_ratio:
+            message = f"model {self.model!r} asks for one size and size_ratio for {self.size_ratio}; give one of them."
+            raise RequestError(message, "size_ratio", "size_twice")
+        return name, budget or Budget(ratio=self.size_ratio or 1.0)
+
+
+class MaterializationRequest(Sized):
+    quantize: Literal["nf4", "fp4", "int8"] | None = Field(
+        default=None, description='"nf4", "fp4", "int8" or null (the model\'s own dtype)'
+    )
+
+
+class Asked(Sized):
+    """What both ways to generate have in common."""
+
+    # fmt: off
     temperature: float | None = Field(default=None, ge=0, le=2, description="a number from 0 (greedy) to 2")
     top_p: float | None = Field(default=None, gt=0, le=1, description="a number above 0 and up to 1")
     top_k: int | None = Field(default=None, ge=0, description="a whole number of most likely tokens, 0 = all")
@@ -99,14 +120,6 @@ class Asked(BaseModel):
     @property
     def usage_wanted(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
-
-    def name_and_budget(self, names: Sequence[str]) -> tuple[str, Budget]:
-        """Which of the served models, and how large: `size_ratio`, what is behind the @ in the name, or 1.0."""
-        name, budget = split_name(self.model, names)
-        if budget is not None and self.size_ratio is not None and budget.ratio != self.size_ratio:
-            message = f"model {self.model!r} asks for one size and size_ratio for {self.size_ratio}; give one of them."
-            raise RequestError(message, "size_ratio", "size_twice")
-        return name, budget or Budget(ratio=self.size_ratio or 1.0)
 
 
 class CompletionRequest(Asked):

@@ -10,6 +10,8 @@ GET  /v1/models/{id}/tradeoff every size with its bytes and quality, ranks by la
 POST /v1/models/{id}/load     serve another version from the registry
 POST /v1/completions          text at a size
 POST /v1/chat/completions     the same for models with a chat template
+POST /v1/materializations     export a size to the store, in the background
+GET  /v1/materializations     all of them; with /{id}, one
 """
 
 from collections.abc import AsyncIterator
@@ -20,6 +22,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,12 +30,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from acip_platform.serve.answers import DONE, Answer, broken, sse
 from acip_platform.serve.engine import Event
 from acip_platform.serve.errors import RequestError, as_response, error_body
+from acip_platform.serve.keys import Keys
+from acip_platform.serve.materializations import Materializations
 from acip_platform.serve.metrics import CONTENT_TYPE, Metrics
 from acip_platform.serve.replica import page
-from acip_platform.serve.request import Asked, ChatRequest, CompletionRequest, explain, split_name
+from acip_platform.serve.request import ChatRequest, CompletionRequest, MaterializationRequest, Sized, explain, split_name
 
 BODY_LIMIT_BYTES = 4 << 20
 RETRY_AFTER_S = {429: 2, 503: 10}
+OPEN = ("/", "/health", "/ready", "/metrics")  # without a key
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 Answered = AsyncIterator[list[Event]]
@@ -40,14 +46,17 @@ Answered = AsyncIterator[list[Event]]
 
 class Endpoint(Protocol):
     metrics: Metrics
+    keys: Keys
+    materializations: Materializations
 
     @property
     def names(self) -> list[str]: ...
     async def cards(self) -> list[dict[str, Any]]: ...
     async def card(self, name: str) -> dict[str, Any]: ...
-    async def size(self, name: str, asked: Asked) -> dict[str, Any]: ...
+    async def size(self, name: str, asked: Sized) -> dict[str, Any]: ...
     async def trade_off(self, name: str) -> dict[str, Any]: ...
     async def load(self, name: str, which: str) -> dict[str, Any]: ...
+    async def materialise(self, request: MaterializationRequest) -> dict[str, Any]: ...
     async def ready(self) -> tuple[bool, str, list[str]]: ...
     async def answer(self, request: CompletionRequest | ChatRequest) -> Answered: ...
 
@@ -59,12 +68,13 @@ class LoadRequest(BaseModel):
 
 
 REQUESTS: dict[str, type[BaseModel]] = {
-    "/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest, "/v1/materializations": MaterializationRequest,
 }  # fmt: skip
 
 
 def routes(endpoint: Endpoint) -> FastAPI:
     app = FastAPI(title="acip", description="Any-size language models. One model, every size: NAME@0.6 or size_ratio.")
+    app.add_middleware(Guard, keys=endpoint.keys)
     app.add_middleware(BodyLimit)
 
     @app.get("/", include_in_schema=False)
@@ -106,7 +116,7 @@ def routes(endpoint: Endpoint) -> FastAPI:
     async def show_model(model: str) -> dict[str, Any]:
         name, budget = split_name(model, endpoint.names)
         card = await endpoint.card(name) | {"id": model}
-        return card if budget is None else card | {"got": await endpoint.size(name, Asked(model=model))}
+        return card if budget is None else card | {"got": await endpoint.size(name, Sized(model=model))}
 
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest) -> Response:
@@ -115,6 +125,19 @@ def routes(endpoint: Endpoint) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: ChatRequest) -> Response:
         return await respond(request)
+
+    @app.post("/v1/materializations")
+    async def materialise(request: MaterializationRequest) -> JSONResponse:
+        record = await endpoint.materialise(request)
+        return answer(200 if record["status"] == "succeeded" else 202, record)
+
+    @app.get("/v1/materializations")
+    async def list_materializations() -> dict[str, Any]:
+        return {"object": "list", "data": await endpoint.materializations.list()}
+
+    @app.get("/v1/materializations/{id}")
+    async def show_materialization(id: str) -> dict[str, Any]:
+        return await endpoint.materializations.get(id)
 
     async def respond(request: CompletionRequest | ChatRequest) -> Response:
         events = await endpoint.answer(request)
@@ -194,6 +217,23 @@ def answer(status: int, body: dict[str, Any], headers: Any = None) -> JSONRespon
     if status == 408:
         more["x-should-retry"] = "false"  # OpenAI's clients would ask for the same again
     return JSONResponse(body, status, {**(headers or {}), **more})
+
+
+class Guard:
+    """Asks for a key wherever something is computed or told: on every route but the page and the three for machines."""
+
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+        self.app, self.keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN:
+            try:
+                self.keys.check(Headers(scope=scope).get("authorization"))
+            except RequestError as error:
+                status, body = as_response(error, "")
+                await answer(status, body, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class BodyLimit:

@@ -18,6 +18,7 @@ from acip_platform.serve.batch import Batch
 from acip_platform.serve.errors import RequestError
 from acip_platform.serve.request import ChatRequest, CompletionRequest
 from acip_platform.serve.sampling import Sampler
+from acip_platform.serve.sizes import told
 from acip_platform.serve.slots import ATTENTION, Piece, Slots, Step
 from acip_platform.tracking import ModelVersion
 
@@ -76,11 +77,7 @@ class Served:
         }
 
     def size(self, cut: Cut) -> dict[str, Any]:
-        """What was asked for and what it is. Below the size that calibration stopped at, the order is extrapolated."""
-        return {
-            "asked": cut.asked, "got": cut.got, "unit": cut.unit, "convention": cut.convention, "ratio": cut.sizes["linear"],
-            "params": cut.params, "bytes": cut.bytes, "extrapolated": cut.removed > self._removed_at_stop,
-        }  # fmt: skip
+        return told(cut, self._removed_at_stop)
 
     def encode(self, request: CompletionRequest | ChatRequest) -> list[list[int]]:
         """Token ids of each prompt. RequestError where they can't be had."""
@@ -90,10 +87,10 @@ class Served:
                     f"{self.version.name} has no chat template; ask POST /v1/completions with a prompt.", "messages", "no_chat"
                 )
             try:
-                told = self.tokenizer.apply_chat_template(request.told, tokenize=False, add_generation_prompt=True)
+                text = self.tokenizer.apply_chat_template(request.told, tokenize=False, add_generation_prompt=True)
             except Exception as error:  # whatever a template makes of them
                 raise RequestError(f"the chat template of {self.version.name} refuses these messages: {error}", "messages") from error
-            return [self.tokenizer(told, add_special_tokens=False)["input_ids"]]
+            return [self.tokenizer(text, add_special_tokens=False)["input_ids"]]
         encoded = []
         for prompt in request.prompts:
             ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
