@@ -126,7 +126,7 @@ def test_models_say_what_is_served(server: Server, small_artifact: Artifact) -> 
     half = server.client.get("/v1/models/small@0.5").json()
     assert half["id"] == "small@0.5"
     assert half["got"]["got"] <= 0.5
-    fitting = server.client.get(f"/v1/models/small@fit:{half['got']['bytes']}B").json()["got"]
+    fitting = server.client.get(f"/v1/models/small@fit:{half['got']['bytes']}bytes").json()["got"]
     assert fitting["bytes"] <= half["got"]["bytes"] == fitting["asked"]
     assert server.client.get("/health").json() == {"status": "ok"}
     assert server.client.get("/ready").json() == {"status": "ready", "models": ["small"]}

@@ -209,7 +209,8 @@ def application(
         scaling = {"autoscaling_config": {"min_replicas": min_replicas, "max_replicas": replicas, "target_ongoing_requests": target}}
     engine = serve.deployment(
         name="Engine",
-        ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
+        # threads that spin while they wait would take the cores from HTTP
+        ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus, "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}},
         max_ongoing_requests=max_requests + 16,  # the rest is for cards and readiness
         max_queued_requests=-1,  # the ingress counts
         health_check_period_s=5,
