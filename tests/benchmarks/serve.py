@@ -16,8 +16,7 @@ where a goal is missed.
 
 import argparse
 import contextlib
-import importlib.metadata
-import os
+import signal
 import sys
 import tempfile
 import time
@@ -28,17 +27,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.benchmarks.clients import Ask, Load, load
-from tests.benchmarks.servers import NAME, Server, ours, prepare, theirs
+from tests.benchmarks.servers import NAME, Server, hardware, ours, prepare, theirs
 from tests.benchmarks.vanishing import MEMORY, left_behind, settled, vanish
 
 GOALS = {1.0: 1.0, 0.4: 1.5}  # times the baseline's tokens/s
 MIXED_GOAL = 0.85  # of the mean of the single sizes
 MAX_TOKENS = 48
+WARM_UP_S = 8.0
 
 BATCHING, ONE_BY_ONE = "transformers serve, continuous batching", "transformers serve, one by one"
 
@@ -138,7 +136,8 @@ class Run:
 
     def ours(self) -> None:
         with ours(self.folder, self.threads) as server:
-            self.of(load, self.ask(server, self.plan.sizes), 4, 2.0, 1.0)
+            # long enough for a recording that the idle server may have begun; while it is asked it begins no other
+            self.of(load, self.ask(server, self.plan.sizes), 4, WARM_UP_S, 1.0)
             for clients in self.plan.clients:
                 for size in self.plan.sizes:
                     self.measure(server, "ours", str(size), (size,), clients)
@@ -148,7 +147,7 @@ class Run:
 
     def vanish(self, server: Server) -> None:
         """First some, so that every pool has its size; then all, and what they left behind."""
-        ask, before = self.ask(server, self.plan.sizes), {}
+        ask = self.ask(server, self.plan.sizes)
         self.of(vanish, ask, max(100, self.plan.vanish // 20), 16, 1)
         before = settled(server)
         began = time.monotonic()
@@ -193,15 +192,6 @@ class Run:
         return "tokens/s of ours over transformers serve, (clients): " + "; ".join(parts or ["only one side was measured"])
 
 
-def hardware(threads: int | None) -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "ray"))
-    pinned = f"{threads} for both" if threads else "each server's own default"
-    memory = psutil.virtual_memory().total / 2**30
-    return f"{os.cpu_count()} cores ({model}), {memory:.0f} GiB, no GPU used; {versions}; OpenMP threads: {pinned}"
-
-
 @contextlib.contextmanager
 def place(folder: Path | None) -> Iterator[Path]:
     if folder is not None:
@@ -228,6 +218,7 @@ def main() -> int:
     given |= {"window_s": args.seconds, "vanish": args.vanish}
     plan = replace(QUICK if args.quick else FULL, **{key: value for key, value in given.items() if value is not None})
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then, too
     print(hardware(args.threads))
     print(f"SmolLM2-135M, bfloat16, {MAX_TOKENS} tokens an answer; {plan.window_s:g} s of each load are counted")
     spawn = get_context("spawn")

@@ -1,6 +1,7 @@
 """The servers of serve.py: what they serve, and each as a process that is started, watched and stopped with all its children."""
 
 import contextlib
+import importlib.metadata
 import os
 import signal
 import socket
@@ -169,3 +170,13 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def hardware(threads: int | None) -> str:
+    """The machine in a line."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "ray"))
+    pinned = f"{threads} for both" if threads else "each server's own default"
+    memory = psutil.virtual_memory().total / 2**30
+    return f"{os.cpu_count()} cores ({model}), {memory:.0f} GiB, no GPU used; {versions}; OpenMP threads: {pinned}"
