@@ -205,7 +205,7 @@ class Group:
 
     rows: slice
     kept: int | None
-    mask: Tensor | None = None  # [rows, kept] where rows keep less than that
+    mask: Tensor | None = None  # [rows, kept] where rows keep less than that; [1, kept] for all rows alike
 
 
 class ElasticLinear(Compressible):
@@ -240,8 +240,12 @@ class ElasticLinear(Compressible):
         self.rank = rank
 
     def forward(self, x_BTN: Tensor) -> Tensor:
+        if self.groups is not None and len(self.groups) == 1:
+            return self._product(x_BTN, self.groups[0].kept, self.groups[0].mask)
         if self.groups is not None:
-            return torch.cat([self._product(x_BTN[..., group.rows, :], group.kept, group.mask) for group in self.groups], -2)
+            x_TN = x_BTN.flatten(0, -2)  # of three dimensions, a slice's product is done as a batch, with copies of the weight
+            y_TM = torch.cat([self._product(x_TN[group.rows], group.kept, group.mask) for group in self.groups])
+            return y_TM.unflatten(0, x_BTN.shape[:-1])
         return self._product(x_BTN, None if self.rank is None or self.bypass else self.kept)
 
     def _product(self, x_BTN: Tensor, kept: int | None, mask_Tr: Tensor | None = None) -> Tensor:

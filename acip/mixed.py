@@ -8,6 +8,9 @@ ranks of the others fall. A layer multiplies
     short runs together     with the prefix of the largest rank among them, what is beyond a row's own rank set to zero: a few
                             rows are bound by reading weights, and one product is faster than many
 
+Ranks are multiplied in whole blocks of directions, and what is too much is zeroed as well: every layer and size has a rank of its
+own, and libraries are slow at odd ranks, and at each new one (on a CPU, oneDNN takes twice the time and plans every shape anew).
+
 The result of a row is that of its size alone, but for the rounding of other shapes.
 """
 
@@ -21,6 +24,7 @@ from torch import Tensor
 from acip.linear import ElasticLinear, Group
 
 SHORT = 16  # rows
+BLOCK = 32  # directions
 PLANS = 64  # that are kept
 
 
@@ -50,20 +54,14 @@ class Mixer:
             key = ((key[0][0], -1),)
         if key == self._now:
             return
-        if len(key) == 1:
-            for name, layer in self.layers.items():
-                layer.groups = None
-                layer.set_rank(runs[0][0].ranks[name])
-        else:
-            if key not in self._plans:
-                self._plans[key] = [
-                    _groups([(size.ranks[name], rows) for size, rows in runs], layer) for name, layer in self.layers.items()
-                ]
-                if len(self._plans) > PLANS:
-                    self._plans.popitem(last=False)
-            self._plans.move_to_end(key)
-            for layer, groups in zip(self.layers.values(), self._plans[key], strict=True):
-                layer.groups = groups
+        if key not in self._plans:
+            ranks = [(size.ranks, 1 if len(key) == 1 else rows) for size, rows in runs]  # a mask of one row is every row's
+            self._plans[key] = [_groups([(of[name], rows) for of, rows in ranks], layer) for name, layer in self.layers.items()]
+            if len(self._plans) > PLANS:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        for layer, groups in zip(self.layers.values(), self._plans[key], strict=True):
+            layer.groups = groups
         self._now = key
 
     def clear(self) -> None:
@@ -88,14 +86,16 @@ def _groups(runs: Sequence[tuple[int | None, int]], layer: ElasticLinear) -> tup
     groups, start = [], 0
     for part in parted:
         stop = start + sum(rows for _, rows in part)
-        top = part[0][0]
-        mask = _mask(part, layer) if top is not None and any(rank != top for rank, _ in part) else None
-        groups.append(Group(slice(start, stop), None if top is None else layer.lead + top, mask))
+        kept, mask = None, None
+        if (top := part[0][0]) is not None:
+            kept = min(-(-(layer.lead + top) // BLOCK) * BLOCK, len(layer.right))
+            mask = _mask(part, layer, kept) if any(layer.lead + (rank or 0) < kept for rank, _ in part) else None
+        groups.append(Group(slice(start, stop), kept, mask))
         start = stop
     return tuple(groups)
 
 
-def _mask(part: Sequence[tuple[int | None, int]], layer: ElasticLinear) -> Tensor:
-    """[rows, kept] 1 where a row keeps a direction."""
+def _mask(part: Sequence[tuple[int | None, int]], layer: ElasticLinear, multiplied: int) -> Tensor:
+    """[rows, multiplied] 1 where a row keeps a direction."""
     kept = torch.tensor([layer.lead + (rank or 0) for rank, rows in part for _ in range(rows)], device=layer.left.values.device)
-    return (torch.arange(int(kept[0]), device=kept.device) < kept[:, None]).to(layer.left.dtype)
+    return (torch.arange(multiplied, device=kept.device) < kept[:, None]).to(layer.left.dtype)
