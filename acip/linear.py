@@ -17,7 +17,8 @@ Both of the first two carry their adapters, `LoRA` modules by place:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,21 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor, None, None]:
         (alive_K,) = ctx.saved_tensors
         return grad_K.float() * alive_K * ctx.slope, None, None
+
+
+@contextmanager
+def onednn(on: bool) -> Iterator[None]:
+    """Whether a CPU's products are oneDNN's, as they usually are.
+
+    Products of one row are twice as fast by PyTorch's own kernels, as oneDNN sorts a weight anew for each. But not those with a
+    transposed weight, a layer's second factor: there the kernels are slow, or add up in bfloat16.
+    """
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(on)  # torch.backends.mkldnn.flags says the same, with a warning about GPUs
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 class LoRA(nn.Module):
@@ -201,11 +217,11 @@ class SVDLinear(Compressible):
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of a batch that a layer multiplies together: with its first `kept` rows, None = with its dense weight."""
+    """Rows of a batch that a layer multiplies together: with a prefix of its directions, None = with its dense weight."""
 
     rows: slice
-    kept: int | None
-    mask: Tensor | None = None  # [rows, kept] where rows keep less than that; [1, kept] for all rows alike
+    factors: tuple[Tensor, Tensor] | None = None  # right [r, N], left [M, r]
+    mask: Tensor | None = None  # [rows, r] where rows keep less than that; [1, r] for all rows alike
 
 
 class ElasticLinear(Compressible):
@@ -240,28 +256,38 @@ class ElasticLinear(Compressible):
         self.rank = rank
 
     def forward(self, x_BTN: Tensor) -> Tensor:
-        if self.groups is not None and len(self.groups) == 1:
-            return self._product(x_BTN, self.groups[0].kept, self.groups[0].mask)
         if self.groups is not None:
+            if len(self.groups) == 1:
+                return self._grouped(x_BTN, self.groups[0])
             x_TN = x_BTN.flatten(0, -2)  # of three dimensions, a slice's product is done as a batch, with copies of the weight
-            y_TM = torch.cat([self._product(x_TN[group.rows], group.kept, group.mask) for group in self.groups])
+            y_TM = torch.cat([self._grouped(x_TN[group.rows], group) for group in self.groups])
             return y_TM.unflatten(0, x_BTN.shape[:-1])
-        return self._product(x_BTN, None if self.rank is None or self.bypass else self.kept)
-
-    def _product(self, x_BTN: Tensor, kept: int | None, mask_Tr: Tensor | None = None) -> Tensor:
-        if kept is None:
+        if self.rank is None or self.bypass:
             return self.original(x_BTN)
-        h_BTr = self.right.project(x_BTN, kept)
+        h_BTr = self.right.project(x_BTN, self.kept)
         if "right" in self.loras:
-            h_BTr = h_BTr + self.loras["right"](x_BTN, outputs=slice(kept))
-        if mask_Tr is not None:
-            h_BTr = h_BTr * mask_Tr
-        y_BTM = self.left.expand(h_BTr, kept, self.bias)
+            h_BTr = h_BTr + self.loras["right"](x_BTN, outputs=slice(self.kept))
+        y_BTM = self.left.expand(h_BTr, self.kept, self.bias)
         if "left" in self.loras:
-            y_BTM = y_BTM + self.loras["left"](h_BTr, inputs=slice(kept))
+            y_BTM = y_BTM + self.loras["left"](h_BTr, inputs=slice(self.kept))
         if "layer" in self.loras:
             y_BTM = y_BTM + self.loras["layer"](x_BTN)
         return y_BTM
+
+    def group(self, rows: slice, kept: int | None, mask: Tensor | None = None) -> Group:
+        """Rows that are multiplied by the first `kept` of ours. Adapters must be folded in."""
+        assert not self.loras
+        return Group(rows) if kept is None else Group(rows, (self.right.read(kept), self.left.read(kept).T), mask)
+
+    def _grouped(self, x: Tensor, group: Group) -> Tensor:
+        if group.factors is None:
+            return self.original(x)
+        right_rN, left_Mr = group.factors
+        h = F.linear(x, right_rN)
+        if group.mask is not None:
+            h = h * group.mask
+        with onednn(True):
+            return F.linear(h, left_Mr, self.bias)
 
     @torch.no_grad()
     def folded(self, rank: int) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,7 @@ def _groups(runs: Sequence[tuple[int | None, int]], layer: ElasticLinear) -> tup
         if (top := part[0][0]) is not None:
             kept = min(-(-(layer.lead + top) // BLOCK) * BLOCK, len(layer.right))
             mask = _mask(part, layer, kept) if any(layer.lead + (rank or 0) < kept for rank, _ in part) else None
-        groups.append(Group(slice(start, stop), kept, mask))
+        groups.append(layer.group(slice(start, stop), kept, mask))
         start = stop
     return tuple(groups)
 

@@ -44,6 +44,10 @@ BUILD_ARGS: dict[str, Any] = {
     "min_replicas": None,
     "export_cpus": 1,  # that nobody else holds, for POST /v1/materializations; 0 = beside the engine
 }
+ENGINE_ENV = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait would take the cores from HTTP
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "65536",  # products by shape: a batch of another number of rows plans hundreds of them anew
+}
 GONE = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 READY_TIMEOUT_S = 5.0
 RETRY_S = 1.0
@@ -209,8 +213,7 @@ def application(
         scaling = {"autoscaling_config": {"min_replicas": min_replicas, "max_replicas": replicas, "target_ongoing_requests": target}}
     engine = serve.deployment(
         name="Engine",
-        # threads that spin while they wait would take the cores from HTTP
-        ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus, "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}},
+        ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus, "runtime_env": {"env_vars": ENGINE_ENV}},
         max_ongoing_requests=max_requests + 16,  # the rest is for cards and readiness
         max_queued_requests=-1,  # the ingress counts
         health_check_period_s=5,

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from acip.linear import onednn
 from acip.mixed import Mixer, Size
 from acip_platform.serve.sampling import Choice, Sampler, choose
 from acip_platform.serve.slots import Piece, Slots, Step, doubled
@@ -135,7 +136,7 @@ class Batch:
         device = self.model.device
         self.slots.room(len(self.active), max(piece.past + piece.stop - piece.start for piece in pieces))
         self.mixer.set(runs)
-        with Step.of(self.slots, pieces, device) as step:
+        with Step.of(self.slots, pieces, device) as step, onednn(len(ids) > 1):
             out = self.model(
                 input_ids=torch.tensor([ids], device=device), position_ids=step.position[None], past_key_values=self.slots,
                 use_cache=True, logits_to_keep=torch.tensor(keep, device=device),

@@ -79,8 +79,13 @@ class Slots(Cache):
         if layer_idx not in self.keys:
             for kept, states in ((self.keys, key_states), (self.values, value_states)):
                 kept[layer_idx] = states.new_zeros(self.count, states.shape[1], self.length, states.shape[3])
-        self.keys[layer_idx][step.slot, :, step.position] = key_states[0].transpose(0, 1)
-        self.values[layer_idx][step.slot, :, step.position] = value_states[0].transpose(0, 1)
+        if step.alone is not None:
+            slot, place = step.alone
+            self.keys[layer_idx][slot, :, place] = key_states[0, :, 0]
+            self.values[layer_idx][slot, :, place] = value_states[0, :, 0]
+        else:
+            self.keys[layer_idx][step.slot, :, step.position] = key_states[0].transpose(0, 1)
+            self.values[layer_idx][step.slot, :, step.position] = value_states[0].transpose(0, 1)
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -102,6 +107,7 @@ class Step:
     single_slots: Tensor
     used: int  # slots [0, used) hold all of those
     longest: int  # tokens in any of them, this one included
+    alone: tuple[int, int] | None  # slot and position where there is one token only, which needs no tables
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -117,6 +123,7 @@ class Step:
             torch.tensor([piece.slot for piece in single], dtype=torch.long, device=device),
             max((piece.slot for piece in single), default=-1) + 1,
             max((piece.past for piece in single), default=-1) + 1,
+            (slots_T[0], position_T[0]) if len(slots_T) == 1 and single else None,
         )  # fmt: skip
 
     def __enter__(self) -> "Step":
@@ -154,6 +161,12 @@ def attend(
     step: Step = _here.step
     keys, values = step.slots.keys[module.layer_idx], step.slots.values[module.layer_idx]
     heads, kv_heads = query.shape[1], keys.shape[1]
+    if step.alone is not None:
+        slot, place = step.alone
+        seen_from = 0 if sliding_window is None else max(0, place + 1 - sliding_window)
+        q, own = query.view(1, kv_heads, heads // kv_heads, -1), (slice(slot, slot + 1), slice(None), slice(seen_from, place + 1))
+        seen = F.scaled_dot_product_attention(q, keys[own], values[own], scale=scaling)
+        return seen.reshape(1, 1, heads, -1), None
     out_THD = query.new_empty(query.shape[2], heads, values.shape[3])
     if step.used:
         q_nHD = query[0, :, step.single_n].transpose(0, 1)
@@ -168,11 +181,10 @@ def attend(
         stop = piece.past + piece.stop - piece.start
         mask, causal = None, piece.past == 0 and sliding_window is None
         if not causal:
-            place = torch.arange(stop, device=query.device)
-            seen_by = place <= place[piece.past :, None]
+            column = torch.arange(stop, device=query.device)
+            mask = column <= column[piece.past :, None]
             if sliding_window is not None:
-                seen_by &= place > place[piece.past :, None] - sliding_window
-            mask = seen_by
+                mask &= column > column[piece.past :, None] - sliding_window
         own = slice(piece.slot, piece.slot + 1)
         seen = F.scaled_dot_product_attention(
             query[:, :, piece.start : piece.stop], keys[own, :, :stop], values[own, :, :stop],
