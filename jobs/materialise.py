@@ -112,9 +112,9 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def find(model: str, alias: str, settings: Settings) -> str:
-    """The URI of an artifact: `model` itself where it is a URI or a folder, else what the registry says."""
-    if "://" in model or Path(model).is_dir():
-        return model
+    """The URI of an artifact: `model` itself where it is a URI or an artifact's folder, else what the registry says."""
+    if "://" in model or (Path(model).is_dir() and ("/" in model or (Path(model) / "manifest.json").is_file())):
+        return model  # a folder with the model's name may be an export of it
     if "/" in model:
         raise AcipError(f"there is no folder {model}. Give a name in the registry, a folder, file:// or s3://bucket/prefix.")
     from acip_platform.tracking import Registry

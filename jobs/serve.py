@@ -30,7 +30,7 @@ from acip_platform.tracking import CHAMPION, ModelVersion
 from acip.errors import AcipError
 
 APPLICATION = "acip"
-MAX_CPUS = 8  # more threads don't make one token at a time faster
+MAX_CPUS = 8  # more threads don't make a few tokens at a time faster
 
 
 def arguments() -> argparse.Namespace:
@@ -91,7 +91,8 @@ def _serve(versions: list[ModelVersion], args: argparse.Namespace, own: bool) ->
         options = {key: value for key, value in BUILD_ARGS.items() if key not in ("models", "alias")}
         options["num_gpus"] = min(1, there.get("GPU", 0))
         if own:  # nobody else wants the cores
-            options["num_cpus"], options["export_cpus"] = min(MAX_CPUS, there["CPU"]), 0
+            options["num_cpus"] = max(1, min(MAX_CPUS, there["CPU"] - 1))  # one is busy with HTTP, or with an export
+            options["export_cpus"] = min(1, there["CPU"] - options["num_cpus"])
         serve.start(http_options={"host": args.host, "port": args.port})
         try:
             serve.run(application(versions, keys=args.keys, **options), name=APPLICATION, route_prefix="/")

@@ -40,7 +40,11 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return Command(tmp_path / "home", monkeypatch, capsys)
 
 
-def test_the_command_takes_names_paths_and_uris(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
+def test_the_command_takes_names_paths_and_uris(
+    command: Command, small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()  # no artifact, so the name is the registry's
     settings = Settings.from_env()
     version = Registry(settings).register("small", str(small_artifact.folder), "", {})
     Registry(settings).set_alias(version)

@@ -400,15 +400,35 @@ def test_a_killed_engine_is_replaced_and_its_requests_are_answered_or_told(serve
     assert text(server.ask(size_ratio=0.5)) == before, "the same version"
 
 
+def chat(server: Server) -> None:
+    """OpenAI's client talks to a model that has a template: whole, in pieces, with log-probabilities."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    messages: Any = [{"role": "system", "content": "Be short."}, {"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    asked: Any = {"model": "small@0.6", "messages": messages, "seed": 1, "max_completion_tokens": 12, "logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**asked)
+    bare = server.ask(prompt="<system>Be short.<user>Hello<assistant>", temperature=None, seed=1, max_tokens=12, size_ratio=0.6)
+    assert whole.choices[0].message.content == text(bare)
+    assert whole.object == "chat.completion"
+    told = whole.choices[0].logprobs
+    assert told is not None and told.content is not None and len(told.content) == 12 and len(told.content[0].top_logprobs) == 2
+    parts = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices) == whole.choices[0].message.content
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert [part.choices[0].finish_reason for part in parts if part.choices][-1] == "length"
+    assert parts[-1].usage is not None and parts[-1].usage.completion_tokens == 12
+
+
 def test_another_version_is_served_without_a_restart(server: Server, home: Path, small_artifact: Artifact) -> None:
     settings = Settings.from_env({"ACIP_HOME": str(home)})
     copied = shutil.copytree(small_artifact.folder, home / "again")
+    (copied / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>")
     new = Registry(settings).register("small", str(copied), Tracking(settings, "test").start("again", "g", {}).run_id, {})
     Registry(settings).set_alias(new, "candidate")
     card = server.client.post("/v1/models/small/load", json={"alias": "candidate"}).json()
     assert (card["id"], card["version"], card["artifact"]) == ("small", new.version, str(copied))
     assert server.ask(max_tokens=2)["version"] == new.version
     assert server.client.get("/v1/models/small").json()["version"] == new.version
+    chat(server)
     assert server.client.post("/v1/models/small/load", json={"version": "1"}).json()["version"] == "1"
     assert server.ask(max_tokens=2)["version"] == "1"
 

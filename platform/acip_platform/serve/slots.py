@@ -164,8 +164,8 @@ def attend(
     if step.alone is not None:
         slot, place = step.alone
         seen_from = 0 if sliding_window is None else max(0, place + 1 - sliding_window)
-        q, own = query.view(1, kv_heads, heads // kv_heads, -1), (slice(slot, slot + 1), slice(None), slice(seen_from, place + 1))
-        seen = F.scaled_dot_product_attention(q, keys[own], values[own], scale=scaling)
+        q, seen_by = query.view(1, kv_heads, heads // kv_heads, -1), (slice(slot, slot + 1), slice(None), slice(seen_from, place + 1))
+        seen = F.scaled_dot_product_attention(q, keys[seen_by], values[seen_by], scale=scaling)
         return seen.reshape(1, 1, heads, -1), None
     out_THD = query.new_empty(query.shape[2], heads, values.shape[3])
     if step.used:
