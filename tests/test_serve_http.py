@@ -1,6 +1,7 @@
 """`python jobs/serve.py` as its users meet it: started as a program, asked over HTTP, stopped by Ctrl-C."""
 
 import asyncio
+import hashlib
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ import psutil
 import pytest
 from acip_platform.settings import Settings
 from acip_platform.tracking import Registry, Tracking
+from transformers import AutoModelForCausalLM
 
 from acip.artifact import Artifact
 
@@ -308,6 +310,8 @@ BAD: dict[str, tuple[tuple[str, str], Any, int, str | None, list[str]]] = {
     "an image": (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", ["contents text"]),
     "tools": (CHAT, {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, 400, "tools", ["not offered"]),
     "chat without a template": (CHAT, {"messages": [{"role": "user", "content": "a"}]}, 400, "messages", ["ask POST /v1/completions"]),
+    "a strange quantiser": (("POST", "/v1/materializations"), {"quantize": "int3"}, 400, "quantize", ['"nf4", "fp4", "int8"']),
+    "no such materialization": (("GET", "/v1/materializations/mat-1"), b"", 404, "id", ["no materialization 'mat-1'"]),
     "load nothing": (LOAD, {}, 400, "version", ['give either "version"']),
     "load a name as version": (LOAD, {"version": "new"}, 400, "version", ["a version number as a text"]),
     "load what is not there": (LOAD, {"version": "99"}, 404, "model", ["no version or alias '99'"]),
@@ -398,6 +402,23 @@ def test_a_killed_engine_is_replaced_and_its_requests_are_answered_or_told(serve
         assert whole.result().status_code == 200, "asked again of the new engine"
         assert whole.result().json()["usage"]["completion_tokens"] == 16 * 250
     assert text(server.ask(size_ratio=0.5)) == before, "the same version"
+
+
+def test_a_size_is_materialised_in_the_background_once(server: Server) -> None:
+    began = server.client.post("/v1/materializations", json={"model": "small@0.6"})
+    assert began.status_code == 202, began.text
+    record = began.json()
+    assert record["status"] in ("queued", "running")
+    assert record["size"] == server.ask(model="small@0.6", max_tokens=1)["size"], "the server answers meanwhile"
+    deadline = time.monotonic() + 90
+    while (now := server.client.get(f"/v1/materializations/{record['id']}").json())["status"] != "succeeded":
+        assert now["status"] != "failed" and time.monotonic() < deadline, now
+        time.sleep(0.5)
+    assert hashlib.sha256((Path(now["uri"]) / "provenance.json").read_bytes()).hexdigest() == now["sha256"]
+    assert AutoModelForCausalLM.from_pretrained(now["uri"]).config.acip["layers"]
+    again = server.client.post("/v1/materializations", json={"model": "small", "size_ratio": 0.6})
+    assert (again.status_code, again.json()["id"], again.json()["uri"]) == (200, now["id"], now["uri"])
+    assert [row["id"] for row in server.client.get("/v1/materializations").json()["data"]] == [now["id"]]
 
 
 def chat(server: Server) -> None:
