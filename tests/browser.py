@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, FloatRect, Locator, Page, Request, Route, expect, sync_playwright
+from playwright.sync_api import Browser, FloatRect, Locator, Page, Request, Route, ViewportSize, expect, sync_playwright
 
-LAPTOP = {"width": 1280, "height": 800}
-PHONE = {"width": 390, "height": 844}
+LAPTOP: ViewportSize = {"width": 1280, "height": 800}
+PHONE: ViewportSize = {"width": 390, "height": 844}
+SMALL_PHONE: ViewportSize = {"width": 320, "height": 568}
 PATIENCE_MS = 30_000  # of a machine with other work
 expect.set_options(timeout=PATIENCE_MS)
 
@@ -59,8 +60,10 @@ class Visit:
         assert box is not None, f"{where} is not shown"
         return box
 
-    def done(self) -> "Visit":
-        """Both panes have their answer."""
+    def done(self, size: float | None = None) -> "Visit":
+        """Both panes have their answer, the second at `size`."""
+        if size is not None:
+            expect(self.page).to_have_url(re.compile(f"size={size:g}&"))
         for name in ("original", "compressed"):
             expect(self.pane(name, ".state")).to_contain_text(re.compile(r"^live · \d+ tokens · "))
         return self

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from acip.artifact import Artifact, sha256
 from acip.evaluate import trade_off
-from tests.browser import PHONE, Visit, launched
+from tests.browser import LAPTOP, PHONE, SMALL_PHONE, Visit, launched
 
 # of Ray's import
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
@@ -130,11 +130,10 @@ def test_keys_move_the_size_and_it_is_asked_once_the_slider_rests(visit: Visit, 
     least = tradeoff["sizes"][-1]["asked"]
     expect(asked).to_have_text(f"{least:.2f}")
     expect(slider).to_have_attribute("aria-valuetext", re.compile(rf"^{least:.2f} of the original, "))
-    visit.done()
+    visit.done(least)
     before = len(visit.asked())
     press(page, "PageUp", "PageUp", "ArrowRight")
-    expect(visit.pane("compressed", ".title")).to_contain_text(f"{least + 0.11:.2f}")
-    visit.done()
+    visit.done(least + 0.11)
     assert visit.asked()[before:] == [f"small@{round(least + 0.11, 2)}"]
     assert visit.asked().count("small@1.0") == 1, "what both are compared with is asked for once"
     press(page, "ArrowLeft", "ArrowRight")
@@ -153,7 +152,7 @@ def test_moving_the_slider_ends_the_request_that_runs(visit: Visit, server: Any)
         visit.open(hash_of(max_tokens=200, size=0.5))
     assert "small@0.5" in (failed.value.post_data or "")
     assert failed.value.failure == "net::ERR_ABORTED"
-    visit.done()
+    visit.done(0.49)
     deadline = time.monotonic() + 20
     while cancelled() == before:
         assert time.monotonic() < deadline, "the server goes on with what nobody waits for"
@@ -275,7 +274,7 @@ def test_words_that_leave_the_original_are_marked(visit: Visit) -> None:
     words = f"after {len(before)} word" if before else "from the first word"
     expect(visit.pane("compressed", ".state")).to_contain_text(words)
     press(page, "End")
-    visit.done()
+    visit.done(1)
     expect(visit.pane("compressed", "mark")).to_have_count(0)
     assert visit.completion("compressed") == original
     assert visit.asked().count("small@1.0") == 1, "at 1.0 both are the same request"
@@ -441,20 +440,20 @@ CONTRASTS = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", [None, PHONE, {"width": 320, "height": 600}], ids=["laptop", "phone", "small phone"])
-def test_every_width_and_scheme_can_be_read(browser: Browser, server: Any, scheme: str, size: dict[str, int] | None) -> None:
-    options: dict[str, Any] = {"color_scheme": scheme, "reduced_motion": "reduce"}
-    if size:
-        options |= {"viewport": size, "is_mobile": True, "has_touch": True}
-    visit = Visit(browser, server.url, **options).open(hash_of(size=0.3)).done()
+def test_every_width_and_scheme_can_be_read(browser: Browser, server: Any, scheme: Any) -> None:
+    visit = Visit(browser, server.url, color_scheme=scheme, reduced_motion="reduce").open(hash_of(size=0.3)).done()
     page = visit.page
     page.click("#advanced summary")
-    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), "nothing sticks out"
-    assert (visit.box("#compressed")["y"] > visit.box("#original")["y"]) == bool(size), "panes stack where it is narrow"
-    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    red = int(re.findall(r"\d+", paper)[0])
+    for size in (LAPTOP, PHONE, SMALL_PHONE):
+        page.set_viewport_size(size)
+        expect(page.locator("#heat rect").last).to_be_attached()
+        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), (
+            f"{size}: something sticks out"
+        )
+        assert (visit.box("#compressed")["y"] > visit.box("#original")["y"]) == (size != LAPTOP), "panes stack where it is narrow"
+        contrasts = page.evaluate(CONTRASTS)
+        assert len(contrasts) > 30
+        assert [what for what in contrasts if what[0] < 4.5] == []
+    red = int(re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[0])
     assert red < 60 if scheme == "dark" else red > 200
-    contrasts = page.evaluate(CONTRASTS)
-    assert len(contrasts) > 30
-    assert [what for what in contrasts if what[0] < 4.5] == []
     visit.close()
