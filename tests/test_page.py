@@ -1,0 +1,459 @@
+"""The page as a visitor meets it: a real browser, the real server, two models whose curve was measured."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+from urllib.parse import parse_qs, urlencode
+
+import httpx
+import pytest
+import torch
+from acip_platform.settings import Settings
+from acip_platform.tracking import Registry, Tracking
+from playwright.sync_api import Browser, Page, expect
+from transformers import AutoTokenizer
+
+from acip.artifact import Artifact, sha256
+from acip.evaluate import trade_off
+from tests.browser import LAPTOP, PHONE, SMALL_PHONE, Visit, launched
+
+# of Ray's import
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
+
+PROMPT = "It was a bright cold day and "
+SIZES = (1.0, 0.8, 0.6, 0.4)
+PRESS = "document.querySelector('#size').dispatchEvent(new KeyboardEvent('keydown', {{key: '{}'}}))"
+CHAT = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def home(small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ACIP_HOME with two models: `small`, whose curve was measured, and `talker`, which has a chat template too."""
+    home = tmp_path_factory.mktemp("home")
+    settings = Settings.from_env({"ACIP_HOME": str(home)})
+    registry = Registry(settings)
+    rows = list(trade_off(small_artifact, small_artifact.load(), heldout_tokens[:8], "held-out", SIZES))
+    for name in ("small", "talker"):
+        artifact = Artifact.open(copytree(small_artifact.folder, home / name)).record_curve(rows)
+        if name == "talker":
+            _give_template(artifact)
+        run = Tracking(settings, "test").start(name, "f", {})
+        registry.set_alias(registry.register(name, str(artifact.folder), run.run_id, {}))
+    return home
+
+
+def _give_template(artifact: Artifact) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(artifact.folder)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(artifact.folder)
+    manifest = artifact.folder / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for file, facts in content["files"].items():
+        facts |= {"bytes": (artifact.folder / file).stat().st_size, "sha256": sha256(artifact.folder / file)}
+    manifest.write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with launched() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(browser: Browser, server: Any) -> Iterator[Visit]:
+    """A tab whose every request must go to the server, and whose console must stay empty."""
+    visit = Visit(browser, server.url)
+    yield visit
+    visit.close()
+
+
+@pytest.fixture
+def refused(browser: Browser, server: Any) -> Iterator[Visit]:
+    """The same for tests in which the server refuses something; Chromium notes that in the console."""
+    visit = Visit(browser, server.url)
+    yield visit
+    visit.close(refused=True)
+
+
+@pytest.fixture(scope="module")
+def tradeoff(server: Any) -> dict[str, Any]:
+    return httpx.get(f"{server.url}/v1/models/small/tradeoff", timeout=60).json()
+
+
+def hash_of(**state: Any) -> str:
+    return urlencode({"model": "small", "prompt": PROMPT, "size": 0.6, "max_tokens": 24, **state})
+
+
+def complete(server: Any, size: float, **fields: Any) -> str:
+    """The server's own answer, not streamed."""
+    body = {"model": f"small@{size}", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "seed": 1, **fields}
+    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+
+
+def press(page: Page, *keys: str) -> None:
+    """Keys on the slider, all at once: a busy machine makes no pauses between them."""
+    page.evaluate(";".join(PRESS.format(key) for key in keys))
+
+
+def test_both_panes_stream_what_the_server_says(visit: Visit, server: Any) -> None:
+    visit.page.add_init_script(
+        "addEventListener('DOMContentLoaded', () => { window.lengths = new Set(); new MutationObserver(() =>"
+        "  lengths.add(document.querySelector('#compressed .text').textContent.length))"
+        "  .observe(document.querySelector('#compressed .text'), {childList: true, subtree: true}); })"
+    )
+    visit.open(hash_of(max_tokens=300)).done()
+    assert visit.completion("original") == complete(server, 1.0, max_tokens=300)
+    assert visit.completion("compressed") == complete(server, 0.6, max_tokens=300)
+    assert visit.page.evaluate("lengths.size") > 3, "it came in pieces"
+    assert visit.asked() == ["small@1.0", "small@0.6"]
+    first, second = visit.bodies()
+    assert first["seed"] == second["seed"] and first["temperature"] == second["temperature"] == 0
+    for name in ("original", "compressed"):
+        expect(visit.pane(name, ".speed")).to_have_text(re.compile(r"^\d[\d.,]* tokens/s$"))
+
+
+def test_keys_move_the_size_and_it_is_asked_once_the_slider_rests(visit: Visit, tradeoff: dict[str, Any]) -> None:
+    page = visit.open(hash_of()).done().page
+    slider, asked = page.locator("#size"), page.locator("#asked")
+    slider.focus()
+    for key, size in [("ArrowLeft", "0.59"), ("PageUp", "0.64"), ("ArrowUp", "0.65"), ("PageDown", "0.60"), ("End", "1.00")]:
+        slider.press(key)
+        expect(asked).to_have_text(size)
+    slider.press("Home")
+    least = tradeoff["sizes"][-1]["asked"]
+    expect(asked).to_have_text(f"{least:.2f}")
+    expect(slider).to_have_attribute("aria-valuetext", re.compile(rf"^{least:.2f} of the original, "))
+    visit.done(least)
+    before = len(visit.asked())
+    press(page, "PageUp", "PageUp", "ArrowRight")
+    visit.done(least + 0.11)
+    assert visit.asked()[before:] == [f"small@{round(least + 0.11, 2)}"]
+    assert visit.asked().count("small@1.0") == 1, "what both are compared with is asked for once"
+    press(page, "ArrowLeft", "ArrowRight")
+    page.wait_for_timeout(400)
+    assert len(visit.asked()) == before + 1, "a size that was answered is remembered"
+
+
+def test_moving_the_slider_ends_the_request_that_runs(visit: Visit, server: Any) -> None:
+    def cancelled() -> float:
+        lines = httpx.get(f"{server.url}/metrics", timeout=60).text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("acip_requests_total") and "cancelled" in line)
+
+    page, before = visit.page, cancelled()
+    visit.at_first_words(PRESS.format("ArrowLeft"))
+    with page.expect_event("requestfailed") as failed:
+        visit.open(hash_of(max_tokens=200, size=0.5))
+    assert "small@0.5" in (failed.value.post_data or "")
+    assert failed.value.failure == "net::ERR_ABORTED"
+    visit.done(0.49)
+    deadline = time.monotonic() + 20
+    while cancelled() == before:
+        assert time.monotonic() < deadline, "the server goes on with what nobody waits for"
+        time.sleep(0.1)
+    assert visit.asked() == ["small@1.0", "small@0.5", "small@0.49"]
+
+
+def test_stop_stops_both(visit: Visit) -> None:
+    visit.at_first_words("document.querySelector('#stop').click()")
+    page = visit.open(hash_of(max_tokens=200)).page
+    for name in ("original", "compressed"):
+        expect(visit.pane(name, ".state")).to_contain_text("stopped")
+    expect(page.locator("#stop")).to_be_disabled()
+    assert len(visit.cancelled) == 2
+    page.click("#run")
+    visit.done()
+
+
+def test_the_url_holds_the_state(visit: Visit, server: Any) -> None:
+    page = visit.open(hash_of(size=0.45, seed=7, temperature=0.5, max_tokens=12)).done().page
+    expect(page.locator("#prompt")).to_have_value(PROMPT)
+    expect(page.locator("#asked")).to_have_text("0.45")
+    page.click("#advanced summary")
+    for name, value in {"seed": "7", "temperature": "0.5", "max_tokens": "12"}.items():
+        expect(page.locator(f"#{name}")).to_have_value(value)
+    assert visit.completion("compressed") == complete(server, 0.45, seed=7, temperature=0.5, max_tokens=12)
+    page.fill("#seed", "8")
+    page.fill("#prompt", "Another & one#")
+    page.locator("#prompt").press("Enter")
+    press(page, "PageUp")
+    expect(page).to_have_url(re.compile("size=0.5&seed=8"))
+    kept = {name: value for name, (value,) in parse_qs(page.evaluate("location.hash.slice(1)")).items()}
+    assert kept == {"model": "small", "prompt": "Another & one#", "size": "0.5", "seed": "8", "temperature": "0.5", "max_tokens": "12"}
+    visit.done()
+    text = visit.completion("compressed")
+    page.reload()
+    visit.done()
+    assert visit.completion("compressed") == text
+
+
+def test_it_tells_what_a_size_costs(visit: Visit, tradeoff: dict[str, Any]) -> None:
+    page = visit.open(hash_of(size=0.6)).done().page
+    measured = next(row for row in tradeoff["measured"] if row["asked"] == 0.6)
+    listed = next(row for row in tradeoff["sizes"] if row["asked"] == 0.6)
+    value, spread = (float(number) for number in visit.text("#perplexity").split(" ± "))
+    assert value == pytest.approx(measured["perplexity"], rel=0.01)
+    assert spread == pytest.approx(measured["perplexity"] * measured["stderr"], rel=0.05)
+    expect(page.locator("#how")).to_have_text("measured")
+    expect(page.locator("#caption")).to_contain_text("Perplexity, log axis · held-out, context 64, 8 windows")
+    expect(page.locator("#bytes")).to_have_text(f"{listed['bytes'] / 1e6:.2f} MB")
+    memory = tradeoff["memory"]
+    page.select_option("#context", "512")
+    needs = listed["bytes"] + 512 * memory["kv_bytes_per_token"] + memory["overhead_bytes"]
+    expect(page.locator("#memory")).to_have_text(f"{needs / 1e6:.0f} MB")
+    press(page, "ArrowRight")
+    expect(page.locator("#perplexity")).to_have_text(re.compile("^≈ "))
+    expect(page.locator("#how")).to_have_text("predicted")
+    press(page, "Home")
+    expect(page.locator("#how")).to_have_text(re.compile("below 0.40"))
+    visit.done()
+
+
+def test_the_largest_size_that_fits(visit: Visit, tradeoff: dict[str, Any]) -> None:
+    page = visit.open(hash_of()).done().page
+    beside = tradeoff["max_model_len"] * tradeoff["memory"]["kv_bytes_per_token"] + tradeoff["memory"]["overhead_bytes"]
+    row = next(row for row in tradeoff["sizes"] if row["asked"] == 0.7)
+    page.fill("#gpu", repr((row["bytes"] + beside) / 1e9))
+    expect(page.locator("#fits")).to_contain_text("0.70 is the largest that fits")
+    expect(page.locator("#asked")).to_have_text("0.70")
+    page.fill("#gpu", repr((row["bytes"] + beside - 1) / 1e9))
+    expect(page.locator("#asked")).to_have_text("0.69")
+    page.fill("#gpu", "0.001")
+    expect(page.locator("#fits")).to_contain_text("None fits: ")
+    expect(page.locator("#asked")).to_have_text("0.69")
+    page.fill("#gpu", "80")
+    expect(page.locator("#fits")).to_contain_text("The original fits")
+    expect(page.locator("#asked")).to_have_text("1.00")
+    visit.done()
+
+
+def test_the_copied_commands_are_the_request(visit: Visit, server: Any) -> None:
+    prompt = 'It\'s a "$HOME" `day`\\ and\nmore '
+    visit.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page = visit.open(hash_of(prompt=prompt)).done().page
+
+    def copied(button: str) -> str:
+        page.click(button)
+        expect(page.locator("#copied")).to_have_text("Copied.")
+        return page.evaluate("navigator.clipboard.readText()")
+
+    words = shlex.split(copied("#curl"))
+    assert words[:3] == ["curl", "-sN", f"{server.url}/v1/completions"]
+    assert words[3:6] == ["-H", "Content-Type: application/json", "-d"]
+    assert json.loads(words[6]) == visit.bodies()[-1]
+    assert visit.bodies()[-1]["prompt"] == prompt
+    program = copied("#python")
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert said.stdout == visit.completion("compressed")
+    command = shlex.split(copied("#copycommand"))
+    assert command == ["python", "jobs/materialise.py", "small", "--size", "0.6", "--out", "small-0.6"]
+
+
+def test_a_size_becomes_a_folder(visit: Visit) -> None:
+    page = visit.open(hash_of(size=0.55)).done().page
+    page.click("#make")
+    expect(page.locator("#jobs")).to_contain_text("small at 0.55 is ready", timeout=60_000)
+    folder = Path(visit.text("#jobs pre").removeprefix("file://"))
+    assert (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+
+
+def test_words_that_leave_the_original_are_marked(visit: Visit) -> None:
+    page = visit.open(hash_of(size=0.3, max_tokens=120)).done().page
+    original, compressed = visit.completion("original"), visit.completion("compressed")
+    assert original != compressed
+    marks = visit.pane("compressed", "mark").all_text_contents()
+    before = compressed[: compressed.index(marks[0])].split()
+    assert before == original.split()[: len(before)]
+    assert compressed.split()[len(before)] != original.split()[len(before)]
+    words = f"after {len(before)} word" if before else "from the first word"
+    expect(visit.pane("compressed", ".state")).to_contain_text(words)
+    press(page, "End")
+    visit.done(1)
+    expect(visit.pane("compressed", "mark")).to_have_count(0)
+    assert visit.completion("compressed") == original
+    assert visit.asked().count("small@1.0") == 1, "at 1.0 both are the same request"
+
+
+def test_recorded_words_while_dragging_live_ones_when_let_go(visit: Visit, server: Any) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        recorded = httpx.get(f"{server.url}/v1/models/small/tradeoff", timeout=60).json()["recorded"]
+        if recorded and len(recorded[0]["completions"]) >= len(SIZES):
+            break
+        assert time.monotonic() < deadline, "the server records in its idle time"
+        time.sleep(0.5)
+    words = {entry["size"]: entry["text"] for entry in recorded[0]["completions"]}
+    page = visit.open(hash_of(prompt=recorded[0]["prompt"], size=0.9, max_tokens=recorded[0]["max_tokens"])).done().page
+    box = visit.box("#size")
+    least = float(page.locator("#size").get_attribute("min") or "")
+
+    def x_of(size: float) -> float:
+        return box["x"] + 12 + (box["width"] - 24) * (size - least) / (1 - least)
+
+    middle = box["y"] + box["height"] / 2
+    page.mouse.move(x_of(0.9), middle)
+    page.mouse.down()
+    page.mouse.move(x_of(0.7), middle, steps=4)
+    page.mouse.move(x_of(0.6) + 3, middle, steps=4)
+    expect(page.locator("#asked")).to_have_text("0.60")  # snapped: three pixels beside a measured size
+    expect(visit.pane("compressed", ".state")).to_contain_text("recorded at 0.60")
+    assert visit.completion("compressed") == words[0.6]
+    page.wait_for_timeout(400)
+    assert visit.asked() == ["small@1.0", "small@0.9"], "nothing is asked while it is held"
+    page.mouse.up()
+    visit.done()
+    assert visit.asked() == ["small@1.0", "small@0.9", "small@0.6"]
+    assert visit.completion("compressed") == words[0.6], "a recording is what the model says"
+    page.mouse.click(x_of(0.6) + 20, middle)
+    expect(page.locator("#asked")).to_have_text(f"{0.6 + 20 * (1 - least) / (box['width'] - 24):.2f}")  # free in between
+    visit.done()
+
+
+def test_the_heatmap_tells_a_cell(visit: Visit, tradeoff: dict[str, Any]) -> None:
+    page = visit.open(hash_of(size=0.5)).done().page
+    heat, kinds = tradeoff["heatmap"], tradeoff["heatmap"]["kinds"]
+    expect(page.locator("#heat rect")).to_have_count(sum(rank is not None for row in heat["full"] for rank in row))
+    page.locator("#heat").focus()
+    for _ in range(2):
+        page.keyboard.press("ArrowDown")
+    rank, full = heat["ranks"]["0.5"][1][0], heat["full"][1][0]
+    expect(page.locator("#cell")).to_have_text(f"{kinds[1]}, layer 1: rank {rank} of {full} ({round(rank / full * 100)} %)")
+    page.locator("#heat rect").last.hover()
+    expect(page.locator("#cell")).to_contain_text(f"{kinds[-1]}, layer {heat['depths']}: ")
+    press(page, "ArrowRight")
+    expect(page.locator("#cell")).to_contain_text("rank ≈ ")  # between two recorded sizes
+    visit.done()
+
+
+def test_several_models_and_chat(visit: Visit) -> None:
+    page = visit.open(hash_of()).done().page
+    expect(page.locator("#chatlabel")).to_be_hidden()
+    page.select_option("#model", "talker")
+    expect(page).to_have_url(re.compile("model=talker"))
+    visit.done()
+    assert visit.asked() == ["small@1.0", "small@0.6", "talker@1.0", "talker@0.6"]
+    page.click("#advanced summary")
+    page.check("#chat")
+    expect(page).to_have_url(re.compile("model=talker.*chat=1"))
+    visit.done()
+    assert visit.requests[-1].url.endswith("/v1/chat/completions")
+    assert visit.bodies()[-1]["messages"] == [{"role": "user", "content": PROMPT}]
+    assert page.locator("#compressed .given").count() == 0
+    assert "/v1/chat/completions" in visit.text("#code")
+
+
+def test_the_servers_refusal_is_told_in_its_words(refused: Visit) -> None:
+    refused.open(hash_of(max_tokens=5000))
+    for name in ("original", "compressed"):
+        expect(refused.pane(name, ".state")).to_contain_text("max_tokens is 5000")
+    expect(refused.page.locator("#stop")).to_be_disabled()
+
+
+def test_a_page_opened_before_the_model_says_so_and_goes_on(refused: Visit) -> None:
+    refused.answer_first("**/ready", 2, 503, "the model is being loaded.")
+    page = refused.open(hash_of()).page
+    expect(page.locator("#notice")).to_contain_text("The model is being loaded.")
+    expect(page.locator("#size")).to_be_disabled()
+    refused.done()
+    expect(page.locator("#notice")).to_be_hidden()
+
+
+def test_a_busy_server_is_asked_again(refused: Visit) -> None:
+    refused.answer_first("**/v1/completions", 1, 429, "the server is busy and its queue is full; try again in a moment.")
+    refused.open(hash_of())
+    expect(refused.pane("original", ".state")).to_contain_text("its queue is full; try again in a moment. Trying again in 1 s.")
+    refused.done()
+    assert refused.asked() in (["small@1.0", "small@0.6", "small@1.0"], ["small@1.0", "small@1.0", "small@0.6"])
+
+
+def test_a_key_is_asked_for_and_kept_in_this_tab_only(refused: Visit) -> None:
+    def guard(route: Any) -> None:
+        if route.request.headers.get("authorization") == "Bearer sesame":
+            route.fallback()
+        else:
+            route.fulfill(status=401, json={"error": {"message": "this server asks for an API key."}})
+
+    refused.page.route("**/v1/**", guard)
+    page = refused.open(hash_of()).page
+    for key, says in (("wrong", "This server asks for a key:"), ("sesame", "The server does not take this key. Another:")):
+        expect(page.locator("#keysays")).to_have_text(says)
+        page.fill("#key", key)
+        page.locator("#key").press("Enter")
+    refused.done()
+    expect(page.locator("#keyform")).to_be_hidden()
+    assert page.evaluate("localStorage.length") == 0
+    assert page.evaluate("sessionStorage.getItem('acip-key')") == "sesame"
+    assert "sesame" not in page.url
+    code = refused.text("#code")
+    assert '"Authorization: Bearer $ACIP_API_KEY"' in code and "sesame" not in code
+
+
+def test_a_prompt_is_text_and_nothing_else(visit: Visit) -> None:
+    prompt = "<img src=x onerror=\"document.title='owned'\"><b>bold</b>"
+    page = visit.open(hash_of(prompt=prompt)).done().page
+    assert visit.pane("original", ".given").text_content() == prompt
+    assert page.locator("main img, .pane b").count() == 0
+    assert page.title() == "Compress models like images"
+
+
+def test_the_policy_allows_no_other_origin(visit: Visit) -> None:
+    page = visit.open(hash_of()).done().page
+    blocked = page.evaluate(
+        "new Promise((done) => { addEventListener('securitypolicyviolation', (event) => done(event.effectiveDirective));"
+        " fetch('http://127.0.0.1:9/').catch(() => {}); })"
+    )
+    assert blocked == "connect-src"
+    visit.complaints.clear()
+    visit.requests.clear()
+
+
+# The colour of each text against what is behind it, as WCAG counts it; 4.5 is its AA for small text.
+CONTRASTS = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const parse = (colour) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data]; };
+  const light = (rgb) => { const [r, g, b] = rgb.map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const behind = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = parse(getComputedStyle(at).backgroundColor);
+      if (colour[3] === 255) return colour.slice(0, 3);
+    }
+    return [255, 255, 255];
+  };
+  const found = [];
+  for (const element of document.querySelectorAll("body *")) {
+    const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+    if (!own || element.disabled || !element.checkVisibility() || element.tagName === "SCRIPT") continue;
+    const style = getComputedStyle(element);
+    const [a, b] = [parse(element instanceof SVGElement ? style.fill : style.color).slice(0, 3), behind(element)].map(light);
+    found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), element.tagName + " " + element.textContent.slice(0, 30)]);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_width_and_scheme_can_be_read(browser: Browser, server: Any, scheme: Any) -> None:
+    visit = Visit(browser, server.url, color_scheme=scheme, reduced_motion="reduce").open(hash_of(size=0.3)).done()
+    page = visit.page
+    page.click("#advanced summary")
+    for size in (LAPTOP, PHONE, SMALL_PHONE):
+        page.set_viewport_size(size)
+        expect(page.locator("#heat rect").last).to_be_attached()
+        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), (
+            f"{size}: something sticks out"
+        )
+        assert (visit.box("#compressed")["y"] > visit.box("#original")["y"]) == (size != LAPTOP), "panes stack where it is narrow"
+        contrasts = page.evaluate(CONTRASTS)
+        assert len(contrasts) > 30
+        assert [what for what in contrasts if what[0] < 4.5] == []
+    red = int(re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[0])
+    assert red < 60 if scheme == "dark" else red > 200
+    visit.close()
