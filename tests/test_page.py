@@ -23,11 +23,11 @@ from transformers import AutoTokenizer
 from acip.artifact import Artifact, sha256
 from acip.evaluate import trade_off
 from tests.browser import LAPTOP, PHONE, SMALL_PHONE, Visit, launched
+from tests.server import PROMPT, Server, running
 
 # of Ray's import
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
 
-PROMPT = "It was a bright cold day and "
 SIZES = (1.0, 0.8, 0.6, 0.4)
 PRESS = "document.querySelector('#size').dispatchEvent(new KeyboardEvent('keydown', {{key: '{}'}}))"
 CHAT = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
@@ -61,13 +61,19 @@ def _give_template(artifact: Artifact) -> None:
 
 
 @pytest.fixture(scope="module")
+def server(home: Path) -> Iterator[Server]:
+    with running(home) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with launched() as browser:
         yield browser
 
 
 @pytest.fixture
-def visit(browser: Browser, server: Any) -> Iterator[Visit]:
+def visit(browser: Browser, server: Server) -> Iterator[Visit]:
     """A tab whose every request must go to the server, and whose console must stay empty."""
     visit = Visit(browser, server.url)
     yield visit
@@ -75,7 +81,7 @@ def visit(browser: Browser, server: Any) -> Iterator[Visit]:
 
 
 @pytest.fixture
-def refused(browser: Browser, server: Any) -> Iterator[Visit]:
+def refused(browser: Browser, server: Server) -> Iterator[Visit]:
     """The same for tests in which the server refuses something; Chromium notes that in the console."""
     visit = Visit(browser, server.url)
     yield visit
@@ -83,7 +89,7 @@ def refused(browser: Browser, server: Any) -> Iterator[Visit]:
 
 
 @pytest.fixture(scope="module")
-def tradeoff(server: Any) -> dict[str, Any]:
+def tradeoff(server: Server) -> dict[str, Any]:
     return httpx.get(f"{server.url}/v1/models/small/tradeoff", timeout=60).json()
 
 
@@ -91,7 +97,7 @@ def hash_of(**state: Any) -> str:
     return urlencode({"model": "small", "prompt": PROMPT, "size": 0.6, "max_tokens": 24, **state})
 
 
-def complete(server: Any, size: float, **fields: Any) -> str:
+def complete(server: Server, size: float, **fields: Any) -> str:
     """The server's own answer, not streamed."""
     body = {"model": f"small@{size}", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "seed": 1, **fields}
     return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
@@ -102,7 +108,7 @@ def press(page: Page, *keys: str) -> None:
     page.evaluate(";".join(PRESS.format(key) for key in keys))
 
 
-def test_both_panes_stream_what_the_server_says(visit: Visit, server: Any) -> None:
+def test_both_panes_stream_what_the_server_says(visit: Visit, server: Server) -> None:
     visit.page.add_init_script(
         "addEventListener('DOMContentLoaded', () => { window.lengths = new Set(); new MutationObserver(() =>"
         "  lengths.add(document.querySelector('#compressed .text').textContent.length))"
@@ -141,7 +147,7 @@ def test_keys_move_the_size_and_it_is_asked_once_the_slider_rests(visit: Visit, 
     assert len(visit.asked()) == before + 1, "a size that was answered is remembered"
 
 
-def test_moving_the_slider_ends_the_request_that_runs(visit: Visit, server: Any) -> None:
+def test_moving_the_slider_ends_the_request_that_runs(visit: Visit, server: Server) -> None:
     def cancelled() -> float:
         lines = httpx.get(f"{server.url}/metrics", timeout=60).text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith("acip_requests_total") and "cancelled" in line)
@@ -171,7 +177,7 @@ def test_stop_stops_both(visit: Visit) -> None:
     visit.done()
 
 
-def test_the_url_holds_the_state(visit: Visit, server: Any) -> None:
+def test_the_url_holds_the_state(visit: Visit, server: Server) -> None:
     page = visit.open(hash_of(size=0.45, seed=7, temperature=0.5, max_tokens=12)).done().page
     expect(page.locator("#prompt")).to_have_value(PROMPT)
     expect(page.locator("#asked")).to_have_text("0.45")
@@ -233,7 +239,7 @@ def test_the_largest_size_that_fits(visit: Visit, tradeoff: dict[str, Any]) -> N
     visit.done()
 
 
-def test_the_copied_commands_are_the_request(visit: Visit, server: Any) -> None:
+def test_the_copied_commands_are_the_request(visit: Visit, server: Server) -> None:
     prompt = 'It\'s a "$HOME" `day`\\ and\nmore '
     visit.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page = visit.open(hash_of(prompt=prompt)).done().page
@@ -280,7 +286,7 @@ def test_words_that_leave_the_original_are_marked(visit: Visit) -> None:
     assert visit.asked().count("small@1.0") == 1, "at 1.0 both are the same request"
 
 
-def test_recorded_words_while_dragging_live_ones_when_let_go(visit: Visit, server: Any) -> None:
+def test_recorded_words_while_dragging_live_ones_when_let_go(visit: Visit, server: Server) -> None:
     deadline = time.monotonic() + 60
     while True:
         recorded = httpx.get(f"{server.url}/v1/models/small/tradeoff", timeout=60).json()["recorded"]
@@ -440,7 +446,7 @@ CONTRASTS = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_width_and_scheme_can_be_read(browser: Browser, server: Any, scheme: Any) -> None:
+def test_every_width_and_scheme_can_be_read(browser: Browser, server: Server, scheme: Any) -> None:
     visit = Visit(browser, server.url, color_scheme=scheme, reduced_motion="reduce").open(hash_of(size=0.3)).done()
     page = visit.page
     page.click("#advanced summary")

@@ -4,12 +4,10 @@ import asyncio
 import hashlib
 import importlib.util
 import json
-import os
 import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,45 +25,10 @@ from acip_platform.tracking import Registry, Tracking
 from transformers import AutoModelForCausalLM
 
 from acip.artifact import Artifact
+from tests.server import JOB, PROMPT, Server, running
 
 # of Ray's import
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
-
-JOB = Path(__file__).parents[1] / "jobs" / "serve.py"
-PROMPT = "It was a bright cold day and "
-START_TIMEOUT_S = 180.0
-
-
-class Server:
-    """A running jobs/serve.py."""
-
-    def __init__(self, home: Path) -> None:
-        self.url = f"http://127.0.0.1:{free_port()}"
-        self.log = home / "serve.log"
-        env = {**os.environ, "ACIP_HOME": str(home), "RAY_ADDRESS": "local"}
-        with self.log.open("w") as log:
-            command = [sys.executable, str(JOB), "--port", self.url.rpartition(":")[2]]
-            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        self.client = httpx.Client(base_url=self.url, timeout=120)
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while "stop: Ctrl-C" not in self.log.read_text():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.2)
-
-    def ask(self, **fields: Any) -> dict[str, Any]:
-        response = self.client.post("/v1/completions", json={"prompt": PROMPT, "temperature": 0, **fields})
-        assert response.status_code == 200, response.text
-        return response.json()
-
-    def processes(self) -> list[psutil.Process]:
-        top = psutil.Process(self.process.pid)
-        return [top, *top.children(recursive=True)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +44,8 @@ def home(small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def server(home: Path) -> Iterator[Server]:
-    server = Server(home)
-    everything = server.processes()
-    yield server
-    server.client.close()
-    if server.process.poll() is None:
-        server.process.send_signal(signal.SIGINT)
-        server.process.wait(60)
-    for process in psutil.wait_procs(everything, timeout=20)[1]:
-        process.kill()
+    with running(home) as server:
+        yield server
 
 
 def text(answer: dict[str, Any]) -> str:
