@@ -170,7 +170,7 @@ def test_stop_stops_both(visit: Visit) -> None:
     visit.at_first_words("document.querySelector('#stop').click()")
     page = visit.open(hash_of(max_tokens=200)).page
     for name in ("original", "compressed"):
-        expect(visit.pane(name, ".state")).to_contain_text("stopped")
+        expect(visit.pane(name, ".state")).to_contain_text("Stopped.")
     expect(page.locator("#stop")).to_be_disabled()
     assert len(visit.cancelled) == 2
     page.click("#run")
@@ -357,7 +357,7 @@ def test_several_models_and_chat(visit: Visit) -> None:
 def test_the_servers_refusal_is_told_in_its_words(refused: Visit) -> None:
     refused.open(hash_of(max_tokens=5000))
     for name in ("original", "compressed"):
-        expect(refused.pane(name, ".state")).to_contain_text("max_tokens is 5000")
+        expect(refused.pane(name, ".state")).to_contain_text("max_tokens is 5000, together ")
     expect(refused.page.locator("#stop")).to_be_disabled()
 
 
@@ -452,7 +452,7 @@ def test_every_width_and_scheme_can_be_read(browser: Browser, server: Server, sc
     page.click("#advanced summary")
     for size in (LAPTOP, PHONE, SMALL_PHONE):
         page.set_viewport_size(size)
-        expect(page.locator("#heat rect").last).to_be_attached()
+        page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")  # drawn anew
         assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), (
             f"{size}: something sticks out"
         )
