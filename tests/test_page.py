@@ -412,7 +412,7 @@ def test_the_policy_allows_no_other_origin(visit: Visit) -> None:
     page = visit.open(hash_of()).done().page
     blocked = page.evaluate(
         "new Promise((done) => { addEventListener('securitypolicyviolation', (event) => done(event.effectiveDirective));"
-        " fetch('http://127.0.0.1:9/').catch(() => {}); })"
+        " fetch('http://127.0.0.1:9/').catch(() => setTimeout(() => done('let through'), 1000)); })"
     )
     assert blocked == "connect-src"
     visit.complaints.clear()
@@ -456,6 +456,11 @@ def test_every_width_and_scheme_can_be_read(browser: Browser, server: Server, sc
         assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), (
             f"{size}: something sticks out"
         )
+        for drawing in ("#curve", "#heat"):
+            right = page.locator(f"{drawing} :is(line, rect, text)").evaluate_all(
+                "all => all.map((it) => it.getBoundingClientRect().right)"
+            )
+            assert max(right) <= size["width"], f"{size}: {drawing} was drawn for another width"
         assert (visit.box("#compressed")["y"] > visit.box("#original")["y"]) == (size != LAPTOP), "panes stack where it is narrow"
         contrasts = page.evaluate(CONTRASTS)
         assert len(contrasts) > 30
