@@ -29,7 +29,7 @@ from acip_platform.store import Store
 from acip_platform.tracking import ModelVersion
 
 SHARE = 0.8  # of the free memory, where no limit is given
-MESSAGES_PER_S = 100  # that are sent to clients in all: each costs about a millisecond on its way, so many streams send more at once
+MESSAGES_PER_S = 50  # that are sent to clients in all: each costs milliseconds on its way, so many streams send more at once
 
 log = logging.getLogger("ray.serve")
 
