@@ -219,7 +219,8 @@ class SVDLinear(Compressible):
 class Group:
     """Rows of a batch that a layer multiplies together: with a prefix of its directions, None = with its dense weight."""
 
-    rows: slice
+    rows: slice  # of the batch that are multiplied ...
+    wanted: slice  # ... of which these are meant
     factors: tuple[Tensor, Tensor] | None = None  # right [r, N], left [M, r]
     mask: Tensor | None = None  # [rows, r] where rows keep less than that; [1, r] for all rows alike
 
@@ -260,7 +261,7 @@ class ElasticLinear(Compressible):
             if len(self.groups) == 1:
                 return self._grouped(x_BTN, self.groups[0])
             x_TN = x_BTN.flatten(0, -2)  # of three dimensions, a slice's product is done as a batch, with copies of the weight
-            y_TM = torch.cat([self._grouped(x_TN[group.rows], group) for group in self.groups])
+            y_TM = torch.cat([self._grouped(x_TN[group.rows], group)[group.wanted] for group in self.groups])
             return y_TM.unflatten(0, x_BTN.shape[:-1])
         if self.rank is None or self.bypass:
             return self.original(x_BTN)
@@ -274,10 +275,10 @@ class ElasticLinear(Compressible):
             y_BTM = y_BTM + self.loras["layer"](x_BTN)
         return y_BTM
 
-    def group(self, rows: slice, kept: int | None, mask: Tensor | None = None) -> Group:
+    def group(self, rows: slice, wanted: slice, kept: int | None, mask: Tensor | None = None) -> Group:
         """Rows that are multiplied by the first `kept` of ours. Adapters must be folded in."""
         assert not self.loras
-        return Group(rows) if kept is None else Group(rows, (self.right.read(kept), self.left.read(kept).T), mask)
+        return Group(rows, wanted) if kept is None else Group(rows, wanted, (self.right.read(kept), self.left.read(kept).T), mask)
 
     def _grouped(self, x: Tensor, group: Group) -> Tensor:
         if group.factors is None:

@@ -9,7 +9,9 @@ ranks of the others fall. A layer multiplies
                             rows are bound by reading weights, and one product is faster than many
 
 Ranks are multiplied in whole blocks of directions, and what is too much is zeroed as well: every layer and size has a rank of its
-own, and libraries are slow at odd ranks, and at each new one (on a CPU, oneDNN takes twice the time and plans every shape anew).
+own, and libraries are slow at odd ranks, and at each new one (on a CPU, oneDNN takes twice the time and plans every shape anew,
+which takes longer than the product, and memory for good). Rows are multiplied in `padded` numbers for the same reason: a group takes
+as many of its neighbours' rows along as it lacks, and drops what becomes of them.
 
 The result of a row is that of its size alone, but for the rounding of other shapes.
 """
@@ -19,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from acip.linear import ElasticLinear, Group
@@ -26,6 +29,14 @@ from acip.linear import ElasticLinear, Group
 SHORT = 16  # rows
 BLOCK = 32  # directions
 PLANS = 64  # that are kept
+
+
+def padded(rows: int) -> int:
+    """As many rows as are multiplied: one of few numbers."""
+    if rows <= 8:
+        return 1 << (rows - 1).bit_length()
+    step = 8 if rows <= 64 else 32
+    return -(-rows // step) * step
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ Runs = tuple[tuple[int, int], ...]  # (removed, rows)
 
 
 class Mixer:
-    """Sets the layers of one resident model to the sizes of the next batch."""
+    """Sets the layers of one resident model to the sizes of the next batch, whose number of rows is `padded`."""
 
     def __init__(self, layers: Mapping[str, ElasticLinear]) -> None:
         self.layers = layers
@@ -84,13 +95,18 @@ def _groups(runs: Sequence[tuple[int | None, int]], layer: ElasticLinear) -> tup
         else:
             parted.append([(rank, rows)])
     groups, start = [], 0
+    total = sum(rows for part in parted for _, rows in part)
     for part in parted:
         stop = start + sum(rows for _, rows in part)
+        taken = min(padded(stop - start), total)
+        first = min(start, total - taken)
         kept, mask = None, None
         if (top := part[0][0]) is not None:
             kept = min(-(-(layer.lead + top) // BLOCK) * BLOCK, len(layer.right))
             mask = _mask(part, layer, kept) if any(layer.lead + (rank or 0) < kept for rank, _ in part) else None
-        groups.append(layer.group(slice(start, stop), kept, mask))
+            if mask is not None and len(mask) < taken:
+                mask = F.pad(mask, (0, 0, start - first, first + taken - stop))
+        groups.append(layer.group(slice(first, first + taken), slice(start - first, stop - first), kept, mask))
         start = stop
     return tuple(groups)
 

@@ -149,6 +149,7 @@ def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dic
         lines(out, {
             "see the runs": server if local else settings.tracking_uri,
             "serve": f"{home}{python} jobs/serve.py",
+            "move the slider": "http://127.0.0.1:8000/, once it serves",
             "ask at 0.6": f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{body}'",
             "keep 0.6": f"{home}{python} jobs/materialise.py {good[0]} --size 0.6 --out {good[0]}-60",
         })  # fmt: skip

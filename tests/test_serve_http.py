@@ -1,6 +1,7 @@
 """`python jobs/serve.py` as its users meet it: started as a program, asked over HTTP, stopped by Ctrl-C."""
 
 import asyncio
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -340,6 +341,24 @@ def test_a_full_queue_is_429_and_who_leaves_makes_room(server: Server) -> None:
 
 
 OPEN = ("acip_requests_waiting", "acip_requests_running")
+
+
+def test_who_does_not_read_holds_no_slot(server: Server) -> None:
+    """Ten clients ask for streams and never read a byte: they are answered all the same, and others meanwhile."""
+    body = json.dumps({"prompt": ["a"] * 16, "max_tokens": 300, "ignore_eos": True, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    with contextlib.ExitStack() as stack:
+        for _ in range(10):
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect((host, int(port)))
+            client.sendall(head + body)
+        server.ask(max_tokens=2)
+        deadline = time.monotonic() + 90
+        while sum(float(line.rpartition(" ")[2]) for line in server.client.get("/metrics").text.splitlines() if line.startswith(OPEN)):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
 
 
 def test_a_killed_engine_is_replaced_and_its_requests_are_answered_or_told(server: Server) -> None:

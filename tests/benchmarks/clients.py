@@ -2,7 +2,7 @@
 
     clients -> one connection each, kept -> a completion, streamed -> the next one ... -> what arrived in the window
 
-One process, one event loop and HTTP/1.1 by hand: a fifth of what httpx takes (`Load.client_cpu_s` says what it was). Nothing of
+One process, one event loop and HTTP/1.1 by hand, to take little (`Load.client_cpu_s` says how much it was). Nothing of
 torch or of the server is imported here.
 """
 

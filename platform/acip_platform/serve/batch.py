@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from acip.linear import onednn
-from acip.mixed import Mixer, Size
+from acip.mixed import Mixer, Size, padded
 from acip_platform.serve.sampling import Choice, Sampler, choose
 from acip_platform.serve.slots import Piece, Slots, Step, doubled
 from acip_platform.serve.text import Text
@@ -113,7 +113,7 @@ class Batch:
                 self.waiting.popleft()
                 continue
             longest = max(sequence.longest for sequence in (*self.active, self.waiting[0]))
-            if self.active and doubled(len(self.active) + 1, 1) * doubled(longest) > self.kv_tokens:
+            if self.active and doubled(len(self.active) + 2, 1) * doubled(longest) > self.kv_tokens:
                 return
             sequence = self.waiting.popleft()
             sequence.slot, sequence.began = len(self.active), time.monotonic()
@@ -134,11 +134,13 @@ class Batch:
     def _forward(self, ids: list[int], pieces: list[Piece], runs: list[tuple[Size, int]], keep: list[int]) -> torch.Tensor:
         """[n, V] logits of the tokens `keep`."""
         device = self.model.device
-        self.slots.room(len(self.active), max(piece.past + piece.stop - piece.start for piece in pieces))
+        more = padded(len(ids)) - len(ids)  # tokens of nobody, in a slot of nobody's
+        runs[-1] = (runs[-1][0], runs[-1][1] + more)
+        self.slots.room(len(self.active) + (more > 0), max(piece.past + piece.stop - piece.start for piece in pieces))
         self.mixer.set(runs)
-        with Step.of(self.slots, pieces, device) as step, onednn(len(ids) > 1):
+        with Step.of(self.slots, pieces, device, more, len(self.active)) as step, onednn(len(ids) > 1):
             out = self.model(
-                input_ids=torch.tensor([ids], device=device), position_ids=step.position[None], past_key_values=self.slots,
+                input_ids=torch.tensor([ids + [0] * more], device=device), position_ids=step.position[None], past_key_values=self.slots,
                 use_cache=True, logits_to_keep=torch.tensor(keep, device=device),
             )  # fmt: skip
         return out.logits[0]

@@ -5,7 +5,7 @@ Everything in a decoder is computed token by token, but for attention, which fin
 
     single tokens    all at once, as a batch over slots; heads that share keys stand in for query positions, so that nothing
                      is repeated
-    a prompt's piece its own slot, causally
+    a prompt's piece its own slot, causally; shared keys in the same way
 
 transformers calls `attend` by its registered name, with the step in a thread-local variable, as there is no other way in.
 """
@@ -108,13 +108,16 @@ class Step:
     used: int  # slots [0, used) hold all of those
     longest: int  # tokens in any of them, this one included
     alone: tuple[int, int] | None  # slot and position where there is one token only, which needs no tables
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _masks: dict[Any, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, slots: Slots, pieces: Sequence[Piece], device: torch.device) -> "Step":
-        """From the pieces of all sequences, which follow each other; a single token is one that continues."""
-        slots_T = [piece.slot for piece in pieces for _ in range(piece.start, piece.stop)]
-        position_T = [piece.past + i for piece in pieces for i in range(piece.stop - piece.start)]
+    def of(cls, slots: Slots, pieces: Sequence[Piece], device: torch.device, more: int = 0, spare: int = 0) -> "Step":
+        """From the pieces of all sequences, which follow each other; a single token is one that continues.
+
+        `more` tokens of nobody follow, in the slot `spare`.
+        """
+        slots_T = [piece.slot for piece in pieces for _ in range(piece.start, piece.stop)] + [spare] * more
+        position_T = [piece.past + i for piece in pieces for i in range(piece.stop - piece.start)] + [0] * more
         single = [piece for piece in pieces if piece.stop - piece.start == 1 and piece.past]
         return cls(
             slots, torch.tensor(slots_T, device=device), torch.tensor(position_T, device=device),
@@ -145,6 +148,17 @@ class Step:
             self._masks[window] = torch.zeros(seen.shape, dtype=dtype, device=last.device).masked_fill(~seen, -torch.inf)[:, None, None]
         return self._masks[window]
 
+    def causal(self, piece: Piece, shared: int, dtype: torch.dtype, window: int | None) -> Tensor:
+        """[shared t, past + t] what the t tokens of a piece attend to, for each of the heads that share keys."""
+        key = (piece, window)
+        if key not in self._masks:
+            place = torch.arange(piece.past + piece.stop - piece.start, device=self.slot.device)
+            seen = place <= place[piece.past :, None]
+            if window is not None:
+                seen &= place > place[piece.past :, None] - window
+            self._masks[key] = torch.zeros(seen.shape, dtype=dtype, device=place.device).masked_fill(~seen, -torch.inf).repeat(shared, 1)
+        return self._masks[key]
+
 
 def attend(
     module: Any,
@@ -167,7 +181,7 @@ def attend(
         q, seen_by = query.view(1, kv_heads, heads // kv_heads, -1), (slice(slot, slot + 1), slice(None), slice(seen_from, place + 1))
         seen = F.scaled_dot_product_attention(q, keys[seen_by], values[seen_by], scale=scaling)
         return seen.reshape(1, 1, heads, -1), None
-    out_THD = query.new_empty(query.shape[2], heads, values.shape[3])
+    out_THD = query.new_zeros(query.shape[2], heads, values.shape[3])
     if step.used:
         q_nHD = query[0, :, step.single_n].transpose(0, 1)
         q = q_nHD.new_zeros(step.used, *q_nHD.shape[1:])
@@ -178,19 +192,11 @@ def attend(
         )  # fmt: skip
         out_THD[step.single_n] = seen.flatten(1, 2)[step.single_slots]
     for piece in step.pieces:
-        stop = piece.past + piece.stop - piece.start
-        mask, causal = None, piece.past == 0 and sliding_window is None
-        if not causal:
-            column = torch.arange(stop, device=query.device)
-            mask = column <= column[piece.past :, None]
-            if sliding_window is not None:
-                mask &= column > column[piece.past :, None] - sliding_window
-        own = slice(piece.slot, piece.slot + 1)
-        seen = F.scaled_dot_product_attention(
-            query[:, :, piece.start : piece.stop], keys[own, :, :stop], values[own, :, :stop],
-            attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=heads != kv_heads,
-        )  # fmt: skip
-        out_THD[piece.start : piece.stop] = seen[0].transpose(0, 1)
+        own = (slice(piece.slot, piece.slot + 1), slice(None), slice(piece.past + piece.stop - piece.start))
+        q = query[:, :, piece.start : piece.stop].reshape(1, kv_heads, -1, query.shape[3])
+        mask = step.causal(piece, heads // kv_heads, query.dtype, sliding_window)
+        seen = F.scaled_dot_product_attention(q, keys[own], values[own], attn_mask=mask, scale=scaling)
+        out_THD[piece.start : piece.stop] = seen.view(heads, piece.stop - piece.start, -1).transpose(0, 1)
     return out_THD[None], None
 
 
