@@ -104,7 +104,7 @@ def _groups(runs: Sequence[tuple[int | None, int]], layer: ElasticLinear) -> tup
         if (top := part[0][0]) is not None:
             kept = min(-(-(layer.lead + top) // BLOCK) * BLOCK, len(layer.right))
             mask = _mask(part, layer, kept) if any(layer.lead + (rank or 0) < kept for rank, _ in part) else None
-            if mask is not None and len(mask) < taken:
+            if mask is not None and 1 < len(mask) < taken:
                 mask = F.pad(mask, (0, 0, start - first, first + taken - stop))
         groups.append(layer.group(slice(first, first + taken), slice(start - first, stop - first), kept, mask))
         start = stop
@@ -112,6 +112,8 @@ def _groups(runs: Sequence[tuple[int | None, int]], layer: ElasticLinear) -> tup
 
 
 def _mask(part: Sequence[tuple[int | None, int]], layer: ElasticLinear, multiplied: int) -> Tensor:
-    """[rows, multiplied] 1 where a row keeps a direction."""
-    kept = torch.tensor([layer.lead + (rank or 0) for rank, rows in part for _ in range(rows)], device=layer.left.values.device)
+    """[rows, multiplied] 1 where a row keeps a direction; [1, multiplied] where all keep the same."""
+    same = len({rank for rank, _ in part}) == 1  # one row says it for all
+    ranks = [part[0][0]] if same else [rank for rank, rows in part for _ in range(rows)]
+    kept = torch.tensor([layer.lead + (rank or 0) for rank in ranks], device=layer.left.values.device)
     return (torch.arange(multiplied, device=kept.device) < kept[:, None]).to(layer.left.dtype)

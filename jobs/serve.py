@@ -118,17 +118,21 @@ def _serve(versions: list[ModelVersion], args: argparse.Namespace, own: bool) ->
 
 def _wait_until_ready(url: str) -> None:
     """Until a model has made a token. ClusterError where it can't be loaded."""
+    from ray import serve
+
     while not _stopping:
         try:
             with urllib.request.urlopen(f"{url}/ready", timeout=30):
                 return
         except urllib.error.HTTPError as answer:
-            error = json.load(answer)["error"]
-            if error["code"] == "load_failed":
-                raise ClusterError(error["message"]) from None
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # the proxy's own words, not ours
+                error = json.load(answer)["error"]
+                if error["code"] == "load_failed":
+                    raise ClusterError(error["message"]) from None
         except OSError:  # not yet
             pass
         time.sleep(0.5)
+        serve.status()  # raises when the cluster is gone
 
 
 def first_screen(versions: list[ModelVersion], url: str, keys: bool = False) -> str:

@@ -1,9 +1,12 @@
 """The engine without Ray: sizes, texts, limits, seeds, stops; on the small artifact."""
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from acip_platform.serve.answers import Answer
 from acip_platform.serve.engine import Engine, Event
 from acip_platform.serve.errors import RequestError
+from acip_platform.serve.recorded import Recorder
 from acip_platform.serve.request import CompletionRequest
 from acip_platform.serve.served import Served
 from acip_platform.tracking import ModelVersion
@@ -291,6 +295,35 @@ def test_memory_for_keys_and_values_is_bounded(small_artifact: Artifact, monkeyp
     engine.close()
     assert max(seen) == 1024
     assert len({choice["text"] for choice in answer["choices"]}) == 1, "all twelve were answered, four at a time"
+
+
+def test_what_one_long_request_needed_is_not_kept_for_many_short_ones(small_artifact: Artifact) -> None:
+    batch = Served(ModelVersion("small", "7", "here", (), {}), small_artifact).batch
+    batch.slots.room(2, 4096)
+    batch.slots.room(32, 100)
+    assert (batch.slots.count, batch.slots.length) == (32, 128)
+
+
+def test_a_long_stop_text_costs_no_more_than_a_short_one(ask: Ask) -> None:
+    began = time.monotonic()
+    usual = text(ask(max_tokens=32))
+    assert text(ask(max_tokens=32, stop="x" * 1_000_000)) == usual
+    assert time.monotonic() - began < 20
+
+
+def test_an_unloaded_model_is_not_held(small_artifact: Artifact, tmp_path: Path) -> None:
+    engine = Engine()
+    served = Served(ModelVersion("small", "7", "here", (), {}), small_artifact)
+    recorder = Recorder(engine, tmp_path)
+    engine.add(served)
+    recorder.add(served)
+    answered(engine, served, CompletionRequest.parse({"prompt": "a", "max_tokens": 2}))
+    gone = weakref.ref(served)
+    while not engine.remove(served):  # recording
+        time.sleep(0.01)
+    del served
+    wait_until(lambda: gc.collect() >= 0 and gone() is None)
+    engine.close()
 
 
 def test_the_log_probabilities_are_the_models(ask: Ask, small_base: str, served: Served) -> None:

@@ -256,6 +256,8 @@ BAD: dict[str, tuple[tuple[str, str], Any, int, str | None, list[str]]] = {
     "temperature": (ASK, {"prompt": "a", "temperature": 2.5}, 400, "temperature", ["2.5", "from 0 (greedy) to 2"]),
     "top_p": (ASK, {"prompt": "a", "top_p": 0}, 400, "top_p", ["top_p is 0", "above 0 and up to 1"]),
     "seed": (ASK, {"prompt": "a", "seed": -1}, 400, "seed", ["-1", "whole number from 0"]),
+    "top_k": (ASK, {"prompt": "a", "top_k": 10**20}, 400, "top_k", ["0 = all"]),
+    "a size of many digits": (ASK, {"prompt": "a", "model": f"small@fit:{'9' * 5000}GB"}, 400, "model", ["what must hold it"]),
     "five stops": (ASK, {"prompt": "a", "stop": list("abcde")}, 400, "stop", ["up to 4 texts"]),
     "empty stop": (ASK, {"prompt": "a", "stop": ""}, 400, "stop", ["none empty"]),
     "n": (ASK, {"prompt": "a", "n": 17}, 400, "n", ["n is 17", "from 1 to 16"]),

@@ -136,7 +136,7 @@ class Batch:
         device = self.model.device
         more = padded(len(ids)) - len(ids)  # tokens of nobody, in a slot of nobody's
         runs[-1] = (runs[-1][0], runs[-1][1] + more)
-        self.slots.room(len(self.active) + (more > 0), max(piece.past + piece.stop - piece.start for piece in pieces))
+        self.slots.room(len(self.active) + (more > 0), max(len(sequence.ids) for sequence in self.active))
         self.mixer.set(runs)
         with Step.of(self.slots, pieces, device, more, len(self.active)) as step, onednn(len(ids) > 1):
             out = self.model(
@@ -168,5 +168,5 @@ class Batch:
                 self.slots.move(mover.slot, hole, max(mover.past, 0))
                 self.active[hole], mover.slot = mover, hole
             self.active.pop()
-        if not self.active and not self.waiting:
+        if not self.active:
             self.slots.free()

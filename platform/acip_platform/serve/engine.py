@@ -237,7 +237,9 @@ class Engine:
                         lost = [ticket for ticket in self._tickets if ticket.served is served]
                     for ticket in lost:
                         ticket.error(error)
+                    del lost, ticket
             self._after()
+            del ready, served  # a model that is removed while this thread sleeps must not stay for its sake
 
     def _after(self) -> None:
         """Deadlines, and who has heard the last of it."""

@@ -48,14 +48,15 @@ class Models:
             place = self._places.setdefault(key, Place())
         with place.lock:
             place.used = time.monotonic()
-            if place.served is None:
+            served = place.served  # which may leave again at any time
+            if served is None:
                 try:
-                    place.served = self._load(version, place)
+                    served = place.served = self._load(version, place)
                 except BaseException:
                     place.needs = 0
                     raise
-                self.loaded(place.served)
-            return place.served
+                self.loaded(served)
+            return served
 
     def _load(self, version: ModelVersion, place: Place) -> Served:
         artifact = Artifact.open(self.store.fetch(version.uri))

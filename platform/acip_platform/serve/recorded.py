@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,17 @@ class Recorder:
 
     def __init__(self, engine: Engine, folder: Path) -> None:
         self.engine, self.folder = engine, folder
-        self._made: dict[Served, dict[float, list[str]]] = {}
+        self._made: dict[str, dict[float, list[str]]] = {}  # by file: a model that leaves must not stay for its samples' sake
         self._lock = threading.Lock()
 
     def add(self, served: Served) -> None:
         with self._lock:
-            self._made[served] = self._read(served)
-        threading.Thread(target=self._record, args=(served,), daemon=True, name="recording").start()
+            self._made[self._file(served).name] = self._read(served)
+        threading.Thread(target=self._record, args=(weakref.ref(served),), daemon=True, name="recording").start()
 
     def of(self, served: Served) -> list[dict[str, Any]]:
         with self._lock:
-            made = dict(self._made.get(served, {}))
+            made = dict(self._made.get(self._file(served).name, {}))
         return [
             {
                 "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0,
@@ -50,11 +51,14 @@ class Recorder:
             for i, prompt in enumerate(PROMPTS)
         ]  # fmt: skip
 
-    def _record(self, served: Served) -> None:
+    def _record(self, reference: "weakref.ref[Served]") -> None:
         for size in SIZES:
-            if size in self._made[served]:
-                continue
             self._wait()
+            served = reference()
+            if served is None:
+                return
+            if size in self._made[self._file(served).name]:
+                continue
             request = CompletionRequest(prompt=list(PROMPTS), size_ratio=size, max_tokens=MAX_TOKENS, temperature=0.0)
             texts = [""] * len(PROMPTS)
             try:
@@ -66,8 +70,9 @@ class Recorder:
                 log.info("no recording at %s: %s", size, error)
                 return
             with self._lock:
-                self._made[served][size] = texts
+                self._made[self._file(served).name][size] = texts
             self._write(served)
+            del served
 
     def _wait(self) -> None:
         since = time.monotonic()
@@ -91,7 +96,7 @@ class Recorder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = self._file(served).with_suffix(f".{os.getpid()}.partial")
-            partial.write_text(json.dumps(self._made[served]), encoding="utf-8")
+            partial.write_text(json.dumps(self._made[self._file(served).name]), encoding="utf-8")
             partial.replace(self._file(served))
         except OSError as error:
             log.warning("recordings can't be kept: %s", error)

@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class EngineReplica:
         self.models = Models(self.engine, store, device, limit, self.recorder.add)
         self.failed: str | None = None
         self.warm = False
-        self._trade_offs: dict[Served, dict[str, Any]] = {}
+        self._trade_offs: weakref.WeakKeyDictionary[Served, dict[str, Any]] = weakref.WeakKeyDictionary()
         threading.Thread(target=self._load, args=(versions,), daemon=True, name="loading").start()
 
     def _load(self, versions: list[ModelVersion]) -> None:
@@ -54,8 +55,9 @@ class EngineReplica:
         try:
             for version in versions:
                 served = self.models.get(version)
-                for _ in self.engine.events(served, CompletionRequest(prompt="a", max_tokens=1, temperature=0.0)):
-                    pass
+                for event in self.engine.events(served, CompletionRequest(prompt="a", max_tokens=1, temperature=0.0)):
+                    if event.kind == "error":
+                        raise AcipError(f"{version.name} could not make a token: {event.data['body']['error']['message']}")
                 self.warm = True
         except Exception as error:
             log.exception("a model can't be loaded")
@@ -75,11 +77,10 @@ class EngineReplica:
 
     async def trade_off(self, version: ModelVersion) -> dict[str, Any]:
         def made(served: Served) -> dict[str, Any]:
-            if served not in self._trade_offs:
-                resident = self.models.resident
-                self._trade_offs = {known: body for known, body in self._trade_offs.items() if known in resident}
-                self._trade_offs[served] = as_json(trade_off(served))
-            return self._trade_offs[served] | {"recorded": self.recorder.of(served)}
+            body = self._trade_offs.get(served)
+            if body is None:
+                body = self._trade_offs[served] = as_json(trade_off(served))
+            return body | {"recorded": self.recorder.of(served)}
 
         return await self._answered(made, version)
 
@@ -102,19 +103,20 @@ class EngineReplica:
         gone = False
 
         def begin() -> Ticket:
+            nonlocal ticket
             served = self.models.get(version)
-            made = self.engine.submit(served, request, lambda events: loop.call_soon_threadsafe(queue.put_nowait, events), received)
+            ticket = self.engine.submit(served, request, lambda events: loop.call_soon_threadsafe(queue.put_nowait, events), received)
             if gone:
-                self.engine.cancel(made)
-            return made
+                self.engine.cancel(ticket)
+            return ticket
 
         try:
             try:
-                ticket = await asyncio.to_thread(begin)
+                began = await asyncio.to_thread(begin)
             except Exception as error:
                 yield [Event("error", data=_failed(error))]
                 return
-            yield [ticket.head()]
+            yield [began.head()]
             last, said, finished = 0.0, list[Event](), False
             while not finished:
                 said += await queue.get()

@@ -84,7 +84,7 @@ class Asked(Sized):
     # fmt: off
     temperature: float | None = Field(default=None, ge=0, le=2, description="a number from 0 (greedy) to 2")
     top_p: float | None = Field(default=None, gt=0, le=1, description="a number above 0 and up to 1")
-    top_k: int | None = Field(default=None, ge=0, description="a whole number of most likely tokens, 0 = all")
+    top_k: int | None = Field(default=None, ge=0, lt=2**31, description="a whole number of most likely tokens, 0 = all")
     seed: int | None = Field(default=None, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description=f"a whole number from 1 to {MAX_CHOICES}")
     stop: SomeText | Annotated[list[SomeText], Field(max_length=4)] | None = Field(default=None,
@@ -224,7 +224,7 @@ def size_of(name: str, written: str) -> Budget:
         if tokens is None or asked.stored_bytes is None:
             raise BudgetError("")
         return Budget(memory_mb=asked.stored_bytes / MEGA, context=int(tokens[1]) * (1024 if tokens[2] else 1), batch=1)
-    except BudgetError as error:
+    except (BudgetError, ValueError, OverflowError) as error:  # numbers of thousands of digits are neither
         raise RequestError(f"the size in {name}@{written} is {written!r}; it must be {allowed}", "model", "invalid_size") from error
 
 

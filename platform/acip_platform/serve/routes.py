@@ -14,6 +14,7 @@ POST /v1/materializations     export a size to the store, in the background
 GET  /v1/materializations     all of them; with /{id}, one
 """
 
+import logging
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 from uuid import uuid4
@@ -41,6 +42,7 @@ RETRY_AFTER_S = {429: 2, 503: 10}
 OPEN = ("/", "/health", "/ready", "/metrics")  # without a key
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
+log = logging.getLogger("ray.serve")
 Answered = AsyncIterator[list[Event]]
 
 
@@ -198,8 +200,11 @@ async def _stream(told: Answer, first: list[Event], events: Answered) -> AsyncIt
             if more[-1].kind == "error":
                 return
         yield DONE
-    except RequestError as error:
-        yield broken(error.status, str(error), error.code)
+    except Exception as error:  # a stream that has begun can only end with it
+        status, body = as_response(error, request_id := uuid4().hex)
+        if status >= 500:
+            log.error("request %s failed", request_id, exc_info=error)
+        yield broken(status, body["error"]["message"], body["error"]["code"])
 
 
 def _chunks(told: Answer, events: list[Event]) -> bytes:

@@ -90,7 +90,7 @@ class Served:
                 text = self.tokenizer.apply_chat_template(request.told, tokenize=False, add_generation_prompt=True)
             except Exception as error:  # whatever a template makes of them
                 raise RequestError(f"the chat template of {self.version.name} refuses these messages: {error}", "messages") from error
-            return [self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+            return [self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"], "messages")]
         encoded = []
         for prompt in request.prompts:
             ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
@@ -98,12 +98,15 @@ class Served:
                 ids = [self.tokenizer.bos_token_id]
             if not ids:
                 raise RequestError("the prompt is empty, and this model has no token to start from; give at least one character.", "prompt")
-            if max(ids) >= self.vocabulary or min(ids) < 0:
-                raise RequestError(
-                    f"the prompt holds token {max(ids)}; {self.version.name} has tokens 0 to {self.vocabulary - 1}.", "prompt"
-                )
-            encoded.append(ids)
+            encoded.append(self._checked(ids, "prompt"))
         return encoded
+
+    def _checked(self, ids: list[int], param: str) -> list[int]:
+        if not ids:
+            raise RequestError("the chat template makes nothing of these messages; say something.", param)
+        if max(ids) >= self.vocabulary or min(ids) < 0:
+            raise RequestError(f"{param} holds token {max(ids)}; {self.version.name} has tokens 0 to {self.vocabulary - 1}.", param)
+        return ids
 
     def fit(self, encoded: Many[Many[int]], max_tokens: int | None, otherwise: int | None) -> int:
         """How many tokens to generate. RequestError where prompt and answer are longer than the context."""

@@ -47,14 +47,15 @@ class Slots(Cache):
         self.count, self.length = 0, 0
 
     def room(self, slots: int, length: int) -> None:
-        """At least so many slots of at least so many tokens. What is there stays."""
+        """At least so many slots of at least so many tokens. What is there stays, but for what is beyond both."""
         if slots <= self.count and length <= self.length:
             return
-        count, longest = max(doubled(slots, 1), self.count), max(doubled(length), self.length)
+        count, longest = doubled(slots, 1), doubled(length)
+        stay = (slice(min(count, self.count)), slice(None), slice(min(longest, self.length)))
         for kept in (self.keys, self.values):
             for layer, old in kept.items():
                 new = old.new_zeros(count, old.shape[1], longest, old.shape[3])
-                new[: self.count, :, : self.length] = old
+                new[stay] = old[stay]
                 kept[layer] = new
         self.count, self.length = count, longest
 

@@ -47,7 +47,7 @@ class Text:
         if at is not None:
             self.stopped, self.held = True, ""
             return text[:at]
-        held = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        held = max((n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0)
         self.held = text[len(text) - held :]
         return text[: len(text) - held]
 
