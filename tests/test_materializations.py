@@ -116,6 +116,7 @@ def test_a_size_is_made_once(settings: Settings, version: ModelVersion, any_size
     cut = any_size.resize(0.6)
     assert torch.equal(logits(read(folder), heldout_tokens[:4]), logits(any_size.materialise(), heldout_tokens[:4]))
     assert record["size"] == {
+        "unit": "ratio", "ratio": record["size"]["got"],
         "asked": 0.6, "got": cut.got, "convention": "linear", "params": cut.params, "bytes": tensor_bytes(folder), "extrapolated": False,
     }  # fmt: skip
     assert (record["model"], record["version"], record["quantize"]) == ("small", "1", None)
