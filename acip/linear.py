@@ -61,6 +61,9 @@ def onednn(on: bool) -> Iterator[None]:
     transposed weight, a layer's second factor: there the kernels are slow, or add up in bfloat16.
     """
     before = torch._C._get_mkldnn_enabled()
+    if before == on:
+        yield
+        return
     torch._C._set_mkldnn_enabled(on)  # torch.backends.mkldnn.flags says the same, with a warning about GPUs
     try:
         yield

@@ -28,7 +28,7 @@ from acip.linear import ElasticLinear, Group
 
 SHORT = 16  # rows
 BLOCK = 32  # directions
-PLANS = 64  # that are kept
+PLANS, PLANS_BYTES = 64, 64 << 20  # that are kept; their masks are rows x directions of every layer
 
 
 def padded(rows: int) -> int:
@@ -56,6 +56,7 @@ class Mixer:
     def __init__(self, layers: Mapping[str, ElasticLinear]) -> None:
         self.layers = layers
         self._plans: OrderedDict[Runs, list[tuple[Group, ...]]] = OrderedDict()
+        self._bytes: dict[Runs, int] = {}
         self._now: Runs | None = None
 
     def set(self, runs: Sequence[tuple[Size, int]]) -> None:
@@ -68,8 +69,9 @@ class Mixer:
         if key not in self._plans:
             ranks = [(size.ranks, 1 if len(key) == 1 else rows) for size, rows in runs]  # a mask of one row is every row's
             self._plans[key] = [_groups([(of[name], rows) for of, rows in ranks], layer) for name, layer in self.layers.items()]
-            if len(self._plans) > PLANS:
-                self._plans.popitem(last=False)
+            self._bytes[key] = sum(group.mask.nbytes for groups in self._plans[key] for group in groups if group.mask is not None)
+            while len(self._plans) > 1 and (len(self._plans) > PLANS or sum(self._bytes.values()) > PLANS_BYTES):
+                del self._bytes[self._plans.popitem(last=False)[0]]
         self._plans.move_to_end(key)
         for layer, groups in zip(self.layers.values(), self._plans[key], strict=True):
             layer.groups = groups

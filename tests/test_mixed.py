@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from acip import mixed
 from acip.budget import Budget
 from acip.linear import ElasticLinear
 from acip.materialise import AnySize
@@ -72,4 +73,23 @@ def test_weights_are_not_copied(any_size: AnySize) -> None:
                     assert [part.untyped_storage().data_ptr() for part in group.factors] == [
                         side.values.untyped_storage().data_ptr() for side in (layer.right, layer.left)
                     ]
+    mixer.clear()
+
+
+def test_plans_are_kept_for_few_mixes_and_little_memory(any_size: AnySize, monkeypatch: pytest.MonkeyPatch) -> None:
+    two, mixer = sizes(any_size, 0.8, 0.5), Mixer(any_size.layers)
+    for rows in range(1, 40):
+        mixer.set([(two[0], rows), (two[1], 1)])
+    assert len(mixer._plans) == 39
+    monkeypatch.setattr(mixed, "PLANS", 20)
+    mixer.set([(two[0], 41), (two[1], 1)])
+    assert len(mixer._plans) == 20
+    monkeypatch.setattr(mixed, "PLANS_BYTES", 3 * max(mixer._bytes.values()))
+    mixer.set([(two[0], 42), (two[1], 1)])
+    assert 1 < len(mixer._plans) < 20
+    assert sum(mixer._bytes.values()) <= mixed.PLANS_BYTES
+    assert mixer._bytes.keys() == mixer._plans.keys()
+    monkeypatch.setattr(mixed, "PLANS_BYTES", 0)
+    mixer.set([(two[0], 2), (two[1], 3)])
+    assert len(mixer._plans) == 1, "that of now"
     mixer.clear()

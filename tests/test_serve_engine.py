@@ -199,7 +199,7 @@ def test_who_is_gone_frees_the_slots_at_the_next_step(engine: Engine, served: Se
     engine.cancel(ticket)
     wait_until(lambda: not served.batch and engine.open == 0)
     assert heard[-1].kind == "text"
-    assert served.batch.slots.bytes == 0
+    assert not served.batch.slots.keys
 
 
 def test_an_answer_that_takes_too_long_is_given_up(served: Served) -> None:

@@ -86,4 +86,4 @@ def test_a_slot_moves_with_what_it_holds(ids: list[list[int]]) -> None:
     slots.room(3, 129)
     assert (slots.count, slots.length) == (4, 256)
     slots.free()
-    assert slots.bytes == 0
+    assert not slots.keys and not slots.values

@@ -77,7 +77,10 @@ class Api:
         return list(self.versions)
 
     async def cards(self) -> list[dict[str, Any]]:
-        return [await self.card(name) for name in self.names]
+        """All of what is in memory, and who the others are: a list loads nothing, and no model can hide the others."""
+        if any((name, version.version) not in self._cards for name, version in self.versions.items()):
+            self._cards |= {(card["id"], card["version"]): card for card in await self._ask("cards")}
+        return [self._cards.get((name, version.version)) or brief(version) for name, version in self.versions.items()]
 
     async def card(self, name: str) -> dict[str, Any]:
         version = self.versions[name]
@@ -106,16 +109,19 @@ class Api:
         name, budget = request.name_and_budget(self.names)
         return await self.materializations.start(self.versions[name], budget, request.quantize)
 
-    async def ready(self) -> tuple[bool, str, list[str]]:
-        """(ready, why not, models)."""
+    async def ready(self) -> list[str]:
+        """The models, once one of them has made a token. RequestError with what is in the way."""
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 state = await self.engine.ready.remote()
-        except (TimeoutError, BackPressureError, *GONE):
-            return False, "the engine does not answer; it may be starting.", []
-        if state["failed"]:
-            return False, f"a model can't be loaded: {state['failed']}", []
-        return state["warm"], "the model is being loaded.", self.names
+        except (TimeoutError, BackPressureError, *GONE) as error:
+            raise RequestError("the engine does not answer; it may be starting.", code="not_ready", status=503) from error
+        if state["warm"]:
+            return self.names
+        if len(state["failed"]) == len(self.names):
+            why = " ".join(f"{name} can't be loaded: {reason}" for name, reason in state["failed"].items())
+            raise RequestError(why, code="load_failed", status=503)
+        raise RequestError("the model is being loaded.", code="not_ready", status=503)
 
     async def answer(self, request: CompletionRequest | ChatRequest) -> Answered:
         """Events of one request, some at a time; the head or an error first."""
@@ -157,7 +163,7 @@ class Api:
             finally:
                 stream.cancel()
 
-    async def _ask(self, method: str, *args: Any) -> dict[str, Any]:
+    async def _ask(self, method: str, *args: Any) -> Any:
         with _told_apart():
             answered = await getattr(self.engine, method).remote(*args)
         if "status" in answered:
@@ -179,6 +185,13 @@ def _told_apart() -> Any:
     except RayTaskError as error:
         log.exception("the engine failed")
         raise RequestError("the engine failed; the server's log says why.", code="internal_error", status=500) from error
+
+
+def brief(version: ModelVersion) -> dict[str, Any]:
+    """A model that was not loaded yet, as /v1/models shows it."""
+    return {
+        "id": version.name, "object": "model", "created": 0, "owned_by": "acip", "version": version.version, "artifact": version.uri,
+    }  # fmt: skip
 
 
 def _queue_full() -> RequestError:

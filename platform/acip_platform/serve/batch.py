@@ -98,14 +98,12 @@ class Batch:
                 self._take(sequence, choice)
             self._leave([sequence for sequence in done if sequence.past < 0])
 
-    def fail(self) -> list[Sequence]:
-        """Everybody leaves; returns who was there."""
-        there = [*self.active, *self.waiting]
+    def fail(self) -> None:
+        """Everybody leaves."""
         self.waiting.clear()
         self.active.clear()
         self.slots.free()
         self.mixer.clear()
-        return there
 
     def _join(self) -> None:
         while self.waiting and len(self.active) < MAX_SEQUENCES:

@@ -90,9 +90,7 @@ class Ticket:
     # what a sequence calls
 
     def token(self, sequence: Sequence, choice: Choice, text: str) -> None:
-        if not self.first:
-            self.first, self.began = time.monotonic(), sequence.began
-            self.say(Event("start", data={"queued_s": self.began - self.received}))
+        self._start(sequence)
         self.made += 1
         told = None
         if choice.logprob is not None:
@@ -102,15 +100,18 @@ class Ticket:
             self.say(Event("text", sequence.index, text, told))
 
     def ended(self, sequence: Sequence, text: str, reason: str) -> None:
-        if not self.first:  # by its first token
-            self.first, self.began = time.monotonic(), sequence.began
-            self.say(Event("start", data={"queued_s": self.began - self.received}))
+        self._start(sequence)
         self.made += reason == "stop" and not sequence.text.stopped  # the token that ended it
         self.say(Event("end", sequence.index, text, data={"finish_reason": reason}))
         self.open -= 1
         if self.open == 0:
             self.finished = True
             self.say(Event("done", data={"usage": self.usage(), "timings": self.timings()}))
+
+    def _start(self, sequence: Sequence) -> None:
+        if not self.first:
+            self.first, self.began = time.monotonic(), sequence.began
+            self.say(Event("start", data={"queued_s": self.began - self.received}))
 
     def usage(self) -> dict[str, int]:
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.made, "total_tokens": self.prompt_tokens + self.made}
@@ -173,7 +174,7 @@ class Engine:
             raise RequestError(
                 f"{len(encoded)} prompts times n = {choices} is more than {MAX_ANSWERS} answers; ask for fewer at once.", "n"
             )
-        max_tokens = served.fit(encoded, request.limit, None)
+        max_tokens = served.fit(encoded, request.limit)
         seed = randbits(63) if request.seed is None else request.seed
         ticket = Ticket(served, cut, seed, received + self.timeout_s, self.timeout_s, hear, received)
         size, ends = Size(cut.removed, cut.ranks), served.ends(request)

@@ -19,6 +19,10 @@ WAIT_S = 60.0  # for those who use a model that has to leave
 Key = tuple[str, str, str]  # name, version, URI
 
 
+def key_of(version: ModelVersion) -> Key:
+    return version.name, version.version, version.uri
+
+
 @dataclass
 class Place:
     """A model that is there or is coming."""
@@ -41,11 +45,18 @@ class Models:
     def resident(self) -> list[Served]:
         return [place.served for place in list(self._places.values()) if place.served is not None]
 
+    def find(self, version: ModelVersion) -> Served | None:
+        """The model, if it is there."""
+        place = self._places.get(key_of(version))
+        if place is None or place.served is None:
+            return None
+        place.used = time.monotonic()
+        return place.served
+
     def get(self, version: ModelVersion) -> Served:
         """The model, loaded if it has to be: that takes its time, so not in an event loop."""
-        key = (version.name, version.version, version.uri)
         with self._lock:
-            place = self._places.setdefault(key, Place())
+            place = self._places.setdefault(key_of(version), Place())
         with place.lock:
             place.used = time.monotonic()
             served = place.served  # which may leave again at any time

@@ -5,12 +5,11 @@ Answers with plain values: an exception would reach the client as a Ray tracebac
 
 import asyncio
 import logging
-import os
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import uuid4
 
@@ -20,17 +19,20 @@ import torch
 from acip.errors import AcipError
 from acip_platform.serve.engine import Engine, Event, Ticket
 from acip_platform.serve.errors import as_response
-from acip_platform.serve.models import Models
+from acip_platform.serve.models import Key, Models, key_of
 from acip_platform.serve.recorded import Recorder
 from acip_platform.serve.request import ChatRequest, CompletionRequest, Sized
 from acip_platform.serve.served import Served
-from acip_platform.serve.tradeoff import as_json, trade_off
+from acip_platform.serve.sizes import as_json
+from acip_platform.serve.tradeoff import trade_off
 from acip_platform.settings import Settings
 from acip_platform.store import Store
 from acip_platform.tracking import ModelVersion
 
 SHARE = 0.8  # of the free memory, where no limit is given
 MESSAGES_PER_S = 50  # that are sent to clients in all: each costs milliseconds on its way, so many streams send more at once
+LOADING = 4  # models at once: they share the disk
+RETRY_S = (5.0, 300.0)  # between attempts to load what failed at the start, doubling
 
 log = logging.getLogger("ray.serve")
 
@@ -45,32 +47,42 @@ class EngineReplica:
         limit = int(memory_gb * 1e9) if memory_gb else int(SHARE * _free(device))
         store = Store(self.settings.store, self.settings.home / "cache")
         self.models = Models(self.engine, store, device, limit, self.recorder.add)
-        self.failed: str | None = None
+        self.failed: dict[str, str] = {}  # model -> why it can't be loaded
         self.warm = False
+        self._loading: dict[Key, asyncio.Future[Served]] = {}
+        self._loaders = ThreadPoolExecutor(LOADING, "loader")  # not those that answer: a model may be long in coming
         self._trade_offs: weakref.WeakKeyDictionary[Served, dict[str, Any]] = weakref.WeakKeyDictionary()
         threading.Thread(target=self._load, args=(versions,), daemon=True, name="loading").start()
 
     def _load(self, versions: list[ModelVersion]) -> None:
-        """The first models, while the page is there already. What fits: the others come when they are asked for."""
-        try:
+        """The first models, while the page is there already; until there is one, what failed is tried again (storage may be away)."""
+        wait_s, most_s = RETRY_S
+        while True:
             for version in versions:
-                served = self.models.get(version)
-                for event in self.engine.events(served, CompletionRequest(prompt="a", max_tokens=1, temperature=0.0)):
-                    if event.kind == "error":
-                        raise AcipError(f"{version.name} could not make a token: {event.data['body']['error']['message']}")
-                self.warm = True
-        except Exception as error:
-            log.exception("a model can't be loaded")
-            self.failed = str(error) if isinstance(error, AcipError) else f"{type(error).__name__} while a model was loaded; see the log."
+                try:
+                    self._warm(version)
+                    self.warm = True
+                    self.failed.pop(version.name, None)
+                except Exception as error:
+                    log.exception("%s can't be loaded", version.name)
+                    told = str(error) if isinstance(error, AcipError) else f"{type(error).__name__} while it was loaded; see the log."
+                    self.failed[version.name] = told
+            if self.warm:
+                return
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, most_s)
+
+    def _warm(self, version: ModelVersion) -> None:
+        for event in self.engine.events(self.models.get(version), CompletionRequest(prompt="a", max_tokens=1, temperature=0.0)):
+            if event.kind == "error":
+                raise AcipError(f"{version.name} could not make a token: {event.data['body']['error']['message']}")
 
     async def ready(self) -> dict[str, Any]:
-        return {"warm": self.warm, "failed": self.failed, "models": [served.version.name for served in self.models.resident]}
+        return {"warm": self.warm, "failed": self.failed}
 
-    async def stats(self) -> dict[str, Any]:
-        """What an operator may ask; not part of the public routes."""
-        rss = psutil.Process().memory_info().rss
-        slots = sum(served.batch.slots.bytes for served in self.models.resident)
-        return {"pid": os.getpid(), "rss": rss, "open": self.engine.open, "slots_bytes": slots, "tasks": len(asyncio.all_tasks())}
+    async def cards(self) -> dict[str, Any]:
+        """Of the models in memory."""
+        return {"body": [served.card() for served in self.models.resident]}
 
     async def card(self, version: ModelVersion) -> dict[str, Any]:
         return await self._answered(lambda served: served.card(), version)
@@ -88,12 +100,23 @@ class EngineReplica:
         """What a size comes to, without generating anything."""
         return await self._answered(lambda s: s.size(s.cut(request.name_and_budget([s.version.name])[1])), version)
 
-    async def _answered(self, make: Any, version: ModelVersion) -> dict[str, Any]:
+    async def _answered(self, make: Callable[[Served], Any], version: ModelVersion) -> dict[str, Any]:
         """{"body"}, or {"status", "body"} of an error."""
         try:
-            return {"body": await asyncio.to_thread(lambda: make(self.models.get(version)))}
+            return {"body": await asyncio.to_thread(make, await self._served(version))}
         except Exception as error:
             return _failed(error)
+
+    async def _served(self, version: ModelVersion) -> Served:
+        """The model. Whoever needs one that is not there waits for the same thread to load it."""
+        served = self.models.find(version)
+        if served is not None:
+            return served
+        key = key_of(version)
+        if key not in self._loading:
+            self._loading[key] = asyncio.get_running_loop().run_in_executor(self._loaders, self.models.get, version)
+            self._loading[key].add_done_callback(lambda _: self._loading.pop(key))
+        return await asyncio.shield(self._loading[key])
 
     async def stream(self, version: ModelVersion, request: CompletionRequest | ChatRequest) -> AsyncIterator[list[Event]]:
         """Events of one request, some at a time: the head first; where nobody reads a stream, the rest at once."""
@@ -102,9 +125,8 @@ class EngineReplica:
         ticket: Ticket | None = None
         gone = False
 
-        def begin() -> Ticket:
+        def begin(served: Served) -> Ticket:
             nonlocal ticket
-            served = self.models.get(version)
             ticket = self.engine.submit(served, request, lambda events: loop.call_soon_threadsafe(queue.put_nowait, events), received)
             if gone:
                 self.engine.cancel(ticket)
@@ -112,7 +134,7 @@ class EngineReplica:
 
         try:
             try:
-                began = await asyncio.to_thread(begin)
+                began = await asyncio.to_thread(begin, await self._served(version))
             except Exception as error:
                 yield [Event("error", data=_failed(error))]
                 return
@@ -164,7 +186,3 @@ def _free(device: str) -> int:
     if device == "cpu":
         return int(psutil.virtual_memory().available)
     return int(torch.cuda.mem_get_info()[0])
-
-
-def page() -> Path:
-    return Path(__file__).parent / "page" / "index.html"

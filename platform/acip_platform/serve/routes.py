@@ -16,6 +16,7 @@ GET  /v1/materializations     all of them; with /{id}, one
 
 import logging
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -34,12 +35,12 @@ from acip_platform.serve.errors import RequestError, as_response, error_body
 from acip_platform.serve.keys import Keys
 from acip_platform.serve.materializations import Materializations
 from acip_platform.serve.metrics import CONTENT_TYPE, Metrics
-from acip_platform.serve.replica import page
 from acip_platform.serve.request import ChatRequest, CompletionRequest, MaterializationRequest, Sized, explain, split_name
 
 BODY_LIMIT_BYTES = 4 << 20
 RETRY_AFTER_S = {429: 2, 503: 10}
 OPEN = ("/", "/health", "/ready", "/metrics")  # without a key
+PAGE = Path(__file__).parent / "page" / "index.html"
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 log = logging.getLogger("ray.serve")
@@ -59,7 +60,7 @@ class Endpoint(Protocol):
     async def trade_off(self, name: str) -> dict[str, Any]: ...
     async def load(self, name: str, which: str) -> dict[str, Any]: ...
     async def materialise(self, request: MaterializationRequest) -> dict[str, Any]: ...
-    async def ready(self) -> tuple[bool, str, list[str]]: ...
+    async def ready(self) -> list[str]: ...
     async def answer(self, request: CompletionRequest | ChatRequest) -> Answered: ...
 
 
@@ -81,7 +82,7 @@ def routes(endpoint: Endpoint) -> FastAPI:
 
     @app.get("/", include_in_schema=False)
     async def show_page() -> FileResponse:
-        return FileResponse(page(), media_type="text/html", headers={"Cache-Control": "no-cache"})
+        return FileResponse(PAGE, media_type="text/html", headers={"Cache-Control": "no-cache"})
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -89,10 +90,7 @@ def routes(endpoint: Endpoint) -> FastAPI:
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        is_ready, why, models = await endpoint.ready()
-        if is_ready:
-            return answer(200, {"status": "ready", "models": models})
-        return answer(503, error_body(503, why, None, "load_failed" if "can't" in why else "not_ready"))
+        return answer(200, {"status": "ready", "models": await endpoint.ready()})
 
     @app.get("/metrics")
     async def metrics() -> Response:

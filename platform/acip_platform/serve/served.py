@@ -1,7 +1,6 @@
 """A model of the registry in memory: one copy of its sorted factors, its tokenizer, and what it may be asked."""
 
 import functools
-import json
 from collections.abc import Sequence as Many
 from typing import Any
 
@@ -18,7 +17,7 @@ from acip_platform.serve.batch import Batch
 from acip_platform.serve.errors import RequestError
 from acip_platform.serve.request import ChatRequest, CompletionRequest
 from acip_platform.serve.sampling import Sampler
-from acip_platform.serve.sizes import told
+from acip_platform.serve.sizes import as_json, told
 from acip_platform.serve.slots import ATTENTION, Piece, Slots, Step
 from acip_platform.tracking import ModelVersion
 
@@ -73,7 +72,7 @@ class Served:
                 "calibrated_in": recipe.convention,
                 "largest": 1.0,
             },
-            "curve": json.loads(json.dumps(self.artifact.curve), parse_constant=lambda _: None),  # an infinite perplexity is no JSON
+            "curve": as_json(self.artifact.curve),
         }
 
     def size(self, cut: Cut) -> dict[str, Any]:
@@ -108,11 +107,11 @@ class Served:
             raise RequestError(f"{param} holds token {max(ids)}; {self.version.name} has tokens 0 to {self.vocabulary - 1}.", param)
         return ids
 
-    def fit(self, encoded: Many[Many[int]], max_tokens: int | None, otherwise: int | None) -> int:
+    def fit(self, encoded: Many[Many[int]], max_tokens: int | None) -> int:
         """How many tokens to generate. RequestError where prompt and answer are longer than the context."""
         longest = max(len(ids) for ids in encoded)
         if max_tokens is None:
-            max_tokens = min(self.context - longest, otherwise or self.context)
+            max_tokens = self.context - longest
         if max_tokens < 1 or longest + max_tokens > self.context:
             max_tokens = max(max_tokens, 1)
             room = self.context - max_tokens

@@ -69,10 +69,6 @@ class Slots(Cache):
         self.keys, self.values = {}, {}
         self.count, self.length = 0, 0
 
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for kept in (self.keys, self.values) for tensor in kept.values())
-
     # ---- what transformers calls
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -205,7 +201,5 @@ AttentionInterface.register(ATTENTION, attend)
 
 
 def doubled(needed: int, least: int = LEAST_LENGTH) -> int:
-    """The room that is made for what is needed."""
-    while least < needed:
-        least *= 2
-    return least
+    """The room that is made for what is needed: a power of two, as `least` is."""
+    return max(least, 1 << (needed - 1).bit_length())

@@ -1,7 +1,8 @@
 """Tokens -> text as it grows: whole characters only, and nothing of a stop text.
 
 A token may be half a character, and a leading space shows only beside the token before, so text is the difference of two
-decodings that share their beginning. What may yet become a stop text is held back.
+decodings that share their beginning. What may yet become a stop text is held back. (The tokenizers package has a stream of this
+kind, which knows its own tokenizers only, and drops half a character at the end.)
 """
 
 from collections.abc import Sequence

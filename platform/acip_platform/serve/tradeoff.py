@@ -1,6 +1,5 @@
 """What a person needs to choose a size: every size with its bytes and quality, where it takes its directions from, and samples."""
 
-import json
 import math
 import re
 from typing import Any
@@ -70,8 +69,3 @@ def heatmap(served: Served) -> dict[str, Any]:
             break
         ranks[str(percent / 100)] = grid({name: full[name] if rank is None else rank for name, rank in cut.ranks.items()})
     return {"kinds": kinds, "depths": depths, "full": grid(full), "ranks": ranks}
-
-
-def as_json(body: dict[str, Any]) -> dict[str, Any]:
-    """Without what JSON can't say."""
-    return json.loads(json.dumps(body), parse_constant=lambda _: None)
