@@ -57,8 +57,8 @@ class StraightThrough(torch.autograd.Function):
 def onednn(on: bool) -> Iterator[None]:
     """Whether a CPU's products are oneDNN's, as they usually are.
 
-    Products of one row are twice as fast by PyTorch's own kernels, as oneDNN sorts a weight anew for each. But not those with a
-    transposed weight, a layer's second factor: there the kernels are slow, or add up in bfloat16.
+    Products of one row are faster by PyTorch's own kernels, as oneDNN sorts a weight anew for each (tests/benchmarks/products.py). But
+    not those with a transposed weight, a layer's second factor: there the kernels are slow, or add up in bfloat16.
     """
     before = torch._C._get_mkldnn_enabled()
     if before == on:

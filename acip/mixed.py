@@ -9,9 +9,9 @@ ranks of the others fall. A layer multiplies
                             rows are bound by reading weights, and one product is faster than many
 
 Ranks are multiplied in whole blocks of directions, and what is too much is zeroed as well: every layer and size has a rank of its
-own, and libraries are slow at odd ranks, and at each new one (on a CPU, oneDNN takes twice the time and plans every shape anew,
-which takes longer than the product, and memory for good). Rows are multiplied in `padded` numbers for the same reason: a group takes
-as many of its neighbours' rows along as it lacks, and drops what becomes of them.
+own, and on a CPU oneDNN plans each new shape, which takes several times as long as the product (tests/benchmarks/products.py) and
+memory for good. Rows are multiplied in `padded` numbers for the same reason: a group takes as many of its neighbours' rows along as
+it lacks, and drops what becomes of them.
 
 The result of a row is that of its size alone, but for the rounding of other shapes.
 """

@@ -46,7 +46,7 @@ BUILD_ARGS: dict[str, Any] = {
 }
 ENGINE_ENV = {
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait would take the cores from HTTP
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",  # products by shape (`acip.mixed` keeps them few): each costs a millisecond to plan
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",  # products by shape (`acip.mixed` keeps them few): each is planned once
 }
 GONE = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 READY_TIMEOUT_S = 5.0

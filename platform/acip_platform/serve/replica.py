@@ -30,7 +30,7 @@ from acip_platform.store import Store
 from acip_platform.tracking import ModelVersion
 
 SHARE = 0.8  # of the free memory, where no limit is given
-MESSAGES_PER_S = 50  # that are sent to clients in all: each costs milliseconds on its way, so many streams send more at once
+MESSAGES_PER_S = 50  # that are sent to clients in all: each passes three processes, so many streams send more at once
 LOADING = 4  # models at once: they share the disk
 RETRY_S = (5.0, 300.0)  # between attempts to load what failed at the start, doubling
 
