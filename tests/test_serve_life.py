@@ -20,7 +20,7 @@ from acip_platform.tracking import Registry, Tracking
 from tests.server import Server, text, until
 
 ASKED, SLOTS = 90, 64  # requests at once, and how many of them the server takes
-LONG = {"model": "small", "prompt": ["a"] * 16, "ignore_eos": True}
+LONG: dict[str, Any] = {"model": "small", "prompt": ["a"] * 16, "ignore_eos": True}
 
 
 async def flood(url: str) -> tuple[httpx.Response, list[httpx.Response]]:
