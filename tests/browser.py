@@ -96,7 +96,8 @@ class Visit:
 
         self.page.route(glob, answer)
 
-    def complain(self, refused: bool) -> None:
+    def check(self, refused: bool) -> None:
+        """Nobody else was asked, and the console is empty but for what Chromium notes where the server refused something."""
         elsewhere = [request.url for request in self.requests if not request.url.startswith((self.url + "/", "data:"))]
         assert elsewhere == [], "the page asked someone else"
         noted = "Failed to load resource: the server responded with a status of"
@@ -105,11 +106,11 @@ class Visit:
 
 @contextlib.contextmanager
 def visiting(browser: Browser, url: str, refused: bool = False, **context: Any) -> Iterator[Visit]:
-    """`refused`: the server refuses something, which Chromium notes in its console."""
+    """A tab for one test, checked when it is through. `refused`: the server will refuse something."""
     visit = Visit(browser, url, **context)
     try:
         yield visit
-        visit.complain(refused)
+        visit.check(refused)
     finally:
         visit.context.close()
 

@@ -111,10 +111,10 @@ def test_the_url_holds_the_state(visit: Visit, server: Server) -> None:
     kept = {name: value for name, (value,) in parse_qs(page.evaluate("location.hash.slice(1)")).items()}
     assert kept == {"model": "small", "prompt": "Another & one#", "size": "0.5", "seed": "8", "temperature": "0.5", "max_tokens": "12"}
     visit.done()
-    text = visit.completion("compressed")
+    said = visit.completion("compressed")
     page.reload()
     visit.done()
-    assert visit.completion("compressed") == text
+    assert visit.completion("compressed") == said
 
 
 def test_it_tells_what_a_size_costs(visit: Visit, tradeoff: dict[str, Any]) -> None:
