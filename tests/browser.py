@@ -1,6 +1,6 @@
 """A real browser for the tests of the page: Debian's Chromium without a window, driven by Playwright.
 
-visit -> opens the page -> test -> nothing failed in its console, and nothing was asked of anyone but the server
+visiting -> Visit opens the page -> test -> nothing failed in its console, and nothing was asked of anyone but the server
 """
 
 import contextlib
@@ -10,9 +10,11 @@ import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlencode
 
-import pytest
 from playwright.sync_api import Browser, FloatRect, Locator, Page, Request, Route, ViewportSize, expect, sync_playwright
+
+from tests.server import PROMPT
 
 LAPTOP: ViewportSize = {"width": 1280, "height": 800}
 PHONE: ViewportSize = {"width": 390, "height": 844}
@@ -94,21 +96,36 @@ class Visit:
 
         self.page.route(glob, answer)
 
-    def close(self, refused: bool = False) -> None:
-        """`refused`: the server refused something, which Chromium notes in its console."""
+    def check(self, refused: bool) -> None:
+        """Nobody else was asked, and the console is empty but for what Chromium notes where the server refused something."""
         elsewhere = [request.url for request in self.requests if not request.url.startswith((self.url + "/", "data:"))]
-        noted = "Failed to load resource: the server responded with a status of"
-        complaints = [text for text in self.complaints if not (refused and text.startswith(noted))]
-        self.context.close()
         assert elsewhere == [], "the page asked someone else"
-        assert complaints == []
+        noted = "Failed to load resource: the server responded with a status of"
+        assert [told for told in self.complaints if not (refused and told.startswith(noted))] == []
+
+
+@contextlib.contextmanager
+def visiting(browser: Browser, url: str, refused: bool = False, **context: Any) -> Iterator[Visit]:
+    """A tab for one test, checked when it is through. `refused`: the server will refuse something."""
+    visit = Visit(browser, url, **context)
+    try:
+        yield visit
+        visit.check(refused)
+    finally:
+        visit.context.close()
+
+
+def hash_of(**state: Any) -> str:
+    """What is behind the # in the page's address."""
+    return urlencode({"model": "small", "prompt": PROMPT, "size": 0.6, "max_tokens": 24, **state})
 
 
 def chromium() -> str:
+    """Where the browser is. Without one the page's tests fail: skipped, nobody would miss them."""
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if path := shutil.which(name):
             return path
-    pytest.skip("there is no chromium; `apt-get install chromium` as root, or your system's way to it")
+    raise FileNotFoundError("the page is tested in a real browser, and there is no chromium. As root: apt-get install chromium")
 
 
 @contextlib.contextmanager

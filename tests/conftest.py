@@ -8,7 +8,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import boto3
 import pytest
 import torch
 from botocore.exceptions import BotoCoreError, ClientError
+from playwright.sync_api import Browser
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -34,6 +34,8 @@ from acip.export import export
 from acip.materialise import AnySize
 from acip.parametrise import parametrise
 from acip.recipe import Recipe
+from tests.browser import Visit, launched, visiting
+from tests.server import Server, Shared, free_port, make_home
 
 GOLDEN = Path(__file__).parent / "golden" / "reference-trace"
 
@@ -63,6 +65,16 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[2], bos_token=alphabet[1])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the shared server go last, so that it never runs beside other tests; among them, those that stop it."""
+
+    def place(item: pytest.Item) -> int:
+        needs = getattr(item, "fixturenames", ())
+        return ("server" in needs) + ("server_to_stop" in needs)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
@@ -178,16 +190,39 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
             server.wait()
 
 
-def free_port() -> int:
-    """A free port whose neighbour 10000 above is free, too: SeaweedFS takes both."""
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = int(one.getsockname()[1])
-            if port > 55_000:
-                continue
-            try:
-                two.bind(("127.0.0.1", port + 10_000))
-            except OSError:
-                continue
-            return port
+@pytest.fixture(scope="session")
+def served_home(small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_home(tmp_path_factory.mktemp("served"), small_artifact, heldout_tokens[:8])
+
+
+@pytest.fixture(scope="session")
+def shared(served_home: Path) -> Iterator[Shared]:
+    shared = Shared(served_home)
+    yield shared
+    shared.stop()
+
+
+@pytest.fixture
+def server(shared: Shared) -> Server:
+    """A server that is well and has nothing to do."""
+    return shared.get()
+
+
+@pytest.fixture
+def server_to_stop(server: Server) -> Server:
+    """The same, for a test that stops it."""
+    return server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Of one module: while Playwright runs, no asyncio.run of another test would work."""
+    with launched() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(browser: Browser, server: Server) -> Iterator[Visit]:
+    """A tab whose every request must go to the server, and whose console must stay empty."""
+    with visiting(browser, server.url) as visit:
+        yield visit

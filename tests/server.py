@@ -1,27 +1,67 @@
-"""A running `python jobs/serve.py`, as its users start it, for the tests of HTTP and of the page."""
+"""A running `python jobs/serve.py`, as its users start it: one for all tests that ask it, because a start takes 20 seconds.
+
+served_home -> ACIP_HOME with two models -> Shared.get -> Server: started, its engine well, nobody's request under way
+"""
 
 import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import httpx
 import psutil
+import torch
+from transformers import AutoTokenizer
 
-from tests.conftest import free_port
+from acip.artifact import Artifact, sha256
+from acip.evaluate import trade_off
 
 JOB = Path(__file__).parents[1] / "jobs" / "serve.py"
 PROMPT = "It was a bright cold day and "
+SIZES = (1.0, 0.8, 0.6, 0.4)  # that the models' curves were measured at
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 60.0
+
+
+def make_home(home: Path, small: Artifact, tokens: torch.Tensor) -> Path:
+    """An ACIP_HOME with two champions: `small`, and `talker`, which is the same with a chat template. Both have a measured curve."""
+    from acip_platform.settings import Settings
+    from acip_platform.tracking import Registry, Tracking
+
+    settings = Settings.from_env({"ACIP_HOME": str(home)})
+    registry = Registry(settings)
+    rows = list(trade_off(small, small.load(), tokens, "held-out", SIZES))
+    for name in ("small", "talker"):
+        artifact = Artifact.open(copytree(small.folder, home / name)).record_curve(rows)
+        if name == "talker":
+            _give_template(artifact)
+        run = Tracking(settings, "test").start(name, "f", {})
+        registry.set_alias(registry.register(name, str(artifact.folder), run.run_id, {}))
+    return home
+
+
+def _give_template(artifact: Artifact) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(artifact.folder)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(artifact.folder)
+    manifest = artifact.folder / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for file, facts in content["files"].items():
+        facts |= {"bytes": (artifact.folder / file).stat().st_size, "sha256": sha256(artifact.folder / file)}
+    manifest.write_text(json.dumps(content))
 
 
 class Server:
-    """A running jobs/serve.py."""
+    """A jobs/serve.py that was started in `home`, and its client."""
 
     def __init__(self, home: Path) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
@@ -31,32 +71,105 @@ class Server:
             command = [sys.executable, str(JOB), "--port", self.url.rpartition(":")[2]]
             self.process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         self.client = httpx.Client(base_url=self.url, timeout=120)
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while "stop: Ctrl-C" not in self.log.read_text():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.2)
+        self._seen: set[psutil.Process] = set()  # its processes: whose parent is gone can't be found any more
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def wait_until_free(self) -> None:
+        """Until it has said that it serves, its engine answers, and nobody's request is under way."""
+
+        def free() -> bool:
+            assert self.alive, f"the server ended:\n{self.log.read_text()}"
+            return "stop: Ctrl-C" in self.log.read_text() and self.client.get("/ready").status_code == 200 and not self.open
+
+        until(free, START_TIMEOUT_S, f"the server is not free; see {self.log}")
+        self._seen.update(self.processes())
+
+    def post(self, path: str = "/v1/completions", **fields: Any) -> httpx.Response:
+        return self.client.post(path, json={"model": "small", **fields})
 
     def ask(self, **fields: Any) -> dict[str, Any]:
-        response = self.client.post("/v1/completions", json={"prompt": PROMPT, "temperature": 0, **fields})
+        response = self.post(**{"prompt": PROMPT, "temperature": 0, **fields})
         assert response.status_code == 200, response.text
         return response.json()
+
+    def metric(self, name: str, label: str = "") -> float:
+        """The sum of a metric's rows that hold `label`; 0 where nothing was counted yet."""
+        lines = self.client.get("/metrics").text.splitlines()
+        assert any(name.startswith(line.split()[2]) for line in lines if line.startswith("# TYPE")), f"there is no metric {name}"
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name) and label in line)
+
+    @property
+    def open(self) -> float:
+        """Requests that are being answered, or wait for it."""
+        return self.metric("acip_requests_waiting") + self.metric("acip_requests_running")
 
     def processes(self) -> list[psutil.Process]:
         top = psutil.Process(self.process.pid)
         return [top, *top.children(recursive=True)]
 
+    def stop(self) -> None:
+        """Whatever happened to it, none of its processes stays."""
+        self.client.close()
+        if self.alive:
+            self._seen.update(self.processes())
+            self.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_TIMEOUT_S)
+        for process in psutil.wait_procs(self._seen, timeout=20)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
 
-@contextlib.contextmanager
-def running(home: Path) -> Iterator[Server]:
-    """Whatever happens, none of its processes stays."""
-    server = Server(home)
-    everything = server.processes()
-    try:
-        yield server
-    finally:
-        server.client.close()
-        if server.process.poll() is None:
-            server.process.send_signal(signal.SIGINT)
-            server.process.wait(60)
-        for process in psutil.wait_procs(everything, timeout=20)[1]:
-            process.kill()
+
+class Shared:
+    """At most one server: the first test that asks for it starts it, and so does the first one after a test that stopped it."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self._server: Server | None = None
+
+    def get(self) -> Server:
+        if self._server is None or not self._server.alive:
+            self.stop()
+            self._server = Server(self.home)
+        try:
+            self._server.wait_until_free()
+        except BaseException:  # one test fails for it, and not each one after it
+            self.stop()
+            raise
+        return self._server
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+        self._server = None
+
+
+def text(answer: dict[str, Any]) -> str:
+    return answer["choices"][0]["text"]
+
+
+def until(true: Callable[[], bool], within_s: float, otherwise: str) -> None:
+    """Wait until something is true; `otherwise` is said where it is not in time."""
+    deadline = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline, f"{otherwise} (after {within_s:g} s)"
+        time.sleep(0.1)
+
+
+def free_port() -> int:
+    """A free port whose neighbour 10000 above is free, too: SeaweedFS takes both."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            port = int(one.getsockname()[1])
+            if port > 55_000:
+                continue
+            try:
+                two.bind(("127.0.0.1", port + 10_000))
+            except OSError:
+                continue
+            return port

@@ -1,106 +1,31 @@
-"""The page as a visitor meets it: a real browser, the real server, two models whose curve was measured."""
+"""The page as a visitor meets it: a real browser, the real server. Both panes, the slider, what a size costs, what is copied."""
 
 import json
 import re
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from shutil import copytree
 from typing import Any
-from urllib.parse import parse_qs, urlencode
+from urllib.parse import parse_qs
 
-import httpx
 import pytest
-import torch
-from acip_platform.settings import Settings
-from acip_platform.tracking import Registry, Tracking
-from playwright.sync_api import Browser, Page, expect
-from transformers import AutoTokenizer
+from playwright.sync_api import Page, expect
 
-from acip.artifact import Artifact, sha256
-from acip.evaluate import trade_off
-from tests.browser import LAPTOP, PHONE, SMALL_PHONE, Visit, launched
-from tests.server import PROMPT, Server, running
+from tests.browser import Visit, hash_of
+from tests.server import PROMPT, Server, text, until
 
-# of Ray's import
-pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
-
-SIZES = (1.0, 0.8, 0.6, 0.4)
 PRESS = "document.querySelector('#size').dispatchEvent(new KeyboardEvent('keydown', {{key: '{}'}}))"
-CHAT = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def home(small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An ACIP_HOME with two models: `small`, whose curve was measured, and `talker`, which has a chat template too."""
-    home = tmp_path_factory.mktemp("home")
-    settings = Settings.from_env({"ACIP_HOME": str(home)})
-    registry = Registry(settings)
-    rows = list(trade_off(small_artifact, small_artifact.load(), heldout_tokens[:8], "held-out", SIZES))
-    for name in ("small", "talker"):
-        artifact = Artifact.open(copytree(small_artifact.folder, home / name)).record_curve(rows)
-        if name == "talker":
-            _give_template(artifact)
-        run = Tracking(settings, "test").start(name, "f", {})
-        registry.set_alias(registry.register(name, str(artifact.folder), run.run_id, {}))
-    return home
-
-
-def _give_template(artifact: Artifact) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(artifact.folder)
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(artifact.folder)
-    manifest = artifact.folder / "manifest.json"
-    content = json.loads(manifest.read_text())
-    for file, facts in content["files"].items():
-        facts |= {"bytes": (artifact.folder / file).stat().st_size, "sha256": sha256(artifact.folder / file)}
-    manifest.write_text(json.dumps(content))
-
-
-@pytest.fixture(scope="module")
-def server(home: Path) -> Iterator[Server]:
-    with running(home) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with launched() as browser:
-        yield browser
 
 
 @pytest.fixture
-def visit(browser: Browser, server: Server) -> Iterator[Visit]:
-    """A tab whose every request must go to the server, and whose console must stay empty."""
-    visit = Visit(browser, server.url)
-    yield visit
-    visit.close()
-
-
-@pytest.fixture
-def refused(browser: Browser, server: Server) -> Iterator[Visit]:
-    """The same for tests in which the server refuses something; Chromium notes that in the console."""
-    visit = Visit(browser, server.url)
-    yield visit
-    visit.close(refused=True)
-
-
-@pytest.fixture(scope="module")
 def tradeoff(server: Server) -> dict[str, Any]:
-    return httpx.get(f"{server.url}/v1/models/small/tradeoff", timeout=60).json()
-
-
-def hash_of(**state: Any) -> str:
-    return urlencode({"model": "small", "prompt": PROMPT, "size": 0.6, "max_tokens": 24, **state})
+    return server.client.get("/v1/models/small/tradeoff").json()
 
 
 def complete(server: Server, size: float, **fields: Any) -> str:
     """The server's own answer, not streamed."""
-    body = {"model": f"small@{size}", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "seed": 1, **fields}
-    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+    return text(server.ask(**{"model": f"small@{size}", "max_tokens": 24, "seed": 1, **fields}))
 
 
 def press(page: Page, *keys: str) -> None:
@@ -148,21 +73,14 @@ def test_keys_move_the_size_and_it_is_asked_once_the_slider_rests(visit: Visit, 
 
 
 def test_moving_the_slider_ends_the_request_that_runs(visit: Visit, server: Server) -> None:
-    def cancelled() -> float:
-        lines = httpx.get(f"{server.url}/metrics", timeout=60).text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith("acip_requests_total") and "cancelled" in line)
-
-    page, before = visit.page, cancelled()
+    page, before = visit.page, server.metric("acip_requests_total", "cancelled")
     visit.at_first_words(PRESS.format("ArrowLeft"))
     with page.expect_event("requestfailed") as failed:
         visit.open(hash_of(max_tokens=200, size=0.5))
     assert "small@0.5" in (failed.value.post_data or "")
     assert failed.value.failure == "net::ERR_ABORTED"
     visit.done(0.49)
-    deadline = time.monotonic() + 20
-    while cancelled() == before:
-        assert time.monotonic() < deadline, "the server goes on with what nobody waits for"
-        time.sleep(0.1)
+    until(lambda: server.metric("acip_requests_total", "cancelled") > before, 20, "the server goes on with what nobody waits for")
     assert visit.asked() == ["small@1.0", "small@0.5", "small@0.49"]
 
 
@@ -193,10 +111,10 @@ def test_the_url_holds_the_state(visit: Visit, server: Server) -> None:
     kept = {name: value for name, (value,) in parse_qs(page.evaluate("location.hash.slice(1)")).items()}
     assert kept == {"model": "small", "prompt": "Another & one#", "size": "0.5", "seed": "8", "temperature": "0.5", "max_tokens": "12"}
     visit.done()
-    text = visit.completion("compressed")
+    said = visit.completion("compressed")
     page.reload()
     visit.done()
-    assert visit.completion("compressed") == text
+    assert visit.completion("compressed") == said
 
 
 def test_it_tells_what_a_size_costs(visit: Visit, tradeoff: dict[str, Any]) -> None:
@@ -287,15 +205,15 @@ def test_words_that_leave_the_original_are_marked(visit: Visit) -> None:
 
 
 def test_recorded_words_while_dragging_live_ones_when_let_go(visit: Visit, server: Server) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        recorded = httpx.get(f"{server.url}/v1/models/small/tradeoff", timeout=60).json()["recorded"]
-        if recorded and len(recorded[0]["completions"]) >= len(SIZES):
-            break
-        assert time.monotonic() < deadline, "the server records in its idle time"
-        time.sleep(0.5)
-    words = {entry["size"]: entry["text"] for entry in recorded[0]["completions"]}
-    page = visit.open(hash_of(prompt=recorded[0]["prompt"], size=0.9, max_tokens=recorded[0]["max_tokens"])).done().page
+    def recorded() -> dict[str, Any]:
+        return server.client.get("/v1/models/small/tradeoff").json()["recorded"][0]
+
+    def words() -> dict[float, str]:
+        return {entry["size"]: entry["text"] for entry in recorded()["completions"]}
+
+    until(lambda: 0.6 in words(), 60, "the server records in its idle time")
+    sample = recorded()
+    page = visit.open(hash_of(prompt=sample["prompt"], size=0.9, max_tokens=sample["max_tokens"])).done().page
     box = visit.box("#size")
     least = float(page.locator("#size").get_attribute("min") or "")
 
@@ -309,13 +227,13 @@ def test_recorded_words_while_dragging_live_ones_when_let_go(visit: Visit, serve
     page.mouse.move(x_of(0.6) + 3, middle, steps=4)
     expect(page.locator("#asked")).to_have_text("0.60")  # snapped: three pixels beside a measured size
     expect(visit.pane("compressed", ".state")).to_contain_text("recorded at 0.60")
-    assert visit.completion("compressed") == words[0.6]
+    assert visit.completion("compressed") == words()[0.6]
     page.wait_for_timeout(400)
     assert visit.asked() == ["small@1.0", "small@0.9"], "nothing is asked while it is held"
     page.mouse.up()
     visit.done()
     assert visit.asked() == ["small@1.0", "small@0.9", "small@0.6"]
-    assert visit.completion("compressed") == words[0.6], "a recording is what the model says"
+    assert visit.completion("compressed") == words()[0.6], "a recording is what the model says"
     page.mouse.click(x_of(0.6) + 20, middle)
     expect(page.locator("#asked")).to_have_text(f"{0.6 + 20 * (1 - least) / (box['width'] - 24):.2f}")  # free in between
     visit.done()
@@ -352,119 +270,3 @@ def test_several_models_and_chat(visit: Visit) -> None:
     assert visit.bodies()[-1]["messages"] == [{"role": "user", "content": PROMPT}]
     assert page.locator("#compressed .given").count() == 0
     assert "/v1/chat/completions" in visit.text("#code")
-
-
-def test_the_servers_refusal_is_told_in_its_words(refused: Visit) -> None:
-    refused.open(hash_of(max_tokens=5000))
-    for name in ("original", "compressed"):
-        expect(refused.pane(name, ".state")).to_contain_text("max_tokens is 5000, together ")
-    expect(refused.page.locator("#stop")).to_be_disabled()
-
-
-def test_a_page_opened_before_the_model_says_so_and_goes_on(refused: Visit) -> None:
-    refused.answer_first("**/ready", 2, 503, "the model is being loaded.")
-    page = refused.open(hash_of()).page
-    expect(page.locator("#notice")).to_contain_text("The model is being loaded.")
-    expect(page.locator("#size")).to_be_disabled()
-    refused.done()
-    expect(page.locator("#notice")).to_be_hidden()
-
-
-def test_a_busy_server_is_asked_again(refused: Visit) -> None:
-    refused.answer_first("**/v1/completions", 1, 429, "the server is busy and its queue is full; try again in a moment.")
-    refused.open(hash_of())
-    expect(refused.pane("original", ".state")).to_contain_text("its queue is full; try again in a moment. Trying again in 1 s.")
-    refused.done()
-    assert refused.asked() in (["small@1.0", "small@0.6", "small@1.0"], ["small@1.0", "small@1.0", "small@0.6"])
-
-
-def test_a_key_is_asked_for_and_kept_in_this_tab_only(refused: Visit) -> None:
-    def guard(route: Any) -> None:
-        if route.request.headers.get("authorization") == "Bearer sesame":
-            route.fallback()
-        else:
-            route.fulfill(status=401, json={"error": {"message": "this server asks for an API key."}})
-
-    refused.page.route("**/v1/**", guard)
-    page = refused.open(hash_of()).page
-    for key, says in (("wrong", "This server asks for a key:"), ("sesame", "The server does not take this key. Another:")):
-        expect(page.locator("#keysays")).to_have_text(says)
-        page.fill("#key", key)
-        page.locator("#key").press("Enter")
-    refused.done()
-    expect(page.locator("#keyform")).to_be_hidden()
-    assert page.evaluate("localStorage.length") == 0
-    assert page.evaluate("sessionStorage.getItem('acip-key')") == "sesame"
-    assert "sesame" not in page.url
-    code = refused.text("#code")
-    assert '"Authorization: Bearer $ACIP_API_KEY"' in code and "sesame" not in code
-
-
-def test_a_prompt_is_text_and_nothing_else(visit: Visit) -> None:
-    prompt = "<img src=x onerror=\"document.title='owned'\"><b>bold</b>"
-    page = visit.open(hash_of(prompt=prompt)).done().page
-    assert visit.pane("original", ".given").text_content() == prompt
-    assert page.locator("main img, .pane b").count() == 0
-    assert page.title() == "Compress models like images"
-
-
-def test_the_policy_allows_no_other_origin(visit: Visit) -> None:
-    page = visit.open(hash_of()).done().page
-    blocked = page.evaluate(
-        "new Promise((done) => { addEventListener('securitypolicyviolation', (event) => done(event.effectiveDirective));"
-        " fetch('http://127.0.0.1:9/').catch(() => setTimeout(() => done('let through'), 1000)); })"
-    )
-    assert blocked == "connect-src"
-    visit.complaints.clear()
-    visit.requests.clear()
-
-
-# The colour of each text against what is behind it, as WCAG counts it; 4.5 is its AA for small text.
-CONTRASTS = """() => {
-  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const parse = (colour) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data]; };
-  const light = (rgb) => { const [r, g, b] = rgb.map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const behind = (element) => {
-    for (let at = element; at; at = at.parentElement) {
-      const colour = parse(getComputedStyle(at).backgroundColor);
-      if (colour[3] === 255) return colour.slice(0, 3);
-    }
-    return [255, 255, 255];
-  };
-  const found = [];
-  for (const element of document.querySelectorAll("body *")) {
-    const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
-    if (!own || element.disabled || !element.checkVisibility() || element.tagName === "SCRIPT") continue;
-    const style = getComputedStyle(element);
-    const [a, b] = [parse(element instanceof SVGElement ? style.fill : style.color).slice(0, 3), behind(element)].map(light);
-    found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), element.tagName + " " + element.textContent.slice(0, 30)]);
-  }
-  return found;
-}"""
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_width_and_scheme_can_be_read(browser: Browser, server: Server, scheme: Any) -> None:
-    visit = Visit(browser, server.url, color_scheme=scheme, reduced_motion="reduce").open(hash_of(size=0.3)).done()
-    page = visit.page
-    page.click("#advanced summary")
-    for size in (LAPTOP, PHONE, SMALL_PHONE):
-        page.set_viewport_size(size)
-        page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")  # drawn anew
-        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), (
-            f"{size}: something sticks out"
-        )
-        for drawing in ("#curve", "#heat"):
-            right = page.locator(f"{drawing} :is(line, rect, text)").evaluate_all(
-                "all => all.map((it) => it.getBoundingClientRect().right)"
-            )
-            assert max(right) <= size["width"], f"{size}: {drawing} was drawn for another width"
-        assert (visit.box("#compressed")["y"] > visit.box("#original")["y"]) == (size != LAPTOP), "panes stack where it is narrow"
-        contrasts = page.evaluate(CONTRASTS)
-        assert len(contrasts) > 30
-        assert [what for what in contrasts if what[0] < 4.5] == []
-    red = int(re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[0])
-    assert red < 60 if scheme == "dark" else red > 200
-    visit.close()
