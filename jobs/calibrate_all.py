@@ -20,7 +20,7 @@ import ray
 from acip_platform.cluster import Cluster, connect
 from acip_platform.console import Watch, console, duration, lines, trade_off_table
 from acip_platform.fleet import Fleet, Job
-from acip_platform.schedule import Outcome, Share, nodes, pool, run_all, share
+from acip_platform.schedule import Outcome, Share, here, nodes, pool, run_all, share
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
 from acip_platform.tracking import Registry, RegistryError, Run, Tracking
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, out: Any) -> int:
     if args.dry_run:
         return 0
 
-    inbox = Inbox.remote()  # type: ignore[attr-defined]
+    inbox = Inbox.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
     outcomes = []
     with Watch(out, inbox):
         for outcome in run_all(open_jobs, shares, lambda job: run_job(job, shares[job.name], settings, *runs[job.name], inbox), there):

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 sys.path.insert(0, str(__import__("pathlib").Path(__file__).parents[2]))
 from acip_platform.fleet import Job
-from acip_platform.schedule import Share, nodes, parameters, run_all, share
+from acip_platform.schedule import Share, here, nodes, parameters, run_all, share
 
 SIZES_B = (1, 3, 7, 7, 8, 13, 14)  # billions of parameters
 SECONDS_PER_B = 3.0
@@ -86,7 +86,7 @@ def occupancy(count: int, gangs: int, seconds_per_b: float, machines: int = 4, l
         ray.init(address=cluster.address, log_to_driver=False)
         workers = [cluster.add_node(num_cpus=4, num_gpus=1, object_store_memory=80 << 20) for _ in range(machines)]
         cluster.wait_for_nodes()
-        log = Log.remote()  # type: ignore[attr-defined]
+        log = Log.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
         shares = {job.name: share(job, nodes()) for job in jobs}
         lost: list[tuple[str, float]] = []
 
