@@ -124,7 +124,7 @@ def test_a_planted_error_is_found(compose: Compose, error: str) -> None:
 def wrong_image(dockerfile: str, folder: Path) -> list[str]:
     """What hadolint says; sources that are not there, or that the build does not see; a user who is root or has only a name."""
     (folder / "Dockerfile").write_text(dockerfile)
-    command = [Path(sys.executable).with_name("hadolint"), "--no-color", folder / "Dockerfile"]
+    command = [str(Path(sys.executable).with_name("hadolint")), "--no-color", str(folder / "Dockerfile")]
     complaints = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
     seen = [line[1:] for line in (INFRA / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")]
     for sources in re.findall(r"^COPY (.+) \S+$", dockerfile, re.M):

@@ -49,7 +49,7 @@ def dashboard() -> dict[str, Any]:
 def labels_of(query: Any, exported: dict[str, set[str]]) -> Iterator[tuple[str, set[str]]]:
     """(complaint, labels of the result): all labels used in a query exist under what they are used on. Complaints are '' where none."""
     if isinstance(query, promql.VectorSelector):
-        there = exported.get(query.name)
+        there = exported.get(str(query.name))
         yield ("" if there is not None else f"no metric {query.name}"), (there or set()) | SCRAPED
         for matcher in query.matchers.matchers:
             if there is not None and matcher.name not in there | SCRAPED:

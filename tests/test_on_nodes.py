@@ -20,7 +20,7 @@ from tests.test_dashboard import RAY_CORE
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Two nodes with a GPU each."""
-    node = {"num_cpus": 4, "num_gpus": 1, "object_store_memory": 80 << 20}
+    node: dict[str, Any] = {"num_cpus": 4, "num_gpus": 1, "object_store_memory": 80 << 20}
     cluster = Cluster(initialize_head=True, head_node_args=node)
     try:
         ray.init(address=cluster.address, log_to_driver=False)
