@@ -18,13 +18,11 @@ import time
 from typing import Any
 
 import ray
+from acip_platform.fleet import Job
+from acip_platform.schedule import Share, here, nodes, parameters, run_all, share
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-sys.path.insert(0, str(__import__("pathlib").Path(__file__).parents[2]))
-from acip_platform.fleet import Job
-from acip_platform.schedule import Share, here, nodes, parameters, run_all, share
 
 SIZES_B = (1, 3, 7, 7, 8, 13, 14)  # billions of parameters
 SECONDS_PER_B = 3.0
@@ -76,7 +74,7 @@ def fleet(count: int, gangs: int, rng: random.Random) -> list[Job]:
     return jobs
 
 
-def occupancy(count: int, gangs: int, seconds_per_b: float, machines: int = 4, lose: bool = True, seed: int = 0) -> tuple[float, set[str]]:
+def occupancy(count: int, gangs: int, seconds_per_b: float, machines: int = 4, seed: int = 0) -> tuple[float, set[str]]:
     """(occupancy, the models that were finished) of one fleet."""
     rng = random.Random(seed)
     jobs = fleet(count, gangs, rng)
@@ -96,8 +94,7 @@ def occupancy(count: int, gangs: int, seconds_per_b: float, machines: int = 4, l
 
         total = sum(seconds[job.name] * job.num_workers for job in jobs)
         killer = threading.Timer(0.4 * total / machines, lose_one)
-        if lose:
-            killer.start()
+        killer.start()
         done = set()
         for outcome in run_all(jobs, shares, lambda job: run(job, shares[job.name], log, seconds[job.name])):
             print(f"  {outcome.job.name:8s} {outcome.error or 'done'}", flush=True)
