@@ -1,4 +1,4 @@
-"""Calibrate every model of a fleet, one Ray Train worker each.
+"""Calibrate every model of a fleet, one Ray Train worker each or as many as the fleet file says.
 
     ray job submit -- python jobs/calibrate_all.py                 the embedded demo fleet, on a running Ray
     python jobs/calibrate_all.py                                   the same, on a Ray of its own
@@ -8,6 +8,7 @@ What is done already is not done again (--force does); what was interrupted goes
 """
 
 import argparse
+import functools
 import os
 import shlex
 import sys
@@ -18,7 +19,8 @@ from typing import Any
 import ray
 from acip_platform.cluster import Cluster, connect
 from acip_platform.console import Watch, console, duration, lines, trade_off_table
-from acip_platform.fleet import Fleet, Job, Outcome, Share, run_all, share
+from acip_platform.fleet import Fleet, Job
+from acip_platform.schedule import Outcome, Share, here, nodes, pool, run_all, share
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
 from acip_platform.tracking import Registry, RegistryError, Run, Tracking
@@ -34,6 +36,7 @@ def main() -> int:
     parser.add_argument("--fleet", default=str(ROOT / "jobs" / "fleets" / "demo.yaml"), help="fleet file (default: the embedded demo)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models of the fleet")
     parser.add_argument("--force", action="store_true", help="calibrate again what is done already")
+    parser.add_argument("--pool", metavar="8xGPU:1,CPU:14", help="nodes that an autoscaler may start (default: the nodes there are)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     args = parser.parse_args()
     out = console()
@@ -56,7 +59,8 @@ def run(args: argparse.Namespace, out: Any) -> int:
     jobs = [job for job in fleet.jobs if not args.only or job.name in args.only]
 
     cluster = connect(settings)
-    shares = {job.name: share(job, ray.cluster_resources()) for job in jobs}
+    there = functools.partial(pool, args.pool) if args.pool else nodes
+    shares = {job.name: share(job, there()) for job in jobs}
     tracking, registry, store = Tracking(settings, f"acip/{fleet.name}"), Registry(settings), Store(settings.store, settings.home / "cache")
     done = {} if args.force else {job.name: version for job in jobs if (version := finished(job, registry, store)) is not None}
     open_jobs = [job for job in jobs if job.name not in done]
@@ -65,14 +69,13 @@ def run(args: argparse.Namespace, out: Any) -> int:
     if args.dry_run:
         return 0
 
-    inbox = Inbox.remote()  # type: ignore[attr-defined]
-    at_once = min((shares[job.name].at_once for job in open_jobs), default=1)
+    inbox = Inbox.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
+    outcomes = []
     with Watch(out, inbox):
-        outcomes = list(
-            run_all(open_jobs, at_once, lambda job: run_job(job, shares[job.name], settings, runs[job.name][0], runs[job.name][1], inbox))
-        )
-    for outcome in outcomes:
-        runs[outcome.job.name][0].finish("FAILED" if outcome.error else "FINISHED")
+        for outcome in run_all(open_jobs, shares, lambda job: run_job(job, shares[job.name], settings, *runs[job.name], inbox), there):
+            runs[outcome.job.name][0].finish("FAILED" if outcome.error else "FINISHED")
+            outcomes.append(outcome)
+    outcomes.sort(key=lambda outcome: open_jobs.index(outcome.job))  # as in the file
     return last_screen(out, settings, outcomes, done, time.time() - began)
 
 

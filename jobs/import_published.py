@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from acip_platform.console import console, lines, trade_off_table
 from acip_platform.finish import finish, heldout_windows
-from acip_platform.fleet import NAME, Job, Outcome
+from acip_platform.fleet import NAME, Job
+from acip_platform.schedule import Outcome
 from acip_platform.settings import Settings
 from acip_platform.store import Store
 from acip_platform.tracking import CANDIDATE, Tracking

@@ -1,10 +1,10 @@
-"""Fleet files: what is right becomes jobs, what is wrong is named with its line; one failure doesn't stop the rest."""
+"""Fleet files: what is right becomes jobs, what is wrong is named with its line."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from acip_platform.fleet import Fleet, FleetError, Job, root_cause, run_all, share
+from acip_platform.fleet import Fleet, FleetError, Job
 
 from acip.recipe import Recipe, named
 
@@ -79,26 +79,3 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, text: str, line: i
     assert says in str(caught.value)
     if line is not None:
         assert f"fleet.yaml, line {line}:" in str(caught.value)
-
-
-def test_workers_get_what_the_cluster_has() -> None:
-    job = Job("a", "b/c")
-    assert share(job, {"CPU": 2.0}).cpus == 2
-    assert share(job, {"CPU": 2.0}).gpus == 0
-    on_gpus = share(job, {"CPU": 64.0, "GPU": 8.0})
-    assert (on_gpus.gpus, on_gpus.cpus, on_gpus.at_once) == (1, 4, 8)
-    assert share(Job("a", "b/c", cpus=1), {"CPU": 2.0}).at_once == 2
-    with pytest.raises(FleetError, match="asks for 1 GPUs and 2 CPUs; the cluster has 0 and 2"):
-        share(Job("a", "b/c", gpus=1), {"CPU": 2.0})
-
-
-def test_one_failure_does_not_stop_the_others() -> None:
-    def run(job: Job) -> dict[str, object]:
-        if job.name == "b":
-            raise RuntimeError("outer") from FleetError("no such base")
-        return {"uri": job.name}
-
-    outcomes = list(run_all([Job(name, "x/y") for name in "abc"], 2, run))
-    assert [outcome.job.name for outcome in outcomes] == ["a", "b", "c"]
-    assert [outcome.error for outcome in outcomes] == [None, "no such base", None]
-    assert root_cause(ValueError("plain")) == "ValueError: plain"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from acip_platform.fleet import Fleet, FleetError, share
+from acip_platform.fleet import Fleet, FleetError
+from acip_platform.schedule import share
 from acip_platform.settings import Settings
 from acip_platform.tracking import Registry
 
@@ -49,6 +50,6 @@ def test_a_number_of_workers_that_cannot_be(tmp_path: Path, small_base: str) -> 
     with pytest.raises(FleetError, match="either sharded or in 4 bit"):
         Fleet.load(fleet(file, small_base, ", quantise: nf4"))
     _, two = Fleet.load(fleet(file, small_base)).jobs
-    assert share(two, {"CPU": 4.0}).at_once == 2
+    assert share(two, [{"CPU": 4.0}]).workers == 2
     with pytest.raises(FleetError, match="asks for 2 workers with 0 GPUs and 1 CPUs; the cluster has 0 and 1"):
-        share(two, {"CPU": 1.0})
+        share(two, [{"CPU": 1.0}])

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from acip_platform.fleet import Outcome
+from acip_platform.schedule import Outcome
 
 POLL_S = 0.5
 

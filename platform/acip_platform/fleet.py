@@ -1,4 +1,4 @@
-"""A fleet file -> checked jobs; the jobs side by side on the cluster, where one failing does not stop the others.
+"""A fleet file -> checked jobs.
 
     name: demo
     defaults: {data: package:wikipedia}        # any field of a model
@@ -16,7 +16,6 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ class Job:
     sizes: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the trade-off curve
     num_workers: int = 1  # that share this model: its weights sharded, each batch parted
     gpus: float = -1.0  # per worker; -1 = one where the cluster has any
-    cpus: float = -1.0  # per worker; -1 = all of a CPU-only cluster (shared out), else 4
+    cpus: float = -1.0  # per worker; -1 = see acip_platform.schedule.share
     trust_remote_code: bool = False  # runs code that comes with the base model
 
     @property
@@ -58,6 +57,12 @@ class Job:
         recipe = {name: value for name, value in self.recipe.to_dict().items() if name != "recompute"}
         decides = {"base": self.base, "recipe": recipe, "data": self.data, "schema": SCHEMA}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def windows(self) -> int:
+        """Windows of text for the samples, and for one pass over the steps that are expected."""
+        pruning = min(self.recipe.max_prune_steps, 2500) if self.recipe.prunes else 0
+        return self.recipe.sample_windows + self.recipe.batch_size * self.recipe.accumulate * self.recipe.end(pruning)
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -176,57 +181,3 @@ class _Reader:
             return make(*args)
         except RecipeError as error:
             raise self.fail(node, str(error)) from error
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one worker gets of the cluster, and how many such jobs fit at once."""
-
-    gpus: float
-    cpus: float
-    at_once: int
-
-
-def share(job: Job, resources: dict[str, float]) -> Share:
-    """The worker of `job` on a cluster with `resources`. What can never fit is an error now, not a wait without end."""
-    have_gpus, have_cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
-    gpus = job.gpus if job.gpus >= 0 else float(have_gpus >= 1)
-    n = job.num_workers
-    cpus = job.cpus if job.cpus >= 0 else (min(4.0, have_cpus / n) if gpus else max(1.0, have_cpus // n))
-    if n * gpus > have_gpus or n * cpus > have_cpus:
-        workers = f"{n} workers with " if n > 1 else ""
-        raise FleetError(
-            f"{job.name} asks for {workers}{gpus:g} GPUs and {cpus:g} CPUs; the cluster has {have_gpus:g} and {have_cpus:g}. "
-            "Lower num_workers, gpus or cpus in the fleet file, or add nodes."
-        )
-    fits = [int(have // (n * need)) for have, need in ((have_gpus, gpus), (have_cpus, cpus)) if need > 0]
-    return Share(gpus, cpus, max(1, min(fits, default=1)))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    job: Job
-    summary: dict[str, Any] | None  # what the worker returned
-    error: str | None
-
-
-def run_all(jobs: list[Job], at_once: int, run: Callable[[Job], dict[str, Any]]) -> Iterator[Outcome]:
-    """`run` each job, `at_once` at a time, in the order of the list; outcomes in that order too."""
-
-    def guarded(job: Job) -> Outcome:
-        try:
-            return Outcome(job, run(job), None)
-        except Exception as error:  # whatever it is, the other models go on and the last screen says it
-            return Outcome(job, None, root_cause(error))
-
-    with ThreadPoolExecutor(max_workers=at_once) as pool:
-        yield from pool.map(guarded, jobs)
-
-
-def root_cause(error: BaseException) -> str:
-    """The innermost message: Ray wraps a worker's exception several times."""
-    while True:
-        inner = error.__cause__ or next(iter(getattr(error, "worker_failures", {}).values()), None)
-        if not isinstance(inner, BaseException):
-            return f"{type(error).__name__}: {error}".strip().splitlines()[-1] if not isinstance(error, AcipError) else str(error)
-        error = inner

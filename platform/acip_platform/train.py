@@ -33,7 +33,8 @@ from acip.layers import targets
 from acip.parametrise import parametrise
 from acip.state import CalibrationState, StepReport
 from acip_platform.finish import finish, heldout_windows
-from acip_platform.fleet import Job, Share
+from acip_platform.fleet import Job
+from acip_platform.schedule import Share
 from acip_platform.settings import Settings
 from acip_platform.store import Store
 from acip_platform.tracking import Run, Tracking
@@ -128,10 +129,8 @@ def _calibrated(
 ) -> Artifact | None:
     """Parametrise and calibrate, from the last checkpoint if there is one; the first worker's artifact, in a temporary folder."""
     recipe = job.recipe
-    # enough text for one pass over the expected steps and the samples; a longer run reads it again in another order
-    pruning = min(recipe.max_prune_steps, 2500) if recipe.prunes else 0
-    wanted = recipe.sample_windows + recipe.batch_size * recipe.accumulate * recipe.end(pruning)
-    windows = token_windows(documents(job.data, "train"), base.tokenizer, recipe.seq_len, wanted)
+    # a longer run than is expected reads them again in another order
+    windows = token_windows(documents(job.data, "train"), base.tokenizer, recipe.seq_len, job.windows)
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))]
     batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
 

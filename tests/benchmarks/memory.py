@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,26 +147,32 @@ def measured(name: str) -> float:
 
 
 def predictions() -> None:
-    """The table of MEMORY.md: GB of the default recipe and of changes of it, on an accelerator."""
+    """The tables of MEMORY.md and of infra/HARDWARE.md: GB on one accelerator for changes of the default recipe, and on several."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from acip.memory import predict
     from acip.recipe import Recipe
 
-    print("| predicted GB | " + " | ".join(CHANGES) + " |\n|---" + "|---" * len(CHANGES) + "|")
-    for name, (vocabulary, hidden, intermediate, layers, heads, kv_heads) in LLAMAS.items():
-        config = LlamaConfig(
-            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=kv_heads, tie_word_embeddings=False,
-        )  # fmt: skip
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        cells = []
-        for change in CHANGES.values():
-            memory = predict(model, replace(Recipe(), **change))
-            cells.append(f"{memory.peak / 1e9:.0f} ({memory.worst.name})")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    def models() -> Iterator[tuple[str, Any]]:
+        for name, (vocabulary, hidden, intermediate, layers, heads, kv_heads) in LLAMAS.items():
+            config = LlamaConfig(
+                vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+                num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=False,
+            )  # fmt: skip
+            with torch.device("meta"):
+                yield name, AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+    def table(title: str, columns: dict[str, tuple[Recipe, int]]) -> None:
+        print(f"| {title} | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
+        for name, model in models():
+            memories = [predict(model, recipe, workers=workers) for recipe, workers in columns.values()]
+            print(f"| {name} | " + " | ".join(f"{memory.peak / 1e9:.0f} ({memory.worst.name})" for memory in memories) + " |")
+
+    table("predicted GB", {name: (replace(Recipe(), **change), 1) for name, change in CHANGES.items()})
+    print()
+    sharded = {f"{n} workers": (replace(Recipe(), recompute=True, batch_size=max(4, n)), n) for n in (1, 2, 4, 8)}
+    table("predicted GB of each, recompute", sharded)
 
 
 def main() -> int:

@@ -1,0 +1,129 @@
+"""Fleets on a cluster of Ray's: are the GPUs busy, with a node lost in the middle?
+
+    python tests/benchmarks/fleet.py             20 models on 4 nodes with a GPU each (fake ones), about 3 minutes
+    python tests/benchmarks/fleet.py --quick     models of a third of the length
+    python tests/benchmarks/fleet.py --check     ends with 1 below 90 % occupancy, or where a model is missing
+
+The nodes are raylets of their own on this machine (`ray.cluster_utils.Cluster`); what is scheduled is `acip_platform.schedule.run_all`
+with placement groups of what `share` gives each job, as Ray Train makes them. The work is a sleep, as long as the model has
+parameters, +-20 %. What a lost node had begun is begun again, and was busy until then. Occupancy is GPU-seconds asleep, over
+GPU-seconds of the nodes alive, from the first start to the last end. Ray Train's own start of a worker (10 to 20 s) is not in here.
+"""
+
+import argparse
+import random
+import sys
+import threading
+import time
+from typing import Any
+
+import ray
+from acip_platform.fleet import Job
+from acip_platform.schedule import Share, here, nodes, parameters, run_all, share
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+SIZES_B = (1, 3, 7, 7, 8, 13, 14)  # billions of parameters
+SECONDS_PER_B = 3.0
+ENOUGH = 0.9
+
+
+@ray.remote(num_cpus=0)
+class Log:
+    """(job, node, start) of each piece of work, and its end once it has one."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def start(self, name: str, node: str) -> int:
+        self.rows.append({"name": name, "node": node, "start": time.time(), "end": None})
+        return len(self.rows) - 1
+
+    def end(self, row: int) -> None:
+        self.rows[row]["end"] = time.time()
+
+    def all(self) -> list[dict[str, Any]]:
+        return self.rows
+
+
+@ray.remote(max_retries=-1)
+def work(log: Any, name: str, seconds: float) -> None:
+    row = ray.get(log.start.remote(name, ray.get_runtime_context().get_node_id()))
+    time.sleep(seconds)
+    ray.get(log.end.remote(row))
+
+
+def run(job: Job, part: Share, log: Any, seconds: float) -> dict[str, Any]:
+    """As Ray Train: one bundle a worker, all or none."""
+    group = placement_group([{"GPU": part.gpus, "CPU": part.cpus}] * part.workers)
+    try:
+        places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(part.workers)]
+        ray.get([work.options(num_gpus=part.gpus, num_cpus=part.cpus, scheduling_strategy=place).remote(log, job.name, seconds)
+                 for place in places])  # fmt: skip
+    finally:
+        remove_placement_group(group)
+    return {}
+
+
+def fleet(count: int, gangs: int, rng: random.Random) -> list[Job]:
+    """`count` models, `gangs` of them of 70B on two workers, in no order."""
+    jobs = [Job(f"m{i}-{rng.choice(SIZES_B)}b", "lab/model") for i in range(count - gangs)]
+    jobs += [Job(f"m{i}-70b", "lab/model", num_workers=2) for i in range(count - gangs, count)]
+    rng.shuffle(jobs)
+    return jobs
+
+
+def occupancy(count: int, gangs: int, seconds_per_b: float, machines: int = 4, seed: int = 0) -> tuple[float, set[str]]:
+    """(occupancy, the models that were finished) of one fleet."""
+    rng = random.Random(seed)
+    jobs = fleet(count, gangs, rng)
+    seconds = {job.name: min(20.0, parameters(job) / 1e9) * seconds_per_b * rng.uniform(0.8, 1.2) for job in jobs}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 << 20})
+    try:
+        ray.init(address=cluster.address, log_to_driver=False)
+        workers = [cluster.add_node(num_cpus=4, num_gpus=1, object_store_memory=80 << 20) for _ in range(machines)]
+        cluster.wait_for_nodes()
+        log = Log.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
+        shares = {job.name: share(job, nodes()) for job in jobs}
+        lost: list[tuple[str, float]] = []
+
+        def lose_one() -> None:
+            cluster.remove_node(workers[-1], allow_graceful=False)
+            lost.append((workers[-1].node_id, time.time()))
+
+        total = sum(seconds[job.name] * job.num_workers for job in jobs)
+        killer = threading.Timer(0.4 * total / machines, lose_one)
+        killer.start()
+        done = set()
+        for outcome in run_all(jobs, shares, lambda job: run(job, shares[job.name], log, seconds[job.name])):
+            print(f"  {outcome.job.name:8s} {outcome.error or 'done'}", flush=True)
+            done |= {outcome.job.name} if outcome.error is None else set()
+        killer.cancel()
+        return busy(ray.get(log.all.remote()), machines, lost), done
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def busy(rows: list[dict[str, Any]], machines: int, lost: list[tuple[str, float]]) -> float:
+    first, last = min(row["start"] for row in rows), max(row["end"] for row in rows if row["end"])
+    died = dict(lost)
+    worked = sum((row["end"] or died[row["node"]]) - row["start"] for row in rows)
+    there = machines * (last - first) - sum(last - when for when in died.values())
+    print(f"  {worked:.0f} of {there:.0f} GPU-seconds asleep, {len(rows)} pieces of work, {len(lost)} nodes lost")
+    return worked / there
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    share_of, done = occupancy(20, 2, SECONDS_PER_B / (3 if args.quick else 1))
+    print(f"occupancy of the GPUs: {share_of:.1%}, {len(done)} of 20 models done (at least {ENOUGH:.0%} of 20)")
+    return int(args.check and (share_of < ENOUGH or len(done) < 20))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
