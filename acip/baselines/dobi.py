@@ -118,6 +118,7 @@ class Truncation(torch.autograd.Function):
         U, s, V = leading(A, int(max(0.0, float(gamma.detach()))) + BESIDE)
         g = gate(gamma.to(A.dtype), s.shape[-1])
         ctx.save_for_backward(U, s, V, g)
+        ctx.dtype = gamma.dtype
         return (U * (s * g)[..., None, :]) @ V.mT
 
     @staticmethod
@@ -133,9 +134,9 @@ class Truncation(torch.autograd.Function):
         Y = (f_i + f_j) / (s_i + s_j).clamp_min(torch.finfo(s.dtype).tiny)
         inner = (X * (P + P.mT) + Y * (P - P.mT)) / 2
         dA = U @ (inner @ V.mT + g[:, None] * (UtG - P @ V.mT)) + ((GV - U @ P) * g) @ V.mT
-        slope = BETA * 2 * g * (1 - g)  # of the gate: beta (1 - tanh^2) / 2
+        slope = 2 * BETA * g * (1 - g)  # of the gate
         dgamma = (P.diagonal(dim1=-2, dim2=-1) * s * slope).sum()
-        return dA, dgamma.to(torch.float32)
+        return dA, dgamma.to(ctx.dtype)
 
 
 def gate(gamma: Tensor, count: int) -> Tensor:

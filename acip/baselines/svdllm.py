@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from acip.base import Base
 from acip.baselines.factors import Factors, each, hooked, layers_at, refuse_idle, swapped, uniform_ranks
 from acip.data import TokenBatches
-from acip.errors import RecipeError
+from acip.errors import CalibrationError, RecipeError
 from acip.layers import find_linears, weight_MN
 from acip.linear import LoRA, LowRankLinear
 from acip.losses import next_token
@@ -108,6 +108,8 @@ def _whitened(S: Mapping[str, Tensor], name: str, linear: nn.Module) -> Factors:
 @torch.no_grad()
 def whitening(C_NN: Tensor) -> Tensor:
     """S, lower triangular, with S S^T = C; C is lifted to be positive definite where it is not."""
+    if not torch.isfinite(C_NN).all():
+        raise CalibrationError("a layer is fed numbers that are not finite on this text; try dtype float32.")
     S_NN, failed = torch.linalg.cholesky_ex(C_NN)
     lift, one = JITTER, torch.eye(len(C_NN), dtype=C_NN.dtype, device=C_NN.device)
     while failed:
