@@ -135,6 +135,17 @@ def each(linears: Mapping[str, nn.Module], solve: Callable[[str, nn.Module], T])
         yield from zip(linears, pool.map(solve, linears.keys(), linears.values()), strict=True)
 
 
+def blocks_of(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """Layers by the outermost block that holds them."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        outermost = min((outer for outer in lists if name.startswith(f"{outer}.")), key=len)
+        index = name.removeprefix(f"{outermost}.").partition(".")[0]
+        blocks.setdefault(f"{outermost}.{index}", []).append(name)
+    return blocks
+
+
 def refuse_idle(linears: Mapping[str, nn.Module], seen: Iterable[str]) -> None:
     """BaseModelError for layers that the text never reaches."""
     if idle := [name for name in linears if name not in set(seen)]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from acip.base import Base
-from acip.baselines.factors import Factors, each, hooked, layers_at, refuse_idle, swapped, uniform_ranks
+from acip.baselines.factors import Factors, blocks_of, each, hooked, layers_at, refuse_idle, swapped, uniform_ranks
 from acip.data import TokenBatches
 from acip.errors import CalibrationError, RecipeError
 from acip.layers import find_linears, weight_MN
@@ -50,6 +50,7 @@ def run(
     exclude: tuple[str, ...] = (),
     sample_windows: int = 256,
     update_windows: int = 16,
+    lora_windows: int | None = None,
     lora_epochs: int = 3,
     lora_rank: int = 8,
     lora_alpha: float = 16.0,
@@ -58,10 +59,13 @@ def run(
     lora_batch: int = 64,
     lora_micro: int = 4,
 ) -> Iterator[tuple[float, nn.Module]]:
-    """`sample_windows` for C, `update_windows` (in one forward pass) for the update, all windows for LoRA (at a constant rate)."""
+    """`sample_windows` for C, `update_windows` (in one forward pass) for the update, `lora_windows` (None = all) for LoRA.
+
+    Learning rates are constant; a LoRA step takes `lora_batch` windows, `lora_micro` at once.
+    """
     counts = {"sample_windows": sample_windows, "update_windows": update_windows, "lora_rank": lora_rank}
-    for option, value in (counts | {"lora_batch": lora_batch, "lora_micro": lora_micro}).items():
-        if value < 1:
+    for option, value in (counts | {"lora_windows": lora_windows, "lora_batch": lora_batch, "lora_micro": lora_micro}).items():
+        if value is not None and value < 1:
             raise RecipeError(f"{option} is {value}; it must be at least 1.")
     model = base.model
     linears = find_linears(model, exclude)
@@ -78,7 +82,7 @@ def run(
             if lora and size < 1:
                 low_rank = [layer for layer in layers.values() if isinstance(layer, LowRankLinear)]
                 adapter = (lora_rank, lora_alpha, lora_dropout)
-                tuned(model, low_rank, windows, adapter, lora_lr, lora_epochs, lora_batch, lora_micro, progress)
+                tuned(model, low_rank, windows[:lora_windows], adapter, lora_lr, lora_epochs, lora_batch, lora_micro, progress)
             yield size, model
 
 
@@ -129,17 +133,6 @@ def whitened_svd(linear: nn.Module, S_NN: Tensor) -> Factors:
 
 
 # ---- update
-
-
-def blocks_of(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
-    """Layers by the outermost block that holds them."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    blocks: dict[str, list[str]] = {}
-    for name in names:
-        outermost = min((outer for outer in lists if name.startswith(f"{outer}.")), key=len)
-        index = name.removeprefix(f"{outermost}.").partition(".")[0]
-        blocks.setdefault(f"{outermost}.{index}", []).append(name)
-    return blocks
 
 
 @torch.no_grad()
