@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AlbertConfig, AlbertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from acip.base import Base, load_base
 from acip.baselines import METHODS, asvd, compress, covariance, dobi, method, svdllm
@@ -19,6 +19,8 @@ from acip.linear import LowRankLinear
 from acip.modeling_acip import plain_linear
 from acip.moments import feed_tokens, moments
 from tests.conftest import logits
+from tests.test_architectures import ARCHITECTURES, random_model
+from tests.test_architectures import WIDE as WIDE_CONFIG
 
 QUICK: dict[str, dict[str, Any]] = {
     "asvd": {"search_windows": 1, "ratios": (0.3, 0.7)},
@@ -104,6 +106,27 @@ def test_other_architectures_with_biases(name: str, gpt2: Base, windows: Tensor)
     (made,) = compress(name, gpt2, windows, (0.6,), **QUICK.get(name, {}))
     assert 0.5 < made.got <= 0.6
     assert torch.equal(logits(gpt2.model, windows[:2]), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "albert-shared-block"])
+def test_every_architecture(architecture: str, windows: Tensor) -> None:
+    if architecture in ARCHITECTURES:
+        config, exclude = ARCHITECTURES[architecture].config, ARCHITECTURES[architecture].recipe.exclude
+        model = random_model(config)
+    else:
+        config, exclude = AlbertConfig(**WIDE_CONFIG, embedding_size=32), ()
+        model = random_model(config, AlbertForMaskedLM)
+    if architecture == "opt-16-bit":
+        model = model.bfloat16()
+    base, tokens = Base(model.requires_grad_(False), None, "random", None, "random"), windows[:, :16]
+    expected = logits(model, tokens[:2])
+    for name in METHODS:
+        for made in compress(name, base, tokens, (0.6,), exclude=exclude, **QUICK.get(name, {})):
+            assert 0.4 < made.got <= 0.6, name
+            got = logits(made.model, tokens[:2])
+            assert torch.isfinite(got).all() and not torch.equal(got, expected), name
+    assert torch.equal(logits(model, tokens[:2]), expected)
 
 
 def test_an_abandoned_run_leaves_the_base_as_it_was(base: Base, windows: Tensor) -> None:

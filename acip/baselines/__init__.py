@@ -25,14 +25,12 @@ from torch import Tensor, nn
 
 from acip.base import Base
 from acip.baselines import asvd, calibrated, covariance, dobi, svd, svdllm
-from acip.baselines.factors import stored
+from acip.baselines.factors import Progress, stored
 from acip.budget import Budget
 from acip.errors import DataError, RecipeError
 from acip.layers import find_linears
 from acip.linear import LowRankLinear, PivotLinear
 from acip.recipe import did_you_mean
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Method:
     """One way to make models of asked sizes. `run` yields (size, model) and takes the options that it names as keywords."""
 
     title: str  # as tables print it
-    one_run_per_size: bool  # whether all of the work is done anew for each size
+    one_run_per_size: bool  # what is learned for one size is of no use for another
     run: Callable[..., Iterator[tuple[float, nn.Module]]]
     preset: Mapping[str, Any]  # options that make it this method
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from acip.base import Base
 from acip.baselines.factors import (
     Factors,
+    Progress,
     allowed,
     blocks_of,
     each,
@@ -56,7 +57,7 @@ def run(
     base: Base,
     windows: Tensor,
     sizes: Sequence[float],
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     *,
     exclude: tuple[str, ...] = (),
     alpha: float = 0.5,
@@ -111,7 +112,7 @@ def sensitivities(
     factors: Mapping[str, Factors],
     windows: Tensor,
     ratios: Sequence[float],
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> list[Entry]:
     """Entries of all layers and ratios, worst first.
 

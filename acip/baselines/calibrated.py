@@ -1,13 +1,13 @@
 """ACIP, the paper's and ours: parametrise, calibrate, and cut to every size from one score map (paper 2.2)."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from acip.base import Base
-from acip.baselines.factors import swapped
+from acip.baselines.factors import Progress, swapped
 from acip.calibrate import calibrate
 from acip.cut import Budget
 from acip.data import TokenBatches
@@ -25,7 +25,7 @@ def run(
     base: Base,
     windows: Tensor,
     sizes: Sequence[float],
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     *,
     recipe: str | Recipe,
     exclude: tuple[str, ...] = (),

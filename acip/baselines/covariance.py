@@ -11,7 +11,7 @@ which is what whitening reaches, without Cholesky or inverse. Ranks are
                perplexity, LLaMA-7B in their ablation). Their own allocation weighs layers by importance; this one does not.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acip.base import Base
-from acip.baselines.factors import Factors, hooked, layers_at, on_inputs, shape_of, swapped, uniform_ranks
+from acip.baselines.factors import Factors, Progress, hooked, layers_at, on_inputs, shape_of, swapped, uniform_ranks
 from acip.bases import bases
 from acip.cut import Budget, CutTable
 from acip.errors import RecipeError
@@ -33,7 +33,7 @@ def run(
     base: Base,
     windows: Tensor,
     sizes: Sequence[float],
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     *,
     allocation: Literal["uniform", "global"],
     exclude: tuple[str, ...] = (),

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from acip.base import Base
-from acip.baselines.factors import Factors, allowed, hooked, layers_at, refuse_idle, stored_at, swapped, uniform_ranks
+from acip.baselines.factors import Factors, Progress, allowed, hooked, layers_at, refuse_idle, stored_at, swapped, uniform_ranks
 from acip.data import TokenBatches
 from acip.errors import CalibrationError, DataError, RecipeError
 from acip.layers import find_linears, weight_MN
@@ -47,7 +47,7 @@ def run(
     base: Base,
     windows: Tensor,
     sizes: Sequence[float],
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     *,
     exclude: tuple[str, ...] = (),
     sample_windows: int = 256,
@@ -189,7 +189,7 @@ def learned(
     start: Mapping[str, float],
     windows: Tensor,
     size: float,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     epochs: int,
     accumulate: int,
     lr: tuple[float, float],
@@ -286,7 +286,7 @@ def rebuilt(
     gammas: Mapping[str, float],
     ranks: Mapping[str, int | None],
     windows: Tensor,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> dict[str, Factors]:
     """Each layer projected on the components of its truncated outputs' right singular vectors, as the truncated model has them."""
     device = next(model.parameters()).device

@@ -27,6 +27,7 @@ from acip.threads import one_thread_each
 
 T = TypeVar("T")
 Ranks = Mapping[str, int | None]
+Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
 @dataclass(frozen=True)

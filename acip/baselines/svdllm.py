@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from acip.base import Base
-from acip.baselines.factors import Factors, blocks_of, each, hooked, layers_at, refuse_idle, swapped, uniform_ranks
+from acip.baselines.factors import Factors, Progress, blocks_of, each, hooked, layers_at, refuse_idle, swapped, uniform_ranks
 from acip.data import TokenBatches
 from acip.errors import CalibrationError, RecipeError
 from acip.layers import find_linears, weight_MN
@@ -43,7 +43,7 @@ def run(
     base: Base,
     windows: Tensor,
     sizes: Sequence[float],
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     *,
     update: bool,
     lora: bool,
@@ -210,7 +210,7 @@ def tuned(
     epochs: int,
     batch: int,
     micro: int,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> None:
     """Train and merge adapters (rank, alpha, dropout) in place: of the left factors, then of the right ones."""
     rank, alpha, dropout = adapter
