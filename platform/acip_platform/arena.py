@@ -166,7 +166,8 @@ def hold(arena: Arena, results: Results, inbox: Any, say: Callable[[str], None])
 
     def follow(entry: Entry) -> tuple[Entry, str] | None:
         try:
-            for ref in compete.options(num_cpus=cpus, num_gpus=gpus).remote(arena, entry, max(1, int(cpus)), inbox):
+            refs: Any = compete.options(num_cpus=cpus, num_gpus=gpus).remote(arena, entry, max(1, int(cpus)), inbox)
+            for ref in refs:  # one by one, as they are made
                 row = ray.get(ref)
                 if "error" in row:
                     return entry, row["error"]
