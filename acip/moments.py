@@ -1,7 +1,8 @@
 """Second moments of what layers are fed, or give: what the covariance basis is made of.
 
 Layers are hooked, and the calibration text runs through the model once. W C W^T is the second moment of the outputs y = W x, so a
-layer with fewer outputs than inputs gathers that smaller matrix. Layers that are fed one tensor share one matrix.
+layer with fewer outputs than inputs gathers that smaller matrix, unless the inputs' own is wanted (`inputs_only`). Layers that
+are fed one tensor share one matrix.
 
 Legend: M = out features, N = in features, n = M or N, S = samples (tokens).
 """
@@ -27,15 +28,15 @@ def feed_tokens(model: nn.Module, ids_BT: Tensor) -> None:
     getattr(model, "base_model", model)(input_ids=ids_BT, use_cache=False)
 
 
-def of_outputs(layer: nn.Module) -> bool:
+def of_outputs(layer: nn.Module, inputs_only: bool = False) -> bool:
     """Whether a layer's second moment is taken of its outputs: they are fewer, and Wx itself."""
     M, N = weight_MN(layer).shape
-    return M < N and getattr(layer, "bias", None) is None
+    return not inputs_only and M < N and getattr(layer, "bias", None) is None
 
 
-def moment_bytes(layer: nn.Module) -> int:
+def moment_bytes(layer: nn.Module, inputs_only: bool = False) -> int:
     M, N = weight_MN(layer).shape
-    return 4 * (M if of_outputs(layer) else N) ** 2
+    return 4 * (M if of_outputs(layer, inputs_only) else N) ** 2
 
 
 class _Fed(Exception):  # noqa: N818
@@ -50,6 +51,7 @@ def moments(
     feed: Feed = feed_tokens,
     batch_size: int = 4,
     calls: Counter[str] | None = None,
+    inputs_only: bool = False,
 ) -> dict[str, Tensor]:
     """The mean of x x^T per layer, x its inputs [N] or outputs [M] (see `of_outputs`), float32 [n, n], in one forward pass.
 
@@ -57,7 +59,7 @@ def moments(
     inputs (images); the matrix is then a multiple of the mean, which has the same eigenvectors. A layer that is never called
     is missing. `calls` counts the calls of each layer in one forward pass, where that is known: a pass ends with the last.
     """
-    gathering = _Gathering(linears, Counter(calls))
+    gathering = _Gathering(linears, Counter(calls), inputs_only)
     rank, size = shard.rank(), shard.workers()
     handles = [gathering.hook(name, layer) for name, layer in linears.items()]
     try:
@@ -73,7 +75,7 @@ def moments(
         shares = {name: owner for part in shard.from_all(shares) for name, owner in part.items()}
     for owner in sorted(set(shares.values())):
         if owner not in sums:
-            n = weight_MN(linears[owner]).shape[0 if of_outputs(linears[owner]) else 1]
+            n = weight_MN(linears[owner]).shape[0 if of_outputs(linears[owner], inputs_only) else 1]
             sums[owner] = torch.zeros(n, n, device=weight_MN(linears[owner]).device)
         if size > 1:
             dist.all_reduce(sums[owner])
@@ -85,8 +87,8 @@ def moments(
 class _Gathering:
     """The hooks of some layers, and what they have summed up."""
 
-    def __init__(self, linears: Mapping[str, nn.Module], expected: Counter[str]) -> None:
-        self.linears, self.expected = linears, expected
+    def __init__(self, linears: Mapping[str, nn.Module], expected: Counter[str], inputs_only: bool) -> None:
+        self.linears, self.expected, self.inputs_only = linears, expected, inputs_only
         self.called: Counter[str] = Counter()  # in this forward pass
         self.waiting: set[str] = set()  # layers with calls to come in it
         self.sums: dict[str, Tensor] = {}  # sum of x x^T, the lower triangle
@@ -113,7 +115,8 @@ class _Gathering:
             self.add(name, y)
             self.end(name)
 
-        return layer.register_forward_hook(on_output) if of_outputs(layer) else layer.register_forward_pre_hook(on_input)
+        outputs = of_outputs(layer, self.inputs_only)
+        return layer.register_forward_hook(on_output) if outputs else layer.register_forward_pre_hook(on_input)
 
     def add(self, owner: str, x: Tensor) -> None:
         x_Sn = x.reshape(-1, x.shape[-1]).float()
@@ -137,14 +140,16 @@ def _add_outer(C_nn: Tensor, x_Sn: Tensor) -> None:
         C_nn[i:, i : i + step].addmm_(x_Sn[:, i:].T, x_Sn[:, i : i + step])
 
 
-def probe(model: nn.Module, linears: Mapping[str, nn.Module], windows: Tensor, feed: Feed) -> list[tuple[str, str]]:
+def probe(
+    model: nn.Module, linears: Mapping[str, nn.Module], windows: Tensor, feed: Feed = feed_tokens, inputs_only: bool = False
+) -> list[tuple[str, str]]:
     """The calls on one window, in their order: (layer, the layer that saw the same input first)."""
     trace: list[tuple[str, str]] = []
     last: list[tuple[Tensor, str]] = []
 
     def hook(name: str) -> Callable[..., None]:
         def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if of_outputs(linears[name]):
+            if of_outputs(linears[name], inputs_only):
                 trace.append((name, name))
                 return
             if not last or last[0][0] is not args[0]:
@@ -162,16 +167,16 @@ def probe(model: nn.Module, linears: Mapping[str, nn.Module], windows: Tensor, f
     return trace
 
 
-def grouped(linears: Mapping[str, nn.Module], trace: Sequence[tuple[str, str]], limit: int) -> list[list[str]]:
+def grouped(linears: Mapping[str, nn.Module], trace: Sequence[tuple[str, str]], limit: int, inputs_only: bool = False) -> list[list[str]]:
     """Layers in the order of their calls, cut into groups whose matrices take at most `limit` bytes, or one layer."""
     shares = dict(reversed(trace))
     groups: list[list[str]] = [[]]
     used = 0
     for name in dict.fromkeys([name for name, _ in trace] + list(linears)):
-        size = 0 if shares.get(name, name) in groups[-1] else moment_bytes(linears[name])
+        size = 0 if shares.get(name, name) in groups[-1] else moment_bytes(linears[name], inputs_only)
         if groups[-1] and size and used + size > limit:
             groups.append([])
-            used, size = 0, moment_bytes(linears[name])
+            used, size = 0, moment_bytes(linears[name], inputs_only)
         groups[-1].append(name)
         used += size
     return groups

@@ -1,0 +1,55 @@
+"""ACIP, the paper's and ours: parametrise, calibrate, and cut to every size from one score map (paper 2.2)."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from acip.base import Base
+from acip.baselines.factors import Progress, swapped
+from acip.calibrate import calibrate
+from acip.cut import Budget
+from acip.data import TokenBatches
+from acip.layers import targets
+from acip.linear import ElasticLinear
+from acip.parametrise import parametrise, restore
+from acip.recipe import Recipe, named
+from acip.sizes import set_size
+from acip.state import CalibrationState, StepReport
+
+NO_CHANGES: Mapping[str, Any] = {}
+
+
+def run(
+    base: Base,
+    windows: Tensor,
+    sizes: Sequence[float],
+    progress: Progress,
+    *,
+    recipe: str | Recipe,
+    exclude: tuple[str, ...] = (),
+    set: Mapping[str, Any] = NO_CHANGES,
+) -> Iterator[tuple[float, nn.Module]]:
+    """`recipe` (its name, or itself) with the changes `set`, as in fleet files.
+
+    The windows and the base model are there already: the recipe's `seq_len` and `dtype` say nothing here.
+    """
+    chosen = Recipe.from_dict({**set, "exclude": list(exclude)}, named(recipe) if isinstance(recipe, str) else recipe)
+    chosen = dataclasses.replace(chosen, seq_len=windows.shape[1])
+    model = base.model
+
+    def observe(reports: list[StepReport], _state: CalibrationState) -> None:
+        progress(reports[-1].phase, round(100 * reports[-1].progress), 100)
+
+    try:
+        parametrise(model, chosen, windows, lambda done, total: progress("basis", done, total))
+        batches = TokenBatches(windows, chosen.batch_size, chosen.seed)
+        table = calibrate(model, batches, chosen, observe=observe).table
+        cores = {name: core for name, core in targets(model).items() if isinstance(core, ElasticLinear)}
+        for size in sizes:
+            set_size(cores, table.cut(Budget(ratio=size)))
+            with swapped(model, {name: core.materialise(table.storage) for name, core in cores.items()}):
+                yield size, model
+    finally:
+        restore(model)

@@ -1,0 +1,321 @@
+"""Dobi-SVD without remapping: where to truncate the activations is learned, then weights are rebuilt for these places
+(Wang et al., ICLR 2025, arXiv 2502.02723).
+
+    1  learn      of each window's outputs A = x W^T [T, M] a layer keeps about gamma directions:
+                      A' = U diag(s * g) V^T,   g_i = tanh(beta (gamma - i)) / 2 + 1/2
+                  gamma, one number a layer, is trained by Adam on perplexity + penalty * |R(gamma) - size| + what leaves [0, T']
+    2  rebuild    the V of all windows are joined by an incremental PCA with k components; the layer is projected on them:
+                      W' = V_k V_k^T W,   two factors V_k and V_k^T W
+
+A window has at most T' = min(T, M, N) directions and the layer K = min(M, N), so gamma stands for the rank k = gamma K / T'.
+R is what these ranks store, of the dense layers' numbers. Learned ranks meet the size only nearly: they are scaled by a common
+factor to be within it (ours; the penalty alone promises nothing).
+
+The gradient of step 1, with f = s g, P = U^T G V and G the gradient at A' (the chain of the SVD's own, written without U's and V's):
+
+    dA = U (X * sym P + Y * skew P) V^T + (1 - U U^T) G V diag(g) V^T + U diag(g) U^T G (1 - V V^T)
+    X_ij = (f_i - f_j) / (s_i - s_j),  X_ii = g_i,  Y_ij = (f_i + f_j) / (s_i + s_j)
+
+1 / (s_i^2 - s_j^2) has no bound where values are close; there it is the first TERMS terms of its series (the authors').
+
+Legend: M = out features, N = in features, K = min(M, N), T = tokens of a window, q = directions computed, k = rank.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from acip.base import Base
+from acip.baselines.factors import Factors, Progress, allowed, hooked, layers_at, refuse_idle, stored_at, swapped, uniform_ranks
+from acip.data import TokenBatches
+from acip.errors import CalibrationError, DataError, RecipeError
+from acip.layers import find_linears, weight_MN
+from acip.losses import next_token
+from acip.modeling_acip import bias_of
+from acip.moments import feed_tokens
+
+BETA = 10.0  # steepness of the gate
+BESIDE = 5  # directions computed beyond gamma, where the gate is closed
+TERMS = 11  # of the series 1 / (1 - r) = 1 + r + r^2 + ...
+CLOSE = 1e-10  # a difference of squares below which the series is taken
+
+
+def run(
+    base: Base,
+    windows: Tensor,
+    sizes: Sequence[float],
+    progress: Progress,
+    *,
+    exclude: tuple[str, ...] = (),
+    sample_windows: int = 256,
+    epochs: int = 20,
+    accumulate: int = 8,
+    lr: float = 5.0,
+    lr_end: float = 4.0,
+    penalty: float = 200.0,
+) -> Iterator[tuple[float, nn.Module]]:
+    """`sample_windows` are learned from for `epochs`, `accumulate` of them a step.
+
+    `lr` falls to `lr_end` by a cosine, in units of gamma; `penalty` weighs the miss of the size.
+    """
+    for option, value, least in (("sample_windows", sample_windows, 1), ("epochs", epochs, 0), ("accumulate", accumulate, 1)):
+        if value < least:
+            raise RecipeError(f"{option} is {value}; it must be at least {least}.")
+    model, windows = base.model, windows[:sample_windows]
+    linears = find_linears(model, exclude)
+    places = {name: Place(linear, windows.shape[1]) for name, linear in linears.items()}
+    needed = max(place.windows for place in places.values())
+    if len(windows) < needed and min(sizes) < 1:
+        raise DataError(
+            f"{len(windows)} windows of {windows.shape[1]} tokens have too few directions for the largest layer: "
+            f"use at least {needed} windows, or longer ones."
+        )
+    for size in sizes:
+        if size == 1:
+            yield size, model
+            continue
+        start = uniform_ranks(linears, size)
+        gammas = {name: place.gamma(start[name] or 0) for name, place in places.items()}
+        gammas = learned(model, linears, places, gammas, windows, size, progress, epochs, accumulate, (lr, lr_end), penalty)
+        ranks = within(linears, places, gammas, size)
+        factors = rebuilt(model, linears, places, gammas, ranks, windows, progress)
+        with swapped(model, layers_at(linears, factors, ranks)):
+            yield size, model
+
+
+class Place:
+    """What a layer's gamma means, for windows of T tokens."""
+
+    def __init__(self, linear: nn.Module, T: int) -> None:
+        self.M, self.N = weight_MN(linear).shape
+        self.K = min(self.M, self.N)
+        self.most = min(T, self.K)  # directions of one window: T'
+
+    @property
+    def windows(self) -> int:
+        """That have as many directions as the layer."""
+        return -(-self.K // self.most)
+
+    def gamma(self, rank: int) -> float:
+        return rank * self.most / self.K
+
+    def numbers(self, gamma: Any) -> Any:
+        """r (M + N), of a number or a tensor."""
+        return gamma * self.K / self.most * (self.M + self.N)
+
+
+# ---- step 1: learn
+
+
+class Truncation(torch.autograd.Function):
+    """A -> U diag(s g) V^T, g = gate(gamma - i), i = 1 ... q; A [..., T, M] float32 or float64, gamma a scalar."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, gamma: Tensor) -> Tensor:
+        U, s, V = leading(A, int(max(0.0, float(gamma.detach()))) + BESIDE)
+        g = gate(gamma.to(A.dtype), s.shape[-1])
+        ctx.save_for_backward(U, s, V, g)
+        ctx.dtype = gamma.dtype
+        return (U * (s * g)[..., None, :]) @ V.mT
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor, Tensor]:
+        U, s, V, g = ctx.saved_tensors
+        f = s * g
+        GV, UtG = G @ V, U.mT @ G
+        P = U.mT @ GV
+        inverse = inverse_differences(s)
+        s_i, s_j, f_i, f_j = s[..., :, None], s[..., None, :], f[..., :, None], f[..., None, :]
+        X = (f_i - f_j) * (s_i + s_j) * inverse
+        X.diagonal(dim1=-2, dim2=-1).copy_(g.expand(s.shape))
+        Y = (f_i + f_j) / (s_i + s_j).clamp_min(torch.finfo(s.dtype).tiny)
+        inner = (X * (P + P.mT) + Y * (P - P.mT)) / 2
+        dA = U @ (inner @ V.mT + g[:, None] * (UtG - P @ V.mT)) + ((GV - U @ P) * g) @ V.mT
+        slope = 2 * BETA * g * (1 - g)  # of the gate
+        dgamma = (P.diagonal(dim1=-2, dim2=-1) * s * slope).sum()
+        return dA, dgamma.to(ctx.dtype)
+
+
+def gate(gamma: Tensor, count: int) -> Tensor:
+    """[count] near 1 up to gamma, near 0 beyond."""
+    i = torch.arange(1, count + 1, device=gamma.device, dtype=gamma.dtype)
+    return torch.tanh(BETA * (gamma - i)) / 2 + 0.5
+
+
+def leading(A: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U [..., T, q], s, V [..., M, q] of the largest singular values: by random projection where few are wanted, as in the paper."""
+    K = min(A.shape[-2:])
+    if 2 * q < K:
+        return torch.svd_lowrank(A, q, niter=2)
+    U, s, Vh = torch.linalg.svd(A, full_matrices=False)
+    return U[..., :q], s[..., :q], Vh[..., :q, :].mT
+
+
+def inverse_differences(s: Tensor) -> Tensor:
+    """1 / (s_i^2 - s_j^2) [..., q, q], bounded where values are close; 0 on the diagonal."""
+    squares = s.square()
+    difference = squares[..., :, None] - squares[..., None, :]
+    larger = torch.maximum(squares[..., :, None], squares[..., None, :])
+    ratio = torch.minimum(squares[..., :, None], squares[..., None, :]) / larger.clamp_min(CLOSE)
+    series = sum(ratio**n for n in range(TERMS)) / larger.clamp_min(CLOSE)
+    close = difference.abs() <= CLOSE
+    # by index where values are equal, as they are sorted
+    sign = torch.where(difference != 0, difference.sign(), torch.ones_like(difference).triu(1) - torch.ones_like(difference).tril(-1))
+    return torch.where(close, sign * series, 1 / torch.where(close, 1.0, difference))
+
+
+def truncating(linears: Mapping[str, nn.Module], gammas: Mapping[str, Tensor]) -> list[torch.utils.hooks.RemovableHandle]:
+    """Hooks that truncate the outputs of each layer, window by window; the bias is added afterwards."""
+
+    def hook(name: str) -> Callable[..., Tensor]:
+        def truncate(linear: nn.Module, _args: Any, y: Tensor) -> Tensor:
+            bias_M = bias_of(linear)
+            A = y if bias_M is None else y - bias_M
+            out: Tensor = Truncation.apply(A.float(), gammas[name]).to(y.dtype)
+            return out if bias_M is None else out + bias_M
+
+        return truncate
+
+    return [linear.register_forward_hook(hook(name)) for name, linear in linears.items()]
+
+
+def learned(
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    places: Mapping[str, Place],
+    start: Mapping[str, float],
+    windows: Tensor,
+    size: float,
+    progress: Progress,
+    epochs: int,
+    accumulate: int,
+    lr: tuple[float, float],
+    penalty: float,
+) -> dict[str, float]:
+    """The gammas with the least loss that was seen."""
+    device = next(model.parameters()).device
+    gammas = {name: nn.Parameter(torch.tensor(value, dtype=torch.float32, device=device)) for name, value in start.items()}
+    optimizer = torch.optim.Adam(gammas.values(), lr=lr[0])
+    accumulate = min(accumulate, len(windows))
+    steps = epochs * len(windows) // accumulate
+    batches = TokenBatches(windows, 1)
+    best, found = math.inf, dict(start)
+    torch.manual_seed(0)  # of the random projections
+    with hooked(truncating(linears, gammas)):
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = lr[1] + (lr[0] - lr[1]) * (1 + math.cos(math.pi * step / steps)) / 2
+            total = 0.0
+            for i in range(accumulate):
+                loss = next_token(model, batches[step * accumulate + i].to(device)).exp()
+                loss = (loss + constraint(gammas, places, size, penalty)) / accumulate
+                loss.backward()
+                total += float(loss.detach())
+            if not math.isfinite(total):
+                raise CalibrationError(f"the loss is {total} at step {step + 1} of learning ranks. Lower lr, or use dtype float32.")
+            if total < best:
+                best, found = total, {name: float(gamma.detach()) for name, gamma in gammas.items()}
+            optimizer.step()
+            optimizer.zero_grad()
+            progress(f"ranks for {size}", step + 1, steps)
+    return found
+
+
+def constraint(gammas: Mapping[str, Tensor], places: Mapping[str, Place], size: float, penalty: float) -> Tensor:
+    """penalty * |R - size|, and the squares of what is below 0 or above T'."""
+    stored = torch.stack([place.numbers(gammas[name]).clamp_max(place.M * place.N) for name, place in places.items()]).sum()
+    outside = torch.stack(
+        [gammas[name].neg().relu().square() + (gammas[name] - place.most).relu().square() for name, place in places.items()]
+    )
+    return penalty * (stored / sum(place.M * place.N for place in places.values()) - size).abs() + outside.sum()
+
+
+def within(
+    linears: Mapping[str, nn.Module], places: Mapping[str, Place], gammas: Mapping[str, float], size: float
+) -> dict[str, int | None]:
+    """The ranks that gammas stand for, scaled by the largest common factor that fits the size; None = dense, as factors save nothing."""
+
+    def ranks(factor: float) -> dict[str, int | None]:
+        kept: dict[str, int | None] = {}
+        for name, place in places.items():
+            rank = max(1, min(place.K, int(factor * gammas[name] * place.K / place.most)))
+            kept[name] = None if rank * (place.M + place.N) >= place.M * place.N else rank
+        return kept
+
+    most = allowed(size, stored_at(linears, dict.fromkeys(linears)))
+    low, high = 0.0, 2.0 * max(place.most for place in places.values())
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if stored_at(linears, ranks(middle)) <= most else (low, middle)
+    return ranks(low)
+
+
+# ---- step 2: rebuild
+
+
+class IncrementalPCA:
+    """Principal components of rows that come in batches, in memory for one batch (Ross et al., 2008).
+
+    With m rows seen and n new ones, the components are those of [s V^T ; new - mean of new ; sqrt(n m / (n + m)) (mean - mean of new)].
+    """
+
+    def __init__(self, components: int) -> None:
+        self.components, self.seen = components, 0
+        self.mean_M, self.s_k, self.V_kM = (torch.zeros(0) for _ in range(3))
+
+    def fit(self, rows_nM: Tensor) -> None:
+        n, mean_M = len(rows_nM), rows_nM.mean(0)
+        stack = rows_nM - mean_M
+        if self.seen:
+            shift = math.sqrt(n * self.seen / (n + self.seen)) * (self.mean_M - mean_M)
+            stack = torch.cat([self.s_k[:, None] * self.V_kM, stack, shift[None]])
+            mean_M = (self.seen * self.mean_M + n * mean_M) / (self.seen + n)
+        _, s, Vh = torch.linalg.svd(stack, full_matrices=False)
+        self.mean_M, self.s_k, self.V_kM = mean_M, s[: self.components], Vh[: self.components]
+        self.seen += n
+
+
+@torch.no_grad()
+def rebuilt(
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    places: Mapping[str, Place],
+    gammas: Mapping[str, float],
+    ranks: Mapping[str, int | None],
+    windows: Tensor,
+    progress: Progress,
+) -> dict[str, Factors]:
+    """Each layer projected on the components of its truncated outputs' right singular vectors, as the truncated model has them."""
+    device = next(model.parameters()).device
+    pca = {name: IncrementalPCA(rank) for name, rank in ranks.items() if rank is not None}
+    waiting: dict[str, list[Tensor]] = {name: [] for name in pca}
+
+    def hook(name: str) -> Callable[..., Tensor]:
+        place, kept = places[name], max(1, min(places[name].most, math.ceil(gammas[name])))
+
+        def truncate(linear: nn.Module, _args: Any, y: Tensor) -> Tensor:
+            bias_M = bias_of(linear)
+            A = (y if bias_M is None else y - bias_M).flatten(0, -2).float()
+            U, s, V_Mq = leading(A, kept + BESIDE)
+            waiting[name].append(V_Mq[:, :kept].T)
+            if len(waiting[name]) == place.windows:
+                pca[name].fit(torch.cat(waiting[name]))
+                waiting[name].clear()
+            out = ((U * (s * gate(torch.tensor(gammas[name], device=A.device), len(s)))) @ V_Mq.T).view_as(y).to(y.dtype)
+            return out if bias_M is None else out + bias_M
+
+        return truncate
+
+    with hooked(linears[name].register_forward_hook(hook(name)) for name in pca):
+        for i, window in enumerate(windows.split(1)):
+            feed_tokens(model, window.long().to(device))
+            progress("components", i + 1, len(windows))
+    refuse_idle(pca_layers := {name: linears[name] for name in pca}, [name for name in pca if pca[name].seen])
+    factors: dict[str, Factors] = {}
+    for name, linear in pca_layers.items():
+        V_Mk = pca[name].V_kM.T
+        factors[name] = Factors.of(linear, V_Mk, V_Mk.T @ weight_MN(linear).float())
+    return factors

@@ -1,0 +1,87 @@
+"""Let every method of the paper's Table 1 compress one base model, and print the table.
+
+    python jobs/arena.py                                       SmolLM2-135M, on the text that ships with acip
+    python jobs/arena.py --arena jobs/arenas/paper.yaml        LLaMA-7B as in the paper, its own numbers beside: GPUs and the hub
+    ray job submit -- python jobs/arena.py --only asvd acip    on a running Ray
+
+Methods run side by side as Ray tasks. What is done is not done again (--force does); what fails is said, and the others go on.
+Table, rows and plot are left in ACIP_HOME/arenas/. Exit code 0 = every row is there.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+from acip_platform import arena_report
+from acip_platform.arena import Arena, ArenaError, Results, entries, hold
+from acip_platform.cluster import connect
+from acip_platform.console import Watch, console, lines
+from acip_platform.settings import Settings
+from acip_platform.train import Inbox
+
+from acip.errors import AcipError
+from acip.recipe import did_you_mean
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arena", default=str(ROOT / "jobs" / "arenas" / "demo.yaml"), help="arena file (default: the embedded demo)")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="only these methods of the arena")
+    parser.add_argument("--force", action="store_true", help="do again what is done already")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
+    args = parser.parse_args()
+    out = console()
+    try:
+        return run(args, out)
+    except AcipError as error:
+        out.print(f"error: {error}", markup=False)
+        return 2
+    finally:
+        ray.shutdown()
+
+
+def run(args: argparse.Namespace, out: Any) -> int:
+    settings, arena = Settings.from_env(), Arena.load(args.arena)
+    for name in args.only or ():
+        if name not in arena.methods:
+            raise ArenaError(f"--only names {name!r}{did_you_mean(name, arena.methods)}; the arena has {', '.join(arena.methods)}.")
+    if args.only:
+        arena = dataclasses.replace(arena, methods={name: arena.methods[name] for name in args.only})
+    folder = settings.home / "arenas"
+    results = Results(folder / f"{arena.name}.json")
+    if args.force:
+        results.forget(arena)
+    todo = entries(arena, results)
+    out.print(
+        f"arena {arena.name}: {len(arena.methods)} methods, {len(results.of(arena))} rows done, {len(todo)} tasks to do", markup=False
+    )
+    for entry in todo:
+        out.print(f"[{entry.method}] sizes {', '.join(f'{size:g}' for size in entry.sizes)}", markup=False)
+    if args.dry_run:
+        return 0
+    failures = []
+    if todo:
+        connect(settings)
+        inbox = Inbox.remote()  # type: ignore[attr-defined]
+        with Watch(out, inbox):
+            failures = hold(arena, results, inbox, lambda text: out.print(text, markup=False))
+    rows = results.of(arena)
+    if rows:
+        out.print(arena_report.table(rows, arena))
+        out.print(arena_report.costs(rows))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{arena.name}.md").write_text(arena_report.markdown(rows, arena), encoding="utf-8")
+        arena_report.figure(rows, arena).savefig(folder / f"{arena.name}.png", dpi=150)
+        lines(out, {kind: str(folder / f"{arena.name}.{suffix}") for kind, suffix in (("rows", "json"), ("table", "md"), ("plot", "png"))})
+    for entry, error in failures:
+        out.print(f"[{entry.method} {', '.join(f'{size:g}' for size in entry.sizes)}] FAILED: {error}", markup=False)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

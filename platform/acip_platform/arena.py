@@ -1,0 +1,262 @@
+"""The arena: every method on one base model, one text, one evaluation and one count, as Ray tasks side by side.
+
+    arena file -> entries: (the dense base), (method, all sizes) or (method, one size) -> rows, as they come -> a JSON file
+
+A method that needs one run per size is one entry for each. A row is kept as soon as it is there and not made again; what fails is
+said and does not end the others. Each entry has a process of its own, so that its peak memory is its own.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import yaml
+from torch import nn
+
+from acip import baselines
+from acip.base import Base, load_base
+from acip.budget import Budget
+from acip.data import documents, token_windows
+from acip.errors import AcipError
+from acip.evaluate import perplexity
+from acip.layers import find_linears
+from acip.recipe import Dtype, coerce, did_you_mean
+from acip_platform.fleet import root_cause
+
+DENSE = "dense"  # the base model's entry
+PROGRESS_S = 20.0
+
+Row = dict[str, Any]
+
+
+class ArenaError(AcipError):
+    """An arena file that can't be read, or asks for what is not there."""
+
+
+@dataclass(frozen=True)
+class Arena:
+    """Who meets, and on what. `methods` maps names of acip.baselines to their options; the defaults are each paper's."""
+
+    name: str
+    base: str  # see acip.base
+    dtype: Dtype = "bfloat16"
+    data: str = "c4"  # calibration text, see acip.data; its train split
+    windows: int = 8192  # of calibration text that there are; methods take the first of them, as many as their options say
+    context: int = 2048  # tokens of such a window
+    seed: int = 0  # order of the windows
+    eval_data: tuple[str, ...] = ("c4",)  # held-out splits
+    eval_context: int = 2048  # tokens per window of held-out text
+    eval_windows: int = 0  # at most so many of each; 0 = all
+    sizes: tuple[float, ...] = (0.8, 0.6, 0.4)  # by the convention `linear`: adapters are counted
+    exclude: tuple[str, ...] = ()  # layers that no method compresses, by parts of their names
+    cpus: float = 1.0  # per entry; a GPU too, where the cluster has one
+    quoted: bool = False  # the paper's own numbers beside ours
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {name: {} for name in baselines.METHODS})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Arena":
+        """Read and check an arena file."""
+        try:
+            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ArenaError(f"arena file {str(path)!r} can't be read: {error}.") from error
+        if not isinstance(fields, dict) or "base" not in fields:
+            raise ArenaError(f"{path} must be a mapping with a 'base' at least.")
+        kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+        for name in fields:
+            if name not in kinds:
+                raise ArenaError(f"{path}: unknown field {name!r}{did_you_mean(name, kinds)}. Allowed: {', '.join(kinds)}.")
+        methods = fields.pop("methods", None)
+        checked = {name: coerce(name, value, kinds[name]) for name, value in fields.items()}
+        if methods is not None:
+            if not isinstance(methods, dict) or not all(isinstance(options, dict | None) for options in methods.values()):
+                raise ArenaError(f"{path}: methods must map names of methods to their options.")
+            checked["methods"] = {name: options or {} for name, options in methods.items()}
+        arena = cls(**{"name": Path(path).stem, **checked})
+        arena.check()
+        return arena
+
+    def check(self) -> None:
+        for name, options in self.methods.items():
+            baselines.check_options(name, options)
+        for size in self.sizes:
+            Budget(ratio=size)
+        for name, least in (("windows", 1), ("context", 2), ("eval_context", 2), ("eval_windows", 0)):
+            if getattr(self, name) < least:
+                raise ArenaError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+
+    def fingerprint(self, method: str) -> str:
+        """Hash of all that decides the rows of a method."""
+        fields = {
+            key: value for key, value in dataclasses.asdict(self).items() if key not in ("name", "sizes", "methods", "cpus", "quoted")
+        }
+        decides = [fields, method, self.methods.get(method)]
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Ray task's work."""
+
+    method: str  # or DENSE
+    sizes: tuple[float, ...]
+
+
+class Results:
+    """Rows in a JSON file: appended one by one, the file always whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        try:
+            self.rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArenaError(f"{path} holds no results of an arena ({error!r}); move it away.") from error
+
+    def of(self, arena: Arena) -> list[Row]:
+        """The rows of this very arena: the dense base first, then by falling size, in the order of the methods."""
+        order = [DENSE, *arena.methods]
+        prints = {arena.fingerprint(method): order.index(method) for method in order}
+        mine = [row for row in self.rows if row["fingerprint"] in prints and (row["method"] == DENSE or row["asked"] in arena.sizes)]
+        return sorted(mine, key=lambda row: (row["method"] != DENSE, -row["asked"], prints[row["fingerprint"]]))
+
+    def add(self, row: Row) -> None:
+        with self._lock:
+            self.rows.append(row)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps({"rows": self.rows}, indent=1), encoding="utf-8")
+            os.replace(part, self.path)
+
+    def forget(self, arena: Arena) -> None:
+        prints = {arena.fingerprint(method) for method in (DENSE, *arena.methods)}
+        self.rows = [row for row in self.rows if row["fingerprint"] not in prints]
+
+
+def entries(arena: Arena, results: Results) -> list[Entry]:
+    """What is still to be done."""
+    done = {(row["method"], row["asked"]) for row in results.of(arena)}
+    todo = [] if (DENSE, 1.0) in done else [Entry(DENSE, (1.0,))]
+    for name in arena.methods:
+        sizes = tuple(size for size in arena.sizes if (name, size) not in done)
+        if baselines.method(name).one_run_per_size:
+            todo += [Entry(name, (size,)) for size in sizes]
+        elif sizes:
+            todo.append(Entry(name, sizes))
+    return todo
+
+
+def hold(arena: Arena, results: Results, inbox: Any, say: Callable[[str], None]) -> list[tuple[Entry, str]]:
+    """Run all that is still to be done on the Ray that this process is connected to; returns what failed, and why."""
+    gpus = float(ray.cluster_resources().get("GPU", 0) >= 1)
+    cpus = arena.cpus
+    if cpus > (most := ray.cluster_resources().get("CPU", 0)):
+        raise ArenaError(f"an entry asks for {cpus:g} CPUs; the cluster has {most:g}. Lower cpus in the arena file.")
+
+    def follow(entry: Entry) -> tuple[Entry, str] | None:
+        try:
+            refs: Any = compete.options(num_cpus=cpus, num_gpus=gpus).remote(arena, entry, max(1, int(cpus)), inbox)
+            for ref in refs:  # one by one, as they are made
+                row = ray.get(ref)
+                if "error" in row:
+                    return entry, row["error"]
+                results.add(row)
+                say(f"{row['title']} at {row['asked']:g}: " + ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items()))
+        except Exception as error:  # its process died, or what it ran raised: the others go on
+            return entry, root_cause(error)
+        return None
+
+    todo = entries(arena, results)
+    with ThreadPoolExecutor(max(1, len(todo))) as pool:
+        return [failure for failure in pool.map(follow, todo) if failure is not None]
+
+
+# ---- on a worker
+
+
+@ray.remote(max_retries=0, max_calls=1)
+def compete(arena: Arena, entry: Entry, threads: int, inbox: Any) -> Iterator[Row]:
+    """Rows of one entry. The user's errors come as a last row: raised, they would come with a page of Ray around them."""
+    torch.set_num_threads(threads)
+    try:
+        yield from rows(arena, entry, _Progress(entry, inbox))
+    except AcipError as error:
+        yield {"error": str(error)}
+
+
+def rows(arena: Arena, entry: Entry, progress: Callable[[str, int, int], None]) -> Iterator[Row]:
+    """A row for each size of an entry. `seconds` is this size's own work, evaluation aside; what sizes share counts for the first."""
+    base = load_base(arena.base, arena.dtype)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    nn.Module.to(base.model, device)
+    common = {"method": entry.method, "fingerprint": arena.fingerprint(entry.method), "device": device_name(device)}
+    if entry.method == DENSE:
+        count = baselines.stored(base.model, find_linears(base.model, arena.exclude))
+        size = {"asked": 1.0, "got": 1.0, "stored_params": count, "dense_params": count, "counted": DENSE}
+        cost = {"seconds": 0.0, "peak_bytes": peak_bytes(device), "one_run_per_size": False}
+        yield common | size | cost | {"title": "Original", "metrics": measure(base.model, base, arena)}
+        return
+    chosen = baselines.method(entry.method)
+    options = {**arena.methods[entry.method], **({"exclude": arena.exclude} if arena.exclude else {})}
+    began = time.perf_counter()
+    for made in baselines.compress(entry.method, base, calibration_windows(arena, base), entry.sizes, progress, **options):
+        seconds = time.perf_counter() - began
+        size = {key: getattr(made, key) for key in ("asked", "got", "stored_params", "dense_params", "counted")}
+        cost = {"seconds": seconds, "peak_bytes": peak_bytes(device), "one_run_per_size": chosen.one_run_per_size}
+        yield common | size | cost | {"title": chosen.title, "metrics": measure(made.model, base, arena)}
+        began = time.perf_counter()
+
+
+def calibration_windows(arena: Arena, base: Base) -> torch.Tensor:
+    """The same for all methods, in the order that the seed says."""
+    windows = token_windows(documents(arena.data, "train"), base.tokenizer, arena.context, arena.windows)
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(arena.seed))]
+
+
+def measure(model: nn.Module, base: Base, arena: Arena) -> dict[str, float]:
+    """What one model is worth, by column of the table. The only place where the arena evaluates."""
+    found = {}
+    for source in arena.eval_data:
+        windows = token_windows(documents(source, "heldout"), base.tokenizer, arena.eval_context, arena.eval_windows or None)
+        found[f"perplexity {source.removeprefix('package:')}"] = perplexity(model, windows).perplexity
+    return found
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory of this process so far: allocated on the GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+
+
+class _Progress:
+    """Tells the driver now and then how far an entry is."""
+
+    def __init__(self, entry: Entry, inbox: Any) -> None:
+        self.name = entry.method + (f" {entry.sizes[0]:g}" if len(entry.sizes) == 1 else "")
+        self.inbox, self.said = inbox, time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if time.monotonic() - self.said >= PROGRESS_S:
+            self.said = time.monotonic()
+            self.inbox.put.remote({"model": self.name, "kind": "stage", "text": f"{what}: {done} of {total}"})
+
+
+def total_cost(rows: Sequence[Row]) -> tuple[float, int]:
+    """(seconds, peak bytes) of all of a method's rows."""
+    return sum(row["seconds"] for row in rows), max(row["peak_bytes"] for row in rows)

@@ -1,0 +1,147 @@
+"""The arena: methods side by side on Ray, rows kept, failures told, the table in the format of the paper's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from acip_platform import arena_report
+from acip_platform.arena import DENSE, Arena, ArenaError, Entry, Results, entries, hold, rows, total_cost
+from acip_platform.train import Inbox
+
+from acip.baselines import METHODS
+from acip.errors import AcipError
+
+ARENAS = Path(__file__).parents[1] / "jobs" / "arenas"
+
+FILE = """\
+base: {base}
+dtype: float32
+data: package:austen
+windows: 16
+context: 64
+eval_data: [package:austen]
+eval_context: 64
+eval_windows: 4
+sizes: [0.7, 0.5]
+methods:
+  covariance:
+  svd-llm: {{update_windows: 8}}
+  asvd: {{search_windows: 1, ratios: [0.9]}}   # it can't be so small
+"""
+
+
+@pytest.fixture(scope="module")
+def arena(small_base: str, tmp_path_factory: pytest.TempPathFactory) -> Arena:
+    path = tmp_path_factory.mktemp("arena") / "small.yaml"
+    path.write_text(FILE.format(base=small_base))
+    return Arena.load(path)
+
+
+def test_the_arena_is_held_side_by_side_and_nothing_is_done_twice(arena: Arena, tmp_path: Path) -> None:
+    results = Results(tmp_path / "deep" / "small.json")
+    todo = entries(arena, results)
+    assert todo == [
+        Entry(DENSE, (1.0,)),
+        Entry("covariance", (0.7, 0.5)),
+        Entry("svd-llm", (0.7,)),
+        Entry("svd-llm", (0.5,)),
+        Entry("asvd", (0.7, 0.5)),
+    ]
+    for entry in (todo[0], *todo[2:4]):
+        for row in rows(arena, entry, lambda *_: None):
+            results.add(row)
+    said: list[str] = []
+    ray.init(address="local", num_cpus=2)
+    try:
+        failures = hold(arena, results, Inbox.remote(), said.append)  # type: ignore[attr-defined]
+    finally:
+        ray.shutdown()
+    ((failed, error),) = failures
+    assert failed == todo[-1]
+    assert "can't be reached with these ratios" in error
+    again = Results(results.path)  # from the file
+    assert entries(arena, again) == [failed]
+
+    found = again.of(arena)
+    assert [(row["method"], row["asked"]) for row in found] == [
+        (DENSE, 1.0), ("covariance", 0.7), ("svd-llm", 0.7), ("covariance", 0.5), ("svd-llm", 0.5),
+    ]  # fmt: skip
+    assert [line.split(":")[0] for line in said] == ["Covariance cut at 0.7", "Covariance cut at 0.5"]
+    dense = found[0]["metrics"]["perplexity austen"]
+    for row in found[1:]:
+        assert row["stored_params"] <= row["asked"] * row["dense_params"]
+        assert (row["seconds"] > 0, row["peak_bytes"] > 1e8, row["counted"]) == (True, True, "factors")
+        assert dense < row["metrics"]["perplexity austen"] < 2 * dense
+
+    table = arena_report.markdown(found, arena)
+    assert table.splitlines()[0] == "| Size | Method | perplexity austen ↓ | stored |"
+    assert f"| 100% | Original | {dense:.2f} | 1.0000 dense |" in table
+    assert "| one per size (2) |" in table
+    assert len(arena_report.figure(found, arena).axes[0].lines) == 3
+    assert total_cost(found)[1] == max(row["peak_bytes"] for row in found)
+    again.forget(arena)
+    assert again.of(arena) == []
+
+
+def test_rows_belong_to_what_decides_them(arena: Arena, tmp_path: Path) -> None:
+    other = Arena(**{**vars(arena), "methods": {**arena.methods, "covariance": {"sample_windows": 8}}})
+    assert other.fingerprint("covariance") != arena.fingerprint("covariance")
+    assert other.fingerprint("svd-llm") == arena.fingerprint("svd-llm")
+    assert Arena(**{**vars(arena), "sizes": (0.3,), "cpus": 2.0}).fingerprint("svd-llm") == arena.fingerprint("svd-llm")
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(ArenaError, match="holds no results"):
+        Results(tmp_path / "bad.json")
+
+
+def test_the_papers_table_is_quoted_and_labelled() -> None:
+    arena = Arena.load(ARENAS / "paper.yaml")
+    assert arena.quoted
+    quoted = {(row["method"], row["asked"]): row["metrics"] for row in arena_report.quoted()["rows"]}
+    assert {method for method, _ in quoted} <= {DENSE, *METHODS}
+    assert set(arena.sizes) == {size for method, size in quoted if method == "acip-paper"}
+    # Table 1 of the paper
+    assert (quoted[DENSE, 1.0]["perplexity c4"], quoted["acip-paper", 0.4]["perplexity wikitext2"]) == (7.34, 23.99)
+    assert (quoted["asvd", 0.8]["piqa"], quoted["svd-llm", 0.6]["perplexity c4"], quoted["dobi-svd", 0.8]["hellaswag"]) == (
+        0.68,
+        49.83,
+        0.44,
+    )
+    ours: dict[str, Any] = {
+        "method": "asvd",
+        "asked": 0.8,
+        "got": 0.8,
+        "title": "ASVD",
+        "metrics": {"perplexity c4": 15.0},
+        "counted": "factors",
+    }
+    lines = arena_report.cells(arena_report.with_quoted([ours], arena))
+    assert lines[0][:3] == ["80%", "ASVD", "15.00"]
+    assert lines[1][:4] == ["", "ASVD (quoted)", "15.93", "11.14"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("base: x/y\nsize: [0.5]", "unknown field 'size'.*did you mean 'sizes'"),
+        ("base: x/y\nmethods: {asdv: }", "unknown method 'asdv'.*did you mean 'asvd'"),
+        ("base: x/y\nmethods: {asvd: {alpa: 1}}", "asvd has no option 'alpa'.*did you mean 'alpha'"),
+        ("base: x/y\nmethods: [asvd]", "methods must map"),
+        ("base: x/y\nsizes: [1.5]", "size ratio is 1.5"),
+        ("base: x/y\nwindows: 0", "windows is 0"),
+        ("sizes: [0.5]", "'base' at least"),
+        ("base: [", "can't be read"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "arena.yaml"
+    path.write_text(text)
+    with pytest.raises(AcipError, match=says):
+        Arena.load(path)
+
+
+def test_the_arena_files_name_every_method() -> None:
+    for path in ARENAS.glob("*.yaml"):
+        assert set(Arena.load(path).methods) == set(METHODS)
+    assert json.dumps(Arena.load(ARENAS / "demo.yaml").fingerprint("asvd"))
