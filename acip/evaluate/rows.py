@@ -13,10 +13,10 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,6 +26,14 @@ from acip.losses import as_base
 from acip.materialise import AnySize
 
 Part = dict[str, Any]
+
+
+class Known(Protocol):
+    """Parts by key: a dict, or something that keeps them."""
+
+    def __contains__(self, key: object) -> bool: ...
+    def __getitem__(self, key: str) -> Part: ...
+    def __setitem__(self, key: str, part: Part) -> None: ...
 
 
 @dataclass
@@ -79,26 +87,26 @@ def evaluate(
     tokenizer: Any,
     what: Sequence[Measurement],
     base: PreTrainedModel | None = None,
-    known: MutableMapping[str, Part] | None = None,
+    known: Known | None = None,
     say: Callable[[Part], None] = lambda part: None,
 ) -> dict[str, Any]:
     """Measure `model` at the size it has. `base` is what KL is measured to, where `model` does not hold it.
 
     Parts in `known` (by key) are taken from there, new ones are put there at once; `say` hears of each that was measured.
     """
-    known = {} if known is None else known
+    parts_by_key: Known = {} if known is None else known
     subject = Subject(model.model, tokenizer, model) if isinstance(model, AnySize) else Subject(model, tokenizer, reference=base)
     was_training = subject.model.training
     subject.model.eval()
     parts = []
     for measurement in what:
         key = measurement.key
-        if key not in known:
+        if key not in parts_by_key:
             began = time.perf_counter()
             part = {"kind": measurement.kind, "key": key, "what": measurement.identity(), **measurement.measure(subject)}
-            known[key] = part | {"seconds": round(time.perf_counter() - began, 3)}
-            say(known[key])
-        parts.append(known[key])
+            parts_by_key[key] = part | {"seconds": round(time.perf_counter() - began, 3)}
+            say(parts_by_key[key])
+        parts.append(parts_by_key[key])
     subject.model.train(was_training)
     return {**size_facts(model), "evaluation": parts}
 

@@ -1,7 +1,7 @@
 """What a model says: greedy continuations of a few prompts."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,10 +18,11 @@ class Samples(Measurement):
 
     @torch.no_grad()
     def measure(self, subject: Subject) -> Part:
+        model: Any = subject.model
         samples = []
         for prompt in self.prompts:
-            ids_1T = torch.tensor([subject.tokenizer(prompt)["input_ids"]], device=subject.model.device)
-            whole = subject.model.generate(
+            ids_1T = torch.tensor([subject.tokenizer(prompt)["input_ids"]], device=model.device)
+            whole = model.generate(
                 ids_1T, attention_mask=torch.ones_like(ids_1T), max_new_tokens=self.new_tokens, do_sample=False,
                 pad_token_id=subject.tokenizer.eos_token_id,
             )  # fmt: skip
