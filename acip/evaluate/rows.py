@@ -103,7 +103,8 @@ def evaluate(
         key = measurement.key
         if key not in parts_by_key:
             began = time.perf_counter()
-            part = {"kind": measurement.kind, "key": key, "what": measurement.identity(), **measurement.measure(subject)}
+            identity = json.loads(json.dumps(measurement.identity()))  # as it is read back
+            part = {"kind": measurement.kind, "key": key, "what": identity, **measurement.measure(subject)}
             parts_by_key[key] = part | {"seconds": round(time.perf_counter() - began, 3)}
             say(parts_by_key[key])
         parts.append(parts_by_key[key])

@@ -106,7 +106,8 @@ def trade_off_table(outcome: Outcome) -> Table:
 SHOWN = {  # numbers of a row's parts: heading, and how it is written
     "perplexity": ("ppl", "{:.2f}"), "kl_nats": ("KL", "{:.4f}"), "same_top_share": ("same top", "{:.1%}"), "acc": ("acc", "{:.3f}"),
     "stored_bytes": ("bytes", "{:,.0f}"), "peak_memory_bytes": ("peak bytes", "{:,.0f}"), "flops": ("FLOPs", "{:.3g}"),
-    "latency_s": ("latency s", "{:.2f}"), "prefill_tokens_per_s": ("prefill tok/s", "{:.0f}"), "decode_tokens_per_s": ("decode tok/s", "{:.1f}"),
+    "latency_s": ("latency s", "{:.2f}"), "prefill_tokens_per_s": ("prefill tok/s", "{:.0f}"),
+    "decode_tokens_per_s": ("decode tok/s", "{:.1f}"),
 }  # fmt: skip
 
 
