@@ -115,13 +115,14 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
 def found(args: argparse.Namespace, settings: Settings) -> tuple[str, Model, Artifact | None]:
     """(a name for it, the model, its artifact if it has one)."""
     if args.base:
-        return Path(args.base.replace(":", "-")).name, Model(base=args.base, trust_remote_code=args.trust_remote_code), None
+        base = str(Path(args.base).resolve()) if Path(args.base).exists() else args.base  # tasks have folders of their own
+        return Path(base.replace(":", "-")).name, Model(base=base, trust_remote_code=args.trust_remote_code), None
     uri, name = args.artifact, ""
     if args.model:
         name, _, which = args.model.partition("@")
         uri = Registry(settings).resolve(name, which or CHAMPION).uri
     elif "://" not in uri:
-        uri = str(Path(uri).resolve())  # tasks have folders of their own
+        uri = str(Path(uri).resolve())
     artifact = Store(settings.store, settings.home / "cache").open(uri)
     return name or uri.rstrip("/").rpartition("/")[2], Model(uri), artifact
 

@@ -3,12 +3,14 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from acip_platform.evaluate import Model, Parts, record
+from acip_platform.evaluate import Model, Parts, measure_tasks, record
+from acip_platform.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.store import Store
 from acip_platform.tracking import Registry, Tracking
@@ -148,6 +150,22 @@ def test_parts_and_curves_are_kept_on_s3(
     read = store.open(uri)
     assert [row.get("evaluation") for row in read.curve] == [None, [part]]
     assert Model(uri).identity(read) == Model(uri).identity(artifact), "a longer curve is no other model"
+
+
+def test_a_fleet_scores_its_tasks(small_artifact: Artifact, tmp_path: Path) -> None:
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home")})
+    artifact = with_curve(small_artifact, tmp_path / "small")
+    run = Tracking(settings, "acip/small").start("small", "small", {})
+    job = Job("small", "b/c", sizes=(1.0, 0.5, 0.001), tasks=("package:piqa", "package:piqa"), task_limit=3)
+    heard: list[str] = []
+    for _ in range(2):  # a worker that died after it had measured goes on from here
+        measured = measure_tasks(job, artifact, artifact.load(), str(artifact.folder), run, settings, lambda _, text: heard.append(text))
+        assert measured.curve == Artifact.open(artifact.folder).curve
+        assert [[one["label"] for one in row["evaluation"]] for row in measured.curve] == [["task/package_piqa"]] * 2
+        assert [row["evaluation"][0]["items"] for row in measured.curve] == [3, 3]
+    assert len([text for text in heard if text.startswith("task/package_piqa: acc ")]) == 2
+    assert sorted(run.steps("task/package_piqa/acc")) == [50, 100]
+    assert measure_tasks(replace(job, tasks=()), artifact, artifact.load(), "", run, settings, lambda _, text: None) is artifact
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def measure_tasks(
     job: Job, artifact: Artifact, any_size: AnySize, uri: str, run: Run, settings: Settings, say: Callable[..., None]
 ) -> Artifact:
     """A fleet's `tasks`, at the sizes of its curve, one after the other where the model is resident. The artifact with what they gave."""
-    what = [TaskScore(task, job.task_folder, limit=job.task_limit) for task in expand(job.tasks)]
+    what = [TaskScore(task, limit=job.task_limit) for task in expand(job.tasks)]
     rows = []
     for size in job.sizes if what else ():
         try:

@@ -56,11 +56,11 @@ def finish(
             say("stage", text=f"size {row['asked']:.2f}: perplexity {row['perplexity']:.2f}")
         artifact = artifact.record_curve(rows)
         store.replace_manifest(uri, artifact.folder)
-    artifact = measure_tasks(job, artifact, any_size, uri, run, settings, say)
     _show(job, artifact, any_size, uri, run)
     registry = Registry(settings)
     version = registry.register(job.name, uri, run.run_id, {"fingerprint": fingerprint or job.fingerprint, "base": job.base})
     registry.set_alias(version, alias)
+    artifact = measure_tasks(job, artifact, any_size, uri, run, settings, say)  # last, because a set that is missing undoes nothing
     return {"uri": uri, "version": version.version, "curve": artifact.curve, "stop_ratio": job.recipe.stop_ratio}
 
 

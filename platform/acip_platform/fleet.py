@@ -51,7 +51,6 @@ class Job:
     sizes: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the trade-off curve
     tasks: tuple[str, ...] = ()  # of acip.evaluate.tasks, scored at these sizes, too
     task_limit: int = 0  # items of each task; 0 = all
-    task_folder: str = ""  # of task files of your own
     num_workers: int = 1  # that share this model: its weights sharded, each batch parted
     gpus: float = -1.0  # per worker; -1 = one where the cluster has any
     cpus: float = -1.0  # per worker; -1 = all of a CPU-only cluster (shared out), else 4
@@ -153,7 +152,7 @@ class _Reader:
         if n > 1 and recipe.quantise != "none":
             raise self.fail(node, f"num_workers is {n} and quantise {recipe.quantise!r}: weights are either sharded or in 4 bit, not both.")
         if tasks := fields.get("tasks"):
-            self.checked(node, check_tasks, expand(tasks), fields.get("task_folder", ""))
+            self.checked(node, check_tasks, expand(tasks))
         if (limit := fields.get("task_limit", 0)) < 0:
             raise self.fail(node, f"task_limit is {limit}; it must be a number of items, or 0 for all of them.")
         for size in fields.get("sizes", ()):
