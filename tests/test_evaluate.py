@@ -170,10 +170,11 @@ def test_the_harness_scores_our_model_as_its_export(any_size: AnySize, exported:
         assert value == pytest.approx(float(logp[-len(tokenizer(choice)["input_ids"]) :].sum()), abs=1e-3)
 
 
-def test_a_task_of_ones_own(any_size: AnySize, small_artifact: Artifact, task_folder: Path) -> None:
+def test_a_task_of_ones_own(any_size: AnySize, small_artifact: Artifact, task_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     any_size.resize(1.0)
+    monkeypatch.chdir(task_folder.parent)
     tokenizer = small_artifact.tokenizer()
-    what = [TaskScore("mine", str(task_folder)), TaskScore("mine", str(task_folder), shots=2, limit=5)]
+    what = [TaskScore("mine", str(task_folder)), TaskScore("mine", task_folder.name, shots=2, limit=5)]
     whole, some = evaluate(any_size, tokenizer, what)["evaluation"]
     assert (whole["items"], whole["shots"]) == (12, 0)
     assert (some["items"], some["shots"]) == (5, 2)

@@ -96,6 +96,7 @@ def find(name: str, folder: str = "") -> tuple[Any, Any]:
         raise EvaluationError(f"there is no task folder {folder!r}.")
     if name.startswith(packaged.PREFIX):
         return packaged.task(name), _manager("", False)
+    folder = str(Path(folder).resolve()) if folder else ""
     own = _manager(folder, False)
     if name in own.all_tasks:
         return name, own
