@@ -42,7 +42,12 @@ def documents(source: str, split: Split) -> Iterator[Document]:
         path = importlib.resources.files("acip").joinpath("corpora", name + ".txt")
         yield from _part(_split_text(path.read_text(encoding="utf-8")), split)
     elif source in HUB:
-        yield from HUB[source](split)
+        try:
+            yield from HUB[source](split)
+        except OSError as error:  # no network, or nobody there
+            raise DataError(
+                f"{source} can't be fetched from the hub: {error}. Without it, use package:wikipedia, package:austen or local text."
+            ) from error
     elif os.path.exists(source):
         yield from _part(_local(Path(source)), split)
     else:
@@ -120,7 +125,7 @@ def token_windows(docs: Iterable[Document], tokenizer: Any, seq_len: int, count:
     need = None if count is None else count * seq_len
     ids: list[int] = []
     for doc in docs:
-        text = doc if isinstance(doc, str) else _chat_text(doc, tokenizer)
+        text = doc if isinstance(doc, str) else chat_text(doc, tokenizer)
         ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
@@ -132,7 +137,8 @@ def token_windows(docs: Iterable[Document], tokenizer: Any, seq_len: int, count:
     return torch.tensor(ids[: n * seq_len], dtype=torch.int32).view(n, seq_len)
 
 
-def _chat_text(messages: list[dict[str, str]], tokenizer: Any) -> str:
+def chat_text(messages: list[dict[str, str]], tokenizer: Any) -> str:
+    """A chat as the model reads it; DataError where its tokenizer has no template, or the template refuses it."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError('the text holds chats ("messages"), and this base model\'s tokenizer has no chat template; give it plain "text".')
     try:

@@ -6,6 +6,7 @@
     ├── DataError          a text or token source can't be read, or is too short for the recipe
     ├── BudgetError        a size that is malformed or can't be reached
     ├── CalibrationError   the calibration itself went wrong (loss not finite, stop ratio never reached)
+    ├── EvaluationError    something to measure that is unknown, not there, or not to be measured of this model
     └── ArtifactError      a folder that is not an artifact, not whole, or newer than this code
 
 Assertions are for us; these are for users.
@@ -33,6 +34,10 @@ class BudgetError(AcipError):
 
 
 class CalibrationError(AcipError):
+    pass
+
+
+class EvaluationError(AcipError):
     pass
 
 

@@ -43,6 +43,8 @@ def test_defaults_and_changes(tmp_path: Path) -> None:
     assert b.recipe.lr == 1.0
     assert a.fingerprint != b.fingerprint
     assert Job.from_dict(a.to_dict()) == a
+    scored = replace(a, tasks=("package:piqa",), task_limit=9)
+    assert Job.from_dict(scored.to_dict()) == scored and scored.fingerprint == a.fingerprint, "what is measured changes no weights"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,8 @@ def test_defaults_and_changes(tmp_path: Path) -> None:
         ("models:\n- {name: a, name: b, base: b/c}", 2, "stands here twice"),
         ("models:\n- {name: ../a, base: b/c}", 2, "only letters, digits"),
         ("models:\n- {name: a, base: b/c, sizes: [1.0, 1.5]}", 2, "above 0 and up to 1"),
+        ("models:\n- {name: a, base: b/c, tasks: [package:piqaa]}", 2, "did you mean 'package:piqa'"),
+        ("models:\n- {name: a, base: b/c, task_limit: -1}", 2, "task_limit is -1"),
         ("models: [", None, "is not YAML"),
         ("models:\n- !!python/object/apply:os.system ['false']", 2, "must be a mapping"),
         ("models:\n- {name: a, base: !!python/name:os.system '', sizes: [1.0]}", 2, "could not determine a constructor"),

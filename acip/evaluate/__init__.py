@@ -1,5 +1,18 @@
-"""Rows of the trade-off curve: what a model of one size is worth."""
+"""What a model of one size is worth, and costs: rows of the trade-off curve.
 
-from acip.evaluate.perplexity import Perplexity, perplexity, trade_off
+row = evaluate(any_size, tokenizer, [PerplexityOn(Text("wikitext2", "field")), TaskScore("package:piqa", limit=500), Efficiency()])
+"""
 
-__all__ = ["Perplexity", "perplexity", "trade_off"]
+from acip.evaluate.curve import extended, trade_off
+from acip.evaluate.divergence import DivergenceOn
+from acip.evaluate.efficiency import Efficiency
+from acip.evaluate.perplexity import Perplexity, PerplexityOn, perplexity
+from acip.evaluate.rows import Measurement, Part, evaluate, metrics
+from acip.evaluate.samples import Samples
+from acip.evaluate.tasks import TaskScore
+from acip.evaluate.text import Text
+
+__all__ = [
+    "DivergenceOn", "Efficiency", "Measurement", "Part", "Perplexity", "PerplexityOn", "Samples", "TaskScore", "Text", "evaluate",
+    "extended", "metrics", "perplexity", "trade_off",
+]  # fmt: skip

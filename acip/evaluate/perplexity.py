@@ -1,18 +1,18 @@
-"""Held-out perplexity, and the trade-off curve of it over sizes."""
+"""Held-out perplexity."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from acip.artifact import Artifact
-from acip.cut import Budget
-from acip.errors import BudgetError
+from acip.errors import EvaluationError
+from acip.evaluate.rows import Measurement, Part, Subject, label
+from acip.evaluate.text import Text, content
 from acip.losses import next_token
-from acip.materialise import AnySize
 
 
 @dataclass(frozen=True)
@@ -30,41 +30,58 @@ class Perplexity:
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 1) -> Perplexity:
-    """`windows` [n, T] token ids, full windows only (the field's usual protocol); each predicts its T - 1 next tokens."""
+def perplexity(model: nn.Module, windows: Iterable[Tensor], batch_size: int = 1) -> Perplexity:
+    """`windows` [T] or [n, T] token ids; each predicts its T - 1 next tokens. Each counts alike, short ones too."""
     device = next(model.parameters()).device
-    losses = []
-    for batch in windows.split(batch_size):
-        loss = next_token(model, batch.long().to(device))  # equal lengths: the mean over the batch is the windows' mean
-        losses.extend([float(loss)] * len(batch))
-    values = torch.tensor(losses, dtype=torch.float64)
-    stderr = float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.inf
-    return Perplexity(float(values.mean()), stderr, len(windows), windows.shape[1])
+    losses: list[float] = []
+    longest = 0
+    for batch in _batches(windows, batch_size):
+        ids_BT = batch.long().to(device)
+        logits_BTV = next_token.logits(model, ids_BT)
+        losses.extend(float(next_token.loss(logits_BTV[i : i + 1], ids_BT[i : i + 1])) for i in range(len(ids_BT)))
+        longest = max(longest, ids_BT.shape[1])
+    loss, stderr = mean_and_stderr(losses)
+    return Perplexity(loss, stderr, len(losses), longest)
 
 
-def trade_off(artifact: Artifact, any_size: AnySize, windows: Tensor, corpus: str, sizes: tuple[float, ...]) -> Iterator[dict[str, Any]]:
-    """One row per size, largest first, from the model as it is served. A size that can't be reached is left out."""
-    stop = artifact.recipe.stop_ratio
-    bytes_per_number = torch.finfo(any_size.model.dtype).bits // 8
-    for asked in sorted(sizes, reverse=True):
-        try:
-            cut = any_size.resize(Budget(ratio=asked))
-        except BudgetError:
-            continue
-        result = perplexity(any_size.model, windows)
-        yield {
-            "asked": asked,
-            "got": cut.sizes["linear"],
-            "convention": "linear",
-            "got_paper": cut.sizes["paper"],
-            "got_model": cut.sizes["model"],
-            "params": cut.params,
-            "bytes": cut.params * bytes_per_number,
-            "loss": result.loss,
-            "stderr": result.stderr,
-            "perplexity": result.perplexity,
-            "corpus": corpus,
-            "context": result.context,
-            "windows": result.windows,
-            "extrapolated": asked < stop,
-        }
+def _batches(windows: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
+    for _, group in groupby(windows, key=len):
+        yield from torch.stack(list(group)).split(batch_size)
+
+
+def mean_and_stderr(values: list[float]) -> tuple[float, float]:
+    """The mean, and its standard error: infinite for a single value."""
+    all_values = torch.tensor(values, dtype=torch.float64)
+    return float(all_values.mean()), float(all_values.std() / len(values) ** 0.5) if len(values) > 1 else math.inf
+
+
+@dataclass(frozen=True)
+class OnText(Measurement):
+    """Something that is measured on windows of held-out text."""
+
+    text: Text = field(default_factory=Text)
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "content": content(self.text.source)}
+
+    def windows(self, subject: Subject) -> list[Tensor]:
+        most = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and self.text.context > most:
+            raise EvaluationError(f"context is {self.text.context}; this model knows {most} positions. Give a smaller context.")
+        return self.text.tokens(subject.tokenizer)
+
+    def facts(self, windows: int) -> Part:
+        text = self.text
+        name = label(text.source.removeprefix("package:").rpartition("/")[2], text.protocol, text.context)
+        about = {"corpus": text.source, "protocol": text.protocol, "context": text.context, "windows": windows}
+        return {"label": f"{self.kind}/{name}", **about}
+
+
+@dataclass(frozen=True)
+class PerplexityOn(OnText):
+    kind: ClassVar[str] = "perplexity"
+
+    def measure(self, subject: Subject) -> Part:
+        found = perplexity(subject.model, self.windows(subject))
+        values = {"perplexity": found.perplexity, "loss_nats": found.loss, "loss_stderr_nats": found.stderr}
+        return {**self.facts(found.windows), "values": values}

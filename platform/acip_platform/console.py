@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -101,6 +101,38 @@ def trade_off_table(outcome: Outcome) -> Table:
             f"{row['perplexity']:.2f} ± {error:.2f}", f"{ratio:.2f}", below,
         )  # fmt: skip
     return table
+
+
+SHOWN = {  # numbers of a row's parts: heading, and how it is written
+    "perplexity": ("ppl", "{:.2f}"), "kl_nats": ("KL", "{:.4f}"), "same_top_share": ("same top", "{:.1%}"), "acc": ("acc", "{:.3f}"),
+    "stored_bytes": ("bytes", "{:,.0f}"), "peak_memory_bytes": ("peak bytes", "{:,.0f}"), "flops": ("FLOPs", "{:.3g}"),
+    "latency_s": ("latency s", "{:.2f}"), "prefill_tokens_per_s": ("prefill tok/s", "{:.0f}"),
+    "decode_tokens_per_s": ("decode tok/s", "{:.1f}"),
+}  # fmt: skip
+
+
+def evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """Sizes as columns, so that any number of measurements has room; with standard errors where they are known."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("measured")
+    for row in rows:
+        table.add_column(f"{row['asked']:g}", justify="right", no_wrap=True)
+    table.add_row("got", *(f"{row['got']:.4f}" for row in rows))
+    table.add_row("parameters", *(f"{row['params']:,}" for row in rows))
+    values = [{(part["label"], name): part["values"] for part in row["evaluation"] for name in part["values"]} for row in rows]
+    for label, name in dict.fromkeys(key for found in values for key in found):
+        if name in SHOWN:
+            heading, form = SHOWN[name]
+            what = label.rpartition("/")[2].removeprefix("efficiency")
+            cells = (_with_error(name, found[label, name], form) if (label, name) in found else "" for found in values)
+            table.add_row(f"{what} {heading}".strip(), *cells)
+    return table
+
+
+def _with_error(name: str, values: dict[str, float], form: str) -> str:
+    key = name.replace("_nats", "_stderr_nats") if name.endswith("_nats") else f"{name}_stderr"
+    error = values[name] * values["loss_stderr_nats"] if "loss_stderr_nats" in values else values.get(key)
+    return form.format(values[name]) + ("" if error is None else f" ± {form.format(error)}")
 
 
 def lines(out: Console, rows: dict[str, str]) -> None:

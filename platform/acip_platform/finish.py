@@ -18,6 +18,7 @@ from acip.evaluate import trade_off
 from acip.materialise import AnySize
 from acip.peft_export import save_peft
 from acip_platform import figures
+from acip_platform.evaluate import measure_tasks
 from acip_platform.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.store import Store
@@ -59,6 +60,7 @@ def finish(
     registry = Registry(settings)
     version = registry.register(job.name, uri, run.run_id, {"fingerprint": fingerprint or job.fingerprint, "base": job.base})
     registry.set_alias(version, alias)
+    artifact = measure_tasks(job, artifact, any_size, uri, run, settings, say)  # last, because a set that is missing undoes nothing
     return {"uri": uri, "version": version.version, "curve": artifact.curve, "stop_ratio": job.recipe.stop_ratio}
 
 
@@ -72,7 +74,7 @@ def _show(job: Job, artifact: Artifact, any_size: AnySize, uri: str, run: Run) -
             values = {key: row[key] for key in ("perplexity", "loss", "params", "bytes", "got")}
             points.append((round(row["asked"] * 100), {f"tradeoff/{key}": float(value) for key, value in values.items()}))
         run.metrics(points)
-    run.table({key: [row[key] for row in artifact.curve] for key in artifact.curve[0]}, "tradeoff.json")
+    run.table({key: [row[key] for row in artifact.curve] for key in artifact.curve[0] if key != "evaluation"}, "tradeoff.json")
     run.figure(figures.curve(artifact, job.name), "tradeoff.png")
     run.figure(figures.score_map(table), "score_map.png")
     for size in (0.8, 0.6, 0.4):

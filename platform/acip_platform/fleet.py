@@ -24,7 +24,9 @@ import yaml
 
 from acip import recipe as recipes
 from acip.artifact import SCHEMA
-from acip.errors import AcipError, RecipeError
+from acip.errors import AcipError, EvaluationError, RecipeError
+from acip.evaluate.tasks import check as check_tasks
+from acip.evaluate.tasks import expand
 from acip.recipe import Recipe, did_you_mean
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of a registered model
@@ -46,6 +48,8 @@ class Job:
     eval_context: int = 2048  # tokens per window of held-out text
     eval_windows: int = 0  # at most so many; 0 = all
     sizes: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the trade-off curve
+    tasks: tuple[str, ...] = ()  # of acip.evaluate.tasks, scored at these sizes, too
+    task_limit: int = 0  # items of each task; 0 = all
     num_workers: int = 1  # that share this model: its weights sharded, each batch parted
     gpus: float = -1.0  # per worker; -1 = one where the cluster has any
     cpus: float = -1.0  # per worker; -1 = see acip_platform.schedule.share
@@ -69,7 +73,8 @@ class Job:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Job":
-        return cls(**{**fields, "recipe": Recipe.from_dict(fields["recipe"]), "sizes": tuple(fields["sizes"])})
+        tuples = {key: tuple(fields[key]) for key in ("sizes", "tasks")}
+        return cls(**{**fields, "recipe": Recipe.from_dict(fields["recipe"]), **tuples})
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,10 @@ class _Reader:
             raise self.fail(node, f"num_workers is {n}; it must be at least 1 and divide batch_size, which is {recipe.batch_size}.")
         if n > 1 and recipe.quantise != "none":
             raise self.fail(node, f"num_workers is {n} and quantise {recipe.quantise!r}: weights are either sharded or in 4 bit, not both.")
+        if tasks := fields.get("tasks"):
+            self.checked(node, check_tasks, expand(tasks))
+        if (limit := fields.get("task_limit", 0)) < 0:
+            raise self.fail(node, f"task_limit is {limit}; it must be a number of items, or 0 for all of them.")
         for size in fields.get("sizes", ()):
             if not 0 < size <= 1:
                 raise self.fail(node, f"sizes holds {size!r}; each must be above 0 and up to 1.")
@@ -179,5 +188,5 @@ class _Reader:
     def checked(self, node: yaml.Node, make: Callable[..., Any], *args: Any) -> Any:
         try:
             return make(*args)
-        except RecipeError as error:
+        except (RecipeError, EvaluationError) as error:
             raise self.fail(node, str(error)) from error

@@ -87,7 +87,11 @@ class Run:
 
     def last_step(self, key: str) -> int:
         """The last step at which `key` was logged; 0 if never. A resumed run doesn't log a step twice."""
-        return max((metric.step for metric in self.client.get_metric_history(self.run_id, key)), default=0)
+        return max(self.steps(key), default=0)
+
+    def steps(self, key: str) -> set[int]:
+        """The steps at which `key` was logged."""
+        return {metric.step for metric in self.client.get_metric_history(self.run_id, key)}
 
     def metrics(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         now = int(time.time() * 1000)
@@ -103,6 +107,9 @@ class Run:
 
     def table(self, data: Mapping[str, list[Any]], name: str) -> None:
         self.client.log_table(self.run_id, dict(data), name)
+
+    def json(self, data: Any, name: str) -> None:
+        self.client.log_dict(self.run_id, data, name)
 
     def finish(self, status: str) -> None:
         self.client.set_terminated(self.run_id, status)

@@ -1,0 +1,46 @@
+"""How far a model's answers are from its base model's: KL divergence, and how often the likeliest next token is the same.
+
+Perplexity may stay while answers change. Both models see the same windows; every position counts.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from acip.errors import EvaluationError
+from acip.evaluate.perplexity import OnText, mean_and_stderr
+from acip.evaluate.rows import Part, Subject
+from acip.losses import Divergence, next_token
+
+
+@dataclass(frozen=True)
+class DivergenceOn(OnText):
+    """KL(base || model) in nats per token, and the share of equal top tokens, with standard errors over windows."""
+
+    kind: ClassVar[str] = "divergence"
+
+    @torch.no_grad()
+    def measure(self, subject: Subject) -> Part:
+        kls, same = [], []
+        device = next(subject.model.parameters()).device
+        for window in self.windows(subject):
+            ids_1T = window[None].to(device)
+            ours_TV = next_token.logits(subject.model, ids_1T)[0]
+            with subject.base() as base:
+                theirs_TV = next_token.logits(base, ids_1T)[0].to(ours_TV.device)
+            kl, share = distance(ours_TV, theirs_TV)
+            kls.append(kl)
+            same.append(share)
+        (kl, kl_stderr), (share, share_stderr) = mean_and_stderr(kls), mean_and_stderr(same)
+        values = {"kl_nats": kl, "kl_stderr_nats": kl_stderr, "same_top_share": share, "same_top_share_stderr": share_stderr}
+        return {**self.facts(len(kls)), "values": values}
+
+
+def distance(ours_TV: Tensor, theirs_TV: Tensor) -> tuple[float, float]:
+    """(KL, share of equal top tokens) of one window's logits. Only chunks of them are float32 at once (`acip.losses.Divergence`)."""
+    if ours_TV.shape != theirs_TV.shape:
+        raise EvaluationError(f"logits are {list(ours_TV.shape)}, the base model's {list(theirs_TV.shape)}: it is another model's base.")
+    kl: Tensor = Divergence.apply(ours_TV, theirs_TV)
+    return float(kl), float((ours_TV.argmax(-1) == theirs_TV.argmax(-1)).double().mean())

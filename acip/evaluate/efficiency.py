@@ -1,0 +1,137 @@
+"""What a model costs to hold and to run (paper D.1, Table A5): bytes, peak memory, latency, tokens/s, FLOPs.
+
+It is measured as it is exported (`AnySize.materialise`), by greedy decoding of `batch` equal prompts, after a warm-up; medians over
+`repeats`. Times depend on the device, on its other work, and on `batch`; FLOPs and bytes do not.
+
+    the paper's settings     batch 64, 64 new tokens, FLOPs of 512 tokens. Its GigaFLOPs are multiply-adds / 2^30: twice as many are ours
+"""
+
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from acip.errors import EvaluationError
+from acip.evaluate.rows import Measurement, Part, Subject
+
+
+@dataclass(frozen=True)
+class Efficiency(Measurement):
+    kind: ClassVar[str] = "efficiency"
+    batch: int = 1  # sequences at once
+    prompt: int = 128  # tokens each
+    new_tokens: int = 32  # that each is continued by
+    repeats: int = 3
+    flop_tokens: int = 512  # of the one sequence whose FLOPs are counted
+    device: str = ""  # what it is to be measured on, where that tells two measurements apart
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.prompt, self.repeats, self.flop_tokens) < 1 or self.new_tokens < 2:
+            raise EvaluationError(f"{self}: new_tokens must be 2 or more (the first belongs to the prompt), the others 1 or more.")
+
+    @torch.no_grad()
+    def measure(self, subject: Subject) -> Part:
+        model = subject.plain()
+        weights, vocabulary = stored_bytes(model), model.config.get_text_config().vocab_size
+        prompt_BT = torch.arange(self.batch * self.prompt, device=model.device).view(self.batch, -1) % vocabulary
+        with rise(model.device) as peak:  # this is the warm-up, too: afterwards a CPU's allocator would hold what it needs
+            decode(model, prompt_BT, self.new_tokens)
+        times = [decode(model, prompt_BT, self.new_tokens) for _ in range(self.repeats)]
+        prefill_s, decode_s = (statistics.median(column) for column in zip(*times, strict=True))
+        values = {
+            "stored_bytes": weights,
+            "latency_s": statistics.median(sum(pair) for pair in times),
+            "prefill_tokens_per_s": self.batch * self.prompt / prefill_s,
+            "decode_tokens_per_s": self.batch * (self.new_tokens - 1) / decode_s,
+            "tokens_per_s": self.batch * self.new_tokens / (prefill_s + decode_s),
+            "flops": flops(model, self.flop_tokens),
+        }
+        if peak:
+            values["peak_memory_bytes"] = weights + peak[0]
+        facts = {"device": device_name(model.device), "threads": torch.get_num_threads(), "dtype": str(model.dtype).removeprefix("torch.")}
+        return {"label": self.kind, "values": values, **facts}
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors that the model saves, a tied one once."""
+    saved = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+    return sum(tensor.numel() * tensor.itemsize for tensor in saved.values())
+
+
+def decode(model: Any, prompt_BT: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds until the first new token, and for the others."""
+    began = _now(prompt_BT.device)
+    answer = model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
+    first = _now(prompt_BT.device)
+    for _ in range(new_tokens - 1):
+        ids_B1 = answer.logits[:, -1:].argmax(-1)
+        answer = model(input_ids=ids_B1, past_key_values=answer.past_key_values, use_cache=True)
+    answer.logits[:, -1].argmax(-1)
+    return first - began, _now(prompt_BT.device) - first
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def flops(model: Any, tokens: int) -> int:
+    """Floating point operations of a forward pass over one sequence: 2 per multiply-add of every matrix product, attention's too.
+
+    Attention is counted by its plain form, because fused kernels are not counted on every device; what causality would save is in.
+    """
+    attention = model.config._attn_implementation
+    ids_1T = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(input_ids=ids_1T, use_cache=False)
+    finally:
+        model.set_attn_implementation(attention)
+    return counter.get_total_flops()
+
+
+@contextmanager
+def rise(device: torch.device) -> Iterator[list[int]]:
+    """Bytes by which memory rose at most inside, known at the end: the allocator's on a GPU, the process' own on a CPU.
+
+    Empty where the system does not tell (Linux does).
+    """
+    peak: list[int] = []
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
+        yield peak
+        peak.append(torch.cuda.max_memory_allocated(device) - start)
+        return
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        reset.write_text("5")  # the high-water mark falls to what is used now
+    except OSError:
+        yield peak
+        return
+    start = psutil.Process().memory_info().rss
+    yield peak
+    high = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    peak.append(max(0, int(high.split()[1]) * 1024 - start))
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

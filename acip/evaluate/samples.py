@@ -1,0 +1,30 @@
+"""What a model says: greedy continuations of a few prompts."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from acip.evaluate.rows import Measurement, Part, Subject
+
+PROMPTS = ("The capital of France is", "Water boils when", "Once upon a time")
+
+
+@dataclass(frozen=True)
+class Samples(Measurement):
+    kind: ClassVar[str] = "samples"
+    prompts: tuple[str, ...] = PROMPTS
+    new_tokens: int = 32
+
+    @torch.no_grad()
+    def measure(self, subject: Subject) -> Part:
+        model: Any = subject.model
+        samples = []
+        for prompt in self.prompts:
+            ids_1T = torch.tensor([subject.tokenizer(prompt)["input_ids"]], device=model.device)
+            whole = model.generate(
+                ids_1T, attention_mask=torch.ones_like(ids_1T), max_new_tokens=self.new_tokens, do_sample=False,
+                pad_token_id=subject.tokenizer.eos_token_id,
+            )  # fmt: skip
+            samples.append({"prompt": prompt, "text": subject.tokenizer.decode(whole[0, ids_1T.shape[1] :], skip_special_tokens=True)})
+        return {"label": self.kind, "values": {}, "samples": samples}

@@ -1,0 +1,134 @@
+"""Tasks of the LM Evaluation Harness (lm-eval), on the model in memory: nothing is exported for it.
+
+    name                      the task
+    package:arc_easy          of a wheel, without the hub (acip.evaluate.packaged)
+    a name in `folder`        of your own task files; paths in them are relative to the folder, and its functions are run
+    arc_easy, mmlu, ...       lm-eval's, with its set from the hub
+    paper, package:paper      the seven of the paper's tables; those of them that the wheel has
+
+Log-probabilities are taken from float32, where lm-eval by itself would round a bfloat16 model's to 3 digits, and choices would tie.
+"""
+
+import logging
+import os
+from collections.abc import Iterable
+from contextlib import chdir, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from acip.errors import EvaluationError
+from acip.evaluate import packaged
+from acip.evaluate.rows import Measurement, Part, Subject, label
+from acip.evaluate.text import content
+from acip.recipe import did_you_mean
+
+PAPER = ("piqa", "hellaswag", "winogrande", "arc_challenge", "arc_easy", "openbookqa", "mathqa")
+PRESETS = {"paper": PAPER, "package:paper": tuple(packaged.PREFIX + name for name in PAPER if name in packaged.TASKS)}
+CPU_BATCH, CPU_LOGIT_BYTES = 16, 1 << 30
+RESAMPLES = 1000  # for standard errors that have no formula
+
+
+@dataclass(frozen=True)
+class TaskScore(Measurement):
+    """The metrics of one task or group, with standard errors, over its first `limit` items."""
+
+    kind: ClassVar[str] = "task"
+    task: str
+    folder: str = ""  # of task files; "" = none
+    shots: int | None = None  # examples in the prompt; None = the task's own number
+    limit: int = 0  # items; 0 = all
+
+    def __post_init__(self) -> None:
+        if self.limit < 0 or (self.shots or 0) < 0:
+            raise EvaluationError(f"{self.shots} shots and {self.limit} items of {self.task}: neither may be negative; 0 items are all.")
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "content": content(self.folder), "lm_eval": version("lm_eval")}
+
+    def measure(self, subject: Subject) -> Part:
+        from lm_eval import simple_evaluate
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")  # resampling by a pool of processes, inside of a worker
+        spec, manager = find(self.task, self.folder)
+        with chdir(self.folder) if self.folder else nullcontext():
+            try:
+                found = simple_evaluate(
+                    model=harness(subject.model, subject.tokenizer), tasks=[spec], num_fewshot=self.shots, limit=self.limit or None,
+                    bootstrap_iters=RESAMPLES, log_samples=False, task_manager=manager,
+                )  # fmt: skip
+            except OSError as error:  # no network, no such set
+                instead = packaged.PREFIX + self.task
+                hint = f"; {instead} needs no hub" if instead in packaged.names() else ""
+                raise EvaluationError(f"the set of task {self.task} can't be read: {error}{hint}.") from error
+        assert found is not None, "this process is the only one"
+        results, shots, items = found["results"], found["n-shot"], found["n-samples"]
+        if self.task not in results:
+            raise EvaluationError(f"{self.task} has no score of its own; name what it consists of: {', '.join(sorted(results))}.")
+        values = {
+            name.removesuffix(",none").replace(",", "_"): value
+            for name, value in results[self.task].items()
+            if isinstance(value, int | float) and "," in name
+        }
+        count = sum(part["effective"] for part in items.values())
+        return {"label": f"{self.kind}/{label(self.task)}", "values": values, "items": count, "shots": shots.get(self.task)}
+
+
+def expand(names: Iterable[str]) -> list[str]:
+    """Presets by their tasks; each once."""
+    return list(dict.fromkeys(task for name in names for task in PRESETS.get(name, (name,))))
+
+
+def check(names: Iterable[str], folder: str = "") -> None:
+    """EvaluationError for a task that is not known, before anything long is begun."""
+    for name in names:
+        find(name, folder)
+
+
+def find(name: str, folder: str = "") -> tuple[Any, Any]:
+    """(what lm-eval takes for the task, the task manager that knows it)."""
+    if folder and not Path(folder).is_dir():
+        raise EvaluationError(f"there is no task folder {folder!r}.")
+    if name.startswith(packaged.PREFIX):
+        return packaged.task(name), _manager("", False)
+    folder = str(Path(folder).resolve()) if folder else ""
+    own = _manager(folder, False)
+    if name in own.all_tasks:
+        return name, own
+    known = _manager(folder, True)
+    if name in known.all_tasks:
+        return name, known
+    every = [*PRESETS, *packaged.names(), *known.all_tasks]
+    raise EvaluationError(
+        f"no task {name!r}{did_you_mean(name, every)}. Without the hub: {', '.join(packaged.names())}; "
+        "with it, what `lm-eval ls tasks` lists; your own from a task folder."
+    )
+
+
+@lru_cache(maxsize=8)
+def _manager(folder: str, defaults: bool) -> Any:
+    """lm-eval's own 14,000 task files take it some 20 s to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder or None, include_defaults=defaults)
+
+
+def harness(model: Any, tokenizer: Any) -> Any:
+    """lm-eval's view of a model in memory."""
+    from lm_eval.models.huggingface import HFLM
+
+    class InMemory(HFLM):
+        def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+            """On a GPU the largest that runs, by lm-eval's trial and error. On a CPU nothing would stop a trial but the machine's end."""
+            if self.device.type != "cpu":
+                return int(super()._detect_batch_size(requests, pos))
+            longest = len(requests[pos][1]) + len(requests[pos][2]) if requests else self.max_length
+            per_sequence = min(longest, self.max_length) * model.config.get_text_config().vocab_size * 2 * 4
+            return max(1, min(CPU_BATCH, CPU_LOGIT_BYTES // per_sequence))
+
+    return InMemory(pretrained=model, tokenizer=tokenizer, batch_size="auto", softmax_dtype=torch.float32)

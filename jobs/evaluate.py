@@ -1,0 +1,205 @@
+"""Measure sizes of a calibrated model, or any other model: perplexity, distance from the base, tasks, speed, samples.
+
+    python jobs/evaluate.py --model smollm2-135m --sizes 1.0 0.6 0.4 --tasks package:paper --limit 500
+    python jobs/evaluate.py --artifact s3://bucket/artifacts/... --data wikitext2 c4 --protocol field paper --context 4096 --tasks paper
+    python jobs/evaluate.py --base HuggingFaceTB/SmolLM2-135M --tasks package:piqa            also an export's folder
+
+Sizes are Ray tasks, side by side; what is measured already is not measured again. Rows go to MLflow, to a JSON file, and beside the
+artifact's curve. Exit code 0 = every size was measured, 1 = some were not, 2 = wrong arguments.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from acip_platform.cluster import connect
+from acip_platform.console import Watch, console, duration, evaluation_table, lines
+from acip_platform.evaluate import Model, log_rows, measure_sizes, record
+from acip_platform.settings import Settings, masked
+from acip_platform.store import Store
+from acip_platform.tracking import CHAMPION, Registry, Run, Tracking
+from acip_platform.train import Inbox
+
+from acip.artifact import Artifact
+from acip.budget import Budget
+from acip.data import documents
+from acip.errors import AcipError, BudgetError, EvaluationError
+from acip.evaluate import DivergenceOn, Efficiency, Measurement, PerplexityOn, Samples, TaskScore, Text
+from acip.evaluate.samples import PROMPTS
+from acip.evaluate.tasks import check, expand
+
+KINDS = ("perplexity", "divergence", "efficiency", "samples")
+SIZES = (1.0, 0.8, 0.6, 0.4)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    of = parser.add_mutually_exclusive_group(required=True)
+    of.add_argument("--model", metavar="NAME[@ALIAS]", help=f"name in the registry, with an alias or version (default: {CHAMPION})")
+    of.add_argument("--artifact", metavar="URI", help="path or URI of an artifact")
+    of.add_argument("--base", metavar="ID", help="a model as it is: hub id, folder, .gguf file or package:NAME")
+    parser.add_argument("--sizes", nargs="+", type=float, help="size ratios (default: those of the curve, else 1.0 0.8 0.6 0.4)")
+    text = parser.add_argument_group("text (default: that of the curve, else package:wikipedia)")
+    text.add_argument("--data", nargs="+", metavar="SOURCE", help="package:wikipedia, package:austen, wikitext2, c4, or local text")
+    text.add_argument("--protocol", nargs="+", help="packed, field, paper: see acip/evaluate/text.py (default: packed)")
+    text.add_argument("--context", type=int, help="tokens of a window (default: 2048, or as many as the model reads)")
+    text.add_argument("--windows", type=int, help="at most so many (default: all)")
+    tasks = parser.add_argument_group("tasks")
+    tasks.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval's names, package:NAME, paper, package:paper")
+    tasks.add_argument("--task-folder", default="", metavar="FOLDER", help="task files of your own")
+    tasks.add_argument("--shots", type=int, help="examples in the prompt (default: the task's own number)")
+    tasks.add_argument("--limit", type=int, default=0, help="items of each task (default: all)")
+    speed = parser.add_argument_group("speed, and what is said")
+    speed.add_argument("--batch", type=int, default=1, help="sequences at once (default: %(default)s; the paper: 64)")
+    speed.add_argument("--prompt-tokens", type=int, default=128, help="(default: %(default)s)")
+    speed.add_argument("--new-tokens", type=int, default=32, help="(default: %(default)s; the paper: 64)")
+    speed.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="of the samples")
+    parser.add_argument("--skip", nargs="+", choices=KINDS, default=[], help="leave these measurements out")
+    parser.add_argument("--cpus", type=float, default=0.0, help="CPUs of each size (default: shared out)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with --base")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the rows as JSON (default: ACIP_HOME/evaluations/...)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    out = console()
+    try:
+        return run(args, out, Settings.from_env())
+    except AcipError as error:
+        out.print(f"error: {error}", markup=False)
+        return 2
+    finally:
+        ray.shutdown()
+
+
+def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
+    began = time.time()
+    name, model, artifact = found(args, settings)
+    sizes = reachable(args, artifact)
+    texts = texts_of(args, artifact)
+    check(expand(args.tasks), args.task_folder)
+    connect(settings)
+    what = measurements(args, texts, artifact is not None)
+    mlflow_run, identity = start_run(settings, name, model, artifact, what)
+    file = args.out or settings.home / "evaluations" / f"{name}-{identity}.json"
+    lines(out, {
+        "model": name + (f" at {masked(model.uri)}" if model.uri else ""),
+        "sizes": ", ".join(f"{size:g}" for size in sizes),
+        "measured": ", ".join(dict.fromkeys(one.kind for one in what)),
+        "run": f"{mlflow_run.run_id} in experiment {mlflow_run.experiment_id} of {masked(settings.tracking_uri)}",
+    })  # fmt: skip
+    inbox = Inbox.remote()  # type: ignore[attr-defined]
+    rows, errors = [], {}
+    with Watch(out, inbox):
+        for outcome in measure_sizes(model, sizes, what, settings, inbox, args.cpus):
+            if outcome.row is None:
+                errors[outcome.size] = outcome.error
+                continue
+            rows.append(outcome.row)
+            rows.sort(key=lambda row: -row["asked"])
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(rows, indent=1))
+    left_out = record(Store(settings.store, settings.home / "cache"), model.uri, rows) if model.uri and rows else []
+    log_rows(mlflow_run, rows)
+    mlflow_run.finish("FAILED" if errors else "FINISHED")
+    last_screen(out, name, rows, errors, left_out, file, time.time() - began)
+    return 1 if errors else 0
+
+
+def found(args: argparse.Namespace, settings: Settings) -> tuple[str, Model, Artifact | None]:
+    """(a name for it, the model, its artifact if it has one)."""
+    if args.base:
+        base = str(Path(args.base).resolve()) if Path(args.base).exists() else args.base  # tasks have folders of their own
+        return Path(base.replace(":", "-")).name, Model(base=base, trust_remote_code=args.trust_remote_code), None
+    uri, name = args.artifact, ""
+    if args.model:
+        name, _, which = args.model.partition("@")
+        uri = Registry(settings).resolve(name, which or CHAMPION).uri
+    elif "://" not in uri:
+        uri = str(Path(uri).resolve())
+    artifact = Store(settings.store, settings.home / "cache").open(uri)
+    return name or uri.rstrip("/").rpartition("/")[2], Model(uri), artifact
+
+
+def reachable(args: argparse.Namespace, artifact: Artifact | None) -> list[float]:
+    """The sizes, largest first; BudgetError for one that the model can't have."""
+    if artifact is None:
+        if args.sizes and args.sizes != [1.0]:
+            raise BudgetError("--base is measured as it is. Calibrate it to have it at other sizes, and give --model.")
+        return [1.0]
+    asked = args.sizes or [row["asked"] for row in artifact.curve] or SIZES
+    table = artifact.table()
+    for size in asked:
+        table.cut(Budget(ratio=size))
+    return sorted(set(asked), reverse=True)
+
+
+def texts_of(args: argparse.Namespace, artifact: Artifact | None) -> list[Text]:
+    """What is read; DataError for what is not there, before anything long is begun."""
+    if {"perplexity", "divergence"} <= set(args.skip):
+        return []
+    like = artifact.curve[0] if artifact is not None and artifact.curve and not args.data else {}
+    positions = None if artifact is None else getattr(artifact.config.get_text_config(), "max_position_embeddings", None)
+    context = args.context or like.get("context") or min(2048, positions or 2048)
+    windows = like.get("windows", 0) if args.windows is None else args.windows
+    sources = args.data or [like.get("corpus", "package:wikipedia")]
+    texts = [
+        Text(str(Path(source).resolve()) if Path(source).exists() else source, protocol, context, windows)
+        for source in sources
+        for protocol in args.protocol or [like.get("protocol", "packed")]
+    ]
+    for source in dict.fromkeys(text.source for text in texts):
+        next(iter(documents(source, "heldout")))
+    return texts
+
+
+def measurements(args: argparse.Namespace, texts: list[Text], has_base: bool) -> list[Measurement]:
+    """What is asked for. Speed is told apart by the kind of device that this cluster has."""
+    kinds = [key.partition(":")[2] for key in ray.cluster_resources() if key.startswith("accelerator_type:")]
+    folder = str(Path(args.task_folder).resolve()) if args.task_folder else ""
+    what: list[Measurement] = [PerplexityOn(text) for text in texts if "perplexity" not in args.skip]
+    what += [DivergenceOn(text) for text in texts if has_base and "divergence" not in args.skip]
+    what += [TaskScore(task, folder, args.shots, args.limit) for task in expand(args.tasks)]
+    if "samples" not in args.skip:
+        what.append(Samples(tuple(args.prompts)))
+    if "efficiency" not in args.skip:
+        what.append(Efficiency(args.batch, args.prompt_tokens, args.new_tokens, device="+".join(sorted(kinds)) or "cpu"))
+    if not what:
+        raise EvaluationError("there is nothing left to measure: give --tasks, or skip less.")
+    return what
+
+
+def start_run(settings: Settings, name: str, model: Model, artifact: Artifact | None, what: list[Measurement]) -> tuple[Run, str]:
+    """The MLflow run of these measurements of this model, gone on with where there is one; and what identifies it."""
+    keys = [model.identity(artifact), *(one.key for one in what)]
+    identity = hashlib.sha256(" ".join(keys).encode()).hexdigest()[:12]
+    run = Tracking(settings, "acip/evaluation").start(name, f"evaluation-{identity}", {"model": name, "artifact_uri": model.uri})
+    return run, identity
+
+
+def last_screen(
+    out: Any, name: str, rows: list[Any], errors: dict[float, str | None], left_out: list[float], file: Path, seconds: float
+) -> None:
+    if rows:
+        out.print()
+        out.print(evaluation_table(name, rows))
+    for size, error in sorted(errors.items(), reverse=True):
+        out.print(f"size {size:g} FAILED: {error}", markup=False)
+    if left_out:
+        sizes = ", ".join(f"{size:g}" for size in left_out)
+        out.print(f"no place in the artifact's curve: {sizes}; leave --data out, for perplexity on the curve's own text.", markup=False)
+    if rows:
+        out.print(f"rows: {file}", markup=False)
+    out.print(f"{len(rows)} of {len(rows) + len(errors)} sizes measured, after {duration(seconds)}.", markup=False)
+    if errors:
+        out.print("Run it again for the others: what is measured is not measured again.", markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

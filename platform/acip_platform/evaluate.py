@@ -1,0 +1,211 @@
+"""Sizes of one model measured side by side, each as a Ray task; what was measured once is not measured again.
+
+    artifact on disk, mapped by all tasks of a node --> size 1.0 --> row -.
+                                                    --> size 0.6 --> row --> MLflow, JSON, the artifact's curve
+                                                    --> size 0.4 --> (its process dies: this row is lost, no other)
+
+Each part of a row is stored as soon as it is there, at STORE/evaluations/MODEL/SIZE/PART/part.json, by hashes of the model's files
+and of what was measured. So neither a second run nor another fleet with the same artifact repeats it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from filelock import FileLock
+
+from acip.artifact import MANIFEST, Artifact
+from acip.base import load_base
+from acip.budget import Budget
+from acip.errors import AcipError, BudgetError
+from acip.evaluate import Efficiency, Measurement, Part, TaskScore, evaluate, extended, metrics
+from acip.evaluate.tasks import expand
+from acip.evaluate.text import content
+from acip.materialise import AnySize
+from acip_platform.fleet import Job, root_cause
+from acip_platform.settings import Settings
+from acip_platform.store import Store
+from acip_platform.tracking import Run
+
+PART = "part.json"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is measured: an artifact by its URI, at any size, or a model that `acip.base` loads, as it is."""
+
+    uri: str = ""
+    base: str = ""
+    dtype: str = "bfloat16"  # of `base`
+    trust_remote_code: bool = False
+
+    def identity(self, artifact: Artifact | None) -> str:
+        """The same for the same weights: a curve that grows changes nothing."""
+        facts = (self.base, self.dtype, content(self.base)) if artifact is None else artifact.manifest["files"]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Stored parts of one model at one size, as a mapping by key."""
+
+    store: Store
+    place: str
+
+    @classmethod
+    def of(cls, settings: Settings, identity: str, removed: int) -> "Parts":
+        return cls(Store(settings.store, settings.home / "cache"), f"evaluations/{identity}/{removed}")
+
+    def __contains__(self, key: object) -> bool:
+        return self.store.exists(self._uri(key), PART)
+
+    def __getitem__(self, key: str) -> Part:
+        (raw,) = self.store.read([f"{self._uri(key)}/{PART}"])
+        part: Part = json.loads(raw)
+        return part
+
+    def __setitem__(self, key: str, part: Part) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="part-"))
+        (folder / PART).write_text(json.dumps(part))
+        self.store.add(folder, f"{self.place}/{key}", PART)
+
+    def _uri(self, key: object) -> str:
+        return self.store.uri(f"{self.place}/{key}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A size's row, or what went wrong with it."""
+
+    size: float
+    row: Row | None
+    error: str | None
+
+
+def measure_sizes(
+    model: Model, sizes: Sequence[float], what: Sequence[Measurement], settings: Settings, inbox: Any, cpus: float = 0.0
+) -> Iterator[Outcome]:
+    """A row for every size, as they come. On GPUs one size each; on CPUs `cpus` of them (0 = shared out).
+
+    Where sizes share a machine's CPUs, speed is measured afterwards, one size at a time with all of a node's.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    on_gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
+    most = max(node.get("CPU", 1.0) for node in nodes)
+    share = cpus or max(1.0, (4.0 if on_gpu else most) // (1 if on_gpu else len(sizes)))
+    waves = [(list(what), min(share, most))]
+    if not on_gpu:
+        quality, speed = ([one for one in what if isinstance(one, Efficiency) == fast] for fast in (False, True))
+        waves = [(part, cpus) for part, cpus in ((quality, min(share, most)), (speed, most)) if part]
+    failed: set[float] = set()
+    rows: dict[float, Row] = {}
+    for i, (part, threads) in enumerate(waves):
+        options = {"num_cpus": threads, "num_gpus": float(on_gpu)}
+        todo = [size for size in sizes if size not in failed]
+        started = {_measure.options(**options).remote(model, size, part, settings, int(threads), inbox): size for size in todo}
+        while started:
+            (done,), _ = ray.wait(list(started))
+            size = started.pop(done)
+            try:
+                row = ray.get(done)
+            except Exception as error:  # its process died, or what it ran raised: the others go on
+                row = {"error": root_cause(error)}
+            if "error" in row:
+                failed.add(size)
+                yield Outcome(size, None, row["error"])
+                continue
+            rows[size] = {**row, "evaluation": [*rows.get(size, {}).get("evaluation", []), *row["evaluation"]]}
+            if i == len(waves) - 1:
+                yield Outcome(size, rows[size], None)
+
+
+@ray.remote(max_retries=0)
+def _measure(model: Model, size: float, what: list[Measurement], settings: Settings, threads: int, inbox: Any) -> Row:
+    """One size's row. The user's errors come back as values: raised, they would come with a page of Ray around them."""
+    torch.set_num_threads(max(1, threads))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def say(part: Part) -> None:
+        inbox.put.remote({"model": f"size {size:g}", "kind": "stage", "text": told(part)})
+
+    try:
+        if model.base:
+            base = load_base(model.base, model.dtype, model.trust_remote_code)  # type: ignore[arg-type]
+            torch.nn.Module.to(base.model, device)
+            known = Parts.of(settings, model.identity(None), 0)
+            return {"asked": 1.0, "got": 1.0, **evaluate(base.model, base.tokenizer, what, known=known, say=say)}
+        artifact = _opened(model.uri, settings)
+        any_size = artifact.load(device, size=size)
+        assert any_size.cut is not None
+        known = Parts.of(settings, model.identity(artifact), any_size.cut.removed)
+        return evaluate(any_size, artifact.tokenizer(), what, known=known, say=say)
+    except AcipError as error:
+        return {"error": str(error)}
+
+
+def _opened(uri: str, settings: Settings) -> Artifact:
+    """One copy on a node's disk, which the first to come fetches, and all map into memory."""
+    cache = settings.home / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "evaluate.lock"):
+        return Artifact.open(Store(settings.store, cache).fetch(uri))
+
+
+def told(part: Part) -> str:
+    """A part in a few words."""
+    shown = [f"{name} {value:.6g}" for name, value in part["values"].items() if "stderr" not in name]
+    return f"{part['label']}: {', '.join(shown) or 'done'} ({part['seconds']:.0f} s)"
+
+
+def log_rows(run: Run, rows: Sequence[Row]) -> None:
+    """Rows as metrics over size percent, each once, and as a file."""
+    logged = run.steps("size/got")
+    points = []
+    for row in rows:
+        size = {f"size/{key}": float(row[key]) for key in ("got", "params", "bytes")}
+        points.append((round(row["asked"] * 100), {**metrics(row), **size}))
+    run.metrics([(step, values) for step, values in points if step not in logged])
+    run.json(list(rows), "evaluation.json")
+
+
+def record(store: Store, uri: str, rows: Sequence[Row]) -> list[float]:
+    """Put rows into the curve of the artifact at `uri`; returns the sizes that the curve has no place for."""
+    artifact = store.open(uri)
+    curve, left_out = extended(artifact.curve, rows, artifact.recipe.stop_ratio)
+    if (artifact.folder / MANIFEST).is_file():
+        artifact.record_curve(curve)
+    else:  # on S3; nothing but the manifest has to travel
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / MANIFEST).write_text(json.dumps({**artifact.manifest, "curve": curve}, indent=1))
+            store.replace_manifest(uri, Path(folder))
+    return left_out
+
+
+def measure_tasks(
+    job: Job, artifact: Artifact, any_size: AnySize, uri: str, run: Run, settings: Settings, say: Callable[..., None]
+) -> Artifact:
+    """A fleet's `tasks`, at the sizes of its curve, one after the other where the model is resident. The artifact with what they gave."""
+    what = [TaskScore(task, limit=job.task_limit) for task in expand(job.tasks)]
+    rows = []
+    for size in job.sizes if what else ():
+        try:
+            cut = any_size.resize(Budget(ratio=size))
+        except BudgetError:
+            continue
+        say("stage", text=f"size {size:.2f}: {len(what)} tasks")
+        known = Parts.of(settings, Model(uri).identity(artifact), cut.removed)
+        rows.append(evaluate(any_size, artifact.tokenizer(), what, known=known, say=lambda part: say("stage", text=told(part))))
+    if not rows:
+        return artifact
+    log_rows(run, rows)
+    store = Store(settings.store, settings.home / "cache")
+    record(store, uri, rows)
+    return dataclasses.replace(artifact, manifest=store.open(uri).manifest)

@@ -1,0 +1,187 @@
+"""`python jobs/evaluate.py`: sizes as Ray tasks, one of which really dies; a second run makes up for it and repeats nothing."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from acip_platform.evaluate import Model, Parts, measure_tasks, record
+from acip_platform.fleet import Job
+from acip_platform.settings import Settings
+from acip_platform.store import Store
+from acip_platform.tracking import Registry, Tracking
+
+from acip.artifact import MANIFEST, Artifact
+from acip.data import documents, token_windows
+from acip.evaluate import trade_off
+from tests.conftest import byte_tokenizer
+
+MINE = """\
+task: mine
+dataset_path: json
+dataset_kwargs: {data_files: {validation: items.jsonl}}
+output_type: multiple_choice
+validation_split: validation
+process_docs: !function utils.once_deadly
+doc_to_text: "{{question}}"
+doc_to_target: gold
+doc_to_choice: "{{[' yes', ' no']}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+DEADLY = """\
+import os, pathlib, signal
+
+def once_deadly(docs):
+    try:
+        pathlib.Path(os.environ["ACIP_HOME"], "died").mkdir()
+    except FileExistsError:
+        return docs
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def with_curve(artifact: Artifact, folder: Path) -> Artifact:
+    """A copy with a measured curve, in a folder of its own."""
+    folder.mkdir(parents=True)
+    for file in (*artifact.manifest["files"], MANIFEST):
+        (folder / file).hardlink_to(artifact.folder / file)
+    copy = Artifact.open(folder)
+    windows = token_windows(documents("package:wikipedia", "heldout"), byte_tokenizer(), 64, 4)
+    return copy.record_curve(list(trade_off(copy, copy.load(), windows, "package:wikipedia", (1.0, 0.5))))
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str]]]:
+    """The command in this process, in a home of its own; a Ray that it starts goes on for the next one."""
+    from jobs import evaluate
+
+    for name in ("ACIP_STORE", "ACIP_RUNS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACIP_HOME", str(tmp_path / "home"))
+    stop = ray.shutdown
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+
+    def start(settings: Settings) -> None:
+        if not ray.is_initialized():
+            variables = settings.worker_env()
+            ray.init(
+                address="local", num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False,
+                runtime_env={"env_vars": variables},
+            )  # fmt: skip
+
+    def run(*args: str) -> tuple[int, str]:
+        monkeypatch.setattr(evaluate, "connect", start)
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *args])
+        code = evaluate.main()
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    yield run
+    stop()
+
+
+def test_a_crash_costs_one_size_and_a_second_run_only_that(
+    small_artifact: Artifact, tmp_path: Path, command: Callable[..., tuple[int, str]]
+) -> None:
+    home, tasks = tmp_path / "home", tmp_path / "tasks"
+    settings = Settings.from_env()
+    artifact = with_curve(small_artifact, home / "artifacts" / "small")
+    registry = Registry(settings)
+    registry.set_alias(registry.register("small", str(artifact.folder), "", {}))
+    tasks.mkdir()
+    (tasks / "mine.yaml").write_text(MINE)
+    (tasks / "utils.py").write_text(DEADLY)
+    (tasks / "items.jsonl").write_text("".join(json.dumps({"question": f"Is {i} odd?", "gold": 1 - i % 2}) + "\n" for i in range(6)))
+    asked = ["--model", "small", "--sizes", "1.0", "0.7", "--tasks", "mine", "--task-folder", str(tasks), "--new-tokens", "3",
+             "--prompt-tokens", "8", "--skip", "samples"]  # fmt: skip
+
+    code, said = command(*asked)
+    assert code == 1, said
+    assert "1 of 2 sizes measured" in said and "FAILED" in said and "Run it again" in said
+    (file,) = (home / "evaluations").glob("small-*.json")
+    (survivor,) = json.loads(file.read_text())
+    assert [one["kind"] for one in survivor["evaluation"]] == ["perplexity", "divergence", "task", "efficiency"]
+    parts = {path: path.stat().st_mtime_ns for path in (home / "artifacts" / "evaluations").rglob("part.json")}
+    assert len(parts) == 4 + 2, "what the other size had measured before it died is kept"
+
+    code, said = command(*asked)
+    assert code == 0, said
+    assert "2 of 2 sizes measured" in said
+    assert {path: path.stat().st_mtime_ns for path in parts} == parts
+    rows = json.loads(file.read_text())
+    assert [row["asked"] for row in rows] == [1.0, 0.7]
+    assert survivor in rows
+    assert f"[size {survivor['asked']:g}]" not in said, "nothing of it was measured again"
+
+    tracking = Tracking(settings, "acip/evaluation")
+    (run,) = tracking.client.search_runs([tracking.experiment_id])
+    assert run.info.status == "FINISHED"
+    for name in ("task/mine/acc", "efficiency/stored_bytes", "divergence/wikipedia_packed_64/kl_nats", "size/params"):
+        history = tracking.client.get_metric_history(run.info.run_id, name)
+        assert sorted(metric.step for metric in history) == [70, 100], "each size once"
+    curve = Artifact.open(artifact.folder).curve
+    assert [row["asked"] for row in curve] == [1.0, 0.7, 0.5], "measured on the curve's text, a new size has its place in it"
+    assert [len(row.get("evaluation", [])) for row in curve] == [4, 4, 0]
+    assert next(one for one in curve[0]["evaluation"] if one["kind"] == "divergence")["values"]["kl_nats"] == 0.0
+
+
+def test_parts_and_curves_are_kept_on_s3(
+    small_artifact: Artifact, s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for key, value in s3_server.items():
+        monkeypatch.setenv(key, value)
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home"), "ACIP_STORE": "s3://models/evaluated"})
+    artifact = with_curve(small_artifact, tmp_path / "small")
+    store = Store(settings.store, settings.home / "cache")
+    uri = store.put(artifact.folder, "small")
+    parts = Parts.of(settings, Model(uri).identity(store.open(uri)), 7)
+    assert "abc" not in parts
+    part = {"kind": "task", "key": "abc", "label": "task/x", "values": {"acc": 0.5}}
+    parts["abc"] = part
+    assert "abc" in parts and parts["abc"] == part
+    row: dict[str, Any] = {**artifact.curve[1], "evaluation": [part]}
+    assert record(store, uri, [row, {**row, "asked": 0.9, "got": 0.9}]) == [0.9]
+    read = store.open(uri)
+    assert [row.get("evaluation") for row in read.curve] == [None, [part]]
+    assert Model(uri).identity(read) == Model(uri).identity(artifact), "a longer curve is no other model"
+
+
+def test_a_fleet_scores_its_tasks(small_artifact: Artifact, tmp_path: Path) -> None:
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home")})
+    artifact = with_curve(small_artifact, tmp_path / "small")
+    run = Tracking(settings, "acip/small").start("small", "small", {})
+    job = Job("small", "b/c", sizes=(1.0, 0.5, 0.001), tasks=("package:piqa", "package:piqa"), task_limit=3)
+    heard: list[str] = []
+    for _ in range(2):  # a worker that died after it had measured goes on from here
+        measured = measure_tasks(job, artifact, artifact.load(), str(artifact.folder), run, settings, lambda _, text: heard.append(text))
+        assert measured.curve == Artifact.open(artifact.folder).curve
+        assert [[one["label"] for one in row["evaluation"]] for row in measured.curve] == [["task/package_piqa"]] * 2
+        assert [row["evaluation"][0]["items"] for row in measured.curve] == [3, 3]
+    assert len([text for text in heard if text.startswith("task/package_piqa: acc ")]) == 2
+    assert sorted(run.steps("task/package_piqa/acc")) == [50, 100]
+    assert measure_tasks(replace(job, tasks=()), artifact, artifact.load(), "", run, settings, lambda _, text: None) is artifact
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--tasks", "package:piqua"], "did you mean 'package:piqa'"),
+        (["--sizes", "0.5", "0.0001"], "size 0.0001 (linear) can't be reached: the smallest is"),
+        (["--sizes", "1.5"], "size ratio is 1.5"),
+        (["--data", "package:wiki"], "'wiki' ships with acip (did you mean"),
+        (["--data", "c4"], "c4 can't be fetched from the hub"),
+        (["--protocol", "feild"], "did you mean 'field'"),
+    ],
+)
+def test_the_command_refuses_before_it_begins(
+    args: list[str], says: str, small_artifact: Artifact, command: Callable[..., tuple[int, str]]
+) -> None:
+    code, said = command("--artifact", str(small_artifact.folder), *args)
+    assert code == 2 and says in " ".join(said.split())
+    assert not ray.is_initialized()
