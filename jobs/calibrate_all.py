@@ -62,8 +62,8 @@ def run(args: argparse.Namespace, out: Any) -> int:
     tracking, registry, store = Tracking(settings, f"acip/{fleet.name}"), Registry(settings), Store(settings.store, settings.home / "cache")
     done = {} if args.force else {job.name: version for job in jobs if (version := finished(job, registry, store)) is not None}
     open_jobs = [job for job in jobs if job.name not in done]
-    parent = None if args.dry_run or not open_jobs else start_fleet(tracking, fleet, jobs)
-    runs = {} if parent is None else {job.name: start_run(tracking, fleet, job, args.force, parent) for job in open_jobs}
+    parent = start_fleet(tracking, fleet) if open_jobs and len(fleet.jobs) > 1 and not args.dry_run else None
+    runs = {} if args.dry_run else {job.name: start_run(tracking, fleet, job, args.force, parent) for job in open_jobs}
     first_screen(out, settings, fleet, jobs, done, shares, cluster, runs)
     if args.dry_run:
         return 0
@@ -89,22 +89,25 @@ def finished(job: Job, registry: Registry, store: Store) -> ModelVersion | None:
     return next((version for version in done if CHAMPION in version.aliases), done[0] if done else None)
 
 
-def start_fleet(tracking: Tracking, fleet: Fleet, jobs: list[Job]) -> Run:
-    """The MLflow run of this fleet and its jobs, around those of its models."""
-    identity = hashlib.sha256("".join(job.fingerprint for job in jobs).encode()).hexdigest()[:12]
+def start_fleet(tracking: Tracking, fleet: Fleet) -> Run:
+    """The MLflow run of this very fleet, around those of its models."""
+    identity = hashlib.sha256("".join(job.fingerprint for job in fleet.jobs).encode()).hexdigest()[:12]
     return tracking.start(f"fleet {fleet.name}", f"fleet-{fleet.name}-{identity}", {"fleet": fleet.name})
 
 
 def finish_fleet(parent: Run, outcomes: list[Outcome]) -> None:
     """All curves over each other, and each model's outcome in the fleet run's description."""
-    good = {outcome.job.name: outcome.summary for outcome in outcomes if outcome.summary is not None}
+    good = {outcome.job.name: outcome.summary["curve"] for outcome in outcomes if outcome.summary is not None}
+    for name, rows in good.items():
+        if parent.last_step(f"excess_loss_nats/{name}") == 0:
+            parent.metrics(story.excess(name, rows))
     if good:
-        parent.figure(figures.curves({name: summary["curve"] for name, summary in good.items()}, excess=True), "tradeoffs.png")
+        parent.figure(figures.curves(good, excess=True), "tradeoffs.png")
     parent.describe(story.of_fleet(outcomes))
     parent.finish("FINISHED" if len(good) == len(outcomes) else "FAILED")
 
 
-def start_run(tracking: Tracking, fleet: Fleet, job: Job, force: bool, parent: Run) -> tuple[Run, str]:
+def start_run(tracking: Tracking, fleet: Fleet, job: Job, force: bool, parent: Run | None) -> tuple[Run, str]:
     """The MLflow run, and the name of the attempt: the same name goes on where it stopped, a new one starts afresh."""
     attempt = f"{job.name}-{job.fingerprint}" + (f"-{int(time.time())}" if force else "")
     run = tracking.start(job.name, attempt, {"fleet": fleet.name, "model": job.name}, parent)

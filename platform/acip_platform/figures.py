@@ -37,23 +37,30 @@ def short(name: str) -> str:
 
 
 def score_map(table: CutTable) -> Figure:
-    """One line per layer, its directions from most to least important; colour: the share of all directions that leaves before."""
-    order = table.order.long().numpy()
-    width = max(layer.K for layer in table.layers)
-    picture = np.full((len(table.layers), width), np.nan)
+    """One line per layer, kind by kind, its directions from most to least important; colour: how many of all leave before."""
+    kinds = list(dict.fromkeys(_kind(layer.name) for layer in table.layers))
+    line = np.argsort(np.argsort([kinds.index(_kind(layer.name)) for layer in table.layers], kind="stable"))
+    picture = np.full((len(table.layers), max(layer.K for layer in table.layers)), np.nan)
     seen = [layer.K for layer in table.layers]
-    for place, layer in enumerate(order):
+    for place, layer in enumerate(table.order.tolist()):
         seen[layer] -= 1
-        picture[layer, seen[layer]] = place / len(order)
-    figure = Figure(figsize=(9, max(3.0, 0.055 * len(table.layers) + 1.5)), layout="constrained")
+        picture[line[layer], seen[layer]] = place / len(table.order)
+    figure = Figure(figsize=(9, max(3.0, 0.03 * len(table.layers) + 1.5)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(picture, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
-    step = max(1, len(table.layers) // 30)
-    axes.set_yticks(range(0, len(table.layers), step), [short(layer.name) for layer in table.layers[::step]], fontsize=6)
+    lines = {kind: [line[i] for i, layer in enumerate(table.layers) if _kind(layer.name) == kind] for kind in kinds}
+    axes.set_yticks([float(np.mean(places)) for places in lines.values()], kinds)
+    for places in list(lines.values())[1:]:
+        axes.axhline(min(places) - 0.5, color="white", linewidth=1.5)
+    axes.set_ylabel("layers of each kind, the first block on top")
     axes.set_xlabel("direction of the layer, most important first")
     axes.set_title("Score map: when a direction leaves")
-    figure.colorbar(image, label="share of all directions that leaves before (bright = stays longest)")
+    figure.colorbar(image, label="share of all directions that leaves before")
     return figure
+
+
+def _kind(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def kept_ranks(table: CutTable, size: float) -> Figure | None:
@@ -62,11 +69,11 @@ def kept_ranks(table: CutTable, size: float) -> Figure | None:
         cut = table.cut(Budget(ratio=size))
     except BudgetError:
         return None
-    kinds = list(dict.fromkeys(layer.name.rsplit(".", 1)[-1] for layer in table.layers))
+    kinds = list(dict.fromkeys(_kind(layer.name) for layer in table.layers))
     columns: dict[str, list[float]] = {kind: [] for kind in kinds}
     for layer in table.layers:
         rank = cut.ranks[layer.name]
-        columns[layer.name.rsplit(".", 1)[-1]].append(1.0 if rank is None else rank / layer.K)
+        columns[_kind(layer.name)].append(1.0 if rank is None else rank / layer.K)
     depth = max(len(values) for values in columns.values())
     picture = np.full((len(kinds), depth), np.nan)
     for row, kind in enumerate(kinds):
@@ -120,7 +127,8 @@ def curves(named: Mapping[str, Rows], baselines: Mapping[str, Rows] | None = Non
         for (a, b), line in zip(pairwise(rows), pairwise(y), strict=True):
             axes.plot([a["got"], b["got"]], line, ":" if a.get("extrapolated") else style[0], color=style[1])
         for row, at in zip(rows, y, strict=True):
-            error = row.get("stderr", 0.0) if math.isfinite(row.get("stderr", 0.0)) else 0.0
+            known = not excess and math.isfinite(row.get("stderr", math.nan))  # of a difference on the same text it says nothing
+            error = row["stderr"] if known else 0.0
             filled = "none" if row.get("extrapolated") else style[1]
             spread = [[at - value(row["loss"] - error)], [value(row["loss"] + error) - at]]
             axes.errorbar([row["got"]], [at], spread, fmt="o", color=style[1], mfc=filled, capsize=2)
