@@ -121,12 +121,11 @@ class Artifact:
         _write_atomically(folder / MANIFEST, manifest)
         return cls.open(folder)
 
-    def record_curve(self, rows: list[dict[str, Any]], samples: list[dict[str, Any]] | None = None) -> "Artifact":
-        """Put the measured trade-off curve, and samples of text, into the manifest. Nothing else changes. Of a local artifact only."""
+    def record_curve(self, rows: list[dict[str, Any]]) -> "Artifact":
+        """Put the measured trade-off curve into the manifest. Nothing else changes. Of a local artifact only."""
         if not (self.folder / MANIFEST).is_file():
             raise ArtifactError(f"{self.source.where} can't be changed in place. Fetch it, record the curve, publish the manifest.")
-        said = {} if samples is None else {"samples": samples}
-        _write_atomically(self.folder / MANIFEST, {**self.manifest, "curve": rows, **said})
+        _write_atomically(self.folder / MANIFEST, {**self.manifest, "curve": rows})
         return Artifact.open(self.folder)
 
     # ---- read
@@ -204,11 +203,6 @@ class Artifact:
     @property
     def curve(self) -> list[dict[str, Any]]:
         return self.manifest["curve"]
-
-    @property
-    def samples(self) -> list[dict[str, Any]]:
-        """Completions of the same prompts at falling sizes (acip.evaluate.samples); [] where none were made."""
-        return self.manifest.get("samples", [])
 
     def table(self) -> CutTable:
         layers = tuple(LayerShape(row["name"], row["M"], row["N"], row["bias"]) for row in self.manifest["layers"])

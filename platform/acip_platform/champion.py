@@ -18,7 +18,7 @@ from acip_platform.store import Store
 from acip_platform.tracking import CANDIDATE, CHAMPION, ModelVersion, Registry, RegistryError
 
 Rows = Sequence[Mapping[str, Any]]
-ALIKE = ("corpus", "context", "windows")  # of the rows of two curves that are compared
+ALIKE = ("corpus", "protocol", "context", "windows")  # of the rows of two curves that are compared
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def judge(new: Mapping[str, Any], old: Mapping[str, Any], rival: str) -> Verdict
         if len(rows) < 2 or max(row["got"] for row in rows) != 1.0:
             return Verdict(False, f"not comparable with {rival}: {whose} has no size 1.0, or none below it")
     for key in ALIKE:
-        a, b = ({row.get(key) for row in rows} for rows in (ours, theirs))
+        a, b = ({row.get(key, "packed") for row in rows} for rows in (ours, theirs))
         if a != b or len(a) > 1:
             return Verdict(False, f"not comparable with {rival}: measured on {key} {_said(a)}, not {_said(b)}")
     for rows, leads in ((ours, False), (theirs, True)):

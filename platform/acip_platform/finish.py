@@ -14,12 +14,13 @@ from acip.artifact import Artifact
 from acip.base import Base
 from acip.cut import Budget
 from acip.data import documents, token_windows
-from acip.evaluate import samples, trade_off
+from acip.evaluate import trade_off
 from acip.peft_export import save_peft
 from acip_platform import figures, story
 from acip_platform.champion import contend
 from acip_platform.fleet import Job
 from acip_platform.masks import FILE, MaskSamples
+from acip_platform.samples import greedy, side_by_side
 from acip_platform.settings import Settings
 from acip_platform.store import Store
 from acip_platform.tracking import CHAMPION, Registry, Run
@@ -50,13 +51,12 @@ def finish(
     store = Store(settings.store, settings.home / "cache")
     artifact = Artifact.open(store.fetch(uri))
     any_size = artifact.load(device)
-    if not artifact.curve or not artifact.samples:
-        rows = artifact.curve
-        if not rows:
-            for row in trade_off(artifact, any_size, heldout, job.eval_data or job.data, job.sizes):
-                rows.append(row)
-                say("stage", text=f"size {row['asked']:.2f}: perplexity {row['perplexity']:.2f}")
-        artifact = artifact.record_curve(rows, samples(any_size, artifact.tokenizer(), job.sizes))
+    if not artifact.curve:
+        rows, tokenizer = [], artifact.tokenizer()
+        for row in trade_off(artifact, any_size, heldout, job.eval_data or job.data, job.sizes):
+            rows.append({**row, "evaluation": [greedy(any_size, tokenizer)]})
+            say("stage", text=f"size {row['asked']:.2f}: perplexity {row['perplexity']:.2f}")
+        artifact = artifact.record_curve(rows)
         store.replace_manifest(uri, artifact.folder)
     _show(job, artifact, uri, run)
     registry = Registry(settings)
@@ -80,8 +80,9 @@ def _show(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
     run.tags({"artifact_uri": uri, "base": job.base, "stop_step": str(manifest["stop_step"])})
     if run.last_step("tradeoff/perplexity") == 0:
         run.metrics([(round(row["asked"] * 100), story.measured(row)) for row in artifact.curve])
-    run.table({key: [row[key] for row in artifact.curve] for key in artifact.curve[0]}, "tradeoff.json")
-    run.table(story.side_by_side(artifact.samples), "samples.json")
+    run.table({key: [row[key] for row in artifact.curve] for key in artifact.curve[0] if key != "evaluation"}, "tradeoff.json")
+    if said := side_by_side(artifact.curve):
+        run.table(said, "samples.json")
     run.json({key: manifest[key] for key in ("base", "recipe", "provenance", "stop_step", "steps")}, "provenance.json")
     run.figure(figures.curves({job.name: artifact.curve}), "tradeoff.png")
     run.figure(figures.score_map(table), "score_map.png")

@@ -50,7 +50,8 @@ def of_model(job: Job) -> str:
     """A registered model's description."""
     return (
         f"{shown(job.base)} at any size. Each version is one calibration, a folder from which every size is read; `champion` is what is "
-        "served, `candidate` was not better, or not comparable. The tags of a version are what to choose by: `ppl_60`, the perplexity at size 0.6, and so on; "
+        "served, `candidate` was not better, or not comparable. The tags of a version are what to choose by: `ppl_60`, the perplexity at "
+        "size 0.6, and so on; "
         "`area`, the excess loss (nats per token) over all sizes in one number, less is better. "
         f"`python jobs/promote.py {job.name} VERSION` makes a version the champion, `--back` takes the last change back."
     )
@@ -114,13 +115,3 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = (f"{row['asked']:.2f}", f"{row['got']:.4f}", f"{row['params']:,}", f"{row['bytes'] / 1e6:.1f}", quality, below)
         lines.append(f"| {' | '.join(cell + WIDE for cell in cells)} |")
     return "\n".join(lines) + f"\n\nPerplexity on {first['corpus']}, held out, {first['windows']} windows of {first['context']} tokens."
-
-
-def side_by_side(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Samples as the columns of a table: a row per size, a column per prompt."""
-    sizes = list(dict.fromkeys(said["size"] for sample in samples for said in sample["completions"]))
-    columns: dict[str, list[Any]] = {"size": sizes}
-    for sample in samples:
-        texts = {said["size"]: said["text"] for said in sample["completions"]}
-        columns[sample["prompt"]] = [texts.get(size, "") for size in sizes]
-    return columns

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from acip.errors import AcipError
-from acip.evaluate.samples import PROMPTS
+from acip_platform.samples import PROMPTS
 from acip_platform.serve.engine import Engine
 from acip_platform.serve.request import CompletionRequest
 from acip_platform.serve.served import Served
