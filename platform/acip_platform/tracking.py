@@ -25,7 +25,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID, ML
 from acip.errors import AcipError
 from acip.recipe import did_you_mean
 from acip_platform.provenance import commit
-from acip_platform.settings import Settings
+from acip_platform.settings import Settings, masked
 
 mpl.use("Agg")
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # after its import, which sets another level
@@ -156,6 +156,20 @@ class Run:
 
     def finish(self, status: str) -> None:
         self.client.set_terminated(self.run_id, status)
+
+
+def artifacts_inside(settings: Settings, run_id: str) -> dict[str, str]:
+    """The artifacts' URIs of the runs inside a fleet's or a sweep's run, by the runs' names."""
+    client = MlflowClient(tracking_uri=settings.tracking_uri)
+    try:
+        experiment = client.get_run(run_id).info.experiment_id
+    except MlflowException as error:
+        raise RegistryError(f"there is no run {run_id!r} in {masked(settings.tracking_uri)}: {error.message}") from error
+    inside = client.search_runs([experiment], f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}'", order_by=["attributes.start_time ASC"])
+    found = {run.info.run_name: run.data.tags["artifact_uri"] for run in inside if "artifact_uri" in run.data.tags}
+    if not found:
+        raise RegistryError(f"none of the {len(inside)} runs inside {run_id} has an artifact: nothing in it is finished yet.")
+    return found
 
 
 class Registry:
