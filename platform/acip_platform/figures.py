@@ -45,7 +45,7 @@ def score_map(table: CutTable) -> Figure:
     for place, layer in enumerate(table.order.tolist()):
         seen[layer] -= 1
         picture[line[layer], seen[layer]] = place / len(table.order)
-    figure = Figure(figsize=(9, max(3.0, 0.03 * len(table.layers) + 1.5)), layout="constrained")
+    figure = Figure(figsize=(9, min(6.5, 0.05 * len(table.layers) + 1.5)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(picture, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
     lines = {kind: [line[i] for i, layer in enumerate(table.layers) if _kind(layer.name) == kind] for kind in kinds}
@@ -127,7 +127,7 @@ def curves(named: Mapping[str, Rows], baselines: Mapping[str, Rows] | None = Non
         for (a, b), line in zip(pairwise(rows), pairwise(y), strict=True):
             axes.plot([a["got"], b["got"]], line, ":" if a.get("extrapolated") else style[0], color=style[1])
         for row, at in zip(rows, y, strict=True):
-            known = not excess and math.isfinite(row.get("stderr", math.nan))  # of a difference on the same text it says nothing
+            known = not excess and _is_number(row.get("stderr"))  # of a difference on the same text it says nothing
             error = row["stderr"] if known else 0.0
             filled = "none" if row.get("extrapolated") else style[1]
             spread = [[at - value(row["loss"] - error)], [value(row["loss"] + error) - at]]
@@ -149,7 +149,12 @@ def curves(named: Mapping[str, Rows], baselines: Mapping[str, Rows] | None = Non
 
 def _finite(rows: Rows) -> list[Mapping[str, Any]]:
     """By size, smallest first."""
-    return sorted((row for row in rows if math.isfinite(row["loss"])), key=lambda row: row["got"])
+    return sorted((row for row in rows if _is_number(row["loss"])), key=lambda row: row["got"])
+
+
+def _is_number(value: float | None) -> bool:
+    """JSON says null where there is none."""
+    return value is not None and math.isfinite(value)
 
 
 def svg(draw: Callable[[], Figure]) -> str:

@@ -8,6 +8,7 @@ import json
 import logging
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -166,7 +167,10 @@ def artifacts_inside(settings: Settings, run_id: str) -> dict[str, str]:
     except MlflowException as error:
         raise RegistryError(f"there is no run {run_id!r} in {masked(settings.tracking_uri)}: {error.message}") from error
     inside = client.search_runs([experiment], f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}'", order_by=["attributes.start_time ASC"])
-    found = {run.info.run_name: run.data.tags["artifact_uri"] for run in inside if "artifact_uri" in run.data.tags}
+    done = [run for run in inside if "artifact_uri" in run.data.tags]
+    names = Counter(run.info.run_name for run in done)
+    labels = [run.info.run_name + (f" {run.info.run_id[:6]}" if names[run.info.run_name] > 1 else "") for run in done]
+    found = {label: run.data.tags["artifact_uri"] for label, run in zip(labels, done, strict=True)}
     if not found:
         raise RegistryError(f"none of the {len(inside)} runs inside {run_id} has an artifact: nothing in it is finished yet.")
     return found
