@@ -195,3 +195,11 @@ def named(name: str) -> Recipe:
     if name not in RECIPES:
         raise RecipeError(f"unknown recipe {name!r}{did_you_mean(name, RECIPES)}. Allowed: {', '.join(RECIPES)}.")
     return RECIPES[name]()
+
+
+def nearest(recipe: Recipe) -> tuple[str, dict[str, Any]]:
+    """The named recipe that `recipe` differs least from, and its fields that differ."""
+    ours = recipe.to_dict()
+    theirs = {name: make().to_dict() for name, make in RECIPES.items()}
+    differences = {name: {key: value for key, value in ours.items() if value != fields[key]} for name, fields in theirs.items()}
+    return min(differences.items(), key=lambda found: len(found[1]))

@@ -9,6 +9,7 @@ What is done already is not done again (--force does); what was interrupted goes
 
 import argparse
 import functools
+import hashlib
 import os
 import shlex
 import sys
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from acip_platform import figures, story
 from acip_platform.cluster import Cluster, connect
 from acip_platform.console import Watch, console, duration, lines, trade_off_table
 from acip_platform.fleet import Fleet, Job
 from acip_platform.schedule import Outcome, Share, here, nodes, pool, run_all, share
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
-from acip_platform.tracking import Registry, RegistryError, Run, Tracking
+from acip_platform.tracking import CHAMPION, ModelVersion, Registry, Run, Tracking
 from acip_platform.train import Inbox, run_job
 
 from acip.errors import AcipError
@@ -64,7 +66,8 @@ def run(args: argparse.Namespace, out: Any) -> int:
     tracking, registry, store = Tracking(settings, f"acip/{fleet.name}"), Registry(settings), Store(settings.store, settings.home / "cache")
     done = {} if args.force else {job.name: version for job in jobs if (version := finished(job, registry, store)) is not None}
     open_jobs = [job for job in jobs if job.name not in done]
-    runs = {} if args.dry_run else {job.name: start_run(tracking, fleet, job, args.force) for job in open_jobs}
+    parent = start_fleet(tracking, fleet) if open_jobs and len(fleet.jobs) > 1 and not args.dry_run else None
+    runs = {} if args.dry_run else {job.name: start_run(tracking, fleet, job, args.force, parent) for job in open_jobs}
     first_screen(out, settings, fleet, jobs, done, shares, cluster, runs)
     if args.dry_run:
         return 0
@@ -76,23 +79,43 @@ def run(args: argparse.Namespace, out: Any) -> int:
             runs[outcome.job.name][0].finish("FAILED" if outcome.error else "FINISHED")
             outcomes.append(outcome)
     outcomes.sort(key=lambda outcome: open_jobs.index(outcome.job))  # as in the file
+    if parent is not None:
+        finish_fleet(parent, outcomes)
     return last_screen(out, settings, outcomes, done, time.time() - began)
 
 
-def finished(job: Job, registry: Registry, store: Store) -> str | None:
-    """The champion's version if it is this very job's result and its artifact is there."""
-    try:
-        version = registry.resolve(job.name)
-    except RegistryError:
-        return None
-    return version.version if version.tags.get("fingerprint") == job.fingerprint and store.exists(version.uri) else None
+def finished(job: Job, registry: Registry, store: Store) -> ModelVersion | None:
+    """This very job's version, if it was judged and its artifact is there: the champion, or the newest of those that are not."""
+    there = registry.versions(job.name, {"fingerprint": job.fingerprint})
+    judged = (version for version in there if CHAMPION in version.aliases or "verdict" in version.tags)
+    done = [version for version in judged if store.exists(version.uri)]
+    return next((version for version in done if CHAMPION in version.aliases), done[0] if done else None)
 
 
-def start_run(tracking: Tracking, fleet: Fleet, job: Job, force: bool) -> tuple[Run, str]:
+def start_fleet(tracking: Tracking, fleet: Fleet) -> Run:
+    """The MLflow run of this very fleet, around those of its models."""
+    identity = hashlib.sha256("".join(job.fingerprint for job in fleet.jobs).encode()).hexdigest()[:12]
+    return tracking.start(f"fleet {fleet.name}", f"fleet-{fleet.name}-{identity}", {"fleet": fleet.name})
+
+
+def finish_fleet(parent: Run, outcomes: list[Outcome]) -> None:
+    """All curves over each other, and each model's outcome in the fleet run's description."""
+    good = {outcome.job.name: outcome.summary["curve"] for outcome in outcomes if outcome.summary is not None}
+    for name, rows in good.items():
+        if parent.last_step(f"excess_loss_nats/{name}") == 0:
+            parent.metrics(story.excess(name, rows))
+    if good:
+        parent.figure(figures.curves(good, excess=True), "tradeoffs.png")
+    parent.describe(story.of_fleet(outcomes))
+    parent.finish("FINISHED" if len(good) == len(outcomes) else "FAILED")
+
+
+def start_run(tracking: Tracking, fleet: Fleet, job: Job, force: bool, parent: Run | None) -> tuple[Run, str]:
     """The MLflow run, and the name of the attempt: the same name goes on where it stopped, a new one starts afresh."""
     attempt = f"{job.name}-{job.fingerprint}" + (f"-{int(time.time())}" if force else "")
-    run = tracking.start(job.name, attempt, {"fleet": fleet.name, "model": job.name})
-    run.params({**job.recipe.to_dict(), "base": job.base, "data": job.data})
+    run = tracking.start(job.name, attempt, {"fleet": fleet.name, "model": job.name}, parent)
+    run.params(story.settings(job))
+    run.json(job.to_dict(), "recipe.json")
     return run, attempt
 
 
@@ -101,7 +124,7 @@ def first_screen(
     settings: Settings,
     fleet: Fleet,
     jobs: list[Job],
-    done: dict[str, str],
+    done: dict[str, ModelVersion],
     shares: dict[str, Share],
     cluster: Cluster,
     runs: dict[str, tuple[Run, str]],
@@ -117,7 +140,9 @@ def first_screen(
     })  # fmt: skip
     for job in jobs:
         if job.name in done:
-            out.print(f"[{job.name}] done already: version {done[job.name]} is the champion (--force calibrates again)", markup=False)
+            version = done[job.name]
+            what = f"is the {CHAMPION}" if CHAMPION in version.aliases else f"is no {CHAMPION} ({version.tags['verdict']})"
+            out.print(f"[{job.name}] done already: version {version.version} {what} (--force calibrates again)", markup=False)
             continue
         r = job.recipe
         part = shares[job.name]
@@ -130,11 +155,13 @@ def first_screen(
         out.print(text, markup=False)
 
 
-def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dict[str, str], seconds: float) -> int:
+def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dict[str, ModelVersion], seconds: float) -> int:
     for outcome in outcomes:
         if outcome.error is None:
             out.print()
             out.print(trade_off_table(outcome))
+            assert outcome.summary is not None
+            out.print(f"[{outcome.job.name}] version {outcome.summary['version']}, {outcome.summary['verdict']}", markup=False)
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     out.print()
     for outcome in failed:
@@ -155,6 +182,7 @@ def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dic
             "move the slider": "http://127.0.0.1:8000/, once it serves",
             "ask at 0.6": f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{body}'",
             "keep 0.6": f"{home}{python} jobs/materialise.py {good[0]} --size 0.6 --out {good[0]}-60",
+            "report": f"{home}{python} jobs/report.py {good[0]} --out report.html",
         })  # fmt: skip
     return 1 if failed else 0
 

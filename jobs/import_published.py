@@ -9,7 +9,6 @@ What was imported before is not stored again. Exit code 0 = it is there.
 
 import argparse
 import hashlib
-import importlib.metadata
 import re
 import shutil
 import sys
@@ -18,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from acip_platform import story
 from acip_platform.console import console, lines, trade_off_table
 from acip_platform.finish import finish, heldout_windows
 from acip_platform.fleet import NAME, Job
+from acip_platform.provenance import provenance
 from acip_platform.schedule import Outcome
 from acip_platform.settings import Settings
 from acip_platform.store import Store
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace, out: Any) -> None:
     heldout = heldout_windows(job, base)
     fingerprint = f"published-{identity(base, calibration)}"
     mlflow_run = Tracking(settings, "acip/published").start(job.name, f"{job.name}-{fingerprint}", {"model": job.name})
-    mlflow_run.params(recipe.to_dict())
+    mlflow_run.params(story.settings(job))
     mlflow_run.tags({"checkpoint": str(args.checkpoint)})
     status = "FAILED"
     try:
@@ -105,11 +106,10 @@ def stored(job: Job, key: str, base: Base, calibration: Calibration, settings: S
     store = Store(settings.store, settings.home / "cache")
     if store.exists(store.uri(key)):
         return store.uri(key)
-    packages = {name: importlib.metadata.version(name) for name in ("acip-platform", "torch", "transformers", "peft")}
     settings.home.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="saving-", dir=settings.home))
     try:
-        artifact = Artifact.save(folder, base, calibration, {"job": job.to_dict(), "packages": packages, **origin})
+        artifact = Artifact.save(folder, base, calibration, provenance(job) | origin)
         return store.put(artifact.folder, key)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

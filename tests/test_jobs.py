@@ -135,8 +135,12 @@ def test_the_run_tells_the_story(first: subprocess.CompletedProcess[str], place:
     assert run.data.tags["artifact_uri"] == version.uri
     artifact = Artifact.open(version.uri, verify=True)
     assert {round(row["asked"] * 100): row["perplexity"] for row in artifact.curve} == pytest.approx(curve)
+    assert version.tags["verdict"] == run.data.tags["verdict"] == "champion: the first of tiny"
+    assert float(version.tags["ppl_60"]) == pytest.approx(curve[60], rel=1e-3)
+    assert f"Version 1 of tiny, {version.tags['verdict']}." in run.data.tags["mlflow.note.content"]
     files = {item.path for item in tracking.client.list_artifacts(run.info.run_id)}
-    assert {"tradeoff.png", "score_map.png", "kept_ranks_60.png", "tradeoff.json", "adapter_at_40"} <= files
+    shown = {"tradeoff.png", "score_map.png", "kept_ranks_60.png", "tradeoff.json", "samples.json", "adapter_at_40"}
+    assert shown | {"recipe.json", "provenance.json"} <= files
     folder = tracking.client.download_artifacts(run.info.run_id, "adapter_at_40")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place.base), folder)
     B = model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight")

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 from acip_platform.settings import Settings
-from acip_platform.tracking import Registry
+from acip_platform.tracking import Registry, Tracking
 from safetensors.torch import load_file
 
 from tests.conftest import write_fleet
@@ -39,6 +39,10 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path, small_base: str) -> None:
     assert "[killed] going on from the last checkpoint" in text
     assert "[undisturbed] going on" not in text
     ours, theirs = (Path(Registry(settings).resolve(name).uri) for name in ("killed", "undisturbed"))
+    tracking = Tracking(settings, "acip/small")
+    for run in tracking.client.search_runs([tracking.experiment_id], "tags.model LIKE '%'"):
+        steps = [metric.step for metric in tracking.client.get_metric_history(run.info.run_id, "loss_nats")]
+        assert steps == list(range(1, 301)), f"{run.info.run_name}: every step once"
     for file in ("order", "factors", "adapters"):
         a, b = load_file(ours / f"{file}.safetensors"), load_file(theirs / f"{file}.safetensors")
         assert a.keys() == b.keys()

@@ -7,7 +7,7 @@ import torch
 
 from acip.evaluate.rows import Measurement, Part, Subject
 
-PROMPTS = ("The capital of France is", "Water boils when", "Once upon a time")
+PROMPTS = ("The capital of France is", "Once upon a time, there was a little", "Water boils when")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Samples(Measurement):
             ids_1T = torch.tensor([subject.tokenizer(prompt)["input_ids"]], device=model.device)
             whole = model.generate(
                 ids_1T, attention_mask=torch.ones_like(ids_1T), max_new_tokens=self.new_tokens, do_sample=False,
-                pad_token_id=subject.tokenizer.eos_token_id,
+                pad_token_id=subject.tokenizer.eos_token_id or 0,  # none is needed; without one, transformers warns
             )  # fmt: skip
             samples.append({"prompt": prompt, "text": subject.tokenizer.decode(whole[0, ids_1T.shape[1] :], skip_special_tokens=True)})
         return {"label": self.kind, "values": {}, "samples": samples}

@@ -32,7 +32,7 @@ from acip.errors import AcipError
 from acip.evaluate import perplexity
 from acip.layers import find_linears
 from acip.recipe import Dtype, coerce, did_you_mean
-from acip_platform.fleet import root_cause
+from acip_platform.schedule import root_cause
 
 DENSE = "dense"  # the base model's entry
 PROGRESS_S = 20.0

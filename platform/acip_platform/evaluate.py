@@ -29,7 +29,8 @@ from acip.evaluate import Efficiency, Measurement, Part, TaskScore, evaluate, ex
 from acip.evaluate.tasks import expand
 from acip.evaluate.text import content
 from acip.materialise import AnySize
-from acip_platform.fleet import Job, root_cause
+from acip_platform.fleet import Job
+from acip_platform.schedule import root_cause
 from acip_platform.settings import Settings
 from acip_platform.store import Store
 from acip_platform.tracking import Run

@@ -14,12 +14,14 @@ from acip.artifact import Artifact
 from acip.base import Base
 from acip.cut import Budget
 from acip.data import documents, token_windows
-from acip.evaluate import trade_off
-from acip.materialise import AnySize
+from acip.evaluate import Samples, evaluate, trade_off
 from acip.peft_export import save_peft
-from acip_platform import figures
+from acip_platform import figures, story
+from acip_platform.champion import contend
 from acip_platform.evaluate import measure_tasks
 from acip_platform.fleet import Job
+from acip_platform.masks import FILE, MaskSamples
+from acip_platform.samples import side_by_side
 from acip_platform.settings import Settings
 from acip_platform.store import Store
 from acip_platform.tracking import CHAMPION, Registry, Run
@@ -42,47 +44,58 @@ def finish(
     fingerprint: str = "",
     alias: str = CHAMPION,
 ) -> dict[str, Any]:
-    """Measure, show and register the artifact at `uri`, under `alias`. `fingerprint` is what identifies it ("" = the job's).
+    """Measure, show and register the artifact at `uri`. `fingerprint` is what identifies it ("" = the job's).
 
-    Returns a summary: the URI, the version and the curve.
+    `alias` is the best that it may become: the champion, where its curve is better (acip_platform.champion), or a candidate.
+    Returns a summary: the URI, the version, what was decided about it, and the curve.
     """
     store = Store(settings.store, settings.home / "cache")
     artifact = Artifact.open(store.fetch(uri))
     any_size = artifact.load(device)
     if not artifact.curve:
-        rows = []
+        rows, tokenizer = [], artifact.tokenizer()
         for row in trade_off(artifact, any_size, heldout, job.eval_data or job.data, job.sizes):
-            rows.append(row)
+            rows.append({**row, "evaluation": evaluate(any_size, tokenizer, [Samples()])["evaluation"]})
             say("stage", text=f"size {row['asked']:.2f}: perplexity {row['perplexity']:.2f}")
         artifact = artifact.record_curve(rows)
         store.replace_manifest(uri, artifact.folder)
-    _show(job, artifact, any_size, uri, run)
+    _show(job, artifact, uri, run)
     registry = Registry(settings)
-    version = registry.register(job.name, uri, run.run_id, {"fingerprint": fingerprint or job.fingerprint, "base": job.base})
-    registry.set_alias(version, alias)
+    tags = {"fingerprint": fingerprint or job.fingerprint, **story.choosing(job, artifact)}
+    version = registry.register(job.name, uri, run.run_id, tags, story.of_version(job, artifact, uri), story.of_model(job))
+    verdict = contend(registry, store, version, artifact, alias == CHAMPION)
+    run.tags({"version": f"{version.name} {version.version}", "verdict": str(verdict)})
+    run.describe(story.of_run(job, artifact, uri, f"Version {version.version} of {version.name}, {verdict}."))
     artifact = measure_tasks(job, artifact, any_size, uri, run, settings, say)  # last, because a set that is missing undoes nothing
-    return {"uri": uri, "version": version.version, "curve": artifact.curve, "stop_ratio": job.recipe.stop_ratio}
+    return {
+        "uri": uri,
+        "version": version.version,
+        "verdict": str(verdict),
+        "curve": artifact.curve,
+        "stop_ratio": job.recipe.stop_ratio,
+    }
 
 
-def _show(job: Job, artifact: Artifact, any_size: AnySize, uri: str, run: Run) -> None:
-    """The run's pictures, curve, adapter and URI."""
-    table = artifact.table()
-    run.tags({"artifact_uri": uri, "base": job.base, "stop_step": str(artifact.manifest["stop_step"])})
+def _show(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
+    """The run's pictures, curve, samples, adapter, provenance and URI."""
+    table, manifest = artifact.table(), artifact.manifest
+    run.tags({"artifact_uri": uri, "base": job.base, "stop_step": str(manifest["stop_step"])})
     if run.last_step("tradeoff/perplexity") == 0:
-        points = []
-        for row in artifact.curve:
-            values = {key: row[key] for key in ("perplexity", "loss", "params", "bytes", "got")}
-            points.append((round(row["asked"] * 100), {f"tradeoff/{key}": float(value) for key, value in values.items()}))
-        run.metrics(points)
+        run.metrics([(round(row["asked"] * 100), story.measured(row)) for row in artifact.curve])
     run.table({key: [row[key] for row in artifact.curve] for key in artifact.curve[0] if key != "evaluation"}, "tradeoff.json")
-    run.figure(figures.curve(artifact, job.name), "tradeoff.png")
+    if said := side_by_side(artifact.curve):
+        run.table(said, "samples.json")
+    run.json({key: manifest[key] for key in ("base", "recipe", "provenance", "stop_step", "steps")}, "provenance.json")
+    run.figure(figures.curves({job.name: artifact.curve}), "tradeoff.png")
     run.figure(figures.score_map(table), "score_map.png")
     for size in (0.8, 0.6, 0.4):
         figure = figures.kept_ranks(table, size)
         if figure is not None:
             run.figure(figure, f"kept_ranks_{round(size * 100)}.png")
+    if masks := run.read_json(FILE):
+        run.figure(figures.mask_shrinkage(MaskSamples(**masks)), "masks.png")
     if job.recipe.adapter_rank:
         with tempfile.TemporaryDirectory() as folder:
-            cut = artifact.table().cut(Budget(job.recipe.stop_ratio, job.recipe.convention))
+            cut = table.cut(Budget(job.recipe.stop_ratio, job.recipe.convention))
             save_peft(artifact, folder, cut, job.base)
             run.folder(Path(folder), f"adapter_at_{round(job.recipe.stop_ratio * 100)}")

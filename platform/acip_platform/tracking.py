@@ -4,9 +4,13 @@ A run records what a person wants to see: recipe, metrics, figures, small files,
 pass through MLflow: a registered version points at the URI, and the alias `champion` chooses what is served.
 """
 
+import json
 import logging
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +18,15 @@ from typing import Any
 import matplotlib as mpl
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
+from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
 from acip.errors import AcipError
 from acip.recipe import did_you_mean
-from acip_platform.settings import Settings
+from acip_platform.provenance import commit
+from acip_platform.settings import Settings, masked
 
 mpl.use("Agg")
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # after its import, which sets another level
@@ -26,6 +34,8 @@ from matplotlib.figure import Figure
 
 CHAMPION = "champion"  # what is served
 CANDIDATE = "candidate"  # what may become it
+CHAMPIONS = "champions"  # tag of a registered model: the versions that were its champion, in order
+BATCH = 1000  # metrics of one request at most
 
 
 class RegistryError(AcipError):
@@ -61,16 +71,20 @@ class Tracking:
         if found is not None:
             self.experiment_id = found.experiment_id
 
-    def start(self, name: str, fingerprint: str, tags: Mapping[str, str]) -> "Run":
-        """The run of this fingerprint, gone on with if an earlier attempt began it."""
+    def start(self, name: str, fingerprint: str, tags: Mapping[str, str], parent: "Run | None" = None) -> "Run":
+        """The run of this fingerprint, gone on with if an earlier attempt began it; inside `parent`."""
         query = f"tags.acip_fingerprint = '{fingerprint}'"
         earlier = self.client.search_runs([self.experiment_id], query, max_results=1)
+        inside = {MLFLOW_PARENT_RUN_ID: parent.run_id} if parent else {}
         if earlier:
             run = earlier[0]
             self.client.update_run(run.info.run_id, status="RUNNING")
         else:
-            run = self.client.create_run(self.experiment_id, run_name=name, tags={**tags, "acip_fingerprint": fingerprint})
-        return Run(self.client, run.info.run_id, self.experiment_id)
+            known = {**resolve_tags(), MLFLOW_GIT_COMMIT: commit(), "acip_fingerprint": fingerprint}
+            run = self.client.create_run(self.experiment_id, run_name=name, tags=known)
+        started = Run(self.client, run.info.run_id, self.experiment_id)
+        started.tags({**tags, **inside})
+        return started
 
 
 @dataclass(frozen=True)
@@ -80,10 +94,17 @@ class Run:
     experiment_id: str
 
     def params(self, params: Mapping[str, Any]) -> None:
-        self.client.log_batch(self.run_id, params=[Param(key, str(value)[:6000]) for key, value in params.items()])
+        """MLflow keeps a parameter's first value: what a later attempt changed (its evaluation, recomputing) is in recipe.json."""
+        known = self.client.get_run(self.run_id).data.params
+        new = [Param(key, str(value)[:6000]) for key, value in params.items() if key not in known]
+        self.client.log_batch(self.run_id, params=new)
 
     def tags(self, tags: Mapping[str, str]) -> None:
         self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def describe(self, markdown: str) -> None:
+        """What the run's page says on top."""
+        self.tags({MLFLOW_RUN_NOTE: markdown})
 
     def last_step(self, key: str) -> int:
         """The last step at which `key` was logged; 0 if never. A resumed run doesn't log a step twice."""
@@ -94,25 +115,69 @@ class Run:
         return {metric.step for metric in self.client.get_metric_history(self.run_id, key)}
 
     def metrics(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """In batches of whole steps, so that the last step that is there was logged with all it has."""
         now = int(time.time() * 1000)
-        metrics = [Metric(key, value, now, step) for step, values in rows for key, value in values.items()]
-        for start in range(0, len(metrics), 1000):
-            self.client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+        batch: list[Metric] = []
+        for step, values in rows:
+            if len(batch) + len(values) > BATCH:
+                self.client.log_batch(self.run_id, metrics=batch)
+                batch = []
+            batch += [Metric(key, value, now, step) for key, value in values.items()]
+        self.client.log_batch(self.run_id, metrics=batch)
+
+    @contextmanager
+    def system_metrics(self) -> Iterator[None]:
+        """CPU, GPU, memory, disk and network of this machine in the run, while inside."""
+        monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.client.tracking_uri)
+        monitor.start()
+        try:
+            yield
+        finally:
+            monitor.finish()
 
     def figure(self, figure: Figure, name: str) -> None:
         self.client.log_figure(self.run_id, figure, name)
+
+    def json(self, content: Any, name: str) -> None:
+        self.client.log_text(self.run_id, json.dumps(content, indent=1), name)
+
+    def read_json(self, name: str) -> Any:
+        """What `json` wrote; None if nothing did."""
+        if not self._has(name):
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            return json.loads(Path(self.client.download_artifacts(self.run_id, name, folder)).read_text(encoding="utf-8"))
 
     def folder(self, folder: Path, name: str) -> None:
         self.client.log_artifacts(self.run_id, str(folder), name)
 
     def table(self, data: Mapping[str, list[Any]], name: str) -> None:
-        self.client.log_table(self.run_id, dict(data), name)
+        """As rows and columns in the run's artifacts, once: MLflow would add the same rows again."""
+        if not self._has(name):
+            self.client.log_table(self.run_id, dict(data), name)
 
-    def json(self, data: Any, name: str) -> None:
-        self.client.log_dict(self.run_id, data, name)
+    def _has(self, name: str) -> bool:
+        return name in {item.path for item in self.client.list_artifacts(self.run_id)}
 
     def finish(self, status: str) -> None:
         self.client.set_terminated(self.run_id, status)
+
+
+def artifacts_inside(settings: Settings, run_id: str) -> dict[str, str]:
+    """The artifacts' URIs of the runs inside a fleet's or a sweep's run, by the runs' names."""
+    client = MlflowClient(tracking_uri=settings.tracking_uri)
+    try:
+        experiment = client.get_run(run_id).info.experiment_id
+    except MlflowException as error:
+        raise RegistryError(f"there is no run {run_id!r} in {masked(settings.tracking_uri)}: {error.message}") from error
+    inside = client.search_runs([experiment], f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}'", order_by=["attributes.start_time ASC"])
+    done = [run for run in inside if "artifact_uri" in run.data.tags]
+    names = Counter(run.info.run_name for run in done)
+    labels = [run.info.run_name + (f" {run.info.run_id[:6]}" if names[run.info.run_name] > 1 else "") for run in done]
+    found = {label: run.data.tags["artifact_uri"] for label, run in zip(labels, done, strict=True)}
+    if not found:
+        raise RegistryError(f"none of the {len(inside)} runs inside {run_id} has an artifact: nothing in it is finished yet.")
+    return found
 
 
 class Registry:
@@ -121,20 +186,58 @@ class Registry:
     def __init__(self, settings: Settings) -> None:
         self.client = MlflowClient(tracking_uri=settings.tracking_uri)
 
-    def register(self, name: str, uri: str, run_id: str, tags: Mapping[str, str]) -> ModelVersion:
-        """A new version of `name` at `uri`; the same URI is registered once."""
+    def register(self, name: str, uri: str, run_id: str, tags: Mapping[str, str], description: str = "", about: str = "") -> ModelVersion:
+        """A new version of `name` at `uri`, described; the same URI is registered once. `about` describes the model."""
         try:
-            self.client.create_registered_model(name)
+            self.client.create_registered_model(name, description=about)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         for version in self.client.search_model_versions(f"name = '{name}'"):
             if version.source == uri:
                 return self._version(version)
-        return self._version(self.client.create_model_version(name, source=uri, run_id=run_id, tags=dict(tags)))
+        return self._version(self.client.create_model_version(name, uri, run_id, dict(tags), description=description))
+
+    def tag(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            self.client.set_model_version_tag(version.name, version.version, key, value)
 
     def set_alias(self, version: ModelVersion, alias: str = CHAMPION) -> None:
         self.client.set_registered_model_alias(version.name, alias, version.version)
+
+    def crown(self, version: ModelVersion) -> None:
+        """Make `version` the champion, and remember the one before."""
+        past = self.champions(version.name)
+        if past[-1:] != [version.version]:
+            self._remember(version.name, [*past, version.version])
+        self.set_alias(version)
+        if CANDIDATE in self.resolve(version.name, version.version).aliases:
+            self.client.delete_registered_model_alias(version.name, CANDIDATE)
+
+    def back(self, name: str) -> ModelVersion:
+        """The champion before is the champion again. Versions that were deleted are passed over."""
+        now = self.resolve(name)
+        past = self.champions(name)[:-1]
+        while past:
+            try:
+                before = self.resolve(name, past[-1])
+            except RegistryError:
+                past.pop()
+                continue
+            self._remember(name, past)
+            self.set_alias(before)
+            return before
+        raise RegistryError(f"{name} had no champion before version {now.version}. Name the version that shall be it.")
+
+    def champions(self, name: str) -> list[str]:
+        """Versions that were the champion, the one that is it last, also where someone chose it in the UI."""
+        model = self.client.get_registered_model(name)
+        past = [version for version in model.tags.get(CHAMPIONS, "").split(", ") if version]
+        now = model.aliases.get(CHAMPION)
+        return past if now is None or past[-1:] == [str(now)] else [*past, str(now)]
+
+    def _remember(self, name: str, champions: list[str]) -> None:
+        self.client.set_registered_model_tag(name, CHAMPIONS, ", ".join(champions))
 
     def models(self) -> list[str]:
         names: list[str] = []
@@ -144,6 +247,12 @@ class Registry:
             names.extend(model.name for model in models)
             page = models.token or ""
         return sorted(names)
+
+    def versions(self, name: str, tags: Mapping[str, str]) -> list[ModelVersion]:
+        """The versions with these tags, the newest first."""
+        conditions = [f"name = '{name}'", *(f"tags.{key} = '{value}'" for key, value in tags.items())]
+        found = self.client.search_model_versions(" and ".join(conditions))
+        return sorted(map(self._version, found), key=lambda version: -int(version.version))
 
     def resolve(self, name: str, which: str = CHAMPION) -> ModelVersion:
         """`which` is an alias or a version number. Resolve once and keep the version: aliases move."""

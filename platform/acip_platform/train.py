@@ -7,12 +7,12 @@ checkpoint; a job whose artifact is complete is not calibrated again. Progress g
 """
 
 import dataclasses
-import importlib.metadata
-import platform
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,15 @@ from acip.parametrise import parametrise
 from acip.state import CalibrationState, StepReport
 from acip_platform.finish import finish, heldout_windows
 from acip_platform.fleet import Job
+from acip_platform.masks import FILE, MaskSamples
+from acip_platform.provenance import provenance
 from acip_platform.schedule import Share
 from acip_platform.settings import Settings
 from acip_platform.store import Store
 from acip_platform.tracking import Run, Tracking
 
 REPORT_EVERY_S = 10.0
+MLFLOW_REST_S = 60.0  # between attempts at an MLflow that is down
 
 
 @ray.remote(num_cpus=0)
@@ -86,6 +89,7 @@ def run_job(job: Job, share: Share, settings: Settings, run: Run, attempt: str, 
 
 def worker(config: dict[str, Any]) -> dict[str, Any]:
     """`calibrate_one`, with the user's errors as values: raised, Ray would try again what can't succeed."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # seconds; by default a server that is down stops the loop for minutes
     try:
         return calibrate_one(config)
     except AcipError as error:
@@ -146,12 +150,14 @@ def _calibrated(
 
     observer = Observer(job, run, settings.checkpoint_s, say, device)
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        calibration = calibrate(base.model, batches, recipe, observe=observer)
-    else:
-        with checkpoint.as_directory() as folder:
-            say("stage", text="going on from the last checkpoint")
-            calibration = calibrate(base.model, batches, recipe, resume=folder, observe=observer)
+    with run.system_metrics() if shard.rank() == 0 else nullcontext():
+        if checkpoint is None:
+            calibration = calibrate(base.model, batches, recipe, observe=observer)
+        else:
+            with checkpoint.as_directory() as folder:
+                say("stage", text="going on from the last checkpoint")
+                calibration = calibrate(base.model, batches, recipe, resume=folder, observe=observer)
+    observer.rests_until = 0.0
     observer.flush()
     shard.gather(base.model)
     if shard.rank() > 0:
@@ -159,14 +165,7 @@ def _calibrated(
 
     settings.home.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="saving-", dir=settings.home))
-    provenance = {
-        "job": job.to_dict(),
-        "attempt": key,
-        "mlflow_run": run.run_id,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "packages": {name: importlib.metadata.version(name) for name in ("acip-platform", "torch", "transformers", "peft", "ray")},
-    }
-    return Artifact.save(folder, base, calibration, provenance)
+    return Artifact.save(folder, base, calibration, provenance(job) | {"attempt": key, "mlflow_run": run.run_id})
 
 
 def _fits(job: Job, base: Base, device: torch.device, say: Callable[..., None]) -> None:
@@ -188,8 +187,10 @@ class Observer:
         self.job, self.run, self.checkpoint_s, self.say, self.device = job, run, checkpoint_s, say, device
         self.tokens = job.recipe.batch_size * job.recipe.accumulate * job.recipe.seq_len
         self.rows: list[tuple[int, dict[str, float]]] = []
-        self.logged = run.last_step("loss_nats")
+        self.logged: int | None = None  # the last step that MLflow has; None = it has to be asked
+        self.masks: MaskSamples | None = None
         self.reported = self.saved = self.stepped = time.monotonic()
+        self.rests_until = 0.0
         self.phase = ""
         self.phase_began = (time.monotonic(), 0.0)  # when, and at which progress
 
@@ -197,14 +198,13 @@ class Observer:
         now = time.monotonic()
         tokens_per_s = self.tokens * len(reports) / (now - self.stepped)
         self.stepped = now
-        for report in reports:
-            if report.step > self.logged:
-                row = {"loss_nats": report.loss, "size_ratio": report.size, "lambda": report.lambda_}
-                self.rows.append((report.step, row | {"directions_alive": report.live, "tokens_per_s": tokens_per_s}))
+        self.rows += [(report.step, self._metrics(report) | {"tokens_per_s": tokens_per_s}) for report in reports]
         report = reports[-1]
         if report.phase != self.phase:
             self.phase, self.phase_began = report.phase, (now, report.progress)
         ends = report.progress == 1.0
+        if report.phase == "prune" and shard.rank() == 0:
+            self._sample(state, report.step)
         if ends or now - self.reported >= REPORT_EVERY_S:
             self.reported = now
             self.flush()
@@ -223,12 +223,35 @@ class Observer:
                 ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step_{report.step:06d}")
             self.saved = self.stepped = time.monotonic()
 
+    def _metrics(self, report: StepReport) -> dict[str, float]:
+        """What says something in this phase: sizes fall while pruning, and are drawn in post-tuning, two kinds of curve."""
+        if report.phase == "prune":
+            falling = {"size_ratio": report.size, "lambda": report.lambda_, "directions_alive": report.live}
+            return {"loss_nats": report.loss, **falling}
+        at_stop = {"loss_at_stop_ratio_nats": report.loss} if report.size <= self.job.recipe.stop_ratio else {}
+        return {"loss_nats": report.loss, "trained_size_ratio": report.size, **at_stop}
+
+    def _sample(self, state: CalibrationState, step: int) -> None:
+        """Example masks, going on from what an earlier attempt kept."""
+        if self.masks is None:
+            kept: dict[str, Any] | None = None
+            with suppress(MlflowException):
+                kept = self.run.read_json(FILE)
+            self.masks = MaskSamples(**kept) if kept else MaskSamples.of(state.scores)
+        self.masks.take(state, step)
+
     def flush(self) -> None:
         """Metrics to MLflow. While it is down they wait here; the calibration goes on."""
-        if shard.rank() > 0:
+        if shard.rank() > 0 or time.monotonic() < self.rests_until:
             return
         try:
-            self.run.metrics(self.rows)
+            if self.logged is None:
+                self.logged = self.run.last_step("loss_nats")
+            self.run.metrics([(step, values) for step, values in self.rows if step > self.logged])
+            if self.masks is not None and self.rows:
+                self.run.json(self.masks.to_dict(), FILE)
+            self.logged = max((step for step, _ in self.rows), default=self.logged)
             self.rows = []
         except MlflowException as error:
+            self.logged, self.rests_until = None, time.monotonic() + MLFLOW_REST_S  # it may have got a part
             self.say("stage", text=f"MLflow can't be reached ({type(error).__name__}); {len(self.rows)} steps wait")

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from acip.errors import AcipError
+from acip.evaluate.samples import PROMPTS
 from acip_platform.serve.engine import Engine
 from acip_platform.serve.request import CompletionRequest
 from acip_platform.serve.served import Served
 
-PROMPTS = ("The capital of France is", "Once upon a time, there was a little", "Water boils when")
 SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 MAX_TOKENS = 48
 IDLE_S = 0.5  # how long nobody must have asked anything

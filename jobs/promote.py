@@ -1,0 +1,72 @@
+"""Choose which version of a model is served: `champion` is an alias in the registry.
+
+    python jobs/promote.py smollm2-135m 3        version 3 (or an alias: candidate) is the champion from now on
+    python jobs/promote.py smollm2-135m --back   the champion before is it again
+    python jobs/promote.py smollm2-135m          who is, who was, and what there is to choose from
+
+A running server goes on with the version it has, until it is told (the last line says how).
+"""
+
+import argparse
+import sys
+from typing import Any
+
+from acip_platform.console import console, lines
+from acip_platform.settings import Settings
+from acip_platform.tracking import CHAMPION, Registry, RegistryError
+from rich.table import Table
+
+from acip.errors import AcipError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="registered model")
+    parser.add_argument("version", nargs="?", help="version number or alias that shall be the champion")
+    parser.add_argument("--back", action="store_true", help="the champion before is it again")
+    args = parser.parse_args()
+    if args.back and args.version:
+        parser.error("give a version, or --back, not both.")
+    out = console()
+    try:
+        run(args, Registry(Settings.from_env()), out)
+    except AcipError as error:
+        out.print(f"error: {error}", markup=False)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace, registry: Registry, out: Any) -> None:
+    if not args.back and not args.version:
+        out.print(overview(registry, args.name))
+        return
+    try:
+        was = registry.resolve(args.name).version
+    except RegistryError:
+        registry.resolve(args.name, args.version or CHAMPION)  # a name that isn't there is an error, no champion isn't
+        was = "none"
+    if args.back:
+        now = registry.back(args.name)
+    else:
+        now = registry.resolve(args.name, args.version)
+        registry.crown(now)
+    lines(out, {
+        "was": f"version {was}",
+        CHAMPION: f"version {now.version} ({now.uri})",
+        "a running server": f"curl -X POST http://127.0.0.1:8000/v1/models/{now.name}/load "
+        f"-H 'Content-Type: application/json' -d '{{\"version\": \"{now.version}\"}}'",
+    })  # fmt: skip
+
+
+def overview(registry: Registry, name: str) -> Table:
+    """All versions, the newest first."""
+    table = Table(title=f"{name} (champions so far: {', '.join(registry.champions(name)) or 'none'})", title_justify="left")
+    for heading in ("version", "aliases", "area", "recipe", "verdict"):
+        table.add_column(heading)
+    for version in registry.versions(name, {}):
+        table.add_row(version.version, ", ".join(version.aliases), *(version.tags.get(key, "") for key in ("area", "recipe", "verdict")))
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Who is served: a new version becomes the champion only where its curve is better, by one stated rule.
+
+    area under the excess loss (acip.area), from the smallest size that both curves reach, to 1.0; strictly less is better
+
+Only what was measured alike is compared: the same base model, held-out text, context and windows. What can't be compared, or
+is not better, is a candidate, and `jobs/promote.py` lets a person decide.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from acip.area import area
+from acip.artifact import Artifact
+from acip_platform.store import Store
+from acip_platform.tracking import CANDIDATE, CHAMPION, ModelVersion, Registry, RegistryError
+
+Rows = Sequence[Mapping[str, Any]]
+ALIKE = ("corpus", "protocol", "context", "windows")  # of the rows of two curves that are compared
+
+
+@dataclass(frozen=True)
+class Verdict:
+    leads: bool  # the new version is the champion now
+    why: str  # a sentence, with the areas where there are two
+
+    def __str__(self) -> str:
+        return f"{CHAMPION if self.leads else CANDIDATE}: {self.why}"
+
+
+def contend(registry: Registry, store: Store, version: ModelVersion, artifact: Artifact, may_lead: bool = True) -> Verdict:
+    """Judge a new `version` against the champion, set the alias it earned, and write the verdict into its tags, last of all."""
+    try:
+        champion = registry.resolve(version.name)
+    except RegistryError:
+        champion = None
+    if champion is not None and champion.version == version.version:
+        verdict = Verdict(True, version.tags.get("verdict", "it is the champion already").removeprefix(f"{CHAMPION}: "))
+    elif not may_lead:
+        verdict = Verdict(False, "the champion stays what it is; nobody asked to replace it")
+    elif champion is None:
+        verdict = Verdict(True, f"the first of {version.name}")
+    elif not store.exists(champion.uri):
+        verdict = Verdict(True, f"the artifact of version {champion.version}, the champion before, is not there any more")
+    else:
+        verdict = judge(artifact.manifest, store.open(champion.uri).manifest, f"version {champion.version}, the champion")
+    if verdict.leads:
+        registry.crown(version)
+    else:
+        registry.set_alias(version, CANDIDATE)
+    registry.tag(version, {"verdict": str(verdict)})
+    return verdict
+
+
+def judge(new: Mapping[str, Any], old: Mapping[str, Any], rival: str) -> Verdict:
+    """The rule, on two artifacts' manifests: their base models and their curves."""
+    ours, theirs = new["curve"], old["curve"]
+    if new["base"]["digest"] != old["base"]["digest"]:
+        return Verdict(False, f"not comparable with {rival}: another base model")
+    for rows, whose in ((ours, "its own curve"), (theirs, f"the curve of {rival},")):
+        if len(rows) < 2 or max(row["got"] for row in rows) != 1.0:
+            return Verdict(False, f"not comparable with {rival}: {whose} has no size 1.0, or none below it")
+    for key in ALIKE:
+        a, b = ({row.get(key, "packed") for row in rows} for rows in (ours, theirs))
+        if a != b or len(a) > 1:
+            return Verdict(False, f"not comparable with {rival}: measured on {key} {_said(a)}, not {_said(b)}")
+    for rows, leads in ((ours, False), (theirs, True)):
+        if lost := [row["got"] for row in rows if not math.isfinite(row["loss"])]:
+            whose = f"{rival}, loses" if leads else "it loses"
+            return Verdict(leads, f"{whose} all it knows at size {max(lost):.2f}: the loss is not a number there")
+    least = max(min(row["got"] for row in rows) for rows in (ours, theirs))
+    mine, its = area(above(ours, least)), area(above(theirs, least))
+    change = f", {mine / its - 1:+.1%}" if its > 0 else ""
+    compared = f"area {mine:.5g} against {its:.5g} of {rival} ({least:.2f} to 1.00{change})"
+    return Verdict(True, f"better, {compared}") if mine < its else Verdict(False, f"not better, {compared}")
+
+
+def above(rows: Rows, least: float) -> list[dict[str, float]]:
+    """The part of a curve from size `least` up; where that lies between two sizes, the straight line's loss there."""
+    points = sorted((row["got"], row["loss"]) for row in rows)
+    kept = [{"got": size, "loss": loss} for size, loss in points if size >= least]
+    for (size_a, loss_a), (size_b, loss_b) in pairwise(points):
+        if size_a < least < size_b:
+            kept.insert(0, {"got": least, "loss": loss_a + (loss_b - loss_a) * (least - size_a) / (size_b - size_a)})
+    return kept
+
+
+def _said(values: set[Any]) -> str:
+    return " and ".join(sorted(map(str, values)))
