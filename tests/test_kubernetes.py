@@ -220,6 +220,13 @@ def _selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     return exact and all(labels.get(each["key"]) in each["values"] for each in selector.get("matchExpressions", ()))
 
 
+def without_token(manifests: list[Manifest]) -> list[str]:
+    """Clusters of Ray that whoever reaches them may give work to."""
+    specs = [(path, node) for each in manifests for path, node in walk(each) if path.endswith(("/rayClusterSpec", "/rayClusterConfig"))]
+    assert len(specs) == 2
+    return [path for path, spec in specs if spec.get("authOptions", {}).get("mode") != "token"]
+
+
 def open_to_strangers(manifests: list[Manifest]) -> list[str]:
     """Ports, but for the endpoint's, that a pod without our labels gets to."""
     complaints = []
@@ -231,7 +238,17 @@ def open_to_strangers(manifests: list[Manifest]) -> list[str]:
     return complaints
 
 
-CHECKS = (invalid, unlike_serve_yaml, pool_is_not_the_worker_group, unpinned, dangling, privileged, unreachable, open_to_strangers)
+CHECKS = (
+    invalid,
+    unlike_serve_yaml,
+    pool_is_not_the_worker_group,
+    unpinned,
+    dangling,
+    privileged,
+    unreachable,
+    without_token,
+    open_to_strangers,
+)
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -277,6 +294,7 @@ PLANTED: dict[str, tuple[Callable[[list[Manifest]], list[str]], Callable[[list[M
     "capabilities": (privileged, lambda m: at(m, *MLFLOW, "containers", 0).pop("securityContext")),
     "a policy forgotten": (unreachable, lambda m: m.remove(the(m, "NetworkPolicy", "postgres"))),
     "a port that has changed": (unreachable, lambda m: at(m, "Service", "storage", "spec", "ports", 0).update(port=9000)),
+    "no token": (without_token, lambda m: at(m, *CLUSTER).pop("authOptions")),
     "a policy for all": (
         open_to_strangers,
         lambda m: at(m, "NetworkPolicy", "mlflow", "spec", "ingress", 0).update({"from": [{"namespaceSelector": {}}]}),
