@@ -72,7 +72,7 @@ def test_protocols_cut_the_same_text_as_they_say(tmp_path: Path) -> None:
     file.write_text("\n\n\n".join(docs))
     kept, tokenizer = [docs[7], docs[15]], byte_tokenizer()
     joined = tokenizer("\n\n".join(kept))["input_ids"]
-    paper, field, packed = (Text(str(file), protocol, 16).tokens(tokenizer) for protocol in ("paper", "field", "packed"))  # type: ignore[arg-type]
+    paper, field, packed = (Text(str(file), protocol, 16).tokens(tokenizer) for protocol in ("paper", "field", "packed"))
     assert torch.cat(paper).tolist() == joined
     assert [len(window) for window in paper] == [16] * (len(joined) // 16) + [len(joined) % 16]
     assert torch.stack(field).flatten().tolist() == joined[: len(joined) // 16 * 16]
