@@ -21,6 +21,7 @@ from acip_platform import figures, story
 from acip_platform.cluster import Cluster, connect
 from acip_platform.console import Watch, console, duration, lines, trade_off_table
 from acip_platform.fleet import Fleet, Job, Outcome, Share, run_all, share
+from acip_platform.provenance import commit
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
 from acip_platform.tracking import CHAMPION, ModelVersion, Registry, Run, Tracking
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace, out: Any) -> int:
         raise AcipError(f"--only names {', '.join(sorted(unknown))}; the fleet has {', '.join(job.name for job in fleet.jobs)}.")
     jobs = [job for job in fleet.jobs if not args.only or job.name in args.only]
 
+    os.environ.setdefault("ACIP_COMMIT", commit())  # workers may have the code without its history
     cluster = connect(settings)
     shares = {job.name: share(job, ray.cluster_resources()) for job in jobs}
     tracking, registry, store = Tracking(settings, f"acip/{fleet.name}"), Registry(settings), Store(settings.store, settings.home / "cache")
@@ -138,7 +140,7 @@ def first_screen(
     for job in jobs:
         if job.name in done:
             version = done[job.name]
-            what = f"is the {CHAMPION}" if CHAMPION in version.aliases else f"is no {CHAMPION} ({version.tags['verdict']})"
+            what = f"is the {CHAMPION}" if CHAMPION in version.aliases else f"is no {CHAMPION} (judged {version.tags['verdict']})"
             out.print(f"[{job.name}] done already: version {version.version} {what} (--force calibrates again)", markup=False)
             continue
         r = job.recipe
