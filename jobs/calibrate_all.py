@@ -22,6 +22,7 @@ from acip_platform import figures, story
 from acip_platform.cluster import Cluster, connect
 from acip_platform.console import Watch, console, duration, lines, trade_off_table
 from acip_platform.fleet import Fleet, Job
+from acip_platform.provenance import commit
 from acip_platform.schedule import Outcome, Share, here, nodes, pool, run_all, share
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace, out: Any) -> int:
         raise AcipError(f"--only names {', '.join(sorted(unknown))}; the fleet has {', '.join(job.name for job in fleet.jobs)}.")
     jobs = [job for job in fleet.jobs if not args.only or job.name in args.only]
 
+    os.environ.setdefault("ACIP_COMMIT", commit())  # workers may have the code without its history
     cluster = connect(settings)
     there = functools.partial(pool, args.pool) if args.pool else nodes
     shares = {job.name: share(job, there()) for job in jobs}
@@ -141,7 +143,7 @@ def first_screen(
     for job in jobs:
         if job.name in done:
             version = done[job.name]
-            what = f"is the {CHAMPION}" if CHAMPION in version.aliases else f"is no {CHAMPION} ({version.tags['verdict']})"
+            what = f"is the {CHAMPION}" if CHAMPION in version.aliases else f"is no {CHAMPION} (judged {version.tags['verdict']})"
             out.print(f"[{job.name}] done already: version {version.version} {what} (--force calibrates again)", markup=False)
             continue
         r = job.recipe

@@ -13,7 +13,7 @@ from typing import Any
 
 from acip_platform.console import console, lines
 from acip_platform.settings import Settings
-from acip_platform.tracking import CHAMPION, Registry, RegistryError
+from acip_platform.tracking import CHAMPION, Registry
 from rich.table import Table
 
 from acip.errors import AcipError
@@ -40,18 +40,16 @@ def run(args: argparse.Namespace, registry: Registry, out: Any) -> None:
     if not args.back and not args.version:
         out.print(overview(registry, args.name))
         return
-    try:
-        was = registry.resolve(args.name).version
-    except RegistryError:
-        registry.resolve(args.name, args.version or CHAMPION)  # a name that isn't there is an error, no champion isn't
-        was = "none"
+    registry.resolve(args.name, args.version or CHAMPION)
+    champion = registry.champion(args.name)
+    was = f"version {champion.version}" if champion else "none"
     if args.back:
         now = registry.back(args.name)
     else:
         now = registry.resolve(args.name, args.version)
         registry.crown(now)
     lines(out, {
-        "was": f"version {was}",
+        "was": was,
         CHAMPION: f"version {now.version} ({now.uri})",
         "a running server": f"curl -X POST http://127.0.0.1:8000/v1/models/{now.name}/load "
         f"-H 'Content-Type: application/json' -d '{{\"version\": \"{now.version}\"}}'",
@@ -60,6 +58,8 @@ def run(args: argparse.Namespace, registry: Registry, out: Any) -> None:
 
 def overview(registry: Registry, name: str) -> Table:
     """All versions, the newest first."""
+    if name not in registry.models():
+        registry.resolve(name)  # says what there is
     table = Table(title=f"{name} (champions so far: {', '.join(registry.champions(name)) or 'none'})", title_justify="left")
     for heading in ("version", "aliases", "area", "recipe", "verdict"):
         table.add_column(heading)

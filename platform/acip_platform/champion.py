@@ -15,7 +15,7 @@ from typing import Any
 from acip.area import area
 from acip.artifact import Artifact
 from acip_platform.store import Store
-from acip_platform.tracking import CANDIDATE, CHAMPION, ModelVersion, Registry, RegistryError
+from acip_platform.tracking import CANDIDATE, CHAMPION, ModelVersion, Registry
 
 Rows = Sequence[Mapping[str, Any]]
 ALIKE = ("corpus", "protocol", "context", "windows")  # of the rows of two curves that are compared
@@ -32,10 +32,7 @@ class Verdict:
 
 def contend(registry: Registry, store: Store, version: ModelVersion, artifact: Artifact, may_lead: bool = True) -> Verdict:
     """Judge a new `version` against the champion, set the alias it earned, and write the verdict into its tags, last of all."""
-    try:
-        champion = registry.resolve(version.name)
-    except RegistryError:
-        champion = None
+    champion = registry.champion(version.name)
     if champion is not None and champion.version == version.version:
         verdict = Verdict(True, version.tags.get("verdict", "it is the champion already").removeprefix(f"{CHAMPION}: "))
     elif not may_lead:

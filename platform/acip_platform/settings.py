@@ -6,6 +6,7 @@
     ACIP_RUNS              Ray Train's checkpoints: folder or s3://       ACIP_HOME/runs
     ACIP_CHECKPOINT_S      seconds between checkpoints of a calibration   60
     ACIP_BASIS_CACHE_GB    of bases kept in ACIP_HOME/cache on each node  50
+    ACIP_COMMIT            of the code, for provenance                    the checkout's
     MLFLOW_TRACKING_URI    tracking server or database                    sqlite:///ACIP_HOME/mlflow.db
     ACIP_API_KEYS          who may ask the server: keys, with commas      everyone (acip_platform/serve/keys.py)
     ACIP_API_KEYS_FILE     the same, as a file of one key a line

@@ -205,6 +205,11 @@ class Registry:
     def set_alias(self, version: ModelVersion, alias: str = CHAMPION) -> None:
         self.client.set_registered_model_alias(version.name, alias, version.version)
 
+    def champion(self, name: str) -> ModelVersion | None:
+        """Of a model that is there; None = it has none."""
+        now = self.client.get_registered_model(name).aliases.get(CHAMPION)
+        return None if now is None else self.resolve(name, str(now))
+
     def crown(self, version: ModelVersion) -> None:
         """Make `version` the champion, and remember the one before."""
         past = self.champions(version.name)

@@ -235,7 +235,7 @@ class Observer:
         """Example masks, going on from what an earlier attempt kept."""
         if self.masks is None:
             kept: dict[str, Any] | None = None
-            with suppress(MlflowException):
+            with suppress(Exception):  # whatever keeps files for MLflow raises: a picture is not worth a calibration
                 kept = self.run.read_json(FILE)
             self.masks = MaskSamples(**kept) if kept else MaskSamples.of(state.scores)
         self.masks.take(state, step)
@@ -249,7 +249,8 @@ class Observer:
                 self.logged = self.run.last_step("loss_nats")
             self.run.metrics([(step, values) for step, values in self.rows if step > self.logged])
             if self.masks is not None and self.rows:
-                self.run.json(self.masks.to_dict(), FILE)
+                with suppress(Exception):  # as above
+                    self.run.json(self.masks.to_dict(), FILE)
             self.logged = max((step for step, _ in self.rows), default=self.logged)
             self.rows = []
         except MlflowException as error:
