@@ -44,7 +44,11 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 1) -> Perple
 
 def trade_off(artifact: Artifact, any_size: AnySize, windows: Tensor, corpus: str, sizes: tuple[float, ...]) -> Iterator[dict[str, Any]]:
     """One row per size, largest first, from the model as it is served. A size that can't be reached is left out."""
-    stop = artifact.recipe.stop_ratio
+    return curve(any_size, windows, corpus, sizes, artifact.recipe.stop_ratio)
+
+
+def curve(any_size: AnySize, windows: Tensor, corpus: str, sizes: tuple[float, ...], stop: float) -> Iterator[dict[str, Any]]:
+    """The same of a model in memory, calibrated down to the size `stop`."""
     bytes_per_number = torch.finfo(any_size.model.dtype).bits // 8
     for asked in sorted(sizes, reverse=True):
         try:
