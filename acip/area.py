@@ -1,9 +1,9 @@
 """One number for a trade-off curve: the area under its excess loss.
 
-    excess ^            x
-           |        x             sum over the pieces between measured sizes (trapezoids), from size 0.4 to 1.0;
-           |    x                 nats per token x size; 0 = as good as the base model at every size
-           +-x------------> 1.0 -> 0.4
+excess ^            x
+       |        x             sum over the pieces between measured sizes (trapezoids), from size 0.4 to 1.0;
+       |    x                 nats per token x size; 0 = as good as the base model at every size
+       +-x------------> 1.0 -> 0.4
 """
 
 from collections.abc import Mapping, Sequence

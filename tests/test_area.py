@@ -21,5 +21,5 @@ def test_the_area_under_excess_loss() -> None:
 
 
 def test_without_the_base_model_there_is_no_excess() -> None:
-    with pytest.raises(BudgetError, match="add 1.0 to sizes"):
+    with pytest.raises(BudgetError, match=r"add 1\.0 to sizes"):
         area(rows((0.9, 2.0), (0.4, 3.0)))

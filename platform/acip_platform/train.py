@@ -149,14 +149,18 @@ def _calibrated(
 
     settings.home.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="saving-", dir=settings.home))
-    provenance = {
+    return Artifact.save(folder, base, calibration, provenance(job, key, run))
+
+
+def provenance(job: Job, key: str, run: Run) -> dict[str, Any]:
+    """Where an artifact comes from."""
+    return {
         "job": job.to_dict(),
         "attempt": key,
         "mlflow_run": run.run_id,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "packages": {name: importlib.metadata.version(name) for name in ("acip-platform", "torch", "transformers", "peft", "ray")},
     }
-    return Artifact.save(folder, base, calibration, provenance)
 
 
 def prepared(job: Job, base: Base, settings: Settings, say: Callable[..., None], device: torch.device) -> TokenBatches:
