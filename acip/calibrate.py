@@ -108,6 +108,7 @@ def calibrate(
         if state.stop_step is None:
             state.stop_ranks = live_ranks(state.flat_masks(), state.scores).tolist()
             state.end_pruning(model, recipe)
+        assert state.stop_step is not None
 
         # post-tune: the adapters alone, at the stop size or at many
         table = cut_table(model, state.scores, recipe)

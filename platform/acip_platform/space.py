@@ -96,7 +96,7 @@ class Space:
         drawn: dict[str, dict[str, Any]] = {}
         for changes in self._draws():
             drawn[json.dumps(changes)] = changes  # random choices may repeat
-        trials = []
+        trials: list[Trial] = []
         for changes in self._ordered(list(drawn.values())):
             name = f"t{len(trials):02d}"
             try:

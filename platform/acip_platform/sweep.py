@@ -9,7 +9,8 @@ the bases of the layers (BasisCache: computed by one of them, mapped by all).
 
 asha ends a trial at 1/8, 1/4 or 1/2 of its post-tuning if its area under excess loss is worse than the median of those that
 were there before. That is what the winner is chosen by, measured on the same held-out text, so it means the same under every
-recipe. The training loss does not: it is at other sizes, under other lambdas and other shares of distillation.
+recipe. The training loss does not: it is at other sizes, under other lambdas and other shares of distillation. Tune keeps no
+record of rungs over a restart: trials after it are held against each other only.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from typing import Any
 
 import ray
 import torch
-from pyarrow.fs import FileType
+from pyarrow.fs import FileSystem, FileType
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
@@ -108,7 +109,8 @@ class Outcome:
 
     @property
     def area(self) -> float:
-        return area(self.rows) if self.rows else math.inf
+        found = area(self.rows) if self.rows else math.inf
+        return found if math.isfinite(found) else math.inf
 
 
 # ---- the driver's part
@@ -146,7 +148,7 @@ def run(sweep: Sweep, share: Share, settings: Settings, runs: Mapping[str, Run],
         error = metrics.get("error") or (root_cause(result.error) if result.error else None)
         rows = json.loads(metrics.get("curve", "[]"))
         outcomes.append(Outcome(trial, rows, metrics.get("share", 0), metrics.get("time_total_s", 0.0), error, result.checkpoint))
-    if all(outcome.error is None for outcome in outcomes):  # else the next attempt may need them
+    if not any(result.error for result in (*pruned.values(), *results.values())):  # else the next attempt needs them
         _forget(chain.from_iterable((c for c, _ in result.best_checkpoints or []) for result in pruned.values()))
     return outcomes, {name: (result.metrics or {}).get("time_total_s", 0.0) for name, result in pruned.items()}
 
@@ -169,12 +171,15 @@ def _fit(
     if tune.Tuner.can_restore(f"{folder}/{name}"):
         tuner = tune.Tuner.restore(f"{folder}/{name}", ready, resume_unfinished=True, resume_errored=True, param_space=space)
     else:
-        judged = {"metric": "area", "mode": "min"} if scheduler else {}
         tuner = tune.Tuner(
             ready,
             param_space=space,
             tune_config=tune.TuneConfig(
-                scheduler=scheduler, reuse_actors=True, trial_dirname_creator=lambda trial: trial.config["trial"], **judged
+                metric="area" if scheduler else None,
+                mode="min" if scheduler else None,
+                scheduler=scheduler,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.config["trial"],
             ),
             run_config=tune.RunConfig(
                 name=name,
@@ -184,7 +189,8 @@ def _fit(
                 verbose=0,
             ),
         )
-    return {Path(result.path).name: result for result in tuner.fit()}
+    results = tuner.fit()
+    return {Path(results[i].path).name: results[i] for i in range(len(results))}
 
 
 def winner(outcomes: Sequence[Outcome]) -> Outcome | None:
@@ -234,7 +240,12 @@ def keep(
 def _forget(states: Iterable[tune.Checkpoint]) -> None:
     for state in states:
         with suppress(FileNotFoundError):  # by an earlier attempt
-            state.filesystem.delete_dir(state.path)
+            _files(state).delete_dir(state.path)
+
+
+def _files(state: tune.Checkpoint) -> FileSystem:
+    assert state.filesystem is not None  # Ray finds it from the path
+    return state.filesystem
 
 
 # ---- the workers' part
@@ -280,7 +291,7 @@ def _trial(name: str, context: Mapping[str, Any]) -> None:
     with _from(tune.get_checkpoint() or fork) as folder:
         calibration = calibrate(base.model, batches, job.recipe, resume=folder, observe=rungs)
     observer.flush()
-    rungs.finish(AnySize(calibration.model, calibration.table))
+    rungs.finish(AnySize(base.model, calibration.table))
 
 
 def _start(name: str, context: Mapping[str, Any], job: Job) -> tuple[Base, TokenBatches, Observer]:
@@ -305,7 +316,7 @@ def _device() -> torch.device:
 @contextmanager
 def _from(state: tune.Checkpoint | None) -> Iterator[str | None]:
     """The folder of a state to go on from; None where there is none, or none any more: then it is computed again."""
-    if state is None or state.filesystem.get_file_info(state.path).type == FileType.NotFound:
+    if state is None or _files(state).get_file_info(state.path).type == FileType.NotFound:
         yield None
         return
     with state.as_directory() as folder:
