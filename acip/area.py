@@ -1,8 +1,9 @@
-"""One number for a whole trade-off curve: the area under its excess loss.
+"""One number for a trade-off curve: the area under its excess loss.
 
-    area = integral over size of (loss(size) - loss(1.0))      nats per token x size ratio; less is better, 0 = nothing is lost
-
-The curve runs straight from one measured size to the next.
+excess ^            x
+       |        x             integral over size of (loss(size) - loss(1.0)), the curve running straight from one measured size
+       |    x                 to the next; nats per token x size ratio. Less is better, 0 = as good as the base model
+       +-x------------> 1.0 -> smallest
 """
 
 import math
@@ -10,13 +11,21 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from acip.errors import AcipError
+from acip.errors import BudgetError
 
 
-def area(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Of `rows` with `got` (size) and `loss` (nats per token), one of them the base model's at size 1.0; nan where a loss is."""
+def area(rows: Sequence[Mapping[str, Any]], smallest: float = 0.0) -> float:
+    """Of `rows` with `got` (size) and `loss` (nats per token), one of them the base model's at size 1.0; nan where a loss is.
+
+    Sizes below `smallest` don't count. Areas compare where the same sizes were measured.
+    """
     points = sorted((float(row["got"]), float(row["loss"])) for row in rows)
     if not points or points[-1][0] != 1.0:
-        raise AcipError("the curve has no row at size 1.0, so the base model's loss is unknown: measure it there too.")
-    base = points[-1][1]
-    return math.fsum((size_b - size_a) * ((loss_a + loss_b) / 2 - base) for (size_a, loss_a), (size_b, loss_b) in pairwise(points))
+        raise BudgetError("the curve has no row at size 1.0, so the base model's loss is unknown: measure it there too.")
+    base, pieces = points[-1][1], []
+    for (left, loss_left), (right, loss_right) in pairwise(points):
+        if right > smallest:
+            start = max(left, smallest)
+            loss_start = loss_left + (loss_right - loss_left) * (start - left) / (right - left) if right > left else loss_left
+            pieces.append((right - start) * ((loss_start + loss_right) / 2 - base))
+    return math.fsum(pieces)

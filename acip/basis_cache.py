@@ -1,17 +1,18 @@
 """Bases kept by the content they were computed from, for restarts, sweeps and transfers on one node."""
 
+import fcntl
 import hashlib
 import logging
 import os
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from acip.layers import weight_MN
@@ -38,7 +39,7 @@ class BasisCache:
     def get(self, key: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
         path = self._path(key)
         try:
-            directions = load(path.read_bytes())["directions"]
+            directions = load_file(path)["directions"]  # mapped: all processes of a node read the same pages
             if (directions.shape, directions.dtype) != (shape, dtype):
                 raise ValueError(f"{tuple(directions.shape)} {directions.dtype} instead of {shape} {dtype}")
         except FileNotFoundError:
@@ -70,6 +71,24 @@ class BasisCache:
             log.warning("bases are not kept from here on, %s can't be written: %s", self.folder, error)
             with suppress(OSError):
                 part.unlink()
+
+    @contextmanager
+    def turn(self, keys: Iterable[str]) -> Iterator[None]:
+        """While these are missing, one process of this node at a time is inside, so that none computes what another does."""
+        names = sorted(keys)
+        with ExitStack() as stack:
+            if not self._all(names):
+                with suppress(OSError):  # a folder that can't be written or locked: then each computes for itself
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    path = self.folder / f"{hashlib.sha256(repr(names).encode()).hexdigest()}.lock"
+                    lock = stack.enter_context(path.open("w"))
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    if self._all(names):
+                        lock.close()
+            yield
+
+    def _all(self, names: list[str]) -> bool:
+        return all(self._path(name).exists() for name in names)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

@@ -94,20 +94,21 @@ def calibrate(
 
         # prune: until the stop ratio is reached
         shapes = layer_shapes(model)
-        while state.stop_step is None:
+        while state.stop_step is None and state.size > recipe.stop_ratio:
             if state.step >= recipe.max_prune_steps:
                 raise CalibrationError(
                     f"the stop ratio {recipe.stop_ratio} was not reached in max_prune_steps = {recipe.max_prune_steps} steps (now at "
-                    f"{state.history[-1].size:.3f}). Raise lr, lambda_start or lambda_factor, lower lambda_interval, or allow more steps."
+                    f"{state.size:.3f}). Raise lr, lambda_start or lambda_factor, lower lambda_interval, or allow more steps."
                 )
             reports = loop.prune(state, shapes)
             state.record(reports, recipe)
-            if reports[-1].size <= recipe.stop_ratio:
-                state.stop_ranks = live_ranks(state.flat_masks(), state.scores).tolist()
-                state.end_pruning(model, recipe)
-            elif state.step % LOOK_EVERY == 0:
+            if state.step % LOOK_EVERY == 0:
                 state.pack()
-            observe(reports, state)
+            observe(reports, state)  # of the last step, too, as pruning left it: acip.trunk goes on from there in other ways
+        if state.stop_step is None:
+            state.stop_ranks = live_ranks(state.flat_masks(), state.scores).tolist()
+            state.end_pruning(model, recipe)
+        assert state.stop_step is not None
 
         # post-tune: the adapters alone, at the stop size or at many
         table = cut_table(model, state.scores, recipe)
@@ -143,7 +144,7 @@ class _Loop:
         recipe, scores = self.recipe, state.scores
         rows, lambdas, first = [], [], state.step
         stopped = torch.zeros((), dtype=torch.bool, device=self.device)
-        size = torch.tensor(state.history[-1].size if state.history else 1.0, dtype=torch.float64, device=self.device)
+        size = torch.tensor(state.size, dtype=torch.float64, device=self.device)
         for _ in self.until_look(state.step, recipe.max_prune_steps):
             masks_before = state.flat_masks()
             loss = self.step(state, recipe.distill_prune, stopped)

@@ -1,6 +1,7 @@
 """Base model -> model with `SVDLinear` layers in the bases of acip.bases, and the exact inverse (paper 2.2.1)."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +44,13 @@ def parametrise(
             shard.shard(linear)
         nn.Module.to(model, device)
     cores: dict[str, SVDLinear] = {}
-    for name, directions_KM in bases(model, linears, recipe, windows, feed, cache, keys, progress):
-        linear = linears[name]
-        with shard.whole(linear):
-            cores[name] = SVDLinear(linear, weight_MN(linear), directions_KM.T, recipe.mask_scale, loras[name], recipe.quantise)
-        for rows in (cores[name].left, cores[name].right):
-            shard.shard(rows)
+    with cache.turn(keys.values()) if cache and keys else nullcontext():
+        for name, directions_KM in bases(model, linears, recipe, windows, feed, cache, keys, progress):
+            linear = linears[name]
+            with shard.whole(linear):
+                cores[name] = SVDLinear(linear, weight_MN(linear), directions_KM.T, recipe.mask_scale, loras[name], recipe.quantise)
+            for rows in (cores[name].left, cores[name].right):
+                shard.shard(rows)
     for name in linears:
         set_module(model, name, cores[name])
         cores[name].park()

@@ -62,6 +62,11 @@ class CalibrationState:
     def masks(self) -> list[nn.Parameter]:
         return [core.p for core in self.layers.values() if isinstance(core, SVDLinear)]
 
+    @property
+    def size(self) -> float:
+        """After the last step, in the recipe's convention."""
+        return self.history[-1].size if self.history else 1.0
+
     def flat_masks(self) -> Tensor:
         return torch.cat([p.detach() for p in self.masks])
 

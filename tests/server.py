@@ -39,7 +39,7 @@ def make_home(home: Path, small: Artifact, tokens: torch.Tensor) -> Path:
 
     settings = Settings.from_env({"ACIP_HOME": str(home)})
     registry = Registry(settings)
-    rows = list(trade_off(small, small.load(), tokens, "held-out", SIZES))
+    rows = list(trade_off(small.load(), tokens, "held-out", SIZES, small.recipe.stop_ratio))
     for name in ("small", "talker"):
         artifact = Artifact.open(copytree(small.folder, home / name)).record_curve(rows)
         if name == "talker":

@@ -2,9 +2,12 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -341,6 +344,37 @@ def test_without_a_place_to_write_it_goes_on(
         found, _ = solve_all(cache=BasisCache(tmp_path / "file" / "bases"))
     assert same(found, solve_all()[0])
     assert "can't be written" in caplog.text
+
+
+def test_who_starts_at_the_same_time_waits_and_computes_nothing(tmp_path: Path) -> None:
+    together, computed = Barrier(4), []
+
+    def work(_: int) -> None:
+        cache = BasisCache(tmp_path)
+        together.wait()
+        with cache.turn(["a", "b"]):
+            for key in ("a", "b"):
+                if cache.get(key, (2, 2), torch.float32) is None:
+                    computed.append(key)
+                    time.sleep(0.05)
+                    cache.put(key, torch.eye(2))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert computed == ["a", "b"]
+    (tmp_path / "file").touch()
+    with BasisCache(tmp_path / "file").turn(["a"]):
+        pass  # where nothing can be written, nobody waits
+
+
+def test_a_cached_basis_is_mapped_and_outlives_its_file(tmp_path: Path) -> None:
+    cache = BasisCache(tmp_path)
+    cache.put("a", torch.arange(4.0).view(2, 2))
+    one, other = (cache.get("a", (2, 2), torch.float32) for _ in range(2))
+    assert one is not None and other is not None
+    (tmp_path / "a.safetensors").unlink()
+    one[0, 0] = 5.0
+    assert one[0, 0] == 5.0 and other[0, 0] == 0.0, "each writer has its own copy"
 
 
 def test_parametrise_keeps_its_bases(small_base: str, golden_tokens: torch.Tensor, tmp_path: Path) -> None:

@@ -9,15 +9,13 @@ from shutil import copytree, rmtree
 from typing import Any
 
 import pytest
-from acip_platform.champion import Verdict, above, contend, judge
+from acip_platform.champion import Verdict, contend, judge
 from acip_platform.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.store import Store
 from acip_platform.tracking import CANDIDATE, ModelVersion, Registry, RegistryError
 
-from acip.area import area
 from acip.artifact import Artifact
-from acip.errors import AcipError
 from acip.recipe import Recipe, named, nearest
 from jobs import promote
 from jobs.calibrate_all import finished
@@ -40,18 +38,7 @@ def manifest(curve: list[dict[str, Any]], digest: str = "base") -> dict[str, Any
 GOOD, BAD = rows(2.0, 2.1, 2.2, 2.3), rows(2.0, 2.1, 2.3, 2.4)
 
 
-def test_the_area_is_the_integral_of_the_excess_loss() -> None:
-    assert area(rows(2.0, 2.1, 2.2, 2.3)) == pytest.approx(0.2 * (0.05 + 0.15 + 0.25))
-    assert area(list(reversed(BAD))) == area(BAD)
-    assert area(rows(2.0, sizes=[1.0])) == 0
-    assert math.isnan(area(rows(2.0, math.nan, 2.1, 2.2)))
-    with pytest.raises(AcipError, match=r"no row at size 1\.0"):
-        area(rows(2.1, 2.2, 2.3, sizes=SIZES[1:]))
-
-
 def test_curves_are_compared_from_the_smallest_size_that_both_reach() -> None:
-    assert [(row["got"], row["loss"]) for row in above(GOOD, 0.7)] == pytest.approx([(0.7, 2.15), (0.8, 2.1), (1.0, 2.0)])
-    assert len(above(GOOD, 0.4)) == 4
     shorter = rows(2.0, 2.05, sizes=[1.0, 0.7])
     verdict = judge(manifest(shorter), manifest(GOOD), "version 1")
     ours, theirs = 0.3 * 0.025, 0.2 * 0.05 + 0.1 * 0.125

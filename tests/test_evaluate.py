@@ -302,7 +302,7 @@ def test_what_is_known_is_not_measured_again(any_size: AnySize, small_artifact: 
 def test_the_curve_grows_and_its_readers_read_it(any_size: AnySize, small_artifact: Artifact, heldout_tokens: torch.Tensor) -> None:
     tokenizer = small_artifact.tokenizer()
     windows = torch.stack(TEXT.tokens(tokenizer))
-    curve = list(trade_off(small_artifact, any_size, windows, TEXT.source, (1.0, 0.5)))
+    curve = list(trade_off(any_size, windows, TEXT.source, (1.0, 0.5), small_artifact.recipe.stop_ratio))
     rows = []
     for size, what in ((1.0, [Counted()]), (0.7, [PerplexityOn(TEXT), Counted()]), (0.6, [Counted()]), (0.3, [PerplexityOn(TEXT)])):
         any_size.resize(size)

@@ -51,7 +51,7 @@ def with_curve(artifact: Artifact, folder: Path) -> Artifact:
         (folder / file).hardlink_to(artifact.folder / file)
     copy = Artifact.open(folder)
     windows = token_windows(documents("package:wikipedia", "heldout"), byte_tokenizer(), 64, 4)
-    return copy.record_curve(list(trade_off(copy, copy.load(), windows, "package:wikipedia", (1.0, 0.5))))
+    return copy.record_curve(list(trade_off(copy.load(), windows, "package:wikipedia", (1.0, 0.5), copy.recipe.stop_ratio)))
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-from acip.artifact import Artifact
 from acip.cut import Budget
 from acip.errors import BudgetError
 from acip.evaluate.perplexity import perplexity
@@ -18,9 +17,9 @@ SAME = ("corpus", "protocol", "context", "windows")  # what a curve's rows have 
 
 
 def trade_off(
-    artifact: Artifact, any_size: AnySize, windows: Tensor, corpus: str, sizes: tuple[float, ...], protocol: Protocol = "packed"
+    any_size: AnySize, windows: Tensor, corpus: str, sizes: tuple[float, ...], stop_ratio: float, protocol: Protocol = "packed"
 ) -> Iterator[Row]:
-    """One row per size, largest first, from the model as it is served. A size that can't be reached is left out."""
+    """One row per size, largest first, of a model calibrated down to `stop_ratio`. A size that can't be reached is left out."""
     for asked in sorted(sizes, reverse=True):
         try:
             any_size.resize(Budget(ratio=asked))
@@ -36,7 +35,7 @@ def trade_off(
             "protocol": protocol,
             "context": found.context,
             "windows": found.windows,
-            "extrapolated": asked < artifact.recipe.stop_ratio,
+            "extrapolated": asked < stop_ratio,
         }
 
 

@@ -9,7 +9,6 @@ is not better, is a candidate, and `jobs/promote.py` lets a person decide.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from acip.area import area
@@ -68,20 +67,10 @@ def judge(new: Mapping[str, Any], old: Mapping[str, Any], rival: str) -> Verdict
             whose = f"{rival}, loses" if leads else "it loses"
             return Verdict(leads, f"{whose} all it knows at size {max(lost):.2f}: the loss is not a number there")
     least = max(min(row["got"] for row in rows) for rows in (ours, theirs))
-    mine, its = area(above(ours, least)), area(above(theirs, least))
+    mine, its = area(ours, least), area(theirs, least)
     change = f", {mine / its - 1:+.1%}" if its > 0 else ""
     compared = f"area {mine:.5g} against {its:.5g} of {rival} ({least:.2f} to 1.00{change})"
     return Verdict(True, f"better, {compared}") if mine < its else Verdict(False, f"not better, {compared}")
-
-
-def above(rows: Rows, least: float) -> list[dict[str, float]]:
-    """The part of a curve from size `least` up; where that lies between two sizes, the straight line's loss there."""
-    points = sorted((row["got"], row["loss"]) for row in rows)
-    kept = [{"got": size, "loss": loss} for size, loss in points if size >= least]
-    for (size_a, loss_a), (size_b, loss_b) in pairwise(points):
-        if size_a < least < size_b:
-            kept.insert(0, {"got": least, "loss": loss_a + (loss_b - loss_a) * (least - size_a) / (size_b - size_a)})
-    return kept
 
 
 def _said(values: set[Any]) -> str:

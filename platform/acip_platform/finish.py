@@ -54,7 +54,7 @@ def finish(
     any_size = artifact.load(device)
     if not artifact.curve:
         rows, tokenizer = [], artifact.tokenizer()
-        for row in trade_off(artifact, any_size, heldout, job.eval_data or job.data, job.sizes):
+        for row in trade_off(any_size, heldout, job.eval_data or job.data, job.sizes, artifact.recipe.stop_ratio):
             rows.append({**row, "evaluation": evaluate(any_size, tokenizer, [Samples()])["evaluation"]})
             say("stage", text=f"size {row['asked']:.2f}: perplexity {row['perplexity']:.2f}")
         artifact = artifact.record_curve(rows)

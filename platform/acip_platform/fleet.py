@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,11 @@ import yaml
 
 from acip import recipe as recipes
 from acip.artifact import SCHEMA
-from acip.errors import AcipError, EvaluationError, RecipeError
+from acip.errors import AcipError
 from acip.evaluate.tasks import check as check_tasks
 from acip.evaluate.tasks import expand
-from acip.recipe import Recipe, did_you_mean
+from acip.recipe import Recipe
+from acip_platform.yaml_file import YamlFile
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of a registered model
 
@@ -85,33 +85,19 @@ class Fleet:
     @classmethod
     def load(cls, path: str | Path) -> "Fleet":
         """Read and check a fleet file; FleetError names the line and the field."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise FleetError(f"fleet file {str(path)!r} can't be read: {error}.") from error
-        return _Reader(str(path)).fleet(text)
+        return _Reader(str(path)).fleet()
 
 
 TOP = ("name", "defaults", "models")
 MODEL = {field.name: field.type for field in dataclasses.fields(Job)} | {"recipe": str, "set": dict}
 
 
-class _Reader:
-    """YAML nodes keep their lines; plain values don't. So the nodes are walked, and each complaint has a line."""
-
+class _Reader(YamlFile):
     def __init__(self, path: str) -> None:
-        self.path = path
+        super().__init__(path, FleetError)
 
-    def fail(self, node: yaml.Node, message: str) -> FleetError:
-        return FleetError(f"{self.path}, line {node.start_mark.line + 1}: {message}")
-
-    def fleet(self, text: str) -> Fleet:
-        try:
-            root = yaml.compose(text, Loader=yaml.SafeLoader)
-        except yaml.YAMLError as error:
-            raise FleetError(f"{self.path} is not YAML: {error}") from error
-        if root is None:
-            raise FleetError(f"{self.path} is empty; it needs {', '.join(TOP)}.")
+    def fleet(self) -> Fleet:
+        root = self.root("fleet file", TOP)
         top = dict(self.items(root, TOP, "the fleet file"))
         name = self.value(top["name"][1]) if "name" in top else Path(self.path).stem
         if "models" not in top or not isinstance(top["models"][1], yaml.SequenceNode) or not top["models"][1].value:
@@ -163,30 +149,3 @@ class _Reader:
         for size in fields.get("sizes", ()):
             if not 0 < size <= 1:
                 raise self.fail(node, f"sizes holds {size!r}; each must be above 0 and up to 1.")
-
-    def items(self, node: yaml.Node, allowed: Any, what: str) -> Iterator[tuple[str, tuple[yaml.Node, yaml.Node]]]:
-        if not isinstance(node, yaml.MappingNode):
-            raise self.fail(node, f"{what} must be a mapping of {', '.join(allowed)}.")
-        seen: set[str] = set()
-        for key_node, value_node in node.value:
-            key = str(key_node.value)
-            if key not in allowed:
-                raise self.fail(
-                    key_node, f"unknown field {key!r} of {what}{did_you_mean(key, list(allowed))}. Allowed: {', '.join(allowed)}."
-                )
-            if key in seen:
-                raise self.fail(key_node, f"field {key!r} stands here twice.")
-            seen.add(key)
-            yield key, (key_node, value_node)
-
-    def value(self, node: yaml.Node) -> Any:
-        try:
-            return yaml.SafeLoader("").construct_object(node, deep=True)
-        except yaml.YAMLError as error:
-            raise self.fail(node, str(error)) from error
-
-    def checked(self, node: yaml.Node, make: Callable[..., Any], *args: Any) -> Any:
-        try:
-            return make(*args)
-        except (RecipeError, EvaluationError) as error:
-            raise self.fail(node, str(error)) from error

@@ -67,7 +67,7 @@ def page(found: Mapping[str, Any], subjects: Sequence[Subject]) -> str:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         found=found, first=first, speed=SPEED, memory=MEMORY,
         curve=Markup(figures.svg(lambda: figures.curves(curves, found["baselines"]))) if curves or found["baselines"] else "",
-        kept=[Markup(figures.svg(figure)) for figure in kept],
+        kept=[Markup(figures.svg(figure)) for figure in kept],  # type: ignore[arg-type]  # none of them is None
         score_map=Markup(figures.svg(lambda: figures.score_map(table))),
     )  # fmt: skip
 

@@ -133,19 +133,10 @@ def _calibrated(
 ) -> Artifact | None:
     """Parametrise and calibrate, from the last checkpoint if there is one; the first worker's artifact, in a temporary folder."""
     recipe = job.recipe
-    # a longer run than is expected reads them again in another order
-    windows = token_windows(documents(job.data, "train"), base.tokenizer, recipe.seq_len, job.windows)
-    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))]
-    batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
-
-    _fits(job, base, device, say)
-    began = time.time()
-    cache = BasisCache(settings.home / "cache" / "bases", int(settings.basis_cache_gb * 1e9))
-    parametrise(base.model, recipe, windows, lambda done, total: say("parametrise", done=done, total=total), cache=cache)
-    say("stage", text=f"{recipe.basis} basis of {len(targets(base.model))} layers in {time.time() - began:.0f} s")
+    batches = prepared(job, base, settings, say, device)
     began = time.time()
     loss = trial_step(base.model, batches, recipe)
-    facts = f"loss {loss:.3f} in {time.time() - began:.1f} s, at full shape; {len(windows):,} windows of {recipe.seq_len} tokens"
+    facts = f"loss {loss:.3f} in {time.time() - began:.1f} s, at full shape; {len(batches.windows):,} windows of {recipe.seq_len} tokens"
     say("stage", text=f"one real step: {facts}")
 
     observer = Observer(job, run, settings.checkpoint_s, say, device)
@@ -166,6 +157,22 @@ def _calibrated(
     settings.home.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="saving-", dir=settings.home))
     return Artifact.save(folder, base, calibration, provenance(job) | {"attempt": key, "mlflow_run": run.run_id})
+
+
+def prepared(job: Job, base: Base, settings: Settings, say: Callable[..., None], device: torch.device) -> TokenBatches:
+    """Parametrise `base`, where it fits into memory. Returns the text of the calibration."""
+    recipe = job.recipe
+    # a longer run than is expected reads them again in another order
+    windows = token_windows(documents(job.data, "train"), base.tokenizer, recipe.seq_len, job.windows)
+    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))]
+    batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
+
+    _fits(job, base, device, say)
+    began = time.time()
+    cache = BasisCache(settings.home / "cache" / "bases", int(settings.basis_cache_gb * 1e9))
+    parametrise(base.model, recipe, windows, lambda done, total: say("parametrise", done=done, total=total), cache=cache)
+    say("stage", text=f"{recipe.basis} basis of {len(targets(base.model))} layers in {time.time() - began:.0f} s")
+    return batches
 
 
 def _fits(job: Job, base: Base, device: torch.device, say: Callable[..., None]) -> None:

@@ -1,0 +1,141 @@
+"""Sweeps: what 3 lambda schedules x 5 stop ratios cost against 3 single calibrations, on the small Llama.
+
+    python tests/benchmarks/sweep.py             pruning and post-tuning at quality.py's scale, half an hour on 2 cores
+    python tests/benchmarks/sweep.py --quick     smaller batches, fewer steps: under 5 minutes
+    python tests/benchmarks/sweep.py --check     exit with 1 where the goal is missed
+
+All by jobs/sweep.py's own code, on one Ray, two trials at once; each side starts with an empty cache of bases. A single
+calibration is one of the three schedules to the smallest stop ratio, with all of its post-tuning and its measured curve. Costs
+are the seconds that trials and trunks worked, from loading the model to the measured curve. The sweep is measured twice:
+
+    asha    as in jobs/spaces/demo.yaml: who is worse than half of the others at 1/8, 1/4, 1/2 of its post-tuning is ended there
+    full    all 15 trials are post-tuned to the end: 15 calibrations, bit for bit
+
+The first has the goal. The second can't cost less than (pruning + 5 x post-tuning) / (pruning + post-tuning).
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one trial per core
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_ADDRESS", "local")
+
+import ray
+import torch
+from acip_platform.cluster import connect
+from acip_platform.fleet import Job
+from acip_platform.schedule import nodes, share
+from acip_platform.settings import Settings
+from acip_platform.space import Space
+from acip_platform.sweep import Outcome, Sweep, run, winner
+from acip_platform.tracking import Run, Tracking
+from acip_platform.train import Inbox
+
+from acip.base import load_base
+from acip.basis_cache import BasisCache
+from acip.data import documents, token_windows
+from acip.parametrise import parametrise
+from acip.recipe import Recipe
+from tests.conftest import GOLDEN, byte_tokenizer
+
+GOAL = 1.6
+SCHEDULES = (1.05, 1.1, 1.2)
+STOPS = (0.8, 0.7, 0.6, 0.5, 0.4)
+
+
+def recipe(quick: bool) -> Recipe:
+    """quality.py's scale. The paper post-tunes 1000 of 1500 to 2500 steps; pruning takes 100 to 260 here."""
+    scale = {"batch_size": 4, "post_tune_steps": 100} if quick else {"batch_size": 8, "post_tune_steps": 300}
+    fixed = {"scores": "order", "dtype": "float32", "seq_len": 128, "lr": 5e-4, "adapter_rank": 8, "stop_ratio": min(STOPS)}
+    return Recipe.from_dict(fixed | scale)
+
+
+def side(folder: Path, name: str, base: str, job: Recipe, space: str) -> tuple[list[Outcome], list[float], float]:
+    """One side in a home of its own: outcomes, seconds of the trunks, and the wall time."""
+    home = folder / name
+    settings = Settings(home, str(home / "artifacts"), str(home / "runs"), f"sqlite:///{home}/mlflow.db")
+    (folder / f"{name}.yaml").write_text(space)
+    one = Job("small", base, job, "package:austen", eval_context=128, eval_windows=16, cpus=1)
+    sweep = Sweep.plan(one, Space.load(folder / f"{name}.yaml"))
+    tracking = Tracking(settings, name)
+    names = [*sweep.trunks, *(trial.name for trial in sweep.trials)]
+    runs: dict[str, Run] = {name: tracking.start(name, name, {}) for name in names}
+    began = time.perf_counter()
+    outcomes, trunks = run(sweep, share(one, nodes()), settings, runs, Inbox.remote())  # type: ignore[attr-defined]
+    errors = [outcome.error for outcome in outcomes if outcome.error]
+    assert not errors, errors[0]
+    return outcomes, list(trunks.values()), time.perf_counter() - began
+
+
+def basis_seconds(folder: Path, base: str, job: Recipe) -> list[float]:
+    """Of parametrising with an empty cache of bases, and again with the full one."""
+    seconds = []
+    windows = token_windows(documents("package:austen", "train"), byte_tokenizer(), job.seq_len, job.sample_windows)
+    for _ in range(2):
+        model: Any = load_base(base, job.dtype).model
+        began = time.perf_counter()
+        parametrise(model, job, windows, cache=BasisCache(folder / "bases"))
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def line(label: str, outcomes: list[Outcome], trunks: list[float], wall: float, singles: float) -> float:
+    trials = sum(outcome.seconds for outcome in outcomes)
+    best = winner(outcomes)
+    assert best is not None
+    ended = sum(not outcome.finished for outcome in outcomes)
+    ratio = (trials + sum(trunks)) / singles
+    print(
+        f"| {label} | {len(outcomes)} | {ended} | {sum(trunks):.0f} | {trials:.0f} | {wall:.0f} | {ratio:.2f} | "
+        f"{best.trial.label or 'stop_ratio 0.4'} | {best.area:.4f} |",
+        flush=True,
+    )
+    return ratio
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="smaller batches, fewer steps: under 5 minutes")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where the goal is missed")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    job = recipe(args.quick)
+    folder = Path(tempfile.mkdtemp(prefix="sweep-"))
+    try:
+        base = str(shutil.copytree(GOLDEN / "base", folder / "base"))
+        byte_tokenizer().save_pretrained(base)
+        cold, cached = basis_seconds(folder, base, job)
+        print(f"bases: {cold:.2f} s computed, {cached:.2f} s from the cache of the node\n")
+        connect(Settings(folder, "", "", ""))
+        fields = f"lambda_factor: {list(SCHEDULES)}"
+        stops = f"stop_ratio: {list(STOPS)}"
+        singles, _, wall = side(folder, "singles", base, job, f"space: {{{fields}}}")
+        cost = sum(outcome.seconds for outcome in singles)
+        print(f"post-tuning: {job.post_tune_steps} steps of {job.batch_size} x {job.seq_len} tokens\n")
+        print("| side | trials | ended early | trunks, s | trials, s | wall, s | x 3 singles | winner | its area |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        line("3 single calibrations", singles, [], wall, cost)
+        ratios = {}
+        for name, more in (("asha", "\nscheduler: asha"), ("full", "")):
+            outcomes, trunks, wall = side(folder, name, base, job, f"space: {{{fields}, {stops}}}{more}")
+            ratios[name] = line(f"sweep, {name}", outcomes, trunks, wall, cost)
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+    met = ratios["asha"] <= GOAL
+    print(
+        f"{ratios['asha']:.2f} x the cost of 3 single calibrations for 3 x 5 trials, losers ended early "
+        f"(goal: {GOAL}, {'met' if met else 'missed'}); {ratios['full']:.2f} x with all of them post-tuned in full"
+    )
+    return 1 if args.check and not met else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
