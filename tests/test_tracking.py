@@ -161,7 +161,8 @@ def test_example_masks_are_the_masks(watched: tuple[Run, list[list[float]]]) -> 
     assert [step[0] for step in samples.values] == picked
     figure = figures.mask_shrinkage(samples)
     assert [len(panel.lines) for panel in figure.axes[: len(samples.layers)]] == [8] * len(samples.layers)
-    xs, ys = figure.axes[0].lines[0].get_data()
+    line: Any = figure.axes[0].lines[0]
+    xs, ys = line.get_data()
     assert list(xs) == samples.steps and min(ys) >= 0
 
 
@@ -183,12 +184,11 @@ def test_long_prunings_are_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_figures_show_the_artifacts_numbers(small_artifact: Artifact) -> None:
     table = small_artifact.table()
-    picture = figures.score_map(table).axes[0].images[0].get_array()
+    picture: Any = figures.score_map(table).axes[0].images[0].get_array()
     assert picture.shape == (len(table.layers), max(layer.K for layer in table.layers))
     assert sorted(picture.compressed() * len(table.order)) == pytest.approx(range(len(table.order))), "every direction once"
     assert all(np.all(np.diff(line.compressed()) < 0) for line in picture), "in each layer, the most important stays longest"
-    kept = figures.kept_ranks(table, 0.6)
-    assert kept is not None
+    kept: Any = figures.kept_ranks(table, 0.6)
     ranks = table.cut(figures.Budget(ratio=0.6)).ranks
     shares = [1.0 if ranks[layer.name] is None else ranks[layer.name] / layer.K for layer in table.layers]  # type: ignore[operator]
     assert sorted(kept.axes[0].images[0].get_array().ravel()) == pytest.approx(sorted(shares))
