@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import resource
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,12 +30,16 @@ from acip.base import Base, load_base
 from acip.budget import Budget
 from acip.data import documents, token_windows
 from acip.errors import AcipError
-from acip.evaluate import perplexity
+from acip.evaluate import PerplexityOn, TaskScore, Text, evaluate
+from acip.evaluate.tasks import check as check_tasks
+from acip.evaluate.tasks import expand
+from acip.evaluate.text import Protocol
 from acip.layers import find_linears
 from acip.recipe import Dtype, coerce, did_you_mean
 from acip_platform.schedule import root_cause
 
 DENSE = "dense"  # the base model's entry
+MEAN = "mean of tasks"
 PROGRESS_S = 20.0
 
 Row = dict[str, Any]
@@ -58,6 +63,9 @@ class Arena:
     eval_data: tuple[str, ...] = ("c4",)  # held-out splits
     eval_context: int = 2048  # tokens per window of held-out text
     eval_windows: int = 0  # at most so many of each; 0 = all
+    protocol: Protocol = "packed"  # that held-out text is cut by, see acip.evaluate.text
+    tasks: tuple[str, ...] = ()  # zero-shot, see acip.evaluate.tasks
+    task_limit: int = 0  # items of each; 0 = all
     sizes: tuple[float, ...] = (0.8, 0.6, 0.4)  # by the convention `linear`: adapters are counted
     exclude: tuple[str, ...] = ()  # layers that no method compresses, by parts of their names
     cpus: float = 1.0  # per entry; a GPU too, where the cluster has one
@@ -92,7 +100,8 @@ class Arena:
             baselines.check_options(name, options)
         for size in self.sizes:
             Budget(ratio=size)
-        for name, least in (("windows", 1), ("context", 2), ("eval_context", 2), ("eval_windows", 0)):
+        check_tasks(expand(self.tasks))
+        for name, least in (("windows", 1), ("context", 2), ("eval_context", 2), ("eval_windows", 0), ("task_limit", 0)):
             if getattr(self, name) < least:
                 raise ArenaError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
 
@@ -224,13 +233,14 @@ def calibration_windows(arena: Arena, base: Base) -> torch.Tensor:
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(arena.seed))]
 
 
-def measure(model: nn.Module, base: Base, arena: Arena) -> dict[str, float]:
+def measure(model: Any, base: Base, arena: Arena) -> dict[str, float]:
     """What one model is worth, by column of the table. The only place where the arena evaluates."""
-    found = {}
-    for source in arena.eval_data:
-        windows = token_windows(documents(source, "heldout"), base.tokenizer, arena.eval_context, arena.eval_windows or None)
-        found[f"perplexity {source.removeprefix('package:')}"] = perplexity(model, windows).perplexity
-    return found
+    texts = [PerplexityOn(Text(source, arena.protocol, arena.eval_context, arena.eval_windows)) for source in arena.eval_data]
+    tasks = [TaskScore(task, limit=arena.task_limit) for task in expand(arena.tasks)]
+    parts = evaluate(model, base.tokenizer, [*texts, *tasks])["evaluation"]
+    found = {f"perplexity {part['corpus'].removeprefix('package:')}": part["values"]["perplexity"] for part in parts[: len(texts)]}
+    scores = {task.task.removeprefix("package:"): part["values"]["acc"] for task, part in zip(tasks, parts[len(texts) :], strict=True)}
+    return found | scores | ({MEAN: statistics.fmean(scores.values())} if scores else {})
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -60,7 +60,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
 
 def table(rows: Sequence[Row], arena: Arena) -> Table:
     shown = with_quoted(rows, arena)
-    title = f"{arena.name}: {arena.base}, calibrated on {arena.data}, held-out windows of {arena.eval_context} tokens"
+    title = f"{arena.name}: {arena.base}, calibrated on {arena.data}; {_measured(arena)}"
     made = Table(title=title, title_justify="left", title_style="bold")
     for i, name in enumerate(["Size", "Method", *map(heading, columns(shown)), "stored"]):
         made.add_column(name, justify="left" if i == 1 else "right", no_wrap=True)
@@ -99,12 +99,17 @@ def markdown(rows: Sequence[Row], arena: Arena) -> str:
     text += [_line(heads), _line(["---"] * len(heads)), *map(_line, cost_cells(rows)), ""]
     text.append(
         f"{arena.base} in {arena.dtype}, calibrated on {arena.data} (at most {arena.windows} x {arena.context} tokens, seed {arena.seed}), "
-        f"measured on held-out windows of {arena.eval_context} tokens. A size counts all numbers that compressed layers store, adapters "
+        f"measured on {_measured(arena)}. A size counts all numbers that compressed layers store, adapters "
         "too, of those of the dense ones; embeddings and head are left alone."
     )
     if arena.quoted:
         text.append(f"\n(quoted): {quoted()['source']}, {quoted()['model']}. {quoted()['note']}")
     return "\n".join(text) + "\n"
+
+
+def _measured(arena: Arena) -> str:
+    text = f"held-out windows of {arena.eval_context} tokens ({arena.protocol})"
+    return text + (f", tasks zero-shot, {f'the first {arena.task_limit}' if arena.task_limit else 'all'} items" if arena.tasks else "")
 
 
 def _line(words: Sequence[str]) -> str:
