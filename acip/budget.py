@@ -15,6 +15,7 @@ could tell.
 
 import math
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -35,7 +36,8 @@ UNITS = {
     "max_loss_increase": "nats per token",
 }
 PREFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-NUMBER = r"(\d+\.?\d*|\.\d+)"
+LONGEST = 200  # characters of a budget that is worth reading
+NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"  # without two ways to read the same digits: tried in turn, they take quadratic time
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Budget:
 
         G is 1e9 and Gi is 2^30; letters' case does not matter.
         """
-        written = text.strip().upper().removeprefix("FIT:").strip()
+        written = text.strip().upper().removeprefix("FIT:").strip() if len(text) <= LONGEST else ""
         if match := re.fullmatch(NUMBER + r"\s*(%?)", written):
             # the decimal that was written: 70% is 0.7, where 70 / 100 might not be
             return cls(ratio=float(f"{match[1]}e-2") if match[2] else float(match[1]))
@@ -111,7 +113,7 @@ class Budget:
         if match := re.fullmatch(NUMBER + r"\s*(?:([KMGT]I?)B|BYTES?)", written):
             return cls(stored_bytes=_whole(match[1], PREFIXES[match[2] or ""]))
         raise BudgetError(
-            f"{text!r} is not a budget; allowed are a ratio (0.6 or 60%), parameters (800M params), bytes (8GB, 8GiB or fit:8GB) "
+            f"{reprlib.repr(text)} is not a budget; allowed are a ratio (0.6 or 60%), parameters (800M params), bytes (8GB, 8GiB or fit:8GB) "
             "and a perplexity (ppl<=20)."
         )
 

@@ -51,6 +51,8 @@ class Watched:
         if kind == "head":
             self.size = f"{round(data['size']['ratio'] * 20) / 20:.2f}"
         elif kind == "start":
+            if self.first:  # once more: an engine was lost on the way
+                return
             self.first = time.monotonic()
             self.metrics.first_token.labels(self.model, self.size).observe(self.first - self.arrived)
             self._now.dec()

@@ -57,7 +57,7 @@ class Sized(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     # fmt: off
-    model: str | None = Field(default=None,
+    model: str | None = Field(default=None, max_length=1000,
         description="the name of a served model, NAME@RATIO or NAME@fit:8GB; not needed if only one is served")
     size_ratio: float | None = Field(default=None, gt=0, le=1,
         description="a number above 0 and up to 1 (1.0 = the base model, the default)")

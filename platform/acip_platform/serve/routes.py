@@ -165,7 +165,7 @@ def routes(endpoint: Endpoint) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def not_served(request: Request, error: HTTPException) -> JSONResponse:
-        asked, code = f"{request.method} {request.url.path}", None
+        asked, code = f"{request.method} {request.url.path}", "invalid_json"
         message = f"{error.detail}. Send a JSON object in UTF-8."
         if error.status_code in (404, 405):
             have = ", ".join(f"{method} {route.path}" for route in there for method in sorted(route.methods or ()) if "/v1" in route.path)
