@@ -113,8 +113,8 @@ class Budget:
         if match := re.fullmatch(NUMBER + r"\s*(?:([KMGT]I?)B|BYTES?)", written):
             return cls(stored_bytes=_whole(match[1], PREFIXES[match[2] or ""]))
         raise BudgetError(
-            f"{reprlib.repr(text)} is not a budget; allowed are a ratio (0.6 or 60%), parameters (800M params), bytes (8GB, 8GiB or fit:8GB) "
-            "and a perplexity (ppl<=20)."
+            f"{reprlib.repr(text)} is not a budget; allowed are a ratio (0.6 or 60%), parameters (800M params), bytes (8GB, 8GiB or "
+            "fit:8GB) and a perplexity (ppl<=20)."
         )
 
 

@@ -321,7 +321,7 @@ def test_budgets_as_people_write_them(text: str, budget: Budget) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "large", "8", "8B", "8M", "-1", "0%", "120%", "8GBit", "ppl<20", "ppl<=0.5", "0GB", "nan", "1e3", "GB", ".", "9" * 100_000 + "GB"],
+    ["", "large", "8", "8B", "8M", "-1", "0%", "120%", "8GBit", "ppl<20", "ppl<=0.5", "0GB", "nan", "1e3", "GB", ".", "9" * 100_000],
 )
 def test_what_is_no_budget_is_refused(text: str) -> None:
     with pytest.raises(BudgetError, match=r"must be|is not a budget"):
