@@ -115,11 +115,12 @@ def whitening(C_NN: Tensor) -> Tensor:
     if not torch.isfinite(C_NN).all():
         raise CalibrationError("a layer is fed numbers that are not finite on this text; try dtype float32.")
     S_NN, failed = torch.linalg.cholesky_ex(C_NN)
-    lift, one = JITTER, torch.eye(len(C_NN), dtype=C_NN.dtype, device=C_NN.device)
-    while failed:
-        lowest = float(torch.linalg.eigvalsh(C_NN)[0])
-        S_NN, failed = torch.linalg.cholesky_ex(C_NN + (lift - min(0.0, lowest)) * one)
-        lift *= 10  # rounding may eat a lift that is small beside the largest eigenvalue
+    if failed:
+        lowest, lift = min(0.0, float(torch.linalg.eigvalsh(C_NN)[0])), JITTER
+        one = torch.eye(len(C_NN), dtype=C_NN.dtype, device=C_NN.device)
+        while failed:
+            S_NN, failed = torch.linalg.cholesky_ex(C_NN + (lift - lowest) * one)
+            lift *= 10  # rounding may eat a lift that is small beside the largest eigenvalue
     return S_NN
 
 
