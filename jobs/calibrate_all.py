@@ -19,10 +19,11 @@ import ray
 from acip_platform.cluster import Cluster, connect
 from acip_platform.console import Watch, console, duration, lines, trade_off_table
 from acip_platform.fleet import Fleet, Job, Outcome, Share, run_all, share
+from acip_platform.inbox import Inbox
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
 from acip_platform.tracking import Registry, RegistryError, Run, Tracking
-from acip_platform.train import Inbox, run_job
+from acip_platform.train import run_job
 
 from acip.errors import AcipError
 
