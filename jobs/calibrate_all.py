@@ -22,12 +22,13 @@ from acip_platform import figures, story
 from acip_platform.cluster import Cluster, connect
 from acip_platform.console import Watch, console, duration, lines, trade_off_table
 from acip_platform.fleet import Fleet, Job
+from acip_platform.inbox import Inbox
 from acip_platform.provenance import commit
 from acip_platform.schedule import Outcome, Share, here, nodes, pool, run_all, share
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
 from acip_platform.tracking import CHAMPION, ModelVersion, Registry, Run, Tracking
-from acip_platform.train import Inbox, run_job
+from acip_platform.train import run_job
 
 from acip.errors import AcipError
 

@@ -20,10 +20,10 @@ import ray
 from acip_platform.cluster import connect
 from acip_platform.console import Watch, console, duration, evaluation_table, lines
 from acip_platform.evaluate import Model, log_rows, measure_sizes, record
+from acip_platform.inbox import Inbox
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
 from acip_platform.tracking import CHAMPION, Registry, Run, Tracking
-from acip_platform.train import Inbox
 
 from acip.artifact import Artifact
 from acip.budget import Budget

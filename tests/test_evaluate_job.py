@@ -99,7 +99,7 @@ def test_a_crash_costs_one_size_and_a_second_run_only_that(
     (tasks / "utils.py").write_text(DEADLY)
     (tasks / "items.jsonl").write_text("".join(json.dumps({"question": f"Is {i} odd?", "gold": 1 - i % 2}) + "\n" for i in range(6)))
     asked = ["--model", "small", "--sizes", "1.0", "0.7", "--tasks", "mine", "--task-folder", str(tasks), "--new-tokens", "3",
-             "--prompt-tokens", "8", "--skip", "samples"]  # fmt: skip
+             "--prompt-tokens", "8", "--skip", "samples", "--cpus", "2"]  # fmt: skip
 
     code, said = command(*asked)
     assert code == 1, said

@@ -45,21 +45,6 @@ REPORT_EVERY_S = 10.0
 MLFLOW_REST_S = 60.0  # between attempts at an MLflow that is down
 
 
-@ray.remote(num_cpus=0)
-class Inbox:
-    """What the workers say, in order; the driver empties it."""
-
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
-
-    def put(self, event: dict[str, Any]) -> None:
-        self.events.append(event)
-
-    def take(self) -> list[dict[str, Any]]:
-        events, self.events = self.events, []
-        return events
-
-
 def run_job(job: Job, share: Share, settings: Settings, run: Run, attempt: str, inbox: Any) -> dict[str, Any]:
     """Calibrate `job` on one Ray Train worker; returns its summary. The run's name decides what is resumed."""
     resources = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
