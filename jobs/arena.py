@@ -20,7 +20,7 @@ from acip_platform.arena import Arena, ArenaError, Results, entries, hold
 from acip_platform.cluster import connect
 from acip_platform.console import Watch, console, lines
 from acip_platform.settings import Settings
-from acip_platform.train import Inbox
+from acip_platform.inbox import Inbox
 
 from acip.errors import AcipError
 from acip.recipe import did_you_mean

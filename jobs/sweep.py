@@ -27,7 +27,7 @@ from acip_platform.settings import Settings, masked
 from acip_platform.space import Space
 from acip_platform.sweep import Outcome, Sweep, keep, run, winner
 from acip_platform.tracking import Run, Tracking
-from acip_platform.train import Inbox
+from acip_platform.inbox import Inbox
 
 from acip.errors import AcipError
 

@@ -8,7 +8,7 @@ import pytest
 import ray
 from acip_platform import arena_report
 from acip_platform.arena import DENSE, Arena, ArenaError, Entry, Results, entries, hold, rows, total_cost
-from acip_platform.train import Inbox
+from acip_platform.inbox import Inbox
 
 from acip.baselines import METHODS
 from acip.errors import AcipError

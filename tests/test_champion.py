@@ -80,6 +80,7 @@ class Contest:
 
     def __init__(self, artifact: Artifact, home: Path) -> None:
         self.settings = Settings.from_env({"ACIP_HOME": str(home)})
+        self.entries = 0
         home.mkdir()
         self.registry, self.store, self.artifact = Registry(self.settings), Store(self.settings.store, home / "cache"), artifact
         self.registry.client.get_experiment_by_name("Default")  # makes the database
@@ -89,7 +90,8 @@ class Contest:
         return contend(self.registry, self.store, version, artifact, may_lead)
 
     def registered(self, curve: list[dict[str, Any]], **tags: str) -> tuple[ModelVersion, Artifact]:
-        folder = self.settings.home / f"artifact-{len(list(self.settings.home.glob('artifact-*')))}"
+        self.entries += 1
+        folder = self.settings.home / f"artifact-{self.entries}"
         artifact = Artifact.open(copytree(self.artifact.folder, folder)).record_curve(curve)
         return self.registry.register("small", str(folder), "", tags), artifact
 

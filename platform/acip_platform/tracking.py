@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -256,8 +256,10 @@ class Registry:
     def versions(self, name: str, tags: Mapping[str, str]) -> list[ModelVersion]:
         """The versions with these tags, the newest first."""
         conditions = [f"name = '{name}'", *(f"tags.{key} = '{value}'" for key, value in tags.items())]
-        found = self.client.search_model_versions(" and ".join(conditions))
-        return sorted(map(self._version, found), key=lambda version: -int(version.version))
+        listed = [self._version(found) for found in self.client.search_model_versions(" and ".join(conditions))]
+        aliases = self.client.get_registered_model(name).aliases if listed else {}  # a search leaves them out
+        named = [replace(found, aliases=tuple(alias for alias, at in aliases.items() if str(at) == found.version)) for found in listed]
+        return sorted(named, key=lambda version: -int(version.version))
 
     def resolve(self, name: str, which: str = CHAMPION) -> ModelVersion:
         """`which` is an alias or a version number. Resolve once and keep the version: aliases move."""

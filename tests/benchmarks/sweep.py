@@ -36,7 +36,7 @@ from acip_platform.settings import Settings
 from acip_platform.space import Space
 from acip_platform.sweep import Outcome, Sweep, run, winner
 from acip_platform.tracking import Run, Tracking
-from acip_platform.train import Inbox
+from acip_platform.inbox import Inbox
 
 from acip.base import load_base
 from acip.basis_cache import BasisCache
