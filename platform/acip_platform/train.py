@@ -13,6 +13,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,20 @@ def _calibrated(
     return Artifact.save(folder, base, calibration, provenance(job, key, run))
 
 
+@dataclass(frozen=True)
+class Text:
+    """Token windows by all that decides them, and how to read them."""
+
+    decides: tuple[Any, ...]
+    read: Callable[[], torch.Tensor] = field(compare=False)
+
+
+@lru_cache(maxsize=4)
+def once(text: Text) -> torch.Tensor:
+    """What this process read before isn't read again: the trials of a sweep share their text."""
+    return text.read()
+
+
 def provenance(job: Job, key: str, run: Run) -> dict[str, Any]:
     """Where an artifact comes from."""
     return {
@@ -169,7 +185,8 @@ def prepared(job: Job, base: Base, settings: Settings, say: Callable[..., None],
     # enough text for one pass over the expected steps and the samples; a longer run reads it again in another order
     pruning = min(recipe.max_prune_steps, 2500) if recipe.prunes else 0
     wanted = recipe.sample_windows + recipe.batch_size * recipe.accumulate * recipe.end(pruning)
-    windows = token_windows(documents(job.data, "train"), base.tokenizer, recipe.seq_len, wanted)
+    decides = (job.base, job.data, recipe.seq_len, wanted)
+    windows = once(Text(decides, lambda: token_windows(documents(job.data, "train"), base.tokenizer, recipe.seq_len, wanted)))
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))]
     batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
 
