@@ -19,8 +19,8 @@ from acip_platform import arena_report
 from acip_platform.arena import Arena, ArenaError, Results, entries, hold
 from acip_platform.cluster import connect
 from acip_platform.console import Watch, console, lines
-from acip_platform.settings import Settings
 from acip_platform.inbox import Inbox
+from acip_platform.settings import Settings
 
 from acip.errors import AcipError
 from acip.recipe import did_you_mean

@@ -22,12 +22,12 @@ from acip_platform import sweep_report
 from acip_platform.cluster import Cluster, connect
 from acip_platform.console import Watch, console, duration, lines
 from acip_platform.fleet import Fleet, Job
+from acip_platform.inbox import Inbox
 from acip_platform.schedule import Share, nodes, share
 from acip_platform.settings import Settings, masked
 from acip_platform.space import Space
 from acip_platform.sweep import Outcome, Sweep, keep, run, winner
 from acip_platform.tracking import Run, Tracking
-from acip_platform.inbox import Inbox
 
 from acip.errors import AcipError
 

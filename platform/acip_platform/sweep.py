@@ -17,6 +17,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -54,13 +55,19 @@ from acip_platform.settings import Settings
 from acip_platform.space import Space, Trial
 from acip_platform.store import Store
 from acip_platform.tracking import CANDIDATE, Run, Tracking
-from acip_platform.train import Observer, prepared
+from acip_platform.train import Observer, Text, once, prepared
 
 SMALLEST = 0.4  # of the sizes that the winner is chosen by
 RUNGS = (1, 2, 4, 8)  # eighths of the post-tuning: a trial is saved, and under asha measured and judged
 RETRIES = 2  # of a trial whose process died
-SNAPSHOT_S = "2"  # Tune's default, 10 s or more, would repeat trials that finished shortly before a kill
-os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", SNAPSHOT_S)
+TUNE = {  # its switches, read while it runs
+    "TUNE_GLOBAL_CHECKPOINT_S": "2",  # of snapshots; by default 10 s or more, and trials that finished before a kill would be repeated
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",  # which it would warn of
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # its files of metrics; ours are in MLflow
+    "RAY_AIR_NEW_OUTPUT": "0",  # its tables; ours are jobs/sweep.py's
+}
+os.environ.update({name: value for name, value in TUNE.items() if name not in os.environ})
+logging.getLogger("ray.tune").setLevel(logging.WARNING)
 
 Say = Callable[..., None]
 
@@ -290,7 +297,9 @@ def _trial(name: str, context: Mapping[str, Any]) -> None:
     if isinstance(fork, Exception):
         raise fork
     base, batches, observer = _start(name, context, job)
-    rungs = Rungs(job, base.model, heldout_windows(job, base), observer, context["judged"])
+    decides = ("heldout", job.base, job.data, job.eval_data, job.eval_context, job.eval_windows)
+    heldout = once(Text(decides, lambda: heldout_windows(job, base)))
+    rungs = Rungs(job, base.model, heldout, observer, context["judged"])
     with _from(tune.get_checkpoint() or fork) as folder:
         calibration = calibrate(base.model, batches, job.recipe, resume=folder, observe=rungs)
     observer.flush()

@@ -13,6 +13,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +146,26 @@ def _calibrated(
     return Artifact.save(folder, base, calibration, provenance(job) | {"attempt": key, "mlflow_run": run.run_id})
 
 
+@dataclass(frozen=True)
+class Text:
+    """Token windows by all that decides them, and how to read them."""
+
+    decides: tuple[Any, ...]
+    read: Callable[[], torch.Tensor] = field(compare=False)
+
+
+@lru_cache(maxsize=4)
+def once(text: Text) -> torch.Tensor:
+    """What this process read before isn't read again: the trials of a sweep share their text."""
+    return text.read()
+
+
 def prepared(job: Job, base: Base, settings: Settings, say: Callable[..., None], device: torch.device) -> TokenBatches:
     """Parametrise `base`, where it fits into memory. Returns the text of the calibration."""
     recipe = job.recipe
     # a longer run than is expected reads them again in another order
-    windows = token_windows(documents(job.data, "train"), base.tokenizer, recipe.seq_len, job.windows)
+    decides = (job.base, job.data, recipe.seq_len, job.windows)
+    windows = once(Text(decides, lambda: token_windows(documents(job.data, "train"), base.tokenizer, recipe.seq_len, job.windows)))
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))]
     batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
 

@@ -31,12 +31,12 @@ import ray
 import torch
 from acip_platform.cluster import connect
 from acip_platform.fleet import Job
+from acip_platform.inbox import Inbox
 from acip_platform.schedule import nodes, share
 from acip_platform.settings import Settings
 from acip_platform.space import Space
 from acip_platform.sweep import Outcome, Sweep, run, winner
 from acip_platform.tracking import Run, Tracking
-from acip_platform.inbox import Inbox
 
 from acip.base import load_base
 from acip.basis_cache import BasisCache
