@@ -126,6 +126,10 @@ class Registry:
                 return self._version(version)
         return self._version(self.client.create_model_version(name, source=uri, run_id=run_id, tags=dict(tags)))
 
+    def tag(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            self.client.set_model_version_tag(version.name, version.version, key, value)
+
     def set_alias(self, version: ModelVersion, alias: str = CHAMPION) -> None:
         self.client.set_registered_model_alias(version.name, alias, version.version)
 
@@ -137,6 +141,12 @@ class Registry:
             names.extend(model.name for model in models)
             page = models.token or ""
         return sorted(names)
+
+    def versions(self, name: str, tags: Mapping[str, str]) -> list[ModelVersion]:
+        """The versions with these tags, the newest first."""
+        conditions = [f"name = '{name}'", *(f"tags.{key} = '{value}'" for key, value in tags.items())]
+        found = self.client.search_model_versions(" and ".join(conditions))
+        return sorted(map(self._version, found), key=lambda version: -int(version.version))
 
     def resolve(self, name: str, which: str = CHAMPION) -> ModelVersion:
         """`which` is an alias or a version number. Resolve once and keep the version: aliases move."""

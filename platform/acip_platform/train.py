@@ -39,6 +39,7 @@ from acip_platform.store import Store
 from acip_platform.tracking import Run, Tracking
 
 REPORT_EVERY_S = 10.0
+Work = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @ray.remote(num_cpus=0)
@@ -56,8 +57,13 @@ class Inbox:
         return events
 
 
-def run_job(job: Job, share: Share, settings: Settings, run: Run, attempt: str, inbox: Any) -> dict[str, Any]:
-    """Calibrate `job` on one Ray Train worker; returns its summary. The run's name decides what is resumed."""
+def run_job(
+    job: Job, share: Share, settings: Settings, run: Run, attempt: str, inbox: Any, work: Work | None = None, **facts: Any
+) -> dict[str, Any]:
+    """Do `job` on one Ray Train worker; returns its summary. The run's name decides what is resumed.
+
+    `work` is what the worker does (None = calibrate), and `facts` is what it is told besides.
+    """
     resources = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
     result = TorchTrainer(
         worker,  # type: ignore[arg-type]
@@ -68,6 +74,8 @@ def run_job(job: Job, share: Share, settings: Settings, run: Run, attempt: str, 
             "attempt": attempt,
             "threads": max(1, int(share.cpus)),
             "inbox": inbox,
+            "work": work or calibrate_one,
+            **facts,
         },
         scaling_config=ray.train.ScalingConfig(num_workers=job.num_workers, use_gpu=share.gpus > 0, resources_per_worker=resources),
         run_config=ray.train.RunConfig(
@@ -84,9 +92,10 @@ def run_job(job: Job, share: Share, settings: Settings, run: Run, attempt: str, 
 
 
 def worker(config: dict[str, Any]) -> dict[str, Any]:
-    """`calibrate_one`, with the user's errors as values: raised, Ray would try again what can't succeed."""
+    """`config["work"]`, with the user's errors as values: raised, Ray would try again what can't succeed."""
     try:
-        return calibrate_one(config)
+        result: dict[str, Any] = config["work"](config)
+        return result
     except AcipError as error:
         return {"error": str(error)}
 
@@ -160,14 +169,18 @@ def _calibrated(
 
     settings.home.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="saving-", dir=settings.home))
-    provenance = {
+    return Artifact.save(folder, base, calibration, provenance(job, key, run))
+
+
+def provenance(job: Job, key: str, run: Run) -> dict[str, Any]:
+    """Where an artifact comes from."""
+    return {
         "job": job.to_dict(),
         "attempt": key,
         "mlflow_run": run.run_id,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "packages": {name: importlib.metadata.version(name) for name in ("acip-platform", "torch", "transformers", "peft", "ray")},
     }
-    return Artifact.save(folder, base, calibration, provenance)
 
 
 def _fits(job: Job, base: Base, device: torch.device, say: Callable[..., None]) -> None:
