@@ -72,6 +72,7 @@ def attach(any_size: AnySize, recipe: Recipe) -> None:
     any_size.fill = None
     for name, layer in any_size.layers.items():
         set_module(any_size.model, name, _dense(layer, recipe) if layer.rank is None else _adapted(layer, recipe))
+    any_size.model.eval()  # the adapters' dropout is on only where they are trained
 
 
 def finetune(

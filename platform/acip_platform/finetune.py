@@ -105,6 +105,8 @@ def _tuned(
 ) -> dict[str, Any]:
     """Train `any_size` in place, from the last checkpoint if there is one. Returns what is to be known of it."""
     recipe = job.recipe
+    windows = _windows(job, parent, base.tokenizer)
+    batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
     measured = {"before": perplexity(any_size.model, heldout).perplexity}
     attach(any_size, recipe)
     four_bit = recipe.quantise != "none"
@@ -113,8 +115,6 @@ def _tuned(
     said = ", ".join(f"{value:.2f} {when.replace('_', ' in ')}" for when, value in measured.items())
     say("stage", text=f"size {recipe.stop_ratio:g}: perplexity {said}")
 
-    windows = _windows(job, parent, base.tokenizer)
-    batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
     device = next(any_size.model.parameters()).device
     observer = Observer(job, run, settings.checkpoint_s, say, device)
     scores, checkpoint = scores_of(parent, device), ray.train.get_checkpoint()
