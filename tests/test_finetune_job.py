@@ -1,5 +1,7 @@
 """`python jobs/finetune.py`: a registered version gets a child that is better at one size, and says what it comes from."""
 
+import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -14,27 +16,28 @@ from acip.cut import Budget
 
 
 class Command:
-    def __init__(self, home: Path, artifact: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-        for name in ("ACIP_STORE", "ACIP_RUNS", "MLFLOW_TRACKING_URI"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("ACIP_HOME", str(home))
-        monkeypatch.setenv("RAY_ADDRESS", "local")
-        self.settings = Settings.from_env()
+    def __init__(self, home: Path, artifact: Artifact) -> None:
+        self.env = {"ACIP_HOME": str(home), "RAY_ADDRESS": "local"}
+        self.settings = Settings.from_env(self.env)
         self.registry = Registry(self.settings)
         self.registry.set_alias(self.registry.register("small", str(artifact.folder), "", {}))
 
     def __call__(self, *args: str) -> tuple[int, str]:
         from jobs import finetune
 
-        self.monkeypatch.setattr(sys, "argv", ["finetune.py", *args])
-        code = finetune.main()
-        return code, self.capsys.readouterr().out
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+            for name in ("ACIP_STORE", "ACIP_RUNS", "MLFLOW_TRACKING_URI"):
+                patch.delenv(name, raising=False)
+            for name, value in self.env.items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["finetune.py", *args])
+            code = finetune.main()
+        return code, said.getvalue()
 
 
-@pytest.fixture
-def command(tmp_path: Path, small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(tmp_path / "home", small_artifact, monkeypatch, capsys)
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory, small_artifact: Artifact) -> Command:
+    return Command(tmp_path_factory.mktemp("tuning") / "home", small_artifact)
 
 
 EVALUATION = ("--data", "package:austen", "--eval-context", "64", "--eval-windows", "64")
