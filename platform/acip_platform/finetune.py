@@ -75,11 +75,11 @@ def tune_one(config: dict[str, Any]) -> dict[str, Any]:
     base = Base(any_size.model, parent.tokenizer(), **parent.manifest["base"])
     heldout = heldout_windows(job, base)
     if not store.exists(store.uri(key)):
+        facts = {"version": version.version, "uri": version.uri} | _tuned(job, parent, any_size, base, heldout, run, settings, say)
+        origin = {**provenance(job, key, run), "finetuned": facts, "parent": parent.manifest["provenance"]}
         settings.home.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="saving-", dir=settings.home))
         try:
-            facts = {"version": version.version, "uri": version.uri} | _tuned(job, parent, any_size, base, heldout, run, settings, say)
-            origin = {**provenance(job, key, run), "finetuned": facts, "parent": parent.manifest["provenance"]}
             uri = store.put(save(folder, parent, any_size, origin).folder, key)
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # gone already, unless it failed
