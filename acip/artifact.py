@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,13 +99,11 @@ class Artifact:
         }
         for file, tensors in zip(DIGESTED, (factors, dense, rest, order, adapters), strict=True):
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / f"{file}.safetensors")
-        save_file(dict(_digests(folder)), folder / f"{DIGESTS}.safetensors")
         base.model.config.architectures = [type(base.model).__name__]
         for part in (base.model.config, getattr(base.model, "generation_config", None), base.tokenizer):
             if part is not None:  # a vision model has no words to read or write
                 part.save_pretrained(folder)
-        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        manifest = {
+        return cls._seal(folder, {
             "schema": SCHEMA,
             "base": {"source": base.source, "revision": base.revision, "digest": base.digest},
             "recipe": recipe.to_dict(),
@@ -115,10 +114,36 @@ class Artifact:
                 {"name": s.name, "M": s.M, "N": s.N, "bias": s.bias, "stored_rank": stored[s.name]} for s in table.layers
             ],
             "rest_params": table.rest_params,
-            "curve": [],
-            "files": {file: {"bytes": (folder / file).stat().st_size, "sha256": sha256(folder / file)} for file in files},
-        }  # fmt: skip
-        _write_atomically(folder / MANIFEST, manifest)
+        })  # fmt: skip
+
+    def tuned(
+        self, folder: str | Path, factors: Mapping[str, Tensor], adapters: Mapping[str, Tensor], provenance: Mapping[str, Any]
+    ) -> "Artifact":
+        """Write this artifact with other numbers into an empty `folder`: `factors` are tensors' new first rows, `adapters` whole tensors.
+
+        The other rows, the order, and everything else stay bit for bit as they are; the curve is to be measured again.
+        """
+        folder = Path(folder)
+        for file in self.manifest["files"]:
+            if file not in (f"{changed}.safetensors" for changed in ("factors", "adapters", DIGESTS)):
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.local(file), folder / file)
+        changed = {}
+        for name, rows in self.tensors("factors").read(list(self.tensors("factors").entries)).items():
+            first = factors.get(name, rows[:0])
+            changed[name] = torch.cat([first.to(rows), rows[len(first) :]])
+        save_file(changed, folder / "factors.safetensors")
+        kept = self.tensors("adapters").read([name for name in self.tensors("adapters").entries if name not in adapters])
+        save_file({**kept, **{name: matrix.cpu().contiguous() for name, matrix in adapters.items()}}, folder / "adapters.safetensors")
+        return self._seal(folder, {**self.manifest, "provenance": dict(provenance)})
+
+    @classmethod
+    def _seal(cls, folder: Path, manifest: Mapping[str, Any]) -> "Artifact":
+        """Complete the artifact in `folder`: digests, and last the manifest, with what describes the files."""
+        save_file(dict(_digests(folder)), folder / f"{DIGESTS}.safetensors")
+        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        facts = {file: {"bytes": (folder / file).stat().st_size, "sha256": sha256(folder / file)} for file in files}
+        _write_atomically(folder / MANIFEST, {**manifest, "curve": [], "files": facts})
         return cls.open(folder)
 
     def record_curve(self, rows: list[dict[str, Any]]) -> "Artifact":

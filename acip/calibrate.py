@@ -48,6 +48,9 @@ LEAST = 1e-3  # nats; a smaller divergence weighs no more
 LOOK_EVERY = 4  # optimiser steps; of the host at an accelerator, and at which layers to pack
 
 
+Observe = Callable[[list[StepReport], CalibrationState], None]
+
+
 class Batches(Protocol):
     def __getitem__(self, i: int, /) -> Any: ...
 
@@ -69,7 +72,7 @@ def calibrate(
     batches: Batches,
     recipe: Recipe,
     resume: str | Path | None = None,
-    observe: Callable[[list[StepReport], CalibrationState], None] = lambda reports, state: None,
+    observe: Observe = lambda reports, state: None,
     task: Task = next_token,
     look_every: int | None = None,
 ) -> Calibration:
@@ -80,12 +83,8 @@ def calibrate(
     ratio is not reached in `recipe.max_prune_steps`.
     """
     state = CalibrationState.start(model, recipe)
-    device = state.scores.score.device
-    loop = _Loop(model, batches, recipe, task, device, look_every or (1 if device.type == "cpu" else LOOK_EVERY))
-    model.eval()  # the base model's own dropout stays off; the adapters' is on
-    for core in state.layers.values():
-        core.train()
-    with recomputing(model, recipe.recompute):
+    loop = Loop.of(model, batches, recipe, task, state.scores.score.device, look_every)
+    with training(model, recipe):
         if resume is not None:
             state.load(Path(resume), model, recipe)
         elif not recipe.prunes:
@@ -112,17 +111,13 @@ def calibrate(
 
         # post-tune: the adapters alone, at the stop size or at many
         table = cut_table(model, state.scores, recipe)
-        while state.step < recipe.end(state.stop_step):
-            reports = loop.post_tune(state, table)
-            state.record(reports, recipe)
-            observe(reports, state)
+        loop.post_tune(state, lambda: _take_size(state, table, recipe), observe)
 
-    model.eval()
     return Calibration(model, recipe, state.scores, table, state.stop_step, state.history)
 
 
 @dataclass(frozen=True)
-class _Loop:
+class Loop:
     """What stays the same all through, and the steps between two looks of the host."""
 
     model: nn.Module
@@ -131,6 +126,10 @@ class _Loop:
     task: Task
     device: torch.device
     look_every: int
+
+    @classmethod
+    def of(cls, model: nn.Module, batches: Batches, recipe: Recipe, task: Task, device: torch.device, look_every: int | None) -> "Loop":
+        return cls(model, batches, recipe, task, device, look_every or (1 if device.type == "cpu" else LOOK_EVERY))
 
     def until_look(self, step: int, end: int) -> range:
         """The steps from `step` to the next look, or to `end`."""
@@ -167,12 +166,20 @@ class _Loop:
         state.step, state.lambda_ = reports[-1].step, reports[-1].lambda_
         return reports
 
-    def post_tune(self, state: CalibrationState, table: CutTable) -> list[StepReport]:
-        """Steps of the adapters alone, each at its size, until the next look."""
+    def post_tune(self, state: CalibrationState, take_size: Callable[[], float], observe: Observe) -> None:
+        """Steps of the adapters alone to the end, each at the size that `take_size` sets and returns."""
+        assert state.stop_step is not None
+        while state.step < self.recipe.end(state.stop_step):
+            reports = self._tune(state, take_size)
+            state.record(reports, self.recipe)
+            observe(reports, state)
+
+    def _tune(self, state: CalibrationState, take_size: Callable[[], float]) -> list[StepReport]:
+        """Those until the next look."""
         assert state.stop_step is not None
         first, losses, sizes, end = state.step, [], [], self.recipe.end(state.stop_step)
         for _ in self.until_look(state.step, end):
-            sizes.append(_take_size(state, table, self.recipe))
+            sizes.append(take_size())
             losses.append(self.step(state, self.recipe.distill, even=self.recipe.post_tune == "sizes"))
         reports = []
         for step, (loss, size) in enumerate(zip(_averaged(losses), sizes, strict=True), first + 1):
@@ -275,6 +282,17 @@ def _all_reached(idle: list[str]) -> None:
             f"the loss does not reach {len(idle)} layers, {idle[0]} among them, and would prune them blindly. Put a part of their names "
             "into exclude."
         )
+
+
+@contextmanager
+def training(model: nn.Module, recipe: Recipe) -> Iterator[None]:
+    """Inside, the adapters' dropout is on; the base model's own stays off."""
+    model.eval()
+    for core in targets(model).values():
+        core.train()
+    with recomputing(model, recipe.recompute):
+        yield
+    model.eval()
 
 
 @contextmanager

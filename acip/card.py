@@ -41,7 +41,7 @@ def card(provenance: dict[str, Any], artifact: Artifact, name: str) -> str:
         "---", *head, "---", "",
         f"# {name}", "",
         f"{linked} compressed to {ratio:.0%} by [ACIP](https://arxiv.org/abs/2502.01717). The size was chosen after calibration; "
-        "no training happened for it in particular.", "",
+        f"{_training(provenance['artifact'])}.", "",
         "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), "",
         "## Use", "", "```python", *_usage(quantised), "```", "",
         "Without `acip`, the layers' code is `modeling_acip.py` in this folder: pass `trust_remote_code=True` instead of importing it. "
@@ -81,6 +81,14 @@ def _amount(amount: float, convention: str, unit: str) -> str:
     if unit == "ratio":
         return f"{amount:.4f} ({convention} ratio)"
     return f"{amount:,} {unit}" if isinstance(amount, int) else f"{amount:,.4f} {unit}"
+
+
+def _training(artifact: dict[str, Any]) -> str:
+    """What happened to the artifact after its calibration (acip_platform.finetune notes it)."""
+    tuned = artifact.get("finetuned")
+    if not tuned:
+        return "no training happened for it in particular"
+    return f"the model was fine-tuned at {tuned['size']:g} ({tuned['steps']:,} steps on {shown(tuned['data'])})"
 
 
 def _usage(quantised: str | None) -> list[str]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
@@ -14,7 +15,7 @@ from acip.cut import Cut
 def save_peft(artifact: Artifact, folder: str | Path, cut: Cut, base: str) -> None:
     """What the adapters add to the directions kept at `cut`, in PEFT's own format (alpha / R = 1: the scale is folded in).
 
-    Rank R beside the layer; on the factors 2 R: (U + c d)(V + b a) - U V = [U b + c d b | c] [a ; d V].
+    Rank R (fine-tuning adds to it) beside the layer; on the factors 2 R: (U + c d)(V + b a) - U V = [U b + c d b | c] [a ; d V].
     """
     adapters, factors = artifact.tensors("adapters"), artifact.tensors("factors")
     tensors: dict[str, Tensor] = {}
@@ -32,7 +33,10 @@ def save_peft(artifact: Artifact, folder: str | Path, cut: Cut, base: str) -> No
             B, A = torch.cat([U @ b + c @ (d @ b), c], 1), torch.cat([a, d @ V])
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.to(factors.entry(f"{name}.right").dtype).contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B.to(factors.entry(f"{name}.right").dtype).contiguous()
-    q = artifact.recipe.adapter_rank * (2 if artifact.recipe.adapter == "factors" else 1)
+    q = max((len(A) for key, A in tensors.items() if ".lora_A." in key), default=1)
+    for key, matrix in tensors.items():  # fine-tuning adds rank to the layers that are not dense at its size
+        more = q - min(q, matrix.shape[0] if ".lora_A." in key else matrix.shape[1])
+        tensors[key] = F.pad(matrix, (0, 0, 0, more) if ".lora_A." in key else (0, more))
     config = LoraConfig(r=q, lora_alpha=q, target_modules=names, base_model_name_or_path=base, inference_mode=True)
     config.save_pretrained(str(folder))
     save_file(tensors, Path(folder) / "adapter_model.safetensors")

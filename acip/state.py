@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from acip.errors import CalibrationError
-from acip.layers import targets
+from acip.layers import targets, weight_MN
 from acip.linear import ElasticLinear, SVDLinear, sort_directions
 from acip.recipe import Recipe
 from acip.scores import ScoreMap
@@ -57,6 +57,17 @@ class CalibrationState:
             raise CalibrationError("calibrate needs a freshly parametrised model: call parametrise(model, recipe) first.")
         params, scores = _parameters(layers), ScoreMap.start(masks)
         return cls(layers, scores, params, _adamw(params, recipe.lr), recipe.lambda_start, torch.zeros_like(scores.score))
+
+    @classmethod
+    def tuning(cls, model: nn.Module, scores: ScoreMap, recipe: Recipe) -> "CalibrationState":
+        """Of a model that was calibrated and is at its size: pruning is over, its adapters are left to train, from a fresh optimiser."""
+        layers, ranks = targets(model), []
+        for core in layers.values():
+            assert isinstance(core, ElasticLinear)
+            ranks.append(min(weight_MN(core.exact).shape) if core.rank is None else core.rank)
+        params = _parameters(layers)
+        optimizer = _adamw(params, recipe.lr)
+        return cls(layers, scores, params, optimizer, 0.0, torch.zeros_like(scores.score), stop_step=0, stop_ranks=ranks)
 
     @property
     def masks(self) -> list[nn.Parameter]:

@@ -19,7 +19,7 @@ from acip_platform import arena_report
 from acip_platform.arena import Arena, ArenaError, Results, entries, hold
 from acip_platform.cluster import connect
 from acip_platform.console import Watch, console, lines
-from acip_platform.inbox import Inbox
+from acip_platform.inbox import open_inbox
 from acip_platform.settings import Settings
 
 from acip.errors import AcipError
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, out: Any) -> int:
     failures = []
     if todo:
         connect(settings)
-        inbox = Inbox.remote()  # type: ignore[attr-defined]
+        inbox = open_inbox()
         with Watch(out, inbox):
             failures = hold(arena, results, inbox, lambda text: out.print(text, markup=False))
     rows = results.of(arena)

@@ -22,9 +22,9 @@ from acip_platform import figures, story
 from acip_platform.cluster import Cluster, connect
 from acip_platform.console import Watch, console, duration, lines, trade_off_table
 from acip_platform.fleet import Fleet, Job
-from acip_platform.inbox import Inbox
+from acip_platform.inbox import open_inbox
 from acip_platform.provenance import commit
-from acip_platform.schedule import Outcome, Share, here, nodes, pool, run_all, share
+from acip_platform.schedule import Outcome, Share, nodes, pool, run_all, share
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
 from acip_platform.tracking import CHAMPION, ModelVersion, Registry, Run, Tracking
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace, out: Any) -> int:
     if args.dry_run:
         return 0
 
-    inbox = Inbox.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
+    inbox = open_inbox()
     outcomes = []
     with Watch(out, inbox):
         for outcome in run_all(open_jobs, shares, lambda job: run_job(job, shares[job.name], settings, *runs[job.name], inbox), there):

@@ -20,7 +20,7 @@ import ray
 from acip_platform.cluster import connect
 from acip_platform.console import Watch, console, duration, evaluation_table, lines
 from acip_platform.evaluate import Model, log_rows, measure_sizes, record
-from acip_platform.inbox import Inbox
+from acip_platform.inbox import open_inbox
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
 from acip_platform.tracking import CHAMPION, Registry, Run, Tracking
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
         "measured": ", ".join(dict.fromkeys(one.kind for one in what)),
         "run": f"{mlflow_run.run_id} in experiment {mlflow_run.experiment_id} of {masked(settings.tracking_uri)}",
     })  # fmt: skip
-    inbox = Inbox.remote()  # type: ignore[attr-defined]
+    inbox = open_inbox()
     rows, errors = [], {}
     with Watch(out, inbox):
         for outcome in measure_sizes(model, sizes, what, settings, inbox, args.cpus):

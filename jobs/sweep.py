@@ -22,7 +22,7 @@ from acip_platform import sweep_report
 from acip_platform.cluster import Cluster, connect
 from acip_platform.console import Watch, console, duration, lines
 from acip_platform.fleet import Fleet, Job
-from acip_platform.inbox import Inbox
+from acip_platform.inbox import open_inbox
 from acip_platform.schedule import Share, nodes, share
 from acip_platform.settings import Settings, masked
 from acip_platform.space import Space
@@ -64,7 +64,7 @@ def sweep_one(args: argparse.Namespace, out: Any) -> int:
     tracking = Tracking(settings, f"acip/{fleet.name}")
     parent, runs = start_runs(tracking, fleet, sweep)
     first_screen(out, settings, fleet, sweep, part, cluster, parent)
-    inbox = Inbox.remote()  # type: ignore[attr-defined]
+    inbox = open_inbox()
     with Watch(out, inbox):
         outcomes, trunk_seconds = run(sweep, part, settings, runs, inbox)
         summaries = keep(sweep, outcomes, part, settings, runs, inbox)

@@ -8,7 +8,7 @@ import pytest
 import ray
 from acip_platform import arena_report
 from acip_platform.arena import DENSE, Arena, ArenaError, Entry, Results, entries, hold, rows, total_cost
-from acip_platform.inbox import Inbox
+from acip_platform.inbox import open_inbox
 
 from acip.baselines import METHODS
 from acip.errors import AcipError
@@ -55,7 +55,7 @@ def test_the_arena_is_held_side_by_side_and_nothing_is_done_twice(arena: Arena, 
     said: list[str] = []
     ray.init(address="local", num_cpus=2)
     try:
-        failures = hold(arena, results, Inbox.remote(), said.append)  # type: ignore[attr-defined]
+        failures = hold(arena, results, open_inbox(), said.append)
     finally:
         ray.shutdown()
     ((failed, error),) = failures

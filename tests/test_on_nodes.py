@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import ray
 from acip_platform.fleet import Job
-from acip_platform.schedule import here, nodes, run_all, share
+from acip_platform.inbox import here
+from acip_platform.schedule import nodes, run_all, share
 from ray.cluster_utils import Cluster
 
 from tests.benchmarks.fleet import Log, occupancy, run

@@ -3,6 +3,7 @@
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 @ray.remote(num_cpus=0)
@@ -18,3 +19,13 @@ class Inbox:
     def take(self) -> list[dict[str, Any]]:
         events, self.events = self.events, []
         return events
+
+
+def here() -> NodeAffinitySchedulingStrategy:
+    """For an actor that has to outlive the nodes that come and go: the node of this process, which it can't outlive anyhow."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def open_inbox() -> Any:
+    """Where the driver is."""
+    return Inbox.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from acip.errors import AcipError
 from acip_platform.fleet import FleetError, Job
@@ -40,11 +39,6 @@ class Share:
 def nodes() -> list[dict[str, float]]:
     """The nodes of the cluster that are alive."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def here() -> NodeAffinitySchedulingStrategy:
-    """For an actor that has to outlive the nodes that come and go: the node of this process, which it can't outlive anyhow."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def pool(text: str) -> list[dict[str, float]]:

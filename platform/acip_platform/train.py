@@ -45,10 +45,16 @@ from acip_platform.tracking import Run, Tracking
 
 REPORT_EVERY_S = 10.0
 MLFLOW_REST_S = 60.0  # between attempts at an MLflow that is down
+Work = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def run_job(job: Job, share: Share, settings: Settings, run: Run, attempt: str, inbox: Any) -> dict[str, Any]:
-    """Calibrate `job` on one Ray Train worker; returns its summary. The run's name decides what is resumed."""
+def run_job(
+    job: Job, share: Share, settings: Settings, run: Run, attempt: str, inbox: Any, work: Work | None = None, **facts: Any
+) -> dict[str, Any]:
+    """Do `job` on one Ray Train worker; returns its summary. The run's name decides what is resumed.
+
+    `work` is what the worker does (None = calibrate), and `facts` is what it is told besides.
+    """
     resources = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
     result = TorchTrainer(
         worker,  # type: ignore[arg-type]
@@ -59,6 +65,8 @@ def run_job(job: Job, share: Share, settings: Settings, run: Run, attempt: str, 
             "attempt": attempt,
             "threads": max(1, int(share.cpus)),
             "inbox": inbox,
+            "work": work or calibrate_one,
+            **facts,
         },
         scaling_config=ray.train.ScalingConfig(num_workers=job.num_workers, use_gpu=share.gpus > 0, resources_per_worker=resources),
         run_config=ray.train.RunConfig(
@@ -75,10 +83,11 @@ def run_job(job: Job, share: Share, settings: Settings, run: Run, attempt: str, 
 
 
 def worker(config: dict[str, Any]) -> dict[str, Any]:
-    """`calibrate_one`, with the user's errors as values: raised, Ray would try again what can't succeed."""
+    """`config["work"]`, with the user's errors as values: raised, Ray would try again what can't succeed."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # seconds; by default a server that is down stops the loop for minutes
     try:
-        return calibrate_one(config)
+        result: dict[str, Any] = config["work"](config)
+        return result
     except AcipError as error:
         return {"error": str(error)}
 

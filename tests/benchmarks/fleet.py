@@ -19,7 +19,8 @@ from typing import Any
 
 import ray
 from acip_platform.fleet import Job
-from acip_platform.schedule import Share, here, nodes, parameters, run_all, share
+from acip_platform.inbox import here
+from acip_platform.schedule import Share, nodes, parameters, run_all, share
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy

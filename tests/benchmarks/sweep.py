@@ -31,7 +31,7 @@ import ray
 import torch
 from acip_platform.cluster import connect
 from acip_platform.fleet import Job
-from acip_platform.inbox import Inbox
+from acip_platform.inbox import open_inbox
 from acip_platform.schedule import nodes, share
 from acip_platform.settings import Settings
 from acip_platform.space import Space
@@ -68,7 +68,7 @@ def side(folder: Path, name: str, base: str, job: Recipe, space: str) -> tuple[l
     names = [*sweep.trunks, *(trial.name for trial in sweep.trials)]
     runs: dict[str, Run] = {name: tracking.start(name, name, {}) for name in names}
     began = time.perf_counter()
-    outcomes, trunks = run(sweep, share(one, nodes()), settings, runs, Inbox.remote())  # type: ignore[attr-defined]
+    outcomes, trunks = run(sweep, share(one, nodes()), settings, runs, open_inbox())
     errors = [outcome.error for outcome in outcomes if outcome.error]
     assert not errors, errors[0]
     return outcomes, list(trunks.values()), time.perf_counter() - began

@@ -1,0 +1,149 @@
+"""Tune a calibrated model further, at one size: adapters alone, next-token loss, on Ray Train (paper 3.3 and 3.4).
+
+    python jobs/finetune.py smollm2-135m --size 0.5 --steps 1000            the champion, on the text of its calibration
+    ray job submit -- python jobs/finetune.py llama-2-7b@3 --size 0.4       version 3, 25,000 steps as in the paper
+    python jobs/finetune.py llama-2-7b --size 0.5 --quantise nf4            directions in 4 bit meanwhile
+
+The result is a new version of the same model, alias `candidate`: an any-size model that is best at this size. The champion stays
+what it is. What is done already is not done again (--force does), what was interrupted goes on. Exit code 0 = it is there.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from typing import Any
+
+import ray
+from acip_platform.cluster import connect
+from acip_platform.console import Watch, console, duration, lines, trade_off_table
+from acip_platform.finetune import fingerprint, lineage, tune_one, tuning_job
+from acip_platform.inbox import open_inbox
+from acip_platform.schedule import Outcome, nodes, root_cause, share
+from acip_platform.settings import Settings, masked
+from acip_platform.store import Store
+from acip_platform.tracking import CANDIDATE, CHAMPION, ModelVersion, Registry, Tracking
+from acip_platform.train import run_job
+
+from acip.budget import Budget
+from acip.errors import AcipError, BudgetError
+from acip.finetune import LR, STEPS, tuning
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "model", metavar="NAME[@VERSION]", help="name in the registry, and a version number or alias (default: the champion)"
+    )
+    parser.add_argument("--size", required=True, help='"0.5" or "50%%" of the target layers, adapters counted')
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=LR, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="order of the text, adapters' start, dropout (default: another than the calibration's)")
+    parser.add_argument("--distill", type=float, default=0.0, help="share of KL to the base model's distribution (default: %(default)s)")
+    parser.add_argument("--quantise", choices=("none", "nf4", "fp4"), default="none", help="directions in 4 bit (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, help="windows of a forward pass (default: the calibration's)")
+    parser.add_argument("--seq-len", type=int, help="tokens of a window (default: the calibration's)")
+    parser.add_argument("--recompute", action="store_true", help="less memory for one more forward pass a step")
+    parser.add_argument("--data", help="text, see acip/data.py (default: the calibration's)")
+    parser.add_argument("--eval-data", help="its held-out part is measured on (default: as the calibration's curve)")
+    parser.add_argument("--eval-context", type=int, help="tokens per window of it")
+    parser.add_argument("--eval-windows", type=int, help="at most so many; 0 = all")
+    parser.add_argument("--force", action="store_true", help="tune again what is done already")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args, out = arguments(), console()
+    try:
+        run(args, Settings.from_env(), out)
+    except AcipError as error:
+        out.print(f"error: {error}", markup=False)
+        return 2
+    finally:
+        ray.shutdown()
+    return 0
+
+
+def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
+    began = time.time()
+    registry, store = Registry(settings), Store(settings.store, settings.home / "cache")
+    name, _, which = args.model.partition("@")
+    version = registry.resolve(name, which or CHAMPION)
+    artifact = store.open(version.uri)
+    recipe = tuning(artifact, ratio(args.size), **given(
+        post_tune_steps=args.steps, lr=args.lr, seed=args.seed, distill=args.distill, quantise=args.quantise,
+        batch_size=args.batch_size, seq_len=args.seq_len, recompute=args.recompute or None,
+    ))  # fmt: skip
+    changes = given(data=args.data, eval_data=args.eval_data, eval_context=args.eval_context, eval_windows=args.eval_windows)
+    job = tuning_job(version, artifact, recipe, changes)
+    code = fingerprint(job, artifact)
+    done = [] if args.force else [each for each in registry.versions(name, {"fingerprint": code}) if store.exists(each.uri)]
+    if done:
+        out.print(f"[{name}] done already: version {done[0].version} (--force tunes again)", markup=False)
+        last_lines(out, done[0], job.recipe.stop_ratio)
+        return
+
+    cluster = connect(settings)
+    part = share(job, nodes())
+    attempt = f"{name}-tuned-{code}" + (f"-{int(time.time())}" if args.force else "")
+    mlflow_run = Tracking(settings, "acip/finetune").start(
+        f"{name} at {recipe.stop_ratio:g}", attempt, {"model": name, **lineage(job, version)}
+    )
+    mlflow_run.params({**recipe.to_dict(), "base": job.base, "data": job.data})
+    out.print(f"acip: tuning version {version.version} of {name} at {recipe.stop_ratio:g}", markup=False)
+    lines(out, {
+        "dashboard": cluster.dashboard or "none",
+        "tracking": masked(settings.tracking_uri),
+        "run": f"{mlflow_run.run_id} in experiment {mlflow_run.experiment_id}",
+        "from": masked(version.uri),
+        "text": f"{job.data}, {recipe.post_tune_steps} steps of {recipe.batch_size * recipe.accumulate} x {recipe.seq_len} tokens",
+        "worker": f"{part.gpus:g} GPU, {part.cpus:g} CPU",
+    })  # fmt: skip
+
+    inbox = open_inbox()
+    facts = {"version": dataclasses.asdict(version), "fingerprint": code}
+    status = "FAILED"
+    try:
+        with Watch(out, inbox):
+            summary = run_job(job, part, settings, mlflow_run, attempt, inbox, tune_one, **facts)
+        status = "FINISHED"
+    except Exception as error:  # Ray wraps what a worker raised
+        raise AcipError(f"the fine-tuning failed: {root_cause(error)}") from error
+    finally:
+        mlflow_run.finish(status)
+    out.print()
+    out.print(trade_off_table(Outcome(job, summary, None)))
+    measured = summary["finetuned"]["perplexity"]
+    kinds = {"": f"at {recipe.stop_ratio:g}"} | ({f"_{recipe.quantise}": f"in {recipe.quantise}"} if recipe.quantise != "none" else {})
+    found = {
+        f"perplexity {where}": f"{measured[f'before{kind}']:.2f} before, {measured[f'after{kind}']:.2f} after"
+        for kind, where in kinds.items()
+    }
+    registered = f"version {summary['version']} of {name}, alias {CANDIDATE}, tuned from version {version.version}"
+    lines(out, {"registered": registered, **found, "took": duration(time.time() - began)})
+    last_lines(out, registry.resolve(name, summary["version"]), recipe.stop_ratio)
+
+
+def last_lines(out: Any, version: ModelVersion, size: float) -> None:
+    name, number = version.name, version.version
+    lines(out, {
+        "export it": f"python jobs/materialise.py {name} --alias {number} --size {size:g} --out {name}-{size * 100:g}-tuned",
+        "serve it": f"python jobs/serve.py --model {name} --alias {CANDIDATE if CANDIDATE in version.aliases else number}",
+    })  # fmt: skip
+
+
+def ratio(text: str) -> float:
+    budget = Budget.parse(text)
+    if budget.ratio is None:
+        raise BudgetError(
+            f'--size is {text!r}; a fine-tuning takes a ratio, like "0.5" or "50%". `jobs/materialise.py` shows that of a budget.'
+        )
+    return budget.ratio
+
+
+def given(**options: Any) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""One fine-tuning on one Ray Train worker: `tune_one` is what the worker does, from reading a version to registering its child.
+
+    read one size -> measure -> attach adapters -> tune (checkpoints, resume) -> artifact -> curve -> registry
+
+Needs no base model: an artifact holds what is trained on. The child is a version of its own of the same model, a candidate, whose
+tags and manifest say what it comes from.
+"""
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+
+from acip.artifact import Artifact
+from acip.base import Base
+from acip.data import TokenBatches, documents, token_windows
+from acip.evaluate import perplexity
+from acip.finetune import attach, finetune, save, scores_of
+from acip.materialise import AnySize
+from acip.recipe import Recipe
+from acip_platform.finish import finish, heldout_windows
+from acip_platform.fleet import Job
+from acip_platform.provenance import provenance
+from acip_platform.settings import Settings
+from acip_platform.store import Store
+from acip_platform.tracking import CANDIDATE, ModelVersion, Registry, Run, Tracking
+from acip_platform.train import Observer
+
+
+def tuning_job(version: ModelVersion, artifact: Artifact, recipe: Recipe, changes: dict[str, Any]) -> Job:
+    """The job of tuning `version` by a recipe of `acip.finetune.tuning`; text and evaluation are its calibration's but for `changes`."""
+    known = artifact.manifest["provenance"].get("job", {})
+    fields = {key: known[key] for key in ("data", "eval_context", "eval_windows") if key in known}
+    fields["eval_data"] = known.get("eval_data") or known.get("data", "")
+    sizes = tuple(sorted({*known.get("sizes", Job.sizes), recipe.stop_ratio}, reverse=True))
+    return Job(version.name, artifact.manifest["base"]["source"], recipe, **{**fields, "sizes": sizes, **changes})
+
+
+def fingerprint(job: Job, artifact: Artifact) -> str:
+    """Hash of all that decides the result, the artifact it starts from among it."""
+    return hashlib.sha256(f"{job.fingerprint}{artifact.manifest['files']['factors.safetensors']['sha256']}".encode()).hexdigest()[:12]
+
+
+def lineage(job: Job, version: ModelVersion) -> dict[str, str]:
+    """Tags of the run and of the new version."""
+    recipe = job.recipe
+    facts = {"from": version.version, "at": f"{recipe.stop_ratio:g}", "data": job.data, "steps": recipe.post_tune_steps}
+    facts |= {"quantise": recipe.quantise} if recipe.quantise != "none" else {}
+    return {f"finetuned_{key}": str(value) for key, value in facts.items()}
+
+
+def tune_one(config: dict[str, Any]) -> dict[str, Any]:
+    """The worker's whole work. Returns a summary with the artifact's URI, the version, the curve, and what was measured before."""
+    job, settings, version = Job.from_dict(config["job"]), Settings(**config["settings"]), ModelVersion(**config["version"])
+    torch.set_num_threads(config["threads"])
+    tracking, registry = Tracking(settings, "acip"), Registry(settings)
+    run = Run(tracking.client, config["run"], tracking.experiment_id)
+    store = Store(settings.store, settings.home / "cache")
+    key = f"{job.name}/{config['attempt']}"
+
+    def say(kind: str, **facts: Any) -> None:
+        config["inbox"].put.remote({"model": job.name, "kind": kind, **facts})
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parent = store.open(version.uri)
+    size = job.recipe.stop_ratio
+    say("stage", text=f"reading version {version.version} at size {size:g}")
+    # a distillation needs the base model's own layers, too
+    any_size = parent.load(device, None if job.recipe.distill else size)
+    any_size.resize(size)
+    base = Base(any_size.model, parent.tokenizer(), **parent.manifest["base"])
+    heldout = heldout_windows(job, base)
+    if not store.exists(store.uri(key)):
+        facts = {"version": version.version, "uri": version.uri} | _tuned(job, parent, any_size, base, heldout, run, settings, say)
+        origin = {**provenance(job), "attempt": key, "mlflow_run": run.run_id, "finetuned": facts, "parent": parent.manifest["provenance"]}
+        settings.home.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="saving-", dir=settings.home))
+        try:
+            uri = store.put(save(folder, parent, any_size, origin).folder, key)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # gone already, unless it failed
+        say("stage", text=f"artifact saved: {uri}")
+    del any_size, base
+    summary = finish(job, store.uri(key), run, settings, heldout, device, say, config["fingerprint"], CANDIDATE)
+    registry.tag(registry.resolve(job.name, summary["version"]), lineage(job, version))
+    facts = store.open(summary["uri"]).manifest["provenance"]["finetuned"]
+    facts["perplexity"]["after"] = next(row["perplexity"] for row in summary["curve"] if row["asked"] == size)
+    run.metrics([(job.recipe.post_tune_steps, {f"perplexity_{when}": value for when, value in facts["perplexity"].items()})])
+    return {**summary, "stop_ratio": parent.recipe.stop_ratio, "finetuned": facts}
+
+
+def _tuned(
+    job: Job,
+    parent: Artifact,
+    any_size: AnySize,
+    base: Base,
+    heldout: torch.Tensor,
+    run: Run,
+    settings: Settings,
+    say: Callable[..., None],
+) -> dict[str, Any]:
+    """Train `any_size` in place, from the last checkpoint if there is one. Returns what is to be known of it."""
+    recipe = job.recipe
+    windows = _windows(job, parent, base.tokenizer)
+    batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
+    measured = {"before": perplexity(any_size.model, heldout).perplexity}
+    attach(any_size, recipe)
+    four_bit = recipe.quantise != "none"
+    if four_bit:
+        measured[f"before_{recipe.quantise}"] = perplexity(any_size.model, heldout).perplexity
+    said = ", ".join(f"{value:.2f} {when.replace('_', ' in ')}" for when, value in measured.items())
+    say("stage", text=f"size {recipe.stop_ratio:g}: perplexity {said}")
+
+    device = next(any_size.model.parameters()).device
+    observer = Observer(job, run, settings.checkpoint_s, say, device)
+    scores, checkpoint = scores_of(parent, device), ray.train.get_checkpoint()
+    if checkpoint is None:
+        finetune(any_size, scores, batches, recipe, observe=observer)
+    else:
+        with checkpoint.as_directory() as folder:
+            say("stage", text="going on from the last checkpoint")
+            finetune(any_size, scores, batches, recipe, resume=folder, observe=observer)
+    observer.flush()
+    if four_bit:
+        measured[f"after_{recipe.quantise}"] = perplexity(any_size.model, heldout).perplexity
+    chosen = {"size": recipe.stop_ratio, "steps": recipe.post_tune_steps, "lr": recipe.lr, "data": job.data, "seed": recipe.seed}
+    return {**chosen, "quantise": recipe.quantise, "windows": len(windows), "perplexity": measured}
+
+
+def _windows(job: Job, parent: Artifact, tokenizer: Any) -> torch.Tensor:
+    """Text enough for one pass, if there is as much; what the calibration read of it comes first and is left out."""
+    recipe, before, known = job.recipe, parent.recipe, parent.manifest["provenance"].get("job", {})
+    wanted = recipe.batch_size * recipe.accumulate * recipe.post_tune_steps
+    read = before.sample_windows + before.batch_size * before.accumulate * parent.manifest["steps"]
+    skipped = read * before.seq_len // recipe.seq_len if known.get("data") == job.data else 0
+    return token_windows(documents(job.data, "train"), tokenizer, recipe.seq_len, skipped + wanted)[-wanted:]

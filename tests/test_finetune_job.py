@@ -1,0 +1,101 @@
+"""`python jobs/finetune.py`: a registered version gets a child that is better at one size, and says what it comes from."""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from acip_platform.settings import Settings
+from acip_platform.store import Store
+from acip_platform.tracking import Registry, RegistryError, Tracking
+
+from acip.artifact import Artifact
+from acip.cut import Budget
+
+
+class Command:
+    def __init__(self, home: Path, artifact: Artifact) -> None:
+        self.env = {"ACIP_HOME": str(home), "RAY_ADDRESS": "local"}
+        self.settings = Settings.from_env(self.env)
+        self.registry = Registry(self.settings)
+        self.registry.set_alias(self.registry.register("small", str(artifact.folder), "", {}))
+
+    def __call__(self, *args: str) -> tuple[int, str]:
+        from jobs import finetune
+
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+            for name in ("ACIP_STORE", "ACIP_RUNS", "MLFLOW_TRACKING_URI"):
+                patch.delenv(name, raising=False)
+            for name, value in self.env.items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["finetune.py", *args])
+            code = finetune.main()
+        return code, said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory, small_artifact: Artifact) -> Command:
+    return Command(tmp_path_factory.mktemp("tuning") / "home", small_artifact)
+
+
+EVALUATION = ("--data", "package:austen", "--eval-context", "64", "--eval-windows", "64")
+
+
+def test_the_job(command: Command, small_artifact: Artifact) -> None:
+    ask = ("small", "--size", "50%", "--steps", "40", "--lr", "2e-3", "--quantise", "nf4", *EVALUATION)
+    code, said = command(*ask)
+    assert code == 0, said
+    child, parent = command.registry.resolve("small", "candidate"), command.registry.resolve("small")
+    assert (child.version, parent.version) == ("2", "1")
+    lineage = {"from": "1", "at": "0.5", "data": "package:austen", "steps": "40", "quantise": "nf4"}
+    lineage = {f"finetuned_{key}": value for key, value in lineage.items()}
+    assert child.tags.items() >= lineage.items()
+    tracking = Tracking(command.settings, "acip/finetune")
+    (run,) = tracking.client.search_runs([tracking.experiment_id])
+    assert run.info.status == "FINISHED" and run.data.tags.items() >= {"model": "small", **lineage}.items()
+    assert [metric.step for metric in tracking.client.get_metric_history(run.info.run_id, "loss_nats")] == list(range(1, 41))
+
+    artifact = Store(command.settings.store, Path()).open(child.uri)
+    assert artifact.table().cut(Budget(0.4)).ranks == small_artifact.table().cut(Budget(0.4)).ranks
+    provenance = artifact.manifest["provenance"]
+    assert provenance["parent"] == small_artifact.manifest["provenance"] and provenance["finetuned"]["version"] == "1"
+    assert provenance["job"]["recipe"]["seed"] != small_artifact.recipe.seed
+    measured = {metric: run.data.metrics[f"perplexity_{metric}"] for metric in ("before", "after", "before_nf4", "after_nf4")}
+    assert measured["after_nf4"] < measured["before"] < measured["before_nf4"] and measured["after"] < measured["before"]
+    assert next(row["perplexity"] for row in artifact.curve if row["asked"] == 0.5) == measured["after"]
+    told = " ".join(said.split())
+    assert f"perplexity at 0.5 {measured['before']:.2f} before, {measured['after']:.2f} after" in told
+    assert f"perplexity in nf4 {measured['before_nf4']:.2f} before, {measured['after_nf4']:.2f} after" in told
+    commands = (
+        "export it python jobs/materialise.py small --alias 2 --size 0.5",
+        "serve it python jobs/serve.py --model small --alias candidate",
+    )
+    assert all(each in told for each in commands)
+
+    manifest = json.dumps(artifact.manifest)
+    code, said = command(*ask)
+    assert code == 0 and "done already: version 2" in said and all(each in " ".join(said.split()) for each in commands)
+    assert json.dumps(Artifact.open(child.uri).manifest) == manifest
+    with pytest.raises(RegistryError):
+        command.registry.resolve("small", "3")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["smal", "--size", "0.5"], "did you mean 'small'?"),
+        (["small@7", "--size", "0.5"], "no version or alias '7'"),
+        (["small", "--size", "1.0"], "there is nothing to tune"),
+        (["small", "--size", "0.01"], "can't be reached: the smallest is"),
+        (["small", "--size", "8GB"], "takes a ratio"),
+        (["small", "--size", "half"], "is not a budget"),
+        (["small", "--size", "0.5", "--steps", "0"], "takes at least 1"),
+        (["small", "--size", "0.5", "--lr", "-1"], "lr is -1.0; it must be > 0"),
+    ],
+)
+def test_refusals_come_before_any_work(command: Command, monkeypatch: pytest.MonkeyPatch, args: list[str], says: str) -> None:
+    monkeypatch.setattr("jobs.finetune.connect", lambda _: pytest.fail("Ray was started"))
+    code, said = command(*args)
+    assert code == 2 and says in said
