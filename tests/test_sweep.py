@@ -70,10 +70,9 @@ def finished(folder: Path) -> set[str]:
     """The trials that Tune's last snapshot knows as finished."""
     done: set[str] = set()
     for snapshot in sorted((folder / "home" / "runs").glob("*/trials/experiment_state-*.json")):
-        for state, _ in json.loads(snapshot.read_text())["trial_data"]:
-            trial = json.loads(state) if isinstance(state, str) else state
-            if trial["status"] == "TERMINATED":
-                done.add(trial["relative_logdir"])
+        with suppress(ValueError):  # being written
+            trials = [json.loads(state) for state, _ in json.loads(snapshot.read_text())["trial_data"]]
+            done |= {trial["relative_logdir"] for trial in trials if trial["status"] == "TERMINATED"}
     return done
 
 
