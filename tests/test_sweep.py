@@ -50,30 +50,31 @@ def place(tmp_path_factory: pytest.TempPathFactory, small_base: str) -> tuple[Pa
     return folder, {**os.environ, "ACIP_HOME": str(folder / "home"), "RAY_ADDRESS": "local"}
 
 
-def killed_after_a_trial(folder: Path, env: dict[str, str]) -> str:
-    """What a sweep printed until it was killed, workers and all: Tune had written down that a trial is finished."""
+def killed_after_a_trial(folder: Path, env: dict[str, str]) -> None:
+    """Kill a sweep, workers and all, once Tune has written down that a trial is finished."""
     log = folder / "log"
     with log.open("w") as out:
         job = subprocess.Popen(command(folder), env=env, stdout=out, stderr=out)
     deadline = time.monotonic() + 240
-    while not finished(folder):
-        assert job.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-    for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)][::-1]:  # the driver first
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    job.wait(60)
-    return log.read_text()
+    try:
+        while not finished(folder):
+            assert job.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+    finally:
+        if job.poll() is None:
+            for process in [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            job.wait(60)
 
 
 def finished(folder: Path) -> set[str]:
     """The trials that Tune's last snapshot knows as finished."""
     done: set[str] = set()
     for snapshot in sorted((folder / "home" / "runs").glob("*/trials/experiment_state-*.json")):
-        for state, _ in json.loads(snapshot.read_text())["trial_data"]:
-            trial = json.loads(state) if isinstance(state, str) else state
-            if trial["status"] == "TERMINATED":
-                done.add(trial["relative_logdir"])
+        with suppress(ValueError):  # being written
+            trials = [json.loads(state) for state, _ in json.loads(snapshot.read_text())["trial_data"]]
+            done |= {trial["relative_logdir"] for trial in trials if trial["status"] == "TERMINATED"}
     return done
 
 

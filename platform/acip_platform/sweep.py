@@ -63,7 +63,6 @@ RETRIES = 2  # of a trial whose process died
 TUNE = {  # its switches, read while it runs
     "TUNE_GLOBAL_CHECKPOINT_S": "2",  # of snapshots; by default 10 s or more, and trials that finished before a kill would be repeated
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",  # which it would warn of
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # its files of metrics; ours are in MLflow
     "RAY_AIR_NEW_OUTPUT": "0",  # its tables; ours are jobs/sweep.py's
 }
 os.environ.update({name: value for name, value in TUNE.items() if name not in os.environ})
@@ -146,7 +145,7 @@ def run(sweep: Sweep, share: Share, settings: Settings, runs: Mapping[str, Run],
         elif result.error:
             forks |= dict.fromkeys(group, RuntimeError(f"its pruning failed: {root_cause(result.error)}"))
         for checkpoint, metrics in result.best_checkpoints or []:
-            forks |= dict.fromkeys(metrics["trials"], checkpoint)
+            forks |= dict.fromkeys(json.loads(metrics["trials"]), checkpoint)
     asha = sweep.space.scheduler == "asha"
     scheduler = ASHAScheduler(time_attr="share", max_t=RUNGS[-1], grace_period=RUNGS[0], reduction_factor=2) if asha else None
     context |= {"forks": forks, "judged": asha}
@@ -269,7 +268,7 @@ def _users_errors_reported(work: Callable[..., None]) -> Callable[..., None]:
         try:
             work(config["trial"], context)
         except AcipError as error:
-            tune.report({"error": str(error), "trials": [], "share": 0, "area": math.inf})
+            tune.report({"error": str(error), "share": 0, "area": math.inf})
 
     return trainable
 
@@ -282,7 +281,7 @@ def _trunk(name: str, context: Mapping[str, Any]) -> None:
     base, batches, observer = _start(name, context, job)
 
     def keep_state(ratios: list[float], state: CalibrationState) -> None:
-        _report({"trials": [trial for trial, other in jobs.items() if other.recipe.stop_ratio in ratios]}, state)
+        _report({"trials": json.dumps([trial for trial, other in jobs.items() if other.recipe.stop_ratio in ratios])}, state)
 
     with _from(tune.get_checkpoint()) as folder:
         stop_ratios = {other.recipe.stop_ratio for other in jobs.values()}

@@ -52,8 +52,8 @@ STOPS = (0.8, 0.7, 0.6, 0.5, 0.4)
 
 def recipe(quick: bool) -> Recipe:
     """quality.py's scale. The paper post-tunes 1000 of 1500 to 2500 steps; pruning takes 100 to 260 here."""
-    scale = {"batch_size": 4, "post_tune_steps": 100} if quick else {"batch_size": 8, "post_tune_steps": 300}
-    fixed = {"scores": "order", "dtype": "float32", "seq_len": 128, "lr": 5e-4, "adapter_rank": 8, "stop_ratio": min(STOPS)}
+    scale = {"batch_size": 4, "seq_len": 64, "post_tune_steps": 100} if quick else {"batch_size": 8, "seq_len": 128, "post_tune_steps": 300}
+    fixed = {"scores": "order", "dtype": "float32", "lr": 5e-4, "adapter_rank": 8, "stop_ratio": min(STOPS)}
     return Recipe.from_dict(fixed | scale)
 
 
@@ -62,7 +62,7 @@ def side(folder: Path, name: str, base: str, job: Recipe, space: str) -> tuple[l
     home = folder / name
     settings = Settings(home, str(home / "artifacts"), str(home / "runs"), f"sqlite:///{home}/mlflow.db")
     (folder / f"{name}.yaml").write_text(space)
-    one = Job("small", base, job, "package:austen", eval_context=128, eval_windows=16, cpus=1)
+    one = Job("small", base, job, "package:austen", eval_context=job.seq_len, eval_windows=16, cpus=1)
     sweep = Sweep.plan(one, Space.load(folder / f"{name}.yaml"))
     tracking = Tracking(settings, name)
     names = [*sweep.trunks, *(trial.name for trial in sweep.trials)]
