@@ -132,16 +132,15 @@ def test_it_is_an_artifact_like_any_other(
     again, _ = prepared(artifact)
     assert torch.equal(logits(again.model, heldout_tokens[:4]), exact)
     cut = artifact.table().cut(Budget(SIZE))
-    deltas: list[torch.Tensor] = []
+    directions: list[torch.Tensor] = []
     for each in (small_artifact, artifact):
-        save_peft(each, tmp_path / f"peft-{len(deltas)}", cut, small_base)
-        peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small_base), tmp_path / f"peft-{len(deltas)}")
+        save_peft(each, tmp_path / f"peft-{len(directions)}", cut, small_base)
+        peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small_base), tmp_path / f"peft-{len(directions)}")
         name = next(name for name, rank in cut.ranks.items() if rank is not None)
         left, right = each.tensors("factors").read([f"{name}.left", f"{name}.right"]).values()
-        adapter: Any = peft.get_submodule(f"base_model.model.{name}")
-        delta = adapter.get_delta_weight("default")
-        deltas.append(left[: cut.ranks[name]].T @ right[: cut.ranks[name]] - delta)
-    torch.testing.assert_close(*deltas, atol=1e-5, rtol=0)  # what is left are the bare directions, in both
+        adapted: Any = peft.get_submodule(f"base_model.model.{name}")
+        directions.append(left[: cut.ranks[name]].T @ right[: cut.ranks[name]] - adapted.get_delta_weight("default"))
+    torch.testing.assert_close(*directions, atol=1e-5, rtol=0)  # what is left are the bare directions, in both
 
 
 def test_adapters_beside_the_layers_go_on(
