@@ -212,6 +212,7 @@ def test_curves_over_each_other() -> None:
     wide = figures.curves({"a": curve(1.0, 1.5)}, {"svd": curve(1.0, 9.0)}).axes[0]
     assert wide.get_yscale() == "log" and "log scale" in wide.get_ylabel()
     assert "text, 64 tokens" in wide.get_ylabel()
+    assert len(drawn(figures.curves({"acip": curve(1.0, 1.5)}, {"acip": curve(1.0, 2.0)}))) == 4, "a baseline of the same name"
 
 
 def test_an_svg_takes_its_colours_from_the_page_and_escapes_its_text() -> None:

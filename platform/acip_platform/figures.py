@@ -116,14 +116,15 @@ def curves(named: Mapping[str, Rows], baselines: Mapping[str, Rows] | None = Non
     """
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    everything = {name: _finite(rows) for name, rows in {**named, **(baselines or {})}.items()}
+    drawn = [(name, _finite(rows), "-") for name, rows in named.items()]
+    drawn += [(name, _finite(rows), "--") for name, rows in (baselines or {}).items()]  # a baseline may have a model's name
     heights: list[float] = []
-    for i, (name, rows) in enumerate(everything.items()):
+    for i, (name, rows, dash) in enumerate(drawn):
         base = rows[-1]["loss"] if rows and excess else 0.0
         value = (lambda loss, base=base: loss - base) if excess else as_perplexity
         y = [value(row["loss"]) for row in rows]
         heights += y
-        style = ("-" if name in named else "--", f"C{i}")
+        style = (dash, f"C{i}")
         for (a, b), line in zip(pairwise(rows), pairwise(y), strict=True):
             axes.plot([a["got"], b["got"]], line, ":" if a.get("extrapolated") else style[0], color=style[1])
         for row, at in zip(rows, y, strict=True):
@@ -138,7 +139,7 @@ def curves(named: Mapping[str, Rows], baselines: Mapping[str, Rows] | None = Non
         axes.set_yscale("log")
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             which(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-    first: Mapping[str, Any] = next((rows[0] for rows in everything.values() if rows), {})
+    first: Mapping[str, Any] = next((rows[0] for _, rows, _ in drawn if rows), {})
     quantity = "loss above the base model's, nats per token" if excess else "perplexity" + " (log scale)" * logarithmic
     axes.set_ylabel(f"{quantity}\n{first.get('corpus', 'unknown text')}, {first.get('context', '?')} tokens")
     axes.set_xlabel("size: stored numbers of the target layers, of the dense ones (got)")
