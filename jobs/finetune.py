@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
     done = [] if args.force else [each for each in registry.versions(name, {"fingerprint": code}) if store.exists(each.uri)]
     if done:
         out.print(f"[{name}] done already: version {done[0].version} (--force tunes again)", markup=False)
-        last_lines(out, done[0], job.recipe.stop_ratio)
+        last_lines(out, registry.resolve(name, done[0].version), job.recipe.stop_ratio)  # found ones come without aliases
         return
 
     cluster = connect(settings)

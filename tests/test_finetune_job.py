@@ -43,6 +43,7 @@ def command(tmp_path_factory: pytest.TempPathFactory, small_artifact: Artifact) 
 EVALUATION = ("--data", "package:austen", "--eval-context", "64", "--eval-windows", "64")
 
 
+@pytest.mark.slow
 def test_the_job(command: Command, small_artifact: Artifact) -> None:
     ask = ("small", "--size", "50%", "--steps", "40", "--lr", "2e-3", "--quantise", "nf4", *EVALUATION)
     code, said = command(*ask)
