@@ -9,7 +9,8 @@ In an artifact the adapters are folded into the directions, sorted, most importa
 * On the kept directions new ones start, B = 0, so the first step starts from the very model that is served. Folded in, they cost
   nothing. Where adapters are beside the layer, the directions stay as they are.
 
-The result is an artifact again. Its removal order and its other rows are the old ones, so it has every size; its best is this one.
+The result is an artifact again. Its removal order and its other rows are the old ones, so it has every size; but what helps this size
+may harm those far above it.
 
 In 4 bit (`Recipe.quantise`, paper 3.4) the kept directions and the dense layers are frozen in 4 bit, and the adapters, in 16 bit, make
 up for what that lost. Its artifact holds the sum, in the model's own dtype: what was trained. Quantised again, it is rounded again.
