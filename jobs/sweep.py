@@ -66,9 +66,9 @@ def sweep_one(args: argparse.Namespace, out: Any) -> int:
     first_screen(out, settings, fleet, sweep, part, cluster, parent)
     inbox = open_inbox()
     with Watch(out, inbox):
-        outcomes, trunk_seconds = run(sweep, part, settings, runs, inbox)
+        outcomes, trunks = run(sweep, part, settings, runs, inbox)
         summaries = keep(sweep, outcomes, part, settings, runs, inbox)
-    for name in trunk_seconds:
+    for name in trunks:
         runs[name].finish("FINISHED")
     for outcome in outcomes:
         runs[outcome.trial.name].tags({"state": sweep_report.status(outcome)})
@@ -76,13 +76,12 @@ def sweep_one(args: argparse.Namespace, out: Any) -> int:
     parent.table(dict(sweep_report.columns(outcomes)), "trials.json")
     parent.figure(sweep_report.curves(outcomes, sweep.job.name), "curves.png")
     best = winner(outcomes)
+    seconds = sum(cost.seconds for cost in (*trunks.values(), *(outcome.cost for outcome in outcomes)))
     if best is not None:
-        parent.metrics(
-            [(0, {"area_under_excess_nats": best.area, "seconds": sum(o.seconds for o in outcomes) + sum(trunk_seconds.values())})]
-        )
+        parent.metrics([(0, {"area_under_excess_nats": best.area, "seconds": seconds})])
         parent.tags({"winner": best.trial.name, "winner_run": runs[best.trial.name].run_id})
     parent.finish("FINISHED")
-    return last_screen(out, settings, sweep, outcomes, list(trunk_seconds.values()), summaries, time.time() - began)
+    return last_screen(out, settings, sweep, outcomes, [cost.seconds for cost in trunks.values()], summaries, time.time() - began)
 
 
 def chosen(fleet: Fleet, only: str | None) -> Job:

@@ -17,7 +17,7 @@ import torch
 from acip_platform.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.space import Space, Trial
-from acip_platform.sweep import Outcome, Sweep, front, winner
+from acip_platform.sweep import Cost, Outcome, Sweep, front, winner
 from acip_platform.tracking import CANDIDATE, Registry, Tracking
 from safetensors.torch import load_file
 
@@ -146,7 +146,7 @@ def test_the_winner_equals_a_calibration_by_itself(
 
 def outcome(name: str, losses: Sequence[float], share: int = 8, error: str | None = None) -> Outcome:
     rows = [{"asked": size, "got": size, "loss": loss} for size, loss in zip((1.0, 0.7, 0.4), losses, strict=False)]
-    return Outcome(Trial(name, {}, Job("a", "b/c")), rows, share, 1.0, error, None)
+    return Outcome(Trial(name, {}, Job("a", "b/c")), rows, share, Cost(1.0, 1.0), error, None)
 
 
 def test_the_winner_and_the_front() -> None:

@@ -22,8 +22,10 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
 from itertools import chain
@@ -68,7 +70,7 @@ TUNE = {  # its switches, read while it runs
 os.environ.update({name: value for name, value in TUNE.items() if name not in os.environ})
 logging.getLogger("ray.tune").setLevel(logging.WARNING)
 
-Say = Callable[..., None]
+CPU_BEGAN: ContextVar[float] = ContextVar("CPU seconds of this process when its present trial began")
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,25 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Of a trial or trunk, from loading the model to its last report. CPU time says the same on a busy machine."""
+
+    seconds: float
+    cpu_seconds: float  # of its process; after an interruption, since then
+
+    @classmethod
+    def of(cls, metrics: Mapping[str, Any]) -> "Cost":
+        return cls(metrics.get("time_total_s", 0.0), metrics.get("cpu_s", 0.0))
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What became of a trial. `rows` is its last measured curve; whole only where it is `finished`."""
 
     trial: Trial
     rows: list[dict[str, Any]]
     share: int  # eighths of the post-tuning
-    seconds: float
+    cost: Cost
     error: str | None
     state: tune.Checkpoint | None
 
@@ -125,8 +139,8 @@ class Outcome:
 # ---- the driver's part
 
 
-def run(sweep: Sweep, share: Share, settings: Settings, runs: Mapping[str, Run], inbox: Any) -> tuple[list[Outcome], dict[str, float]]:
-    """All trials, from where an interrupted sweep left them. Also the seconds that each trunk took."""
+def run(sweep: Sweep, share: Share, settings: Settings, runs: Mapping[str, Run], inbox: Any) -> tuple[list[Outcome], dict[str, Cost]]:
+    """All trials, from where an interrupted sweep left them. Also what each trunk took."""
     jobs = {trial.name: trial.job.to_dict() for trial in sweep.trials}
     context = {
         "settings": dataclasses.asdict(settings),
@@ -156,10 +170,10 @@ def run(sweep: Sweep, share: Share, settings: Settings, runs: Mapping[str, Run],
         metrics = result.metrics or {}
         error = metrics.get("error") or (root_cause(result.error) if result.error else None)
         rows = json.loads(metrics.get("curve", "[]"))
-        outcomes.append(Outcome(trial, rows, metrics.get("share", 0), metrics.get("time_total_s", 0.0), error, result.checkpoint))
+        outcomes.append(Outcome(trial, rows, metrics.get("share", 0), Cost.of(metrics), error, result.checkpoint))
     if not any(result.error for result in (*pruned.values(), *results.values())):  # else the next attempt needs them
         _forget(chain.from_iterable((c for c, _ in result.best_checkpoints or []) for result in pruned.values()))
-    return outcomes, {name: (result.metrics or {}).get("time_total_s", 0.0) for name, result in pruned.items()}
+    return outcomes, {name: Cost.of(result.metrics or {}) for name, result in pruned.items()}
 
 
 def _fit(
@@ -265,6 +279,7 @@ def _users_errors_reported(work: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(work)
     def trainable(config: dict[str, Any], context: Mapping[str, Any]) -> None:
+        CPU_BEGAN.set(time.process_time())
         try:
             work(config["trial"], context)
         except AcipError as error:
@@ -335,12 +350,13 @@ def _from(state: tune.Checkpoint | None) -> Iterator[str | None]:
 
 
 def _report(metrics: Mapping[str, Any], state: CalibrationState | None) -> None:
+    told = {**metrics, "cpu_s": time.process_time() - CPU_BEGAN.get()}
     if state is None:
-        tune.report(dict(metrics))
+        tune.report(told)
         return
     with tempfile.TemporaryDirectory() as folder:
         state.save(folder)
-        tune.report(dict(metrics), checkpoint=tune.Checkpoint.from_directory(folder))
+        tune.report(told, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
 class Rungs:

@@ -26,7 +26,7 @@ def columns(outcomes: Sequence[Outcome]) -> dict[str, list[str]]:
     for size in sizes:
         found[f"{size:g}"] = [_excess(outcome, size) for outcome in outcomes]
     found["area"] = [f"{outcome.area:.4f}" if outcome.rows else "" for outcome in outcomes]
-    found["seconds"] = [f"{outcome.seconds:.0f}" for outcome in outcomes]
+    found["seconds"] = [f"{outcome.cost.seconds:.0f}" for outcome in outcomes]
     found["state"] = [
         f"{status(outcome)}{', front' * any(outcome is one for one in on_front)}{', WINNER' * (outcome is best)}" for outcome in outcomes
     ]

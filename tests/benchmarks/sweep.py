@@ -6,7 +6,8 @@
 
 All by jobs/sweep.py's own code, on one Ray, two trials at once; each side starts with an empty cache of bases. A single
 calibration is one of the three schedules to the smallest stop ratio, with all of its post-tuning and its measured curve. Costs
-are the seconds that trials and trunks worked, from loading the model to the measured curve. The sweep is measured twice:
+are the CPU seconds of trials and trunks, from loading the model to the measured curve: they say the same on a busy machine.
+The sweep is measured twice:
 
     asha    as in jobs/spaces/demo.yaml: who is worse than half of the others at 1/8, 1/4, 1/2 of its post-tuning is ended there
     full    all 15 trials are post-tuned to the end: 15 calibrations, bit for bit
@@ -58,7 +59,7 @@ def recipe(quick: bool) -> Recipe:
 
 
 def side(folder: Path, name: str, base: str, job: Recipe, space: str) -> tuple[list[Outcome], list[float], float]:
-    """One side in a home of its own: outcomes, seconds of the trunks, and the wall time."""
+    """One side in a home of its own: outcomes, CPU seconds of the trunks, and the wall time."""
     home = folder / name
     settings = Settings(home, str(home / "artifacts"), str(home / "runs"), f"sqlite:///{home}/mlflow.db")
     (folder / f"{name}.yaml").write_text(space)
@@ -71,7 +72,7 @@ def side(folder: Path, name: str, base: str, job: Recipe, space: str) -> tuple[l
     outcomes, trunks = run(sweep, share(one, nodes()), settings, runs, open_inbox())
     errors = [outcome.error for outcome in outcomes if outcome.error]
     assert not errors, errors[0]
-    return outcomes, list(trunks.values()), time.perf_counter() - began
+    return outcomes, [cost.cpu_seconds for cost in trunks.values()], time.perf_counter() - began
 
 
 def basis_seconds(folder: Path, base: str, job: Recipe) -> list[float]:
@@ -87,7 +88,7 @@ def basis_seconds(folder: Path, base: str, job: Recipe) -> list[float]:
 
 
 def line(label: str, outcomes: list[Outcome], trunks: list[float], wall: float, singles: float) -> float:
-    trials = sum(outcome.seconds for outcome in outcomes)
+    trials = sum(outcome.cost.cpu_seconds for outcome in outcomes)
     best = winner(outcomes)
     assert best is not None
     ended = sum(not outcome.finished for outcome in outcomes)
@@ -117,9 +118,9 @@ def main() -> int:
         fields = f"lambda_factor: {list(SCHEDULES)}"
         stops = f"stop_ratio: {list(STOPS)}"
         singles, _, wall = side(folder, "singles", base, job, f"space: {{{fields}}}")
-        cost = sum(outcome.seconds for outcome in singles)
+        cost = sum(outcome.cost.cpu_seconds for outcome in singles)
         print(f"post-tuning: {job.post_tune_steps} steps of {job.batch_size} x {job.seq_len} tokens\n")
-        print("| side | trials | ended early | trunks, s | trials, s | wall, s | x 3 singles | winner | its area |")
+        print("| side | trials | ended early | trunks, CPU s | trials, CPU s | wall, s | x 3 singles | winner | its area |")
         print("|---|---|---|---|---|---|---|---|---|")
         line("3 single calibrations", singles, [], wall, cost)
         ratios = {}
