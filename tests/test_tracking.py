@@ -73,6 +73,20 @@ def test_no_step_is_logged_twice(tracking: Tracking) -> None:
     assert history(run, "tokens_per_s") == list(range(1, 9))
 
 
+def test_steps_that_died_with_their_worker_come_from_the_checkpoint(tracking: Tracking) -> None:
+    run = tracking.start("small", "died", {})
+    first = observer(run)
+    first([report(1), report(2)], state([0.1]))
+    first.flush()
+    first([report(3), report(4)], state([0.1]))  # and then it was killed
+    loaded = state([0.1])
+    loaded.history = [report(step) for step in range(1, 6)]
+    again = observer(run)
+    again([report(5)], loaded)
+    again.flush()
+    assert history(run, "loss_nats") == [1, 2, 3, 4, 5]
+
+
 def test_steps_wait_while_mlflow_is_down(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     run = tracking.start("small", "down", {})
@@ -161,9 +175,8 @@ def test_example_masks_are_the_masks(watched: tuple[Run, list[list[float]]]) -> 
     assert [step[0] for step in samples.values] == picked
     figure = figures.mask_shrinkage(samples)
     assert [len(panel.lines) for panel in figure.axes[: len(samples.layers)]] == [8] * len(samples.layers)
-    line: Any = figure.axes[0].lines[0]
-    xs, ys = line.get_data()
-    assert list(xs) == samples.steps and min(ys) >= 0
+    points: Any = figure.axes[0].lines[0].get_data()
+    assert list(points[0]) == samples.steps and min(points[1]) >= 0
 
 
 def test_long_prunings_are_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +204,8 @@ def test_figures_show_the_artifacts_numbers(small_artifact: Artifact) -> None:
     kept: Any = figures.kept_ranks(table, 0.6)
     ranks = table.cut(figures.Budget(ratio=0.6)).ranks
     shares = [1.0 if ranks[layer.name] is None else ranks[layer.name] / layer.K for layer in table.layers]  # type: ignore[operator]
-    assert sorted(kept.axes[0].images[0].get_array().ravel()) == pytest.approx(sorted(shares))
+    shown: Any = kept.axes[0].images[0].get_array()
+    assert sorted(shown.ravel()) == pytest.approx(sorted(shares))
     assert figures.kept_ranks(table, 1e-6) is None
 
 

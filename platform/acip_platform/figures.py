@@ -158,8 +158,8 @@ def _is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def svg(draw: Callable[[], Figure]) -> str:
-    """A figure as an <svg> element in the page's colours: text stays text, and the same figure is the same bytes."""
+def svg(draw: Callable[[], Figure | None]) -> str:
+    """A figure as an <svg> element in the page's colours: text stays text, and the same figure is the same bytes. "" for none."""
     theme: Any = {
         "svg.fonttype": "none", "svg.hashsalt": "acip", "font.family": "sans-serif", "font.size": 9,
         "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "legend.framealpha": 0.0,
@@ -168,7 +168,9 @@ def svg(draw: Callable[[], Figure]) -> str:
     }  # fmt: skip
     with mpl.rc_context(theme):
         file = io.StringIO()
-        draw().savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        if (figure := draw()) is None:
+            return ""
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], count=1, flags=re.DOTALL)
     text = re.sub(r"^<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1 role=\"img\">", text, count=1)

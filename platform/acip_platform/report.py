@@ -60,14 +60,14 @@ def page(found: Mapping[str, Any], subjects: Sequence[Subject]) -> str:
     first = found["models"][0]
     table = next(subject for subject in subjects if subject.uri == first["uri"]).artifact.table()
     curves = {model["label"]: model["curve"] for model in found["models"] if model["curve"]}
-    kept = [figure for size in KEPT_AT if (figure := partial(figures.kept_ranks, table, size))() is not None]
+    kept = [figures.svg(partial(figures.kept_ranks, table, size)) for size in KEPT_AT]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.tests["ending"] = str.endswith
     environment.filters |= {"mb": lambda n: f"{n / 1e6:,.1f}", "number": _number}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         found=found, first=first, speed=SPEED, memory=MEMORY,
         curve=Markup(figures.svg(lambda: figures.curves(curves, found["baselines"]))) if curves or found["baselines"] else "",
-        kept=[Markup(figures.svg(figure)) for figure in kept],  # type: ignore[arg-type]  # none of them is None
+        kept=[Markup(figure) for figure in kept if figure],
         score_map=Markup(figures.svg(lambda: figures.score_map(table))),
     )  # fmt: skip
 

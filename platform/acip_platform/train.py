@@ -216,6 +216,8 @@ class Observer:
         now = time.monotonic()
         tokens_per_s = self.tokens * len(reports) / (now - self.stepped)
         self.stepped = now
+        if not self.phase:  # the first look: what an attempt before this one didn't get to MLflow is in the checkpoint
+            self.rows = [(report.step, self._metrics(report)) for report in state.history if report.step < reports[0].step]
         self.rows += [(report.step, self._metrics(report) | {"tokens_per_s": tokens_per_s}) for report in reports]
         report = reports[-1]
         if report.phase != self.phase:
