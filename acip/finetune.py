@@ -13,7 +13,8 @@ The result is an artifact again. Its removal order and its other rows are the ol
 may harm those far above it.
 
 In 4 bit (`Recipe.quantise`, paper 3.4) the kept directions and the dense layers are frozen in 4 bit, and the adapters, in 16 bit, make
-up for what that lost. Its artifact holds the sum, in the model's own dtype: what was trained. Quantised again, it is rounded again.
+up for what that lost. Its artifact holds the sum, in the model's own dtype: what was trained. An export in 4 bit would round it once more,
+and as pivot rows: on SmolLM2 at 0.5 those lose 0.1 to 0.8 of a layer's weights in nf4, where the factors lose 0.13 to 0.16.
 
     any_size = artifact.load(size=0.5)
     recipe = tuning(artifact, 0.5, post_tune_steps=1000)
