@@ -3,6 +3,8 @@
 Blocks of 64 numbers never leave their row: then bytes are those that a cut counted, and a CPU reads them right. bitsandbytes'
 own Linear4bit, whose blocks run on into the next row, is silently wrong on a CPU for rows of 96 or 32 numbers, and stops
 there at most ranks (bitsandbytes 0.50); its int8 is right everywhere.
+
+Layers stored by pivots become two factors first: the combinations of rounded pivot rows would magnify their rounding.
 """
 
 from dataclasses import replace
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel
 from acip.budget import Budget
 from acip.cut import Cut
 from acip.errors import ArtifactError
-from acip.modeling_acip import BLOCK, QuantLinear, bias_of, swap_linears, weight_MN
+from acip.modeling_acip import BLOCK, LowRankLinear, PivotLinear, QuantLinear, bias_of, plain_linear, set_module, swap_linears, weight_MN
 
 Kind = Literal["nf4", "fp4", "int8"]
 BITS = {"nf4": 4, "fp4": 4, "int8": 8}
@@ -38,12 +40,33 @@ def quantised(layer: nn.Module, kind: str) -> QuantLinear:
     return QuantLinear(codes.view(M, -1), state.absmax.view(M, -1), N, kind, bias_M)
 
 
+@torch.no_grad()
+def spread(layer: PivotLinear) -> nn.Module:
+    """The same layer as two factors, the left one orthonormal; as one matrix where these would hold more numbers."""
+    pivots_qN, combine = layer.pivots.weight, layer.combine.weight
+    (q, N), M = pivots_qN.shape, layer.out_features
+    unit = torch.eye(q, dtype=torch.float32, device=pivots_qN.device)
+    left_Mq = torch.cat([unit, combine.float()])[layer.place]
+    if q * (M + N) >= M * N:
+        return plain_linear((left_Mq @ pivots_qN.float()).to(pivots_qN.dtype), layer.bias)
+    left_Mq, R = torch.linalg.qr(left_Mq)
+    right_qN = R @ pivots_qN.float()
+    return LowRankLinear(left_Mq.to(pivots_qN.dtype), right_qN.to(pivots_qN.dtype), layer.bias)
+
+
 def quantise_in_place(model: PreTrainedModel, kind: str) -> None:
     """The matrices of the target layers of a model that `acip.export.sized` made; everything else stays as it is."""
     acip = model.config.acip
     _known(kind)
     if acip["quantise"] is not None:
         raise ArtifactError(f"the model is quantised to {acip['quantise']} already. Ask for its size again, and then for {kind}.")
+    for name in acip["layers"]:
+        layer = model.get_submodule(name)
+        if isinstance(layer, PivotLinear):
+            made = spread(layer)
+            set_module(model, name, made)
+            factors = isinstance(made, LowRankLinear)
+            acip["layers"][name] = {"form": "factors", "rank": layer.rank} if factors else {"form": "linear", "rank": None}
     swap_linears(model, acip["layers"], lambda linear: quantised(linear, kind))
     acip["quantise"] = kind
 

@@ -15,7 +15,8 @@ from acip.artifact import Artifact
 from acip.budget import OVERHEAD, Bits, Budget, Curve, Decoder, as_perplexity
 from acip.cut import Cut, CutTable, LayerShape, Weights
 from acip.errors import BudgetError
-from acip.linear import ElasticLinear, plain_linear
+from acip.linear import ElasticLinear, PivotLinear, plain_linear
+from acip.quantise import spread
 from acip.recipe import Storage
 from acip.rows import FourBitRows
 from acip.sizes import set_size
@@ -74,13 +75,16 @@ def counts(index: int) -> dict[str, list[int]]:
     for leaves in [None, *t.order.tolist()]:
         if leaves is not None:
             ranks[leaves] = max(1, ranks[leaves] - 1)
-        forms = [matrices(layer, rank, t.adapter_rows, t.storage) for layer, rank in zip(t.layers, ranks, strict=True)]
+        forms, quantised = (
+            [matrices(layer, rank, t.adapter_rows, storage) for layer, rank in zip(t.layers, ranks, strict=True)]
+            for storage in (t.storage, "factors")
+        )
         biases = sum(layer.M for layer in t.layers if layer.bias)
         found["params"].append(sum(m * n for form, _ in forms for m, n in form) + biases + t.rest_params)
         for bits in ALL_BITS:
             total = sum(
                 place + sum(counted(shape, itemsize, bits) for shape in form)
-                for (form, place), itemsize in zip(forms, t.weights.itemsizes, strict=True)
+                for (form, place), itemsize in zip(quantised if bits else forms, t.weights.itemsizes, strict=True)
             )
             found[f"{bits}"].append(total + t.weights.rest)
     return found
@@ -218,8 +222,9 @@ def test_bytes_are_those_of_materialised_layers(dtype: torch.dtype, storage: Sto
             stored = layer.materialise(storage)
             total = sum(tensor.numel() * tensor.itemsize for tensor in (*stored.parameters(), *stored.buffers()))
             assert t.cut(Budget(params=sum(p.numel() for p in stored.parameters()))).bytes == total
-            weights = [module.weight for module in stored.modules() if isinstance(module, nn.Linear)]
-            rest = total - sum(weight.numel() * weight.itemsize for weight in weights)
+            factors = spread(stored) if isinstance(stored, PivotLinear) else stored
+            weights = [module.weight for module in factors.modules() if isinstance(module, nn.Linear)]
+            rest = sum(p.numel() * p.itemsize for p in factors.parameters()) - sum(weight.numel() * weight.itemsize for weight in weights)
             four = [p for weight in weights for p in FourBitRows(weight, "nf4").parameters()]
             cut = t.cut(Budget(params=sum(p.numel() for p in stored.parameters()), bits=4))
             assert cut.bytes == rest + sum(p.numel() * p.itemsize for p in four)

@@ -11,10 +11,11 @@ from acip.artifact import Artifact
 from acip.budget import Budget
 from acip.errors import ArtifactError
 from acip.export import export, tensor_bytes
-from acip.linear import PivotLinear
+from acip.linear import LowRankLinear, PivotLinear
 from acip.materialise import AnySize
 from acip.modeling_acip import QuantLinear, plain_linear
 from acip.quantise import quantised as as_quantised
+from acip.quantise import spread
 from tests.conftest import logits, read
 
 
@@ -29,7 +30,7 @@ def test_a_quantised_export_is_close_and_as_small_as_counted(
     loaded = read(tmp_path / "out")
     exact = logits(any_size.materialise(), heldout_tokens[:4])
     assert (logits(loaded, heldout_tokens[:4]) - exact).norm() < near * exact.norm()
-    assert PivotLinear in {type(loaded.get_submodule(name)) for name in cut.ranks} <= {PivotLinear, QuantLinear}
+    assert LowRankLinear in {type(loaded.get_submodule(name)) for name in cut.ranks} <= {LowRankLinear, QuantLinear}
     assert not any(type(part) is nn.Linear for name in cut.ranks for part in loaded.get_submodule(name).modules())
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(read(tmp_path / "again"), heldout_tokens[:2]), logits(loaded, heldout_tokens[:2]))
@@ -54,3 +55,28 @@ def test_a_cut_in_4_bit_is_exported_in_4_bit(any_size: AnySize, small_artifact: 
         export(any_size, small_artifact, tmp_path / "other", kind="int8")
     with pytest.raises(ArtifactError, match="allowed are nf4, fp4, int8"):
         export(any_size, small_artifact, tmp_path / "other", kind="int3")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "near"), [("nf4", 0.15), ("fp4", 0.25), ("int8", 0.02)])
+def test_layers_of_pivots_are_quantised_as_factors(kind: str, near: float) -> None:
+    """Directions of falling importance: combinations of pivot rows would magnify what their rounding loses."""
+    torch.manual_seed(0)
+    left_Mq = torch.linalg.qr(torch.randn(192, 48))[0]
+    right_qN = torch.linalg.qr(torch.randn(128, 48))[0].T * torch.logspace(0, -3, 48)[:, None]
+    W_MN = left_Mq @ right_qN
+    pivot = PivotLinear.of(left_Mq, right_qN, torch.randn(192), torch.float32)
+    factors = spread(pivot)
+    assert isinstance(factors, LowRankLinear)
+    x = torch.randn(5, 128)
+    torch.testing.assert_close(factors(x), pivot(x), atol=1e-4, rtol=0)
+
+    def lost(left: nn.Module, right: nn.Module) -> float:
+        return float(
+            (as_quantised(left, kind).dequantised(torch.float32) @ as_quantised(right, kind).dequantised(torch.float32) - W_MN).norm()
+        )
+
+    assert lost(factors.left, factors.right) < near * W_MN.norm()
+    nearly_whole = PivotLinear.of(torch.randn(40, 30), torch.randn(30, 40), None, torch.float32)
+    whole = spread(nearly_whole)
+    assert isinstance(whole, nn.Linear)
+    torch.testing.assert_close(whole(x[:, :40]), nearly_whole(x[:, :40]), atol=1e-3, rtol=0)
