@@ -1,6 +1,6 @@
 """Sweeps: what 3 lambda schedules x 5 stop ratios cost against 3 single calibrations, on the small Llama.
 
-    python tests/benchmarks/sweep.py             pruning and post-tuning at quality.py's scale, half an hour on 2 cores
+    python tests/benchmarks/sweep.py             pruning and post-tuning at quality.py's scale
     python tests/benchmarks/sweep.py --quick     smaller batches, fewer steps: under 5 minutes
     python tests/benchmarks/sweep.py --check     exit with 1 where the goal is missed
 
