@@ -45,17 +45,17 @@ def score_map(table: CutTable) -> Figure:
     for place, layer in enumerate(table.order.tolist()):
         seen[layer] -= 1
         picture[line[layer], seen[layer]] = place / len(table.order)
-    figure = Figure(figsize=(9, min(6.5, 0.05 * len(table.layers) + 1.5)), layout="constrained")
+    figure = Figure(figsize=(9, min(6.5, 0.03 * len(table.layers) + 2.5)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(picture, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
     lines = {kind: [line[i] for i, layer in enumerate(table.layers) if _kind(layer.name) == kind] for kind in kinds}
     axes.set_yticks([float(np.mean(places)) for places in lines.values()], kinds)
     for places in list(lines.values())[1:]:
         axes.axhline(min(places) - 0.5, color="white", linewidth=1.5)
-    axes.set_ylabel("layers of each kind, the first block on top")
+    axes.set_ylabel("blocks, the first on top")
     axes.set_xlabel("direction of the layer, most important first")
     axes.set_title("Score map: when a direction leaves")
-    figure.colorbar(image, label="share of all directions that leaves before")
+    figure.colorbar(image, label="share that leaves before")
     return figure
 
 

@@ -13,7 +13,7 @@ from acip_platform.schedule import Outcome
 # of a curve's row: what it is and what that follows from, not what it is worth
 SIZE = ("asked", "got", "got_paper", "got_model", "convention", "params", "stderr", "corpus", "context", "windows", "extrapolated")
 NAMES = {"loss": "loss_nats", "bytes": "stored_bytes"}
-WIDE = "\u2003"  # MLflow draws tables without space between their columns
+WIDE = "&emsp;"  # MLflow draws tables without space between their columns
 
 
 def settings(job: Job) -> dict[str, Any]:
@@ -52,8 +52,7 @@ def of_model(job: Job) -> str:
     return (
         f"{shown(job.base)} at any size. Each version is one calibration, a folder from which every size is read; `champion` is what is "
         "served, `candidate` was not better, or not comparable. The tags of a version are what to choose by: `ppl_60`, the perplexity at "
-        "size 0.6, and so on; "
-        "`area`, the excess loss (nats per token) over all sizes in one number, less is better. "
+        "size 0.6, and so on; `area`, the excess loss (nats per token) over all sizes in one number, less is better. "
         f"`python jobs/promote.py {job.name} VERSION` makes a version the champion, `--back` takes the last change back."
     )
 
