@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import load, save_file
@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from acip.base import Base
-from acip.budget import Budget, Curve, Decoder
+from acip.budget import Bits, Budget, Curve, Decoder
 from acip.calibrate import Calibration
 from acip.cut import CutTable, LayerShape, Weights
 from acip.errors import ArtifactError
@@ -244,6 +244,7 @@ class Artifact:
             weights=Weights(itemsizes, self.tensors("rest").data_bytes),
             decoder=Decoder.of(self.config, max(itemsizes)),
             curve=Curve.of(self.curve),
+            quantised={bits: curve for bits in get_args(Bits) if (curve := Curve.of(self.curve, bits))},
         )  # fmt: skip
 
     @cached_property

@@ -8,9 +8,9 @@
     max_perplexity              perplexity                 what the recorded curve predicts (`Curve`)
     max_loss_increase           nats per token             the same, above the base model's loss
 
-`bits` is a second axis of the first four: the matrices of the target layers, dense ones too, in 8 or 4 bit, the rest in its
-own dtype. It is given, never chosen: which of more directions and more bits is better, only a curve measured in 8 and 4 bit
-could tell.
+`bits` is a second axis: the matrices of the target layers, dense ones too, in 8 or 4 bit, the rest in its own dtype. Whether more
+directions or more bits are better, only curves measured in 8 and 4 bit can tell (jobs/evaluate.py --quantize); with these,
+"best" chooses: within bytes or memory what loses least, and for a loss what stores the fewest bytes.
 """
 
 import math
@@ -24,8 +24,14 @@ from acip.errors import BudgetError
 from acip.recipe import Convention
 
 Bits = Literal[8, 4]
+ALL_BITS: tuple[Bits | None, ...] = (None, 8, 4)  # None = the model's own dtype
 MEGA = 10**6
 OVERHEAD = 256 * MEGA  # bytes; stated, not measured: kernels' workspaces, and what allocators lose
+
+QUANTISED = "quantised"  # a measurement (acip.evaluate.perplexity)
+Kind = Literal["nf4", "fp4", "int8"]  # what matrices are quantised to
+KIND_OF_BITS: dict[Bits, Kind] = {8: "int8", 4: "nf4"}
+SAME = ("corpus", "protocol", "context", "windows")  # what losses have in common that can be compared
 
 UNITS = {
     "ratio": "ratio",
@@ -53,7 +59,7 @@ class Budget:
     batch: int | None = None  # sequences served at once
     max_perplexity: float | None = None
     max_loss_increase: float | None = None
-    bits: Bits | None = None  # of the target layers' numbers; None = the model's dtype
+    bits: Bits | Literal["best"] | None = None  # of the target layers' numbers; None = the model's dtype
 
     def __post_init__(self) -> None:
         given = [kind for kind in UNITS if getattr(self, kind) is not None]
@@ -77,12 +83,10 @@ class Budget:
             raise BudgetError(f"max_perplexity is {self.max_perplexity!r}; it must be a number of at least 1.")
         if self.max_loss_increase is not None and not (_is_number(self.max_loss_increase) and 0 <= self.max_loss_increase < math.inf):
             raise BudgetError(f"max_loss_increase is {self.max_loss_increase!r}; it must be a number of nats per token, at least 0.")
-        if self.bits is not None and not (_is_number(self.bits) and self.bits in get_args(Bits)):
-            raise BudgetError(f"bits is {self.bits!r}; it must be 8, 4 or None (the model's own dtype).")
-        if self.bits is not None and self.by_curve:
-            raise BudgetError(
-                f"the curve was measured in the model's own dtype, so {self.kind} can't be asked in {self.bits} bit; leave bits out."
-            )
+        if self.bits not in (None, "best") and not (_is_number(self.bits) and self.bits in get_args(Bits)):
+            raise BudgetError(f"bits is {self.bits!r}; it must be 8, 4, 'best' or None (the model's own dtype).")
+        if self.bits == "best" and (self.ratio is not None or self.params is not None):
+            raise BudgetError(f"bits change no {self.kind}, so more are always better; 'best' goes with bytes, memory or a loss.")
 
     @property
     def kind(self) -> str:
@@ -95,6 +99,11 @@ class Budget:
     @property
     def by_curve(self) -> bool:
         return self.max_perplexity is not None or self.max_loss_increase is not None
+
+    @property
+    def exact_bits(self) -> Bits | None:
+        assert self.bits != "best", "a table chooses the bits first"
+        return self.bits
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
@@ -180,9 +189,12 @@ class Curve:
     losses: tuple[float, ...]
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, Any]]) -> "Curve | None":
-        """From rows with `got` (else `asked`) and `loss`. It ends where a loss is not finite; None where nothing is left."""
-        measured: list[tuple[Any, Any]] = [(row.get("got", row.get("asked")), row.get("loss")) for row in rows]
+    def of(cls, rows: Sequence[Mapping[str, Any]], bits: Bits | None = None) -> "Curve | None":
+        """From rows with `got` (else `asked`) and `loss`, or what was measured in `bits`. It ends where a loss is not finite;
+        None where nothing is left."""
+        measured: list[tuple[Any, Any]] = [(row.get("got", row.get("asked")), _loss(row, bits)) for row in rows]
+        if bits is not None:  # where it was not measured
+            measured = [(size, loss) for size, loss in measured if loss is not None]
         sizes: list[float] = []
         losses: list[float] = []
         for size, loss in sorted((point for point in measured if _is_number(point[0])), key=lambda point: -point[0]):
@@ -202,6 +214,20 @@ class Curve:
                 low, high = self.losses[i - 1], self.losses[i]
                 return min(high, low + (high - low) * share)
         return self.losses[-1]
+
+
+def _loss(row: Mapping[str, Any], bits: Bits | None) -> Any:
+    """The loss of a curve's row, or what was measured beside it in `bits`, on the same text."""
+    if bits is None:
+        return row.get("loss")
+    parts = row.get("evaluation")
+    for part in parts if isinstance(parts, list) else ():
+        if isinstance(part, dict) and part.get("kind") == QUANTISED and part.get("quantise") == KIND_OF_BITS[bits]:
+            same = all(part.get(key, "packed") == row.get(key, "packed") for key in SAME)
+            values = part.get("values")
+            if same and isinstance(values, dict):
+                return values.get("loss_nats")
+    return None
 
 
 def as_perplexity(loss: float) -> float:

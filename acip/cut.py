@@ -30,13 +30,13 @@ first size, from the largest, that is within its budget.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from acip.budget import MEGA, UNITS, Bits, Budget, Curve, Decoder, as_perplexity
+from acip.budget import ALL_BITS, MEGA, UNITS, Bits, Budget, Curve, Decoder, as_perplexity
 from acip.errors import BudgetError
 from acip.recipe import Storage
 from acip.rows import BLOCK
@@ -143,6 +143,7 @@ class CutTable:
     weights: Weights | None = None
     decoder: Decoder | None = None
     curve: Curve | None = None
+    quantised: Mapping[Bits, Curve] = field(default_factory=dict)  # curves that were measured in these bits
     _kept: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # running sums, once computed
 
     def _shape(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,8 +216,11 @@ class CutTable:
     def cut(self, budget: Budget) -> Cut:
         """The largest model within `budget`: got <= asked, and every larger one would exceed it.
 
-        By the curve, the smallest: of those, every smaller one that was measured would exceed it.
+        By the curve, the smallest: of those, every smaller one that was measured would exceed it. In the best bits: of the cuts in
+        all bits in which a curve was measured, the one that is predicted to lose least; by the curve, that stores the fewest bytes.
         """
+        if budget.bits == "best":
+            return self._in_best_bits(budget)
         n, got = self._by_curve(budget) if budget.by_curve else self._by_amount(budget)
         linear = int(self.stored()[n])
         params = linear + self.rest_params
@@ -225,12 +229,38 @@ class CutTable:
             "paper": int(self.stored(adapters=False)[n]) / self.dense_params,
             "model": params / (self.dense_params + self.rest_params),
         }
-        loss = self.curve.loss(sizes["linear"]) if self.curve and budget.bits is None else None
+        curve = self._curve(budget.exact_bits)
+        loss = curve.loss(sizes["linear"]) if curve else None
         return Cut(
             ranks=self.ranks(n), removed=n, asked=budget.asked, convention=budget.convention if budget.ratio is not None else budget.kind,
-            got=got, sizes=sizes, params=params, bits=budget.bits, bytes=self._bytes(n, budget.bits),
+            got=got, sizes=sizes, params=params, bits=budget.exact_bits, bytes=self._bytes(n, budget.exact_bits),
             predicted=None if loss is None else {"loss": loss, "perplexity": as_perplexity(loss)},
         )  # fmt: skip
+
+    def _in_best_bits(self, budget: Budget) -> Cut:
+        cuts, errors = [], []
+        for bits in ALL_BITS:
+            if self._curve(bits) is not None:
+                try:
+                    cuts.append(self.cut(replace(budget, bits=bits)))
+                except BudgetError as error:
+                    errors.append(error)
+        known = [cut for cut in cuts if cut.predicted is not None]
+        if not known:
+            self._curve_in(budget, None)
+            raise errors[-1] if errors else BudgetError(f"within {budget.kind} {budget.asked!r} no curve was measured: give the bits.")
+        if budget.by_curve and self._weights:
+            return min(known, key=lambda cut: cut.bytes or 0)
+        return min(known, key=lambda cut: cut.predicted["loss"] if cut.predicted else 0.0)
+
+    def _curve(self, bits: Bits | None) -> Curve | None:
+        return self.curve if bits is None else self.quantised.get(bits)
+
+    def _curve_in(self, budget: Budget, bits: Bits | None) -> Curve:
+        if (curve := self._curve(bits)) is None:
+            where, measure = ("", "acip.evaluate.trade_off") if bits is None else (f" in {bits} bit", "jobs/evaluate.py --quantize")
+            raise BudgetError(f"no curve was measured{where}, so {budget.kind} can't be kept: measure it ({measure}), or ask for a ratio.")
+        return curve
 
     def _bytes(self, removed: int, bits: Bits | None) -> int | None:
         if self.weights is None:
@@ -260,9 +290,9 @@ class CutTable:
         if budget.params is not None:
             return self.stored(), self.rest_params, 1
         if budget.stored_bytes is not None:
-            return self.least_bytes(budget.bits), self._weights.rest, 1
+            return self.least_bytes(budget.exact_bits), self._weights.rest, 1
         if budget.memory_mb is not None:
-            return self.least_bytes(budget.bits), self._weights.rest + sum(self._beside(budget)), MEGA
+            return self.least_bytes(budget.exact_bits), self._weights.rest + sum(self._beside(budget)), MEGA
         if budget.convention == "model":
             return self.stored(), self.rest_params, self.dense_params + self.rest_params
         return self.stored(adapters=budget.convention != "paper"), 0, self.dense_params
@@ -288,20 +318,15 @@ class CutTable:
 
     def _by_curve(self, budget: Budget) -> tuple[int, float]:
         """(directions removed, predicted) of the smallest measured size that the curve says is good enough."""
-        curve, linear, dense = self.curve, self.stored(), self.dense_params
-        if curve is None:
-            raise BudgetError(
-                f"no curve was measured, so {budget.kind} can't be kept: measure it (acip.evaluate.trade_off), or ask for a ratio."
-            )
-        if budget.max_loss_increase is not None and curve.sizes[0] != 1.0:
-            raise BudgetError(
-                f"the curve starts at size {curve.sizes[0]:.4f}, so the base model's loss is unknown: ask for max_perplexity."
-            )
+        linear, dense, curve = self.stored(), self.dense_params, self._curve_in(budget, budget.exact_bits)
+        base = self._curve_in(budget, None)  # in its own dtype: what an increase is above
+        if budget.max_loss_increase is not None and base.sizes[0] != 1.0:
+            raise BudgetError(f"the curve starts at size {base.sizes[0]:.4f}, so the base model's loss is unknown: ask for max_perplexity.")
 
         def got(n: int) -> float:
             loss = curve.loss(int(linear[n]) / dense)
             assert loss is not None
-            return as_perplexity(loss) if budget.max_perplexity is not None else loss - curve.losses[0]
+            return as_perplexity(loss) if budget.max_perplexity is not None else loss - base.losses[0]
 
         # sizes [first, last) were measured or lie between such; what is predicted never falls with n there
         first = bisect_left(range(len(linear)), True, key=lambda n: int(linear[n]) / dense <= curve.sizes[0])
@@ -310,8 +335,9 @@ class CutTable:
             raise BudgetError("the curve was measured at sizes that this model does not have: measure it again.")
         n = bisect_right(range(last), budget.asked, lo=first, key=got) - 1
         if n < first:
-            whose = "the base model has" if curve.sizes[0] == 1.0 else f"the largest measured size, {curve.sizes[0]:.4f}, has"
-            raise BudgetError(f"{budget.kind} {budget.asked!r} can't be kept: {whose} perplexity {as_perplexity(curve.losses[0]):.6g}.")
+            whose = "the base model" if curve.sizes[0] == 1.0 else f"the largest measured size, {curve.sizes[0]:.4f},"
+            has = f"{whose} has perplexity {as_perplexity(curve.losses[0]):.6g}{f' in {budget.bits} bit' if budget.bits else ''}"
+            raise BudgetError(f"{budget.kind} {budget.asked!r} can't be kept: {has}.")
         # of removals that change no size, the first
         n = bisect_left(range(n), True, key=lambda m: int(linear[m]) <= int(linear[n]))
         return n, got(n)

@@ -10,9 +10,8 @@ Each of the three returns the model, and works on it in place. What `compress` d
 when another size is asked for.
 """
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -26,20 +25,21 @@ from acip.errors import ArtifactError, BudgetError
 from acip.export import adopt, export, framed, free, sized, write
 from acip.materialise import AnySize
 from acip.modeling_acip import MODEL_TYPE
-from acip.quantise import Kind, kind_of, quantise_in_place
+from acip.quantise import BEST, Kind, counted, kind_of, quantise_in_place
 from acip.recipe import Convention
 
 
 def from_pretrained(
     source: str | Path | Artifact,
     size: float | str | Budget | None = None,
-    quantize: Kind | None = None,
+    quantize: Kind | Literal["best"] | None = None,
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
     """An artifact as a transformers model of `size` (default: the base model), with the methods of `AnySizeModel`.
 
-    `quantize` compresses, too. A folder that was exported at one size is loaded as it is. At a size only its bytes are read,
-    and those of larger ones when they are asked for. From S3: `from_pretrained(Store(...).open("s3://..."), size=0.6)`.
+    `quantize` compresses, too; "best" only where the curves that were measured in 8 and 4 bit say that it is better. A folder that
+    was exported at one size is loaded as it is. At a size only its bytes are read, and those of larger ones when they are asked for.
+    From S3: `from_pretrained(Store(...).open("s3://..."), size=0.6)`.
     """
     budget = None if size is None else as_budget(size)
     if isinstance(source, Artifact):
@@ -57,12 +57,14 @@ def from_pretrained(
     return _sized(Artifact.open(folder), budget, quantize, device)
 
 
-def _sized(artifact: Artifact, budget: Budget | None, quantize: Kind | None, device: str | torch.device) -> PreTrainedModel:
-    if budget is not None and quantize is not None and budget.bits is None and not budget.by_curve:
-        budget = replace(budget, bits=8 if quantize == "int8" else 4)
-    model = AnySizeModel.of(artifact, device, budget)
-    if quantize is not None:
-        model.quantize(quantize)
+def _sized(
+    artifact: Artifact, budget: Budget | None, quantize: Kind | Literal["best"] | None, device: str | torch.device
+) -> PreTrainedModel:
+    if budget is None and quantize == BEST:
+        raise BudgetError('quantize="best" needs a size in bytes, memory or perplexity, like size="8GB".')
+    model = AnySizeModel.of(artifact, device, None if budget is None else counted(budget, quantize))
+    if quantize is not None and (kind := kind_of(model.cut, quantize)) is not None:
+        model.quantize(kind)
     return cast(PreTrainedModel, model)
 
 
@@ -119,9 +121,9 @@ class AnySizeModel:
             self.any_size = None
         return self
 
-    def quantize(self, kind: Kind = "nf4") -> "AnySizeModel":
-        """The compressed layers' matrices in 4 bit (nf4, fp4) or 8 bit (int8)."""
-        kind_of(self.cut, kind)  # refuses other bits than the budget was counted in
+    def quantize(self, kind: Kind | None = None) -> "AnySizeModel":
+        """The compressed layers' matrices in 4 bit (nf4, fp4) or 8 bit (int8). Default: as the size was counted, else nf4."""
+        kind = kind_of(self.cut, kind) or "nf4"  # refuses more bits than the budget was counted in
         self.compress()
         quantise_in_place(cast(PreTrainedModel, self), kind)
         return self

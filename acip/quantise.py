@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from acip.budget import Budget
+from acip.budget import KIND_OF_BITS, Budget, Kind
 from acip.cut import Cut
-from acip.errors import ArtifactError
+from acip.errors import ArtifactError, BudgetError
 from acip.modeling_acip import BLOCK, LowRankLinear, PivotLinear, QuantLinear, bias_of, plain_linear, set_module, swap_linears, weight_MN
 
-Kind = Literal["nf4", "fp4", "int8"]
+BEST: Literal["best"] = "best"  # of the bits in which a curve was measured
 BITS = {"nf4": 4, "fp4": 4, "int8": 8}
 
 
@@ -71,22 +71,36 @@ def quantise_in_place(model: PreTrainedModel, kind: str) -> None:
     acip["quantise"] = kind
 
 
-def counted(budget: Budget, kind: Kind | None) -> Budget:
-    """`budget`, counted in the bits that `kind` needs where it does not say itself; the curve was not measured in any."""
-    if kind is None or budget.by_curve or budget.bits is not None:
+def rounded(model: PreTrainedModel) -> PreTrainedModel:
+    """A quantised model with its matrices as they are multiplied: the same answers, without dequantising at each use."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuantLinear):
+            set_module(model, name, plain_linear(layer.dequantised(model.dtype), layer.bias))
+    return model
+
+
+def counted(budget: Budget, kind: Kind | Literal["best"] | None) -> Budget:
+    """`budget`, counted in the bits that `kind` needs where it does not say itself ("best": in those that the curves choose)."""
+    if kind is None or budget.bits is not None:
         return budget
+    if kind == BEST:
+        return replace(budget, bits=BEST)
     _known(kind)
+    if budget.by_curve and kind not in KIND_OF_BITS.values():
+        raise BudgetError(f"curves are measured in {' and '.join(KIND_OF_BITS.values())}, not in {kind}: ask for another kind of budget.")
     return replace(budget, bits=8 if BITS[kind] == 8 else 4)
 
 
-def kind_of(cut: Cut, kind: Kind | None) -> Kind | None:
+def kind_of(cut: Cut, kind: Kind | Literal["best"] | None) -> Kind | None:
     """What a cut is quantised to where `kind` is asked for: never to more bits than its budget was counted in."""
+    if kind == BEST:
+        kind = None
     if kind is not None:
         _known(kind)
     if cut.bits is None:
         return kind
     if kind is None:
-        return "int8" if cut.bits == 8 else "nf4"
+        return KIND_OF_BITS[cut.bits]
     if BITS[kind] > cut.bits:
         raise ArtifactError(
             f"the size was cut to fit in {cut.bits} bit; {kind} needs {BITS[kind]}. Leave the kind out, or ask for these bits."

@@ -29,7 +29,7 @@ from acip.artifact import Artifact
 from acip.budget import Budget
 from acip.data import documents
 from acip.errors import AcipError, BudgetError, EvaluationError
-from acip.evaluate import DivergenceOn, Efficiency, Measurement, PerplexityOn, Samples, TaskScore, Text
+from acip.evaluate import DivergenceOn, Efficiency, Measurement, PerplexityOn, QuantisedOn, Samples, TaskScore, Text
 from acip.evaluate.samples import PROMPTS
 from acip.evaluate.tasks import check, expand
 
@@ -49,6 +49,7 @@ def arguments() -> argparse.Namespace:
     text.add_argument("--protocol", nargs="+", help="packed, field, paper: see acip/evaluate/text.py (default: packed)")
     text.add_argument("--context", type=int, help="tokens of a window (default: 2048, or as many as the model reads)")
     text.add_argument("--windows", type=int, help="at most so many (default: all)")
+    text.add_argument("--quantize", nargs="+", choices=("nf4", "int8"), default=[], help="perplexity in these bits, too (with an artifact)")
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval's names, package:NAME, paper, package:paper")
     tasks.add_argument("--task-folder", default="", metavar="FOLDER", help="task files of your own")
@@ -63,7 +64,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cpus", type=float, default=0.0, help="CPUs of each size (default: shared out)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with --base")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the rows as JSON (default: ACIP_HOME/evaluations/...)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.base and args.quantize:
+        parser.error("--quantize measures what quantising a size costs: give --model or --artifact.")
+    return args
 
 
 def main() -> int:
@@ -142,7 +146,7 @@ def reachable(args: argparse.Namespace, artifact: Artifact | None) -> list[float
 
 def texts_of(args: argparse.Namespace, artifact: Artifact | None) -> list[Text]:
     """What is read; DataError for what is not there, before anything long is begun."""
-    if {"perplexity", "divergence"} <= set(args.skip):
+    if {"perplexity", "divergence"} <= set(args.skip) and not args.quantize:
         return []
     like = artifact.curve[0] if artifact is not None and artifact.curve and not args.data else {}
     positions = None if artifact is None else getattr(artifact.config.get_text_config(), "max_position_embeddings", None)
@@ -165,6 +169,7 @@ def measurements(args: argparse.Namespace, texts: list[Text], has_base: bool) ->
     folder = str(Path(args.task_folder).resolve()) if args.task_folder else ""
     what: list[Measurement] = [PerplexityOn(text) for text in texts if "perplexity" not in args.skip]
     what += [DivergenceOn(text) for text in texts if has_base and "divergence" not in args.skip]
+    what += [QuantisedOn(text, kind) for text in texts for kind in args.quantize]
     what += [TaskScore(task, folder, args.shots, args.limit) for task in expand(args.tasks)]
     if "samples" not in args.skip:
         what.append(Samples(tuple(args.prompts)))

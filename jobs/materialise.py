@@ -5,7 +5,8 @@
     python jobs/materialise.py llama-2-7b --fit 8GB --context 4096 --batch 1 --quantize nf4 --out small
 
 --fit alone limits the weights; with --context, weights, KV cache and the overhead of serving. With --quantize, a size or budget
-is cut for matrices in these bits. Exit code 0 = the folder is there, 1 = it could not be made, 2 = wrong arguments.
+is cut for matrices in these bits; with --quantize best, in those that lose least by the curves (jobs/evaluate.py --quantize).
+Exit code 0 = the folder is there, 1 = it could not be made, 2 = wrong arguments.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from acip_platform.settings import Settings, masked
 
 from acip.errors import AcipError
 
-KINDS = ("nf4", "fp4", "int8")
+KINDS = ("nf4", "fp4", "int8", "best")
 HUB_ID = r"[\w.-]+/[\w.-]+"
 
 
@@ -30,7 +31,8 @@ def arguments() -> argparse.Namespace:
     size.add_argument("--fit", metavar="BYTES", help='"8GB" or "8GiB" of weights; with --context, of memory')
     parser.add_argument("--context", type=int, help="tokens of a sequence, prompt and answer (with --fit)")
     parser.add_argument("--batch", type=int, help="sequences served at once (with --context; default: 1)")
-    parser.add_argument("--quantize", choices=KINDS, help="the compressed layers' matrices in 4 or 8 bit")
+    what = "the compressed layers' matrices in 4 or 8 bit; best = in what the curves measured in these bits say, if at all"
+    parser.add_argument("--quantize", choices=KINDS, help=what)
     parser.add_argument("--alias", default="champion", help="alias or version number in the registry (default: %(default)s)")
     parser.add_argument("--max-shard-size", default="5GB", help="(default: %(default)s)")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where to write; an earlier export there is replaced")

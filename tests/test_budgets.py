@@ -2,6 +2,8 @@
 
 import math
 import random
+from contextlib import suppress
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 from typing import Any
@@ -269,8 +271,8 @@ BARE = CutTable(shapes(0), table(0).order, 0, 0)
         ({"max_perplexity": 0.9}, "at least 1"),
         ({"max_loss_increase": -0.1}, "at least 0"),
         ({"max_loss_increase": float("inf")}, "at least 0"),
-        ({"stored_bytes": 5, "bits": 16}, "8, 4 or None"),
-        ({"max_perplexity": 20, "bits": 4}, "measured in the model's own dtype"),
+        ({"stored_bytes": 5, "bits": 16}, "8, 4, 'best' or None"),
+        ({"ratio": 0.5, "bits": "best"}, "bits change no ratio"),
     ],
 )
 def test_malformed_budgets_say_what_is_allowed(fields: dict[str, Any], said: str) -> None:
@@ -287,6 +289,9 @@ def test_malformed_budgets_say_what_is_allowed(fields: dict[str, Any], said: str
         (table(0), Budget(stored_bytes=10, bits=8), r"the smallest is [\d,]+ bytes in 8 bit"),
         (table(0), Budget(memory_mb=1, context=10, batch=1), r"the smallest is 257 MB \(weights .*, KV cache .*, overhead 256\.0\)"),
         (table(0), Budget(max_perplexity=7), r"the base model has perplexity 7\.38"),
+        (table(0), Budget(max_perplexity=20, bits=4), "no curve was measured in 4 bit"),
+        (BARE, Budget(max_perplexity=20, bits="best"), "no curve"),
+        (table(0), Budget(stored_bytes=10, bits="best"), r"the smallest is [\d,]+ bytes"),
     ],
 )
 def test_what_cannot_be_met_is_refused_with_a_reason(cut_table: CutTable, budget: Budget, said: str) -> None:
@@ -339,6 +344,62 @@ def test_a_ratio_may_be_counted_in_bits() -> None:
     assert len({cut.removed for cut in cuts}) == 1
     assert len({cut.bytes for cut in cuts}) == 3
     assert cuts[0].predicted and cuts[1].predicted is None
+
+
+def in_bits(index: int) -> CutTable:
+    """A table whose curves in 8 and 4 bit lie above the model's own by 0.02 and by 0.1 to 0.5 nats."""
+    curves: dict[Bits, Curve] = {8: Curve((1.0, 0.5), (2.02, 2.42)), 4: Curve((1.0, 0.5), (2.1, 2.9))}
+    return replace(table(index), quantised=curves)
+
+
+@pytest.mark.parametrize("index", range(len(TABLES)))
+def test_the_best_bits_lose_least_within_bytes(index: int) -> None:
+    t, chosen = in_bits(index), set()
+    most, least = int(t.least_bytes()[0]) + t._weights.rest, int(t.least_bytes(4)[-1]) + t._weights.rest
+    for asked in random.Random(index).sample(range(least, most + 2), BUDGETS):
+        losses = {}
+        for bits in ALL_BITS:
+            with suppress(BudgetError):
+                cut = t.cut(Budget(stored_bytes=asked, bits=bits))
+                if cut.predicted:
+                    losses[bits] = cut.predicted["loss"]
+        if not losses:
+            with pytest.raises(BudgetError):
+                t.cut(Budget(stored_bytes=asked, bits="best"))
+            continue
+        best = t.cut(Budget(stored_bytes=asked, bits="best"))
+        assert best.bytes is not None and best.bytes <= asked
+        assert best.predicted and best.predicted["loss"] == min(losses.values()) == losses[best.bits]
+        chosen.add(best.bits)
+    assert len(chosen) > 1
+
+
+def test_the_best_bits_for_a_perplexity_store_the_fewest_bytes() -> None:
+    t = in_bits(2)
+    for asked in (7.4, 7.6, 8.0, 9.0, 11.0):
+        cuts = []
+        for bits in ALL_BITS:
+            with suppress(BudgetError):
+                cuts.append(t.cut(Budget(max_perplexity=asked, bits=bits)))
+        best = t.cut(Budget(max_perplexity=asked, bits="best"))
+        assert best.predicted and best.predicted["perplexity"] <= asked
+        assert best.bytes == min(cut.bytes for cut in cuts if cut.bytes is not None)
+
+
+def test_a_curve_in_bits_comes_from_what_was_measured_on_the_same_text() -> None:
+    about = {"corpus": "a", "protocol": "packed", "context": 64, "windows": 4}
+
+    def part(kind: str, loss: float, **other: Any) -> dict[str, Any]:
+        return {"kind": "quantised", "quantise": kind, "values": {"loss_nats": loss}, **about, **other}
+
+    rows: list[dict[str, Any]] = [
+        {"got": 1.0, "loss": 2.0, **about, "evaluation": [part("int8", 2.9, corpus="b"), part("nf4", 2.2), part("int8", 2.1)]},
+        {"got": 0.8, "loss": 2.1, **about},
+        {"got": 0.6, "loss": 2.5, **about, "evaluation": [part("int8", 2.6), "odd", {"kind": "quantised"}]},
+    ]
+    assert Curve.of(rows, 8) == Curve((1.0, 0.6), (2.1, 2.6))
+    assert Curve.of(rows, 4) == Curve((1.0,), (2.2,))
+    assert Curve.of(rows[1:2], 4) is None
 
 
 def test_bytes_budgets_set_a_model(small_artifact: Artifact) -> None:

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from acip.artifact import Artifact
-from acip.budget import Budget
+from acip.budget import Budget, Curve
 from acip.errors import ArtifactError
-from acip.export import export, tensor_bytes
+from acip.evaluate import PerplexityOn, QuantisedOn, Text, evaluate, extended, perplexity
+from acip.export import export, sized, tensor_bytes
 from acip.linear import LowRankLinear, PivotLinear
 from acip.materialise import AnySize
 from acip.modeling_acip import QuantLinear, plain_linear
@@ -34,6 +35,26 @@ def test_a_quantised_export_is_close_and_as_small_as_counted(
     assert not any(type(part) is nn.Linear for name in cut.ranks for part in loaded.get_submodule(name).modules())
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(read(tmp_path / "again"), heldout_tokens[:2]), logits(loaded, heldout_tokens[:2]))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_what_quantising_costs_is_measured_beside_the_curve(any_size: AnySize, small_artifact: Artifact, kind: Any) -> None:
+    """As it is exported; the bits that lose least are then chosen by it."""
+    text = Text("package:wikipedia", "packed", 32, 4)
+    tokenizer = small_artifact.tokenizer()
+    rows = []
+    for size in (1.0, 0.5):
+        any_size.resize(size)
+        rows.append(evaluate(any_size, tokenizer, [PerplexityOn(text), QuantisedOn(text, kind)]))
+        in_own, in_bits = rows[-1]["evaluation"]
+        model = sized(any_size, kind)
+        assert any(isinstance(layer, QuantLinear) for layer in model.modules())
+        assert in_bits["values"]["loss_nats"] == pytest.approx(perplexity(model, text.tokens(tokenizer)).loss, abs=1e-6)
+        assert in_bits["values"]["loss_nats"] != in_own["values"]["loss_nats"]
+    curve, _ = extended([], rows, 0.4)
+    bits: Any = {"nf4": 4, "int8": 8}[kind]
+    measured = Curve.of(curve, bits)
+    assert measured is not None and len(measured.sizes) == 2
 
 
 @pytest.mark.parametrize(("M", "N"), [(128, 96), (64, 32), (37, 37), (192, 51), (5, 1), (64, 64)])

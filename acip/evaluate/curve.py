@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from acip.budget import SAME
 from acip.cut import Budget
 from acip.errors import BudgetError
 from acip.evaluate.perplexity import perplexity
@@ -13,7 +14,6 @@ from acip.evaluate.text import Protocol
 from acip.materialise import AnySize
 
 Row = dict[str, Any]
-SAME = ("corpus", "protocol", "context", "windows")  # what a curve's rows have in common
 
 
 def trade_off(

@@ -9,10 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from acip.budget import QUANTISED
 from acip.errors import EvaluationError
 from acip.evaluate.rows import Measurement, Part, Subject, label
 from acip.evaluate.text import Text, content
+from acip.export import sized
 from acip.losses import next_token
+from acip.quantise import Kind, rounded
 
 
 @dataclass(frozen=True)
@@ -85,3 +88,20 @@ class PerplexityOn(OnText):
         found = perplexity(subject.model, self.windows(subject))
         values = {"perplexity": found.perplexity, "loss_nats": found.loss, "loss_stderr_nats": found.stderr}
         return {**self.facts(found.windows), "values": values}
+
+
+@dataclass(frozen=True)
+class QuantisedOn(OnText):
+    """Perplexity of the size as it is exported in 8 or 4 bit."""
+
+    kind: ClassVar[str] = QUANTISED
+    quantise: Kind = "nf4"
+
+    def measure(self, subject: Subject) -> Part:
+        if subject.any_size is None:
+            raise EvaluationError("what quantising costs is measured of an artifact: give --model or --artifact.")
+        model = rounded(sized(subject.any_size, self.quantise))
+        found = perplexity(model, self.windows(subject))
+        facts = self.facts(found.windows)
+        values = {"perplexity": found.perplexity, "loss_nats": found.loss, "loss_stderr_nats": found.stderr}
+        return {**facts, "label": f"{facts['label']}_{self.quantise}", "quantise": self.quantise, "values": values}
