@@ -12,7 +12,8 @@ order.safetensors     `layer` [D]: the layer that loses a direction, first to le
 digests.safetensors   `FILE/TENSOR` [chunks, 32]: sha256 of each chunk of rows (acip.tensors) of the files above
 adapters.safetensors  the adapters by themselves, for PEFT; no size reads them: `NAME.PLACE.A`, `NAME.PLACE.B` (scaled) at
                       the places right (A [R, N], B [S, R]) and left (A [R, S], B [M, R]), or layer (A [R, N], B [M, R])
-config.json, tokenizer files, generation_config.json    the base model's own
+config.json           the base model's, with what makes transformers load an artifact (acip/modeling_acip.py)
+tokenizer files, generation_config.json    the base model's own
 """
 
 import hashlib
@@ -21,6 +22,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -39,14 +41,17 @@ from acip.errors import ArtifactError
 from acip.layers import targets, weight_MN
 from acip.linear import ElasticLinear
 from acip.materialise import AnySize
+from acip.modeling_acip import MODEL_TYPE, base_config, classes, door
 from acip.reader import Reader
 from acip.recipe import Recipe
 from acip.source import Folder, Source
 from acip.tensors import TensorFile, digests
 
-SCHEMA = 3
+SCHEMA = 4
+READABLE = (3, SCHEMA)  # until 3, config.json was the base model's own
 DIGESTS = "digests"
 MANIFEST = "manifest.json"
+CONFIG = "config.json"
 DIGESTED = ("factors", "dense", "rest", "order", "adapters")
 
 
@@ -103,6 +108,11 @@ class Artifact:
         for part in (base.model.config, getattr(base.model, "generation_config", None), base.tokenizer):
             if part is not None:  # a vision model has no words to read or write
                 part.save_pretrained(folder)
+        if base.model.can_generate():
+            with suppress(ValueError):  # a class of its own, which transformers can't load
+                classes(base.model.config.model_type, type(base.model).__name__)
+                config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+                (folder / CONFIG).write_text(json.dumps(door(config, type(base.model).__name__), indent=1), encoding="utf-8")
         return cls._seal(folder, {
             "schema": SCHEMA,
             "base": {"source": base.source, "revision": base.revision, "digest": base.digest},
@@ -249,11 +259,15 @@ class Artifact:
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        folder = self.local("config.json").parent
+        """The base model's."""
+        path = self.local(CONFIG)
         try:
-            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            if fields["model_type"] == MODEL_TYPE:
+                return base_config(fields)
+            return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
         except Exception as error:  # transformers raises whatever a foreign config makes of it
-            raise ArtifactError(f"{self.source.where}/config.json describes no model: {error}") from error
+            raise ArtifactError(f"{self.source.where}/{CONFIG} describes no model: {error}") from error
 
     def tokenizer(self) -> Any:
         for file in self.manifest["files"]:
@@ -291,11 +305,11 @@ def check(manifest: Any, where: str) -> None:
     """Refuse what this code did not write: other schemas, missing fields, paths that leave the folder, numbers that can't be."""
     if not isinstance(manifest, dict) or not _is_count(manifest.get("schema")):
         raise ArtifactError(f"{where}/{MANIFEST} is not an acip manifest.")
-    if manifest["schema"] != SCHEMA:
+    if manifest["schema"] not in READABLE:
         remedy = (
             "Upgrade acip." if manifest["schema"] > SCHEMA else "Calibrate again; nothing reads what was written before the first release."
         )
-        raise ArtifactError(f"{where} has schema {manifest['schema']}; this acip reads {SCHEMA}. {remedy}")
+        raise ArtifactError(f"{where} has schema {manifest['schema']}; this acip reads {READABLE[0]} to {SCHEMA}. {remedy}")
     for key, kind in (("base", dict), ("recipe", dict), ("layers", list), ("files", dict), ("curve", list), ("rest_params", int)):
         if not isinstance(manifest.get(key), kind):
             raise ArtifactError(f"{where}/{MANIFEST}: {key!r} is missing or not a {kind.__name__}. Fetch the artifact again.")

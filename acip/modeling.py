@@ -1,6 +1,7 @@
 """A calibrated model in transformers' hands, at any size (the paper's three lines).
 
     model = acip.from_pretrained("path/to/artifact", size=0.6)     or "8GB", "800M params", a Budget
+    model = AutoModelForCausalLM.from_pretrained("path")           the same, after `import acip`; also from the hub
     model.prune_model_by_score(size_ratio=0.5)                     another size, at once, as often as you like
     model.compress()                                               plain layers, adapters folded in; memory falls
     model.quantize("nf4")                                          their matrices in 4 bit
@@ -10,6 +11,7 @@ Each of the three returns the model, and works on it in place. What `compress` d
 when another size is asked for.
 """
 
+import re
 from pathlib import Path
 from typing import Any, Literal, cast
 from urllib.parse import urlparse
@@ -20,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from acip.artifact import MANIFEST, Artifact
 from acip.budget import Budget
+from acip.card import HUB_ID
 from acip.cut import Cut
 from acip.errors import ArtifactError, BudgetError
 from acip.export import adopt, export, framed, free, sized, write
@@ -27,6 +30,12 @@ from acip.materialise import AnySize
 from acip.modeling_acip import MODEL_TYPE
 from acip.quantise import BEST, Kind, counted, kind_of, quantise_in_place
 from acip.recipe import Convention
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+IDLE_ARGUMENTS = (  # what transformers passes on to every model
+    "adapter_kwargs", "code_revision", "_commit_hash", "_from_auto", "low_cpu_mem_usage", "subfolder", "tp_plan",
+    "trust_remote_code", "use_safetensors", "state_dict", "_from_pipeline",
+)  # fmt: skip
 
 
 def from_pretrained(
@@ -47,6 +56,8 @@ def from_pretrained(
     if "://" in str(source) and not str(source).startswith("file://"):
         raise ArtifactError(f"{source} is no folder. Open it with acip_platform.store.Store, and pass what comes back.")
     folder = Path(url2pathname(urlparse(str(source)).path) if str(source).startswith("file://") else source)
+    if not folder.exists() and re.fullmatch(HUB_ID, str(source)):
+        folder = Path(snapshot(str(source)))
     if not (folder / MANIFEST).is_file() and (folder / "config.json").is_file():
         if size is not None or quantize is not None:
             raise BudgetError(f"{folder} is a model of one size; another size or quantisation is made from its artifact. Leave them out.")
@@ -55,6 +66,53 @@ def from_pretrained(
             raise ArtifactError(f"{folder} is neither an artifact nor an export of one. Calibrate it first (jobs/calibrate_all.py).")
         return exported.to(device)  # type: ignore[arg-type]
     return _sized(Artifact.open(folder), budget, quantize, device)
+
+
+def through_transformers(
+    source: str | Path,
+    size: float | str | Budget | None = None,
+    quantize: Kind | Literal["best"] | None = None,
+    dtype: Any = None,
+    torch_dtype: Any = None,
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    **others: Any,
+) -> PreTrainedModel:
+    """What `AutoModelForCausalLM.from_pretrained` makes of an artifact's folder, or of one on the hub: a model of every size.
+
+    It takes `size` and `quantize`, too. ArtifactError for arguments that mean nothing here.
+    """
+    hub = {key: others.pop(key) for key in HUB_ARGUMENTS if others.get(key) is not None}
+    if meant := sorted(key for key, value in others.items() if value is not None and key not in IDLE_ARGUMENTS):
+        raise ArtifactError(
+            f"{', '.join(meant)}: an artifact is loaded with size, quantize, dtype, device_map (a device), attn_implementation, "
+            "and those of the hub alone."
+        )
+    if isinstance(device_map, dict) and len(device_map) == 1:
+        (device_map,) = device_map.values()
+    if device_map == "auto":
+        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(device_map, str | int | torch.device | None):
+        raise ArtifactError(f"device_map is {device_map!r}; an artifact is loaded to one device, like 'cuda:0'.")
+    folder = source if Path(source).is_dir() else snapshot(str(source), **hub)
+    model = from_pretrained(folder, size, quantize, torch.device("cpu" if device_map is None else device_map))
+    dtype = dtype if dtype is not None else torch_dtype
+    if attn_implementation is not None:
+        model.set_attn_implementation(attn_implementation)
+    if dtype not in (None, "auto"):
+        torch.nn.Module.to(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    return model
+
+
+def snapshot(repository: str, **hub: Any) -> str:
+    """The folder of a repository of the hub, downloaded where it is not on this machine."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(repository, **hub)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ArtifactError(f"{repository} is no folder, and was not got from the hub: {error}") from error
 
 
 def _sized(

@@ -21,6 +21,7 @@ Quantised (nf4, fp4, int8), each of these weights is `codes` and `absmax` (`Quan
 import shutil
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,22 @@ class AcipConfig(PreTrainedConfig):
         return config_class.from_dict(fields, **kwargs)
 
 
+def door(config: dict[str, Any], base_class: str) -> dict[str, Any]:
+    """A base model's config.json as that of its artifact, from which transformers loads any size where acip is installed."""
+    acip: dict[str, Any] = {"base_class": base_class, "quantise": None, "layers": {}, "artifact": True}
+    architectures = [f"Acip{base_class}"]
+    return config | {"model_type": MODEL_TYPE, "base_model_type": config["model_type"], "architectures": architectures, "acip": acip}
+
+
+def base_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """The base model's config, from what `door` made of it."""
+    from transformers import CONFIG_MAPPING
+
+    kept = {key: value for key, value in fields.items() if key not in ("model_type", "base_model_type", "acip")}
+    found: PreTrainedConfig = CONFIG_MAPPING[fields["base_model_type"]].from_dict(kept | {"architectures": [fields["acip"]["base_class"]]})
+    return found
+
+
 class SizedConfig:
     """Mixed into the base model's config class. In memory it is that config; on disk it is an `AcipConfig`."""
 
@@ -273,6 +290,15 @@ class SizedModel:
             raise ValueError(f"config.json says quantise {kind!r}; allowed are {', '.join(KINDS)} or null.")
         if kind is not None:
             swap_linears(model, config.acip["layers"], lambda linear: QuantLinear.blank(linear, kind))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """An export; or, of an artifact, a model of every size, which is acip's own work."""
+        if config is None or not getattr(config, "acip", {}).get("artifact"):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)  # type: ignore[misc]
+        through = import_module("acip.modeling").through_transformers  # not by a statement: transformers would ask every user for acip
+        chosen = kwargs.pop("attn_implementation", None) or config._attn_implementation_internal  # where transformers puts it
+        return through(pretrained_model_name_or_path, attn_implementation=chosen, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         Path(save_directory).mkdir(parents=True, exist_ok=True)

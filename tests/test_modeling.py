@@ -1,17 +1,21 @@
 """The paper's three lines: any size, compressed, quantised, and back."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
 import acip
-from acip.artifact import Artifact
+from acip.artifact import Artifact, sha256
 from acip.budget import Budget
 from acip.errors import ArtifactError, BudgetError
 from acip.export import PROVENANCE
 from acip.materialise import AnySize
+from acip.modeling import AnySizeModel
 from tests.conftest import logits, read
 
 
@@ -66,3 +70,47 @@ def test_wrong_sizes_and_places_are_told(small_artifact: Artifact, exported: Pat
         acip.from_pretrained(tmp_path)
     with pytest.raises(AttributeError, match="has no attribute 'from_pretraind'"):
         acip.from_pretraind  # noqa: B018
+
+
+def test_transformers_loads_an_artifact(small_artifact: Artifact, heldout_tokens: torch.Tensor) -> None:
+    """The paper's first line, as it is written."""
+    tokens, folder = heldout_tokens[:2], small_artifact.folder
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    assert isinstance(model, AnySizeModel) and model.cut.got == 1.0
+    assert torch.equal(logits(model, tokens), logits(acip.from_pretrained(folder), tokens))
+    half = logits(model.prune_model_by_score(0.5), tokens)
+    straight: Any = AutoModelForCausalLM.from_pretrained(folder, size=0.5, device_map="cpu", attn_implementation="eager")
+    assert straight.config._attn_implementation == "eager"
+    assert (logits(straight, tokens) - half).abs().max() < 1e-4
+    assert AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).dtype == torch.float64
+    said = pipeline("text-generation", str(folder), tokenizer=small_artifact.tokenizer())("The", max_new_tokens=3)
+    assert said[0]["generated_text"].startswith("The")
+    with pytest.raises(ArtifactError, match=r"quantization_config: an artifact is loaded with size"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config={"bits": 4})
+    with pytest.raises(ArtifactError, match="to one device"):
+        AutoModelForCausalLM.from_pretrained(folder, device_map={"a": 0, "b": 1})
+
+
+def test_the_config_of_an_artifact_is_the_base_models(small_artifact: Artifact, small_base: str, tmp_path: Path) -> None:
+    """Whether it is written as today, or as it was before schema 4."""
+    base = AutoConfig.from_pretrained(small_base)
+    assert differing(small_artifact.config, base) <= {"_name_or_path", "dtype", "architectures", "transformers_version"}
+    old = tmp_path / "old"
+    shutil.copytree(small_artifact.folder, old)
+    base.save_pretrained(old)
+    manifest = json.loads((old / "manifest.json").read_text())
+    facts = {"bytes": (old / "config.json").stat().st_size, "sha256": sha256(old / "config.json")}
+    manifest = manifest | {"schema": 3, "files": manifest["files"] | {"config.json": facts}}
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    opened = Artifact.open(old, verify=True)
+    assert type(opened.config) is type(base) and opened.load(size=0.5).cut is not None
+
+
+def differing(one: Any, other: Any) -> set[str]:
+    a, b = one.to_dict(), other.to_dict()
+    return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
+
+
+def test_a_repository_that_is_not_there_is_told() -> None:
+    with pytest.raises(ArtifactError, match="was not got from the hub"):
+        acip.from_pretrained("nobody/nothing")
