@@ -153,14 +153,19 @@ class Artifact:
         save_file(dict(_digests(folder)), folder / f"{DIGESTS}.safetensors")
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         facts = {file: {"bytes": (folder / file).stat().st_size, "sha256": sha256(folder / file)} for file in files}
-        _write_atomically(folder / MANIFEST, {**manifest, "curve": [], "files": facts})
+        cls.write_manifest(folder, {**manifest, "curve": [], "files": facts})
         return cls.open(folder)
+
+    @staticmethod
+    def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+        """The last file of an artifact: without it there is none."""
+        _write_atomically(folder / MANIFEST, dict(manifest))
 
     def record_curve(self, rows: list[dict[str, Any]]) -> "Artifact":
         """Put the measured trade-off curve into the manifest. Nothing else changes. Of a local artifact only."""
         if not (self.folder / MANIFEST).is_file():
             raise ArtifactError(f"{self.source.where} can't be changed in place. Fetch it, record the curve, publish the manifest.")
-        _write_atomically(self.folder / MANIFEST, {**self.manifest, "curve": rows})
+        self.write_manifest(self.folder, {**self.manifest, "curve": rows})
         return Artifact.open(self.folder)
 
     # ---- read

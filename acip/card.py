@@ -10,6 +10,9 @@ from acip.artifact import Artifact
 HUB_ID = r"[\w.-]+/[\w.-]+"
 
 
+HEAD = ("library_name: transformers", "pipeline_tag: text-generation", "tags:")
+
+
 def card(provenance: dict[str, Any], artifact: Artifact, name: str) -> str:
     """README.md with the hub's fields on top."""
     source, size, quantised = artifact.manifest["base"]["source"], provenance["size"], provenance["quantise"]
@@ -20,9 +23,7 @@ def card(provenance: dict[str, Any], artifact: Artifact, name: str) -> str:
         *([f"license: {licence}"] if licence else []),
         *([f"base_model: {hub_id}"] if hub_id else []),
         *(["base_model_relation: quantized"] if hub_id and quantised else []),
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags:",
+        *HEAD,
         *(f"- {tag}" for tag in tags),
     ]
     ratio = size["sizes"]["linear"]
@@ -48,6 +49,30 @@ def card(provenance: dict[str, Any], artifact: Artifact, name: str) -> str:
         "Needs transformers 5 or newer.", "",
         "## Measured", "", *_curve(artifact.curve, ratio, quantised), "",
         "## Limits", "", *(f"* {limit}" for limit in _limits(provenance, licence, linked)), "",
+    ])  # fmt: skip
+
+
+def artifact_card(artifact: Artifact, name: str) -> str:
+    """README.md of an artifact of every size."""
+    source = artifact.manifest["base"]["source"]
+    hub_id = source.partition("@")[0] if _is_hub_id(source) else None
+    licence, tags = licence_of(source), ["acip", "compressed", "low-rank", "any-size"]
+    linked = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"`{shown(source)}`"
+    head = [*([f"license: {licence}"] if licence else []), *([f"base_model: {hub_id}"] if hub_id else []), *HEAD, *(f"- {t}" for t in tags)]
+    provenance = {
+        "recipe": artifact.manifest["recipe"],
+        "quantise": None,
+        "base": artifact.manifest["base"],
+        "size": {"sizes": {"linear": 1.0}},
+    }
+    return "\n".join([
+        "---", *head, "---", "",
+        f"# {name}", "",
+        f"{linked} at any size, by [ACIP](https://arxiv.org/abs/2502.01717): choose the size when you load it.", "",
+        "## Use", "", "```python", *_any_size_usage(), "```", "",
+        "Needs `acip`. The format is documented in its `ARTIFACT.md`; nothing in this folder is executed.", "",
+        "## Measured", "", *_curve(artifact.curve, None, None), "",
+        "## Limits", "", *(f"* {limit}" for limit in _limits(provenance, licence, linked, "manifest.json")), "",
     ])  # fmt: skip
 
 
@@ -104,7 +129,19 @@ def _usage(quantised: str | None) -> list[str]:
     ]
 
 
-def _curve(rows: list[dict[str, Any]], ratio: float, quantised: str | None) -> list[str]:
+def _any_size_usage() -> list[str]:
+    return [
+        "import acip",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("path/or/repo")',
+        'model.prune_model_by_score(size_ratio=0.5)  # as often as you like; model.resize("8GB") takes other budgets',
+        "model.compress()  # plain layers; memory falls",
+        'model.quantize("nf4")  # if you like',
+    ]
+
+
+def _curve(rows: list[dict[str, Any]], ratio: float | None, quantised: str | None) -> list[str]:
     measured = [row for row in rows if isinstance(row.get("perplexity"), int | float)]
     if not measured:
         return ["No trade-off curve was measured for this model."]
@@ -113,7 +150,7 @@ def _curve(rows: list[dict[str, Any]], ratio: float, quantised: str | None) -> l
     known += [f"{first['windows']} windows of {first['context']} tokens"] if {"windows", "context"} <= first.keys() else []
     table = ["Every size of the same calibration" + (f" ({'; '.join(known)})" if known else "") + ", before any quantisation:", ""]
     table += ["| asked | got | parameters | perplexity | |", "|---|---|---|---|---|"]
-    nearest = min(measured, key=lambda row: abs(row.get("got", row.get("asked", 0)) - ratio))
+    nearest = None if ratio is None else min(measured, key=lambda row: abs(row.get("got", row.get("asked", 0)) - ratio))
     for row in measured:
         got = row.get("got", row.get("asked"))
         error = f" ± {row['perplexity'] * row['stderr']:.2f}" if isinstance(row.get("stderr"), int | float) else ""
@@ -124,7 +161,7 @@ def _curve(rows: list[dict[str, Any]], ratio: float, quantised: str | None) -> l
     return table + (["", f"This model is quantised ({quantised}); the table does not include what that costs."] if quantised else [])
 
 
-def _limits(provenance: dict[str, Any], licence: str | None, linked: str) -> list[str]:
+def _limits(provenance: dict[str, Any], licence: str | None, linked: str, facts: str = "provenance.json") -> list[str]:
     stop = provenance["recipe"].get("stop_ratio")
     limits = [
         f"What {linked} can't do or does wrong, this model can't do or does wrong too; compression may add to it, unevenly over topics.",
@@ -139,4 +176,4 @@ def _limits(provenance: dict[str, Any], licence: str | None, linked: str) -> lis
     limits.append(
         f"Licence: {licence}, the base model's." if licence else "Licence: that of the base model; it was not known here. Check it."
     )
-    return [*limits, f"Base model's digest: `{json.dumps(provenance['base'].get('digest'))[1:13]}`; everything else in `provenance.json`."]
+    return [*limits, f"Base model's digest: `{json.dumps(provenance['base'].get('digest'))[1:13]}`; everything else in `{facts}`."]

@@ -7,7 +7,8 @@
     ├── BudgetError        a size that is malformed or can't be reached
     ├── CalibrationError   the calibration itself went wrong (loss not finite, stop ratio never reached)
     ├── EvaluationError    something to measure that is unknown, not there, or not to be measured of this model
-    └── ArtifactError      a folder that is not an artifact, not whole, or newer than this code
+    ├── ArtifactError      a folder that is not an artifact, not whole, or newer than this code
+    └── HubError           a repository of the hub that can't be read, or written to
 
 Assertions are for us; these are for users.
 """
@@ -42,4 +43,8 @@ class EvaluationError(AcipError):
 
 
 class ArtifactError(AcipError):
+    pass
+
+
+class HubError(AcipError):
     pass

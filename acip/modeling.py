@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from acip.artifact import MANIFEST, Artifact
 from acip.budget import Budget
-from acip.card import HUB_ID
 from acip.cut import Cut
 from acip.errors import ArtifactError, BudgetError
 from acip.export import adopt, export, framed, free, sized, write
+from acip.hub import HUB_ID, snapshot
 from acip.materialise import AnySize
 from acip.modeling_acip import MODEL_TYPE
 from acip.quantise import BEST, Kind, counted, kind_of, quantise_in_place
@@ -102,17 +102,6 @@ def through_transformers(
     if dtype not in (None, "auto"):
         torch.nn.Module.to(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return model
-
-
-def snapshot(repository: str, **hub: Any) -> str:
-    """The folder of a repository of the hub, downloaded where it is not on this machine."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return snapshot_download(repository, **hub)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ArtifactError(f"{repository} is no folder, and was not got from the hub: {error}") from error
 
 
 def _sized(

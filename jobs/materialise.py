@@ -2,6 +2,7 @@
 
     python jobs/materialise.py smollm2-135m --size 0.6 --out small                    a name in the registry
     python jobs/materialise.py s3://bucket/artifacts/... --fit 8GB --out small        an artifact by its URI or path
+    python jobs/materialise.py smollm2-135m --size any --out all --push me/any-size   the artifact itself, with its card, to the hub
     python jobs/materialise.py llama-2-7b --fit 8GB --context 4096 --batch 1 --quantize nf4 --out small
 
 --fit alone limits the weights; with --context, weights, KV cache and the overhead of serving. With --quantize, a size or budget
@@ -27,7 +28,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="name in the registry, or path or URI of an artifact")
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--size", help='"0.6", "60%%", "800M params" or "ppl<=20"')
+    size.add_argument("--size", help='"0.6", "60%%", "800M params", "ppl<=20", or "any": the artifact, of every size')
     size.add_argument("--fit", metavar="BYTES", help='"8GB" or "8GiB" of weights; with --context, of memory')
     parser.add_argument("--context", type=int, help="tokens of a sequence, prompt and answer (with --fit)")
     parser.add_argument("--batch", type=int, help="sequences served at once (with --context; default: 1)")
@@ -44,12 +45,15 @@ def arguments() -> argparse.Namespace:
         parser.error("--context goes with --fit: how much memory may serving at this context take?")
     if args.batch is not None and args.context is None:
         parser.error("--batch goes with --context (tokens of each sequence).")
+    args.any = args.size == "any"
+    if args.any and args.quantize:
+        parser.error("--size any is the artifact, which is not quantised: its sizes are. Leave --quantize out.")
     if args.push and not re.fullmatch(HUB_ID, args.push):
         parser.error(f"--push is {args.push!r}; it must be OWNER/NAME.")
     if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", args.max_shard_size):
         parser.error(f'--max-shard-size is {args.max_shard_size!r}; it must be like "500MB" or "5GB".')
     try:
-        args.budget = budget(args)
+        args.budget = None if args.any else budget(args)
     except AcipError as error:
         parser.error(str(error))
     return args
@@ -85,12 +89,17 @@ def main() -> int:
 def run(args: argparse.Namespace, settings: Settings) -> int:
     from acip_platform.store import Store
 
+    from acip import hub
     from acip.export import export, free
 
-    folder = free(args.out)
+    folder = Path(args.out).absolute() if args.any else free(args.out)
     uri = find(args.model, args.alias, settings)
     print(f"artifact   {masked(uri)}", flush=True)
     artifact = Store(settings.store, settings.home / "cache").open(uri)
+    if args.any:
+        hub.copy(artifact, folder)
+        print(f"written    {folder}: {len(artifact.manifest['files'])} files, every size")
+        return finished(folder, args.push)
     table = artifact.table()
     cut = table.cut(args.budget)  # before the weights are read: what can't be reached is refused at once
     unit = "" if cut.unit == "ratio" else f" {cut.unit}"
@@ -106,10 +115,15 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     stored_as = provenance["quantise"] or provenance["dtype"]
     print(f"weights    {provenance['weight_bytes']:,} bytes ({stored_as}); {on_disk:,} with everything else")
     print(f"written    {folder}")
-    if args.push:
-        push(folder, args.push)
-    model = args.push or str(folder)
-    print(f"\ntry it\n  python -c {try_it(model)}\n")
+    return finished(folder, args.push)
+
+
+def finished(folder: Path, repository: str | None) -> int:
+    from acip.hub import push_to_hub
+
+    if repository:
+        print(f"pushed     {push_to_hub(folder, repository)}")
+    print(f"\ntry it\n  python -c {try_it(repository or str(folder))}\n")
     return 0
 
 
@@ -122,25 +136,6 @@ def find(model: str, alias: str, settings: Settings) -> str:
     from acip_platform.tracking import Registry
 
     return Registry(settings).resolve(model, alias).uri
-
-
-def push(folder: Path, repository: str) -> None:
-    """The folder as one commit. The token is the hub client's own (HF_TOKEN, or `hf auth login`)."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-
-    try:
-        api = HfApi()
-        api.create_repo(repository, exist_ok=True)
-        others = set(api.list_repo_files(repository)) - {".gitattributes"}
-        if others and "provenance.json" not in others:
-            raise AcipError(f"{repository} holds something else than an export of ours ({sorted(others)[0]}); push to another repository.")
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Export of {folder.name}", delete_patterns=["*"])
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-        raise AcipError(
-            f"{folder} is written, but not pushed to {repository}: {error} Check HF_TOKEN and the name, and push again."
-        ) from error
-    print(f"pushed     https://huggingface.co/{repository}")
 
 
 def try_it(model: str) -> str:

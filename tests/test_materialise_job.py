@@ -117,5 +117,30 @@ def test_the_command_pushes(command: Command, small_artifact: Artifact, tmp_path
     assert code == 0 and calls == [("me/small", {"exist_ok": True}), "me/small"] and "https://huggingface.co/me/small" in said
     held.append("thesis.tex")
     code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "out", "--push", "me/small")
-    assert code == 1 and "holds something else than an export of ours (thesis.tex)" in said
+    assert code == 1 and "holds something else than a model of ours (thesis.tex)" in said
     monkeypatch.undo()
+
+
+def test_the_command_copies_and_pushes_the_artifact_itself(
+    command: Command, small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: dict[str, set[str]] = {}
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda _, name, **kwargs: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda _, name: [".gitattributes", "manifest.json", "x.safetensors"])
+
+    def upload(_: Any, *, repo_id: str, folder_path: Path, **kwargs: Any) -> None:
+        pushed[repo_id] = {path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*") if path.is_file()}
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    code, said = command(small_artifact.folder, "--size", "any", "--out", tmp_path / "all", "--push", "me/any")
+    assert code == 0 and "https://huggingface.co/me/any" in said
+    assert pushed == {"me/any": {"manifest.json", "README.md", *small_artifact.manifest["files"]}}
+    copied = Artifact.open(tmp_path / "all", verify=True)
+    assert copied.manifest == small_artifact.manifest and copied.load(size=0.5).cut is not None
+    card = (tmp_path / "all" / "README.md").read_text()
+    assert "library_name: transformers" in card and "prune_model_by_score" in card and str(tmp_path) not in card
+    code, said = command(small_artifact.folder, "--size", "any", "--out", tmp_path / "all")
+    assert code == 1 and "is there already" in said
+    code, said = command(small_artifact.folder, "--size", "any", "--quantize", "nf4", "--out", tmp_path / "q")
+    assert code == 2 and "Leave --quantize out" in said
+    assert {path.name for path in tmp_path.iterdir()} <= {"all", "home"}, "nothing is left of what was refused"

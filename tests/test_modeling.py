@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 import acip
 from acip.artifact import Artifact, sha256
 from acip.budget import Budget
-from acip.errors import ArtifactError, BudgetError
+from acip.errors import ArtifactError, BudgetError, HubError
 from acip.export import PROVENANCE
 from acip.materialise import AnySize
 from acip.modeling import AnySizeModel
@@ -112,5 +112,5 @@ def differing(one: Any, other: Any) -> set[str]:
 
 
 def test_a_repository_that_is_not_there_is_told() -> None:
-    with pytest.raises(ArtifactError, match="was not got from the hub"):
+    with pytest.raises(HubError, match="was not got from the hub"):
         acip.from_pretrained("nobody/nothing")
