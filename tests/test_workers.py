@@ -24,6 +24,7 @@ def fleet(path: Path, base: str, more: str = "", workers: int = 2) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_two_workers_calibrate_one_model(tmp_path: Path, small_base: str) -> None:
     file = fleet(tmp_path / "fleet.yaml", small_base)
     env = {**os.environ, "ACIP_HOME": str(tmp_path / "home"), "ACIP_CHECKPOINT_S": "0.5", "RAY_ADDRESS": "local"}
