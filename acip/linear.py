@@ -17,8 +17,7 @@ Both of the first two carry their adapters, `LoRA` modules by place:
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acip.modeling_acip import LowRankLinear, PivotLinear, plain_linear
+from acip.modeling_acip import LowRankLinear, PivotLinear, onednn, plain_linear
 from acip.recipe import Quantise, Storage
 from acip.rows import FourBitLinear, FourBitRows, Rows
 
@@ -51,24 +50,6 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor, None, None]:
         (alive_K,) = ctx.saved_tensors
         return grad_K.float() * alive_K * ctx.slope, None, None
-
-
-@contextmanager
-def onednn(on: bool) -> Iterator[None]:
-    """Whether a CPU's products are oneDNN's, as they usually are.
-
-    Products of one row are faster by PyTorch's own kernels, as oneDNN sorts a weight anew for each (tests/benchmarks/products.py). But
-    not those with a transposed weight, a layer's second factor: there the kernels are slow, or add up in bfloat16.
-    """
-    before = torch._C._get_mkldnn_enabled()
-    if before == on:
-        yield
-        return
-    torch._C._set_mkldnn_enabled(on)  # torch.backends.mkldnn.flags says the same, with a warning about GPUs
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)
 
 
 class LoRA(nn.Module):

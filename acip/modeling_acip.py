@@ -19,7 +19,8 @@ Quantised (nf4, fp4, int8), each of these weights is `codes` and `absmax` (`Quan
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -47,6 +48,30 @@ LEVELS = {  # bitsandbytes' values of the 16 codes, times the scale
 KINDS = ("nf4", "fp4", "int8")
 
 
+@contextmanager
+def onednn(on: bool) -> Iterator[None]:
+    """Whether a CPU's products are oneDNN's, as they usually are.
+
+    Products of one row are faster by PyTorch's own kernels, as oneDNN sorts a weight anew for each (tests/benchmarks/products.py). But
+    not those with a transposed weight, a layer's second factor: there the kernels are slow, or add up in bfloat16.
+    """
+    before = torch._C._get_mkldnn_enabled()
+    if before == on:
+        yield
+        return
+    torch._C._set_mkldnn_enabled(on)  # torch.backends.mkldnn.flags says the same, with a warning about GPUs
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+def kernels(x: Tensor) -> AbstractContextManager[None]:
+    """Those that are fastest for a product of `x` with a plain weight: for one row in bfloat16, on a CPU, not oneDNN's."""
+    one_row = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() == x.shape[-1]
+    return onednn(False) if one_row and not torch.is_grad_enabled() and not torch.compiler.is_compiling() else nullcontext()
+
+
 class LowRankLinear(nn.Module):
     """y = L (R x) + b: a compressed layer as two plain linear layers (paper eq. 9, 10)."""
 
@@ -57,7 +82,8 @@ class LowRankLinear(nn.Module):
         self.left = plain_linear(left_Mq, bias_M)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.left(self.right(x))
+        with kernels(x):
+            return self.left(self.right(x))
 
 
 class PivotLinear(nn.Module):
@@ -91,8 +117,9 @@ class PivotLinear(nn.Module):
         return cls(pivots_qN.contiguous(), combine.to(dtype).contiguous(), torch.argsort(rows_M), bias_M)
 
     def forward(self, x: Tensor) -> Tensor:
-        y_p = self.pivots(x)
-        y = torch.cat([y_p, self.combine(y_p)], -1).index_select(-1, self.place)
+        with kernels(x):
+            y_p = self.pivots(x)
+            y = torch.cat([y_p, self.combine(y_p)], -1).index_select(-1, self.place)
         return y if self.bias is None else y + self.bias
 
 
