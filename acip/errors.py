@@ -12,6 +12,9 @@
 Assertions are for us; these are for users.
 """
 
+import reprlib
+from typing import Any
+
 
 class AcipError(ValueError):
     """Root of the tree: `except AcipError` catches everything the caller can mend."""
@@ -43,3 +46,11 @@ class EvaluationError(AcipError):
 
 class ArtifactError(AcipError):
     pass
+
+
+def cited(value: Any) -> str:
+    """`value` as a message shows it: short, whatever came."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes no int of more than 4300 digits
+        return "a number of thousands of digits"
