@@ -17,6 +17,7 @@ config.json, tokenizer files, generation_config.json    the base model's own
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -314,14 +315,31 @@ def check(manifest: Any, where: str) -> None:
     names = {row["name"] for row in manifest["layers"]}
     if not names or len(names) < len(manifest["layers"]) or not _is_count(manifest["rest_params"]):
         raise ArtifactError(f"{where}/{MANIFEST}: its layers are none, or named twice, or the rest is no number.")
-    if not all(isinstance(row, dict) for row in manifest["curve"]):
+    if not all(_is_row(row) for row in manifest["curve"]):
         raise ArtifactError(f"{where}/{MANIFEST}: malformed row of the curve.")
-    if not isinstance(manifest["base"].get("source"), str):
+    if not all(isinstance(manifest["base"].get(key), str) for key in ("source", "digest")):
         raise ArtifactError(f"{where}/{MANIFEST} does not say of which base model it is.")
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**48
+
+
+def _is_row(row: Any) -> bool:
+    """A row of a curve: plain values beside the parts in `evaluation`; sizes are ratios, and losses, where they are numbers, small ones."""
+    if not isinstance(row, dict) or not all(
+        value is None or isinstance(value, str | bool | int | float) for key, value in row.items() if key != "evaluation"
+    ):
+        return False
+    numbers = {key: row[key] for key in ("got", "loss") if key in row}
+    parts = row.get("evaluation", [])
+    return (
+        all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers.values())
+        and 0 <= numbers.get("got", 0) <= 1
+        and not 1e6 < abs(numbers.get("loss", 0)) < math.inf
+        and isinstance(parts, list)
+        and all(isinstance(part, dict) and isinstance(part.get("values", {}), dict) for part in parts)
+    )
 
 
 def _persistent_buffers(model: torch.nn.Module) -> list[tuple[str, Tensor]]:

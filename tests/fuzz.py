@@ -103,7 +103,7 @@ def harmed(draw: st.DrawFn, whole: Any, anything: st.SearchStrategy[Any] = JSON,
         if what == 0:
             del inner[path[-1]]
         elif what == 1 and isinstance(inner, dict):
-            inner[draw(st.text(max_size=8))] = draw(anything)
+            inner[draw(WORDS)] = draw(anything)
         else:
             inner[path[-1]] = draw(anything)
     return changed

@@ -56,7 +56,7 @@ def judge(new: Mapping[str, Any], old: Mapping[str, Any], rival: str) -> Verdict
     if new["base"]["digest"] != old["base"]["digest"]:
         return Verdict(False, f"not comparable with {rival}: another base model")
     for rows, whose in ((ours, "its own curve"), (theirs, f"the curve of {rival},")):
-        if len(rows) < 2 or max(row["got"] for row in rows) != 1.0:
+        if len(rows) < 2 or max(row.get("got", 0) for row in rows) != 1.0 or not all({"got", "loss"} <= row.keys() for row in rows):
             return Verdict(False, f"not comparable with {rival}: {whose} has no size 1.0, or none below it")
     for key in ALIKE:
         a, b = ({row.get(key, "packed") for row in rows} for rows in (ours, theirs))
