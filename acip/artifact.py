@@ -259,7 +259,10 @@ class Artifact:
         for file in self.manifest["files"]:
             if not file.endswith(".safetensors"):
                 self.local(file)
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        except Exception as error:  # as above, and what tokenizers raises is a bare Exception
+            raise ArtifactError(f"{self.source.where}: its tokenizer's files describe none: {error}") from error
 
     def load(self, device: str | torch.device = "cpu", size: Budget | float | None = None) -> AnySize:
         """The resident model: of every size, at size 1.0, bit for bit the base model; or of one `size`, which grows when it is resized.

@@ -23,7 +23,7 @@ CASES: Counter[str] = Counter()  # that came to their end, by test
 LIMIT_S = 10.0  # of one case; the longest takes a fraction of a second, but the machine may be busy
 
 settings.register_profile("quick", max_examples=100, derandomize=True, database=None)
-settings.register_profile("thorough", max_examples=1500, print_blob=True)
+settings.register_profile("thorough", max_examples=600, print_blob=True)
 
 
 def fuzz(*strategies: Any, share: float = 1.0, **named: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
