@@ -160,10 +160,7 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise RecipeError(f"{name} is {cited(value)}; it must be {_article(kind)}.")
-    if isinstance(value, str) and any(unicodedata.category(char) in ("Cc", "Cs") for char in value):
-        raise RecipeError(f"{name} is {cited(value)}; it must be text without control characters.")
-    if isinstance(value, int | float) and not abs(value) < (math.inf if isinstance(value, float) else LARGEST):
-        raise RecipeError(f"{name} is {cited(value)}; it must be a finite number, and a whole one below 2^31.")
+    _check_plain(name, value)
     if kind is str and isinstance(value, str):
         return value
     if kind is int and isinstance(value, int):
@@ -171,6 +168,13 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
     if kind is float and not isinstance(value, str):
         return float(value)
     raise RecipeError(f"{name} is {cited(value)}; it must be {_article(kind)}.")
+
+
+def _check_plain(name: str, value: float | str) -> None:
+    if isinstance(value, str) and any(unicodedata.category(char) in ("Cc", "Cs") for char in value):
+        raise RecipeError(f"{name} is {cited(value)}; it must be text without control characters.")
+    if not isinstance(value, str) and not abs(value) < (math.inf if isinstance(value, float) else LARGEST):
+        raise RecipeError(f"{name} is {cited(value)}; it must be a finite number, and a whole one below 2^31.")
 
 
 def _article(kind: Any) -> str:

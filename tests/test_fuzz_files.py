@@ -26,13 +26,15 @@ from tests.fuzz import JSON, fuzz, harmed
 ROOT = Path(__file__).parents[1]
 LEVELS = "".join(f"\n    - &b{n} [" + ", ".join([f"*b{n - 1}"] * 9) + "]" for n in range(1, 12))
 NASTY = [  # YAML that parsers, constructors or messages stumble over
-    "1" * 5000, "0x" + "f" * 5000, "2020-13-45", "2020-01-01", "!!int x", "!!float x", "!!bool x", "!!timestamp x", "!!binary x",
-    "!!python/object/apply:os.system [id]", "!!set {a}", "!!omap [a: 1]", "!!str [a]", "!!map a", "!!null x", "!x y", ".inf", "-.inf", ".nan",
-    "1e400", "1:60", "0b2", "017", "~", "[" * 3000, "{a: " * 3000, "- " * 3000, "&a [*a]", "&a {<<: *a}", "{<<: 1}", "{[a]: b}", "{? {} : a}",
-    "*none", '"\\ud800"', '"\\0"', '"\\x1b[2J"', "'", "|", "%", "@", "`", "a: b: c", "- - ?", "", '""', "\t", "...", "---", "# x", "\ufeff",
+    "1" * 5000, "0x" + "f" * 5000, "2020-13-45", "2020-01-01", "!!int x", "!!float x", "!!bool x", "!!timestamp x",
+    "!!binary x", "!!python/object/apply:os.system [id]", "!!set {a}", "!!omap [a: 1]", "!!str [a]",
+    "!!map a", "!!null x", "!x y", ".inf", "-.inf", ".nan",
+    "1e400", "1:60", "0b2", "017", "~", "[" * 3000, "{a: " * 3000, "- " * 3000, "&a [*a]", "&a {<<: *a}", "{<<: 1}", "{[a]: b}",
+    "{? {} : a}",
+       "*none", '"\\ud800"', '"\\0"', '"\\x1b[2J"', "'", "|", "%", "@", "`", "a: b: c", "- - ?", "", '""', "\t", "...", "---", "# x", "\ufeff",
     f"\n    - &b0 [lol]{LEVELS}",
 ]  # fmt: skip
-RAW = st.sampled_from(NASTY) | st.text(max_size=20) | st.builds(lambda value: json.dumps(value), JSON)
+RAW = st.sampled_from(NASTY) | st.text(max_size=20) | JSON.map(json.dumps)
 
 FLEET = """\
 name: NAME
@@ -104,11 +106,16 @@ def _no_hub_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "_manager", lambda folder, defaults: own)
 
 
+def short(error: Exception) -> None:
+    """A message that can be read, and printed."""
+    assert 0 < len(str(error).encode()) < 20_000
+
+
 def check_fleet(file: Path) -> None:
     try:
         fleet = Fleet.load(file)
     except FleetError as error:
-        assert len(str(error)) < 20_000, "a message that can be read"
+        short(error)
         return
     assert "/" not in fleet.name and "'" not in fleet.name
     for job in fleet.jobs:
@@ -125,7 +132,7 @@ def check_space(file: Path) -> None:
         space = Space.load(file)
         trials = space.trials(Job("a", "b/c", Recipe(scores="order")))
     except SpaceError as error:
-        assert len(str(error)) < 20_000
+        short(error)
         return
     assert "/" not in space.name and space.name not in (".", "..")
     assert 1 <= len(trials) <= 1000
@@ -136,7 +143,7 @@ def check_arena(file: Path) -> None:
     try:
         arena = Arena.load(file)
     except AcipError as error:
-        assert len(str(error)) < 20_000
+        short(error)
         return
     assert Path("arenas", f"{arena.name}.json").resolve().parent == Path("arenas").resolve(), "its results stay in their folder"
     assert all(len(arena.fingerprint(method)) == 12 for method in arena.methods)
@@ -213,7 +220,7 @@ def test_sizes(table: CutTable, text: str) -> None:
         budget = Budget.parse(text)
         cut = table.cut(budget)
     except BudgetError as error:
-        assert len(str(error)) < 2000
+        short(error)
         return
     assert cut.got <= budget.asked
 
@@ -223,7 +230,7 @@ def test_models_with_sizes(table: CutTable, size: str, context: str, name: str) 
     try:
         found, budget = split_name(f"{name}{size}@{context}" if context else f"{name}{size}", ["small", "small@x", "other"])
     except RequestError as error:
-        assert error.status in (400, 404)
+        short(error)
         return
     assert found in ("small", "small@x", "other")
     with contextlib.suppress(BudgetError):

@@ -1,110 +1,25 @@
 """Requests of any shape to the routes, with a real engine behind them: an answer, or an error of OpenAI's shape that is the client's.
 
-The engine is in this process, asked as Serve's handles are; the ASGI application is called as a server calls it, so that headers
-and paths may hold bytes that no client library would send.
+Headers and paths hold bytes that no client library would send.
 """
 
-import asyncio
 import json
 import string
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from acip_platform.serve.api import Api
+from acip_platform.serve.errors import RequestError
 from acip_platform.serve.keys import Keys
-from acip_platform.serve.replica import EngineReplica
-from acip_platform.settings import Settings
-from acip_platform.tracking import Registry, Tracking
 from hypothesis import strategies as st
 
 from acip.artifact import Artifact
+from tests.application import Application, Headers
 from tests.fuzz import JSON, fuzz, harmed
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
 KEY = "a-key-of-enough-characters"
-Headers = list[tuple[bytes, bytes]]
-JSON_TYPE: Headers = [(b"content-type", b"application/json")]
-
-
-class Here:
-    """An engine in this process, with the face of Serve's handle: `engine.method.remote(...)`."""
-
-    def __init__(self, replica: EngineReplica) -> None:
-        self.replica = replica
-
-    def options(self, stream: bool) -> "Here":
-        assert stream
-        return self
-
-    def __getattr__(self, name: str) -> "Method":
-        return Method(getattr(self.replica, name))
-
-
-class Method:
-    def __init__(self, method: Any) -> None:
-        self.method = method
-
-    def remote(self, *args: Any) -> Any:
-        made = self.method(*args)
-        return Stream(made) if hasattr(made, "__aiter__") else made
-
-
-class Stream:
-    def __init__(self, items: AsyncIterator[Any]) -> None:
-        self.items = items
-
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self.items
-
-    def cancel(self) -> None:
-        """What is read to its end has nothing to cancel."""
-
-
-class Application:
-    """The routes, and one event loop that they are asked in."""
-
-    def __init__(self, home: Path, artifact: Artifact, keys: Keys) -> None:
-        settings = Settings.from_env({"ACIP_HOME": str(home)})
-        registry = Registry(settings)
-        run = Tracking(settings, "test").start("small", "f", {})
-        version = registry.register("small", str(artifact.folder), run.run_id, {})
-        registry.set_alias(version)
-        self.replica = EngineReplica([version], timeout_s=60, device="cpu", num_cpus=1, memory_gb=None)
-        api = Api(Here(self.replica), [version], 64, keys, 0)  # type: ignore[arg-type]
-        api.materializations.most = 0  # all of a request is checked; no Ray task is begun
-        self.app: Any = api.__serve_build_asgi_app__()
-        self.runner = asyncio.Runner()
-
-    def ask(self, method: str, path: str, body: bytes = b"", headers: Headers = JSON_TYPE, query: bytes = b"") -> tuple[int, bytes]:
-        return self.runner.run(self._ask(method, path, body, headers, query))
-
-    async def _ask(self, method: str, path: str, body: bytes, headers: Headers, query: bytes) -> tuple[int, bytes]:
-        scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http", "path": path,
-            "raw_path": path.encode(), "query_string": query, "root_path": "", "headers": headers,
-            "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8000),
-        }  # fmt: skip
-        incoming = iter([{"type": "http.request", "body": body[:7], "more_body": True}, {"type": "http.request", "body": body[7:]}])
-        status, answered = 0, b""
-
-        async def receive() -> Any:
-            for message in incoming:
-                return message
-            return await asyncio.Event().wait()  # the client stays
-
-        async def send(message: Any) -> None:
-            nonlocal status, answered
-            status, answered = message.get("status", status), answered + message.get("body", b"")
-
-        await self.app(scope, receive, send)
-        return status, answered
-
-    def close(self) -> None:
-        self.runner.close()
-        self.replica.warm = True
-        self.replica.engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def app(home: Path, small_artifact: Artifact) -> Iterator[Application]:
-    app = Application(home, small_artifact, Keys())
+    app = Application(home, small_artifact)
     yield app
     app.close()
 
@@ -144,7 +59,8 @@ COMPLETION: dict[str, Any] = {
 }  # fmt: skip
 CHAT: dict[str, Any] = {
     "model": "small", "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}],
-    "max_completion_tokens": 2, "logprobs": True, "top_logprobs": 1, "tools": [], "tool_choice": "none", "response_format": {"type": "text"},
+    "max_completion_tokens": 2, "logprobs": True, "top_logprobs": 1, "tools": [], "tool_choice": "none",
+    "response_format": {"type": "text"},
 }  # fmt: skip
 BODIES = {
     "/v1/completions": COMPLETION,
@@ -182,7 +98,8 @@ RAW = [
     b'{"model": "small@' + b"9" * 500 + b'"}', '{"prompt": "a"}'.encode("utf-16"), b"prompt=a&model=small", b"\x80\x04K\x01.",
 ]  # fmt: skip
 TYPES = st.just(b"application/json") | st.sampled_from(
-    [b"application/json", b"application/json; charset=utf-16", b"text/plain", b"multipart/form-data; boundary=a", b"application/x+json", b""]
+    [b"application/json", b"application/json; charset=utf-16", b"text/plain", b"multipart/form-data; boundary=a", b"application/x+json",
+     b""]
 ) | st.binary(max_size=20)  # fmt: skip
 
 
@@ -227,8 +144,6 @@ def _endless(value: Any) -> bool:
 
 @fuzz(st.binary(max_size=60) | st.sampled_from([b"Bearer " + KEY.encode()[:-1], b"Basic " + KEY.encode(), KEY.encode()]), share=0.5)
 def test_no_key_but_the_key_opens(value: bytes) -> None:
-    from acip_platform.serve.errors import RequestError
-
     keys = Keys.from_env({"ACIP_API_KEYS": KEY})
     with pytest.raises(RequestError) as refused:
         keys.check(value.decode("latin-1"))

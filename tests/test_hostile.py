@@ -156,7 +156,9 @@ def test_what_transformers_reads_with_anything_anywhere(
 
 
 @fuzz(st.data(), share=0.3)
-def test_a_tokenizer_with_anything_anywhere(small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_a_tokenizer_with_anything_anywhere(
+    small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     tokenizer = json.loads((small_artifact.folder / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"] = dict(list(tokenizer["model"]["vocab"].items())[:9])
     content = dumped(data.draw(harmed(tokenizer, SMALL)))

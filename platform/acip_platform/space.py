@@ -166,11 +166,14 @@ class _Reader(YamlFile):
             raise self.fail(top["samples"][0], "samples are of a random search; a grid has all combinations. Set search to 'random'.")
         if given.setdefault("samples", 1 if search == "grid" else 8) < 1:
             raise self.fail(top["samples"][0], f"samples is {given['samples']}; it must be at least 1.")
-        if not 0 <= given.get("seed", 0):
+        if given.get("seed", 0) < 0:
             raise self.fail(top["seed"][0], f"seed is {given['seed']}; it must be at least 0.")
-        grids = [values for field, values in fields.items() if not isinstance(values, Range) and (search == "grid" or field == "stop_ratio")]
-        if (count := given["samples"] * math.prod(map(len, grids))) > TRIALS:
-            raise self.fail(top["space"][0], f"the space makes {count:,} trials; {TRIALS:,} are the most. List fewer values, or draw samples.")
+        lists = {field: values for field, values in fields.items() if not isinstance(values, Range)}
+        count = given["samples"] * math.prod(len(values) for field, values in lists.items() if search == "grid" or field == "stop_ratio")
+        if count > TRIALS:
+            raise self.fail(
+                top["space"][0], f"the space makes {count:,} trials, of {TRIALS:,} at most. List fewer values, or draw samples."
+            )
         changes = {field: self.checked(node, coerce, field, self.value(node), RECIPE[field]) for field, (_, node) in fixed.items()}
         lines = {field: key_node.start_mark.line + 1 for field, (key_node, _) in (fixed | varied).items()}
         return Space(name=name, path=self.path, set=changes, fields=fields, lines=lines, **given)

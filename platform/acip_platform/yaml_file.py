@@ -44,7 +44,8 @@ class YamlFile:
     def name(self, node: yaml.Node, value: Any) -> str:
         """A name that may stand in paths and queries."""
         if not isinstance(value, str) or not re.fullmatch(NAME, value):
-            raise self.fail(node, f"the name {cited(value)} may hold only letters, digits, '.', '_' and '-', 128 at most, and start with a letter or digit.")
+            allowed = "only letters, digits, '.', '_' and '-', 128 at most, a letter or digit first"
+            raise self.fail(node, f"the name {cited(value)} may hold {allowed}.")
         return value
 
     def items(self, node: yaml.Node, allowed: Any, what: str) -> Iterator[tuple[str, tuple[yaml.Node, yaml.Node]]]:
@@ -65,7 +66,8 @@ class YamlFile:
         try:
             return yaml.SafeLoader("").construct_object(node, deep=True)
         except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            raise self.fail(node, f"this can't be read: {error}") from error  # of int("x"), of dates in month 13, of tags on what they don't fit
+            # of int("x"), of dates in month 13, of tags on what they don't fit
+            raise self.fail(node, f"this can't be read: {error}") from error
 
     def checked(self, node: yaml.Node, make: Callable[..., Any], *args: Any) -> Any:
         try:
