@@ -132,7 +132,7 @@ def push(folder: Path, repository: str) -> None:
         api.create_repo(repository, exist_ok=True)
         others = set(api.list_repo_files(repository)) - {".gitattributes"}
         if others and "provenance.json" not in others:
-            raise AcipError(f"{repository} holds something else than an export of ours ({sorted(others)[0]}); push to another repository.")
+            raise AcipError(f"{repository} holds something else than an export of ours ({min(others)}); push to another repository.")
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Export of {folder.name}", delete_patterns=["*"])
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
         raise AcipError(

@@ -31,7 +31,8 @@ NASTY = [  # YAML that parsers, constructors or messages stumble over
     "!!map a", "!!null x", "!x y", ".inf", "-.inf", ".nan",
     "1e400", "1:60", "0b2", "017", "~", "[" * 3000, "{a: " * 3000, "- " * 3000, "&a [*a]", "&a {<<: *a}", "{<<: 1}", "{[a]: b}",
     "{? {} : a}",
-       "*none", '"\\ud800"', '"\\0"', '"\\x1b[2J"', "'", "|", "%", "@", "`", "a: b: c", "- - ?", "", '""', "\t", "...", "---", "# x", "\ufeff",
+    "*none", '"\\ud800"', '"\\0"', '"\\x1b[2J"', "'", "|", "%", "@", "`", "a: b: c",
+    "- - ?", "", '""', "\t", "...", "---", "# x", "\ufeff",
     f"\n    - &b0 [lol]{LEVELS}",
 ]  # fmt: skip
 RAW = st.sampled_from(NASTY) | st.text(max_size=20) | JSON.map(json.dumps)

@@ -9,7 +9,6 @@ said and does not end the others. Each entry has a process of its own, so that i
 import dataclasses
 import hashlib
 import json
-import os
 import resource
 import statistics
 import threading
@@ -151,7 +150,7 @@ class Results:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             part = self.path.with_suffix(".part")
             part.write_text(json.dumps({"rows": self.rows}, indent=1), encoding="utf-8")
-            os.replace(part, self.path)
+            part.replace(self.path)
 
     def forget(self, arena: Arena) -> None:
         prints = {arena.fingerprint(method) for method in (DENSE, *arena.methods)}
