@@ -86,12 +86,11 @@ def contest(small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) 
     return Contest(small_artifact, tmp_path_factory.mktemp("contest") / "home")
 
 
-@fuzz(
-    st.permutations([0, 1, 2, 3]),
-    st.booleans(),
-    st.lists(st.integers(0, RIVALS - 1), min_size=60, max_size=60),
-    share=0.15,
-)
+MIXED = st.lists(st.integers(0, RIVALS - 1), min_size=60, max_size=60)
+INTERRUPTED = st.integers(0, 14).map(lambda steps: [0] * steps + [1] * 60)  # by another's whole contest
+
+
+@fuzz(st.permutations([0, 1, 2, 3]), st.booleans(), MIXED | INTERRUPTED, share=0.15)
 def test_the_best_is_the_champion_in_any_order(contest: Contest, qualities: list[int], there: bool, order: list[int]) -> None:
     """`there`: one of the four is the champion before the three others contend."""
     contest.contests += 1

@@ -66,6 +66,7 @@ def test_a_registry_that_is_away_at_the_start_is_named(away: dict[str, str], tmp
         build({})
 
 
+@pytest.mark.slow  # the whole job: its imports take longer than all the others
 def test_the_job_says_in_a_line_that_the_registry_is_away(away: dict[str, str], tmp_path: Path) -> None:
     env = {**os.environ, **away, "ACIP_HOME": str(tmp_path), "RAY_ADDRESS": "local"}
     command = [sys.executable, str(JOB), "--port", str(free_port())]
