@@ -60,7 +60,9 @@ log = logging.getLogger("ray.serve")
 class Api:
     """HTTP in front of the engines. Knows which version is served under each name, and counts what it passes on."""
 
-    def __init__(self, engine: DeploymentHandle, versions: list[ModelVersion], capacity: int, keys: Keys, export_cpus: float) -> None:
+    def __init__(
+        self, engine: "DeploymentHandle[Any]", versions: list[ModelVersion], capacity: int, keys: Keys, export_cpus: float
+    ) -> None:
         self.engine, self.capacity, self.keys = engine, capacity, keys
         self.materializations = Materializations(Settings.from_env(), num_cpus=export_cpus)
         self.versions = {version.name: version for version in versions}
