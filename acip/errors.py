@@ -48,9 +48,13 @@ class ArtifactError(AcipError):
     pass
 
 
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 200
+
+
 def cited(value: Any) -> str:
     """`value` as a message shows it: short, whatever came."""
     try:
-        return reprlib.repr(value)
+        return SHORT.repr(value)
     except ValueError:  # Python writes no int of more than 4300 digits
         return "a number of thousands of digits"

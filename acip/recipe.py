@@ -173,8 +173,10 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
 def _check_plain(name: str, value: float | str) -> None:
     if isinstance(value, str) and any(unicodedata.category(char) in ("Cc", "Cs") for char in value):
         raise RecipeError(f"{name} is {cited(value)}; it must be text without control characters.")
-    if not isinstance(value, str) and not abs(value) < (math.inf if isinstance(value, float) else LARGEST):
-        raise RecipeError(f"{name} is {cited(value)}; it must be a finite number, and a whole one below 2^31.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{name} is {value}; it must be finite.")
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        raise RecipeError(f"{name} is {cited(value)}; it must be below {LARGEST:,}.")
 
 
 def _article(kind: Any) -> str:

@@ -54,8 +54,8 @@ def reached(settings: Settings) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError) as error:
         where = masked(settings.tracking_uri)
-        said = masked(str(error)).splitlines()[0]
-        raise RegistryAwayError(f"the registry at {where} can't be asked: {said} Is it running? Check MLFLOW_TRACKING_URI.") from error
+        said = masked(str(error)).splitlines()[0].rstrip(".")
+        raise RegistryAwayError(f"the registry at {where} can't be asked: {said}. Is it running? Check MLFLOW_TRACKING_URI.") from error
 
 
 @dataclass(frozen=True)
