@@ -260,7 +260,9 @@ class Artifact:
             if not file.endswith(".safetensors"):
                 self.local(file)
         try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            tokenizer("a")  # some files are found to be wrong only when they are used
+            return tokenizer
         except Exception as error:  # as above, and what tokenizers raises is a bare Exception
             raise ArtifactError(f"{self.source.where}: its tokenizer's files describe none: {error}") from error
 
