@@ -18,6 +18,7 @@ tokenizer files, generation_config.json    the base model's own
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -278,7 +279,12 @@ class Artifact:
         for file in self.manifest["files"]:
             if not file.endswith(".safetensors"):
                 self.local(file)
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            tokenizer("a")  # some files are found to be wrong only when they are used
+            return tokenizer
+        except Exception as error:  # as above, and what tokenizers raises is a bare Exception
+            raise ArtifactError(f"{self.source.where}: its tokenizer's files describe none: {error}") from error
 
     def load(self, device: str | torch.device = "cpu", size: Budget | float | None = None) -> AnySize:
         """The resident model: of every size, at size 1.0, bit for bit the base model; or of one `size`, which grows when it is resized.
@@ -334,14 +340,31 @@ def check(manifest: Any, where: str) -> None:
     names = {row["name"] for row in manifest["layers"]}
     if not names or len(names) < len(manifest["layers"]) or not _is_count(manifest["rest_params"]):
         raise ArtifactError(f"{where}/{MANIFEST}: its layers are none, or named twice, or the rest is no number.")
-    if not all(isinstance(row, dict) for row in manifest["curve"]):
+    if not all(_is_row(row) for row in manifest["curve"]):
         raise ArtifactError(f"{where}/{MANIFEST}: malformed row of the curve.")
-    if not isinstance(manifest["base"].get("source"), str):
+    if not all(isinstance(manifest["base"].get(key), str) for key in ("source", "digest")):
         raise ArtifactError(f"{where}/{MANIFEST} does not say of which base model it is.")
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**48
+
+
+def _is_row(row: Any) -> bool:
+    """A row of a curve: plain values beside the parts in `evaluation`; sizes are ratios, and losses, where they are numbers, small ones."""
+    if not isinstance(row, dict) or not all(
+        value is None or isinstance(value, str | bool | int | float) for key, value in row.items() if key != "evaluation"
+    ):
+        return False
+    numbers = {key: row[key] for key in ("got", "loss") if key in row}
+    parts = row.get("evaluation", [])
+    return (
+        all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers.values())
+        and 0 <= numbers.get("got", 0) <= 1
+        and not 1e6 < abs(numbers.get("loss", 0)) < math.inf
+        and isinstance(parts, list)
+        and all(isinstance(part, dict) and isinstance(part.get("values", {}), dict) for part in parts)
+    )
 
 
 def _persistent_buffers(model: torch.nn.Module) -> list[tuple[str, Tensor]]:

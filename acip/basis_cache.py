@@ -64,7 +64,7 @@ class BasisCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             part.write_bytes(content)
-            os.replace(part, path)
+            part.replace(path)
             self._make_room(len(content))
         except OSError as error:
             self._writable = False

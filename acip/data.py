@@ -11,7 +11,6 @@ Documents are tokenised with their end token and joined without padding, so the 
 
 import importlib.resources
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,7 +47,7 @@ def documents(source: str, split: Split) -> Iterator[Document]:
             raise DataError(
                 f"{source} can't be fetched from the hub: {error}. Without it, use package:wikipedia, package:austen or local text."
             ) from error
-    elif os.path.exists(source):
+    elif Path(source).exists():
         yield from _part(_local(Path(source)), split)
     else:
         raise DataError(

@@ -13,6 +13,9 @@
 Assertions are for us; these are for users.
 """
 
+import reprlib
+from typing import Any
+
 
 class AcipError(ValueError):
     """Root of the tree: `except AcipError` catches everything the caller can mend."""
@@ -48,3 +51,15 @@ class ArtifactError(AcipError):
 
 class HubError(AcipError):
     pass
+
+
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 200
+
+
+def cited(value: Any) -> str:
+    """`value` as a message shows it: short, whatever came."""
+    try:
+        return SHORT.repr(value)
+    except ValueError:  # Python writes no int of more than 4300 digits
+        return "a number of thousands of digits"

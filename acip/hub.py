@@ -28,7 +28,7 @@ def push_to_hub(folder: str | Path, repository: str) -> str:
         api.create_repo(repository, exist_ok=True)
         others = set(api.list_repo_files(repository)) - {".gitattributes"}
         if others and not others & set(OURS):
-            raise HubError(f"{repository} holds something else than a model of ours ({sorted(others)[0]}); push to another repository.")
+            raise HubError(f"{repository} holds something else than a model of ours ({min(others)}); push to another repository.")
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Add {folder.name}", delete_patterns=["*"])
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
         raise HubError(

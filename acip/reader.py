@@ -68,7 +68,11 @@ class Reader:
         if missing := [name for name, tensor in named if tensor.is_meta and name not in targets]:
             raise ArtifactError(f"{where} lacks tensors of its model: {', '.join(missing[:3])}. Fetch the artifact again.")
         if "generation_config.json" in self.artifact.manifest["files"]:
-            model.generation_config = GenerationConfig.from_pretrained(self.artifact.local("generation_config.json").parent)
+            folder = self.artifact.local("generation_config.json").parent
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+            except Exception as error:  # as above
+                raise ArtifactError(f"{where}/generation_config.json can't be read: {error}") from error
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for buffer_name, buffer in list(model.named_buffers(remove_duplicate=False)):  # those that no file holds

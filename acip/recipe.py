@@ -7,11 +7,13 @@ Fields carry their meaning, unit, allowed range and the section of the paper (AC
 import dataclasses
 import difflib
 import json
+import math
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from acip.errors import RecipeError
+from acip.errors import RecipeError, cited
 
 Basis = Literal["covariance", "svd"]
 Adapter = Literal["factors", "layer"]
@@ -21,6 +23,7 @@ Convention = Literal["linear", "paper", "model"]
 PostTune = Literal["stop", "sizes"]
 Quantise = Literal["none", "nf4", "fp4"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+LARGEST = 2**31  # whole numbers in files are below it
 
 
 @dataclass(frozen=True)
@@ -126,26 +129,29 @@ class Recipe:
         changes: dict[str, Any] = {}
         for name, value in fields.items():
             if name not in known:
-                raise RecipeError(f"unknown recipe field {name!r}{did_you_mean(name, known)}. Allowed: {', '.join(known)}.")
+                raise RecipeError(f"unknown recipe field {cited(name)}{did_you_mean(name, known)}. Allowed: {', '.join(known)}.")
             changes[name] = coerce(name, value, known[name])
         return dataclasses.replace(start or cls(), **changes)
 
 
 def did_you_mean(name: object, known: "Mapping[str, Any] | list[str] | tuple[str, ...]") -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
+    close = difflib.get_close_matches(name if isinstance(name, str) else cited(name), list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def coerce(name: str, value: Any, kind: Any) -> Any:
-    """`value` as `kind`, where that loses nothing: 3 is a float, 3.5 is no int, "3" is no number."""
+    """`value` as `kind`, where that loses nothing: 3 is a float, 3.5 is no int, "3" is no number.
+
+    Numbers are finite and below `LARGEST`, texts without control characters.
+    """
     if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
-        raise RecipeError(f"{name} is {value!r}; allowed: {', '.join(map(repr, get_args(kind)))}.")
+        raise RecipeError(f"{name} is {cited(value)}; allowed: {', '.join(map(repr, get_args(kind)))}.")
     if get_origin(kind) is tuple:
         if isinstance(value, list | tuple):
             return tuple(coerce(name, item, get_args(kind)[0]) for item in value)
-        raise RecipeError(f"{name} is {value!r}; it must be a list.")
+        raise RecipeError(f"{name} is {cited(value)}; it must be a list.")
     if type(None) in get_args(kind):
         if value is None:
             return None
@@ -153,14 +159,24 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
     if kind is bool and isinstance(value, bool):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise RecipeError(f"{name} is {value!r}; it must be {_article(kind)}.")
+        raise RecipeError(f"{name} is {cited(value)}; it must be {_article(kind)}.")
+    _check_plain(name, value)
     if kind is str and isinstance(value, str):
         return value
     if kind is int and isinstance(value, int):
         return value
     if kind is float and not isinstance(value, str):
         return float(value)
-    raise RecipeError(f"{name} is {value!r}; it must be {_article(kind)}.")
+    raise RecipeError(f"{name} is {cited(value)}; it must be {_article(kind)}.")
+
+
+def _check_plain(name: str, value: float | str) -> None:
+    if isinstance(value, str) and any(unicodedata.category(char) in ("Cc", "Cs") for char in value):
+        raise RecipeError(f"{name} is {cited(value)}; it must be text without control characters.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{name} is {value}; it must be finite.")
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        raise RecipeError(f"{name} is {cited(value)}; it must be below {LARGEST:,}.")
 
 
 def _article(kind: Any) -> str:
@@ -192,8 +208,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {"acip": acip, "paper": paper, "demo"
 
 def named(name: str) -> Recipe:
     """A recipe by its name in `RECIPES`."""
-    if name not in RECIPES:
-        raise RecipeError(f"unknown recipe {name!r}{did_you_mean(name, RECIPES)}. Allowed: {', '.join(RECIPES)}.")
+    if not isinstance(name, str) or name not in RECIPES:
+        raise RecipeError(f"unknown recipe {cited(name)}{did_you_mean(name, RECIPES)}. Allowed: {', '.join(RECIPES)}.")
     return RECIPES[name]()
 
 

@@ -20,12 +20,13 @@ import torch
 from acip_platform import story
 from acip_platform.console import console, lines, trade_off_table
 from acip_platform.finish import finish, heldout_windows
-from acip_platform.fleet import NAME, Job
+from acip_platform.fleet import Job
 from acip_platform.provenance import provenance
 from acip_platform.schedule import Outcome
 from acip_platform.settings import Settings
 from acip_platform.store import Store
 from acip_platform.tracking import CANDIDATE, Tracking
+from acip_platform.yaml_file import NAME
 
 from acip.artifact import Artifact
 from acip.base import Base

@@ -19,6 +19,7 @@ import boto3
 import pytest
 import torch
 from botocore.exceptions import BotoCoreError, ClientError
+from hypothesis import settings
 from playwright.sync_api import Browser
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -34,6 +35,7 @@ from acip.export import export
 from acip.materialise import AnySize
 from acip.parametrise import parametrise
 from acip.recipe import Recipe
+from tests import fuzz
 from tests.browser import Visit, launched, visiting
 from tests.server import Server, Shared, free_port, make_home
 
@@ -50,6 +52,15 @@ defaults:
   set: {sample_windows: 16, adapter_rank: 4, adapter_alpha: 4.0, dtype: float32, batch_size: 4, seq_len: 64, SET}
 models:
 """
+
+
+settings.load_profile("quick")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How much was fuzzed, counted."""
+    if fuzz.CASES:
+        terminalreporter.write_line(f"fuzzed: {sum(fuzz.CASES.values()):,} cases in {len(fuzz.CASES)} tests")
 
 
 def write_fleet(path: Path, settings: str, *models: str) -> Path:

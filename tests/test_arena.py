@@ -131,7 +131,7 @@ def test_the_papers_table_is_quoted_and_labelled() -> None:
         ("base: x/y\nsizes: [1.5]", "size ratio is 1.5"),
         ("base: x/y\nwindows: 0", "windows is 0"),
         ("sizes: [0.5]", "'base' at least"),
-        ("base: [", "can't be read"),
+        ("base: [", "is not YAML"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, says: str) -> None:

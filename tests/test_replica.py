@@ -56,7 +56,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_others(start: Start, small_art
     assert list(state["failed"]) == ["gone"]
     assert [card["id"] for card in asyncio.run(engine.cards())["body"]] == ["small"]
     refused = asyncio.run(engine.card(version("gone", tmp_path / "gone")))
-    assert refused["status"] == 400
+    assert refused["status"] == 503, "not the fault of who asks"
     assert "gone" in refused["body"]["error"]["message"]
 
 

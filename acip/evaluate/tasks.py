@@ -122,7 +122,7 @@ def harness(model: Any, tokenizer: Any) -> Any:
     """lm-eval's view of a model in memory."""
     from lm_eval.models.huggingface import HFLM
 
-    class InMemory(HFLM):
+    class InMemory(HFLM):  # type: ignore[misc]  # lm-eval has no types
         def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
             """On a GPU the largest that runs, by lm-eval's trial and error. On a CPU nothing would stop a trial but the machine's end."""
             if self.device.type != "cpu":

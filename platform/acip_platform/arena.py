@@ -9,7 +9,6 @@ said and does not end the others. Each entry has a process of its own, so that i
 import dataclasses
 import hashlib
 import json
-import os
 import resource
 import statistics
 import threading
@@ -22,14 +21,13 @@ from typing import Any
 
 import ray
 import torch
-import yaml
 from torch import nn
 
 from acip import baselines
 from acip.base import Base, load_base
 from acip.budget import Budget
 from acip.data import documents, token_windows
-from acip.errors import AcipError
+from acip.errors import AcipError, cited
 from acip.evaluate import PerplexityOn, TaskScore, Text, evaluate
 from acip.evaluate.tasks import check as check_tasks
 from acip.evaluate.tasks import expand
@@ -37,6 +35,7 @@ from acip.evaluate.text import Protocol
 from acip.layers import find_linears
 from acip.recipe import Dtype, coerce, did_you_mean
 from acip_platform.schedule import root_cause
+from acip_platform.yaml_file import YamlFile
 
 DENSE = "dense"  # the base model's entry
 MEAN = "mean of tasks"
@@ -75,29 +74,34 @@ class Arena:
     @classmethod
     def load(cls, path: str | Path) -> "Arena":
         """Read and check an arena file."""
-        try:
-            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ArenaError(f"arena file {str(path)!r} can't be read: {error}.") from error
+        file = YamlFile(str(path), ArenaError)
+        root = file.root("arena file", ("base",))
+        fields = file.value(root)
         if not isinstance(fields, dict) or "base" not in fields:
             raise ArenaError(f"{path} must be a mapping with a 'base' at least.")
         kinds = {field.name: field.type for field in dataclasses.fields(cls)}
         for name in fields:
             if name not in kinds:
-                raise ArenaError(f"{path}: unknown field {name!r}{did_you_mean(name, kinds)}. Allowed: {', '.join(kinds)}.")
+                raise ArenaError(f"{path}: unknown field {cited(name)}{did_you_mean(name, kinds)}. Allowed: {', '.join(kinds)}.")
         methods = fields.pop("methods", None)
         checked = {name: coerce(name, value, kinds[name]) for name, value in fields.items()}
         if methods is not None:
             if not isinstance(methods, dict) or not all(isinstance(options, dict | None) for options in methods.values()):
                 raise ArenaError(f"{path}: methods must map names of methods to their options.")
             checked["methods"] = {name: options or {} for name, options in methods.items()}
-        arena = cls(**{"name": Path(path).stem, **checked})
+        arena = cls(**{**checked, "name": file.name(root, checked.get("name", Path(path).stem))})
         arena.check()
         return arena
 
     def check(self) -> None:
         for name, options in self.methods.items():
             baselines.check_options(name, options)
+            try:
+                json.dumps(options)
+            except (TypeError, ValueError) as error:
+                raise ArenaError(f"options of {name} must be numbers, texts, and lists of them: {error}.") from error
+        if not self.cpus > 0:
+            raise ArenaError(f"cpus is {self.cpus}; it must be above 0.")
         for size in self.sizes:
             Budget(ratio=size)
         check_tasks(expand(self.tasks))
@@ -146,7 +150,7 @@ class Results:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             part = self.path.with_suffix(".part")
             part.write_text(json.dumps({"rows": self.rows}, indent=1), encoding="utf-8")
-            os.replace(part, self.path)
+            part.replace(self.path)
 
     def forget(self, arena: Arena) -> None:
         prints = {arena.fingerprint(method) for method in (DENSE, *arena.methods)}

@@ -4,6 +4,10 @@
 
 Only what was measured alike is compared: the same base model, held-out text, context and windows. What can't be compared, or
 is not better, is a candidate, and `jobs/promote.py` lets a person decide.
+
+Fleets may contend at once, and MLflow moves an alias without asking where it was. So who was crowned looks again afterwards: any
+other that contends and is not settled is a rival it may not have met, and the best of them all gets the alias. A version is tagged
+before it gets the alias, so the last one to get it sees all the others.
 """
 
 import math
@@ -17,6 +21,7 @@ from acip_platform.store import Store
 from acip_platform.tracking import CANDIDATE, CHAMPION, ModelVersion, Registry
 
 Rows = Sequence[Mapping[str, Any]]
+CONTENDS = "contends"  # tag of a version that is about to be the champion, or was; settled with its verdict
 ALIKE = ("corpus", "protocol", "context", "windows")  # of the rows of two curves that are compared
 
 
@@ -31,7 +36,9 @@ class Verdict:
 
 def contend(registry: Registry, store: Store, version: ModelVersion, artifact: Artifact, may_lead: bool = True) -> Verdict:
     """Judge a new `version` against the champion, set the alias it earned, and write the verdict into its tags, last of all."""
-    champion = registry.champion(version.name)
+    settled = {found.version for found in registry.versions(version.name, {}) if "verdict" in found.tags}
+    settled.update(registry.champions(version.name))
+    champion = registry.champion(version.name)  # read after that: who is settled had the alias by then, or never will
     if champion is not None and champion.version == version.version:
         verdict = Verdict(True, version.tags.get("verdict", "it is the champion already").removeprefix(f"{CHAMPION}: "))
     elif not may_lead:
@@ -43,11 +50,32 @@ def contend(registry: Registry, store: Store, version: ModelVersion, artifact: A
     else:
         verdict = judge(artifact.manifest, store.open(champion.uri).manifest, f"version {champion.version}, the champion")
     if verdict.leads:
+        registry.tag(version, {CONTENDS: "true"})
         registry.crown(version)
-    else:
+        verdict = _among_rivals(registry, store, version, settled, verdict)
+    if not verdict.leads:
         registry.set_alias(version, CANDIDATE)
     registry.tag(version, {"verdict": str(verdict)})
     return verdict
+
+
+def _among_rivals(registry: Registry, store: Store, version: ModelVersion, settled: set[str], verdict: Verdict) -> Verdict:
+    """The verdict on the crowned `version` once it met all that contended meanwhile. The alias is with the best of them afterwards."""
+    best, contenders = version, [version]
+    while new := [
+        found for found in registry.versions(version.name, {CONTENDS: "true"})
+        if found.version not in settled | {known.version for known in contenders} and store.exists(found.uri)
+    ]:  # fmt: skip
+        contenders = sorted([*contenders, *new], key=lambda known: int(known.version))
+        best = contenders[0]
+        for rival in contenders[1:]:  # as if one had come after the other
+            best = rival if _judged(store, rival, best).leads else best
+        registry.set_alias(best)
+    return verdict if best is version else Verdict(False, _judged(store, version, best).why)
+
+
+def _judged(store: Store, new: ModelVersion, old: ModelVersion) -> Verdict:
+    return judge(store.open(new.uri).manifest, store.open(old.uri).manifest, f"version {old.version}, the champion")
 
 
 def judge(new: Mapping[str, Any], old: Mapping[str, Any], rival: str) -> Verdict:
@@ -56,7 +84,7 @@ def judge(new: Mapping[str, Any], old: Mapping[str, Any], rival: str) -> Verdict
     if new["base"]["digest"] != old["base"]["digest"]:
         return Verdict(False, f"not comparable with {rival}: another base model")
     for rows, whose in ((ours, "its own curve"), (theirs, f"the curve of {rival},")):
-        if len(rows) < 2 or max(row["got"] for row in rows) != 1.0:
+        if len(rows) < 2 or max(row.get("got", 0) for row in rows) != 1.0 or not all({"got", "loss"} <= row.keys() for row in rows):
             return Verdict(False, f"not comparable with {rival}: {whose} has no size 1.0, or none below it")
     for key in ALIKE:
         a, b = ({row.get(key, "packed") for row in rows} for rows in (ours, theirs))

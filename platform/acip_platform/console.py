@@ -3,7 +3,7 @@
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import ray
 from rich.console import Console
@@ -48,7 +48,7 @@ class Watch:
         self.bars = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
         self.tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> Self:
         self.bars.start()
         self.thread.start()
         return self

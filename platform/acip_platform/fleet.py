@@ -14,7 +14,6 @@ What is wrong in a file is named with its line and what is allowed.
 import dataclasses
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,6 @@ from acip.evaluate.tasks import check as check_tasks
 from acip.evaluate.tasks import expand
 from acip.recipe import Recipe
 from acip_platform.yaml_file import YamlFile
-
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of a registered model
 
 
 class FleetError(AcipError):
@@ -99,7 +96,7 @@ class _Reader(YamlFile):
     def fleet(self) -> Fleet:
         root = self.root("fleet file", TOP)
         top = dict(self.items(root, TOP, "the fleet file"))
-        name = self.value(top["name"][1]) if "name" in top else Path(self.path).stem
+        name = self.name(top["name"][1] if "name" in top else root, self.value(top["name"][1]) if "name" in top else Path(self.path).stem)
         if "models" not in top or not isinstance(top["models"][1], yaml.SequenceNode) or not top["models"][1].value:
             raise self.fail(root, "'models' must be a list with at least one model.")
         defaults = top["defaults"][1] if "defaults" in top else None
@@ -109,7 +106,7 @@ class _Reader(YamlFile):
             if job.name in names:
                 raise self.fail(node, f"the name {job.name!r} is used twice; each model needs its own.")
             names.add(job.name)
-        return Fleet(str(name), tuple(jobs))
+        return Fleet(name, tuple(jobs))
 
     def job(self, node: yaml.Node, defaults: yaml.Node | None) -> Job:
         fields: dict[str, Any] = {}
@@ -136,16 +133,25 @@ class _Reader(YamlFile):
         for needed in ("name", "base"):
             if needed not in fields:
                 raise self.fail(node, f"a model needs a {needed!r}.")
-        if not re.fullmatch(NAME, fields["name"]):
-            raise self.fail(node, f"the name {fields['name']!r} may hold only letters, digits, '.', '_' and '-'.")
+        self.name(node, fields["name"])
         if (n := fields.get("num_workers", 1)) < 1 or recipe.batch_size % n:
             raise self.fail(node, f"num_workers is {n}; it must be at least 1 and divide batch_size, which is {recipe.batch_size}.")
         if n > 1 and recipe.quantise != "none":
             raise self.fail(node, f"num_workers is {n} and quantise {recipe.quantise!r}: weights are either sharded or in 4 bit, not both.")
         if tasks := fields.get("tasks"):
             self.checked(node, check_tasks, expand(tasks))
-        if (limit := fields.get("task_limit", 0)) < 0:
-            raise self.fail(node, f"task_limit is {limit}; it must be a number of items, or 0 for all of them.")
+        for key, least, what in (
+            ("task_limit", 0, "a number of items, or 0 for all of them"),
+            ("eval_windows", 0, "a number of windows, or 0 for all of them"),
+            ("eval_context", 2, "a number of tokens, at least 2"),
+        ):
+            if (value := fields.get(key, least)) < least:
+                raise self.fail(node, f"{key} is {value}; it must be {what}.")
+        for key in ("gpus", "cpus"):
+            if (value := fields.get(key, -1.0)) < 0 and value != -1:
+                raise self.fail(node, f"{key} is {value:g}; it must be at least 0, or -1 to leave it to the cluster.")
+        if not fields.get("sizes", Job.sizes):
+            raise self.fail(node, "sizes is empty; name the sizes of the curve, 1.0 among them.")
         for size in fields.get("sizes", ()):
             if not 0 < size <= 1:
                 raise self.fail(node, f"sizes holds {size!r}; each must be above 0 and up to 1.")

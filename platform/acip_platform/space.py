@@ -28,7 +28,7 @@ import yaml
 from ray import tune
 from ray.tune.search.variant_generator import generate_variants
 
-from acip.errors import AcipError, RecipeError
+from acip.errors import AcipError, RecipeError, cited
 from acip.recipe import Recipe, coerce
 from acip_platform.fleet import Job
 from acip_platform.yaml_file import YamlFile
@@ -38,6 +38,7 @@ Scheduler = Literal["none", "asha"]
 Keep = Literal["winner", "front", "all"]
 RECIPE = {field.name: field.type for field in dataclasses.fields(Recipe)}
 RANGES = ("uniform", "loguniform", "randint")
+TRIALS = 1000  # of a sweep: more are a mistake
 WHY_NO_PBT = (
     "scheduler 'pbt' changes values while a calibration runs. Most fields (stop_ratio, lambda, basis, adapter_rank, ...) shape its state "
     "and can't change, and no recipe would tell how to make the result again. Use asha."
@@ -149,9 +150,7 @@ class _Reader(YamlFile):
         root = self.root("space file", ["space"])
         top = dict(self.items(root, allowed, "the space file"))
         given = {key: self.checked(node, coerce, key, self.value(node), kind) for key, (_, node) in top.items() if (kind := TOP.get(key))}
-        name = given.pop("name", Path(self.path).stem)
-        if name != Path(name).name or not name:
-            raise self.fail(root, f"the name {name!r} must not hold a slash.")
+        name = self.name(top["name"][0] if "name" in top else root, given.pop("name", Path(self.path).stem))
         if "space" not in top:
             raise self.fail(root, "'space' is missing: which fields of the recipe vary, and over which values.")
         fixed: dict[str, tuple[yaml.Node, yaml.Node]] = dict(self.items(top["set"][1], RECIPE, "set")) if "set" in top else {}
@@ -167,6 +166,14 @@ class _Reader(YamlFile):
             raise self.fail(top["samples"][0], "samples are of a random search; a grid has all combinations. Set search to 'random'.")
         if given.setdefault("samples", 1 if search == "grid" else 8) < 1:
             raise self.fail(top["samples"][0], f"samples is {given['samples']}; it must be at least 1.")
+        if given.get("seed", 0) < 0:
+            raise self.fail(top["seed"][0], f"seed is {given['seed']}; it must be at least 0.")
+        lists = {field: values for field, values in fields.items() if not isinstance(values, Range)}
+        count = given["samples"] * math.prod(len(values) for field, values in lists.items() if search == "grid" or field == "stop_ratio")
+        if count > TRIALS:
+            raise self.fail(
+                top["space"][0], f"the space makes {count:,} trials, of {TRIALS:,} at most. List fewer values, or draw samples."
+            )
         changes = {field: self.checked(node, coerce, field, self.value(node), RECIPE[field]) for field, (_, node) in fixed.items()}
         lines = {field: key_node.start_mark.line + 1 for field, (key_node, _) in (fixed | varied).items()}
         return Space(name=name, path=self.path, set=changes, fields=fields, lines=lines, **given)
@@ -184,7 +191,7 @@ class _Reader(YamlFile):
                 raise self.fail(node, f"{what}; it is an empty list.")
             return tuple(self.checked(item, coerce, field, self.value(item), RECIPE[field]) for item in node.value)
         if not isinstance(node, yaml.MappingNode):
-            raise self.fail(node, f"{what}; it is {self.value(node)!r}. What all trials share goes into 'set'.")
+            raise self.fail(node, f"{what}; it is {cited(self.value(node))}. What all trials share goes into 'set'.")
         if len(node.value) != 1:
             raise self.fail(node, f"{what}; this mapping has {len(node.value)} entries.")
         ((kind, (kind_node, ends)),) = self.items(node, RANGES, f"the range of {field}")
@@ -198,9 +205,9 @@ class _Reader(YamlFile):
             fits = {int: "randint", float: "uniform or loguniform"}.get(number, "a list of values")  # type: ignore[arg-type]
             raise self.fail(node, f"{field} can't be drawn by {kind}; use {fits}.")
         if not isinstance(ends, list) or len(ends) != 2:
-            raise self.fail(node, f"{kind} of {field} is {ends!r}; it must be two numbers, [from, to].")
+            raise self.fail(node, f"{kind} of {field} is {cited(ends)}; it must be two numbers, [from, to].")
         low, high = (self.checked(node, coerce, field, end, number) for end in ends)
-        if not low < high or not math.isfinite(high) or (kind == "loguniform" and low <= 0):
+        if not low < high or not math.isfinite(high - low) or (kind == "loguniform" and low <= 0):
             raise self.fail(node, f"{kind} of {field} is [{low}, {high}]; it must rise{', and start above 0' * (kind == 'loguniform')}.")
         return Range(kind, low, high)
 

@@ -21,7 +21,7 @@ from urllib.request import url2pathname
 from urllib3.exceptions import HTTPError
 
 from acip.artifact import MANIFEST, Artifact
-from acip.errors import AcipError, ArtifactError
+from acip.errors import AcipError, ArtifactError, cited
 from acip.source import Range
 
 PART = 8 << 20  # bytes of one request at most
@@ -316,13 +316,18 @@ def _is_s3(uri: str) -> bool:
 
 
 def _path(uri: str) -> Path:
-    return Path(url2pathname(urlparse(uri).path) if uri.startswith("file://") else uri)
+    try:
+        path = Path(url2pathname(urlparse(uri).path) if uri.startswith("file://") else uri)
+        path.exists()
+    except (OSError, ValueError) as error:  # too long, not to be looked into, not UTF-8, a host that is none
+        raise StoreError(f"{cited(uri)} can't be a folder: {error}. Check the URI.") from error
+    return path
 
 
 def _split(uri: str) -> tuple[str, str]:
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     if not bucket or not prefix.strip("/"):
-        raise StoreError(f"{uri!r} must be s3://bucket/prefix.")
+        raise StoreError(f"{cited(uri)} must be s3://bucket/prefix.")
     return bucket, prefix.strip("/")
 
 

@@ -22,6 +22,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
+from sqlalchemy.exc import SQLAlchemyError
 
 from acip.errors import AcipError
 from acip.recipe import did_you_mean
@@ -40,6 +41,21 @@ BATCH = 1000  # metrics of one request at most
 
 class RegistryError(AcipError):
     """A model, version or alias that the registry doesn't hold. Says what it holds."""
+
+
+class RegistryAwayError(AcipError):
+    """The registry does not answer, or fails."""
+
+
+@contextmanager
+def reached(settings: Settings) -> Iterator[None]:
+    """What MLflow says of a server or a database that it can't ask, as ours. Its client has tried for minutes by then."""
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError) as error:
+        where = masked(settings.tracking_uri)
+        said = masked(str(error)).splitlines()[0].rstrip(".")
+        raise RegistryAwayError(f"the registry at {where} can't be asked: {said}. Is it running? Check MLFLOW_TRACKING_URI.") from error
 
 
 @dataclass(frozen=True)
@@ -211,11 +227,11 @@ class Registry:
         return None if now is None else self.resolve(name, str(now))
 
     def crown(self, version: ModelVersion) -> None:
-        """Make `version` the champion, and remember the one before."""
+        """Make `version` the champion, and remember the one before. Whoever is remembered had the alias by then."""
         past = self.champions(version.name)
+        self.set_alias(version)
         if past[-1:] != [version.version]:
             self._remember(version.name, [*past, version.version])
-        self.set_alias(version)
         if CANDIDATE in self.resolve(version.name, version.version).aliases:
             self.client.delete_registered_model_alias(version.name, CANDIDATE)
 

@@ -30,7 +30,7 @@ from acip_platform.serve.replica import EngineReplica
 from acip_platform.serve.request import ChatRequest, CompletionRequest, MaterializationRequest, Sized
 from acip_platform.serve.routes import Answered, routes
 from acip_platform.settings import Settings, masked
-from acip_platform.tracking import CHAMPION, ModelVersion, Registry, RegistryError
+from acip_platform.tracking import CHAMPION, ModelVersion, Registry, RegistryAwayError, RegistryError, reached
 
 BUILD_ARGS: dict[str, Any] = {
     "models": None,  # names in the registry; None = every model that has the alias
@@ -50,6 +50,7 @@ ENGINE_ENV = {
 }
 GONE = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 READY_TIMEOUT_S = 5.0
+LOAD_TIMEOUT_S = 30.0  # that the registry has to name a version
 RETRY_S = 1.0
 DRAIN_S = 20  # what is being answered when the server is told to stop has this long
 
@@ -59,7 +60,9 @@ log = logging.getLogger("ray.serve")
 class Api:
     """HTTP in front of the engines. Knows which version is served under each name, and counts what it passes on."""
 
-    def __init__(self, engine: DeploymentHandle, versions: list[ModelVersion], capacity: int, keys: Keys, export_cpus: float) -> None:
+    def __init__(
+        self, engine: "DeploymentHandle[Any]", versions: list[ModelVersion], capacity: int, keys: Keys, export_cpus: float
+    ) -> None:
         self.engine, self.capacity, self.keys = engine, capacity, keys
         self.materializations = Materializations(Settings.from_env(), num_cpus=export_cpus)
         self.versions = {version.name: version for version in versions}
@@ -98,9 +101,14 @@ class Api:
     async def load(self, name: str, which: str) -> dict[str, Any]:
         """From now on this version is served under this name; answers in flight keep theirs."""
         try:
-            version = await asyncio.to_thread(lambda: Registry(Settings.from_env()).resolve(name, which))
+            async with asyncio.timeout(LOAD_TIMEOUT_S):
+                version = await asyncio.to_thread(_resolved, name, which)
         except RegistryError as error:
             raise RequestError(str(error), "model", "model_not_found", 404) from error
+        except (RegistryAwayError, TimeoutError) as error:
+            said = str(error) or f"the registry does not answer within {LOAD_TIMEOUT_S:g} s."
+            message = f"{said} Version {self.versions[name].version} of {name} is served as before."
+            raise RequestError(message, None, "registry_unavailable", 503) from error
         card = await self._ask("card", version)
         self._cards[name, version.version], self.versions[name] = card, version
         return card
@@ -170,6 +178,12 @@ class Api:
             error = answered["body"]["error"]
             raise RequestError(error["message"], error["param"], error["code"], answered["status"])
         return answered["body"]
+
+
+def _resolved(name: str, which: str) -> ModelVersion:
+    settings = Settings.from_env()
+    with reached(settings):
+        return Registry(settings).resolve(name, which)
 
 
 @contextlib.contextmanager
@@ -249,7 +263,12 @@ def application(
 
 
 def choose(settings: Settings, names: list[str] | None, alias: str) -> list[ModelVersion]:
-    """The versions to serve: those of `names`, else of every registered model that has the alias."""
+    """The versions to serve: those of `names`, else of every registered model that has the alias. RegistryAwayError: it can't be asked."""
+    with reached(settings):
+        return _chosen(settings, names, alias)
+
+
+def _chosen(settings: Settings, names: list[str] | None, alias: str) -> list[ModelVersion]:
     database = settings.tracking_uri.removeprefix("sqlite:///")
     new = database != settings.tracking_uri and not Path(database).exists()  # asking would create it
     registry = None if new else Registry(settings)

@@ -70,7 +70,10 @@ class Models:
             return served
 
     def _load(self, version: ModelVersion, place: Place) -> Served:
-        artifact = Artifact.open(self.store.fetch(version.uri))
+        try:
+            artifact = Artifact.open(self.store.fetch(version.uri))
+        except AcipError as error:  # not the fault of who asks
+            raise RequestError(str(error), "model", "artifact_unavailable", 503) from error
         needs = sum(artifact.manifest["files"][file]["bytes"] for file in WEIGHTS)
         if needs > self.limit_bytes:
             raise AcipError(

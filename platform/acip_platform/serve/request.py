@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from acip.budget import MEGA, Budget
-from acip.errors import BudgetError
+from acip.errors import BudgetError, cited
 from acip.recipe import did_you_mean
 from acip_platform.serve.errors import RequestError
 
@@ -207,7 +207,7 @@ def split_name(model: str | None, names: Sequence[str]) -> tuple[str, Budget | N
     name = max((name for name in names if model.startswith(f"{name}@")), key=len, default=None)
     if name is None:
         guess = did_you_mean(model.partition("@")[0], list(names))
-        message = f"no model {model!r}{guess}; served: {have}, each at any size, as NAME@RATIO."
+        message = f"no model {cited(model)}{guess}; served: {have}, each at any size, as NAME@RATIO."
         raise RequestError(message, "model", "model_not_found", 404)
     return name, size_of(name, model[len(name) + 1 :])
 
@@ -225,7 +225,7 @@ def size_of(name: str, written: str) -> Budget:
             raise BudgetError("")
         return Budget(memory_mb=asked.stored_bytes / MEGA, context=int(tokens[1]) * (1024 if tokens[2] else 1), batch=1)
     except (BudgetError, ValueError, OverflowError) as error:  # numbers of thousands of digits are neither
-        raise RequestError(f"the size in {name}@{written} is {written!r}; it must be {allowed}", "model", "invalid_size") from error
+        raise RequestError(f"the size behind {name}@ is {cited(written)}; it must be {allowed}", "model", "invalid_size") from error
 
 
 def explain(errors: Sequence[Any], fields: Any, kind: type[BaseModel]) -> RequestError:

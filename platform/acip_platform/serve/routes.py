@@ -156,7 +156,7 @@ def routes(endpoint: Endpoint) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        kind = REQUESTS.get(request.url.path, LoadRequest)
+        kind = REQUESTS.get(request.scope["path"], LoadRequest)  # Request.url fails where the query is not UTF-8
         return answer(*as_response(explain(error.errors(), error.body, kind), ""))
 
     @app.exception_handler(RequestError)
@@ -165,7 +165,7 @@ def routes(endpoint: Endpoint) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def not_served(request: Request, error: HTTPException) -> JSONResponse:
-        asked, code = f"{request.method} {request.url.path}", "invalid_json"
+        asked, code = f"{request.method} {request.scope['path']}", "invalid_json"
         message = f"{error.detail}. Send a JSON object in UTF-8."
         if error.status_code in (404, 405):
             have = ", ".join(f"{method} {route.path}" for route in there for method in sorted(route.methods or ()) if "/v1" in route.path)

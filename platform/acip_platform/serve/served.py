@@ -30,6 +30,7 @@ class Served:
 
     def __init__(self, version: ModelVersion, artifact: Artifact, device: str | torch.device = "cpu", kv_tokens: int = 1 << 17) -> None:
         self.version, self.artifact = version, artifact
+        self.created = int((artifact.folder / MANIFEST).stat().st_mtime)
         self.any_size: AnySize = artifact.load(device)
         self.tokenizer = artifact.tokenizer()
         self.stated = self.any_size.model.generation_config or GenerationConfig()
@@ -57,7 +58,7 @@ class Served:
         return {
             "id": self.version.name,
             "object": "model",
-            "created": int((self.artifact.folder / MANIFEST).stat().st_mtime),
+            "created": self.created,
             "owned_by": "acip",
             "max_model_len": self.context,
             "version": self.version.version,

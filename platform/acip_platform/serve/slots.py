@@ -13,7 +13,7 @@ transformers calls `attend` by its registered name, with the step in a thread-lo
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +126,7 @@ class Step:
             (slots_T[0], position_T[0]) if len(slots_T) == 1 and single else None,
         )  # fmt: skip
 
-    def __enter__(self) -> "Step":
+    def __enter__(self) -> Self:
         _here.step = self
         return self
 

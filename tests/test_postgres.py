@@ -1,0 +1,120 @@
+"""MLflow on PostgreSQL: two fleets at once, and many contests at once; nothing is lost, and one champion is left."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from acip_platform.champion import contend, judge
+from acip_platform.settings import Settings
+from acip_platform.store import Store
+from acip_platform.tracking import CANDIDATE, CHAMPION, Registry, Tracking
+
+from acip.artifact import Artifact
+from tests import postgres
+from tests.conftest import write_fleet
+from tests.server import free_port, until
+from tests.test_contest import Contest
+
+pytestmark = pytest.mark.slow  # the database, MLflow's tables in it, and four calibrations: some minutes
+CALIBRATE = Path(__file__).parents[1] / "jobs" / "calibrate_all.py"
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    with postgres.running() as uri:
+        yield uri
+
+
+@pytest.fixture(scope="module")
+def mlflow(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A tracking server on the database, as infra/ runs it; its URL."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    url = f"http://127.0.0.1:{free_port()}"
+    command = [
+        str(Path(sys.executable).with_name("mlflow")), "server", "--backend-store-uri", database, "--artifacts-destination", str(folder),
+        "--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--workers", "2",
+    ]  # fmt: skip
+    with (folder / "log").open("w") as log:
+        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        server = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+    try:
+
+        def answers() -> bool:
+            assert server.poll() is None, (folder / "log").read_text()
+            try:
+                return httpx.get(f"{url}/health").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        until(answers, 180, f"MLflow's server does not answer; see {folder / 'log'}")
+        yield url
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def test_many_contests_at_once_leave_the_best(database: str, small_artifact: Artifact, tmp_path: Path) -> None:
+    """Eight processes' worth of registries, straight on the database: eight versions, one champion, every verdict."""
+    contest = Contest(small_artifact, tmp_path / "home", database)
+    together = threading.Barrier(8)
+
+    def enter(i: int) -> str:
+        registry = Registry(contest.settings)
+        artifact = contest.artifacts[i % 4]
+        together.wait(60)
+        version = registry.register("contested", f"{artifact.folder}{'/.' * (i // 4)}", "", {"quality": str(i % 4)})
+        return str(contend(registry, contest.store, version, artifact))
+
+    with ThreadPoolExecutor(8) as pool:
+        verdicts = list(pool.map(enter, range(8)))
+    versions = contest.registry.versions("contested", {})
+    assert len(versions) == 8
+    assert all(version.tags["verdict"] in verdicts for version in versions)
+    champions = [version for version in versions if CHAMPION in version.aliases]
+    assert [version.tags["quality"] for version in champions] == ["3"]
+    assert all(CANDIDATE not in version.aliases for version in champions)
+
+
+def test_two_fleets_at_once(mlflow: str, small_base: str, tmp_path: Path) -> None:
+    """Two machines, one registry and one store: both calibrate `small`, each another model besides."""
+    shared = {**os.environ, "MLFLOW_TRACKING_URI": mlflow, "ACIP_STORE": str(tmp_path / "store"), "RAY_ADDRESS": "local"}
+    running = []
+    for i, own in enumerate(("one", "two")):
+        models = [f"name: {name}, base: {small_base}, set: {{seed: {i}}}" for name in ("small", own)]
+        fleet = write_fleet(tmp_path / f"{own}.yaml", "post_tune_steps: 20", *models)
+        env = {**shared, "ACIP_HOME": str(tmp_path / own)}
+        with (tmp_path / f"{own}.log").open("w") as log:
+            command = [sys.executable, str(CALIBRATE), "--fleet", str(fleet)]
+            running.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(500) for process in running]
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    logs = [(tmp_path / f"{own}.log").read_text() for own in ("one", "two")]
+    assert codes == [0, 0], "\n".join(logs)
+
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "look"), "MLFLOW_TRACKING_URI": mlflow, "ACIP_STORE": shared["ACIP_STORE"]})
+    tracking, registry, store = Tracking(settings, "acip/small"), Registry(settings), Store(settings.store, settings.home)
+    runs = tracking.client.search_runs([tracking.experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["fleet small"] * 2 + ["one", "small", "small", "two"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run in (run for run in runs if "artifact_uri" in run.data.tags):
+        logged = {metric.step for metric in tracking.client.get_metric_history(run.info.run_id, "loss_nats")}
+        assert logged == set(range(1, 21)), "each step, once"
+        assert len(tracking.client.get_metric_history(run.info.run_id, "loss_nats")) == 20
+    versions = registry.versions("small", {})
+    assert len(versions) == 2 == len({version.uri for version in versions})
+    assert [len(registry.versions(name, {})) for name in ("one", "two")] == [1, 1]
+    (champion,) = [version for version in versions if CHAMPION in version.aliases]
+    (other,) = [version for version in versions if version is not champion]
+    assert not judge(store.open(other.uri).manifest, store.open(champion.uri).manifest, "the champion").leads
+    assert all(version.tags["verdict"] for version in versions)
