@@ -463,7 +463,7 @@ def _s3() -> Any:
     import boto3
     from botocore.config import Config
 
-    retries = {"max_attempts": 8, "mode": "adaptive"}
+    retries = {"max_attempts": 8, "mode": "standard"}  # adaptive crawls for minutes after one 503
     config = Config(retries=retries, max_pool_connections=8 * AT_ONCE, connect_timeout=10, read_timeout=30)  # seconds of silence
     with _making:
         return boto3.client("s3", config=config)
