@@ -211,66 +211,76 @@ def test_everything_through_a_bad_s3(
     assert s3_server["AWS_SECRET_ACCESS_KEY"] not in job.text
 
 
+class Spot:
+    """A calibration on a cluster whose worker nodes are like pods: `ray start --block`, which gets SIGTERM and some seconds."""
+
+    def __init__(self, folder: Path, base: str) -> None:
+        settings = Settings.from_env({"ACIP_HOME": str(folder / "home"), "ACIP_CHECKPOINT_S": "1e6"})  # no checkpoints by time
+        (self.job,) = Fleet.load(fleet(folder, base, "spot")).jobs
+        self.settings, self.log, self.pods = settings, (folder / "pods").open("w"), list[subprocess.Popen[bytes]]()
+        self.said, self.outcome = list[str](), dict[str, Any]()
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 << 20})
+        ray.init(address=self.cluster.address, log_to_driver=False, runtime_env={"env_vars": settings.worker_env()})
+        self.run = Tracking(settings, "acip/small").start("spot", "spot", {})
+        self.inbox = open_inbox()
+        self.thread = threading.Thread(target=self.calibrate)
+
+    def pod(self) -> None:
+        command = [
+            str(Path(sys.executable).with_name("ray")), "start", f"--address={self.cluster.address}", "--block", "--num-cpus=1",
+            f"--object-store-memory={80 << 20}",
+        ]  # fmt: skip
+        self.pods.append(subprocess.Popen(command, stdout=self.log, stderr=self.log))
+
+    def calibrate(self) -> None:
+        try:
+            self.outcome.update(run_job(self.job, Share(0, 1), self.settings, self.run, "spot", self.inbox))
+        except BaseException as error:
+            self.outcome["error"] = error
+
+    def listen(self) -> None:
+        self.said.extend(event["text"] for event in ray.get(self.inbox.take.remote()) if event["kind"] == "stage")
+
+    def wait_for(self, text: str, times: int) -> None:
+        deadline = time.monotonic() + 150
+        while sum(text in said for said in self.said) < times:
+            assert time.monotonic() < deadline and self.thread.is_alive(), (self.said, self.outcome, Path(self.log.name).read_text())
+            time.sleep(0.2)
+            self.listen()
+
+    def numbers(self, pattern: str) -> list[int]:
+        return [int(step) for text in self.said for step in re.findall(pattern, text)]
+
+    def stop(self) -> None:
+        ray.shutdown()
+        for process in self.pods:
+            process.terminate()
+        for process in self.pods:
+            process.wait(60)
+        self.cluster.shutdown()
+        self.log.close()
+
+
 def test_preempted_twice(small_base: str, undisturbed: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM to `ray start --block`, as a pod's first process gets it: its worker writes a checkpoint at once. There are no others."""
+    """A node that gets SIGTERM tells its worker, which writes a checkpoint at once; there are no others."""
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     monkeypatch.setenv("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "12")
-    settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home"), "ACIP_CHECKPOINT_S": "1e6"})
-    (job,) = Fleet.load(fleet(tmp_path, small_base, "spot")).jobs
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80 << 20, "resources": {"head": 1}})
-    pods: list[subprocess.Popen[bytes]] = []
-    log = (tmp_path / "pods").open("w")
-
-    def pod() -> None:
-        command = [str(Path(sys.executable).with_name("ray")), "start", f"--address={cluster.address}", "--block", "--num-cpus=2",
-                   f"--object-store-memory={80 << 20}"]  # fmt: skip
-        pods.append(subprocess.Popen(command, stdout=log, stderr=log))
-
+    spot = Spot(tmp_path, small_base)
     try:
-        ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": settings.worker_env()})
-        tracking = Tracking(settings, "acip/small")
-        run, inbox = tracking.start("spot", "spot", {}), open_inbox()
-        said: list[str] = []
-        outcome: dict[str, Any] = {}
-
-        def calibrate() -> None:
-            try:
-                outcome.update(run_job(job, Share(0, 2), settings, run, "spot", inbox))
-            except BaseException as error:
-                outcome["error"] = error
-
-        def heard(text: str, times: int) -> bool:
-            said.extend(event["text"] for event in ray.get(inbox.take.remote()) if event["kind"] == "stage")
-            return sum(text in each for each in said) >= times
-
-        def wait_for(text: str, times: int) -> None:
-            deadline = time.monotonic() + 150
-            while not heard(text, times):
-                assert time.monotonic() < deadline and thread.is_alive(), (said, outcome, (tmp_path / "pods").read_text())
-                time.sleep(0.2)
-
-        pod()
-        thread = threading.Thread(target=calibrate)
-        thread.start()
-        for time_ in (1, 2):
-            wait_for("one real step", time_)
-            time.sleep(2)
-            pods[-1].send_signal(signal.SIGTERM)
-            pod()
-            wait_for("a node is being taken away", time_)
-        thread.join(300)
-        heard("", 0)
-        assert "error" not in outcome and outcome["version"] == "1", (outcome, said)
-        left = [int(step) for text in said for step in re.findall(r"taken away: a checkpoint of step (\d+)", text)]
-        back = [int(step) for text in said for step in re.findall(r"going on from the last checkpoint, step_(\d+)", text)]
-        assert left == back and len(left) == 2, said
-        assert_same(Artifact.open(outcome["uri"]), undisturbed)
-        assert [metric.step for metric in run.client.get_metric_history(run.run_id, "loss_nats")] == list(range(1, STEPS + 1))
+        spot.pod()
+        spot.thread.start()
+        for times in (1, 2):
+            spot.wait_for("one real step", times)
+            spot.pods[-1].send_signal(signal.SIGTERM)
+            spot.pod()
+            spot.wait_for("a node is being taken away", times)
+        spot.thread.join(300)
+        spot.listen()
+        assert "error" not in spot.outcome and spot.outcome["version"] == "1", (spot.outcome, spot.said)
+        left = spot.numbers(r"taken away: a checkpoint of step (\d+)")
+        assert spot.numbers(r"going on from the last checkpoint, step_(\d+)") == left and len(left) == 2, spot.said
+        assert_same(Artifact.open(spot.outcome["uri"]), undisturbed)
+        steps = [metric.step for metric in spot.run.client.get_metric_history(spot.run.run_id, "loss_nats")]
+        assert steps == list(range(1, STEPS + 1)), "each once"
     finally:
-        ray.shutdown()
-        for process in pods:
-            process.terminate()
-        for process in pods:
-            process.wait(60)
-        cluster.shutdown()
-        log.close()
+        spot.stop()

@@ -4,6 +4,7 @@ import random
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import copytree
 
@@ -141,13 +142,9 @@ def another(artifact: Artifact, folder: Path, i: int) -> Path:
 def test_only_one_creates(s3: Proxy, store: Store, tmp_path: Path) -> None:
     """On S3 and on disk. An answer that was lost makes nobody else of the writer: it finds its own content."""
     for place in (store, Store(str(tmp_path / "disk"), tmp_path / "cache")):
-        won: list[int] = []
-        threads = [threading.Thread(target=lambda i=i: place.create("some/file", b"%d" % i) and won.append(i)) for i in range(12)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(won) == 1 and place.small("some") == {"file": b"%d" % won[0]}
+        with ThreadPoolExecutor(12) as pool:
+            won = list(pool.map(lambda i, place=place: place.create("some/file", b"%d" % i), range(12)))
+        assert sum(won) == 1 and place.small("some") == {"file": b"%d" % won.index(True)}
     s3.choose = lambda method, path, before: "lost" if method == "PUT" and before == 0 else ""
     store.create("some/other", b"mine")
     assert store.small("some")["other"] == b"mine"

@@ -38,8 +38,10 @@ class Mlflow:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [str(Path(sys.executable).with_name("mlflow")), "server", "--port", str(self.port), "--workers", "1",
-                   "--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}", "--artifacts-destination", str(self.folder / "files")]  # fmt: skip
+        command = [
+            str(Path(sys.executable).with_name("mlflow")), "server", "--port", str(self.port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}", "--artifacts-destination", str(self.folder / "files"),
+        ]  # fmt: skip
         env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "log").open("a") as log:
             self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
@@ -138,7 +140,7 @@ def test_what_mlflow_missed_at_the_end_is_in_the_last_checkpoint(
     away = Run(MlflowClient(tracking_uri="http://127.0.0.1:9"), run.run_id, run.experiment_id)  # nothing listens there
     lost = observer(away, quick_recipe, said, checkpoints)
     calibration = calibrated_with(lost, small_base, quick_recipe, golden_tokens)
-    assert lost.rows and [name[:11] for name in checkpoints.names()][0] == f"step_{len(calibration.history):06d}"
+    assert lost.rows and checkpoints.names()[0][:11] == f"step_{len(calibration.history):06d}"
     late = observer(run, quick_recipe, said, checkpoints)
     with checkpoints.newest() as folder:
         late.recall(folder)
