@@ -29,6 +29,7 @@ class Checkpoints:
     def __init__(self, settings: Settings, attempt: str, say: Say = lambda kind, **facts: None) -> None:
         self.store, self.attempt, self.say = Store(settings.runs, settings.home / "cache"), attempt, say
         self.every_s = settings.checkpoint_s
+        self.damaged: set[str] = set()
 
     def write(self, state: CalibrationState) -> bool:
         """Whether it could be. What is in the way is said; a calibration is worth more than one checkpoint of it."""
@@ -39,7 +40,8 @@ class Checkpoints:
                 folder.mkdir()
                 state.save(folder)
                 self.store.add(folder, f"{self.attempt}/{name}", SUMS)
-            self.store.keep_only(self.attempt, self.names()[:KEPT], "step_")
+            sound = [name for name in self.names() if name not in self.damaged]
+            self.store.keep_only(self.attempt, sound[:KEPT], "step_")
         except (StoreError, SafetensorError, OSError) as error:
             why = reason(error) if isinstance(error, OSError) else error
             self.say("stage", text=f"no checkpoint of step {state.step}: {why}")
@@ -60,5 +62,6 @@ class Checkpoints:
                 if not faults:
                     yield folder
                     return
+                self.damaged.add(name)
                 self.say("stage", text=f"checkpoint {name} is damaged ({faults[0]}): going back to the one before")
         yield None

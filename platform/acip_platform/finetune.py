@@ -56,7 +56,8 @@ def lineage(job: Job, version: ModelVersion) -> dict[str, str]:
 
 def tune_one(config: dict[str, Any]) -> dict[str, Any]:
     """The worker's whole work. Returns a summary with the artifact's URI, the version, the curve, and what was measured before."""
-    job, settings, version = Job.from_dict(config["job"]), Settings(**config["settings"]), ModelVersion(**config["version"])
+    settings: Settings = config["settings"]
+    job, version = Job.from_dict(config["job"]), ModelVersion(**config["version"])
     torch.set_num_threads(config["threads"])
     tracking, registry = Tracking(settings, "acip"), Registry(settings)
     run = Run(tracking.client, config["run"], tracking.experiment_id)

@@ -64,7 +64,7 @@ def run_job(
         worker,  # type: ignore[arg-type]
         train_loop_config={
             "job": job.to_dict(),
-            "settings": dataclasses.asdict(settings),
+            "settings": settings,  # as it is: Ray shows a dict's values to whoever sees the dashboard, and of this its repr
             "run": run.run_id,
             "attempt": attempt,
             "threads": max(1, int(share.cpus)),
@@ -96,7 +96,8 @@ def worker(config: dict[str, Any]) -> dict[str, Any]:
 
 def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     """The worker's whole work. Returns a summary with the artifact's URI, the version and the curve."""
-    job, settings = Job.from_dict(config["job"]), Settings(**config["settings"])
+    job: Job = Job.from_dict(config["job"])
+    settings: Settings = config["settings"]
     torch.set_num_threads(config["threads"])
     tracking = Tracking(settings, "acip")
     run = Run(tracking.client, config["run"], tracking.experiment_id)
@@ -258,7 +259,7 @@ class Observer:
     def _checkpoint(self, checkpoints: Checkpoints, state: CalibrationState, ends: bool) -> None:
         """When it is time, before this node is taken away, and at the end if MLflow hasn't got everything."""
         self.looked = time.monotonic()
-        leaving = ray.train.get_preemption_info() is not None  # hears of it on one worker what all are told
+        leaving = ray.train.get_preemption_info() is not None  # the first worker's answer, on all of them
         at_once = (leaving and not self.leaving) or (ends and bool(self.rows))
         if shard.decided(at_once or self.looked - self.saved >= checkpoints.every_s, self.device):
             if leaving and not self.leaving:
@@ -287,7 +288,7 @@ class Observer:
         """Example masks, going on from what an earlier attempt kept."""
         if self.masks is None:
             kept: dict[str, Any] | None = None
-            with suppress(Exception):  # whatever keeps files for MLflow raises: a picture is not worth a calibration
+            with suppress(Exception), few_retries():  # whatever keeps files for MLflow raises: a picture is not worth a calibration
                 kept = self.run.read_json(FILE)
             self.masks = MaskSamples(**kept) if kept else MaskSamples.of(state.scores)
         self.masks.take(state, step)
