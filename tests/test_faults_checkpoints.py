@@ -7,7 +7,11 @@ from typing import Any
 import pytest
 import torch
 from acip_platform.checkpoints import KEPT, Checkpoints
+from acip_platform.fleet import Job
 from acip_platform.settings import Settings
+from acip_platform.tracking import Tracking
+from acip_platform.train import Observer
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from acip.base import load_base
 from acip.calibrate import Calibration, calibrate
@@ -149,3 +153,30 @@ def test_s3_away_for_a_while_costs_checkpoints_and_nothing_else(
         assert [name[:11] for name in checkpoints.names()] == ["step_000015", "step_000005"]
         resumed = lab.run(checkpoints, 1000)
     assert torch.equal(resumed.scores.score, calibrated[1].scores.score)
+
+
+def test_a_nodes_notice_is_answered_at_once(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draining node (a real one: test_faults_fleet.py) leads to one checkpoint, as soon as it can be written."""
+    monkeypatch.setattr("acip_platform.train.LOOK_S", 0.0)
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path), "ACIP_CHECKPOINT_S": "1e6"})
+    said: list[str] = []
+    checkpoints = Checkpoints(settings, ATTEMPT, lambda kind, **facts: said.append(facts["text"]))
+    run = Tracking(settings, "fleet").start("small", "notice", {})
+    observer = Observer(Job("small", "base", lab.recipe), run, lambda kind, **facts: None, torch.device("cpu"), checkpoints)
+    notice: list[PreemptionInfo] = []
+    monkeypatch.setattr("ray.train.get_preemption_info", lambda: notice[0] if notice else None)
+
+    def observe(reports: list[StepReport], state: CalibrationState) -> None:
+        if state.step == 4:
+            notice.append(PreemptionInfo(None, {"node": [0]}))
+            (tmp_path / "runs").write_text("in the way")
+        if state.step == 6:
+            (tmp_path / "runs").unlink()
+        observer(reports, state)
+        if state.step == 9:
+            raise Killed
+
+    with pytest.raises(Killed):
+        lab.calibrate(None, observe)
+    assert [name[:11] for name in checkpoints.names()] == ["step_000006"]
+    assert [text.partition(":")[0] for text in said] == ["no checkpoint of step 4", "no checkpoint of step 5"]
