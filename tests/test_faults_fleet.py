@@ -33,7 +33,7 @@ from tests.conftest import write_fleet
 from tests.faulty import proxy
 
 ROOT = Path(__file__).parents[1]
-STEPS = 300
+STEPS = 600
 pytestmark = pytest.mark.slow
 
 
@@ -137,7 +137,7 @@ def test_a_fleet_is_submitted_twice_and_its_driver_is_killed(
     """The second says who has it. After the first is killed, a third goes on where that was, and repeats nothing."""
     file = fleet(tmp_path, small_base, "one", "two")
     first = submit(file)
-    first.wait_for(lambda: first.has_checkpoint("one") or first.has_checkpoint("two"))
+    first.wait_for(lambda: len(list(Path(first.settings.store).glob(".leases/*/1"))) == 2)
     second = submit(file)
     assert second.end() == 1, second.text
     for name in ("one", "two"):
@@ -149,7 +149,7 @@ def test_a_fleet_is_submitted_twice_and_its_driver_is_killed(
     third = submit(file)
     assert third.end() == 0, third.text
     assert f"process {first.process.pid} began it; looking for up to 6 s" in third.text
-    assert all(step > 0 for step in third.resumed_at("one") + third.resumed_at("two")) and "going on from the last checkpoint" in third.text
+    assert min(third.resumed_at("one") + third.resumed_at("two")) > 0
     for name in ("one", "two"):
         assert third.steps(name) == list(range(1, STEPS + 1)), "each once"
         assert_same(third.artifact(name), undisturbed)
