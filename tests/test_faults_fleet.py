@@ -174,8 +174,9 @@ def test_a_worker_that_runs_out_of_memory(
 def test_a_worker_that_is_terminated(submit: Callable[..., Submission], small_base: str, undisturbed: Artifact, tmp_path: Path) -> None:
     """SIGTERM to the process itself, which Ray ends at once: as if it were killed. Twice, the second time as soon as it is back."""
     job = submit(fleet(tmp_path, small_base, "ended"))
-    for i in range(2):
-        job.wait_for(lambda i=i: job.has_checkpoint("ended") and len(job.resumed_at("ended")) == i)
+    for times in range(2):
+        while not job.wait_for(lambda: job.has_checkpoint("ended")) or len(job.resumed_at("ended")) < times:
+            time.sleep(0.1)
         worker = job.wait_for(lambda: job.worker("ended"))
         worker.send_signal(signal.SIGTERM)
         worker.wait(60)

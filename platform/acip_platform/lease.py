@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
 from acip_platform.store import Store, StoreError
 
@@ -40,7 +40,7 @@ class Leases:
         self.ends = threading.Event()
         self.thread = threading.Thread(target=self._beat, daemon=True, name="leases")
 
-    def __enter__(self) -> "Leases":
+    def __enter__(self) -> Self:
         self.thread.start()
         return self
 
