@@ -1,5 +1,6 @@
 """Every variable of a calibration: how it starts, turns from pruning to post-tuning, and is saved and loaded again."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from acip.recipe import Recipe
 from acip.scores import ScoreMap
 from acip.sizes import live_ranks, sort_layers
 
+FILES = "state.json", "state.safetensors"  # of a saved state
+SUMS = "sha256.json"  # their checksums, written last
 PACK_BELOW = 0.9  # of the directions that are multiplied now; packing moves rows, so not for a few
 
 
@@ -120,7 +123,7 @@ class CalibrationState:
                 }
 
     def save(self, folder: str | Path) -> None:
-        """Write the state as `state.safetensors` and `state.json` into an existing folder."""
+        """Write the state as `state.safetensors` and `state.json` into an existing folder, and what they must be as SUMS."""
         tensors = {"score": self.scores.score, "crossing": self.scores.crossing, "gradients": self.gradients}
         for name, core in self.layers.items():
             if isinstance(core, SVDLinear) and core.packed is not None:
@@ -138,9 +141,13 @@ class CalibrationState:
             "history": [asdict(r) for r in self.history],
         }
         (Path(folder) / "state.json").write_text(json.dumps(scalars))
+        sums = {name: _sha256(Path(folder) / name) for name in FILES}
+        (Path(folder) / SUMS).write_text(json.dumps(sums))
 
     def load(self, folder: Path, model: nn.Module, recipe: Recipe) -> None:
         """Put a saved state into this freshly started one."""
+        if (fault := damage(folder)) is not None:
+            raise CalibrationError(f"the checkpoint in {folder} is damaged: {fault}. Go on from another, or start afresh.")
         scalars: Mapping[str, Any] = json.loads((folder / "state.json").read_text())
         tensors = load_file(folder / "state.safetensors")
         device = self.scores.score.device
@@ -151,7 +158,7 @@ class CalibrationState:
         self.scores.score, self.scores.crossing = tensors["score"].to(device), tensors["crossing"].to(device)
         self.gradients = tensors["gradients"].to(device)
         self.lambda_, self.step, self.stop_ranks = scalars["lambda"], scalars["step"], scalars["stop_ranks"]
-        self.history = [StepReport(**report) for report in scalars["history"]]
+        self.history = history(folder)
         if scalars["stop_step"] is not None and self.stop_step is None:
             self.end_pruning(model, recipe)
         self.stop_step = scalars["stop_step"]
@@ -165,6 +172,28 @@ class CalibrationState:
         for name, core in self.layers.items():
             if isinstance(core, SVDLinear) and f"packed/{name}" in tensors:
                 core.pack(tensors[f"packed/{name}"].to(device))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files of a saved state; None = they are as they were written."""
+    try:
+        sums = json.loads((folder / SUMS).read_text())
+        wrong = [name for name in FILES if _sha256(folder / name) != sums[name]]
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{SUMS} can't be read ({error})"
+    return f"{wrong[0]} is not what was written" if wrong else None
+
+
+def history(folder: Path) -> list[StepReport]:
+    """The steps of a saved state."""
+    return [StepReport(**report) for report in json.loads((folder / "state.json").read_text())["history"]]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parameters(layers: Mapping[str, SVDLinear | ElasticLinear]) -> dict[str, nn.Parameter]:

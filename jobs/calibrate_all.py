@@ -4,13 +4,15 @@
     python jobs/calibrate_all.py                                   the same, on a Ray of its own
     python jobs/calibrate_all.py --fleet jobs/fleets/paper.yaml    the paper's models; needs GPUs and the hub
 
-What is done already is not done again (--force does); what was interrupted goes on. Exit code 0 = every model is there.
+What is done already is not done again (--force does); what was interrupted goes on; what another submission is doing is left to it.
+Exit code 0 = every model is there.
 """
 
 import argparse
 import functools
 import hashlib
 import os
+import secrets
 import shlex
 import sys
 import time
@@ -23,11 +25,12 @@ from acip_platform.cluster import Cluster, connect
 from acip_platform.console import Watch, console, duration, lines, trade_off_table
 from acip_platform.fleet import Fleet, Job
 from acip_platform.inbox import open_inbox
+from acip_platform.lease import Leases
 from acip_platform.provenance import commit
 from acip_platform.schedule import Outcome, Share, nodes, pool, run_all, share
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
-from acip_platform.tracking import CHAMPION, ModelVersion, Registry, Run, Tracking
+from acip_platform.tracking import CHAMPION, MlflowException, ModelVersion, Registry, Run, Tracking
 from acip_platform.train import run_job
 
 from acip.errors import AcipError
@@ -54,7 +57,7 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace, out: Any) -> int:
-    began = time.time()
+    began = time.monotonic()
     settings = Settings.from_env()
     fleet = Fleet.load(args.fleet)
     unknown = set(args.only or ()) - {job.name for job in fleet.jobs}
@@ -67,24 +70,68 @@ def run(args: argparse.Namespace, out: Any) -> int:
     there = functools.partial(pool, args.pool) if args.pool else nodes
     shares = {job.name: share(job, there()) for job in jobs}
     tracking, registry, store = Tracking(settings, f"acip/{fleet.name}"), Registry(settings), Store(settings.store, settings.home / "cache")
+    attempts = {job.name: attempt_of(job, args.force) for job in jobs}
     done = {} if args.force else {job.name: version for job in jobs if (version := finished(job, registry, store)) is not None}
-    open_jobs = [job for job in jobs if job.name not in done]
-    parent = start_fleet(tracking, fleet) if open_jobs and len(fleet.jobs) > 1 and not args.dry_run else None
-    runs = {} if args.dry_run else {job.name: start_run(tracking, fleet, job, args.force, parent) for job in open_jobs}
-    first_screen(out, settings, fleet, jobs, done, shares, cluster, runs)
-    if args.dry_run:
-        return 0
+    with Leases(store, settings.lease_s, functools.partial(give_up, out)) as leases:
+        open_jobs = [job for job in jobs if job.name not in done]
+        taken = {} if args.dry_run else claim(leases, {job.name: attempts[job.name] for job in open_jobs}, out)
+        if not args.force:  # they may have been finished while we waited
+            done |= {job.name: version for job in open_jobs if (version := finished(job, registry, store)) is not None}
+        open_jobs = [job for job in open_jobs if job.name not in done and job.name not in taken]
+        parent = start_fleet(tracking, fleet) if open_jobs and len(fleet.jobs) > 1 and not args.dry_run else None
+        runs = {} if args.dry_run else {job.name: start_run(tracking, fleet, job, attempts[job.name], parent) for job in open_jobs}
+        first_screen(out, settings, fleet, jobs, done, taken, shares, cluster, runs)
+        if args.dry_run:
+            return 0
 
-    inbox = open_inbox()
-    outcomes = []
-    with Watch(out, inbox):
-        for outcome in run_all(open_jobs, shares, lambda job: run_job(job, shares[job.name], settings, *runs[job.name], inbox), there):
-            runs[outcome.job.name][0].finish("FAILED" if outcome.error else "FINISHED")
-            outcomes.append(outcome)
-    outcomes.sort(key=lambda outcome: open_jobs.index(outcome.job))  # as in the file
-    if parent is not None:
-        finish_fleet(parent, outcomes)
-    return last_screen(out, settings, outcomes, done, time.time() - began)
+        inbox = open_inbox()
+        outcomes = [Outcome(job, None, taken[job.name]) for job in jobs if job.name in taken and job.name not in done]
+
+        def calibrate(job: Job) -> dict[str, Any]:
+            return run_job(job, shares[job.name], settings, runs[job.name], attempts[job.name], inbox)
+
+        with Watch(out, inbox):
+            for outcome in run_all(open_jobs, shares, calibrate, there):
+                ended(runs[outcome.job.name], outcome, out)
+                outcomes.append(outcome)
+        outcomes.sort(key=lambda outcome: jobs.index(outcome.job))  # as in the file
+        if parent is not None:
+            finish_fleet(parent, outcomes)
+    return last_screen(out, settings, outcomes, done, time.monotonic() - began)
+
+
+def attempt_of(job: Job, force: bool) -> str:
+    """The same name goes on where it stopped, a new one starts afresh."""
+    return f"{job.name}-{job.fingerprint}" + (f"-{secrets.token_hex(4)}" if force else "")
+
+
+def claim(leases: Leases, attempts: dict[str, str], out: Any) -> dict[str, str]:
+    """What another submission is working on, by model, with who that is."""
+    names = {attempt: name for name, attempt in attempts.items()}
+
+    def waiting(attempt: str, owner: str) -> None:
+        out.print(f"[{names[attempt]}] {owner} began it; looking for up to {leases.lease_s:g} s whether that is still alive", markup=False)
+
+    alive = leases.claim(list(names), waiting)
+    return {
+        names[attempt]: f"{owner} is working on it. It isn't done twice; run this again when that has ended."
+        for attempt, owner in alive.items()
+    }
+
+
+def give_up(out: Any, attempt: str, owner: str) -> None:
+    """End at once, and with this process its workers: the work goes on elsewhere."""
+    out.print(
+        f"error: this process was silent for so long that {owner} took over {attempt}; ending, so that it isn't done twice.", markup=False
+    )
+    os._exit(3)
+
+
+def ended(run: Run, outcome: Outcome, out: Any) -> None:
+    try:
+        run.finish("FAILED" if outcome.error else "FINISHED")
+    except MlflowException as error:  # after minutes; the other models go on
+        out.print(f"[{outcome.job.name}] the end of its run isn't recorded: {error}", markup=False)
 
 
 def finished(job: Job, registry: Registry, store: Store) -> ModelVersion | None:
@@ -113,13 +160,11 @@ def finish_fleet(parent: Run, outcomes: list[Outcome]) -> None:
     parent.finish("FINISHED" if len(good) == len(outcomes) else "FAILED")
 
 
-def start_run(tracking: Tracking, fleet: Fleet, job: Job, force: bool, parent: Run | None) -> tuple[Run, str]:
-    """The MLflow run, and the name of the attempt: the same name goes on where it stopped, a new one starts afresh."""
-    attempt = f"{job.name}-{job.fingerprint}" + (f"-{int(time.time())}" if force else "")
+def start_run(tracking: Tracking, fleet: Fleet, job: Job, attempt: str, parent: Run | None) -> Run:
     run = tracking.start(job.name, attempt, {"fleet": fleet.name, "model": job.name}, parent)
     run.params(story.settings(job))
     run.json(job.to_dict(), "recipe.json")
-    return run, attempt
+    return run
 
 
 def first_screen(
@@ -128,9 +173,10 @@ def first_screen(
     fleet: Fleet,
     jobs: list[Job],
     done: dict[str, ModelVersion],
+    taken: dict[str, str],
     shares: dict[str, Share],
     cluster: Cluster,
-    runs: dict[str, tuple[Run, str]],
+    runs: dict[str, Run],
 ) -> None:
     context = ray.get_runtime_context()
     out.print(f"acip: fleet {fleet.name}, {len(jobs)} model{'s' * (len(jobs) != 1)}, {len(done)} done already", markup=False)
@@ -139,13 +185,16 @@ def first_screen(
         "dashboard": cluster.dashboard or "none",
         "tracking": masked(settings.tracking_uri),
         "artifacts": settings.store,
-        **{f"run {name}": f"{run.run_id} in experiment {run.experiment_id}" for name, (run, _) in runs.items()},
+        **{f"run {name}": f"{run.run_id} in experiment {run.experiment_id}" for name, run in runs.items()},
     })  # fmt: skip
     for job in jobs:
         if job.name in done:
             version = done[job.name]
             what = f"is the {CHAMPION}" if CHAMPION in version.aliases else f"is no {CHAMPION} (judged {version.tags['verdict']})"
             out.print(f"[{job.name}] done already: version {version.version} {what} (--force calibrates again)", markup=False)
+            continue
+        if job.name in taken:
+            out.print(f"[{job.name}] {taken[job.name]}", markup=False)
             continue
         r = job.recipe
         part = shares[job.name]

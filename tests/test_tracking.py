@@ -42,7 +42,7 @@ def observer(run: Run, recipe: Recipe | None = None, heard: list[str] | None = N
         if heard is not None and kind == "stage":
             heard.append(facts["text"])
 
-    return Observer(Job("small", "base", recipe or Recipe()), run, 1e9, say, torch.device("cpu"))
+    return Observer(Job("small", "base", recipe or Recipe()), run, say, torch.device("cpu"))
 
 
 def state(values: list[float]) -> CalibrationState:

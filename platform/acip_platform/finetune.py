@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import torch
 
 from acip.artifact import Artifact
@@ -23,6 +22,7 @@ from acip.evaluate import perplexity
 from acip.finetune import attach, finetune, save, scores_of
 from acip.materialise import AnySize
 from acip.recipe import Recipe
+from acip_platform.checkpoints import Checkpoints
 from acip_platform.finish import finish, heldout_windows
 from acip_platform.fleet import Job
 from acip_platform.provenance import provenance
@@ -56,7 +56,8 @@ def lineage(job: Job, version: ModelVersion) -> dict[str, str]:
 
 def tune_one(config: dict[str, Any]) -> dict[str, Any]:
     """The worker's whole work. Returns a summary with the artifact's URI, the version, the curve, and what was measured before."""
-    job, settings, version = Job.from_dict(config["job"]), Settings(**config["settings"]), ModelVersion(**config["version"])
+    settings: Settings = config["settings"]
+    job, version = Job.from_dict(config["job"]), ModelVersion(**config["version"])
     torch.set_num_threads(config["threads"])
     tracking, registry = Tracking(settings, "acip"), Registry(settings)
     run = Run(tracking.client, config["run"], tracking.experiment_id)
@@ -76,7 +77,9 @@ def tune_one(config: dict[str, Any]) -> dict[str, Any]:
     base = Base(any_size.model, parent.tokenizer(), **parent.manifest["base"])
     heldout = heldout_windows(job, base)
     if not store.exists(store.uri(key)):
-        facts = {"version": version.version, "uri": version.uri} | _tuned(job, parent, any_size, base, heldout, run, settings, say)
+        facts = {"version": version.version, "uri": version.uri} | _tuned(
+            job, parent, any_size, base, heldout, run, settings, config["attempt"], say
+        )
         origin = {**provenance(job), "attempt": key, "mlflow_run": run.run_id, "finetuned": facts, "parent": parent.manifest["provenance"]}
         settings.home.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="saving-", dir=settings.home))
@@ -102,6 +105,7 @@ def _tuned(
     heldout: torch.Tensor,
     run: Run,
     settings: Settings,
+    attempt: str,
     say: Callable[..., None],
 ) -> dict[str, Any]:
     """Train `any_size` in place, from the last checkpoint if there is one. Returns what is to be known of it."""
@@ -117,15 +121,13 @@ def _tuned(
     say("stage", text=f"size {recipe.stop_ratio:g}: perplexity {said}")
 
     device = next(any_size.model.parameters()).device
-    observer = Observer(job, run, settings.checkpoint_s, say, device)
-    scores, checkpoint = scores_of(parent, device), ray.train.get_checkpoint()
-    if checkpoint is None:
-        finetune(any_size, scores, batches, recipe, observe=observer)
-    else:
-        with checkpoint.as_directory() as folder:
-            say("stage", text="going on from the last checkpoint")
-            finetune(any_size, scores, batches, recipe, resume=folder, observe=observer)
-    observer.flush()
+    checkpoints = Checkpoints(settings, attempt, say)
+    observer = Observer(job, run, say, device, checkpoints)
+    with checkpoints.newest() as folder:
+        if folder is not None:
+            say("stage", text=f"going on from the last checkpoint, {folder.name}")
+        finetune(any_size, scores_of(parent, device), batches, recipe, resume=folder, observe=observer)
+    observer.catch_up()
     if four_bit:
         measured[f"after_{recipe.quantise}"] = perplexity(any_size.model, heldout).perplexity
     chosen = {"size": recipe.stop_ratio, "steps": recipe.post_tune_steps, "lr": recipe.lr, "data": job.data, "seed": recipe.seed}

@@ -3,8 +3,9 @@
     variable               meaning                                        default
     ACIP_HOME              folder of the embedded default                 .acip in the checkout, else ~/.acip
     ACIP_STORE             where artifacts go: a folder or s3://bucket/x  ACIP_HOME/artifacts
-    ACIP_RUNS              Ray Train's checkpoints: folder or s3://       ACIP_HOME/runs
+    ACIP_RUNS              checkpoints: a folder or s3://bucket/x         ACIP_HOME/runs
     ACIP_CHECKPOINT_S      seconds between checkpoints of a calibration   60
+    ACIP_LEASE_S           seconds without a sign until a job is free     60
     ACIP_BASIS_CACHE_GB    of bases kept in ACIP_HOME/cache on each node  50
     ACIP_COMMIT            of the code, for provenance                    the checkout's
     MLFLOW_TRACKING_URI    tracking server or database                    sqlite:///ACIP_HOME/mlflow.db
@@ -35,6 +36,7 @@ class Settings:
     tracking_uri: str
     checkpoint_s: float = 60.0
     basis_cache_gb: float = 50.0
+    lease_s: float = 60.0
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> "Settings":
@@ -49,6 +51,7 @@ class Settings:
             tracking_uri=env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
             checkpoint_s=_positive(env, "ACIP_CHECKPOINT_S", 60.0, "seconds"),
             basis_cache_gb=_positive(env, "ACIP_BASIS_CACHE_GB", 50.0, "gigabytes"),
+            lease_s=_positive(env, "ACIP_LEASE_S", 60.0, "seconds"),
         )
 
     def worker_env(self) -> dict[str, str]:

@@ -6,13 +6,16 @@ another last file (an export: its provenance).
 
 import functools
 import hashlib
+import os
+import secrets
 import shutil
 import tempfile
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlparse
@@ -23,11 +26,14 @@ from urllib3.exceptions import HTTPError
 from acip.artifact import MANIFEST, Artifact
 from acip.errors import AcipError, ArtifactError, cited
 from acip.source import Range
+from acip_platform.settings import masked
 
 PART = 8 << 20  # bytes of one request at most
 AT_ONCE = 16  # requests
 JOINED = 64 << 20  # bytes
 ATTEMPTS = 4  # at a body that is cut off
+SUMMED = {"ChecksumAlgorithm": "SHA256"}  # of each part, compared by the server
+WRITER = "acip-writer"  # metadata of an artifact's objects
 
 
 class StoreError(AcipError):
@@ -52,7 +58,7 @@ def _told(method: Callable[P, T]) -> Callable[P, T]:
             if "PreconditionFailed" in str(error):
                 raise StoreError(f"an object was replaced while it was being read ({error}). Open the artifact again.") from error
             check = "Check the bucket's name, AWS_ENDPOINT_URL and the credentials (AWS_ACCESS_KEY_ID or a role)."
-            raise StoreError(f"S3 refused {method.__name__} of {args[1] if len(args) > 1 else ''}: {error} {check}") from error
+            raise StoreError(f"S3 refused {method.__name__} of {args[1] if len(args) > 1 else ''}: {masked(str(error))} {check}") from error
 
     return call
 
@@ -97,34 +103,38 @@ class Store:
                 raise StoreError(f"can't read {error.filename}: {error.strerror}. Was it moved or deleted?") from error
         client = _s3()
 
-        def get(uri: str) -> bytes:
-            bucket, key = _split(uri)
-            content: bytes = client.get_object(Bucket=bucket, Key=key)["Body"].read()
-            return content
-
         with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(get, uris))
+            return list(pool.map(lambda uri: _content(client, *_split(uri)), uris))
 
     @_told
     def put(self, folder: Path, key: str) -> str:
-        """Move a local folder into the store under `key`; returns its URI. What was there before is replaced."""
+        """Move an artifact into the store under `key`, at once or not at all; returns its URI. Remains of a broken attempt go.
+
+        Of writers at the same time one publishes its manifest, and only if every object beside it is its own. What is complete stays.
+        """
         uri = self.uri(key)
-        if not _is_s3(uri):
+        if self.exists(uri):
+            shutil.rmtree(folder)
+        elif _is_s3(uri):
+            self._publish(folder, uri)
+            shutil.rmtree(folder)
+        else:
             target = _path(uri)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.exists():
-                shutil.rmtree(target)
-            shutil.move(folder, target)
-            return uri
-        bucket, prefix = _split(uri)
-        client = _s3()
-        client.delete_object(Bucket=bucket, Key=f"{prefix}/{MANIFEST}")
-        there = _upload(client, folder, uri, MANIFEST)
+            shutil.rmtree(target, ignore_errors=True)
+            _rename(folder, target, MANIFEST)
+        return uri
+
+    def _publish(self, folder: Path, uri: str) -> None:
+        client, (bucket, prefix), writer = _s3(), _split(uri), secrets.token_hex(8)
+        there = _upload(client, folder, uri, MANIFEST, {WRITER: writer})
         for stale in self._listed(uri).keys() - there:
             client.delete_object(Bucket=bucket, Key=f"{prefix}/{stale}")
-        client.upload_file(str(folder / MANIFEST), bucket, f"{prefix}/{MANIFEST}")
-        shutil.rmtree(folder)
-        return uri
+        for name in there:
+            if client.head_object(Bucket=bucket, Key=f"{prefix}/{name}")["Metadata"].get(WRITER) != writer:
+                raise StoreError(f"another process is writing to {uri}: {name} is not ours any more. Run this again when that one ended.")
+        manifest = (folder / MANIFEST).read_bytes()
+        if not _created(client, bucket, f"{prefix}/{MANIFEST}", manifest) and self.read([f"{uri}/{MANIFEST}"]) != [manifest]:
+            raise StoreError(f"another process was faster to write to {uri}. Run this again to go on with what is there.")
 
     @_told
     def add(self, folder: Path, key: str, last: str) -> str:
@@ -138,11 +148,79 @@ class Store:
         elif _is_s3(uri):
             client, (bucket, prefix) = _s3(), _split(uri)
             _upload(client, folder, uri, last)
-            client.upload_file(str(folder / last), bucket, f"{prefix}/{last}")
+            client.upload_file(str(folder / last), bucket, f"{prefix}/{last}", SUMMED)
             shutil.rmtree(folder)
         else:
             _rename(folder, _path(uri), last)
         return uri
+
+    @_told
+    def keep_only(self, under: str, names: Collection[str], prefix: str) -> None:
+        """Delete the folders in the key `under` whose names begin with `prefix` and aren't in `names`; remains of broken ones, too."""
+        root = self.uri(under)
+        if not _is_s3(root):
+            for path in _path(root).glob("*"):
+                if path.name.lstrip(".").startswith(prefix) and path.name not in names:
+                    shutil.rmtree(path, ignore_errors=True)
+            return
+        bucket, at = _split(root)
+        going = [name for name in self._listed(root) if name.startswith(prefix) and name.partition("/")[0] not in names]
+        for name in going:
+            _s3().delete_object(Bucket=bucket, Key=f"{at}/{name}")
+
+    @_told
+    def create(self, key: str, content: bytes) -> bool:
+        """Write a small file where nothing is; of several writers at once, one is told True."""
+        uri = self.uri(key)
+        if _is_s3(uri):
+            bucket, at = _split(uri)
+            return _created(_s3(), bucket, at, content)
+        _path(uri).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with _path(uri).open("xb") as file:
+                file.write(content)
+        except FileExistsError:
+            return False
+        return True
+
+    @_told
+    def write(self, key: str, content: bytes) -> None:
+        """Write or replace a small file, at once or not at all."""
+        uri = self.uri(key)
+        if _is_s3(uri):
+            bucket, at = _split(uri)
+            _s3().put_object(Bucket=bucket, Key=at, Body=content)
+            return
+        partial = _path(uri).with_name(f".{_path(uri).name}.{os.getpid()}")
+        partial.write_bytes(content)
+        partial.replace(_path(uri))
+
+    @_told
+    def remove(self, key: str) -> None:
+        """Delete a small file."""
+        uri = self.uri(key)
+        if _is_s3(uri):
+            bucket, at = _split(uri)
+            _s3().delete_object(Bucket=bucket, Key=at)
+        else:
+            _path(uri).unlink(missing_ok=True)
+
+    @_told
+    def small(self, under: str) -> dict[str, bytes]:
+        """The small files in the key `under`, by name. What goes meanwhile isn't there."""
+        root = self.uri(under)
+        if not _is_s3(root):
+            there: dict[str, bytes] = {}
+            for path in _path(root).glob("[!.]*"):
+                with suppress(FileNotFoundError):
+                    there[path.name] = path.read_bytes()
+            return there
+        client, (bucket, prefix) = _s3(), _split(root)
+        there = {}
+        for name in self._listed(root):
+            with suppress(client.exceptions.NoSuchKey):
+                there[name] = _content(client, bucket, f"{prefix}/{name}")
+        return there
 
     @_told
     def replace_manifest(self, uri: str, folder: Path) -> None:
@@ -191,6 +269,24 @@ class Store:
         finally:
             shutil.rmtree(coming, ignore_errors=True)
         return folder
+
+    @contextmanager
+    def folder(self, uri: str) -> Iterator[Path]:
+        """The files of any folder, while inside: the folder itself if it is local, else copies. They aren't checked."""
+        if not _is_s3(uri):
+            yield _path(uri)
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = Path(scratch) / uri.rpartition("/")[2]
+            self._download(uri, copy)
+            yield copy
+
+    @_told
+    def _download(self, uri: str, into: Path) -> None:
+        client, (bucket, prefix) = _s3(), _split(uri)
+        for name in self._listed(uri):
+            (into / name).parent.mkdir(parents=True, exist_ok=True)
+            client.download_file(bucket, f"{prefix}/{name}", str(into / name))
 
     def _objects(self, uri: str) -> dict[str, Any]:
         """What S3 lists under an artifact's URI, by file."""
@@ -271,28 +367,60 @@ class S3Source:
         raise StoreError(f"{self.where}/{file}: bytes {start:,} to {stop:,} came cut off {ATTEMPTS} times. Check the network.")
 
 
-def _upload(client: Any, folder: Path, uri: str, last: str) -> set[str]:
+def _upload(client: Any, folder: Path, uri: str, last: str, metadata: Mapping[str, str] | None = None) -> set[str]:
     """Every file of `folder` but `last`; returns their names."""
     bucket, prefix = _split(uri)
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {last}
+    extra = {**SUMMED, "Metadata": dict(metadata or {})}
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: client.upload_file(str(folder / name), bucket, f"{prefix}/{name}"), sorted(names)))
+        list(pool.map(lambda name: client.upload_file(str(folder / name), bucket, f"{prefix}/{name}", extra), sorted(names)))
     return names
+
+
+def _created(client: Any, bucket: str, key: str, content: bytes) -> bool:
+    """Whether this small object was written where nothing was. A request that is repeated because its answer was lost finds itself."""
+    from botocore.exceptions import ClientError
+
+    try:
+        client.put_object(Bucket=bucket, Key=key, Body=content, IfNoneMatch="*", **SUMMED)
+    except ClientError as error:
+        if error.response["Error"]["Code"] not in {"PreconditionFailed", "ConditionalRequestConflict"}:
+            raise
+        return False
+    return True
+
+
+def _content(client: Any, bucket: str, key: str) -> bytes:
+    """All of an object, asked for again where it comes cut off: botocore does that only before the body."""
+    from botocore.exceptions import BotoCoreError
+
+    for attempt in range(ATTEMPTS):
+        answer = client.get_object(Bucket=bucket, Key=key)
+        with suppress(BotoCoreError, HTTPError, OSError):
+            content: bytes = answer["Body"].read()
+            return content
+        time.sleep(0.1 * 2**attempt)
+    raise StoreError(f"s3://{bucket}/{key} came cut off {ATTEMPTS} times. Check the network.")
 
 
 def _rename(folder: Path, target: Path, last: str) -> None:
     """Move a folder, from another file system perhaps, so that it is there at once or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        shutil.move(folder, aside / "new")
-        (aside / "new").rename(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True) as aside:
+            shutil.move(folder, Path(aside) / "new")
+            (Path(aside) / "new").rename(target)
     except OSError as error:
         if not (target / last).is_file():  # else another writer was faster
             remedy = f"It is there without {last}: remove it." if target.exists() else "Check the folder and the space on its disk."
-            raise StoreError(f"can't write {target}: {error.strerror or type(error).__name__}. {remedy}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            raise StoreError(f"can't write {target}: {reason(error)}. {remedy}") from error
+
+
+def reason(error: OSError) -> str:
+    """What the system said, of a copied tree the first."""
+    if isinstance(error, shutil.Error) and error.args and error.args[0]:
+        return str(error.args[0][0][2])
+    return error.strerror or type(error).__name__
 
 
 def _joined(ranges: Sequence[Range]) -> list[Range]:
@@ -338,6 +466,7 @@ def _s3() -> Any:
     import boto3
     from botocore.config import Config
 
-    config = Config(retries={"max_attempts": 8, "mode": "adaptive"}, max_pool_connections=8 * AT_ONCE)
+    retries = {"max_attempts": 8, "mode": "standard"}  # adaptive: after one 503, 200 requests take 7 s instead of 1
+    config = Config(retries=retries, max_pool_connections=8 * AT_ONCE, connect_timeout=10, read_timeout=30)  # seconds of silence
     with _making:
         return boto3.client("s3", config=config)

@@ -332,7 +332,7 @@ def _start(name: str, context: Mapping[str, Any], job: Job) -> tuple[Base, Token
     run = Run(Tracking(settings, "acip").client, *context["runs"][name])
     base, device = load_base(job.base, job.recipe.dtype, job.trust_remote_code), _device()
     torch.nn.Module.to(base.model, device)
-    return base, prepared(job, base, settings, say, device), Observer(job, run, math.inf, say, device)
+    return base, prepared(job, base, settings, say, device), Observer(job, run, say, device)
 
 
 def _device() -> torch.device:

@@ -3,15 +3,16 @@
     load -> parametrise -> one real step -> calibrate (checkpoints, resume) -> artifact -> curve -> registry
 
 The artifact is saved before it is evaluated, and evaluated from what was saved. A worker that dies goes on from its last
-checkpoint; a job whose artifact is complete is not calibrated again. Progress goes to the driver through an `Inbox`.
+checkpoint; one whose node is going away leaves one at once; a job whose artifact is complete is not calibrated again. What MLflow
+can't take while it is down waits here, and at the end in a checkpoint. Progress goes to the driver through an `Inbox`.
 """
 
 import dataclasses
-import os
+import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -23,6 +24,7 @@ import ray.train
 import torch
 from mlflow.exceptions import MlflowException
 from ray.train.torch import TorchTrainer
+from safetensors import SafetensorError
 
 from acip import fit, shard
 from acip.artifact import Artifact
@@ -33,18 +35,20 @@ from acip.data import TokenBatches, documents, token_windows
 from acip.errors import AcipError, CalibrationError
 from acip.layers import targets
 from acip.parametrise import parametrise
-from acip.state import CalibrationState, StepReport
+from acip.state import CalibrationState, StepReport, history
+from acip_platform.checkpoints import Checkpoints
 from acip_platform.finish import finish, heldout_windows
 from acip_platform.fleet import Job
 from acip_platform.masks import FILE, MaskSamples
 from acip_platform.provenance import provenance
 from acip_platform.schedule import Share
 from acip_platform.settings import Settings
-from acip_platform.store import Store
-from acip_platform.tracking import Run, Tracking
+from acip_platform.store import Store, StoreError, reason
+from acip_platform.tracking import Run, Tracking, few_retries
 
 REPORT_EVERY_S = 10.0
 MLFLOW_REST_S = 60.0  # between attempts at an MLflow that is down
+LOOK_S = 1.0  # between looks for a node's notice that it is going away
 Work = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -60,7 +64,7 @@ def run_job(
         worker,  # type: ignore[arg-type]
         train_loop_config={
             "job": job.to_dict(),
-            "settings": dataclasses.asdict(settings),
+            "settings": settings,  # as it is: Ray shows a dict's values to whoever sees the dashboard, and of this its repr
             "run": run.run_id,
             "attempt": attempt,
             "threads": max(1, int(share.cpus)),
@@ -72,8 +76,7 @@ def run_job(
         run_config=ray.train.RunConfig(
             name=attempt,
             storage_path=settings.runs,
-            failure_config=ray.train.FailureConfig(max_failures=2),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            failure_config=ray.train.FailureConfig(max_failures=2),  # nodes that were taken away aren't counted
         ),
     ).fit()
     summary: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
@@ -84,7 +87,6 @@ def run_job(
 
 def worker(config: dict[str, Any]) -> dict[str, Any]:
     """`config["work"]`, with the user's errors as values: raised, Ray would try again what can't succeed."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # seconds; by default a server that is down stops the loop for minutes
     try:
         result: dict[str, Any] = config["work"](config)
         return result
@@ -94,7 +96,8 @@ def worker(config: dict[str, Any]) -> dict[str, Any]:
 
 def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     """The worker's whole work. Returns a summary with the artifact's URI, the version and the curve."""
-    job, settings = Job.from_dict(config["job"]), Settings(**config["settings"])
+    job: Job = Job.from_dict(config["job"])
+    settings: Settings = config["settings"]
     torch.set_num_threads(config["threads"])
     tracking = Tracking(settings, "acip")
     run = Run(tracking.client, config["run"], tracking.experiment_id)
@@ -109,50 +112,62 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     say("stage", text=f"loading {job.base}")
     base = load_base(job.base, job.recipe.dtype, job.trust_remote_code)
     heldout = heldout_windows(job, base)
+    checkpoints = Checkpoints(settings, config["attempt"], say)
     if not shard.decided(store.exists(store.uri(key)), device):
         if job.num_workers == 1:  # else the layers go there one by one, each worker's part of them
             torch.nn.Module.to(base.model, device)
-        artifact = _calibrated(job, base, run, settings, key, say, device)
+        observer, artifact = _calibrated(job, base, run, settings, key, checkpoints, say, device)
         if artifact is not None:
             try:
                 uri = store.put(artifact.folder, key)
             finally:
                 shutil.rmtree(artifact.folder, ignore_errors=True)  # gone already, unless it failed
             say("stage", text=f"artifact saved: {uri}")
+    else:
+        observer = Observer(job, run, say, device, checkpoints)
+        with checkpoints.newest() as folder:
+            observer.recall(folder)
     if shard.rank() > 0:
         return {}
+    observer.catch_up()
     return finish(job, store.uri(key), run, settings, heldout, device, say)
 
 
 def _calibrated(
-    job: Job, base: Base, run: Run, settings: Settings, key: str, say: Callable[..., None], device: torch.device
-) -> Artifact | None:
+    job: Job, base: Base, run: Run, settings: Settings, key: str, checkpoints: Checkpoints, say: Callable[..., None], device: torch.device
+) -> "tuple[Observer, Artifact | None]":
     """Parametrise and calibrate, from the last checkpoint if there is one; the first worker's artifact, in a temporary folder."""
     recipe = job.recipe
     batches = prepared(job, base, settings, say, device)
-    began = time.time()
+    began = time.monotonic()
     loss = trial_step(base.model, batches, recipe)
-    facts = f"loss {loss:.3f} in {time.time() - began:.1f} s, at full shape; {len(batches.windows):,} windows of {recipe.seq_len} tokens"
+    facts = (
+        f"loss {loss:.3f} in {time.monotonic() - began:.1f} s, at full shape; {len(batches.windows):,} windows of {recipe.seq_len} tokens"
+    )
     say("stage", text=f"one real step: {facts}")
 
-    observer = Observer(job, run, settings.checkpoint_s, say, device)
-    checkpoint = ray.train.get_checkpoint()
-    with run.system_metrics() if shard.rank() == 0 else nullcontext():
-        if checkpoint is None:
-            calibration = calibrate(base.model, batches, recipe, observe=observer)
-        else:
-            with checkpoint.as_directory() as folder:
-                say("stage", text="going on from the last checkpoint")
-                calibration = calibrate(base.model, batches, recipe, resume=folder, observe=observer)
-    observer.rests_until = 0.0
-    observer.flush()
+    observer = Observer(job, run, say, device, checkpoints)
+    with run.system_metrics() if shard.rank() == 0 else nullcontext(), checkpoints.newest() as folder:
+        if folder is not None:
+            say("stage", text=f"going on from the last checkpoint, {folder.name}")
+        calibration = calibrate(base.model, batches, recipe, resume=folder, observe=observer)
     shard.gather(base.model)
     if shard.rank() > 0:
-        return None
+        return observer, None
+    origin = provenance(job) | {"attempt": key, "mlflow_run": run.run_id}
+    return observer, saved(settings, lambda folder: Artifact.save(folder, base, calibration, origin))
 
+
+def saved(settings: Settings, save: Callable[[Path], Artifact]) -> Artifact:
+    """What `save` writes into a folder beside the store; nothing of it stays where the disk is full."""
     settings.home.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="saving-", dir=settings.home))
-    return Artifact.save(folder, base, calibration, provenance(job) | {"attempt": key, "mlflow_run": run.run_id})
+    try:
+        return save(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        why = reason(error) if isinstance(error, OSError) else error
+        raise StoreError(f"can't write the artifact to {folder}: {why}. Check the space on its disk; its checkpoints are kept.") from error
 
 
 @dataclass(frozen=True)
@@ -179,10 +194,10 @@ def prepared(job: Job, base: Base, settings: Settings, say: Callable[..., None],
     batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
 
     _fits(job, base, device, say)
-    began = time.time()
+    began = time.monotonic()
     cache = BasisCache(settings.home / "cache" / "bases", int(settings.basis_cache_gb * 1e9))
     parametrise(base.model, recipe, windows, lambda done, total: say("parametrise", done=done, total=total), cache=cache)
-    say("stage", text=f"{recipe.basis} basis of {len(targets(base.model))} layers in {time.time() - began:.0f} s")
+    say("stage", text=f"{recipe.basis} basis of {len(targets(base.model))} layers in {time.monotonic() - began:.0f} s")
     return batches
 
 
@@ -199,15 +214,20 @@ def _fits(job: Job, base: Base, device: torch.device, say: Callable[..., None]) 
 
 
 class Observer:
-    """Hears each step of the loop: metrics to MLflow, progress to the driver, state to Ray Train. Changes nothing."""
+    """Hears each step of the loop: metrics to MLflow, progress to the driver, checkpoints. Changes nothing.
 
-    def __init__(self, job: Job, run: Run, checkpoint_s: float, say: Callable[..., None], device: torch.device) -> None:
-        self.job, self.run, self.checkpoint_s, self.say, self.device = job, run, checkpoint_s, say, device
+    Without `checkpoints` there are none; with them, it is on a worker of Ray Train.
+    """
+
+    def __init__(self, job: Job, run: Run, say: Callable[..., None], device: torch.device, checkpoints: Checkpoints | None = None) -> None:
+        self.job, self.run, self.say, self.device, self.checkpoints = job, run, say, device, checkpoints
+        self.look_s = min(LOOK_S, checkpoints.every_s) if checkpoints else math.inf
         self.tokens = job.recipe.batch_size * job.recipe.accumulate * job.recipe.seq_len
         self.rows: list[tuple[int, dict[str, float]]] = []
         self.logged: int | None = None  # the last step that MLflow has; None = it has to be asked
         self.masks: MaskSamples | None = None
-        self.reported = self.saved = self.stepped = time.monotonic()
+        self.reported = self.saved = self.looked = self.stepped = time.monotonic()
+        self.leaving = False  # there is a checkpoint from after the node's notice that it is going away
         self.rests_until = 0.0
         self.phase = ""
         self.phase_began = (time.monotonic(), 0.0)  # when, and at which progress
@@ -217,7 +237,7 @@ class Observer:
         tokens_per_s = self.tokens * len(reports) / (now - self.stepped)
         self.stepped = now
         if not self.phase:  # the first look: what an attempt before this one didn't get to MLflow is in the checkpoint
-            self.rows = [(report.step, self._metrics(report)) for report in state.history if report.step < reports[0].step]
+            self._remember(report for report in state.history if report.step < reports[0].step)
         self.rows += [(report.step, self._metrics(report) | {"tokens_per_s": tokens_per_s}) for report in reports]
         report = reports[-1]
         if report.phase != self.phase:
@@ -233,15 +253,28 @@ class Observer:
             eta_s = (now - since) * (1 - report.progress) / done if done > 0 else None
             facts = dataclasses.asdict(report) | {"stop": self.job.recipe.stop_ratio, "tokens_per_s": tokens_per_s, "eta_s": eta_s}
             self.say("step", **facts)
-        if shard.decided(now - self.saved >= self.checkpoint_s, self.device):
-            with tempfile.TemporaryDirectory() as folder:
-                checkpoint = None
-                if shard.rank() == 0:  # the others have the same state
-                    state.save(folder)
-                    checkpoint = ray.train.Checkpoint.from_directory(folder)
-                metrics = {"step": report.step, "loss": report.loss, "size": report.size}
-                ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step_{report.step:06d}")
+        if self.checkpoints is not None and shard.decided(ends or now - self.looked >= self.look_s, self.device):
+            self._checkpoint(self.checkpoints, state, ends)
+
+    def _checkpoint(self, checkpoints: Checkpoints, state: CalibrationState, ends: bool) -> None:
+        """When it is time, before this node is taken away, and at the end if MLflow hasn't got everything."""
+        self.looked = time.monotonic()
+        leaving = ray.train.get_preemption_info() is not None  # the first worker's answer, on all of them
+        at_once = (leaving and not self.leaving) or (ends and bool(self.rows))
+        if shard.decided(at_once or self.looked - self.saved >= checkpoints.every_s, self.device):
+            if leaving and not self.leaving:
+                self.say("stage", text=f"a node is being taken away: a checkpoint of step {state.step}")
+            written = shard.rank() > 0 or checkpoints.write(state)  # the others have the same state
+            self.leaving = leaving and shard.decided(written, self.device)
             self.saved = self.stepped = time.monotonic()
+
+    def _remember(self, reports: Iterable[StepReport]) -> None:
+        self.rows = [(report.step, self._metrics(report)) for report in reports]
+
+    def recall(self, folder: Path | None) -> None:
+        """Of an attempt that has its artifact: what it may not have got to MLflow is in its last checkpoint."""
+        if folder is not None:
+            self._remember(history(folder))
 
     def _metrics(self, report: StepReport) -> dict[str, float]:
         """What says something in this phase: sizes fall while pruning, and are drawn in post-tuning, two kinds of curve."""
@@ -255,7 +288,7 @@ class Observer:
         """Example masks, going on from what an earlier attempt kept."""
         if self.masks is None:
             kept: dict[str, Any] | None = None
-            with suppress(Exception):  # whatever keeps files for MLflow raises: a picture is not worth a calibration
+            with suppress(Exception), few_retries():  # whatever keeps files for MLflow raises: a picture is not worth a calibration
                 kept = self.run.read_json(FILE)
             self.masks = MaskSamples(**kept) if kept else MaskSamples.of(state.scores)
         self.masks.take(state, step)
@@ -265,14 +298,23 @@ class Observer:
         if shard.rank() > 0 or time.monotonic() < self.rests_until:
             return
         try:
-            if self.logged is None:
-                self.logged = self.run.last_step("loss_nats")
-            self.run.metrics([(step, values) for step, values in self.rows if step > self.logged])
-            if self.masks is not None and self.rows:
-                with suppress(Exception):  # as above
-                    self.run.json(self.masks.to_dict(), FILE)
-            self.logged = max((step for step, _ in self.rows), default=self.logged)
-            self.rows = []
+            with few_retries():
+                self._log()
         except MlflowException as error:
             self.logged, self.rests_until = None, time.monotonic() + MLFLOW_REST_S  # it may have got a part
             self.say("stage", text=f"MLflow can't be reached ({type(error).__name__}); {len(self.rows)} steps wait")
+
+    def catch_up(self) -> None:
+        """All that waits, at the end, when nothing waits for us: with the minutes of patience that MLflow's client has."""
+        if self.rows:
+            self._log()
+
+    def _log(self) -> None:
+        if self.logged is None:
+            self.logged = self.run.last_step("loss_nats")
+        self.run.metrics([(step, values) for step, values in self.rows if step > self.logged])
+        if self.masks is not None and self.rows:
+            with suppress(Exception):  # as above
+                self.run.json(self.masks.to_dict(), FILE)
+        self.logged = max((step for step, _ in self.rows), default=self.logged)
+        self.rows = []
