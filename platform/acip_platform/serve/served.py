@@ -13,6 +13,7 @@ from acip.cut import Cut
 from acip.errors import AcipError
 from acip.materialise import AnySize
 from acip.mixed import Mixer, Size
+from acip.packed import PackedLinear, pack
 from acip_platform.serve.batch import Batch
 from acip_platform.serve.errors import RequestError
 from acip_platform.serve.request import ChatRequest, CompletionRequest
@@ -39,6 +40,7 @@ class Served:
         self.context = int(getattr(config, "max_position_embeddings", None) or min(self.tokenizer.model_max_length, 1 << 17))
         self.vocabulary = int(config.vocab_size)
         self.cut = functools.lru_cache(maxsize=256)(table.cut)
+        pack(self.any_size.model, self.any_size.layers.values())
         self._check(Mixer(self.any_size.layers))
         self.batch = Batch(self.any_size.model, Mixer(self.any_size.layers), kv_tokens)
 
@@ -49,7 +51,9 @@ class Served:
     @property
     def bytes(self) -> int:
         """Of the weights that are resident: factors, dense weights and the rest."""
-        return sum(tensor.nbytes for tensor in {id(t): t for t in self.any_size.model.state_dict(keep_vars=True).values()}.values())
+        plain = {id(tensor): tensor.nbytes for tensor in self.any_size.model.state_dict(keep_vars=True).values()}
+        packed = [module for module in self.any_size.model.modules() if isinstance(module, PackedLinear)]
+        return sum(plain.values()) + sum(module.packed_bytes for module in packed)
 
     def card(self) -> dict[str, Any]:
         """The model as /v1/models shows it."""
