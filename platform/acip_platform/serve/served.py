@@ -27,9 +27,16 @@ AGREES = 0.05  # of the logits' norm: rounding stays below, another position or 
 
 
 class Served:
-    """One registered version of a model, resident at every size."""
+    """One registered version of a model, resident at every size. `packed`: with copies of dense weights that are faster (`acip.packed`)."""
 
-    def __init__(self, version: ModelVersion, artifact: Artifact, device: str | torch.device = "cpu", kv_tokens: int = 1 << 17) -> None:
+    def __init__(
+        self,
+        version: ModelVersion,
+        artifact: Artifact,
+        device: str | torch.device = "cpu",
+        kv_tokens: int = 1 << 17,
+        packed: bool = True,
+    ) -> None:
         self.version, self.artifact = version, artifact
         self.any_size: AnySize = artifact.load(device)
         self.tokenizer = artifact.tokenizer()
@@ -40,7 +47,8 @@ class Served:
         self.context = int(getattr(config, "max_position_embeddings", None) or min(self.tokenizer.model_max_length, 1 << 17))
         self.vocabulary = int(config.vocab_size)
         self.cut = functools.lru_cache(maxsize=256)(table.cut)
-        pack(self.any_size.model, self.any_size.layers.values())
+        if packed:
+            pack(self.any_size.model, self.any_size.layers.values())
         self._check(Mixer(self.any_size.layers))
         self.batch = Batch(self.any_size.model, Mixer(self.any_size.layers), kv_tokens)
 
@@ -50,7 +58,7 @@ class Served:
 
     @property
     def bytes(self) -> int:
-        """Of the weights that are resident: factors, dense weights and the rest."""
+        """Of the weights that are resident: factors, dense weights and the rest, with packed copies."""
         plain = {id(tensor): tensor.nbytes for tensor in self.any_size.model.state_dict(keep_vars=True).values()}
         packed = [module for module in self.any_size.model.modules() if isinstance(module, PackedLinear)]
         return sum(plain.values()) + sum(module.packed_bytes for module in packed)
