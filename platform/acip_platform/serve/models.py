@@ -17,6 +17,8 @@ WEIGHTS = ("factors.safetensors", "dense.safetensors", "rest.safetensors")
 COPIED = ("dense.safetensors", "rest.safetensors")  # at most, where weights are packed on a CPU
 WAIT_S = 60.0  # for those who use a model that has to leave
 
+_building = threading.Lock()  # accelerate makes parameters empty in every thread at once
+
 Key = tuple[str, str, str]  # name, version, URI
 
 
@@ -80,7 +82,8 @@ class Models:
             )
         self._make_room(needs, place)
         copies = sum(artifact.manifest["files"][file]["bytes"] for file in COPIED)
-        served = Served(version, artifact, self.device, packed=self.device == "cpu" and self._take(copies, place))
+        with _building:
+            served = Served(version, artifact, self.device, packed=self.device == "cpu" and self._take(copies, place))
         self.engine.add(served)
         return served
 
