@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from acip_platform.serve import models, replica
 from acip_platform.serve.api import Api
 from acip_platform.serve.keys import Keys
@@ -18,6 +19,7 @@ from acip_platform.serve.served import Served
 from acip_platform.tracking import ModelVersion
 
 from acip.artifact import Artifact
+from acip.packed import PackedLinear, packable
 
 Start = Callable[..., EngineReplica]
 
@@ -79,10 +81,10 @@ def test_many_who_wait_for_a_model_load_it_once_in_one_thread(
     go, loads = threading.Event(), []
 
     class Slow(Served):
-        def __init__(self, *args: Any) -> None:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
             loads.append(threading.current_thread().name)
             assert go.wait(30)
-            super().__init__(*args)
+            super().__init__(*args, **kwargs)
 
     monkeypatch.setattr(models, "Served", Slow)
 
@@ -102,6 +104,17 @@ def test_many_who_wait_for_a_model_load_it_once_in_one_thread(
     assert answered == ["done"] * 3
     assert waited == ["done"] * 39
     assert len(loads) == 1
+
+
+@pytest.mark.skipif(not packable(torch.empty(1, 1)), reason="oneDNN is not there")
+def test_weights_are_packed_where_nobody_has_the_memory(start: Start, small_artifact: Artifact) -> None:
+    there = start(version("small", small_artifact.folder)).models  # which loads it at the same time
+    needs = sum(small_artifact.manifest["files"][file]["bytes"] for file in models.WEIGHTS)
+    for limit_bytes, packed in ((needs, False), (2 * needs, True)):
+        tight = models.Models(there.engine, there.store, "cpu", limit_bytes)
+        layers = tight.get(version("small", small_artifact.folder)).any_size.layers.values()
+        assert {isinstance(layer.original, PackedLinear) for layer in layers} == {packed}
+        assert sum(place.needs for place in tight._places.values()) <= limit_bytes
 
 
 def test_a_list_of_models_loads_none(small_artifact: Artifact) -> None:

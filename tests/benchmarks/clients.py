@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 PATIENCE_S = 300.0  # a request that takes longer is an error
+LOOK_S = 0.05  # between looks at whether all have heard something
 PAUSE_S = 0.2  # after an error, so that a server that is down is not asked without end
 ROUTE = "/v1/completions"
 
@@ -138,7 +139,8 @@ class Load:
     clients: int
     seconds: float
     tokens: dict[str, float] = field(default_factory=dict)  # of each size
-    first_s: list[float] = field(default_factory=list)  # from asking to the first piece of text
+    burst_s: float = 0.0  # until the last client has its first piece of text, when all ask at once
+    first_s: list[float] = field(default_factory=list)  # from asking to the first piece of text, in the window
     per_token_s: list[float] = field(default_factory=list)  # between the first and the last token of a request, each
     requests: int = 0  # that ended in the window
     errors: list[str] = field(default_factory=list)  # window or not
@@ -151,13 +153,13 @@ class Load:
 
 
 def load(ask: Ask, clients: int, warm_s: float, window_s: float) -> Load:
-    """Keep `clients` busy: for `warm_s`, for the window, and until what is on its way is answered."""
+    """Keep `clients` busy: until each has heard something, for `warm_s`, for the window, and until what is on its way is answered."""
     return asyncio.run(_load(ask, clients, warm_s, window_s))
 
 
 async def _load(ask: Ask, clients: int, warm_s: float, window_s: float) -> Load:
-    begin = time.perf_counter() + warm_s
-    end, done, cpu = begin + window_s, list[Request](), [0.0, 0.0]
+    result, done, asked = Load(clients, window_s), list[Request](), time.perf_counter()
+    begin = end = float("inf")
 
     async def client(index: int) -> None:
         connection, number = Connection(ask.url), index
@@ -171,12 +173,18 @@ async def _load(ask: Ask, clients: int, warm_s: float, window_s: float) -> Load:
         connection.close()
 
     async def clock() -> None:
-        for i, at in enumerate((begin, end)):
-            await asyncio.sleep(at - time.perf_counter())
-            cpu[i] = time.process_time()
+        nonlocal begin, end
+        while len(done) < clients or not all(request.arrivals or request.tokens or request.error for request in done[:clients]):
+            await asyncio.sleep(LOOK_S)
+        result.burst_s = max((request.arrivals[0] for request in done[:clients] if request.arrivals), default=asked) - asked
+        await asyncio.sleep(warm_s)
+        begin, cpu = time.perf_counter(), time.process_time()
+        end = begin + window_s
+        await asyncio.sleep(window_s)
+        result.client_cpu_s = (time.process_time() - cpu) / window_s
 
     await asyncio.gather(clock(), *(client(i) for i in range(clients)))
-    return _window(done, Load(clients, window_s, client_cpu_s=(cpu[1] - cpu[0]) / window_s), begin, end)
+    return _window(done, result, begin, end)
 
 
 def _window(done: list[Request], result: Load, begin: float, end: float) -> Load:

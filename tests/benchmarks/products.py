@@ -1,4 +1,5 @@
-"""What a CPU's products of few rows cost, by kernel and shape: why `acip.mixed` pads rows and ranks, and `onednn` chooses kernels.
+"""What a CPU's products of few rows cost, by kernel and shape: why `acip.mixed` pads rows and ranks, `acip.packed` packs
+dense weights, and `onednn` chooses kernels.
 
     python tests/benchmarks/products.py [--quick] [--check]
 
@@ -7,10 +8,12 @@ choice that is made costs more than it saves. The last line is the figure: the l
 """
 
 import argparse
+import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +24,7 @@ WEIGHTS_BYTES = 64 << 20  # that a measurement goes through, so that none is in 
 GAIN = 1.0
 
 
-def seconds(run: Callable[[Tensor], object], weights: list[Tensor], repeats: int) -> float:
+def seconds(run: Callable[[Any], object], weights: Sequence[Any], repeats: int) -> float:
     """Of one product, the least of some rounds over all weights."""
     best = float("inf")
     for _ in range(repeats):
@@ -35,6 +38,8 @@ def seconds(run: Callable[[Tensor], object], weights: list[Tensor], repeats: int
 def gains(M: int, N: int, repeats: int) -> dict[str, tuple[float, float]]:
     """claim -> (seconds as it was, seconds as chosen)."""
     from acip.linear import onednn
+    from acip.modeling_acip import plain_linear
+    from acip.packed import PackedLinear
 
     count = max(2, WEIGHTS_BYTES // (2 * M * N))
     dense = [torch.randn(M, N).bfloat16() for _ in range(count)]
@@ -57,6 +62,10 @@ def gains(M: int, N: int, repeats: int) -> dict[str, tuple[float, float]]:
         (lambda weight: F.linear(h, weight.T), False),
         (lambda weight: F.linear(h, weight.T), True),
     )
+    packed = [PackedLinear(plain_linear(weight, None)) for weight in dense]
+    for x in (torch.randn(rows, N).bfloat16() for rows in (2, 8, 32)):
+        plain_s, packed_s = seconds(functools.partial(F.linear, x), dense, repeats), seconds(lambda layer, x=x: layer(x), packed, repeats)
+        found[f"{len(x)} rows: packed for plain"] = (plain_s, packed_s)
     eight = torch.randn(8, N).bfloat16()
     prefixes = [dense[0][:rank] for rank in range(33, min(M, N), 8)]
     first = seconds(lambda weight: F.linear(eight, weight), prefixes, 1)

@@ -71,15 +71,16 @@ def show(row: Row, ratio: float | None = None) -> None:
     for values in (at.first_s, at.per_token_s):
         cells += [f"{1000 * quantile(values, share):.0f}" for share in (0.5, 0.95)]
     against = "" if ratio is None else f"{ratio:.2f}"
-    fields = (row.side, row.size, str(at.clients), f"{at.tokens_per_s:.1f}", against, *cells, str(at.requests), str(len(at.errors)))
+    fields = (row.side, row.size, str(at.clients), f"{at.tokens_per_s:.1f}", against, *cells, f"{1000 * at.burst_s:.0f}")
+    fields += (str(at.requests), str(len(at.errors)))
     print("| " + " | ".join(fields) + " |", flush=True)
     for error in dict.fromkeys(at.errors[:3]):
         print(f"    {error}")
 
 
 HEAD = """
-| | size | clients | tokens/s | times theirs | first token p50, ms | p95 | per token p50, ms | p95 | requests | errors |
-|---|---|---|---|---|---|---|---|---|---|---|"""
+| | size | clients | tokens/s | times theirs | first token p50, ms | p95 | per token p50, ms | p95 | all at once, ms | requests | errors |
+|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 class Run:

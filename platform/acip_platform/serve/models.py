@@ -14,7 +14,10 @@ from acip_platform.store import Store
 from acip_platform.tracking import ModelVersion
 
 WEIGHTS = ("factors.safetensors", "dense.safetensors", "rest.safetensors")
+COPIED = ("dense.safetensors", "rest.safetensors")  # at most, where weights are packed on a CPU
 WAIT_S = 60.0  # for those who use a model that has to leave
+
+_building = threading.Lock()  # accelerate makes parameters empty in every thread at once
 
 Key = tuple[str, str, str]  # name, version, URI
 
@@ -81,9 +84,18 @@ class Models:
                 "Raise memory_gb, or export one size with jobs/materialise.py."
             )
         self._make_room(needs, place)
-        served = Served(version, artifact, self.device)
+        copies = sum(artifact.manifest["files"][file]["bytes"] for file in COPIED)
+        with _building:
+            served = Served(version, artifact, self.device, packed=self.device == "cpu" and self._take(copies, place))
         self.engine.add(served)
         return served
+
+    def _take(self, more: int, place: Place) -> bool:
+        """Reserve more for a model, if there is as much that nobody has."""
+        with self._lock:
+            free = self.limit_bytes - sum(place.needs for place in self._places.values())
+            place.needs += more if more <= free else 0
+            return more <= free
 
     def _make_room(self, needs: int, coming: Place) -> None:
         """Reserve memory. Models that are in use are waited for."""
