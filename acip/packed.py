@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from acip.linear import ElasticLinear
-from acip.modeling_acip import weight_MN
+from acip.modeling_acip import bias_of, weight_MN
 
 
 class PackedLinear(nn.Module):
@@ -28,13 +28,13 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        weight: Tensor = self.plain.weight
+        weight = self.plain.weight
+        assert isinstance(weight, Tensor)
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        bias = self.plain.bias
-        return bias if isinstance(bias, Tensor) else None
+        return bias_of(self.plain)
 
     @property
     def packed_bytes(self) -> int:

@@ -35,6 +35,10 @@ def seconds(run: Callable[[Any], object], weights: Sequence[Any], repeats: int) 
     return best
 
 
+def _through(x: Tensor, layer: Callable[[Tensor], object]) -> object:
+    return layer(x)
+
+
 def gains(M: int, N: int, repeats: int) -> dict[str, tuple[float, float]]:
     """claim -> (seconds as it was, seconds as chosen)."""
     from acip.linear import onednn
@@ -64,8 +68,8 @@ def gains(M: int, N: int, repeats: int) -> dict[str, tuple[float, float]]:
     )
     packed = [PackedLinear(plain_linear(weight, None)) for weight in dense]
     for x in (torch.randn(rows, N).bfloat16() for rows in (2, 8, 32)):
-        plain_s, packed_s = seconds(functools.partial(F.linear, x), dense, repeats), seconds(lambda layer, x=x: layer(x), packed, repeats)
-        found[f"{len(x)} rows: packed for plain"] = (plain_s, packed_s)
+        plain_s = seconds(functools.partial(F.linear, x), dense, repeats)
+        found[f"{len(x)} rows: packed for plain"] = (plain_s, seconds(functools.partial(_through, x), packed, repeats))
     eight = torch.randn(8, N).bfloat16()
     prefixes = [dense[0][:rank] for rank in range(33, min(M, N), 8)]
     first = seconds(lambda weight: F.linear(eight, weight), prefixes, 1)
