@@ -30,7 +30,7 @@ from acip_platform.provenance import commit
 from acip_platform.schedule import Outcome, Share, nodes, pool, run_all, share
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
-from acip_platform.tracking import CHAMPION, MlflowException, ModelVersion, Registry, Run, Tracking
+from acip_platform.tracking import CHAMPION, MlflowException, ModelVersion, Registry, Run, Tracking, check_registers
 from acip_platform.train import run_job
 
 from acip.errors import AcipError
@@ -59,6 +59,7 @@ def main() -> int:
 def run(args: argparse.Namespace, out: Any) -> int:
     began = time.monotonic()
     settings = Settings.from_env()
+    check_registers(settings)
     fleet = Fleet.load(args.fleet)
     unknown = set(args.only or ()) - {job.name for job in fleet.jobs}
     if unknown:

@@ -22,7 +22,7 @@ from acip_platform.inbox import open_inbox
 from acip_platform.schedule import Outcome, nodes, root_cause, share
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
-from acip_platform.tracking import CANDIDATE, CHAMPION, ModelVersion, Registry, Tracking
+from acip_platform.tracking import CANDIDATE, CHAMPION, ModelVersion, Registry, Tracking, check_registers
 from acip_platform.train import run_job
 
 from acip.budget import Budget
@@ -66,6 +66,7 @@ def main() -> int:
 
 def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
     began = time.time()
+    check_registers(settings)
     registry, store = Registry(settings), Store(settings.store, settings.home / "cache")
     name, _, which = args.model.partition("@")
     version = registry.resolve(name, which or CHAMPION)

@@ -25,7 +25,7 @@ from acip_platform.provenance import provenance
 from acip_platform.schedule import Outcome
 from acip_platform.settings import Settings
 from acip_platform.store import Store
-from acip_platform.tracking import CANDIDATE, Tracking
+from acip_platform.tracking import CANDIDATE, Tracking, check_registers
 from acip_platform.yaml_file import NAME
 
 from acip.artifact import Artifact
@@ -60,6 +60,7 @@ def main() -> int:
 
 def run(args: argparse.Namespace, out: Any) -> None:
     settings = Settings.from_env()
+    check_registers(settings)
 
     def say(_kind: str, text: str) -> None:
         out.print(f"[{args.name}] {text}", markup=False)

@@ -27,7 +27,7 @@ from acip_platform.schedule import Share, nodes, share
 from acip_platform.settings import Settings, masked
 from acip_platform.space import Space
 from acip_platform.sweep import Outcome, Sweep, keep, run, winner
-from acip_platform.tracking import Run, Tracking
+from acip_platform.tracking import Run, Tracking, check_registers
 
 from acip.errors import AcipError
 
@@ -54,6 +54,7 @@ def main() -> int:
 def sweep_one(args: argparse.Namespace, out: Any) -> int:
     began = time.time()
     settings = Settings.from_env()
+    check_registers(settings)
     fleet = Fleet.load(args.fleet)
     sweep = Sweep.plan(chosen(fleet, args.only), Space.load(args.space))
     cluster = connect(settings)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from acip_platform.settings import Settings
 from acip_platform.store import Store, StoreError
-from acip_platform.tracking import Registry, RegistryError, Tracking
+from acip_platform.tracking import Registry, RegistryError, Tracking, check_registers
 
 from acip.artifact import Artifact
 
@@ -52,6 +52,14 @@ def test_secrets_are_not_passed_on(monkeypatch: pytest.MonkeyPatch, settings: Se
     assert passed["AWS_ENDPOINT_URL"] == "http://s3"
     assert passed["ACIP_HOME"] == str(settings.home)
     assert "hunter2" not in passed.values()
+
+
+def test_what_could_not_be_registered_is_refused_before_the_work(tmp_path: Path) -> None:
+    env = {"ACIP_HOME": str(tmp_path), "MLFLOW_TRACKING_URI": "http://me:hunter2@mlflow:5000"}
+    with pytest.raises(RegistryError, match=r"http://me:\*\*\*@mlflow:5000 registers no local path.*set ACIP_STORE to s3://"):
+        check_registers(Settings.from_env(env))
+    check_registers(Settings.from_env({**env, "ACIP_STORE": "s3://bucket/artifacts"}))
+    check_registers(Settings.from_env({"ACIP_HOME": str(tmp_path)}))
 
 
 def test_store_says_what_is_missing(settings: Settings, small_artifact: Artifact) -> None:

@@ -81,9 +81,15 @@ def test_many_contests_at_once_leave_the_best(database: str, small_artifact: Art
     assert all(CANDIDATE not in version.aliases for version in champions)
 
 
-def test_two_fleets_at_once(mlflow: str, small_base: str, tmp_path: Path) -> None:
+def test_two_fleets_at_once(
+    mlflow: str, s3_server: dict[str, str], small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two machines, one registry and one store: both calibrate `small`, each another model besides."""
-    shared = {**os.environ, "MLFLOW_TRACKING_URI": mlflow, "ACIP_STORE": str(tmp_path / "store"), "RAY_ADDRESS": "local"}
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    place = f"s3://models/{tmp_path.name}"
+    stores = {"ACIP_STORE": f"{place}/artifacts", "ACIP_RUNS": f"{place}/runs"}
+    shared = {**os.environ, **stores, "MLFLOW_TRACKING_URI": mlflow, "RAY_ADDRESS": "local"}
     running = []
     for i, own in enumerate(("one", "two")):
         models = [f"name: {name}, base: {small_base}, set: {{seed: {i}}}" for name in ("small", own)]

@@ -221,6 +221,15 @@ def artifacts_inside(settings: Settings, run_id: str) -> dict[str, str]:
     return found
 
 
+def check_registers(settings: Settings) -> None:
+    """RegistryError, before the long work, where its end could not be registered: MLflow's server takes no path of another machine."""
+    if settings.tracking_uri.startswith("http") and "://" not in settings.store:
+        raise RegistryError(
+            f"MLflow's server at {masked(settings.tracking_uri)} registers no local path, and artifacts would go to {settings.store}: "
+            "set ACIP_STORE to s3://bucket/prefix, or leave MLFLOW_TRACKING_URI out."
+        )
+
+
 class Registry:
     """Registered any-size models."""
 
