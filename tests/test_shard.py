@@ -57,7 +57,7 @@ def work(rank: int, workers: int, folder: str, base: str, name: str) -> None:
         dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=sorted(RECIPES))
+@pytest.fixture(scope="module", params=["fisher", "prunes", pytest.param("recomputes", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, small_base: str, golden_tokens: torch.Tensor) -> Path:
     folder = tmp_path_factory.mktemp("shard")
     save_file({"windows": golden_tokens}, folder / "windows.safetensors")
