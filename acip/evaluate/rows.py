@@ -13,6 +13,7 @@ import json
 import math
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -65,14 +66,14 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(ABC):
     """Something to measure, with all that decides its outcome in its fields."""
 
     kind: ClassVar[str]
 
+    @abstractmethod
     def measure(self, subject: Subject) -> Part:
         """At least {"label": ..., "values": {...}}."""
-        raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
         return {"kind": self.kind, **asdict(self)}
