@@ -109,7 +109,7 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
             rows.sort(key=lambda row: -row["asked"])
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(rows, indent=1))
-    left_out = record(Store(settings.store, settings.home / "cache"), model.uri, rows) if model.uri and rows else []
+    left_out = record(Store(settings.store, settings.home / "cache"), model.uri, rows)[1] if model.uri and rows else []
     log_rows(mlflow_run, rows)
     mlflow_run.finish("FAILED" if errors else "FINISHED")
     last_screen(out, name, rows, errors, left_out, file, time.time() - began)

@@ -146,7 +146,7 @@ def test_parts_and_curves_are_kept_on_s3(
     parts["abc"] = part
     assert "abc" in parts and parts["abc"] == part
     row: dict[str, Any] = {**artifact.curve[1], "evaluation": [part]}
-    assert record(store, uri, [row, {**row, "asked": 0.9, "got": 0.9}]) == [0.9]
+    assert record(store, uri, [row, {**row, "asked": 0.9, "got": 0.9}])[1] == [0.9]
     read = store.open(uri)
     assert [row.get("evaluation") for row in read.curve] == [None, [part]]
     assert Model(uri).identity(read) == Model(uri).identity(artifact), "a longer curve is no other model"

@@ -10,7 +10,8 @@ import boto3
 import psutil
 import pytest
 import torch
-from acip_platform.store import S3Source, Store, StoreError
+from acip_platform.s3 import S3Source
+from acip_platform.store import Store, StoreError
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 

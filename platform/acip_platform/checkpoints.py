@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 
 from acip import shard
 from acip.state import SUMS, CalibrationState, damage
+from acip_platform.disk import StoreError, reason
 from acip_platform.settings import Settings
-from acip_platform.store import Store, StoreError, reason
+from acip_platform.store import Store
 
 KEPT = 2
 Say = Callable[..., None]

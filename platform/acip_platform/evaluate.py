@@ -8,7 +8,6 @@ Each part of a row is stored as soon as it is there, at STORE/evaluations/MODEL/
 and of what was measured. So neither a second run nor another fleet with the same artifact repeats it.
 """
 
-import dataclasses
 import hashlib
 import json
 import tempfile
@@ -21,7 +20,7 @@ import ray
 import torch
 from filelock import FileLock
 
-from acip.artifact import MANIFEST, Artifact
+from acip.artifact import Artifact
 from acip.base import load_base
 from acip.budget import Budget
 from acip.errors import AcipError, BudgetError
@@ -177,17 +176,11 @@ def log_rows(run: Run, rows: Sequence[Row]) -> None:
     run.json(list(rows), "evaluation.json")
 
 
-def record(store: Store, uri: str, rows: Sequence[Row]) -> list[float]:
-    """Put rows into the curve of the artifact at `uri`; returns the sizes that the curve has no place for."""
+def record(store: Store, uri: str, rows: Sequence[Row]) -> tuple[Artifact, list[float]]:
+    """Put rows into the curve of the artifact at `uri`; returns it, and the sizes that the curve has no place for."""
     artifact = store.open(uri)
     curve, left_out = extended(artifact.curve, rows, artifact.recipe.stop_ratio)
-    if (artifact.folder / MANIFEST).is_file():
-        artifact.record_curve(curve)
-    else:  # on S3; nothing but the manifest has to travel
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / MANIFEST).write_text(json.dumps({**artifact.manifest, "curve": curve}, indent=1))
-            store.replace_manifest(uri, Path(folder))
-    return left_out
+    return store.record_curve(uri, artifact, curve), left_out
 
 
 def measure_tasks(
@@ -207,6 +200,5 @@ def measure_tasks(
     if not rows:
         return artifact
     log_rows(run, rows)
-    store = Store(settings.store, settings.home / "cache")
-    record(store, uri, rows)
-    return dataclasses.replace(artifact, manifest=store.open(uri).manifest)
+    recorded, _ = record(Store(settings.store, settings.home / "cache"), uri, rows)
+    return recorded

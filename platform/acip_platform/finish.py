@@ -57,8 +57,7 @@ def finish(
         for row in trade_off(any_size, heldout, job.eval_data or job.data, job.sizes, artifact.recipe.stop_ratio):
             rows.append({**row, "evaluation": evaluate(any_size, tokenizer, [Samples()])["evaluation"]})
             say("stage", text=f"size {row['asked']:.2f}: perplexity {row['perplexity']:.2f}")
-        artifact = artifact.record_curve(rows)
-        store.replace_manifest(uri, artifact.folder)
+        artifact = store.record_curve(uri, artifact, rows)
     _show(job, artifact, uri, run)
     registry = Registry(settings)
     tags = {"fingerprint": fingerprint or job.fingerprint, **story.choosing(job, artifact)}

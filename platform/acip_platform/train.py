@@ -37,13 +37,14 @@ from acip.layers import targets
 from acip.parametrise import parametrise
 from acip.state import CalibrationState, StepReport, history
 from acip_platform.checkpoints import Checkpoints
+from acip_platform.disk import reason
 from acip_platform.finish import finish, heldout_windows
 from acip_platform.fleet import Job
 from acip_platform.masks import FILE, MaskSamples
 from acip_platform.provenance import provenance
 from acip_platform.schedule import Share
 from acip_platform.settings import Settings
-from acip_platform.store import Store, StoreError, reason
+from acip_platform.store import Store, StoreError
 from acip_platform.tracking import Run, Tracking, few_retries
 
 REPORT_EVERY_S = 10.0
