@@ -1,16 +1,23 @@
 """Faults of storage: S3 failing, slow, cut off, asked by two at once; a disk that is full. Nothing half counts, nothing is lost."""
 
+import errno
+import os
 import random
+import resource
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import copytree
+from typing import Any
 
 import pytest
 import torch
-from acip_platform.store import PART, S3Source, Store, StoreError
+from acip_platform.s3 import PART, S3Source
+from acip_platform.settings import Settings
+from acip_platform.store import Store, StoreError
+from acip_platform.train import saved
 from safetensors.torch import save_file
 
 from acip.artifact import MANIFEST, Artifact
@@ -166,9 +173,25 @@ def test_credentials_are_in_no_message(
     assert "credentials" in str(refused.value) and "hunter2" not in shown
 
 
+def test_an_artifact_that_could_not_be_saved_leaves_nothing(calibrated: Any, tmp_path: Path) -> None:
+    """The system refuses to write more than 100 kB into a file; a second attempt without that limit works."""
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home")})
+    base, calibration = calibrated
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(StoreError, match="can't write the artifact to .*" + os.strerror(errno.EFBIG)):
+            saved(settings, lambda folder: Artifact.save(folder, base, calibration, {"seed": 0}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(settings.home.iterdir())
+    artifact = saved(settings, lambda folder: Artifact.save(folder, base, calibration, {"seed": 0}))
+    assert Artifact.open(artifact.folder, verify=True).manifest["provenance"] == {"seed": 0}
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 12 MB."""
+    """A file system of 12 MB. Only its owner may mount one; without that the test above tells what remains of this one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)], capture_output=True, check=False)
