@@ -8,7 +8,7 @@ from typing import Any
 from acip.auto import introduce
 
 __version__ = "0.1.0"
-__all__ = ["from_pretrained"]
+__all__ = ["from_pretrained", "pack"]
 
 introduce()
 
@@ -18,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from acip.modeling import from_pretrained
 
         return from_pretrained
+    if name == "pack":
+        from acip.packed import pack
+
+        return pack
     raise AttributeError(f"module 'acip' has no attribute {name!r}")

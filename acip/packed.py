@@ -1,59 +1,67 @@
-"""Dense weights in oneDNN's own order beside the plain ones, for the few rows at a time that a server multiplies on a CPU.
+"""Weights in oneDNN's own order beside the plain ones, for the few rows at a time that an answering model multiplies on a CPU.
 
     1 row     the plain weight: it is read once and in order, which nothing beats
     more      the packed copy: a product sorts a plain weight anew each time, which takes about as long as the multiplying
               (tests/benchmarks/products.py)
 
-The copy is memory for speed, and optional. Factors have none: a rank is a prefix of them, and what is packed can't be cut. (In packed
-pieces of 64 to 256 directions they were slower than plain, as each piece is a product of its own.)
+The copy is memory for speed, and optional. The resident factors of an any-size model have none: a rank is a prefix of them, and what is
+packed can't be cut. (In packed pieces of 64 to 256 directions they were slower than plain, as each piece is a product of its own.)
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from acip.linear import ElasticLinear
-from acip.modeling_acip import bias_of, weight_MN
+from acip.modeling_acip import bias_of, set_module, weight_MN
 
 
-class PackedLinear(nn.Module):
-    """The linear layer `plain`, with a packed copy of its weight."""
+class PackedLinear(nn.Linear):
+    """The linear layer `plain`, with a packed copy of its weight. For answering: a weight that is trained leaves its copy behind."""
 
     def __init__(self, plain: nn.Module) -> None:
-        super().__init__()
-        self.plain = plain
-        self._packed = (torch.ops.mkldnn._reorder_linear_weight(weight_MN(plain).detach(), None),)  # in a tuple: not to be moved or saved
-
-    @property
-    def weight(self) -> Tensor:
-        weight = self.plain.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return bias_of(self.plain)
+        super().__init__(1, 1, bias=False, device="meta")
+        weight, bias = weight_MN(plain), bias_of(plain)
+        self.out_features, self.in_features = weight.shape
+        self.weight = _parameter(weight)
+        self.register_parameter("bias", None if bias is None else _parameter(bias))
+        self._packed: Tensor | None = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
     @property
     def packed_bytes(self) -> int:
-        return int(torch.ops.mkldnn._nbytes(self._packed[0]))
+        return 0 if self._packed is None else int(torch.ops.mkldnn._nbytes(self._packed))
 
     def forward(self, x: Tensor) -> Tensor:
-        one = x.numel() == x.shape[-1]
-        y: Tensor = self.plain(x) if one else torch.ops.mkldnn._linear_pointwise(x, self._packed[0], self.bias, "none", [], "")
+        if self._packed is None or x.numel() == x.shape[-1] or torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return y
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moved or cast, it is a plain layer."""
+        self._packed = None
+        return super()._apply(fn, recurse)
 
-def pack(model: PreTrainedModel, layers: Iterable[ElasticLinear]) -> None:
-    """Give the dense weights of `layers` and the model's head packed copies."""
-    for layer in layers:
-        if packable(layer.original.weight):
-            layer.original = PackedLinear(layer.original)
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear and packable(head.weight):
-        model.set_output_embeddings(PackedLinear(head))
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is one, too."""
+        return {**self.__dict__, "_packed": None}
+
+
+def pack(model: nn.Module) -> None:
+    """Give the linear layers of `model`, its head too, packed copies of their weights, where this machine multiplies by such.
+
+    They cost those weights' bytes once more. For models that answer on a CPU: an export, or an any-size model.
+    """
+    for name, module in list(model.named_modules()):
+        if (type(module) is nn.Linear or type(module).__name__ == "Conv1D") and packable(module.weight):
+            set_module(model, name, PackedLinear(module))
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    """Itself, or what looks at the same numbers."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach(), requires_grad=False)
 
 
 def packable(weight: Tensor | nn.Module) -> bool:

@@ -5,8 +5,10 @@
     python tests/benchmarks/decode.py --gpu              Llama-7B's shape, CUDA graphs on both sides
 
 Weights are random: speed does not depend on them. Every layer has the rank at which it stores its share, in the pivot form
-(exports), and as two factors of the same rank (the endpoint's prefixes). Sides take turns, and the medians of their decoding
-steps are compared. Beside each ratio stands its bound, the share of bytes that a step has to read, head included.
+(exports), and as two factors of the same rank (the endpoint's prefixes). Several sequences at once on a CPU are answered with packed
+copies of the weights, too (`acip.pack`), the dense base as well, but what is compared with is the base as transformers loads it.
+Sides take turns, and the medians of their decoding steps are compared. Beside each ratio stands its bound, the share of bytes that
+a step has to read, head included.
 `--check` ends with 1 where a goal is missed.
 """
 
@@ -28,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from acip.layers import find_linears, weight_MN
 from acip.linear import LowRankLinear, PivotLinear
 from acip.modeling_acip import set_module
+from acip.packed import pack
 
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4},
@@ -62,6 +65,13 @@ def compressed(dense: LlamaForCausalLM, size: float, form: str) -> LlamaForCausa
         else:
             layer = LowRankLinear(torch.randn_like(W_MN[:, :1].expand(M, r)) * r**-0.5, right_rN, None)
         set_module(model, name, layer)
+    return model
+
+
+def packed(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """One with packed copies of the same weights beside."""
+    model = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
+    pack(model)
     return model
 
 
@@ -132,6 +142,8 @@ def compare(shape: str, batch: int, rounds: int, steps: int, cuda: bool) -> dict
         dense = LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).eval().requires_grad_(False)
     torch.set_default_dtype(torch.float32)
     models = {("dense", 1.0): dense} | {(form, size): compressed(dense, size, form) for size in (0.4, 0.6) for form in ("pivot", "factors")}
+    if batch > 1 and not cuda:
+        models |= {(f"{form}, packed", size): packed(model) for (form, size), model in models.items()}
     sides = {key: Side(model, batch, rounds * steps + 4, cuda) for key, model in models.items()}
     taken: dict[tuple[str, float], list[float]] = {key: [] for key in sides}
     for side in sides.values():
@@ -142,14 +154,14 @@ def compare(shape: str, batch: int, rounds: int, steps: int, cuda: bool) -> dict
     base = statistics.median(taken["dense", 1.0])
     print(f"\n{shape}, batch {batch}, {torch.get_num_threads()} threads")
     print(f"dense: {batch / base:.1f} tokens/s, {read_bytes(dense) / 1e9:.2f} GB a step")
-    print(f"{'form':<10}{'size':>6}{'tokens/s':>12}{'ratio':>8}{'bound':>8}")
+    print(f"{'form':<18}{'size':>4}{'tokens/s':>12}{'ratio':>8}{'bound':>8}")
     ratios = {}
     for (form, size), model in models.items():
-        if form == "dense":
+        if model is dense:
             continue
         median = statistics.median(taken[form, size])
         ratios[size, form] = base / median
-        print(f"{form:<10}{size:>6}{batch / median:>12.1f}{base / median:>8.2f}{read_bytes(dense) / read_bytes(model):>8.2f}")
+        print(f"{form:<18}{size:>4}{batch / median:>12.1f}{base / median:>8.2f}{read_bytes(dense) / read_bytes(model):>8.2f}")
     return ratios
 
 

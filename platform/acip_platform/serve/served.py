@@ -49,7 +49,7 @@ class Served:
         self.vocabulary = int(config.vocab_size)
         self.cut = functools.lru_cache(maxsize=256)(table.cut)
         if packed:
-            pack(self.any_size.model, self.any_size.layers.values())
+            pack(self.any_size.model)
         self._check(Mixer(self.any_size.layers))
         self.batch = Batch(self.any_size.model, Mixer(self.any_size.layers), kv_tokens)
 
