@@ -31,17 +31,23 @@ class PackedLinear(nn.Linear):
 
     @property
     def packed_bytes(self) -> int:
-        return 0 if self._packed is None else int(torch.ops.mkldnn._nbytes(self._packed))
+        packed = self._packed
+        return 0 if packed is None else int(torch.ops.mkldnn._nbytes(packed))
+
+    def unpack(self) -> None:
+        """From now on it is a plain layer; a product under way in another thread ends as it began."""
+        self._packed = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._packed is None or x.numel() == x.shape[-1] or torch.is_grad_enabled():
+        packed = self._packed
+        if packed is None or x.numel() == x.shape[-1] or torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
         return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moved or cast, it is a plain layer."""
-        self._packed = None
+        self.unpack()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -113,7 +113,22 @@ def test_weights_are_packed_where_nobody_has_the_memory(start: Start, small_arti
         tight = models.Models(there.engine, there.store, "cpu", limit_bytes)
         layers = tight.get(version("small", small_artifact.folder)).any_size.layers.values()
         assert {isinstance(layer.original, PackedLinear) for layer in layers} == {packed and packable(torch.empty(1, 1))}
-        assert sum(place.needs for place in tight._places.values()) <= limit_bytes
+        assert sum(place.holds for place in tight._places.values()) <= limit_bytes
+
+
+def test_packed_weights_leave_before_any_model(start: Start, small_artifact: Artifact) -> None:
+    there = start(version("small", small_artifact.folder)).models
+    needs = sum(small_artifact.manifest["files"][file]["bytes"] for file in models.WEIGHTS)
+    tight = models.Models(there.engine, there.store, "cpu", 2 * needs)
+    first = tight.get(version("first", small_artifact.folder))
+    assert (first.packed_bytes > 0) == packable(torch.empty(1, 1))
+    second = tight.get(version("second", small_artifact.folder))
+    assert tight.resident == [first, second]
+    assert first.packed_bytes == second.packed_bytes == 0
+    assert sum(place.holds for place in tight._places.values()) == 2 * needs
+    for served in (first, second):
+        (*_, last) = there.engine.events(served, CompletionRequest(prompt="It was", max_tokens=3, ignore_eos=True))
+        assert last.data["usage"]["completion_tokens"] == 3
 
 
 def test_a_list_of_models_loads_none(small_artifact: Artifact) -> None:

@@ -33,6 +33,12 @@ class Place:
     lock: threading.Lock = field(default_factory=threading.Lock)
     served: Served | None = None
     needs: int = 0  # bytes
+    copies: int = 0  # bytes of packed weights beside, which go before anything that is needed
+
+    @property
+    def holds(self) -> int:
+        return self.needs + self.copies
+
     used: float = 0.0  # seconds of time.monotonic
 
 
@@ -67,7 +73,7 @@ class Models:
                 try:
                     served = place.served = self._load(version, place)
                 except BaseException:
-                    place.needs = 0
+                    place.needs = place.copies = 0
                     raise
                 self.loaded(served)
             return served
@@ -86,29 +92,34 @@ class Models:
         self._make_room(needs, place)
         copies = sum(artifact.manifest["files"][file]["bytes"] for file in COPIED)
         with _building:
-            served = Served(version, artifact, self.device, packed=self.device == "cpu" and self._take(copies, place))
+            served = Served(version, artifact, self.device, packed=self.device == "cpu" and self._spare(copies, place))
+        place.copies = served.packed_bytes
         self.engine.add(served)
         return served
 
-    def _take(self, more: int, place: Place) -> bool:
-        """Reserve more for a model, if there is as much that nobody has."""
+    def _spare(self, copies: int, place: Place) -> bool:
+        """Reserve memory for packed weights, if there is as much that nobody has."""
         with self._lock:
-            free = self.limit_bytes - sum(place.needs for place in self._places.values())
-            place.needs += more if more <= free else 0
-            return more <= free
+            free = self.limit_bytes - sum(place.holds for place in self._places.values())
+            place.copies = copies if copies <= free else 0
+            return copies <= free
 
     def _make_room(self, needs: int, coming: Place) -> None:
-        """Reserve memory. Models that are in use are waited for."""
+        """Reserve memory: first that of packed weights, then that of models. Models that are in use are waited for."""
         deadline = time.monotonic() + WAIT_S
         while True:
             with self._lock:
-                there = [place for place in self._places.values() if place.needs]
-                if sum(place.needs for place in there) + needs <= self.limit_bytes:
+                there = sorted((place for place in self._places.values() if place.needs), key=lambda place: place.used)
+                for place in there:
+                    if sum(place.holds for place in there) + needs > self.limit_bytes and place.copies and place.served is not None:
+                        place.served.unpack()
+                        place.copies = 0
+                if sum(place.holds for place in there) + needs <= self.limit_bytes:
                     coming.needs = needs
                     return
-                for place in sorted(there, key=lambda place: place.used):
+                for place in there:
                     if place.served is not None and self.engine.remove(place.served):
-                        place.served, place.needs = None, 0
+                        place.served, place.needs, place.copies = None, 0, 0
                         break
                 else:
                     if time.monotonic() > deadline:

@@ -61,8 +61,19 @@ class Served:
     def bytes(self) -> int:
         """Of the weights that are resident: factors, dense weights and the rest, with packed copies."""
         plain = {id(tensor): tensor.nbytes for tensor in self.any_size.model.state_dict(keep_vars=True).values()}
-        packed = [module for module in self.any_size.model.modules() if isinstance(module, PackedLinear)]
-        return sum(plain.values()) + sum(module.packed_bytes for module in packed)
+        return sum(plain.values()) + self.packed_bytes
+
+    @property
+    def packed_bytes(self) -> int:
+        return sum(module.packed_bytes for module in self._packed())
+
+    def unpack(self) -> None:
+        """Give the packed copies' memory back."""
+        for module in self._packed():
+            module.unpack()
+
+    def _packed(self) -> list[PackedLinear]:
+        return [module for module in self.any_size.model.modules() if isinstance(module, PackedLinear)]
 
     def card(self) -> dict[str, Any]:
         """The model as /v1/models shows it."""
