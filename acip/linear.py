@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acip.modeling_acip import LowRankLinear, PivotLinear, onednn, plain_linear
+from acip.modeling_acip import LowRankLinear, PivotLinear, plain_linear
 from acip.recipe import Quantise, Storage
-from acip.rows import FourBitLinear, FourBitRows, Rows
+from acip.rows import FourBitLinear, FourBitRows, Rows, product
 
 ALL = slice(None)
 
@@ -268,11 +268,10 @@ class ElasticLinear(Compressible):
         if group.factors is None:
             return self.original(x)
         right_rN, left_Mr = group.factors
-        h = F.linear(x, right_rN)
+        h = product(x, right_rN)
         if group.mask is not None:
             h = h * group.mask
-        with onednn(True):
-            return F.linear(h, left_Mr, self.bias)
+        return product(h, left_Mr, self.bias)
 
     @torch.no_grad()
     def folded(self, rank: int) -> tuple[Tensor, Tensor]:

@@ -52,8 +52,7 @@ KINDS = ("nf4", "fp4", "int8")
 def onednn(on: bool) -> Iterator[None]:
     """Whether a CPU's products are oneDNN's, as they usually are.
 
-    Products of one row are faster by PyTorch's own kernels, as oneDNN sorts a weight anew for each (tests/benchmarks/products.py). But
-    not those with a transposed weight, a layer's second factor: there the kernels are slow, or add up in bfloat16.
+    Products of one row are faster by PyTorch's own kernels, as oneDNN sorts a weight anew for each (tests/benchmarks/products.py).
     """
     before = torch._C._get_mkldnn_enabled()
     if before == on:
@@ -68,8 +67,13 @@ def onednn(on: bool) -> Iterator[None]:
 
 def kernels(x: Tensor) -> AbstractContextManager[None]:
     """Those that are fastest for a product of `x` with a plain weight: for one row in bfloat16, on a CPU, not oneDNN's."""
-    one_row = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() == x.shape[-1]
-    return onednn(False) if one_row and not torch.is_grad_enabled() and not torch.compiler.is_compiling() else nullcontext()
+    return onednn(False) if one_row(x) else nullcontext()
+
+
+def one_row(x: Tensor) -> bool:
+    """Is `x` a single token of an answer in bfloat16, on a CPU?"""
+    one = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() == x.shape[-1]
+    return one and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class LowRankLinear(nn.Module):

@@ -7,9 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acip.modeling_acip import one_row, onednn
 from acip.shard import read, settle, write
 
 BLOCK = 64  # numbers that share a scale in 4 bit
+
+
+def product(x: Tensor, W_MN: Tensor, bias_M: Tensor | None = None) -> Tensor:
+    """W x + b [..., M] for x [..., N], by the kernel that is fastest."""
+    if not one_row(x):
+        return F.linear(x, W_MN, bias_M)
+    with onednn(False):
+        if W_MN.is_contiguous():
+            return F.linear(x, W_MN, bias_M)
+        y = torch.mv(W_MN, x.flatten()).view(*x.shape[:-1], len(W_MN))  # as a product of matrices it takes many times as long
+    return y if bias_M is None else y + bias_M
 
 
 class Rows(nn.Module):
@@ -40,7 +52,7 @@ class Rows(nn.Module):
 
     def forward(self, x: Tensor, count: int | None, expand: bool, bias: Tensor | None) -> Tensor:
         W = self.read(count)
-        return F.linear(x, W.T if expand else W, bias)
+        return product(x, W.T if expand else W, bias)
 
     @torch.no_grad()
     def permute(self, order: Tensor) -> None:

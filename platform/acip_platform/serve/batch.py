@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-from acip.linear import onednn
 from acip.mixed import Mixer, Size, padded
+from acip.modeling_acip import onednn
 from acip_platform.serve.sampling import Choice, Sampler, choose
 from acip_platform.serve.slots import Piece, Slots, Step, doubled
 from acip_platform.serve.text import Text
