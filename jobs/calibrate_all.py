@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, out: Any) -> int:
     cluster = connect(settings)
     there = functools.partial(pool, args.pool) if args.pool else nodes
     shares = {job.name: share(job, there()) for job in jobs}
-    tracking, registry, store = Tracking(settings, f"acip/{fleet.name}"), Registry(settings), Store(settings.store, settings.home / "cache")
+    tracking, registry, store = Tracking(settings, f"acip/{fleet.name}"), Registry(settings), Store.of(settings)
     attempts = {job.name: attempt_of(job, args.force) for job in jobs}
     done = {} if args.force else {job.name: version for job in jobs if (version := finished(job, registry, store)) is not None}
     with Leases(store, settings.lease_s, functools.partial(give_up, out)) as leases:

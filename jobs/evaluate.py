@@ -109,7 +109,7 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
             rows.sort(key=lambda row: -row["asked"])
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(rows, indent=1))
-    left_out = record(Store(settings.store, settings.home / "cache"), model.uri, rows)[1] if model.uri and rows else []
+    left_out = record(Store.of(settings), model.uri, rows)[1] if model.uri and rows else []
     log_rows(mlflow_run, rows)
     mlflow_run.finish("FAILED" if errors else "FINISHED")
     last_screen(out, name, rows, errors, left_out, file, time.time() - began)
@@ -127,7 +127,7 @@ def found(args: argparse.Namespace, settings: Settings) -> tuple[str, Model, Art
         uri = Registry(settings).resolve(name, which or CHAMPION).uri
     elif "://" not in uri:
         uri = str(Path(uri).resolve())
-    artifact = Store(settings.store, settings.home / "cache").open(uri)
+    artifact = Store.of(settings).open(uri)
     return name or uri.rstrip("/").rpartition("/")[2], Model(uri), artifact
 
 

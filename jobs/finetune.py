@@ -67,7 +67,7 @@ def main() -> int:
 def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
     began = time.time()
     check_registers(settings)
-    registry, store = Registry(settings), Store(settings.store, settings.home / "cache")
+    registry, store = Registry(settings), Store.of(settings)
     name, _, which = args.model.partition("@")
     version = registry.resolve(name, which or CHAMPION)
     artifact = store.open(version.uri)

@@ -8,18 +8,16 @@ What was imported before is not stored again. Exit code 0 = it is there.
 """
 
 import argparse
+import functools
 import hashlib
 import re
-import shutil
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from acip_platform import story
 from acip_platform.console import console, lines, trade_off_table
-from acip_platform.finish import finish, heldout_windows
+from acip_platform.finish import finish, heldout_windows, stored
 from acip_platform.fleet import Job
 from acip_platform.provenance import provenance
 from acip_platform.schedule import Outcome
@@ -77,9 +75,11 @@ def run(args: argparse.Namespace, out: Any) -> None:
     mlflow_run.tags({"checkpoint": str(args.checkpoint)})
     status = "FAILED"
     try:
-        uri = stored(
-            job, f"{job.name}/{fingerprint}", base, calibration, settings, {"checkpoint": args.checkpoint, "mlflow_run": mlflow_run.run_id}
-        )
+        store, key = Store.of(settings), f"{job.name}/{fingerprint}"
+        uri = store.uri(key)
+        if not store.exists(uri):
+            origin = provenance(job) | {"checkpoint": args.checkpoint, "mlflow_run": mlflow_run.run_id}
+            stored(settings, key, functools.partial(Artifact.save, base=base, calibration=calibration, provenance=origin))
         say("stage", f"artifact: {uri}")
         del base, calibration
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,20 +101,6 @@ def identity(base: Base, calibration: Calibration) -> str:
     for tensor in (calibration.scores.score, *adapters):
         sha.update(tensor.detach().float().numpy().tobytes())
     return sha.hexdigest()[:12]
-
-
-def stored(job: Job, key: str, base: Base, calibration: Calibration, settings: Settings, origin: dict[str, Any]) -> str:
-    """The artifact's URI; it is written where it isn't there yet."""
-    store = Store(settings.store, settings.home / "cache")
-    if store.exists(store.uri(key)):
-        return store.uri(key)
-    settings.home.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="saving-", dir=settings.home))
-    try:
-        artifact = Artifact.save(folder, base, calibration, provenance(job) | origin)
-        return store.put(artifact.folder, key)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

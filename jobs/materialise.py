@@ -95,7 +95,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     folder = Path(args.out).absolute() if args.any else free(args.out)
     uri = find(args.model, args.alias, settings)
     print(f"artifact   {masked(uri)}", flush=True)
-    artifact = Store(settings.store, settings.home / "cache").open(uri)
+    artifact = Store.of(settings).open(uri)
     if args.any:
         hub.copy(artifact, folder)
         print(f"written    {folder}: {len(artifact.manifest['files'])} files, every size")

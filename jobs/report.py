@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def chosen(args: argparse.Namespace, settings: Settings) -> list[Subject]:
-    store, registry = Store(settings.store, settings.home / "cache"), Registry(settings)
+    store, registry = Store.of(settings), Registry(settings)
     subjects = []
     for asked in args.names:
         name, _, which = asked.partition("@")

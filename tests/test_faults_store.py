@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from acip_platform.finish import stored
 from acip_platform.s3 import PART, S3Source
 from acip_platform.settings import Settings
 from acip_platform.store import Store, StoreError
-from acip_platform.train import saved
 from safetensors.torch import save_file
 
 from acip.artifact import MANIFEST, Artifact
@@ -181,12 +181,13 @@ def test_an_artifact_that_could_not_be_saved_leaves_nothing(calibrated: Any, tmp
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(StoreError, match="can't write the artifact to .*" + os.strerror(errno.EFBIG)):
-            saved(settings, lambda folder: Artifact.save(folder, base, calibration, {"seed": 0}))
+            stored(settings, "small/1", lambda folder: Artifact.save(folder, base, calibration, {"seed": 0}))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(settings.home.iterdir())
-    artifact = saved(settings, lambda folder: Artifact.save(folder, base, calibration, {"seed": 0}))
-    assert Artifact.open(artifact.folder, verify=True).manifest["provenance"] == {"seed": 0}
+    uri = stored(settings, "small/1", lambda folder: Artifact.save(folder, base, calibration, {"seed": 0}))
+    assert Artifact.open(Path(uri), verify=True).manifest["provenance"] == {"seed": 0}
+    assert [path.name for path in settings.home.iterdir()] == ["artifacts"]
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ class Parts:
 
     @classmethod
     def of(cls, settings: Settings, identity: str, removed: int) -> "Parts":
-        return cls(Store(settings.store, settings.home / "cache"), f"evaluations/{identity}/{removed}")
+        return cls(Store.of(settings), f"evaluations/{identity}/{removed}")
 
     def __contains__(self, key: object) -> bool:
         return self.store.exists(self._uri(key), PART)
@@ -156,7 +156,7 @@ def _opened(uri: str, settings: Settings) -> Artifact:
     cache = settings.home / "cache"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "evaluate.lock"):
-        return Artifact.open(Store(settings.store, cache).fetch(uri))
+        return Artifact.open(Store.of(settings).fetch(uri))
 
 
 def told(part: Part) -> str:
@@ -200,5 +200,5 @@ def measure_tasks(
     if not rows:
         return artifact
     log_rows(run, rows)
-    recorded, _ = record(Store(settings.store, settings.home / "cache"), uri, rows)
+    recorded, _ = record(Store.of(settings), uri, rows)
     return recorded

@@ -6,11 +6,9 @@ Needs no base model: an artifact holds what is trained on. The child is a versio
 tags and manifest say what it comes from.
 """
 
+import functools
 import hashlib
-import shutil
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from acip.finetune import attach, finetune, save, scores_of
 from acip.materialise import AnySize
 from acip.recipe import Recipe
 from acip_platform.checkpoints import Checkpoints
-from acip_platform.finish import finish, heldout_windows
+from acip_platform.finish import finish, heldout_windows, stored
 from acip_platform.fleet import Job
 from acip_platform.provenance import provenance
 from acip_platform.settings import Settings
@@ -61,7 +59,7 @@ def tune_one(config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(config["threads"])
     tracking, registry = Tracking(settings, "acip"), Registry(settings)
     run = Run(tracking.client, config["run"], tracking.experiment_id)
-    store = Store(settings.store, settings.home / "cache")
+    store = Store.of(settings)
     key = f"{job.name}/{config['attempt']}"
 
     def say(kind: str, **facts: Any) -> None:
@@ -81,12 +79,7 @@ def tune_one(config: dict[str, Any]) -> dict[str, Any]:
             job, parent, any_size, base, heldout, run, settings, config["attempt"], say
         )
         origin = {**provenance(job), "attempt": key, "mlflow_run": run.run_id, "finetuned": facts, "parent": parent.manifest["provenance"]}
-        settings.home.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="saving-", dir=settings.home))
-        try:
-            uri = store.put(save(folder, parent, any_size, origin).folder, key)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)  # gone already, unless it failed
+        uri = stored(settings, key, functools.partial(save, artifact=parent, any_size=any_size, provenance=origin))
         say("stage", text=f"artifact saved: {uri}")
     del any_size, base
     summary = finish(job, store.uri(key), run, settings, heldout, device, say, config["fingerprint"], CANDIDATE)

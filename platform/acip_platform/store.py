@@ -18,6 +18,7 @@ from typing import Any
 from acip.artifact import MANIFEST, Artifact
 from acip_platform.disk import Disk, Item, MissingError, StoreError, path_of
 from acip_platform.s3 import FILES_AT_ONCE, S3, S3Source, split
+from acip_platform.settings import Settings
 
 __all__ = ["Store", "StoreError"]
 
@@ -28,6 +29,11 @@ class Store:
     def __init__(self, root: str, cache: Path) -> None:
         self.root = root.rstrip("/")
         self.cache = cache
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Store":
+        """Where the artifacts are."""
+        return cls(settings.store, settings.home / "cache")
 
     def uri(self, key: str) -> str:
         return f"{self.root}/{key}"

@@ -20,7 +20,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -49,7 +48,7 @@ from acip.evaluate import trade_off
 from acip.materialise import AnySize
 from acip.sizes import cut_table
 from acip.state import CalibrationState, StepReport
-from acip_platform.finish import finish, heldout_windows
+from acip_platform.finish import finish, heldout_windows, stored
 from acip_platform.fleet import Job
 from acip_platform.provenance import provenance
 from acip_platform.schedule import Share, root_cause
@@ -413,7 +412,7 @@ def _artifact(
     torch.set_num_threads(threads)
     device = _device()
     one = Run(Tracking(settings, "acip").client, *run_)
-    store, key = Store(settings.store, settings.home / "cache"), f"{job.name}/{job.name}-{job.fingerprint}"
+    store, key = Store.of(settings), f"{job.name}/{job.name}-{job.fingerprint}"
     base = load_base(job.base, job.recipe.dtype, job.trust_remote_code)
     heldout = heldout_windows(job, base)
     if not store.exists(store.uri(key)):
@@ -421,10 +420,6 @@ def _artifact(
         batches = prepared(job, base, settings, say, device)
         with _from(state) as folder:
             calibration = calibrate(base.model, batches, job.recipe, resume=folder)
-        saved = Path(tempfile.mkdtemp(prefix="saving-", dir=settings.home))
-        try:
-            Artifact.save(saved, base, calibration, provenance(job) | {"attempt": key, "mlflow_run": one.run_id})
-            store.put(saved, key)
-        finally:
-            shutil.rmtree(saved, ignore_errors=True)
+        origin = provenance(job) | {"attempt": key, "mlflow_run": one.run_id}
+        stored(settings, key, lambda folder: Artifact.save(folder, base, calibration, origin))
     return finish(job, store.uri(key), one, settings, heldout, device, say, alias=CANDIDATE)
