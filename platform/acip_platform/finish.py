@@ -93,7 +93,7 @@ def _show(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
     table, manifest = artifact.table(), artifact.manifest
     run.tags({"artifact_uri": uri, "base": job.base, "stop_step": str(manifest["stop_step"])})
     if run.last_step("tradeoff/perplexity") == 0:
-        run.metrics([(round(row["asked"] * 100), story.measured(row)) for row in artifact.curve])
+        run.metrics(story.curve(artifact.curve))
     run.table({key: [row[key] for row in artifact.curve] for key in artifact.curve[0] if key != "evaluation"}, "tradeoff.json")
     if said := side_by_side(artifact.curve):
         run.table(said, "samples.json")

@@ -48,6 +48,7 @@ from acip.evaluate import trade_off
 from acip.materialise import AnySize
 from acip.sizes import cut_table
 from acip.state import CalibrationState, StepReport
+from acip_platform import story
 from acip_platform.finish import finish, heldout_windows, stored
 from acip_platform.fleet import Job
 from acip_platform.provenance import provenance
@@ -391,11 +392,8 @@ class Rungs:
 
     def finish(self, any_size: AnySize) -> None:
         metrics = self.measured(any_size, self.job.sizes)
-        rows = json.loads(metrics["curve"])
-        facts = [(round(row["asked"] * 100), {f"tradeoff/{key}": float(row[key]) for key in ("perplexity", "loss", "got")}) for row in rows]
-        if self.observer.run.last_step("tradeoff/loss") == 0:
-            self.observer.run.metrics(facts)
-            self.observer.run.metrics([(0, {"area_under_excess_nats": metrics["area"]})])
+        if self.observer.run.last_step("tradeoff/perplexity") == 0:
+            self.observer.run.metrics([(0, {"area_under_excess_nats": metrics["area"]}), *story.curve(json.loads(metrics["curve"]))])
         self.observer.say("stage", text=f"area under excess loss {metrics['area']:.4f}")
         _report({"share": RUNGS[-1], **metrics}, self.state)
 
