@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
-    began = time.time()
+    began = time.monotonic()
     name, model, artifact = found(args, settings)
     sizes = reachable(args, artifact)
     texts = texts_of(args, artifact)
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
     left_out = record(Store.of(settings), model.uri, rows)[1] if model.uri and rows else []
     log_rows(mlflow_run, rows)
     mlflow_run.finish("FAILED" if errors else "FINISHED")
-    last_screen(out, name, rows, errors, left_out, file, time.time() - began)
+    last_screen(out, name, rows, errors, left_out, file, time.monotonic() - began)
     return 1 if errors else 0
 
 
@@ -123,8 +123,8 @@ def found(args: argparse.Namespace, settings: Settings) -> tuple[str, Model, Art
         return Path(base.replace(":", "-")).name, Model(base=base, trust_remote_code=args.trust_remote_code), None
     uri, name = args.artifact, ""
     if args.model:
-        name, _, which = args.model.partition("@")
-        uri = Registry(settings).resolve(name, which or CHAMPION).uri
+        version = Registry(settings).named(args.model)
+        name, uri = version.name, version.uri
     elif "://" not in uri:
         uri = str(Path(uri).resolve())
     artifact = Store.of(settings).open(uri)

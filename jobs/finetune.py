@@ -10,6 +10,7 @@ what it is. What is done already is not done again (--force does), what was inte
 
 import argparse
 import dataclasses
+import secrets
 import sys
 import time
 from typing import Any
@@ -22,7 +23,7 @@ from acip_platform.inbox import open_inbox
 from acip_platform.schedule import Outcome, nodes, root_cause, share
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
-from acip_platform.tracking import CANDIDATE, CHAMPION, ModelVersion, Registry, Tracking, check_registers
+from acip_platform.tracking import CANDIDATE, ModelVersion, Registry, Tracking, check_registers
 from acip_platform.train import run_job
 
 from acip.budget import Budget
@@ -65,12 +66,11 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
-    began = time.time()
+    began = time.monotonic()
     check_registers(settings)
     registry, store = Registry(settings), Store.of(settings)
-    name, _, which = args.model.partition("@")
-    version = registry.resolve(name, which or CHAMPION)
-    artifact = store.open(version.uri)
+    version = registry.named(args.model)
+    name, artifact = version.name, store.open(version.uri)
     recipe = tuning(artifact, ratio(args.size), **given(
         post_tune_steps=args.steps, lr=args.lr, seed=args.seed, distill=args.distill, quantise=args.quantise,
         batch_size=args.batch_size, seq_len=args.seq_len, recompute=args.recompute or None,
@@ -81,12 +81,12 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
     done = [] if args.force else [each for each in registry.versions(name, {"fingerprint": code}) if store.exists(each.uri)]
     if done:
         out.print(f"[{name}] done already: version {done[0].version} (--force tunes again)", markup=False)
-        last_lines(out, registry.resolve(name, done[0].version), job.recipe.stop_ratio)  # found ones come without aliases
+        last_lines(out, done[0], job.recipe.stop_ratio)
         return
 
     cluster = connect(settings)
     part = share(job, nodes())
-    attempt = f"{name}-tuned-{code}" + (f"-{int(time.time())}" if args.force else "")
+    attempt = f"{name}-tuned-{code}" + (f"-{secrets.token_hex(4)}" if args.force else "")
     mlflow_run = Tracking(settings, "acip/finetune").start(
         f"{name} at {recipe.stop_ratio:g}", attempt, {"model": name, **lineage(job, version)}
     )
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
         for kind, where in kinds.items()
     }
     registered = f"version {summary['version']} of {name}, alias {CANDIDATE}, tuned from version {version.version}"
-    lines(out, {"registered": registered, **found, "took": duration(time.time() - began)})
+    lines(out, {"registered": registered, **found, "took": duration(time.monotonic() - began)})
     last_lines(out, registry.resolve(name, summary["version"]), recipe.stop_ratio)
 
 

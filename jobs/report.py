@@ -53,8 +53,7 @@ def chosen(args: argparse.Namespace, settings: Settings) -> list[Subject]:
     store, registry = Store.of(settings), Registry(settings)
     subjects = []
     for asked in args.names:
-        name, _, which = asked.partition("@")
-        version = registry.resolve(name, which or CHAMPION)
+        version = registry.named(asked)
         subjects.append(Subject(asked, version.uri, store.open(version.uri), version))
     uris = {uri.rstrip("/").rpartition("/")[2]: uri for uri in args.artifact}
     if len(uris) < len(args.artifact):

@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def sweep_one(args: argparse.Namespace, out: Any) -> int:
-    began = time.time()
+    began = time.monotonic()
     settings = Settings.from_env()
     check_registers(settings)
     fleet = Fleet.load(args.fleet)
@@ -82,7 +82,7 @@ def sweep_one(args: argparse.Namespace, out: Any) -> int:
         parent.metrics([(0, {"area_under_excess_nats": best.area, "seconds": seconds})])
         parent.tags({"winner": best.trial.name, "winner_run": runs[best.trial.name].run_id})
     parent.finish("FINISHED")
-    return last_screen(out, settings, sweep, outcomes, [cost.seconds for cost in trunks.values()], summaries, time.time() - began)
+    return last_screen(out, settings, sweep, outcomes, [cost.seconds for cost in trunks.values()], summaries, time.monotonic() - began)
 
 
 def chosen(fleet: Fleet, only: str | None) -> Job:
@@ -101,13 +101,12 @@ def start_runs(tracking: Tracking, fleet: Fleet, sweep: Sweep) -> tuple[Run, dic
     space = sweep.space
     parent.params({"base": sweep.job.base, "search": space.search, "scheduler": space.scheduler, "keep": space.keep, "set": space.set})
     parent.params({f"space.{field}": values for field, values in space.fields.items()})
-    tags |= {"mlflow.parentRunId": parent.run_id}
     runs = {}
     for name, trials in sweep.trunks.items():
-        runs[name] = tracking.start(name, f"{sweep.key}/{name}", {**tags, "trials": ", ".join(trial.name for trial in trials)})
+        runs[name] = tracking.start(name, f"{sweep.key}/{name}", {**tags, "trials": ", ".join(trial.name for trial in trials)}, parent)
     for trial in sweep.trials:
         trunk = next((runs[name].run_id for name, trials in sweep.trunks.items() if trial in trials), "")
-        runs[trial.name] = tracking.start(f"{trial.name}: {trial.label}", f"{sweep.key}/{trial.name}", {**tags, "trunk_run": trunk})
+        runs[trial.name] = tracking.start(f"{trial.name}: {trial.label}", f"{sweep.key}/{trial.name}", {**tags, "trunk_run": trunk}, parent)
         runs[trial.name].params({**trial.job.recipe.to_dict(), "base": trial.job.base, "data": trial.job.data})
     return parent, runs
 

@@ -137,7 +137,7 @@ def test_what_mlflow_missed_at_the_end_is_in_the_last_checkpoint(
     tracking, said = Tracking(settings, "fleet"), list[str]()
     run = tracking.start("small", "missed", {})
     checkpoints = Checkpoints(settings, "small-0123")
-    away = Run(MlflowClient(tracking_uri="http://127.0.0.1:9"), run.run_id, run.experiment_id)  # nothing listens there
+    away = Run(MlflowClient(tracking_uri="http://127.0.0.1:9"), run.run_id)  # nothing listens there
     lost = observer(away, quick_recipe, said, checkpoints)
     calibration = calibrated_with(lost, small_base, quick_recipe, golden_tokens)
     assert lost.rows and checkpoints.names()[0][:11] == f"step_{len(calibration.history):06d}"

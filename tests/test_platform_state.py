@@ -28,7 +28,7 @@ def test_registry_round_trip(settings: Settings) -> None:
     assert registry.resolve("tiny").uri == "/somewhere/a"
     assert registry.resolve("tiny", second.version).uri == "/somewhere/b"
     registry.set_alias(second)
-    assert registry.resolve("tiny").uri == "/somewhere/b"
+    assert registry.named("tiny").uri == registry.named(f"tiny@{second.version}").uri == "/somewhere/b"
     run.finish("FINISHED")
     assert Tracking(settings, "fleet").start("model", "f1", {}).run_id == run.run_id
     with pytest.raises(RegistryError, match="did you mean 'tiny'"):

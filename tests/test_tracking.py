@@ -94,7 +94,7 @@ def test_steps_wait_while_mlflow_is_down(tracking: Tracking, monkeypatch: pytest
     watching = observer(run, heard=heard)
     watching([report(1), report(2)], state([0.1]))
     watching.flush()
-    watching.run = Run(MlflowClient(tracking_uri="http://127.0.0.1:9"), run.run_id, run.experiment_id)  # nothing listens there
+    watching.run = Run(MlflowClient(tracking_uri="http://127.0.0.1:9"), run.run_id)  # nothing listens there
     watching([report(3)], state([0.1]))
     watching.flush()
     watching([report(4)], state([0.1]))

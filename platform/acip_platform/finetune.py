@@ -26,7 +26,7 @@ from acip_platform.fleet import Job
 from acip_platform.provenance import provenance
 from acip_platform.settings import Settings
 from acip_platform.store import Store
-from acip_platform.tracking import CANDIDATE, ModelVersion, Registry, Run, Tracking
+from acip_platform.tracking import CANDIDATE, ModelVersion, Registry, Run
 from acip_platform.train import Observer
 
 
@@ -57,9 +57,7 @@ def tune_one(config: dict[str, Any]) -> dict[str, Any]:
     settings: Settings = config["settings"]
     job, version = Job.from_dict(config["job"]), ModelVersion(**config["version"])
     torch.set_num_threads(config["threads"])
-    tracking, registry = Tracking(settings, "acip"), Registry(settings)
-    run = Run(tracking.client, config["run"], tracking.experiment_id)
-    store = Store.of(settings)
+    registry, store, run = Registry(settings), Store.of(settings), Run.of(settings, config["run"])
     key = f"{job.name}/{config['attempt']}"
 
     def say(kind: str, **facts: Any) -> None:

@@ -123,7 +123,7 @@ class Tracking:
         else:
             known = {**resolve_tags(), MLFLOW_GIT_COMMIT: commit(), "acip_fingerprint": fingerprint}
             run = self.client.create_run(self.experiment_id, run_name=name, tags=known)
-        started = Run(self.client, run.info.run_id, self.experiment_id)
+        started = Run(self.client, run.info.run_id)
         started.tags({**tags, **inside})
         return started
 
@@ -132,7 +132,15 @@ class Tracking:
 class Run:
     client: MlflowClient
     run_id: str
-    experiment_id: str
+
+    @classmethod
+    def of(cls, settings: Settings, run_id: str) -> "Run":
+        """One that was started elsewhere."""
+        return cls(MlflowClient(tracking_uri=settings.tracking_uri), run_id)
+
+    @property
+    def experiment_id(self) -> str:
+        return self.client.get_run(self.run_id).info.experiment_id
 
     def params(self, params: Mapping[str, Any]) -> None:
         """MLflow keeps a parameter's first value: what a later attempt changed (its evaluation, recomputing) is in recipe.json."""
@@ -322,6 +330,11 @@ class Registry:
                 raise RegistryError(f"no model {name!r} in the registry{did_you_mean(name, models)}; {have}.") from error
             raise RegistryError(f"model {name!r} has no version or alias {which!r}.") from error
         return self._version(found)
+
+    def named(self, text: str) -> ModelVersion:
+        """NAME, the champion, or NAME@WHICH, an alias or a version number."""
+        name, _, which = text.partition("@")
+        return self.resolve(name, which or CHAMPION)
 
     def _version(self, version: Any) -> ModelVersion:
         aliases = tuple(version.aliases) if version.aliases else ()

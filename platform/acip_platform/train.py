@@ -41,7 +41,7 @@ from acip_platform.provenance import provenance
 from acip_platform.schedule import Share
 from acip_platform.settings import Settings
 from acip_platform.store import Store
-from acip_platform.tracking import Run, Tracking, few_retries
+from acip_platform.tracking import Run, few_retries
 
 REPORT_EVERY_S = 10.0
 MLFLOW_REST_S = 60.0  # between attempts at an MLflow that is down
@@ -96,8 +96,7 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     job: Job = Job.from_dict(config["job"])
     settings: Settings = config["settings"]
     torch.set_num_threads(config["threads"])
-    tracking = Tracking(settings, "acip")
-    run = Run(tracking.client, config["run"], tracking.experiment_id)
+    run = Run.of(settings, config["run"])
     store = Store.of(settings)
     key = f"{job.name}/{config['attempt']}"
 
