@@ -190,6 +190,31 @@ def test_an_artifact_that_could_not_be_saved_leaves_nothing(calibrated: Any, tmp
     assert [path.name for path in settings.home.iterdir()] == ["artifacts"]
 
 
+def test_a_small_file_that_could_not_be_written_leaves_nothing(tmp_path: Path) -> None:
+    """As above, the limit is 100 kB; what was there stays, and the name is free for who comes next."""
+    store = Store(str(tmp_path / "store"), tmp_path / "cache")
+    store.create("some/old", b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        for call, name in ((store.write, "old"), (store.create, "new")):
+            with pytest.raises(StoreError, match=f"can't write .*{name}: {os.strerror(errno.EFBIG)}"):
+                call(f"some/{name}", bytes(200_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "store" / "some").iterdir()] == ["old"] and store.small("some") == {"old": b"old"}
+    with pytest.raises(StoreError, match=r"can't remove .*some"):
+        store.remove("some")
+
+
+def test_writers_of_one_file_at_once_do_each_other_no_harm(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"), tmp_path / "cache")
+    store.create("some/file", b"")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: store.write("some/file", b"%d" % i * 1000), range(64)))
+    assert len(store.small("some")["file"]) in (1000, 2000)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 12 MB. Only its owner may mount one; without that the test above tells what remains of this one."""
