@@ -18,7 +18,6 @@ from typing import Any
 
 import ray
 import torch
-from filelock import FileLock
 
 from acip.artifact import Artifact
 from acip.base import load_base
@@ -142,21 +141,13 @@ def _measure(model: Model, size: float, what: list[Measurement], settings: Setti
             torch.nn.Module.to(base.model, device)
             known = Parts.of(settings, model.identity(None), 0)
             return {"asked": 1.0, "got": 1.0, **evaluate(base.model, base.tokenizer, what, known=known, say=say)}
-        artifact = _opened(model.uri, settings)
+        artifact = Artifact.open(Store.of(settings).fetch(model.uri))  # one copy on a node's disk, mapped by all
         any_size = artifact.load(device, size=size)
         assert any_size.cut is not None
         known = Parts.of(settings, model.identity(artifact), any_size.cut.removed)
         return evaluate(any_size, artifact.tokenizer(), what, known=known, say=say)
     except AcipError as error:
         return {"error": str(error)}
-
-
-def _opened(uri: str, settings: Settings) -> Artifact:
-    """One copy on a node's disk, which the first to come fetches, and all map into memory."""
-    cache = settings.home / "cache"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "evaluate.lock"):
-        return Artifact.open(Store.of(settings).fetch(uri))
 
 
 def told(part: Part) -> str:

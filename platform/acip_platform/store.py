@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from acip.artifact import MANIFEST, Artifact
 from acip_platform.disk import Disk, Item, MissingError, StoreError, path_of
 from acip_platform.s3 import FILES_AT_ONCE, S3, S3Source, split
@@ -110,19 +112,16 @@ class Store:
             return path
         objects = _objects(uri)
         folder = self.cache / _version(uri, objects)
-        if (folder / MANIFEST).is_file():
-            return folder
-        files = [MANIFEST, *Artifact.open(folder, S3Source(uri, objects)).manifest["files"]]
         self.cache.mkdir(parents=True, exist_ok=True)
-        coming = Path(tempfile.mkdtemp(prefix="coming-", dir=self.cache))
-        try:
-            place.download(uri, files, coming)
-            Artifact.open(coming, verify=True)
-            if not (folder / MANIFEST).is_file():  # else another process was faster
-                shutil.rmtree(folder, ignore_errors=True)
-                coming.rename(folder)
-        finally:
-            shutil.rmtree(coming, ignore_errors=True)
+        with FileLock(f"{folder}.lock"):  # of those on this node, one fetches it
+            if not (folder / MANIFEST).is_file():
+                files = [MANIFEST, *Artifact.open(folder, S3Source(uri, objects)).manifest["files"]]
+                with tempfile.TemporaryDirectory(prefix="coming-", dir=self.cache, ignore_cleanup_errors=True) as scratch:
+                    coming = Path(scratch) / "artifact"
+                    place.download(uri, files, coming)
+                    Artifact.open(coming, verify=True)
+                    shutil.rmtree(folder, ignore_errors=True)
+                    coming.rename(folder)
         return folder
 
     def record_curve(self, uri: str, artifact: Artifact, rows: list[dict[str, Any]]) -> Artifact:
