@@ -30,7 +30,7 @@ from acip_platform.provenance import commit
 from acip_platform.schedule import Outcome, Share, nodes, pool, run_all, share
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
-from acip_platform.tracking import CHAMPION, MlflowException, ModelVersion, Registry, Run, Tracking, check_registers
+from acip_platform.tracking import CHAMPION, ModelVersion, Registry, Run, Tracking, check_registers, reached
 from acip_platform.train import run_job
 
 from acip.errors import AcipError
@@ -56,6 +56,7 @@ def main() -> int:
         ray.shutdown()
 
 
+@reached()
 def run(args: argparse.Namespace, out: Any) -> int:
     began = time.monotonic()
     settings = Settings.from_env()
@@ -93,11 +94,15 @@ def run(args: argparse.Namespace, out: Any) -> int:
 
         with Watch(out, inbox):
             for outcome in run_all(open_jobs, shares, calibrate, there):
-                ended(runs[outcome.job.name], outcome, out)
+                runs[outcome.job.name].finish("FAILED" if outcome.error else "FINISHED")
+                leases.release(attempts[outcome.job.name])
                 outcomes.append(outcome)
         outcomes.sort(key=lambda outcome: jobs.index(outcome.job))  # as in the file
         if parent is not None:
-            finish_fleet(parent, outcomes)
+            try:
+                finish_fleet(parent, outcomes)
+            except Exception as error:  # MLflow's, or that of whatever keeps its files: the models are there
+                out.print(f"the end of the fleet's run isn't recorded: {error}", markup=False)
     return last_screen(out, settings, outcomes, done, time.monotonic() - began)
 
 
@@ -126,13 +131,6 @@ def give_up(out: Any, attempt: str, owner: str) -> None:
         f"error: this process was silent for so long that {owner} took over {attempt}; ending, so that it isn't done twice.", markup=False
     )
     os._exit(3)
-
-
-def ended(run: Run, outcome: Outcome, out: Any) -> None:
-    try:
-        run.finish("FAILED" if outcome.error else "FINISHED")
-    except MlflowException as error:  # after minutes; the other models go on
-        out.print(f"[{outcome.job.name}] the end of its run isn't recorded: {error}", markup=False)
 
 
 def finished(job: Job, registry: Registry, store: Store) -> ModelVersion | None:

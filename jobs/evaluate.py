@@ -23,7 +23,7 @@ from acip_platform.evaluate import Model, log_rows, measure_sizes, record
 from acip_platform.inbox import open_inbox
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
-from acip_platform.tracking import CHAMPION, Registry, Run, Tracking
+from acip_platform.tracking import CHAMPION, Registry, Run, Tracking, reached
 
 from acip.artifact import Artifact
 from acip.budget import Budget
@@ -82,6 +82,7 @@ def main() -> int:
         ray.shutdown()
 
 
+@reached()
 def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
     began = time.monotonic()
     name, model, artifact = found(args, settings)
@@ -99,8 +100,8 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
         "run": f"{mlflow_run.run_id} in experiment {mlflow_run.experiment_id} of {masked(settings.tracking_uri)}",
     })  # fmt: skip
     inbox = open_inbox()
-    rows, errors = [], {}
-    with Watch(out, inbox):
+    rows, errors, left_out = [], {}, []
+    with mlflow_run.ending(lambda: "FAILED" if errors else "FINISHED"), Watch(out, inbox):
         for outcome in measure_sizes(model, sizes, what, settings, inbox, args.cpus):
             if outcome.row is None:
                 errors[outcome.size] = outcome.error
@@ -109,9 +110,9 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
             rows.sort(key=lambda row: -row["asked"])
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(rows, indent=1))
-    left_out = record(Store.of(settings), model.uri, rows)[1] if model.uri and rows else []
-    log_rows(mlflow_run, rows)
-    mlflow_run.finish("FAILED" if errors else "FINISHED")
+        log_rows(mlflow_run, rows)
+        if model.uri and rows:  # at last: where the artifact is may be read only
+            left_out = record(Store.of(settings), model.uri, rows)[1]
     last_screen(out, name, rows, errors, left_out, file, time.monotonic() - began)
     return 1 if errors else 0
 

@@ -23,7 +23,7 @@ from acip_platform.inbox import open_inbox
 from acip_platform.schedule import Outcome, nodes, root_cause, share
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
-from acip_platform.tracking import CANDIDATE, ModelVersion, Registry, Tracking, check_registers
+from acip_platform.tracking import CANDIDATE, ModelVersion, Registry, Tracking, check_registers, reached
 from acip_platform.train import run_job
 
 from acip.budget import Budget
@@ -65,6 +65,7 @@ def main() -> int:
     return 0
 
 
+@reached()
 def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
     began = time.monotonic()
     check_registers(settings)
@@ -103,15 +104,11 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
 
     inbox = open_inbox()
     facts = {"version": dataclasses.asdict(version), "fingerprint": code}
-    status = "FAILED"
     try:
-        with Watch(out, inbox):
+        with mlflow_run.ending(), Watch(out, inbox):
             summary = run_job(job, part, settings, mlflow_run, attempt, inbox, tune_one, **facts)
-        status = "FINISHED"
     except Exception as error:  # Ray wraps what a worker raised
         raise AcipError(f"the fine-tuning failed: {root_cause(error)}") from error
-    finally:
-        mlflow_run.finish(status)
     out.print()
     out.print(trade_off_table(Outcome(job, summary, None)))
     measured = summary["finetuned"]["perplexity"]

@@ -23,7 +23,7 @@ from acip_platform.provenance import provenance
 from acip_platform.schedule import Outcome
 from acip_platform.settings import Settings
 from acip_platform.store import Store
-from acip_platform.tracking import CANDIDATE, Tracking, check_registers
+from acip_platform.tracking import CANDIDATE, Tracking, check_registers, reached
 from acip_platform.yaml_file import NAME
 
 from acip.artifact import Artifact
@@ -56,6 +56,7 @@ def main() -> int:
     return 0
 
 
+@reached()
 def run(args: argparse.Namespace, out: Any) -> None:
     settings = Settings.from_env()
     check_registers(settings)
@@ -73,8 +74,7 @@ def run(args: argparse.Namespace, out: Any) -> None:
     mlflow_run = Tracking(settings, "acip/published").start(job.name, f"{job.name}-{fingerprint}", {"model": job.name})
     mlflow_run.params(story.settings(job))
     mlflow_run.tags({"checkpoint": str(args.checkpoint)})
-    status = "FAILED"
-    try:
+    with mlflow_run.ending():
         store, key = Store.of(settings), f"{job.name}/{fingerprint}"
         uri = store.uri(key)
         if not store.exists(uri):
@@ -84,9 +84,6 @@ def run(args: argparse.Namespace, out: Any) -> None:
         del base, calibration
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         summary = finish(job, uri, mlflow_run, settings, heldout, device, say, fingerprint, CANDIDATE)
-        status = "FINISHED"
-    finally:
-        mlflow_run.finish(status)
     out.print(trade_off_table(Outcome(job, summary, None)))
     lines(out, {
         "registered": f"version {summary['version']} of {job.name}, alias {CANDIDATE}",

@@ -13,7 +13,7 @@ from typing import Any
 
 from acip_platform.console import console, lines
 from acip_platform.settings import Settings
-from acip_platform.tracking import CHAMPION, Registry
+from acip_platform.tracking import CHAMPION, Registry, reached
 from rich.table import Table
 
 from acip.errors import AcipError
@@ -36,6 +36,7 @@ def main() -> int:
     return 0
 
 
+@reached()
 def run(args: argparse.Namespace, registry: Registry, out: Any) -> None:
     if not args.back and not args.version:
         out.print(overview(registry, args.name))

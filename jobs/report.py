@@ -17,7 +17,7 @@ from pathlib import Path
 from acip_platform.report import Subject, baseline_rows, facts, page
 from acip_platform.settings import Settings
 from acip_platform.store import Store
-from acip_platform.tracking import CHAMPION, Registry, artifacts_inside
+from acip_platform.tracking import CHAMPION, Registry, artifacts_inside, reached
 
 from acip.errors import AcipError
 
@@ -49,6 +49,7 @@ def main() -> int:
     return 0
 
 
+@reached()
 def chosen(args: argparse.Namespace, settings: Settings) -> list[Subject]:
     store, registry = Store.of(settings), Registry(settings)
     subjects = []

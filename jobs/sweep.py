@@ -14,6 +14,8 @@ import os
 import shlex
 import sys
 import time
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from acip_platform.schedule import Share, nodes, share
 from acip_platform.settings import Settings, masked
 from acip_platform.space import Space
 from acip_platform.sweep import Outcome, Sweep, keep, run, winner
-from acip_platform.tracking import Run, Tracking, check_registers
+from acip_platform.tracking import Run, Tracking, check_registers, reached
 
 from acip.errors import AcipError
 
@@ -51,6 +53,7 @@ def main() -> int:
         ray.shutdown()
 
 
+@reached()
 def sweep_one(args: argparse.Namespace, out: Any) -> int:
     began = time.monotonic()
     settings = Settings.from_env()
@@ -65,23 +68,25 @@ def sweep_one(args: argparse.Namespace, out: Any) -> int:
     tracking = Tracking(settings, f"acip/{fleet.name}")
     parent, runs = start_runs(tracking, fleet, sweep)
     first_screen(out, settings, fleet, sweep, part, cluster, parent)
-    inbox = open_inbox()
-    with Watch(out, inbox):
-        outcomes, trunks = run(sweep, part, settings, runs, inbox)
-        summaries = keep(sweep, outcomes, part, settings, runs, inbox)
-    for name in trunks:
-        runs[name].finish("FINISHED")
-    for outcome in outcomes:
-        runs[outcome.trial.name].tags({"state": sweep_report.status(outcome)})
-        runs[outcome.trial.name].finish("FAILED" if outcome.error else "FINISHED" if outcome.finished else "KILLED")
-    parent.table(dict(sweep_report.columns(outcomes)), "trials.json")
-    parent.figure(sweep_report.curves(outcomes, sweep.job.name), "curves.png")
-    best = winner(outcomes)
-    seconds = sum(cost.seconds for cost in (*trunks.values(), *(outcome.cost for outcome in outcomes)))
-    if best is not None:
-        parent.metrics([(0, {"area_under_excess_nats": best.area, "seconds": seconds})])
-        parent.tags({"winner": best.trial.name, "winner_run": runs[best.trial.name].run_id})
-    parent.finish("FINISHED")
+    ended: dict[str, str] = {}
+    with ExitStack() as ends:
+        ends.enter_context(parent.ending())
+        for name, one in runs.items():
+            ends.enter_context(one.ending(partial(ended.get, name, "FINISHED")))
+        inbox = open_inbox()
+        with Watch(out, inbox):
+            outcomes, trunks = run(sweep, part, settings, runs, inbox)
+            summaries = keep(sweep, outcomes, part, settings, runs, inbox)
+        for outcome in outcomes:
+            runs[outcome.trial.name].tags({"state": sweep_report.status(outcome)})
+            ended[outcome.trial.name] = "FAILED" if outcome.error else "FINISHED" if outcome.finished else "KILLED"
+        parent.table(dict(sweep_report.columns(outcomes)), "trials.json")
+        parent.figure(sweep_report.curves(outcomes, sweep.job.name), "curves.png")
+        best = winner(outcomes)
+        seconds = sum(cost.seconds for cost in (*trunks.values(), *(outcome.cost for outcome in outcomes)))
+        if best is not None:
+            parent.metrics([(0, {"area_under_excess_nats": best.area, "seconds": seconds})])
+            parent.tags({"winner": best.trial.name, "winner_run": runs[best.trial.name].run_id})
     return last_screen(out, settings, sweep, outcomes, [cost.seconds for cost in trunks.values()], summaries, time.monotonic() - began)
 
 

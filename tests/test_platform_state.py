@@ -35,6 +35,8 @@ def test_registry_round_trip(settings: Settings) -> None:
         registry.resolve("tinny")
     with pytest.raises(RegistryError, match="no version or alias 'challenger'"):
         registry.resolve("tiny", "challenger")
+    with pytest.raises(RegistryError, match="no version or alias '99999999999999999999'"):
+        registry.named("tiny@" + 20 * "9")
 
 
 def test_passwords_are_not_shown() -> None:
