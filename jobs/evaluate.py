@@ -100,7 +100,9 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
         "run": f"{mlflow_run.run_id} in experiment {mlflow_run.experiment_id} of {masked(settings.tracking_uri)}",
     })  # fmt: skip
     inbox = open_inbox()
-    rows, errors, left_out = [], {}, []
+    rows: list[dict[str, Any]] = []
+    errors: dict[float, str | None] = {}
+    left_out: list[float] = []
     with mlflow_run.ending(lambda: "FAILED" if errors else "FINISHED"), Watch(out, inbox):
         for outcome in measure_sizes(model, sizes, what, settings, inbox, args.cpus):
             if outcome.row is None:

@@ -68,11 +68,11 @@ def sweep_one(args: argparse.Namespace, out: Any) -> int:
     tracking = Tracking(settings, f"acip/{fleet.name}")
     parent, runs = start_runs(tracking, fleet, sweep)
     first_screen(out, settings, fleet, sweep, part, cluster, parent)
-    ended: dict[str, str] = {}
+    ended = dict.fromkeys(runs, "FINISHED")
     with ExitStack() as ends:
         ends.enter_context(parent.ending())
         for name, one in runs.items():
-            ends.enter_context(one.ending(partial(ended.get, name, "FINISHED")))
+            ends.enter_context(one.ending(partial(ended.__getitem__, name)))
         inbox = open_inbox()
         with Watch(out, inbox):
             outcomes, trunks = run(sweep, part, settings, runs, inbox)

@@ -179,6 +179,18 @@ def test_example_masks_are_the_masks(watched: tuple[Run, list[list[float]]]) -> 
     assert list(points[0]) == samples.steps and min(points[1]) >= 0
 
 
+def test_example_masks_are_sent_when_there_are_new_ones(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, sent = tracking.start("small", "sent", {}), list[int]()
+    monkeypatch.setattr(CalibrationState, "masks", [1])
+    monkeypatch.setattr(CalibrationState, "flat_masks", lambda state: state.scores.score)
+    monkeypatch.setattr(Run, "json", lambda run, content, name: sent.append(content["steps"][-1]))
+    watching = observer(run)
+    for step, phase in ((1, "prune"), (2, "prune"), (3, "post_tune"), (4, "post_tune")):
+        watching([report(step, phase)], state([0.3, 0.2]))
+        watching.flush()
+    assert sent == [1, 2] and history(run, "loss_nats") == [1, 2, 3, 4]
+
+
 def test_long_prunings_are_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("acip_platform.masks.ROWS", 10)
     monkeypatch.setattr(CalibrationState, "masks", [1])

@@ -205,6 +205,7 @@ class Observer:
         self.rows: list[tuple[int, dict[str, float]]] = []
         self.logged: int | None = None  # the last step that MLflow has; None = it has to be asked
         self.masks: MaskSamples | None = None
+        self.sent: list[int] = []  # the last of their steps that MLflow has
         self.reported = self.saved = self.looked = self.stepped = time.monotonic()
         self.leaving = False  # there is a checkpoint from after the node's notice that it is going away
         self.rests_until = 0.0
@@ -292,8 +293,9 @@ class Observer:
         if self.logged is None:
             self.logged = self.run.last_step("loss_nats")
         self.run.metrics([(step, values) for step, values in self.rows if step > self.logged])
-        if self.masks is not None and self.rows:
+        if self.masks is not None and self.masks.steps[-1:] != self.sent:
             with suppress(Exception):  # as above
                 self.run.json(self.masks.to_dict(), FILE)
+                self.sent = self.masks.steps[-1:]
         self.logged = max((step for step, _ in self.rows), default=self.logged)
         self.rows = []
