@@ -8,6 +8,7 @@ tags and manifest say what it comes from.
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -126,9 +127,11 @@ def _tuned(
 
 
 def _windows(job: Job, parent: Artifact, tokenizer: Any) -> torch.Tensor:
-    """Text enough for one pass, if there is as much; what the calibration read of it comes first and is left out."""
-    recipe, before, known = job.recipe, parent.recipe, parent.manifest["provenance"].get("job", {})
+    """Text enough for one pass, if there is as much; what the calibration drew from comes first and is left out."""
+    recipe, before, origin = job.recipe, parent.recipe, parent.manifest["provenance"]
+    while "parent" in origin:  # it was tuned itself
+        origin = origin["parent"]
     wanted = recipe.batch_size * recipe.accumulate * recipe.post_tune_steps
-    read = before.sample_windows + before.batch_size * before.accumulate * parent.manifest["steps"]
-    skipped = read * before.seq_len // recipe.seq_len if known.get("data") == job.data else 0
+    drawn = Job(job.name, job.base, before).windows if origin.get("job", {}).get("data") == job.data else 0
+    skipped = math.ceil(drawn * before.seq_len / recipe.seq_len)
     return token_windows(documents(job.data, "train"), tokenizer, recipe.seq_len, skipped + wanted)[-wanted:]
