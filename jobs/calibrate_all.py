@@ -22,7 +22,7 @@ from typing import Any
 import ray
 from acip_platform import figures, story
 from acip_platform.cluster import Cluster, connect
-from acip_platform.console import Watch, console, duration, lines, trade_off_table
+from acip_platform.console import Watch, console, duration, exit_code, lines, trade_off_table
 from acip_platform.fleet import Fleet, Job
 from acip_platform.inbox import open_inbox
 from acip_platform.lease import Leases
@@ -47,13 +47,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     args = parser.parse_args()
     out = console()
-    try:
-        return run(args, out)
-    except AcipError as error:
-        out.print(f"error: {error}", markup=False)
-        return 2
-    finally:
-        ray.shutdown()
+    return exit_code(out, lambda: run(args, out))
 
 
 @reached()

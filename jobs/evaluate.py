@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 from acip_platform.cluster import connect
-from acip_platform.console import Watch, console, duration, evaluation_table, lines
+from acip_platform.console import Watch, console, duration, evaluation_table, exit_code, lines
 from acip_platform.evaluate import Model, log_rows, measure_sizes, record
 from acip_platform.inbox import open_inbox
 from acip_platform.settings import Settings, masked
@@ -28,7 +28,7 @@ from acip_platform.tracking import CHAMPION, Registry, Run, Tracking, reached
 from acip.artifact import Artifact
 from acip.budget import Budget
 from acip.data import documents
-from acip.errors import AcipError, BudgetError, EvaluationError
+from acip.errors import BudgetError, EvaluationError
 from acip.evaluate import DivergenceOn, Efficiency, Measurement, PerplexityOn, QuantisedOn, Samples, TaskScore, Text
 from acip.evaluate.samples import PROMPTS
 from acip.evaluate.tasks import check, expand
@@ -73,13 +73,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     out = console()
-    try:
-        return run(args, out, Settings.from_env())
-    except AcipError as error:
-        out.print(f"error: {error}", markup=False)
-        return 2
-    finally:
-        ray.shutdown()
+    return exit_code(out, lambda: run(args, out, Settings.from_env()))
 
 
 @reached()
@@ -100,9 +94,7 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
         "run": f"{mlflow_run.run_id} in experiment {mlflow_run.experiment_id} of {masked(settings.tracking_uri)}",
     })  # fmt: skip
     inbox = open_inbox()
-    rows: list[dict[str, Any]] = []
-    errors: dict[float, str | None] = {}
-    left_out: list[float] = []
+    rows, errors, left_out = list[dict[str, Any]](), dict[float, str | None](), list[float]()
     with mlflow_run.ending(lambda: "FAILED" if errors else "FINISHED"), Watch(out, inbox):
         for outcome in measure_sizes(model, sizes, what, settings, inbox, args.cpus):
             if outcome.row is None:

@@ -15,9 +15,8 @@ import sys
 import time
 from typing import Any
 
-import ray
 from acip_platform.cluster import connect
-from acip_platform.console import Watch, console, duration, lines, trade_off_table
+from acip_platform.console import Watch, console, duration, exit_code, lines, trade_off_table
 from acip_platform.finetune import fingerprint, lineage, tune_one, tuning_job
 from acip_platform.inbox import open_inbox
 from acip_platform.schedule import Outcome, nodes, root_cause, share
@@ -55,14 +54,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args, out = arguments(), console()
-    try:
-        run(args, Settings.from_env(), out)
-    except AcipError as error:
-        out.print(f"error: {error}", markup=False)
-        return 2
-    finally:
-        ray.shutdown()
-    return 0
+    return exit_code(out, lambda: run(args, Settings.from_env(), out))
 
 
 @reached()

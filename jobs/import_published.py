@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from acip_platform import story
-from acip_platform.console import console, lines, trade_off_table
+from acip_platform.console import console, exit_code, lines, trade_off_table
 from acip_platform.finish import finish, heldout_windows, stored
 from acip_platform.fleet import Job
 from acip_platform.provenance import provenance
@@ -29,7 +29,6 @@ from acip_platform.yaml_file import NAME
 from acip.artifact import Artifact
 from acip.base import Base
 from acip.calibrate import Calibration
-from acip.errors import AcipError
 from acip.layers import targets
 from acip.published import open_published
 
@@ -48,12 +47,7 @@ def main() -> int:
     if args.eval_context < 2 or args.eval_windows < 0:
         parser.error("--eval-context must be at least 2, --eval-windows at least 0.")
     out = console()
-    try:
-        run(args, out)
-    except AcipError as error:
-        out.print(f"error: {error}", markup=False)
-        return 2
-    return 0
+    return exit_code(out, lambda: run(args, out))
 
 
 @reached()

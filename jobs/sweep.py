@@ -22,7 +22,7 @@ from typing import Any
 import ray
 from acip_platform import sweep_report
 from acip_platform.cluster import Cluster, connect
-from acip_platform.console import Watch, console, duration, lines
+from acip_platform.console import Watch, console, duration, exit_code, lines
 from acip_platform.fleet import Fleet, Job
 from acip_platform.inbox import open_inbox
 from acip_platform.schedule import Share, nodes, share
@@ -44,13 +44,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     args = parser.parse_args()
     out = console()
-    try:
-        return sweep_one(args, out)
-    except AcipError as error:
-        out.print(f"error: {error}", markup=False)
-        return 2
-    finally:
-        ray.shutdown()
+    return exit_code(out, lambda: sweep_one(args, out))
 
 
 @reached()

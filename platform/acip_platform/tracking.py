@@ -338,10 +338,7 @@ class Registry:
         return sorted(named, key=lambda version: -int(version.version))
 
     def resolve(self, name: str, which: str = CHAMPION) -> ModelVersion:
-        """`which` is an alias or a version number. Resolve once and keep the version: aliases move.
-
-        RegistryError where there is none; what else MLflow says is raised as it is.
-        """
+        """`which` is an alias or a version number, RegistryError where there is none. Resolve once and keep it: aliases move."""
         try:
             numbered = which.isdigit() and len(which) < 10  # longer ones are no integers to a database
             found = self.client.get_model_version(name, which) if numbered else self.client.get_model_version_by_alias(name, which)
