@@ -109,9 +109,9 @@ class Leases:
     def _beat(self) -> None:
         while not self.ends.wait(self.beat_s):
             self.beats += 1
-            for attempt, number in list(self.held.items()):
+            for attempt in list(self.held):
                 with self.lock, suppress(StoreError):  # while S3 is away nobody can take it, either
-                    if attempt not in self.held:
+                    if (number := self.held.get(attempt)) is None:
                         continue  # given back meanwhile
                     now = self._look(attempt)
                     if now is None or now["mark"] != self.mark:
