@@ -135,10 +135,11 @@ def test_a_crash_costs_one_size_and_a_second_run_only_that(
 
 def test_of_what_is_known_nothing_is_loaded(small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home")})
+    task: Any = _measure
     inbox = SimpleNamespace(put=SimpleNamespace(remote=lambda said: None))
 
     def measured(model: Model, size: float) -> Any:
-        return _measure._function(model, size, [Samples(("It was",))], settings, 1, inbox)
+        return task._function(model, size, [Samples(("It was",))], settings, 1, inbox)
 
     artifact, base = Model(str(small_artifact.folder)), Model(base=small_artifact.manifest["base"]["source"])
     first = [measured(artifact, 0.6), measured(base, 1.0)]
