@@ -14,15 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import ray
 from acip_platform import arena_report
 from acip_platform.arena import Arena, ArenaError, Results, entries, hold
 from acip_platform.cluster import connect
-from acip_platform.console import Watch, console, lines
+from acip_platform.console import Watch, console, exit_code, lines
 from acip_platform.inbox import open_inbox
 from acip_platform.settings import Settings
 
-from acip.errors import AcipError
 from acip.recipe import did_you_mean
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,13 +34,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     args = parser.parse_args()
     out = console()
-    try:
-        return run(args, out)
-    except AcipError as error:
-        out.print(f"error: {error}", markup=False)
-        return 2
-    finally:
-        ray.shutdown()
+    return exit_code(out, lambda: run(args, out))
 
 
 def run(args: argparse.Namespace, out: Any) -> int:

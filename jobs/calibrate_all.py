@@ -22,7 +22,7 @@ from typing import Any
 import ray
 from acip_platform import figures, story
 from acip_platform.cluster import Cluster, connect
-from acip_platform.console import Watch, console, duration, lines, trade_off_table
+from acip_platform.console import Watch, console, duration, exit_code, lines, trade_off_table
 from acip_platform.fleet import Fleet, Job
 from acip_platform.inbox import open_inbox
 from acip_platform.lease import Leases
@@ -30,7 +30,7 @@ from acip_platform.provenance import commit
 from acip_platform.schedule import Outcome, Share, nodes, pool, run_all, share
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
-from acip_platform.tracking import CHAMPION, MlflowException, ModelVersion, Registry, Run, Tracking, check_registers
+from acip_platform.tracking import CHAMPION, ModelVersion, Registry, Run, Tracking, check_registers, reached
 from acip_platform.train import run_job
 
 from acip.errors import AcipError
@@ -47,15 +47,10 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     args = parser.parse_args()
     out = console()
-    try:
-        return run(args, out)
-    except AcipError as error:
-        out.print(f"error: {error}", markup=False)
-        return 2
-    finally:
-        ray.shutdown()
+    return exit_code(out, lambda: run(args, out))
 
 
+@reached()
 def run(args: argparse.Namespace, out: Any) -> int:
     began = time.monotonic()
     settings = Settings.from_env()
@@ -70,7 +65,7 @@ def run(args: argparse.Namespace, out: Any) -> int:
     cluster = connect(settings)
     there = functools.partial(pool, args.pool) if args.pool else nodes
     shares = {job.name: share(job, there()) for job in jobs}
-    tracking, registry, store = Tracking(settings, f"acip/{fleet.name}"), Registry(settings), Store(settings.store, settings.home / "cache")
+    tracking, registry, store = Tracking(settings, f"acip/{fleet.name}"), Registry(settings), Store.of(settings)
     attempts = {job.name: attempt_of(job, args.force) for job in jobs}
     done = {} if args.force else {job.name: version for job in jobs if (version := finished(job, registry, store)) is not None}
     with Leases(store, settings.lease_s, functools.partial(give_up, out)) as leases:
@@ -93,11 +88,15 @@ def run(args: argparse.Namespace, out: Any) -> int:
 
         with Watch(out, inbox):
             for outcome in run_all(open_jobs, shares, calibrate, there):
-                ended(runs[outcome.job.name], outcome, out)
+                runs[outcome.job.name].finish("FAILED" if outcome.error else "FINISHED")
+                leases.release(attempts[outcome.job.name])
                 outcomes.append(outcome)
         outcomes.sort(key=lambda outcome: jobs.index(outcome.job))  # as in the file
         if parent is not None:
-            finish_fleet(parent, outcomes)
+            try:
+                finish_fleet(parent, outcomes)
+            except Exception as error:  # MLflow's, or that of whatever keeps its files: the models are there
+                out.print(f"the end of the fleet's run isn't recorded: {error}", markup=False)
     return last_screen(out, settings, outcomes, done, time.monotonic() - began)
 
 
@@ -126,13 +125,6 @@ def give_up(out: Any, attempt: str, owner: str) -> None:
         f"error: this process was silent for so long that {owner} took over {attempt}; ending, so that it isn't done twice.", markup=False
     )
     os._exit(3)
-
-
-def ended(run: Run, outcome: Outcome, out: Any) -> None:
-    try:
-        run.finish("FAILED" if outcome.error else "FINISHED")
-    except MlflowException as error:  # after minutes; the other models go on
-        out.print(f"[{outcome.job.name}] the end of its run isn't recorded: {error}", markup=False)
 
 
 def finished(job: Job, registry: Registry, store: Store) -> ModelVersion | None:

@@ -18,17 +18,17 @@ from typing import Any
 
 import ray
 from acip_platform.cluster import connect
-from acip_platform.console import Watch, console, duration, evaluation_table, lines
+from acip_platform.console import Watch, console, duration, evaluation_table, exit_code, lines
 from acip_platform.evaluate import Model, log_rows, measure_sizes, record
 from acip_platform.inbox import open_inbox
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
-from acip_platform.tracking import CHAMPION, Registry, Run, Tracking
+from acip_platform.tracking import CHAMPION, Registry, Run, Tracking, reached
 
 from acip.artifact import Artifact
 from acip.budget import Budget
 from acip.data import documents
-from acip.errors import AcipError, BudgetError, EvaluationError
+from acip.errors import BudgetError, EvaluationError
 from acip.evaluate import DivergenceOn, Efficiency, Measurement, PerplexityOn, QuantisedOn, Samples, TaskScore, Text
 from acip.evaluate.samples import PROMPTS
 from acip.evaluate.tasks import check, expand
@@ -73,17 +73,12 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     out = console()
-    try:
-        return run(args, out, Settings.from_env())
-    except AcipError as error:
-        out.print(f"error: {error}", markup=False)
-        return 2
-    finally:
-        ray.shutdown()
+    return exit_code(out, lambda: run(args, out, Settings.from_env()))
 
 
+@reached()
 def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
-    began = time.time()
+    began = time.monotonic()
     name, model, artifact = found(args, settings)
     sizes = reachable(args, artifact)
     texts = texts_of(args, artifact)
@@ -99,8 +94,8 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
         "run": f"{mlflow_run.run_id} in experiment {mlflow_run.experiment_id} of {masked(settings.tracking_uri)}",
     })  # fmt: skip
     inbox = open_inbox()
-    rows, errors = [], {}
-    with Watch(out, inbox):
+    rows, errors, left_out = list[dict[str, Any]](), dict[float, str | None](), list[float]()
+    with mlflow_run.ending(lambda: "FAILED" if errors else "FINISHED"), Watch(out, inbox):
         for outcome in measure_sizes(model, sizes, what, settings, inbox, args.cpus):
             if outcome.row is None:
                 errors[outcome.size] = outcome.error
@@ -109,10 +104,10 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
             rows.sort(key=lambda row: -row["asked"])
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(rows, indent=1))
-    left_out = record(Store(settings.store, settings.home / "cache"), model.uri, rows)[1] if model.uri and rows else []
-    log_rows(mlflow_run, rows)
-    mlflow_run.finish("FAILED" if errors else "FINISHED")
-    last_screen(out, name, rows, errors, left_out, file, time.time() - began)
+        log_rows(mlflow_run, rows)
+        if model.uri and rows:  # at last: where the artifact is may be read only
+            left_out = record(Store.of(settings), model.uri, rows)[1]
+    last_screen(out, name, rows, errors, left_out, file, time.monotonic() - began)
     return 1 if errors else 0
 
 
@@ -123,11 +118,11 @@ def found(args: argparse.Namespace, settings: Settings) -> tuple[str, Model, Art
         return Path(base.replace(":", "-")).name, Model(base=base, trust_remote_code=args.trust_remote_code), None
     uri, name = args.artifact, ""
     if args.model:
-        name, _, which = args.model.partition("@")
-        uri = Registry(settings).resolve(name, which or CHAMPION).uri
+        version = Registry(settings).named(args.model)
+        name, uri = version.name, version.uri
     elif "://" not in uri:
         uri = str(Path(uri).resolve())
-    artifact = Store(settings.store, settings.home / "cache").open(uri)
+    artifact = Store.of(settings).open(uri)
     return name or uri.rstrip("/").rpartition("/")[2], Model(uri), artifact
 
 

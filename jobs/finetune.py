@@ -10,19 +10,19 @@ what it is. What is done already is not done again (--force does), what was inte
 
 import argparse
 import dataclasses
+import secrets
 import sys
 import time
 from typing import Any
 
-import ray
 from acip_platform.cluster import connect
-from acip_platform.console import Watch, console, duration, lines, trade_off_table
+from acip_platform.console import Watch, console, duration, exit_code, lines, trade_off_table
 from acip_platform.finetune import fingerprint, lineage, tune_one, tuning_job
 from acip_platform.inbox import open_inbox
 from acip_platform.schedule import Outcome, nodes, root_cause, share
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
-from acip_platform.tracking import CANDIDATE, CHAMPION, ModelVersion, Registry, Tracking, check_registers
+from acip_platform.tracking import CANDIDATE, ModelVersion, Registry, Tracking, check_registers, reached
 from acip_platform.train import run_job
 
 from acip.budget import Budget
@@ -54,23 +54,16 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args, out = arguments(), console()
-    try:
-        run(args, Settings.from_env(), out)
-    except AcipError as error:
-        out.print(f"error: {error}", markup=False)
-        return 2
-    finally:
-        ray.shutdown()
-    return 0
+    return exit_code(out, lambda: run(args, Settings.from_env(), out))
 
 
+@reached()
 def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
-    began = time.time()
+    began = time.monotonic()
     check_registers(settings)
-    registry, store = Registry(settings), Store(settings.store, settings.home / "cache")
-    name, _, which = args.model.partition("@")
-    version = registry.resolve(name, which or CHAMPION)
-    artifact = store.open(version.uri)
+    registry, store = Registry(settings), Store.of(settings)
+    version = registry.named(args.model)
+    name, artifact = version.name, store.open(version.uri)
     recipe = tuning(artifact, ratio(args.size), **given(
         post_tune_steps=args.steps, lr=args.lr, seed=args.seed, distill=args.distill, quantise=args.quantise,
         batch_size=args.batch_size, seq_len=args.seq_len, recompute=args.recompute or None,
@@ -81,12 +74,12 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
     done = [] if args.force else [each for each in registry.versions(name, {"fingerprint": code}) if store.exists(each.uri)]
     if done:
         out.print(f"[{name}] done already: version {done[0].version} (--force tunes again)", markup=False)
-        last_lines(out, registry.resolve(name, done[0].version), job.recipe.stop_ratio)  # found ones come without aliases
+        last_lines(out, done[0], job.recipe.stop_ratio)
         return
 
     cluster = connect(settings)
     part = share(job, nodes())
-    attempt = f"{name}-tuned-{code}" + (f"-{int(time.time())}" if args.force else "")
+    attempt = f"{name}-tuned-{code}" + (f"-{secrets.token_hex(4)}" if args.force else "")
     mlflow_run = Tracking(settings, "acip/finetune").start(
         f"{name} at {recipe.stop_ratio:g}", attempt, {"model": name, **lineage(job, version)}
     )
@@ -103,15 +96,11 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
 
     inbox = open_inbox()
     facts = {"version": dataclasses.asdict(version), "fingerprint": code}
-    status = "FAILED"
     try:
-        with Watch(out, inbox):
+        with mlflow_run.ending(), Watch(out, inbox):
             summary = run_job(job, part, settings, mlflow_run, attempt, inbox, tune_one, **facts)
-        status = "FINISHED"
     except Exception as error:  # Ray wraps what a worker raised
         raise AcipError(f"the fine-tuning failed: {root_cause(error)}") from error
-    finally:
-        mlflow_run.finish(status)
     out.print()
     out.print(trade_off_table(Outcome(job, summary, None)))
     measured = summary["finetuned"]["perplexity"]
@@ -121,7 +110,7 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
         for kind, where in kinds.items()
     }
     registered = f"version {summary['version']} of {name}, alias {CANDIDATE}, tuned from version {version.version}"
-    lines(out, {"registered": registered, **found, "took": duration(time.time() - began)})
+    lines(out, {"registered": registered, **found, "took": duration(time.monotonic() - began)})
     last_lines(out, registry.resolve(name, summary["version"]), recipe.stop_ratio)
 
 

@@ -8,30 +8,27 @@ What was imported before is not stored again. Exit code 0 = it is there.
 """
 
 import argparse
+import functools
 import hashlib
 import re
-import shutil
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from acip_platform import story
-from acip_platform.console import console, lines, trade_off_table
-from acip_platform.finish import finish, heldout_windows
+from acip_platform.console import console, exit_code, lines, trade_off_table
+from acip_platform.finish import finish, heldout_windows, stored
 from acip_platform.fleet import Job
 from acip_platform.provenance import provenance
 from acip_platform.schedule import Outcome
 from acip_platform.settings import Settings
 from acip_platform.store import Store
-from acip_platform.tracking import CANDIDATE, Tracking, check_registers
+from acip_platform.tracking import CANDIDATE, Tracking, check_registers, reached
 from acip_platform.yaml_file import NAME
 
 from acip.artifact import Artifact
 from acip.base import Base
 from acip.calibrate import Calibration
-from acip.errors import AcipError
 from acip.layers import targets
 from acip.published import open_published
 
@@ -50,14 +47,10 @@ def main() -> int:
     if args.eval_context < 2 or args.eval_windows < 0:
         parser.error("--eval-context must be at least 2, --eval-windows at least 0.")
     out = console()
-    try:
-        run(args, out)
-    except AcipError as error:
-        out.print(f"error: {error}", markup=False)
-        return 2
-    return 0
+    return exit_code(out, lambda: run(args, out))
 
 
+@reached()
 def run(args: argparse.Namespace, out: Any) -> None:
     settings = Settings.from_env()
     check_registers(settings)
@@ -75,18 +68,16 @@ def run(args: argparse.Namespace, out: Any) -> None:
     mlflow_run = Tracking(settings, "acip/published").start(job.name, f"{job.name}-{fingerprint}", {"model": job.name})
     mlflow_run.params(story.settings(job))
     mlflow_run.tags({"checkpoint": str(args.checkpoint)})
-    status = "FAILED"
-    try:
-        uri = stored(
-            job, f"{job.name}/{fingerprint}", base, calibration, settings, {"checkpoint": args.checkpoint, "mlflow_run": mlflow_run.run_id}
-        )
+    with mlflow_run.ending():
+        store, key = Store.of(settings), f"{job.name}/{fingerprint}"
+        uri = store.uri(key)
+        if not store.exists(uri):
+            origin = provenance(job) | {"checkpoint": args.checkpoint, "mlflow_run": mlflow_run.run_id}
+            stored(settings, key, functools.partial(Artifact.save, base=base, calibration=calibration, provenance=origin))
         say("stage", f"artifact: {uri}")
         del base, calibration
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         summary = finish(job, uri, mlflow_run, settings, heldout, device, say, fingerprint, CANDIDATE)
-        status = "FINISHED"
-    finally:
-        mlflow_run.finish(status)
     out.print(trade_off_table(Outcome(job, summary, None)))
     lines(out, {
         "registered": f"version {summary['version']} of {job.name}, alias {CANDIDATE}",
@@ -101,20 +92,6 @@ def identity(base: Base, calibration: Calibration) -> str:
     for tensor in (calibration.scores.score, *adapters):
         sha.update(tensor.detach().float().numpy().tobytes())
     return sha.hexdigest()[:12]
-
-
-def stored(job: Job, key: str, base: Base, calibration: Calibration, settings: Settings, origin: dict[str, Any]) -> str:
-    """The artifact's URI; it is written where it isn't there yet."""
-    store = Store(settings.store, settings.home / "cache")
-    if store.exists(store.uri(key)):
-        return store.uri(key)
-    settings.home.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="saving-", dir=settings.home))
-    try:
-        artifact = Artifact.save(folder, base, calibration, provenance(job) | origin)
-        return store.put(artifact.folder, key)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     folder = Path(args.out).absolute() if args.any else free(args.out)
     uri = find(args.model, args.alias, settings)
     print(f"artifact   {masked(uri)}", flush=True)
-    artifact = Store(settings.store, settings.home / "cache").open(uri)
+    artifact = Store.of(settings).open(uri)
     if args.any:
         hub.copy(artifact, folder)
         print(f"written    {folder}: {len(artifact.manifest['files'])} files, every size")
@@ -133,9 +133,10 @@ def find(model: str, alias: str, settings: Settings) -> str:
         return model  # a folder with the model's name may be an export of it
     if "/" in model:
         raise AcipError(f"there is no folder {model}. Give a name in the registry, a folder, file:// or s3://bucket/prefix.")
-    from acip_platform.tracking import Registry
+    from acip_platform.tracking import Registry, reached
 
-    return Registry(settings).resolve(model, alias).uri
+    with reached(settings):
+        return Registry(settings).resolve(model, alias).uri
 
 
 def try_it(model: str) -> str:

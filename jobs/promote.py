@@ -11,12 +11,10 @@ import argparse
 import sys
 from typing import Any
 
-from acip_platform.console import console, lines
+from acip_platform.console import console, exit_code, lines
 from acip_platform.settings import Settings
-from acip_platform.tracking import CHAMPION, Registry
+from acip_platform.tracking import CHAMPION, Registry, reached
 from rich.table import Table
-
-from acip.errors import AcipError
 
 
 def main() -> int:
@@ -28,14 +26,10 @@ def main() -> int:
     if args.back and args.version:
         parser.error("give a version, or --back, not both.")
     out = console()
-    try:
-        run(args, Registry(Settings.from_env()), out)
-    except AcipError as error:
-        out.print(f"error: {error}", markup=False)
-        return 2
-    return 0
+    return exit_code(out, lambda: run(args, Registry(Settings.from_env()), out))
 
 
+@reached()
 def run(args: argparse.Namespace, registry: Registry, out: Any) -> None:
     if not args.back and not args.version:
         out.print(overview(registry, args.name))

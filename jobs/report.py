@@ -17,7 +17,7 @@ from pathlib import Path
 from acip_platform.report import Subject, baseline_rows, facts, page
 from acip_platform.settings import Settings
 from acip_platform.store import Store
-from acip_platform.tracking import CHAMPION, Registry, artifacts_inside
+from acip_platform.tracking import CHAMPION, Registry, artifacts_inside, reached
 
 from acip.errors import AcipError
 
@@ -49,12 +49,12 @@ def main() -> int:
     return 0
 
 
+@reached()
 def chosen(args: argparse.Namespace, settings: Settings) -> list[Subject]:
-    store, registry = Store(settings.store, settings.home / "cache"), Registry(settings)
+    store, registry = Store.of(settings), Registry(settings)
     subjects = []
     for asked in args.names:
-        name, _, which = asked.partition("@")
-        version = registry.resolve(name, which or CHAMPION)
+        version = registry.named(asked)
         subjects.append(Subject(asked, version.uri, store.open(version.uri), version))
     uris = {uri.rstrip("/").rpartition("/")[2]: uri for uri in args.artifact}
     if len(uris) < len(args.artifact):

@@ -160,7 +160,7 @@ stop: Ctrl-C
 
 
 def _check_artifacts(settings: Settings, versions: list[ModelVersion]) -> None:
-    store = Store(settings.store, settings.home / "cache")
+    store = Store.of(settings)
     for version in versions:
         if not store.exists(version.uri):
             raise StoreError(

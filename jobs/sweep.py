@@ -14,20 +14,22 @@ import os
 import shlex
 import sys
 import time
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from acip_platform import sweep_report
 from acip_platform.cluster import Cluster, connect
-from acip_platform.console import Watch, console, duration, lines
+from acip_platform.console import Watch, console, duration, exit_code, lines
 from acip_platform.fleet import Fleet, Job
 from acip_platform.inbox import open_inbox
 from acip_platform.schedule import Share, nodes, share
 from acip_platform.settings import Settings, masked
 from acip_platform.space import Space
 from acip_platform.sweep import Outcome, Sweep, keep, run, winner
-from acip_platform.tracking import Run, Tracking, check_registers
+from acip_platform.tracking import Run, Tracking, check_registers, reached
 
 from acip.errors import AcipError
 
@@ -42,17 +44,12 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     args = parser.parse_args()
     out = console()
-    try:
-        return sweep_one(args, out)
-    except AcipError as error:
-        out.print(f"error: {error}", markup=False)
-        return 2
-    finally:
-        ray.shutdown()
+    return exit_code(out, lambda: sweep_one(args, out))
 
 
+@reached()
 def sweep_one(args: argparse.Namespace, out: Any) -> int:
-    began = time.time()
+    began = time.monotonic()
     settings = Settings.from_env()
     check_registers(settings)
     fleet = Fleet.load(args.fleet)
@@ -65,24 +62,26 @@ def sweep_one(args: argparse.Namespace, out: Any) -> int:
     tracking = Tracking(settings, f"acip/{fleet.name}")
     parent, runs = start_runs(tracking, fleet, sweep)
     first_screen(out, settings, fleet, sweep, part, cluster, parent)
-    inbox = open_inbox()
-    with Watch(out, inbox):
-        outcomes, trunks = run(sweep, part, settings, runs, inbox)
-        summaries = keep(sweep, outcomes, part, settings, runs, inbox)
-    for name in trunks:
-        runs[name].finish("FINISHED")
-    for outcome in outcomes:
-        runs[outcome.trial.name].tags({"state": sweep_report.status(outcome)})
-        runs[outcome.trial.name].finish("FAILED" if outcome.error else "FINISHED" if outcome.finished else "KILLED")
-    parent.table(dict(sweep_report.columns(outcomes)), "trials.json")
-    parent.figure(sweep_report.curves(outcomes, sweep.job.name), "curves.png")
-    best = winner(outcomes)
-    seconds = sum(cost.seconds for cost in (*trunks.values(), *(outcome.cost for outcome in outcomes)))
-    if best is not None:
-        parent.metrics([(0, {"area_under_excess_nats": best.area, "seconds": seconds})])
-        parent.tags({"winner": best.trial.name, "winner_run": runs[best.trial.name].run_id})
-    parent.finish("FINISHED")
-    return last_screen(out, settings, sweep, outcomes, [cost.seconds for cost in trunks.values()], summaries, time.time() - began)
+    ended = dict.fromkeys(runs, "FINISHED")
+    with ExitStack() as ends:
+        ends.enter_context(parent.ending())
+        for name, one in runs.items():
+            ends.enter_context(one.ending(partial(ended.__getitem__, name)))
+        inbox = open_inbox()
+        with Watch(out, inbox):
+            outcomes, trunks = run(sweep, part, settings, runs, inbox)
+            summaries = keep(sweep, outcomes, part, settings, runs, inbox)
+        for outcome in outcomes:
+            runs[outcome.trial.name].tags({"state": sweep_report.status(outcome)})
+            ended[outcome.trial.name] = "FAILED" if outcome.error else "FINISHED" if outcome.finished else "KILLED"
+        parent.table(dict(sweep_report.columns(outcomes)), "trials.json")
+        parent.figure(sweep_report.curves(outcomes, sweep.job.name), "curves.png")
+        best = winner(outcomes)
+        seconds = sum(cost.seconds for cost in (*trunks.values(), *(outcome.cost for outcome in outcomes)))
+        if best is not None:
+            parent.metrics([(0, {"area_under_excess_nats": best.area, "seconds": seconds})])
+            parent.tags({"winner": best.trial.name, "winner_run": runs[best.trial.name].run_id})
+    return last_screen(out, settings, sweep, outcomes, [cost.seconds for cost in trunks.values()], summaries, time.monotonic() - began)
 
 
 def chosen(fleet: Fleet, only: str | None) -> Job:
@@ -101,13 +100,12 @@ def start_runs(tracking: Tracking, fleet: Fleet, sweep: Sweep) -> tuple[Run, dic
     space = sweep.space
     parent.params({"base": sweep.job.base, "search": space.search, "scheduler": space.scheduler, "keep": space.keep, "set": space.set})
     parent.params({f"space.{field}": values for field, values in space.fields.items()})
-    tags |= {"mlflow.parentRunId": parent.run_id}
     runs = {}
     for name, trials in sweep.trunks.items():
-        runs[name] = tracking.start(name, f"{sweep.key}/{name}", {**tags, "trials": ", ".join(trial.name for trial in trials)})
+        runs[name] = tracking.start(name, f"{sweep.key}/{name}", {**tags, "trials": ", ".join(trial.name for trial in trials)}, parent)
     for trial in sweep.trials:
         trunk = next((runs[name].run_id for name, trials in sweep.trunks.items() if trial in trials), "")
-        runs[trial.name] = tracking.start(f"{trial.name}: {trial.label}", f"{sweep.key}/{trial.name}", {**tags, "trunk_run": trunk})
+        runs[trial.name] = tracking.start(f"{trial.name}: {trial.label}", f"{sweep.key}/{trial.name}", {**tags, "trunk_run": trunk}, parent)
         runs[trial.name].params({**trial.job.recipe.to_dict(), "base": trial.job.base, "data": trial.job.data})
     return parent, runs
 

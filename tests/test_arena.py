@@ -85,6 +85,13 @@ def test_the_arena_is_held_side_by_side_and_nothing_is_done_twice(arena: Arena, 
     assert again.of(arena) == []
 
 
+def test_an_entry_that_no_node_has_room_for_is_refused(arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes of two CPUs are not one of three: Ray would wait for ever."""
+    monkeypatch.setattr("acip_platform.arena.nodes", lambda: [{"CPU": 2.0}, {"CPU": 2.0}])
+    with pytest.raises(ArenaError, match="asks for 0 GPUs and 3 CPUs; no node has them"):
+        hold(Arena(**{**vars(arena), "cpus": 3.0}), Results(tmp_path / "x.json"), None, print)
+
+
 def test_rows_belong_to_what_decides_them(arena: Arena, tmp_path: Path) -> None:
     other = Arena(**{**vars(arena), "methods": {**arena.methods, "covariance": {"sample_windows": 8}}})
     assert other.fingerprint("covariance") != arena.fingerprint("covariance")
@@ -124,13 +131,17 @@ def test_the_papers_table_is_quoted_and_labelled() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("base: x/y\nsize: [0.5]", "unknown field 'size'.*did you mean 'sizes'"),
-        ("base: x/y\nmethods: {asdv: }", "unknown method 'asdv'.*did you mean 'asvd'"),
+        ("base: x/y\nsize: [0.5]", "line 2: unknown field 'size'.*did you mean 'sizes'"),
+        ("base: x/y\nmethods: {asdv: }", "line 2: unknown field 'asdv' of methods.*did you mean 'asvd'"),
         ("base: x/y\nmethods: {asvd: {alpa: 1}}", "asvd has no option 'alpa'.*did you mean 'alpha'"),
-        ("base: x/y\nmethods: [asvd]", "methods must map"),
+        ("base: x/y\nmethods: [asvd]", "line 2: methods must be a mapping"),
+        ("base: x/y\nmethods: {asvd: 1}", "line 2: the options of asvd are 1"),
+        ("base: x/y\nmethods: {asvd: , asvd: {alpha: 1}}", "line 2: field 'asvd' stands here twice"),
+        ("base: x/y\nwindows: 8\nwindows: 9", "line 3: field 'windows' stands here twice"),
+        ("base: x/y\nwindows: many", "yaml, line 2: windows is 'many'"),
         ("base: x/y\nsizes: [1.5]", "size ratio is 1.5"),
         ("base: x/y\nwindows: 0", "windows is 0"),
-        ("sizes: [0.5]", "'base' at least"),
+        ("sizes: [0.5]", "line 1: 'base' is missing"),
         ("base: [", "is not YAML"),
     ],
 )

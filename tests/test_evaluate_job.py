@@ -5,11 +5,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
-from acip_platform.evaluate import Model, Parts, measure_tasks, record
+from acip_platform.evaluate import Model, Parts, _measure, measure_sizes, measure_tasks, record
 from acip_platform.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.store import Store
@@ -17,7 +18,8 @@ from acip_platform.tracking import Registry, Tracking
 
 from acip.artifact import MANIFEST, Artifact
 from acip.data import documents, token_windows
-from acip.evaluate import trade_off
+from acip.errors import EvaluationError
+from acip.evaluate import Samples, trade_off
 from tests.conftest import byte_tokenizer
 
 MINE = """\
@@ -108,7 +110,7 @@ def test_a_crash_costs_one_size_and_a_second_run_only_that(
     (survivor,) = json.loads(file.read_text())
     assert [one["kind"] for one in survivor["evaluation"]] == ["perplexity", "divergence", "task", "efficiency"]
     parts = {path: path.stat().st_mtime_ns for path in (home / "artifacts" / "evaluations").rglob("part.json")}
-    assert len(parts) == 4 + 2, "what the other size had measured before it died is kept"
+    assert len(parts) == 5 + 2, "what the other size had measured before it died is kept"
 
     code, said = command(*asked)
     assert code == 0, said
@@ -129,6 +131,31 @@ def test_a_crash_costs_one_size_and_a_second_run_only_that(
     assert [row["asked"] for row in curve] == [1.0, 0.7, 0.5], "measured on the curve's text, a new size has its place in it"
     assert [len(row.get("evaluation", [])) for row in curve] == [4, 4, 0]
     assert next(one for one in curve[0]["evaluation"] if one["kind"] == "divergence")["values"]["kl_nats"] == 0.0
+
+
+def test_of_what_is_known_nothing_is_loaded(small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home")})
+    task: Any = _measure
+    inbox = SimpleNamespace(put=SimpleNamespace(remote=lambda said: None))
+
+    def measured(model: Model, size: float) -> Any:
+        return task._function(model, size, [Samples(("It was",))], settings, 1, inbox)
+
+    artifact, base = Model(str(small_artifact.folder)), Model(base=small_artifact.manifest["base"]["source"])
+    first = [measured(artifact, 0.6), measured(base, 1.0)]
+    assert [row["asked"] for row in first] == [0.6, 1.0] and all("bytes" in row for row in first)
+    for name in ("acip.artifact.Artifact.load", "acip_platform.evaluate.load_base"):
+        monkeypatch.setattr(name, lambda *_: pytest.fail("loaded"))
+    assert [measured(artifact, 0.6), measured(base, 1.0)] == first
+
+
+@pytest.mark.parametrize(("node", "cpus"), [({"CPU": 2.0}, 3.0), ({"CPU": 2.0, "GPU": 1.0}, 3.0)])
+def test_what_no_node_has_is_refused(node: dict[str, float], cpus: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two such nodes don't make one: Ray would wait for ever."""
+    monkeypatch.setattr("acip_platform.evaluate.nodes", lambda: [node, node])
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path)})
+    with pytest.raises(EvaluationError, match=r"asks for [01] GPUs and 3 CPUs; no node has them"):
+        next(measure_sizes(Model("x"), (1.0, 0.5), [], settings, None, cpus))
 
 
 def test_parts_and_curves_are_kept_on_s3(

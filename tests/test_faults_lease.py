@@ -43,6 +43,12 @@ def test_who_comes_second_is_told_who_was_first(store: Store) -> None:
         assert heard == [("b", "ann")] and set(bob.held) == {"c"}
         time.sleep(1.5 * ann.lease_s)
         assert bob.claim(["a"]) == {"a": "ann"}, "ann's is as fresh as ever"
+        bob.release("b")  # not bob's: nothing happens
+        ann.release("b")
+        began = time.monotonic()
+        assert bob.claim(["b"]) == {} and time.monotonic() - began < ann.lease_s / 2, "ann goes on with a"
+        time.sleep(ann.lease_s / 2)
+        assert set(ann.held) == {"a"} and set(bob.held) == {"b", "c"}
     assert not ann.losses and not bob.losses
     with Process(store, "eve") as eve:
         began = time.monotonic()

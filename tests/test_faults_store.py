@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from acip_platform.finish import stored
 from acip_platform.s3 import PART, S3Source
 from acip_platform.settings import Settings
 from acip_platform.store import Store, StoreError
-from acip_platform.train import saved
 from safetensors.torch import save_file
 
 from acip.artifact import MANIFEST, Artifact
@@ -181,12 +181,38 @@ def test_an_artifact_that_could_not_be_saved_leaves_nothing(calibrated: Any, tmp
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(StoreError, match="can't write the artifact to .*" + os.strerror(errno.EFBIG)):
-            saved(settings, lambda folder: Artifact.save(folder, base, calibration, {"seed": 0}))
+            stored(settings, "small/1", lambda folder: Artifact.save(folder, base, calibration, {"seed": 0}))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(settings.home.iterdir())
-    artifact = saved(settings, lambda folder: Artifact.save(folder, base, calibration, {"seed": 0}))
-    assert Artifact.open(artifact.folder, verify=True).manifest["provenance"] == {"seed": 0}
+    uri = stored(settings, "small/1", lambda folder: Artifact.save(folder, base, calibration, {"seed": 0}))
+    assert Artifact.open(Path(uri), verify=True).manifest["provenance"] == {"seed": 0}
+    assert [path.name for path in settings.home.iterdir()] == ["artifacts"]
+
+
+def test_a_small_file_that_could_not_be_written_leaves_nothing(tmp_path: Path) -> None:
+    """As above, the limit is 100 kB; what was there stays, and the name is free for who comes next."""
+    store = Store(str(tmp_path / "store"), tmp_path / "cache")
+    store.create("some/old", b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        for call, name in ((store.write, "old"), (store.create, "new")):
+            with pytest.raises(StoreError, match=f"can't write .*{name}: {os.strerror(errno.EFBIG)}"):
+                call(f"some/{name}", bytes(200_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "store" / "some").iterdir()] == ["old"] and store.small("some") == {"old": b"old"}
+    with pytest.raises(StoreError, match=r"can't remove .*some"):
+        store.remove("some")
+
+
+def test_writers_of_one_file_at_once_do_each_other_no_harm(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"), tmp_path / "cache")
+    store.create("some/file", b"")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: store.write("some/file", b"%d" % i * 1000), range(64)))
+    assert len(store.small("some")["file"]) in (1000, 2000)
 
 
 @pytest.fixture

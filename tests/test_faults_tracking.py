@@ -1,5 +1,6 @@
 """MLflow going away and coming back, and clocks that jump: every step is in the run, once."""
 
+import importlib
 import math
 import os
 import subprocess
@@ -137,7 +138,7 @@ def test_what_mlflow_missed_at_the_end_is_in_the_last_checkpoint(
     tracking, said = Tracking(settings, "fleet"), list[str]()
     run = tracking.start("small", "missed", {})
     checkpoints = Checkpoints(settings, "small-0123")
-    away = Run(MlflowClient(tracking_uri="http://127.0.0.1:9"), run.run_id, run.experiment_id)  # nothing listens there
+    away = Run(MlflowClient(tracking_uri="http://127.0.0.1:9"), run.run_id)  # nothing listens there
     lost = observer(away, quick_recipe, said, checkpoints)
     calibration = calibrated_with(lost, small_base, quick_recipe, golden_tokens)
     assert lost.rows and checkpoints.names()[0][:11] == f"step_{len(calibration.history):06d}"
@@ -146,6 +147,51 @@ def test_what_mlflow_missed_at_the_end_is_in_the_last_checkpoint(
         late.recall(folder)
     late.catch_up()
     assert logged(run) == [(report.step, report.loss) for report in calibration.history]
+
+
+@pytest.mark.parametrize(
+    ("job", "args"),
+    [
+        ("promote", ["small"]),
+        ("report", ["small"]),
+        ("materialise", ["small", "--size", "0.5", "--out", "x"]),
+        ("evaluate", ["--model", "small"]),
+        ("finetune", ["small", "--size", "0.5"]),
+    ],
+)
+def test_a_job_says_in_a_line_that_the_registry_is_away(
+    job: str, args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where it only asks for a version: that is not taken for a version that isn't there."""
+    away = {"MLFLOW_TRACKING_URI": "http://me:hunter2@127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # nothing listens there
+    for name, value in {**away, "ACIP_HOME": str(tmp_path), "ACIP_STORE": "s3://models/x"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", [job, *args])
+    assert importlib.import_module(f"jobs.{job}").main() in (1, 2)
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "error: the registry at http://me:***@127.0.0.1:9 can't be asked: " in said and "hunter2" not in said
+
+
+def test_the_end_of_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it says itself, FAILED where something is raised, and only said where MLflow can't be told."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    run = Tracking(Settings.from_env({"ACIP_HOME": str(tmp_path)}), "fleet").start("small", "end", {})
+
+    def status() -> str:
+        return str(run.client.get_run(run.run_id).info.status)
+
+    with pytest.raises(KeyboardInterrupt), run.ending():
+        raise KeyboardInterrupt
+    assert status() == "FAILED"
+    with run.ending():
+        pass
+    assert status() == "FINISHED"
+    with run.ending(lambda: "KILLED"):
+        pass
+    assert status() == "KILLED"
+    with pytest.raises(ValueError, match="the work's own"), Run(MlflowClient(tracking_uri="http://127.0.0.1:9"), run.run_id).ending():
+        raise ValueError("the work's own")
+    assert f"the end of run {run.run_id} isn't recorded" in caplog.text
 
 
 def test_clocks_that_jump_change_nothing(

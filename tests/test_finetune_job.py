@@ -4,15 +4,21 @@ import contextlib
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from acip_platform.finetune import _windows
+from acip_platform.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.store import Store
 from acip_platform.tracking import Registry, RegistryError, Tracking
 
 from acip.artifact import Artifact
 from acip.cut import Budget
+from acip.data import documents, token_windows
+from tests.conftest import byte_tokenizer
 
 
 class Command:
@@ -81,6 +87,18 @@ def test_the_job(command: Command, small_artifact: Artifact) -> None:
     assert json.dumps(Artifact.open(child.uri).manifest) == manifest
     with pytest.raises(RegistryError):
         command.registry.resolve("small", "3")
+
+
+def test_the_text_is_what_the_calibration_did_not_draw_from(small_artifact: Artifact) -> None:
+    """Also where it stopped early: it drew from all its windows, in random order. And where the parent was tuned itself."""
+    recipe = replace(small_artifact.recipe, post_tune_steps=3, batch_size=2, seq_len=48)
+    job, calibration = Job("small", "base", recipe, "package:austen"), Job("small", "base", small_artifact.recipe, "package:austen")
+    text = token_windows(documents("package:austen", "train"), byte_tokenizer(), 1).flatten()
+    first = -(-calibration.windows * small_artifact.recipe.seq_len // 48) * 48
+    for provenance in ({"job": calibration.to_dict()}, {"job": job.to_dict(), "parent": {"job": calibration.to_dict()}}):
+        parent = replace(small_artifact, manifest={**small_artifact.manifest, "provenance": provenance, "steps": 1})
+        assert torch.equal(_windows(job, parent, byte_tokenizer()).flatten(), text[first : first + 6 * 48])
+    assert torch.equal(_windows(job, small_artifact, byte_tokenizer()).flatten(), text[: 6 * 48]), "nobody knows what it read"
 
 
 @pytest.mark.parametrize(

@@ -28,13 +28,15 @@ def test_registry_round_trip(settings: Settings) -> None:
     assert registry.resolve("tiny").uri == "/somewhere/a"
     assert registry.resolve("tiny", second.version).uri == "/somewhere/b"
     registry.set_alias(second)
-    assert registry.resolve("tiny").uri == "/somewhere/b"
+    assert registry.named("tiny").uri == registry.named(f"tiny@{second.version}").uri == "/somewhere/b"
     run.finish("FINISHED")
     assert Tracking(settings, "fleet").start("model", "f1", {}).run_id == run.run_id
     with pytest.raises(RegistryError, match="did you mean 'tiny'"):
         registry.resolve("tinny")
     with pytest.raises(RegistryError, match="no version or alias 'challenger'"):
         registry.resolve("tiny", "challenger")
+    with pytest.raises(RegistryError, match="no version or alias '99999999999999999999'"):
+        registry.named("tiny@" + 20 * "9")
 
 
 def test_passwords_are_not_shown() -> None:

@@ -1,10 +1,13 @@
 """The store on S3, against a real server: what is put is what is fetched, and nothing counts before its manifest."""
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import copytree
 
 import boto3
 import pytest
+from acip_platform.s3 import S3
 from acip_platform.store import Store, StoreError
 
 from acip.artifact import MANIFEST, Artifact
@@ -33,6 +36,22 @@ def test_an_artifact_goes_there_and_back(bucket: str, small_artifact: Artifact, 
 
     assert store.record_curve(uri, fetched, [{"asked": 1.0}]).curve == [{"asked": 1.0}]
     assert Artifact.open(store.fetch(uri), verify=True).curve == [{"asked": 1.0}]
+
+
+def test_of_many_who_fetch_at_once_one_downloads(
+    bucket: str, small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, downloads, real = Store(f"s3://{bucket}/artifacts", tmp_path / "cache"), list[str](), S3.download
+    uri = store.put(copytree(small_artifact.folder, tmp_path / "copy"), "tiny/1")
+
+    def download(place: S3, uri: str, names: Iterable[str], into: Path) -> None:
+        downloads.append(uri)
+        real(place, uri, names, into)
+
+    monkeypatch.setattr(S3, "download", download)
+    with ThreadPoolExecutor(3) as pool:
+        (folder,) = set(pool.map(store.fetch, [uri] * 3))
+    assert downloads == [uri] and Artifact.open(folder, verify=True).manifest == small_artifact.manifest
 
 
 def test_without_its_manifest_nothing_is_there(bucket: str, small_artifact: Artifact, tmp_path: Path) -> None:

@@ -105,6 +105,9 @@ def test_a_killed_sweep_goes_on(place: tuple[Path, dict[str, str]]) -> None:
         run.info.run_name[:3]: run.data.metrics["area_under_excess_nats"] for run in children if run.data.tags.get("state") == "finished"
     }
     assert len(areas) == int(count[1])
+    assert all(
+        {"tradeoff/loss_nats", "tradeoff/stored_bytes"} <= run.data.metrics.keys() for run in children if run.info.run_name[:3] in areas
+    )
     assert min(areas, key=lambda name: areas[name]) == parent.data.tags["winner"]
     assert {"curves.png", "trials.json"} <= {item.path for item in tracking.client.list_artifacts(parent.info.run_id)}
 

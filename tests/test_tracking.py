@@ -94,7 +94,7 @@ def test_steps_wait_while_mlflow_is_down(tracking: Tracking, monkeypatch: pytest
     watching = observer(run, heard=heard)
     watching([report(1), report(2)], state([0.1]))
     watching.flush()
-    watching.run = Run(MlflowClient(tracking_uri="http://127.0.0.1:9"), run.run_id, run.experiment_id)  # nothing listens there
+    watching.run = Run(MlflowClient(tracking_uri="http://127.0.0.1:9"), run.run_id)  # nothing listens there
     watching([report(3)], state([0.1]))
     watching.flush()
     watching([report(4)], state([0.1]))
@@ -177,6 +177,18 @@ def test_example_masks_are_the_masks(watched: tuple[Run, list[list[float]]]) -> 
     assert [len(panel.lines) for panel in figure.axes[: len(samples.layers)]] == [8] * len(samples.layers)
     points: Any = figure.axes[0].lines[0].get_data()
     assert list(points[0]) == samples.steps and min(points[1]) >= 0
+
+
+def test_example_masks_are_sent_when_there_are_new_ones(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, sent = tracking.start("small", "sent", {}), list[int]()
+    monkeypatch.setattr(CalibrationState, "masks", [1])
+    monkeypatch.setattr(CalibrationState, "flat_masks", lambda state: state.scores.score)
+    monkeypatch.setattr(Run, "json", lambda run, content, name: sent.append(content["steps"][-1]))
+    watching = observer(run)
+    for step, phase in ((1, "prune"), (2, "prune"), (3, "post_tune"), (4, "post_tune")):
+        watching([report(step, phase)], state([0.3, 0.2]))
+        watching.flush()
+    assert sent == [1, 2] and history(run, "loss_nats") == [1, 2, 3, 4]
 
 
 def test_long_prunings_are_thinned(monkeypatch: pytest.MonkeyPatch) -> None:

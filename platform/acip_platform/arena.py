@@ -33,8 +33,8 @@ from acip.evaluate.tasks import check as check_tasks
 from acip.evaluate.tasks import expand
 from acip.evaluate.text import Protocol
 from acip.layers import find_linears
-from acip.recipe import Dtype, coerce, did_you_mean
-from acip_platform.schedule import root_cause
+from acip.recipe import Dtype, coerce
+from acip_platform.schedule import Share, fits, nodes, root_cause
 from acip_platform.yaml_file import YamlFile
 
 DENSE = "dense"  # the base model's entry
@@ -76,20 +76,19 @@ class Arena:
         """Read and check an arena file."""
         file = YamlFile(str(path), ArenaError)
         root = file.root("arena file", ("base",))
-        fields = file.value(root)
-        if not isinstance(fields, dict) or "base" not in fields:
-            raise ArenaError(f"{path} must be a mapping with a 'base' at least.")
         kinds = {field.name: field.type for field in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in kinds:
-                raise ArenaError(f"{path}: unknown field {cited(name)}{did_you_mean(name, kinds)}. Allowed: {', '.join(kinds)}.")
-        methods = fields.pop("methods", None)
-        checked = {name: coerce(name, value, kinds[name]) for name, value in fields.items()}
-        if methods is not None:
-            if not isinstance(methods, dict) or not all(isinstance(options, dict | None) for options in methods.values()):
-                raise ArenaError(f"{path}: methods must map names of methods to their options.")
-            checked["methods"] = {name: options or {} for name, options in methods.items()}
-        arena = cls(**{**checked, "name": file.name(root, checked.get("name", Path(path).stem))})
+        given = dict(file.items(root, kinds, "the arena file"))
+        if "base" not in given:
+            raise file.fail(root, "'base' is missing: the model that all methods compress.")
+        chosen = given.pop("methods", None)
+        fields = {name: file.checked(key, coerce, name, file.value(node), kinds[name]) for name, (key, node) in given.items()}
+        if chosen is not None:
+            methods = {name: (node, file.value(node)) for name, (_, node) in file.items(chosen[1], baselines.METHODS, "methods")}
+            for name, (node, options) in methods.items():
+                if not isinstance(options, dict | None):
+                    raise file.fail(node, f"the options of {name} are {cited(options)}; they must be a mapping.")
+            fields["methods"] = {name: options or {} for name, (_, options) in methods.items()}
+        arena = cls(**{**fields, "name": file.name(root, fields.get("name", Path(path).stem))})
         arena.check()
         return arena
 
@@ -172,10 +171,10 @@ def entries(arena: Arena, results: Results) -> list[Entry]:
 
 def hold(arena: Arena, results: Results, inbox: Any, say: Callable[[str], None]) -> list[tuple[Entry, str]]:
     """Run all that is still to be done on the Ray that this process is connected to; returns what failed, and why."""
-    gpus = float(ray.cluster_resources().get("GPU", 0) >= 1)
-    cpus = arena.cpus
-    if cpus > (most := ray.cluster_resources().get("CPU", 0)):
-        raise ArenaError(f"an entry asks for {cpus:g} CPUs; the cluster has {most:g}. Lower cpus in the arena file.")
+    there, cpus = nodes(), arena.cpus
+    gpus = float(any(node.get("GPU", 0) >= 1 for node in there))
+    if not fits([Share(gpus, cpus)], there):
+        raise ArenaError(f"an entry asks for {gpus:g} GPUs and {cpus:g} CPUs; no node has them. Lower cpus in the arena file.")
 
     def follow(entry: Entry) -> tuple[Entry, str] | None:
         try:
@@ -228,6 +227,8 @@ def rows(arena: Arena, entry: Entry, progress: Callable[[str, int, int], None]) 
         size = {key: getattr(made, key) for key in ("asked", "got", "stored_params", "dense_params", "counted")}
         cost = {"seconds": seconds, "peak_bytes": peak_bytes(device), "one_run_per_size": chosen.one_run_per_size}
         yield common | size | cost | {"title": chosen.title, "metrics": measure(made.model, base, arena)}
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # which was the evaluation's
         began = time.perf_counter()
 
 
@@ -248,7 +249,7 @@ def measure(model: Any, base: Base, arena: Arena) -> dict[str, float]:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory of this process so far: allocated on the GPU, or resident."""
+    """The most memory of this process: allocated on the GPU since the last size was measured, or resident, so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -72,7 +72,8 @@ def table(rows: Sequence[Row], arena: Arena) -> Table:
 
 def costs(rows: Sequence[Row]) -> Table:
     """What each method took."""
-    made = Table(title="cost of compression, evaluation aside", title_justify="left", title_style="bold")
+    title = "cost of compression, evaluation aside (but in the peak memory of CPUs)"
+    made = Table(title=title, title_justify="left", title_style="bold")
     for name in ("Method", "runs", "wall time", "peak memory", "on"):
         made.add_column(name, justify="left" if name in ("Method", "runs", "on") else "right", no_wrap=True)
     for line in cost_cells(rows):

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from acip.errors import AcipError
 from acip_platform.schedule import Outcome
 
 POLL_S = 0.5
@@ -18,6 +19,17 @@ POLL_S = 0.5
 def console() -> Console:
     """Bars and colours on a terminal only; elsewhere plain lines, never wrapped."""
     return Console(highlight=False, soft_wrap=True) if sys.stdout.isatty() else Console(highlight=False, width=140, soft_wrap=True)
+
+
+def exit_code(out: Console, run: Callable[[], int | None]) -> int:
+    """Of a job: what `run` returns, or 2 after a line with the user's error. A Ray of its own ends with it."""
+    try:
+        return run() or 0
+    except AcipError as error:
+        out.print(f"error: {error}", markup=False)
+        return 2
+    finally:
+        ray.shutdown()
 
 
 def duration(seconds: float | None) -> str:

@@ -1,10 +1,11 @@
 """Files and folders on a disk, by path or file:// URI: the same verbs as on S3 (s3.py)."""
 
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlparse
@@ -35,13 +36,14 @@ class Disk:
 
     def listed(self, uri: str) -> dict[str, Item]:
         """The files under a folder, by name; not those on their way, which are in hidden folders."""
-        found = {}
-        for path in path_of(uri).rglob("*"):
-            name = path.relative_to(path_of(uri)).as_posix()
-            if not name.startswith(".") and "/." not in name:
-                with suppress(FileNotFoundError):  # it went meanwhile
-                    if path.is_file():
-                        found[name] = Item(path.stat().st_size, path.stat().st_mtime, "")
+        found, folder = {}, path_of(uri)
+        with told("list", folder):
+            for path in folder.rglob("*"):
+                name = path.relative_to(folder).as_posix()
+                if not name.startswith(".") and "/." not in name:
+                    with suppress(FileNotFoundError):  # it went meanwhile
+                        if path.is_file():
+                            found[name] = Item(path.stat().st_size, path.stat().st_mtime, "")
         return found
 
     def folders(self, uri: str) -> Iterable[str]:
@@ -56,25 +58,37 @@ class Disk:
             raise kind(f"can't read {error.filename}: {error.strerror}. Was it moved or deleted?") from error
 
     def create(self, uri: str, content: bytes) -> bool:
-        path_of(uri).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with path_of(uri).open("xb") as file:
-                file.write(content)
-        except FileExistsError:
-            return False
+        path = path_of(uri)
+        with told("write", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                file = path.open("xb")
+            except FileExistsError:
+                return False
+            try:
+                with file:
+                    file.write(content)
+            except OSError:
+                path.unlink(missing_ok=True)  # nobody else could make it any more
+                raise
         return True
 
     def write(self, uri: str, content: bytes) -> None:
         path = path_of(uri)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        with told("write", path):
+            try:
+                with partial.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
 
     def remove(self, uri: str) -> None:
-        path_of(uri).unlink(missing_ok=True)
+        with told("remove", path_of(uri)):
+            path_of(uri).unlink(missing_ok=True)
 
     def remove_folder(self, uri: str) -> None:
         shutil.rmtree(path_of(uri), ignore_errors=True)
@@ -95,6 +109,15 @@ class Disk:
             if not (target / last).is_file():  # else another writer was faster
                 remedy = f"It is there without {last}: remove it." if target.exists() else "Check the folder and the space on its disk."
                 raise StoreError(f"can't write {target}: {reason(error)}. {remedy}") from error
+
+
+@contextmanager
+def told(what: str, path: Path) -> Iterator[None]:
+    """The system's errors as ours."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"can't {what} {path}: {reason(error)}. Check the folder and the space on its disk.") from error
 
 
 def reason(error: OSError) -> str:

@@ -18,23 +18,23 @@ from typing import Any
 
 import ray
 import torch
-from filelock import FileLock
 
 from acip.artifact import Artifact
 from acip.base import load_base
 from acip.budget import Budget
-from acip.errors import AcipError, BudgetError
+from acip.errors import AcipError, BudgetError, EvaluationError
 from acip.evaluate import Efficiency, Measurement, Part, TaskScore, evaluate, extended, metrics
 from acip.evaluate.tasks import expand
 from acip.evaluate.text import content
 from acip.materialise import AnySize
 from acip_platform.fleet import Job
-from acip_platform.schedule import root_cause
+from acip_platform.schedule import Share, fits, nodes, root_cause, share
 from acip_platform.settings import Settings
 from acip_platform.store import Store
 from acip_platform.tracking import Run
 
 PART = "part.json"
+SIZE = "size"  # key of what a row says of the size itself
 Row = dict[str, Any]
 
 
@@ -62,7 +62,7 @@ class Parts:
 
     @classmethod
     def of(cls, settings: Settings, identity: str, removed: int) -> "Parts":
-        return cls(Store(settings.store, settings.home / "cache"), f"evaluations/{identity}/{removed}")
+        return cls(Store.of(settings), f"evaluations/{identity}/{removed}")
 
     def __contains__(self, key: object) -> bool:
         return self.store.exists(self._uri(key), PART)
@@ -97,20 +97,21 @@ def measure_sizes(
 
     Where sizes share a machine's CPUs, speed is measured afterwards, one size at a time with all of a node's.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    on_gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
-    most = max(node.get("CPU", 1.0) for node in nodes)
-    share = cpus or max(1.0, (4.0 if on_gpu else most) // (1 if on_gpu else len(sizes)))
-    waves = [(list(what), min(share, most))]
-    if not on_gpu:
+    there = nodes()
+    alone = share(Job("a size", model.uri or model.base), there)
+    each = cpus or (alone.cpus if alone.gpus else max(1.0, alone.cpus // len(sizes)))
+    if not fits([Share(alone.gpus, each)], there):
+        raise EvaluationError(f"a size asks for {alone.gpus:g} GPUs and {each:g} CPUs; no node has them. Lower --cpus.")
+    waves = [(list(what), each)]
+    if not alone.gpus:
         quality, speed = ([one for one in what if isinstance(one, Efficiency) == fast] for fast in (False, True))
-        waves = [(part, cpus) for part, cpus in ((quality, min(share, most)), (speed, most)) if part]
+        waves = [(part, cpus) for part, cpus in ((quality, each), (speed, alone.cpus)) if part]
     failed: set[float] = set()
     rows: dict[float, Row] = {}
     for i, (part, threads) in enumerate(waves):
-        options = {"num_cpus": threads, "num_gpus": float(on_gpu)}
+        options = {"num_cpus": threads, "num_gpus": alone.gpus}
         todo = [size for size in sizes if size not in failed]
-        started = {_measure.options(**options).remote(model, size, part, settings, int(threads), inbox): size for size in todo}
+        started = {_measure.options(**options).remote(model, size, part, settings, max(1, int(threads)), inbox): size for size in todo}
         while started:
             (done,), _ = ray.wait(list(started))
             size = started.pop(done)
@@ -130,33 +131,28 @@ def measure_sizes(
 @ray.remote(max_retries=0)
 def _measure(model: Model, size: float, what: list[Measurement], settings: Settings, threads: int, inbox: Any) -> Row:
     """One size's row. The user's errors come back as values: raised, they would come with a page of Ray around them."""
-    torch.set_num_threads(max(1, threads))
+    torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def say(part: Part) -> None:
         inbox.put.remote({"model": f"size {size:g}", "kind": "stage", "text": told(part)})
 
     try:
-        if model.base:
+        artifact = Store.of(settings).open(model.uri) if model.uri else None
+        known = Parts.of(settings, model.identity(artifact), artifact.table().cut(Budget(ratio=size)).removed if artifact else 0)
+        if SIZE in known and all(one.key in known for one in what):
+            return {"asked": size, **known[SIZE], "evaluation": [known[one.key] for one in what]}
+        if artifact is None:
             base = load_base(model.base, model.dtype, model.trust_remote_code)  # type: ignore[arg-type]
             torch.nn.Module.to(base.model, device)
-            known = Parts.of(settings, model.identity(None), 0)
-            return {"asked": 1.0, "got": 1.0, **evaluate(base.model, base.tokenizer, what, known=known, say=say)}
-        artifact = _opened(model.uri, settings)
-        any_size = artifact.load(device, size=size)
-        assert any_size.cut is not None
-        known = Parts.of(settings, model.identity(artifact), any_size.cut.removed)
-        return evaluate(any_size, artifact.tokenizer(), what, known=known, say=say)
+            row = {"got": 1.0, **evaluate(base.model, base.tokenizer, what, known=known, say=say)}
+        else:
+            artifact = Artifact.open(Store.of(settings).fetch(model.uri))  # one copy on a node's disk, mapped by all
+            row = evaluate(artifact.load(device, size=size), artifact.tokenizer(), what, known=known, say=say)
+        known[SIZE] = {key: value for key, value in row.items() if key not in ("asked", "evaluation")}
+        return {"asked": size, **row}
     except AcipError as error:
         return {"error": str(error)}
-
-
-def _opened(uri: str, settings: Settings) -> Artifact:
-    """One copy on a node's disk, which the first to come fetches, and all map into memory."""
-    cache = settings.home / "cache"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "evaluate.lock"):
-        return Artifact.open(Store(settings.store, cache).fetch(uri))
 
 
 def told(part: Part) -> str:
@@ -200,5 +196,5 @@ def measure_tasks(
     if not rows:
         return artifact
     log_rows(run, rows)
-    recorded, _ = record(Store(settings.store, settings.home / "cache"), uri, rows)
+    recorded, _ = record(Store.of(settings), uri, rows)
     return recorded

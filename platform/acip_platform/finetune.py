@@ -6,11 +6,10 @@ Needs no base model: an artifact holds what is trained on. The child is a versio
 tags and manifest say what it comes from.
 """
 
+import functools
 import hashlib
-import shutil
-import tempfile
+import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +22,12 @@ from acip.finetune import attach, finetune, save, scores_of
 from acip.materialise import AnySize
 from acip.recipe import Recipe
 from acip_platform.checkpoints import Checkpoints
-from acip_platform.finish import finish, heldout_windows
+from acip_platform.finish import finish, heldout_windows, stored
 from acip_platform.fleet import Job
 from acip_platform.provenance import provenance
 from acip_platform.settings import Settings
 from acip_platform.store import Store
-from acip_platform.tracking import CANDIDATE, ModelVersion, Registry, Run, Tracking
+from acip_platform.tracking import CANDIDATE, ModelVersion, Registry, Run
 from acip_platform.train import Observer
 
 
@@ -59,9 +58,7 @@ def tune_one(config: dict[str, Any]) -> dict[str, Any]:
     settings: Settings = config["settings"]
     job, version = Job.from_dict(config["job"]), ModelVersion(**config["version"])
     torch.set_num_threads(config["threads"])
-    tracking, registry = Tracking(settings, "acip"), Registry(settings)
-    run = Run(tracking.client, config["run"], tracking.experiment_id)
-    store = Store(settings.store, settings.home / "cache")
+    registry, store, run = Registry(settings), Store.of(settings), Run.of(settings, config["run"])
     key = f"{job.name}/{config['attempt']}"
 
     def say(kind: str, **facts: Any) -> None:
@@ -81,12 +78,7 @@ def tune_one(config: dict[str, Any]) -> dict[str, Any]:
             job, parent, any_size, base, heldout, run, settings, config["attempt"], say
         )
         origin = {**provenance(job), "attempt": key, "mlflow_run": run.run_id, "finetuned": facts, "parent": parent.manifest["provenance"]}
-        settings.home.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="saving-", dir=settings.home))
-        try:
-            uri = store.put(save(folder, parent, any_size, origin).folder, key)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)  # gone already, unless it failed
+        uri = stored(settings, key, functools.partial(save, artifact=parent, any_size=any_size, provenance=origin))
         say("stage", text=f"artifact saved: {uri}")
     del any_size, base
     summary = finish(job, store.uri(key), run, settings, heldout, device, say, config["fingerprint"], CANDIDATE)
@@ -135,9 +127,11 @@ def _tuned(
 
 
 def _windows(job: Job, parent: Artifact, tokenizer: Any) -> torch.Tensor:
-    """Text enough for one pass, if there is as much; what the calibration read of it comes first and is left out."""
-    recipe, before, known = job.recipe, parent.recipe, parent.manifest["provenance"].get("job", {})
+    """Text enough for one pass, if there is as much; what the calibration drew from comes first and is left out."""
+    recipe, before, origin = job.recipe, parent.recipe, parent.manifest["provenance"]
+    while "parent" in origin:  # it was tuned itself
+        origin = origin["parent"]
     wanted = recipe.batch_size * recipe.accumulate * recipe.post_tune_steps
-    read = before.sample_windows + before.batch_size * before.accumulate * parent.manifest["steps"]
-    skipped = read * before.seq_len // recipe.seq_len if known.get("data") == job.data else 0
+    drawn = Job(job.name, job.base, before).windows if origin.get("job", {}).get("data") == job.data else 0
+    skipped = math.ceil(drawn * before.seq_len / recipe.seq_len)
     return token_windows(documents(job.data, "train"), tokenizer, recipe.seq_len, skipped + wanted)[-wanted:]

@@ -1,4 +1,4 @@
-"""A stored artifact -> its measured curve, its run's pictures, and its registered version.
+"""What was calibrated -> a stored artifact -> its measured curve, its run's pictures, and its registered version.
 
 The curve is measured from what was saved, once: an artifact that has one keeps it.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from acip.artifact import Artifact
 from acip.base import Base
@@ -18,6 +19,7 @@ from acip.evaluate import Samples, evaluate, trade_off
 from acip.peft_export import save_peft
 from acip_platform import figures, story
 from acip_platform.champion import contend
+from acip_platform.disk import StoreError, reason
 from acip_platform.evaluate import measure_tasks
 from acip_platform.fleet import Job
 from acip_platform.masks import FILE, MaskSamples
@@ -31,6 +33,17 @@ def heldout_windows(job: Job, base: Base) -> torch.Tensor:
     """The text that `job`'s curve is measured on, [n, T] token ids."""
     context = min(job.eval_context, getattr(base.model.config, "max_position_embeddings", job.eval_context))
     return token_windows(documents(job.eval_data or job.data, "heldout"), base.tokenizer, context, job.eval_windows or None)
+
+
+def stored(settings: Settings, key: str, save: Callable[[Path], Artifact]) -> str:
+    """What `save` writes into a folder, moved into the store under `key`; its URI. Where that fails, nothing of it stays here."""
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="saving-", dir=settings.home, ignore_cleanup_errors=True) as folder:
+            return Store.of(settings).put(save(Path(folder)).folder, key)
+    except (OSError, SafetensorError) as error:
+        why = reason(error) if isinstance(error, OSError) else error
+        raise StoreError(f"can't write the artifact to {settings.home}: {why}. Check the space there; checkpoints are kept.") from error
 
 
 def finish(
@@ -49,7 +62,7 @@ def finish(
     `alias` is the best that it may become: the champion, where its curve is better (acip_platform.champion), or a candidate.
     Returns a summary: the URI, the version, what was decided about it, and the curve.
     """
-    store = Store(settings.store, settings.home / "cache")
+    store = Store.of(settings)
     artifact = Artifact.open(store.fetch(uri))
     any_size = artifact.load(device)
     if not artifact.curve:
@@ -80,7 +93,7 @@ def _show(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
     table, manifest = artifact.table(), artifact.manifest
     run.tags({"artifact_uri": uri, "base": job.base, "stop_step": str(manifest["stop_step"])})
     if run.last_step("tradeoff/perplexity") == 0:
-        run.metrics([(round(row["asked"] * 100), story.measured(row)) for row in artifact.curve])
+        run.metrics(story.curve(artifact.curve))
     run.table({key: [row[key] for row in artifact.curve] for key in artifact.curve[0] if key != "evaluation"}, "tradeoff.json")
     if said := side_by_side(artifact.curve):
         run.table(said, "samples.json")

@@ -36,6 +36,7 @@ class Leases:
         self.owner = f"{_user()} on {socket.gethostname()}, process {os.getpid()}"
         self.mark = secrets.token_hex(8)
         self.held: dict[str, int] = {}  # the number, by attempt
+        self.lock = threading.Lock()  # a beat would bring back what is being given back
         self.beats = 0
         self.ends = threading.Event()
         self.thread = threading.Thread(target=self._beat, daemon=True, name="leases")
@@ -47,10 +48,15 @@ class Leases:
     def __exit__(self, *_: object) -> None:
         self.ends.set()
         self.thread.join()
-        for attempt, number in self.held.items():
-            with suppress(StoreError, OSError):  # we will be taken for dead
-                for each in sorted(n for n in map(int, self.store.small(f"{FOLDER}/{attempt}")) if n <= number):
-                    self.store.remove(f"{FOLDER}/{attempt}/{each}")  # ours last
+        for attempt in list(self.held):
+            self.release(attempt)
+
+    def release(self, attempt: str) -> None:
+        """Give one back, if we still have it."""
+        with self.lock, suppress(StoreError):  # else we will be taken for dead
+            number = self.held.pop(attempt, 0)
+            for each in sorted(n for n in map(int, self.store.small(f"{FOLDER}/{attempt}")) if n <= number):
+                self.store.remove(f"{FOLDER}/{attempt}/{each}")  # ours last
 
     def claim(self, attempts: Sequence[str], waiting: Callable[[str, str], Any] = lambda attempt, owner: None) -> dict[str, str]:
         """Take the leases of `attempts`; returns who has those that another process holds, by attempt.
@@ -103,8 +109,10 @@ class Leases:
     def _beat(self) -> None:
         while not self.ends.wait(self.beat_s):
             self.beats += 1
-            for attempt, number in list(self.held.items()):
-                with suppress(StoreError, OSError):  # while S3 is away nobody can take it, either
+            for attempt in list(self.held):
+                with self.lock, suppress(StoreError):  # while S3 is away nobody can take it, either
+                    if (number := self.held.get(attempt)) is None:
+                        continue  # given back meanwhile
                     now = self._look(attempt)
                     if now is None or now["mark"] != self.mark:
                         del self.held[attempt]

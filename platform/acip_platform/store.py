@@ -15,9 +15,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from acip.artifact import MANIFEST, Artifact
 from acip_platform.disk import Disk, Item, MissingError, StoreError, path_of
 from acip_platform.s3 import FILES_AT_ONCE, S3, S3Source, split
+from acip_platform.settings import Settings
 
 __all__ = ["Store", "StoreError"]
 
@@ -28,6 +31,11 @@ class Store:
     def __init__(self, root: str, cache: Path) -> None:
         self.root = root.rstrip("/")
         self.cache = cache
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Store":
+        """Where the artifacts are."""
+        return cls(settings.store, settings.home / "cache")
 
     def uri(self, key: str) -> str:
         return f"{self.root}/{key}"
@@ -104,19 +112,16 @@ class Store:
             return path
         objects = _objects(uri)
         folder = self.cache / _version(uri, objects)
-        if (folder / MANIFEST).is_file():
-            return folder
-        files = [MANIFEST, *Artifact.open(folder, S3Source(uri, objects)).manifest["files"]]
         self.cache.mkdir(parents=True, exist_ok=True)
-        coming = Path(tempfile.mkdtemp(prefix="coming-", dir=self.cache))
-        try:
-            place.download(uri, files, coming)
-            Artifact.open(coming, verify=True)
-            if not (folder / MANIFEST).is_file():  # else another process was faster
-                shutil.rmtree(folder, ignore_errors=True)
-                coming.rename(folder)
-        finally:
-            shutil.rmtree(coming, ignore_errors=True)
+        with FileLock(f"{folder}.lock"):  # of those on this node, one fetches it
+            if not (folder / MANIFEST).is_file():
+                files = [MANIFEST, *Artifact.open(folder, S3Source(uri, objects)).manifest["files"]]
+                with tempfile.TemporaryDirectory(prefix="coming-", dir=self.cache, ignore_cleanup_errors=True) as scratch:
+                    coming = Path(scratch) / "artifact"
+                    place.download(uri, files, coming)
+                    Artifact.open(coming, verify=True)
+                    shutil.rmtree(folder, ignore_errors=True)
+                    coming.rename(folder)
         return folder
 
     def record_curve(self, uri: str, artifact: Artifact, rows: list[dict[str, Any]]) -> Artifact:

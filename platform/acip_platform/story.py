@@ -36,6 +36,11 @@ def measured(row: Mapping[str, Any]) -> dict[str, float]:
     return {f"tradeoff/{NAMES.get(key, key)}": float(value) for key, value in values.items()}
 
 
+def curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, float]]]:
+    """A model's curve as metrics of its run, over size in percent."""
+    return [(round(row["asked"] * 100), measured(row)) for row in rows]
+
+
 def choosing(job: Job, artifact: Artifact) -> dict[str, str]:
     """The tags of a version: what a person chooses by. `ppl_60` is the perplexity at size 0.6: MLflow shows few letters."""
     quality = {f"ppl_{round(row['asked'] * 100)}": f"{row['perplexity']:.4g}" for row in artifact.curve}

@@ -13,21 +13,19 @@ recipe. The training loss does not: it is at other sizes, under other lambdas an
 record of rungs over a restart: trials after it are held against each other only.
 """
 
-import dataclasses
+import functools
 import gc
 import hashlib
 import json
 import logging
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import wraps
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -49,14 +47,15 @@ from acip.evaluate import trade_off
 from acip.materialise import AnySize
 from acip.sizes import cut_table
 from acip.state import CalibrationState, StepReport
-from acip_platform.finish import finish, heldout_windows
+from acip_platform import story
+from acip_platform.finish import finish, heldout_windows, stored
 from acip_platform.fleet import Job
 from acip_platform.provenance import provenance
 from acip_platform.schedule import Share, root_cause
 from acip_platform.settings import Settings
 from acip_platform.space import Space, Trial
 from acip_platform.store import Store
-from acip_platform.tracking import CANDIDATE, Run, Tracking
+from acip_platform.tracking import CANDIDATE, Run
 from acip_platform.train import Observer, Text, once, prepared
 
 SMALLEST = 0.4  # of the sizes that the winner is chosen by
@@ -90,13 +89,13 @@ class Sweep:
             raise AcipError(f"{job.name} is measured at {list(job.sizes)}; a sweep needs 1.0 and smaller ones in sizes to choose by.")
         return cls(job, space, space.trials(job))
 
-    @property
+    @functools.cached_property
     def trunks(self) -> dict[str, list[Trial]]:
         """Prunings that several trials share; who shares with nobody prunes by itself."""
         groups = (group for group in trunk.trunks([trial.job.recipe for trial in self.trials]) if len(group) > 1)
         return {f"trunk{n}": [self.trials[i] for i in group] for n, group in enumerate(groups)}
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """Equal keys are the same sweep, to be gone on with."""
         decides = [self.space.name, self.space.scheduler, [trial.job.to_dict() for trial in self.trials]]
@@ -143,9 +142,9 @@ def run(sweep: Sweep, share: Share, settings: Settings, runs: Mapping[str, Run],
     """All trials, from where an interrupted sweep left them. Also what each trunk took."""
     jobs = {trial.name: trial.job.to_dict() for trial in sweep.trials}
     context = {
-        "settings": dataclasses.asdict(settings),
+        "settings": settings,
         "jobs": jobs,
-        "runs": {name: (one.run_id, one.experiment_id) for name, one in runs.items()},
+        "runs": {name: one.run_id for name, one in runs.items()},
         "threads": max(1, int(share.cpus)),
         "inbox": inbox,
     }
@@ -247,17 +246,14 @@ def keep(
     chosen = [outcome for outcome in chosen if outcome is not best] + [best]  # the last one registered is the candidate
     kept = {outcome.trial.name for outcome in chosen}
     _forget(outcome.state for outcome in outcomes if outcome.state and outcome.error is None and outcome.trial.name not in kept)
-    summaries = {}
-    for outcome in chosen:
-        name, one = outcome.trial.name, runs[outcome.trial.name]
-        task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=RETRIES)(_artifact)
-        summaries[name] = ray.get(
-            task.remote(
-                outcome.trial, outcome.state, dataclasses.asdict(settings), (one.run_id, one.experiment_id), max(1, int(share.cpus)), inbox
-            )
-        )
+    task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=RETRIES)(_artifact)
+
+    def begun(outcome: Outcome) -> ray.ObjectRef[dict[str, Any]]:
+        return task.remote(outcome.trial, outcome.state, settings, runs[outcome.trial.name].run_id, max(1, int(share.cpus)), inbox)
+
+    summaries = [*ray.get([begun(outcome) for outcome in chosen[:-1]]), ray.get(begun(best))]
     _forget(outcome.state for outcome in chosen if outcome.state)
-    return summaries
+    return {outcome.trial.name: summary for outcome, summary in zip(chosen, summaries, strict=True)}
 
 
 def _forget(states: Iterable[tune.Checkpoint]) -> None:
@@ -277,7 +273,7 @@ def _files(state: tune.Checkpoint) -> FileSystem:
 def _users_errors_reported(work: Callable[..., None]) -> Callable[..., None]:
     """A user's error becomes a report: raised, Tune would try again what can't succeed."""
 
-    @wraps(work)
+    @functools.wraps(work)
     def trainable(config: dict[str, Any], context: Mapping[str, Any]) -> None:
         CPU_BEGAN.set(time.process_time())
         try:
@@ -322,14 +318,14 @@ def _trial(name: str, context: Mapping[str, Any]) -> None:
 
 def _start(name: str, context: Mapping[str, Any], job: Job) -> tuple[Base, TokenBatches, Observer]:
     """What trunks and trials start with: a parametrised model, its text, and who watches."""
-    settings = Settings(**context["settings"])
+    settings: Settings = context["settings"]
 
     def say(kind: str, **facts: Any) -> None:
         context["inbox"].put.remote({"model": f"{job.name} {name}", "kind": kind, **facts})
 
     gc.collect()  # the process may have had a trial before
     torch.set_num_threads(context["threads"])
-    run = Run(Tracking(settings, "acip").client, *context["runs"][name])
+    run = Run.of(settings, context["runs"][name])
     base, device = load_base(job.base, job.recipe.dtype, job.trust_remote_code), _device()
     torch.nn.Module.to(base.model, device)
     return base, prepared(job, base, settings, say, device), Observer(job, run, say, device)
@@ -392,28 +388,23 @@ class Rungs:
 
     def finish(self, any_size: AnySize) -> None:
         metrics = self.measured(any_size, self.job.sizes)
-        rows = json.loads(metrics["curve"])
-        facts = [(round(row["asked"] * 100), {f"tradeoff/{key}": float(row[key]) for key in ("perplexity", "loss", "got")}) for row in rows]
-        if self.observer.run.last_step("tradeoff/loss") == 0:
-            self.observer.run.metrics(facts)
-            self.observer.run.metrics([(0, {"area_under_excess_nats": metrics["area"]})])
+        if self.observer.run.last_step("tradeoff/perplexity") == 0:
+            self.observer.run.metrics([(0, {"area_under_excess_nats": metrics["area"]}), *story.curve(json.loads(metrics["curve"]))])
         self.observer.say("stage", text=f"area under excess loss {metrics['area']:.4f}")
         _report({"share": RUNGS[-1], **metrics}, self.state)
 
 
-def _artifact(
-    trial: Trial, state: tune.Checkpoint | None, settings_: Mapping[str, Any], run_: tuple[str, str], threads: int, inbox: Any
-) -> dict[str, Any]:
+def _artifact(trial: Trial, state: tune.Checkpoint | None, settings: Settings, run: str, threads: int, inbox: Any) -> dict[str, Any]:
     """A Ray task: a finished trial's state -> its artifact in the store, measured, shown and registered as candidate."""
-    settings, job = Settings(**settings_), trial.job
+    job = trial.job
 
     def say(kind: str, **facts: Any) -> None:
         inbox.put.remote({"model": f"{job.name} {trial.name}", "kind": kind, **facts})
 
     torch.set_num_threads(threads)
     device = _device()
-    one = Run(Tracking(settings, "acip").client, *run_)
-    store, key = Store(settings.store, settings.home / "cache"), f"{job.name}/{job.name}-{job.fingerprint}"
+    one = Run.of(settings, run)
+    store, key = Store.of(settings), f"{job.name}/{job.name}-{job.fingerprint}"
     base = load_base(job.base, job.recipe.dtype, job.trust_remote_code)
     heldout = heldout_windows(job, base)
     if not store.exists(store.uri(key)):
@@ -421,10 +412,6 @@ def _artifact(
         batches = prepared(job, base, settings, say, device)
         with _from(state) as folder:
             calibration = calibrate(base.model, batches, job.recipe, resume=folder)
-        saved = Path(tempfile.mkdtemp(prefix="saving-", dir=settings.home))
-        try:
-            Artifact.save(saved, base, calibration, provenance(job) | {"attempt": key, "mlflow_run": one.run_id})
-            store.put(saved, key)
-        finally:
-            shutil.rmtree(saved, ignore_errors=True)
+        origin = provenance(job) | {"attempt": key, "mlflow_run": one.run_id}
+        stored(settings, key, lambda folder: Artifact.save(folder, base, calibration, origin))
     return finish(job, store.uri(key), one, settings, heldout, device, say, alias=CANDIDATE)

@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +39,7 @@ CANDIDATE = "candidate"  # what may become it
 CHAMPIONS = "champions"  # tag of a registered model: the versions that were its champion, in order
 BATCH = 1000  # metrics of one request at most
 
+log = logging.getLogger(__name__)
 
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # seconds, instead of minutes
 
@@ -64,12 +65,15 @@ class RegistryAwayError(AcipError):
 
 
 @contextmanager
-def reached(settings: Settings) -> Iterator[None]:
-    """What MLflow says of a server or a database that it can't ask, as ours. Its client has tried for minutes by then."""
+def reached(settings: Settings | None = None) -> Iterator[None]:
+    """What MLflow says of a server or a database that it can't ask, as ours. Its client has tried for minutes by then.
+
+    Also as a decorator of what a job runs; without `settings`, those of the environment.
+    """
     try:
         yield
     except (MlflowException, SQLAlchemyError) as error:
-        where = masked(settings.tracking_uri)
+        where = masked((settings or Settings.from_env()).tracking_uri)
         said = masked(str(error)).splitlines()[0].rstrip(".")
         raise RegistryAwayError(f"the registry at {where} can't be asked: {said}. Is it running? Check MLFLOW_TRACKING_URI.") from error
 
@@ -123,7 +127,7 @@ class Tracking:
         else:
             known = {**resolve_tags(), MLFLOW_GIT_COMMIT: commit(), "acip_fingerprint": fingerprint}
             run = self.client.create_run(self.experiment_id, run_name=name, tags=known)
-        started = Run(self.client, run.info.run_id, self.experiment_id)
+        started = Run(self.client, run.info.run_id)
         started.tags({**tags, **inside})
         return started
 
@@ -132,7 +136,15 @@ class Tracking:
 class Run:
     client: MlflowClient
     run_id: str
-    experiment_id: str
+
+    @classmethod
+    def of(cls, settings: Settings, run_id: str) -> "Run":
+        """One that was started elsewhere."""
+        return cls(MlflowClient(tracking_uri=settings.tracking_uri), run_id)
+
+    @property
+    def experiment_id(self) -> str:
+        return self.client.get_run(self.run_id).info.experiment_id
 
     def params(self, params: Mapping[str, Any]) -> None:
         """MLflow keeps a parameter's first value: what a later attempt changed (its evaluation, recomputing) is in recipe.json."""
@@ -201,7 +213,21 @@ class Run:
         return name in {item.path for item in self.client.list_artifacts(self.run_id)}
 
     def finish(self, status: str) -> None:
-        self.client.set_terminated(self.run_id, status)
+        """What was done is done, also where MLflow can't be told, after minutes: that is only said."""
+        try:
+            self.client.set_terminated(self.run_id, status)
+        except MlflowException as error:
+            log.warning("the end of run %s isn't recorded: %s", self.run_id, masked(str(error)))
+
+    @contextmanager
+    def ending(self, status: Callable[[], str] = lambda: "FINISHED") -> Iterator[None]:
+        """Inside is the run's work: it ends as `status` says then, or FAILED where something is raised."""
+        try:
+            yield
+        except BaseException:
+            self.finish("FAILED")
+            raise
+        self.finish(status())
 
 
 def artifacts_inside(settings: Settings, run_id: str) -> dict[str, str]:
@@ -312,16 +338,24 @@ class Registry:
         return sorted(named, key=lambda version: -int(version.version))
 
     def resolve(self, name: str, which: str = CHAMPION) -> ModelVersion:
-        """`which` is an alias or a version number. Resolve once and keep the version: aliases move."""
+        """`which` is an alias or a version number, RegistryError where there is none. Resolve once and keep it: aliases move."""
         try:
-            found = self.client.get_model_version(name, which) if which.isdigit() else self.client.get_model_version_by_alias(name, which)
+            numbered = which.isdigit() and len(which) < 10  # longer ones are no integers to a database
+            found = self.client.get_model_version(name, which) if numbered else self.client.get_model_version_by_alias(name, which)
         except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
             models = self.models()
             if name not in models:
                 have = f"it holds: {', '.join(models)}" if models else "it is empty: run jobs/calibrate_all.py first"
                 raise RegistryError(f"no model {name!r} in the registry{did_you_mean(name, models)}; {have}.") from error
             raise RegistryError(f"model {name!r} has no version or alias {which!r}.") from error
         return self._version(found)
+
+    def named(self, text: str) -> ModelVersion:
+        """NAME, the champion, or NAME@WHICH, an alias or a version number."""
+        name, _, which = text.partition("@")
+        return self.resolve(name, which or CHAMPION)
 
     def _version(self, version: Any) -> ModelVersion:
         aliases = tuple(version.aliases) if version.aliases else ()

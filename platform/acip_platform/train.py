@@ -9,8 +9,6 @@ can't take while it is down waits here, and at the end in a checkpoint. Progress
 
 import dataclasses
 import math
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
@@ -24,7 +22,6 @@ import ray.train
 import torch
 from mlflow.exceptions import MlflowException
 from ray.train.torch import TorchTrainer
-from safetensors import SafetensorError
 
 from acip import fit, shard
 from acip.artifact import Artifact
@@ -37,15 +34,14 @@ from acip.layers import targets
 from acip.parametrise import parametrise
 from acip.state import CalibrationState, StepReport, history
 from acip_platform.checkpoints import Checkpoints
-from acip_platform.disk import reason
-from acip_platform.finish import finish, heldout_windows
+from acip_platform.finish import finish, heldout_windows, stored
 from acip_platform.fleet import Job
 from acip_platform.masks import FILE, MaskSamples
 from acip_platform.provenance import provenance
 from acip_platform.schedule import Share
 from acip_platform.settings import Settings
-from acip_platform.store import Store, StoreError
-from acip_platform.tracking import Run, Tracking, few_retries
+from acip_platform.store import Store
+from acip_platform.tracking import Run, few_retries
 
 REPORT_EVERY_S = 10.0
 MLFLOW_REST_S = 60.0  # between attempts at an MLflow that is down
@@ -100,9 +96,8 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     job: Job = Job.from_dict(config["job"])
     settings: Settings = config["settings"]
     torch.set_num_threads(config["threads"])
-    tracking = Tracking(settings, "acip")
-    run = Run(tracking.client, config["run"], tracking.experiment_id)
-    store = Store(settings.store, settings.home / "cache")
+    run = Run.of(settings, config["run"])
+    store = Store.of(settings)
     key = f"{job.name}/{config['attempt']}"
 
     def say(kind: str, **facts: Any) -> None:
@@ -117,13 +112,7 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     if not shard.decided(store.exists(store.uri(key)), device):
         if job.num_workers == 1:  # else the layers go there one by one, each worker's part of them
             torch.nn.Module.to(base.model, device)
-        observer, artifact = _calibrated(job, base, run, settings, key, checkpoints, say, device)
-        if artifact is not None:
-            try:
-                uri = store.put(artifact.folder, key)
-            finally:
-                shutil.rmtree(artifact.folder, ignore_errors=True)  # gone already, unless it failed
-            say("stage", text=f"artifact saved: {uri}")
+        observer = _calibrated(job, base, run, settings, key, checkpoints, say, device)
     else:
         observer = Observer(job, run, say, device, checkpoints)
         with checkpoints.newest() as folder:
@@ -136,8 +125,8 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
 
 def _calibrated(
     job: Job, base: Base, run: Run, settings: Settings, key: str, checkpoints: Checkpoints, say: Callable[..., None], device: torch.device
-) -> "tuple[Observer, Artifact | None]":
-    """Parametrise and calibrate, from the last checkpoint if there is one; the first worker's artifact, in a temporary folder."""
+) -> "Observer":
+    """Parametrise and calibrate, from the last checkpoint if there is one; the first worker stores the artifact."""
     recipe = job.recipe
     batches = prepared(job, base, settings, say, device)
     began = time.monotonic()
@@ -153,22 +142,11 @@ def _calibrated(
             say("stage", text=f"going on from the last checkpoint, {folder.name}")
         calibration = calibrate(base.model, batches, recipe, resume=folder, observe=observer)
     shard.gather(base.model)
-    if shard.rank() > 0:
-        return observer, None
-    origin = provenance(job) | {"attempt": key, "mlflow_run": run.run_id}
-    return observer, saved(settings, lambda folder: Artifact.save(folder, base, calibration, origin))
-
-
-def saved(settings: Settings, save: Callable[[Path], Artifact]) -> Artifact:
-    """What `save` writes into a folder beside the store; nothing of it stays where the disk is full."""
-    settings.home.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="saving-", dir=settings.home))
-    try:
-        return save(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        why = reason(error) if isinstance(error, OSError) else error
-        raise StoreError(f"can't write the artifact to {folder}: {why}. Check the space on its disk; its checkpoints are kept.") from error
+    if shard.rank() == 0:
+        origin = provenance(job) | {"attempt": key, "mlflow_run": run.run_id}
+        uri = stored(settings, key, lambda folder: Artifact.save(folder, base, calibration, origin))
+        say("stage", text=f"artifact saved: {uri}")
+    return observer
 
 
 @dataclass(frozen=True)
@@ -227,6 +205,7 @@ class Observer:
         self.rows: list[tuple[int, dict[str, float]]] = []
         self.logged: int | None = None  # the last step that MLflow has; None = it has to be asked
         self.masks: MaskSamples | None = None
+        self.sent: list[int] = []  # the last of their steps that MLflow has
         self.reported = self.saved = self.looked = self.stepped = time.monotonic()
         self.leaving = False  # there is a checkpoint from after the node's notice that it is going away
         self.rests_until = 0.0
@@ -314,8 +293,9 @@ class Observer:
         if self.logged is None:
             self.logged = self.run.last_step("loss_nats")
         self.run.metrics([(step, values) for step, values in self.rows if step > self.logged])
-        if self.masks is not None and self.rows:
+        if self.masks is not None and self.masks.steps[-1:] != self.sent:
             with suppress(Exception):  # as above
                 self.run.json(self.masks.to_dict(), FILE)
+                self.sent = self.masks.steps[-1:]
         self.logged = max((step for step, _ in self.rows), default=self.logged)
         self.rows = []

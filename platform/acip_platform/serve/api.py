@@ -30,7 +30,7 @@ from acip_platform.serve.replica import EngineReplica
 from acip_platform.serve.request import ChatRequest, CompletionRequest, MaterializationRequest, Sized
 from acip_platform.serve.routes import Answered, routes
 from acip_platform.settings import Settings, masked
-from acip_platform.tracking import CHAMPION, ModelVersion, Registry, RegistryAwayError, RegistryError, reached
+from acip_platform.tracking import CHAMPION, ModelVersion, Registry, RegistryAwayError, RegistryError, few_retries, reached
 
 BUILD_ARGS: dict[str, Any] = {
     "models": None,  # names in the registry; None = every model that has the alias
@@ -182,7 +182,7 @@ class Api:
 
 def _resolved(name: str, which: str) -> ModelVersion:
     settings = Settings.from_env()
-    with reached(settings):
+    with reached(settings), few_retries():
         return Registry(settings).resolve(name, which)
 
 
