@@ -35,7 +35,8 @@ from acip.evaluate import (
     trade_off,
 )  # fmt: skip
 from acip.evaluate.divergence import distance
-from acip.evaluate.efficiency import flops, stored_bytes
+from acip.evaluate.efficiency import flops
+from acip.evaluate.rows import stored_bytes
 from acip.evaluate.tasks import PAPER, check, expand, find, harness
 from acip.export import tensor_bytes
 from acip.materialise import AnySize
@@ -295,7 +296,7 @@ def test_what_is_known_is_not_measured_again(any_size: AnySize, small_artifact: 
     assert metrics(again) == {"counted/a/one": 1.0, "counted/b/one": 1.0}
     (sample,) = part(first, "samples")["samples"]
     assert sample["prompt"] == "It is" and len(sample["text"]) <= 3
-    assert (first["asked"], first["params"]) == (0.5, any_size.cut.params if any_size.cut else 0)
+    assert any_size.cut and (first["asked"], first["params"], first["bytes"]) == (0.5, any_size.cut.params, any_size.cut.bytes)
     assert json.loads(json.dumps(first)) == first
 
 

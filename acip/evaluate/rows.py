@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from acip.errors import EvaluationError
 from acip.losses import as_base
 from acip.materialise import AnySize
+from acip.modeling_acip import QuantLinear
 
 Part = dict[str, Any]
 
@@ -114,10 +115,14 @@ def evaluate(
 
 
 def size_facts(model: PreTrainedModel | AnySize) -> dict[str, Any]:
-    """How large a model is, as every row of a trade-off curve says it."""
+    """How large a model is, as every row of a trade-off curve says it.
+
+    Bytes are those that are saved; None of an AnySize before it is an artifact. A quantised matrix [M, N] is M N parameters.
+    """
     if not isinstance(model, AnySize):
-        tensors = {id(p): p for p in model.parameters()}.values()
-        return {"params": sum(p.numel() for p in tensors), "bytes": sum(p.numel() * p.itemsize for p in tensors)}
+        matrices = (layer for layer in model.modules() if isinstance(layer, QuantLinear))  # their codes are no parameters
+        params = sum(p.numel() for p in model.parameters()) + sum(layer.out_features * layer.in_features for layer in matrices)
+        return {"params": params, "bytes": stored_bytes(model)}
     cut = model.cut
     assert cut is not None, "resize first"
     return {
@@ -127,8 +132,14 @@ def size_facts(model: PreTrainedModel | AnySize) -> dict[str, Any]:
         "got_paper": cut.sizes["paper"],
         "got_model": cut.sizes["model"],
         "params": cut.params,
-        "bytes": cut.params * model.model.dtype.itemsize,
+        "bytes": cut.bytes,
     }
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors that the model saves, a tied one once."""
+    saved = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+    return sum(tensor.numel() * tensor.itemsize for tensor in saved.values())
 
 
 def metrics(row: dict[str, Any]) -> dict[str, float]:
