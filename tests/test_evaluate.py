@@ -24,6 +24,7 @@ from acip.evaluate import (
     Measurement,
     Part,
     PerplexityOn,
+    QuantisedOn,
     Samples,
     TaskScore,
     Text,
@@ -285,12 +286,16 @@ class Counted(Measurement):
         return {"label": f"counted/{self.name}", "values": {"one": 1, "unknown": math.inf}}
 
 
-def test_what_is_known_is_not_measured_again(any_size: AnySize, small_artifact: Artifact) -> None:
+def test_what_is_known_is_not_measured_again(any_size: AnySize, small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     known: dict[str, Part] = {}
     tokenizer, heard = small_artifact.tokenizer(), []
+    tokens, read_tokens = Text.tokens, []
     any_size.resize(0.5)
     first = evaluate(any_size, tokenizer, [Counted(), Samples(("It is",), 3)], known=known, say=lambda part: heard.append(part["kind"]))
     again = evaluate(any_size, tokenizer, [Counted(), Counted("b")], known=known, say=lambda part: heard.append(part["label"]))
+    monkeypatch.setattr(Text, "tokens", lambda self, tokenizer: read_tokens.append(1) or tokens(self, tokenizer))
+    evaluate(any_size, tokenizer, [PerplexityOn(TEXT), DivergenceOn(TEXT), QuantisedOn(TEXT)])
+    assert len(read_tokens) == 1, "one text is read once"
     assert len(Counted.times) == 2 and heard == ["counted", "samples", "counted/b"]
     assert again["evaluation"][0] == first["evaluation"][0]
     assert metrics(again) == {"counted/a/one": 1.0, "counted/b/one": 1.0}

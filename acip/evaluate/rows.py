@@ -14,15 +14,16 @@ import math
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from acip.errors import EvaluationError
+from acip.evaluate.text import Text
 from acip.losses import as_base
 from acip.materialise import AnySize
 from acip.modeling_acip import QuantLinear
@@ -46,6 +47,7 @@ class Subject:
     tokenizer: Any
     any_size: AnySize | None = None
     reference: PreTrainedModel | None = None  # of KL, where `model` is not of any size
+    windows: dict[Text, list[Tensor]] = field(default_factory=dict)  # of tokens, once they are read
 
     @contextmanager
     def base(self) -> Iterator[nn.Module]:
@@ -81,7 +83,11 @@ class Measurement(ABC):
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+        return key_of(self.identity())
+
+
+def key_of(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def evaluate(
@@ -102,10 +108,10 @@ def evaluate(
     subject.model.eval()
     parts = []
     for measurement in what:
-        key = measurement.key
+        identity = json.loads(json.dumps(measurement.identity()))  # as it is read back
+        key = key_of(identity)
         if key not in parts_by_key:
             began = time.perf_counter()
-            identity = json.loads(json.dumps(measurement.identity()))  # as it is read back
             part = {"kind": measurement.kind, "key": key, "what": identity, **measurement.measure(subject)}
             parts_by_key[key] = part | {"seconds": round(time.perf_counter() - began, 3)}
             say(parts_by_key[key])
