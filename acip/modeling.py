@@ -25,11 +25,12 @@ from acip.budget import Budget
 from acip.cut import Cut
 from acip.errors import ArtifactError, BudgetError
 from acip.export import adopt, export, framed, free, sized, write
-from acip.hub import HUB_ID, snapshot
+from acip.hub import snapshot
 from acip.materialise import AnySize
 from acip.modeling_acip import MODEL_TYPE
 from acip.quantise import BEST, Kind, counted, kind_of, quantise_in_place
 from acip.recipe import Convention
+from acip.source import HUB_ID
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 IDLE_ARGUMENTS = (  # what transformers passes on to every model
