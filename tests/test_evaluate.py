@@ -289,13 +289,18 @@ class Counted(Measurement):
 def test_what_is_known_is_not_measured_again(any_size: AnySize, small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     known: dict[str, Part] = {}
     tokenizer, heard = small_artifact.tokenizer(), []
-    tokens, read_tokens = Text.tokens, []
+    read_tokens, texts = Text.tokens, list[Text]()
+
+    def tokens(text: Text, tokenizer: Any) -> list[torch.Tensor]:
+        texts.append(text)
+        return read_tokens(text, tokenizer)
+
     any_size.resize(0.5)
     first = evaluate(any_size, tokenizer, [Counted(), Samples(("It is",), 3)], known=known, say=lambda part: heard.append(part["kind"]))
     again = evaluate(any_size, tokenizer, [Counted(), Counted("b")], known=known, say=lambda part: heard.append(part["label"]))
-    monkeypatch.setattr(Text, "tokens", lambda self, tokenizer: read_tokens.append(1) or tokens(self, tokenizer))
+    monkeypatch.setattr(Text, "tokens", tokens)
     evaluate(any_size, tokenizer, [PerplexityOn(TEXT), DivergenceOn(TEXT), QuantisedOn(TEXT)])
-    assert len(read_tokens) == 1, "one text is read once"
+    assert texts == [TEXT], "it is read once"
     assert len(Counted.times) == 2 and heard == ["counted", "samples", "counted/b"]
     assert again["evaluation"][0] == first["evaluation"][0]
     assert metrics(again) == {"counted/a/one": 1.0, "counted/b/one": 1.0}

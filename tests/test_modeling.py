@@ -69,7 +69,8 @@ def test_wrong_sizes_and_places_are_told(small_artifact: Artifact, exported: Pat
     with pytest.raises(ArtifactError, match="not an artifact"):
         acip.from_pretrained(tmp_path)
     shutil.copyfile(small_artifact.folder / "config.json", tmp_path / "config.json")  # of an artifact whose writing was cut short
-    for load in (acip.from_pretrained, AutoModelForCausalLM.from_pretrained):
+    loads: tuple[Any, ...] = (acip.from_pretrained, AutoModelForCausalLM.from_pretrained)
+    for load in loads:
         with pytest.raises(ArtifactError, match=r"holds no manifest\.json"):
             load(tmp_path)
     with pytest.raises(AttributeError, match="has no attribute 'from_pretraind'"):
