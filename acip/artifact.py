@@ -21,7 +21,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ from acip.materialise import AnySize
 from acip.modeling_acip import MODEL_TYPE, base_config, classes, door
 from acip.reader import Reader
 from acip.recipe import Recipe
-from acip.source import Folder, Source
+from acip.source import Folder, Source, sha256
 from acip.tensors import TensorFile, digests
 
 SCHEMA = 4
@@ -53,6 +52,7 @@ READABLE = (3, SCHEMA)  # until 3, config.json was the base model's own
 DIGESTS = "digests"
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
+PIECE = 64 << 20  # bytes of a file in memory at once
 DIGESTED = ("factors", "dense", "rest", "order", "adapters")
 
 
@@ -137,8 +137,7 @@ class Artifact:
         folder = Path(folder)
         for file in self.manifest["files"]:
             if file not in (f"{changed}.safetensors" for changed in ("factors", "adapters", DIGESTS)):
-                (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self.local(file), folder / file)
+                self.copy(file, folder / file)
         changed = {}
         for name, rows in self.tensors("factors").read(list(self.tensors("factors").entries)).items():
             first = factors.get(name, rows[:0])
@@ -197,23 +196,31 @@ class Artifact:
                     f"{source.where}/{file} is {got:,} bytes; the manifest says {facts['bytes']:,} bytes. Fetch the artifact again."
                 )
             if verify:
-                _compare(file, source.read(file, [(0, got)])[0], facts, source.where)
+                for _ in _pieces(source, file, facts):
+                    pass
         return cls(folder, manifest, source)
 
     def local(self, file: str) -> Path:
         """A file of the artifact as a local file, its checksum compared where it had to be copied."""
         path = self.folder / file
         if not path.is_file():
-            facts = self.manifest["files"].get(file)
-            if facts is None:
-                raise ArtifactError(f"{self.source.where} has no {file}. Fetch the artifact again.")
-            (content,) = self.source.read(file, [(0, facts["bytes"])])
-            _compare(file, content, facts, self.source.where)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-            partial.write_bytes(content)
-            partial.replace(path)
+            self.copy(file, path)
         return path
+
+    def copy(self, file: str, path: Path) -> None:
+        """Write a file of the artifact to `path`, its checksum compared on the way."""
+        facts = self.manifest["files"].get(file)
+        if facts is None:
+            raise ArtifactError(f"{self.source.where} has no {file}. Fetch the artifact again.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            with partial.open("wb") as written:
+                for piece in _pieces(self.source, file, facts):
+                    written.write(piece)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def tensors(self, file: str) -> TensorFile:
         """One of the artifact's safetensors files, to be read in parts."""
@@ -233,9 +240,7 @@ class Artifact:
     @cached_property
     def _digests(self) -> dict[str, Tensor]:
         file = f"{DIGESTS}.safetensors"
-        (content,) = self.source.read(file, [(0, self.source.size(file))])
-        _compare(file, content, self.manifest["files"].get(file, {"bytes": 0, "sha256": ""}), self.source.where)
-        return load(bytes(content))
+        return load(b"".join(_pieces(self.source, file, self.manifest["files"].get(file, {"bytes": 0, "sha256": ""}))))
 
     @property
     def recipe(self) -> Recipe:
@@ -307,9 +312,15 @@ def _digests(folder: Path) -> Iterator[tuple[str, Tensor]]:
             yield f"{file}/{name}", digests(piece, entry)
 
 
-def _compare(file: str, content: memoryview, facts: Mapping[str, Any], where: str) -> None:
-    if len(content) != facts["bytes"] or hashlib.sha256(content).hexdigest() != facts["sha256"]:
-        raise ArtifactError(f"{where}/{file} is corrupted: its sha256 is not the manifest's. Fetch the artifact again.")
+def _pieces(source: Source, file: str, facts: Mapping[str, Any]) -> Iterator[memoryview]:
+    """A whole file, a piece in memory at a time; ArtifactError at its end where it is not what the manifest says."""
+    sha = hashlib.sha256()
+    for start in range(0, facts["bytes"], PIECE):
+        (piece,) = source.read(file, [(start, min(start + PIECE, facts["bytes"]))])
+        sha.update(piece)
+        yield piece
+    if sha.hexdigest() != facts["sha256"]:
+        raise ArtifactError(f"{source.where}/{file} is corrupted: its sha256 is not the manifest's. Fetch the artifact again.")
 
 
 def check(manifest: Any, where: str) -> None:
@@ -379,8 +390,3 @@ def _write_atomically(path: Path, content: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

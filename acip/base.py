@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from acip.errors import BaseModelError
 from acip.recipe import Dtype
+from acip.source import HUB_ID, REVISION
 
 
 @dataclass
@@ -54,7 +55,7 @@ def load_base(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = 
         where = source
         if not (Path(source) / "config.json").is_file():
             raise BaseModelError(f"folder {source!r} has no config.json; it is not a transformers model.")
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source):
+    elif re.fullmatch(HUB_ID + REVISION, source):
         where, _, revision = source.partition("@")
         if revision:
             kwargs["revision"] = revision

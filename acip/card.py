@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from acip.artifact import Artifact
-
-HUB_ID = r"[\w.-]+/[\w.-]+"
-
+from acip.source import HUB_ID, REVISION
 
 HEAD = ("library_name: transformers", "pipeline_tag: text-generation", "tags:")
 
@@ -99,7 +97,7 @@ def shown(source: str) -> str:
 
 
 def _is_hub_id(source: str) -> bool:
-    return re.fullmatch(HUB_ID + r"(@[\w./-]+)?", source) is not None and not Path(source.partition("@")[0]).exists()
+    return re.fullmatch(HUB_ID + REVISION, source) is not None and not Path(source.partition("@")[0]).exists()
 
 
 def _amount(amount: float, convention: str, unit: str) -> str:
@@ -146,7 +144,7 @@ def _curve(rows: list[dict[str, Any]], ratio: float | None, quantised: str | Non
     if not measured:
         return ["No trade-off curve was measured for this model."]
     first = measured[0]
-    known = [f"{first['corpus']}, held out"] if "corpus" in first else []
+    known = [f"{shown(first['corpus'])}, held out"] if "corpus" in first else []
     known += [f"{first['windows']} windows of {first['context']} tokens"] if {"windows", "context"} <= first.keys() else []
     table = ["Every size of the same calibration" + (f" ({'; '.join(known)})" if known else "") + ", before any quantisation:", ""]
     table += ["| asked | got | parameters | perplexity | |", "|---|---|---|---|---|"]

@@ -38,8 +38,8 @@ from torch import Tensor
 
 from acip.budget import ALL_BITS, MEGA, UNITS, Bits, Budget, Curve, Decoder, as_perplexity
 from acip.errors import BudgetError
+from acip.modeling_acip import BLOCK
 from acip.recipe import Storage
-from acip.rows import BLOCK
 
 PLACE = 8  # bytes of a row's place in the pivot form
 

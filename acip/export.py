@@ -14,6 +14,7 @@ It is written beside its place and renamed: a crash leaves no half export.
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -152,18 +153,23 @@ def free(folder: str | Path) -> Path:
         raise ArtifactError(f"{folder} is not a folder. Choose another place for the export.")
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     if there:
-        try:
-            earlier = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-            ours = {PROVENANCE, *earlier["files"]} if "acip_export" in earlier else None
-        except (OSError, ValueError, KeyError, TypeError):
-            ours = None
-        if ours is None:
+        ours = files_of(folder)
+        if not ours:
             raise ArtifactError(f"{folder} holds something that is not an earlier export; it is not overwritten. Choose another folder.")
         if there - ours:
             raise ArtifactError(
                 f"{folder} is an earlier export with files added to it ({_some(there - ours)}). Move them, or choose another."
             )
     return folder
+
+
+def files_of(folder: Path) -> set[str]:
+    """The files of the export in a folder, as it names them; none where it holds none."""
+    try:
+        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        return {PROVENANCE, *provenance["files"]} if "acip_export" in provenance else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _row(original: nn.Module, layer: nn.Module) -> dict[str, Any]:
@@ -204,28 +210,36 @@ def _check(folder: Path, tokenizer: Any, ends: list[int]) -> None:
 
 def _provenance(model: PreTrainedModel, cut: Cut, artifact: Artifact, folder: Path) -> dict[str, Any]:
     facts = {key: value for key, value in asdict(cut).items() if key != "ranks"}
+    manifest = public(artifact.manifest)
     return {
         "acip_export": SCHEMA,
-        "base": {**artifact.manifest["base"], "source": shown(artifact.manifest["base"]["source"])},
-        "recipe": artifact.manifest["recipe"],
-        "artifact": _without_paths(artifact.manifest.get("provenance", {})),
+        "base": manifest["base"],
+        "recipe": manifest["recipe"],
+        "artifact": manifest["provenance"],
         "size": {**facts, "unit": cut.unit},
         "quantise": model.config.acip["quantise"],
         "dtype": str(model.dtype).removeprefix("torch."),
         "storage": _forms(model.config.acip["layers"]),
         "weight_bytes": tensor_bytes(folder),
-        "curve": artifact.curve,
+        "curve": manifest["curve"],
         "packages": {name: _version(name) for name in ("acip-platform", "torch", "transformers", "safetensors")},
     }
 
 
+def public(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """An artifact's manifest as it may be published: it does not tell of this machine, or its store."""
+    base = manifest["base"]
+    told = _without_paths({"provenance": manifest.get("provenance", {}), "curve": manifest["curve"]})
+    return {**manifest, "base": {**base, "source": shown(base["source"])}, **told}
+
+
 def _without_paths(value: Any) -> Any:
-    """What is published does not tell of this machine: of a path, its last part."""
-    if isinstance(value, dict):
+    """Of a path, and of a URI that is not the web's, the last part."""
+    if isinstance(value, dict) and value.get("kind") != "samples":  # what models said stays as it is
         return {key: _without_paths(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_without_paths(inner) for inner in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    return Path(value).name if isinstance(value, str) and re.match(r"/|(?!https?:)[a-z0-9]+://", value) else value
 
 
 def tensor_bytes(folder: str | Path) -> int:

@@ -13,8 +13,8 @@ The result is an artifact again. Its removal order and its other rows are the ol
 may harm those far above it.
 
 In 4 bit (`Recipe.quantise`, paper 3.4) the kept directions and the dense layers are frozen in 4 bit, and the adapters, in 16 bit, make
-up for what that lost. Its artifact holds the sum, in the model's own dtype: what was trained. An export in 4 bit would round it once more,
-and as pivot rows: on SmolLM2 at 0.5 those lose 0.1 to 0.8 of a layer's weights in nf4, where the factors lose 0.13 to 0.16.
+up for what that lost. Its artifact holds the sum, in the model's own dtype: what was trained. An export in 4 bit rounds it once more, as
+factors (acip.quantise).
 
     any_size = artifact.load(size=0.5)
     recipe = tuning(artifact, 0.5, post_tune_steps=1000)
@@ -42,7 +42,7 @@ from acip.losses import Task, next_token
 from acip.materialise import AnySize
 from acip.modeling_acip import set_module
 from acip.recipe import Recipe
-from acip.rows import FourBitLinear, FourBitRows, Rows
+from acip.rows import FourBitLinear, Rows
 from acip.scores import ScoreMap
 from acip.state import CalibrationState, StepReport
 
@@ -65,6 +65,11 @@ def tuning(artifact: Artifact, size: float, **changes: Any) -> Recipe:
     recipe = Recipe.from_dict(changes, recipe)
     if recipe.post_tune_steps < 1:
         raise RecipeError(f"steps is {recipe.post_tune_steps}; a fine-tuning takes at least 1.")
+    if calibration.adapter_rows not in (0, recipe.adapter_rank):
+        raise RecipeError(
+            f"adapter_rank is {recipe.adapter_rank}; the adapters beside these layers go on from their calibration's, "
+            f"whose rank is {calibration.adapter_rank}. Leave it out."
+        )
     return recipe
 
 
@@ -146,7 +151,7 @@ def _dense(layer: ElasticLinear, recipe: Recipe) -> ElasticLinear:
 
 def _adapted(layer: ElasticLinear, recipe: Recipe) -> ElasticLinear:
     left, right = layer.left.read(layer.kept), layer.right.read(layer.kept)
-    beside, rank, R = layer.lead, layer.rank, recipe.adapter_rank
+    beside, rank, R, bits = layer.lead, layer.rank, recipe.adapter_rank, recipe.quantise
     (M, N), scale = (left.shape[1], right.shape[1]), recipe.adapter_alpha / R
     assert rank is not None
 
@@ -161,9 +166,6 @@ def _adapted(layer: ElasticLinear, recipe: Recipe) -> ElasticLinear:
     else:
         loras = {"right": lora(N, rank), "left": lora(rank, M)}
 
-    def rows(values: Tensor) -> Rows:
-        return Rows(values) if recipe.quantise == "none" else FourBitRows(values, recipe.quantise)
-
-    core = ElasticLinear(layer.original, rows(left[beside:]), rows(right[beside:]), loras)
+    core = ElasticLinear(layer.original, Rows.of(left[beside:], bits), Rows.of(right[beside:], bits), loras)
     core.set_rank(rank)
     return core

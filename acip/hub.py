@@ -1,23 +1,23 @@
 """Folders on the hub: exports of one size, and artifacts of every size. The token is the hub client's own (HF_TOKEN, `hf auth login`)."""
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from acip.artifact import MANIFEST, Artifact
+from acip.artifact import MANIFEST, Artifact, check
 from acip.card import artifact_card
 from acip.errors import ArtifactError, HubError
-from acip.export import PROVENANCE
+from acip.export import PROVENANCE, files_of, public
 
-HUB_ID = r"[\w.-]+/[\w.-]+"
-OURS = (PROVENANCE, MANIFEST)  # one of these is in every folder that is pushed
+CARD = "README.md"
 
 
 def push_to_hub(folder: str | Path, repository: str) -> str:
     """Put an export, or an artifact that `copy` wrote, into a repository as one commit; returns its address.
 
-    What was there of ours is replaced. HubError where something else is there, or the hub refuses.
+    An earlier one there is replaced. HubError where anything else is there, or the hub refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -27,7 +27,10 @@ def push_to_hub(folder: str | Path, repository: str) -> str:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         others = set(api.list_repo_files(repository)) - {".gitattributes"}
-        if others and not others & set(OURS):
+        if others & {PROVENANCE, MANIFEST}:  # any project may have a file of this name
+            earlier = Path(snapshot(repository, allow_patterns=[PROVENANCE, MANIFEST]))
+            others -= files_of(earlier) | _files_of(earlier)
+        if others:
             raise HubError(f"{repository} holds something else than a model of ours ({min(others)}); push to another repository.")
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Add {folder.name}", delete_patterns=["*"])
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
@@ -38,7 +41,10 @@ def push_to_hub(folder: str | Path, repository: str) -> str:
 
 
 def copy(artifact: Artifact, folder: str | Path) -> Path:
-    """Write an artifact, verified, with a model card, to `folder`, which is not there yet or empty. All of it is read."""
+    """Write an artifact, verified, with a model card, to `folder`, which is not there yet or empty. All of it is read.
+
+    It may be published: its manifest does not tell of this machine (`acip.export.public`).
+    """
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtifactError(f"{folder} is there already. Choose another place for the artifact.")
@@ -46,17 +52,26 @@ def copy(artifact: Artifact, folder: str | Path) -> Path:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         for file in artifact.manifest["files"]:
-            (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(artifact.local(file), partial / file)
-        (partial / "README.md").write_text(artifact_card(artifact, folder.name), encoding="utf-8")
-        Artifact.write_manifest(partial, artifact.manifest)
-        Artifact.open(partial, verify=True)
+            artifact.copy(file, partial / file)
+        (partial / CARD).write_text(artifact_card(artifact, folder.name), encoding="utf-8")
+        Artifact.write_manifest(partial, public(artifact.manifest))
+        Artifact.open(partial)
         partial.chmod(0o755)
         partial.replace(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return folder
+
+
+def _files_of(folder: Path) -> set[str]:
+    """The files of what `copy` wrote to a folder, as its manifest names them; none where there is no such manifest."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        check(manifest, str(folder))
+    except (OSError, ValueError):
+        return set()
+    return {MANIFEST, CARD, *manifest["files"]}
 
 
 def snapshot(repository: str, **hub: Any) -> str:

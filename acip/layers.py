@@ -1,8 +1,12 @@
 """The layers of a model: those that can be compressed, and those that are parametrised."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from acip.errors import BaseModelError
@@ -13,6 +17,17 @@ from acip.modeling_acip import weight_MN
 def targets(model: nn.Module) -> dict[str, SVDLinear | ElasticLinear]:
     """The parametrised layers of `model` by their dotted names, in the order of the model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SVDLinear | ElasticLinear)}
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Inside, these hooks are in force."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def find_linears(model: nn.Module, exclude: tuple[str, ...] = ()) -> dict[str, nn.Module]:

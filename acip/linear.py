@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from acip.modeling_acip import LowRankLinear, PivotLinear, plain_linear
 from acip.recipe import Quantise, Storage
-from acip.rows import FourBitLinear, FourBitRows, Rows, product
+from acip.rows import FourBitLinear, Rows, product
 
 ALL = slice(None)
 
@@ -142,13 +142,10 @@ class SVDLinear(Compressible):
         loras: dict[str, LoRA] | None = None,
         bits: Quantise = "none",
     ) -> None:
-        def rows(values: Tensor) -> Rows:
-            return Rows(values.contiguous()) if bits == "none" else FourBitRows(values, bits)
-
         device = W_MN.device
-        left_KM = rows(U_MK.T.to(W_MN.dtype))
+        left_KM = Rows.of(U_MK.T.to(W_MN.dtype), bits)
         rounded = bits != "none" or W_MN.dtype != torch.float32
-        right_KN = rows(coordinates(W_MN, left_KM.read(), refine=2 * rounded))
+        right_KN = Rows.of(coordinates(W_MN, left_KM.read(), refine=2 * rounded), bits)
         super().__init__(original if bits == "none" else FourBitLinear(original, W_MN, bits), left_KM, right_KN, loras)
         self.slope = 1 / mask_scale
         self.p = nn.Parameter(torch.full((U_MK.shape[1],), mask_scale, dtype=torch.float32, device=device))

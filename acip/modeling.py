@@ -18,18 +18,19 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from acip.artifact import MANIFEST, Artifact
+from acip.artifact import CONFIG, MANIFEST, Artifact
 from acip.budget import Budget
 from acip.cut import Cut
 from acip.errors import ArtifactError, BudgetError
 from acip.export import adopt, export, framed, free, sized, write
-from acip.hub import HUB_ID, snapshot
+from acip.hub import snapshot
 from acip.materialise import AnySize
 from acip.modeling_acip import MODEL_TYPE
 from acip.quantise import BEST, Kind, counted, kind_of, quantise_in_place
 from acip.recipe import Convention
+from acip.source import HUB_ID
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 IDLE_ARGUMENTS = (  # what transformers passes on to every model
@@ -58,13 +59,16 @@ def from_pretrained(
     folder = Path(url2pathname(urlparse(str(source)).path) if str(source).startswith("file://") else source)
     if not folder.exists() and re.fullmatch(HUB_ID, str(source)):
         folder = Path(snapshot(str(source)))
-    if not (folder / MANIFEST).is_file() and (folder / "config.json").is_file():
-        if size is not None or quantize is not None:
-            raise BudgetError(f"{folder} is a model of one size; another size or quantisation is made from its artifact. Leave them out.")
-        exported: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
-        if exported.config.to_dict().get("model_type") != MODEL_TYPE:
+    if not (folder / MANIFEST).is_file() and (folder / CONFIG).is_file():
+        fields, _ = PreTrainedConfig.get_config_dict(folder)
+        if fields.get("model_type") != MODEL_TYPE:
             raise ArtifactError(f"{folder} is neither an artifact nor an export of one. Calibrate it first (jobs/calibrate_all.py).")
-        return exported.to(device)  # type: ignore[arg-type]
+        layers = fields.get("acip")
+        if not (isinstance(layers, dict) and layers.get("artifact")):  # else an artifact that lacks its manifest
+            if size is not None or quantize is not None:
+                raise BudgetError(f"{folder} is a model of one size; another size is made from its artifact. Leave size and quantize out.")
+            exported: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+            return exported.to(device)  # type: ignore[arg-type]
     return _sized(Artifact.open(folder), budget, quantize, device)
 
 
@@ -152,9 +156,13 @@ class AnySizeModel:
     def resize(self, budget: Budget | float | str) -> "AnySizeModel":
         """The largest size within any budget. `cut` says what was got."""
         if self.any_size is None:
-            self._take(self.artifact.load(cast(Any, self).device, as_budget(budget)))
-        assert self.any_size is not None
-        self.cut = self.any_size.resize(as_budget(budget))
+            model = cast(PreTrainedModel, self)
+            any_size = self.artifact.load(model.device, as_budget(budget))
+            if any_size.model.dtype != model.dtype:  # as it was asked for when it was loaded
+                torch.nn.Module.to(any_size.model, model.dtype)
+            self._take(any_size)
+        else:
+            self.cut = self.any_size.resize(as_budget(budget))
         return self
 
     def compress(self) -> "AnySizeModel":

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from acip import shard
-from acip.layers import weight_MN
+from acip.layers import hooked, weight_MN
 
 Feed = Callable[[nn.Module, Tensor], Any]
 
@@ -61,15 +61,11 @@ def moments(
     """
     gathering = _Gathering(linears, Counter(calls), inputs_only)
     rank, size = shard.rank(), shard.workers()
-    handles = [gathering.hook(name, layer) for name, layer in linears.items()]
-    try:
+    with hooked(gathering.hook(name, layer) for name, layer in linears.items()):
         for batch in windows[rank::size].split(batch_size) if rank < len(windows) else ():
             gathering.start()
             with suppress(_Fed):
                 feed(model, batch.to(next(model.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
     sums, shares = gathering.sums, gathering.shares
     if size > 1:
         shares = {name: owner for part in shard.from_all(shares) for name, owner in part.items()}
@@ -158,12 +154,8 @@ def probe(
 
         return note
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in linears.items()]
-    try:
+    with hooked(layer.register_forward_pre_hook(hook(name)) for name, layer in linears.items()):
         feed(model, windows[:1].to(next(model.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
     return trace
 
 

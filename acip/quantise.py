@@ -11,14 +11,14 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
 from acip.budget import KIND_OF_BITS, Budget, Kind
 from acip.cut import Cut
 from acip.errors import ArtifactError, BudgetError
-from acip.modeling_acip import BLOCK, LowRankLinear, PivotLinear, QuantLinear, bias_of, plain_linear, set_module, swap_linears, weight_MN
+from acip.modeling_acip import LowRankLinear, PivotLinear, QuantLinear, bias_of, plain_linear, set_module, swap_linears, weight_MN
+from acip.rows import four_bit
 
 BEST: Literal["best"] = "best"  # of the bits in which a curve was measured
 BITS = {"nf4": 4, "fp4": 4, "int8": 8}
@@ -28,16 +28,14 @@ BITS = {"nf4": 4, "fp4": 4, "int8": 8}
 def quantised(layer: nn.Module, kind: str) -> QuantLinear:
     """A linear layer in 8 or 4 bit."""
     W_MN = weight_MN(layer).float()
-    (M, N), bias_M = W_MN.shape, bias_of(layer)
+    N, bias_M = W_MN.shape[1], bias_of(layer)
     if kind == "int8":
         absmax = W_MN.abs().amax(1, keepdim=True)
         return QuantLinear((W_MN * (127 / absmax.clamp_min(1e-30))).round().to(torch.int8), absmax, N, kind, bias_M)
     if not W_MN.numel():
         return QuantLinear.blank(layer, kind)
-    import bitsandbytes.functional as bnb
-
-    codes, state = bnb.quantize_4bit(F.pad(W_MN, (0, -N % BLOCK)).flatten(), blocksize=BLOCK, quant_type=kind)
-    return QuantLinear(codes.view(M, -1), state.absmax.view(M, -1), N, kind, bias_M)
+    codes, absmax, _ = four_bit(W_MN, kind)
+    return QuantLinear(codes, absmax, N, kind, bias_M)
 
 
 @torch.no_grad()

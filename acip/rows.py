@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acip.modeling_acip import one_row, onednn
+from acip.modeling_acip import BLOCK, one_row, onednn
+from acip.recipe import Quantise
 from acip.shard import read, settle, write
-
-BLOCK = 64  # numbers that share a scale in 4 bit
 
 
 def product(x: Tensor, W_MN: Tensor, bias_M: Tensor | None = None) -> Tensor:
@@ -30,6 +29,11 @@ class Rows(nn.Module):
     def __init__(self, values: Tensor) -> None:
         super().__init__()
         self.values = nn.Parameter(values, requires_grad=False)
+
+    @staticmethod
+    def of(values: Tensor, bits: Quantise) -> "Rows":
+        """A matrix [n, width], in 4 bit where `bits` says so."""
+        return Rows(values.contiguous()) if bits == "none" else FourBitRows(values, bits)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -62,16 +66,22 @@ class Rows(nn.Module):
             write(values, read(values).index_select(0, order))
 
 
+def four_bit(values: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix [n, width] in bitsandbytes' 4-bit formats, in blocks of 64 of a row: codes [n, bytes], scales [n, blocks], the 16 levels."""
+    padded = F.pad(values.float(), (0, -values.shape[1] % BLOCK))
+    codes, state = bnb.quantize_4bit(padded.flatten(), blocksize=BLOCK, quant_type=kind)
+    return codes.view(len(values), -1), state.absmax.view(len(values), -1), state.code
+
+
 class FourBitRows(Rows):
-    """Rows in bitsandbytes' 4-bit formats, in blocks of 64 of a row, dequantised where they are multiplied (paper 3.4, W4A16)."""
+    """Rows in 4 bit, dequantised where they are multiplied (paper 3.4, W4A16)."""
 
     def __init__(self, values: Tensor, kind: Literal["nf4", "fp4"]) -> None:
         self.width, self.kind, self._dtype = values.shape[1], kind, values.dtype
-        padded = F.pad(values.float(), (0, -self.width % BLOCK))
-        codes, state = bnb.quantize_4bit(padded.flatten(), blocksize=BLOCK, quant_type=kind)
-        super().__init__(codes.view(len(values), -1))
-        self.absmax = nn.Parameter(state.absmax.view(len(values), -1), requires_grad=False)
-        self.register_buffer("code", state.code, persistent=False)
+        codes, absmax, levels = four_bit(values, kind)
+        super().__init__(codes)
+        self.absmax = nn.Parameter(absmax, requires_grad=False)
+        self.register_buffer("code", levels, persistent=False)
         self.code: Tensor
 
     @property

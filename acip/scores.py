@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from acip.layers import hooked
 from acip.linear import SVDLinear
 
 
@@ -101,9 +102,5 @@ def fisher(cores: Mapping[str, SVDLinear]) -> Iterator[dict[str, Tensor]]:
 
         return forward
 
-    handles = [core.register_forward_hook(hook(name)) for name, core in cores.items()]
-    try:
+    with hooked(core.register_forward_hook(hook(name)) for name, core in cores.items()):
         yield scores
-    finally:
-        for handle in handles:
-            handle.remove()

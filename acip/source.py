@@ -4,6 +4,7 @@ A folder maps its files into memory, so that nothing is read before it is used. 
 platform's: they bring a `Source` of their own, whose bytes are compared with their checksums.
 """
 
+import hashlib
 import mmap
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from typing import Protocol
 from acip.errors import ArtifactError
 
 NORESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which the module doesn't name
+HUB_ID = r"[\w.-]+/[\w.-]+"  # a repository of the hub
+REVISION = r"(@[\w./-]+)?"  # of it
 Range = tuple[int, int]  # the first byte, and the one after the last
 
 
@@ -51,3 +54,8 @@ class Folder:
         except (OSError, ValueError) as error:
             raise ArtifactError(f"{self.folder / file} can't be read: {error}. Fetch the artifact again.") from error
         return [mapped[start:stop] for start, stop in ranges]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,5 @@
 """Every variable of a calibration: how it starts, turns from pruning to post-tuning, and is saved and loaded again."""
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from acip.linear import ElasticLinear, SVDLinear, sort_directions
 from acip.recipe import Recipe
 from acip.scores import ScoreMap
 from acip.sizes import live_ranks, sort_layers
+from acip.source import sha256
 
 FILES = "state.json", "state.safetensors"  # of a saved state
 SUMS = "sha256.json"  # their checksums, written last
@@ -141,7 +141,7 @@ class CalibrationState:
             "history": [asdict(r) for r in self.history],
         }
         (Path(folder) / "state.json").write_text(json.dumps(scalars))
-        sums = {name: _sha256(Path(folder) / name) for name in FILES}
+        sums = {name: sha256(Path(folder) / name) for name in FILES}
         (Path(folder) / SUMS).write_text(json.dumps(sums))
 
     def load(self, folder: Path, model: nn.Module, recipe: Recipe) -> None:
@@ -178,7 +178,7 @@ def damage(folder: Path) -> str | None:
     """What is wrong with the files of a saved state; None = they are as they were written."""
     try:
         sums = json.loads((folder / SUMS).read_text())
-        wrong = [name for name in FILES if _sha256(folder / name) != sums[name]]
+        wrong = [name for name in FILES if sha256(folder / name) != sums[name]]
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (ValueError, KeyError, TypeError) as error:
@@ -189,11 +189,6 @@ def damage(folder: Path) -> str | None:
 def history(folder: Path) -> list[StepReport]:
     """The steps of a saved state."""
     return [StepReport(**report) for report in json.loads((folder / "state.json").read_text())["history"]]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parameters(layers: Mapping[str, SVDLinear | ElasticLinear]) -> dict[str, nn.Parameter]:

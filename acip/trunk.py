@@ -18,7 +18,7 @@ from torch import nn
 from acip.calibrate import Batches, calibrate
 from acip.losses import Task, next_token
 from acip.recipe import Recipe
-from acip.state import CalibrationState, StepReport
+from acip.state import CalibrationState, StepReport, history
 
 LATER = ("stop_ratio", "post_tune", "post_tune_lr", "distill", "reset")  # what pruning reads only to stop, or never
 Keep = Callable[[list[float], CalibrationState], None]
@@ -55,7 +55,7 @@ def prune(
     """
     waiting = sorted(stop_ratios, reverse=True)
     if resume is not None:
-        reached = json.loads((Path(resume) / "state.json").read_text())["history"][-1]["size"]
+        reached = history(Path(resume))[-1].size
         waiting = [ratio for ratio in waiting if ratio < reached]
     if not waiting:
         return

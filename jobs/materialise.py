@@ -19,9 +19,9 @@ from typing import Any
 from acip_platform.settings import Settings, masked
 
 from acip.errors import AcipError
+from acip.source import HUB_ID
 
 KINDS = ("nf4", "fp4", "int8", "best")
-HUB_ID = r"[\w.-]+/[\w.-]+"
 
 
 def arguments() -> argparse.Namespace:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,17 @@ def test_what_is_not_whole_is_refused(small_artifact: Artifact, tmp_path: Path, 
     harm(folder)
     with pytest.raises(ArtifactError, match=says):
         Artifact.open(folder, verify=True)
+
+
+def test_a_file_is_copied_in_pieces_and_compared(small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("acip.artifact.PIECE", 1000)
+    file, target = "order.safetensors", tmp_path / "there" / "copy"
+    small_artifact.copy(file, target)
+    assert target.read_bytes() == (small_artifact.folder / file).read_bytes() and target.stat().st_size % 1000
+    facts = {**small_artifact.manifest["files"], file: {**small_artifact.manifest["files"][file], "sha256": "0" * 64}}
+    with pytest.raises(ArtifactError, match="is corrupted"):
+        replace(small_artifact, manifest={**small_artifact.manifest, "files": facts}).copy(file, tmp_path / "other")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there", "copy"], "and nothing of it is left"
 
 
 def test_a_table_that_does_not_fit_its_order_is_refused(small_artifact: Artifact, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The methods of the paper's table: each has the property that defines it, and all keep the same promises."""
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -11,10 +11,10 @@ from transformers import AlbertConfig, AlbertForMaskedLM, GPT2Config, GPT2LMHead
 
 from acip.base import Base, load_base
 from acip.baselines import METHODS, asvd, compress, covariance, dobi, method, svdllm
-from acip.baselines.factors import Factors, hooked, layers_at, on_inputs, stored, stored_at, swapped, uniform_ranks
+from acip.baselines.factors import Factors, layers_at, on_inputs, stored, stored_at, swapped, uniform_ranks
 from acip.errors import AcipError, BaseModelError, BudgetError, DataError, RecipeError
 from acip.evaluate import perplexity
-from acip.layers import find_linears, weight_MN
+from acip.layers import find_linears, hooked, weight_MN
 from acip.linear import LowRankLinear
 from acip.modeling_acip import plain_linear
 from acip.moments import feed_tokens, moments
@@ -311,6 +311,20 @@ def test_incremental_components_are_those_of_one_batch() -> None:
     torch.testing.assert_close(pca.s_k, s)
     torch.testing.assert_close(pca.mean_M, rows_nM.mean(0))
     torch.testing.assert_close((pca.V_kM @ Vh.T).abs(), torch.eye(9, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+def test_every_window_is_learned_from(base: Base, windows: Tensor) -> None:
+    """Those of a last batch that is not full, too."""
+    name, linear = next(iter(find_linears(base.model).items()))
+    place = dobi.Place(linear, T := 24)
+    assert place.windows > 1
+    few = windows[: place.windows + 1, :T]
+    other = torch.cat([few[:-1], windows[-1:, :T]])
+    found = [
+        dobi.rebuilt(base.model, {name: linear}, {name: place}, {name: 5.0}, {name: 8}, ids, lambda *_: None)[name].left
+        for ids in (few, other, few[:-1])
+    ]
+    assert not any(torch.allclose(a @ a.T, b @ b.T, atol=1e-4) for a, b in combinations(found, 2))
 
 
 def test_the_penalty_pulls_ranks_to_the_size(base: Base, windows: Tensor, linears: dict[str, nn.Module]) -> None:

@@ -24,6 +24,7 @@ from acip.evaluate import (
     Measurement,
     Part,
     PerplexityOn,
+    QuantisedOn,
     Samples,
     TaskScore,
     Text,
@@ -35,7 +36,8 @@ from acip.evaluate import (
     trade_off,
 )  # fmt: skip
 from acip.evaluate.divergence import distance
-from acip.evaluate.efficiency import flops, stored_bytes
+from acip.evaluate.efficiency import flops
+from acip.evaluate.rows import stored_bytes
 from acip.evaluate.tasks import PAPER, check, expand, find, harness
 from acip.export import tensor_bytes
 from acip.materialise import AnySize
@@ -284,18 +286,27 @@ class Counted(Measurement):
         return {"label": f"counted/{self.name}", "values": {"one": 1, "unknown": math.inf}}
 
 
-def test_what_is_known_is_not_measured_again(any_size: AnySize, small_artifact: Artifact) -> None:
+def test_what_is_known_is_not_measured_again(any_size: AnySize, small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     known: dict[str, Part] = {}
     tokenizer, heard = small_artifact.tokenizer(), []
+    read_tokens, texts = Text.tokens, list[Text]()
+
+    def tokens(text: Text, tokenizer: Any) -> list[torch.Tensor]:
+        texts.append(text)
+        return read_tokens(text, tokenizer)
+
     any_size.resize(0.5)
     first = evaluate(any_size, tokenizer, [Counted(), Samples(("It is",), 3)], known=known, say=lambda part: heard.append(part["kind"]))
     again = evaluate(any_size, tokenizer, [Counted(), Counted("b")], known=known, say=lambda part: heard.append(part["label"]))
+    monkeypatch.setattr(Text, "tokens", tokens)
+    evaluate(any_size, tokenizer, [PerplexityOn(TEXT), DivergenceOn(TEXT), QuantisedOn(TEXT)])
+    assert texts == [TEXT], "it is read once"
     assert len(Counted.times) == 2 and heard == ["counted", "samples", "counted/b"]
     assert again["evaluation"][0] == first["evaluation"][0]
     assert metrics(again) == {"counted/a/one": 1.0, "counted/b/one": 1.0}
     (sample,) = part(first, "samples")["samples"]
     assert sample["prompt"] == "It is" and len(sample["text"]) <= 3
-    assert (first["asked"], first["params"]) == (0.5, any_size.cut.params if any_size.cut else 0)
+    assert any_size.cut and (first["asked"], first["params"], first["bytes"]) == (0.5, any_size.cut.params, any_size.cut.bytes)
     assert json.loads(json.dumps(first)) == first
 
 

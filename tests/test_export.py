@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, pipeline
 from acip.artifact import Artifact
 from acip.errors import ArtifactError
 from acip.export import PROVENANCE, export, tensor_bytes
+from acip.hub import copy
 from acip.linear import LowRankLinear, PivotLinear
 from acip.materialise import AnySize
 from acip.modeling_acip import CODE
@@ -77,6 +78,31 @@ def test_what_is_in_the_folder(exported: Path, any_size: AnySize, small_artifact
     assert {"README.md", CODE, "model.safetensors", "tokenizer.json", "generation_config.json"} <= there
     assert not {path.name for path in exported.parent.iterdir()} - {exported.name}
     assert (exported / CODE).read_bytes() == (ROOT / "acip" / CODE).read_bytes(), "one copy of the code"
+
+
+def test_a_copy_tells_nothing_of_this_machine(small_artifact: Artifact, tmp_path: Path) -> None:
+    part = {"kind": "perplexity", "corpus": "/home/me/text.txt", "what": {"text": {"source": "/home/me/text.txt"}}}
+    said = {"kind": "samples", "samples": [{"prompt": "Where?", "text": "/etc is a folder"}]}
+    manifest = {
+        **small_artifact.manifest,
+        "provenance": {
+            "job": {"base": "/models/llama", "data": "file:///home/me/text.txt", "eval_data": "package:austen"},
+            "checkpoint": "s3://bucket/runs/7", "finetuned": {"uri": "s3://bucket/a/small", "code": "https://example.org/code"},
+        },
+        "curve": [{"got": 1.0, "loss": 2.0, "corpus": "/home/me/text.txt", "evaluation": [part, said]}],
+    }  # fmt: skip
+    copied = Artifact.open(copy(replace(small_artifact, manifest=manifest), tmp_path / "copy"), verify=True)
+    assert copied.manifest["base"] == {**manifest["base"], "source": Path(manifest["base"]["source"]).name}
+    assert copied.manifest["provenance"] == {
+        "job": {"base": "llama", "data": "text.txt", "eval_data": "package:austen"},
+        "checkpoint": "7", "finetuned": {"uri": "small", "code": "https://example.org/code"},
+    }  # fmt: skip
+    (row,) = copied.curve
+    assert row["corpus"] == row["evaluation"][0]["corpus"] == row["evaluation"][0]["what"]["text"]["source"] == "text.txt"
+    assert row["evaluation"][1] == said
+    for path in copied.folder.iterdir():
+        for told in (str(small_artifact.folder.parent), str(Path(manifest["base"]["source"]).parent), "/home/me", "s3://"):
+            assert told.encode() not in path.read_bytes()
 
 
 def test_the_card(small_artifact: Artifact, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_other_ways_to_tune(
         torch.testing.assert_close(layer.folded(layer.rank), trained.folded(layer.rank), rtol=0, atol=1e-6)
 
 
-def test_refusals(small_artifact: Artifact, golden_tokens: torch.Tensor) -> None:
+def test_refusals(small_artifact: Artifact, literal_artifact: Artifact, golden_tokens: torch.Tensor) -> None:
     for size, error, says in (
         (1.0, BudgetError, "there is nothing to tune"),
         (0.001, BudgetError, "can't be reached: the smallest is"),
@@ -197,6 +197,8 @@ def test_refusals(small_artifact: Artifact, golden_tokens: torch.Tensor) -> None
         tuning(small_artifact, SIZE, post_tune_steps=0)
     with pytest.raises(RecipeError, match="did you mean 'distill'"):
         tuning(small_artifact, SIZE, distil=1.0)
+    with pytest.raises(RecipeError, match=r"adapter_rank is 64; the adapters .* whose rank is"):
+        tuning(literal_artifact, 0.8, adapter_rank=64)
     any_size, recipe = prepared(small_artifact, lr=1e12)
     with pytest.raises(CalibrationError, match="diverged"):
         finetune(any_size, scores_of(small_artifact), TokenBatches(golden_tokens, 4), recipe)

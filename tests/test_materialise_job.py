@@ -1,6 +1,7 @@
 """`python jobs/materialise.py`: an artifact by name, path or URI becomes a folder of one size, or an error that helps."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,9 +116,22 @@ def test_the_command_pushes(command: Command, small_artifact: Artifact, tmp_path
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda _, **kwargs: calls.append(kwargs["repo_id"]))
     code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "out", "--push", "me/small")
     assert code == 0 and calls == [("me/small", {"exist_ok": True}), "me/small"] and "https://huggingface.co/me/small" in said
-    held.append("thesis.tex")
-    code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "out", "--push", "me/small")
-    assert code == 1 and "holds something else than a model of ours (thesis.tex)" in said
+    there = tmp_path / "there"  # what the hub's client has downloaded of it
+    there.mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kwargs: str(there))
+    shutil.copyfile(tmp_path / "out" / PROVENANCE, there / PROVENANCE)
+    ours = [path.name for path in (tmp_path / "out").iterdir()]
+    (there / "manifest.json").write_text('{"name": "an app", "version": "1.0"}')
+    for files, says in (
+        ([".gitattributes", *ours], None),
+        (["thesis.tex"], "thesis.tex"),
+        ([*ours, "thesis.tex"], "thesis.tex"),
+        (["manifest.json", "app.js"], "app.js"),
+    ):
+        held[:] = files
+        code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "out", "--push", "me/small")
+        assert (code, calls.count("me/small")) == ((0, 2) if says is None else (1, 2)), said
+        assert says is None or f"holds something else than a model of ours ({says})" in said
     monkeypatch.undo()
 
 
@@ -126,7 +140,9 @@ def test_the_command_copies_and_pushes_the_artifact_itself(
 ) -> None:
     pushed: dict[str, set[str]] = {}
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda _, name, **kwargs: None)
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda _, name: [".gitattributes", "manifest.json", "x.safetensors"])
+    held = [".gitattributes", "manifest.json", *small_artifact.manifest["files"]]
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda _, name: held)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kwargs: str(small_artifact.folder))
 
     def upload(_: Any, *, repo_id: str, folder_path: Path, **kwargs: Any) -> None:
         pushed[repo_id] = {path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*") if path.is_file()}
@@ -136,7 +152,9 @@ def test_the_command_copies_and_pushes_the_artifact_itself(
     assert code == 0 and "https://huggingface.co/me/any" in said
     assert pushed == {"me/any": {"manifest.json", "README.md", *small_artifact.manifest["files"]}}
     copied = Artifact.open(tmp_path / "all", verify=True)
-    assert copied.manifest == small_artifact.manifest and copied.load(size=0.5).cut is not None
+    base = small_artifact.manifest["base"]
+    assert copied.manifest == {**small_artifact.manifest, "base": {**base, "source": Path(base["source"]).name}}
+    assert copied.load(size=0.5).cut is not None
     card = (tmp_path / "all" / "README.md").read_text()
     assert "library_name: transformers" in card and "prune_model_by_score" in card and str(tmp_path) not in card
     code, said = command(small_artifact.folder, "--size", "any", "--out", tmp_path / "all")

@@ -65,9 +65,14 @@ def test_wrong_sizes_and_places_are_told(small_artifact: Artifact, exported: Pat
     with pytest.raises(BudgetError, match="is a model of one size"):
         acip.from_pretrained(exported, size=0.5)
     with pytest.raises(ArtifactError, match="neither an artifact nor an export"):
-        acip.from_pretrained(small_base)
+        acip.from_pretrained(small_base, size=0.5)
     with pytest.raises(ArtifactError, match="not an artifact"):
         acip.from_pretrained(tmp_path)
+    shutil.copyfile(small_artifact.folder / "config.json", tmp_path / "config.json")  # of an artifact whose writing was cut short
+    loads: tuple[Any, ...] = (acip.from_pretrained, AutoModelForCausalLM.from_pretrained)
+    for load in loads:
+        with pytest.raises(ArtifactError, match=r"holds no manifest\.json"):
+            load(tmp_path)
     with pytest.raises(AttributeError, match="has no attribute 'from_pretraind'"):
         acip.from_pretraind  # noqa: B018
 
@@ -82,7 +87,10 @@ def test_transformers_loads_an_artifact(small_artifact: Artifact, heldout_tokens
     straight: Any = AutoModelForCausalLM.from_pretrained(folder, size=0.5, device_map="cpu", attn_implementation="eager")
     assert straight.config._attn_implementation == "eager"
     assert (logits(straight, tokens) - half).abs().max() < 1e-4
-    assert AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).dtype == torch.float64
+    precise: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, size=0.5)
+    found = logits(precise, tokens)
+    again = precise.compress().resize(0.5)
+    assert found.dtype == again.dtype == torch.float64 and torch.equal(logits(again, tokens), found), "what was asked for stays"
     said = pipeline("text-generation", str(folder), tokenizer=small_artifact.tokenizer())("The", max_new_tokens=3)
     assert said[0]["generated_text"].startswith("The")
     with pytest.raises(ArtifactError, match=r"quantization_config: an artifact is loaded with size"):

@@ -11,12 +11,13 @@ from acip.artifact import Artifact
 from acip.budget import Budget, Curve
 from acip.errors import ArtifactError
 from acip.evaluate import PerplexityOn, QuantisedOn, Text, evaluate, extended, perplexity
+from acip.evaluate.rows import size_facts
 from acip.export import export, sized, tensor_bytes
 from acip.linear import LowRankLinear, PivotLinear
 from acip.materialise import AnySize
 from acip.modeling_acip import QuantLinear, plain_linear
 from acip.quantise import quantised as as_quantised
-from acip.quantise import spread
+from acip.quantise import rounded, spread
 from tests.conftest import logits, read
 
 
@@ -29,6 +30,8 @@ def test_a_quantised_export_is_close_and_as_small_as_counted(
     export(any_size, small_artifact, tmp_path / "out", kind=kind)
     assert cut.bytes is not None and tensor_bytes(tmp_path / "out") == cut.bytes <= most
     loaded = read(tmp_path / "out")
+    whole = sum(p.numel() for p in rounded(sized(any_size, kind)).parameters())
+    assert size_facts(loaded) == {"params": whole, "bytes": cut.bytes}
     exact = logits(any_size.materialise(), heldout_tokens[:4])
     assert (logits(loaded, heldout_tokens[:4]) - exact).norm() < near * exact.norm()
     assert LowRankLinear in {type(loaded.get_submodule(name)) for name in cut.ranks} <= {LowRankLinear, QuantLinear}

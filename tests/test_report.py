@@ -38,7 +38,7 @@ def make(small_artifact: Artifact, tmp_path: Path) -> Make:
             said = [{"prompt": prompt, "text": f"{text} at {asked}"} for prompt in PROMPTS]
             parts = [{"kind": "samples", "label": "samples", "key": "s", "values": {}, "samples": said}, *more.get("parts", [])]
             rows.append({
-                "asked": asked, "got": cut.sizes["linear"], "params": cut.params, "bytes": 4 * cut.params, "loss": loss, "stderr": 0.01,
+                "asked": asked, "got": cut.sizes["linear"], "params": cut.params, "bytes": cut.bytes, "loss": loss, "stderr": 0.01,
                 "perplexity": math.exp(loss), "corpus": more.get("corpus", "held-out"), "context": 64, "windows": 8,
                 "extrapolated": asked < 0.5, "evaluation": parts,
             })  # fmt: skip
@@ -100,7 +100,7 @@ def test_the_numbers_are_the_artifacts(
 
     content = json.loads(out.with_suffix(".json").read_text())
     (model,) = content["models"]
-    assert [{key: row[key] for key in row if key not in ("weight_bytes", "memory_bytes")} for row in model["curve"]] == [
+    assert [{key: row[key] for key in row if key != "memory_bytes"} for row in model["curve"]] == [
         {key: value for key, value in row.items() if key != "evaluation"} for row in artifact.curve
     ]
     assert model["area"] == pytest.approx(area(artifact.curve))

@@ -29,7 +29,7 @@ from acip.baselines.factors import (
     allowed,
     blocks_of,
     each,
-    hooked,
+    feed,
     layers_at,
     on_inputs,
     refuse_idle,
@@ -38,9 +38,8 @@ from acip.baselines.factors import (
     uniform_ranks,
 )
 from acip.errors import BudgetError, RecipeError
-from acip.layers import find_linears, weight_MN
+from acip.layers import find_linears, hooked, weight_MN
 from acip.losses import next_token
-from acip.moments import feed_tokens
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -92,8 +91,7 @@ def scales(model: nn.Module, linears: Mapping[str, nn.Module], windows: Tensor, 
         sums[name] = sums.get(name, 0) + x_SN.float().abs().mean(0)
 
     with hooked(on_inputs(linears, see)):
-        for window in windows.split(1):
-            feed_tokens(model, window.long().to(next(model.parameters()).device))
+        feed(model, windows)
     refuse_idle(linears, sums)
     return {name: total**alpha + 1e-6 for name, total in sums.items()}
 

@@ -19,13 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acip.base import Base
-from acip.baselines.factors import Factors, Progress, hooked, layers_at, on_inputs, shape_of, swapped, uniform_ranks
+from acip.baselines.factors import Factors, Progress, feed, layers_at, on_inputs, shape_of, swapped, uniform_ranks
 from acip.bases import bases
 from acip.cut import Budget, CutTable
 from acip.errors import RecipeError
-from acip.layers import find_linears, weight_MN
+from acip.layers import find_linears, hooked, weight_MN
 from acip.linear import coordinates
-from acip.moments import feed_tokens
 from acip.recipe import Recipe
 
 
@@ -50,7 +49,6 @@ def run(
         W_MN = weight_MN(linears[name])
         left_KM = directions_KM.to(W_MN.dtype)
         factors[name] = Factors.of(linears[name], left_KM.T, coordinates(W_MN, left_KM, refine=2))
-    factors = {name: factors[name] for name in linears}
     energy = energies(model, linears, factors, windows[:sample_windows]) if allocation == "global" else {}
     for size in sizes:
         ranks = uniform_ranks(linears, size)
@@ -69,8 +67,7 @@ def energies(model: nn.Module, linears: Mapping[str, nn.Module], factors: Mappin
         sums[name] = sums.get(name, 0) + F.linear(x_SN, factors[name].right).float().square().sum(0)
 
     with hooked(on_inputs(linears, see)):
-        for window in windows.split(1):
-            feed_tokens(model, window.long().to(next(model.parameters()).device))
+        feed(model, windows)
     return {name: sums[name].cpu() for name in linears}
 
 

@@ -29,13 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from acip.base import Base
-from acip.baselines.factors import Factors, Progress, allowed, hooked, layers_at, refuse_idle, stored_at, swapped, uniform_ranks
+from acip.baselines.factors import Factors, Progress, allowed, feed, layers_at, refuse_idle, stored_at, swapped, uniform_ranks
 from acip.data import TokenBatches
 from acip.errors import CalibrationError, DataError, RecipeError
-from acip.layers import find_linears, weight_MN
+from acip.layers import find_linears, hooked, weight_MN
 from acip.losses import next_token
 from acip.modeling_acip import bias_of
-from acip.moments import feed_tokens
 
 BETA = 10.0  # steepness of the gate
 BESIDE = 5  # directions computed beyond gamma, where the gate is closed
@@ -289,7 +288,6 @@ def rebuilt(
     progress: Progress,
 ) -> dict[str, Factors]:
     """Each layer projected on the components of its truncated outputs' right singular vectors, as the truncated model has them."""
-    device = next(model.parameters()).device
     pca = {name: IncrementalPCA(rank) for name, rank in ranks.items() if rank is not None}
     waiting: dict[str, list[Tensor]] = {name: [] for name in pca}
 
@@ -310,9 +308,10 @@ def rebuilt(
         return truncate
 
     with hooked(linears[name].register_forward_hook(hook(name)) for name in pca):
-        for i, window in enumerate(windows.split(1)):
-            feed_tokens(model, window.long().to(device))
-            progress("components", i + 1, len(windows))
+        feed(model, windows, lambda done, total: progress("components", done, total))
+    for name, rest in waiting.items():
+        if rest and pca[name].seen:  # a batch that is not full is too small to begin with
+            pca[name].fit(torch.cat(rest))
     refuse_idle(pca_layers := {name: linears[name] for name in pca}, [name for name in pca if pca[name].seen])
     factors: dict[str, Factors] = {}
     for name, linear in pca_layers.items():

@@ -23,6 +23,7 @@ from acip.errors import BaseModelError, BudgetError
 from acip.layers import weight_MN
 from acip.linear import LowRankLinear
 from acip.modeling_acip import bias_of, set_module
+from acip.moments import feed_tokens
 from acip.threads import one_thread_each
 
 T = TypeVar("T")
@@ -107,17 +108,6 @@ def layers_at(linears: Mapping[str, nn.Module], factors: Mapping[str, Factors], 
     return {name: linear if (rank := ranks[name]) is None else factors[name].at(linear, rank) for name, linear in linears.items()}
 
 
-@contextmanager
-def hooked(handles: Iterable[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
-    """Inside, these hooks are in force."""
-    handles = list(handles)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def on_inputs(linears: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> list[torch.utils.hooks.RemovableHandle]:
     """Hooks that show `see(name, x_SN)` what each layer is fed, all of its tokens in rows."""
 
@@ -125,6 +115,14 @@ def on_inputs(linears: Mapping[str, nn.Module], see: Callable[[str, Tensor], Non
         return lambda _layer, args: see(name, args[0].detach().flatten(0, -2))
 
     return [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+
+
+def feed(model: nn.Module, windows: Tensor, told: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Run the model on one window after the other."""
+    device = next(model.parameters()).device
+    for i, window in enumerate(windows.split(1)):
+        feed_tokens(model, window.long().to(device))
+        told(i + 1, len(windows))
 
 
 def each(linears: Mapping[str, nn.Module], solve: Callable[[str, nn.Module], T]) -> Iterator[tuple[str, T]]:

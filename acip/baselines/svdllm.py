@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from acip.base import Base
-from acip.baselines.factors import Factors, Progress, blocks_of, each, hooked, layers_at, refuse_idle, swapped, uniform_ranks
+from acip.baselines.factors import Factors, Progress, blocks_of, each, layers_at, refuse_idle, swapped, uniform_ranks
 from acip.data import TokenBatches
 from acip.errors import CalibrationError, RecipeError
-from acip.layers import find_linears, weight_MN
+from acip.layers import find_linears, hooked, weight_MN
 from acip.linear import LoRA, LowRankLinear
 from acip.losses import next_token
 from acip.modeling_acip import bias_of, set_module

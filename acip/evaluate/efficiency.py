@@ -18,11 +18,11 @@ from typing import Any, ClassVar
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from acip.errors import EvaluationError
-from acip.evaluate.rows import Measurement, Part, Subject
+from acip.evaluate.rows import Measurement, Part, Subject, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,6 @@ class Efficiency(Measurement):
             values["peak_memory_bytes"] = weights + peak[0]
         facts = {"device": device_name(model.device), "threads": torch.get_num_threads(), "dtype": str(model.dtype).removeprefix("torch.")}
         return {"label": self.kind, "values": values, **facts}
-
-
-def stored_bytes(model: nn.Module) -> int:
-    """Bytes of the tensors that the model saves, a tied one once."""
-    saved = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
-    return sum(tensor.numel() * tensor.itemsize for tensor in saved.values())
 
 
 def decode(model: Any, prompt_BT: Tensor, new_tokens: int) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from acip.budget import QUANTISED
+from acip.budget import QUANTISED, as_perplexity
 from acip.errors import EvaluationError
 from acip.evaluate.rows import Measurement, Part, Subject, label
 from acip.evaluate.text import Text, content
@@ -29,7 +29,11 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        return as_perplexity(self.loss)
+
+    @property
+    def values(self) -> dict[str, float]:
+        return {"perplexity": self.perplexity, "loss_nats": self.loss, "loss_stderr_nats": self.stderr}
 
 
 @torch.no_grad()
@@ -71,7 +75,9 @@ class OnText(Measurement):
         most = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
         if most is not None and self.text.context > most:
             raise EvaluationError(f"context is {self.text.context}; this model knows {most} positions. Give a smaller context.")
-        return self.text.tokens(subject.tokenizer)
+        if self.text not in subject.windows:
+            subject.windows[self.text] = self.text.tokens(subject.tokenizer)
+        return subject.windows[self.text]
 
     def facts(self, windows: int) -> Part:
         text = self.text
@@ -86,8 +92,7 @@ class PerplexityOn(OnText):
 
     def measure(self, subject: Subject) -> Part:
         found = perplexity(subject.model, self.windows(subject))
-        values = {"perplexity": found.perplexity, "loss_nats": found.loss, "loss_stderr_nats": found.stderr}
-        return {**self.facts(found.windows), "values": values}
+        return {**self.facts(found.windows), "values": found.values}
 
 
 @dataclass(frozen=True)
@@ -103,5 +108,4 @@ class QuantisedOn(OnText):
         model = rounded(sized(subject.any_size, self.quantise))
         found = perplexity(model, self.windows(subject))
         facts = self.facts(found.windows)
-        values = {"perplexity": found.perplexity, "loss_nats": found.loss, "loss_stderr_nats": found.stderr}
-        return {**facts, "label": f"{facts['label']}_{self.quantise}", "quantise": self.quantise, "values": values}
+        return {**facts, "label": f"{facts['label']}_{self.quantise}", "quantise": self.quantise, "values": found.values}

@@ -14,17 +14,19 @@ import math
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from acip.errors import EvaluationError
+from acip.evaluate.text import Text
 from acip.losses import as_base
 from acip.materialise import AnySize
+from acip.modeling_acip import QuantLinear
 
 Part = dict[str, Any]
 
@@ -45,6 +47,7 @@ class Subject:
     tokenizer: Any
     any_size: AnySize | None = None
     reference: PreTrainedModel | None = None  # of KL, where `model` is not of any size
+    windows: dict[Text, list[Tensor]] = field(default_factory=dict)  # of tokens, once they are read
 
     @contextmanager
     def base(self) -> Iterator[nn.Module]:
@@ -80,7 +83,11 @@ class Measurement(ABC):
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+        return key_of(self.identity())
+
+
+def key_of(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def evaluate(
@@ -101,10 +108,10 @@ def evaluate(
     subject.model.eval()
     parts = []
     for measurement in what:
-        key = measurement.key
+        identity = json.loads(json.dumps(measurement.identity()))  # as it is read back
+        key = key_of(identity)
         if key not in parts_by_key:
             began = time.perf_counter()
-            identity = json.loads(json.dumps(measurement.identity()))  # as it is read back
             part = {"kind": measurement.kind, "key": key, "what": identity, **measurement.measure(subject)}
             parts_by_key[key] = part | {"seconds": round(time.perf_counter() - began, 3)}
             say(parts_by_key[key])
@@ -114,10 +121,14 @@ def evaluate(
 
 
 def size_facts(model: PreTrainedModel | AnySize) -> dict[str, Any]:
-    """How large a model is, as every row of a trade-off curve says it."""
+    """How large a model is, as every row of a trade-off curve says it.
+
+    Bytes are those that are saved; None of an AnySize before it is an artifact. A quantised matrix [M, N] is M N parameters.
+    """
     if not isinstance(model, AnySize):
-        tensors = {id(p): p for p in model.parameters()}.values()
-        return {"params": sum(p.numel() for p in tensors), "bytes": sum(p.numel() * p.itemsize for p in tensors)}
+        matrices = (layer for layer in model.modules() if isinstance(layer, QuantLinear))  # their codes are no parameters
+        params = sum(p.numel() for p in model.parameters()) + sum(layer.out_features * layer.in_features for layer in matrices)
+        return {"params": params, "bytes": stored_bytes(model)}
     cut = model.cut
     assert cut is not None, "resize first"
     return {
@@ -127,8 +138,14 @@ def size_facts(model: PreTrainedModel | AnySize) -> dict[str, Any]:
         "got_paper": cut.sizes["paper"],
         "got_model": cut.sizes["model"],
         "params": cut.params,
-        "bytes": cut.params * model.model.dtype.itemsize,
+        "bytes": cut.bytes,
     }
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors that the model saves, a tied one once."""
+    saved = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+    return sum(tensor.numel() * tensor.itemsize for tensor in saved.values())
 
 
 def metrics(row: dict[str, Any]) -> dict[str, float]:

@@ -20,10 +20,10 @@ from markupsafe import Markup
 
 from acip.area import area
 from acip.artifact import Artifact
-from acip.budget import Budget, as_perplexity
+from acip.budget import as_perplexity
 from acip.card import licence_of, shown
 from acip.cut import CutTable
-from acip.errors import AcipError, BudgetError
+from acip.errors import AcipError
 from acip.evaluate import Samples
 from acip.recipe import nearest
 from acip_platform import figures
@@ -118,14 +118,10 @@ def _model(subject: Subject) -> dict[str, Any]:
 
 
 def _row(row: Mapping[str, Any], table: CutTable) -> dict[str, Any]:
-    """A row of the curve, with the bytes of its plain model's weights, and what serving it takes in memory (computed)."""
-    try:
-        weights = table.cut(Budget(ratio=row["asked"])).bytes
-    except BudgetError:
-        weights = None
-    decoder = table.decoder
+    """A row of the curve, with what serving it takes in memory (computed)."""
+    decoder, weights = table.decoder, row["bytes"]
     memory = None if weights is None or decoder is None else weights + decoder.cache(CONTEXT, 1) + decoder.overhead(1)
-    return {key: value for key, value in row.items() if key != "evaluation"} | {"weight_bytes": weights, "memory_bytes": memory}
+    return {key: value for key, value in row.items() if key != "evaluation"} | {"memory_bytes": memory}
 
 
 def _measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
