@@ -53,7 +53,7 @@ def _export(settings: Settings, work: Work, folder: Path) -> dict[str, Any]:
     from acip.export import PROVENANCE, export
     from acip_platform.store import Store
 
-    store = Store(settings.store, settings.home / "cache")
+    store = Store.of(settings)
     artifact = store.open(work.artifact)
     any_size = artifact.load(size=work.budget)
     if any_size.cut is None or any_size.cut.removed != work.removed:

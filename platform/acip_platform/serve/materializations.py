@@ -79,7 +79,7 @@ class Materializations:
 
     def __init__(self, settings: Settings, at_once: int = 1, num_cpus: float = 1, max_queued: int = 16, keep: int = 1000) -> None:
         self.settings, self.keep, self.most = settings, keep, at_once + max_queued
-        self.store = Store(settings.store, settings.home / "cache")
+        self.store = Store.of(settings)
         self.task: Any = ray.remote(num_cpus=num_cpus, max_retries=0)(export_task)
         self._turns, self._looking, self._looked = asyncio.Semaphore(at_once), asyncio.Lock(), -LOOK_EVERY_S
         self._records: dict[str, Record] = {}

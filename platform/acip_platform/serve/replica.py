@@ -45,7 +45,7 @@ class EngineReplica:
         self.engine = Engine(timeout_s)
         self.recorder = Recorder(self.engine, self.settings.home / "cache" / "recorded")
         limit = int(memory_gb * 1e9) if memory_gb else int(SHARE * _free(device))
-        store = Store(self.settings.store, self.settings.home / "cache")
+        store = Store.of(self.settings)
         self.models = Models(self.engine, store, device, limit, self.recorder.add)
         self.failed: dict[str, str] = {}  # model -> why it can't be loaded
         self.warm = False
