@@ -238,6 +238,20 @@ def open_to_strangers(manifests: list[Manifest]) -> list[str]:
     return complaints
 
 
+def cut_short(manifests: list[Manifest]) -> list[str]:
+    """Ray's nodes that are killed before they are done with leaving, or leave earlier than they may."""
+    complaints = []
+    for manifest in manifests:
+        for pod in pods(manifest):
+            if (grace_s := pod["spec"].get("terminationGracePeriodSeconds")) is None:
+                continue
+            env = {each["name"]: each.get("value") for each in pod["spec"]["containers"][0].get("env", ())}
+            drain_s = float(env.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S") or 30)
+            if not grace_s / 2 < drain_s < grace_s:
+                complaints.append(f"{manifest['metadata']['name']}: {drain_s:g} s of {grace_s} to leave")
+    return complaints
+
+
 CHECKS = (
     invalid,
     unlike_serve_yaml,
@@ -248,6 +262,7 @@ CHECKS = (
     unreachable,
     without_token,
     open_to_strangers,
+    cut_short,
 )
 
 
@@ -295,6 +310,7 @@ PLANTED: dict[str, tuple[Callable[[list[Manifest]], list[str]], Callable[[list[M
     "a policy forgotten": (unreachable, lambda m: m.remove(the(m, "NetworkPolicy", "postgres"))),
     "a port that has changed": (unreachable, lambda m: at(m, "Service", "storage", "spec", "ports", 0).update(port=9000)),
     "no token": (without_token, lambda m: at(m, *CLUSTER).pop("authOptions")),
+    "less time than leaving takes": (cut_short, lambda m: at(m, *WORKERS, "template", "spec").update(terminationGracePeriodSeconds=60)),
     "a policy for all": (
         open_to_strangers,
         lambda m: at(m, "NetworkPolicy", "mlflow", "spec", "ingress", 0).update({"from": [{"namespaceSelector": {}}]}),
