@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 from acip_platform.settings import Settings
@@ -101,6 +102,14 @@ def test_the_screens(first: subprocess.CompletedProcess[str], place: Place) -> N
     assert "1 of 1 models are there" in out
     assert "jobs/serve.py" in out
     assert "\x1b[" not in out.split("acip: fleet")[1].split("ask at 0.6")[0], "control characters off a terminal"
+
+
+def test_its_ray_listens_to_this_machine_alone(first: subprocess.CompletedProcess[str], place: Place) -> None:
+    """It has no token."""
+    family = psutil.Process(int((place.home / "ray.pid").read_text())).children(recursive=True)
+    heard = {each.laddr.ip for process in family for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+    assert heard
+    assert heard <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def test_a_second_run_repeats_nothing(first: subprocess.CompletedProcess[str], place: Place) -> None:

@@ -52,6 +52,8 @@ def connect(settings: Settings, log_to_driver: bool = False) -> Cluster:
     if address == "local" or not (address or _answers(_noted_by_ray_start())):
         _token_of_our_own()
         return _cluster(True, ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, **common))
+    if _noted_by_ray_start().startswith("127.0.0.1:"):
+        ray_constants.ENABLE_RAY_CLUSTER = False  # it listens there alone (infra/demo); Ray would ask at this machine's other address
     where = f"RAY_ADDRESS={address}" if address else "the cluster that `ray start` left here"
     remedy = "Start that cluster, or unset RAY_ADDRESS to use a local one."
     if address and address != "auto" and "://" not in address and not _answers(address):
