@@ -123,7 +123,8 @@ def evaluate(
 def size_facts(model: PreTrainedModel | AnySize) -> dict[str, Any]:
     """How large a model is, as every row of a trade-off curve says it.
 
-    Bytes are those that are saved; of an AnySize before it is an artifact, its parameters' alone, up to 1 % less. A quantised matrix [M, N] is M N parameters.
+    Bytes are those that are saved; of an AnySize before it is an artifact, its parameters' alone, up to 1 % less.
+    A quantised matrix [M, N] is M N parameters.
     """
     if not isinstance(model, AnySize):
         matrices = (layer for layer in model.modules() if isinstance(layer, QuantLinear))  # their codes are no parameters
