@@ -51,7 +51,7 @@ def test_the_arena_is_held_side_by_side_and_nothing_is_done_twice(arena: Arena, 
     ]
     for entry in (todo[0], *todo[2:4]):
         for row in rows(arena, entry, lambda *_: None):
-            results.add(row)
+            results.add(arena, row)
     said: list[str] = []
     ray.init(address="local", num_cpus=2)
     try:
@@ -72,15 +72,15 @@ def test_the_arena_is_held_side_by_side_and_nothing_is_done_twice(arena: Arena, 
     dense = found[0]["metrics"]["perplexity austen"]
     for row in found[1:]:
         assert row["stored_params"] <= row["asked"] * row["dense_params"]
-        assert (row["seconds"] > 0, row["peak_bytes"] > 1e8, row["counted"]) == (True, True, "factors")
+        assert (row["seconds"] > 0, row["cpu_seconds"] > 0, row["peak_bytes"] > 1e8, row["counted"]) == (True, True, True, "factors")
         assert dense < row["metrics"]["perplexity austen"] < 2 * dense
 
     table = arena_report.markdown(found, arena)
     assert table.splitlines()[0] == "| Size | Method | perplexity austen ↓ | stored |"
-    assert f"| 100% | Original | {dense:.2f} | 1.0000 dense |" in table
+    assert f"| 100% | Original | {dense:.2f} ± {found[0]['stderr']['perplexity austen']:.2f} | 1.0000, {4 * found[0]['dense_params'] / 1e6:.1f} MB: dense |" in table
     assert "| one per size (2) |" in table
     assert len(arena_report.figure(found, arena).axes[0].lines) == 3
-    assert total_cost(found)[1] == max(row["peak_bytes"] for row in found)
+    assert total_cost(found)[2] == max(row["peak_bytes"] for row in found)
     again.forget(arena)
     assert again.of(arena) == []
 

@@ -16,6 +16,7 @@ C is the second moment of a layer's inputs on the calibration text. All but `aci
 stores pivot rows where that is less (acip.cut). What a model stores is counted on the model itself, adapters included.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,9 +29,10 @@ from acip.baselines import asvd, calibrated, covariance, dobi, svd, svdllm
 from acip.baselines.factors import Progress, stored
 from acip.budget import Budget
 from acip.errors import DataError, RecipeError
+from acip.evaluate.rows import stored_bytes
 from acip.layers import find_linears
 from acip.linear import LowRankLinear, PivotLinear
-from acip.recipe import did_you_mean
+from acip.recipe import did_you_mean, named
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,12 @@ class Method:
         """What may be set, with the paper's values as defaults."""
         parameters = inspect.signature(self.run).parameters.values()
         return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in self.preset)
+
+    def settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """All that a run with `options` is made with: the defaults of the others, and of its recipe, too."""
+        parameters = inspect.signature(self.run).parameters.values()
+        found = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | dict(self.preset) | dict(options)
+        return found | ({"recipe": dataclasses.asdict(named(found["recipe"]))} if "recipe" in found else {})
 
 
 METHODS: dict[str, Method] = {
@@ -70,6 +78,7 @@ class Compressed:
     asked: float
     model: nn.Module
     stored_params: int  # of the target layers
+    stored_bytes: int  # of them, with the places of pivot rows, which are no parameters
     dense_params: int  # of the base model's target layers
     counted: str  # the forms that the layers are stored in: dense, factors, pivot
 
@@ -116,7 +125,9 @@ def compress(
     for size, model in chosen.run(base, windows, sizes, progress, **chosen.preset, **options):
         count = stored(model, linears)
         assert count <= size * dense * (1 + 1e-12), f"{name} stores {count} of {dense} numbers at size {size}"
-        yield Compressed(size, model, count, dense, " + ".join(sorted({_form(model.get_submodule(layer)) for layer in linears})))
+        made = {layer: model.get_submodule(layer) for layer in linears}
+        forms = " + ".join(sorted({_form(layer) for layer in made.values()}))
+        yield Compressed(size, model, count, sum(map(stored_bytes, made.values())), dense, forms)
 
 
 def _form(layer: nn.Module) -> str:

@@ -1,7 +1,8 @@
 """The held-out text that a model is measured on, cut into windows of tokens by a named protocol.
 
     protocol   documents are joined by    windows
-    packed     their end token            full ones (acip.data); what a calibration reports
+    packed     their end token            full ones (acip.data)
+    spread     the same                   full ones, evenly over all of the text where not all are read: the first would be one document
     field      "\\n\\n", C4's by " "        full ones, of C4 at most 256: GPTQ's, and nearly everybody's since, at 2048 tokens
     paper      "\\n\\n", C4's by " "        all, the short last one too, at 2048 tokens (LLaMA-1) or 4096
 
@@ -22,13 +23,13 @@ from acip.data import chat_text, documents, token_windows
 from acip.errors import DataError, EvaluationError
 from acip.recipe import did_you_mean
 
-Protocol = Literal["packed", "field", "paper"]
+Protocol = Literal["packed", "spread", "field", "paper"]
 FIELD_C4_WINDOWS = 256
 
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of `context` tokens of a corpus: all, or the first `windows` of them."""
+    """Windows of `context` tokens of a corpus: all, or `windows` of them, the first ones unless they are spread."""
 
     source: str = "package:wikipedia"  # see acip.data; its held-out split
     protocol: Protocol = "packed"
@@ -44,8 +45,9 @@ class Text:
     def tokens(self, tokenizer: Any) -> list[Tensor]:
         """[context] int64 each; by the paper's protocol the last one may be shorter."""
         docs = documents(self.source, "heldout")
-        if self.protocol == "packed":
-            return list(token_windows(docs, tokenizer, self.context, self.windows or None).long())
+        if self.protocol in ("packed", "spread"):
+            read = token_windows(docs, tokenizer, self.context, self.windows if self.protocol == "packed" and self.windows else None)
+            return [read[i].long() for i in evenly(len(read), self.windows or len(read))]
         texts = [doc if isinstance(doc, str) else chat_text(doc, tokenizer) for doc in docs]
         joined = (" " if self.source == "c4" else "\n\n").join(texts)
         ids = torch.tensor(tokenizer(joined, verbose=False)["input_ids"])
@@ -59,6 +61,12 @@ class Text:
             )
         most = FIELD_C4_WINDOWS if (self.source, self.protocol) == ("c4", "field") else len(found)
         return found[: self.windows or most]
+
+
+def evenly(n: int, count: int) -> list[int]:
+    """At most `count` of the indices below n, each from the middle of its share."""
+    count = min(n, count)
+    return [(2 * i + 1) * n // (2 * count) for i in range(count)]
 
 
 def content(path: str) -> str:

@@ -9,18 +9,20 @@ said and does not end the others. Each entry has a process of its own, so that i
 import dataclasses
 import hashlib
 import json
+import math
 import resource
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+from filelock import FileLock
 from torch import nn
 
 from acip import baselines
@@ -29,9 +31,10 @@ from acip.budget import Budget
 from acip.data import documents, token_windows
 from acip.errors import AcipError, cited
 from acip.evaluate import PerplexityOn, TaskScore, Text, evaluate
+from acip.evaluate.rows import Subject, stored_bytes
 from acip.evaluate.tasks import check as check_tasks
 from acip.evaluate.tasks import expand
-from acip.evaluate.text import Protocol
+from acip.evaluate.text import Protocol, content
 from acip.layers import find_linears
 from acip.recipe import Dtype, coerce
 from acip_platform.schedule import Share, fits, nodes, root_cause
@@ -109,11 +112,13 @@ class Arena:
                 raise ArenaError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
 
     def fingerprint(self, method: str) -> str:
-        """Hash of all that decides the rows of a method."""
+        """Hash of all that decides the rows of a method, but its code: local files by their content, options by their values."""
         fields = {
             key: value for key, value in dataclasses.asdict(self).items() if key not in ("name", "sizes", "methods", "cpus", "quoted")
         }
-        decides = [fields, method, self.methods.get(method)]
+        files = [content(path) for path in (self.base, self.data, *self.eval_data)]
+        options = {} if method == DENSE else baselines.method(method).settings(self.methods[method])
+        decides = [fields, files, method, options, version("lm_eval") if self.tasks else ""]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -126,15 +131,18 @@ class Entry:
 
 
 class Results:
-    """Rows in a JSON file: appended one by one, the file always whole."""
+    """Rows in a JSON file: added one by one, by whoever has some, the file always whole."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = threading.Lock()
+        self.rows = self._read()
+
+    def _read(self) -> list[Row]:
         try:
-            self.rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+            rows: list[Row] = json.loads(self.path.read_text(encoding="utf-8"))["rows"] if self.path.exists() else []
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArenaError(f"{path} holds no results of an arena ({error!r}); move it away.") from error
+            raise ArenaError(f"{self.path} holds no results of an arena ({error!r}); move it away.") from error
+        return rows
 
     def of(self, arena: Arena) -> list[Row]:
         """The rows of this very arena: the dense base first, then by falling size, in the order of the methods."""
@@ -143,15 +151,19 @@ class Results:
         mine = [row for row in self.rows if row["fingerprint"] in prints and (row["method"] == DENSE or row["asked"] in arena.sizes)]
         return sorted(mine, key=lambda row: (row["method"] != DENSE, -row["asked"], prints[row["fingerprint"]]))
 
-    def add(self, row: Row) -> None:
-        with self._lock:
-            self.rows.append(row)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+    def add(self, arena: Arena, row: Row) -> None:
+        """Keep a row, in the place of an older one of the same."""
+        row = {**row, "fingerprint": arena.fingerprint(row["method"])}
+        same = ("fingerprint", "method", "asked")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.path}.lock"):  # another arena may run, with other methods
+            self.rows = [*(old for old in self._read() if any(old[key] != row[key] for key in same)), row]
             part = self.path.with_suffix(".part")
             part.write_text(json.dumps({"rows": self.rows}, indent=1), encoding="utf-8")
             part.replace(self.path)
 
     def forget(self, arena: Arena) -> None:
+        """Do as if there were no rows of this arena: they stay in the file until there are new ones."""
         prints = {arena.fingerprint(method) for method in (DENSE, *arena.methods)}
         self.rows = [row for row in self.rows if row["fingerprint"] not in prints]
 
@@ -183,7 +195,7 @@ def hold(arena: Arena, results: Results, inbox: Any, say: Callable[[str], None])
                 row = ray.get(ref)
                 if "error" in row:
                     return entry, row["error"]
-                results.add(row)
+                results.add(arena, row)
                 say(f"{row['title']} at {row['asked']:g}: " + ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items()))
         except Exception as error:  # its process died, or what it ran raised: the others go on
             return entry, root_cause(error)
@@ -208,28 +220,36 @@ def compete(arena: Arena, entry: Entry, threads: int, inbox: Any) -> Iterator[Ro
 
 
 def rows(arena: Arena, entry: Entry, progress: Callable[[str, int, int], None]) -> Iterator[Row]:
-    """A row for each size of an entry. `seconds` is this size's own work, evaluation aside; what sizes share counts for the first."""
+    """A row for each size of an entry. What sizes share counts for the first.
+
+    `seconds` is the size's own work, evaluation aside, by the clock; `cpu_seconds` what processors worked for it, which other
+    work on the machine hardly changes.
+    """
     base = load_base(arena.base, arena.dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nn.Module.to(base.model, device)
-    common = {"method": entry.method, "fingerprint": arena.fingerprint(entry.method), "device": device_name(device)}
+    common = {"method": entry.method, "device": device_name(device)}
+    texts, _ = measurements(arena)
+    for text in texts:
+        text.windows(Subject(base.model, base.tokenizer))  # what can't be read is known before the long work
     if entry.method == DENSE:
         count = baselines.stored(base.model, find_linears(base.model, arena.exclude))
         size = {"asked": 1.0, "got": 1.0, "stored_params": count, "dense_params": count, "counted": DENSE}
-        cost = {"seconds": 0.0, "peak_bytes": peak_bytes(device), "one_run_per_size": False}
-        yield common | size | cost | {"title": "Original", "metrics": measure(base.model, base, arena)}
+        size["stored_bytes"] = sum(stored_bytes(layer) for layer in find_linears(base.model, arena.exclude).values())
+        cost = {"seconds": 0.0, "cpu_seconds": 0.0, "peak_bytes": peak_bytes(device), "one_run_per_size": False}
+        yield common | size | cost | {"title": "Original", **measure(base.model, base, arena)}
         return
     chosen = baselines.method(entry.method)
     options = {**arena.methods[entry.method], **({"exclude": arena.exclude} if arena.exclude else {})}
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     for made in baselines.compress(entry.method, base, calibration_windows(arena, base), entry.sizes, progress, **options):
-        seconds = time.perf_counter() - began
-        size = {key: getattr(made, key) for key in ("asked", "got", "stored_params", "dense_params", "counted")}
-        cost = {"seconds": seconds, "peak_bytes": peak_bytes(device), "one_run_per_size": chosen.one_run_per_size}
-        yield common | size | cost | {"title": chosen.title, "metrics": measure(made.model, base, arena)}
+        taken = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
+        size = {key: getattr(made, key) for key in ("asked", "got", "stored_params", "stored_bytes", "dense_params", "counted")}
+        cost = taken | {"peak_bytes": peak_bytes(device), "one_run_per_size": chosen.one_run_per_size}
+        yield common | size | cost | {"title": chosen.title, **measure(made.model, base, arena)}
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # which was the evaluation's
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
 
 
 def calibration_windows(arena: Arena, base: Base) -> torch.Tensor:
@@ -238,14 +258,30 @@ def calibration_windows(arena: Arena, base: Base) -> torch.Tensor:
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(arena.seed))]
 
 
-def measure(model: Any, base: Base, arena: Arena) -> dict[str, float]:
-    """What one model is worth, by column of the table. The only place where the arena evaluates."""
+def measurements(arena: Arena) -> tuple[list[PerplexityOn], list[TaskScore]]:
     texts = [PerplexityOn(Text(source, arena.protocol, arena.eval_context, arena.eval_windows)) for source in arena.eval_data]
-    tasks = [TaskScore(task, limit=arena.task_limit) for task in expand(arena.tasks)]
+    return texts, [TaskScore(task, limit=arena.task_limit) for task in expand(arena.tasks)]
+
+
+def measure(model: Any, base: Base, arena: Arena) -> dict[str, dict[str, float]]:
+    """What one model is worth, by column of the table, and the standard errors. The only place where the arena evaluates."""
+    texts, tasks = measurements(arena)
     parts = evaluate(model, base.tokenizer, [*texts, *tasks])["evaluation"]
-    found = {f"perplexity {part['corpus'].removeprefix('package:')}": part["values"]["perplexity"] for part in parts[: len(texts)]}
-    scores = {task.task.removeprefix("package:"): part["values"]["acc"] for task, part in zip(tasks, parts[len(texts) :], strict=True)}
-    return found | scores | ({MEAN: statistics.fmean(scores.values())} if scores else {})
+    found: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    for part in parts[: len(texts)]:
+        name, values = f"perplexity {part['corpus'].removeprefix('package:')}", part["values"]
+        found[name], errors[name] = values["perplexity"], values["perplexity"] * values["loss_stderr_nats"]
+    scored = []
+    for task, part in zip(tasks, parts[len(texts) :], strict=True):
+        values = part["values"]
+        metric = "acc" if "acc" in values else next(iter(values))  # lm-eval's first, where nothing is chosen from
+        scored.append(name := task.task.removeprefix("package:"))
+        found[name], errors[name] = values[metric], values.get(f"{metric}_stderr", math.nan)
+    if scored:
+        found[MEAN] = statistics.fmean(found[name] for name in scored)
+        errors[MEAN] = math.hypot(*(errors[name] for name in scored)) / len(scored)
+    return {"metrics": found, "stderr": {name: error for name, error in errors.items() if math.isfinite(error)}}
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -272,6 +308,7 @@ class _Progress:
             self.inbox.put.remote({"model": self.name, "kind": "stage", "text": f"{what}: {done} of {total}"})
 
 
-def total_cost(rows: Sequence[Row]) -> tuple[float, int]:
-    """(seconds, peak bytes) of all of a method's rows."""
-    return sum(row["seconds"] for row in rows), max(row["peak_bytes"] for row in rows)
+def total_cost(rows: Sequence[Row]) -> tuple[float, float, int]:
+    """(seconds, seconds of processors, peak bytes) of all of a method's rows."""
+    seconds, worked = (sum(row[key] for row in rows) for key in ("seconds", "cpu_seconds"))
+    return seconds, worked, max(row["peak_bytes"] for row in rows)

@@ -12,6 +12,7 @@ from acip_platform.arena import DENSE, Arena, Row, total_cost
 from acip_platform.console import duration
 
 QUOTED = " (quoted)"
+COSTS = ("Method", "runs (sizes)", "wall time", "processors", "peak memory", "on")
 
 
 def quoted() -> dict[str, Any]:
@@ -43,8 +44,16 @@ def heading(metric: str) -> str:
     return f"{metric} {'↓' if metric.startswith('perplexity') else '↑'}"
 
 
-def number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}" if value < 1e5 else f"{value:.2e}"
+def number(value: float | None, error: float | None = None) -> str:
+    """With its standard error, where there is one: to two digits of it where it is small, else to hundredths, as the paper."""
+    if value is None:
+        return ""
+    if value >= 1e5:
+        return f"{value:.2e}"
+    if error is None:
+        return f"{value:.2f}"
+    digits = 3 if value < 1 else 2 if value < 100 else 1 if value < 1000 else 0
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
@@ -52,8 +61,10 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     names, found, last = columns(rows), [], None
     for row in rows:
         size = f"{row['asked']:.0%}"
-        stores = f"{row['got']:.4f} {row['counted']}" if "got" in row else ""
-        found.append([size if size != last else "", row["title"], *(number(row["metrics"].get(name)) for name in names), stores])
+        stores = f"{row['got']:.4f}, {row['stored_bytes'] / 1e6:.1f} MB: {row['counted']}" if "got" in row else ""
+        errors = row.get("stderr", {})
+        numbers = [number(row["metrics"].get(name), errors.get(name)) for name in names]
+        found.append([size if size != last else "", row["title"], *numbers, stores])
         last = size
     return found
 
@@ -74,8 +85,8 @@ def costs(rows: Sequence[Row]) -> Table:
     """What each method took."""
     title = "cost of compression, evaluation aside (but in the peak memory of CPUs)"
     made = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("Method", "runs", "wall time", "peak memory", "on"):
-        made.add_column(name, justify="left" if name in ("Method", "runs", "on") else "right", no_wrap=True)
+    for name in COSTS:
+        made.add_column(name, justify="right" if name in ("wall time", "processors", "peak memory") else "left", no_wrap=True)
     for line in cost_cells(rows):
         made.add_row(*line)
     return made
@@ -85,9 +96,9 @@ def cost_cells(rows: Sequence[Row]) -> list[list[str]]:
     found = []
     for title in dict.fromkeys(row["title"] for row in rows if row["method"] != DENSE):
         own = [row for row in rows if row["title"] == title]
-        seconds, peak = total_cost(own)
+        seconds, worked, peak = total_cost(own)
         runs = "one per size" if own[0]["one_run_per_size"] else "one for all sizes"
-        found.append([title, f"{runs} ({len(own)})", duration(seconds), f"{peak / 1e9:.2f} GB", own[0]["device"]])
+        found.append([title, f"{runs} ({len(own)})", duration(seconds), duration(worked), f"{peak / 1e9:.2f} GB", own[0]["device"]])
     return found
 
 
@@ -96,8 +107,7 @@ def markdown(rows: Sequence[Row], arena: Arena) -> str:
     shown = with_quoted(rows, arena)
     heads = ["Size", "Method", *map(heading, columns(shown)), "stored"]
     text = [_line(heads), _line(["---"] * len(heads)), *map(_line, cells(shown)), ""]
-    heads = ["Method", "runs (sizes)", "wall time", "peak memory", "on"]
-    text += [_line(heads), _line(["---"] * len(heads)), *map(_line, cost_cells(rows)), ""]
+    text += [_line(COSTS), _line(["---"] * len(COSTS)), *map(_line, cost_cells(rows)), ""]
     text.append(
         f"{arena.base} in {arena.dtype}, calibrated on {arena.data} (at most {arena.windows} x {arena.context} tokens, seed {arena.seed}), "
         f"measured on {_measured(arena)}. A size counts all numbers that compressed layers store, adapters "
