@@ -35,7 +35,8 @@ def run(
 
     The windows and the base model are there already: the recipe's `seq_len` and `dtype` say nothing here.
     """
-    chosen = Recipe.from_dict({**set, "exclude": list(exclude)}, named(recipe) if isinstance(recipe, str) else recipe)
+    changes = {**set, **({"exclude": list(exclude)} if exclude else {})}
+    chosen = Recipe.from_dict(changes, named(recipe) if isinstance(recipe, str) else recipe)
     chosen = dataclasses.replace(chosen, seq_len=windows.shape[1])
     model = base.model
 
