@@ -77,10 +77,8 @@ def test_the_arena_is_held_side_by_side_and_nothing_is_done_twice(arena: Arena, 
 
     table = arena_report.markdown(found, arena)
     assert table.splitlines()[0] == "| Size | Method | perplexity austen ↓ | stored |"
-    assert (
-        f"| 100% | Original | {dense:.2f} ± {found[0]['stderr']['perplexity austen']:.2f} | 1.0000, {4 * found[0]['dense_params'] / 1e6:.1f} MB: dense |"
-        in table
-    )
+    error, megabytes = found[0]["stderr"]["perplexity austen"], 4 * found[0]["dense_params"] / 1e6
+    assert f"| 100% | Original | {dense:.2f} ± {error:.2f} | 1.0000, {megabytes:.1f} MB: dense |" in table
     assert "| one per size (2) |" in table
     assert len(arena_report.figure(found, arena).axes[0].lines) == 3
     assert total_cost(found)[2] == max(row["peak_bytes"] for row in found)
