@@ -278,6 +278,27 @@ def test_lora_is_merged_into_the_factors(base: Base, windows: Tensor) -> None:
     assert made(1e-3) < made(0.0) - 0.05
 
 
+def test_merging_adapters_changes_nothing_else(base: Base, windows: Tensor) -> None:
+    """Of both factors: the model after its training is the one that its last step left."""
+    linears = find_linears(base.model)
+    layers = layers_at(linears, dict(svdllm.whitened(base.model, linears, windows)), uniform_ranks(linears, 0.4))
+    low_rank = {name: layer for name, layer in layers.items() if isinstance(layer, LowRankLinear)}
+    before = {name: (layer.left.weight.clone(), layer.right.weight.clone()) for name, layer in low_rank.items()}
+    last: list[Tensor] = []
+
+    def watch(what: str, done: int, total: int) -> None:
+        if done == total:
+            last.append(logits(base.model, windows[:4]))
+
+    with swapped(base.model, layers):
+        svdllm.tuned(base.model, list(low_rank.values()), windows, (4, 8.0, 0.0), 1e-2, 1, 8, 4, watch)
+        torch.testing.assert_close(logits(base.model, windows[:4]), last[1], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(last[0], last[1], atol=1e-2)
+    for name, layer in low_rank.items():
+        assert type(layer.left) is type(layer.right) is nn.Linear
+        assert not any(torch.equal(new.weight, old) for new, old in zip((layer.left, layer.right), before[name], strict=True))
+
+
 # ---- Dobi-SVD
 
 
@@ -288,6 +309,44 @@ def test_the_truncations_gradient_is_that_of_finite_differences(shape: tuple[int
     A = torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
     at = torch.tensor(gamma, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(dobi.Truncation.apply, (A, at), eps=1e-7, atol=1e-5)
+
+
+def test_the_gradient_by_random_projection_is_that_of_finite_differences() -> None:
+    """Few directions of many, as in the paper, of a matrix that has no others: what projections leave out is zero."""
+    q = 5 + dobi.BESIDE
+    generator = torch.Generator().manual_seed(3)
+    A = torch.randn(40, q, dtype=torch.float64, generator=generator) @ torch.randn(q, 30, dtype=torch.float64, generator=generator)
+    at = torch.tensor(5.2, dtype=torch.float64, requires_grad=True)
+    inside, outside = (torch.randn(40, 30, dtype=torch.float64, generator=generator) for _ in range(2))
+    U, _, Vh = torch.linalg.svd(A, full_matrices=False)
+    inside = U[:, :q] @ (U[:, :q].T @ inside)  # keeps the rank; the other moves the directions as well
+    beside = outside @ Vh[:q].T @ Vh[:q]
+    weights = torch.randn(40, 30, dtype=torch.float64, generator=generator)
+
+    def loss(A: Tensor) -> Tensor:
+        return (dobi.Truncation.apply(A, at) * weights).sum()
+
+    given = A.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(given), given)
+    for direction in (inside @ Vh[:q].T @ Vh[:q], beside):
+        measured = (loss(A + 1e-6 * direction) - loss(A - 1e-6 * direction)) / 2e-6
+        torch.testing.assert_close((grad * direction).sum(), measured.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "faint"), [((7, 30), False), ((30, 7), False), ((2, 12, 40), False), ((12, 40), True), ((40, 12), True)])
+def test_leading_directions_are_those_of_the_svd(shape: tuple[int, ...], faint: bool) -> None:
+    """Also where the smallest values are lost in squares."""
+    A = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    U, s, Vh = torch.linalg.svd(A, full_matrices=False)
+    if faint:
+        s = 10.0 ** -torch.arange(len(s), dtype=A.dtype)
+        A = U * s @ Vh
+    q = min(shape[-2:]) - (0 if faint else 2)
+    ours_U, ours_s, ours_V = dobi.leading(A, q)
+    torch.testing.assert_close(ours_s, s[..., :q], rtol=1e-6, atol=1e-14)
+    for ours in (ours_U, ours_V):
+        torch.testing.assert_close(ours.mT @ ours, torch.eye(q, dtype=A.dtype).expand(*shape[:-2], q, q), rtol=0, atol=1e-7)
+    torch.testing.assert_close((ours_U * ours_s[..., None, :]) @ ours_V.mT, (U * s[..., None, :])[..., :q] @ Vh[..., :q, :])
 
 
 def test_a_wide_open_gate_changes_nothing_and_equal_values_do_not_explode() -> None:
@@ -311,6 +370,21 @@ def test_incremental_components_are_those_of_one_batch() -> None:
     torch.testing.assert_close(pca.s_k, s)
     torch.testing.assert_close(pca.mean_M, rows_nM.mean(0))
     torch.testing.assert_close((pca.V_kM @ Vh.T).abs(), torch.eye(9, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+def test_few_incremental_components_are_the_largest_ones() -> None:
+    """Exactly those of one batch where there are no more; nearly, where what is dropped on the way is small."""
+    generator = torch.Generator().manual_seed(0)
+    weak = torch.tensor([9.0, 7, 5, 3, 0.3, 0.2, 0.1, 0.1, 0.1], dtype=torch.float64)
+    for scale, least in (((weak > 1) * weak, 1 - 1e-9), (weak, 0.999)):
+        mixed = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64, generator=generator)).Q
+        rows_nM = torch.randn(60, 9, dtype=torch.float64, generator=generator) * scale @ mixed + 3
+        pca = dobi.IncrementalPCA(4)
+        for batch in rows_nM.split([20, 7, 33]):
+            pca.fit(batch)
+        assert pca.V_kM.shape == (4, 9)
+        Vh = torch.linalg.svd(rows_nM - rows_nM.mean(0), full_matrices=False).Vh[:4]
+        assert torch.linalg.svdvals(pca.V_kM @ Vh.T).min() > least
 
 
 def test_every_window_is_learned_from(base: Base, windows: Tensor) -> None:
