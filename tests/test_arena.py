@@ -1,6 +1,8 @@
 """The arena: methods side by side on Ray, rows kept, failures told, the table in the format of the paper's."""
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,6 @@ import pytest
 import ray
 from acip_platform import arena_report
 from acip_platform.arena import DENSE, Arena, ArenaError, Entry, Results, entries, hold, rows, total_cost
-from acip_platform.inbox import open_inbox
 
 from acip.baselines import METHODS
 from acip.errors import AcipError
@@ -33,14 +34,41 @@ methods:
 
 
 @pytest.fixture(scope="module")
-def arena(small_base: str, tmp_path_factory: pytest.TempPathFactory) -> Arena:
+def arena_file(small_base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("arena") / "small.yaml"
     path.write_text(FILE.format(base=small_base))
-    return Arena.load(path)
+    return path
 
 
-def test_the_arena_is_held_side_by_side_and_nothing_is_done_twice(arena: Arena, tmp_path: Path) -> None:
-    results = Results(tmp_path / "deep" / "small.json")
+@pytest.fixture(scope="module")
+def arena(arena_file: Path) -> Arena:
+    return Arena.load(arena_file)
+
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def command(tmp_path: Path, arena_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """`python jobs/arena.py` in this process, in a home of its own."""
+    from jobs import arena as job
+
+    for name in ("ACIP_STORE", "ACIP_RUNS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACIP_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(job, "connect", lambda _: ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False))
+
+    def run(*args: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["arena.py", "--arena", str(arena_file), *args])
+        code = job.main()
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    return run
+
+
+def test_the_arena_is_held_side_by_side_and_nothing_is_done_twice(arena: Arena, tmp_path: Path, command: Command) -> None:
+    results = Results(tmp_path / "home" / "arenas" / "small.json")
     todo = entries(arena, results)
     assert todo == [
         Entry(DENSE, (1.0,)),
@@ -52,23 +80,27 @@ def test_the_arena_is_held_side_by_side_and_nothing_is_done_twice(arena: Arena, 
     for entry in (todo[0], *todo[2:4]):
         for row in rows(arena, entry, lambda *_: None):
             results.add(arena, row)
-    said: list[str] = []
-    ray.init(address="local", num_cpus=2)
-    try:
-        failures = hold(arena, results, open_inbox(), said.append)
-    finally:
-        ray.shutdown()
-    ((failed, error),) = failures
-    assert failed == todo[-1]
-    assert "can't be reached with these ratios" in error
+    code, said = command("--dry-run")
+    assert code == 0 and "3 methods, 3 rows done, 2 tasks to do" in said
+    code, said = command()
+    assert code == 1
+    assert "Covariance cut at 0.7: perplexity" in said and "Covariance cut at 0.5: perplexity" in said and "SVD-LLM at" not in said
+    assert "[asvd 0.7, 0.5] FAILED: size 0.7 can't be reached with these ratios" in said
+    assert "Original" in said and "one for all sizes (2)" in said  # the tables
     again = Results(results.path)  # from the file
-    assert entries(arena, again) == [failed]
+    assert entries(arena, again) == [todo[-1]]
+    code, said = command("--only", "covariance", "svd-llm")
+    assert code == 0 and "0 tasks to do" in said and "FAILED" not in said
+    assert results.path.with_suffix(".png").stat().st_size > 10_000
+    written = results.path.with_suffix(".md").read_text()
+    assert "| Covariance cut |" in written and "ASVD" not in written
+    code, said = command("--only", "covarianc")
+    assert code == 2 and "did you mean 'covariance'" in said
 
     found = again.of(arena)
     assert [(row["method"], row["asked"]) for row in found] == [
         (DENSE, 1.0), ("covariance", 0.7), ("svd-llm", 0.7), ("covariance", 0.5), ("svd-llm", 0.5),
     ]  # fmt: skip
-    assert [line.split(":")[0] for line in said] == ["Covariance cut at 0.7", "Covariance cut at 0.5"]
     dense = found[0]["metrics"]["perplexity austen"]
     for row in found[1:]:
         assert row["stored_params"] <= row["asked"] * row["dense_params"]
@@ -82,8 +114,15 @@ def test_the_arena_is_held_side_by_side_and_nothing_is_done_twice(arena: Arena, 
     assert "| one per size (2) |" in table
     assert len(arena_report.figure(found, arena).axes[0].lines) == 3
     assert total_cost(found)[2] == max(row["peak_bytes"] for row in found)
+
+    other = Results(results.path)  # of another arena.py, which began before
+    results.add(arena, {**found[1], "seconds": 0.0})
+    other.add(arena, {**found[2], "seconds": 0.0})
+    kept = Results(results.path).of(arena)
+    assert [row["seconds"] == 0 for row in kept] == [True, True, True, False, False]  # the dense base's is 0 as well
     again.forget(arena)
     assert again.of(arena) == []
+    assert Results(results.path).of(arena) == kept  # until there are new ones
 
 
 def test_an_entry_that_no_node_has_room_for_is_refused(arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
