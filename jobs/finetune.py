@@ -13,7 +13,7 @@ import dataclasses
 import secrets
 import sys
 import time
-from typing import Any
+from typing import Any, get_args
 
 from acip_platform.cluster import connect
 from acip_platform.console import Watch, console, duration, exit_code, lines, trade_off_table
@@ -27,6 +27,7 @@ from acip_platform.train import run_job
 
 from acip.budget import Budget
 from acip.errors import AcipError, BudgetError
+from acip.evaluate.text import Protocol
 from acip.finetune import LR, STEPS, tuning
 
 
@@ -48,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eval-data", help="its held-out part is measured on (default: as the calibration's curve)")
     parser.add_argument("--eval-context", type=int, help="tokens per window of it")
     parser.add_argument("--eval-windows", type=int, help="at most so many; 0 = all")
+    parser.add_argument("--eval-protocol", choices=get_args(Protocol), help="that it is cut by, see acip/evaluate/text.py")
     parser.add_argument("--force", action="store_true", help="tune again what is done already")
     return parser.parse_args()
 
@@ -68,7 +70,10 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
         post_tune_steps=args.steps, lr=args.lr, seed=args.seed, distill=args.distill, quantise=args.quantise,
         batch_size=args.batch_size, seq_len=args.seq_len, recompute=args.recompute or None,
     ))  # fmt: skip
-    changes = given(data=args.data, eval_data=args.eval_data, eval_context=args.eval_context, eval_windows=args.eval_windows)
+    changes = given(
+        data=args.data, eval_data=args.eval_data, eval_context=args.eval_context, eval_windows=args.eval_windows,
+        eval_protocol=args.eval_protocol,
+    )  # fmt: skip
     job = tuning_job(version, artifact, recipe, changes)
     code = fingerprint(job, artifact)
     done = [] if args.force else [each for each in registry.versions(name, {"fingerprint": code}) if store.exists(each.uri)]

@@ -12,12 +12,12 @@ import functools
 import hashlib
 import re
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from acip_platform import story
 from acip_platform.console import console, exit_code, lines, trade_off_table
-from acip_platform.finish import finish, heldout_windows, stored
+from acip_platform.finish import Heldout, finish, stored
 from acip_platform.fleet import Job
 from acip_platform.provenance import provenance
 from acip_platform.schedule import Outcome
@@ -29,6 +29,7 @@ from acip_platform.yaml_file import NAME
 from acip.artifact import Artifact
 from acip.base import Base
 from acip.calibrate import Calibration
+from acip.evaluate.text import Protocol
 from acip.layers import targets
 from acip.published import open_published
 
@@ -41,6 +42,8 @@ def main() -> int:
     parser.add_argument("--eval-data", default="package:wikipedia", help="text whose held-out part is measured on (default: %(default)s)")
     parser.add_argument("--eval-context", type=int, default=2048, help="tokens per window (default: %(default)s)")
     parser.add_argument("--eval-windows", type=int, default=0, help="at most so many windows (default: 0, all)")
+    protocols = get_args(Protocol)
+    parser.add_argument("--eval-protocol", default="packed", choices=protocols, help="see acip/evaluate/text.py (default: %(default)s)")
     args = parser.parse_args()
     if not re.fullmatch(NAME, args.name):
         parser.error(f"--name is {args.name!r}; it may hold only letters, digits, '.', '_' and '-'.")
@@ -62,8 +65,11 @@ def run(args: argparse.Namespace, out: Any) -> None:
     base, calibration = open_published(args.checkpoint, args.base)
     recipe = calibration.recipe
     say("stage", f"{len(calibration.table.layers)} layers of {base.source}, pruned to {recipe.stop_ratio} (paper), {recipe.dtype}")
-    job = Job(args.name, base.source, recipe, args.eval_data, eval_context=args.eval_context, eval_windows=args.eval_windows)
-    heldout = heldout_windows(job, base)
+    job = Job(
+        args.name, base.source, recipe, args.eval_data,
+        eval_context=args.eval_context, eval_windows=args.eval_windows, eval_protocol=args.eval_protocol,
+    )  # fmt: skip
+    heldout = Heldout.of(job, base)
     fingerprint = f"published-{identity(base, calibration)}"
     mlflow_run = Tracking(settings, "acip/published").start(job.name, f"{job.name}-{fingerprint}", {"model": job.name})
     mlflow_run.params(story.settings(job))

@@ -39,6 +39,7 @@ from acip.evaluate.divergence import distance
 from acip.evaluate.efficiency import flops
 from acip.evaluate.rows import stored_bytes
 from acip.evaluate.tasks import PAPER, check, expand, find, harness
+from acip.evaluate.text import evenly
 from acip.export import tensor_bytes
 from acip.materialise import AnySize
 from tests.conftest import byte_tokenizer, logits, read
@@ -81,6 +82,11 @@ def test_protocols_cut_the_same_text_as_they_say(tmp_path: Path) -> None:
     ends = [id for doc in kept for id in [*tokenizer(doc)["input_ids"], tokenizer.eos_token_id]]
     assert torch.stack(packed).flatten().tolist() == ends[: len(ends) // 16 * 16]
     assert len(Text(str(file), "paper", 16, windows=1).tokens(tokenizer)) == 1
+    spread = Text(str(file), "spread", 16)
+    assert all(map(torch.equal, spread.tokens(tokenizer), packed)) and len(spread.tokens(tokenizer)) == len(packed)
+    few = replace(spread, windows=2).tokens(tokenizer)
+    assert [next(i for i, one in enumerate(packed) if torch.equal(one, two)) for two in few] == [len(packed) // 4, 3 * len(packed) // 4]
+    assert [evenly(n, 3) for n in (2, 3, 7)] == [[0, 1], [0, 1, 2], [1, 3, 5]]
 
 
 @pytest.mark.parametrize(
@@ -310,10 +316,33 @@ def test_what_is_known_is_not_measured_again(any_size: AnySize, small_artifact: 
     assert json.loads(json.dumps(first)) == first
 
 
+def test_the_curve_is_what_each_size_measures(any_size: AnySize, small_artifact: Artifact) -> None:
+    """Read window by window by all sizes, the base model's answers once, it says what each size says by itself."""
+    tokenizer, heard = small_artifact.tokenizer(), list[int]()
+    divergence = DivergenceOn(TEXT)
+    sizes = (0.5, 1.0, 1e-9, 0.7)  # one that can't be reached is left out
+    curve = trade_off(any_size, TEXT.tokens(tokenizer), TEXT.source, sizes, 0.6, divergence=divergence, told=heard.append)
+    assert ([row["asked"] for row in curve], [row["extrapolated"] for row in curve]) == ([1.0, 0.7, 0.5], [False, False, True])
+    assert heard == [1, 2, 3, 4]
+    for row in curve:
+        any_size.resize(row["asked"])
+        alone = evaluate(any_size, tokenizer, [PerplexityOn(TEXT), divergence])
+        found = part(alone, "perplexity")["values"]
+        assert (row["loss"], row["stderr"], row["perplexity"]) == pytest.approx(
+            (found["loss_nats"], found["loss_stderr_nats"], found["perplexity"]), rel=1e-6
+        )
+        (far,), expected = row["evaluation"], part(alone, "divergence")
+        assert {key: far[key] for key in ("key", "what", "label", "windows", "context")} == {
+            key: expected[key] for key in ("key", "what", "label", "windows", "context")
+        }, "measured once, it is known"
+        assert far["values"] == pytest.approx(expected["values"], rel=1e-5, abs=1e-9)
+    assert part(curve[0], "divergence")["values"]["kl_nats"] == 0.0
+
+
 def test_the_curve_grows_and_its_readers_read_it(any_size: AnySize, small_artifact: Artifact, heldout_tokens: torch.Tensor) -> None:
     tokenizer = small_artifact.tokenizer()
     windows = torch.stack(TEXT.tokens(tokenizer))
-    curve = list(trade_off(any_size, windows, TEXT.source, (1.0, 0.5), small_artifact.recipe.stop_ratio))
+    curve = trade_off(any_size, windows, TEXT.source, (1.0, 0.5), small_artifact.recipe.stop_ratio)
     rows = []
     for size, what in ((1.0, [Counted()]), (0.7, [PerplexityOn(TEXT), Counted()]), (0.6, [Counted()]), (0.3, [PerplexityOn(TEXT)])):
         any_size.resize(size)

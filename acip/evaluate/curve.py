@@ -1,42 +1,73 @@
 """The trade-off curve of an artifact: one row per size, all measured alike; and what else was measured at a size."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from acip.budget import SAME
+from acip.budget import SAME, as_perplexity
 from acip.cut import Budget
 from acip.errors import BudgetError
-from acip.evaluate.perplexity import perplexity
-from acip.evaluate.rows import size_facts
+from acip.evaluate.divergence import DivergenceOn, distance
+from acip.evaluate.perplexity import mean_and_stderr
+from acip.evaluate.rows import Subject, part_of, size_facts
 from acip.evaluate.text import Protocol
+from acip.losses import next_token
 from acip.materialise import AnySize
 
 Row = dict[str, Any]
 
 
+@torch.no_grad()
 def trade_off(
-    any_size: AnySize, windows: Tensor, corpus: str, sizes: tuple[float, ...], stop_ratio: float, protocol: Protocol = "packed"
-) -> Iterator[Row]:
-    """One row per size, largest first, of a model calibrated down to `stop_ratio`. A size that can't be reached is left out."""
+    any_size: AnySize,
+    windows: Iterable[Tensor],
+    corpus: str,
+    sizes: tuple[float, ...],
+    stop_ratio: float,
+    protocol: Protocol = "packed",
+    divergence: DivergenceOn | None = None,
+    told: Callable[[int], None] = lambda windows: None,
+) -> list[Row]:
+    """One row per size, largest first, of a model calibrated down to `stop_ratio`. A size that can't be reached is left out.
+
+    `windows` [T] each. A row's evaluation holds the distance from the base model, where `divergence`, which names the text, asks for
+    it: its logits are computed once for all sizes, so a window is read by all of them before the next one. `told` hears how many were.
+    """
+    facts: dict[float, Row] = {}
     for asked in sorted(sizes, reverse=True):
         try:
             any_size.resize(Budget(ratio=asked))
         except BudgetError:
             continue
-        found = perplexity(any_size.model, windows)
-        yield {
-            **size_facts(any_size),
-            "loss": found.loss,
-            "stderr": found.stderr,
-            "perplexity": found.perplexity,
-            "corpus": corpus,
-            "protocol": protocol,
-            "context": found.context,
-            "windows": found.windows,
-            "extrapolated": asked < stop_ratio,
-        }
+        facts[asked] = size_facts(any_size)
+    subject, device = Subject(any_size.model, None, any_size), next(any_size.model.parameters()).device
+    losses: dict[float, list[float]] = {asked: [] for asked in facts}
+    distances: dict[float, list[tuple[float, float]]] = {asked: [] for asked in facts}
+    context = done = 0
+    for done, window in enumerate(windows, 1):
+        ids_1T = window[None].long().to(device)
+        context = max(context, ids_1T.shape[1])
+        theirs_TV = None
+        if divergence is not None:
+            with subject.base() as base:
+                theirs_TV = next_token.logits(base, ids_1T)[0]
+        for asked in facts:
+            any_size.resize(Budget(ratio=asked))
+            ours_1TV = next_token.logits(any_size.model, ids_1T)
+            losses[asked].append(float(next_token.loss(ours_1TV, ids_1T)))
+            if theirs_TV is not None:
+                distances[asked].append(distance(ours_1TV[0], theirs_TV))
+        told(done)
+    rows = []
+    for asked, size in facts.items():
+        loss, stderr = mean_and_stderr(losses[asked])
+        measured = {"loss": loss, "stderr": stderr, "perplexity": as_perplexity(loss)}
+        about = {"corpus": corpus, "protocol": protocol, "context": context, "windows": done, "extrapolated": asked < stop_ratio}
+        parts = {} if divergence is None else {"evaluation": [part_of(divergence, divergence.outcome(distances[asked]))]}
+        rows.append({**size, **measured, **about, **parts})
+    return rows
 
 
 def extended(curve: Sequence[Row], rows: Sequence[Row], stop_ratio: float) -> tuple[list[Row], list[float]]:

@@ -3,6 +3,7 @@
 Perplexity may stay while answers change. Both models see the same windows; every position counts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,19 +24,21 @@ class DivergenceOn(OnText):
 
     @torch.no_grad()
     def measure(self, subject: Subject) -> Part:
-        kls, same = [], []
+        found = []
         device = next(subject.model.parameters()).device
         for window in self.windows(subject):
             ids_1T = window[None].to(device)
             ours_TV = next_token.logits(subject.model, ids_1T)[0]
             with subject.base() as base:
                 theirs_TV = next_token.logits(base, ids_1T)[0].to(ours_TV.device)
-            kl, share = distance(ours_TV, theirs_TV)
-            kls.append(kl)
-            same.append(share)
-        (kl, kl_stderr), (share, share_stderr) = mean_and_stderr(kls), mean_and_stderr(same)
+            found.append(distance(ours_TV, theirs_TV))
+        return self.outcome(found)
+
+    def outcome(self, found: Sequence[tuple[float, float]]) -> Part:
+        """Of the `distance` of each window."""
+        (kl, kl_stderr), (share, share_stderr) = (mean_and_stderr(list(values)) for values in zip(*found, strict=True))
         values = {"kl_nats": kl, "kl_stderr_nats": kl_stderr, "same_top_share": share, "same_top_share_stderr": share_stderr}
-        return {**self.facts(len(kls)), "values": values}
+        return {**self.facts(len(found)), "values": values}
 
 
 def distance(ours_TV: Tensor, theirs_TV: Tensor) -> tuple[float, float]:

@@ -108,16 +108,21 @@ def evaluate(
     subject.model.eval()
     parts = []
     for measurement in what:
-        identity = json.loads(json.dumps(measurement.identity()))  # as it is read back
-        key = key_of(identity)
+        key = measurement.key
         if key not in parts_by_key:
             began = time.perf_counter()
-            part = {"kind": measurement.kind, "key": key, "what": identity, **measurement.measure(subject)}
+            part = part_of(measurement, measurement.measure(subject))
             parts_by_key[key] = part | {"seconds": round(time.perf_counter() - began, 3)}
             say(parts_by_key[key])
         parts.append(parts_by_key[key])
     subject.model.train(was_training)
     return {**size_facts(model), "evaluation": parts}
+
+
+def part_of(measurement: Measurement, outcome: Part) -> Part:
+    """What `measurement` found, with what identifies it."""
+    identity = json.loads(json.dumps(measurement.identity()))  # as it is read back
+    return {"kind": measurement.kind, "key": key_of(identity), "what": identity, **outcome}
 
 
 def size_facts(model: PreTrainedModel | AnySize) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from acip.errors import AcipError
+from acip.evaluate import DivergenceOn
 from acip_platform.schedule import Outcome
 
 POLL_S = 0.5
@@ -101,16 +102,18 @@ def trade_off_table(outcome: Outcome) -> Table:
     first = rows[0]
     corpus = f"perplexity on {first['corpus']}, held out, {first['windows']} x {first['context']} tokens"
     title = f"{outcome.job.name}, version {outcome.summary['version']} ({corpus})"
-    table = Table(title=title, title_justify="left", title_style="bold", width=110)
-    for heading in ("asked", "got", "parameters", "MB stored", "perplexity", "x base", ""):
+    table = Table(title=title, title_justify="left", title_style="bold", width=130)
+    for heading in ("asked", "got", "parameters", "MB stored", "perplexity", "x base", "KL to base", "same top", ""):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in rows:
         below = f"below the stop ratio {outcome.summary['stop_ratio']}" if row["extrapolated"] else ""
         ratio = row["perplexity"] / first["perplexity"] if first["asked"] == 1.0 else float("nan")
         error = row["perplexity"] * row["stderr"]
+        far = next((part["values"] for part in row.get("evaluation", ()) if part["kind"] == DivergenceOn.kind), None)
         table.add_row(
             f"{row['asked']:.2f}", f"{row['got']:.4f}", f"{row['params']:,}", f"{row['bytes'] / 1e6:.1f}",
-            f"{row['perplexity']:.2f} ± {error:.2f}", f"{ratio:.2f}", below,
+            f"{row['perplexity']:.2f} ± {error:.2f}", f"{ratio:.2f}",
+            *(("", "") if far is None else (f"{far['kl_nats']:.3f}", f"{far['same_top_share']:.1%}")), below,
         )  # fmt: skip
     return table
 

@@ -22,7 +22,7 @@ from acip.finetune import attach, finetune, save, scores_of
 from acip.materialise import AnySize
 from acip.recipe import Recipe
 from acip_platform.checkpoints import Checkpoints
-from acip_platform.finish import finish, heldout_windows, stored
+from acip_platform.finish import Heldout, finish, stored
 from acip_platform.fleet import Job
 from acip_platform.provenance import provenance
 from acip_platform.settings import Settings
@@ -34,7 +34,7 @@ from acip_platform.train import Observer
 def tuning_job(version: ModelVersion, artifact: Artifact, recipe: Recipe, changes: dict[str, Any]) -> Job:
     """The job of tuning `version` by a recipe of `acip.finetune.tuning`; text and evaluation are its calibration's but for `changes`."""
     known = artifact.manifest["provenance"].get("job", {})
-    fields = {key: known[key] for key in ("data", "eval_context", "eval_windows") if key in known}
+    fields = {key: known[key] for key in ("data", "eval_context", "eval_windows", "eval_protocol") if key in known}
     fields["eval_data"] = known.get("eval_data") or known.get("data", "")
     sizes = tuple(sorted({*known.get("sizes", Job.sizes), recipe.stop_ratio}, reverse=True))
     return Job(version.name, artifact.manifest["base"]["source"], recipe, **{**fields, "sizes": sizes, **changes})
@@ -72,7 +72,7 @@ def tune_one(config: dict[str, Any]) -> dict[str, Any]:
     any_size = parent.load(device, None if job.recipe.distill else size)
     any_size.resize(size)
     base = Base(any_size.model, parent.tokenizer(), **parent.manifest["base"])
-    heldout = heldout_windows(job, base)
+    heldout = Heldout.of(job, base)
     if not store.exists(store.uri(key)):
         facts = {"version": version.version, "uri": version.uri} | _tuned(
             job, parent, any_size, base, heldout, run, settings, config["attempt"], say
@@ -94,7 +94,7 @@ def _tuned(
     parent: Artifact,
     any_size: AnySize,
     base: Base,
-    heldout: torch.Tensor,
+    heldout: Heldout,
     run: Run,
     settings: Settings,
     attempt: str,
@@ -104,11 +104,11 @@ def _tuned(
     recipe = job.recipe
     windows = _windows(job, parent, base.tokenizer)
     batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
-    measured = {"before": perplexity(any_size.model, heldout).perplexity}
+    measured = {"before": perplexity(any_size.model, heldout.windows).perplexity}
     attach(any_size, recipe)
     four_bit = recipe.quantise != "none"
     if four_bit:
-        measured[f"before_{recipe.quantise}"] = perplexity(any_size.model, heldout).perplexity
+        measured[f"before_{recipe.quantise}"] = perplexity(any_size.model, heldout.windows).perplexity
     said = ", ".join(f"{value:.2f} {when.replace('_', ' in ')}" for when, value in measured.items())
     say("stage", text=f"size {recipe.stop_ratio:g}: perplexity {said}")
 
@@ -121,7 +121,7 @@ def _tuned(
         finetune(any_size, scores_of(parent, device), batches, recipe, resume=folder, observe=observer)
     observer.catch_up()
     if four_bit:
-        measured[f"after_{recipe.quantise}"] = perplexity(any_size.model, heldout).perplexity
+        measured[f"after_{recipe.quantise}"] = perplexity(any_size.model, heldout.windows).perplexity
     chosen = {"size": recipe.stop_ratio, "steps": recipe.post_tune_steps, "lr": recipe.lr, "data": job.data, "seed": recipe.seed}
     return {**chosen, "quantise": recipe.quantise, "windows": len(windows), "perplexity": measured}
 

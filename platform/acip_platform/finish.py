@@ -3,8 +3,10 @@
 The curve is measured from what was saved, once: an artifact that has one keeps it.
 """
 
+import dataclasses
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,7 @@ from safetensors import SafetensorError
 from acip.artifact import Artifact
 from acip.base import Base
 from acip.cut import Budget
-from acip.data import documents, token_windows
-from acip.evaluate import Samples, evaluate, trade_off
+from acip.evaluate import DivergenceOn, Samples, Text, evaluate, trade_off
 from acip.peft_export import save_peft
 from acip_platform import figures, story
 from acip_platform.champion import contend
@@ -29,10 +30,18 @@ from acip_platform.store import Store
 from acip_platform.tracking import CHAMPION, Registry, Run
 
 
-def heldout_windows(job: Job, base: Base) -> torch.Tensor:
-    """The text that `job`'s curve is measured on, [n, T] token ids."""
-    context = min(job.eval_context, getattr(base.model.config, "max_position_embeddings", job.eval_context))
-    return token_windows(documents(job.eval_data or job.data, "heldout"), base.tokenizer, context, job.eval_windows or None)
+@dataclass(frozen=True)
+class Heldout:
+    """What a curve is measured on: a text, its windows no longer than the model reads, and their token ids."""
+
+    text: Text
+    windows: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, job: Job, base: Base) -> "Heldout":
+        context = min(job.eval_context, getattr(base.model.config, "max_position_embeddings", job.eval_context))
+        text = dataclasses.replace(job.heldout, context=context)
+        return cls(text, text.tokens(base.tokenizer))
 
 
 def stored(settings: Settings, key: str, save: Callable[[Path], Artifact]) -> str:
@@ -51,7 +60,7 @@ def finish(
     uri: str,
     run: Run,
     settings: Settings,
-    heldout: torch.Tensor,
+    heldout: Heldout,
     device: torch.device,
     say: Callable[..., None],
     fingerprint: str = "",
@@ -66,9 +75,12 @@ def finish(
     artifact = Artifact.open(store.fetch(uri))
     any_size = artifact.load(device)
     if not artifact.curve:
-        rows, tokenizer = [], artifact.tokenizer()
-        for row in trade_off(any_size, heldout, job.eval_data or job.data, job.sizes, artifact.recipe.stop_ratio):
-            rows.append({**row, "evaluation": evaluate(any_size, tokenizer, [Samples()])["evaluation"]})
+        text, tokenizer = heldout.text, artifact.tokenizer()
+        say("stage", text=f"measuring {len(job.sizes)} sizes on {len(heldout.windows)} windows of {text.source}")
+        rows = trade_off(any_size, heldout.windows, text.source, job.sizes, artifact.recipe.stop_ratio, text.protocol, DivergenceOn(text))
+        for row in rows:
+            any_size.resize(Budget(ratio=row["asked"]))
+            row["evaluation"] += evaluate(any_size, tokenizer, [Samples()])["evaluation"]
             say("stage", text=f"size {row['asked']:.2f}: perplexity {row['perplexity']:.2f}")
         artifact = store.record_curve(uri, artifact, rows)
     _show(job, artifact, uri, run)

@@ -25,6 +25,7 @@ from acip.artifact import SCHEMA
 from acip.errors import AcipError
 from acip.evaluate.tasks import check as check_tasks
 from acip.evaluate.tasks import expand
+from acip.evaluate.text import Protocol, Text
 from acip.recipe import Recipe
 from acip_platform.yaml_file import YamlFile
 
@@ -44,6 +45,7 @@ class Job:
     eval_data: str = ""  # its held-out split; "" = data
     eval_context: int = 2048  # tokens per window of held-out text
     eval_windows: int = 0  # at most so many; 0 = all
+    eval_protocol: Protocol = "packed"  # that it is cut by, see acip.evaluate.text
     sizes: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the trade-off curve
     tasks: tuple[str, ...] = ()  # of acip.evaluate.tasks, scored at these sizes, too
     task_limit: int = 0  # items of each task; 0 = all
@@ -58,6 +60,11 @@ class Job:
         recipe = {name: value for name, value in self.recipe.to_dict().items() if name != "recompute"}
         decides = {"base": self.base, "recipe": recipe, "data": self.data, "schema": SCHEMA}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def heldout(self) -> Text:
+        """What the curve is measured on."""
+        return Text(self.eval_data or self.data, self.eval_protocol, self.eval_context, self.eval_windows)
 
     @property
     def windows(self) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 from acip.area import area
 from acip.artifact import Artifact
 from acip.card import shown
+from acip.evaluate import metrics
 from acip.recipe import nearest
 from acip_platform.fleet import Job
 from acip_platform.schedule import Outcome
@@ -21,6 +22,7 @@ def settings(job: Job) -> dict[str, Any]:
     return {
         "recipe": recipe_name(job), **job.recipe.to_dict(), "base": job.base, "data": job.data, "num_workers": job.num_workers,
         "eval_data": job.eval_data or job.data, "eval_context": job.eval_context, "eval_windows": job.eval_windows,
+        "eval_protocol": job.eval_protocol,
     }  # fmt: skip
 
 
@@ -38,7 +40,7 @@ def measured(row: Mapping[str, Any]) -> dict[str, float]:
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, float]]]:
     """A model's curve as metrics of its run, over size in percent."""
-    return [(round(row["asked"] * 100), measured(row)) for row in rows]
+    return [(round(row["asked"] * 100), measured(row) | metrics({"evaluation": [], **row})) for row in rows]
 
 
 def choosing(job: Job, artifact: Artifact) -> dict[str, str]:

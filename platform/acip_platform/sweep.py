@@ -48,7 +48,7 @@ from acip.materialise import AnySize
 from acip.sizes import cut_table
 from acip.state import CalibrationState, StepReport
 from acip_platform import story
-from acip_platform.finish import finish, heldout_windows, stored
+from acip_platform.finish import Heldout, finish, stored
 from acip_platform.fleet import Job
 from acip_platform.provenance import provenance
 from acip_platform.schedule import Share, root_cause
@@ -56,7 +56,7 @@ from acip_platform.settings import Settings
 from acip_platform.space import Space, Trial
 from acip_platform.store import Store
 from acip_platform.tracking import CANDIDATE, Run
-from acip_platform.train import Observer, Text, once, prepared
+from acip_platform.train import Observer, Read, once, prepared
 
 SMALLEST = 0.4  # of the sizes that the winner is chosen by
 RUNGS = (1, 2, 4, 8)  # eighths of the post-tuning: a trial is saved, and under asha measured and judged
@@ -307,8 +307,8 @@ def _trial(name: str, context: Mapping[str, Any]) -> None:
     if isinstance(fork, Exception):
         raise fork
     base, batches, observer = _start(name, context, job)
-    decides = ("heldout", job.base, job.data, job.eval_data, job.eval_context, job.eval_windows)
-    heldout = once(Text(decides, lambda: heldout_windows(job, base)))
+    decides = ("heldout", job.base, job.heldout)
+    heldout = once(Read(decides, lambda: Heldout.of(job, base)))
     rungs = Rungs(job, base.model, heldout, observer, context["judged"])
     with _from(tune.get_checkpoint() or fork) as folder:
         calibration = calibrate(base.model, batches, job.recipe, resume=folder, observe=rungs)
@@ -358,7 +358,7 @@ def _report(metrics: Mapping[str, Any], state: CalibrationState | None) -> None:
 class Rungs:
     """Observes a trial: saves it at each rung, where asha judges measures it too, and measures it at its end."""
 
-    def __init__(self, job: Job, model: Any, heldout: torch.Tensor, observer: Observer, judged: bool) -> None:
+    def __init__(self, job: Job, model: Any, heldout: Heldout, observer: Observer, judged: bool) -> None:
         self.job, self.model, self.heldout, self.observer, self.judged = job, model, heldout, observer, judged
         self.state: CalibrationState | None = None  # None until there was a step to post-tune
         self.passed = 0
@@ -383,7 +383,9 @@ class Rungs:
             _report({"share": at, **metrics}, state)
 
     def measured(self, any_size: AnySize, sizes: tuple[float, ...]) -> dict[str, Any]:
-        rows = list(trade_off(any_size, self.heldout, self.job.eval_data or self.job.data, sizes, self.job.recipe.stop_ratio))
+        rows = trade_off(
+            any_size, self.heldout.windows, self.heldout.text.source, sizes, self.job.recipe.stop_ratio, self.heldout.text.protocol
+        )
         return {"area": area(rows, SMALLEST), "curve": json.dumps(rows)}
 
     def finish(self, any_size: AnySize) -> None:
@@ -406,7 +408,7 @@ def _artifact(trial: Trial, state: tune.Checkpoint | None, settings: Settings, r
     one = Run.of(settings, run)
     store, key = Store.of(settings), f"{job.name}/{job.name}-{job.fingerprint}"
     base = load_base(job.base, job.recipe.dtype, job.trust_remote_code)
-    heldout = heldout_windows(job, base)
+    heldout = Heldout.of(job, base)
     if not store.exists(store.uri(key)):
         torch.nn.Module.to(base.model, device)
         batches = prepared(job, base, settings, say, device)

@@ -34,7 +34,7 @@ from acip.layers import targets
 from acip.parametrise import parametrise
 from acip.state import CalibrationState, StepReport, history
 from acip_platform.checkpoints import Checkpoints
-from acip_platform.finish import finish, heldout_windows, stored
+from acip_platform.finish import Heldout, finish, stored
 from acip_platform.fleet import Job
 from acip_platform.masks import FILE, MaskSamples
 from acip_platform.provenance import provenance
@@ -107,7 +107,7 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say("stage", text=f"loading {job.base}")
     base = load_base(job.base, job.recipe.dtype, job.trust_remote_code)
-    heldout = heldout_windows(job, base)
+    heldout = Heldout.of(job, base)
     checkpoints = Checkpoints(settings, config["attempt"], say)
     if not shard.decided(store.exists(store.uri(key)), device):
         if job.num_workers == 1:  # else the layers go there one by one, each worker's part of them
@@ -150,17 +150,17 @@ def _calibrated(
 
 
 @dataclass(frozen=True)
-class Text:
-    """Token windows by all that decides them, and how to read them."""
+class Read:
+    """Something to read: all that decides it, and how."""
 
     decides: tuple[Any, ...]
-    read: Callable[[], torch.Tensor] = field(compare=False)
+    read: Callable[[], Any] = field(compare=False)
 
 
 @lru_cache(maxsize=4)
-def once(text: Text) -> torch.Tensor:
+def once(what: Read) -> Any:
     """What this process read before isn't read again: the trials of a sweep share their text."""
-    return text.read()
+    return what.read()
 
 
 def prepared(job: Job, base: Base, settings: Settings, say: Callable[..., None], device: torch.device) -> TokenBatches:
@@ -168,7 +168,7 @@ def prepared(job: Job, base: Base, settings: Settings, say: Callable[..., None],
     recipe = job.recipe
     # a longer run than is expected reads them again in another order
     decides = (job.base, job.data, recipe.seq_len, job.windows)
-    windows = once(Text(decides, lambda: token_windows(documents(job.data, "train"), base.tokenizer, recipe.seq_len, job.windows)))
+    windows = once(Read(decides, lambda: token_windows(documents(job.data, "train"), base.tokenizer, recipe.seq_len, job.windows)))
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))]
     batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
 
