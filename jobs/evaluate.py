@@ -3,6 +3,7 @@
     python jobs/evaluate.py --model smollm2-135m --sizes 1.0 0.6 0.4 --tasks package:paper --limit 500
     python jobs/evaluate.py --artifact s3://bucket/artifacts/... --data wikitext2 c4 --protocol field paper --context 4096 --tasks paper
     python jobs/evaluate.py --base HuggingFaceTB/SmolLM2-135M --tasks package:piqa            also an export's folder
+    python jobs/evaluate.py --base small --reference HuggingFaceTB/SmolLM2-135M               its distance from that model, too
 
 Sizes are Ray tasks, side by side; what is measured already is not measured again. Rows go to MLflow, to a JSON file, and beside the
 artifact's curve. Exit code 0 = every size was measured, 1 = some were not, 2 = wrong arguments.
@@ -34,6 +35,7 @@ from acip.evaluate.samples import PROMPTS
 from acip.evaluate.tasks import check, expand
 
 KINDS = ("perplexity", "divergence", "efficiency", "samples")
+NO_REFERENCE = " (distance from another model with --reference)"
 SIZES = (1.0, 0.8, 0.6, 0.4)
 
 
@@ -43,6 +45,7 @@ def arguments() -> argparse.Namespace:
     of.add_argument("--model", metavar="NAME[@ALIAS]", help=f"name in the registry, with an alias or version (default: {CHAMPION})")
     of.add_argument("--artifact", metavar="URI", help="path or URI of an artifact")
     of.add_argument("--base", metavar="ID", help="a model as it is: hub id, folder, .gguf file or package:NAME")
+    parser.add_argument("--reference", metavar="ID", help="what --base is compared with (KL, equal top tokens): hub id, folder, ...")
     parser.add_argument("--sizes", nargs="+", type=float, help="size ratios (default: those of the curve, else 1.0 0.8 0.6 0.4)")
     text = parser.add_argument_group("text (default: that of the curve, else package:wikipedia)")
     text.add_argument("--data", nargs="+", metavar="SOURCE", help="package:wikipedia, package:austen, wikitext2, c4, or local text")
@@ -67,6 +70,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.base and args.quantize:
         parser.error("--quantize measures what quantising a size costs: give --model or --artifact.")
+    if args.reference and not args.base:
+        parser.error("--reference goes with --base: an artifact knows its base model.")
     return args
 
 
@@ -84,13 +89,13 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
     texts = texts_of(args, artifact)
     check(expand(args.tasks), args.task_folder)
     connect(settings)
-    what = measurements(args, texts, artifact is not None)
+    what = measurements(args, texts, artifact is not None or bool(model.reference))
     mlflow_run, identity = start_run(settings, name, model, artifact, what)
     file = args.out or settings.home / "evaluations" / f"{name}-{identity}.json"
     lines(out, {
         "model": name + (f" at {masked(model.uri)}" if model.uri else ""),
         "sizes": ", ".join(f"{size:g}" for size in sizes),
-        "measured": ", ".join(dict.fromkeys(one.kind for one in what)),
+        "measured": ", ".join(dict.fromkeys(one.kind for one in what)) + ("" if artifact or model.reference else NO_REFERENCE),
         "run": f"{mlflow_run.run_id} in experiment {mlflow_run.experiment_id} of {masked(settings.tracking_uri)}",
     })  # fmt: skip
     inbox = open_inbox()
@@ -114,8 +119,9 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
 def found(args: argparse.Namespace, settings: Settings) -> tuple[str, Model, Artifact | None]:
     """(a name for it, the model, its artifact if it has one)."""
     if args.base:
-        base = str(Path(args.base).resolve()) if Path(args.base).exists() else args.base  # tasks have folders of their own
-        return Path(base.replace(":", "-")).name, Model(base=base, trust_remote_code=args.trust_remote_code), None
+        base, reference = absolute(args.base), absolute(args.reference or "")  # tasks have folders of their own
+        model = Model(base=base, trust_remote_code=args.trust_remote_code, reference=reference)
+        return Path(base.replace(":", "-")).name, model, None
     uri, name = args.artifact, ""
     if args.model:
         version = Registry(settings).named(args.model)
@@ -124,6 +130,11 @@ def found(args: argparse.Namespace, settings: Settings) -> tuple[str, Model, Art
         uri = str(Path(uri).resolve())
     artifact = Store.of(settings).open(uri)
     return name or uri.rstrip("/").rpartition("/")[2], Model(uri), artifact
+
+
+def absolute(path: str) -> str:
+    """Of a path that is there; anything else stays what it is."""
+    return str(Path(path).resolve()) if path and Path(path).exists() else path
 
 
 def reachable(args: argparse.Namespace, artifact: Artifact | None) -> list[float]:
@@ -149,7 +160,7 @@ def texts_of(args: argparse.Namespace, artifact: Artifact | None) -> list[Text]:
     windows = like.get("windows", 0) if args.windows is None else args.windows
     sources = args.data or [like.get("corpus", "package:wikipedia")]
     texts = [
-        Text(str(Path(source).resolve()) if Path(source).exists() else source, protocol, context, windows)
+        Text(absolute(source), protocol, context, windows)
         for source in sources
         for protocol in args.protocol or [like.get("protocol", "packed")]
     ]

@@ -1,6 +1,7 @@
 """`python jobs/evaluate.py`: sizes as Ray tasks, one of which really dies; a second run makes up for it and repeats nothing."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,7 +20,7 @@ from acip_platform.tracking import Registry, Tracking
 from acip.artifact import MANIFEST, Artifact
 from acip.data import documents, token_windows
 from acip.errors import EvaluationError
-from acip.evaluate import Samples, trade_off
+from acip.evaluate import DivergenceOn, Samples, Text, evaluate, trade_off
 from tests.conftest import byte_tokenizer
 
 MINE = """\
@@ -147,6 +148,29 @@ def test_of_what_is_known_nothing_is_loaded(small_artifact: Artifact, tmp_path: 
     for name in ("acip.artifact.Artifact.load", "acip_platform.evaluate.load_base"):
         monkeypatch.setattr(name, lambda *_: pytest.fail("loaded"))
     assert [measured(artifact, 0.6), measured(base, 1.0)] == first
+
+
+def test_another_model_is_compared_with_a_reference(small_artifact: Artifact, exported: Path, small_base: str, tmp_path: Path) -> None:
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home")})
+    task: Any = _measure
+    inbox = SimpleNamespace(put=SimpleNamespace(remote=lambda said: None))
+    what = DivergenceOn(Text("package:austen", context=64, windows=4))
+
+    def measured(reference: str) -> Any:
+        return task._function(Model(base=str(exported), dtype="float32", reference=reference), 1.0, [what], settings, 1, inbox)
+
+    (part,) = measured(small_base)["evaluation"]
+    any_size = small_artifact.load(size=0.6)
+    (expected,) = evaluate(any_size, small_artifact.tokenizer(), [what])["evaluation"]
+    assert part["key"] == expected["key"] and part["values"]["kl_nats"] > 1e-3
+    assert part["values"] == pytest.approx(expected["values"], rel=1e-3)
+    assert measured(str(exported))["evaluation"][0]["values"]["kl_nats"] == 0.0, "another reference is another measurement"
+    other = tmp_path / "other"
+    shutil.copytree(small_base, other)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(other)
+    assert "has other tokens than" in measured(str(other))["error"]
 
 
 @pytest.mark.parametrize(("node", "cpus"), [({"CPU": 2.0}, 3.0), ({"CPU": 2.0, "GPU": 1.0}, 3.0)])

@@ -23,7 +23,7 @@ from acip.artifact import Artifact
 from acip.base import load_base
 from acip.budget import Budget
 from acip.errors import AcipError, BudgetError, EvaluationError
-from acip.evaluate import Efficiency, Measurement, Part, TaskScore, evaluate, extended, metrics
+from acip.evaluate import DivergenceOn, Efficiency, Measurement, Part, TaskScore, evaluate, extended, metrics
 from acip.evaluate.tasks import expand
 from acip.evaluate.text import content
 from acip.materialise import AnySize
@@ -46,10 +46,13 @@ class Model:
     base: str = ""
     dtype: str = "bfloat16"  # of `base`
     trust_remote_code: bool = False
+    reference: str = ""  # what `base` is compared with, the same way; an artifact has its own base model
 
     def identity(self, artifact: Artifact | None) -> str:
         """The same for the same weights: a curve that grows changes nothing."""
-        facts = (self.base, self.dtype, content(self.base)) if artifact is None else artifact.manifest["files"]
+        facts: Any = artifact.manifest["files"] if artifact is not None else (self.base, self.dtype, content(self.base))
+        if self.reference:
+            facts = (*facts, self.reference, content(self.reference))
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -145,7 +148,8 @@ def _measure(model: Model, size: float, what: list[Measurement], settings: Setti
         if artifact is None:
             base = load_base(model.base, model.dtype, model.trust_remote_code)  # type: ignore[arg-type]
             torch.nn.Module.to(base.model, device)
-            row = {"got": 1.0, **evaluate(base.model, base.tokenizer, what, known=known, say=say)}
+            reference = _reference(model, what, base.tokenizer, device)
+            row = {"got": 1.0, **evaluate(base.model, base.tokenizer, what, reference, known, say)}
         else:
             artifact = Artifact.open(Store.of(settings).fetch(model.uri))  # one copy on a node's disk, mapped by all
             row = evaluate(artifact.load(device, size=size), artifact.tokenizer(), what, known=known, say=say)
@@ -153,6 +157,16 @@ def _measure(model: Model, size: float, what: list[Measurement], settings: Setti
         return {"asked": size, **row}
     except AcipError as error:
         return {"error": str(error)}
+
+
+def _reference(model: Model, what: Sequence[Measurement], tokenizer: Any, device: torch.device) -> Any:
+    """The model that distances are measured to, where they are; EvaluationError for one that reads other tokens."""
+    if not model.reference or not any(isinstance(one, DivergenceOn) for one in what):
+        return None
+    found = load_base(model.reference, model.dtype, model.trust_remote_code)  # type: ignore[arg-type]
+    if found.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise EvaluationError(f"{model.reference} has other tokens than {model.base}: their distributions can't be compared.")
+    return torch.nn.Module.to(found.model, device)
 
 
 def told(part: Part) -> str:
