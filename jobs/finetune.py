@@ -50,6 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eval-context", type=int, help="tokens per window of it")
     parser.add_argument("--eval-windows", type=int, help="at most so many; 0 = all")
     parser.add_argument("--eval-protocol", choices=get_args(Protocol), help="that it is cut by, see acip/evaluate/text.py")
+    parser.add_argument("--cpus", type=float, help="of the worker (default: a node's, where there is no GPU)")
     parser.add_argument("--force", action="store_true", help="tune again what is done already")
     return parser.parse_args()
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
     ))  # fmt: skip
     changes = given(
         data=args.data, eval_data=args.eval_data, eval_context=args.eval_context, eval_windows=args.eval_windows,
-        eval_protocol=args.eval_protocol,
+        eval_protocol=args.eval_protocol, cpus=args.cpus,
     )  # fmt: skip
     job = tuning_job(version, artifact, recipe, changes)
     code = fingerprint(job, artifact)

@@ -3,6 +3,9 @@
 import contextlib
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +17,13 @@ from acip_platform.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.store import Store
 from acip_platform.tracking import Registry, RegistryError, Tracking
+from safetensors.torch import load_file
 
 from acip.artifact import Artifact
 from acip.cut import Budget
 from acip.data import documents, token_windows
 from tests.conftest import byte_tokenizer
+from tests.test_resume import ROOT, worker_of
 
 
 class Command:
@@ -46,7 +51,7 @@ def command(tmp_path_factory: pytest.TempPathFactory, small_artifact: Artifact) 
     return Command(tmp_path_factory.mktemp("tuning") / "home", small_artifact)
 
 
-EVALUATION = ("--data", "package:austen", "--eval-context", "64", "--eval-windows", "64")
+EVALUATION = ("--data", "package:austen", "--eval-context", "64", "--eval-windows", "64", "--cpus", "1")
 
 
 @pytest.mark.slow
@@ -87,6 +92,34 @@ def test_the_job(command: Command, small_artifact: Artifact) -> None:
     assert json.dumps(Artifact.open(child.uri).manifest) == manifest
     with pytest.raises(RegistryError):
         command.registry.resolve("small", "3")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_loses_nothing(small_artifact: Artifact, tmp_path: Path) -> None:
+    """Another goes on from its checkpoint, and the child is the undisturbed one's, bit for bit."""
+    children = []
+    for name in ("undisturbed", "killed"):
+        command = Command(tmp_path / name, small_artifact)
+        log = tmp_path / f"{name}.log"
+        with log.open("w") as out:
+            ask = ["small", "--size", "0.5", "--steps", "150", "--lr", "2e-3", *EVALUATION]
+            env = {**os.environ, **command.env, "ACIP_CHECKPOINT_S": "0.3"}
+            job = subprocess.Popen([sys.executable, str(ROOT / "jobs" / "finetune.py"), *ask], env=env, stdout=out, stderr=out)
+            try:
+                if name == "killed":
+                    worker_of("small", job, Path(command.settings.runs), log).send_signal(signal.SIGKILL)
+                assert job.wait(timeout=300) == 0, log.read_text()
+            finally:
+                if job.poll() is None:
+                    job.terminate()
+                    job.wait(timeout=60)
+        assert ("going on from the last checkpoint" in log.read_text()) == (name == "killed")
+        tracking = Tracking(command.settings, "acip/finetune")
+        (run,) = tracking.client.search_runs([tracking.experiment_id])
+        assert [metric.step for metric in tracking.client.get_metric_history(run.info.run_id, "loss_nats")] == list(range(1, 151))
+        children.append(load_file(Path(command.registry.resolve("small", "candidate").uri) / "factors.safetensors"))
+    ours, theirs = children
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_the_text_is_what_the_calibration_did_not_draw_from(small_artifact: Artifact) -> None:
