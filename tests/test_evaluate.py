@@ -11,12 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
 from acip import losses
 from acip.artifact import Artifact
 from acip.base import load_base
 from acip.budget import Curve
 from acip.card import _curve
+from acip.data import documents
 from acip.errors import DataError, EvaluationError
 from acip.evaluate import (
     DivergenceOn,
@@ -176,6 +178,22 @@ def test_the_harness_scores_our_model_as_its_export(any_size: AnySize, exported:
         ids = torch.tensor([tokenizer(question + choice)["input_ids"]])
         logp = logits(any_size.model, ids)[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
         assert value == pytest.approx(float(logp[-len(tokenizer(choice)["input_ids"]) :].sum()), abs=1e-3)
+
+
+def test_logits_of_what_is_scored_are_enough(any_size: AnySize, small_artifact: Artifact) -> None:
+    """Of requests of any lengths, in several batches, too long ones among them: what lm-eval finds from all logits, one by one."""
+    any_size.resize(0.6)
+    text = str(next(documents("package:austen", "heldout")))
+    pairs = [(text[31 * i : 31 * i + 1 + 13 * i % 90], text[999 + i : 1000 + i + i * i % 23]) for i in range(45)]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate([*pairs, pairs[7], (pairs[7][0], "x")])]
+    model, tokenizer = any_size.model, small_artifact.tokenizer()
+    ours = harness(model, tokenizer)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype=torch.float32)
+    for most in (model.config.max_position_embeddings, 50):
+        ours._max_length = theirs._max_length = most
+        found, expected = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (ours, theirs))
+        assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
 def test_a_task_of_ones_own(any_size: AnySize, small_artifact: Artifact, task_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

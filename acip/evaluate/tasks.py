@@ -9,6 +9,7 @@
 Log-probabilities are taken from float32, where lm-eval by itself would round a bfloat16 model's to 3 digits, and choices would tie.
 """
 
+import inspect
 import logging
 import os
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from tqdm import tqdm
 
 from acip.errors import EvaluationError
 from acip.evaluate import packaged
@@ -119,10 +121,40 @@ def _manager(folder: str, defaults: bool) -> Any:
 
 
 def harness(model: Any, tokenizer: Any) -> Any:
-    """lm-eval's view of a model in memory."""
+    """lm-eval's view of a model in memory. Logits are computed of what is scored, not of the contexts: a sixth of a small model's work."""
     from lm_eval.models.huggingface import HFLM
 
+    can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+
     class InMemory(HFLM):  # type: ignore[misc]  # lm-eval has no types
+        kept = 0  # of a sequence's last positions, those whose logits are needed; 0 = all
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> list[Any]:
+            """Batch by batch, so that it is known how many positions each needs. A request is (texts, context ids, continuation ids)."""
+            todo = sorted(range(len(requests)), key=lambda i: (-len(requests[i][1]) - len(requests[i][2]), requests[i][1] + requests[i][2]))
+            longest_first = [requests[i] for i in todo]
+            size = override_bs or (self.batch_size if self.batch_size != "auto" else self._detect_batch_size(longest_first, 0))
+            answers: list[Any] = [None] * len(requests)
+            for at in tqdm(range(0, len(todo), size), desc="batches of requests", disable=disable_tqdm):
+                batch = longest_first[at : at + size]
+                fed = [min(len(context) + len(asked) - 1, self.max_length) for _, context, asked in batch]
+                self.kept = max(max(fed) - n + len(asked) for n, (_, _, asked) in zip(fed, batch, strict=True)) if can_keep else 0
+                try:
+                    found = super()._loglikelihood_tokens(batch, True, len(batch))
+                finally:
+                    self.kept = 0
+                for i, answer in zip(todo[at : at + size], found, strict=True):
+                    answers[i] = answer
+            return answers
+
+        def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
+            """lm-eval slices from the end what it scores, and expects that the logits may be of another length than the input."""
+            if not self.kept:
+                return super()._model_call(inps, attn_mask, labels)
+            with torch.no_grad():
+                last = torch.arange(inps.shape[1] - self.kept, inps.shape[1], device=inps.device)  # a slice would be multiplied row by row
+                return self.model(inps, logits_to_keep=last).logits
+
         def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
             """On a GPU the largest that runs, by lm-eval's trial and error. On a CPU nothing would stop a trial but the machine's end."""
             if self.device.type != "cpu":
