@@ -52,8 +52,8 @@ def connect(settings: Settings, log_to_driver: bool = False) -> Cluster:
     if address == "local" or not (address or _answers(_noted_by_ray_start())):
         _token_of_our_own()
         return _cluster(True, ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, **common))
-    if _noted_by_ray_start().startswith("127.0.0.1:"):
-        ray_constants.ENABLE_RAY_CLUSTER = False  # it listens there alone (infra/demo); Ray would ask at this machine's other address
+    if _on_the_loopback_alone(address if address not in ("", "auto") else _noted_by_ray_start()):
+        ray_constants.ENABLE_RAY_CLUSTER = False  # as infra/demo's; Ray would ask at this machine's other address
     where = f"RAY_ADDRESS={address}" if address else "the cluster that `ray start` left here"
     remedy = "Start that cluster, or unset RAY_ADDRESS to use a local one."
     if address and address != "auto" and "://" not in address and not _answers(address):
@@ -89,6 +89,14 @@ def _noted_by_ray_start() -> str:
         return Path(get_ray_address_file(None)).read_text().strip()
     except OSError:
         return ""
+
+
+def _on_the_loopback_alone(address: str) -> bool:
+    """Whether a Ray listens at 127.0.0.1, and not at this machine's address in its network."""
+    from ray._private.services import node_ip_address_from_perspective
+
+    host, _, port = address.rpartition(":")
+    return host in ("127.0.0.1", "localhost") and _answers(address) and not _answers(f"{node_ip_address_from_perspective()}:{port}")
 
 
 def _answers(address: str) -> bool:
