@@ -145,7 +145,8 @@ def _curve(rows: list[dict[str, Any]], ratio: float | None, quantised: str | Non
         return ["No trade-off curve was measured for this model."]
     first = measured[0]
     known = [f"{shown(first['corpus'])}, held out"] if "corpus" in first else []
-    known += [f"{first['windows']} windows of {first['context']} tokens"] if {"windows", "context"} <= first.keys() else []
+    if {"windows", "context"} <= first.keys():
+        known.append(f"{first['windows']} windows of {first['context']} tokens, {first.get('protocol', 'packed')}")
     table = ["Every size of the same calibration" + (f" ({'; '.join(known)})" if known else "") + ", before any quantisation:", ""]
     table += ["| asked | got | parameters | perplexity | |", "|---|---|---|---|---|"]
     nearest = None if ratio is None else min(measured, key=lambda row: abs(row.get("got", row.get("asked", 0)) - ratio))

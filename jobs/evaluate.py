@@ -89,13 +89,13 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
     texts = texts_of(args, artifact)
     check(expand(args.tasks), args.task_folder)
     connect(settings)
-    what = measurements(args, texts, artifact is not None or bool(model.reference))
+    what = measurements(args, texts, artifact is not None)
     mlflow_run, identity = start_run(settings, name, model, artifact, what)
     file = args.out or settings.home / "evaluations" / f"{name}-{identity}.json"
     lines(out, {
         "model": name + (f" at {masked(model.uri)}" if model.uri else ""),
         "sizes": ", ".join(f"{size:g}" for size in sizes),
-        "measured": ", ".join(dict.fromkeys(one.kind for one in what)) + ("" if artifact or model.reference else NO_REFERENCE),
+        "measured": ", ".join(dict.fromkeys(one.kind for one in what)) + ("" if artifact or args.reference else NO_REFERENCE),
         "run": f"{mlflow_run.run_id} in experiment {mlflow_run.experiment_id} of {masked(settings.tracking_uri)}",
     })  # fmt: skip
     inbox = open_inbox()
@@ -119,9 +119,8 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
 def found(args: argparse.Namespace, settings: Settings) -> tuple[str, Model, Artifact | None]:
     """(a name for it, the model, its artifact if it has one)."""
     if args.base:
-        base, reference = absolute(args.base), absolute(args.reference or "")  # tasks have folders of their own
-        model = Model(base=base, trust_remote_code=args.trust_remote_code, reference=reference)
-        return Path(base.replace(":", "-")).name, model, None
+        base = absolute(args.base)  # tasks have folders of their own
+        return Path(base.replace(":", "-")).name, Model(base=base, trust_remote_code=args.trust_remote_code), None
     uri, name = args.artifact, ""
     if args.model:
         version = Registry(settings).named(args.model)
@@ -174,7 +173,8 @@ def measurements(args: argparse.Namespace, texts: list[Text], has_base: bool) ->
     kinds = [key.partition(":")[2] for key in ray.cluster_resources() if key.startswith("accelerator_type:")]
     folder = str(Path(args.task_folder).resolve()) if args.task_folder else ""
     what: list[Measurement] = [PerplexityOn(text) for text in texts if "perplexity" not in args.skip]
-    what += [DivergenceOn(text) for text in texts if has_base and "divergence" not in args.skip]
+    reference = absolute(args.reference or "")
+    what += [DivergenceOn(text, reference) for text in texts if (has_base or reference) and "divergence" not in args.skip]
     what += [QuantisedOn(text, kind) for text in texts for kind in args.quantize]
     what += [TaskScore(task, folder, args.shots, args.limit) for task in expand(args.tasks)]
     if "samples" not in args.skip:

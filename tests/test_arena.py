@@ -123,6 +123,8 @@ def test_the_arena_is_held_side_by_side_and_nothing_is_done_twice(arena: Arena, 
     again.forget(arena)
     assert again.of(arena) == []
     assert Results(results.path).of(arena) == kept  # until there are new ones
+    again.add(arena, kept[1])
+    assert again.of(arena) == [kept[1]]
 
 
 def test_an_entry_that_no_node_has_room_for_is_refused(arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

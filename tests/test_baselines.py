@@ -387,6 +387,27 @@ def test_few_incremental_components_are_the_largest_ones() -> None:
         assert torch.linalg.svdvals(pca.V_kM @ Vh.T).min() > least
 
 
+def test_components_of_nearly_equal_values_are_not_missed() -> None:
+    """Rows that are orthonormal bases, as singular vectors are: their merging loses no more than exact SVDs do."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.linalg.qr(torch.randn(64, 12, dtype=torch.float64, generator=generator)).Q.T for _ in range(4)]
+    pca, exact, seen = dobi.IncrementalPCA(11), torch.zeros(0, 64, dtype=torch.float64), 0
+    mean = torch.zeros(64, dtype=torch.float64)
+    for batch in batches:
+        pca.fit(batch)
+        new = batch.mean(0)
+        shift = (len(batch) * seen / (len(batch) + seen)) ** 0.5 * (mean - new)
+        _, s, Vh = torch.linalg.svd(torch.cat([exact, batch - new, shift[None]]), full_matrices=False)
+        exact, mean, seen = s[:11, None] * Vh[:11], (seen * mean + len(batch) * new) / (seen + len(batch)), seen + len(batch)
+    torch.testing.assert_close(pca.s_k, exact.norm(dim=1))
+    assert torch.linalg.svdvals(pca.V_kM @ (exact / exact.norm(dim=1, keepdim=True)).T).min() > 1 - 1e-6
+
+
+def test_what_an_arena_excludes_is_said_in_one_place(base: Base, windows: Tensor) -> None:
+    with pytest.raises(RecipeError, match="use the arena's `exclude`"):
+        next(compress("acip", base, windows, (0.5,), set={"exclude": ["up_proj"]}))
+
+
 def test_every_window_is_learned_from(base: Base, windows: Tensor) -> None:
     """Those of a last batch that is not full, too."""
     name, linear = next(iter(find_linears(base.model).items()))

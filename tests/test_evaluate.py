@@ -189,11 +189,21 @@ def test_logits_of_what_is_scored_are_enough(any_size: AnySize, small_artifact: 
     model, tokenizer = any_size.model, small_artifact.tokenizer()
     ours = harness(model, tokenizer)
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype=torch.float32)
+    lengths: list[tuple[int, int]] = []
+    model_call = ours._model_call
+
+    def watched(ids: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = model_call(ids)
+        lengths.append((found.shape[1], ids.shape[1]))
+        return found
+
+    ours._model_call = watched
     for most in (model.config.max_position_embeddings, 50):
         ours._max_length = theirs._max_length = most
         found, expected = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (ours, theirs))
         assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
         assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert all(kept <= length for kept, length in lengths) and sum(kept for kept, _ in lengths) < 0.7 * sum(n for _, n in lengths)
 
 
 def test_a_task_of_ones_own(any_size: AnySize, small_artifact: Artifact, task_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from acip_platform.tracking import Registry, Tracking
 from acip.artifact import MANIFEST, Artifact
 from acip.data import documents, token_windows
 from acip.errors import EvaluationError
-from acip.evaluate import DivergenceOn, Samples, Text, evaluate, trade_off
+from acip.evaluate import DivergenceOn, PerplexityOn, Samples, Text, evaluate, trade_off
 from tests.conftest import byte_tokenizer
 
 MINE = """\
@@ -157,14 +157,17 @@ def test_another_model_is_compared_with_a_reference(small_artifact: Artifact, ex
     what = DivergenceOn(Text("package:austen", context=64, windows=4))
 
     def measured(reference: str) -> Any:
-        return task._function(Model(base=str(exported), dtype="float32", reference=reference), 1.0, [what], settings, 1, inbox)
+        asked = [replace(what, reference=reference), PerplexityOn(what.text)]
+        return task._function(Model(base=str(exported), dtype="float32"), 1.0, asked, settings, 1, inbox)
 
-    (part,) = measured(small_base)["evaluation"]
+    part, alone = measured(small_base)["evaluation"]
     any_size = small_artifact.load(size=0.6)
     (expected,) = evaluate(any_size, small_artifact.tokenizer(), [what])["evaluation"]
-    assert part["key"] == expected["key"] and part["values"]["kl_nats"] > 1e-3
+    assert part["key"] != expected["key"] and part["values"]["kl_nats"] > 1e-3
     assert part["values"] == pytest.approx(expected["values"], rel=1e-3)
-    assert measured(str(exported))["evaluation"][0]["values"]["kl_nats"] == 0.0, "another reference is another measurement"
+    again = measured(str(exported))["evaluation"]
+    assert again[0]["values"]["kl_nats"] == 0.0, "another reference is another measurement"
+    assert again[1] == alone, "of which nothing else hangs"
     other = tmp_path / "other"
     shutil.copytree(small_base, other)
     tokenizer = byte_tokenizer()

@@ -11,6 +11,7 @@ from acip.baselines.factors import Progress, swapped
 from acip.calibrate import calibrate
 from acip.cut import Budget
 from acip.data import TokenBatches
+from acip.errors import RecipeError
 from acip.layers import targets
 from acip.linear import ElasticLinear
 from acip.parametrise import parametrise, restore
@@ -35,8 +36,9 @@ def run(
 
     The windows and the base model are there already: the recipe's `seq_len` and `dtype` say nothing here.
     """
-    changes = {**set, **({"exclude": list(exclude)} if exclude else {})}
-    chosen = Recipe.from_dict(changes, named(recipe) if isinstance(recipe, str) else recipe)
+    if "exclude" in set:
+        raise RecipeError("set names layers to exclude; all methods leave out the same ones: use the arena's `exclude`.")
+    chosen = Recipe.from_dict({**set, "exclude": list(exclude)}, named(recipe) if isinstance(recipe, str) else recipe)
     chosen = dataclasses.replace(chosen, seq_len=windows.shape[1])
     model = base.model
 

@@ -149,11 +149,13 @@ def gate(gamma: Tensor, count: int) -> Tensor:
 
 def leading(A: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor]:
     """U [..., T, q], s, V [..., M, q] of the largest singular values: by random projection where few are wanted, as in the paper."""
-    K = min(A.shape[-2:])
-    if 2 * q < K:
-        return torch.svd_lowrank(A, q, niter=2)
+    return torch.svd_lowrank(A, q, niter=2) if 2 * q < min(A.shape[-2:]) else exactly_leading(A, q)
+
+
+def exactly_leading(A: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same without projections, which would miss some of many values that are nearly equal."""
     if A.shape[-2] > A.shape[-1]:
-        U, s, V = leading(A.mT, q)
+        U, s, V = exactly_leading(A.mT, q)
         return V, s, U
     B = A.double()
     squares, U = torch.linalg.eigh(B @ B.mT)  # 2 to 4 times faster than the SVD, and no worse while float64 holds the squares
@@ -285,7 +287,7 @@ class IncrementalPCA:
             shift = math.sqrt(n * self.seen / (n + self.seen)) * (self.mean_M - mean_M)
             stack = torch.cat([self.s_k[:, None] * self.V_kM, stack, shift[None]])
             mean_M = (self.seen * self.mean_M + n * mean_M) / (self.seen + n)
-        _, self.s_k, V_Mk = leading(stack, min(self.components, *stack.shape))
+        _, self.s_k, V_Mk = exactly_leading(stack, min(self.components, *stack.shape))
         self.mean_M, self.V_kM = mean_M, V_Mk.T
         self.seen += n
 

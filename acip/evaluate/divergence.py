@@ -5,7 +5,7 @@ Perplexity may stay while answers change. Both models see the same windows; ever
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from acip.errors import EvaluationError
 from acip.evaluate.perplexity import OnText, mean_and_stderr
 from acip.evaluate.rows import Part, Subject
+from acip.evaluate.text import content
 from acip.losses import Divergence, next_token
 
 
@@ -21,6 +22,13 @@ class DivergenceOn(OnText):
     """KL(base || model) in nats per token, and the share of equal top tokens, with standard errors over windows."""
 
     kind: ClassVar[str] = "divergence"
+    reference: str = ""  # the model that it is from, see acip.base; "" = the base model that an artifact holds
+
+    def identity(self) -> dict[str, Any]:
+        found = super().identity()
+        if self.reference:
+            return {**found, "reference_content": content(self.reference)}
+        return {key: value for key, value in found.items() if key != "reference"}
 
     @torch.no_grad()
     def measure(self, subject: Subject) -> Part:

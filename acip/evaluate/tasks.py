@@ -17,6 +17,7 @@ from contextlib import chdir, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -124,7 +125,8 @@ def harness(model: Any, tokenizer: Any) -> Any:
     """lm-eval's view of a model in memory. Logits are computed of what is scored, not of the contexts: a sixth of a small model's work."""
     from lm_eval.models.huggingface import HFLM
 
-    can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+    keep = inspect.signature(model.forward).parameters.get("logits_to_keep")
+    can_keep = keep is not None and "Tensor" in str(keep.annotation)
 
     class InMemory(HFLM):  # type: ignore[misc]  # lm-eval has no types
         kept = 0  # of a sequence's last positions, those whose logits are needed; 0 = all
@@ -132,18 +134,21 @@ def harness(model: Any, tokenizer: Any) -> Any:
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> list[Any]:
             """Batch by batch, so that it is known how many positions each needs. A request is (texts, context ids, continuation ids)."""
             todo = sorted(range(len(requests)), key=lambda i: (-len(requests[i][1]) - len(requests[i][2]), requests[i][1] + requests[i][2]))
-            longest_first = [requests[i] for i in todo]
-            size = override_bs or (self.batch_size if self.batch_size != "auto" else self._detect_batch_size(longest_first, 0))
+            size = override_bs or (
+                self.batch_size if self.batch_size != "auto" else self._detect_batch_size([requests[i] for i in todo], 0)
+            )
+            alike = [list(same) for _, same in groupby(todo, lambda i: requests[i][1] + requests[i][2][:-1])]  # lm-eval feeds them once
             answers: list[Any] = [None] * len(requests)
-            for at in tqdm(range(0, len(todo), size), desc="batches of requests", disable=disable_tqdm):
-                batch = longest_first[at : at + size]
+            for at in tqdm(range(0, len(alike), size), desc="batches of requests", disable=disable_tqdm):
+                indices = [i for same in alike[at : at + size] for i in same]
+                batch = [requests[i] for i in indices]
                 fed = [min(len(context) + len(asked) - 1, self.max_length) for _, context, asked in batch]
                 self.kept = max(max(fed) - n + len(asked) for n, (_, _, asked) in zip(fed, batch, strict=True)) if can_keep else 0
                 try:
-                    found = super()._loglikelihood_tokens(batch, True, len(batch))
+                    found = super()._loglikelihood_tokens(batch, True, size)
                 finally:
                     self.kept = 0
-                for i, answer in zip(todo[at : at + size], found, strict=True):
+                for i, answer in zip(indices, found, strict=True):
                     answers[i] = answer
             return answers
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -116,10 +117,16 @@ class Arena:
         fields = {
             key: value for key, value in dataclasses.asdict(self).items() if key not in ("name", "sizes", "methods", "cpus", "quoted")
         }
-        files = [content(path) for path in (self.base, self.data, *self.eval_data)]
+        files = _contents(self.base, self.data, *self.eval_data)
         options = {} if method == DENSE else baselines.method(method).settings(self.methods[method])
         decides = [fields, files, method, options, version("lm_eval") if self.tasks else ""]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@lru_cache(maxsize=8)
+def _contents(*paths: str) -> list[str]:
+    """Of local files, as they were when they were first asked for."""
+    return [content(path) for path in paths]
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,7 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows = self._read()
+        self.forgotten: set[tuple[Any, ...]] = set()
 
     def _read(self) -> list[Row]:
         try:
@@ -149,23 +157,27 @@ class Results:
         order = [DENSE, *arena.methods]
         prints = {arena.fingerprint(method): order.index(method) for method in order}
         mine = [row for row in self.rows if row["fingerprint"] in prints and (row["method"] == DENSE or row["asked"] in arena.sizes)]
+        mine = [row for row in mine if _key(row) not in self.forgotten]
         return sorted(mine, key=lambda row: (row["method"] != DENSE, -row["asked"], prints[row["fingerprint"]]))
 
     def add(self, arena: Arena, row: Row) -> None:
         """Keep a row, in the place of an older one of the same."""
         row = {**row, "fingerprint": arena.fingerprint(row["method"])}
-        same = ("fingerprint", "method", "asked")
+        self.forgotten.discard(_key(row))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.path}.lock"):  # another arena may run, with other methods
-            self.rows = [*(old for old in self._read() if any(old[key] != row[key] for key in same)), row]
+            self.rows = [*(old for old in self._read() if _key(old) != _key(row)), row]
             part = self.path.with_suffix(".part")
             part.write_text(json.dumps({"rows": self.rows}, indent=1), encoding="utf-8")
             part.replace(self.path)
 
     def forget(self, arena: Arena) -> None:
-        """Do as if there were no rows of this arena: they stay in the file until there are new ones."""
-        prints = {arena.fingerprint(method) for method in (DENSE, *arena.methods)}
-        self.rows = [row for row in self.rows if row["fingerprint"] not in prints]
+        """Do as if there were no rows of this arena: each stays in the file until there is a new one."""
+        self.forgotten = {_key(row) for row in self.of(arena)}
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return row["fingerprint"], row["method"], row["asked"]
 
 
 def entries(arena: Arena, results: Results) -> list[Entry]:
@@ -276,7 +288,9 @@ def measure(model: Any, base: Base, arena: Arena) -> dict[str, dict[str, float]]
     for task, part in zip(tasks, parts[len(texts) :], strict=True):
         values = part["values"]
         metric = "acc" if "acc" in values else next(iter(values))  # lm-eval's first, where nothing is chosen from
-        scored.append(name := task.task.removeprefix("package:"))
+        name = task.task.removeprefix("package:")
+        if metric == "acc":
+            scored.append(name)
         found[name], errors[name] = values[metric], values.get(f"{metric}_stderr", math.nan)
     if scored:
         found[MEAN] = statistics.fmean(found[name] for name in scored)

@@ -41,7 +41,7 @@ def columns(rows: Sequence[Row]) -> list[str]:
 
 
 def heading(metric: str) -> str:
-    return f"{metric} {'↓' if metric.startswith('perplexity') else '↑'}"
+    return f"{metric} {'↓' if 'perplexity' in metric else '↑'}"
 
 
 def number(value: float | None, error: float | None = None) -> str:

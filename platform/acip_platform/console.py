@@ -100,7 +100,7 @@ def trade_off_table(outcome: Outcome) -> Table:
     assert outcome.summary is not None
     rows = outcome.summary["curve"]
     first = rows[0]
-    corpus = f"perplexity on {first['corpus']}, held out, {first['windows']} x {first['context']} tokens"
+    corpus = f"perplexity on {first['corpus']}, held out, {first['windows']} x {first['context']} tokens, {first.get('protocol', 'packed')}"
     title = f"{outcome.job.name}, version {outcome.summary['version']} ({corpus})"
     table = Table(title=title, title_justify="left", title_style="bold", width=130)
     for heading in ("asked", "got", "parameters", "MB stored", "perplexity", "x base", "KL to base", "same top", ""):

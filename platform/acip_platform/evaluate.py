@@ -46,13 +46,10 @@ class Model:
     base: str = ""
     dtype: str = "bfloat16"  # of `base`
     trust_remote_code: bool = False
-    reference: str = ""  # what `base` is compared with, the same way; an artifact has its own base model
 
     def identity(self, artifact: Artifact | None) -> str:
         """The same for the same weights: a curve that grows changes nothing."""
-        facts: Any = artifact.manifest["files"] if artifact is not None else (self.base, self.dtype, content(self.base))
-        if self.reference:
-            facts = (*facts, self.reference, content(self.reference))
+        facts = (self.base, self.dtype, content(self.base)) if artifact is None else artifact.manifest["files"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -161,11 +158,12 @@ def _measure(model: Model, size: float, what: list[Measurement], settings: Setti
 
 def _reference(model: Model, what: Sequence[Measurement], tokenizer: Any, device: torch.device) -> Any:
     """The model that distances are measured to, where they are; EvaluationError for one that reads other tokens."""
-    if not model.reference or not any(isinstance(one, DivergenceOn) for one in what):
+    source = next((one.reference for one in what if isinstance(one, DivergenceOn)), "")
+    if not source:
         return None
-    found = load_base(model.reference, model.dtype, model.trust_remote_code)  # type: ignore[arg-type]
+    found = load_base(source, model.dtype, model.trust_remote_code)  # type: ignore[arg-type]
     if found.tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise EvaluationError(f"{model.reference} has other tokens than {model.base}: their distributions can't be compared.")
+        raise EvaluationError(f"{source} has other tokens than {model.base}: their distributions can't be compared.")
     return torch.nn.Module.to(found.model, device)
 
 

@@ -41,7 +41,8 @@ class Heldout:
     def of(cls, job: Job, base: Base) -> "Heldout":
         context = min(job.eval_context, getattr(base.model.config, "max_position_embeddings", job.eval_context))
         text = dataclasses.replace(job.heldout, context=context)
-        return cls(text, text.tokens(base.tokenizer))
+        windows = text.tokens(base.tokenizer)
+        return cls(dataclasses.replace(text, windows=len(windows)), windows)  # the same, as jobs/evaluate.py asks for it
 
 
 def stored(settings: Settings, key: str, save: Callable[[Path], Artifact]) -> str:
@@ -75,9 +76,15 @@ def finish(
     artifact = Artifact.open(store.fetch(uri))
     any_size = artifact.load(device)
     if not artifact.curve:
-        text, tokenizer = heldout.text, artifact.tokenizer()
-        say("stage", text=f"measuring {len(job.sizes)} sizes on {len(heldout.windows)} windows of {text.source}")
-        rows = trade_off(any_size, heldout.windows, text.source, job.sizes, artifact.recipe.stop_ratio, text.protocol, DivergenceOn(text))
+        text, tokenizer, count = heldout.text, artifact.tokenizer(), len(heldout.windows)
+
+        def told(done: int) -> None:
+            if done % max(1, count // 4) == 0:
+                say("stage", text=f"{len(job.sizes)} sizes measured on {done} of {count} windows of {text.source}")
+
+        rows = trade_off(
+            any_size, heldout.windows, text.source, job.sizes, artifact.recipe.stop_ratio, text.protocol, DivergenceOn(text), told
+        )
         for row in rows:
             any_size.resize(Budget(ratio=row["asked"]))
             row["evaluation"] += evaluate(any_size, tokenizer, [Samples()])["evaluation"]

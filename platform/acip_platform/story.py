@@ -121,4 +121,5 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         quality = f"{row['perplexity']:.2f} ± {error:.2f}"
         cells = (f"{row['asked']:.2f}", f"{row['got']:.4f}", f"{row['params']:,}", f"{row['bytes'] / 1e6:.1f}", quality, below)
         lines.append(f"| {' | '.join(cell + WIDE for cell in cells)} |")
-    return "\n".join(lines) + f"\n\nPerplexity on {first['corpus']}, held out, {first['windows']} windows of {first['context']} tokens."
+    cut = f"{first['windows']} windows of {first['context']} tokens ({first.get('protocol', 'packed')})"
+    return "\n".join(lines) + f"\n\nPerplexity on {first['corpus']}, held out, {cut}."
