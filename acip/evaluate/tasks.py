@@ -122,7 +122,7 @@ def _manager(folder: str, defaults: bool) -> Any:
 
 
 def harness(model: Any, tokenizer: Any) -> Any:
-    """lm-eval's view of a model in memory. Logits are computed of what is scored, not of the contexts: a sixth of a small model's work."""
+    """lm-eval's view of a model in memory. Logits are computed of what is scored, not of the contexts."""
     from lm_eval.models.huggingface import HFLM
 
     keep = inspect.signature(model.forward).parameters.get("logits_to_keep")
