@@ -1,5 +1,6 @@
 """The arena: methods side by side on Ray, rows kept, failures told, the table in the format of the paper's."""
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -108,23 +109,45 @@ def test_the_arena_is_held_side_by_side_and_nothing_is_done_twice(arena: Arena, 
         assert dense < row["metrics"]["perplexity austen"] < 2 * dense
 
     table = arena_report.markdown(found, arena)
-    assert table.splitlines()[0] == "| Size | Method | perplexity austen ↓ | stored |"
+    assert table.splitlines()[:2] == ["| method | runs | 0.7: austen | 0.5: austen |", "| --- | --- | --- | --- |"]
+    assert f"| the base model, 1.0 |  | {dense:.1f} |  |" in table
+    best = min(found[3:], key=lambda row: row["metrics"]["perplexity austen"])
+    assert f"**{best['metrics']['perplexity austen']:.1f}** |\n" in table and table.count("**") == 4
+    assert "| Size | Method | perplexity austen ↓ | stored |" in table.splitlines()
     error, megabytes = found[0]["stderr"]["perplexity austen"], 4 * found[0]["dense_params"] / 1e6
     assert f"| 100% | Original | {dense:.2f} ± {error:.2f} | 1.0000, {megabytes:.1f} MB: dense |" in table
     assert "| one per size (2) |" in table
     assert len(arena_report.figure(found, arena).axes[0].lines) == 3
     assert total_cost(found)[2] == max(row["peak_bytes"] for row in found)
+    assert [row.get("leads") for row in found] == [None, True, False, False, False]
 
-    other = Results(results.path)  # of another arena.py, which began before
-    results.add(arena, {**found[1], "seconds": 0.0})
-    other.add(arena, {**found[2], "seconds": 0.0})
-    kept = Results(results.path).of(arena)
-    assert [row["seconds"] == 0 for row in kept] == [True, True, True, False, False]  # the dense base's is 0 as well
+
+def test_two_arenas_keep_each_others_rows(arena: Arena, tmp_path: Path) -> None:
+    first, second = (Results(tmp_path / "small.json") for _ in range(2))
+    made: list[dict[str, Any]] = [{"method": method, "asked": 0.7, "seconds": 1.0} for method in ("covariance", "svd-llm")]
+    for results, row in zip((first, second), made, strict=True):
+        results.add(arena, row)
+    kept = Results(first.path).of(arena)
+    assert [row["method"] for row in kept] == ["covariance", "svd-llm"]
+    first.add(arena, {**made[0], "seconds": 2.0})  # in the place of the older one
+    again = Results(first.path)
+    assert [row["seconds"] for row in again.of(arena)] == [2.0, 1.0]
     again.forget(arena)
     assert again.of(arena) == []
-    assert Results(results.path).of(arena) == kept  # until there are new ones
-    again.add(arena, kept[1])
-    assert again.of(arena) == [kept[1]]
+    assert len(Results(first.path).of(arena)) == 2  # until there are new ones
+    again.add(arena, made[1])
+    assert [row["method"] for row in again.of(arena)] == ["svd-llm"]
+
+
+def test_shared_work_counts_once() -> None:
+    """Also where it was done again, by a run that went on after an interruption."""
+    leads, follows = (
+        {"seconds": 9.0, "cpu_seconds": 8.0, "peak_bytes": 7, "leads": True},
+        {"seconds": 2.0, "cpu_seconds": 1.0, "peak_bytes": 8},
+    )
+    assert total_cost([leads, follows]) == (11.0, 9.0, 8)
+    assert total_cost([leads, {**leads, "seconds": 10.0}, follows]) == (12.0, 9.0, 8)
+    assert total_cost([follows, follows]) == (4.0, 2.0, 8)
 
 
 def test_an_entry_that_no_node_has_room_for_is_refused(arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +216,15 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, says: str) 
     path.write_text(text)
     with pytest.raises(AcipError, match=says):
         Arena.load(path)
+
+
+def test_the_tables_that_are_told_are_those_of_the_rows() -> None:
+    benchmarks = Path(__file__).parent / "benchmarks"
+    kept = json.loads((benchmarks / "arena.json").read_text())["rows"]
+    arena = Arena.load(ARENAS / "demo.yaml")
+    assert {(row["method"], row["asked"]) for row in kept} == {(DENSE, 1.0), *itertools.product(arena.methods, arena.sizes)}
+    assert (benchmarks / "ARENA.md").read_text().endswith(arena_report.markdown(kept, arena))
+    assert "\n".join(arena_report.summary(kept)) in (ARENAS.parents[1] / "README.md").read_text()
 
 
 def test_the_arena_files_name_every_method() -> None:

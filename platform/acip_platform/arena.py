@@ -232,7 +232,7 @@ def compete(arena: Arena, entry: Entry, threads: int, inbox: Any) -> Iterator[Ro
 
 
 def rows(arena: Arena, entry: Entry, progress: Callable[[str, int, int], None]) -> Iterator[Row]:
-    """A row for each size of an entry. What sizes share counts for the first.
+    """A row for each size of an entry. What sizes share counts for the first, which `leads`.
 
     `seconds` is the size's own work, evaluation aside, by the clock; `cpu_seconds` what processors worked for it, which other
     work on the machine hardly changes.
@@ -258,7 +258,8 @@ def rows(arena: Arena, entry: Entry, progress: Callable[[str, int, int], None]) 
         taken = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
         size = {key: getattr(made, key) for key in ("asked", "got", "stored_params", "stored_bytes", "dense_params", "counted")}
         cost = taken | {"peak_bytes": peak_bytes(device), "one_run_per_size": chosen.one_run_per_size}
-        yield common | size | cost | {"title": chosen.title, **measure(made.model, base, arena)}
+        leads = made.asked == entry.sizes[0] and not chosen.one_run_per_size
+        yield common | size | cost | {"title": chosen.title, "leads": leads, **measure(made.model, base, arena)}
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # which was the evaluation's
         began, worked = time.perf_counter(), time.process_time()
@@ -323,6 +324,10 @@ class _Progress:
 
 
 def total_cost(rows: Sequence[Row]) -> tuple[float, float, int]:
-    """(seconds, seconds of processors, peak bytes) of all of a method's rows."""
-    seconds, worked = (sum(row[key] for row in rows) for key in ("seconds", "cpu_seconds"))
-    return seconds, worked, max(row["peak_bytes"] for row in rows)
+    """(seconds, seconds of processors, peak bytes) of all of a method's rows; what an interrupted run shared counts once."""
+
+    def total(key: str) -> float:
+        leading = [row[key] for row in rows if row.get("leads")]
+        return sum(row[key] for row in rows if not row.get("leads")) + max(leading, default=0.0)
+
+    return total("seconds"), total("cpu_seconds"), max(row["peak_bytes"] for row in rows)

@@ -1,17 +1,20 @@
 """The arena's rows as the paper's Table 1 has them: for people, for a README, and as a picture."""
 
 import importlib.resources
+import itertools
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from acip_platform.arena import DENSE, Arena, Row, total_cost
+from acip_platform.arena import DENSE, MEAN, Arena, Row, total_cost
 from acip_platform.console import duration
 
 QUOTED = " (quoted)"
+FAR = 200.0  # times the base model's perplexity: what is worse leaves the picture
 COSTS = ("Method", "runs (sizes)", "wall time", "processors", "peak memory", "on")
 
 
@@ -69,6 +72,45 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     return found
 
 
+def summary(rows: Sequence[Row]) -> list[str]:
+    """A line of Markdown for each method: perplexities, and the mean of tasks where there are any, size by size; the best in bold."""
+    names = [name for name in columns(rows) if name.startswith("perplexity") or name == MEAN]
+    own = [row for row in rows if row["method"] != DENSE]
+    sizes = sorted({row["asked"] for row in own}, reverse=True)
+    best = {}
+    for size, name in itertools.product(sizes, names):
+        values = [row["metrics"][name] for row in own if row["asked"] == size and name in row["metrics"]]
+        best[size, name] = max(values, default=None) if name == MEAN else min(values, default=None)
+
+    def numbers(row: Row | None, size: float) -> list[str]:
+        metrics = row["metrics"] if row else {}
+        texts = [_short(metrics[name], name) if name in metrics else "" for name in names]
+        return [
+            f"**{text}**" if text and metrics[name] == best.get((size, name)) else text for name, text in zip(names, texts, strict=True)
+        ]
+
+    heads = [f"{size:g}: {_label(name)}" if name == names[0] else _label(name) for size, name in itertools.product(sizes, names)]
+    text = [_line(["method", "runs", *heads]), _line(["---"] * (2 + len(heads)))]
+    for row in rows:
+        if row["method"] == DENSE:
+            text.append(_line(["the base model, 1.0", "", *numbers(row, 1.0), *[""] * (len(heads) - len(names))]))
+    for title in dict.fromkeys(row["title"] for row in own):
+        at = {row["asked"]: row for row in own if row["title"] == title}
+        runs = "one per size" if next(iter(at.values()))["one_run_per_size"] else "one"
+        text.append(_line([title, runs, *(cell for size in sizes for cell in numbers(at.get(size), size))]))
+    return text
+
+
+def _label(metric: str) -> str:
+    return "tasks" if metric == MEAN else metric.removeprefix("perplexity ")
+
+
+def _short(value: float, metric: str) -> str:
+    if metric == MEAN:
+        return f"{value:.3f}"
+    return f"{value:.0e}".replace("e+0", "e").replace("e+", "e") if value >= 1e5 else f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
 def table(rows: Sequence[Row], arena: Arena) -> Table:
     shown = with_quoted(rows, arena)
     title = f"{arena.name}: {arena.base}, calibrated on {arena.data}; {_measured(arena)}"
@@ -103,10 +145,10 @@ def cost_cells(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def markdown(rows: Sequence[Row], arena: Arena) -> str:
-    """The two tables, for a README."""
+    """The three tables, for a README."""
     shown = with_quoted(rows, arena)
     heads = ["Size", "Method", *map(heading, columns(shown)), "stored"]
-    text = [_line(heads), _line(["---"] * len(heads)), *map(_line, cells(shown)), ""]
+    text = [*summary(rows), "", _line(heads), _line(["---"] * len(heads)), *map(_line, cells(shown)), ""]
     text += [_line(COSTS), _line(["---"] * len(COSTS)), *map(_line, cost_cells(rows)), ""]
     text.append(
         f"{arena.base} in {arena.dtype}, calibrated on {arena.data} (at most {arena.windows} x {arena.context} tokens, seed {arena.seed}), "
@@ -130,19 +172,24 @@ def _line(words: Sequence[str]) -> str:
 def figure(rows: Sequence[Row], arena: Arena) -> Figure:
     """A panel for each metric, a line for each method, over what was got; the dense base as a dashed line."""
     names = columns(rows)
-    made = Figure(figsize=(5.5 * max(1, len(names)), 4.8), layout="constrained")
-    panels = made.subplots(1, max(1, len(names)), squeeze=False)[0]
+    across = min(3, max(1, len(names)))
+    down = math.ceil(max(1, len(names)) / across)
+    made = Figure(figsize=(5.5 * across, 4.4 * down), layout="constrained")
+    panels = made.subplots(down, across, squeeze=False).flat
+    for panel in panels[len(names) :]:
+        panel.set_axis_off()
+    dense: dict[str, float] = next((row["metrics"] for row in rows if row["method"] == DENSE), {})
+    own = [row for row in rows if row["method"] != DENSE]
     for panel, name in zip(panels, names, strict=False):
-        for row in rows:
-            if row["method"] == DENSE and name in row["metrics"]:
-                panel.axhline(row["metrics"][name], color="black", linestyle="--", linewidth=1, label=row["title"])
-        for i, title in enumerate(dict.fromkeys(row["title"] for row in rows if row["method"] != DENSE)):
-            own = [row for row in rows if row["title"] == title and name in row["metrics"]]
-            panel.plot(
-                [row["got"] for row in own], [row["metrics"][name] for row in own], "os^Dv"[i % 5] + "-", color=f"C{i % 10}", label=title
-            )
+        if name in dense:
+            panel.axhline(dense[name], color="black", linestyle="--", linewidth=1, label="Original")
+        for i, title in enumerate(dict.fromkeys(row["title"] for row in own)):
+            line = [(row["got"], row["metrics"][name]) for row in own if row["title"] == title and name in row["metrics"]]
+            panel.plot(*zip(*line, strict=True) if line else ((), ()), "os^Dv"[i % 5] + "-", color=f"C{i % 10}", label=title)
         if name.startswith("perplexity"):
             panel.set_yscale("log")
+            if name in dense:
+                panel.set_ylim(dense[name] / 1.5, dense[name] * FAR)
         panel.set_title(heading(name))
         panel.set_xlabel("size: numbers stored by the compressed layers / dense")
         panel.grid(alpha=0.3, which="both")
