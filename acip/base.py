@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from acip.errors import BaseModelError
 from acip.recipe import Dtype
@@ -43,6 +43,42 @@ def load_base(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = 
 
     Raises BaseModelError with what was looked for and what is allowed. Remote code runs only where asked for.
     """
+    where, kwargs = _found(source, trust_remote_code)
+    dense = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in kwargs else {}
+    try:
+        with _quiet_progress():
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **kwargs, **dense)
+            tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BaseModelError(f"base {source!r} can't be loaded: {error}") from error
+    if "gguf_file" in kwargs:
+        # the weights are dense now; transformers would refuse to save or touch a "quantised" model
+        vars(model.config).pop("quantization_config", None)
+        model.hf_quantizer = None  # type: ignore[assignment]
+        model.is_quantized = False  # type: ignore[assignment]
+    model.config.use_cache = True
+    model.eval().requires_grad_(False)
+    return Base(model, tokenizer, source, getattr(model.config, "_commit_hash", None), digest(model))
+
+
+def base_positions(source: str, trust_remote_code: bool = False) -> int | None:
+    """How many tokens the model at `source` reads, where its configuration says so; the weights are not loaded."""
+    where, kwargs = _found(source, trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(where, **kwargs)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BaseModelError(f"the configuration of base {source!r} can't be loaded: {error}") from error
+    return positions(config)
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model of this configuration reads, where it says so."""
+    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
+def _found(source: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    """(where transformers finds it, with which arguments)."""
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source.startswith("package:"):
         where, kwargs["gguf_file"] = _package_gguf(source.removeprefix("package:"))
@@ -64,21 +100,7 @@ def load_base(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = 
             f"base {source!r} is not a folder or file here, and not a hub id. "
             "Allowed: package:NAME, a .gguf file, a transformers folder, or org/name[@revision]."
         )
-    dense = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in kwargs else {}
-    try:
-        with _quiet_progress():
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **kwargs, **dense)
-            tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BaseModelError(f"base {source!r} can't be loaded: {error}") from error
-    if "gguf_file" in kwargs:
-        # the weights are dense now; transformers would refuse to save or touch a "quantised" model
-        vars(model.config).pop("quantization_config", None)
-        model.hf_quantizer = None  # type: ignore[assignment]
-        model.is_quantized = False  # type: ignore[assignment]
-    model.config.use_cache = True
-    model.eval().requires_grad_(False)
-    return Base(model, tokenizer, source, getattr(model.config, "_commit_hash", None), digest(model))
+    return where, kwargs
 
 
 def _package_gguf(name: str) -> tuple[str, str]:

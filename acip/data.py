@@ -6,6 +6,8 @@
     path/to/file.txt, a folder     local text; documents are parted by two blank lines (.txt) or lines (.jsonl); a line holds
                                    "text", or "messages" that the tokenizer's chat template turns into text
 
+Of local text, and of what ships, every eighth document is held out; the hub's have splits of their own.
+
 Documents are tokenised with their end token and joined without padding, so the end token is learned.
 """
 
@@ -25,12 +27,14 @@ from acip.errors import DataError
 from acip.recipe import did_you_mean
 
 Document = str | list[dict[str, str]]  # text, or the messages of a chat
-Split = Literal["train", "heldout"]
+Split = Literal["train", "heldout", "all"]
 HELDOUT_EVERY = 8  # of local documents, every eighth is held out
 
 
 def documents(source: str, split: Split) -> Iterator[Document]:
-    """The documents of one split of `source`, in a fixed order. The splits of a source share no document."""
+    """The documents of one split of `source`, in a fixed order. "train" and "heldout" share no document; "all" is for text that
+    nothing is calibrated on (of the hub's: what is held out).
+    """
     if source.startswith("package:"):
         name = source.removeprefix("package:")
         shipped = [
@@ -39,7 +43,7 @@ def documents(source: str, split: Split) -> Iterator[Document]:
         if name not in shipped:
             raise DataError(f"no text {name!r} ships with acip{did_you_mean(name, shipped)}. Shipped: {', '.join(shipped)}.")
         path = importlib.resources.files("acip").joinpath("corpora", name + ".txt")
-        yield from _part(_split_text(path.read_text(encoding="utf-8")), split)
+        yield from (doc for i, doc in enumerate(_split_text(path.read_text(encoding="utf-8"))) if _belongs(i, split))
     elif source in HUB:
         try:
             yield from HUB[source](split)
@@ -48,7 +52,18 @@ def documents(source: str, split: Split) -> Iterator[Document]:
                 f"{source} can't be fetched from the hub: {error}. Without it, use package:wikipedia, package:austen or local text."
             ) from error
     elif Path(source).exists():
-        yield from _part(_local(Path(source)), split)
+        count = 0
+        for doc in _local(Path(source)):
+            if _belongs(count, split):
+                yield doc
+            count += 1
+        if not count:
+            raise DataError(f"{source} holds no text.")
+        if split == "heldout" and count < HELDOUT_EVERY:
+            raise DataError(
+                f"{source} has {count} documents, and of local text every eighth is held out: it needs {HELDOUT_EVERY} (two blank lines "
+                "part those of a .txt, lines those of a .jsonl). To measure on all of it: jobs/evaluate.py --whole."
+            )
     else:
         raise DataError(
             f"data source {source!r} is neither a file or folder here nor a known name{did_you_mean(source, list(HUB))}. "
@@ -56,10 +71,9 @@ def documents(source: str, split: Split) -> Iterator[Document]:
         )
 
 
-def _part(docs: Iterable[Document], split: Split) -> Iterator[Document]:
-    for i, doc in enumerate(docs):
-        if (i % HELDOUT_EVERY == HELDOUT_EVERY - 1) == (split == "heldout"):
-            yield doc
+def _belongs(i: int, split: Split) -> bool:
+    """Is document i one of `split`?"""
+    return split == "all" or (i % HELDOUT_EVERY == HELDOUT_EVERY - 1) == (split == "heldout")
 
 
 def _split_text(text: str) -> list[str]:

@@ -19,6 +19,7 @@ from acip_platform.arena import Arena, ArenaError, Results, entries, hold
 from acip_platform.cluster import connect
 from acip_platform.console import Watch, console, exit_code, lines
 from acip_platform.inbox import open_inbox
+from acip_platform.schedule import nodes, pool
 from acip_platform.settings import Settings
 
 from acip.recipe import did_you_mean
@@ -31,6 +32,7 @@ def main() -> int:
     parser.add_argument("--arena", default=str(ROOT / "jobs" / "arenas" / "demo.yaml"), help="arena file (default: the embedded demo)")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="only these methods of the arena")
     parser.add_argument("--force", action="store_true", help="do again what is done already")
+    parser.add_argument("--pool", metavar="8xGPU:1,CPU:14", help="nodes that an autoscaler may start (default: the nodes there are)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     args = parser.parse_args()
     out = console()
@@ -38,12 +40,12 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace, out: Any) -> int:
-    settings, arena = Settings.from_env(), Arena.load(args.arena)
+    settings, whole = Settings.from_env(), Arena.load(args.arena)
+    there = pool(args.pool) if args.pool else None
     for name in args.only or ():
-        if name not in arena.methods:
-            raise ArenaError(f"--only names {name!r}{did_you_mean(name, arena.methods)}; the arena has {', '.join(arena.methods)}.")
-    if args.only:
-        arena = dataclasses.replace(arena, methods={name: arena.methods[name] for name in args.only})
+        if name not in whole.methods:
+            raise ArenaError(f"--only names {name!r}{did_you_mean(name, whole.methods)}; the arena has {', '.join(whole.methods)}.")
+    arena = dataclasses.replace(whole, methods={name: whole.methods[name] for name in args.only or whole.methods})
     folder = settings.home / "arenas"
     results = Results(folder / f"{arena.name}.json")
     if args.force:
@@ -61,14 +63,14 @@ def run(args: argparse.Namespace, out: Any) -> int:
         connect(settings)
         inbox = open_inbox()
         with Watch(out, inbox):
-            failures = hold(arena, results, inbox, lambda text: out.print(text, markup=False))
-    rows = results.of(arena)
+            failures = hold(arena, results, inbox, there or nodes(), lambda text: out.print(text, markup=False))
+    rows = results.of(whole)  # those of other methods, too
     if rows:
-        out.print(arena_report.table(rows, arena))
+        out.print(arena_report.table(rows, whole))
         out.print(arena_report.costs(rows))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{arena.name}.md").write_text(arena_report.markdown(rows, arena), encoding="utf-8")
-        arena_report.figure(rows, arena).savefig(folder / f"{arena.name}.png", dpi=150)
+        (folder / f"{arena.name}.md").write_text(arena_report.markdown(rows, whole), encoding="utf-8")
+        arena_report.figure(rows, whole).savefig(folder / f"{arena.name}.png", dpi=150)
         lines(out, {kind: str(folder / f"{arena.name}.{suffix}") for kind, suffix in (("rows", "json"), ("table", "md"), ("plot", "png"))})
     for entry, error in failures:
         out.print(f"[{entry.method} {', '.join(f'{size:g}' for size in entry.sizes)}] FAILED: {error}", markup=False)

@@ -15,24 +15,29 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import ray
+import torch
 from acip_platform.cluster import connect
 from acip_platform.console import Watch, console, duration, evaluation_table, exit_code, lines
-from acip_platform.evaluate import Model, log_rows, measure_sizes, record
+from acip_platform.evaluate import Model, Row, log_rows, measure_sizes, record
 from acip_platform.inbox import open_inbox
+from acip_platform.schedule import Nodes, nodes, pool
 from acip_platform.settings import Settings, masked
-from acip_platform.store import Store
+from acip_platform.store import Store, StoreError
 from acip_platform.tracking import CHAMPION, Registry, Run, Tracking, reached
 
 from acip.artifact import Artifact
+from acip.base import base_positions, positions
 from acip.budget import Budget
 from acip.data import documents
 from acip.errors import BudgetError, EvaluationError
 from acip.evaluate import DivergenceOn, Efficiency, Measurement, PerplexityOn, QuantisedOn, Samples, TaskScore, Text
+from acip.evaluate.efficiency import device_name
 from acip.evaluate.samples import PROMPTS
 from acip.evaluate.tasks import check, expand
+from acip.recipe import Dtype
 
 KINDS = ("perplexity", "divergence", "efficiency", "samples")
 NO_REFERENCE = " (distance from another model with --reference)"
@@ -49,8 +54,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", type=float, help="size ratios (default: those of the curve, else 1.0 0.8 0.6 0.4)")
     text = parser.add_argument_group("text (default: that of the curve, else package:wikipedia)")
     text.add_argument("--data", nargs="+", metavar="SOURCE", help="package:wikipedia, package:austen, wikitext2, c4, or local text")
-    text.add_argument("--protocol", nargs="+", help="packed, field, paper: see acip/evaluate/text.py (default: packed)")
+    text.add_argument("--protocol", nargs="+", help="packed, spread, field, paper: see acip/evaluate/text.py (default: packed)")
     text.add_argument("--context", type=int, help="tokens of a window (default: 2048, or as many as the model reads)")
+    text.add_argument("--whole", action="store_true", help="all of a text that nothing was calibrated on (default: every eighth document)")
     text.add_argument("--windows", type=int, help="at most so many (default: all)")
     text.add_argument("--quantize", nargs="+", choices=("nf4", "int8"), default=[], help="perplexity in these bits, too (with an artifact)")
     tasks = parser.add_argument_group("tasks")
@@ -64,6 +70,8 @@ def arguments() -> argparse.Namespace:
     speed.add_argument("--new-tokens", type=int, default=32, help="(default: %(default)s; the paper: 64)")
     speed.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="of the samples")
     parser.add_argument("--skip", nargs="+", choices=KINDS, default=[], help="leave these measurements out")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16", help="that --base is loaded in (default: %(default)s)")
+    parser.add_argument("--pool", metavar="8xGPU:1,CPU:14", help="nodes that an autoscaler may start (default: the nodes there are)")
     parser.add_argument("--cpus", type=float, default=0.0, help="CPUs of each size (default: shared out)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with --base")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the rows as JSON (default: ACIP_HOME/evaluations/...)")
@@ -88,10 +96,13 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
     sizes = reachable(args, artifact)
     texts = texts_of(args, artifact)
     check(expand(args.tasks), args.task_folder)
+    there = pool(args.pool) if args.pool else []
     connect(settings)
-    what = measurements(args, texts, artifact is not None)
+    there = there or nodes()
+    what = measurements(args, texts, artifact is not None, there)
     mlflow_run, identity = start_run(settings, name, model, artifact, what)
     file = args.out or settings.home / "evaluations" / f"{name}-{identity}.json"
+    before = [] if args.out or not file.exists() else json.loads(file.read_text())  # the same, of other sizes
     lines(out, {
         "model": name + (f" at {masked(model.uri)}" if model.uri else ""),
         "sizes": ", ".join(f"{size:g}" for size in sizes),
@@ -99,28 +110,44 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
         "run": f"{mlflow_run.run_id} in experiment {mlflow_run.experiment_id} of {masked(settings.tracking_uri)}",
     })  # fmt: skip
     inbox = open_inbox()
-    rows, errors, left_out = list[dict[str, Any]](), dict[float, str | None](), list[float]()
+    rows, errors, notes = list[dict[str, Any]](), dict[float, str | None](), list[str]()
     with mlflow_run.ending(lambda: "FAILED" if errors else "FINISHED"), Watch(out, inbox):
-        for outcome in measure_sizes(model, sizes, what, settings, inbox, args.cpus):
+        for outcome in measure_sizes(model, sizes, what, settings, inbox, there, args.cpus):
             if outcome.row is None:
                 errors[outcome.size] = outcome.error
                 continue
             rows.append(outcome.row)
             rows.sort(key=lambda row: -row["asked"])
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(rows, indent=1))
-        log_rows(mlflow_run, rows)
-        if model.uri and rows:  # at last: where the artifact is may be read only
-            left_out = record(Store.of(settings), model.uri, rows)[1]
-    last_screen(out, name, rows, errors, left_out, file, time.monotonic() - began)
+            kept = merged(before, rows)
+            file.write_text(json.dumps(kept, indent=1))
+        if rows:
+            log_rows(mlflow_run, kept)
+        if model.uri and rows:
+            notes = recorded(Store.of(settings), model.uri, rows)
+    last_screen(out, name, rows, errors, notes, file, time.monotonic() - began)
     return 1 if errors else 0
+
+
+def merged(before: list[Row], rows: list[Row]) -> list[Row]:
+    """The rows of all runs that measured the same, largest size first; a size's newest one."""
+    return sorted({row["asked"]: row for row in (*before, *rows)}.values(), key=lambda row: -row["asked"])
+
+
+def recorded(store: Store, uri: str, rows: list[Row]) -> list[str]:
+    """Put rows beside the artifact's curve; what of them it can't have is said, and ends nothing."""
+    try:
+        left_out = ", ".join(f"{size:g}" for size in record(store, uri, rows)[1])
+    except StoreError as error:  # where the artifact is may be read only
+        return [f"the artifact's curve stays as it was: {error}"]
+    return [f"no place in the artifact's curve: {left_out}; leave --data out, for perplexity on the curve's own text."] if left_out else []
 
 
 def found(args: argparse.Namespace, settings: Settings) -> tuple[str, Model, Artifact | None]:
     """(a name for it, the model, its artifact if it has one)."""
     if args.base:
         base = absolute(args.base)  # tasks have folders of their own
-        return Path(base.replace(":", "-")).name, Model(base=base, trust_remote_code=args.trust_remote_code), None
+        return Path(base.replace(":", "-")).name, Model("", base, args.dtype, args.trust_remote_code), None
     uri, name = args.artifact, ""
     if args.model:
         version = Registry(settings).named(args.model)
@@ -154,21 +181,23 @@ def texts_of(args: argparse.Namespace, artifact: Artifact | None) -> list[Text]:
     if {"perplexity", "divergence"} <= set(args.skip) and not args.quantize:
         return []
     like = artifact.curve[0] if artifact is not None and artifact.curve and not args.data else {}
-    positions = None if artifact is None else getattr(artifact.config.get_text_config(), "max_position_embeddings", None)
-    context = args.context or like.get("context") or min(2048, positions or 2048)
+    context = args.context or like.get("context")
+    if not context:
+        most = base_positions(args.base, args.trust_remote_code) if artifact is None else positions(artifact.config)
+        context = min(2048, most or 2048)
     windows = like.get("windows", 0) if args.windows is None else args.windows
     sources = args.data or [like.get("corpus", "package:wikipedia")]
     texts = [
-        Text(absolute(source), protocol, context, windows)
+        Text(absolute(source), protocol, context, windows, "all" if args.whole else "heldout")
         for source in sources
         for protocol in args.protocol or [like.get("protocol", "packed")]
     ]
-    for source in dict.fromkeys(text.source for text in texts):
-        next(iter(documents(source, "heldout")))
+    for source, split in dict.fromkeys((text.source, text.split) for text in texts):
+        next(documents(source, split))
     return texts
 
 
-def measurements(args: argparse.Namespace, texts: list[Text], has_base: bool) -> list[Measurement]:
+def measurements(args: argparse.Namespace, texts: list[Text], has_base: bool, there: Nodes) -> list[Measurement]:
     """What is asked for. Speed is told apart by the kind of device that this cluster has."""
     kinds = [key.partition(":")[2] for key in ray.cluster_resources() if key.startswith("accelerator_type:")]
     folder = str(Path(args.task_folder).resolve()) if args.task_folder else ""
@@ -180,7 +209,8 @@ def measurements(args: argparse.Namespace, texts: list[Text], has_base: bool) ->
     if "samples" not in args.skip:
         what.append(Samples(tuple(args.prompts)))
     if "efficiency" not in args.skip:
-        what.append(Efficiency(args.batch, args.prompt_tokens, args.new_tokens, device="+".join(sorted(kinds)) or "cpu"))
+        device = "+".join(sorted(kinds)) or f"{device_name(torch.device('cpu'))} x {max(node.get('CPU', 0) for node in there):g}"
+        what.append(Efficiency(args.batch, args.prompt_tokens, args.new_tokens, device=device))
     if not what:
         raise EvaluationError("there is nothing left to measure: give --tasks, or skip less.")
     return what
@@ -195,16 +225,15 @@ def start_run(settings: Settings, name: str, model: Model, artifact: Artifact | 
 
 
 def last_screen(
-    out: Any, name: str, rows: list[Any], errors: dict[float, str | None], left_out: list[float], file: Path, seconds: float
+    out: Any, name: str, rows: list[Row], errors: dict[float, str | None], notes: list[str], file: Path, seconds: float
 ) -> None:
     if rows:
         out.print()
         out.print(evaluation_table(name, rows))
     for size, error in sorted(errors.items(), reverse=True):
         out.print(f"size {size:g} FAILED: {error}", markup=False)
-    if left_out:
-        sizes = ", ".join(f"{size:g}" for size in left_out)
-        out.print(f"no place in the artifact's curve: {sizes}; leave --data out, for perplexity on the curve's own text.", markup=False)
+    for note in notes:
+        out.print(note, markup=False)
     if rows:
         out.print(f"rows: {file}", markup=False)
     out.print(f"{len(rows)} of {len(rows) + len(errors)} sizes measured, after {duration(seconds)}.", markup=False)

@@ -19,7 +19,7 @@ from acip_platform.cluster import connect
 from acip_platform.console import Watch, console, duration, exit_code, lines, trade_off_table
 from acip_platform.finetune import fingerprint, lineage, tune_one, tuning_job
 from acip_platform.inbox import open_inbox
-from acip_platform.schedule import Outcome, nodes, root_cause, share
+from acip_platform.schedule import Outcome, nodes, pool, root_cause, share
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
 from acip_platform.tracking import CANDIDATE, ModelVersion, Registry, Tracking, check_registers, reached
@@ -51,6 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eval-windows", type=int, help="at most so many; 0 = all")
     parser.add_argument("--eval-protocol", choices=get_args(Protocol), help="that it is cut by, see acip/evaluate/text.py")
     parser.add_argument("--cpus", type=float, help="of the worker (default: a node's, where there is no GPU)")
+    parser.add_argument("--pool", metavar="8xGPU:1,CPU:14", help="nodes that an autoscaler may start (default: the nodes there are)")
     parser.add_argument("--force", action="store_true", help="tune again what is done already")
     return parser.parse_args()
 
@@ -77,14 +78,15 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
     )  # fmt: skip
     job = tuning_job(version, artifact, recipe, changes)
     code = fingerprint(job, artifact)
-    done = [] if args.force else [each for each in registry.versions(name, {"fingerprint": code}) if store.exists(each.uri)]
+    done = [] if args.force else [each for each in registry.versions(name, {"fingerprint": code}) if whole(each) and store.exists(each.uri)]
     if done:
         out.print(f"[{name}] done already: version {done[0].version} (--force tunes again)", markup=False)
         last_lines(out, done[0], job.recipe.stop_ratio)
         return
 
+    there = pool(args.pool) if args.pool else []
     cluster = connect(settings)
-    part = share(job, nodes())
+    part = share(job, there or nodes())
     attempt = f"{name}-tuned-{code}" + (f"-{secrets.token_hex(4)}" if args.force else "")
     mlflow_run = Tracking(settings, "acip/finetune").start(
         f"{name} at {recipe.stop_ratio:g}", attempt, {"model": name, **lineage(job, version)}
@@ -126,6 +128,11 @@ def last_lines(out: Any, version: ModelVersion, size: float) -> None:
         "export it": f"python jobs/materialise.py {name} --alias {number} --size {size:g} --out {name}-{size * 100:g}-tuned",
         "serve it": f"python jobs/serve.py --model {name} --alias {CANDIDATE if CANDIDATE in version.aliases else number}",
     })  # fmt: skip
+
+
+def whole(version: ModelVersion) -> bool:
+    """Was its registration ended? A job that was killed meanwhile ends it when it goes on."""
+    return {"verdict", "finetuned_from"} <= version.tags.keys()
 
 
 def ratio(text: str) -> float:

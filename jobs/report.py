@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME[@VERSION]", help=f"registered models, with a version or alias ({CHAMPION})")
     parser.add_argument("--artifact", nargs="+", default=[], metavar="URI", help="artifacts by URI or path")
     parser.add_argument("--sweep", metavar="RUN_ID", help="MLflow run of a sweep or fleet")
-    parser.add_argument("--baselines", type=Path, metavar="FILE", help="JSON rows of other methods")
+    parser.add_argument("--baselines", type=Path, metavar="FILE", help="JSON rows of other methods, like ACIP_HOME/arenas/demo.json")
     parser.add_argument("--title", help="(default: the first model's name)")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="(default: %(default)s)")
     args = parser.parse_args()
@@ -37,7 +37,8 @@ def main() -> int:
         parser.error(f"--out is {args.out}; it must end in .html: the JSON goes beside it.")
     try:
         subjects = chosen(args, Settings.from_env())
-        baselines = baseline_rows(args.baselines) if args.baselines else {}
+        corpus = next((row["corpus"] for subject in subjects for row in subject.artifact.curve), "")
+        baselines = baseline_rows(args.baselines, corpus) if args.baselines else {}
         found = facts(subjects, baselines, args.title or subjects[0].label)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(page(found, subjects), encoding="utf-8")

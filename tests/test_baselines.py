@@ -165,6 +165,25 @@ def test_what_an_arena_excludes_is_said_in_one_place(base: Base, windows: Tensor
         next(compress("acip", base, windows, (0.5,), set={"exclude": ["up_proj"]}))
 
 
+# ---- SVD magnitude
+
+
+def test_singular_values_of_all_layers_are_ranked_together(base: Base, windows: Tensor, linears: dict[str, nn.Module]) -> None:
+    kept, dropped = [], []
+    for made in compress("svd", base, windows, (0.4,)):
+        layers = {name: made.model.get_submodule(name) for name in linears}
+    for name, linear in linears.items():
+        layer = layers[name]
+        if isinstance(layer, LowRankLinear):
+            U, s, Vh = torch.linalg.svd(weight_MN(linear).double(), full_matrices=False)
+            W_MN = layer.left.weight.double() @ layer.right.weight.double()
+            torch.testing.assert_close(W_MN, (U * s)[:, : layer.rank] @ Vh[: layer.rank], rtol=1e-4, atol=1e-5)
+            if layer.rank > 1:  # one direction of each layer stays in any case
+                kept.append(float(s[layer.rank - 1]))
+            dropped.append(float(s[layer.rank]))
+    assert len(kept) > 5 and min(kept) >= max(dropped)
+
+
 # ---- ASVD
 
 

@@ -60,6 +60,21 @@ def test_local_text(tmp_path: Path) -> None:
         list(documents(str(tmp_path), "train"))
 
 
+def test_of_local_text_every_eighth_document_is_held_out(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n\n".join("abcdefghi"))
+    assert {split: "".join(map(str, documents(str(text), split))) for split in ("train", "heldout", "all")} == {
+        "train": "abcdefgi", "heldout": "h", "all": "abcdefghi",
+    }  # fmt: skip
+    text.write_text("one document of many lines\n\nas WikiText's test file is one")
+    with pytest.raises(DataError, match=r"text\.txt has 1 documents, and of local text every eighth.*--whole"):
+        next(documents(str(text), "heldout"))
+    assert len(list(documents(str(text), "all"))) == 1
+    text.write_text("")
+    with pytest.raises(DataError, match=r"text\.txt holds no text"):
+        next(documents(str(text), "all"))
+
+
 def test_bad_sources_say_what_is_allowed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"did you mean 'wikipedia'"):
         list(documents("package:wikipedias", "train"))

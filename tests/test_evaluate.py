@@ -248,7 +248,7 @@ def test_the_sets_of_the_wheel_are_those_of_lm_eval(any_size: AnySize, small_art
         assert doc["answerKey"] in doc["choices"]["label"] and not doc["question"].startswith("Question: ")
     any_size.resize(1.0)
     found = part(evaluate(any_size, small_artifact.tokenizer(), [TaskScore("package:piqa", shots=1, limit=4)]), "task")
-    assert (found["items"], found["shots"], found["label"]) == (4, 1, "task/package_piqa")
+    assert (found["items"], found["shots"], found["label"]) == (4, 1, "task/package_piqa_1shot_first4")
     assert set(found["values"]) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
     spec, _ = find("package:winogrande")
     assert spec["doc_to_choice"]({"sentence": "a _ b", "option1": "x", "option2": "y"}) == ["a x", "a y"]

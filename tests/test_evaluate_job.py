@@ -14,10 +14,11 @@ import ray
 from acip_platform.evaluate import Model, Parts, _measure, measure_sizes, measure_tasks, record
 from acip_platform.fleet import Job
 from acip_platform.settings import Settings
-from acip_platform.store import Store
-from acip_platform.tracking import Registry, Tracking
+from acip_platform.store import Store, StoreError
+from acip_platform.tracking import Registry, Run, Tracking
 
 from acip.artifact import MANIFEST, Artifact
+from acip.budget import Budget
 from acip.data import documents, token_windows
 from acip.errors import EvaluationError
 from acip.evaluate import DivergenceOn, PerplexityOn, Samples, Text, evaluate, trade_off
@@ -90,7 +91,7 @@ def command(
 
 
 def test_a_crash_costs_one_size_and_a_second_run_only_that(
-    small_artifact: Artifact, tmp_path: Path, command: Callable[..., tuple[int, str]]
+    small_artifact: Artifact, tmp_path: Path, command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, tasks = tmp_path / "home", tmp_path / "tasks"
     settings = Settings.from_env()
@@ -111,7 +112,7 @@ def test_a_crash_costs_one_size_and_a_second_run_only_that(
     (survivor,) = json.loads(file.read_text())
     assert [one["kind"] for one in survivor["evaluation"]] == ["perplexity", "divergence", "task", "efficiency"]
     parts = {path: path.stat().st_mtime_ns for path in (home / "artifacts" / "evaluations").rglob("part.json")}
-    assert len(parts) == 5 + 2, "what the other size had measured before it died is kept"
+    assert len(parts) == 4 + 2, "what the other size had measured before it died is kept; the curve has the perplexity at 1.0"
 
     code, said = command(*asked)
     assert code == 0, said
@@ -125,9 +126,15 @@ def test_a_crash_costs_one_size_and_a_second_run_only_that(
     tracking = Tracking(settings, "acip/evaluation")
     (run,) = tracking.client.search_runs([tracking.experiment_id])
     assert run.info.status == "FINISHED"
-    for name in ("task/mine/acc", "efficiency/stored_bytes", "divergence/wikipedia_packed_64/kl_nats", "size/params"):
+    for name in ("task/mine/acc", "efficiency/prompt8_new_tokens3/stored_bytes", "divergence/wikipedia_packed_64/kl_nats", "size/params"):
         history = tracking.client.get_metric_history(run.info.run_id, name)
         assert sorted(metric.step for metric in history) == [70, 100], "each size once"
+    monkeypatch.setattr(Store, "record_curve", lambda *_: (_ for _ in ()).throw(StoreError("read only")))
+    code, said = command(*asked[:2], "--sizes", "0.5", *asked[5:])
+    assert code == 0 and "the artifact's curve stays as it was: read only" in said and "1 of 1 sizes measured" in said
+    assert [row["asked"] for row in json.loads(file.read_text())] == [1.0, 0.7, 0.5], "the rows of other runs that measured the same stay"
+    assert [row["asked"] for row in Run(tracking.client, run.info.run_id).read_json("evaluation.json")] == [1.0, 0.7, 0.5]
+
     curve = Artifact.open(artifact.folder).curve
     assert [row["asked"] for row in curve] == [1.0, 0.7, 0.5], "measured on the curve's text, a new size has its place in it"
     assert [len(row.get("evaluation", [])) for row in curve] == [4, 4, 0]
@@ -144,10 +151,16 @@ def test_of_what_is_known_nothing_is_loaded(small_artifact: Artifact, tmp_path: 
 
     artifact, base = Model(str(small_artifact.folder)), Model(base=small_artifact.manifest["base"]["source"])
     first = [measured(artifact, 0.6), measured(base, 1.0)]
+    calibrated = Model(str(with_curve(small_artifact, tmp_path / "with-curve").folder))
     assert [row["asked"] for row in first] == [0.6, 1.0] and all("bytes" in row for row in first)
     for name in ("acip.artifact.Artifact.load", "acip_platform.evaluate.load_base"):
         monkeypatch.setattr(name, lambda *_: pytest.fail("loaded"))
     assert [measured(artifact, 0.6), measured(base, 1.0)] == first
+
+    row = task._function(calibrated, 0.5, [PerplexityOn(Text(context=64, windows=4))], settings, 1, inbox)
+    curve_row = Artifact.open(calibrated.uri).curve[-1]
+    assert (row["asked"], row["evaluation"][0]["values"]["perplexity"]) == (0.5, curve_row["perplexity"]), "its curve knows it"
+    assert {key: row[key] for key in ("got", "params", "bytes")} == {key: curve_row[key] for key in ("got", "params", "bytes")}
 
 
 def test_another_model_is_compared_with_a_reference(small_artifact: Artifact, exported: Path, small_base: str, tmp_path: Path) -> None:
@@ -177,12 +190,11 @@ def test_another_model_is_compared_with_a_reference(small_artifact: Artifact, ex
 
 
 @pytest.mark.parametrize(("node", "cpus"), [({"CPU": 2.0}, 3.0), ({"CPU": 2.0, "GPU": 1.0}, 3.0)])
-def test_what_no_node_has_is_refused(node: dict[str, float], cpus: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_node_has_is_refused(node: dict[str, float], cpus: float, tmp_path: Path) -> None:
     """Two such nodes don't make one: Ray would wait for ever."""
-    monkeypatch.setattr("acip_platform.evaluate.nodes", lambda: [node, node])
     settings = Settings.from_env({"ACIP_HOME": str(tmp_path)})
     with pytest.raises(EvaluationError, match=r"asks for [01] GPUs and 3 CPUs; no node has them"):
-        next(measure_sizes(Model("x"), (1.0, 0.5), [], settings, None, cpus))
+        next(measure_sizes(Model("x"), (1.0, 0.5), [], settings, None, [node, node], cpus))
 
 
 def test_parts_and_curves_are_kept_on_s3(
@@ -194,7 +206,7 @@ def test_parts_and_curves_are_kept_on_s3(
     artifact = with_curve(small_artifact, tmp_path / "small")
     store = Store(settings.store, settings.home / "cache")
     uri = store.put(artifact.folder, "small")
-    parts = Parts.of(settings, Model(uri).identity(store.open(uri)), 7)
+    parts = Parts.of(settings, Model(uri), (opened := store.open(uri)), opened.table().cut(Budget(ratio=0.7)))
     assert "abc" not in parts
     part = {"kind": "task", "key": "abc", "label": "task/x", "values": {"acc": 0.5}}
     parts["abc"] = part
@@ -215,10 +227,10 @@ def test_a_fleet_scores_its_tasks(small_artifact: Artifact, tmp_path: Path) -> N
     for _ in range(2):  # a worker that died after it had measured goes on from here
         measured = measure_tasks(job, artifact, artifact.load(), str(artifact.folder), run, settings, lambda _, text: heard.append(text))
         assert measured.curve == Artifact.open(artifact.folder).curve
-        assert [[one["label"] for one in row["evaluation"]] for row in measured.curve] == [["task/package_piqa"]] * 2
+        assert [[one["label"] for one in row["evaluation"]] for row in measured.curve] == [["task/package_piqa_first3"]] * 2
         assert [row["evaluation"][0]["items"] for row in measured.curve] == [3, 3]
-    assert len([text for text in heard if text.startswith("task/package_piqa: acc ")]) == 2
-    assert sorted(run.steps("task/package_piqa/acc")) == [50, 100]
+    assert len([text for text in heard if text.startswith("task/package_piqa_first3: acc ")]) == 2
+    assert sorted(run.steps("task/package_piqa_first3/acc")) == [50, 100]
     assert measure_tasks(replace(job, tasks=()), artifact, artifact.load(), "", run, settings, lambda _, text: None) is artifact
 
 

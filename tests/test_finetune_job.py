@@ -90,6 +90,9 @@ def test_the_job(command: Command, small_artifact: Artifact) -> None:
     code, said = command(*ask)
     assert code == 0 and "done already: version 2" in said and all(each in " ".join(said.split()) for each in commands)
     assert json.dumps(Artifact.open(child.uri).manifest) == manifest
+    command.registry.client.delete_model_version_tag("small", "2", "verdict")  # as if it had been killed before it was judged
+    code, said = command(*ask)
+    assert code == 0 and "done already" not in said and "verdict" in command.registry.resolve("small", "2").tags
     with pytest.raises(RegistryError):
         command.registry.resolve("small", "3")
 

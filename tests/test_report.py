@@ -10,7 +10,7 @@ from shutil import copytree
 from typing import Any
 
 import pytest
-from acip_platform.report import CONTEXT, Subject, facts, page
+from acip_platform.report import CONTEXT, Subject, baseline_rows, facts, page
 from acip_platform.settings import Settings
 from acip_platform.tracking import ModelVersion, Registry, Tracking
 from playwright.sync_api import Browser
@@ -18,6 +18,7 @@ from playwright.sync_api import Browser
 from acip.area import area
 from acip.artifact import Artifact
 from acip.budget import Budget
+from acip.errors import AcipError
 from acip.evaluate.samples import PROMPTS
 from jobs import report
 from tests.browser import LAPTOP, PHONE, launched
@@ -177,6 +178,12 @@ def test_several_calibrations_and_other_methods(
         ["efficiency/peak_memory_bytes", *["500,000,000"] * 4],
     ]
     assert {"best", "worse", "lost", "svd"} <= set(seen.tab.locator("#curve svg text").all_text_contents())
+
+    arena = baseline_rows(Path(__file__).parent / "benchmarks" / "arena.json", "package:austen")
+    assert {"asvd", "acip"} <= arena.keys() and all(30 < row["perplexity"] < 1e7 for row in arena["acip"])
+    assert [row["got"] <= row["asked"] for row in arena["acip"]] == [True] * 3
+    with pytest.raises(AcipError, match="or an arena's rows with 'perplexity c4'"):
+        baseline_rows(Path(__file__).parent / "benchmarks" / "arena.json", "c4")
 
     bare = Artifact.open(copytree(tmp_path / "best", tmp_path / "bare")).record_curve([])
     assert command(monkeypatch, tmp_path / "home", "--artifact", bare.folder, "--out", out) == 0

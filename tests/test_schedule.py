@@ -1,12 +1,15 @@
 """Jobs side by side: who gets what, who starts when, and that nobody starves, on a clock of our own; one failure stops nobody else."""
 
 import random
+import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from acip_platform.console import console, exit_code
 from acip_platform.fleet import FleetError, Job
-from acip_platform.schedule import Line, Nodes, cost, fits, parameters, pool, root_cause, run_all, share
+from acip_platform.schedule import Line, Nodes, Share, cost, fits, parameters, pool, root_cause, run_all, share
 
 from acip.recipe import Recipe
 
@@ -150,6 +153,36 @@ def test_one_failure_does_not_stop_the_others() -> None:
     outcomes = list(run_all(jobs, {each.name: share(each, nodes) for each in jobs}, run, lambda: nodes))
     assert {outcome.job.name: outcome.error for outcome in outcomes} == {"a": None, "b": "no such base", "c": None}
     assert root_cause(ValueError("plain")) == "ValueError: plain"
+
+
+def test_who_interrupts_does_not_wait_for_what_runs() -> None:
+    runs, end = threading.Event(), threading.Event()
+
+    def run(each: Job) -> dict[str, object]:
+        runs.set()
+        end.wait(60)
+        return {}
+
+    def look() -> list[dict[str, float]]:
+        if runs.is_set():
+            raise KeyboardInterrupt
+        return [{"CPU": 1.0}]
+
+    began = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(run_all([job("a", cpus=1)], {"a": Share(0, 1)}, run, look))
+        assert time.monotonic() - began < 30
+    finally:
+        end.set()
+
+
+def test_a_job_that_is_interrupted_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> int:
+        raise KeyboardInterrupt
+
+    assert exit_code(console(), run) == 130
+    assert "interrupted. What is done is kept" in capsys.readouterr().out
 
 
 def test_what_waits_for_lost_nodes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

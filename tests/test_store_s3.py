@@ -23,7 +23,7 @@ def bucket(s3_server: dict[str, str], tmp_path: Path, monkeypatch: pytest.Monkey
     return name
 
 
-def test_an_artifact_goes_there_and_back(bucket: str, small_artifact: Artifact, tmp_path: Path) -> None:
+def test_an_artifact_goes_there_and_back(bucket: str, small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(f"s3://{bucket}/artifacts", tmp_path / "cache")
     copytree(small_artifact.folder, tmp_path / "copy")
     assert not store.exists(store.uri("tiny/1"))
@@ -35,7 +35,9 @@ def test_an_artifact_goes_there_and_back(bucket: str, small_artifact: Artifact, 
     assert store.fetch(uri) == fetched.folder, "a second fetch downloads nothing"
 
     assert store.record_curve(uri, fetched, [{"asked": 1.0}]).curve == [{"asked": 1.0}]
-    assert Artifact.open(store.fetch(uri), verify=True).curve == [{"asked": 1.0}]
+    monkeypatch.setattr(S3, "download", lambda *_: pytest.fail("downloaded again"))
+    assert Artifact.open(store.fetch(uri), verify=True).curve == [{"asked": 1.0}], "the same files with a new curve"
+    assert store.fetch(uri) == fetched.folder
 
 
 def test_of_many_who_fetch_at_once_one_downloads(

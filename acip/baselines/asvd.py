@@ -71,6 +71,9 @@ def run(
         raise RecipeError(f"scale_windows is {scale_windows} and search_windows {search_windows}; both must be at least 1.")
     model = base.model
     linears = find_linears(model, exclude)
+    dense, least = (stored_at(linears, ranks) for ranks in (dict.fromkeys(linears), uniform_ranks(linears, min(ratios))))
+    if least > allowed(size := min(sizes), dense):
+        raise BudgetError(f"size {size!r} can't be reached with these ratios: the smallest is {least / dense:.4f}. Add smaller ratios.")
     d = scales(model, linears, windows[:scale_windows], alpha)
     factors: dict[str, Factors] = {}
     for name, found in each(linears, lambda name, linear: scaled_svd(linear, d[name])):
@@ -158,7 +161,7 @@ def answering(model: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
 
 
 def plan(table: Sequence[Entry], linears: Mapping[str, nn.Module], size: float) -> dict[str, int | None]:
-    """The ranks of the largest plan within `size`, None where a layer stays dense."""
+    """The ranks of the largest plan within `size`, which all layers at the least ratio are; None where a layer stays dense."""
     if size == 1:
         return dict.fromkeys(linears)
     ranks = {ratio: uniform_ranks(linears, ratio) for ratio in {entry.ratio for entry in table}}
@@ -169,10 +172,7 @@ def plan(table: Sequence[Entry], linears: Mapping[str, nn.Module], size: float) 
             ratio[entry.name] = min(entry.ratio, ratio.get(entry.name, 1.0))
         return {name: ranks[ratio[name]][name] if name in ratio else None for name in linears}
 
-    dense = stored_at(linears, dict.fromkeys(linears))
-    least, most = stored_at(linears, ranks_at(0)), allowed(size, dense)
-    if least > most:
-        raise BudgetError(f"size {size!r} can't be reached with these ratios: the smallest is {least / dense:.4f}. Add smaller ratios.")
+    most = allowed(size, stored_at(linears, dict.fromkeys(linears)))
     low, high = 0, len(table)  # the largest p that fits is in [low, high)
     while high - low > 1:
         middle = (low + high) // 2

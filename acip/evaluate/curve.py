@@ -10,9 +10,9 @@ from acip.budget import SAME, as_perplexity
 from acip.cut import Budget
 from acip.errors import BudgetError
 from acip.evaluate.divergence import DivergenceOn, distance
-from acip.evaluate.perplexity import mean_and_stderr
-from acip.evaluate.rows import Subject, part_of, size_facts
-from acip.evaluate.text import Protocol
+from acip.evaluate.perplexity import PerplexityOn, mean_and_stderr
+from acip.evaluate.rows import Part, Subject, part_of, size_facts
+from acip.evaluate.text import Protocol, Text, content
 from acip.losses import next_token
 from acip.materialise import AnySize
 
@@ -92,6 +92,17 @@ def extended(curve: Sequence[Row], rows: Sequence[Row], stop_ratio: float) -> tu
         parts = {part["key"]: part for part in (*place.get("evaluation", []), *row["evaluation"])}
         place["evaluation"] = list(parts.values())
     return sorted(known.values(), key=lambda row: -row["got"]), left_out
+
+
+def recorded(row: Mapping[str, Any]) -> dict[str, Part]:
+    """The parts that a row of a curve holds, by key; its perplexity, too, as if `evaluate` had measured it."""
+    parts = {part["key"]: part for part in row.get("evaluation", ())}
+    text = Text(row["corpus"], row.get("protocol", "packed"), row["context"], row["windows"])
+    if not content(text.source):  # the text of a local file may be another by now
+        on = PerplexityOn(text)
+        values = {"perplexity": row["perplexity"], "loss_nats": row["loss"], "loss_stderr_nats": row["stderr"]}
+        parts.setdefault(on.key, part_of(on, {**on.facts(row["windows"]), "values": values, "seconds": 0.0}))
+    return parts
 
 
 def _measure(parts: Sequence[Mapping[str, Any]], common: Mapping[str, Any] | None) -> Row | None:

@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from acip.errors import EvaluationError
-from acip.evaluate.rows import Measurement, Part, Subject, stored_bytes
+from acip.evaluate.rows import Measurement, Part, Subject, label, stored_bytes
+
+CHOSEN = ("batch", "prompt", "new_tokens")  # what speed depends on, and is part of its name where it isn't the usual
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class Efficiency(Measurement):
         if peak:
             values["peak_memory_bytes"] = weights + peak[0]
         facts = {"device": device_name(model.device), "threads": torch.get_num_threads(), "dtype": str(model.dtype).removeprefix("torch.")}
-        return {"label": self.kind, "values": values, **facts}
+        usual = Efficiency()
+        chosen = label(*(f"{key}{own}" for key, own in vars(self).items() if key in CHOSEN and own != getattr(usual, key)))
+        return {"label": f"{self.kind}/{chosen}" if chosen else self.kind, "values": values, **facts}
 
 
 def decode(model: Any, prompt_BT: Tensor, new_tokens: int) -> tuple[float, float]:

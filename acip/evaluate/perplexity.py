@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from acip.base import positions
 from acip.budget import QUANTISED, as_perplexity
 from acip.errors import EvaluationError
 from acip.evaluate.rows import Measurement, Part, Subject, label
@@ -69,10 +70,13 @@ class OnText(Measurement):
     text: Text = field(default_factory=Text)
 
     def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "content": content(self.text.source)}
+        found = {**super().identity(), "content": content(self.text.source)}
+        if self.text.split == "heldout":  # what it was before there was another
+            found["text"] = {key: value for key, value in found["text"].items() if key != "split"}
+        return found
 
     def windows(self, subject: Subject) -> list[Tensor]:
-        most = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+        most = positions(subject.model.config)
         if most is not None and self.text.context > most:
             raise EvaluationError(f"context is {self.text.context}; this model knows {most} positions. Give a smaller context.")
         if self.text not in subject.windows:
@@ -81,8 +85,10 @@ class OnText(Measurement):
 
     def facts(self, windows: int) -> Part:
         text = self.text
-        name = label(text.source.removeprefix("package:").rpartition("/")[2], text.protocol, text.context)
-        about = {"corpus": text.source, "protocol": text.protocol, "context": text.context, "windows": windows}
+        source = "/".join(text.source.removeprefix("package:").split("/")[-2:])  # two files of one name differ in their folders
+        whole = {} if text.split == "heldout" else {"split": text.split}
+        name = label(source, text.protocol, text.context, "whole" if whole else "")
+        about = {"corpus": text.source, "protocol": text.protocol, "context": text.context, "windows": windows, **whole}
         return {"label": f"{self.kind}/{name}", **about}
 
 

@@ -79,7 +79,8 @@ class TaskScore(Measurement):
             if isinstance(value, int | float) and "," in name
         }
         count = sum(part["effective"] for part in items.values())
-        return {"label": f"{self.kind}/{label(self.task)}", "values": values, "items": count, "shots": shots.get(self.task)}
+        chosen = (f"{self.shots}shot" if self.shots is not None else "", f"first{self.limit}" if self.limit else "")
+        return {"label": f"{self.kind}/{label(self.task, *chosen)}", "values": values, "items": count, "shots": shots.get(self.task)}
 
 
 def expand(names: Iterable[str]) -> list[str]:

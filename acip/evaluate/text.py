@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from acip.data import chat_text, documents, token_windows
+from acip.data import Split, chat_text, documents, token_windows
 from acip.errors import DataError, EvaluationError
 from acip.recipe import did_you_mean
 
@@ -31,10 +31,11 @@ FIELD_C4_WINDOWS = 256
 class Text:
     """Windows of `context` tokens of a corpus: all, or `windows` of them, the first ones unless they are spread."""
 
-    source: str = "package:wikipedia"  # see acip.data; its held-out split
+    source: str = "package:wikipedia"  # see acip.data
     protocol: Protocol = "packed"
     context: int = 2048
     windows: int = 0  # 0 = all
+    split: Split = "heldout"  # "all" of a text that nothing was calibrated on
 
     def __post_init__(self) -> None:
         if self.protocol not in (known := get_args(Protocol)):
@@ -44,7 +45,7 @@ class Text:
 
     def tokens(self, tokenizer: Any) -> list[Tensor]:
         """[context] int64 each; by the paper's protocol the last one may be shorter."""
-        docs = documents(self.source, "heldout")
+        docs = documents(self.source, self.split)
         if self.protocol in ("packed", "spread"):
             read = token_windows(docs, tokenizer, self.context, self.windows if self.protocol == "packed" and self.windows else None)
             return [read[i].long() for i in evenly(len(read), self.windows or len(read))]

@@ -14,7 +14,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
@@ -38,7 +38,7 @@ from acip.evaluate.tasks import expand
 from acip.evaluate.text import Protocol, content
 from acip.layers import find_linears
 from acip.recipe import Dtype, coerce
-from acip_platform.schedule import Share, fits, nodes, root_cause
+from acip_platform.schedule import Nodes, Share, fits, root_cause
 from acip_platform.yaml_file import YamlFile
 
 DENSE = "dense"  # the base model's entry
@@ -193,29 +193,36 @@ def entries(arena: Arena, results: Results) -> list[Entry]:
     return todo
 
 
-def hold(arena: Arena, results: Results, inbox: Any, say: Callable[[str], None]) -> list[tuple[Entry, str]]:
-    """Run all that is still to be done on the Ray that this process is connected to; returns what failed, and why."""
-    there, cpus = nodes(), arena.cpus
-    gpus = float(any(node.get("GPU", 0) >= 1 for node in there))
+def hold(arena: Arena, results: Results, inbox: Any, there: Nodes, say: Callable[[str], None]) -> list[tuple[Entry, str]]:
+    """Run all that is still to be done on the Ray that this process is connected to; returns what failed, and why.
+
+    `there` are its nodes, or those that it may start.
+    """
+    gpus, cpus = float(any(node.get("GPU", 0) >= 1 for node in there)), arena.cpus
     if not fits([Share(gpus, cpus)], there):
-        raise ArenaError(f"an entry asks for {gpus:g} GPUs and {cpus:g} CPUs; no node has them. Lower cpus in the arena file.")
-
-    def follow(entry: Entry) -> tuple[Entry, str] | None:
+        raise ArenaError(
+            f"an entry asks for {gpus:g} GPUs and {cpus:g} CPUs; no node has them. Lower cpus in the arena file, or name with --pool "
+            "what an autoscaler may start."
+        )
+    task = compete.options(num_cpus=cpus, num_gpus=gpus)
+    running: dict[Any, Entry] = {task.remote(arena, entry, max(1, int(cpus)), inbox): entry for entry in entries(arena, results)}
+    failures = []
+    ready: Any
+    while running:
+        (ready,), _ = ray.wait(list(running), num_returns=1)
         try:
-            refs: Any = compete.options(num_cpus=cpus, num_gpus=gpus).remote(arena, entry, max(1, int(cpus)), inbox)
-            for ref in refs:  # one by one, as they are made
-                row = ray.get(ref)
-                if "error" in row:
-                    return entry, row["error"]
-                results.add(arena, row)
-                say(f"{row['title']} at {row['asked']:g}: " + ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items()))
+            row: Row = ray.get(next(ready))
+        except StopIteration:
+            del running[ready]
+            continue
         except Exception as error:  # its process died, or what it ran raised: the others go on
-            return entry, root_cause(error)
-        return None
-
-    todo = entries(arena, results)
-    with ThreadPoolExecutor(max(1, len(todo))) as pool:
-        return [failure for failure in pool.map(follow, todo) if failure is not None]
+            row = {"error": root_cause(error)}
+        if "error" in row:
+            failures.append((running.pop(ready), row["error"]))
+            continue
+        results.add(arena, row)
+        say(f"{row['title']} at {row['asked']:g}: " + ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items()))
+    return failures
 
 
 # ---- on a worker
@@ -234,8 +241,8 @@ def compete(arena: Arena, entry: Entry, threads: int, inbox: Any) -> Iterator[Ro
 def rows(arena: Arena, entry: Entry, progress: Callable[[str, int, int], None]) -> Iterator[Row]:
     """A row for each size of an entry. What sizes share counts for the first, which `leads`.
 
-    `seconds` is the size's own work, evaluation aside, by the clock; `cpu_seconds` what processors worked for it, which other
-    work on the machine hardly changes.
+    `seconds` is the size's own work by the clock, reading text and evaluation aside; `cpu_seconds` what processors worked for it,
+    which other work on the machine hardly changes; `peak_bytes` the most memory meanwhile.
     """
     base = load_base(arena.base, arena.dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -244,6 +251,7 @@ def rows(arena: Arena, entry: Entry, progress: Callable[[str, int, int], None]) 
     texts, _ = measurements(arena)
     for text in texts:
         text.windows(Subject(base.model, base.tokenizer))  # what can't be read is known before the long work
+    reset_peak(device)
     if entry.method == DENSE:
         count = baselines.stored(base.model, find_linears(base.model, arena.exclude))
         size = {"asked": 1.0, "got": 1.0, "stored_params": count, "dense_params": count, "counted": DENSE}
@@ -253,15 +261,16 @@ def rows(arena: Arena, entry: Entry, progress: Callable[[str, int, int], None]) 
         return
     chosen = baselines.method(entry.method)
     options = {**arena.methods[entry.method], **({"exclude": arena.exclude} if arena.exclude else {})}
+    shares = {} if chosen.one_run_per_size else {"leads": True}
+    windows = calibration_windows(arena, base)
     began, worked = time.perf_counter(), time.process_time()
-    for made in baselines.compress(entry.method, base, calibration_windows(arena, base), entry.sizes, progress, **options):
+    for made in baselines.compress(entry.method, base, windows, entry.sizes, progress, **options):
         taken = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
         size = {key: getattr(made, key) for key in ("asked", "got", "stored_params", "stored_bytes", "dense_params", "counted")}
         cost = taken | {"peak_bytes": peak_bytes(device), "one_run_per_size": chosen.one_run_per_size}
-        leads = made.asked == entry.sizes[0] and not chosen.one_run_per_size
-        yield common | size | cost | {"title": chosen.title, "leads": leads, **measure(made.model, base, arena)}
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)  # which was the evaluation's
+        yield common | size | cost | shares | {"title": chosen.title, **measure(made.model, base, arena)}
+        shares = dict.fromkeys(shares, False)
+        reset_peak(device)  # which was the evaluation's
         began, worked = time.perf_counter(), time.process_time()
 
 
@@ -299,8 +308,17 @@ def measure(model: Any, base: Base, arena: Arena) -> dict[str, dict[str, float]]
     return {"metrics": found, "stderr": {name: error for name, error in errors.items() if math.isfinite(error)}}
 
 
+def reset_peak(device: torch.device) -> None:
+    """`peak_bytes` from now on. Where the system can't (Linux can), it stays what it was so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_bytes(device: torch.device) -> int:
-    """The most memory of this process: allocated on the GPU since the last size was measured, or resident, so far."""
+    """The most memory of this process: allocated on the GPU, or resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -324,10 +342,12 @@ class _Progress:
 
 
 def total_cost(rows: Sequence[Row]) -> tuple[float, float, int]:
-    """(seconds, seconds of processors, peak bytes) of all of a method's rows; what an interrupted run shared counts once."""
+    """(seconds, seconds of processors, peak bytes) of all of a method's rows. What sizes share, and an interrupted run did again,
+    counts once; it has the peak.
+    """
 
     def total(key: str) -> float:
         leading = [row[key] for row in rows if row.get("leads")]
         return sum(row[key] for row in rows if not row.get("leads")) + max(leading, default=0.0)
 
-    return total("seconds"), total("cpu_seconds"), max(row["peak_bytes"] for row in rows)
+    return total("seconds"), total("cpu_seconds"), max(row["peak_bytes"] for row in rows if row.get("leads", True))

@@ -23,12 +23,15 @@ def console() -> Console:
 
 
 def exit_code(out: Console, run: Callable[[], int | None]) -> int:
-    """Of a job: what `run` returns, or 2 after a line with the user's error. A Ray of its own ends with it."""
+    """Of a job: what `run` returns, 2 after a line with the user's error, 130 after Ctrl-C. A Ray of its own ends with it."""
     try:
         return run() or 0
     except AcipError as error:
         out.print(f"error: {error}", markup=False)
         return 2
+    except KeyboardInterrupt:
+        out.print("interrupted. What is done is kept: the same command goes on from there.", markup=False)
+        return 130
     finally:
         ray.shutdown()
 
@@ -134,6 +137,9 @@ def evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
         table.add_column(f"{row['asked']:g}", justify="right", no_wrap=True)
     table.add_row("got", *(f"{row['got']:.4f}" for row in rows))
     table.add_row("parameters", *(f"{row['params']:,}" for row in rows))
+    machines = [{f"{part['device']}, {part['threads']} threads" for part in row["evaluation"] if "device" in part} for row in rows]
+    if any(machines):
+        table.add_row("speed on", *(" / ".join(sorted(found)) for found in machines))
     values = [{(part["label"], name): part["values"] for part in row["evaluation"] for name in part["values"]} for row in rows]
     for label, name in dict.fromkeys(key for found in values for key in found):
         if name in SHOWN:

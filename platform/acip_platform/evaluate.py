@@ -5,14 +5,14 @@
                                                     --> size 0.4 --> (its process dies: this row is lost, no other)
 
 Each part of a row is stored as soon as it is there, at STORE/evaluations/MODEL/SIZE/PART/part.json, by hashes of the model's files
-and of what was measured. So neither a second run nor another fleet with the same artifact repeats it.
+and of what was measured. So neither a second run nor another fleet with the same artifact repeats it, nor what the curve holds.
 """
 
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,21 @@ import torch
 from acip.artifact import Artifact
 from acip.base import load_base
 from acip.budget import Budget
+from acip.cut import Cut
 from acip.errors import AcipError, BudgetError, EvaluationError
-from acip.evaluate import DivergenceOn, Efficiency, Measurement, Part, TaskScore, evaluate, extended, metrics
+from acip.evaluate import DivergenceOn, Efficiency, Measurement, Part, TaskScore, evaluate, extended, metrics, recorded
 from acip.evaluate.tasks import expand
 from acip.evaluate.text import content
 from acip.materialise import AnySize
 from acip_platform.fleet import Job
-from acip_platform.schedule import Share, fits, nodes, root_cause, share
+from acip_platform.schedule import Nodes, Share, fits, root_cause, share
 from acip_platform.settings import Settings
 from acip_platform.store import Store
 from acip_platform.tracking import Run
 
 PART = "part.json"
 SIZE = "size"  # key of what a row says of the size itself
+SIZE_FACTS = ("got", "convention", "got_paper", "got_model", "params", "bytes")
 Row = dict[str, Any]
 
 
@@ -55,19 +57,28 @@ class Model:
 
 @dataclass(frozen=True)
 class Parts:
-    """Stored parts of one model at one size, as a mapping by key."""
+    """Stored parts of one model at one size, as a mapping by key, over those that its curve holds."""
 
     store: Store
     place: str
+    curve: Mapping[str, Part] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, settings: Settings, identity: str, removed: int) -> "Parts":
-        return cls(Store.of(settings), f"evaluations/{identity}/{removed}")
+    def of(cls, settings: Settings, model: Model, artifact: Artifact | None, cut: Cut | None) -> "Parts":
+        removed, curve = 0, dict[str, Part]()
+        if artifact is not None and cut is not None:
+            removed = cut.removed
+            for row in artifact.curve:
+                if row["got"] == cut.sizes["linear"]:
+                    curve = {**recorded(row), SIZE: {key: row[key] for key in SIZE_FACTS if key in row}}
+        return cls(Store.of(settings), f"evaluations/{model.identity(artifact)}/{removed}", curve)
 
     def __contains__(self, key: object) -> bool:
-        return self.store.exists(self._uri(key), PART)
+        return key in self.curve or self.store.exists(self._uri(key), PART)
 
     def __getitem__(self, key: str) -> Part:
+        if key in self.curve:
+            return self.curve[key]
         (raw,) = self.store.read([f"{self._uri(key)}/{PART}"])
         part: Part = json.loads(raw)
         return part
@@ -91,17 +102,20 @@ class Outcome:
 
 
 def measure_sizes(
-    model: Model, sizes: Sequence[float], what: Sequence[Measurement], settings: Settings, inbox: Any, cpus: float = 0.0
+    model: Model, sizes: Sequence[float], what: Sequence[Measurement], settings: Settings, inbox: Any, there: Nodes, cpus: float = 0.0
 ) -> Iterator[Outcome]:
-    """A row for every size, as they come. On GPUs one size each; on CPUs `cpus` of them (0 = shared out).
+    """A row for every size, as they come. On GPUs one size each; on CPUs `cpus` of them (0 = shared out). `there` are the nodes that
+    Ray has, or may start.
 
     Where sizes share a machine's CPUs, speed is measured afterwards, one size at a time with all of a node's.
     """
-    there = nodes()
     alone = share(Job("a size", model.uri or model.base), there)
     each = cpus or (alone.cpus if alone.gpus else max(1.0, alone.cpus // len(sizes)))
     if not fits([Share(alone.gpus, each)], there):
-        raise EvaluationError(f"a size asks for {alone.gpus:g} GPUs and {each:g} CPUs; no node has them. Lower --cpus.")
+        raise EvaluationError(
+            f"a size asks for {alone.gpus:g} GPUs and {each:g} CPUs; no node has them. Lower --cpus, or name with --pool what an "
+            "autoscaler may start."
+        )
     waves = [(list(what), each)]
     if not alone.gpus:
         quality, speed = ([one for one in what if isinstance(one, Efficiency) == fast] for fast in (False, True))
@@ -139,7 +153,7 @@ def _measure(model: Model, size: float, what: list[Measurement], settings: Setti
 
     try:
         artifact = Store.of(settings).open(model.uri) if model.uri else None
-        known = Parts.of(settings, model.identity(artifact), artifact.table().cut(Budget(ratio=size)).removed if artifact else 0)
+        known = Parts.of(settings, model, artifact, artifact.table().cut(Budget(ratio=size)) if artifact else None)
         if SIZE in known and all(one.key in known for one in what):
             return {"asked": size, **known[SIZE], "evaluation": [known[one.key] for one in what]}
         if artifact is None:
@@ -150,7 +164,8 @@ def _measure(model: Model, size: float, what: list[Measurement], settings: Setti
         else:
             artifact = Artifact.open(Store.of(settings).fetch(model.uri))  # one copy on a node's disk, mapped by all
             row = evaluate(artifact.load(device, size=size), artifact.tokenizer(), what, known=known, say=say)
-        known[SIZE] = {key: value for key, value in row.items() if key not in ("asked", "evaluation")}
+        if SIZE not in known:
+            known[SIZE] = {key: value for key, value in row.items() if key not in ("asked", "evaluation")}
         return {"asked": size, **row}
     except AcipError as error:
         return {"error": str(error)}
@@ -203,7 +218,7 @@ def measure_tasks(
         except BudgetError:
             continue
         say("stage", text=f"size {size:.2f}: {len(what)} tasks")
-        known = Parts.of(settings, Model(uri).identity(artifact), cut.removed)
+        known = Parts.of(settings, Model(uri), artifact, cut)
         rows.append(evaluate(any_size, artifact.tokenizer(), what, known=known, say=lambda part: say("stage", text=told(part))))
     if not rows:
         return artifact

@@ -73,20 +73,24 @@ def page(found: Mapping[str, Any], subjects: Sequence[Subject]) -> str:
     )  # fmt: skip
 
 
-def baseline_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Rows of other methods by name, from JSON: [{method, got (or asked), loss (or perplexity), ...}, ...], or {"rows": [...]}."""
+def baseline_rows(path: Path, corpus: str = "") -> dict[str, list[dict[str, Any]]]:
+    """Rows of other methods by name, from JSON: [{method, got (or asked), loss (or perplexity), ...}, ...], or {"rows": [...]}.
+
+    A row of the arena has perplexities on several texts: that on `corpus` is taken.
+    """
+    on = f"perplexity {corpus.removeprefix('package:')}"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = content["rows"] if isinstance(content, dict) else content
         found: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
-            loss = float(row["loss"]) if "loss" in row else math.log(row["perplexity"])
+            loss = float(row["loss"]) if "loss" in row else math.log(row["perplexity"] if "perplexity" in row else row["metrics"][on])
             got = float(row["got"] if "got" in row else row["asked"])
             found.setdefault(str(row["method"]), []).append({**row, "got": got, "loss": loss, "perplexity": as_perplexity(loss)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AcipError(
             f"{path} can't be read as rows of baselines ({type(error).__name__}: {error}). It must be a JSON list of rows with method, "
-            "got (or asked), and loss (or perplexity)."
+            f"got (or asked), and loss (or perplexity), or an arena's rows with {on!r}."
         ) from error
     return found
 

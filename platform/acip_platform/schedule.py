@@ -71,7 +71,8 @@ def share(job: Job, nodes: Nodes) -> Share:
         have = [sum(node.get(kind, 0) for node in nodes) for kind in ("GPU", "CPU")]
         raise FleetError(
             f"{job.name} asks for {workers}{gpus:g} GPUs and {cpus:g} CPUs; the cluster has {have[0]:g} and {have[1]:g}"
-            f"{f' on {len(nodes)} nodes' if len(nodes) > 1 else ''}. Lower num_workers, gpus or cpus in the fleet file, or add nodes."
+            f"{f' on {len(nodes)} nodes' if len(nodes) > 1 else ''}. Lower what is asked for (num_workers, gpus, cpus), add "
+            "nodes, or name with --pool what an autoscaler may start."
         )
     return part
 
@@ -164,7 +165,8 @@ def run_all(
             return Outcome(job, None, root_cause(error))
 
     line, running = Line(jobs, shares), dict[Future[Outcome], Job]()
-    with ThreadPoolExecutor(max_workers=max(1, len(jobs))) as threads:
+    threads = ThreadPoolExecutor(max_workers=max(1, len(jobs)))
+    try:
         moved = time.monotonic()
         while line.waiting or running:
             there = nodes()
@@ -179,6 +181,8 @@ def run_all(
             for done in wait(running, LOOK_EVERY_S, FIRST_COMPLETED).done:
                 line.end(running.pop(done))
                 yield done.result()
+    finally:  # who interrupts doesn't wait for what runs: it ends with Ray's connection
+        threads.shutdown(wait=False, cancel_futures=True)
     for job in line.waiting:
         yield Outcome(job, None, f"the cluster lost nodes, and {PATIENCE_S / 60:g} minutes later none had come that it fits on.")
 

@@ -110,12 +110,14 @@ class Store:
             if not path.is_dir():
                 raise StoreError(f"there is no folder {path}. Was the artifact moved or deleted? Calibrate again, or check ACIP_STORE.")
             return path
-        objects = _objects(uri)
-        folder = self.cache / _version(uri, objects)
+        manifest = self.open(uri).manifest
+        files = [MANIFEST, *manifest["files"]]
+        folder = self.cache / hashlib.sha256(f"{uri}{json.dumps(manifest['files'], sort_keys=True)}".encode()).hexdigest()[:16]
         self.cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # of those on this node, one fetches it
-            if not (folder / MANIFEST).is_file():
-                files = [MANIFEST, *Artifact.open(folder, S3Source(uri, objects)).manifest["files"]]
+            if (folder / MANIFEST).is_file():  # only its curve may be another by now
+                Disk().write(f"{folder}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
+            else:
                 with tempfile.TemporaryDirectory(prefix="coming-", dir=self.cache, ignore_cleanup_errors=True) as scratch:
                     coming = Path(scratch) / "artifact"
                     place.download(uri, files, coming)
