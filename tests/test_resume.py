@@ -49,6 +49,30 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path, small_base: str) -> None:
         assert all(torch.equal(a[key], b[key]) for key in a), file
 
 
+def test_ctrl_c_ends_a_fleet_at_once(tmp_path: Path, small_base: str) -> None:
+    """Its worker, too; what it had saved stays."""
+    fleet = write_fleet(
+        tmp_path / "fleet.yaml", "lr: 3.0e-3, lambda_factor: 1.2, post_tune_steps: 100000", f"name: long, base: {small_base}"
+    )
+    env = {**os.environ, "ACIP_HOME": str(tmp_path / "home"), "ACIP_CHECKPOINT_S": "0.3", "RAY_ADDRESS": "local"}
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        job = subprocess.Popen(
+            [sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(fleet)], env=env, stdout=out, stderr=out
+        )
+        try:
+            worker = worker_of("long", job, Path(Settings.from_env(env).runs), log)
+            job.send_signal(signal.SIGINT)
+            assert job.wait(timeout=60) == 130, log.read_text()
+            psutil.wait_procs([worker], timeout=30)
+            assert not worker.is_running()
+        finally:
+            if job.poll() is None:
+                job.kill()
+    assert "interrupted. What is done is kept" in log.read_text()
+    assert list(Path(Settings.from_env(env).runs).glob("long-*/step_*"))
+
+
 def worker_of(name: str, job: subprocess.Popen[bytes], runs: Path, log: Path) -> psutil.Process:
     """The process that calibrates `name`, once it has left a checkpoint that counts."""
     deadline = time.monotonic() + 180
