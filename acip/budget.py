@@ -31,7 +31,14 @@ OVERHEAD = 256 * MEGA  # bytes; stated, not measured: kernels' workspaces, and w
 QUANTISED = "quantised"  # a measurement (acip.evaluate.perplexity)
 Kind = Literal["nf4", "fp4", "int8"]  # what matrices are quantised to
 KIND_OF_BITS: dict[Bits, Kind] = {8: "int8", 4: "nf4"}
-SAME = ("corpus", "protocol", "context", "windows")  # what losses have in common that can be compared
+# What losses have in common that can be compared, and what is meant where a row doesn't say
+SAME: Mapping[str, Any] = {"corpus": None, "protocol": "packed", "context": None, "windows": None, "split": "heldout"}
+
+
+def measured_on(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The text of a row of a curve, or of a part of one."""
+    return {key: row.get(key, usual) for key, usual in SAME.items()}
+
 
 UNITS = {
     "ratio": "ratio",
@@ -223,9 +230,8 @@ def _loss(row: Mapping[str, Any], bits: Bits | None) -> Any:
     parts = row.get("evaluation")
     for part in parts if isinstance(parts, list) else ():
         if isinstance(part, dict) and part.get("kind") == QUANTISED and part.get("quantise") == KIND_OF_BITS[bits]:
-            same = all(part.get(key, "packed") == row.get(key, "packed") for key in SAME)
             values = part.get("values")
-            if same and isinstance(values, dict):
+            if measured_on(part) == measured_on(row) and isinstance(values, dict):
                 return values.get("loss_nats")
     return None
 

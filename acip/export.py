@@ -27,6 +27,7 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from acip.artifact import Artifact, sha256
+from acip.base import quiet_progress
 from acip.card import card, shown
 from acip.cut import Cut
 from acip.errors import ArtifactError
@@ -120,7 +121,8 @@ def write(
     try:
         partial.mkdir()
         ends = _keep_ends(model, artifact)
-        SizedModel.save_pretrained(model, partial, max_shard_size=max_shard_size)  # type: ignore[arg-type]
+        with quiet_progress():
+            SizedModel.save_pretrained(model, partial, max_shard_size=max_shard_size)  # type: ignore[arg-type]
         tokenizer = artifact.tokenizer()
         tokenizer.save_pretrained(partial)
         _check(partial, tokenizer, ends)

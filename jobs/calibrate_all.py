@@ -13,7 +13,6 @@ import functools
 import hashlib
 import os
 import secrets
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import ray
 from acip_platform import figures, story
 from acip_platform.cluster import Cluster, connect
-from acip_platform.console import Watch, console, duration, exit_code, lines, trade_off_table
+from acip_platform.console import Watch, console, duration, exit_code, lines, shell, trade_off_table
 from acip_platform.fleet import Fleet, Job
 from acip_platform.inbox import open_inbox
 from acip_platform.lease import Leases
@@ -214,20 +213,19 @@ def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dic
     good = [outcome.job.name for outcome in outcomes if outcome.error is None] + list(done)
     out.print(f"{len(good)} of {len(good) + len(failed)} models are there, after {duration(seconds)}.", markup=False)
     if good:
-        python = shlex.quote(os.path.relpath(sys.executable)) if sys.executable.startswith(str(Path.cwd())) else shlex.quote(sys.executable)
-        mlflow = str(Path(python).with_name("mlflow"))
+        run = shell(settings)
+        mlflow = str(Path(run.rpartition(" ")[2]).with_name("mlflow"))
         body = f'{{"model": "{good[0]}", "size_ratio": 0.6, "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0}}'
-        home = f"ACIP_HOME={shlex.quote(str(settings.home))} " if os.environ.get("ACIP_HOME") else ""
         local = settings.tracking_uri.startswith("sqlite:")
         server = f"{mlflow} server --backend-store-uri {settings.tracking_uri} --port 5000 --workers 1"
         out.print("\nNext:", markup=False)
         lines(out, {
             "see the runs": server if local else settings.tracking_uri,
-            "serve": f"{home}{python} jobs/serve.py",
+            "serve": f"{run} jobs/serve.py",
             "move the slider": "http://127.0.0.1:8000/, once it serves",
             "ask at 0.6": f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{body}'",
-            "keep 0.6": f"{home}{python} jobs/materialise.py {good[0]} --size 0.6 --out {good[0]}-60",
-            "report": f"{home}{python} jobs/report.py {good[0]} --out report.html",
+            "keep 0.6": f"{run} jobs/materialise.py {good[0]} --size 0.6 --out {good[0]}-60",
+            "report": f"{run} jobs/report.py {good[0]} --out report.html",
         })  # fmt: skip
     return 1 if failed else 0
 

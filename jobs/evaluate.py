@@ -21,6 +21,7 @@ import ray
 import torch
 from acip_platform.cluster import connect
 from acip_platform.console import Watch, console, duration, evaluation_table, exit_code, lines
+from acip_platform.disk import Disk
 from acip_platform.evaluate import Model, Row, log_rows, measure_sizes, record
 from acip_platform.inbox import open_inbox
 from acip_platform.schedule import Nodes, nodes, pool
@@ -51,14 +52,16 @@ def arguments() -> argparse.Namespace:
     of.add_argument("--artifact", metavar="URI", help="path or URI of an artifact")
     of.add_argument("--base", metavar="ID", help="a model as it is: hub id, folder, .gguf file or package:NAME")
     parser.add_argument("--reference", metavar="ID", help="what --base is compared with (KL, equal top tokens): hub id, folder, ...")
-    parser.add_argument("--sizes", nargs="+", type=float, help="size ratios (default: those of the curve, else 1.0 0.8 0.6 0.4)")
+    parser.add_argument("--sizes", nargs="+", help="size ratios, 0.6 or 60%% (default: those of the curve, else 1.0 0.8 0.6 0.4)")
     text = parser.add_argument_group("text (default: that of the curve, else package:wikipedia)")
     text.add_argument("--data", nargs="+", metavar="SOURCE", help="package:wikipedia, package:austen, wikitext2, c4, or local text")
     text.add_argument("--protocol", nargs="+", help="packed, spread, field, paper: see acip/evaluate/text.py (default: packed)")
     text.add_argument("--context", type=int, help="tokens of a window (default: 2048, or as many as the model reads)")
     text.add_argument("--whole", action="store_true", help="all of a text that nothing was calibrated on (default: every eighth document)")
     text.add_argument("--windows", type=int, help="at most so many (default: all)")
-    text.add_argument("--quantize", nargs="+", choices=("nf4", "int8"), default=[], help="perplexity in these bits, too (with an artifact)")
+    text.add_argument(
+        "--quantize", "--quantise", nargs="+", choices=("nf4", "int8"), default=[], help="perplexity in these bits, too (with an artifact)"
+    )
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval's names, package:NAME, paper, package:paper")
     tasks.add_argument("--task-folder", default="", metavar="FOLDER", help="task files of your own")
@@ -78,6 +81,10 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.base and args.quantize:
         parser.error("--quantize measures what quantising a size costs: give --model or --artifact.")
+    if min(args.cpus, args.limit, args.shots or 0) < 0 or min(args.batch, args.prompt_tokens) < 1 or args.new_tokens < 2:
+        parser.error("--cpus, --limit and --shots are 0 or more, --batch and --prompt-tokens 1 or more, --new-tokens 2 or more.")
+    if (args.limit or args.shots is not None or args.task_folder) and not args.tasks:
+        parser.error("--limit, --shots and --task-folder are of --tasks: name some.")
     if args.reference and not args.base:
         parser.error("--reference goes with --base: an artifact knows its base model.")
     return args
@@ -97,12 +104,15 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
     texts = texts_of(args, artifact)
     check(expand(args.tasks), args.task_folder)
     there = pool(args.pool) if args.pool else []
+    if args.out:
+        opened(args.out)  # where nothing can be written is known before the work
     connect(settings)
     there = there or nodes()
     what = measurements(args, texts, artifact is not None, there)
     mlflow_run, identity = start_run(settings, name, model, artifact, what)
-    file = args.out or settings.home / "evaluations" / f"{name}-{identity}.json"
-    before = [] if args.out or not file.exists() else json.loads(file.read_text())  # the same, of other sizes
+    file = settings.home / "evaluations" / f"{name}-{identity}.json"
+    before = read(file, out)  # the same, of other sizes
+    opened(file)
     lines(out, {
         "model": name + (f" at {masked(model.uri)}" if model.uri else ""),
         "sizes": ", ".join(f"{size:g}" for size in sizes),
@@ -118,15 +128,30 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
                 continue
             rows.append(outcome.row)
             rows.sort(key=lambda row: -row["asked"])
-            file.parent.mkdir(parents=True, exist_ok=True)
             kept = merged(before, rows)
-            file.write_text(json.dumps(kept, indent=1))
+            for each in dict.fromkeys((file, args.out or file)):
+                Disk().write(str(each), json.dumps(kept, indent=1).encode())
         if rows:
             log_rows(mlflow_run, kept)
         if model.uri and rows:
             notes = recorded(Store.of(settings), model.uri, rows)
-    last_screen(out, name, rows, errors, notes, file, time.monotonic() - began)
+    last_screen(out, name, rows, errors, notes, args.out or file, time.monotonic() - began)
     return 1 if errors else 0
+
+
+def opened(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.open("a").close()
+
+
+def read(file: Path, out: Any) -> list[Row]:
+    """The rows that are there."""
+    try:
+        rows: list[Row] = json.loads(file.read_text()) if file.exists() and file.stat().st_size else []
+        return [{**row, "asked": float(row["asked"])} for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        out.print(f"{file} holds no rows ({error!r}); it is written anew.", markup=False)
+        return []
 
 
 def merged(before: list[Row], rows: list[Row]) -> list[Row]:
@@ -165,15 +190,23 @@ def absolute(path: str) -> str:
 
 def reachable(args: argparse.Namespace, artifact: Artifact | None) -> list[float]:
     """The sizes, largest first; BudgetError for one that the model can't have."""
+    sizes = [ratio(text) for text in args.sizes or ()]
     if artifact is None:
-        if args.sizes and args.sizes != [1.0]:
+        if sizes and sizes != [1.0]:
             raise BudgetError("--base is measured as it is. Calibrate it to have it at other sizes, and give --model.")
         return [1.0]
-    asked = args.sizes or [row["asked"] for row in artifact.curve] or SIZES
+    asked = sizes or [row["asked"] for row in artifact.curve] or SIZES
     table = artifact.table()
     for size in asked:
         table.cut(Budget(ratio=size))
     return sorted(set(asked), reverse=True)
+
+
+def ratio(text: str) -> float:
+    found = Budget.parse(text).ratio
+    if found is None:
+        raise BudgetError(f'a size is {text!r}; it must be a ratio, like "0.6" or "60%".')
+    return found
 
 
 def texts_of(args: argparse.Namespace, artifact: Artifact | None) -> list[Text]:
@@ -181,6 +214,9 @@ def texts_of(args: argparse.Namespace, artifact: Artifact | None) -> list[Text]:
     if {"perplexity", "divergence"} <= set(args.skip) and not args.quantize:
         return []
     like = artifact.curve[0] if artifact is not None and artifact.curve and not args.data else {}
+    trained_on = artifact.manifest["provenance"].get("job", {}).get("data", "") if artifact is not None else ""
+    if args.whole and (not args.data or trained_on in args.data):
+        raise EvaluationError("--whole is for a text of its own, by --data: what was calibrated on is measured where it is held out.")
     context = args.context or like.get("context")
     if not context:
         most = base_positions(args.base, args.trust_remote_code) if artifact is None else positions(artifact.config)
@@ -188,7 +224,7 @@ def texts_of(args: argparse.Namespace, artifact: Artifact | None) -> list[Text]:
     windows = like.get("windows", 0) if args.windows is None else args.windows
     sources = args.data or [like.get("corpus", "package:wikipedia")]
     texts = [
-        Text(absolute(source), protocol, context, windows, "all" if args.whole else "heldout")
+        Text(absolute(source), protocol, context, windows, "all" if args.whole else like.get("split", "heldout"))
         for source in sources
         for protocol in args.protocol or [like.get("protocol", "packed")]
     ]

@@ -16,7 +16,7 @@ import time
 from typing import Any, get_args
 
 from acip_platform.cluster import connect
-from acip_platform.console import Watch, console, duration, exit_code, lines, trade_off_table
+from acip_platform.console import Watch, console, duration, exit_code, lines, shell, trade_off_table
 from acip_platform.finetune import fingerprint, lineage, tune_one, tuning_job
 from acip_platform.inbox import open_inbox
 from acip_platform.schedule import Outcome, nodes, pool, root_cause, share
@@ -26,6 +26,7 @@ from acip_platform.tracking import CANDIDATE, ModelVersion, Registry, Tracking, 
 from acip_platform.train import run_job
 
 from acip.budget import Budget
+from acip.data import documents
 from acip.errors import AcipError, BudgetError
 from acip.evaluate.text import Protocol
 from acip.finetune import LR, STEPS, tuning
@@ -41,7 +42,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=LR, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, help="order of the text, adapters' start, dropout (default: another than the calibration's)")
     parser.add_argument("--distill", type=float, default=0.0, help="share of KL to the base model's distribution (default: %(default)s)")
-    parser.add_argument("--quantise", choices=("none", "nf4", "fp4"), default="none", help="directions in 4 bit (default: %(default)s)")
+    parser.add_argument(
+        "--quantise", "--quantize", choices=("none", "nf4", "fp4"), default="none", help="directions in 4 bit (default: %(default)s)"
+    )
     parser.add_argument("--batch-size", type=int, help="windows of a forward pass (default: the calibration's)")
     parser.add_argument("--seq-len", type=int, help="tokens of a window (default: the calibration's)")
     parser.add_argument("--recompute", action="store_true", help="less memory for one more forward pass a step")
@@ -53,7 +56,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cpus", type=float, help="of the worker (default: a node's, where there is no GPU)")
     parser.add_argument("--pool", metavar="8xGPU:1,CPU:14", help="nodes that an autoscaler may start (default: the nodes there are)")
     parser.add_argument("--force", action="store_true", help="tune again what is done already")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.cpus is not None and not args.cpus > 0:
+        parser.error(f"--cpus is {args.cpus:g}; it must be above 0.")
+    return args
 
 
 def main() -> int:
@@ -77,11 +83,13 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
         eval_protocol=args.eval_protocol, cpus=args.cpus,
     )  # fmt: skip
     job = tuning_job(version, artifact, recipe, changes)
+    next(documents(job.data, "train"))  # what can't be read is known before anything is begun
+    next(documents(job.heldout.source, "heldout"))
     code = fingerprint(job, artifact)
     done = [] if args.force else [each for each in registry.versions(name, {"fingerprint": code}) if whole(each) and store.exists(each.uri)]
     if done:
         out.print(f"[{name}] done already: version {done[0].version} (--force tunes again)", markup=False)
-        last_lines(out, done[0], job.recipe.stop_ratio)
+        last_lines(out, settings, done[0], job.recipe.stop_ratio)
         return
 
     there = pool(args.pool) if args.pool else []
@@ -119,14 +127,14 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
     }
     registered = f"version {summary['version']} of {name}, alias {CANDIDATE}, tuned from version {version.version}"
     lines(out, {"registered": registered, **found, "took": duration(time.monotonic() - began)})
-    last_lines(out, registry.resolve(name, summary["version"]), recipe.stop_ratio)
+    last_lines(out, settings, registry.resolve(name, summary["version"]), recipe.stop_ratio)
 
 
-def last_lines(out: Any, version: ModelVersion, size: float) -> None:
-    name, number = version.name, version.version
+def last_lines(out: Any, settings: Settings, version: ModelVersion, size: float) -> None:
+    name, number, run = version.name, version.version, shell(settings)
     lines(out, {
-        "export it": f"python jobs/materialise.py {name} --alias {number} --size {size:g} --out {name}-{size * 100:g}-tuned",
-        "serve it": f"python jobs/serve.py --model {name} --alias {CANDIDATE if CANDIDATE in version.aliases else number}",
+        "export it": f"{run} jobs/materialise.py {name} --alias {number} --size {size:g} --out {name}-{size * 100:g}-tuned",
+        "serve it": f"{run} jobs/serve.py --model {name} --alias {CANDIDATE if CANDIDATE in version.aliases else number}",
     })  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import torch
 from acip_platform import story
-from acip_platform.console import console, exit_code, lines, trade_off_table
+from acip_platform.console import console, exit_code, lines, shell, trade_off_table
 from acip_platform.finish import Heldout, finish, stored
 from acip_platform.fleet import Job
 from acip_platform.provenance import provenance
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace, out: Any) -> None:
     out.print(trade_off_table(Outcome(job, summary, None)))
     lines(out, {
         "registered": f"version {summary['version']} of {job.name}, alias {CANDIDATE}",
-        "serve it": f"python jobs/serve.py --model {job.name} --alias {CANDIDATE}",
+        "serve it": f"{shell(settings)} jobs/serve.py --model {job.name} --alias {CANDIDATE}",
     })  # fmt: skip
 
 

@@ -26,14 +26,14 @@ KINDS = ("nf4", "fp4", "int8", "best")
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="name in the registry, or path or URI of an artifact")
+    parser.add_argument("model", metavar="NAME[@ALIAS]", help="name in the registry, or path or URI of an artifact")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--size", help='"0.6", "60%%", "800M params", "ppl<=20", or "any": the artifact, of every size')
     size.add_argument("--fit", metavar="BYTES", help='"8GB" or "8GiB" of weights; with --context, of memory')
     parser.add_argument("--context", type=int, help="tokens of a sequence, prompt and answer (with --fit)")
     parser.add_argument("--batch", type=int, help="sequences served at once (with --context; default: 1)")
     what = "the compressed layers' matrices in 4 or 8 bit; best = in what the curves measured in these bits say, if at all"
-    parser.add_argument("--quantize", choices=KINDS, help=what)
+    parser.add_argument("--quantize", "--quantise", choices=KINDS, help=what)
     parser.add_argument("--alias", default="champion", help="alias or version number in the registry (default: %(default)s)")
     parser.add_argument("--max-shard-size", default="5GB", help="(default: %(default)s)")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where to write; an earlier export there is replaced")
@@ -64,8 +64,9 @@ def budget(args: argparse.Namespace) -> Any:
     from acip.budget import MEGA, Budget
     from acip.errors import BudgetError
 
-    asked = Budget.parse(args.size if args.fit is None else args.fit)
-    if args.fit is not None and asked.stored_bytes is None:
+    number = args.fit is not None and re.fullmatch(r"[\d.]+%?", args.fit.strip())
+    asked = None if number else Budget.parse(args.size if args.fit is None else args.fit)
+    if asked is None or (args.fit is not None and asked.stored_bytes is None):
         raise BudgetError(f'--fit is {args.fit!r}; it must be bytes, like "8GB" or "8GiB". A ratio goes with --size.')
     if args.context is not None:
         assert asked.stored_bytes is not None
@@ -84,6 +85,9 @@ def main() -> int:
     except (AcipError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+        return 130
 
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
@@ -108,6 +112,8 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     print(f"size       {cut.sizes['linear']:.4f} of the layers, {cut.sizes['model']:.4f} of the model, {cut.params:,} parameters")
     if cut.predicted:
         print(f"predicted  perplexity {cut.predicted['perplexity']:.2f} by the measured curve")
+    if cut.sizes[artifact.recipe.convention] < artifact.recipe.stop_ratio:
+        print(f"note       below {artifact.recipe.stop_ratio:g}, where calibration stopped: what is left out there is a guess")
     sys.stdout.flush()
     any_size = artifact.load(size=args.budget)
     provenance = export(any_size, artifact, folder, args.quantize, args.max_shard_size)
@@ -136,7 +142,7 @@ def find(model: str, alias: str, settings: Settings) -> str:
     from acip_platform.tracking import Registry, reached
 
     with reached(settings):
-        return Registry(settings).resolve(model, alias).uri
+        return Registry(settings).named(model, alias).uri
 
 
 def try_it(model: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from acip_platform.console import console, exit_code, lines
 from acip_platform.settings import Settings
+from acip_platform.store import Store, StoreError
 from acip_platform.tracking import CHAMPION, Registry, reached
 from rich.table import Table
 
@@ -23,14 +24,17 @@ def main() -> int:
     parser.add_argument("version", nargs="?", help="version number or alias that shall be the champion")
     parser.add_argument("--back", action="store_true", help="the champion before is it again")
     args = parser.parse_args()
+    if "@" in args.name and not args.version:
+        args.name, _, args.version = args.name.partition("@")
     if args.back and args.version:
         parser.error("give a version, or --back, not both.")
     out = console()
-    return exit_code(out, lambda: run(args, Registry(Settings.from_env()), out))
+    return exit_code(out, lambda: run(args, Settings.from_env(), out))
 
 
 @reached()
-def run(args: argparse.Namespace, registry: Registry, out: Any) -> None:
+def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
+    registry = Registry(settings)
     if not args.back and not args.version:
         out.print(overview(registry, args.name))
         return
@@ -41,6 +45,8 @@ def run(args: argparse.Namespace, registry: Registry, out: Any) -> None:
         now = registry.back(args.name)
     else:
         now = registry.resolve(args.name, args.version)
+        if not Store.of(settings).exists(now.uri):
+            raise StoreError(f"version {now.version} of {args.name} points at {now.uri}, where there is no artifact. Choose another one.")
         registry.crown(now)
     lines(out, {
         "was": was,

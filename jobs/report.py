@@ -46,6 +46,9 @@ def main() -> int:
     except (AcipError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+        return 130
     print(f"report  {args.out}\ndata    {args.out.with_suffix('.json')}")
     return 0
 

@@ -35,7 +35,12 @@ MAX_CPUS = 8  # more threads don't make a few tokens at a time faster
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", help="name in the registry; may be given more than once (default: all with the alias)")
+    parser.add_argument(
+        "--model",
+        action="append",
+        metavar="NAME[@ALIAS]",
+        help="name in the registry; may be given more than once (default: all with the alias)",
+    )
     parser.add_argument("--alias", default=CHAMPION, help="alias or version number to serve (default: %(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; with API keys not only loopback (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
@@ -56,9 +61,10 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    args, settings = arguments(), Settings.from_env()
+    args = arguments()
     _stop_by_signal()
     try:
+        settings = Settings.from_env()
         versions = choose(settings, args.model, args.alias)
         _check_artifacts(settings, versions)
         _check_port(args.host, args.port)

@@ -10,8 +10,6 @@ on, and repeats no finished trial. Exit code 0 = every trial came to its end, 1 
 """
 
 import argparse
-import os
-import shlex
 import sys
 import time
 from contextlib import ExitStack
@@ -22,10 +20,10 @@ from typing import Any
 import ray
 from acip_platform import sweep_report
 from acip_platform.cluster import Cluster, connect
-from acip_platform.console import Watch, console, duration, exit_code, lines
+from acip_platform.console import Watch, console, duration, exit_code, lines, shell
 from acip_platform.fleet import Fleet, Job
 from acip_platform.inbox import open_inbox
-from acip_platform.schedule import Share, nodes, share
+from acip_platform.schedule import Share, nodes, pool, share
 from acip_platform.settings import Settings, masked
 from acip_platform.space import Space
 from acip_platform.sweep import Outcome, Sweep, keep, run, winner
@@ -41,6 +39,7 @@ def main() -> int:
     parser.add_argument("--fleet", default=str(ROOT / "jobs" / "fleets" / "demo.yaml"), help="fleet file (default: the embedded demo)")
     parser.add_argument("--only", metavar="NAME", help="this model of the fleet; not needed where it has one")
     parser.add_argument("--space", default=str(ROOT / "jobs" / "spaces" / "demo.yaml"), help="space file (default: the embedded demo)")
+    parser.add_argument("--pool", metavar="8xGPU:1,CPU:14", help="nodes that an autoscaler may start (default: the nodes there are)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     args = parser.parse_args()
     out = console()
@@ -54,8 +53,9 @@ def sweep_one(args: argparse.Namespace, out: Any) -> int:
     check_registers(settings)
     fleet = Fleet.load(args.fleet)
     sweep = Sweep.plan(chosen(fleet, args.only), Space.load(args.space))
+    there = pool(args.pool) if args.pool else []
     cluster = connect(settings)
-    part = share(sweep.job, nodes())
+    part = share(sweep.job, there or nodes())
     if args.dry_run:
         first_screen(out, settings, fleet, sweep, part, cluster)
         return 0
@@ -156,10 +156,9 @@ def last_screen(
         f"{sweep.job.name} version {summary['version']} is the candidate: {summary['uri']}",
         markup=False,
     )
-    home = f"ACIP_HOME={shlex.quote(str(settings.home))} " if os.environ.get("ACIP_HOME") else ""
-    python = shlex.quote(sys.executable)
     out.print("\nNext:", markup=False)
-    lines(out, {"keep 0.6": f"{home}{python} jobs/materialise.py {sweep.job.name} --alias candidate --size 0.6 --out {sweep.job.name}-60"})
+    name = sweep.job.name
+    lines(out, {"keep 0.6": f"{shell(settings)} jobs/materialise.py {name} --alias candidate --size 0.6 --out {name}-60"})
     return 1 if failed else 0
 
 

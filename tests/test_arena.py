@@ -162,9 +162,10 @@ def test_rows_belong_to_what_decides_them(arena: Arena, tmp_path: Path) -> None:
     assert other.fingerprint("covariance") != arena.fingerprint("covariance")
     assert other.fingerprint("svd-llm") == arena.fingerprint("svd-llm")
     assert Arena(**{**vars(arena), "sizes": (0.3,), "cpus": 2.0}).fingerprint("svd-llm") == arena.fingerprint("svd-llm")
-    (tmp_path / "bad.json").write_text("[]")
-    with pytest.raises(ArenaError, match="holds no results"):
-        Results(tmp_path / "bad.json")
+    for bad in ("[]", '{"rows": [{}]}', '{"rows": 3}', '{"rows": [3]}', ""):
+        (tmp_path / "bad.json").write_text(bad)
+        with pytest.raises(ArenaError, match="holds no results"):
+            Results(tmp_path / "bad.json")
 
 
 def test_the_papers_table_is_quoted_and_labelled() -> None:
@@ -200,6 +201,11 @@ def test_the_papers_table_is_quoted_and_labelled() -> None:
         ("base: x/y\nsize: [0.5]", "line 2: unknown field 'size'.*did you mean 'sizes'"),
         ("base: x/y\nmethods: {asdv: }", "line 2: unknown field 'asdv' of methods.*did you mean 'asvd'"),
         ("base: x/y\nmethods: {asvd: {alpa: 1}}", "asvd has no option 'alpa'.*did you mean 'alpha'"),
+        ("base: x/y\nmethods: {asvd: {scale_windows: x}}", "asvd's scale_windows is 'x'; it must be a whole number"),
+        ("base: x/y\nmethods: {asvd: {ratios: 0.5}}", "asvd's ratios is 0.5; it must be a list"),
+        ("base: x/y\nmethods: {acip: {set: {lrr: 1}}}", "unknown recipe field 'lrr'"),
+        ("base: x/y\nmethods: {acip: {set: {lr: 1e-4}}}", "lr is '1e-4'.*write 1.0e-4"),
+        ("base: x/y\nmethods: {acip: {set: 3}}", "set is 3; it must be a mapping"),
         ("base: x/y\nmethods: [asvd]", "line 2: methods must be a mapping"),
         ("base: x/y\nmethods: {asvd: 1}", "line 2: the options of asvd are 1"),
         ("base: x/y\nmethods: {asvd: , asvd: {alpha: 1}}", "line 2: field 'asvd' stands here twice"),

@@ -156,7 +156,13 @@ def test_rolling_back_is_one_command(contest: Contest, monkeypatch: pytest.Monke
     assert "champions so far: 1" in command("small")[1]
     for args in (("smal", "1"), ("smal",), ("smal", "--back")):
         assert "did you mean 'small'" in command(*args)[1]
-    assert command("small", "9")[0] == 2
+    code, said = command("small", "9")
+    assert code == 2 and "no version or alias '9'; it has 3, 1 (champion)." in said
+    assert "did you mean 'champion'" in command("small@champio")[1]
+    assert "was version 1 champion version 3" in command("small@3")[1]
+    rmtree(contest.registry.resolve("small", "1").uri)
+    code, said = command("small", "1")
+    assert code == 2 and "version 1 of small points at" in said and contest.alias("champion") == "3"
 
 
 def test_what_is_finished_is_found_among_all_versions(contest: Contest, small_base: str) -> None:

@@ -101,6 +101,15 @@ def test_bad_bases_say_what_is_allowed(source: str, says: str) -> None:
         load_base(source)
 
 
+def test_a_dotted_package_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "unsafe").mkdir()
+    (tmp_path / "unsafe" / "__init__.py").write_text("raise SystemExit('run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("unsafe", "unsafe.inner"):
+        with pytest.raises(BaseModelError, match=r"ships 0 GGUF files|no package 'unsafe.inner' is installed"):
+            load_base(f"package:{name}")
+
+
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match=r"no config\.json"):
         load_base(str(tmp_path))

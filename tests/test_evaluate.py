@@ -387,6 +387,8 @@ def test_the_curve_grows_and_its_readers_read_it(any_size: AnySize, small_artifa
     assert again == grown
     other = [{**row, "evaluation": [{**one, "context": 32} for one in row["evaluation"]]} for row in rows[1:2]]
     assert extended(curve, other, 0.4)[1] == [0.7], "losses of other windows would make the curve lie"
+    whole = [{**row, "evaluation": [{**one, "split": "all"} for one in row["evaluation"]]} for row in rows[1:2]]
+    assert extended(curve, whole, 0.4)[1] == [0.7], "nor those of text that it was calibrated on"
     founded, _ = extended([], rows, 0.4)
     assert [row["asked"] for row in founded] == [0.7, 0.3]
     measured = Curve.of(grown)

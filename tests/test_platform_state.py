@@ -8,6 +8,7 @@ from acip_platform.store import Store, StoreError
 from acip_platform.tracking import Registry, RegistryError, Tracking, check_registers
 
 from acip.artifact import Artifact
+from acip.errors import AcipError
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,16 @@ def test_passwords_are_not_shown() -> None:
     shown = repr(Settings.from_env({"MLFLOW_TRACKING_URI": "postgresql://user:hunter2@db/mlflow"}))
     assert "hunter2" not in shown
     assert "user:***@db" in shown
+
+
+def test_places_are_the_same_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = Settings.from_env({"ACIP_STORE": "here/artifacts", "ACIP_RUNS": "s3://bucket/runs"})
+    assert (settings.store, settings.runs) == (str(tmp_path / "here" / "artifacts"), "s3://bucket/runs")
+    with pytest.raises(AcipError, match=r"ACIP_STORE is 'gs://bucket/x'; it must be a folder, file:///folder, or s3://bucket/prefix"):
+        Settings.from_env({"ACIP_STORE": "gs://bucket/x"})
+    with pytest.raises(StoreError, match=r"http://x/y is at a place that is not known here"):
+        Store.of(settings).open("http://x/y")
 
 
 def test_secrets_are_not_passed_on(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:

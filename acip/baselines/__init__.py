@@ -32,7 +32,7 @@ from acip.errors import DataError, RecipeError
 from acip.evaluate.rows import stored_bytes
 from acip.layers import find_linears
 from acip.linear import LowRankLinear, PivotLinear
-from acip.recipe import did_you_mean, named
+from acip.recipe import coerce, did_you_mean, named
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,16 @@ def method(name: str) -> Method:
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    allowed = method(name).options
-    for option in options:
+    """RecipeError for one that the method has not, or of another kind; their ranges are the method's business."""
+    chosen = method(name)
+    allowed, parameters = chosen.options, inspect.signature(chosen.run).parameters
+    for option, value in options.items():
         if option not in allowed:
             raise RecipeError(f"{name} has no option {option!r}{did_you_mean(option, allowed)}. Allowed: {', '.join(allowed)}.")
+        if option == "set":
+            calibrated.changed(chosen.preset["recipe"], value)
+        else:
+            coerce(f"{name}'s {option}", value, parameters[option].annotation)
 
 
 def compress(

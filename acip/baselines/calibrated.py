@@ -11,7 +11,7 @@ from acip.baselines.factors import Progress, swapped
 from acip.calibrate import calibrate
 from acip.cut import Budget
 from acip.data import TokenBatches
-from acip.errors import RecipeError
+from acip.errors import RecipeError, cited
 from acip.layers import targets
 from acip.linear import ElasticLinear
 from acip.parametrise import parametrise, restore
@@ -36,10 +36,7 @@ def run(
 
     The windows and the base model are there already: the recipe's `seq_len` and `dtype` say nothing here.
     """
-    if "exclude" in set:
-        raise RecipeError("set names layers to exclude; all methods leave out the same ones: use the arena's `exclude`.")
-    chosen = Recipe.from_dict({**set, "exclude": list(exclude)}, named(recipe) if isinstance(recipe, str) else recipe)
-    chosen = dataclasses.replace(chosen, seq_len=windows.shape[1])
+    chosen = dataclasses.replace(changed(recipe, set), exclude=exclude, seq_len=windows.shape[1])
     model = base.model
 
     def observe(reports: list[StepReport], _state: CalibrationState) -> None:
@@ -56,3 +53,12 @@ def run(
                 yield size, model
     finally:
         restore(model)
+
+
+def changed(recipe: str | Recipe, changes: Any) -> Recipe:
+    """RecipeError for what is no change of a recipe."""
+    if not isinstance(changes, Mapping):
+        raise RecipeError(f"set is {cited(changes)}; it must be a mapping of recipe fields.")
+    if "exclude" in changes:
+        raise RecipeError("set names layers to exclude; all methods leave out the same ones: use the arena's `exclude`.")
+    return Recipe.from_dict(dict(changes), named(recipe) if isinstance(recipe, str) else recipe)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acip.budget import SAME, as_perplexity
+from acip.budget import SAME, as_perplexity, measured_on
 from acip.cut import Budget
 from acip.errors import BudgetError
 from acip.evaluate.divergence import DivergenceOn, distance
@@ -81,7 +81,7 @@ def extended(curve: Sequence[Row], rows: Sequence[Row], stop_ratio: float) -> tu
     left_out = []
     for row in sorted(rows, key=lambda row: -row["asked"]):
         if row["got"] not in known:
-            common = next(({key: found.get(key, "packed") for key in SAME} for found in known.values()), None)
+            common = next((measured_on(found) for found in known.values()), None)
             measure = _measure(row["evaluation"], common)
             if measure is None:
                 left_out.append(row["asked"])
@@ -97,7 +97,7 @@ def extended(curve: Sequence[Row], rows: Sequence[Row], stop_ratio: float) -> tu
 def recorded(row: Mapping[str, Any]) -> dict[str, Part]:
     """The parts that a row of a curve holds, by key; its perplexity, too, as if `evaluate` had measured it."""
     parts = {part["key"]: part for part in row.get("evaluation", ())}
-    text = Text(row["corpus"], row.get("protocol", "packed"), row["context"], row["windows"])
+    text = Text(row["corpus"], row.get("protocol", "packed"), row["context"], row["windows"], row.get("split", "heldout"))
     if not content(text.source):  # the text of a local file may be another by now
         on = PerplexityOn(text)
         values = {"perplexity": row["perplexity"], "loss_nats": row["loss"], "loss_stderr_nats": row["stderr"]}
@@ -108,8 +108,8 @@ def recorded(row: Mapping[str, Any]) -> dict[str, Part]:
 def _measure(parts: Sequence[Mapping[str, Any]], common: Mapping[str, Any] | None) -> Row | None:
     """What a row of a curve says of its perplexity, from the part that was measured as all of them."""
     for part in parts:
-        if part["kind"] == "perplexity" and (common is None or all(part[key] == common[key] for key in SAME)):
+        if part["kind"] == "perplexity" and common in (None, measured_on(part)):
             values = part["values"]
             numbers = {"loss": values["loss_nats"], "stderr": values["loss_stderr_nats"], "perplexity": values["perplexity"]}
-            return {**numbers, **{key: part[key] for key in SAME}}
+            return {**numbers, **{key: part[key] for key in SAME if key in part}}
     return None

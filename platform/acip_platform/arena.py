@@ -148,6 +148,8 @@ class Results:
     def _read(self) -> list[Row]:
         try:
             rows: list[Row] = json.loads(self.path.read_text(encoding="utf-8"))["rows"] if self.path.exists() else []
+            for row in rows:
+                _key(row)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArenaError(f"{self.path} holds no results of an arena ({error!r}); move it away.") from error
         return rows

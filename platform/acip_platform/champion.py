@@ -17,12 +17,12 @@ from typing import Any
 
 from acip.area import area
 from acip.artifact import Artifact
+from acip.budget import SAME
 from acip_platform.store import Store
 from acip_platform.tracking import CANDIDATE, CHAMPION, ModelVersion, Registry
 
 Rows = Sequence[Mapping[str, Any]]
 CONTENDS = "contends"  # tag of a version that is about to be the champion, or was; settled with its verdict
-ALIKE = ("corpus", "protocol", "context", "windows")  # of the rows of two curves that are compared
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def judge(new: Mapping[str, Any], old: Mapping[str, Any], rival: str) -> Verdict
     for rows, whose in ((ours, "its own curve"), (theirs, f"the curve of {rival},")):
         if len(rows) < 2 or max(row.get("got", 0) for row in rows) != 1.0 or not all({"got", "loss"} <= row.keys() for row in rows):
             return Verdict(False, f"not comparable with {rival}: {whose} has no size 1.0, or none below it")
-    for key in ALIKE:
-        a, b = ({row.get(key, "packed") for row in rows} for rows in (ours, theirs))
+    for key, usual in SAME.items():
+        a, b = ({row.get(key, usual) for row in rows} for rows in (ours, theirs))
         if a != b or len(a) > 1:
             return Verdict(False, f"not comparable with {rival}: measured on {key} {_said(a)}, not {_said(b)}")
     for rows, leads in ((ours, False), (theirs, True)):

@@ -1,8 +1,11 @@
 """What a person sees of a job: a first screen, lines or bars while it works, and a last screen to paste from."""
 
+import os
+import shlex
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import ray
@@ -13,6 +16,7 @@ from rich.table import Table
 from acip.errors import AcipError
 from acip.evaluate import DivergenceOn
 from acip_platform.schedule import Outcome
+from acip_platform.settings import Settings
 
 POLL_S = 0.5
 
@@ -26,7 +30,7 @@ def exit_code(out: Console, run: Callable[[], int | None]) -> int:
     """Of a job: what `run` returns, 2 after a line with the user's error, 130 after Ctrl-C. A Ray of its own ends with it."""
     try:
         return run() or 0
-    except AcipError as error:
+    except (AcipError, OSError) as error:  # a file that can't be read or written
         out.print(f"error: {error}", markup=False)
         return 2
     except KeyboardInterrupt:
@@ -34,6 +38,13 @@ def exit_code(out: Console, run: Callable[[], int | None]) -> int:
         return 130
     finally:
         ray.shutdown()
+
+
+def shell(settings: Settings) -> str:
+    """How the commands of a last screen begin: this Python, and the home where it isn't the usual one."""
+    here = sys.executable.startswith(str(Path.cwd()))
+    python = shlex.quote(os.path.relpath(sys.executable) if here else sys.executable)
+    return f"ACIP_HOME={shlex.quote(str(settings.home))} {python}" if os.environ.get("ACIP_HOME") else python
 
 
 def duration(seconds: float | None) -> str:

@@ -85,8 +85,11 @@ def baseline_rows(path: Path, corpus: str = "") -> dict[str, list[dict[str, Any]
         found: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             loss = float(row["loss"]) if "loss" in row else math.log(row["perplexity"] if "perplexity" in row else row["metrics"][on])
-            got = float(row["got"] if "got" in row else row["asked"])
-            found.setdefault(str(row["method"]), []).append({**row, "got": got, "loss": loss, "perplexity": as_perplexity(loss)})
+            got, error = float(row["got"] if "got" in row else row["asked"]), row.get("stderr")
+            if isinstance(error, dict):  # the arena's are of perplexities
+                error = error[on] / row["metrics"][on] if on in error else None
+            numbers = {"got": got, "loss": loss, "perplexity": as_perplexity(loss), "stderr": error}
+            found.setdefault(str(row["method"]), []).append({**row, **numbers})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AcipError(
             f"{path} can't be read as rows of baselines ({type(error).__name__}: {error}). It must be a JSON list of rows with method, "

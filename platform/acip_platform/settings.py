@@ -46,8 +46,8 @@ class Settings:
         home = Path(env.get("ACIP_HOME") or default).expanduser().resolve()
         return cls(
             home=home,
-            store=env.get("ACIP_STORE") or str(home / "artifacts"),
-            runs=env.get("ACIP_RUNS") or str(home / "runs"),
+            store=_place(env, "ACIP_STORE", home / "artifacts"),
+            runs=_place(env, "ACIP_RUNS", home / "runs"),
             tracking_uri=env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
             checkpoint_s=_positive(env, "ACIP_CHECKPOINT_S", 60.0, "seconds"),
             basis_cache_gb=_positive(env, "ACIP_BASIS_CACHE_GB", 50.0, "gigabytes"),
@@ -69,6 +69,16 @@ class Settings:
     def __repr__(self) -> str:
         shown = {field.name: masked(str(getattr(self, field.name))) for field in fields(self)}
         return "Settings(" + ", ".join(f"{key}={value!r}" for key, value in shown.items()) + ")"
+
+
+def _place(env: Mapping[str, str], name: str, default: Path) -> str:
+    """A URI as it is; a folder from its root, because workers run elsewhere."""
+    text = env.get(name) or str(default)
+    if "://" not in text:
+        return str(Path(text).expanduser().resolve())
+    if not text.startswith(("s3://", "file://")):
+        raise AcipError(f"{name} is {text!r}; it must be a folder, file:///folder, or s3://bucket/prefix.")
+    return text
 
 
 def _positive(env: Mapping[str, str], name: str, default: float, unit: str) -> float:

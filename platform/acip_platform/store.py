@@ -161,6 +161,8 @@ class Store:
 
 def _place(uri: str) -> Disk | S3:
     if not uri.startswith("s3://"):
+        if "://" in uri and not uri.startswith("file://"):
+            raise StoreError(f"{uri} is at a place that is not known here; allowed: a folder, file:///folder, or s3://bucket/prefix.")
         return Disk()
     split(uri)  # an artifact has a prefix of its own: a bucket alone is refused
     return S3()

@@ -349,13 +349,16 @@ class Registry:
             if name not in models:
                 have = f"it holds: {', '.join(models)}" if models else "it is empty: run jobs/calibrate_all.py first"
                 raise RegistryError(f"no model {name!r} in the registry{did_you_mean(name, models)}; {have}.") from error
-            raise RegistryError(f"model {name!r} has no version or alias {which!r}.") from error
+            aliases = self.client.get_registered_model(name).aliases
+            there = [each.version + "".join(f" ({alias})" for alias in each.aliases) for each in self.versions(name, {})]
+            hint = did_you_mean(which, aliases)
+            raise RegistryError(f"model {name!r} has no version or alias {which!r}{hint}; it has {', '.join(there) or 'none'}.") from error
         return self._version(found)
 
-    def named(self, text: str) -> ModelVersion:
-        """NAME, the champion, or NAME@WHICH, an alias or a version number."""
+    def named(self, text: str, usual: str = CHAMPION) -> ModelVersion:
+        """NAME, its `usual` version, or NAME@WHICH, an alias or a version number."""
         name, _, which = text.partition("@")
-        return self.resolve(name, which or CHAMPION)
+        return self.resolve(name, which or usual)
 
     def _version(self, version: Any) -> ModelVersion:
         aliases = tuple(version.aliases) if version.aliases else ()

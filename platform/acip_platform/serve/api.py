@@ -274,14 +274,21 @@ def _chosen(settings: Settings, names: list[str] | None, alias: str) -> list[Mod
     registry = None if new else Registry(settings)
     versions = []
     if registry is not None and names:
-        versions = [registry.resolve(name, alias) for name in dict.fromkeys(names)]
+        versions = [registry.named(name, alias) for name in dict.fromkeys(names)]
     elif registry is not None:
         for name in registry.models():
             with contextlib.suppress(RegistryError):
                 versions.append(registry.resolve(name, alias))
     if not versions:
+        have = _aliases(registry) if registry is not None else ""
         raise RegistryError(
             f"no model at {masked(settings.tracking_uri)} has the alias {alias!r}: there is nothing to serve. "
-            "Calibrate some with `python jobs/calibrate_all.py`."
+            + (f"Choose another --alias ({have})." if have else "Calibrate some with `python jobs/calibrate_all.py`.")
         )
     return versions
+
+
+def _aliases(registry: Registry) -> str:
+    """Which aliases there are, by model."""
+    found = {name: [alias for version in registry.versions(name, {}) for alias in version.aliases] for name in registry.models()}
+    return "; ".join(f"{name} has {', '.join(aliases) or 'none'}" for name, aliases in found.items())
