@@ -146,7 +146,7 @@ class Loop:
         size = torch.tensor(state.size, dtype=torch.float64, device=self.device)
         for _ in self.until_look(state.step, recipe.max_prune_steps):
             masks_before = state.flat_masks()
-            loss = self.step(state, recipe.distill_prune, stopped)
+            losses = self.step(state, recipe.distill_prune, stopped)
             if state.step % recipe.lambda_interval == 0:
                 state.lambda_ *= recipe.lambda_factor
             masks = state.flat_masks()
@@ -154,13 +154,13 @@ class Loop:
             ranks = live_ranks(masks, scores)
             size = size_ratio(ranks, shapes, recipe)
             stopped = stopped | (size <= recipe.stop_ratio)
-            rows.append(torch.stack([loss.double(), size, ranks.sum().double(), masks.clamp(min=0).double().sum()]))
+            rows.append(torch.stack([*losses.double(), size, ranks.sum().double(), masks.clamp(min=0).double().sum()]))
             lambdas.append(state.lambda_)
         reports: list[StepReport] = []
-        for (loss_, size_, live, mass), lambda_ in zip(_averaged(rows), lambdas, strict=True):
+        for (loss_, own, size_, live, mass), lambda_ in zip(_averaged(rows), lambdas, strict=True):
             stops = size_ <= recipe.stop_ratio
             progress = 1.0 if stops else _progress(mass, int(live), scores.score.numel(), shapes, recipe)
-            reports.append(StepReport(first + len(reports) + 1, "prune", loss_, size_, lambda_, int(live), progress))
+            reports.append(StepReport(first + len(reports) + 1, "prune", loss_, size_, lambda_, int(live), progress, _known(own)))
             if stops:
                 break
         state.step, state.lambda_ = reports[-1].step, reports[-1].lambda_
@@ -182,13 +182,13 @@ class Loop:
             sizes.append(take_size())
             losses.append(self.step(state, self.recipe.distill, even=self.recipe.post_tune == "sizes"))
         reports = []
-        for step, (loss, size) in enumerate(zip(_averaged(losses), sizes, strict=True), first + 1):
+        for step, ((loss, own), size) in enumerate(zip(_averaged(losses), sizes, strict=True), first + 1):
             progress = (step - state.stop_step) / (end - state.stop_step)
-            reports.append(StepReport(step, "post_tune", loss, size, state.lambda_, sum(state.stop_ranks), progress))
+            reports.append(StepReport(step, "post_tune", loss, size, state.lambda_, sum(state.stop_ranks), progress, _known(own)))
         return reports
 
     def step(self, state: CalibrationState, distill: float, stopped: Tensor | None = None, even: bool = False) -> Tensor:
-        """One optimiser step; its loss. While pruning, `stopped` tells on the device whether it still counts.
+        """One optimiser step; its loss and the task's own. While pruning, `stopped` tells on the device whether it still counts.
 
         `even` weighs sizes more alike than their losses do: with EVEN = 1, the logarithm of the loss would be minimised.
 
@@ -196,10 +196,11 @@ class Loop:
         """
         recipe, optimizer = self.recipe, state.optimizer
         torch.manual_seed((recipe.seed * 1_000_003 + state.step) * shard.workers() + shard.rank())
-        total = torch.zeros((), device=self.device)
+        total, task_total = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for i in range(recipe.accumulate):
             batch = self.batch(state.step * recipe.accumulate + i)
-            loss = objective(self.model, state.layers, batch, self.task, distill) / recipe.accumulate
+            loss, own = (part / recipe.accumulate for part in objective(self.model, state.layers, batch, self.task, distill))
+            task_total += own
             if stopped is not None and i == 0:
                 loss = loss + state.lambda_ * torch.stack([p.relu().sum() for p in state.masks]).sum()
             total += loss.detach()
@@ -217,7 +218,7 @@ class Loop:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        return total
+        return torch.stack([total, task_total])
 
     def fixed_scores(self, state: CalibrationState) -> Tensor:
         """Scores that are known before the first step."""
@@ -266,7 +267,7 @@ def trial_step(model: nn.Module, batches: Batches, recipe: Recipe, task: Task = 
     layers = targets(model)
     batch = shard.my_part(batches[0]).to(next(model.parameters()).device)
     with recomputing(model, recipe.recompute):
-        loss = objective(model, layers, batch, task, recipe.distill_prune)
+        loss, _ = objective(model, layers, batch, task, recipe.distill_prune)
         loss.backward()
     idle = [name for name, core in layers.items() if isinstance(core, SVDLinear) and core.p.grad is None]
     model.zero_grad(set_to_none=True)
@@ -314,6 +315,10 @@ def recomputing(model: nn.Module, on: bool) -> Iterator[None]:
 def scored_at_once(batch_size: int, seq_len: int) -> int:
     """Windows in a pass for Fisher scores: long ones go alone."""
     return 1 if seq_len >= 1024 else batch_size
+
+
+def _known(number: float) -> float | None:
+    return None if math.isnan(number) else number
 
 
 def _averaged(rows: list[Tensor]) -> list[Any]:

@@ -16,10 +16,15 @@ CHUNK = 1 << 24  # numbers of the logits that are float32 at once
 
 @dataclass(frozen=True)
 class Task:
-    """What a model is calibrated on: its `logits(model, batch)` [..., classes], which are distilled, and their `loss(logits, batch)`."""
+    """What a model is calibrated on: its `logits(model, batch)` [..., classes], which are distilled, and their `loss(logits, batch)`.
+
+    `labels(batch)` [...] is the class at each position of the logits, -1 = none, where the loss is their mean cross-entropy: a
+    distillation then tells it without another pass over the logits.
+    """
 
     logits: Callable[[nn.Module, Any], Tensor]
     loss: Callable[[Tensor, Any], Tensor]
+    labels: Callable[[Any], Tensor] | None = None
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         return self.loss(self.logits(model, batch), batch)
@@ -34,7 +39,11 @@ def _next_token_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten())
 
 
-next_token = Task(_next_token_logits, _next_token_loss)  # mean cross-entropy of each next token, nats
+def _next_token_labels(ids_BT: Tensor) -> Tensor:
+    return F.pad(ids_BT[:, 1:], (0, 1), value=-1)
+
+
+next_token = Task(_next_token_logits, _next_token_loss, _next_token_labels)  # mean cross-entropy of each next token, nats
 
 
 @contextmanager
@@ -49,42 +58,49 @@ def as_base(layers: Mapping[str, Compressible]) -> Iterator[None]:
             core.bypass = False
 
 
-def objective(model: nn.Module, layers: Mapping[str, Compressible], batch: Any, task: Task, distill: float) -> Tensor:
-    """(1 - distill) * task loss + distill * KL(base || model) per position."""
+def objective(model: nn.Module, layers: Mapping[str, Compressible], batch: Any, task: Task, distill: float) -> tuple[Tensor, Tensor]:
+    """((1 - distill) * task loss + distill * KL(base || model) per position, the task's loss alone, NaN where it is not known)."""
     if not distill:
-        return task(model, batch)
+        loss = task(model, batch)
+        return loss, loss.detach()
     with torch.no_grad(), as_base(layers):
         base = task.logits(model, batch)
     logits = task.logits(model, batch)
-    kl: Tensor = Divergence.apply(logits, base)
-    return kl if distill == 1 else (1 - distill) * task.loss(logits, batch) + distill * kl
+    kl, own = Divergence.apply(logits, base, None if task.labels is None else task.labels(batch))
+    return kl if distill == 1 else (1 - distill) * task.loss(logits, batch) + distill * kl, own
 
 
 class Divergence(torch.autograd.Function):
-    """KL(base || model), mean over positions, of logits [..., classes].
+    """(KL(base || model), mean over positions, of logits [..., classes]; the mean cross-entropy of `labels` [...], without a gradient).
 
     The gradient softmax(model) - softmax(base) is computed on the way, in chunks, so that of all float32 probabilities only a chunk is
     ever held: with 128k classes they are what a calibration's memory goes to.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, base: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, base: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         classes = logits.shape[-1]
         rows, base_rows = logits.detach().view(-1, classes), base.view(-1, classes)
         grad = torch.empty_like(rows) if logits.requires_grad else None
-        total = torch.zeros((), device=logits.device)
+        total, own = torch.zeros((), device=logits.device), torch.zeros((), device=logits.device)
+        index = None if labels is None else labels.reshape(-1, 1).to(logits.device)
         at = 0
         for chunk, base_chunk in zip(*(x.split(max(1, CHUNK // classes)) for x in (rows, base_rows)), strict=True):
             ours, theirs = F.log_softmax(chunk.float(), -1), F.log_softmax(base_chunk.float(), -1)
+            if index is not None:
+                of_chunk = index[at : at + len(chunk)]
+                own -= (ours.gather(1, of_chunk.clamp(min=0)) * (of_chunk >= 0)).sum()
             p = theirs.exp()
             total += torch.linalg.vecdot(p, theirs.sub_(ours)).sum()
             if grad is not None:
                 grad[at : at + len(chunk)] = ours.exp_().sub_(p).div_(len(rows))
             at += len(chunk)
         ctx.grad = None if grad is None else grad.view_as(logits)
-        return total / len(rows)
+        own = own / (index >= 0).sum() if index is not None else own + torch.nan
+        ctx.mark_non_differentiable(own)
+        return total / len(rows), own
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, _own: Tensor) -> tuple[Tensor, None, None]:
         logits_grad, ctx.grad = ctx.grad, None  # it is as large as the logits, and not needed twice
-        return logits_grad.mul_(grad), None
+        return logits_grad.mul_(grad), None, None

@@ -35,6 +35,7 @@ class StepReport:
     lambda_: float  # after the step
     live: int  # directions not pruned
     progress: float  # [0, 1] of this phase, an estimate while pruning
+    task_loss: float | None = None  # of the batch, at the size before the step (prune) or at `size`; nats per token of a text
 
 
 @dataclass

@@ -183,8 +183,11 @@ def test_the_divergence_and_its_gradient(dtype: torch.dtype, monkeypatch: pytest
     monkeypatch.setattr(losses, "CHUNK", 3 * 50)
     torch.manual_seed(0)
     logits, base = (3 * torch.randn(2, 5, 50)).to(dtype).requires_grad_(), (3 * torch.randn(2, 5, 50)).to(dtype)
-    kl = losses.Divergence.apply(logits, base)
+    ids = torch.randint(50, (2, 5))
+    kl, own = losses.Divergence.apply(logits, base, losses.next_token.labels(ids))  # type: ignore[misc]
     (2 * kl).backward()
+    torch.testing.assert_close(own, losses.next_token.loss(logits.detach(), ids), rtol=1e-5, atol=0)
+    assert not own.requires_grad and losses.Divergence.apply(logits, base)[1].isnan()
     exact = logits.detach().double().requires_grad_()
     expected = F.kl_div(exact.log_softmax(-1), base.double().log_softmax(-1), log_target=True, reduction="sum") / 10
     (2 * expected).backward()

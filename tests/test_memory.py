@@ -79,7 +79,7 @@ def kept(model: nn.Module, recipe: Recipe, distill: float) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), recomputing(model, recipe.recompute):
-        loss = objective(model, targets(model), IDS_BT[:2], next_token, distill)
+        loss, _ = objective(model, targets(model), IDS_BT[:2], next_token, distill)
     assert loss.requires_grad
     rows = recipe.batch_size * (recipe.seq_len - 1)
     return sum(storage.nbytes() for storage in storages.values()) - (rows * (4 * 300 + 8) if distill < 1 else 0)

@@ -53,5 +53,5 @@ def distance(ours_TV: Tensor, theirs_TV: Tensor) -> tuple[float, float]:
     """(KL, share of equal top tokens) of one window's logits. Only chunks of them are float32 at once (`acip.losses.Divergence`)."""
     if ours_TV.shape != theirs_TV.shape:
         raise EvaluationError(f"logits are {list(ours_TV.shape)}, the base model's {list(theirs_TV.shape)}: it is another model's base.")
-    kl: Tensor = Divergence.apply(ours_TV, theirs_TV)
+    kl, _ = Divergence.apply(ours_TV, theirs_TV)
     return float(kl), float((ours_TV.argmax(-1) == theirs_TV.argmax(-1)).double().mean())

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from acip.budget import as_perplexity
 from acip.errors import AcipError
 from acip.evaluate import DivergenceOn
 from acip_platform.schedule import Outcome
@@ -56,10 +57,12 @@ def duration(seconds: float | None) -> str:
 
 
 def step_line(event: dict[str, Any]) -> str:
-    """One interval of the loop: step, loss, size now -> stop, lambda, speed, time left in this phase."""
+    """One interval of the loop: step, loss, perplexity of the step's text, size now -> stop, lambda, speed, time left in this phase."""
     size = f"size {event['size']:.3f} -> {event['stop']:.2f}" if event["phase"] == "prune" else f"size {event['size']:.3f} trained"
+    own = event["task_loss"]
+    known = "" if own is None else f"perplexity {as_perplexity(own):7.2f}  "
     return (
-        f"{event['phase']:9s} step {event['step']:5d}  loss {event['loss']:7.3f}  {size}  lambda {event['lambda_']:.5f}  "
+        f"{event['phase']:9s} step {event['step']:5d}  loss {event['loss']:7.3f}  {known}{size}  lambda {event['lambda_']:.5f}  "
         f"{event['tokens_per_s']:,.0f} tok/s  ETA {duration(event['eta_s'])}"
     )
 

@@ -258,11 +258,12 @@ class Observer:
 
     def _metrics(self, report: StepReport) -> dict[str, float]:
         """What says something in this phase: sizes fall while pruning, and are drawn in post-tuning, two kinds of curve."""
+        own = {} if report.task_loss is None else {"text_loss_nats": report.task_loss}
         if report.phase == "prune":
             falling = {"size_ratio": report.size, "lambda": report.lambda_, "directions_alive": report.live}
-            return {"loss_nats": report.loss, **falling}
+            return {"loss_nats": report.loss, **own, **falling}
         at_stop = {"loss_at_stop_ratio_nats": report.loss} if report.size <= self.job.recipe.stop_ratio else {}
-        return {"loss_nats": report.loss, "trained_size_ratio": report.size, **at_stop}
+        return {"loss_nats": report.loss, **own, "trained_size_ratio": report.size, **at_stop}
 
     def _sample(self, state: CalibrationState, step: int) -> None:
         """Example masks, going on from what an earlier attempt kept."""
