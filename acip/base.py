@@ -63,12 +63,29 @@ def load_base(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = 
 
 def base_positions(source: str, trust_remote_code: bool = False) -> int | None:
     """How many tokens the model at `source` reads, where its configuration says so; the weights are not loaded."""
+    return positions(_config(source, trust_remote_code))
+
+
+def shapes_of(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model at `source` without its weights, which are not loaded: on the device `meta`."""
+    config = _config(source, trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BaseModelError(f"base {source!r} is no language model that is known: {error}") from error
+    return model
+
+
+def _config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
     where, kwargs = _found(source, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(where, **kwargs)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(where, **kwargs)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise BaseModelError(f"the configuration of base {source!r} can't be loaded: {error}") from error
-    return positions(config)
+    return config
 
 
 def positions(config: PreTrainedConfig) -> int | None:

@@ -32,7 +32,10 @@ from acip_platform.store import Store
 from acip_platform.tracking import CHAMPION, ModelVersion, Registry, Run, Tracking, check_registers, reached
 from acip_platform.train import run_job
 
+from acip.base import shapes_of
+from acip.data import HUB, documents
 from acip.errors import AcipError
+from acip.memory import predict
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,7 +80,7 @@ def run(args: argparse.Namespace, out: Any) -> int:
         runs = {} if args.dry_run else {job.name: start_run(tracking, fleet, job, attempts[job.name], parent) for job in open_jobs}
         first_screen(out, settings, fleet, jobs, done, taken, shares, cluster, runs)
         if args.dry_run:
-            return 0
+            return plan([job for job in jobs if job.name not in done], shares, settings, out)
 
         inbox = open_inbox()
         outcomes = [Outcome(job, None, taken[job.name]) for job in jobs if job.name in taken and job.name not in done]
@@ -97,6 +100,30 @@ def run(args: argparse.Namespace, out: Any) -> int:
             except Exception as error:  # MLflow's, or that of whatever keeps its files: the models are there
                 out.print(f"the end of the fleet's run isn't recorded: {error}", markup=False)
     return last_screen(out, settings, outcomes, done, time.monotonic() - began)
+
+
+def plan(jobs: list[Job], shares: dict[str, Share], settings: Settings, out: Any) -> int:
+    """What a dry run says besides the first screen: the curve, memory, places; 1 where something is not there."""
+    code = 0
+    for job in jobs:
+        about = {
+            "curve": f"sizes {', '.join(f'{size:g}' for size in job.sizes)} on {job.heldout.source}, held out, {job.eval_protocol}",
+            "checkpoints": f"{masked(settings.runs)}/{attempt_of(job, force=False)}",
+            "artifact": f"{masked(settings.store)}/{job.name}/{attempt_of(job, force=False)}",
+        }
+        try:
+            for source, split in ((job.data, "train"), (job.heldout.source, "heldout")):
+                if source not in HUB:
+                    next(documents(source, split))  # type: ignore[arg-type]
+            model = shapes_of(job.base, job.recipe.dtype, job.trust_remote_code)
+            needed = predict(model, job.recipe, "cuda" if shares[job.name].gpus else "cpu", job.num_workers)
+            about["memory"] = f"{needed.peak / 1e9:.1f} GB for each worker, most in {needed.worst.name}"
+        except AcipError as error:
+            about["CAN'T RUN"], code = str(error), 1
+        out.print()
+        out.print(f"[{job.name}]", markup=False)
+        lines(out, about)
+    return code
 
 
 def attempt_of(job: Job, force: bool) -> str:
