@@ -193,6 +193,6 @@ def figure(rows: Sequence[Row], arena: Arena) -> Figure:
         panel.set_title(heading(name))
         panel.set_xlabel("size: numbers stored by the compressed layers / dense")
         panel.grid(alpha=0.3, which="both")
-    panels[0].legend(fontsize=7)
+    made.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     made.suptitle(f"{arena.name}: {arena.base}", fontsize=10)
     return made
