@@ -79,10 +79,11 @@ def test_the_job(command: Command, small_artifact: Artifact) -> None:
     assert next(row["perplexity"] for row in artifact.curve if row["asked"] == 0.5) == measured["after"]
     told = " ".join(said.split())
     assert f"perplexity at 0.5 {measured['before']:.2f} before, {measured['after']:.2f} after" in told
+    assert "[small] one real step: loss " in told
     assert f"perplexity in nf4 {measured['before_nf4']:.2f} before, {measured['after_nf4']:.2f} after" in told
     commands = (
-        "export it python jobs/materialise.py small --alias 2 --size 0.5",
-        "serve it python jobs/serve.py --model small --alias candidate",
+        "jobs/materialise.py small --alias 2 --size 0.5",
+        "jobs/serve.py --model small --alias candidate",
     )
     assert all(each in told for each in commands)
 

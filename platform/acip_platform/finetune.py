@@ -10,6 +10,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from acip_platform.provenance import provenance
 from acip_platform.settings import Settings
 from acip_platform.store import Store
 from acip_platform.tracking import CANDIDATE, ModelVersion, Registry, Run
-from acip_platform.train import Observer
+from acip_platform.train import Observer, tried
 
 
 def tuning_job(version: ModelVersion, artifact: Artifact, recipe: Recipe, changes: dict[str, Any]) -> Job:
@@ -112,6 +113,7 @@ def _tuned(
     said = ", ".join(f"{value:.2f} {when.replace('_', ' in ')}" for when, value in measured.items())
     say("stage", text=f"size {recipe.stop_ratio:g}: perplexity {said}")
 
+    tried(any_size.model, batches, replace(recipe, distill_prune=recipe.distill), say)
     device = next(any_size.model.parameters()).device
     checkpoints = Checkpoints(settings, attempt, say)
     observer = Observer(job, run, say, device, checkpoints)

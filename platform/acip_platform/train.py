@@ -32,6 +32,7 @@ from acip.data import TokenBatches, documents, token_windows
 from acip.errors import AcipError, CalibrationError
 from acip.layers import targets
 from acip.parametrise import parametrise
+from acip.recipe import Recipe
 from acip.state import CalibrationState, StepReport, history
 from acip_platform.checkpoints import Checkpoints
 from acip_platform.finish import Heldout, finish, stored
@@ -129,13 +130,7 @@ def _calibrated(
     """Parametrise and calibrate, from the last checkpoint if there is one; the first worker stores the artifact."""
     recipe = job.recipe
     batches = prepared(job, base, settings, say, device)
-    began = time.monotonic()
-    loss = trial_step(base.model, batches, recipe)
-    facts = (
-        f"loss {loss:.3f} in {time.monotonic() - began:.1f} s, at full shape; {len(batches.windows):,} windows of {recipe.seq_len} tokens"
-    )
-    say("stage", text=f"one real step: {facts}")
-
+    tried(base.model, batches, recipe, say)
     observer = Observer(job, run, say, device, checkpoints)
     with run.system_metrics() if shard.rank() == 0 else nullcontext(), checkpoints.newest() as folder:
         if folder is not None:
@@ -178,6 +173,17 @@ def prepared(job: Job, base: Base, settings: Settings, say: Callable[..., None],
     parametrise(base.model, recipe, windows, lambda done, total: say("parametrise", done=done, total=total), cache=cache)
     say("stage", text=f"{recipe.basis} basis of {len(targets(base.model))} layers in {time.monotonic() - began:.0f} s")
     return batches
+
+
+def tried(model: torch.nn.Module, batches: TokenBatches, recipe: Recipe, say: Callable[..., None]) -> None:
+    """One step, before the many: what doesn't fit or doesn't learn is said in the first seconds."""
+    began = time.monotonic()
+    loss = trial_step(model, batches, recipe)
+    took = time.monotonic() - began
+    say(
+        "stage",
+        text=f"one real step: loss {loss:.3f} in {took:.1f} s, at full shape; {len(batches.windows):,} windows of {recipe.seq_len} tokens",
+    )
 
 
 def _fits(job: Job, base: Base, device: torch.device, say: Callable[..., None]) -> None:
