@@ -88,11 +88,18 @@ def run(args: argparse.Namespace, out: Any) -> int:
         def calibrate(job: Job) -> dict[str, Any]:
             return run_job(job, shares[job.name], settings, runs[job.name], attempts[job.name], inbox)
 
-        with Watch(out, inbox):
-            for outcome in run_all(open_jobs, shares, calibrate, there):
-                runs[outcome.job.name].finish("FAILED" if outcome.error else "FINISHED")
-                leases.release(attempts[outcome.job.name])
-                outcomes.append(outcome)
+        try:
+            with Watch(out, inbox):
+                for outcome in run_all(open_jobs, shares, calibrate, there):
+                    runs[outcome.job.name].finish("FAILED" if outcome.error else "FINISHED")
+                    leases.release(attempts[outcome.job.name])
+                    outcomes.append(outcome)
+        except KeyboardInterrupt:
+            ray.shutdown()  # the workers end before their work is free for others
+            ended = {outcome.job.name for outcome in outcomes}
+            for run in [*(run for name, run in runs.items() if name not in ended), *([parent] if parent else [])]:
+                run.finish("KILLED")
+            raise
         outcomes.sort(key=lambda outcome: jobs.index(outcome.job))  # as in the file
         if parent is not None:
             try:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +29,7 @@ from acip_platform.schedule import Nodes, nodes, pool
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store, StoreError
 from acip_platform.tracking import CHAMPION, Registry, Run, Tracking, reached
+from filelock import FileLock
 
 from acip.artifact import Artifact
 from acip.base import base_positions, positions
@@ -73,7 +75,7 @@ def arguments() -> argparse.Namespace:
     speed.add_argument("--new-tokens", type=int, default=32, help="(default: %(default)s; the paper: 64)")
     speed.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="of the samples")
     parser.add_argument("--skip", nargs="+", choices=KINDS, default=[], help="leave these measurements out")
-    parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16", help="that --base is loaded in (default: %(default)s)")
+    parser.add_argument("--dtype", choices=get_args(Dtype), help="that --base is loaded in (default: bfloat16)")
     parser.add_argument("--pool", metavar="8xGPU:1,CPU:14", help="nodes that an autoscaler may start (default: the nodes there are)")
     parser.add_argument("--cpus", type=float, default=0.0, help="CPUs of each size (default: shared out)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with --base")
@@ -85,6 +87,8 @@ def arguments() -> argparse.Namespace:
         parser.error("--cpus, --limit and --shots are 0 or more, --batch and --prompt-tokens 1 or more, --new-tokens 2 or more.")
     if (args.limit or args.shots is not None or args.task_folder) and not args.tasks:
         parser.error("--limit, --shots and --task-folder are of --tasks: name some.")
+    if args.dtype and not args.base:
+        parser.error("--dtype is of --base: an artifact has its own.")
     if args.reference and not args.base:
         parser.error("--reference goes with --base: an artifact knows its base model.")
     return args
@@ -111,7 +115,6 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
     what = measurements(args, texts, artifact is not None, there)
     mlflow_run, identity = start_run(settings, name, model, artifact, what)
     file = settings.home / "evaluations" / f"{name}-{identity}.json"
-    before = read(file, out)  # the same, of other sizes
     opened(file)
     lines(out, {
         "model": name + (f" at {masked(model.uri)}" if model.uri else ""),
@@ -128,9 +131,10 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
                 continue
             rows.append(outcome.row)
             rows.sort(key=lambda row: -row["asked"])
-            kept = merged(before, rows)
-            for each in dict.fromkeys((file, args.out or file)):
-                Disk().write(str(each), json.dumps(kept, indent=1).encode())
+            with FileLock(f"{file}.lock"):  # another evaluation may measure other sizes
+                kept = merged(read(file, out), rows)
+                for each in dict.fromkeys((file, args.out or file)):
+                    Disk().write(str(each), json.dumps(kept, indent=1).encode())
         if rows:
             log_rows(mlflow_run, kept)
         if model.uri and rows:
@@ -172,7 +176,7 @@ def found(args: argparse.Namespace, settings: Settings) -> tuple[str, Model, Art
     """(a name for it, the model, its artifact if it has one)."""
     if args.base:
         base = absolute(args.base)  # tasks have folders of their own
-        return Path(base.replace(":", "-")).name, Model("", base, args.dtype, args.trust_remote_code), None
+        return Path(base.replace(":", "-")).name, Model("", base, args.dtype or Model.dtype, args.trust_remote_code), None
     uri, name = args.artifact, ""
     if args.model:
         version = Registry(settings).named(args.model)
@@ -214,8 +218,7 @@ def texts_of(args: argparse.Namespace, artifact: Artifact | None) -> list[Text]:
     if {"perplexity", "divergence"} <= set(args.skip) and not args.quantize:
         return []
     like = artifact.curve[0] if artifact is not None and artifact.curve and not args.data else {}
-    trained_on = artifact.manifest["provenance"].get("job", {}).get("data", "") if artifact is not None else ""
-    if args.whole and (not args.data or trained_on in args.data):
+    if args.whole and (not args.data or trained_on(artifact) & {absolute(source) for source in args.data}):
         raise EvaluationError("--whole is for a text of its own, by --data: what was calibrated on is measured where it is held out.")
     context = args.context or like.get("context")
     if not context:
@@ -233,6 +236,15 @@ def texts_of(args: argparse.Namespace, artifact: Artifact | None) -> list[Text]:
     return texts
 
 
+def trained_on(artifact: Artifact | None) -> set[str]:
+    """The texts that it was calibrated and tuned on."""
+    found, origin = set[str](), {} if artifact is None else artifact.manifest.get("provenance", {})
+    while origin:
+        found.add(absolute(origin.get("job", {}).get("data", "")))
+        origin = origin.get("parent", {})
+    return found - {""}
+
+
 def measurements(args: argparse.Namespace, texts: list[Text], has_base: bool, there: Nodes) -> list[Measurement]:
     """What is asked for. Speed is told apart by the kind of device that this cluster has."""
     kinds = [key.partition(":")[2] for key in ray.cluster_resources() if key.startswith("accelerator_type:")]
@@ -245,8 +257,10 @@ def measurements(args: argparse.Namespace, texts: list[Text], has_base: bool, th
     if "samples" not in args.skip:
         what.append(Samples(tuple(args.prompts)))
     if "efficiency" not in args.skip:
-        device = "+".join(sorted(kinds)) or f"{device_name(torch.device('cpu'))} x {max(node.get('CPU', 0) for node in there):g}"
-        what.append(Efficiency(args.batch, args.prompt_tokens, args.new_tokens, device=device))
+        if not kinds:
+            name = device_name(torch.device("cpu"))
+            kinds = ["GPU" if any(node.get("GPU", 0) for node in there) else f"{name} x {max(node.get('CPU', 0) for node in there):g}"]
+        what.append(Efficiency(args.batch, args.prompt_tokens, args.new_tokens, device="+".join(sorted(kinds))))
     if not what:
         raise EvaluationError("there is nothing left to measure: give --tasks, or skip less.")
     return what
@@ -254,6 +268,7 @@ def measurements(args: argparse.Namespace, texts: list[Text], has_base: bool, th
 
 def start_run(settings: Settings, name: str, model: Model, artifact: Artifact | None, what: list[Measurement]) -> tuple[Run, str]:
     """The MLflow run of these measurements of this model, gone on with where there is one; and what identifies it."""
+    what = [replace(one, device="") if isinstance(one, Efficiency) else one for one in what]  # where it runs is nothing that is asked
     keys = [model.identity(artifact), *(one.key for one in what)]
     identity = hashlib.sha256(" ".join(keys).encode()).hexdigest()[:12]
     run = Tracking(settings, "acip/evaluation").start(name, f"evaluation-{identity}", {"model": name, "artifact_uri": model.uri})

@@ -18,15 +18,16 @@ from typing import Any, get_args
 from acip_platform.cluster import connect
 from acip_platform.console import Watch, console, duration, exit_code, lines, shell, trade_off_table
 from acip_platform.finetune import fingerprint, lineage, tune_one, tuning_job
+from acip_platform.fleet import Job
 from acip_platform.inbox import open_inbox
-from acip_platform.schedule import Outcome, nodes, pool, root_cause, share
+from acip_platform.schedule import nodes, pool, run_all, share
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store
 from acip_platform.tracking import CANDIDATE, ModelVersion, Registry, Tracking, check_registers, reached
 from acip_platform.train import run_job
 
 from acip.budget import Budget
-from acip.data import documents
+from acip.data import HUB, documents
 from acip.errors import AcipError, BudgetError
 from acip.evaluate.text import Protocol
 from acip.finetune import LR, STEPS, tuning
@@ -83,8 +84,6 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
         eval_protocol=args.eval_protocol, cpus=args.cpus,
     )  # fmt: skip
     job = tuning_job(version, artifact, recipe, changes)
-    next(documents(job.data, "train"))  # what can't be read is known before anything is begun
-    next(documents(job.heldout.source, "heldout"))
     code = fingerprint(job, artifact)
     done = [] if args.force else [each for each in registry.versions(name, {"fingerprint": code}) if whole(each) and store.exists(each.uri)]
     if done:
@@ -92,9 +91,13 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
         last_lines(out, settings, done[0], job.recipe.stop_ratio)
         return
 
+    for source, split in ((job.data, "train"), (job.heldout.source, "heldout")):
+        if source not in HUB:
+            next(documents(source, split))  # type: ignore[arg-type]  # what can't be read is known before anything is begun
     there = pool(args.pool) if args.pool else []
     cluster = connect(settings)
-    part = share(job, there or nodes())
+    look = (lambda: there) if there else nodes
+    part = share(job, look())
     attempt = f"{name}-tuned-{code}" + (f"-{secrets.token_hex(4)}" if args.force else "")
     mlflow_run = Tracking(settings, "acip/finetune").start(
         f"{name} at {recipe.stop_ratio:g}", attempt, {"model": name, **lineage(job, version)}
@@ -112,13 +115,17 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
 
     inbox = open_inbox()
     facts = {"version": dataclasses.asdict(version), "fingerprint": code}
-    try:
-        with mlflow_run.ending(), Watch(out, inbox):
-            summary = run_job(job, part, settings, mlflow_run, attempt, inbox, tune_one, **facts)
-    except Exception as error:  # Ray wraps what a worker raised
-        raise AcipError(f"the fine-tuning failed: {root_cause(error)}") from error
+
+    def tune(job: Job) -> dict[str, Any]:
+        return run_job(job, part, settings, mlflow_run, attempt, inbox, tune_one, **facts)
+
+    with mlflow_run.ending(), Watch(out, inbox):
+        (outcome,) = run_all([job], {job.name: part}, tune, look)  # in a thread: Ray Train would answer Ctrl-C by itself
+        if outcome.summary is None:
+            raise AcipError(f"the fine-tuning failed: {outcome.error}")
+    summary = outcome.summary
     out.print()
-    out.print(trade_off_table(Outcome(job, summary, None)))
+    out.print(trade_off_table(outcome))
     measured = summary["finetuned"]["perplexity"]
     kinds = {"": f"at {recipe.stop_ratio:g}"} | ({f"_{recipe.quantise}": f"in {recipe.quantise}"} if recipe.quantise != "none" else {})
     found = {

@@ -94,6 +94,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     from acip_platform.store import Store
 
     from acip import hub
+    from acip.budget import Budget
     from acip.export import export, free
 
     folder = Path(args.out).absolute() if args.any else free(args.out)
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     print(f"size       {cut.sizes['linear']:.4f} of the layers, {cut.sizes['model']:.4f} of the model, {cut.params:,} parameters")
     if cut.predicted:
         print(f"predicted  perplexity {cut.predicted['perplexity']:.2f} by the measured curve")
-    if cut.sizes[artifact.recipe.convention] < artifact.recipe.stop_ratio:
+    if cut.removed > table.cut(Budget(ratio=artifact.recipe.stop_ratio, convention=artifact.recipe.convention)).removed:
         print(f"note       below {artifact.recipe.stop_ratio:g}, where calibration stopped: what is left out there is a guess")
     sys.stdout.flush()
     any_size = artifact.load(size=args.budget)

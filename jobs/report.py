@@ -37,7 +37,7 @@ def main() -> int:
         parser.error(f"--out is {args.out}; it must end in .html: the JSON goes beside it.")
     try:
         subjects = chosen(args, Settings.from_env())
-        corpus = next((row["corpus"] for subject in subjects for row in subject.artifact.curve), "")
+        corpus = next((row.get("corpus", "") for subject in subjects for row in subject.artifact.curve), "")
         baselines = baseline_rows(args.baselines, corpus) if args.baselines else {}
         found = facts(subjects, baselines, args.title or subjects[0].label)
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -149,6 +149,9 @@ def test_shared_work_counts_once() -> None:
     assert total_cost([leads, follows]) == (11.0, 9.0, 8)
     assert total_cost([leads, {**leads, "seconds": 10.0}, follows]) == (12.0, 9.0, 8)
     assert total_cost([follows, follows]) == (4.0, 2.0, 8)
+    assert total_cost([{**follows, "leads": False}]) == (2.0, 1.0, 8)
+    row = {**follows, "leads": False, "method": "acip", "title": "ACIP", "one_run_per_size": False, "device": "1 CPU threads"}
+    assert arena_report.cost_cells([row])[0][2:4] == ["> 0m02s", "> 0m01s"]
 
 
 def test_an_entry_that_no_node_has_room_for_is_refused(arena: Arena, tmp_path: Path) -> None:

@@ -57,6 +57,9 @@ def test_wrong_arguments_are_told(
         ("nothing registered", "nothing to serve. Calibrate some with `python jobs/calibrate_all.py`"),
         ("unknown model", "no model 'smal' in the registry (did you mean 'small'?)"),
         ("unknown alias", "has no version or alias 'winner'"),
+        ("alias of nobody", "has the alias 'winner': there is nothing to serve. Choose another --alias (small has champion"),
+        ("two versions", "small is asked for at versions 1 and 2; choose one."),
+        ("a bad setting", "ACIP_LEASE_S is 'soon'; it must be a number of seconds above 0."),
         ("artifact gone", "where there is no artifact. Was it moved or deleted?"),
         ("port taken", "Address already in use). Stop what runs there, or choose another --port"),
     ],
@@ -70,8 +73,18 @@ def test_what_cannot_be_served_says_why(
     case: str,
     says: str,
 ) -> None:
-    monkeypatch.setenv("ACIP_HOME", str(tmp_path if case == "nothing registered" else served_home))
-    args = {"unknown model": ["--model", "smal"], "unknown alias": ["--model", "small", "--alias", "winner"]}.get(case, [])
+    monkeypatch.setenv("ACIP_HOME", str(tmp_path if case in ("nothing registered", "two versions") else served_home))
+    args = {
+        "unknown model": ["--model", "smal"],
+        "unknown alias": ["--model", "small", "--alias", "winner"],
+        "alias of nobody": ["--alias", "winner"],
+        "two versions": ["--model", "small@1", "--model", "small@2"],
+    }.get(case, [])
+    if case == "a bad setting":
+        monkeypatch.setenv("ACIP_LEASE_S", "soon")
+    if case == "two versions":
+        for uri in ("a", "b"):
+            Registry(Settings.from_env()).register("small", uri, "", {})
     if case == "artifact gone":
         registry = Registry(Settings.from_env())
         lost = registry.register("lost", str(tmp_path / "lost"), Tracking(Settings.from_env(), "test").start("lost", "g", {}).run_id, {})

@@ -214,16 +214,17 @@ def hold(arena: Arena, results: Results, inbox: Any, there: Nodes, say: Callable
         (ready,), _ = ray.wait(list(running), num_returns=1)
         try:
             row: Row = ray.get(next(ready))
+            if "error" not in row:
+                results.add(arena, row)
+                said = ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())
+                say(f"{row['title']} at {row['asked']:g}: {said}")
         except StopIteration:
             del running[ready]
             continue
-        except Exception as error:  # its process died, or what it ran raised: the others go on
+        except Exception as error:  # its process died, what it ran raised, or its row can't be kept: the others go on
             row = {"error": root_cause(error)}
         if "error" in row:
             failures.append((running.pop(ready), row["error"]))
-            continue
-        results.add(arena, row)
-        say(f"{row['title']} at {row['asked']:g}: " + ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items()))
     return failures
 
 
@@ -345,11 +346,12 @@ class _Progress:
 
 def total_cost(rows: Sequence[Row]) -> tuple[float, float, int]:
     """(seconds, seconds of processors, peak bytes) of all of a method's rows. What sizes share, and an interrupted run did again,
-    counts once; it has the peak.
+    counts once; it has the peak. Where no row has it, because its size is left out now, they are what the others took.
     """
 
     def total(key: str) -> float:
         leading = [row[key] for row in rows if row.get("leads")]
         return sum(row[key] for row in rows if not row.get("leads")) + max(leading, default=0.0)
 
-    return total("seconds"), total("cpu_seconds"), max(row["peak_bytes"] for row in rows if row.get("leads", True))
+    shared = [row for row in rows if row.get("leads", True)] or rows
+    return total("seconds"), total("cpu_seconds"), max(row["peak_bytes"] for row in shared)

@@ -140,7 +140,9 @@ def cost_cells(rows: Sequence[Row]) -> list[list[str]]:
         own = [row for row in rows if row["title"] == title]
         seconds, worked, peak = total_cost(own)
         runs = "one per size" if own[0]["one_run_per_size"] else "one for all sizes"
-        found.append([title, f"{runs} ({len(own)})", duration(seconds), duration(worked), f"{peak / 1e9:.2f} GB", own[0]["device"]])
+        more = "" if any(row.get("leads", True) for row in own) else "> "
+        numbers = [f"{more}{duration(seconds)}", f"{more}{duration(worked)}", f"{more}{peak / 1e9:.2f} GB"]
+        found.append([title, f"{runs} ({len(own)})", *numbers, own[0]["device"]])
     return found
 
 

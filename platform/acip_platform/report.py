@@ -78,10 +78,14 @@ def baseline_rows(path: Path, corpus: str = "") -> dict[str, list[dict[str, Any]
 
     A row of the arena has perplexities on several texts: that on `corpus` is taken.
     """
-    on = f"perplexity {corpus.removeprefix('package:')}"
+    on = f"perplexity {corpus.removeprefix('package:')}"  # an arena's file may hold rows of other texts, and older ones
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = content["rows"] if isinstance(content, dict) else content
+        if any("metrics" in row for row in rows):
+            rows = list({(row["method"], row["asked"]): row for row in rows if on in row["metrics"]}.values())
+            if not rows:
+                raise KeyError(on)
         found: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             loss = float(row["loss"]) if "loss" in row else math.log(row["perplexity"] if "perplexity" in row else row["metrics"][on])

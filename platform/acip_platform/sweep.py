@@ -211,6 +211,7 @@ def _fit(
                 verbose=0,
             ),
         )
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would take Ctrl-C for the end of the trials, and we for their results
     results = tuner.fit()
     return {Path(results[i].path).name: results[i] for i in range(len(results))}
 

@@ -272,9 +272,14 @@ def _chosen(settings: Settings, names: list[str] | None, alias: str) -> list[Mod
     database = settings.tracking_uri.removeprefix("sqlite:///")
     new = database != settings.tracking_uri and not Path(database).exists()  # asking would create it
     registry = None if new else Registry(settings)
-    versions = []
+    versions: list[ModelVersion] = []
     if registry is not None and names:
-        versions = [registry.named(name, alias) for name in dict.fromkeys(names)]
+        for version in (registry.named(name, alias) for name in dict.fromkeys(names)):
+            if other := next((known for known in versions if known.name == version.name), None):
+                if other.version != version.version:
+                    raise RegistryError(f"{version.name} is asked for at versions {other.version} and {version.version}; choose one.")
+                continue
+            versions.append(version)
     elif registry is not None:
         for name in registry.models():
             with contextlib.suppress(RegistryError):
