@@ -100,16 +100,23 @@ def test_the_job(command: Command, small_artifact: Artifact) -> None:
 
 @pytest.mark.slow
 def test_a_killed_worker_loses_nothing(small_artifact: Artifact, tmp_path: Path) -> None:
-    """Another goes on from its checkpoint, and the child is the undisturbed one's, bit for bit."""
+    """Another goes on from its checkpoint, after Ctrl-C the same command, and the child is the undisturbed one's, bit for bit."""
     children = []
-    for name in ("undisturbed", "killed"):
+    for name in ("undisturbed", "killed", "interrupted"):
         command = Command(tmp_path / name, small_artifact)
         log = tmp_path / f"{name}.log"
-        with log.open("w") as out:
+        with log.open("a") as out:
             ask = ["small", "--size", "0.5", "--steps", "150", "--lr", "2e-3", *EVALUATION]
             env = {**os.environ, **command.env, "ACIP_CHECKPOINT_S": "0.3"}
-            job = subprocess.Popen([sys.executable, str(ROOT / "jobs" / "finetune.py"), *ask], env=env, stdout=out, stderr=out)
+            command_line = [sys.executable, str(ROOT / "jobs" / "finetune.py"), *ask]
+            job = subprocess.Popen(command_line, env=env, stdout=out, stderr=out)
             try:
+                if name == "interrupted":
+                    worker = worker_of("small", job, Path(command.settings.runs), log)
+                    job.send_signal(signal.SIGINT)
+                    assert job.wait(timeout=60) == 130, log.read_text()
+                    assert "interrupted. What is done is kept" in log.read_text() and not worker.is_running()
+                    job = subprocess.Popen(command_line, env=env, stdout=out, stderr=out)
                 if name == "killed":
                     worker_of("small", job, Path(command.settings.runs), log).send_signal(signal.SIGKILL)
                 assert job.wait(timeout=300) == 0, log.read_text()
@@ -117,13 +124,14 @@ def test_a_killed_worker_loses_nothing(small_artifact: Artifact, tmp_path: Path)
                 if job.poll() is None:
                     job.terminate()
                     job.wait(timeout=60)
-        assert ("going on from the last checkpoint" in log.read_text()) == (name == "killed")
+        assert ("going on from the last checkpoint" in log.read_text()) == (name != "undisturbed")
         tracking = Tracking(command.settings, "acip/finetune")
         (run,) = tracking.client.search_runs([tracking.experiment_id])
         assert [metric.step for metric in tracking.client.get_metric_history(run.info.run_id, "loss_nats")] == list(range(1, 151))
         children.append(load_file(Path(command.registry.resolve("small", "candidate").uri) / "factors.safetensors"))
-    ours, theirs = children
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours, *others = children
+    for theirs in others:
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_the_text_is_what_the_calibration_did_not_draw_from(small_artifact: Artifact) -> None:

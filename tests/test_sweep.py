@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -44,14 +45,17 @@ def command(folder: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, small_base: str) -> tuple[Path, dict[str, str]]:
-    folder = tmp_path_factory.mktemp("sweep")
+    return prepared(tmp_path_factory.mktemp("sweep"), small_base)
+
+
+def prepared(folder: Path, small_base: str) -> tuple[Path, dict[str, str]]:
     write_fleet(folder / "fleet.yaml", "post_tune_steps: 8", f"name: small, base: {small_base}")
     (folder / "space.yaml").write_text(SPACE)
     return folder, {**os.environ, "ACIP_HOME": str(folder / "home"), "RAY_ADDRESS": "local"}
 
 
-def killed_after_a_trial(folder: Path, env: dict[str, str]) -> None:
-    """Kill a sweep, workers and all, once Tune has written down that a trial is finished."""
+def struck_after_a_trial(folder: Path, env: dict[str, str], by: signal.Signals) -> int:
+    """The exit code of a sweep that is killed, workers and all, or interrupted, once Tune has written down that a trial is finished."""
     log = folder / "log"
     with log.open("w") as out:
         job = subprocess.Popen(command(folder), env=env, stdout=out, stderr=out)
@@ -60,12 +64,16 @@ def killed_after_a_trial(folder: Path, env: dict[str, str]) -> None:
         while not finished(folder):
             assert job.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
+        if by == signal.SIGINT:
+            job.send_signal(by)
+            job.wait(60)
     finally:
         if job.poll() is None:
             for process in [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
             job.wait(60)
+    return job.returncode
 
 
 def finished(folder: Path) -> set[str]:
@@ -82,7 +90,7 @@ def finished(folder: Path) -> set[str]:
 def test_a_killed_sweep_goes_on(place: tuple[Path, dict[str, str]]) -> None:
     folder, env = place
     settings = Settings.from_env(env)
-    killed_after_a_trial(folder, env)
+    struck_after_a_trial(folder, env, signal.SIGKILL)
     before = finished(folder)
     assert before
     second = subprocess.run(command(folder), env=env, capture_output=True, text=True, timeout=280, check=False)
@@ -115,6 +123,20 @@ def test_a_killed_sweep_goes_on(place: tuple[Path, dict[str, str]]) -> None:
     assert [path.parent for path in Path(settings.store).rglob("manifest.json")] == [Path(version.uri)], "only the winner's is kept"
     states = list((folder / "home" / "runs").glob("*/*/*/checkpoint_*"))
     assert not states, "nobody needs them"
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_names_no_winner_and_goes_on(tmp_path: Path, small_base: str) -> None:
+    folder, env = prepared(tmp_path, small_base)
+    assert struck_after_a_trial(folder, env, signal.SIGINT) == 130
+    assert "interrupted. What is done is kept" in (folder / "log").read_text()
+    assert Registry(Settings.from_env(env)).models() == []
+    before = finished(folder)
+    assert before
+    second = subprocess.run(command(folder), env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert second.returncode == 1, second.stdout + second.stderr
+    assert re.search(r"(\d) finished, (\d) ended early, 2 failed", second.stdout), second.stdout
+    assert Registry(Settings.from_env(env)).resolve("small", CANDIDATE).version == "1"
 
 
 @pytest.mark.slow
