@@ -124,7 +124,7 @@ def plan(jobs: list[Job], shares: dict[str, Share], settings: Settings, out: Any
                     next(documents(source, split))  # type: ignore[arg-type]
             model = shapes_of(job.base, job.recipe.dtype, job.trust_remote_code)
             needed = predict(model, job.recipe, "cuda" if shares[job.name].gpus else "cpu", job.num_workers)
-            about["memory"] = f"{needed.peak / 1e9:.1f} GB for each worker, most in {needed.worst.name}"
+            about["memory"] = f"{needed.peak / 1e9:.2f} GB for each worker, most in {needed.worst.name}"
         except AcipError as error:
             about["CAN'T RUN"], code = str(error), 1
         out.print()

@@ -23,7 +23,7 @@ from acip.artifact import Artifact
 from acip.cut import Budget
 from acip.data import documents, token_windows
 from tests.conftest import byte_tokenizer
-from tests.test_resume import ROOT, worker_of
+from tests.test_resume import ROOT, interruptible, worker_of
 
 
 class Command:
@@ -105,7 +105,7 @@ def test_a_killed_worker_loses_nothing(small_artifact: Artifact, tmp_path: Path)
     for name in ("undisturbed", "killed", "interrupted"):
         command = Command(tmp_path / name, small_artifact)
         log = tmp_path / f"{name}.log"
-        with log.open("a") as out:
+        with log.open("a") as out, interruptible():
             ask = ["small", "--size", "0.5", "--steps", "150", "--lr", "2e-3", *EVALUATION]
             env = {**os.environ, **command.env, "ACIP_CHECKPOINT_S": "0.3"}
             command_line = [sys.executable, str(ROOT / "jobs" / "finetune.py"), *ask]

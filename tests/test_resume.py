@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -56,7 +58,7 @@ def test_ctrl_c_ends_a_fleet_at_once(tmp_path: Path, small_base: str) -> None:
     )
     env = {**os.environ, "ACIP_HOME": str(tmp_path / "home"), "ACIP_CHECKPOINT_S": "0.3", "RAY_ADDRESS": "local"}
     log = tmp_path / "log"
-    with log.open("w") as out:
+    with log.open("w") as out, interruptible():
         job = subprocess.Popen(
             [sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(fleet)], env=env, stdout=out, stderr=out
         )
@@ -71,6 +73,16 @@ def test_ctrl_c_ends_a_fleet_at_once(tmp_path: Path, small_base: str) -> None:
                 job.kill()
     assert "interrupted. What is done is kept" in log.read_text()
     assert list(Path(Settings.from_env(env).runs).glob("long-*/step_*"))
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """What is started inside hears Ctrl-C, also where this process was started by a shell in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def worker_of(name: str, job: subprocess.Popen[bytes], runs: Path, log: Path) -> psutil.Process:

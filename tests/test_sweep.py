@@ -26,6 +26,7 @@ from acip.artifact import Artifact
 from acip.errors import AcipError
 from acip.recipe import Recipe
 from tests.conftest import write_fleet
+from tests.test_resume import interruptible
 
 ROOT = Path(__file__).parents[1]
 SPACE = """\
@@ -57,7 +58,7 @@ def prepared(folder: Path, small_base: str) -> tuple[Path, dict[str, str]]:
 def struck_after_a_trial(folder: Path, env: dict[str, str], by: signal.Signals) -> int:
     """The exit code of a sweep that is killed, workers and all, or interrupted, once Tune has written down that a trial is finished."""
     log = folder / "log"
-    with log.open("w") as out:
+    with log.open("w") as out, interruptible():
         job = subprocess.Popen(command(folder), env=env, stdout=out, stderr=out)
     deadline = time.monotonic() + 240
     try:
