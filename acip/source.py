@@ -4,6 +4,7 @@ A folder maps its files into memory, so that nothing is read before it is used. 
 platform's: they bring a `Source` of their own, whose bytes are compared with their checksums.
 """
 
+import errno
 import hashlib
 import mmap
 import sys
@@ -52,6 +53,8 @@ class Folder:
                 kind = {"flags": mmap.MAP_PRIVATE | NORESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
                 mapped = memoryview(mmap.mmap(opened.fileno(), 0, **kind))
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # nothing is wrong with the file: another process may have room
+                raise MemoryError(f"{self.folder / file} can't be mapped: this process may not have more memory.") from error
             raise ArtifactError(f"{self.folder / file} can't be read: {error}. Fetch the artifact again.") from error
         return [mapped[start:stop] for start, stop in ranges]
 
