@@ -28,7 +28,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging as transformers_logging
 
 from acip.artifact import Artifact
-from acip.base import load_base
+from acip.base import Base, load_base
 from acip.calibrate import calibrate
 from acip.data import TokenBatches
 from acip.export import export
@@ -237,3 +237,16 @@ def visit(browser: Browser, server: Server) -> Iterator[Visit]:
     """A tab whose every request must go to the server, and whose console must stay empty."""
     with visiting(browser, server.url) as visit:
         yield visit
+
+
+# ---- what methods compress, and are calibrated on
+
+
+@pytest.fixture(scope="module")
+def base(small_base: str) -> Base:
+    return load_base(small_base, "float32")
+
+
+@pytest.fixture(scope="module")
+def windows(golden_tokens: torch.Tensor) -> torch.Tensor:
+    return golden_tokens[:24]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from acip.base import Base, load_base
+from acip.base import Base
 from acip.baselines import METHODS, asvd, compress, covariance, method, svdllm
 from acip.baselines.factors import Factors, layers_at, on_inputs, stored, stored_at, swapped, uniform_ranks
 from acip.errors import AcipError, BaseModelError, BudgetError, DataError, RecipeError
@@ -31,16 +31,6 @@ QUICK: dict[str, dict[str, Any]] = {
     "acip": {"set": {"lr": 1e-3, "adapter_rank": 2, "post_tune_steps": 2, "sample_windows": 8}},
 }
 LAYER, WIDE = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"
-
-
-@pytest.fixture(scope="module")
-def base(small_base: str) -> Base:
-    return load_base(small_base, "float32")
-
-
-@pytest.fixture(scope="module")
-def windows(golden_tokens: Tensor) -> Tensor:
-    return golden_tokens[:24]
 
 
 @pytest.fixture(scope="module")

@@ -6,20 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from acip.base import Base, load_base
+from acip.base import Base
 from acip.baselines import dobi
 from acip.baselines.factors import stored_at, uniform_ranks
 from acip.layers import find_linears
-
-
-@pytest.fixture(scope="module")
-def base(small_base: str) -> Base:
-    return load_base(small_base, "float32")
-
-
-@pytest.fixture(scope="module")
-def windows(golden_tokens: Tensor) -> Tensor:
-    return golden_tokens[:24]
 
 
 @pytest.mark.parametrize("shape", [(7, 9), (9, 7), (2, 6, 5)])
