@@ -100,6 +100,18 @@ def flops(model: Any, tokens: int) -> int:
     return counter.get_total_flops()
 
 
+def reset_peak(device: torch.device) -> bool:
+    """Let the high-water mark of memory fall to what is used now. False where the system can't (Linux can)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def rise(device: torch.device) -> Iterator[list[int]]:
     """Bytes by which memory rose at most inside, known at the end: the allocator's on a GPU, the process' own on a CPU.
@@ -110,20 +122,17 @@ def rise(device: torch.device) -> Iterator[list[int]]:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+        reset_peak(device)
         start = torch.cuda.memory_allocated(device)
         yield peak
         peak.append(torch.cuda.max_memory_allocated(device) - start)
         return
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    try:
-        reset.write_text("5")  # the high-water mark falls to what is used now
-    except OSError:
+    if not reset_peak(device):
         yield peak
         return
     start = psutil.Process().memory_info().rss
     yield peak
-    high = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    high = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     peak.append(max(0, int(high.split()[1]) * 1024 - start))
 
 

@@ -14,7 +14,6 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
@@ -32,6 +31,7 @@ from acip.budget import Budget
 from acip.data import documents, token_windows
 from acip.errors import AcipError, cited
 from acip.evaluate import PerplexityOn, TaskScore, Text, evaluate
+from acip.evaluate.efficiency import reset_peak
 from acip.evaluate.rows import Subject, stored_bytes
 from acip.evaluate.tasks import check as check_tasks
 from acip.evaluate.tasks import expand
@@ -311,17 +311,8 @@ def measure(model: Any, base: Base, arena: Arena) -> dict[str, dict[str, float]]
     return {"metrics": found, "stderr": {name: error for name, error in errors.items() if math.isfinite(error)}}
 
 
-def reset_peak(device: torch.device) -> None:
-    """`peak_bytes` from now on. Where the system can't (Linux can), it stays what it was so far."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
 def peak_bytes(device: torch.device) -> int:
-    """The most memory of this process: allocated on the GPU, or resident."""
+    """The most memory of this process since `reset_peak`: allocated on the GPU, or resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
