@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from acip_platform.settings import Settings, masked
+from acip_platform.settings import Settings, masked, this_python
 
 from acip.errors import AcipError
 from acip.source import HUB_ID
@@ -130,7 +130,7 @@ def finished(folder: Path, repository: str | None) -> int:
 
     if repository:
         print(f"pushed     {push_to_hub(folder, repository)}")
-    print(f"\ntry it\n  python -c {try_it(repository or str(folder))}\n")
+    print(f"\ntry it\n  {this_python()} -c {try_it(repository or str(folder))}\n")
     return 0
 
 

@@ -53,7 +53,7 @@ def test_the_command_takes_names_paths_and_uris(
     for model in ("small", small_artifact.folder, small_artifact.folder.as_uri()):
         code, said = command(model, "--size", "60%", "--out", tmp_path / "out")
         assert code == 0, said
-        assert "asked      0.6 (linear)" in said and "got        0.59" in said and "try it\n  python -c " in said
+        assert "asked      0.6 (linear)" in said and "got        0.59" in said and "try it\n  " in said and "python -c " in said
         outputs.append(json.loads((tmp_path / "out" / PROVENANCE).read_text())["weight_bytes"])
         assert f"weights    {outputs[-1]:,} bytes" in said
     assert len(set(outputs)) == 1

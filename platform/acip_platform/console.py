@@ -5,7 +5,6 @@ import shlex
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import ray
@@ -17,7 +16,7 @@ from acip.budget import as_perplexity
 from acip.errors import AcipError
 from acip.evaluate import DivergenceOn
 from acip_platform.schedule import Outcome
-from acip_platform.settings import Settings
+from acip_platform.settings import Settings, this_python
 
 POLL_S = 0.5
 
@@ -43,8 +42,7 @@ def exit_code(out: Console, run: Callable[[], int | None]) -> int:
 
 def shell(settings: Settings) -> str:
     """How the commands of a last screen begin: this Python, and the home where it isn't the usual one."""
-    here = sys.executable.startswith(str(Path.cwd()))
-    python = shlex.quote(os.path.relpath(sys.executable) if here else sys.executable)
+    python = this_python()
     return f"ACIP_HOME={shlex.quote(str(settings.home))} {python}" if os.environ.get("ACIP_HOME") else python
 
 

@@ -18,6 +18,8 @@ are read where they are checked, and neither held here nor passed on.
 
 import os
 import re
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -90,6 +92,12 @@ def _positive(env: Mapping[str, str], name: str, default: float, unit: str) -> f
     if not 0 < number < float("inf"):
         raise AcipError(f"{name} is {text!r}; it must be a number of {unit} above 0.")
     return number
+
+
+def this_python() -> str:
+    """How the shell starts the Python that this is, from here."""
+    here = sys.executable.startswith(str(Path.cwd()))
+    return shlex.quote(os.path.relpath(sys.executable) if here else sys.executable)
 
 
 def masked(uri: str) -> str:
