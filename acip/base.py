@@ -20,6 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from acip.errors import BaseModelError
+from acip.modeling_acip import widened
 from acip.recipe import Dtype
 from acip.source import HUB_ID, REVISION
 
@@ -137,7 +138,7 @@ def digest(model: PreTrainedModel) -> str:
     sha = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].float().cpu()
+        sample = widened(flat[:: max(1, flat.numel() // 4096)]).cpu()
         sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         sha.update(sample.numpy().tobytes())
     return sha.hexdigest()

@@ -28,6 +28,7 @@ from acip import shard
 from acip.basis_cache import BasisCache, basis_keys
 from acip.errors import BaseModelError
 from acip.layers import weight_MN
+from acip.modeling_acip import widened
 from acip.moments import Feed, feed_tokens, grouped, moment_bytes, moments, probe
 from acip.recipe import Recipe
 from acip.threads import one_thread_each
@@ -52,7 +53,7 @@ def bases(
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, directions_KM) of each of `linears`: orthonormal rows, most important first, in no promised order of layers.
 
-    They come on the weight's device, in its dtype if that has 16 bit, else in float32. `model` has to stay as it is until
+    They come on the weight's device and in its dtype. `model` has to stay as it is until
     the last one: layers are gathered in groups whose covariances take at most `covariance_bytes` (of one layer at least),
     one forward pass per group over the first `recipe.sample_windows` of `windows`. What `cache` knows is not computed.
 
@@ -70,7 +71,7 @@ def bases(
     done = 0
     missing = dict(linears)
     for name, layer in linears.items() if shard.from_first(cache is not None) else ():
-        hit = cache.get(keys[name], _shape_KM(layer), _stored(layer)) if cache and rank == 0 else None
+        hit = cache.get(keys[name], _shape_KM(layer), weight_MN(layer).dtype) if cache and rank == 0 else None
         if shard.from_first(hit is not None):
             progress(done := done + 1, len(linears))
             yield name, _broadcast(hit, layer, 0)
@@ -119,7 +120,7 @@ def basis(W_MN: Tensor, C_nn: Tensor | None = None) -> Tensor:
     features); in float64 then, and for float64 weights. The result is float32, or float64 like the weight.
     """
     exact, half = W_MN.dtype == torch.float64, W_MN.dtype.itemsize == 2
-    Q, R = _factors(W_MN.float() if half else W_MN, half)
+    Q, R = _factors(widened(W_MN), half)
     values, Z = torch.linalg.eigh(_energy(R, C_nn, R.dtype))
     if not exact and not bool((values[..., values.shape[-1] // 2] > REACH * values[..., -1]).all()):
         Z = torch.linalg.eigh(_energy(R, C_nn, torch.float64)).eigenvectors
@@ -185,7 +186,7 @@ def solve(
     def of_stack(names: list[str]) -> list[Tensor]:
         W = torch.stack([weights[name] for name in names])
         U = basis(W, torch.stack([C[name] for name in names]) if C else None)
-        return list(U.mT.to(_stored(linears[names[0]])).contiguous())
+        return list(U.mT.to(W.dtype).contiguous())
 
     with one_thread_each() as pool:
         stacks = _stacks(weights)
@@ -215,11 +216,6 @@ def _stacks(weights: Mapping[str, Tensor]) -> list[list[str]]:
             stacks.append(stack)
         stack.append(name)
     return stacks
-
-
-def _stored(layer: nn.Module) -> torch.dtype:
-    dtype = weight_MN(layer).dtype
-    return dtype if dtype.itemsize == 2 else torch.float32
 
 
 def _shape_KM(layer: nn.Module) -> tuple[int, int]:
@@ -255,7 +251,7 @@ def _broadcast(directions_KM: Tensor | None, layer: nn.Module, owner: int) -> Te
     """The owner's directions, on the layer's device; as bytes, which every backend carries."""
     device = weight_MN(layer).device
     if directions_KM is None:
-        directions_KM = torch.empty(_shape_KM(layer), dtype=_stored(layer), device=device)
+        directions_KM = torch.empty(_shape_KM(layer), dtype=weight_MN(layer).dtype, device=device)
     directions_KM = directions_KM.to(device)
     if shard.workers() > 1:
         dist.broadcast(directions_KM.view(torch.uint8), owner)

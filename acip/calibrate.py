@@ -38,6 +38,7 @@ from acip.errors import CalibrationError
 from acip.layers import targets
 from acip.linear import ElasticLinear, SVDLinear
 from acip.losses import Task, as_base, next_token, objective
+from acip.modeling_acip import widened
 from acip.recipe import Recipe
 from acip.scores import ScoreMap, fisher
 from acip.sizes import cut_table, layer_shapes, live_ranks, set_size, size_ratio, sort_layers
@@ -78,9 +79,9 @@ def calibrate(
 ) -> Calibration:
     """Run or resume the calibration of a parametrised `model` (see `parametrise`) on `batches[i]` -> [B, T] token ids.
 
-    `resume` is a folder that `CalibrationState.save` wrote. `look_every` steps the host reads losses and sizes; None = 4 on an
-    accelerator, and every step on a CPU, where it is free. Raises CalibrationError where the loss is not finite or the stop
-    ratio is not reached in `recipe.max_prune_steps`.
+    `resume` is a folder that `CalibrationState.save` wrote. The host reads losses and sizes every `look_every` steps, and at every
+    multiple of LOOK_EVERY; None = every LOOK_EVERY steps on an accelerator, and every step on a CPU, where it is free.
+    Raises CalibrationError where the loss is not finite or the stop ratio is not reached in `recipe.max_prune_steps`.
     """
     state = CalibrationState.start(model, recipe)
     loop = Loop.of(model, batches, recipe, task, state.scores.score.device, look_every)
@@ -132,8 +133,8 @@ class Loop:
         return cls(model, batches, recipe, task, device, look_every or (1 if device.type == "cpu" else LOOK_EVERY))
 
     def until_look(self, step: int, end: int) -> range:
-        """The steps from `step` to the next look, or to `end`."""
-        return range(step, min(end, step + self.look_every - step % self.look_every))
+        """Return the steps from `step` to the next look, at most to `end`. Every step at which layers may be packed ends at a look."""
+        return range(step, min(end, *(step + every - step % every for every in (self.look_every, LOOK_EVERY))))
 
     def batch(self, i: int) -> Any:
         return shard.my_part(self.batches[i]).to(self.device, non_blocking=True)
@@ -196,7 +197,7 @@ class Loop:
         """
         recipe, optimizer = self.recipe, state.optimizer
         torch.manual_seed((recipe.seed * 1_000_003 + state.step) * shard.workers() + shard.rank())
-        total, task_total = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        total, task_total = torch.zeros(2, dtype=state.scores.score.dtype, device=self.device)
         for i in range(recipe.accumulate):
             batch = self.batch(state.step * recipe.accumulate + i)
             loss, own = (part / recipe.accumulate for part in objective(self.model, state.layers, batch, self.task, distill))
@@ -224,7 +225,7 @@ class Loop:
         """Scores that are known before the first step."""
         cores = {name: core for name, core in state.layers.items() if isinstance(core, SVDLinear)}
         if self.recipe.scores == "singular_values":
-            return torch.cat([core.right.read().float().norm(dim=1) for core in cores.values()])
+            return torch.cat([widened(core.right.read()).norm(dim=1) for core in cores.values()])
         with fisher(cores) as scores, as_base(cores):
             for i in range(-(-self.recipe.sample_windows // self.recipe.batch_size)):
                 batch = self.batch(i)

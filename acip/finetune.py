@@ -40,7 +40,7 @@ from acip.layers import weight_MN
 from acip.linear import ElasticLinear, LoRA
 from acip.losses import Task, next_token
 from acip.materialise import AnySize
-from acip.modeling_acip import set_module
+from acip.modeling_acip import set_module, widened
 from acip.recipe import Recipe
 from acip.rows import FourBitLinear, Rows
 from acip.scores import ScoreMap
@@ -136,7 +136,7 @@ def save(folder: str | Path, artifact: Artifact, any_size: AnySize, provenance: 
             keys = f"{name}.{place}.A", f"{name}.{place}.B"
             if place != "layer" and keys[0] in old.entries:  # on top of the calibration's: their ranks add up
                 before_A, before_B = old.read(list(keys)).values()
-                A, B = torch.cat([before_A.float(), A]), torch.cat([before_B.float(), B], 1)
+                A, B = torch.cat([widened(before_A), A]), torch.cat([widened(before_B), B], 1)
             adapters |= dict(zip(keys, (A, B), strict=True))
     return artifact.tuned(folder, factors, adapters, provenance)
 
@@ -156,7 +156,7 @@ def _adapted(layer: ElasticLinear, recipe: Recipe) -> ElasticLinear:
     assert rank is not None
 
     def lora(inputs: int, outputs: int) -> LoRA:
-        return LoRA(inputs, outputs, R, scale, recipe.adapter_dropout, left.device)
+        return LoRA(inputs, outputs, R, scale, recipe.adapter_dropout, left.device, left.dtype)
 
     if beside:
         loras = {"layer": lora(N, M)}

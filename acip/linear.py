@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acip.modeling_acip import LowRankLinear, PivotLinear, plain_linear
+from acip.modeling_acip import LowRankLinear, PivotLinear, accumulation_dtype, plain_linear, widened
 from acip.recipe import Quantise, Storage
 from acip.rows import FourBitLinear, Rows, product
 
@@ -43,27 +43,37 @@ class StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, p_K: Tensor, slope: float, dtype: torch.dtype) -> Tensor:
         alive_K = p_K > 0
         ctx.save_for_backward(alive_K)
-        ctx.slope = slope
+        ctx.slope, ctx.mask_dtype = slope, p_K.dtype
         return alive_K.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor, None, None]:
         (alive_K,) = ctx.saved_tensors
-        return grad_K.float() * alive_K * ctx.slope, None, None
+        return grad_K.to(ctx.mask_dtype) * alive_K * ctx.slope, None, None
 
 
 class LoRA(nn.Module):
-    """scale * B A x, with `A` [R, in] and `B` [out, R] float32 whatever the model's dtype: small steps must count.
+    """scale * B A x, with `A` [R, in] and `B` [out, R] in the accumulation dtype of the model's dtype: 16 bits would lose small steps.
 
     A and B serve all sizes; on the factors, each size takes the directions' part of them that it keeps.
     """
 
-    def __init__(self, inputs: int, outputs: int, rank: int, scale: float, dropout: float = 0.0, device: Any = None) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        device: Any = None,
+        model_dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.scale, self.dropout = scale, dropout
-        self.A = nn.Parameter(torch.empty(rank, inputs, device=device))
+        place: Any = {"device": device, "dtype": accumulation_dtype(model_dtype)}
+        self.A = nn.Parameter(torch.empty(rank, inputs, **place))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.B = nn.Parameter(torch.zeros(outputs, rank, device=device))
+        self.B = nn.Parameter(torch.zeros(outputs, rank, **place))
 
     @classmethod
     def of(cls, A_Rn: Tensor, B_mR: Tensor) -> "LoRA":
@@ -83,7 +93,7 @@ class LoRA(nn.Module):
 
     def product(self) -> Tensor:
         """scale * B A [out, in]."""
-        return self.B.float() @ self.A.float() * self.scale
+        return widened(self.B) @ widened(self.A) * self.scale
 
 
 class Compressible(nn.Module):
@@ -129,7 +139,7 @@ class Compressible(nn.Module):
 class SVDLinear(Compressible):
     """A linear layer with its directions laid open, and a mask over them.
 
-    The mask `p` [K] starts at `mask_scale` and is float32 whatever the model's dtype: a step of 5e-5 at 0.02 is lost in bfloat16.
+    The mask `p` [K] starts at `mask_scale`, in the accumulation dtype of the model's dtype: bfloat16 would lose a step of 5e-5 at 0.02.
     `U_MK` is orthonormal and spans W's columns. In 4 bit, so is the original layer (see `FourBitLinear`).
     """
 
@@ -144,11 +154,11 @@ class SVDLinear(Compressible):
     ) -> None:
         device = W_MN.device
         left_KM = Rows.of(U_MK.T.to(W_MN.dtype), bits)
-        rounded = bits != "none" or W_MN.dtype != torch.float32
+        rounded = bits != "none" or W_MN.dtype.itemsize == 2
         right_KN = Rows.of(coordinates(W_MN, left_KM.read(), refine=2 * rounded), bits)
         super().__init__(original if bits == "none" else FourBitLinear(original, W_MN, bits), left_KM, right_KN, loras)
         self.slope = 1 / mask_scale
-        self.p = nn.Parameter(torch.full((U_MK.shape[1],), mask_scale, dtype=torch.float32, device=device))
+        self.p = nn.Parameter(torch.full((U_MK.shape[1],), mask_scale, dtype=accumulation_dtype(W_MN.dtype), device=device))
         self.order: Tensor | None = None  # [K] the direction in each row; None = as the basis has them
         self.live: int | None = None  # so many rows are multiplied, the first; None = all
 
@@ -272,14 +282,17 @@ class ElasticLinear(Compressible):
 
     @torch.no_grad()
     def folded(self, rank: int) -> tuple[Tensor, Tensor]:
-        """(left [q, M], right [q, N]) of the first `rank` directions, float32, adapters folded in, if beside the layer as rows before."""
-        right, left = self.right.read(self.lead + rank).float(), self.left.read(self.lead + rank).float()
+        """Return (left [q, M], right [q, N]) of the first `rank` directions with the adapters folded in, in the accumulation dtype.
+
+        An adapter beside the layer becomes rows before the directions.
+        """
+        right, left = widened(self.right.read(self.lead + rank)), widened(self.left.read(self.lead + rank))
         if "right" in self.loras:
             right = right + self.loras["right"].product()[:rank]
             left = left + self.loras["left"].product()[:, :rank].T
         if "layer" in self.loras:
             beside = self.loras["layer"]
-            left, right = torch.cat([beside.B.float().T * beside.scale, left]), torch.cat([beside.A.float(), right])
+            left, right = torch.cat([widened(beside.B).T * beside.scale, left]), torch.cat([widened(beside.A), right])
         return left, right
 
     def materialise(self, storage: Storage) -> nn.Module:
@@ -301,7 +314,7 @@ def coordinates(W_MN: Tensor, left_KM: Tensor, refine: int) -> Tensor:
     """right_KN with left^T right = W. Where left was rounded, `refine` steps of iteration make up for what it lost in orthonormality."""
     if not refine:
         return (left_KM.double() @ W_MN.double()).to(W_MN.dtype)
-    left, W = left_KM.float(), W_MN.float()
+    left, W = widened(left_KM), widened(W_MN)
     right = left @ W
     for _ in range(refine):
         right += left @ (W - left.T @ right)

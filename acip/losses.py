@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acip.linear import Compressible
+from acip.modeling_acip import accumulation_dtype, widened
 
-CHUNK = 1 << 24  # numbers of the logits that are float32 at once
+CHUNK = 1 << 24  # numbers of the logits that are in the accumulation dtype at once
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def _next_token_logits(model: nn.Module, ids_BT: Tensor) -> Tensor:
 
 
 def _next_token_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten())
+    return F.cross_entropy(widened(logits_BTV[:, :-1].flatten(0, 1)), ids_BT[:, 1:].flatten())
 
 
 def _next_token_labels(ids_BT: Tensor) -> Tensor:
@@ -73,8 +74,8 @@ def objective(model: nn.Module, layers: Mapping[str, Compressible], batch: Any, 
 class Divergence(torch.autograd.Function):
     """(KL(base || model), mean over positions, of logits [..., classes]; the mean cross-entropy of `labels` [...], without a gradient).
 
-    The gradient softmax(model) - softmax(base) is computed on the way, in chunks, so that of all float32 probabilities only a chunk is
-    ever held: with 128k classes they are what a calibration's memory goes to.
+    The forward pass computes the gradient softmax(model) - softmax(base), too. It works in chunks, so that only one chunk of the
+    probabilities is held in the accumulation dtype: with 128k classes they would take most of a calibration's memory.
     """
 
     @staticmethod
@@ -82,11 +83,11 @@ class Divergence(torch.autograd.Function):
         classes = logits.shape[-1]
         rows, base_rows = logits.detach().view(-1, classes), base.view(-1, classes)
         grad = torch.empty_like(rows) if logits.requires_grad else None
-        total, own = torch.zeros((), device=logits.device), torch.zeros((), device=logits.device)
+        total, own = torch.zeros(2, dtype=accumulation_dtype(logits.dtype), device=logits.device)
         index = None if labels is None else labels.reshape(-1, 1).to(logits.device)
         at = 0
         for chunk, base_chunk in zip(*(x.split(max(1, CHUNK // classes)) for x in (rows, base_rows)), strict=True):
-            ours, theirs = F.log_softmax(chunk.float(), -1), F.log_softmax(base_chunk.float(), -1)
+            ours, theirs = F.log_softmax(widened(chunk), -1), F.log_softmax(widened(base_chunk), -1)
             if index is not None:
                 of_chunk = index[at : at + len(chunk)]
                 own -= (ours.gather(1, of_chunk.clamp(min=0)) * (of_chunk >= 0)).sum()

@@ -28,6 +28,7 @@ from acip.bases import STACK
 from acip.calibrate import scored_at_once
 from acip.layers import find_linears, weight_MN
 from acip.losses import CHUNK
+from acip.modeling_acip import accumulation_dtype
 from acip.recipe import Recipe
 from acip.rows import BLOCK
 
@@ -49,11 +50,11 @@ class Phase:
     rest: float = 0.0  # embeddings, head, norms, layers that aren't compressed
     originals: float = 0.0  # the weights of the target layers
     directions: float = 0.0  # their left and right rows
-    trainable: float = 0.0  # masks and adapters, float32
+    trainable: float = 0.0  # masks and adapters, in the accumulation dtype
     optimiser: float = 0.0  # AdamW's two moments of them
     gradients: float = 0.0  # of them
     activations: float = 0.0  # what autograd keeps
-    loss: float = 0.0  # logits, the base model's, their gradients, float32 probabilities
+    loss: float = 0.0  # logits, the base model's, their gradients, probabilities in the accumulation dtype
     transient: float = 0.0  # covariances, eigenvectors, dequantised weights, gradients of activations
 
     @property
@@ -120,8 +121,8 @@ class _Layer:
 
     @property
     def moment(self) -> float:
-        """Bytes of its own second moment: of its outputs, or inputs (see `acip.bases.of_outputs`)."""
-        return 4.0 * self.M**2 if self.M < self.N and not self.bias else 4.0 * self.N**2 * (self.source != "sibling")
+        """Numbers in its own second moment: of its outputs, or inputs (see `acip.moments.of_outputs`)."""
+        return float(self.M**2 if self.M < self.N and not self.bias else self.N**2 * (self.source != "sibling"))
 
 
 class _Block:
@@ -204,7 +205,8 @@ class _Block:
 class _Prediction:
     def __init__(self, model: nn.Module, recipe: Recipe, cpu: bool, workers: int) -> None:
         self.recipe, self.cpu, self.workers = recipe, cpu, workers
-        self.s: int = getattr(torch, recipe.dtype).itemsize
+        dtype: torch.dtype = getattr(torch, recipe.dtype)
+        self.s, self.wide = dtype.itemsize, accumulation_dtype(dtype).itemsize
         self.four_bit = recipe.quantise != "none"
         self.tokens = max(1, recipe.batch_size // workers) * recipe.seq_len
         found = find_linears(model, recipe.exclude)
@@ -227,9 +229,9 @@ class _Prediction:
         self.logits = self.tokens * classes
 
         R, factors = recipe.adapter_rank, recipe.adapter == "factors"
-        self.masks = 4.0 * sum(layer.K for layer in self.layers)
-        self.A = 4.0 * R * sum(layer.N + factors * layer.K for layer in self.layers)
-        self.B = 4.0 * R * sum(layer.M + factors * layer.K for layer in self.layers)
+        self.masks = float(self.wide) * sum(layer.K for layer in self.layers)
+        self.A = float(self.wide) * R * sum(layer.N + factors * layer.K for layer in self.layers)
+        self.B = float(self.wide) * R * sum(layer.M + factors * layer.K for layer in self.layers)
 
     @property
     def scored(self) -> "_Prediction":
@@ -268,18 +270,18 @@ class _Prediction:
 
     def parametrise(self) -> Phase:
         """While moments are summed, while a group of layers is solved, or at the end, when 4-bit layers are still dense, too."""
-        recipe, s, frozen = self.recipe, self.s, self.frozen()
+        recipe, s, w, frozen = self.recipe, self.s, self.wide, self.frozen()
         dense = self.dense / self.workers
-        moments = sum(layer.moment for layer in self.layers) if recipe.basis == "covariance" else 0.0
+        moments = w * sum(layer.moment for layer in self.layers) if recipe.basis == "covariance" else 0.0
         group = min(1.0, COVARIANCES / max(1.0, moments))  # share of the layers that are solved at once
-        widest = max(max(4 * s, s + 4) * layer.N + 3 * s * layer.M for layer in self.layers)
+        widest = max(max(4 * s, s + w) * layer.N + 3 * s * layer.M for layer in self.layers)
         forward = widest * min(SAMPLE_BATCH, recipe.sample_windows) * recipe.seq_len if moments else 0.0
         solved = group * s * sum(layer.K * layer.M for layer in self.layers)
         gathered = group * self.dense / self.workers if self.workers > 1 else 0.0
         start = Phase("parametrise", self.rest, dense, (1 - group) * frozen["directions"], trainable=self.masks + self.A + self.B)
         built = frozen["originals"] + (dense if self.four_bit and not self.cpu else 0.0)
         copies = solved if self.four_bit or self.workers > 1 else 0.0
-        coordinates = max(4.0 * (3 * layer.M * layer.N + 2 * layer.K * (layer.M + layer.N)) for layer in self.layers)
+        coordinates = max(float(w) * (3 * layer.M * layer.N + 2 * layer.K * (layer.M + layer.N)) for layer in self.layers)
         phases = (
             replace(start, transient=group * moments + max(forward, gathered + solved + self.solving())),
             replace(start, originals=built, directions=frozen["directions"], transient=copies + coordinates),
@@ -297,10 +299,10 @@ class _Prediction:
 
     def solve(self, layer: _Layer) -> float:
         """Bytes for one layer's eigenvectors: see `acip.bases.basis`. They may have to be float64."""
-        M, N, K = layer.M, layer.N, layer.K
+        M, N, K, w = layer.M, layer.N, layer.K, self.wide
         C = 0 if self.recipe.basis == "svd" else (M if M < N and not layer.bias else N) ** 2
-        weights = (self.s + 4 * (self.s < 4)) * M * N + 4 * C  # stacked, in float32
-        tall = 4 * (M * N + K * K) * (M > N)  # QR
+        weights = (self.s + w * (self.s < w)) * M * N + w * C  # stacked, in the accumulation dtype
+        tall = w * (M * N + K * K) * (M > N)  # QR
         energy = 8 * (3 * C + 2 * K * N)
         return float(weights + tall + max(energy, 8 * 5 * K * K))
 
@@ -308,9 +310,10 @@ class _Prediction:
         """At the loss, or in the backward pass of the first block that it reaches, or of the last."""
         at_loss, block = self.activations(phase)
         before = gradients * (self.recipe.accumulate > 1)
-        L, s, chunk = self.logits, self.s, 4.0 * min(4 * self.logits, 6 * CHUNK)
+        L, s, w = self.logits, self.s, self.wide
+        chunk = float(w) * min(4 * L, 6 * CHUNK)
         divergence = 3 * s * L + chunk if distill else 0.0  # the model's logits, the base's, and the gradient
-        entropy = max((3 if distill else 1) * s + 8, s * (distill > 0) + 12) * L if distill < 1 else 0.0
+        entropy = max((3 if distill else 1) * s + 2 * w, s * (distill > 0) + 3 * w) * L if distill < 1 else 0.0
         kernels = KERNELS * (self.cpu and s == 2 and phase == "post-tune")
         start = Phase(phase, **self.frozen(), trainable=trainable, gradients=before, optimiser=optimiser, transient=kernels)
         back = replace(start, loss=s * L * (distill > 0), transient=kernels + self.flow(phase))
@@ -325,7 +328,7 @@ class _Prediction:
         """Bytes that a layer's backward pass needs for a moment: gradients, its scores, weights out of 4 bit or of all workers."""
         largest = max(layer.M * layer.N for layer in self.layers)
         weights = (4 + self.s) * largest if self.four_bit else 2 * self.s * largest if self.workers > 1 else 0
-        numbers = self.s + 12 * (phase == "scores")
+        numbers = self.s + 3 * self.wide * (phase == "scores")
         return weights + self.tokens * max(2 * self.s * (layer.M + layer.N) + numbers * layer.K for layer in self.layers)
 
     # activations

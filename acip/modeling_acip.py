@@ -76,6 +76,16 @@ def one_row(x: Tensor) -> bool:
     return one and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype for sums and trained numbers of a model in `dtype`: float64 for float64, and float32 for all others."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def widened(values: Tensor) -> Tensor:
+    """Return `values` in the dtype that sums of them are computed in (see `accumulation_dtype`)."""
+    return values.to(accumulation_dtype(values.dtype))
+
+
 class LowRankLinear(nn.Module):
     """y = L (R x) + b: a compressed layer as two plain linear layers (paper eq. 9, 10)."""
 
@@ -111,7 +121,7 @@ class PivotLinear(nn.Module):
         """From factors. The combinations are fitted to the pivot rows as `dtype` rounds them."""
         rows_M = pivot_rows(left_Mq)
         q = left_Mq.shape[1]
-        W_MN = left_Mq.float() @ right_qN.float()
+        W_MN = widened(left_Mq) @ widened(right_qN)
         pivots_qN = W_MN[rows_M[:q]].to(dtype)
         Q, R = torch.linalg.qr(pivots_qN.double().T)
         rest = Q.T @ W_MN[rows_M[q:]].double().T

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from acip import shard
 from acip.layers import hooked, weight_MN
+from acip.modeling_acip import accumulation_dtype, widened
 
 Feed = Callable[[nn.Module, Tensor], Any]
 
@@ -36,7 +37,7 @@ def of_outputs(layer: nn.Module, inputs_only: bool = False) -> bool:
 
 def moment_bytes(layer: nn.Module, inputs_only: bool = False) -> int:
     M, N = weight_MN(layer).shape
-    return 4 * (M if of_outputs(layer, inputs_only) else N) ** 2
+    return accumulation_dtype(weight_MN(layer).dtype).itemsize * (M if of_outputs(layer, inputs_only) else N) ** 2
 
 
 class _Fed(Exception):  # noqa: N818
@@ -53,11 +54,12 @@ def moments(
     calls: Counter[str] | None = None,
     inputs_only: bool = False,
 ) -> dict[str, Tensor]:
-    """The mean of x x^T per layer, x its inputs [N] or outputs [M] (see `of_outputs`), float32 [n, n], in one forward pass.
+    """The mean of x x^T per layer, x its inputs [N] or outputs [M] (see `of_outputs`), [n, n], in one forward pass.
 
-    Layers that are fed the same tensor (q, k, v; gate, up) share one matrix. `feed(model, windows[i:j])` runs a model on other
-    inputs (images); the matrix is then a multiple of the mean, which has the same eigenvectors. A layer that is never called
-    is missing. `calls` counts the calls of each layer in one forward pass, where that is known: a pass ends with the last.
+    Layers that are fed the same tensor (q, k, v; gate, up) share one matrix. The matrices are in the accumulation dtype.
+    `feed(model, windows[i:j])` runs a model on other inputs (images); the matrix is then a multiple of the mean, which has the same
+    eigenvectors. A layer that is never called is missing. `calls` counts the calls of each layer in one forward pass, where that is
+    known: a pass ends with the last.
     """
     gathering = _Gathering(linears, Counter(calls), inputs_only)
     rank, size = shard.rank(), shard.workers()
@@ -71,8 +73,9 @@ def moments(
         shares = {name: owner for part in shard.from_all(shares) for name, owner in part.items()}
     for owner in sorted(set(shares.values())):
         if owner not in sums:
-            n = weight_MN(linears[owner]).shape[0 if of_outputs(linears[owner], inputs_only) else 1]
-            sums[owner] = torch.zeros(n, n, device=weight_MN(linears[owner]).device)
+            W_MN = weight_MN(linears[owner])
+            n = W_MN.shape[0 if of_outputs(linears[owner], inputs_only) else 1]
+            sums[owner] = torch.zeros(n, n, dtype=accumulation_dtype(W_MN.dtype), device=W_MN.device)
         if size > 1:
             dist.all_reduce(sums[owner])
         lower_nn = sums[owner].div_(windows.numel()).tril_()
@@ -115,9 +118,9 @@ class _Gathering:
         return layer.register_forward_hook(on_output) if outputs else layer.register_forward_pre_hook(on_input)
 
     def add(self, owner: str, x: Tensor) -> None:
-        x_Sn = x.reshape(-1, x.shape[-1]).float()
+        x_Sn = widened(x.reshape(-1, x.shape[-1]))
         if owner not in self.sums:
-            self.sums[owner] = torch.zeros(x_Sn.shape[1], x_Sn.shape[1], device=x.device)
+            self.sums[owner] = x_Sn.new_zeros(x_Sn.shape[1], x_Sn.shape[1])
         _add_outer(self.sums[owner], x_Sn)
 
     def end(self, name: str) -> None:

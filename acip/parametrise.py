@@ -62,7 +62,7 @@ def adapters(W_MN: Tensor, recipe: Recipe, device: torch.device | None = None) -
     (M, N), R = W_MN.shape, recipe.adapter_rank
     places = {} if not R else {"layer": (N, M)} if recipe.adapter == "layer" else {"right": (N, min(M, N)), "left": (min(M, N), M)}
     scale = recipe.adapter_alpha / max(1, R)
-    return {place: LoRA(n, m, R, scale, recipe.adapter_dropout, device or W_MN.device) for place, (n, m) in places.items()}
+    return {place: LoRA(n, m, R, scale, recipe.adapter_dropout, device or W_MN.device, W_MN.dtype) for place, (n, m) in places.items()}
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from acip.artifact import Artifact
 from acip.cut import Cut
+from acip.modeling_acip import widened
 
 
 def save_peft(artifact: Artifact, folder: str | Path, cut: Cut, base: str) -> None:
@@ -21,12 +22,13 @@ def save_peft(artifact: Artifact, folder: str | Path, cut: Cut, base: str) -> No
     tensors: dict[str, Tensor] = {}
     names = [name for name, rank in cut.ranks.items() if rank is not None]
     for name in names:
-        lora = {key: value.float() for key, value in adapters.read([key for key in adapters.entries if key.startswith(f"{name}.")]).items()}
+        keys = [key for key in adapters.entries if key.startswith(f"{name}.")]
+        lora = {key: widened(value) for key, value in adapters.read(keys).items()}
         if f"{name}.layer.A" in lora:
             B, A = lora[f"{name}.layer.B"], lora[f"{name}.layer.A"]
         else:
             rank = cut.ranks[name]
-            left, right = (rows[:rank].float() for rows in factors.read([f"{name}.left", f"{name}.right"]).values())
+            left, right = (widened(rows[:rank]) for rows in factors.read([f"{name}.left", f"{name}.right"]).values())
             a, b = lora[f"{name}.right.A"], lora[f"{name}.right.B"][:rank]
             d, c = lora[f"{name}.left.A"][:, :rank], lora[f"{name}.left.B"]
             U, V = left.T - c @ d, right - b @ a

@@ -34,13 +34,13 @@ from acip.calibrate import Calibration
 from acip.errors import ArtifactError, RecipeError
 from acip.layers import find_linears, weight_MN
 from acip.linear import ElasticLinear, LoRA
-from acip.modeling_acip import set_module
+from acip.modeling_acip import accumulation_dtype, set_module, widened
 from acip.recipe import Recipe, paper
 from acip.scores import ScoreMap
 from acip.sizes import cut_table
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 PLAIN_LORA = {
     "peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "lora_bias": False,
@@ -176,7 +176,7 @@ class Checkpoint:
         return f"model.{layer}.{'base_layer.' if self.adapter else ''}parametrization.{part}"
 
     def read(self, layer: str, part: str, *shape: int) -> Tensor:
-        """The tensor, which must be there, of this shape, in 16 or 32 bit, and finite."""
+        """The tensor, which must be there, of this shape, of a dtype in DTYPES, and finite."""
         key = self.key(layer, part)
         if key not in self.tensors:
             raise ArtifactError(f"{self.folder} lacks the tensor {key}. Fetch the checkpoint again, and all of it.")
@@ -272,12 +272,12 @@ def _core(checkpoint: Checkpoint, name: str, linear: nn.Module, importance_K: Te
     # s is shared out so that one side is scaled exactly, by a power of two, and only the other is rounded again
     half = 2.0 ** round(math.log2(recipe.mask_scale) / 2)
     left_KM = checkpoint.read(name, "ortho.weight", M, K).T[importance_K].to(W_MN) * half
-    right_KN = (checkpoint.read(name, "base.weight", K, N)[importance_K].float() * (recipe.mask_scale / half)).to(W_MN)
+    right_KN = (widened(checkpoint.read(name, "base.weight", K, N)[importance_K]) * (recipe.mask_scale / half)).to(W_MN)
     checkpoint.read(name, "mask", K)
 
-    x_NP = torch.randn(N, PROBES, generator=torch.Generator().manual_seed(0)).to(W_MN.device)
-    Wx_MP = W_MN.float() @ x_NP
-    error = float((left_KM.T.float() @ (right_KN.float() @ x_NP) - Wx_MP).norm() / Wx_MP.norm().clamp_min(1e-30))
+    x_NP = torch.randn(N, PROBES, generator=torch.Generator().manual_seed(0)).to(W_MN.device, accumulation_dtype(W_MN.dtype))
+    Wx_MP = widened(W_MN) @ x_NP
+    error = float((widened(left_KM.T) @ (widened(right_KN) @ x_NP) - Wx_MP).norm() / Wx_MP.norm().clamp_min(1e-30))
     allowed = max(1e-4, 2 * torch.finfo(W_MN.dtype).eps)
     if not error <= allowed:
         raise ArtifactError(f"{_other(checkpoint, base)}: weights of {name} are {error:.1%} apart; rounding explains {allowed:.2%}.")

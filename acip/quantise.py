@@ -17,7 +17,18 @@ from transformers import PreTrainedModel
 from acip.budget import KIND_OF_BITS, Budget, Kind
 from acip.cut import Cut
 from acip.errors import ArtifactError, BudgetError
-from acip.modeling_acip import LowRankLinear, PivotLinear, QuantLinear, bias_of, plain_linear, set_module, swap_linears, weight_MN
+from acip.modeling_acip import (
+    LowRankLinear,
+    PivotLinear,
+    QuantLinear,
+    accumulation_dtype,
+    bias_of,
+    plain_linear,
+    set_module,
+    swap_linears,
+    weight_MN,
+    widened,
+)
 from acip.rows import four_bit
 
 BEST: Literal["best"] = "best"  # of the bits in which a curve was measured
@@ -43,12 +54,12 @@ def spread(layer: PivotLinear) -> nn.Module:
     """The same layer as two factors, the left one orthonormal; as one matrix where these would hold more numbers."""
     pivots_qN, combine = layer.pivots.weight, layer.combine.weight
     (q, N), M = pivots_qN.shape, layer.out_features
-    unit = torch.eye(q, dtype=torch.float32, device=pivots_qN.device)
-    left_Mq = torch.cat([unit, combine.float()])[layer.place]
+    unit = torch.eye(q, dtype=accumulation_dtype(combine.dtype), device=pivots_qN.device)
+    left_Mq = torch.cat([unit, widened(combine)])[layer.place]
     if q * (M + N) >= M * N:
-        return plain_linear((left_Mq @ pivots_qN.float()).to(pivots_qN.dtype), layer.bias)
+        return plain_linear((left_Mq @ widened(pivots_qN)).to(pivots_qN.dtype), layer.bias)
     left_Mq, R = torch.linalg.qr(left_Mq)
-    right_qN = R @ pivots_qN.float()
+    right_qN = R @ widened(pivots_qN)
     return LowRankLinear(left_Mq.to(pivots_qN.dtype), right_qN.to(pivots_qN.dtype), layer.bias)
 
 

@@ -22,7 +22,7 @@ Storage = Literal["pivot", "factors"]
 Convention = Literal["linear", "paper", "model"]
 PostTune = Literal["stop", "sizes"]
 Quantise = Literal["none", "nf4", "fp4"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 LARGEST = 2**31  # whole numbers in files are below it
 
 
@@ -37,7 +37,7 @@ class Recipe:
     adapter_rank: int = 32  # R of the adapters; 0 = no adapters (D.2)
     adapter_alpha: float = 16.0  # adapters are scaled by alpha / R
     adapter_dropout: float = 0.0  # [0, 1); each layer then keeps its own dropped input
-    dtype: Dtype = "bfloat16"  # of the weights; masks, scores, adapters and optimiser state are always float32
+    dtype: Dtype = "bfloat16"  # of the weights; masks, scores, adapters and optimizer state are float32, or float64 with float64
     quantise: Quantise = "none"  # weights and directions in 4 bit (3.4); `transfer` carries the result over to full precision
 
     # Data

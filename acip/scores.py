@@ -18,13 +18,14 @@ from torch import Tensor
 
 from acip.layers import hooked
 from acip.linear import SVDLinear
+from acip.modeling_acip import widened
 
 
 @dataclass
 class ScoreMap:
     """Scores of all layers in one flat vector, so that an update is a few operations and no loop over layers.
 
-    `score` [D] and `crossing` [D] are float32, D = sum of K over layers, layers one after the other in the model's
+    `score` [D] and `crossing` [D] have the masks' dtype, D = sum of K over layers, layers one after the other in the model's
     order, directions in the order of their basis. `crossing` in (0, 1] is where in its last step a mask met zero.
     """
 
@@ -38,7 +39,7 @@ class ScoreMap:
         offsets = [0]
         for p in masks.values():
             offsets.append(offsets[-1] + p.numel())
-        score = torch.cat([p.detach().float() for p in masks.values()])
+        score = torch.cat([widened(p.detach()) for p in masks.values()])
         return cls(tuple(masks), tuple(offsets), score, torch.ones_like(score))
 
     @cached_property
@@ -93,7 +94,7 @@ def fisher(cores: Mapping[str, SVDLinear]) -> Iterator[dict[str, Tensor]]:
             x_BTN = args[0].detach()
 
             def backward(grad_BTM: Tensor) -> None:
-                h_BTK = core.right.project(x_BTN).float() * core.left.project(grad_BTM).float()
+                h_BTK = widened(core.right.project(x_BTN)) * widened(core.left.project(grad_BTM))
                 scores[name] = scores.get(name, 0) + h_BTK.square().flatten(0, -2).sum(0)
 
             if not out.requires_grad:  # the first layer of a frozen model

@@ -31,6 +31,7 @@ from acip.base import Base
 from acip.calibrate import Calibration
 from acip.evaluate.text import Protocol
 from acip.layers import targets
+from acip.modeling_acip import widened
 from acip.published import open_published
 
 
@@ -96,7 +97,7 @@ def identity(base: Base, calibration: Calibration) -> str:
     sha = hashlib.sha256(base.digest.encode())
     adapters = [param for core in targets(calibration.model).values() for lora in core.loras.values() for param in lora.parameters()]
     for tensor in (calibration.scores.score, *adapters):
-        sha.update(tensor.detach().float().numpy().tobytes())
+        sha.update(widened(tensor.detach()).numpy().tobytes())
     return sha.hexdigest()[:12]
 
 

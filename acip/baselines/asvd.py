@@ -40,6 +40,7 @@ from acip.baselines.factors import (
 from acip.errors import BudgetError, RecipeError
 from acip.layers import find_linears, hooked, weight_MN
 from acip.losses import next_token
+from acip.modeling_acip import widened
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -87,11 +88,11 @@ def run(
 
 @torch.no_grad()
 def scales(model: nn.Module, linears: Mapping[str, nn.Module], windows: Tensor, alpha: float) -> dict[str, Tensor]:
-    """d [N] per layer, float32."""
+    """Return d [N] per layer, in the accumulation dtype."""
     sums: dict[str, Tensor] = {}
 
     def see(name: str, x_SN: Tensor) -> None:
-        sums[name] = sums.get(name, 0) + x_SN.float().abs().mean(0)
+        sums[name] = sums.get(name, 0) + widened(x_SN).abs().mean(0)
 
     with hooked(on_inputs(linears, see)):
         feed(model, windows)
@@ -102,7 +103,7 @@ def scales(model: nn.Module, linears: Mapping[str, nn.Module], windows: Tensor, 
 @torch.no_grad()
 def scaled_svd(linear: nn.Module, d_N: Tensor) -> Factors:
     """W = left right exactly at full rank: d is folded in again."""
-    U_MK, S_K, Vh_KN = torch.linalg.svd(weight_MN(linear).float() * d_N, full_matrices=False)
+    U_MK, S_K, Vh_KN = torch.linalg.svd(widened(weight_MN(linear)) * d_N, full_matrices=False)
     return Factors.of(linear, U_MK * S_K.sqrt(), S_K.sqrt()[:, None] * Vh_KN / d_N)
 
 

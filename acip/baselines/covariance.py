@@ -25,6 +25,7 @@ from acip.cut import Budget, CutTable
 from acip.errors import RecipeError
 from acip.layers import find_linears, hooked, weight_MN
 from acip.linear import coordinates
+from acip.modeling_acip import widened
 from acip.recipe import Recipe
 
 
@@ -64,7 +65,7 @@ def energies(model: nn.Module, linears: Mapping[str, nn.Module], factors: Mappin
     sums: dict[str, Tensor] = {}
 
     def see(name: str, x_SN: Tensor) -> None:
-        sums[name] = sums.get(name, 0) + F.linear(x_SN, factors[name].right).float().square().sum(0)
+        sums[name] = sums.get(name, 0) + widened(F.linear(x_SN, factors[name].right)).square().sum(0)
 
     with hooked(on_inputs(linears, see)):
         feed(model, windows)

@@ -35,7 +35,7 @@ from acip.data import TokenBatches
 from acip.errors import CalibrationError, DataError, RecipeError
 from acip.layers import find_linears, hooked, weight_MN
 from acip.losses import next_token
-from acip.modeling_acip import bias_of
+from acip.modeling_acip import accumulation_dtype, bias_of, widened
 
 BETA = 10.0  # steepness of the gate
 BESIDE = 5  # directions computed beyond gamma, where the gate is closed
@@ -188,7 +188,7 @@ def truncating(linears: Mapping[str, nn.Module], gammas: Mapping[str, Tensor]) -
         def truncate(linear: nn.Module, _args: Any, y: Tensor) -> Tensor:
             bias_M = bias_of(linear)
             A = y if bias_M is None else y - bias_M
-            out: Tensor = Truncation.apply(A.float(), gammas[name]).to(y.dtype)
+            out: Tensor = Truncation.apply(widened(A), gammas[name]).to(y.dtype)
             return out if bias_M is None else out + bias_M
 
         return truncate
@@ -210,8 +210,9 @@ def learned(
     penalty: float,
 ) -> dict[str, float]:
     """The gammas with the least loss that was seen."""
-    device = next(model.parameters()).device
-    gammas = {name: nn.Parameter(torch.tensor(value, dtype=torch.float32, device=device)) for name, value in start.items()}
+    weight = next(model.parameters())
+    dtype, device = accumulation_dtype(weight.dtype), weight.device
+    gammas = {name: nn.Parameter(torch.tensor(value, dtype=dtype, device=device)) for name, value in start.items()}
     optimizer = torch.optim.Adam(gammas.values(), lr=lr[0])
     accumulate = min(accumulate, len(windows))
     steps = epochs * len(windows) // accumulate
@@ -311,7 +312,7 @@ def rebuilt(
 
         def truncate(linear: nn.Module, _args: Any, y: Tensor) -> Tensor:
             bias_M = bias_of(linear)
-            A = (y if bias_M is None else y - bias_M).flatten(0, -2).float()
+            A = widened((y if bias_M is None else y - bias_M).flatten(0, -2))
             U, s, V_Mq = leading(A, kept + BESIDE)
             waiting[name].append(V_Mq[:, :kept].T)
             if len(waiting[name]) == place.windows:
@@ -331,5 +332,5 @@ def rebuilt(
     factors: dict[str, Factors] = {}
     for name, linear in pca_layers.items():
         V_Mk = pca[name].V_kM.T
-        factors[name] = Factors.of(linear, V_Mk, V_Mk.T @ weight_MN(linear).float())
+        factors[name] = Factors.of(linear, V_Mk, V_Mk.T @ widened(weight_MN(linear)))
     return factors

@@ -11,7 +11,8 @@
     lora      LoRA on all left factors, merged, then on all right ones, merged; on the calibration text (the authors': 50,000
               instructions of Alpaca, at most 256 tokens each)
 
-S comes in float64 from sums in float32. Where C is not positive definite, its lowest eigenvalue and 1e-6 are added to the diagonal.
+S comes in float64 from sums in the accumulation dtype. Where C is not positive definite, its lowest eigenvalue and 1e-6 are added to the
+diagonal.
 
 Inside one forward pass, a block's hook compresses it and runs it again: whatever stands between the blocks of an architecture,
 the next one is fed what it really would be. A block that is run several times is updated at the first.
@@ -34,7 +35,7 @@ from acip.errors import CalibrationError, RecipeError
 from acip.layers import find_linears, hooked, weight_MN
 from acip.linear import LoRA, LowRankLinear
 from acip.losses import next_token
-from acip.modeling_acip import bias_of, set_module
+from acip.modeling_acip import bias_of, set_module, widened
 from acip.moments import feed_tokens, grouped, moments, probe
 
 JITTER = 1e-6  # added to what makes C's eigenvalues positive; of a sum over tokens
@@ -226,7 +227,8 @@ def tuned(
         adapted = []
         for layer in layers:
             linear: Any = getattr(layer, part)
-            adapted.append(Adapted(linear, LoRA(linear.in_features, linear.out_features, rank, alpha / rank, dropout, device)))
+            lora = LoRA(linear.in_features, linear.out_features, rank, alpha / rank, dropout, device, linear.weight.dtype)
+            adapted.append(Adapted(linear, lora))
             setattr(layer, part, adapted[-1].train())
         optimizer = torch.optim.AdamW([p for own in adapted for p in own.lora.parameters()], lr=lr, weight_decay=0.0)
         for step in range(steps):
@@ -238,5 +240,5 @@ def tuned(
             progress(f"LoRA on the {part} factors", step + 1, steps)
         for layer, own in zip(layers, adapted, strict=True):
             weight = own.linear.weight
-            weight.data = (weight.float() + own.lora.product().detach()).to(weight.dtype)
+            weight.data = (widened(weight) + own.lora.product().detach()).to(weight.dtype)
             setattr(layer, part, own.linear)
