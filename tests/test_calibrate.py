@@ -1,5 +1,6 @@
 """The loop: resumed equals never stopped, scores order, what goes wrong says so."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,18 +48,32 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
     assert adapters_equal(resumed, straight)
 
 
-@pytest.mark.parametrize("look_every", [2, 4])
+@pytest.fixture(scope="module")
+def stopped_between_looks(
+    small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor, calibrated: tuple[object, Calibration]
+) -> Calibration:
+    """A run whose stop step is not a multiple of 2, 3 or 4: its stop ratio is the size that `calibrated` first reached at such a step."""
+    _, usual = calibrated
+    sizes = [report.size for report in usual.history if report.phase == "prune"]
+    stop_ratio = next(size for step, size in reversed(list(enumerate(sizes, 1))) if step % 6 in (1, 5) and size < min(sizes[: step - 1]))
+    recipe = replace(quick_recipe, stop_ratio=stop_ratio, post_tune_steps=9)
+    base = load_base(small_base, recipe.dtype)
+    parametrise(base.model, recipe, golden_tokens)
+    return calibrate(base.model, TokenBatches(golden_tokens, recipe.batch_size), recipe)
+
+
+@pytest.mark.parametrize("look_every", [2, 3, 4])
 def test_it_never_matters_when_the_host_looks(
-    small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor, calibrated: tuple[object, Calibration], look_every: int
+    small_base: str, golden_tokens: torch.Tensor, stopped_between_looks: Calibration, look_every: int
 ) -> None:
     """The stop falls between two looks; the steps after it change nothing."""
-    _, straight = calibrated
-    assert straight.stop_step % look_every
-    base = load_base(small_base, quick_recipe.dtype)
-    parametrise(base.model, quick_recipe, golden_tokens)
+    straight, recipe = stopped_between_looks, stopped_between_looks.recipe
+    assert straight.stop_step % look_every, "arranged by the fixture"
+    base = load_base(small_base, recipe.dtype)
+    parametrise(base.model, recipe, golden_tokens)
     calls = []
-    batches = TokenBatches(golden_tokens, quick_recipe.batch_size)
-    rare = calibrate(base.model, batches, quick_recipe, observe=lambda reports, state: calls.append(len(reports)), look_every=look_every)
+    batches = TokenBatches(golden_tokens, recipe.batch_size)
+    rare = calibrate(base.model, batches, recipe, observe=lambda reports, state: calls.append(len(reports)), look_every=look_every)
     assert max(calls) == look_every
     assert rare.history == straight.history
     assert torch.equal(rare.scores.score, straight.scores.score)

@@ -21,37 +21,42 @@ class Batches(Protocol):
     def __getitem__(self, i: int, /) -> Tensor: ...
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class Gate(torch.autograd.Function):
     """Forward scale * 1[p > 0], backward that of relu(p)."""
 
     @staticmethod
     def forward(ctx: Any, p_K: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(p_K)
-        return ((p_K > 0) * scale).to(dtype)
+        return (p_K > 0).to(dtype) * scale  # the product of a bool and a float would be float32
 
     @staticmethod
     def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor, None, None]:
         (p_K,) = ctx.saved_tensors
-        return grad_K.float() * (p_K > 0), None, None
+        return grad_K.to(p_K.dtype) * (p_K > 0), None, None
 
 
 class LiteralLinear(nn.Module):
-    """A linear layer as U diag(g(p)) V with a LoRA adapter beside it; masks and adapters are float32."""
+    """A linear layer as U diag(g(p)) V with a LoRA adapter beside it. Masks and adapters are float32, in a float64 model float64."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, scale: float) -> None:
         super().__init__()
         W_MN = linear.weight.detach()
         (M, N), dtype = W_MN.shape, W_MN.dtype
-        U_MK = torch.linalg.svd(W_MN.float(), full_matrices=False).U / math.sqrt(scale)
+        trained: Any = {"dtype": wide(dtype), "device": W_MN.device}
+        U_MK = torch.linalg.svd(W_MN.to(wide(dtype)), full_matrices=False).U / math.sqrt(scale)
         self.register_buffer("U", U_MK.to(dtype).contiguous())
-        self.register_buffer("V", (U_MK.T @ W_MN.float()).to(dtype).contiguous())
+        self.register_buffer("V", (U_MK.T @ W_MN.to(wide(dtype))).to(dtype).contiguous())
         self.U: Tensor
         self.V: Tensor
         self.bias = linear.bias
         self.mask_scale, self.lora_scale = scale, alpha / rank
-        self.p = nn.Parameter(torch.full((U_MK.shape[1],), scale, device=W_MN.device))
-        self.A = nn.Parameter(torch.empty(rank, N, device=W_MN.device))
-        self.B = nn.Parameter(torch.zeros(M, rank, device=W_MN.device))
+        self.p = nn.Parameter(torch.full((U_MK.shape[1],), scale, **trained))
+        self.A = nn.Parameter(torch.empty(rank, N, **trained))
+        self.B = nn.Parameter(torch.zeros(M, rank, **trained))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +116,8 @@ def calibrate(
     stop_step = None
     while stop_step is None or len(history) < stop_step + post_tune_steps:
         ids = batches[len(history)].to(device)
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        logits = model(input_ids=ids, use_cache=False).logits  # with labels, the model would compute the loss in float32
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).to(wide(logits.dtype)), ids[:, 1:].flatten())
         for layer in layers.values():
             loss = loss + lambda_ * layer.p.relu().sum()
         loss.backward()
