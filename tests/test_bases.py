@@ -253,7 +253,7 @@ def test_threads_are_put_back(solve_all: Callable[..., tuple[Directions, int]]) 
 
 
 @pytest.mark.parametrize("kind", ["covariance", "svd"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_what_is_cached_is_not_computed_and_the_same(
     model: Any, solve_all: Callable[..., tuple[Directions, int]], tmp_path: Path, kind: Any, dtype: torch.dtype
 ) -> None:

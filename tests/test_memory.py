@@ -142,7 +142,7 @@ class Live(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("changes", [{}, {"recompute": True}, {"recompute": True, "quantise": "nf4"}], ids=str)
 def test_phases_take_what_was_predicted(name: str, dtype: Dtype, changes: dict[str, Any]) -> None:
     model, recipe = causal(name, dtype), replace(RECIPE, dtype=dtype, adapter_dropout=0.05, **changes)
