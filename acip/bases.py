@@ -53,9 +53,9 @@ def bases(
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, directions_KM) of each of `linears`: orthonormal rows, most important first, in no promised order of layers.
 
-    They come on the weight's device and in its dtype. `model` has to stay as it is until
-    the last one: layers are gathered in groups whose covariances take at most `covariance_bytes` (of one layer at least),
-    one forward pass per group over the first `recipe.sample_windows` of `windows`. What `cache` knows is not computed.
+    They come on the weight's device and in its dtype. `model` must not change until the last one: layers are gathered in groups whose
+    covariances take at most `covariance_bytes` (or in groups of one layer), in one forward pass per group over the first
+    `recipe.sample_windows` of `windows`. Bases that `cache` holds are not computed.
 
     Under torch.distributed each rank feeds its share of the windows and solves its share of the layers; all ranks get the
     same directions, and rank 0 keeps the cache. BaseModelError for a layer that is never called on this text.

@@ -215,7 +215,7 @@ class Loop:
             if recipe.scores == "gradient":
                 gradients = torch.cat([p.grad - state.lambda_ * (p > 0) for p in state.masks if p.grad is not None])
                 state.gradients += torch.where(stopped, 0.0, gradients)
-            optimizer.found_inf = stopped.float()  # type: ignore[attr-defined]  # the fused kernel's own switch: change nothing
+            optimizer.found_inf = stopped.float()  # type: ignore[attr-defined]  # the fused kernel's switch, always float32: change nothing
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state.step += 1
