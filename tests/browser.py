@@ -15,11 +15,12 @@ from urllib.parse import urlencode
 from playwright.sync_api import Browser, FloatRect, Locator, Page, Request, Route, ViewportSize, expect, sync_playwright
 
 from tests.server import PROMPT
+from tests.waiting import PATIENCE_S
 
 LAPTOP: ViewportSize = {"width": 1280, "height": 800}
 PHONE: ViewportSize = {"width": 390, "height": 844}
 SMALL_PHONE: ViewportSize = {"width": 320, "height": 568}
-PATIENCE_MS = 30_000  # of a machine with other work
+PATIENCE_MS = 1000 * PATIENCE_S  # where a condition is awaited
 expect.set_options(timeout=PATIENCE_MS)
 
 

@@ -6,11 +6,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning pools on two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from acip.recipe import Recipe
 from tests import fuzz
 from tests.browser import Visit, launched, visiting
 from tests.server import Server, Shared, free_port, make_home
+from tests.waiting import stop, until
 
 GOLDEN = Path(__file__).parent / "golden" / "reference-trace"
 SEED = int(os.environ.get("ACIP_TEST_SEED", "0"))  # of the calibrated fixtures; tests must pass with any
@@ -126,7 +127,7 @@ def calibrated(small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tenso
     """(base, calibration) of the small model with the quick recipe."""
     base = load_base(small_base, quick_recipe.dtype)
     parametrise(base.model, quick_recipe, golden_tokens)
-    return base, calibrate(base.model, TokenBatches(golden_tokens, quick_recipe.batch_size, SEED), quick_recipe)
+    return base, calibrate(base.model, TokenBatches(golden_tokens, quick_recipe.batch_size), quick_recipe)
 
 
 @pytest.fixture(scope="session")
@@ -184,22 +185,18 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
         "s3", endpoint_url=endpoint, aws_access_key_id="admin", aws_secret_access_key="adminsecret", region_name="us-east-1"
     )
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
+
+        def answers() -> bool:
+            assert server.poll() is None, f"the S3 server ended:\n{(folder / 'log').read_text()}"
+            with contextlib.suppress(BotoCoreError, ClientError):
                 client.put_object(Bucket="models", Key="ready", Body=b"")
-                break
-            except (BotoCoreError, ClientError):
-                assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
-                time.sleep(0.2)
+                return True
+            return False
+
+        until(answers, lambda: f"the S3 server does not answer:\n{(folder / 'log').read_text()}")
         yield {**keys, "AWS_ENDPOINT_URL": endpoint}
     finally:
-        server.terminate()
-        try:
-            server.wait(15)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        stop(server)
 
 
 @pytest.fixture(scope="session")

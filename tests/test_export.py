@@ -22,6 +22,7 @@ from acip.materialise import AnySize
 from acip.modeling_acip import CODE
 from acip.source import Folder
 from tests.conftest import logits, read
+from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parents[1]
 
@@ -149,7 +150,9 @@ for folder in ({str(exported)!r}, {str(tmp_path / "again")!r}):
 print(pipeline("text-generation", model={str(exported)!r}, trust_remote_code=True)("It is", max_new_tokens=4)[0]["generated_text"])
 """
     env = {"PATH": "/usr/bin", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=PATIENCE_S, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert "refused" in result.stdout and "It is" in result.stdout
 
@@ -163,7 +166,7 @@ config = AutoConfig.from_pretrained({str(exported)!r})
 assert type(config).__module__ == "acip.modeling_acip", type(config)
 """
     env = {"PATH": "/usr/bin", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=300, check=False)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=PATIENCE_S, check=False)
     assert result.returncode == 0, result.stderr
 
 

@@ -13,7 +13,8 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser import Visit, hash_of
-from tests.server import PROMPT, Server, text, until
+from tests.server import PROMPT, Server, text
+from tests.waiting import PATIENCE_S, until
 
 PRESS = "document.querySelector('#size').dispatchEvent(new KeyboardEvent('keydown', {{key: '{}'}}))"
 
@@ -80,7 +81,7 @@ def test_moving_the_slider_ends_the_request_that_runs(visit: Visit, server: Serv
     assert "small@0.5" in (failed.value.post_data or "")
     assert failed.value.failure == "net::ERR_ABORTED"
     visit.done(0.49)
-    until(lambda: server.metric("acip_requests_total", "cancelled") > before, 20, "the server goes on with what nobody waits for")
+    until(lambda: server.metric("acip_requests_total", "cancelled") > before, "the server goes on with what nobody waits for")
     assert visit.asked() == ["small@1.0", "small@0.5", "small@0.49"]
 
 
@@ -173,7 +174,7 @@ def test_the_copied_commands_are_the_request(visit: Visit, server: Server) -> No
     assert json.loads(words[6]) == visit.bodies()[-1]
     assert visit.bodies()[-1]["prompt"] == prompt
     program = copied("#python")
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert said.stdout == visit.completion("compressed")
     command = shlex.split(copied("#copycommand"))
     assert command == ["python", "jobs/materialise.py", "small", "--size", "0.6", "--out", "small-0.6"]
@@ -182,7 +183,7 @@ def test_the_copied_commands_are_the_request(visit: Visit, server: Server) -> No
 def test_a_size_becomes_a_folder(visit: Visit) -> None:
     page = visit.open(hash_of(size=0.55)).done().page
     page.click("#make")
-    expect(page.locator("#jobs")).to_contain_text("small at 0.55 is ready", timeout=60_000)
+    expect(page.locator("#jobs")).to_contain_text("small at 0.55 is ready")
     folder = Path(visit.text("#jobs pre").removeprefix("file://"))
     assert (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
 
@@ -211,7 +212,7 @@ def test_recorded_words_while_dragging_live_ones_when_let_go(visit: Visit, serve
     def words() -> dict[float, str]:
         return {entry["size"]: entry["text"] for entry in recorded()["completions"]}
 
-    until(lambda: 0.6 in words(), 60, "the server records in its idle time")
+    until(lambda: 0.6 in words(), "the server records in its idle time")
     sample = recorded()
     page = visit.open(hash_of(prompt=sample["prompt"], size=0.9, max_tokens=sample["max_tokens"])).done().page
     box = visit.box("#size")

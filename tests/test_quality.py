@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from tests.benchmarks.quality import FINE, GOALS, SIZES
+from tests.waiting import JOB_S
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +23,7 @@ def test_the_excess_loss_is_a_fraction_of_the_papers(tmp_path: Path) -> None:
         "--json",
         str(tmp_path / "runs.json"),
     ]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=JOB_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.rstrip().splitlines()[-1].endswith("goals met at 6 of 6 sizes")
     paper, ours = (

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from acip.artifact import Artifact
 from acip.errors import AcipError, BudgetError
+from tests.waiting import PATIENCE_S, until
 
 PROMPT = "It was a bright cold day and "
 
@@ -52,7 +53,7 @@ def answered(engine: Engine, served: Served, request: Any) -> dict[str, Any]:
             done.set()
 
     ticket = engine.submit(served, request, hear)
-    assert done.wait(60)
+    assert done.wait(PATIENCE_S), "the engine does not answer"
     if heard[-1].kind == "error":
         raise RequestError(heard[-1].data["body"]["error"]["message"], status=heard[-1].data["status"])
     answer = Answer(request)
@@ -195,9 +196,9 @@ def test_who_is_gone_frees_the_slots_at_the_next_step(engine: Engine, served: Se
     ticket = engine.submit(
         served, CompletionRequest.parse({"prompt": ["a"] * 16, "n": 2, "max_tokens": 511, "ignore_eos": True}), heard.extend
     )
-    wait_until(lambda: len(served.batch.active) == 32)
+    wait_until(lambda: len(served.batch.active) == 32, "not all 32 are being answered")
     engine.cancel(ticket)
-    wait_until(lambda: not served.batch and engine.open == 0)
+    wait_until(lambda: not served.batch and engine.open == 0, "the slots of a cancelled request are not free")
     assert heard[-1].kind == "text"
     assert not served.batch.slots.keys
 
@@ -208,7 +209,7 @@ def test_an_answer_that_takes_too_long_is_given_up(served: Served) -> None:
     with pytest.raises(RequestError, match=r"within 0\.3 s") as caught:
         answered(hasty, served, CompletionRequest.parse({"prompt": ["a"] * 16, "max_tokens": 511, "ignore_eos": True}))
     assert caught.value.status == 408
-    wait_until(lambda: not served.batch)
+    wait_until(lambda: not served.batch, "the slots of an answer that was given up are not free")
     hasty.close()
 
 
@@ -261,7 +262,7 @@ def test_a_long_prompt_delays_the_others_by_pieces(ask: Ask, engine: Engine, ser
     monkeypatch.setattr(served.batch, "_forward", counted)
     with ThreadPoolExecutor(2) as pool:
         short = pool.submit(ask, max_tokens=200)
-        wait_until(lambda: len(counts) > 5)
+        wait_until(lambda: len(counts) > 5, "the short request is not being answered")
         long = pool.submit(ask, prompt="b" * 490, max_tokens=4)
         assert long.result()["usage"]["prompt_tokens"] == 490
         assert short.result()["usage"]["completion_tokens"] == 200
@@ -319,10 +320,11 @@ def test_an_unloaded_model_is_not_held(small_artifact: Artifact, tmp_path: Path)
     recorder.add(served)
     answered(engine, served, CompletionRequest.parse({"prompt": "a", "max_tokens": 2}))
     gone = weakref.ref(served)
-    while not engine.remove(served):  # recording
-        time.sleep(0.01)
+    waiting = [served]
     del served
-    wait_until(lambda: gc.collect() >= 0 and gone() is None)
+    wait_until(lambda: engine.remove(waiting[0]), "the model is still in use: it is being recorded")
+    waiting.clear()
+    wait_until(lambda: gc.collect() >= 0 and gone() is None, "the unloaded model is still held")
     engine.close()
 
 
@@ -370,7 +372,7 @@ def test_a_model_leaves_only_when_nobody_uses_it(engine: Engine, served: Served)
     ticket = engine.submit(served, CompletionRequest.parse({"prompt": "a", "max_tokens": 500, "ignore_eos": True}), lambda _: None)
     assert not engine.remove(served)
     engine.cancel(ticket)
-    wait_until(lambda: engine.open == 0)
+    wait_until(lambda: engine.open == 0, "the cancelled request is still open")
     assert engine.remove(served)
     with pytest.raises(RequestError, match="was unloaded"):
         engine.submit(served, CompletionRequest.parse({"prompt": "a"}), lambda _: None)
@@ -391,8 +393,5 @@ def test_a_model_whose_sequences_would_mix_is_refused(small_artifact: Artifact, 
         Served(ModelVersion("small", "7", "here", (), {}), small_artifact)
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+def wait_until(is_so: Callable[[], bool], otherwise: str) -> None:
+    until(is_so, otherwise, every_s=0.005)

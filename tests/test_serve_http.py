@@ -15,7 +15,8 @@ from acip_platform.serve.request import CompletionRequest
 from transformers import AutoModelForCausalLM
 
 from acip.artifact import Artifact
-from tests.server import PROMPT, Server, text, until
+from tests.server import PROMPT, Server, text
+from tests.waiting import PATIENCE_S, until
 
 
 def test_the_first_screens_commands_work_as_they_are(server: Server) -> None:
@@ -28,7 +29,7 @@ def test_the_first_screens_commands_work_as_they_are(server: Server) -> None:
         name, _, value = options.get("-H", "Accept: */*").partition(": ")
         assert options.keys() <= {"-H", "-d"}
         method = "POST" if "-d" in options else "GET"
-        response = httpx.request(method, url, headers={name: value}, content=options.get("-d"), timeout=60)
+        response = httpx.request(method, url, headers={name: value}, content=options.get("-d"), timeout=PATIENCE_S)
         streamed = response.headers["content-type"].startswith("text/event-stream")
         answers.append(chunks(response.text)[0] if streamed else response.json())
     assert [model["id"] for model in answers[0]["data"]] == ["small", "talker"]
@@ -73,7 +74,7 @@ def test_what_is_recorded_is_what_the_model_says(server: Server) -> None:
     def recorded() -> dict[str, Any]:
         return server.client.get("/v1/models/small/tradeoff").json()["recorded"][0]
 
-    until(lambda: len(recorded()["completions"]) >= 3, 60, "recordings are made in idle time")
+    until(lambda: len(recorded()["completions"]) >= 3, "recordings are made in idle time")
     first = recorded()
     at = first["completions"][1]
     assert at["size"] < 1
@@ -223,7 +224,7 @@ def test_a_size_is_materialised_in_the_background_once(server: Server) -> None:
         assert shown["status"] != "failed", shown
         return shown
 
-    until(lambda: now()["status"] == "succeeded", 90, "it is not ready")
+    until(lambda: now()["status"] == "succeeded", "it is not ready")
     made = now()
     assert hashlib.sha256((Path(made["uri"]) / "provenance.json").read_bytes()).hexdigest() == made["sha256"]
     assert AutoModelForCausalLM.from_pretrained(made["uri"]).config.acip["layers"]

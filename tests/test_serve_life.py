@@ -17,7 +17,8 @@ import pytest
 from acip_platform.settings import Settings
 from acip_platform.tracking import Registry, Tracking
 
-from tests.server import Server, text, until
+from tests.server import Server, text
+from tests.waiting import until
 
 ASKED, SLOTS = 90, 64  # requests at once, and how many of them the server takes
 LONG: dict[str, Any] = {"model": "small", "prompt": ["a"] * 16, "ignore_eos": True}
@@ -50,7 +51,7 @@ def test_a_full_queue_is_429_and_who_leaves_makes_room(server: Server) -> None:
     began = time.monotonic()
     server.ask(max_tokens=1)
     assert time.monotonic() - began < 10, "the others are gone, and so is their work"
-    until(lambda: server.open == 0, 10, "who left is still counted")
+    until(lambda: server.open == 0, "who left is still counted")
 
 
 def test_who_does_not_read_holds_no_slot(server: Server) -> None:
@@ -64,9 +65,9 @@ def test_who_does_not_read_holds_no_slot(server: Server) -> None:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect((url.host, url.port))
             client.sendall(head + body)
-        until(lambda: server.open == 10, 30, "not all of them are being answered")
+        until(lambda: server.open == 10, "not all of them are being answered")
         server.ask(max_tokens=2, ignore_eos=True)
-        until(lambda: server.open == 0, 90, "who does not read holds a slot")
+        until(lambda: server.open == 0, "who does not read holds a slot")
     assert server.metric("acip_generated_tokens_total") == before + 10 * 16 * 300 + 2
 
 
@@ -79,7 +80,7 @@ def test_a_killed_engine_is_replaced_and_its_requests_are_answered_or_told(serve
     with ThreadPoolExecutor(2) as pool:
         whole = pool.submit(server.post, **LONG, max_tokens=250)
         streamed = pool.submit(server.post, **LONG, max_tokens=250, stream=True)
-        until(lambda: server.metric("acip_requests_running") == 2, 30, "not both are being answered")
+        until(lambda: server.metric("acip_requests_running") == 2, "not both are being answered")
         killed.kill()
         *_, last = [line for line in streamed.result().text.split("\n\n") if line]
         error = json.loads(last.removeprefix("data: "))["error"]
@@ -107,7 +108,7 @@ def test_another_version_is_served_without_a_restart(server: Server, served_home
     assert server.post("/v1/chat/completions", **chat).status_code == 400, "version 1 has no template"
     with ThreadPoolExecutor(1) as pool:
         under_way = pool.submit(server.ask, **LONG, max_tokens=400)
-        until(lambda: server.metric("acip_requests_running") == 1, 30, "it is not being answered")
+        until(lambda: server.metric("acip_requests_running") == 1, "it is not being answered")
         card = server.client.post("/v1/models/small/load", json={"alias": "candidate"}).json()
         assert (card["id"], card["version"], card["artifact"]) == ("small", candidate, str(served_home / "talker"))
         assert server.ask(max_tokens=2)["version"] == candidate
@@ -123,7 +124,7 @@ def test_ctrl_c_lets_answers_finish_and_leaves_nothing_behind(server_to_stop: Se
     assert len(everything) > 5
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(server.ask, **LONG, max_tokens=400)
-        until(lambda: server.metric("acip_requests_running") == 1, 30, "it is not being answered")
+        until(lambda: server.metric("acip_requests_running") == 1, "it is not being answered")
         server.process.send_signal(signal.SIGINT)
         assert asked.result()["usage"]["completion_tokens"] == 16 * 400
     assert server.process.wait(60) == 0
