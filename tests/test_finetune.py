@@ -174,7 +174,7 @@ def test_other_ways_to_tune(
     any_size, recipe = prepared(small_artifact, **changes)
     before = perplexity(any_size.model, golden_tokens[:128], 32).loss
     served = perplexity(small_artifact.load(size=SIZE).model, golden_tokens[:128], 32).loss
-    assert (before > served) == ("quantise" in changes)
+    assert before != served if "quantise" in changes else before == pytest.approx(served, abs=1e-4)
     finetune(any_size, scores_of(small_artifact), TokenBatches(golden_tokens, 4, recipe.seed), recipe)
     after = perplexity(any_size.model, golden_tokens[:128], 32).loss
     assert after < before
