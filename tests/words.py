@@ -1,0 +1,37 @@
+"""Answers that were computed in two ways, alone and in a batch or whole and in pieces, and must be the same.
+
+The last bits of a logit depend on the way and on the CPU. Where two tokens are equally likely within `TIE`, either may be chosen, and
+what follows is another text. So answers are compared by what the model says of each token, up to the first one that was open.
+"""
+
+from bisect import bisect_right
+from itertools import takewhile
+from typing import Any
+
+import pytest
+
+TIE = 1e-3  # nats; the errors of float32 are below 1e-4 here
+
+
+def assert_says(answer: dict[str, Any], text: str) -> None:
+    """`text` is this greedy answer, which was asked for with `logprobs` of at least 2, up to a near tie."""
+    (choice,) = answer["choices"]
+    if choice["text"] == text:
+        return
+    at = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(choice["text"], text, strict=False)))
+    told = choice["logprobs"]
+    assert at < len(choice["text"]), f"{text!r} goes on after {choice['text']!r}"
+    top = told["top_logprobs"][bisect_right(told["text_offset"], at) - 1]
+    best, second = sorted(top.values(), reverse=True)[:2]
+    assert best - second < TIE, f"{text!r} leaves {choice['text']!r} at character {at}, where the model is sure: {top}"
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two choices, asked for with `logprobs`, have the same text. Fails where the model says different things of the same text."""
+    ours, theirs = one["logprobs"], other["logprobs"]
+    for i, (token, its) in enumerate(zip(ours["tokens"], theirs["tokens"], strict=False)):
+        tops = [sorted(told["top_logprobs"][i].values()) for told in (ours, theirs)]
+        assert tops[0] == pytest.approx(tops[1], abs=TIE), f"token {i} after {one['text']!r} and {other['text']!r}"
+        if token != its:
+            return False
+    return bool(one["text"] == other["text"])
