@@ -88,6 +88,7 @@ def test_steps_that_died_with_their_worker_come_from_the_checkpoint(tracking: Tr
 
 def test_steps_wait_while_mlflow_is_down(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("acip_platform.train.MLFLOW_REST_S", 1e6)
     run = tracking.start("small", "down", {})
     heard: list[str] = []
     watching = observer(run, heard=heard)

@@ -26,6 +26,13 @@ def assert_says(answer: dict[str, Any], text: str) -> None:
     assert best - second < TIE, f"{text!r} leaves {choice['text']!r} at character {at}, where the model is sure: {top}"
 
 
+def assert_as_far(values: dict[str, float], expected: dict[str, float], rel: float, tokens: int) -> None:
+    """Two divergences agree; the tokens whose first choice is the base's may differ by two, which are near ties."""
+    key = "same_top_share"
+    assert values[key] == pytest.approx(expected[key], abs=2.5 / tokens)
+    assert {**values, key: 0} == pytest.approx({**expected, key: 0}, rel=rel, abs=1e-9)
+
+
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two choices, asked for with `logprobs`, have the same text. Fails where the model says different things of the same text."""
     ours, theirs = one["logprobs"], other["logprobs"]
