@@ -9,6 +9,7 @@ from itertools import takewhile
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 TIE = 1e-3  # nats; the errors of float32 are below 1e-4 here
 
@@ -24,6 +25,15 @@ def assert_says(answer: dict[str, Any], text: str) -> None:
     top = told["top_logprobs"][bisect_right(told["text_offset"], at) - 1]
     best, second = sorted(top.values(), reverse=True)[:2]
     assert best - second < TIE, f"{text!r} leaves {choice['text']!r} at character {at}, where the model is sure: {top}"
+
+
+def assert_writes(logits_TV: Tensor, ids: list[int], others: list[int], start: int) -> None:
+    """Two greedy continuations of `ids[:start]` are the same up to a near tie in the logits that the model has for `ids`."""
+    for at in range(start, len(ids)):
+        if ids[at] != others[at]:
+            best, second = logits_TV[at - 1].topk(2).values.tolist()
+            assert best - second < TIE, f"token {at} is {ids[at]} and {others[at]}, where the model is sure by {best - second:.3g}"
+            return
 
 
 def assert_as_far(values: dict[str, float], expected: dict[str, float], rel: float, tokens: int) -> None:
