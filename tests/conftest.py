@@ -143,6 +143,12 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(SEED)
+
+
 @pytest.fixture(scope="module")
 def any_size(small_artifact: Artifact) -> AnySize:
     return small_artifact.load()

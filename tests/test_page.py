@@ -354,7 +354,8 @@ def test_several_models_and_chat(visit: Visit) -> None:
     assert "/v1/chat/completions" in visit.text("#code")
     page.click("#advanced summary")
     expect(page.locator("#chat")).to_be_checked()
-    page.uncheck("#chat")
+    with page.expect_request("**/v1/completions"):
+        page.uncheck("#chat")
     expect(page).to_have_url(re.compile("model=talker.*chat=0"))
     visit.done()
     assert visit.bodies()[-1]["prompt"] == PROMPT
