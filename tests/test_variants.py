@@ -19,6 +19,7 @@ from acip.parametrise import parametrise
 from acip.recipe import Recipe, paper
 from acip.scores import fisher
 from acip.sizes import set_size
+from tests.conftest import SEED
 
 Run = Callable[..., Calibration]
 
@@ -36,7 +37,15 @@ def run(small_base: str, golden_tokens: Tensor) -> Run:
 
 
 def recipe(**changes: object) -> Recipe:
-    fields = {"adapter_rank": 4, "adapter_alpha": 4.0, "adapter_dropout": 0.0, "dtype": "float32", "batch_size": 4, "seq_len": 64}
+    fields = {
+        "adapter_rank": 4,
+        "adapter_alpha": 4.0,
+        "adapter_dropout": 0.0,
+        "dtype": "float32",
+        "batch_size": 4,
+        "seq_len": 64,
+        "seed": SEED,
+    }
     return Recipe.from_dict(fields | {"lr": 2e-3, "lambda_factor": 1.2, "post_tune_steps": 0} | changes, paper())
 
 
