@@ -254,6 +254,17 @@ def test_a_size_is_downloaded(visit: Visit) -> None:
     assert again.value.path().read_bytes() == downloaded.value.path().read_bytes()
 
 
+def test_where_a_key_is_needed_the_download_is_a_command(visit: Visit, server: Server) -> None:
+    """A link can't carry the key."""
+    visit.page.add_init_script("sessionStorage.setItem('acip-key', 'sesame')")
+    page = visit.open(hash_of(size=0.55)).done().page
+    page.click("#make")
+    expect(page.locator("#jobs")).to_contain_text("small at 0.55 is ready")
+    command = shlex.split(visit.text("#jobs .download"))
+    assert command[:6] == ["curl", "-C", "-", "-OJ", "-H", "Authorization: Bearer $ACIP_API_KEY"]
+    assert server.client.head(command[6].removeprefix(server.url)).headers["Accept-Ranges"] == "bytes"
+
+
 COMPARED = """([one, other, whole]) => {
   const [words, marks, says] = compared({text: one, whole: true}, {text: other, whole});
   return [says, words.filter((_, at) => marks?.[at]).map((word) => word.trim())];
