@@ -18,6 +18,8 @@ import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
+from fractions import Fraction
 from typing import Any, Literal, get_args
 
 from acip.errors import BudgetError
@@ -25,7 +27,7 @@ from acip.recipe import Convention
 
 Bits = Literal[8, 4]
 ALL_BITS: tuple[Bits | None, ...] = (None, 8, 4)  # None = the model's own dtype
-MEGA = 10**6
+MEGA, GIGA = 10**6, 10**9
 OVERHEAD = 256 * MEGA  # bytes; stated, not measured: kernels' workspaces, and what allocators lose
 
 QUANTISED = "quantised"  # a measurement (acip.evaluate.perplexity)
@@ -132,6 +134,19 @@ class Budget:
             f"{reprlib.repr(text)} is not a budget; allowed are a ratio (0.6 or 60%), parameters (800M params), bytes (8GB, 8GiB or "
             "fit:8GB) and a perplexity (ppl<=20)."
         )
+
+
+def in_bytes(amount: float, unit: int) -> int:
+    """Convert an amount of `unit` (1e6 or 1e9 bytes) to whole bytes, rounded down once.
+
+    The amount counts as the decimal that was written: 2.3 GB are 2,300,000,000 bytes, though 2.3 * 1e9 in binary is less.
+    """
+    return int(Fraction(repr(amount)) * unit)
+
+
+def rounded_up(value: float, digits: int) -> str:
+    """Format the least value that can be asked for with `digits` significant digits, so that asking for it succeeds."""
+    return f"{Context(prec=digits, rounding=ROUND_CEILING).create_decimal(value):f}"
 
 
 def _but(given: list[str]) -> str:

@@ -31,12 +31,11 @@ first size, from the largest, that is within its budget.
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from acip.budget import ALL_BITS, MEGA, UNITS, Bits, Budget, Curve, Decoder, as_perplexity
+from acip.budget import ALL_BITS, MEGA, UNITS, Bits, Budget, Curve, Decoder, as_perplexity, rounded_up
 from acip.errors import BudgetError
 from acip.modeling_acip import BLOCK
 from acip.recipe import Storage
@@ -273,17 +272,20 @@ class CutTable:
     def _by_amount(self, budget: Budget) -> tuple[int, float | int]:
         """(directions removed, got) of a budget that limits (a running sum + constant) / scale."""
         sums, constant, scale = self._amount(budget)
-        # the decimal that was written, not its nearest double: 0.7 of 10 is 7
-        asked = Fraction(budget.asked if isinstance(budget.asked, int) else repr(float(budget.asked)))
-        allowed = int(asked * scale) - constant
-        # what never rises with n: the first n that fits keeps the most directions
-        n = bisect_left(range(len(sums)), True, key=lambda n: int(sums[n]) <= allowed)
+
+        def got(n: int) -> float | int:
+            # Division and the parser of decimals both round to the nearest double: 7 / 10 is the double of "0.7".
+            # Multiplying what was asked would round once more, and could refuse an exact fit.
+            amount = int(sums[n]) + constant
+            return amount if scale == 1 else amount / scale
+
+        # `got` never rises with n, so the first n that fits keeps the most directions
+        n = bisect_left(range(len(sums)), True, key=lambda n: got(n) <= budget.asked)
         if n == len(sums):
             name = budget.convention if budget.ratio is not None else budget.kind
             least = self._smallest(budget, int(sums[-1]) + constant, scale)
             raise BudgetError(f"size {budget.asked!r} ({name}) can't be reached: the smallest is {least}.")
-        got = int(sums[n]) + constant
-        return n, got if scale == 1 else got / scale
+        return n, got(n)
 
     def _amount(self, budget: Budget) -> tuple[Tensor, int, int]:
         """(running sums, constant, scale) of what `budget` limits."""
@@ -314,7 +316,7 @@ class CutTable:
             cache, overhead = self._beside(budget)
             parts = (("weights" + bits, least - cache - overhead), ("KV cache", cache), ("overhead", overhead))
             return f"{-(-least // MEGA):,} MB ({', '.join(f'{name} {part / MEGA:,.1f}' for name, part in parts)})"
-        return f"{least / scale:.4f}"
+        return f"{-(-least * 10**4 // scale) / 10**4:.4f}"
 
     def _by_curve(self, budget: Budget) -> tuple[int, float]:
         """(directions removed, predicted) of the smallest measured size that the curve says is good enough."""
@@ -336,7 +338,7 @@ class CutTable:
         n = bisect_right(range(last), budget.asked, lo=first, key=got) - 1
         if n < first:
             whose = "the base model" if curve.sizes[0] == 1.0 else f"the largest measured size, {curve.sizes[0]:.4f},"
-            has = f"{whose} has perplexity {as_perplexity(curve.losses[0]):.6g}{f' in {budget.bits} bit' if budget.bits else ''}"
+            has = f"{whose} has perplexity {rounded_up(as_perplexity(curve.losses[0]), 6)}{f' in {budget.bits} bit' if budget.bits else ''}"
             raise BudgetError(f"{budget.kind} {budget.asked!r} can't be kept: {has}.")
         # of removals that change no size, the first
         n = bisect_left(range(n), True, key=lambda m: int(linear[m]) <= int(linear[n]))

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,18 @@ def check(model: nn.Module, recipe: Recipe, available: float, device: str | torc
     memory = predict(model, recipe, device, workers)
     if fits(memory, available):
         return memory
-    ways = [f"{text} ({peak / 1e9:.2f} GB)" for text, peak in _ways(model, recipe, available, device, workers)]
+    ways = [f"{text} ({_gigabytes(peak)} GB)" for text, peak in _ways(model, recipe, available, device, workers)]
     raise CalibrationError(
-        f"the calibration needs {memory.peak / 1e9:.2f} GB and {HEADROOM:.0%} of headroom, and {available / 1e9:.2f} GB are there. "
+        f"the calibration needs {_gigabytes(memory.peak)} GB and {HEADROOM:.0%} of headroom, "
+        f"and {_gigabytes(available, math.floor)} GB are there. "
         f"It needs most in {memory.worst}. "
         + (f"What would fit: {'; '.join(ways)}." if ways else "No setting makes it fit: it needs a larger device.")
     )
+
+
+def _gigabytes(bytes_: float, rounded: Callable[[float], int] = math.ceil) -> str:
+    """Format bytes as GB. Needs are rounded up and available memory is rounded down, so that a refusal never names two equal amounts."""
+    return f"{rounded(bytes_ / 1e7) / 100:.2f}"
 
 
 def available(model: nn.Module, device: torch.device) -> float:

@@ -15,6 +15,7 @@ from acip_platform.settings import Settings
 from acip_platform.tracking import Registry, Tracking
 
 from acip.artifact import Artifact
+from tests.waiting import PATIENCE_S
 
 Headers = list[tuple[bytes, bytes]]
 JSON_TYPE: Headers = [(b"content-type", b"application/json")]
@@ -67,7 +68,7 @@ class Application:
 
     def start(self) -> None:
         """The engine and the routes, as after a restart."""
-        self.replica = EngineReplica([self.version], timeout_s=60, device="cpu", num_cpus=1, memory_gb=None)
+        self.replica = EngineReplica([self.version], timeout_s=PATIENCE_S, device="cpu", num_cpus=1, memory_gb=None)
         api = Api(Here(self.replica), [self.version], 64, Keys(), 0)  # type: ignore[arg-type]
         api.materializations.most = 0  # all of a request is checked; no Ray task is begun
         self.app: Any = api.__serve_build_asgi_app__()

@@ -15,11 +15,12 @@ from urllib.parse import urlencode
 from playwright.sync_api import Browser, FloatRect, Locator, Page, Request, Route, ViewportSize, expect, sync_playwright
 
 from tests.server import PROMPT
+from tests.waiting import PATIENCE_S
 
 LAPTOP: ViewportSize = {"width": 1280, "height": 800}
 PHONE: ViewportSize = {"width": 390, "height": 844}
 SMALL_PHONE: ViewportSize = {"width": 320, "height": 568}
-PATIENCE_MS = 30_000  # of a machine with other work
+PATIENCE_MS = 1000 * PATIENCE_S  # where a condition is awaited
 expect.set_options(timeout=PATIENCE_MS)
 
 
@@ -83,18 +84,16 @@ class Visit:
             f" watch.disconnect(); {action} }}).observe(document.body, {{childList: true, subtree: true}}))"
         )
 
-    def answer_first(self, glob: str, times: int, status: int, message: str, retry_after: str = "1") -> None:
-        """What the server says in states that a test can't bring about in time: loading, busy. Afterwards it answers itself."""
-        left = [times]
+    @contextlib.contextmanager
+    def answering(self, glob: str, status: int, message: str) -> Iterator[None]:
+        """Inside, what the server says in states that a test can't bring about: loading, busy. Afterwards it answers itself."""
 
         def answer(route: Route) -> None:
-            left[0] -= 1
-            if left[0] < 0:
-                route.fallback()
-            else:
-                route.fulfill(status=status, json={"error": {"message": message}}, headers={"Retry-After": retry_after})
+            route.fulfill(status=status, json={"error": {"message": message}}, headers={"Retry-After": "1"})
 
         self.page.route(glob, answer)
+        yield
+        self.page.unroute(glob, answer)
 
     def check(self, refused: bool) -> None:
         """Nobody else was asked, and the console is empty but for what Chromium notes where the server refused something."""

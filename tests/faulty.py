@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlparse
 
+from tests.waiting import PATIENCE_S
+
 SLOW_S = 0.3
 CODES = {"500": "InternalError", "503": "SlowDown"}
 OWN = {"connection", "transfer-encoding", "keep-alive"}  # headers of one connection, not of the message
@@ -73,7 +75,7 @@ class Handler(BaseHTTPRequestHandler):
             self.relay(body, fault)
 
     def relay(self, body: bytes, fault: str) -> None:
-        there = http.client.HTTPConnection(self.server.target, timeout=120)
+        there = http.client.HTTPConnection(self.server.target, timeout=PATIENCE_S)
         try:
             headers = {name: value for name, value in self.headers.items() if name.lower() not in {*OWN, "expect"}}
             there.request(self.command, self.path, body or None, headers)

@@ -10,8 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -23,13 +21,12 @@ from transformers import AutoTokenizer
 
 from acip.artifact import Artifact, sha256
 from acip.evaluate import trade_off
+from tests.waiting import PATIENCE_S, until
 
 JOB = Path(__file__).parents[1] / "jobs" / "serve.py"
 PROMPT = "It was a bright cold day and "
 SIZES = (1.0, 0.8, 0.6, 0.4)  # that the models' curves were measured at
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-START_TIMEOUT_S = 180.0
-STOP_TIMEOUT_S = 60.0
 
 
 def make_home(home: Path, small: Artifact, tokens: torch.Tensor) -> Path:
@@ -70,7 +67,7 @@ class Server:
         with self.log.open("w") as log:
             command = [sys.executable, str(JOB), "--port", self.url.rpartition(":")[2]]
             self.process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        self.client = httpx.Client(base_url=self.url, timeout=120)
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
         self._seen: set[psutil.Process] = set()  # its processes: whose parent is gone can't be found any more
 
     @property
@@ -84,7 +81,7 @@ class Server:
             assert self.alive, f"the server ended:\n{self.log.read_text()}"
             return "stop: Ctrl-C" in self.log.read_text() and self.client.get("/ready").status_code == 200 and not self.open
 
-        until(free, START_TIMEOUT_S, f"the server is not free; see {self.log}")
+        until(free, lambda: f"the server is not free:\n{self.log.read_text()}")
         self._seen.update(self.processes())
 
     def post(self, path: str = "/v1/completions", **fields: Any) -> httpx.Response:
@@ -117,8 +114,8 @@ class Server:
             self._seen.update(self.processes())
             self.process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(STOP_TIMEOUT_S)
-        for process in psutil.wait_procs(self._seen, timeout=20)[1]:
+            self.process.wait(PATIENCE_S)
+        for process in psutil.wait_procs(self._seen, timeout=60)[1]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
@@ -150,14 +147,6 @@ class Shared:
 
 def text(answer: dict[str, Any]) -> str:
     return answer["choices"][0]["text"]
-
-
-def until(true: Callable[[], bool], within_s: float, otherwise: str) -> None:
-    """Wait until something is true; `otherwise` is said where it is not in time."""
-    deadline = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < deadline, f"{otherwise} (after {within_s:g} s)"
-        time.sleep(0.1)
 
 
 def free_port() -> int:

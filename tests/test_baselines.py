@@ -171,7 +171,7 @@ def test_singular_values_of_all_layers_are_ranked_together(base: Base, windows: 
             if layer.rank > 1:  # one direction of each layer stays in any case
                 kept.append(float(s[layer.rank - 1]))
             dropped.append(float(s[layer.rank]))
-    assert len(kept) > 5 and min(kept) >= max(dropped)
+    assert len(kept) > 5 and min(kept) >= max(dropped) * (1 - 1e-5), "up to the errors of float32"
 
 
 # ---- ASVD

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from acip.artifact import Artifact
 from tests.fuzz import fuzz
 from tests.test_champion import rows
+from tests.waiting import PATIENCE_S
 
 RIVALS = 3
 
@@ -30,7 +31,7 @@ class Turns:
 
     def take(self, who: int, call: Any) -> Any:
         with self.changed:
-            assert self.changed.wait_for(lambda: self.now == who, 30)
+            assert self.changed.wait_for(lambda: self.now == who, PATIENCE_S), f"it is never the turn of {who}"
             try:
                 return call()
             finally:

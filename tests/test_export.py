@@ -1,6 +1,7 @@
 """An export is the model of its size and nothing less: the same logits, falling bytes, no foreign code, nothing half written."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from acip.materialise import AnySize
 from acip.modeling_acip import CODE
 from acip.source import Folder
 from tests.conftest import logits, read
+from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parents[1]
 
@@ -128,6 +130,11 @@ def test_the_card(small_artifact: Artifact, tmp_path: Path) -> None:
     assert str(tmp_path) not in card, "no paths of this machine"
 
 
+def elsewhere() -> dict[str, str]:
+    """The environment of another process, which computes with the same instructions and threads as this one."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PATH": "/usr/bin", "HF_HUB_OFFLINE": "1"}
+
+
 def test_the_shipped_code_is_enough(exported: Path, any_size: AnySize, heldout_tokens: torch.Tensor, tmp_path: Path) -> None:
     """In a process that can't import acip: loaded with the folder's code, saved again, loaded again."""
     any_size.resize(0.6)
@@ -148,8 +155,10 @@ for folder in ({str(exported)!r}, {str(tmp_path / "again")!r}):
     model.save_pretrained({str(tmp_path / "again")!r})
 print(pipeline("text-generation", model={str(exported)!r}, trust_remote_code=True)("It is", max_new_tokens=4)[0]["generated_text"])
 """
-    env = {"PATH": "/usr/bin", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300, check=False)
+    env = {**elsewhere(), "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=PATIENCE_S, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert "refused" in result.stdout and "It is" in result.stdout
 
@@ -162,8 +171,8 @@ from transformers import AutoConfig
 config = AutoConfig.from_pretrained({str(exported)!r})
 assert type(config).__module__ == "acip.modeling_acip", type(config)
 """
-    env = {"PATH": "/usr/bin", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=300, check=False)
+    env = {**elsewhere(), "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=PATIENCE_S, check=False)
     assert result.returncode == 0, result.stderr
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import psutil
 import pytest
@@ -31,6 +32,7 @@ from ray.cluster_utils import Cluster
 from acip.artifact import Artifact
 from tests.conftest import write_fleet
 from tests.faulty import proxy
+from tests.waiting import JOB_S, PATIENCE_S, exit_code, stop, until
 
 ROOT = Path(__file__).parents[1]
 STEPS = 600
@@ -51,20 +53,18 @@ class Submission:
     def text(self) -> str:
         return self.log.read_text()
 
-    def wait_for(self, true: Callable[[], Any]) -> Any:
-        deadline = time.monotonic() + 240
-        while not (found := true()):
-            assert self.process.poll() is None and time.monotonic() < deadline, self.text
-            time.sleep(0.1)
-        return found
+    def wait_for(self, true: Callable[[], Any], what: str) -> Any:
+        def look() -> Any:
+            assert self.process.poll() is None, f"it ended before {what}:\n{self.text}"
+            return true()
+
+        return until(look, lambda: f"no {what}:\n{self.text}")
 
     def end(self) -> int:
-        return self.process.wait(timeout=300)
+        return exit_code(self.process, self.log)
 
     def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait(timeout=60)
+        stop(self.process)
 
     def has_checkpoint(self, name: str) -> bool:
         return bool(list(Path(self.settings.runs).glob(f"{name}-*/step_*")))
@@ -137,13 +137,13 @@ def test_a_fleet_is_submitted_twice_and_its_driver_is_killed(
     """The second says who has it. After the first is killed, a third goes on where that was, and repeats nothing."""
     file = fleet(tmp_path, small_base, "one", "two")
     first = submit(file)
-    first.wait_for(lambda: len(list(Path(first.settings.store).glob(".leases/*/1"))) == 2)
+    first.wait_for(lambda: len(list(Path(first.settings.store).glob(".leases/*/1"))) == 2, "two leases")
     second = submit(file)
     assert second.end() == 1, second.text
     for name in ("one", "two"):
         assert re.search(rf"\[{name}\] FAILED: .*process {first.process.pid} is working on it", second.text), second.text
     assert "one real step" not in second.text
-    first.wait_for(lambda: "version 1" in first.text or (first.has_checkpoint("one") and first.has_checkpoint("two")))
+    first.wait_for(lambda: "version 1" in first.text or (first.has_checkpoint("one") and first.has_checkpoint("two")), "checkpoint of both")
     first.process.send_signal(signal.SIGKILL)
     first.process.wait()
     third = submit(file)
@@ -162,8 +162,8 @@ def test_a_worker_that_runs_out_of_memory(
 ) -> None:
     """Its limit is lowered to what it has: what it asks for next is refused. The next worker has room again."""
     job = submit(fleet(tmp_path, small_base, "hungry"))
-    job.wait_for(lambda: job.has_checkpoint("hungry"))
-    worker = job.wait_for(lambda: job.worker("hungry"))
+    job.wait_for(lambda: job.has_checkpoint("hungry"), "checkpoint")
+    worker = job.wait_for(lambda: job.worker("hungry"), "worker")
     worker.rlimit(resource.RLIMIT_AS, (worker.memory_info().vms // 2,) * 2)
     assert job.end() == 0, job.text
     assert len(job.resumed_at("hungry")) == 1 and job.resumed_at("hungry")[0] > 0
@@ -175,11 +175,10 @@ def test_a_worker_that_is_terminated(submit: Callable[..., Submission], small_ba
     """SIGTERM to the process itself, which Ray ends at once: as if it were killed. Twice, the second time as soon as it is back."""
     job = submit(fleet(tmp_path, small_base, "ended"))
     for times in range(2):
-        while not job.wait_for(lambda: job.has_checkpoint("ended")) or len(job.resumed_at("ended")) < times:
-            time.sleep(0.1)
-        worker = job.wait_for(lambda: job.worker("ended"))
+        job.wait_for(lambda times=times: job.has_checkpoint("ended") and len(job.resumed_at("ended")) == times, "worker that goes on")
+        worker = job.wait_for(lambda: job.worker("ended"), "worker")
         worker.send_signal(signal.SIGTERM)
-        worker.wait(60)
+        worker.wait(PATIENCE_S)
     assert job.end() == 0, job.text
     assert len(job.resumed_at("ended")) == 2
     assert_same(job.artifact("ended"), undisturbed)
@@ -193,12 +192,12 @@ def test_everything_through_a_bad_s3(
     away = threading.Event()
     with proxy(s3_server["AWS_ENDPOINT_URL"]) as server:
         server.choose = lambda method, path, before: (
-            "503" if away.is_set() else (faults[before % 5] if hash((path, before)) % 10 == 0 else "")
+            "503" if away.is_set() else (faults[before % 5] if crc32(f"{path} {before}".encode()) % 10 == 0 else "")
         )
         place = f"s3://models/{tmp_path.name}"
         env = {**s3_server, "AWS_ENDPOINT_URL": server.url, "ACIP_STORE": f"{place}/artifacts", "ACIP_RUNS": f"{place}/runs"}
         job = submit(fleet(tmp_path, small_base, "far"), **env)
-        job.wait_for(lambda: any("/runs/far-" in path and "state.json" in path for _, path in list(server.seen)))
+        job.wait_for(lambda: any("/runs/far-" in path and "state.json" in path for _, path in list(server.seen)), "checkpoint on S3")
         away.set()
         time.sleep(10)
         away.clear()
@@ -243,11 +242,15 @@ class Spot:
         self.said.extend(event["text"] for event in ray.get(self.inbox.take.remote()) if event["kind"] == "stage")
 
     def wait_for(self, text: str, times: int) -> None:
-        deadline = time.monotonic() + 150
-        while sum(text in said for said in self.said) < times:
-            assert time.monotonic() < deadline and self.thread.is_alive(), (self.said, self.outcome, Path(self.log.name).read_text())
-            time.sleep(0.2)
+        def story() -> str:
+            return f"{text!r} was not said {times} times: {self.said}, {self.outcome}\n{Path(self.log.name).read_text()}"
+
+        def look() -> bool:
             self.listen()
+            assert self.thread.is_alive() or sum(text in said for said in self.said) >= times, story()
+            return sum(text in said for said in self.said) >= times
+
+        until(look, story)
 
     def numbers(self, pattern: str) -> list[int]:
         return [int(step) for text in self.said for step in re.findall(pattern, text)]
@@ -257,7 +260,7 @@ class Spot:
         for process in self.pods:
             process.terminate()
         for process in self.pods:
-            process.wait(60)
+            process.wait(PATIENCE_S)
         self.cluster.shutdown()
         self.log.close()
 
@@ -275,8 +278,9 @@ def test_preempted_twice(small_base: str, undisturbed: Artifact, tmp_path: Path,
             spot.pods[-1].send_signal(signal.SIGTERM)
             spot.pod()
             spot.wait_for("a node is being taken away", times)
-        spot.thread.join(300)
+        spot.thread.join(JOB_S)
         spot.listen()
+        assert not spot.thread.is_alive(), f"the calibration still runs: {spot.said}"
         assert "error" not in spot.outcome and spot.outcome["version"] == "1", (spot.outcome, spot.said)
         left = spot.numbers(r"taken away: a checkpoint of step (\d+)")
         assert spot.numbers(r"going on from the last checkpoint, step_(\d+)") == left and len(left) == 2, spot.said

@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,9 @@ from acip_platform.lease import FOLDER, Leases
 from acip_platform.store import Store
 
 from tests.faulty import proxy
+from tests.waiting import until
 
-LEASE_S = 1.2  # on disk
+LEASE_S = 2.4  # on disk: a busy machine may stop a thread for a second
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -30,7 +30,7 @@ class Process(Leases):
     def __init__(self, store: Store, name: str) -> None:
         self.losses: list[tuple[str, str]] = []
         super().__init__(
-            store, LEASE_S * (3 if store.root.startswith("s3") else 1), lambda attempt, owner: self.losses.append((attempt, owner))
+            store, LEASE_S * (2 if store.root.startswith("s3") else 1), lambda attempt, owner: self.losses.append((attempt, owner))
         )
         self.owner = name
 
@@ -45,15 +45,13 @@ def test_who_comes_second_is_told_who_was_first(store: Store) -> None:
         assert bob.claim(["a"]) == {"a": "ann"}, "ann's is as fresh as ever"
         bob.release("b")  # not bob's: nothing happens
         ann.release("b")
-        began = time.monotonic()
-        assert bob.claim(["b"]) == {} and time.monotonic() - began < ann.lease_s / 2, "ann goes on with a"
+        assert bob.claim(["b"], lambda *told: heard.append(told)) == {} and len(heard) == 1, "it is free at once; ann goes on with a"
         time.sleep(ann.lease_s / 2)
         assert set(ann.held) == {"a"} and set(bob.held) == {"b", "c"}
     assert not ann.losses and not bob.losses
     with Process(store, "eve") as eve:
-        began = time.monotonic()
-        assert eve.claim(["a", "b", "c"]) == {}
-        assert time.monotonic() - began < eve.lease_s / 2, "what was given back is free at once"
+        assert eve.claim(["a", "b", "c"], lambda *told: heard.append(told)) == {}
+        assert len(heard) == 1, "what was given back is free at once"
 
 
 def test_of_many_at_once_one_gets_it(store: Store) -> None:
@@ -87,9 +85,7 @@ def test_who_was_only_stopped_learns_that_it_was_replaced(store: Store) -> None:
     with bob:
         assert bob.claim(["a"]) == {}
         with ann:  # and on
-            deadline = time.monotonic() + 10
-            while not ann.losses and time.monotonic() < deadline:
-                time.sleep(0.05)
+            until(lambda: ann.losses, "who was replaced does not learn of it")
         assert ann.losses == [("a", "bob")] and not ann.held
         time.sleep(bob.lease_s / 2)
         assert not bob.losses
@@ -122,17 +118,10 @@ def test_while_s3_is_away_nobody_is_taken_for_dead(s3_server: dict[str, str], tm
             server.choose = lambda method, path, before: "reset"
             time.sleep(1.5 * ann.lease_s)
             server.choose = lambda method, path, before: ""
-            wait(lambda: beat_of(store) > beats)
+            until(lambda: beat_of(store) > beats, "the owner beats no more since S3 is back")
             assert Process(store, "bob").claim(["a"]) == {"a": "ann"}
         assert not ann.losses
 
 
 def beat_of(store: Store) -> int:
     return int(json.loads(store.small(f"{FOLDER}/a")["1"])["beat"])
-
-
-def wait(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

@@ -15,7 +15,8 @@ from acip_platform.tracking import RegistryAwayError
 
 from acip.artifact import MANIFEST, Artifact
 from tests.application import Application
-from tests.server import JOB, free_port, until
+from tests.server import JOB, free_port
+from tests.waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
 ASKED: dict[str, Any] = {"model": "small@0.6", "prompt": "It was", "max_tokens": 8, "temperature": 0}
@@ -40,7 +41,7 @@ def app(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(replica, "RETRY_S", (0.2, 0.2))
     app = Application(tmp_path / "home", Artifact.open(folder))
-    until(lambda: app.ask("GET", "/ready")[0] == 200, 60, "the model is not loaded")
+    until(lambda: app.ask("GET", "/ready")[0] == 200, "the model is not loaded")
     yield app
     app.close()
 
@@ -70,7 +71,7 @@ def test_a_registry_that_is_away_at_the_start_is_named(away: dict[str, str], tmp
 def test_the_job_says_in_a_line_that_the_registry_is_away(away: dict[str, str], tmp_path: Path) -> None:
     env = {**os.environ, **away, "ACIP_HOME": str(tmp_path), "RAY_ADDRESS": "local"}
     command = [sys.executable, str(JOB), "--port", str(free_port())]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 1
     assert f"error: the registry at {away['MLFLOW_TRACKING_URI']} can't be asked" in done.stderr
     assert "Traceback" not in done.stderr
@@ -92,7 +93,7 @@ def test_while_the_registry_is_away_what_is_served_is_served(
 
     app.replica.engine.close()
     app.start()  # an engine that is replaced meanwhile does not need the registry either
-    until(lambda: app.ask("GET", "/ready")[0] == 200, 60, "the new engine is not ready")
+    until(lambda: app.ask("GET", "/ready")[0] == 200, "the new engine is not ready")
     assert text(app) == before
 
     assert there is None
@@ -145,11 +146,11 @@ def test_an_engine_that_is_replaced_without_its_artifact_says_so_until_it_is_bac
     shutil.rmtree(folder)
     app.replica.engine.close()
     app.start()
-    until(lambda: b"load_failed" in app.ask("GET", "/ready")[1], 30, "the engine does not say that it failed")
+    until(lambda: b"load_failed" in app.ask("GET", "/ready")[1], "the engine does not say that it failed")
     status, body = app.ask("GET", "/ready")
     assert status == 503
     assert f"small can't be loaded: there is no folder {folder}".encode() in body
     assert app.post("/v1/completions", **ASKED)[0] == 503
     shutil.copytree(small_artifact.folder, folder)
-    until(lambda: app.ask("GET", "/ready")[0] == 200, 60, "it is not loaded again")
+    until(lambda: app.ask("GET", "/ready")[0] == 200, "it is not loaded again")
     assert text(app) == before

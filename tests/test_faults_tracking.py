@@ -1,5 +1,6 @@
 """MLflow going away and coming back, and clocks that jump: every step is in the run, once."""
 
+import contextlib
 import importlib
 import math
 import os
@@ -28,6 +29,7 @@ from acip.parametrise import parametrise
 from acip.recipe import Recipe
 from acip.state import CalibrationState, StepReport
 from tests.server import free_port
+from tests.waiting import PATIENCE_S, until
 
 
 class Mlflow:
@@ -46,14 +48,15 @@ class Mlflow:
         env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "log").open("a") as log:
             self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
-                    return
-            except httpx.TransportError:
-                assert self.process.poll() is None and time.monotonic() < deadline, (self.folder / "log").read_text()
-                time.sleep(0.2)
+        log_path, process = self.folder / "log", self.process
+
+        def answers() -> bool:
+            assert process.poll() is None, f"MLflow's server ended:\n{log_path.read_text()}"
+            with contextlib.suppress(httpx.TransportError):
+                return httpx.get(f"{self.url}/health", timeout=PATIENCE_S).status_code == 200
+            return False
+
+        until(answers, lambda: f"MLflow's server does not answer:\n{log_path.read_text()}")
 
     def stop(self) -> None:
         if self.process is not None:
@@ -119,10 +122,7 @@ def test_mlflow_down_for_a_while_drops_nothing(
         watching.catch_up()
         started.join()
         beats = len(logged(run, "system/cpu_utilization_percentage"))
-        deadline = time.monotonic() + 60
-        while len(logged(run, "system/cpu_utilization_percentage")) <= beats:
-            assert time.monotonic() < deadline, "the machine's metrics go on, too"
-            time.sleep(0.5)
+        until(lambda: len(logged(run, "system/cpu_utilization_percentage")) > beats, "the machine's metrics don't go on")
     assert during == list(range(10, 40)), "they waited"
     assert logged(run) == [(report.step, report.loss) for report in calibration.history]
     assert any("MLflow can't be reached" in text for text in said)
@@ -216,4 +216,4 @@ def test_clocks_that_jump_change_nothing(
     assert sorted(logged(run)) == [(report.step, report.loss) for report in calibration.history]
     assert run.client.get_run(run.run_id).data.metrics["loss_nats"] == calibration.history[-1].loss, "MLflow's last is the last step's"
     assert run.last_step("loss_nats") == len(calibration.history)
-    assert all(facts["tokens_per_s"] > 0 and 0 <= (facts["eta_s"] or 0) < 600 for facts in shown)
+    assert all(facts["tokens_per_s"] > 0 and 0 <= (facts["eta_s"] or 0) < 7200 for facts in shown)

@@ -24,6 +24,7 @@ from acip.cut import Budget
 from acip.data import documents, token_windows
 from tests.conftest import byte_tokenizer
 from tests.test_resume import ROOT, interruptible, worker_of
+from tests.waiting import exit_code, stop
 
 
 class Command:
@@ -114,16 +115,14 @@ def test_a_killed_worker_loses_nothing(small_artifact: Artifact, tmp_path: Path)
                 if name == "interrupted":
                     worker = worker_of("small", job, Path(command.settings.runs), log)
                     job.send_signal(signal.SIGINT)
-                    assert job.wait(timeout=60) == 130, log.read_text()
+                    assert exit_code(job, log) == 130, log.read_text()
                     assert "interrupted. What is done is kept" in log.read_text() and not worker.is_running()
                     job = subprocess.Popen(command_line, env=env, stdout=out, stderr=out)
                 if name == "killed":
                     worker_of("small", job, Path(command.settings.runs), log).send_signal(signal.SIGKILL)
-                assert job.wait(timeout=300) == 0, log.read_text()
+                assert exit_code(job, log) == 0, log.read_text()
             finally:
-                if job.poll() is None:
-                    job.terminate()
-                    job.wait(timeout=60)
+                stop(job)
         assert ("going on from the last checkpoint" in log.read_text()) == (name != "undisturbed")
         tracking = Tracking(command.settings, "acip/finetune")
         (run,) = tracking.client.search_runs([tracking.experiment_id])

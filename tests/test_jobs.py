@@ -11,8 +11,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from acip.artifact import Artifact
+from tests.waiting import JOB_S, PATIENCE_S, until
 
 ROOT = Path(__file__).parents[1]
 CHANGES = (
@@ -66,7 +67,7 @@ class Place:
 
     def demo(self, *args: str) -> subprocess.CompletedProcess[str]:
         command = ["bash", str(ROOT / "infra" / "demo"), *args]
-        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=400, check=False)
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=JOB_S, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -167,19 +168,19 @@ def test_the_endpoint_serves_the_champion(first: subprocess.CompletedProcess[str
         models = wait_for(f"{url}/v1/models", server, Path(log.name))
         assert [model["id"] for model in models["data"]] == ["tiny"]
         body: dict[str, Any] = {"model": "tiny", "size_ratio": 0.6, "prompt": "It is a truth", "max_tokens": 12, "temperature": 0}
-        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_S).json()
         assert answer["size"]["asked"] == 0.6
         assert 0.55 < answer["size"]["got"] <= 0.6
         assert answer["usage"]["completion_tokens"] <= 12
-        named = httpx.post(f"{url}/v1/completions", json={**body, "model": "tiny@0.6", "size_ratio": None}, timeout=60).json()
+        named = httpx.post(f"{url}/v1/completions", json={**body, "model": "tiny@0.6", "size_ratio": None}, timeout=PATIENCE_S).json()
         assert named["choices"][0]["text"] == answer["choices"][0]["text"]
-        bad = httpx.post(f"{url}/v1/completions", json={**body, "size_ratio": 1.6}, timeout=60)
+        bad = httpx.post(f"{url}/v1/completions", json={**body, "size_ratio": 1.6}, timeout=PATIENCE_S)
         assert bad.status_code == 400
         assert set(bad.json()["error"]) == {"message", "type", "param", "code"}
     finally:
         server.send_signal(signal.SIGTERM)
         try:
-            server.wait(timeout=180)
+            server.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             server.kill()
             pytest.fail(f"the server did not stop:\n{Path(log.name).read_text()}")
@@ -188,23 +189,21 @@ def test_the_endpoint_serves_the_champion(first: subprocess.CompletedProcess[str
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> Any:
-    for _ in range(180):
-        assert server.poll() is None, log.read_text()
-        try:
-            response = httpx.get(url, timeout=5)
-            if response.status_code == 200:
-                return response.json()
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    raise AssertionError(f"{url} did not answer:\n{log.read_text()}")
+    def answer() -> Any:
+        assert server.poll() is None, f"the server ended:\n{log.read_text()}"
+        with suppress(httpx.TransportError):
+            response = httpx.get(url, timeout=PATIENCE_S)
+            return response.json() if response.status_code == 200 else None
+        return None
+
+    return until(answer, lambda: f"{url} does not answer:\n{log.read_text()}")
 
 
 def test_without_a_running_ray(place: Place, first: subprocess.CompletedProcess[str], tmp_path: Path) -> None:
     """`python jobs/calibrate_all.py` alone; --dry-run says what would be done and does nothing."""
     command = [sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(place.fleet), "--only", "tiny", "--dry-run"]
     env = place.env | {"ACIP_HOME": str(tmp_path)}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=JOB_S, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "[tiny]" in result.stdout and "GB for each worker" in result.stdout
     assert "fisher scores, sizes down to 0.4 (linear)" in result.stdout

@@ -2,7 +2,6 @@
 
 import re
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from ray.cluster_utils import Cluster
 
 from tests.benchmarks.fleet import Log, occupancy, run
 from tests.test_dashboard import RAY_CORE
+from tests.waiting import PATIENCE_S, until
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +36,16 @@ def cluster() -> Iterator[Cluster]:
 def test_ray_counts_what_the_dashboard_shows(cluster: Cluster) -> None:
     """Those of Ray's metrics that need no real GPU, at the ports that Prometheus asks."""
     wanted = {"ray_node_mem_used": set(), "ray_node_mem_total": set(), **RAY_CORE}
-    deadline = time.monotonic() + 30
-    while missing := [name for name in wanted if not wanted[name] <= _labels(name)]:
-        assert time.monotonic() < deadline, missing
-        time.sleep(1)
+
+    def missing() -> list[str]:
+        return [name for name in wanted if not wanted[name] <= _labels(name)]
+
+    until(lambda: not missing(), lambda: f"Ray does not tell {missing()}", every_s=1)
 
 
 def _labels(name: str) -> set[str]:
-    pages = [urllib.request.urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=5).read().decode()
-             for node in ray.nodes()]  # fmt: skip
+    urls = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in ray.nodes()]
+    pages = [urllib.request.urlopen(url, timeout=PATIENCE_S).read().decode() for url in urls]
     lines = [match for page in pages for match in re.findall(rf"^{name}{{(.*)}}", page, re.M)]
     return {label for line in lines for label in re.findall(r'(\w+)="', line)} or {"nothing"}
 
@@ -66,10 +67,11 @@ def test_a_fleet_goes_on_where_a_node_was_lost(cluster: Cluster) -> None:
 
     def strike() -> None:
         """Take the node away when a single job works on it."""
-        deadline = time.monotonic() + 60
-        while not struck and time.monotonic() < deadline:
-            time.sleep(0.2)
-            struck.extend(row["name"] for row in ray.get(log.all.remote())[2:] if row["node"] == node.node_id)
+
+        def look() -> list[str]:
+            return [row["name"] for row in ray.get(log.all.remote())[2:] if row["node"] == node.node_id]
+
+        struck.extend(until(look, "no single job works on the second node"))
         cluster.remove_node(node, allow_graceful=False)
 
     striker = threading.Thread(target=strike)

@@ -18,8 +18,9 @@ from acip_platform.tracking import CANDIDATE, CHAMPION, Registry, Tracking
 from acip.artifact import Artifact
 from tests import postgres
 from tests.conftest import write_fleet
-from tests.server import free_port, until
+from tests.server import free_port
 from tests.test_contest import Contest
+from tests.waiting import PATIENCE_S, exit_code, stop, until
 
 pytestmark = pytest.mark.slow  # the database, MLflow's tables in it, and four calibrations: some minutes
 CALIBRATE = Path(__file__).parents[1] / "jobs" / "calibrate_all.py"
@@ -48,15 +49,14 @@ def mlflow(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         def answers() -> bool:
             assert server.poll() is None, (folder / "log").read_text()
             try:
-                return httpx.get(f"{url}/health").status_code == 200
+                return httpx.get(f"{url}/health", timeout=PATIENCE_S).status_code == 200
             except httpx.TransportError:
                 return False
 
-        until(answers, 180, f"MLflow's server does not answer; see {folder / 'log'}")
+        until(answers, lambda: f"MLflow's server does not answer:\n{(folder / 'log').read_text()}")
         yield url
     finally:
-        server.terminate()
-        server.wait(30)
+        stop(server)
 
 
 def test_many_contests_at_once_leave_the_best(database: str, small_artifact: Artifact, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_many_contests_at_once_leave_the_best(database: str, small_artifact: Art
     def enter(i: int) -> str:
         registry = Registry(contest.settings)
         artifact = contest.artifacts[i % 4]
-        together.wait(60)
+        together.wait(PATIENCE_S)
         version = registry.register("contested", f"{artifact.folder}{'/.' * (i // 4)}", "", {"quality": str(i % 4)})
         return str(contend(registry, contest.store, version, artifact))
 
@@ -99,12 +99,10 @@ def test_two_fleets_at_once(
             command = [sys.executable, str(CALIBRATE), "--fleet", str(fleet)]
             running.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
     try:
-        codes = [process.wait(500) for process in running]
+        codes = [exit_code(process, tmp_path / f"{own}.log") for process, own in zip(running, ("one", "two"), strict=True)]
     finally:
         for process in running:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            stop(process)
     logs = [(tmp_path / f"{own}.log").read_text() for own in ("one", "two")]
     assert codes == [0, 0], "\n".join(logs)
 

@@ -3,7 +3,6 @@
 import asyncio
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from acip_platform.tracking import ModelVersion
 
 from acip.artifact import Artifact
 from acip.packed import PackedLinear, packable
+from tests.waiting import PATIENCE_S, until
 
 Start = Callable[..., EngineReplica]
 
@@ -31,7 +31,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     began: list[EngineReplica] = []
 
     def make(*versions: ModelVersion) -> EngineReplica:
-        began.append(EngineReplica(list(versions), timeout_s=60, device="cpu", num_cpus=1, memory_gb=None))
+        began.append(EngineReplica(list(versions), timeout_s=PATIENCE_S, device="cpu", num_cpus=1, memory_gb=None))
         return began[-1]
 
     yield make
@@ -45,10 +45,14 @@ def version(name: str, uri: object) -> ModelVersion:
 
 
 def settled(engine: EngineReplica, is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    deadline = time.monotonic() + 30
-    while not is_so(state := asyncio.run(engine.ready())):
-        assert time.monotonic() < deadline, state
-        time.sleep(0.02)
+    state: dict[str, Any] = {}
+
+    def look() -> bool:
+        state.clear()
+        state.update(asyncio.run(engine.ready()))
+        return is_so(state)
+
+    until(look, lambda: f"the engine stays {state}")
     return state
 
 
@@ -83,7 +87,7 @@ def test_many_who_wait_for_a_model_load_it_once_in_one_thread(
     class Slow(Served):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             loads.append(threading.current_thread().name)
-            assert go.wait(30)
+            assert go.wait(PATIENCE_S), "nobody let it go on"
             super().__init__(*args, **kwargs)
 
     monkeypatch.setattr(models, "Served", Slow)
@@ -96,7 +100,7 @@ def test_many_who_wait_for_a_model_load_it_once_in_one_thread(
         waiting = [asyncio.create_task(ask("other", other)) for _ in range(40)]
         await asyncio.sleep(0.1)
         waiting[0].cancel()  # who leaves does not take it from the others
-        answered = [await asyncio.wait_for(ask("small", small_artifact.folder), 20) for _ in range(3)]
+        answered = [await asyncio.wait_for(ask("small", small_artifact.folder), PATIENCE_S) for _ in range(3)]
         go.set()
         return answered, await asyncio.gather(*waiting[1:])
 

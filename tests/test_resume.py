@@ -4,9 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -16,6 +15,7 @@ from acip_platform.tracking import Registry, Tracking
 from safetensors.torch import load_file
 
 from tests.conftest import write_fleet
+from tests.waiting import PATIENCE_S, exit_code, stop, until
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,11 +32,9 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path, small_base: str) -> None:
         try:
             victim = worker_of("killed", job, Path(settings.runs), log)
             victim.send_signal(signal.SIGKILL)
-            assert job.wait(timeout=300) == 0, log.read_text()
+            assert exit_code(job, log) == 0, log.read_text()
         finally:
-            if job.poll() is None:
-                job.terminate()
-                job.wait(timeout=60)
+            stop(job)
     text = log.read_text()
     assert "[killed] going on from the last checkpoint" in text
     assert "[undisturbed] going on" not in text
@@ -65,12 +63,10 @@ def test_ctrl_c_ends_a_fleet_at_once(tmp_path: Path, small_base: str) -> None:
         try:
             worker = worker_of("long", job, Path(Settings.from_env(env).runs), log)
             job.send_signal(signal.SIGINT)
-            assert job.wait(timeout=60) == 130, log.read_text()
-            psutil.wait_procs([worker], timeout=30)
-            assert not worker.is_running()
+            assert exit_code(job, log) == 130, log.read_text()
+            assert psutil.wait_procs([worker], timeout=PATIENCE_S)[1] == [], "its worker still runs"
         finally:
-            if job.poll() is None:
-                job.kill()
+            stop(job)
     assert "interrupted. What is done is kept" in log.read_text()
     assert list(Path(Settings.from_env(env).runs).glob("long-*/step_*"))
 
@@ -87,14 +83,17 @@ def interruptible() -> Iterator[None]:
 
 def worker_of(name: str, job: subprocess.Popen[bytes], runs: Path, log: Path) -> psutil.Process:
     """The process that calibrates `name`, once it has left a checkpoint that counts."""
-    deadline = time.monotonic() + 180
     seen: set[Path] = set()
-    while time.monotonic() < deadline and job.poll() is None:
+
+    def look() -> psutil.Process | None:
+        assert job.poll() is None, f"the job ended before {name} had a checkpoint:\n{log.read_text()}"
         there = set(runs.glob(f"{name}-*/step_*"))
-        if seen - there:  # the oldest was deleted, so the controller has counted two younger ones
-            for process in psutil.Process(job.pid).children(recursive=True):
+        gone = seen - there  # the oldest was deleted, so the controller has counted two younger ones
+        seen.update(there)
+        for process in psutil.Process(job.pid).children(recursive=True) if gone else ():
+            with suppress(psutil.NoSuchProcess):
                 if "RayTrainWorker" in " ".join(process.cmdline()) and f"{os.sep}{name}-" in process.cwd():
                     return process
-        seen |= there
-        time.sleep(0.1)
-    raise AssertionError(f"no worker of {name} with a checkpoint:\n{log.read_text()}")
+        return None
+
+    return until(look, lambda: f"no worker of {name} with a checkpoint:\n{log.read_text()}")

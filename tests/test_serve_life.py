@@ -5,7 +5,6 @@ import contextlib
 import json
 import signal
 import socket
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,29 +16,37 @@ import pytest
 from acip_platform.settings import Settings
 from acip_platform.tracking import Registry, Tracking
 
-from tests.server import Server, text, until
+from tests.server import Server, text
+from tests.waiting import PATIENCE_S, until
 
 ASKED, SLOTS = 90, 64  # requests at once, and how many of them the server takes
 LONG: dict[str, Any] = {"model": "small", "prompt": ["a"] * 16, "ignore_eos": True}
 
 
 async def flood(url: str) -> tuple[httpx.Response, list[httpx.Response]]:
-    """More long requests than the server takes, half of them streams: how ready it is, and what it refused; the others leave."""
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=ASKED + 10)) as client:
+    """More long requests than the server takes, half of them streams: how ready it is, and its first answers; the others leave."""
+    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S, limits=httpx.Limits(max_connections=ASKED + 10)) as client:
         bodies = [{**LONG, "max_tokens": 500, "stream": i % 2 == 0} for i in range(ASKED)]  # seconds of work each
         asked = [asyncio.create_task(client.post("/v1/completions", json=body)) for body in bodies]
-        done, waiting = await asyncio.wait(asked, timeout=4)
+        done, waiting = set[Any](), set(asked)
+        while len(done) < ASKED - SLOTS:
+            new, waiting = await asyncio.wait(waiting, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+            assert new, f"waited for {PATIENCE_S:g} s: only {len(done)} of {ASKED} requests were refused"
+            done |= new
         ready = await client.get("/ready")
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
-        return ready, [task.result() for task in done if task.result().status_code != 200]
+        return ready, [task.result() for task in done]
 
 
 def test_a_full_queue_is_429_and_who_leaves_makes_room(server: Server) -> None:
-    ready, refused = asyncio.run(flood(server.url))
+    before = server.metric("acip_generated_tokens_total")
+    ready, first = asyncio.run(flood(server.url))
     assert ready.status_code == 200, "busy is not broken"
-    assert len(refused) == ASKED - SLOTS
+    refused = [response for response in first if response.status_code != 200]
+    assert len(first) >= ASKED - SLOTS
+    assert refused, "a place is free only where an answer was whole before the last request came"
     for response in refused:
         assert response.status_code == 429
         assert int(response.headers["retry-after"]) >= 1
@@ -47,10 +54,9 @@ def test_a_full_queue_is_429_and_who_leaves_makes_room(server: Server) -> None:
             "message": "the server is busy and its queue is full; try again in a moment.",
             "type": "rate_limit_error", "param": None, "code": "queue_full",
         }  # fmt: skip
-    began = time.monotonic()
     server.ask(max_tokens=1)
-    assert time.monotonic() - began < 10, "the others are gone, and so is their work"
-    until(lambda: server.open == 0, 10, "who left is still counted")
+    until(lambda: server.open == 0, "who left is still counted")
+    assert server.metric("acip_generated_tokens_total") - before < SLOTS * 16 * 500 / 2, "the others are gone, and so is their work"
 
 
 def test_who_does_not_read_holds_no_slot(server: Server) -> None:
@@ -64,9 +70,9 @@ def test_who_does_not_read_holds_no_slot(server: Server) -> None:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect((url.host, url.port))
             client.sendall(head + body)
-        until(lambda: server.open == 10, 30, "not all of them are being answered")
+        until(lambda: server.open == 10, "not all of them are being answered")
         server.ask(max_tokens=2, ignore_eos=True)
-        until(lambda: server.open == 0, 90, "who does not read holds a slot")
+        until(lambda: server.open == 0, "who does not read holds a slot")
     assert server.metric("acip_generated_tokens_total") == before + 10 * 16 * 300 + 2
 
 
@@ -79,7 +85,7 @@ def test_a_killed_engine_is_replaced_and_its_requests_are_answered_or_told(serve
     with ThreadPoolExecutor(2) as pool:
         whole = pool.submit(server.post, **LONG, max_tokens=250)
         streamed = pool.submit(server.post, **LONG, max_tokens=250, stream=True)
-        until(lambda: server.metric("acip_requests_running") == 2, 30, "not both are being answered")
+        until(lambda: server.metric("acip_requests_running") == 2, "not both are being answered")
         killed.kill()
         *_, last = [line for line in streamed.result().text.split("\n\n") if line]
         error = json.loads(last.removeprefix("data: "))["error"]
@@ -107,7 +113,7 @@ def test_another_version_is_served_without_a_restart(server: Server, served_home
     assert server.post("/v1/chat/completions", **chat).status_code == 400, "version 1 has no template"
     with ThreadPoolExecutor(1) as pool:
         under_way = pool.submit(server.ask, **LONG, max_tokens=400)
-        until(lambda: server.metric("acip_requests_running") == 1, 30, "it is not being answered")
+        until(lambda: server.metric("acip_requests_running") == 1, "it is not being answered")
         card = server.client.post("/v1/models/small/load", json={"alias": "candidate"}).json()
         assert (card["id"], card["version"], card["artifact"]) == ("small", candidate, str(served_home / "talker"))
         assert server.ask(max_tokens=2)["version"] == candidate
@@ -123,11 +129,11 @@ def test_ctrl_c_lets_answers_finish_and_leaves_nothing_behind(server_to_stop: Se
     assert len(everything) > 5
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(server.ask, **LONG, max_tokens=400)
-        until(lambda: server.metric("acip_requests_running") == 1, 30, "it is not being answered")
+        until(lambda: server.metric("acip_requests_running") == 1, "it is not being answered")
         server.process.send_signal(signal.SIGINT)
         assert asked.result()["usage"]["completion_tokens"] == 16 * 400
-    assert server.process.wait(60) == 0
+    assert server.process.wait(PATIENCE_S) == 0
     # Ray's own warnings about the machine may stand between or after
     said = [line for line in server.log.read_text().splitlines() if line in ("stopped.", "Traceback (most recent call last):")]
     assert said == ["stopped."]
-    assert psutil.wait_procs(everything, timeout=10)[1] == []
+    assert psutil.wait_procs(everything, timeout=PATIENCE_S)[1] == []

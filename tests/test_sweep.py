@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -27,6 +26,7 @@ from acip.errors import AcipError
 from acip.recipe import Recipe
 from tests.conftest import write_fleet
 from tests.test_resume import interruptible
+from tests.waiting import JOB_S, PATIENCE_S, exit_code, until
 
 ROOT = Path(__file__).parents[1]
 SPACE = """\
@@ -60,20 +60,22 @@ def struck_after_a_trial(folder: Path, env: dict[str, str], by: signal.Signals) 
     log = folder / "log"
     with log.open("w") as out, interruptible():
         job = subprocess.Popen(command(folder), env=env, stdout=out, stderr=out)
-    deadline = time.monotonic() + 240
+
+    def look() -> set[str]:
+        assert job.poll() is None, f"the sweep ended before a trial was finished:\n{log.read_text()}"
+        return finished(folder)
+
     try:
-        while not finished(folder):
-            assert job.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
+        until(look, lambda: f"no trial is finished:\n{log.read_text()}", JOB_S)
         if by == signal.SIGINT:
             job.send_signal(by)
-            job.wait(60)
+            exit_code(job, log)
     finally:
         if job.poll() is None:
             for process in [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
-            job.wait(60)
+            job.wait(PATIENCE_S)
     return job.returncode
 
 
@@ -94,7 +96,7 @@ def test_a_killed_sweep_goes_on(place: tuple[Path, dict[str, str]]) -> None:
     struck_after_a_trial(folder, env, signal.SIGKILL)
     before = finished(folder)
     assert before
-    second = subprocess.run(command(folder), env=env, capture_output=True, text=True, timeout=280, check=False)
+    second = subprocess.run(command(folder), env=env, capture_output=True, text=True, timeout=JOB_S, check=False)
     text = second.stdout
     assert second.returncode == 1, text + second.stderr
     assert "acip: sweep both of small in fleet small: 6 trials on 2 trunks" in text
@@ -134,7 +136,7 @@ def test_an_interrupted_sweep_names_no_winner_and_goes_on(tmp_path: Path, small_
     assert Registry(Settings.from_env(env)).models() == []
     before = finished(folder)
     assert before
-    second = subprocess.run(command(folder), env=env, capture_output=True, text=True, timeout=280, check=False)
+    second = subprocess.run(command(folder), env=env, capture_output=True, text=True, timeout=JOB_S, check=False)
     assert second.returncode == 1, second.stdout + second.stderr
     assert re.search(r"(\d) finished, (\d) ended early, 2 failed", second.stdout), second.stdout
     assert Registry(Settings.from_env(env)).resolve("small", CANDIDATE).version == "1"
@@ -158,7 +160,7 @@ def test_the_winner_equals_a_calibration_by_itself(
         f"models:\n- {{name: alone, base: {small_base}, set: {json.dumps(changes)}}}\n"
     )
     alone = [sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(folder / "alone.yaml")]
-    done = subprocess.run(alone, env=env, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(alone, env=env, capture_output=True, text=True, timeout=JOB_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     theirs = Path(Registry(settings).resolve("alone").uri)
     for file in ("order", "factors", "adapters"):

@@ -1,8 +1,6 @@
 """What a run holds: no step twice, nothing lost while MLflow is down, figures of the right data, words for a person."""
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from acip.parametrise import parametrise
 from acip.recipe import Recipe
 from acip.scores import ScoreMap
 from acip.state import CalibrationState, StepReport
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +88,7 @@ def test_steps_that_died_with_their_worker_come_from_the_checkpoint(tracking: Tr
 
 def test_steps_wait_while_mlflow_is_down(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("acip_platform.train.MLFLOW_REST_S", 1e6)
     run = tracking.start("small", "down", {})
     heard: list[str] = []
     watching = observer(run, heard=heard)
@@ -291,12 +291,4 @@ def test_system_metrics_are_in_the_run(tracking: Tracking, monkeypatch: pytest.M
         return "system/cpu_utilization_percentage" in run.client.get_run(run.run_id).data.metrics
 
     with run.system_metrics():
-        wait_for(logged)
-    assert logged()
-
-
-def wait_for(true: Callable[[], bool]) -> None:
-    for _ in range(100):
-        if true():
-            return
-        time.sleep(0.1)
+        until(logged, "the run has no metrics of the machine")

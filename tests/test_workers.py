@@ -14,6 +14,7 @@ from acip_platform.tracking import Registry
 
 from acip.artifact import Artifact
 from tests.conftest import write_fleet
+from tests.waiting import JOB_S
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +30,7 @@ def test_two_workers_calibrate_one_model(tmp_path: Path, small_base: str) -> Non
     file = fleet(tmp_path / "fleet.yaml", small_base)
     env = {**os.environ, "ACIP_HOME": str(tmp_path / "home"), "ACIP_CHECKPOINT_S": "0.5", "RAY_ADDRESS": "local"}
     command = [sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(file)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=JOB_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     settings = Settings.from_env(env)
     one, two = (Artifact.open(Registry(settings).resolve(name).uri) for name in ("one", "two"))

@@ -74,7 +74,8 @@ def run(
     linears = find_linears(model, exclude)
     dense, least = (stored_at(linears, ranks) for ranks in (dict.fromkeys(linears), uniform_ranks(linears, min(ratios))))
     if least > allowed(size := min(sizes), dense):
-        raise BudgetError(f"size {size!r} can't be reached with these ratios: the smallest is {least / dense:.4f}. Add smaller ratios.")
+        smallest = -(-least * 10**4 // dense) / 10**4
+        raise BudgetError(f"size {size!r} can't be reached with these ratios: the smallest is {smallest:.4f}. Add smaller ratios.")
     d = scales(model, linears, windows[:scale_windows], alpha)
     factors: dict[str, Factors] = {}
     for name, found in each(linears, lambda name, linear: scaled_svd(linear, d[name])):

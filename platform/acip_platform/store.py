@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock
 
 from acip.artifact import MANIFEST, Artifact
+from acip.source import Folder, Source
 from acip_platform.disk import Disk, Item, MissingError, StoreError, path_of
 from acip_platform.s3 import FILES_AT_ONCE, S3, S3Source, split
 from acip_platform.settings import Settings
@@ -92,6 +93,13 @@ class Store:
             copy = Path(scratch) / uri.rpartition("/")[2]
             place.download(uri, place.listed(uri), copy)
             yield copy
+
+    def source(self, uri: str) -> tuple[Source, dict[str, int]]:
+        """The files of any folder, to be read in pieces, and the bytes of each. What is read isn't checked."""
+        place = _place(uri)
+        listed = place.listed(uri)
+        sizes = {name: item.bytes for name, item in listed.items()}
+        return Folder(path_of(uri)) if isinstance(place, Disk) else S3Source(uri, listed), sizes
 
     # ---- artifacts
 

@@ -27,6 +27,7 @@ from acip import fit, shard
 from acip.artifact import Artifact
 from acip.base import Base, load_base
 from acip.basis_cache import BasisCache
+from acip.budget import GIGA, in_bytes
 from acip.calibrate import calibrate, trial_step
 from acip.data import TokenBatches, documents, token_windows
 from acip.errors import AcipError, CalibrationError
@@ -169,7 +170,7 @@ def prepared(job: Job, base: Base, settings: Settings, say: Callable[..., None],
 
     _fits(job, base, device, say)
     began = time.monotonic()
-    cache = BasisCache(settings.home / "cache" / "bases", int(settings.basis_cache_gb * 1e9))
+    cache = BasisCache(settings.home / "cache" / "bases", in_bytes(settings.basis_cache_gb, GIGA))
     parametrise(base.model, recipe, windows, lambda done, total: say("parametrise", done=done, total=total), cache=cache)
     say("stage", text=f"{recipe.basis} basis of {len(targets(base.model))} layers in {time.monotonic() - began:.0f} s")
     return batches

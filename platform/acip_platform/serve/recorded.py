@@ -16,15 +16,22 @@ from typing import Any
 from acip.errors import AcipError
 from acip.evaluate.samples import PROMPTS
 from acip_platform.serve.engine import Engine
-from acip_platform.serve.request import CompletionRequest
+from acip_platform.serve.request import ChatRequest, CompletionRequest
 from acip_platform.serve.served import Served
 
 SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 MAX_TOKENS = 48
+# For models with a chat template. The demo's base model (SmolLM2 135M) answers each of them well.
+QUESTIONS = ("What is the capital of France?", "Give me three tips for a good night's sleep.", "What is photosynthesis?")
 IDLE_S = 0.5  # how long nobody must have asked anything
 LOOK_S = 0.2
 
 log = logging.getLogger("ray.serve")
+
+
+def examples(served: Served) -> tuple[str, ...]:
+    """Example prompts: questions where the model has a chat template, else beginnings of texts."""
+    return QUESTIONS if served.chat else PROMPTS
 
 
 class Recorder:
@@ -45,10 +52,10 @@ class Recorder:
             made = dict(self._made.get(self._file(served).name, {}))
         return [
             {
-                "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0,
+                "prompt": prompt, "chat": served.chat, "max_tokens": MAX_TOKENS, "temperature": 0,
                 "completions": [{"size": size, "text": texts[i]} for size, texts in sorted(made.items(), reverse=True)],
             }
-            for i, prompt in enumerate(PROMPTS)
+            for i, prompt in enumerate(examples(served))
         ]  # fmt: skip
 
     def _record(self, reference: "weakref.ref[Served]") -> None:
@@ -59,13 +66,8 @@ class Recorder:
                 return
             if size in self._made[self._file(served).name]:
                 continue
-            request = CompletionRequest(prompt=list(PROMPTS), size_ratio=size, max_tokens=MAX_TOKENS, temperature=0.0)
-            texts = [""] * len(PROMPTS)
             try:
-                for event in self.engine.events(served, request):
-                    texts[event.index] += event.text
-                    if event.kind == "error":
-                        raise AcipError(str(event.data))
+                texts = self._answers(served, size)
             except AcipError as error:  # a size that this model does not have, or it was unloaded
                 log.info("no recording at %s: %s", size, error)
                 return
@@ -73,6 +75,22 @@ class Recorder:
                 self._made[self._file(served).name][size] = texts
             self._write(served)
             del served
+
+    def _answers(self, served: Served, size: float) -> list[str]:
+        """The text for each example prompt, in one request, or one for each chat."""
+        prompts, how = examples(served), {"size_ratio": size, "max_tokens": MAX_TOKENS, "temperature": 0.0}
+        requests: list[CompletionRequest | ChatRequest] = (
+            [ChatRequest.parse({"messages": [{"role": "user", "content": prompt}], **how}) for prompt in prompts]
+            if served.chat
+            else [CompletionRequest.parse({"prompt": list(prompts), **how})]
+        )
+        texts = [""] * len(prompts)
+        for first, request in enumerate(requests):
+            for event in self.engine.events(served, request):
+                if event.kind == "error":
+                    raise AcipError(str(event.data))
+                texts[first + event.index] += event.text
+        return texts
 
     def _wait(self) -> None:
         since = time.monotonic()
@@ -82,13 +100,15 @@ class Recorder:
                 since = time.monotonic()
 
     def _file(self, served: Served) -> Path:
-        what = json.dumps([served.artifact.manifest["files"], served.version.uri, PROMPTS, MAX_TOKENS, str(served.any_size.model.device)])
+        what = json.dumps(
+            [served.artifact.manifest["files"], served.version.uri, examples(served), MAX_TOKENS, str(served.any_size.model.device)]
+        )
         return self.folder / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
 
     def _read(self, served: Served) -> dict[float, list[str]]:
         try:
             kept = json.loads(self._file(served).read_text(encoding="utf-8"))
-            return {float(size): texts for size, texts in kept.items() if len(texts) == len(PROMPTS)}
+            return {float(size): texts for size, texts in kept.items() if len(texts) == len(examples(served))}
         except (OSError, ValueError, AttributeError, TypeError):
             return {}
 

@@ -16,6 +16,7 @@ from uuid import uuid4
 import psutil
 import torch
 
+from acip.budget import GIGA, in_bytes
 from acip.errors import AcipError
 from acip_platform.serve.engine import Engine, Event, Ticket
 from acip_platform.serve.errors import as_response
@@ -44,7 +45,7 @@ class EngineReplica:
         self.settings = Settings.from_env()
         self.engine = Engine(timeout_s)
         self.recorder = Recorder(self.engine, self.settings.home / "cache" / "recorded")
-        limit = int(memory_gb * 1e9) if memory_gb else int(SHARE * _free(device))
+        limit = in_bytes(memory_gb, GIGA) if memory_gb else int(SHARE * _free(device))
         store = Store.of(self.settings)
         self.models = Models(self.engine, store, device, limit, self.recorder.add)
         self.failed: dict[str, str] = {}  # model -> why it can't be loaded

@@ -11,7 +11,7 @@ POST /v1/models/{id}/load     serve another version from the registry
 POST /v1/completions          text at a size
 POST /v1/chat/completions     the same for models with a chat template
 POST /v1/materializations     export a size to the store, in the background
-GET  /v1/materializations     all of them; with /{id}, one
+GET  /v1/materializations     all of them; with /{id}, one; with /{id}/archive, its folder as a tar file (download.py)
 """
 
 import logging
@@ -30,6 +30,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from acip_platform.serve.answers import DONE, Answer, broken, sse
+from acip_platform.serve.download import downloads
 from acip_platform.serve.engine import Event
 from acip_platform.serve.errors import RequestError, as_response, error_body
 from acip_platform.serve.keys import Keys
@@ -152,6 +153,7 @@ def routes(endpoint: Endpoint) -> FastAPI:
                 pass
         return answer(200, told.whole())
 
+    app.include_router(downloads(endpoint.materializations))
     there = [route for route in app.routes if isinstance(route, Route)]
 
     @app.exception_handler(RequestValidationError)
