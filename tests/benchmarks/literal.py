@@ -38,12 +38,11 @@ class Gate(torch.autograd.Function):
 class LiteralLinear(nn.Module):
     """A linear layer as U diag(g(p)) V with a LoRA adapter beside it; masks and adapters are float32."""
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, scale: float, directions: Callable[[Tensor], Tensor] | None) -> None:
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, scale: float) -> None:
         super().__init__()
         W_MN = linear.weight.detach()
         (M, N), dtype = W_MN.shape, W_MN.dtype
-        U_MK = torch.linalg.svd(W_MN.float(), full_matrices=False).U if directions is None else directions(W_MN)
-        U_MK = U_MK / math.sqrt(scale)
+        U_MK = torch.linalg.svd(W_MN.float(), full_matrices=False).U / math.sqrt(scale)
         self.register_buffer("U", U_MK.to(dtype).contiguous())
         self.register_buffer("V", (U_MK.T @ W_MN.float()).to(dtype).contiguous())
         self.U: Tensor
@@ -61,20 +60,15 @@ class LiteralLinear(nn.Module):
         return F.linear(h, self.U, self.bias) + self.lora_scale * adapter
 
 
-def parametrise(
-    model: nn.Module, rank: int, alpha: float, scale: float = 0.02, directions: Callable[[Tensor], Tensor] | None = None
-) -> dict[str, LiteralLinear]:
-    """Swap every linear layer of the transformer blocks, in place.
-
-    `directions` of a weight replaces its SVD where only the speed of the steps is measured: the SVD takes minutes of a large model.
-    """
+def parametrise(model: nn.Module, rank: int, alpha: float, scale: float = 0.02) -> dict[str, LiteralLinear]:
+    """Swap every linear layer of the transformer blocks, in place."""
     model.requires_grad_(False)
     names = [name for name, module in model.named_modules() if ".layers." in name and isinstance(module, nn.Linear)]
     layers: dict[str, LiteralLinear] = {}
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        layers[name] = LiteralLinear(linear, rank, alpha, scale, directions)
+        layers[name] = LiteralLinear(linear, rank, alpha, scale)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layers[name])  # the original is gone from here on
     return layers
