@@ -116,7 +116,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="acip-gpu-") as scratch:
         for part in parts:
             part.limit_s = min(part.limit_s, TOTAL_S * args.slow - (time.monotonic() - start))
-            if part.limit_s < 10:
+            if part.limit_s <= 0:
                 part.status = "failed: no time was left for it"
                 continue
             print(f"{part.name}, at most {part.limit_s:.0f} s", flush=True)

@@ -83,25 +83,13 @@ def test_a_part_that_fails_is_recorded_and_the_next_runs(tmp_path: Path) -> None
 
 
 def test_time_that_is_up_stops_a_part_and_the_others_still_run(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "tests/gpu/check.py",
-        "--dry",
-        "--slow",
-        "0.12",
-        "--only",
-        "correctness",
-        "--only",
-        "serving",
-        "--out",
-        str(tmp_path),
-    ]
+    """Within two seconds nothing can be checked: PyTorch is not even loaded."""
+    parts = ["--only", "correctness", "--only", "serving"]
+    command = [sys.executable, "tests/gpu/check.py", "--dry", "--slow", "0.01", *parts, "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 1
-    first, second = json.loads((tmp_path / "results.json").read_text())["parts"]
-    assert first["status"] == "failed: stopped after 13 s, its time limit"
-    assert second["status"].startswith(("passed", "failed"))
-    assert second["seconds"] > 0 or "no time was left" in second["status"]
+    found = json.loads((tmp_path / "results.json").read_text())["parts"]
+    assert [part["status"] for part in found] == ["failed: stopped after 1 s, its time limit"] * 2
 
 
 def test_without_a_gpu_the_user_is_told(tmp_path: Path) -> None:
