@@ -29,7 +29,19 @@ from acip.state import CalibrationState, StepReport
 from tests.benchmarks import literal
 from tests.benchmarks.sides import head, literal_multiplied, ours_multiplied
 from tests.gpu.report import Report, Row
-from tests.gpu.scale import Scale, free, matmul_peak, parametrise_quickly, peak, random_llama, reset_peak, seconds, settle, text_windows
+from tests.gpu.scale import (
+    QuickBases,
+    Scale,
+    free,
+    matmul_peak,
+    parametrise_quickly,
+    peak,
+    random_llama,
+    reset_peak,
+    seconds,
+    settle,
+    text_windows,
+)
 
 REAL_BASES_S = 75.0  # of 190: where finding all bases would take longer, the basis is one that costs nothing
 
@@ -198,11 +210,6 @@ def beside_prediction(row: Row, memory: Memory, phase: str, found: float | None)
 # ---- the other side, the larger model, the SVD
 
 
-def orthonormal(W_MN: Tensor, full_matrices: bool) -> Any:
-    """Stand in for the SVD: `U` [M, K] spans W's columns, and is found faster."""
-    return SimpleNamespace(U=torch.linalg.qr(W_MN).Q)
-
-
 def literal_side(row: Row, ours: Ours) -> None:
     """As many steps of the paper's algorithm on as many tokens: every direction is multiplied in every step, before and after the stop."""
     scale, recipe = ours.scale, ours.recipe
@@ -210,7 +217,8 @@ def literal_side(row: Row, ours: Ours) -> None:
     free(scale)
     reset_peak(scale)
     try:
-        with patch.object(torch.linalg, "svd", orthonormal):  # of a large model it takes minutes, and the steps don't depend on it
+        basis = QuickBases()  # the SVD of a large model takes minutes, and the speed of the steps does not depend on it
+        with patch.object(torch.linalg, "svd", lambda W_MN, full_matrices: SimpleNamespace(U=basis(W_MN))):
             layers = literal.parametrise(model, recipe.adapter_rank, recipe.adapter_alpha)
         frozen, trained = literal_multiplied(layers)
         marks: list[float] = []

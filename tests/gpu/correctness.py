@@ -207,7 +207,6 @@ def mixed(row: Row, small: Small) -> None:
     base, calibration = small.calibrated()
     any_size = Artifact.save(small.folder / "mixed", base, calibration, {}).load(small.scale.device)
     cuts = [any_size.table.cut(Budget(ratio)) for ratio in RATIOS]
-    any_size.fill(any_size.layers, any_size.table.ranks(0)) if any_size.fill else None
     mixer = Mixer(any_size.layers)
     for counts in ((1, 1, 1, 1), (3, 1, 20, 2), (40, 1, 1, 30)):
         runs = [(Size(cut.removed, cut.ranks), count) for cut, count in zip(cuts, counts, strict=True)]

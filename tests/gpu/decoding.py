@@ -23,30 +23,29 @@ def run(report: Report, scale: Scale) -> None:
         per_s = bandwidth(scale)
         row.show(f"{per_s / 1e12:.2f} TB/s", "a copy, bytes read and written", bytes_per_s=per_s)
     dense = random_llama(scale.llama, scale)
-    models: dict[str, Any] = {"dense": dense}
-    for size in SIZES:
+    for size in SIZES:  # one after the other: all of them and their caches would not fit into 80 GB
+        models: dict[str, Any] = {"dense": dense}
         for label, (form, multiple) in FORMS.items():
-            models[f"{label} at {size}"] = compressed(dense, size, form, multiple if scale.cuda else min(multiple, 8))
-    for batch in scale.batches:
-        decoded(report, scale, models, batch, per_s)
+            models[label] = compressed(dense, size, form, multiple if scale.cuda else min(multiple, 8))
+        for batch in scale.batches:
+            decoded(report, scale, models, size, batch, per_s)
+            free(scale)
+        with report.row(f"prefill of {scale.prompt} tokens at {size}") as row:
+            times = {label: prefill(scale, model) for label, model in models.items()}
+            flop = 2 * scale.prompt * sum(p.numel() for p in dense.model.layers.parameters())
+            found = "; ".join(f"{label} {1000 * taken:.0f} ms" for label, taken in times.items())
+            row.show(found, f"dense: {flop / times['dense'] / 1e12:.0f} TFLOP/s", seconds=times)
+        del models
         free(scale)
-    with report.row(f"prefill of {scale.prompt} tokens") as row:
-        times = {label: prefill(scale, model) for label, model in models.items()}
-        flop = 2 * scale.prompt * sum(p.numel() for p in dense.model.layers.parameters())
-        row.show(
-            "; ".join(f"{label} {1000 * taken:.0f} ms" for label, taken in times.items()),
-            f"dense: {flop / times['dense'] / 1e12:.0f} TFLOP/s",
-        )
-        row.numbers = {"seconds": times}
 
 
-def decoded(report: Report, scale: Scale, models: dict[str, Any], batch: int, per_s: float) -> None:
+def decoded(report: Report, scale: Scale, models: dict[str, Any], size: float, batch: int, per_s: float) -> None:
     """Record the tokens/s of every model; they take turns. A model whose step can't be recorded as a graph decodes without one."""
     steps = scale.rounds * scale.decoded + 4
     sides: dict[str, Side] = {}
     graphs = dict.fromkeys(models, scale.cuda)
     for label, model in models.items():
-        with report.row(f"{label}, batch {batch}: a step is recorded") as row:
+        with report.row(f"{label}, {size}, batch {batch}: a step is recorded") as row:
             try:
                 sides[label] = Side(model, batch, steps, scale.cuda)
             except Exception:
@@ -63,7 +62,7 @@ def decoded(report: Report, scale: Scale, models: dict[str, Any], batch: int, pe
             taken[label] += timed(scale, side)
     base = statistics.median(taken["dense"])
     for label, side in sides.items():
-        with report.row(f"{label}, batch {batch}") as row:
+        with report.row(f"{label} at {1.0 if label == 'dense' else size}, batch {batch}") as row:
             median, bound = statistics.median(taken[label]), per_s * batch / read_bytes(side.model)
             ratio = base / median
             row.show(

@@ -151,25 +151,35 @@ def text_windows(seq_len: int, count: int) -> Tensor:
     return token_windows(documents("package:wikipedia", "train"), byte_tokenizer(), seq_len, count)
 
 
+class QuickBases:
+    """Orthonormal, complete bases that cost next to nothing to find: random ones, or Cholesky's where a layer is tall.
+
+    The speed and the memory of a calibration do not depend on its basis.
+    """
+
+    def __init__(self) -> None:
+        self.rotations: dict[int, Tensor] = {}
+
+    def __call__(self, W_MN: Tensor) -> Tensor:
+        """Return U [M, K] in float32, whose columns span W's."""
+        M, N = W_MN.shape
+        if M > N:  # W = Q R with R = L^T, W^T W = L L^T
+            W = W_MN.float()
+            return torch.linalg.solve_triangular(torch.linalg.cholesky(W.T @ W), W.T, upper=False).T
+        if M not in self.rotations:
+            self.rotations[M] = torch.linalg.qr(torch.randn(M, M, device=W_MN.device)).Q
+        return self.rotations[M]
+
+
 @torch.no_grad()
 def parametrise_quickly(model: nn.Module, recipe: Recipe) -> None:
-    """Swap every target layer for an `SVDLinear` in a basis that costs nothing to find: random, but orthonormal and complete.
-
-    The speed and the memory of what follows do not depend on the basis.
-    """
+    """Swap every target layer for an `SVDLinear` in one of `QuickBases`."""
     model.requires_grad_(False)
     torch.manual_seed(recipe.seed)
-    rotations: dict[int, Tensor] = {}
+    basis = QuickBases()
     for name, linear in find_linears(model, recipe.exclude).items():
         W_MN = weight_MN(linear)
-        M, N = W_MN.shape
-        if M <= N:
-            if M not in rotations:
-                rotations[M] = torch.linalg.qr(torch.randn(M, M, device=W_MN.device)).Q
-            U_MK = rotations[M]
-        else:  # W = Q R by Cholesky: Q spans the columns of W
-            W = W_MN.float()
-            U_MK = torch.linalg.solve_triangular(torch.linalg.cholesky(W.T @ W), W.T, upper=False).T
+        U_MK = basis(W_MN)
         with torch.enable_grad():
             core = SVDLinear(linear, W_MN, U_MK, recipe.mask_scale, adapters(W_MN, recipe), recipe.quantise)
         set_module(model, name, core)
