@@ -57,9 +57,7 @@ def replay(row: Row, scale: Scale, dtype: Any) -> None:
         l1 = calibration.history[-1].lambda_ * float(calibration.scores.score.clamp(min=0).sum())
         assert_same_run(recording, calibration.history, calibration.stop_step, scores, l1)
         worst = logits_apart(model, recording)
-        row.require(
-            worst < CLOSE[dtype], f"{len(calibration.history)} steps alike, logits differ by {worst:.1e}", f"at most {CLOSE[dtype]:.0e}"
-        )
+        row.require(worst < CLOSE, f"{len(calibration.history)} steps alike, logits differ by {worst:.1e}", f"at most {CLOSE:.0e}")
     else:  # the runs part where the order of summation decides whether a mask crosses zero
         pairs = list(zip(calibration.history, recording.trace, strict=False))
         losses = max(abs(ours.loss - theirs["loss"]) / theirs["loss"] for ours, theirs in pairs[:SAME_STEPS])
