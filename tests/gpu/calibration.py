@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -94,7 +95,7 @@ def one_block(row: Row, recipe: Recipe, windows: Tensor, scale: Scale) -> float:
     taken = []
     for layers in (1, 2):  # the first one loads cuSOLVER
         model = random_llama({**scale.llama, "num_hidden_layers": layers}, scale)
-        taken.append(seconds(scale, lambda model=model: parametrise(model, recipe, windows)))
+        taken.append(seconds(scale, partial(parametrise, model, recipe, windows)))
         del model
         free(scale)
     per_block = taken[1] / 2
@@ -254,8 +255,8 @@ def larger(row: Row, report: Report, ours: Ours) -> None:
         row.show(f"left out: {report.left():.0f} s are left")
         return
     with torch.device("meta"):
-        shapes = LlamaForCausalLM(LlamaConfig(**scale.larger)).to(scale.torch_dtype)
-    memory = predict(shapes, recipe, scale.device)
+        shapes: Any = LlamaForCausalLM(LlamaConfig(**scale.larger))
+    memory = predict(shapes.to(scale.torch_dtype), recipe, scale.device)
     tuning = next(phase.total for phase in memory.phases if phase.name == "post-tune")
     if scale.cuda and 1.05 * tuning > torch.cuda.mem_get_info()[0]:
         row.show(f"left out: it needs {tuning / 1e9:.0f} GB, and {torch.cuda.mem_get_info()[0] / 1e9:.0f} are free")

@@ -20,7 +20,7 @@ from acip.calibrate import Calibration, calibrate, trial_step
 from acip.cut import Budget
 from acip.data import TokenBatches
 from acip.layers import find_linears, targets, weight_MN
-from acip.linear import LoRA
+from acip.linear import ElasticLinear, LoRA
 from acip.mixed import Mixer, Size
 from acip.moments import moments
 from acip.parametrise import parametrise, restore
@@ -125,7 +125,8 @@ def full_size(row: Row, small: Small) -> None:
     plain = small.logits(load_base(small.source, "float32").model.to(small.scale.device))  # type: ignore[arg-type]
     base, calibration = small.calibrated()
     for core in targets(base.model).values():
-        core.set_rank(None)  # type: ignore[union-attr]
+        assert isinstance(core, ElasticLinear)
+        core.set_rank(None)
     row.require(torch.equal(small.logits(base.model), plain), "calibrated, at full rank")
     any_size = Artifact.save(small.folder / "full", base, calibration, {}).load(small.scale.device)
     any_size.resize(1.0)
