@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from acip.errors import BaseModelError
 from acip.modeling_acip import widened
@@ -45,7 +46,7 @@ def load_base(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = 
     Raises BaseModelError with what was looked for and what is allowed. Remote code runs only where asked for.
     """
     where, kwargs = _found(source, trust_remote_code)
-    dense = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in kwargs else {}
+    dense = _dequantized() if "gguf_file" in kwargs else {}
     try:
         with quiet_progress():
             model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **kwargs, **dense)
@@ -60,6 +61,12 @@ def load_base(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = 
     model.config.use_cache = True
     model.eval().requires_grad_(False)
     return Base(model, tokenizer, source, getattr(model.config, "_commit_hash", None), digest(model))
+
+
+def _dequantized() -> dict[str, Any]:
+    """Return the argument that makes transformers dequantize a GGUF file. Before 5.17 it always does, and has no such argument."""
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    return {} if gguf_config is None else {"quantization_config": gguf_config(dequantize=True)}
 
 
 def base_positions(source: str, trust_remote_code: bool = False) -> int | None:

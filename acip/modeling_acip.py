@@ -363,7 +363,8 @@ def classes(base_type: str, base_class: str) -> tuple[Any, Any]:
         )
     base_config = CONFIG_MAPPING[base_type]
     plans = dict.fromkeys(("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan"))  # for the base's layers, not ours
-    body = {"__module__": __name__, "model_type": base_config.model_type, "__doc__": SizedConfig.__doc__, **plans}
+    defaults = {"base_class": base_class, "quantise": None, "layers": {}}  # of a config made without arguments, as transformers prints it
+    body = {"__module__": __name__, "model_type": base_config.model_type, "__doc__": SizedConfig.__doc__, "acip": defaults, **plans}
     config_class: Any = type(f"Acip{base_config.__name__}", (SizedConfig, base_config), body)
     keep = (*(base_model._keep_in_fp32_modules_strict or ()), *SizedModel._keep_in_fp32_modules_strict)
     body = {

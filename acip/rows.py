@@ -2,11 +2,11 @@
 
 from typing import Any, Literal
 
-import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acip.errors import RecipeError
 from acip.modeling_acip import BLOCK, one_row, onednn
 from acip.recipe import Quantise
 from acip.shard import read, settle, write
@@ -66,10 +66,22 @@ class Rows(nn.Module):
             write(values, read(values).index_select(0, order))
 
 
+def _bitsandbytes() -> Any:
+    """Return the 4-bit kernels. They are imported where they are first needed, because everything else works without them."""
+    try:
+        import bitsandbytes.functional
+    except ImportError as error:
+        raise RecipeError(
+            f"4 bit (nf4, fp4) needs the package bitsandbytes, which can't be imported here ({error}). "
+            "Install it (pip install bitsandbytes), or leave quantise out."
+        ) from error
+    return bitsandbytes.functional
+
+
 def four_bit(values: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """A matrix [n, width] in bitsandbytes' 4-bit formats, in blocks of 64 of a row: codes [n, bytes], scales [n, blocks], the 16 levels."""
     padded = F.pad(values.float(), (0, -values.shape[1] % BLOCK))
-    codes, state = bnb.quantize_4bit(padded.flatten(), blocksize=BLOCK, quant_type=kind)
+    codes, state = _bitsandbytes().quantize_4bit(padded.flatten(), blocksize=BLOCK, quant_type=kind)
     return codes.view(len(values), -1), state.absmax.view(len(values), -1), state.code
 
 
@@ -89,7 +101,7 @@ class FourBitRows(Rows):
         return self._dtype
 
     def read(self, count: int | None = None) -> Tensor:
-        codes, absmax = self.values[:count], self.absmax[:count]
+        bnb, codes, absmax = _bitsandbytes(), self.values[:count], self.absmax[:count]
         n = absmax.numel() * BLOCK
         state = bnb.QuantState(absmax.flatten(), torch.Size([n]), self.code, BLOCK, self.kind, torch.float32)
         # flat: on a CPU, bitsandbytes dequantises matrices wrongly unless their sides are multiples of 64

@@ -7,8 +7,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import contextlib
-import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,9 +20,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from hypothesis import settings
 from playwright.sync_api import Browser
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from acip.artifact import Artifact
@@ -38,9 +34,9 @@ from acip.recipe import Recipe
 from tests import fuzz
 from tests.browser import Visit, launched, visiting
 from tests.server import Server, Shared, free_port, make_home
+from tests.small import GOLDEN, byte_tokenizer, write_small_base  # noqa: F401  (other tests import the tokenizer from here)
 from tests.waiting import stop, until
 
-GOLDEN = Path(__file__).parent / "golden" / "reference-trace"
 SEED = int(os.environ.get("ACIP_TEST_SEED", "0"))  # of the calibrated fixtures; tests must pass with any
 
 FLEET = """\
@@ -71,15 +67,6 @@ def write_fleet(path: Path, settings: str, *models: str) -> Path:
     return path
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Token id = byte value: the tokenizer that golden's model was trained with."""
-    alphabet = bytes_to_unicode()
-    tokenizer = Tokenizer(models.BPE(vocab={char: byte for byte, char in alphabet.items()}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[2], bos_token=alphabet[1])
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the shared server go last, so that it never runs beside other tests; among them, those that stop it."""
 
@@ -105,12 +92,7 @@ def heldout_tokens() -> torch.Tensor:
 @pytest.fixture(scope="session")
 def small_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder in transformers' format: golden's model and its tokenizer."""
-    folder = tmp_path_factory.mktemp("base") / "small"
-    shutil.copytree(GOLDEN / "base", folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config))
-    byte_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return str(write_small_base(tmp_path_factory.mktemp("base") / "small"))
 
 
 @pytest.fixture(scope="session")

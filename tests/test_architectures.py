@@ -3,6 +3,7 @@
 The models are small and random, all of their tensors (biases and norms too), so that nothing can go missing unseen.
 """
 
+import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,7 @@ ARCHITECTURES = {
 
 def random_model(config: PreTrainedConfig, kind: Any = None) -> Any:
     torch.manual_seed(0)
+    config = copy.deepcopy(config)  # a model changes its own: where it is served, the attention of its parts
     model = kind(config) if kind else AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for tensor in model.parameters():

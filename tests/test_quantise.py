@@ -1,5 +1,6 @@
 """A quantised export is close to the model of its size, and as small as it was counted."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from acip.artifact import Artifact
 from acip.budget import Budget, Curve
-from acip.errors import ArtifactError
+from acip.errors import ArtifactError, RecipeError
 from acip.evaluate import PerplexityOn, QuantisedOn, Text, evaluate, extended, perplexity
 from acip.evaluate.rows import size_facts
 from acip.export import export, sized, tensor_bytes
@@ -18,6 +19,7 @@ from acip.materialise import AnySize
 from acip.modeling_acip import QuantLinear, plain_linear
 from acip.quantise import quantised as as_quantised
 from acip.quantise import rounded, spread
+from acip.rows import four_bit
 from tests.conftest import logits, read
 
 
@@ -104,3 +106,10 @@ def test_layers_of_pivots_are_quantised_as_factors(kind: str, near: float) -> No
     whole = spread(nearly_whole)
     assert isinstance(whole, nn.Linear)
     torch.testing.assert_close(whole(x[:, :40]), nearly_whole(x[:, :40]), atol=1e-3, rtol=0)
+
+
+def test_4_bit_without_bitsandbytes_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain CUDA image does not have it, and needs it for nothing else."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(RecipeError, match="needs the package bitsandbytes"):
+        four_bit(torch.ones(2, 64), "nf4")

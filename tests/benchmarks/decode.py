@@ -50,14 +50,17 @@ def pivot_rank(M: int, N: int, size: float) -> int:
 
 
 @torch.no_grad()
-def compressed(dense: LlamaForCausalLM, size: float, form: str) -> LlamaForCausalLM:
-    """A model of this size with random weights, sharing everything else with the dense one."""
+def compressed(dense: LlamaForCausalLM, size: float, form: str, multiple: int = 1) -> LlamaForCausalLM:
+    """Return a model of this size with random weights that shares everything else with the dense one.
+
+    Ranks are rounded down to a multiple of `multiple`.
+    """
     linears = find_linears(dense)
     model = copy.deepcopy(dense, memo={id(p): p for p in dense.parameters()})
     for name, linear in linears.items():
         W_MN = weight_MN(linear)
         M, N = W_MN.shape
-        r = pivot_rank(M, N, size)
+        r = pivot_rank(M, N, size) // multiple * multiple
         right_rN = torch.randn_like(W_MN[:1].expand(r, N)) * N**-0.5
         if form == "pivot":
             combine = torch.randn_like(W_MN[:1, :1].expand(M - r, r)) * r**-0.5

@@ -14,16 +14,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from secrets import randbits
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from acip.cut import Cut
 from acip.mixed import Size
 from acip_platform.serve.batch import Sequence
 from acip_platform.serve.errors import RequestError, as_response
-from acip_platform.serve.request import MAX_ANSWERS, ChatRequest, CompletionRequest
 from acip_platform.serve.sampling import Choice
 from acip_platform.serve.served import Served
 from acip_platform.serve.text import Text
+
+if TYPE_CHECKING:  # they are pydantic's; the engine itself works where only acip's own dependencies are installed
+    from acip_platform.serve.request import ChatRequest, CompletionRequest
+
+MAX_ANSWERS = 32  # prompts times n
 
 log = logging.getLogger("ray.serve")
 
@@ -162,7 +166,11 @@ class Engine:
         return self._thread.is_alive()
 
     def submit(
-        self, served: Served, request: CompletionRequest | ChatRequest, hear: Callable[[list[Event]], object], received: float | None = None
+        self,
+        served: Served,
+        request: "CompletionRequest | ChatRequest",
+        hear: Callable[[list[Event]], object],
+        received: float | None = None,
     ) -> Ticket:
         """Begin to answer. Raises RequestError or BudgetError for what can't be answered; later errors are events."""
         received = time.monotonic() if received is None else received
@@ -201,7 +209,7 @@ class Engine:
         with self._changed:
             self._changed.notify()
 
-    def events(self, served: Served, request: CompletionRequest | ChatRequest) -> Iterator[Event]:
+    def events(self, served: Served, request: "CompletionRequest | ChatRequest") -> Iterator[Event]:
         """Answer in the calling thread: events until the last."""
         heard: SimpleQueue[list[Event]] = SimpleQueue()
         ticket = self.submit(served, request, heard.put)

@@ -21,7 +21,6 @@ from acip_platform.serve.errors import RequestError
 
 MAX_PROMPTS = 16
 MAX_CHOICES = 16
-MAX_ANSWERS = 32  # prompts times n
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, of completions
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence as Many
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import DynamicCache, GenerationConfig
@@ -16,11 +16,13 @@ from acip.mixed import Mixer, Size
 from acip.packed import PackedLinear, pack
 from acip_platform.serve.batch import Batch
 from acip_platform.serve.errors import RequestError
-from acip_platform.serve.request import ChatRequest, CompletionRequest
 from acip_platform.serve.sampling import Sampler
 from acip_platform.serve.sizes import as_json, told
 from acip_platform.serve.slots import ATTENTION, Piece, Slots, Step
-from acip_platform.tracking import ModelVersion
+
+if TYPE_CHECKING:  # pydantic's and MLflow's modules; a model is served without either
+    from acip_platform.serve.request import ChatRequest, CompletionRequest
+    from acip_platform.tracking import ModelVersion
 
 CHECK_TOKENS = 13
 AGREES = 0.05  # of the logits' norm: rounding stays below, another position or mask does not
@@ -31,7 +33,7 @@ class Served:
 
     def __init__(
         self,
-        version: ModelVersion,
+        version: "ModelVersion",
         artifact: Artifact,
         device: str | torch.device = "cpu",
         kv_tokens: int = 1 << 17,
@@ -102,20 +104,21 @@ class Served:
     def size(self, cut: Cut) -> dict[str, Any]:
         return told(cut, self._removed_at_stop)
 
-    def encode(self, request: CompletionRequest | ChatRequest) -> list[list[int]]:
+    def encode(self, request: "CompletionRequest | ChatRequest") -> list[list[int]]:
         """Token ids of each prompt. RequestError where they can't be had."""
-        if isinstance(request, ChatRequest):
+        if hasattr(request, "messages"):
+            chat = cast("ChatRequest", request)
             if not self.chat:
                 raise RequestError(
                     f"{self.version.name} has no chat template; ask POST /v1/completions with a prompt.", "messages", "no_chat"
                 )
             try:
-                text = self.tokenizer.apply_chat_template(request.told, tokenize=False, add_generation_prompt=True)
+                text = self.tokenizer.apply_chat_template(chat.told, tokenize=False, add_generation_prompt=True)
             except Exception as error:  # whatever a template makes of them
                 raise RequestError(f"the chat template of {self.version.name} refuses these messages: {error}", "messages") from error
             return [self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"], "messages")]
         encoded = []
-        for prompt in request.prompts:
+        for prompt in cast("CompletionRequest", request).prompts:
             ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
             if not ids and self.tokenizer.bos_token_id is not None:
                 ids = [self.tokenizer.bos_token_id]
@@ -149,14 +152,14 @@ class Served:
             )
         return max_tokens
 
-    def ends(self, request: CompletionRequest | ChatRequest) -> frozenset[int]:
+    def ends(self, request: "CompletionRequest | ChatRequest") -> frozenset[int]:
         if request.ignore_eos:
             return frozenset()
         stated = self.stated.eos_token_id
         ids = stated if isinstance(stated, list) else [stated]
         return frozenset(i for i in (*ids, self.tokenizer.eos_token_id) if i is not None)
 
-    def sampler(self, request: CompletionRequest | ChatRequest, seed: int) -> Sampler:
+    def sampler(self, request: "CompletionRequest | ChatRequest", seed: int) -> Sampler:
         """The request's settings, else the model's own, else OpenAI's defaults."""
         stated = self.stated
         usual = 0.0 if stated.do_sample is False else _first(stated.temperature, 1.0)
@@ -171,7 +174,7 @@ class Served:
             logprobs=request.told_logprobs,
         )
 
-    def _biases(self, request: CompletionRequest | ChatRequest) -> dict[int, float]:
+    def _biases(self, request: "CompletionRequest | ChatRequest") -> dict[int, float]:
         biases = {int(token): bias for token, bias in (request.logit_bias or {}).items()}
         if biases and max(biases) >= self.vocabulary:
             raise RequestError(f"logit_bias names token {max(biases)}; the last one is {self.vocabulary - 1}.", "logit_bias")

@@ -1,0 +1,281 @@
+"""Part 1: on this device, too, the product computes what it promises. On the small trained model of golden/, in float32 and float64."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from acip_platform.serve.sampling import Sampler, choose
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from acip.artifact import Artifact
+from acip.base import Base, load_base
+from acip.bases import accuracy, solve
+from acip.calibrate import Calibration, calibrate, trial_step
+from acip.cut import Budget
+from acip.data import TokenBatches
+from acip.layers import find_linears, targets, weight_MN
+from acip.linear import ElasticLinear, LoRA
+from acip.mixed import Mixer, Size
+from acip.moments import moments
+from acip.parametrise import parametrise, restore
+from acip.quantise import quantised
+from acip.recipe import Recipe
+from acip.sizes import cut_table, set_size
+from acip.state import CalibrationState, StepReport
+from tests.gpu.golden import replay, stopped_alike
+from tests.gpu.report import Report, Row
+from tests.gpu.scale import Scale, random_llama, text_windows
+from tests.small import GOLDEN, write_small_base
+
+RECIPE = Recipe(
+    sample_windows=32, adapter_rank=4, adapter_alpha=4.0, dtype="float32", batch_size=4, seq_len=64, lr=3e-3, lambda_factor=1.3,
+    lambda_interval=2, post_tune_steps=12, scores="order",
+)  # fmt: skip
+RATIOS = (1.0, 0.8, 0.6, 0.4)
+
+
+class Killed(Exception):  # noqa: N818
+    """A calibration that is stopped on purpose."""
+
+
+class Small:
+    """The small model, its text, and one calibration of it on the device, which the checks share."""
+
+    def __init__(self, scale: Scale, folder: Path) -> None:
+        self.scale, self.folder = scale, folder
+        self.source = str(write_small_base(folder / "base"))
+        self.windows = load_file(GOLDEN / "batches.safetensors")["batches"][:256].long()
+        self.tokens = load_file(GOLDEN / "probe.safetensors")["probe"].long().to(scale.device)
+
+    def base(self, recipe: Recipe = RECIPE) -> Base:
+        """Load the base model, parametrized by `recipe`, on the device."""
+        base = load_base(self.source, recipe.dtype)
+        base.model.to(self.scale.device)  # type: ignore[arg-type]
+        parametrise(base.model, recipe, self.windows)
+        return base
+
+    def calibrated(self, recipe: Recipe = RECIPE, **options: Any) -> tuple[Base, Calibration]:
+        base = self.base(recipe)
+        return base, calibrate(base.model, TokenBatches(self.windows, recipe.batch_size), recipe, **options)
+
+    def logits(self, model: Any) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = model(input_ids=self.tokens.to(model.device)).logits
+        return found
+
+
+def run(report: Report, scale: Scale) -> None:
+    for dtype in ("float64", "float32"):
+        with report.row(f"golden replay in {dtype}") as row:
+            replay(row, scale, dtype)
+    with tempfile.TemporaryDirectory() as folder, deterministic():
+        small = Small(scale, Path(folder))
+        checks: dict[str, Callable[[Row, Small], None]] = {
+            "size 1.0 is the base model, bit for bit": full_size,
+            "a resumed calibration equals a straight one, bit for bit": resumed,
+            "it never matters when the host looks": host_looks,
+            "cuts are the CPU's, and never above what was asked": cuts,
+            "an artifact saved and loaded": artifact,
+            "plain models of one size compute what the resident one computes": materialized,
+            "mixed sizes equal single sizes": mixed,
+            "gradient checkpointing changes nothing": recomputed,
+            "bases solved in stacks are as good as the CPU's": bases,
+            "8-bit matrices equal the CPU's": eight_bit,
+            "sampled tokens equal the CPU's": sampled,
+        }
+        for name, check in checks.items():
+            with report.row(name) as row:
+                check(row, small)
+    with report.row("a calibration in bfloat16 leaves a finite model") as row, tempfile.TemporaryDirectory() as folder:
+        sixteen_bit(row, Small(scale, Path(folder)))
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Inside, equal inputs give equal bits: kernels that add in any order are not used."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def close(row: Row, what: str, ours: Tensor, theirs: Tensor, limit: float) -> None:
+    """Require that two tensors, of any devices, differ by at most `limit` of the largest number."""
+    error = float((ours.double().cpu() - theirs.double().cpu()).abs().max() / theirs.double().abs().max().cpu())
+    if not error <= limit:  # not a number is too much, too
+        row.require(False, f"{what}: {error:.1e}", f"at most {limit:.0e}")
+        return
+    worst = max(error, row.numbers.get("worst", 0.0))
+    row.numbers["worst"] = worst
+    row.require(True, f"differs by {worst:.1e}", f"at most {limit:.0e}")
+
+
+# ---- the checks
+
+
+def full_size(row: Row, small: Small) -> None:
+    plain = small.logits(load_base(small.source, "float32").model.to(small.scale.device))  # type: ignore[arg-type]
+    base, calibration = small.calibrated()
+    for core in targets(base.model).values():
+        assert isinstance(core, ElasticLinear)
+        core.set_rank(None)
+    row.require(torch.equal(small.logits(base.model), plain), "calibrated, at full rank")
+    any_size = Artifact.save(small.folder / "full", base, calibration, {}).load(small.scale.device)
+    any_size.resize(1.0)
+    row.require(torch.equal(small.logits(any_size.model), plain), "equal")
+    restore(base.model)
+    row.require(torch.equal(small.logits(base.model), plain), "equal: calibrated, loaded from the artifact, restored")
+
+
+def resumed(row: Row, small: Small) -> None:
+    _, straight = small.calibrated()
+    for at in (8, straight.stop_step + 6):
+        folder = small.folder / f"state-{at}"
+        folder.mkdir()
+
+        def kill(reports: list[StepReport], state: CalibrationState, at: int = at, folder: Path = folder) -> None:
+            if state.step >= at:
+                state.save(folder)
+                raise Killed
+
+        with suppress(Killed):
+            small.calibrated(observe=kill)
+        _, again = small.calibrated(resume=folder)
+        alike = stopped_alike(again, straight) and same_adapters(again, straight)
+        first = next((ours.step for ours, theirs in zip(again.history, straight.history, strict=False) if ours != theirs), None)
+        row.require(alike, f"killed at {at} of {len(straight.history)} steps" + ("" if alike else f", parts at step {first}"))
+
+
+def host_looks(row: Row, small: Small) -> None:
+    _, often = small.calibrated(look_every=1)
+    for every in (2, 4):
+        _, rarely = small.calibrated(look_every=every)
+        row.require(stopped_alike(often, rarely) and same_adapters(often, rarely), f"every 1, 2, 4 steps; stop at {often.stop_step}")
+
+
+def same_adapters(one: Calibration, other: Calibration) -> bool:
+    theirs = targets(other.model)
+    pairs: list[tuple[LoRA, LoRA]] = [
+        (lora, theirs[name].loras[place]) for name, core in targets(one.model).items() for place, lora in core.loras.items()
+    ]
+    return all(torch.equal(a, b) for ours, his in pairs for a, b in zip(ours.parameters(), his.parameters(), strict=True))
+
+
+def cuts(row: Row, small: Small) -> None:
+    base, calibration = small.calibrated()
+    scores = calibration.scores
+    on_cpu = replace(scores, score=scores.score.cpu(), crossing=scores.crossing.cpu())
+    row.require(torch.equal(scores.removal_order().cpu(), on_cpu.removal_order()), "removal order")
+    table = cut_table(base.model, on_cpu, calibration.recipe)
+    for ratio in RATIOS:
+        ours, theirs = calibration.table.cut(Budget(ratio)), table.cut(Budget(ratio))
+        row.require(ours == theirs and ours.got <= ratio, f"sizes {', '.join(map(str, RATIOS))}")
+
+
+def artifact(row: Row, small: Small) -> None:
+    base, calibration = small.calibrated()
+    saved = Artifact.save(small.folder / "saved", base, calibration, {})
+    here, on_cpu = saved.load(small.scale.device), saved.load("cpu")
+    for ratio in RATIOS:
+        cut = here.resize(ratio)
+        on_cpu.resize(ratio)
+        set_size(targets(base.model), cut)
+        close(row, f"calibrated and loaded, {ratio}", small.logits(here.model), small.logits(base.model), 1e-4)
+        close(row, f"loaded here and on the CPU, {ratio}", small.logits(here.model), small.logits(on_cpu.model), 1e-4)
+    for (name, ours), theirs in zip(here.model.state_dict().items(), on_cpu.model.state_dict().values(), strict=True):
+        if not torch.equal(ours.cpu(), theirs):
+            row.require(False, f"{name} is not what was saved")
+
+
+def materialized(row: Row, small: Small) -> None:
+    for storage in ("pivot", "factors"):
+        base, calibration = small.calibrated(replace(RECIPE, storage=storage))
+        any_size = Artifact.save(small.folder / storage, base, calibration, {}).load(small.scale.device)
+        for ratio in RATIOS:
+            any_size.resize(ratio)
+            close(row, f"{storage}, {ratio}", small.logits(any_size.materialise()), small.logits(any_size.model), 1e-3)
+
+
+def mixed(row: Row, small: Small) -> None:
+    base, calibration = small.calibrated()
+    any_size = Artifact.save(small.folder / "mixed", base, calibration, {}).load(small.scale.device)
+    cuts = [any_size.table.cut(Budget(ratio)) for ratio in RATIOS]
+    mixer = Mixer(any_size.layers)
+    for counts in ((1, 1, 1, 1), (3, 1, 20, 2), (40, 1, 1, 30)):
+        runs = [(Size(cut.removed, cut.ranks), count) for cut, count in zip(cuts, counts, strict=True)]
+        for name, layer in any_size.layers.items():
+            x = torch.randn(1, sum(counts), layer.right.values.shape[1], device=small.scale.device)
+            alone, start = [], 0
+            mixer.clear()
+            for size, count in runs:
+                layer.set_rank(size.ranks[name])
+                alone.append(layer(x[:, start : start + count]))
+                start += count
+            mixer.set(runs)
+            close(row, f"{name}, {counts}", layer(x), torch.cat(alone, 1), 1e-4)
+    mixer.clear()
+
+
+def recomputed(row: Row, small: Small) -> None:
+    batches = TokenBatches(small.windows, RECIPE.batch_size)
+    losses = [trial_step(small.base(recipe).model, batches, recipe) for recipe in (RECIPE, replace(RECIPE, recompute=True))]
+    row.require(losses[0] == losses[1], f"loss {losses[0]:.6f} and {losses[1]:.6f}")
+    _, kept = small.calibrated()
+    _, again = small.calibrated(replace(RECIPE, recompute=True))
+    row.require(stopped_alike(kept, again), f"{len(kept.history)} steps alike")
+
+
+def bases(row: Row, small: Small) -> None:
+    """Both in float32; the error above the optimum, a share of a layer's energy at the worst rank, tells how good they are."""
+    hidden, wide = small.scale.basis
+    shape = {"hidden_size": hidden, "intermediate_size": wide, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
+    model = random_llama(shape, replace(small.scale, dtype="float32"))
+    linears = find_linears(model)
+    C = moments(model, linears, text_windows(256, 8))
+    here, excess = solve(linears, C), {"device": 0.0, "CPU": 0.0}
+    there = solve({name: linear.to("cpu") for name, linear in linears.items()}, {name: C_nn.cpu() for name, C_nn in C.items()})
+    for side, found in (("device", here), ("CPU", there)):
+        for name, directions in found.items():
+            result = accuracy(weight_MN(linears[name]), C[name].cpu(), directions.cpu())
+            excess[side] = max(excess[side], float(result.excess.max()))
+            row.require(result.orthonormality < 1e-4, f"{side} {name}: off orthonormal by {result.orthonormality:.1e}", "at most 1e-4")
+    limit = max(1e-5, 3 * excess["CPU"])
+    row.require(
+        excess["device"] <= limit, f"error above the optimum {excess['device']:.1e}, on the CPU {excess['CPU']:.1e}", f"at most {limit:.0e}"
+    )
+
+
+def eight_bit(row: Row, small: Small) -> None:
+    model = load_base(small.source, "float32").model
+    for linear in find_linears(model).values():
+        there = quantised(linear, "int8").dequantised(torch.float32)
+        here = quantised(linear.to(small.scale.device), "int8").dequantised(torch.float32)
+        close(row, "int8", here, there, 1e-2)  # one step of 127, where rounding to the nearest differs
+
+
+def sampled(row: Row, small: Small) -> None:
+    logits = small.logits(load_base(small.source, "float32").model)[0].cpu()
+    settings = ({"temperature": 0.0}, {"seed": 1}, {"seed": 2, "top_p": 0.9}, {"seed": 3, "top_k": 5, "logprobs": 2})
+    picked = []
+    for device in ("cpu", small.scale.device):
+        samplers = [Sampler(**settings[i % len(settings)]) for i in range(len(logits))]
+        picked.append([choice.token for choice in choose(logits.to(device), samplers)])
+    alike = sum(a == b for a, b in zip(*picked, strict=True))
+    row.require(alike >= len(logits) - 1, f"{alike} of {len(logits)} tokens alike")  # one may lie on the edge of two
+
+
+def sixteen_bit(row: Row, small: Small) -> None:
+    recipe = replace(RECIPE, dtype="bfloat16", scores="fisher")
+    base, calibration = small.calibrated(recipe)
+    any_size = Artifact.save(small.folder / "bfloat16", base, calibration, {}).load(small.scale.device)
+    for ratio in RATIOS:
+        any_size.resize(ratio)
+        row.require(bool(small.logits(any_size.model).isfinite().all()), f"loss {calibration.history[-1].loss:.3f} at the last step")

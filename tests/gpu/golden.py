@@ -1,0 +1,91 @@
+"""Replays of the recorded runs of the published implementation on a device (tests/golden/README.md, tests/replay.py)."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acip.basis_cache import BasisCache, basis_keys
+from acip.calibrate import Calibration, calibrate
+from acip.layers import find_linears, targets, weight_MN
+from acip.parametrise import parametrise
+from acip.recipe import Recipe
+from acip.sizes import layer_shapes
+from tests.gpu.report import Row
+from tests.gpu.scale import Scale
+from tests.small import GOLDEN, write_small_base
+
+RECORDED = {"float32": GOLDEN, "float64": GOLDEN.with_name("reference-trace-64")}
+CLOSE = 1e-9  # of logits of about 10 at the recorded ranks, in float64
+SAME_STEPS = 100  # in float32
+SIZES = ("1.0", "0.8", "0.6", "0.4")
+
+
+def replay(row: Row, scale: Scale, dtype: Any) -> None:
+    """Calibrate as it was recorded, from LAPACK's bases, and compare every step, the scores, and the logits at the recorded ranks."""
+    if not (RECORDED[dtype] / "trace.json").is_file():
+        row.require(False, "the recording is not there", str(RECORDED[dtype].name))
+        return
+    from tests.replay import Recording, assert_same_run, rank_correlation, start_adapters
+
+    recording = Recording(dtype)
+    config = recording.config
+    recipe = Recipe(
+        basis="svd", convention="paper", post_tune="stop", adapter="layer", scores="order", storage="factors", distill_prune=0.0,
+        distill=0.0, mask_scale=config["mask_scale"], adapter_rank=config["lora_r"], adapter_alpha=float(config["lora_alpha"]),
+        adapter_dropout=0.0, dtype=dtype, batch_size=config["B"], seq_len=config["T"], lr=config["lr"],
+        lambda_start=config["reg_start"], lambda_factor=config["reg_factor"], lambda_interval=config["reg_every"],
+        stop_ratio=config["stop_ratio"], post_tune_steps=config["post_tune_steps"],
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        model: Any = recording.base(str(write_small_base(Path(folder) / "base"))).model
+        linears, cache = find_linears(model), BasisCache(Path(folder) / "bases")
+        bases = {name: torch.linalg.svd(weight_MN(linear), full_matrices=False).U.T.contiguous() for name, linear in linears.items()}
+        model.to(scale.device)
+        for name, key in basis_keys(model, linears, recipe, None).items():
+            cache.put(key, bases[name])
+        parametrise(model, recipe, cache=cache)
+    with torch.no_grad():
+        for name, core in targets(model).items():
+            A, B = start_adapters(name)
+            core.loras["layer"].A.copy_(A)
+            core.loras["layer"].B.copy_(B)
+    calibration = calibrate(model, recording.batches(), recipe)
+    scores = {name: calibration.scores.of(name).cpu() for name in calibration.scores.names}
+    if dtype == "float64":
+        l1 = calibration.history[-1].lambda_ * float(calibration.scores.score.clamp(min=0).sum())
+        assert_same_run(recording, calibration.history, calibration.stop_step, scores, l1)
+        worst = logits_apart(model, recording)
+        row.require(worst < CLOSE, f"{len(calibration.history)} steps alike, logits differ by {worst:.1e}", f"at most {CLOSE:.0e}")
+    else:  # the runs part where the order of summation decides whether a mask crosses zero
+        pairs = list(zip(calibration.history, recording.trace, strict=False))
+        losses = max(abs(ours.loss - theirs["loss"]) / theirs["loss"] for ours, theirs in pairs[:SAME_STEPS])
+        live = max(abs(ours.live - theirs["live"]) / theirs["live"] for ours, theirs in pairs[: config["stop_step"] - 3])
+        alike = min(rank_correlation(scores[name], recording.scores[name]) for name in scores)
+        row.require(losses < 1e-3, f"losses of the first {SAME_STEPS} steps differ by {losses:.1e}", "at most 1e-3")
+        row.require(live < 0.02, f"living directions differ by {live:.2%}", "at most 2%")
+        row.require(
+            abs(calibration.stop_step - config["stop_step"]) <= 5, f"stop at step {calibration.stop_step}", f"{config['stop_step']}"
+        )
+        row.require(alike > 0.97, f"losses to {losses:.0e}, living to {live:.2%}, scores correlate by {alike:.4f}", "at least 0.97")
+    row.numbers |= {"losses": [report.loss for report in calibration.history], "live": [report.live for report in calibration.history]}
+
+
+def logits_apart(model: Any, recording: Any) -> float:
+    """Return the largest difference from the recorded logits at the recorded ranks."""
+    tokens, worst = recording.probe["probe"].long().to(model.device), 0.0
+    for size in SIZES:
+        ranks, layers = recording.ranks(size), targets(model)
+        for shape in layer_shapes(model):
+            core: Any = layers[shape.name]
+            core.set_rank(ranks[shape.name])
+        with torch.no_grad():
+            found = model(input_ids=tokens).logits.cpu()
+        worst = max(worst, float((found - recording.probe[f"logits_{size}"]).abs().max()))
+    return worst
+
+
+def stopped_alike(one: Calibration, other: Calibration) -> bool:
+    """Whether two calibrations took the same steps to the same scores, bit for bit."""
+    return one.history == other.history and torch.equal(one.scores.score, other.scores.score)

@@ -1,0 +1,171 @@
+"""Part 4: the engine embedded in this process, without Ray and HTTP: many sequences of mixed sizes at once, beside single sizes."""
+
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from acip_platform.serve.engine import Engine, Event
+from acip_platform.serve.served import Served
+
+from acip.artifact import Artifact
+from acip.base import Base
+from acip.budget import Budget
+from acip.calibrate import calibrate
+from acip.data import TokenBatches
+from acip.recipe import Recipe
+from tests.gpu.correctness import Small
+from tests.gpu.report import Report, Row
+from tests.gpu.scale import Scale, free, parametrise_quickly, random_llama, text_windows
+from tests.small import byte_tokenizer
+
+RATIOS = (1.0, 0.8, 0.6, 0.4)
+PROMPT = 64  # tokens
+WAIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the engine reads of a request, without pydantic, which checks those that come by HTTP."""
+
+    prompts: list[list[int]]
+    size: float
+    limit: int
+    seed: int = 0
+    n: int = 1
+    stops: tuple[str, ...] = ()
+    ignore_eos: bool = True
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[str, float] = field(default_factory=dict)
+    told_logprobs: int | None = None
+
+    def name_and_budget(self, names: list[str]) -> tuple[str, Budget]:
+        return names[0], Budget(ratio=self.size)
+
+
+def run(report: Report, scale: Scale) -> None:
+    with report.row("mixed sizes give the model's own greedy texts, float32") as row:
+        own_texts(row, scale)
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = None
+        with report.row("a random model, calibrated and saved") as row:
+            artifact = made(row, scale, Path(folder))
+        free(scale)
+        if artifact is not None:
+            with report.row("loaded and checked by the engine") as row:
+                start = time.perf_counter()
+                served = Served(version("random"), artifact, scale.device, packed=False)
+                row.show(f"{served.bytes / 1e9:.2f} GB resident", f"{time.perf_counter() - start:.1f} s")
+            if row.ok is not False:
+                speeds(report, scale, served)
+
+
+def version(name: str) -> Any:
+    return SimpleNamespace(name=name, version="1", uri="", aliases=(), tags={})
+
+
+def made(row: Row, scale: Scale, folder: Path) -> Artifact:
+    model = random_llama(scale.served, scale)
+    recipe = Recipe(sample_windows=4, dtype=scale.dtype, batch_size=2, seq_len=128, post_tune_steps=2)
+    parametrise_quickly(model, recipe)
+    calibration = calibrate(model, TokenBatches(text_windows(128, 8), recipe.batch_size), recipe)
+    artifact = Artifact.save(folder / "artifact", Base(model, byte_tokenizer(), "random", None, "0" * 12), calibration, {})
+    size = sum(file["bytes"] for file in artifact.manifest["files"].values())
+    row.show(f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion numbers, {size / 1e9:.2f} GB on disk")
+    return artifact
+
+
+def speeds(report: Report, scale: Scale, served: Served) -> None:
+    engine = Engine()
+    engine.add(served)
+    try:
+        answer_all(engine, served, scale, RATIOS)  # kernels are loaded, slots have their size
+        single: dict[float, float] = {}
+        for ratio in RATIOS:
+            with report.row(f"{scale.sequences} sequences at {ratio}") as row:
+                single[ratio] = tokens_per_s(row, engine, served, scale, (ratio,))
+        with report.row(f"{scale.sequences} sequences of mixed sizes") as row:
+            mixed = tokens_per_s(row, engine, served, scale, RATIOS)
+            alone = len(single) / sum(1 / speed for speed in single.values())
+            row.beside += f"; {mixed / alone:.2f} of the harmonic mean of single sizes"
+            row.numbers["share"] = mixed / alone
+    finally:
+        engine.close()
+
+
+def tokens_per_s(row: Row, engine: Engine, served: Served, scale: Scale, ratios: tuple[float, ...]) -> float:
+    taken, answers = answer_all(engine, served, scale, ratios)
+    made = sum(answer["usage"]["completion_tokens"] for answer in answers)
+    row.show(f"{made / taken:,.0f} tokens/s", f"{made} tokens in {taken:.2f} s, {PROMPT} tokens of prompt each", tokens_per_s=made / taken)
+    row.require(made == scale.sequences * scale.answer, row.value, row.beside)
+    return made / taken
+
+
+def answer_all(engine: Engine, served: Served, scale: Scale, ratios: tuple[float, ...]) -> tuple[float, list[dict[str, Any]]]:
+    """Ask for all sequences at once; (seconds until the last has ended, what each was told at its end)."""
+    prompts = text_windows(PROMPT, scale.sequences).tolist()
+    ended: list[Event] = []
+    done = threading.Event()
+
+    def hear(events: list[Event]) -> None:
+        ended.extend(event for event in events if event.kind in ("done", "error"))
+        if len(ended) == scale.sequences:
+            done.set()
+
+    start = time.perf_counter()
+    for i, prompt in enumerate(prompts):
+        request: Any = Request([prompt], ratios[i % len(ratios)], scale.answer)
+        engine.submit(served, request, hear)
+    if not done.wait(WAIT_S):
+        raise TimeoutError(f"only {len(ended)} of {scale.sequences} sequences ended within {WAIT_S:.0f} s")
+    taken = time.perf_counter() - start
+    if errors := [event.data["body"] for event in ended if event.kind == "error"]:
+        raise RuntimeError(f"{len(errors)} sequences failed, the first with {errors[0]}")
+    return taken, [event.data for event in ended]
+
+
+def own_texts(row: Row, scale: Scale) -> None:
+    """Sequences of four sizes in one batch give the tokens that each size generates by itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        small = Small(scale, Path(folder))
+        base, calibration = small.calibrated()
+        artifact = Artifact.save(Path(folder) / "artifact", base, calibration, {})
+        any_size = artifact.load(scale.device)
+        served = Served(version("small"), artifact, scale.device, packed=False)
+        engine = Engine()
+        engine.add(served)
+        try:
+            windows, heard, alike = small.windows[:8, :24].tolist(), {}, 0
+            waiting = threading.Semaphore(0)
+            for i, prompt in enumerate(windows):
+                texts: list[str] = []
+                heard[i] = texts
+
+                def hear(events: list[Event], texts: list[str] = texts) -> None:
+                    texts.extend(event.text for event in events)
+                    if events[-1].kind in ("done", "error"):
+                        waiting.release()
+
+                request: Any = Request([prompt], RATIOS[i % len(RATIOS)], 16)
+                engine.submit(served, request, hear)
+            for _ in windows:
+                if not waiting.acquire(timeout=WAIT_S):
+                    raise TimeoutError("the engine did not answer")
+        finally:
+            engine.close()
+        for i, prompt in enumerate(windows):
+            any_size.resize(RATIOS[i % len(RATIOS)])
+            ids = torch.tensor([prompt], device=scale.device)
+            out: Any = any_size.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None
+            )  # type: ignore[operator]
+            alike += "".join(heard[i]) == served.tokenizer.decode(out[0, len(prompt) :].tolist(), skip_special_tokens=True)
+        row.require(alike >= len(windows) - 1, f"{alike} of {len(windows)} texts alike")  # one may hang on a last bit
