@@ -5,25 +5,21 @@ from collections.abc import Sequence as Many
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 
 from acip.artifact import MANIFEST, Artifact
 from acip.budget import Budget
 from acip.cut import Cut
-from acip.errors import AcipError
 from acip.materialise import AnySize
 from acip.mixed import Mixer, Size
 from acip.packed import PackedLinear, pack
 from acip_platform.serve.batch import Batch
 from acip_platform.serve.errors import RequestError
+from acip_platform.serve.exact import check, served_context
 from acip_platform.serve.request import ChatRequest, CompletionRequest
 from acip_platform.serve.sampling import Sampler
 from acip_platform.serve.sizes import as_json, told
-from acip_platform.serve.slots import ATTENTION, Piece, Slots, Step
 from acip_platform.tracking import ModelVersion
-
-CHECK_TOKENS = 13
-AGREES = 0.05  # of the logits' norm: rounding stays below, another position or mask does not
 
 
 class Served:
@@ -45,12 +41,13 @@ class Served:
         recipe, table = artifact.recipe, self.any_size.table
         self._removed_at_stop = table.cut(Budget(ratio=recipe.stop_ratio, convention=recipe.convention)).removed
         config = self.any_size.model.config.get_text_config()
-        self.context = int(getattr(config, "max_position_embeddings", None) or min(self.tokenizer.model_max_length, 1 << 17))
+        self.context, shorter = served_context(config, min(self.tokenizer.model_max_length, 1 << 17))
         self.vocabulary = int(config.vocab_size)
         self.cut = functools.lru_cache(maxsize=256)(table.cut)
         if packed:
             pack(self.any_size.model)
-        self._check(Mixer(self.any_size.layers))
+        sizes = [Size(removed, table.ranks(removed)) for removed in (0, max(self._removed_at_stop, 1))]
+        check(version.name, self.any_size.model, self.any_size.layers, (sizes[0], sizes[1]), self.context)
         self.batch = Batch(self.any_size.model, Mixer(self.any_size.layers), kv_tokens)
 
     @property
@@ -176,45 +173,6 @@ class Served:
         if biases and max(biases) >= self.vocabulary:
             raise RequestError(f"logit_bias names token {max(biases)}; the last one is {self.vocabulary - 1}.", "logit_bias")
         return biases
-
-    @torch.inference_mode()
-    def _check(self, mixer: Mixer) -> None:
-        """A prompt in pieces and a sequence beside it, at two sizes in one pass, give the logits of each alone: a real token, too.
-
-        Whatever would mix up sequences or positions of an architecture is noticed here, not by its users.
-        """
-        model, device = self.any_size.model, self.any_size.model.device
-        small = max(self._removed_at_stop, 1)
-        sizes = [Size(0, self.any_size.table.ranks(0)), Size(small, self.any_size.table.ranks(small))]
-        ids = [[(7 + 3 * i + 11 * row) % self.vocabulary for i in range(CHECK_TOKENS)] for row in range(2)]
-        alone = []
-        for size, row in zip(sizes, ids, strict=True):
-            mixer.set([(size, CHECK_TOKENS)])
-            alone.append(model(input_ids=torch.tensor([row], device=device), past_key_values=DynamicCache(config=model.config)).logits[0])
-        model.set_attn_implementation(ATTENTION)
-        slots, found = Slots(), []
-        slots.room(2, CHECK_TOKENS)
-        start = 0
-        for stop in (5, 9, *range(10, CHECK_TOKENS + 1)):
-            count = stop - start
-            pieces = [Piece(1, start, 0, count), Piece(0, start, count, 2 * count)]  # slots not in the order of rows
-            mixer.set([(sizes[0], count), (sizes[1], count)])
-            with Step.of(slots, pieces, device) as step:
-                out = model(
-                    input_ids=torch.tensor([ids[0][start:stop] + ids[1][start:stop]], device=device),
-                    position_ids=step.position[None], past_key_values=slots, use_cache=True,
-                )  # fmt: skip
-            found.append(out.logits[0].unflatten(0, (2, count)))
-            start = stop
-        mixer.clear()
-        together = torch.cat(found, 1)
-        for apart, beside in zip(alone, together, strict=True):
-            error = float((apart.float() - beside.float()).norm() / apart.float().norm())
-            if not error < AGREES:
-                raise AcipError(
-                    f"{self.version.name}: {type(model).__name__} can't be served: tokens of several sequences in one pass change its "
-                    f"logits by {error:.1%}, so its attention or positions work in another way. Export sizes with jobs/materialise.py."
-                )
 
 
 def _first(value: Any, otherwise: Any) -> Any:
