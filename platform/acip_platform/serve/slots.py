@@ -85,20 +85,23 @@ class Slots(Cache):
         self.keys, self.values = {}, {}
         self.count, self.length = 0, 0
 
+    def write(self, layer: int, key_states: Tensor, value_states: Tensor, step: "Step") -> tuple[Tensor, Tensor]:
+        """Put the step's keys and values [1, heads, T, head size] into their slots; returns those of all slots."""
+        if layer not in self.keys:
+            for kept, states in ((self.keys, key_states), (self.values, value_states)):
+                kept[layer] = states.new_zeros(self.count, states.shape[1], self.length, states.shape[3])
+        for kept, states in ((self.keys, key_states), (self.values, value_states)):
+            if step.alone is not None:
+                slot, place = step.alone
+                kept[layer][slot, :, place] = states[0, :, 0]
+            else:
+                kept[layer][step.slot, :, step.position] = states[0].transpose(0, 1)
+        return self.keys[layer], self.values[layer]
+
     # ---- what transformers calls
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        step: Step = _here.step
-        if layer_idx not in self.keys:
-            for kept, states in ((self.keys, key_states), (self.values, value_states)):
-                kept[layer_idx] = states.new_zeros(self.count, states.shape[1], self.length, states.shape[3])
-        if step.alone is not None:
-            slot, place = step.alone
-            self.keys[layer_idx][slot, :, place] = key_states[0, :, 0]
-            self.values[layer_idx][slot, :, place] = value_states[0, :, 0]
-        else:
-            self.keys[layer_idx][step.slot, :, step.position] = key_states[0].transpose(0, 1)
-            self.values[layer_idx][step.slot, :, step.position] = value_states[0].transpose(0, 1)
+        """The same: `attend` keeps what it is given, which some models (MLA) make of what they hand over here."""
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -212,7 +215,7 @@ def attend(
     """query [1, heads, T, head size] -> [1, T, heads, value size]. AcipError for arguments that would change the result."""
     step: Step = _here.step
     rule = _checked(module, attention_mask, dropout, kwargs)
-    keys, values = step.slots.keys[module.layer_idx], step.slots.values[module.layer_idx]
+    keys, values = step.slots.write(module.layer_idx, key, value, step)
     heads, kv_heads = query.shape[1], keys.shape[1]
     shared = heads // kv_heads
     sinks = None if s_aux is None else s_aux.reshape(1, kv_heads, shared, 1)
