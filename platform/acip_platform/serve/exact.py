@@ -1,17 +1,17 @@
 """Check, before a model is served, that the engine computes what the model computes by itself.
 
-    the model itself      a prompt in one pass with transformers' own attention and cache, and its last tokens one by one, as `generate` does
-    the engine            three sequences of different lengths and sizes in shared passes, in pieces, and one token that is alone
+    the model itself    a prompt in one pass with transformers' own attention and cache, and its last tokens one by one, as in `generate`
+    the engine          three sequences of different lengths and sizes in shared passes, in pieces, and one token that is alone
 
 Both are compared twice:
 
-    as it is              beyond every threshold of its config (a window, a chunk, ...) that a run of `AFFORDABLE` work can reach
-    a reduced twin        the same weights under a config whose thresholds are `REDUCED` tokens: the same code at the cost of a short prompt.
-                          It is computed in float32 where a copy of the weights in float32 is small enough
+    as it is            beyond every threshold of its config (a window, a chunk, ...) that a run of `AFFORDABLE` work can reach
+    a reduced twin      the same weights under a config whose thresholds are `REDUCED` tokens: the same code at the cost of a short
+                        prompt. It is computed in float32 where a copy of the weights in float32 is small enough
 
 The error of a token is the norm of its logits' difference, without what is common to all logits, in units of the logits' own norm.
-In float32 the largest error of any token counts: rounding makes 1e-5 of it, another window or cap 1e-3 or more. In 16 bit the mean counts,
-against the model's own difference between one pass and token by token, which is rounding by definition.
+In float32 the largest error of any token counts: rounding makes 1e-5 of it, another window or cap 1e-3 or more. In 16 bit the mean
+counts, against the model's own difference between one pass and token by token, which is rounding by definition.
 
 Frequencies of rotary embeddings that depend on the longest sequence of a batch (longrope) can't be computed for each sequence, so the
 served context ends where they would change.
@@ -59,7 +59,7 @@ def served_context(config: Any, otherwise: int) -> tuple[int, str | None]:
 
 
 def check(name: str, model: Any, layers: Mapping[str, ElasticLinear], sizes: tuple[Size, Size], context: int) -> None:
-    """AcipError in one line, with the model's name and the reason, unless the engine computes what `model` does at both sizes (large, small).
+    """Raise an AcipError of one line, with the model's name and the reason, unless the engine computes what `model` does at both `sizes`.
 
     The model is left with the engine's attention.
     """
@@ -77,7 +77,9 @@ def check(name: str, model: Any, layers: Mapping[str, ElasticLinear], sizes: tup
     except Exception as error:  # whatever an architecture makes of it
         kind = "" if isinstance(error, AcipError) else f"{type(error).__name__} in the engine's forward pass: "
         reason = " ".join(str(error).split()).rstrip(".")[:400]
-        raise AcipError(f"{name}: {type(model).__name__} can't be served: {kind}{reason}. Export sizes with jobs/materialise.py.") from error
+        raise AcipError(
+            f"{name}: {type(model).__name__} can't be served: {kind}{reason}. Export sizes with jobs/materialise.py."
+        ) from error
 
 
 def _compare(
@@ -100,7 +102,9 @@ def _compare(
     if model.dtype.itemsize < 4:
         limit = min(max(limit, ROUNDING * noise), HOPELESS)
     if not noise <= limit:
-        raise AcipError(f"its logits differ by {noise:.2g} between one pass and token by token, so its answers depend on how they are computed")
+        raise AcipError(
+            f"its logits differ by {noise:.2g} between one pass and token by token, so its answers depend on how they are computed"
+        )
     implementation = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     together = _together(model, mixer, of, ids)

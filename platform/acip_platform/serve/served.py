@@ -1,11 +1,11 @@
 """A model of the registry in memory: one copy of its sorted factors, its tokenizer, and what it may be asked."""
 
 import functools
+import logging
 from collections.abc import Sequence as Many
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from acip.artifact import MANIFEST, Artifact
 from acip.budget import Budget
@@ -19,7 +19,10 @@ from acip_platform.serve.exact import check, served_context
 from acip_platform.serve.request import ChatRequest, CompletionRequest
 from acip_platform.serve.sampling import Sampler
 from acip_platform.serve.sizes import as_json, told
+from acip_platform.serve.stated import Stated
 from acip_platform.tracking import ModelVersion
+
+log = logging.getLogger("ray.serve")
 
 
 class Served:
@@ -37,7 +40,7 @@ class Served:
         self.created = int((artifact.folder / MANIFEST).stat().st_mtime)
         self.any_size: AnySize = artifact.load(device)
         self.tokenizer = artifact.tokenizer()
-        self.stated = self.any_size.model.generation_config or GenerationConfig()
+        self.stated = Stated(version.name, self.any_size.model)
         recipe, table = artifact.recipe, self.any_size.table
         self._removed_at_stop = table.cut(Budget(ratio=recipe.stop_ratio, convention=recipe.convention)).removed
         config = self.any_size.model.config.get_text_config()
@@ -48,6 +51,12 @@ class Served:
             pack(self.any_size.model)
         sizes = [Size(removed, table.ranks(removed)) for removed in (0, max(self._removed_at_stop, 1))]
         check(version.name, self.any_size.model, self.any_size.layers, (sizes[0], sizes[1]), self.context)
+        self.notes = [
+            *([shorter] if shorter else []),
+            *(f"{left} of generation_config.json is not honored" for left in self.stated.not_honored),
+        ]
+        for note in self.notes:
+            log.warning("%s: %s", version.name, note)
         self.batch = Batch(self.any_size.model, Mixer(self.any_size.layers), kv_tokens)
 
     @property
@@ -85,6 +94,7 @@ class Served:
             "artifact": self.version.uri,
             "base": self.artifact.manifest["base"],
             "chat": self.chat,
+            "notes": self.notes,
             "resident_bytes": self.bytes,
             "size": {
                 "convention": "linear",
@@ -132,7 +142,7 @@ class Served:
         """How many tokens to generate. RequestError where prompt and answer are longer than the context."""
         longest = max(len(ids) for ids in encoded)
         if max_tokens is None:
-            max_tokens = self.context - longest
+            max_tokens = min(self.context - longest, self.stated.most_tokens(longest) or self.context)
         if max_tokens < 1 or longest + max_tokens > self.context:
             max_tokens = max(max_tokens, 1)
             room = self.context - max_tokens
@@ -149,18 +159,22 @@ class Served:
     def ends(self, request: CompletionRequest | ChatRequest) -> frozenset[int]:
         if request.ignore_eos:
             return frozenset()
-        stated = self.stated.eos_token_id
-        ids = stated if isinstance(stated, list) else [stated]
-        return frozenset(i for i in (*ids, self.tokenizer.eos_token_id) if i is not None)
+        return frozenset(i for i in (*self.stated.ends, self.tokenizer.eos_token_id) if i is not None)
 
-    def sampler(self, request: CompletionRequest | ChatRequest, seed: int) -> Sampler:
-        """The request's settings, else the model's own, else OpenAI's defaults."""
-        stated = self.stated
-        usual = 0.0 if stated.do_sample is False else _first(stated.temperature, 1.0)
+    def stops(self, request: CompletionRequest | ChatRequest) -> list[str]:
+        """The texts that end an answer: the request's and the model's own."""
+        return [*request.stops, *self.stated.stops]
+
+    def sampler(self, request: CompletionRequest | ChatRequest, seed: int, ids: list[int], max_tokens: int) -> Sampler:
+        """The request's settings, else the model's own, else OpenAI's defaults. `ids` is the prompt, and grows with the answer."""
+        temperature = float(_first(request.temperature, self.stated.temperature))
+        top_p, top_k = float(_first(request.top_p, self.stated.top_p)), int(_first(request.top_k, self.stated.top_k))
         return Sampler(
-            temperature=float(_first(request.temperature, usual)),
-            top_p=float(_first(request.top_p, _first(stated.top_p, 1.0))),
-            top_k=int(_first(request.top_k, _first(stated.top_k, 0))),
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            processors=self.stated.processors(len(ids), max_tokens, temperature, top_p, top_k),
+            ids=ids,
             presence_penalty=request.presence_penalty or 0.0,
             frequency_penalty=request.frequency_penalty or 0.0,
             logit_bias=self._biases(request),

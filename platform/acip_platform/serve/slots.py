@@ -30,8 +30,9 @@ from acip.errors import AcipError
 
 ATTENTION = "acip_slots"
 LEAST_LENGTH = 128  # tokens that a slot has room for at first; it doubles
-IRRELEVANT = (  # arguments of attention that say nothing new: positions are the step's, windows are in the mask, and outputs are not its business
-    "sliding_window", "position_ids", "cache_position", "use_cache", "is_causal", "logits_to_keep", "past_key_values", "position_embeddings",
+IRRELEVANT = (  # arguments of attention that add nothing: positions are the step's, windows are in the mask
+    "sliding_window", "position_ids", "cache_position", "use_cache", "is_causal", "logits_to_keep", "past_key_values",
+    "position_embeddings",
 )  # fmt: skip
 
 _here = threading.local()
@@ -75,7 +76,7 @@ class Slots(Cache):
                 tensor[target, :, :length] = tensor[source, :, :length]
 
     def wipe(self, slot: int, start: int, stop: int) -> None:
-        """Set the positions [start, stop) of a slot to zero: a masked position counts zero times its value, which NaN and infinity survive."""
+        """Set positions [start, stop) of a slot to zero: a masked position counts zero times its value, which NaN survives."""
         for kept in (self.keys, self.values):
             for tensor in kept.values():
                 tensor[slot, :, start:stop] = 0
@@ -153,7 +154,7 @@ class Step:
         _here.step = None
 
     def mask(self, rule: "Rule") -> Tensor:
-        """[used, 1, 1, longest] whether the single token of each slot attends to a position. A slot without a token attends to its first."""
+        """[used, 1, 1, longest] whether the single token of each slot attends to a position. A slot without a token: to its first."""
         if rule not in self._masks:
             last = self.single_n.new_zeros(self.used)
             last[self.single_slots] = self.position[self.single_n]
