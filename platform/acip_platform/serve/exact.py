@@ -70,8 +70,9 @@ def check(name: str, model: Any, layers: Mapping[str, ElasticLinear], sizes: tup
             twin = _twin(model, layers) if any(count > REDUCED for count in thresholds.values()) or model.dtype.itemsize < 4 else None
             if twin is not None:
                 _compare(twin, {key: twin.get_submodule(key) for key in layers}, sizes, LENGTHS, context, thresholds)
-            reached = [count + REDUCED for count in thresholds.values() if count + REDUCED <= min(tokens, context)]
-            _compare(model, layers, sizes, (max(reached, default=LENGTHS[0]), *LENGTHS[1:]), context, {})
+            reached = {field: count for field, count in thresholds.items() if count + REDUCED <= min(tokens, context)}
+            longest = max([LENGTHS[0], *(count + REDUCED for count in reached.values())])
+            _compare(model, layers, sizes, (longest, *LENGTHS[1:]), context, reached)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # whatever an architecture makes of it
