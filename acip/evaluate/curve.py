@@ -1,5 +1,6 @@
 """The trade-off curve of an artifact: one row per size, all measured alike; and what else was measured at a size."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -31,8 +32,8 @@ def trade_off(
     divergence: DivergenceOn | None = None,
     told: Callable[[int], None] = lambda windows: None,
 ) -> list[Row]:
-    """One row per size, largest first, of a model calibrated down to `stop_ratio`. A size that can't be reached is left out,
-    and, with a warning, one whose loss is not finite. EvaluationError where that is the largest.
+    """One row per size, largest first, of a model calibrated down to `stop_ratio`. A size that can't be reached is left out.
+    A loss that is not finite is a row's nan, with a warning; of the largest size, it is an EvaluationError.
 
     `windows` [T] each. A row's evaluation holds the distance from the base model, where `divergence`, which names the text, asks for
     it: its logits are computed once for all sizes, so a window is read by all of them before the next one. `told` hears how many were.
@@ -67,9 +68,8 @@ def trade_off(
         if lost := lost_windows(losses[asked]):
             if asked == max(facts):
                 raise EvaluationError(f"there is no curve: at size {asked:g} {lost}. Load the base model in a wider dtype.")
-            warnings.warn(f"size {asked:g} is left out of the curve: {lost}.", stacklevel=2)
-            continue
-        loss, stderr = mean_and_stderr(losses[asked])
+            warnings.warn(f"size {asked:g} has no perplexity: {lost}.", stacklevel=2)
+        loss, stderr = (math.nan, math.nan) if lost else mean_and_stderr(losses[asked])
         measured = {"loss": loss, "stderr": stderr, "perplexity": as_perplexity(loss)}
         about = {"corpus": corpus, "protocol": protocol, "context": context, "windows": done, "extrapolated": asked < stop_ratio}
         parts = {} if divergence is None else {"evaluation": [part_of(divergence, divergence.outcome(distances[asked]))]}
