@@ -1,5 +1,6 @@
 """What MLflow says of a calibration in words and tables, to someone who was not there: a run, a version, a model."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
