@@ -107,7 +107,7 @@ def any_size_class(mixin: type, model_class: type) -> Any:
 
 def adopt(model: PreTrainedModel, other: PreTrainedModel) -> None:
     """`model` gets every module of `other`, which has the same slots, and its own config and those inside it become theirs."""
-    configs = {id(other.config): model.config}
+    configs: dict[int, Any] = {id(other.config): model.config}
     for part in other.config.sub_configs:
         configs[id(getattr(other.config, part, None))] = getattr(model.config, part, None)
     for name, child in list(other.named_children()):

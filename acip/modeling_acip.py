@@ -344,7 +344,7 @@ def __getattr__(name: str) -> Any:
     import transformers
 
     base_class = name.removeprefix("Acip").removesuffix("Config")
-    base = getattr(transformers, base_class, None) if name.startswith("Acip") else None
+    base: Any = getattr(transformers, base_class, None) if name.startswith("Acip") else None
     if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     config_class, model_class = classes(base.config_class.model_type, base_class)

@@ -125,7 +125,7 @@ class Step:
     used: int  # slots [0, used) hold all of those
     longest: int  # tokens in any of them, this one included
     alone: tuple[int, int] | None  # slot and position where there is one token only, which needs no tables
-    _masks: dict[Any, Tensor] = field(default_factory=dict)
+    _masks: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, slots: Slots, pieces: Sequence[Piece], device: torch.device, more: int = 0, spare: int = 0) -> "Step":
@@ -179,7 +179,8 @@ class Step:
             first = 0 if rule.reach is None else max(0, place + 1 - rule.reach)
             positions = torch.arange(first, place + 1, device=self.slot.device)
             self._masks[rule, place] = (first, rule.seen(positions[-1:], positions))
-        return self._masks[rule, place]
+        recent: tuple[int, Tensor] = self._masks[rule, place]
+        return recent
 
 
 @dataclass(frozen=True, eq=False)
