@@ -168,6 +168,14 @@ class Artifact:
         self.write_manifest(self.folder, {**self.manifest, "curve": rows})
         return Artifact.open(self.folder)
 
+    def __deepcopy__(self, memo: Any) -> "Artifact":
+        """Itself: nothing of it changes."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Where it is, without opened files."""
+        return {"folder": self.folder, "manifest": self.manifest, "source": self.source}
+
     # ---- read
 
     @classmethod

@@ -19,6 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,33 +75,48 @@ def sized(any_size: AnySize, kind: Kind | None = None) -> PreTrainedModel:
 
 def framed(plain: PreTrainedModel, mixin: type | None = None) -> PreTrainedModel:
     """A model of the class of any size for `plain`'s class (and of `mixin`), as yet without weights."""
+    base_class = base_class_of(plain)
     try:
-        config_class, model_class = classes(plain.config.model_type, type(plain).__name__)
+        config_class, model_class = classes(plain.config.model_type, base_class)
     except ValueError as error:
-        raise ArtifactError(f"{type(plain).__name__} can't be exported: {error}") from error
+        raise ArtifactError(f"{base_class} can't be exported: {error}") from error
     if not plain.can_generate():
         raise ArtifactError(f"{type(plain).__name__} generates no text; only causal language models can be exported.")
-    fields = {key: value for key, value in plain.config.to_dict().items() if key not in ("model_type", "architectures")}
-    config = config_class.from_dict(fields | {"acip": {"base_class": type(plain).__name__, "quantise": None, "layers": {}}})
+    ours = ("model_type", "architectures", "base_model_type", "auto_map")
+    fields = {key: value for key, value in plain.config.to_dict().items() if key not in ours}
+    config = config_class.from_dict(fields | {"acip": {"base_class": base_class, "quantise": None, "layers": {}}})
     if mixin is not None:
-        model_class = type(
-            f"AnySize{type(plain).__name__}", (mixin, model_class), {"__module__": mixin.__module__, "__doc__": mixin.__doc__}
-        )
+        model_class = any_size_class(mixin, model_class)
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = model_class._from_config(config, dtype=plain.dtype)
     return model
 
 
+def base_class_of(model: PreTrainedModel) -> str:
+    """The name of the base model's class, of which `model` may be any size."""
+    acip = getattr(model.config, "acip", None)
+    return str(acip["base_class"]) if isinstance(acip, dict) else type(model).__name__
+
+
+@cache
+def any_size_class(mixin: type, model_class: type) -> Any:
+    """`model_class` with `mixin` before it, one class for each pair, so that pickle finds it by its name."""
+    name = f"AnySize{model_class.__name__.removeprefix('Acip')}"
+    return type(name, (mixin, model_class), {"__module__": mixin.__module__, "__doc__": mixin.__doc__})
+
+
 def adopt(model: PreTrainedModel, other: PreTrainedModel) -> None:
-    """`model` gets every module of `other`, which has the same slots."""
-    before = other.config
+    """`model` gets every module of `other`, which has the same slots, and its own config and those inside it become theirs."""
+    configs: dict[int, Any] = {id(other.config): model.config}
+    for part in other.config.sub_configs:
+        configs[id(getattr(other.config, part, None))] = getattr(model.config, part, None)
     for name, child in list(other.named_children()):
         setattr(model, name, child)
     model._parameters.update(other._parameters)
     model._buffers.update(other._buffers)
     for module in model.modules():
-        if getattr(module, "config", None) is before:
-            module.config = model.config  # type: ignore[assignment]
+        if (known := configs.get(id(getattr(module, "config", None)))) is not None:
+            module.config = known  # type: ignore[assignment]
     if getattr(other, "generation_config", None) is not None:
         model.generation_config = other.generation_config
     model.train(other.training)

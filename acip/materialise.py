@@ -51,8 +51,8 @@ class AnySize:
         In the model's own dtype: a cut in 8 or 4 bit counted what a quantiser has yet to make of it.
         """
         assert self.cut is not None, "resize first"
-        skip = {id(layer): layer for layer in self.layers.values()}
-        plain: Any = copy.deepcopy(self.model, memo=dict(skip))
+        skip: dict[int, Any] = {id(layer): layer for layer in self.layers.values()}
+        plain: Any = copy.deepcopy(self.model, memo={**skip, id(self): None})  # a model that knows its AnySize has none in the copy
         for name, layer in self.layers.items():
             set_module(plain, name, copy.deepcopy(layer.materialise(self.table.storage)))
         return plain

@@ -20,14 +20,15 @@ from urllib.request import url2pathname
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from acip import modeling_acip
 from acip.artifact import CONFIG, MANIFEST, Artifact
 from acip.budget import Budget
 from acip.cut import Cut
 from acip.errors import ArtifactError, BudgetError
-from acip.export import adopt, export, framed, free, sized, write
+from acip.export import adopt, any_size_class, export, framed, free, sized, write
 from acip.hub import snapshot
 from acip.materialise import AnySize
-from acip.modeling_acip import MODEL_TYPE
+from acip.modeling_acip import MODEL_TYPE, set_module
 from acip.quantise import BEST, Kind, counted, kind_of, quantise_in_place
 from acip.recipe import Convention
 from acip.source import HUB_ID
@@ -125,6 +126,13 @@ def as_budget(size: float | str | Budget) -> Budget:
     return Budget.parse(size) if isinstance(size, str) else Budget(ratio=size)
 
 
+def __getattr__(name: str) -> Any:
+    """The classes of models of any size by their names: pickle looks for them here."""
+    if not name.startswith("AnySize"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return any_size_class(AnySizeModel, getattr(modeling_acip, f"Acip{name.removeprefix('AnySize')}"))
+
+
 class AnySizeModel:
     """Mixed into the base model's class: a resident model of every size until `compress`, a plain model of one after it."""
 
@@ -137,8 +145,9 @@ class AnySizeModel:
         any_size = artifact.load(device, budget)
         model: Any = framed(any_size.model, cls)
         model.artifact = artifact
-        model._take(any_size)
-        return model
+        adopt(model, any_size.model)
+        model._own(any_size)
+        return cast(AnySizeModel, model)
 
     def prune_model_by_score(
         self, size_ratio: float | None = None, compression_rate: float | None = None, convention: Convention = "linear"
@@ -157,10 +166,14 @@ class AnySizeModel:
         """The largest size within any budget. `cut` says what was got."""
         if self.any_size is None:
             model = cast(PreTrainedModel, self)
+            if getattr(model, "_hf_peft_config_loaded", False):
+                raise ArtifactError("a model with PEFT adapters keeps its size: merge or unload them before another size is asked for.")
             any_size = self.artifact.load(model.device, as_budget(budget))
             if any_size.model.dtype != model.dtype:  # as it was asked for when it was loaded
                 torch.nn.Module.to(any_size.model, model.dtype)
-            self._take(any_size)
+            for name, layer in any_size.layers.items():  # the rest of the model is its own, and may have changed
+                set_module(model, name, layer)
+            self._own(any_size)
         else:
             self.cut = self.any_size.resize(as_budget(budget))
         return self
@@ -195,9 +208,9 @@ class AnySizeModel:
             raise ArtifactError(f"this size was cut to fit in {self.cut.bits} bit: call quantize() before it is saved.")
         return write(cast(PreTrainedModel, self), self.cut, self.artifact, free(save_directory), **kwargs)
 
-    def _take(self, any_size: AnySize) -> None:
-        model = cast(Any, self)
-        adopt(model, any_size.model)
+    def _own(self, any_size: AnySize) -> None:
+        """The layers of `any_size` are in this model: from now on there is no other with them."""
+        model = any_size.model = cast(Any, self)
         model.config.acip = {**model.config.acip, "quantise": None, "layers": {}}
         model.requires_grad_(False)
         self.any_size = any_size

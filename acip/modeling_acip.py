@@ -349,6 +349,18 @@ class SizedModel:
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
 
+def __getattr__(name: str) -> Any:
+    """The classes that `classes` makes, by their names: pickle looks for them here, in another process, too."""
+    import transformers
+
+    base_class = name.removeprefix("Acip").removesuffix("Config")
+    base: Any = getattr(transformers, base_class, None) if name.startswith("Acip") else None
+    if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    config_class, model_class = classes(base.config_class.model_type, base_class)
+    return config_class if name.endswith("Config") else model_class
+
+
 @cache
 def classes(base_type: str, base_class: str) -> tuple[Any, Any]:
     """(config class, model class) of any size of a base model's class, known to transformers from now on."""
@@ -365,7 +377,7 @@ def classes(base_type: str, base_class: str) -> tuple[Any, Any]:
     plans = dict.fromkeys(("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan"))  # for the base's layers, not ours
     defaults = {"base_class": base_class, "quantise": None, "layers": {}}  # of a config made without arguments, as transformers prints it
     body = {"__module__": __name__, "model_type": base_config.model_type, "__doc__": SizedConfig.__doc__, "acip": defaults, **plans}
-    config_class: Any = type(f"Acip{base_config.__name__}", (SizedConfig, base_config), body)
+    config_class: Any = type(f"Acip{base_class}Config", (SizedConfig, base_config), body)
     keep = (*(base_model._keep_in_fp32_modules_strict or ()), *SizedModel._keep_in_fp32_modules_strict)
     body = {
         "__module__": __name__, "__doc__": SizedModel.__doc__, "config_class": config_class, "_keep_in_fp32_modules_strict": list(keep),

@@ -41,6 +41,13 @@ class Reader:
                         f"{artifact.source.where}: {name}.{part} is {found.dtype} {list(found.shape)}; the layer table says {list(shape)}."
                     )
 
+    def __deepcopy__(self, memo: Any) -> "Reader":
+        """Itself: nothing of it changes."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Reader, (self.artifact, self.device)
+
     def model(self) -> PreTrainedModel:
         """Everything but the target layers' numbers."""
         config, where = copy.deepcopy(self.artifact.config), self.artifact.source.where  # the model may change its own

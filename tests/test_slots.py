@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from acip_platform.serve.served import AGREES
 from acip_platform.serve.slots import ATTENTION, Piece, Slots, Step
 from torch import Tensor
 from transformers import LlamaConfig
@@ -60,12 +59,12 @@ def test_every_sequence_has_the_logits_of_the_model_alone(name: str, ids: list[l
 
 
 def test_falcon_attends_in_a_way_of_its_own(ids: list[list[int]]) -> None:
-    """So it is not served: what `Served` finds at its start is large."""
+    """So it is not served."""
     model = random_model(ARCHITECTURES["falcon"].config)
     with torch.no_grad():
         alone = model(input_ids=torch.tensor([ids[0]])).logits[0]
     beside = together(model, ids, Slots(), [1, 0, 2])[0]
-    assert float((alone - beside).norm() / alone.norm()) > 4 * AGREES
+    assert float((alone - beside).norm() / alone.norm()) > 0.2
 
 
 def test_a_slot_moves_with_what_it_holds(ids: list[list[int]]) -> None:

@@ -1,5 +1,7 @@
 """The trade-off curve of an artifact: one row per size, all measured alike; and what else was measured at a size."""
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,9 +10,9 @@ from torch import Tensor
 
 from acip.budget import SAME, as_perplexity, measured_on
 from acip.cut import Budget
-from acip.errors import BudgetError
+from acip.errors import BudgetError, EvaluationError
 from acip.evaluate.divergence import DivergenceOn, distance
-from acip.evaluate.perplexity import PerplexityOn, mean_and_stderr
+from acip.evaluate.perplexity import PerplexityOn, lost_windows, mean_and_stderr
 from acip.evaluate.rows import Part, Subject, part_of, size_facts
 from acip.evaluate.text import Protocol, Text, content
 from acip.losses import next_token
@@ -31,6 +33,7 @@ def trade_off(
     told: Callable[[int], None] = lambda windows: None,
 ) -> list[Row]:
     """One row per size, largest first, of a model calibrated down to `stop_ratio`. A size that can't be reached is left out.
+    A loss that is not finite is a row's nan, with a warning; of the largest size, it is an EvaluationError.
 
     `windows` [T] each. A row's evaluation holds the distance from the base model, where `divergence`, which names the text, asks for
     it: its logits are computed once for all sizes, so a window is read by all of them before the next one. `told` hears how many were.
@@ -62,7 +65,11 @@ def trade_off(
         told(done)
     rows = []
     for asked, size in facts.items():
-        loss, stderr = mean_and_stderr(losses[asked])
+        if lost := lost_windows(losses[asked]):
+            if asked == max(facts):
+                raise EvaluationError(f"there is no curve: at size {asked:g} {lost}. Load the base model in a wider dtype.")
+            warnings.warn(f"size {asked:g} has no perplexity: {lost}.", stacklevel=2)
+        loss, stderr = (math.nan, math.nan) if lost else mean_and_stderr(losses[asked])
         measured = {"loss": loss, "stderr": stderr, "perplexity": as_perplexity(loss)}
         about = {"corpus": corpus, "protocol": protocol, "context": context, "windows": done, "extrapolated": asked < stop_ratio}
         parts = {} if divergence is None else {"evaluation": [part_of(divergence, divergence.outcome(distances[asked]))]}

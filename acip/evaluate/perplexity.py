@@ -39,7 +39,10 @@ class Perplexity:
 
 @torch.no_grad()
 def perplexity(model: nn.Module, windows: Iterable[Tensor], batch_size: int = 1) -> Perplexity:
-    """`windows` [T] or [n, T] token ids; each predicts its T - 1 next tokens. Each counts alike, short ones too."""
+    """`windows` [T] or [n, T] token ids; each predicts its T - 1 next tokens. Each counts alike, short ones too.
+
+    EvaluationError where a loss is not finite.
+    """
     device = next(model.parameters()).device
     losses: list[float] = []
     longest = 0
@@ -48,6 +51,8 @@ def perplexity(model: nn.Module, windows: Iterable[Tensor], batch_size: int = 1)
         logits_BTV = next_token.logits(model, ids_BT)
         losses.extend(float(next_token.loss(logits_BTV[i : i + 1], ids_BT[i : i + 1])) for i in range(len(ids_BT)))
         longest = max(longest, ids_BT.shape[1])
+    if lost := lost_windows(losses):
+        raise EvaluationError(f"there is no perplexity: {lost}.")
     loss, stderr = mean_and_stderr(losses)
     return Perplexity(loss, stderr, len(losses), longest)
 
@@ -55,6 +60,12 @@ def perplexity(model: nn.Module, windows: Iterable[Tensor], batch_size: int = 1)
 def _batches(windows: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
     for _, group in groupby(windows, key=len):
         yield from torch.stack(list(group)).split(batch_size)
+
+
+def lost_windows(losses: list[float]) -> str:
+    """A clause that says how many windows have a loss that is not finite; "" where none has."""
+    lost = sum(not math.isfinite(loss) for loss in losses)
+    return f"the loss is not finite on {lost} of {len(losses)} windows, so the model's numbers leave its dtype" if lost else ""
 
 
 def mean_and_stderr(values: list[float]) -> tuple[float, float]:

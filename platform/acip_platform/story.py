@@ -1,5 +1,6 @@
 """What MLflow says of a calibration in words and tables, to someone who was not there: a run, a version, a model."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, float]
 
 def choosing(job: Job, artifact: Artifact) -> dict[str, str]:
     """The tags of a version: what a person chooses by. `ppl_60` is the perplexity at size 0.6: MLflow shows few letters."""
-    quality = {f"ppl_{round(row['asked'] * 100)}": f"{row['perplexity']:.4g}" for row in artifact.curve}
+    quality = {f"ppl_{round(row['asked'] * 100)}": f"{row['perplexity']:.4g}" for row in artifact.curve if math.isfinite(row["perplexity"])}
     origin = artifact.manifest["provenance"]
     return {
         **quality, "area": _area(artifact.curve), "base": job.base, "recipe": recipe_name(job), "stop_ratio": str(job.recipe.stop_ratio),

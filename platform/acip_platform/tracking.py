@@ -6,6 +6,7 @@ pass through MLflow: a registered version points at the URI, and the alias `cham
 
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -168,14 +169,14 @@ class Run:
         return {metric.step for metric in self.client.get_metric_history(self.run_id, key)}
 
     def metrics(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        """In batches of whole steps, so that the last step that is there was logged with all it has."""
+        """In batches of whole steps, so that the last step that is there was logged with all it has. NaN and infinity are no metrics."""
         now = int(time.time() * 1000)
         batch: list[Metric] = []
         for step, values in rows:
             if len(batch) + len(values) > BATCH:
                 self.client.log_batch(self.run_id, metrics=batch)
                 batch = []
-            batch += [Metric(key, value, now, step) for key, value in values.items()]
+            batch += [Metric(key, value, now, step) for key, value in values.items() if math.isfinite(value)]
         self.client.log_batch(self.run_id, metrics=batch)
 
     @contextmanager

@@ -31,6 +31,7 @@ class Listener(Protocol):
     def gone(self) -> bool: ...  # nobody waits any more
     def token(self, sequence: "Sequence", choice: Choice, text: str) -> None: ...  # and the text that became certain with it
     def ended(self, sequence: "Sequence", text: str, reason: str) -> None: ...  # the last text, and why
+    def failed(self, sequence: "Sequence", error: str) -> None: ...  # no token, and why
 
 
 @dataclass(eq=False)
@@ -144,6 +145,10 @@ class Batch:
         return out.logits[0]
 
     def _take(self, sequence: Sequence, choice: Choice) -> None:
+        if choice.error is not None:
+            sequence.hear.failed(sequence, choice.error)
+            sequence.past = -1  # done
+            return
         sequence.ids.append(choice.token)
         sequence.made += 1
         if choice.token in sequence.ends:
@@ -162,9 +167,12 @@ class Batch:
         """Free their slots. The last slot moves into a hole, so that those in use are the first."""
         for sequence in leaving:
             mover, hole = self.active[-1], sequence.slot
+            held = len(sequence.ids)
             if mover is not sequence:
+                self.slots.wipe(hole, 0, held)
                 self.slots.move(mover.slot, hole, max(mover.past, 0))
-                self.active[hole], mover.slot = mover, hole
+                self.active[hole], mover.slot, held = mover, hole, len(mover.ids)
             self.active.pop()
+            self.slots.wipe(len(self.active), 0, held)
         if not self.active:
             self.slots.free()

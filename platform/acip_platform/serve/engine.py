@@ -112,6 +112,10 @@ class Ticket:
             self.finished = True
             self.say(Event("done", data={"usage": self.usage(), "timings": self.timings()}))
 
+    def failed(self, sequence: Sequence, error: str) -> None:
+        size = self.served.size(self.cut)["got"]
+        self.error(RequestError(f"{self.served.version.name} gave no token at size {size:.4g}: {error}.", code="not_finite", status=500))
+
     def _start(self, sequence: Sequence) -> None:
         if not self.first:
             self.first, self.began = time.monotonic(), sequence.began
@@ -186,14 +190,14 @@ class Engine:
         seed = randbits(63) if request.seed is None else request.seed
         ticket = Ticket(served, cut, seed, received + self.timeout_s, self.timeout_s, hear, received)
         size, ends = Size(cut.removed, cut.ranks), served.ends(request)
-        sequences = [
-            Sequence(
-                ids=list(encoded[index // choices]), size=size, sampler=served.sampler(request, (seed + index) % 2**63),
-                text=Text(served.tokenizer, encoded[index // choices], request.stops), max_tokens=max_tokens, ends=ends,
+        sequences = []
+        for index in range(len(encoded) * choices):
+            ids = list(encoded[index // choices])
+            sequences.append(Sequence(
+                ids=ids, size=size, sampler=served.sampler(request, (seed + index) % 2**63, ids, max_tokens),
+                text=Text(served.tokenizer, encoded[index // choices], served.stops(request)), max_tokens=max_tokens, ends=ends,
                 hear=ticket, index=index,
-            )
-            for index in range(len(encoded) * choices)
-        ]  # fmt: skip
+            ))  # fmt: skip
         ticket.open, ticket.prompt_tokens = len(sequences), sum(map(len, encoded))
         with self._changed:
             if served not in self._served:

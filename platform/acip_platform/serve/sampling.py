@@ -1,12 +1,16 @@
 """The next token of each sequence of a batch, by its own settings.
 
 greedy      the largest logit
-sampled     softmax(logits / temperature), cut to the most likely tokens that make `top_p` together and to `top_k` of them, and one
-            uniform random number of the sequence's own generator: what others in the batch do changes nothing
+sampled     softmax(logits / temperature), cut to the `top_k` most likely tokens and to those of them that make `top_p` of their sum,
+            and one uniform random number of the sequence's own generator: what others in the batch do changes nothing
 
-Logits first get biases, and penalties for what was generated already, as OpenAI defines them.
+Logits first get biases, and penalties for what was generated already, as OpenAI defines them. Where a model's generation config states
+more than temperature, top_p and top_k, transformers' own logits processors do the rest, temperature and cuts included.
+
+A row of logits that holds NaN or infinity gives no token, nor does one of which the settings leave none: its `Choice` has an error.
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 GREEDY_BELOW = 1e-5  # dividing logits by a temperature much smaller than this overflows float32
 FEW = 256  # most likely tokens that are sorted at first
@@ -31,6 +36,8 @@ class Sampler:
     logit_bias: dict[int, float] = field(default_factory=dict)
     seed: int = 0
     logprobs: int | None = None  # so many of the most likely tokens are told with each
+    processors: LogitsProcessorList | None = None  # transformers' own; None = temperature, top_p and top_k are all there is
+    ids: list[int] = field(default_factory=list)  # the sequence so far, prompt included; processors read it
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -40,19 +47,48 @@ class Sampler:
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
 
+    @property
+    def limited(self) -> bool:
+        return self.processors is None and (self.top_p < 1 or self.top_k > 0)
+
 
 @dataclass(frozen=True)
 class Choice:
-    token: int
+    token: int  # -1 with an error
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()  # token, log-probability; most likely first
+    error: str | None = None  # why there is no token
 
 
 @torch.no_grad()
 def choose(logits_nV: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
     """One token for each row. Log-probabilities are the model's own, before temperature, biases and penalties."""
     logits_nV = logits_nV.float()
+    errors = _not_finite(logits_nV)
     told = {i: logits_nV[i].log_softmax(-1) for i, sampler in enumerate(samplers) if sampler.logprobs is not None}
+    _change(logits_nV, samplers, errors)
+    tokens = logits_nV.argmax(-1)
+    for limited in (False, True):
+        rows = [i for i, s in enumerate(samplers) if not s.greedy and s.limited == limited and i not in errors]
+        if rows:
+            tokens[rows] = _sample(logits_nV[rows], [samplers[i] for i in rows], limited)
+    choices = []
+    for i, token in enumerate(tokens.tolist()):
+        if i in errors:
+            choices.append(Choice(-1, error=errors[i]))
+            continue
+        samplers[i].counts[token] += 1
+        if i in told:
+            most = told[i].topk(min(samplers[i].logprobs or 0, told[i].numel()))
+            top = tuple((id, value) for id, value in zip(most.indices.tolist(), most.values.tolist(), strict=True) if value > -math.inf)
+            choices.append(Choice(token, float(told[i][token]), top))
+        else:
+            choices.append(Choice(token))
+    return choices
+
+
+def _change(logits_nV: Tensor, samplers: Sequence[Sampler], errors: dict[int, str]) -> None:
+    """Biases, penalties and processors, in place. Rows of which they leave no token are added to the errors."""
     for i, sampler in enumerate(samplers):
         change = dict(sampler.logit_bias)
         if sampler.presence_penalty or sampler.frequency_penalty:
@@ -61,26 +97,22 @@ def choose(logits_nV: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
         if change:
             ids = torch.tensor(list(change), device=logits_nV.device)
             logits_nV[i, ids] += torch.tensor(list(change.values()), device=logits_nV.device)
-    tokens = logits_nV.argmax(-1)
-    for limited in (False, True):
-        rows = [i for i, s in enumerate(samplers) if not s.greedy and (s.top_p < 1 or s.top_k > 0) == limited]
-        if rows:
-            tokens[rows] = _sample(logits_nV[rows], [samplers[i] for i in rows], limited)
-    choices = []
-    for i, token in enumerate(tokens.tolist()):
-        samplers[i].counts[token] += 1
-        if i in told:
-            most = told[i].topk(min(samplers[i].logprobs or 0, told[i].numel()))
-            top = tuple(zip(most.indices.tolist(), most.values.tolist(), strict=True))
-            choices.append(Choice(token, float(told[i][token]), top))
-        else:
-            choices.append(Choice(token))
-    return choices
+        if sampler.processors is not None and i not in errors:
+            before = torch.tensor([sampler.ids], device=logits_nV.device)
+            logits_nV[i] = sampler.processors(before, logits_nV[i : i + 1])[0]  # type: ignore[arg-type]
+    for i in _not_finite(logits_nV).keys() - errors.keys() if any(sampler.processors for sampler in samplers) else ():
+        errors[i] = "the request's settings and the model's generation_config.json together leave no token to choose"
+
+
+def _not_finite(logits_nV: Tensor) -> dict[int, str]:
+    """The rows that hold NaN or infinity, with an error. Minus infinity is a token that is excluded; a row of nothing else is no logits."""
+    finite = logits_nV.amax(-1).isfinite()  # NaN is the largest of all
+    return {i: "the model's logits are not finite" for i, good in enumerate(finite.tolist()) if not good}
 
 
 def _sample(logits_nV: Tensor, samplers: Sequence[Sampler], limited: bool) -> Tensor:
     device = logits_nV.device
-    probs_nV = (logits_nV / torch.tensor([[s.temperature] for s in samplers], device=device)).softmax(-1)
+    probs_nV = (logits_nV / torch.tensor([[1.0 if s.processors else s.temperature] for s in samplers], device=device)).softmax(-1)
     ids_nk = None
     if limited:
         probs_nV, ids_nk = _limit(probs_nV, samplers)
@@ -100,9 +132,11 @@ def _limit(probs_nV: Tensor, samplers: Sequence[Sampler]) -> tuple[Tensor, Tenso
     while True:
         most, ids = probs_nV.topk(k)
         before = most.cumsum(-1) - most
-        enough = (before[:, -1:] >= top_p) | (top_k <= k)
+        enough = torch.where(top_k < V, top_k <= k, before[:, -1:] >= top_p)
         if k == V or bool(enough.all()):
-            kept = (before < top_p) & (torch.arange(k, device=most.device) < top_k)
+            among = torch.arange(k, device=most.device) < top_k
+            sum_n1 = torch.where(top_k < V, (most * among).sum(-1, keepdim=True), 1.0)
+            kept = (before < top_p * sum_n1) & among
             kept[:, 0] = True
             return most * kept, ids
         k = min(8 * k, V)

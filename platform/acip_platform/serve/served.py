@@ -1,31 +1,30 @@
 """A model of the registry in memory: one copy of its sorted factors, its tokenizer, and what it may be asked."""
 
 import functools
+import logging
 from collections.abc import Sequence as Many
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import DynamicCache, GenerationConfig
 
 from acip.artifact import MANIFEST, Artifact
 from acip.budget import Budget
 from acip.cut import Cut
-from acip.errors import AcipError
 from acip.materialise import AnySize
 from acip.mixed import Mixer, Size
 from acip.packed import PackedLinear, pack
 from acip_platform.serve.batch import Batch
 from acip_platform.serve.errors import RequestError
+from acip_platform.serve.exact import check, served_context
 from acip_platform.serve.sampling import Sampler
 from acip_platform.serve.sizes import as_json, told
-from acip_platform.serve.slots import ATTENTION, Piece, Slots, Step
+from acip_platform.serve.stated import Stated
 
 if TYPE_CHECKING:  # pydantic's and MLflow's modules; a model is served without either
     from acip_platform.serve.request import ChatRequest, CompletionRequest
     from acip_platform.tracking import ModelVersion
 
-CHECK_TOKENS = 13
-AGREES = 0.05  # of the logits' norm: rounding stays below, another position or mask does not
+log = logging.getLogger("ray.serve")
 
 
 class Served:
@@ -43,16 +42,23 @@ class Served:
         self.created = int((artifact.folder / MANIFEST).stat().st_mtime)
         self.any_size: AnySize = artifact.load(device)
         self.tokenizer = artifact.tokenizer()
-        self.stated = self.any_size.model.generation_config or GenerationConfig()
+        self.stated = Stated(version.name, self.any_size.model)
         recipe, table = artifact.recipe, self.any_size.table
         self._removed_at_stop = table.cut(Budget(ratio=recipe.stop_ratio, convention=recipe.convention)).removed
         config = self.any_size.model.config.get_text_config()
-        self.context = int(getattr(config, "max_position_embeddings", None) or min(self.tokenizer.model_max_length, 1 << 17))
+        self.context, shorter = served_context(config, min(self.tokenizer.model_max_length, 1 << 17))
         self.vocabulary = int(config.vocab_size)
         self.cut = functools.lru_cache(maxsize=256)(table.cut)
         if packed:
             pack(self.any_size.model)
-        self._check(Mixer(self.any_size.layers))
+        sizes = [Size(removed, table.ranks(removed)) for removed in (0, max(self._removed_at_stop, 1))]
+        check(version.name, self.any_size.model, self.any_size.layers, (sizes[0], sizes[1]), self.context)
+        self.notes = [
+            *([shorter] if shorter else []),
+            *(f"{left} of generation_config.json is not honored" for left in self.stated.not_honored),
+        ]
+        for note in self.notes:
+            log.warning("%s: %s", version.name, note)
         self.batch = Batch(self.any_size.model, Mixer(self.any_size.layers), kv_tokens)
 
     @property
@@ -90,6 +96,7 @@ class Served:
             "artifact": self.version.uri,
             "base": self.artifact.manifest["base"],
             "chat": self.chat,
+            "notes": self.notes,
             "resident_bytes": self.bytes,
             "size": {
                 "convention": "linear",
@@ -138,7 +145,7 @@ class Served:
         """How many tokens to generate. RequestError where prompt and answer are longer than the context."""
         longest = max(len(ids) for ids in encoded)
         if max_tokens is None:
-            max_tokens = self.context - longest
+            max_tokens = min(self.context - longest, self.stated.most_tokens(longest) or self.context)
         if max_tokens < 1 or longest + max_tokens > self.context:
             max_tokens = max(max_tokens, 1)
             room = self.context - max_tokens
@@ -155,18 +162,22 @@ class Served:
     def ends(self, request: "CompletionRequest | ChatRequest") -> frozenset[int]:
         if request.ignore_eos:
             return frozenset()
-        stated = self.stated.eos_token_id
-        ids = stated if isinstance(stated, list) else [stated]
-        return frozenset(i for i in (*ids, self.tokenizer.eos_token_id) if i is not None)
+        return frozenset(i for i in (*self.stated.ends, self.tokenizer.eos_token_id) if i is not None)
 
-    def sampler(self, request: "CompletionRequest | ChatRequest", seed: int) -> Sampler:
-        """The request's settings, else the model's own, else OpenAI's defaults."""
-        stated = self.stated
-        usual = 0.0 if stated.do_sample is False else _first(stated.temperature, 1.0)
+    def stops(self, request: "CompletionRequest | ChatRequest") -> list[str]:
+        """The texts that end an answer: the request's and the model's own."""
+        return [*request.stops, *self.stated.stops]
+
+    def sampler(self, request: "CompletionRequest | ChatRequest", seed: int, ids: list[int], max_tokens: int) -> Sampler:
+        """The request's settings, else the model's own, else OpenAI's defaults. `ids` is the prompt, and grows with the answer."""
+        temperature = float(_first(request.temperature, self.stated.temperature))
+        top_p, top_k = float(_first(request.top_p, self.stated.top_p)), int(_first(request.top_k, self.stated.top_k))
         return Sampler(
-            temperature=float(_first(request.temperature, usual)),
-            top_p=float(_first(request.top_p, _first(stated.top_p, 1.0))),
-            top_k=int(_first(request.top_k, _first(stated.top_k, 0))),
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            processors=self.stated.processors(len(ids), max_tokens, temperature, top_p, top_k),
+            ids=ids,
             presence_penalty=request.presence_penalty or 0.0,
             frequency_penalty=request.frequency_penalty or 0.0,
             logit_bias=self._biases(request),
@@ -179,45 +190,6 @@ class Served:
         if biases and max(biases) >= self.vocabulary:
             raise RequestError(f"logit_bias names token {max(biases)}; the last one is {self.vocabulary - 1}.", "logit_bias")
         return biases
-
-    @torch.inference_mode()
-    def _check(self, mixer: Mixer) -> None:
-        """A prompt in pieces and a sequence beside it, at two sizes in one pass, give the logits of each alone: a real token, too.
-
-        Whatever would mix up sequences or positions of an architecture is noticed here, not by its users.
-        """
-        model, device = self.any_size.model, self.any_size.model.device
-        small = max(self._removed_at_stop, 1)
-        sizes = [Size(0, self.any_size.table.ranks(0)), Size(small, self.any_size.table.ranks(small))]
-        ids = [[(7 + 3 * i + 11 * row) % self.vocabulary for i in range(CHECK_TOKENS)] for row in range(2)]
-        alone = []
-        for size, row in zip(sizes, ids, strict=True):
-            mixer.set([(size, CHECK_TOKENS)])
-            alone.append(model(input_ids=torch.tensor([row], device=device), past_key_values=DynamicCache(config=model.config)).logits[0])
-        model.set_attn_implementation(ATTENTION)
-        slots, found = Slots(), []
-        slots.room(2, CHECK_TOKENS)
-        start = 0
-        for stop in (5, 9, *range(10, CHECK_TOKENS + 1)):
-            count = stop - start
-            pieces = [Piece(1, start, 0, count), Piece(0, start, count, 2 * count)]  # slots not in the order of rows
-            mixer.set([(sizes[0], count), (sizes[1], count)])
-            with Step.of(slots, pieces, device) as step:
-                out = model(
-                    input_ids=torch.tensor([ids[0][start:stop] + ids[1][start:stop]], device=device),
-                    position_ids=step.position[None], past_key_values=slots, use_cache=True,
-                )  # fmt: skip
-            found.append(out.logits[0].unflatten(0, (2, count)))
-            start = stop
-        mixer.clear()
-        together = torch.cat(found, 1)
-        for apart, beside in zip(alone, together, strict=True):
-            error = float((apart.float() - beside.float()).norm() / apart.float().norm())
-            if not error < AGREES:
-                raise AcipError(
-                    f"{self.version.name}: {type(model).__name__} can't be served: tokens of several sequences in one pass change its "
-                    f"logits by {error:.1%}, so its attention or positions work in another way. Export sizes with jobs/materialise.py."
-                )
 
 
 def _first(value: Any, otherwise: Any) -> Any:

@@ -8,10 +8,14 @@ Everything in a decoder is computed token by token, but for attention, which fin
     a prompt's piece its own slot, causally; shared keys in the same way
 
 transformers calls `attend` by its registered name, with the step in a thread-local variable, as there is no other way in.
+
+Masks are transformers' own. A model asks the registered `mask_rule` for each kind of layer that it has (full, sliding, chunked, ...), and
+gets the rule itself, a function of two positions, instead of a tensor. `attend` evaluates it at each sequence's own positions. A cap of the
+logits and sinks are computed as transformers' eager attention does. Every other argument that changes the result is an error.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -20,9 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+
+from acip.errors import AcipError
 
 ATTENTION = "acip_slots"
 LEAST_LENGTH = 128  # tokens that a slot has room for at first; it doubles
+IRRELEVANT = (  # arguments of attention that add nothing: positions are the step's, windows are in the mask
+    "sliding_window", "position_ids", "cache_position", "use_cache", "is_causal", "logits_to_keep", "past_key_values",
+    "position_embeddings",
+)  # fmt: skip
 
 _here = threading.local()
 
@@ -64,25 +75,34 @@ class Slots(Cache):
             for tensor in kept.values():
                 tensor[target, :, :length] = tensor[source, :, :length]
 
+    def wipe(self, slot: int, start: int, stop: int) -> None:
+        """Set positions [start, stop) of a slot to zero: a masked position counts zero times its value, which NaN survives."""
+        for kept in (self.keys, self.values):
+            for tensor in kept.values():
+                tensor[slot, :, start:stop] = 0
+
     def free(self) -> None:
         """Nobody has a slot: give the memory back."""
         self.keys, self.values = {}, {}
         self.count, self.length = 0, 0
 
+    def write(self, layer: int, key_states: Tensor, value_states: Tensor, step: "Step") -> tuple[Tensor, Tensor]:
+        """Put the step's keys and values [1, heads, T, head size] into their slots; returns those of all slots."""
+        if layer not in self.keys:
+            for kept, states in ((self.keys, key_states), (self.values, value_states)):
+                kept[layer] = states.new_zeros(self.count, states.shape[1], self.length, states.shape[3])
+        for kept, states in ((self.keys, key_states), (self.values, value_states)):
+            if step.alone is not None:
+                slot, place = step.alone
+                kept[layer][slot, :, place] = states[0, :, 0]
+            else:
+                kept[layer][step.slot, :, step.position] = states[0].transpose(0, 1)
+        return self.keys[layer], self.values[layer]
+
     # ---- what transformers calls
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        step: Step = _here.step
-        if layer_idx not in self.keys:
-            for kept, states in ((self.keys, key_states), (self.values, value_states)):
-                kept[layer_idx] = states.new_zeros(self.count, states.shape[1], self.length, states.shape[3])
-        if step.alone is not None:
-            slot, place = step.alone
-            self.keys[layer_idx][slot, :, place] = key_states[0, :, 0]
-            self.values[layer_idx][slot, :, place] = value_states[0, :, 0]
-        else:
-            self.keys[layer_idx][step.slot, :, step.position] = key_states[0].transpose(0, 1)
-            self.values[layer_idx][step.slot, :, step.position] = value_states[0].transpose(0, 1)
+        """The same: `attend` keeps what it is given, which some models (MLA) make of what they hand over here."""
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -105,7 +125,7 @@ class Step:
     used: int  # slots [0, used) hold all of those
     longest: int  # tokens in any of them, this one included
     alone: tuple[int, int] | None  # slot and position where there is one token only, which needs no tables
-    _masks: dict[Any, Tensor] = field(default_factory=dict)
+    _masks: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, slots: Slots, pieces: Sequence[Piece], device: torch.device, more: int = 0, spare: int = 0) -> "Step":
@@ -133,28 +153,53 @@ class Step:
     def __exit__(self, *_: object) -> None:
         _here.step = None
 
-    def mask(self, dtype: torch.dtype, window: int | None) -> Tensor:
-        """[used, 1, 1, longest] what the single token of each slot attends to. A slot without one looks at its first place."""
-        if window not in self._masks:
+    def mask(self, rule: "Rule") -> Tensor:
+        """[used, 1, 1, longest] whether the single token of each slot attends to a position. A slot without a token: to its first."""
+        if rule not in self._masks:
             last = self.single_n.new_zeros(self.used)
             last[self.single_slots] = self.position[self.single_n]
-            place = torch.arange(self.longest, device=last.device)
-            seen = place <= last[:, None]
-            if window is not None:
-                seen &= place > last[:, None] - window
-            self._masks[window] = torch.zeros(seen.shape, dtype=dtype, device=last.device).masked_fill(~seen, -torch.inf)[:, None, None]
-        return self._masks[window]
+            seen = rule.seen(last, torch.arange(self.longest, device=last.device))
+            seen[:, 0] |= ~seen.any(1)
+            self._masks[rule] = seen[:, None, None]
+        return self._masks[rule]
 
-    def causal(self, piece: Piece, shared: int, dtype: torch.dtype, window: int | None) -> Tensor:
-        """[shared t, past + t] what the t tokens of a piece attend to, for each of the heads that share keys."""
-        key = (piece, window)
+    def causal(self, piece: Piece, shared: int, rule: "Rule") -> Tensor:
+        """[shared t, past + t] whether each of the t tokens of a piece attends to a position, for each of the heads that share keys."""
+        key = (piece, rule)
         if key not in self._masks:
             place = torch.arange(piece.past + piece.stop - piece.start, device=self.slot.device)
-            seen = place <= place[piece.past :, None]
-            if window is not None:
-                seen &= place > place[piece.past :, None] - window
-            self._masks[key] = torch.zeros(seen.shape, dtype=dtype, device=place.device).masked_fill(~seen, -torch.inf).repeat(shared, 1)
+            self._masks[key] = rule.seen(place[piece.past :], place).repeat(shared, 1)
         return self._masks[key]
+
+    def recent(self, place: int, rule: "Rule") -> tuple[int, Tensor | None]:
+        """(first position, mask [1, positions] or None) of what a token that is alone attends to."""
+        if rule.function is causal_mask_function:
+            return 0, None
+        if (rule, place) not in self._masks:
+            first = 0 if rule.reach is None else max(0, place + 1 - rule.reach)
+            positions = torch.arange(first, place + 1, device=self.slot.device)
+            self._masks[rule, place] = (first, rule.seen(positions[-1:], positions))
+        recent: tuple[int, Tensor] = self._masks[rule, place]
+        return recent
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """What a layer's tokens attend to: transformers' own function of (batch, head, query position, key position)."""
+
+    function: Callable[..., Any]
+    reach: int | None  # no token attends to a position that is so far back; None = any
+
+    def seen(self, query_q: Tensor, key_k: Tensor) -> Tensor:
+        """[q, k] whether a token at each query position attends to each key position."""
+        first = query_q.new_zeros(())
+        seen: Tensor = self.function(first, first, query_q[:, None], key_k[None]).expand(len(query_q), len(key_k))
+        return seen.clone() if self.function is causal_mask_function else seen & (key_k <= query_q[:, None])
+
+
+def mask_rule(*args: Any, mask_function: Callable[..., Any], local_size: int | None = None, **kwargs: Any) -> Rule:
+    """The mask of one kind of layer in a forward pass, as transformers asks for it."""
+    return Rule(mask_function, local_size)
 
 
 def attend(
@@ -162,42 +207,76 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, heads, T, head size] -> [1, T, heads, value size]."""
+    """query [1, heads, T, head size] -> [1, T, heads, value size]. AcipError for arguments that would change the result."""
     step: Step = _here.step
-    keys, values = step.slots.keys[module.layer_idx], step.slots.values[module.layer_idx]
+    rule = _checked(module, attention_mask, dropout, kwargs)
+    keys, values = step.slots.write(module.layer_idx, key, value, step)
     heads, kv_heads = query.shape[1], keys.shape[1]
+    shared = heads // kv_heads
+    sinks = None if s_aux is None else s_aux.reshape(1, kv_heads, shared, 1)
     if step.alone is not None:
         slot, place = step.alone
-        seen_from = 0 if sliding_window is None else max(0, place + 1 - sliding_window)
-        q, seen_by = query.view(1, kv_heads, heads // kv_heads, -1), (slice(slot, slot + 1), slice(None), slice(seen_from, place + 1))
-        seen = F.scaled_dot_product_attention(q, keys[seen_by], values[seen_by], scale=scaling)
-        return seen.reshape(1, 1, heads, -1), None
+        first, mask = step.recent(place, rule)
+        q, seen_by = query.view(1, kv_heads, shared, -1), (slice(slot, slot + 1), slice(None), slice(first, place + 1))
+        return weighted(q, keys[seen_by], values[seen_by], mask, scaling, softcap, sinks).reshape(1, 1, heads, -1), None
     out_THD = query.new_zeros(query.shape[2], heads, values.shape[3])
     if step.used:
         q_nHD = query[0, :, step.single_n].transpose(0, 1)
         q = q_nHD.new_zeros(step.used, *q_nHD.shape[1:])
         q[step.single_slots] = q_nHD
-        seen = F.scaled_dot_product_attention(
-            q.unflatten(1, (kv_heads, heads // kv_heads)), keys[: step.used, :, : step.longest], values[: step.used, :, : step.longest],
-            attn_mask=step.mask(query.dtype, sliding_window), scale=scaling,
-        )  # fmt: skip
+        there = (slice(step.used), slice(None), slice(step.longest))
+        seen = weighted(q.unflatten(1, (kv_heads, shared)), keys[there], values[there], step.mask(rule), scaling, softcap, sinks)
         out_THD[step.single_n] = seen.flatten(1, 2)[step.single_slots]
     for piece in step.pieces:
-        own = (slice(piece.slot, piece.slot + 1), slice(None), slice(piece.past + piece.stop - piece.start))
+        count = piece.stop - piece.start
+        own = (slice(piece.slot, piece.slot + 1), slice(None), slice(piece.past + count))
         q = query[:, :, piece.start : piece.stop].reshape(1, kv_heads, -1, query.shape[3])
-        mask = step.causal(piece, heads // kv_heads, query.dtype, sliding_window)
-        seen = F.scaled_dot_product_attention(q, keys[own], values[own], attn_mask=mask, scale=scaling)
-        out_THD[piece.start : piece.stop] = seen.view(heads, piece.stop - piece.start, -1).transpose(0, 1)
+        sinks_of_rows = None if sinks is None else sinks.repeat_interleave(count, 2)
+        seen = weighted(q, keys[own], values[own], step.causal(piece, shared, rule), scaling, softcap, sinks_of_rows)
+        out_THD[piece.start : piece.stop] = seen.view(heads, count, -1).transpose(0, 1)
     return out_THD[None], None
 
 
+def _checked(module: Any, attention_mask: Any, dropout: float, others: dict[str, Any]) -> Rule:
+    """The layer's mask, where nothing else was asked for."""
+    unknown = [name for name, value in others.items() if name not in IRRELEVANT and value is not None and value is not False]
+    if others.get("is_causal") is False:
+        unknown.append("is_causal=False")
+    if dropout:
+        unknown.append("dropout")
+    if unknown:
+        raise AcipError(f"the attention of {type(module).__name__} takes {', '.join(sorted(unknown))}, which the engine does not compute")
+    if not isinstance(attention_mask, Rule):
+        raise AcipError(f"{type(module).__name__} gets its attention mask from code of its own, which the engine can't evaluate")
+    return attention_mask
+
+
+def weighted(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention [..., q, D] of queries over keys; `mask` is true where they attend, `sinks` are logits of a key without a value."""
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scaling)
+    scores = q @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    return weights[..., : keys.shape[-2]] @ values
+
+
 AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, mask_rule)
 
 
 def doubled(needed: int, least: int = LEAST_LENGTH) -> int:
