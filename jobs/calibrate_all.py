@@ -32,10 +32,11 @@ from acip_platform.store import Store
 from acip_platform.tracking import CHAMPION, ModelVersion, Registry, Run, Tracking, check_registers, reached
 from acip_platform.train import run_job
 
-from acip.base import shapes_of
+from acip.base import outline
 from acip.data import HUB, documents
 from acip.errors import AcipError
 from acip.memory import predict
+from acip.read_back import read_back
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -122,8 +123,9 @@ def plan(jobs: list[Job], shares: dict[str, Share], settings: Settings, out: Any
             for source, split in ((job.data, "train"), (job.heldout.source, "heldout")):
                 if source not in HUB:
                     next(documents(source, split))  # type: ignore[arg-type]
-            model = shapes_of(job.base, job.recipe.dtype, job.trust_remote_code)
-            needed = predict(model, job.recipe, "cuda" if shares[job.name].gpus else "cpu", job.num_workers)
+            base = outline(job.base, job.recipe.dtype, job.trust_remote_code)
+            read_back(base, job.recipe)
+            needed = predict(base.model, job.recipe, "cuda" if shares[job.name].gpus else "cpu", job.num_workers)
             about["memory"] = f"{needed.peak / 1e9:.2f} GB for each worker, most in {needed.worst.name}"
         except AcipError as error:
             about["CAN'T RUN"], code = str(error), 1
