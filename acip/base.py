@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,6 +241,15 @@ def _found(source: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
             "Allowed: package:NAME, a .gguf file, a transformers folder, or org/name[@revision]."
         )
     return where, kwargs
+
+
+def local_path(source: str) -> Path | None:
+    """Return the folder or file on this machine that `source` names; None where it names nothing here."""
+    if source.startswith("package:"):
+        with suppress(BaseModelError):
+            return Path(*_package_gguf(source.removeprefix("package:")))
+        return None
+    return Path(source) if source and is_there(Path(source)) else None
 
 
 def is_there(path: Path, test: Callable[[Path], bool] = Path.exists) -> bool:

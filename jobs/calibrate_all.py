@@ -11,8 +11,10 @@ Exit code 0 = every model is there.
 import argparse
 import functools
 import hashlib
+import json
 import os
 import secrets
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -27,7 +29,7 @@ from acip_platform.inbox import open_inbox
 from acip_platform.lease import Leases
 from acip_platform.provenance import commit
 from acip_platform.schedule import Outcome, Share, nodes, pool, run_all, share
-from acip_platform.settings import Settings, masked
+from acip_platform.settings import Settings, masked, this_program
 from acip_platform.store import Store
 from acip_platform.tracking import CHAMPION, ModelVersion, Registry, Run, Tracking, check_registers, reached
 from acip_platform.train import run_job
@@ -250,16 +252,16 @@ def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dic
     out.print(f"{len(good)} of {len(good) + len(failed)} models are there, after {duration(seconds)}.", markup=False)
     if good:
         run = shell(settings)
-        mlflow = str(Path(run.rpartition(" ")[2]).with_name("mlflow"))
-        body = f'{{"model": "{good[0]}", "size_ratio": 0.6, "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0}}'
+        mlflow = this_program("mlflow")
+        body = json.dumps({"model": good[0], "size_ratio": 0.6, "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0})
         local = settings.tracking_uri.startswith("sqlite:")
-        server = f"{mlflow} server --backend-store-uri {settings.tracking_uri} --port 5000 --workers 1"
+        server = f"{mlflow} server --backend-store-uri {shlex.quote(settings.tracking_uri)} --port 5000 --workers 1"
         out.print("\nNext:", markup=False)
         lines(out, {
             "see the runs": server if local else settings.tracking_uri,
             "serve": f"{run} jobs/serve.py",
             "move the slider": "http://127.0.0.1:8000/, once it serves",
-            "ask at 0.6": f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{body}'",
+            "ask at 0.6": f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",
             "keep 0.6": f"{run} jobs/materialise.py {good[0]} --size 0.6 --out {good[0]}-60",
             "report": f"{run} jobs/report.py {good[0]} --out report.html",
         })  # fmt: skip

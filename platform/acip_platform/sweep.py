@@ -45,6 +45,7 @@ from acip.data import TokenBatches
 from acip.errors import AcipError
 from acip.evaluate import trade_off
 from acip.materialise import AnySize
+from acip.read_back import read_back
 from acip.sizes import cut_table
 from acip.state import CalibrationState, StepReport
 from acip_platform import story
@@ -98,7 +99,7 @@ class Sweep:
     @functools.cached_property
     def key(self) -> str:
         """Equal keys are the same sweep, to be gone on with."""
-        decides = [self.space.name, self.space.scheduler, [trial.job.to_dict() for trial in self.trials]]
+        decides = [self.space.name, self.space.scheduler, [trial.job.by_content() for trial in self.trials]]
         return f"{self.job.name}-{self.space.name}-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]}"
 
 
@@ -328,6 +329,7 @@ def _start(name: str, context: Mapping[str, Any], job: Job) -> tuple[Base, Token
     torch.set_num_threads(context["threads"])
     run = Run.of(settings, context["runs"][name])
     base, device = load_base(job.base, job.recipe.dtype, job.trust_remote_code), _device()
+    once(Read(("read back", job.base, job.recipe.exclude), lambda: read_back(base, job.recipe)))
     torch.nn.Module.to(base.model, device)
     return base, prepared(job, base, settings, say, device), Observer(job, run, say, device)
 

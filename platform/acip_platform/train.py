@@ -97,7 +97,7 @@ def worker(config: dict[str, Any]) -> dict[str, Any]:
     except AcipError as error:
         return {"error": str(error)}
     except LASTING as error:
-        if lacks_memory(error):
+        if lacks_memory(error) or shard.workers() > 1:  # the others would wait for this one
             raise
         log.exception("this is not tried again")
         return {"error": f"{type(error).__name__}: {error}"}
