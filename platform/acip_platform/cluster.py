@@ -72,8 +72,8 @@ def _check_address(address: str) -> None:
     """ClusterError for what a job can't connect to: the dashboard's URL, which `ray job submit` takes, and an address without a port."""
     if address.startswith(("http://", "https://")):
         raise ClusterError(
-            f"RAY_ADDRESS is {masked(address)}, a dashboard: it takes jobs (`ray job submit -- python jobs/...`), but a job can't connect to "
-            f"it. Set RAY_API_SERVER_ADDRESS to it, which `ray job submit` reads, too, and RAY_ADDRESS to the cluster. {ALLOWED}"
+            f"RAY_ADDRESS is {masked(address)}, a dashboard: it takes jobs (`ray job submit -- python jobs/...`), but no connections. "
+            f"Set RAY_API_SERVER_ADDRESS to it, which `ray job submit` reads, too, and RAY_ADDRESS to the cluster. {ALLOWED}"
         )
     if address in ("", "local", "auto"):
         return

@@ -96,22 +96,23 @@ def _tracking(env: Mapping[str, str], default: Path) -> str:
     uri = env.get("MLFLOW_TRACKING_URI") or ""
     if not uri:
         return sqlite_uri(default)
-    if uri.startswith("sqlite:///") and (path := uri.removeprefix("sqlite:///").partition("?")[0]):
-        return sqlite_uri(Path(path)) if "?" not in uri else uri
+    if path := sqlite_path(uri):
+        return "?".join([sqlite_uri(path), *uri.split("?", 1)[1:]])
     if uri.startswith("file:") and not uri.startswith("file:/"):
         return Path(unquote(uri.removeprefix("file:"))).resolve().as_uri()
     return uri if ":" in uri or uri == "databricks" else Path(uri).expanduser().resolve().as_uri()
 
 
 def sqlite_uri(path: Path) -> str:
-    """Return the URI of a SQLite file by its absolute path. AcipError for a path that such a URI can't hold."""
-    path = path.expanduser().resolve()
-    if found := {"?", "#", "%"} & set(str(path)):
-        raise AcipError(
-            f"MLflow's database would be {path}, and its URI can't hold {' or '.join(sorted(found))}. "
-            "Set ACIP_HOME to another folder, or MLFLOW_TRACKING_URI to a server."
-        )
-    return f"sqlite:///{path}"
+    """Return the URI of a SQLite file by its absolute path, with what a URI would read otherwise escaped (MLflow unescapes it once)."""
+    text = str(path.expanduser().resolve())
+    return "sqlite:///" + text.replace("%", "%25").replace("?", "%3F").replace("#", "%23")
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Return the file that a sqlite URI names; None for one in memory, and for other URIs."""
+    path = uri.removeprefix("sqlite:///").partition("?")[0] if uri.startswith("sqlite:///") else ""
+    return Path(unquote(path)) if path else None
 
 
 def keep_loopback_direct(env: MutableMapping[str, str]) -> None:

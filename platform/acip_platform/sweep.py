@@ -248,12 +248,15 @@ def keep(
     chosen = [outcome for outcome in chosen if outcome is not best] + [best]  # the last one registered is the candidate
     kept = {outcome.trial.name for outcome in chosen}
     _forget(outcome.state for outcome in outcomes if outcome.state and outcome.error is None and outcome.trial.name not in kept)
-    task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=RETRIES)(_artifact)
+    task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=RETRIES)(_artifact_or_error)
 
     def begun(outcome: Outcome) -> ray.ObjectRef[dict[str, Any]]:
         return task.remote(outcome.trial, outcome.state, settings, runs[outcome.trial.name].run_id, max(1, int(share.cpus)), inbox)
 
     summaries = [*ray.get([begun(outcome) for outcome in chosen[:-1]]), ray.get(begun(best))]
+    for outcome, summary in zip(chosen, summaries, strict=True):
+        if "error" in summary:
+            raise AcipError(f"the artifact of {outcome.trial.name} can't be made: {summary['error']}")
     _forget(outcome.state for outcome in chosen if outcome.state)
     return {outcome.trial.name: summary for outcome, summary in zip(chosen, summaries, strict=True)}
 
@@ -397,6 +400,14 @@ class Rungs:
             self.observer.run.metrics([(0, {"area_under_excess_nats": metrics["area"]}), *story.curve(json.loads(metrics["curve"]))])
         self.observer.say("stage", text=f"area under excess loss {metrics['area']:.4f}")
         _report({"share": RUNGS[-1], **metrics}, self.state)
+
+
+def _artifact_or_error(*args: Any) -> dict[str, Any]:
+    """`_artifact`, with the user's errors as values: raised, they would come with a page of Ray around them."""
+    try:
+        return _artifact(*args)
+    except AcipError as error:
+        return {"error": str(error)}
 
 
 def _artifact(trial: Trial, state: tune.Checkpoint | None, settings: Settings, run: str, threads: int, inbox: Any) -> dict[str, Any]:
