@@ -281,7 +281,7 @@ class Artifact:
         """The base model's."""
         path = self.local(CONFIG)
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields, _ = PreTrainedConfig.get_config_dict(path.parent)  # which decodes what JSON has no number for
             if fields["model_type"] == MODEL_TYPE:
                 return base_config(fields)
             return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)

@@ -13,7 +13,10 @@
 Assertions are for us; these are for users.
 """
 
+import errno
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -51,6 +54,41 @@ class ArtifactError(AcipError):
 
 class HubError(AcipError):
     pass
+
+
+@contextmanager
+def foreign_errors(error: type[AcipError], failed: str, remedy: str = "") -> Iterator[None]:
+    """Raise what a library raises on a user's input as `error`: one line that begins with `failed` and ends with `remedy`.
+
+    Put it around each call that reads what a user names. `failed` names the input, for example "base 'x' can't be loaded".
+    Our own errors pass unchanged. So does a lack of memory: nothing is wrong with the input, and another worker may have more.
+    """
+    try:
+        yield
+    except AcipError:
+        raise
+    except Exception as raised:
+        if lacks_memory(raised):
+            raise
+        raise error(f"{failed}: {one_line(raised)}. {remedy}".strip()) from raised
+
+
+def lacks_memory(raised: BaseException) -> bool:
+    """Return whether `raised` says that memory is exhausted: Python's, PyTorch's or the operating system's error."""
+    return (
+        isinstance(raised, MemoryError)
+        or type(raised).__name__ == "OutOfMemoryError"
+        or (isinstance(raised, OSError) and raised.errno == errno.ENOMEM)
+    )
+
+
+def one_line(raised: BaseException, longest: int = 400) -> str:
+    """Return the message of a foreign exception on one line, with its type where the message alone says little."""
+    said = " ".join(str(raised).split()).rstrip(".")
+    if len(said) > longest:
+        said = said[: longest - 4].rstrip() + " ..."
+    plain = isinstance(raised, OSError | ValueError | RuntimeError | ImportError) and len(said.split()) > 2
+    return said if plain else f"{type(raised).__name__}: {said}" if said else type(raised).__name__
 
 
 SHORT = reprlib.Repr()

@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from acip import modeling_acip
 from acip.artifact import CONFIG, MANIFEST, Artifact
+from acip.base import check_report, quiet
 from acip.budget import Budget
 from acip.cut import Cut
-from acip.errors import ArtifactError, BudgetError
+from acip.errors import ArtifactError, BudgetError, foreign_errors
 from acip.export import adopt, any_size_class, export, framed, free, sized, write
 from acip.hub import snapshot
 from acip.materialise import AnySize
@@ -61,14 +62,17 @@ def from_pretrained(
     if not folder.exists() and re.fullmatch(HUB_ID, str(source)):
         folder = Path(snapshot(str(source)))
     if not (folder / MANIFEST).is_file() and (folder / CONFIG).is_file():
-        fields, _ = PreTrainedConfig.get_config_dict(folder)
+        with foreign_errors(ArtifactError, f"{folder / CONFIG} can't be read", "Export it again, or fetch all of it."):
+            fields, _ = PreTrainedConfig.get_config_dict(folder)
         if fields.get("model_type") != MODEL_TYPE:
             raise ArtifactError(f"{folder} is neither an artifact nor an export of one. Calibrate it first (jobs/calibrate_all.py).")
         layers = fields.get("acip")
         if not (isinstance(layers, dict) and layers.get("artifact")):  # else an artifact that lacks its manifest
             if size is not None or quantize is not None:
                 raise BudgetError(f"{folder} is a model of one size; another size is made from its artifact. Leave size and quantize out.")
-            exported: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+            with foreign_errors(ArtifactError, f"the export {folder} can't be loaded", "Export it again, or fetch all of it."), quiet():
+                exported, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+            check_report(f"the export {folder}", exported, report, ArtifactError)
             return exported.to(device)  # type: ignore[arg-type]
     return _sized(Artifact.open(folder), budget, quantize, device)
 

@@ -5,8 +5,10 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from acip import shard
+from acip.base import own_code
 from acip.bases import bases
 from acip.basis_cache import BasisCache, basis_keys
 from acip.errors import BaseModelError
@@ -33,6 +35,9 @@ def parametrise(
     """
     if targets(model):
         raise BaseModelError("this model is parametrised already; call restore(model) first.")
+    own_code(model, None, str(getattr(getattr(model, "config", None), "_name_or_path", "")))
+    if windows is not None and feed is feed_tokens:
+        _check_ids(model, windows)
     linears = find_linears(model, recipe.exclude)
     model.requires_grad_(False)
     torch.manual_seed(recipe.seed)  # the adapters' start
@@ -55,6 +60,16 @@ def parametrise(
         set_module(model, name, cores[name])
         cores[name].park()
     return targets(model)
+
+
+def _check_ids(model: nn.Module, windows: Tensor) -> None:
+    """Raise BaseModelError where the text holds token ids that the model has no embedding for."""
+    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    if isinstance(embeddings, nn.Embedding) and windows.numel() and int(windows.max()) >= embeddings.num_embeddings:
+        raise BaseModelError(
+            f"the text holds the token id {int(windows.max()):,}, and the model has {embeddings.num_embeddings:,} tokens: the tokenizer is "
+            "larger than the model. Resize the model's embeddings (model.resize_token_embeddings(len(tokenizer))), and save both."
+        )
 
 
 def adapters(W_MN: Tensor, recipe: Recipe, device: torch.device | None = None) -> dict[str, LoRA]:

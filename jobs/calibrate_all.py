@@ -11,8 +11,10 @@ Exit code 0 = every model is there.
 import argparse
 import functools
 import hashlib
+import json
 import os
 import secrets
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -27,15 +29,16 @@ from acip_platform.inbox import open_inbox
 from acip_platform.lease import Leases
 from acip_platform.provenance import commit
 from acip_platform.schedule import Outcome, Share, nodes, pool, run_all, share
-from acip_platform.settings import Settings, masked
+from acip_platform.settings import Settings, masked, this_program
 from acip_platform.store import Store
 from acip_platform.tracking import CHAMPION, ModelVersion, Registry, Run, Tracking, check_registers, reached
 from acip_platform.train import run_job
 
-from acip.base import shapes_of
+from acip.base import outline
 from acip.data import HUB, documents
 from acip.errors import AcipError
 from acip.memory import predict
+from acip.read_back import read_back
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -122,8 +125,9 @@ def plan(jobs: list[Job], shares: dict[str, Share], settings: Settings, out: Any
             for source, split in ((job.data, "train"), (job.heldout.source, "heldout")):
                 if source not in HUB:
                     next(documents(source, split))  # type: ignore[arg-type]
-            model = shapes_of(job.base, job.recipe.dtype, job.trust_remote_code)
-            needed = predict(model, job.recipe, "cuda" if shares[job.name].gpus else "cpu", job.num_workers)
+            base = outline(job.base, job.recipe.dtype, job.trust_remote_code)
+            read_back(base, job.recipe)
+            needed = predict(base.model, job.recipe, "cuda" if shares[job.name].gpus else "cpu", job.num_workers)
             about["memory"] = f"{needed.peak / 1e9:.2f} GB for each worker, most in {needed.worst.name}"
         except AcipError as error:
             about["CAN'T RUN"], code = str(error), 1
@@ -248,16 +252,16 @@ def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dic
     out.print(f"{len(good)} of {len(good) + len(failed)} models are there, after {duration(seconds)}.", markup=False)
     if good:
         run = shell(settings)
-        mlflow = str(Path(run.rpartition(" ")[2]).with_name("mlflow"))
-        body = f'{{"model": "{good[0]}", "size_ratio": 0.6, "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0}}'
+        mlflow = this_program("mlflow")
+        body = json.dumps({"model": good[0], "size_ratio": 0.6, "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0})
         local = settings.tracking_uri.startswith("sqlite:")
-        server = f"{mlflow} server --backend-store-uri {settings.tracking_uri} --port 5000 --workers 1"
+        server = f"{mlflow} server --backend-store-uri {shlex.quote(settings.tracking_uri)} --port 5000 --workers 1"
         out.print("\nNext:", markup=False)
         lines(out, {
             "see the runs": server if local else settings.tracking_uri,
             "serve": f"{run} jobs/serve.py",
             "move the slider": "http://127.0.0.1:8000/, once it serves",
-            "ask at 0.6": f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{body}'",
+            "ask at 0.6": f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",
             "keep 0.6": f"{run} jobs/materialise.py {good[0]} --size 0.6 --out {good[0]}-60",
             "report": f"{run} jobs/report.py {good[0]} --out report.html",
         })  # fmt: skip

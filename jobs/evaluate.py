@@ -27,6 +27,7 @@ from acip_platform.evaluate import Model, Row, log_rows, measure_sizes, record
 from acip_platform.inbox import open_inbox
 from acip_platform.schedule import Nodes, nodes, pool
 from acip_platform.settings import Settings, masked
+from acip_platform.sources import placed, resolved
 from acip_platform.store import Store, StoreError
 from acip_platform.tracking import CHAMPION, Registry, Run, Tracking, reached
 from filelock import FileLock
@@ -175,21 +176,16 @@ def recorded(store: Store, uri: str, rows: list[Row]) -> list[str]:
 def found(args: argparse.Namespace, settings: Settings) -> tuple[str, Model, Artifact | None]:
     """(a name for it, the model, its artifact if it has one)."""
     if args.base:
-        base = absolute(args.base)  # tasks have folders of their own
+        base = resolved(args.base)
         return Path(base.replace(":", "-")).name, Model("", base, args.dtype or Model.dtype, args.trust_remote_code), None
     uri, name = args.artifact, ""
     if args.model:
         version = Registry(settings).named(args.model)
         name, uri = version.name, version.uri
-    elif "://" not in uri:
-        uri = str(Path(uri).resolve())
+    else:
+        uri = placed(uri)
     artifact = Store.of(settings).open(uri)
     return name or uri.rstrip("/").rpartition("/")[2], Model(uri), artifact
-
-
-def absolute(path: str) -> str:
-    """Of a path that is there; anything else stays what it is."""
-    return str(Path(path).resolve()) if path and Path(path).exists() else path
 
 
 def reachable(args: argparse.Namespace, artifact: Artifact | None) -> list[float]:
@@ -218,7 +214,7 @@ def texts_of(args: argparse.Namespace, artifact: Artifact | None) -> list[Text]:
     if {"perplexity", "divergence"} <= set(args.skip) and not args.quantize:
         return []
     like = artifact.curve[0] if artifact is not None and artifact.curve and not args.data else {}
-    if args.whole and (not args.data or trained_on(artifact) & {absolute(source) for source in args.data}):
+    if args.whole and (not args.data or trained_on(artifact) & {resolved(source) for source in args.data}):
         raise EvaluationError("--whole is for a text of its own, by --data: what was calibrated on is measured where it is held out.")
     context = args.context or like.get("context")
     if not context:
@@ -227,7 +223,7 @@ def texts_of(args: argparse.Namespace, artifact: Artifact | None) -> list[Text]:
     windows = like.get("windows", 0) if args.windows is None else args.windows
     sources = args.data or [like.get("corpus", "package:wikipedia")]
     texts = [
-        Text(absolute(source), protocol, context, windows, "all" if args.whole else like.get("split", "heldout"))
+        Text(resolved(source), protocol, context, windows, "all" if args.whole else like.get("split", "heldout"))
         for source in sources
         for protocol in args.protocol or [like.get("protocol", "packed")]
     ]
@@ -240,7 +236,7 @@ def trained_on(artifact: Artifact | None) -> set[str]:
     """The texts that it was calibrated and tuned on."""
     found, origin = set[str](), {} if artifact is None else artifact.manifest.get("provenance", {})
     while origin:
-        found.add(absolute(origin.get("job", {}).get("data", "")))
+        found.add(resolved(origin.get("job", {}).get("data", "")))
         origin = origin.get("parent", {})
     return found - {""}
 
@@ -248,9 +244,9 @@ def trained_on(artifact: Artifact | None) -> set[str]:
 def measurements(args: argparse.Namespace, texts: list[Text], has_base: bool, there: Nodes) -> list[Measurement]:
     """What is asked for. Speed is told apart by the kind of device that this cluster has."""
     kinds = [key.partition(":")[2] for key in ray.cluster_resources() if key.startswith("accelerator_type:")]
-    folder = str(Path(args.task_folder).resolve()) if args.task_folder else ""
+    folder = resolved(args.task_folder)
     what: list[Measurement] = [PerplexityOn(text) for text in texts if "perplexity" not in args.skip]
-    reference = absolute(args.reference or "")
+    reference = resolved(args.reference or "")
     what += [DivergenceOn(text, reference) for text in texts if (has_base or reference) and "divergence" not in args.skip]
     what += [QuantisedOn(text, kind) for text in texts for kind in args.quantize]
     what += [TaskScore(task, folder, args.shots, args.limit) for task in expand(args.tasks)]

@@ -22,6 +22,7 @@ from acip_platform.fleet import Job
 from acip_platform.inbox import open_inbox
 from acip_platform.schedule import nodes, pool, run_all, share
 from acip_platform.settings import Settings, masked
+from acip_platform.sources import resolved
 from acip_platform.store import Store
 from acip_platform.tracking import CANDIDATE, ModelVersion, Registry, Tracking, check_registers, reached
 from acip_platform.train import run_job
@@ -80,7 +81,8 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
         batch_size=args.batch_size, seq_len=args.seq_len, recompute=args.recompute or None,
     ))  # fmt: skip
     changes = given(
-        data=args.data, eval_data=args.eval_data, eval_context=args.eval_context, eval_windows=args.eval_windows,
+        data=args.data and resolved(args.data), eval_data=args.eval_data and resolved(args.eval_data),
+        eval_context=args.eval_context, eval_windows=args.eval_windows,
         eval_protocol=args.eval_protocol, cpus=args.cpus,
     )  # fmt: skip
     job = tuning_job(version, artifact, recipe, changes)

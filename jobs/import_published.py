@@ -22,6 +22,7 @@ from acip_platform.fleet import Job
 from acip_platform.provenance import provenance
 from acip_platform.schedule import Outcome
 from acip_platform.settings import Settings
+from acip_platform.sources import resolved
 from acip_platform.store import Store
 from acip_platform.tracking import CANDIDATE, Tracking, check_registers, reached
 from acip_platform.yaml_file import NAME
@@ -33,6 +34,7 @@ from acip.evaluate.text import Protocol
 from acip.layers import targets
 from acip.modeling_acip import widened
 from acip.published import open_published
+from acip.read_back import read_back
 
 
 def main() -> int:
@@ -63,23 +65,24 @@ def run(args: argparse.Namespace, out: Any) -> None:
         out.print(f"[{args.name}] {text}", markup=False)
 
     say("stage", f"opening {args.checkpoint}")
-    base, calibration = open_published(args.checkpoint, args.base)
+    base, calibration = open_published(resolved(args.checkpoint), args.base and resolved(args.base))
+    read_back(base, calibration.recipe)
     recipe = calibration.recipe
     say("stage", f"{len(calibration.table.layers)} layers of {base.source}, pruned to {recipe.stop_ratio} (paper), {recipe.dtype}")
     job = Job(
-        args.name, base.source, recipe, args.eval_data,
+        args.name, base.source, recipe, resolved(args.eval_data),
         eval_context=args.eval_context, eval_windows=args.eval_windows, eval_protocol=args.eval_protocol,
     )  # fmt: skip
     heldout = Heldout.of(job, base)
     fingerprint = f"published-{identity(base, calibration)}"
     mlflow_run = Tracking(settings, "acip/published").start(job.name, f"{job.name}-{fingerprint}", {"model": job.name})
     mlflow_run.params(story.settings(job))
-    mlflow_run.tags({"checkpoint": str(args.checkpoint)})
+    mlflow_run.tags({"checkpoint": resolved(args.checkpoint)})
     with mlflow_run.ending():
         store, key = Store.of(settings), f"{job.name}/{fingerprint}"
         uri = store.uri(key)
         if not store.exists(uri):
-            origin = provenance(job) | {"checkpoint": args.checkpoint, "mlflow_run": mlflow_run.run_id}
+            origin = provenance(job) | {"checkpoint": resolved(args.checkpoint), "mlflow_run": mlflow_run.run_id}
             stored(settings, key, functools.partial(Artifact.save, base=base, calibration=calibration, provenance=origin))
         say("stage", f"artifact: {uri}")
         del base, calibration

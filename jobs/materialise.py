@@ -136,6 +136,10 @@ def finished(folder: Path, repository: str | None) -> int:
 
 def find(model: str, alias: str, settings: Settings) -> str:
     """The URI of an artifact: `model` itself where it is a URI or an artifact's folder, else what the registry says."""
+    from acip_platform.sources import resolved
+
+    if model.startswith(("~", "./", "../")):
+        model = resolved(model)
     if "://" in model or (Path(model).is_dir() and ("/" in model or (Path(model) / "manifest.json").is_file())):
         return model  # a folder with the model's name may be an export of it
     if "/" in model:

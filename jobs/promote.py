@@ -8,8 +8,11 @@ A running server goes on with the version it has, until it is told (the last lin
 """
 
 import argparse
+import json
+import shlex
 import sys
 from typing import Any
+from urllib.parse import quote
 
 from acip_platform.console import console, exit_code, lines
 from acip_platform.settings import Settings
@@ -51,8 +54,8 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
     lines(out, {
         "was": was,
         CHAMPION: f"version {now.version} ({now.uri})",
-        "a running server": f"curl -X POST http://127.0.0.1:8000/v1/models/{now.name}/load "
-        f"-H 'Content-Type: application/json' -d '{{\"version\": \"{now.version}\"}}'",
+        "a running server": f"curl -X POST http://127.0.0.1:8000/v1/models/{quote(now.name, safe='')}/load "
+        f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps({'version': now.version}))}",
     })  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from acip_platform.report import Subject, baseline_rows, facts, page
 from acip_platform.settings import Settings
+from acip_platform.sources import placed
 from acip_platform.store import Store
 from acip_platform.tracking import CHAMPION, Registry, artifacts_inside, reached
 
@@ -60,9 +61,9 @@ def chosen(args: argparse.Namespace, settings: Settings) -> list[Subject]:
     for asked in args.names:
         version = registry.named(asked)
         subjects.append(Subject(asked, version.uri, store.open(version.uri), version))
-    uris = {uri.rstrip("/").rpartition("/")[2]: uri for uri in args.artifact}
+    uris = {uri.rstrip("/").rpartition("/")[2]: placed(uri) for uri in args.artifact}
     if len(uris) < len(args.artifact):
-        uris = {uri: uri for uri in args.artifact}
+        uris = {uri: placed(uri) for uri in args.artifact}
     if args.sweep:
         uris |= artifacts_inside(settings, args.sweep)
     return subjects + [Subject(label, uri, store.open(uri)) for label, uri in uris.items()]

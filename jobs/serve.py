@@ -13,6 +13,7 @@ import ipaddress
 import json
 import logging
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -126,9 +127,10 @@ def _wait_until_ready(url: str) -> None:
     """Until a model has made a token. ClusterError where it can't be loaded."""
     from ray import serve
 
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy elsewhere can't reach this machine's server
     while not _stopping:
         try:
-            with urllib.request.urlopen(f"{url}/ready", timeout=30):  # noqa: S310 - http, by `_serve`
+            with direct.open(f"{url}/ready", timeout=30):
                 return
         except urllib.error.HTTPError as answer:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # the proxy's own words, not ours
@@ -158,8 +160,8 @@ list them
   curl -s {url}/v1/models{key}
 
 ask at 60 % of the size
-  curl -s {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{ask}'
-  curl -s {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{short}'
+  curl -s {url}/v1/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(ask)}
+  curl -s {url}/v1/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(short)}
 
 stop: Ctrl-C
 """

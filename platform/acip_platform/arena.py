@@ -15,7 +15,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from filelock import FileLock
 from torch import nn
 
 from acip import baselines
-from acip.base import Base, load_base
+from acip.base import Base, check_tokenizer, load_base
 from acip.budget import Budget
 from acip.data import documents, token_windows
 from acip.errors import AcipError, cited
@@ -35,10 +34,11 @@ from acip.evaluate.efficiency import reset_peak
 from acip.evaluate.rows import Subject, stored_bytes
 from acip.evaluate.tasks import check as check_tasks
 from acip.evaluate.tasks import expand
-from acip.evaluate.text import Protocol, content
+from acip.evaluate.text import Protocol
 from acip.layers import find_linears
 from acip.recipe import Dtype, coerce
 from acip_platform.schedule import Nodes, Share, fits, root_cause
+from acip_platform.sources import identity, resolved
 from acip_platform.yaml_file import YamlFile
 
 DENSE = "dense"  # the base model's entry
@@ -86,6 +86,10 @@ class Arena:
             raise file.fail(root, "'base' is missing: the model that all methods compress.")
         chosen = given.pop("methods", None)
         fields = {name: file.checked(key, coerce, name, file.value(node), kinds[name]) for name, (key, node) in given.items()}
+        for name in fields.keys() & {"base", "data"}:
+            fields[name] = file.checked(given[name][0], resolved, fields[name])
+        if "eval_data" in fields:
+            fields["eval_data"] = tuple(file.checked(given["eval_data"][0], resolved, text) for text in fields["eval_data"])
         if chosen is not None:
             methods = {name: (node, file.value(node)) for name, (_, node) in file.items(chosen[1], baselines.METHODS, "methods")}
             for name, (node, options) in methods.items():
@@ -117,16 +121,10 @@ class Arena:
         fields = {
             key: value for key, value in dataclasses.asdict(self).items() if key not in ("name", "sizes", "methods", "cpus", "quoted")
         }
-        files = _contents(self.base, self.data, *self.eval_data)
+        fields |= {"base": identity(self.base), "data": identity(self.data), "eval_data": [identity(text) for text in self.eval_data]}
         options = {} if method == DENSE else baselines.method(method).settings(self.methods[method])
-        decides = [fields, files, method, options, version("lm_eval") if self.tasks else ""]
+        decides = [fields, method, options, version("lm_eval") if self.tasks else ""]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
-
-
-@lru_cache(maxsize=8)
-def _contents(*paths: str) -> list[str]:
-    """Of local files, as they were when they were first asked for."""
-    return [content(path) for path in paths]
 
 
 @dataclass(frozen=True)
@@ -248,6 +246,7 @@ def rows(arena: Arena, entry: Entry, progress: Callable[[str, int, int], None]) 
     which other work on the machine hardly changes; `peak_bytes` the most memory meanwhile.
     """
     base = load_base(arena.base, arena.dtype)
+    check_tokenizer(base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nn.Module.to(base.model, device)
     common = {"method": entry.method, "device": device_name(device)}

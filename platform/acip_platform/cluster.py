@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from acip.errors import AcipError
-from acip_platform.settings import Settings
+from acip.errors import AcipError, foreign_errors
+from acip_platform.settings import Settings, masked
 
+CLIENT = "ray://"
+ALLOWED = "Allowed: HOST:PORT of a cluster (127.0.0.1:6379), auto, local, ray://HOST:10001, or none."
 OBJECT_STORE_BYTES = 1 << 30  # Ray's default is 30 % of the memory; weights and checkpoints don't go through the object store
 
 
@@ -48,7 +50,8 @@ def connect(settings: Settings, log_to_driver: bool = False) -> Cluster:
     # Inside `ray job submit` both the job and we set variables; ours were read from the job's, so ours may win.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     common: dict[str, Any] = {"runtime_env": {"env_vars": settings.worker_env()}, "log_to_driver": log_to_driver}
-    address = os.environ.get("RAY_ADDRESS", "")
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    _check_address(address)
     if address == "local" or not (address or _answers(_noted_by_ray_start())):
         _token_of_our_own()
         return _cluster(True, ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, **common))
@@ -56,12 +59,27 @@ def connect(settings: Settings, log_to_driver: bool = False) -> Cluster:
         ray_constants.ENABLE_RAY_CLUSTER = False  # as infra/demo's; Ray would ask at this machine's other address
     where = f"RAY_ADDRESS={address}" if address else "the cluster that `ray start` left here"
     remedy = "Start that cluster, or unset RAY_ADDRESS to use a local one."
-    if address and address != "auto" and "://" not in address and not _answers(address):
-        raise ClusterError(f"nothing answers at {where}. {remedy}")  # Ray would try for minutes
-    try:
+    if address and address != "auto":  # Ray would try for minutes
+        if not _answers(address.removeprefix(CLIENT)):
+            raise ClusterError(f"nothing answers at {where}. {remedy}")
+        if _speaks_http(address.removeprefix(CLIENT)):
+            raise ClusterError(f"{where} is an HTTP server, for example Ray's dashboard, and not a Ray cluster. {ALLOWED}")
+    with foreign_errors(ClusterError, f"can't connect to Ray at {where}", remedy):
         return _cluster(False, ray.init(**common))  # finds the address as above, and the token if the cluster asks for one
-    except (ConnectionError, RuntimeError) as error:
-        raise ClusterError(f"can't connect to Ray at {where}: {error}. {remedy}") from error
+
+
+def _check_address(address: str) -> None:
+    """ClusterError for what a job can't connect to: the dashboard's URL, which `ray job submit` takes, and an address without a port."""
+    if address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"RAY_ADDRESS is {masked(address)}, a dashboard: it takes jobs (`ray job submit -- python jobs/...`), but no connections. "
+            f"Set RAY_API_SERVER_ADDRESS to it, which `ray job submit` reads, too, and RAY_ADDRESS to the cluster. {ALLOWED}"
+        )
+    if address in ("", "local", "auto"):
+        return
+    host, _, port = address.removeprefix(CLIENT).rpartition(":")
+    if "://" in address.removeprefix(CLIENT) or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ClusterError(f"RAY_ADDRESS is {masked(address)!r}. {ALLOWED}")
 
 
 def _cluster(own: bool, context: Any) -> Cluster:
@@ -97,6 +115,18 @@ def _on_the_loopback_alone(address: str) -> bool:
 
     host, _, port = address.rpartition(":")
     return host in ("127.0.0.1", "localhost") and _answers(address) and not _answers(f"{node_ip_address_from_perspective()}:{port}")
+
+
+def _speaks_http(address: str) -> bool:
+    """Whether an HTTP/1 server listens there. A Ray cluster speaks HTTP/2 alone, and waits or closes."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as connection:
+            connection.settimeout(2)
+            connection.sendall(b"HEAD / HTTP/1.0\r\n\r\n")
+            return connection.recv(5) == b"HTTP/"
+    except OSError:
+        return False
 
 
 def _answers(address: str) -> bool:

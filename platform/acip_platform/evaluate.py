@@ -20,17 +20,17 @@ import ray
 import torch
 
 from acip.artifact import Artifact
-from acip.base import load_base
+from acip.base import check_tokenizer, load_base
 from acip.budget import Budget
 from acip.cut import Cut
 from acip.errors import AcipError, BudgetError, EvaluationError
 from acip.evaluate import DivergenceOn, Efficiency, Measurement, Part, TaskScore, evaluate, extended, metrics, recorded
 from acip.evaluate.tasks import expand
-from acip.evaluate.text import content
 from acip.materialise import AnySize
 from acip_platform.fleet import Job
 from acip_platform.schedule import Nodes, Share, fits, root_cause, share
 from acip_platform.settings import Settings
+from acip_platform.sources import identity
 from acip_platform.store import Store
 from acip_platform.tracking import Run
 
@@ -51,7 +51,7 @@ class Model:
 
     def identity(self, artifact: Artifact | None) -> str:
         """The same for the same weights: a curve that grows changes nothing."""
-        facts = (self.base, self.dtype, content(self.base)) if artifact is None else artifact.manifest["files"]
+        facts = (self.dtype, identity(self.base)) if artifact is None else artifact.manifest["files"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -158,6 +158,7 @@ def _measure(model: Model, size: float, what: list[Measurement], settings: Setti
             return {"asked": size, **known[SIZE], "evaluation": [known[one.key] for one in what]}
         if artifact is None:
             base = load_base(model.base, model.dtype, model.trust_remote_code)  # type: ignore[arg-type]
+            check_tokenizer(base)
             torch.nn.Module.to(base.model, device)
             reference = _reference(model, what, base.tokenizer, device)
             row = {"got": 1.0, **evaluate(base.model, base.tokenizer, what, reference, known, say)}

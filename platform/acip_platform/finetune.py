@@ -42,7 +42,8 @@ def tuning_job(version: ModelVersion, artifact: Artifact, recipe: Recipe, change
 
 
 def fingerprint(job: Job, artifact: Artifact) -> str:
-    """Hash of all that decides the result, the artifact it starts from among it."""
+    """Hash of all that decides the result, the artifact it starts from among it. Its base model is not read, and may be gone."""
+    job = replace(job, base=artifact.manifest["base"]["digest"])
     return hashlib.sha256(f"{job.fingerprint}{artifact.manifest['files']['factors.safetensors']['sha256']}".encode()).hexdigest()[:12]
 
 

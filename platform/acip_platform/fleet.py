@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from acip.evaluate.tasks import check as check_tasks
 from acip.evaluate.tasks import expand
 from acip.evaluate.text import Protocol, Text
 from acip.recipe import Recipe
+from acip_platform.sources import identity, resolved
 from acip_platform.yaml_file import YamlFile
 
 
@@ -54,11 +56,14 @@ class Job:
     cpus: float = -1.0  # per worker; -1 = see acip_platform.schedule.share
     trust_remote_code: bool = False  # runs code that comes with the base model
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Hash of all that decides the result: equal fingerprints need no second calibration."""
+        """Hash of all that decides the result: equal fingerprints need no second calibration.
+
+        Local files count by their content, not by their paths, as they were when this was first asked for.
+        """
         recipe = {name: value for name, value in self.recipe.to_dict().items() if name != "recompute"}
-        decides = {"base": self.base, "recipe": recipe, "data": self.data, "schema": SCHEMA}
+        decides = {"base": identity(self.base), "recipe": recipe, "data": identity(self.data), "schema": SCHEMA}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -74,6 +79,10 @@ class Job:
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def by_content(self) -> dict[str, Any]:
+        """Return the fields, with the content of local files in the place of their paths."""
+        return self.to_dict() | {key: identity(getattr(self, key)) for key in SOURCES}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Job":
@@ -92,6 +101,7 @@ class Fleet:
         return _Reader(str(path)).fleet()
 
 
+SOURCES = ("base", "data", "eval_data")  # fields that may be paths, which are relative to the submitter's folder
 TOP = ("name", "defaults", "models")
 MODEL = {field.name: field.type for field in dataclasses.fields(Job)} | {"recipe": str, "set": dict}
 
@@ -130,6 +140,8 @@ class _Reader(YamlFile):
                     start = self.checked(key_node, recipes.named, value)
                 else:
                     fields[key] = self.checked(key_node, recipes.coerce, key, value, MODEL[key])
+                    if key in SOURCES:
+                        fields[key] = self.checked(value_node, resolved, fields[key])
         recipe = start
         for key_node, change in changes:
             recipe = self.checked(key_node, Recipe.from_dict, change, recipe)

@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from urllib3.exceptions import HTTPError
 
-from acip.errors import ArtifactError, cited
+from acip.errors import AcipError, ArtifactError, cited
 from acip.source import Range
 from acip_platform.disk import Item, MissingError, StoreError
 from acip_platform.settings import masked
@@ -46,7 +46,9 @@ def told(method: Callable[P, T]) -> Callable[P, T]:
 
         try:
             return method(*args, **kwargs)
-        except (BotoCoreError, ClientError, Boto3Error) as error:
+        except (BotoCoreError, ClientError, Boto3Error, ValueError) as error:  # ValueError: an endpoint that is no URL
+            if isinstance(error, AcipError):
+                raise
             said = masked(str(error))
             if "PreconditionFailed" in said:
                 raise StoreError(f"an object was replaced while it was being read ({said}). Open the artifact again.") from error

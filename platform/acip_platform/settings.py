@@ -20,14 +20,19 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from urllib.parse import unquote
 
 from acip.errors import AcipError
 
 PASSED_ON = ("AWS_", "MLFLOW_", "HF_", "ACIP_")  # what Ray workers need of the submitter's environment ...
 SECRET = ("SECRET", "TOKEN", "PASSWORD", "ACCESS_KEY", "API_KEY")  # ... but Ray shows what it passes on, so secrets belong on the nodes
+
+NO_PROXY = ("no_proxy", "NO_PROXY")
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Settings:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> "Settings":
+        if env is None:
+            keep_loopback_direct(os.environ)
         env = os.environ if env is None else env
         checkout = Path(__file__).resolve().parents[2]
         default = checkout / ".acip" if (checkout / "jobs").is_dir() else Path.home() / ".acip"
@@ -50,7 +57,7 @@ class Settings:
             home=home,
             store=_place(env, "ACIP_STORE", home / "artifacts"),
             runs=_place(env, "ACIP_RUNS", home / "runs"),
-            tracking_uri=env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
+            tracking_uri=_tracking(env, home / "mlflow.db"),
             checkpoint_s=_positive(env, "ACIP_CHECKPOINT_S", 60.0, "seconds"),
             basis_cache_gb=_positive(env, "ACIP_BASIS_CACHE_GB", 50.0, "gigabytes"),
             lease_s=_positive(env, "ACIP_LEASE_S", 60.0, "seconds"),
@@ -59,6 +66,7 @@ class Settings:
     def worker_env(self) -> dict[str, str]:
         """Environment variables that make a worker on any node see these settings. Without secrets."""
         passed = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON) and not any(word in key for word in SECRET)}
+        passed |= {key: os.environ[key] for key in NO_PROXY if key in os.environ}
         return passed | {
             "ACIP_HOME": str(self.home),
             "ACIP_STORE": self.store,
@@ -83,6 +91,39 @@ def _place(env: Mapping[str, str], name: str, default: Path) -> str:
     return text
 
 
+def _tracking(env: Mapping[str, str], default: Path) -> str:
+    """MLflow's URI; a local one from the root of the file system, because workers run elsewhere."""
+    uri = env.get("MLFLOW_TRACKING_URI") or ""
+    if not uri:
+        return sqlite_uri(default)
+    if path := sqlite_path(uri):
+        return "?".join([sqlite_uri(path), *uri.split("?", 1)[1:]])
+    if uri.startswith("file:") and not uri.startswith("file:/"):
+        return Path(unquote(uri.removeprefix("file:"))).resolve().as_uri()
+    return uri if ":" in uri or uri == "databricks" else Path(uri).expanduser().resolve().as_uri()
+
+
+def sqlite_uri(path: Path) -> str:
+    """Return the URI of a SQLite file by its absolute path, with what a URI would read otherwise escaped (MLflow unescapes it once)."""
+    text = str(path.expanduser().resolve())
+    return "sqlite:///" + text.replace("%", "%25").replace("?", "%3F").replace("#", "%23")
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Return the file that a sqlite URI names; None for one in memory, and for other URIs."""
+    path = uri.removeprefix("sqlite:///").partition("?")[0] if uri.startswith("sqlite:///") else ""
+    return Path(unquote(path)) if path else None
+
+
+def keep_loopback_direct(env: MutableMapping[str, str]) -> None:
+    """Add this machine's own addresses to no_proxy in `env`: what runs here is not asked through a proxy elsewhere."""
+    if any(env.get(name) for name in PROXIES):
+        for name in NO_PROXY:
+            known = [host for host in (env.get(name) or env.get(name.swapcase()) or "").split(",") if host.strip()]
+            if "*" not in known:
+                env[name] = ",".join(dict.fromkeys([*known, *LOOPBACK]))
+
+
 def _positive(env: Mapping[str, str], name: str, default: float, unit: str) -> float:
     text = env.get(name) or str(default)
     try:
@@ -95,9 +136,14 @@ def _positive(env: Mapping[str, str], name: str, default: float, unit: str) -> f
 
 
 def this_python() -> str:
-    """How the shell starts the Python that this is, from here."""
-    here = sys.executable.startswith(str(Path.cwd()))
-    return shlex.quote(os.path.relpath(sys.executable) if here else sys.executable)
+    """Return how the shell starts the Python that this is, from the current folder."""
+    return this_program(Path(sys.executable).name)
+
+
+def this_program(name: str) -> str:
+    """Return how the shell starts a program that is installed beside this Python, from the current folder."""
+    path = Path(sys.executable).with_name(name)
+    return shlex.quote(os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path))
 
 
 def masked(uri: str) -> str:

@@ -45,6 +45,7 @@ from acip.data import TokenBatches
 from acip.errors import AcipError
 from acip.evaluate import trade_off
 from acip.materialise import AnySize
+from acip.read_back import read_back
 from acip.sizes import cut_table
 from acip.state import CalibrationState, StepReport
 from acip_platform import story
@@ -98,7 +99,7 @@ class Sweep:
     @functools.cached_property
     def key(self) -> str:
         """Equal keys are the same sweep, to be gone on with."""
-        decides = [self.space.name, self.space.scheduler, [trial.job.to_dict() for trial in self.trials]]
+        decides = [self.space.name, self.space.scheduler, [trial.job.by_content() for trial in self.trials]]
         return f"{self.job.name}-{self.space.name}-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]}"
 
 
@@ -247,12 +248,15 @@ def keep(
     chosen = [outcome for outcome in chosen if outcome is not best] + [best]  # the last one registered is the candidate
     kept = {outcome.trial.name for outcome in chosen}
     _forget(outcome.state for outcome in outcomes if outcome.state and outcome.error is None and outcome.trial.name not in kept)
-    task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=RETRIES)(_artifact)
+    task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=RETRIES)(_artifact_or_error)
 
     def begun(outcome: Outcome) -> ray.ObjectRef[dict[str, Any]]:
         return task.remote(outcome.trial, outcome.state, settings, runs[outcome.trial.name].run_id, max(1, int(share.cpus)), inbox)
 
     summaries = [*ray.get([begun(outcome) for outcome in chosen[:-1]]), ray.get(begun(best))]
+    for outcome, summary in zip(chosen, summaries, strict=True):
+        if "error" in summary:
+            raise AcipError(f"the artifact of {outcome.trial.name} can't be made: {summary['error']}")
     _forget(outcome.state for outcome in chosen if outcome.state)
     return {outcome.trial.name: summary for outcome, summary in zip(chosen, summaries, strict=True)}
 
@@ -328,6 +332,7 @@ def _start(name: str, context: Mapping[str, Any], job: Job) -> tuple[Base, Token
     torch.set_num_threads(context["threads"])
     run = Run.of(settings, context["runs"][name])
     base, device = load_base(job.base, job.recipe.dtype, job.trust_remote_code), _device()
+    once(Read(("read back", job.base, job.recipe.exclude), lambda: read_back(base, job.recipe)))
     torch.nn.Module.to(base.model, device)
     return base, prepared(job, base, settings, say, device), Observer(job, run, say, device)
 
@@ -395,6 +400,14 @@ class Rungs:
             self.observer.run.metrics([(0, {"area_under_excess_nats": metrics["area"]}), *story.curve(json.loads(metrics["curve"]))])
         self.observer.say("stage", text=f"area under excess loss {metrics['area']:.4f}")
         _report({"share": RUNGS[-1], **metrics}, self.state)
+
+
+def _artifact_or_error(*args: Any) -> dict[str, Any]:
+    """`_artifact`, with the user's errors as values: raised, they would come with a page of Ray around them."""
+    try:
+        return _artifact(*args)
+    except AcipError as error:
+        return {"error": str(error)}
 
 
 def _artifact(trial: Trial, state: tune.Checkpoint | None, settings: Settings, run: str, threads: int, inbox: Any) -> dict[str, Any]:

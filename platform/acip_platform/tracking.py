@@ -24,12 +24,13 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
+from requests.exceptions import RequestException
 from sqlalchemy.exc import SQLAlchemyError
 
 from acip.errors import AcipError
 from acip.recipe import did_you_mean
 from acip_platform.provenance import commit
-from acip_platform.settings import Settings, masked
+from acip_platform.settings import Settings, masked, sqlite_path
 
 mpl.use("Agg")
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # after its import, which sets another level
@@ -73,7 +74,7 @@ def reached(settings: Settings | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (MlflowException, SQLAlchemyError) as error:
+    except (MlflowException, SQLAlchemyError, ImportError, RequestException) as error:  # ImportError: of a database's driver
         where = masked((settings or Settings.from_env()).tracking_uri)
         said = masked(str(error)).splitlines()[0].rstrip(".")
         raise RegistryAwayError(f"the registry at {where} can't be asked: {said}. Is it running? Check MLFLOW_TRACKING_URI.") from error
@@ -103,8 +104,8 @@ class Tracking:
     """One experiment of one tracking store."""
 
     def __init__(self, settings: Settings, experiment: str) -> None:
-        if settings.tracking_uri.startswith("sqlite:///"):
-            Path(settings.tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        if database := sqlite_path(settings.tracking_uri):
+            database.parent.mkdir(parents=True, exist_ok=True)
         self.client = MlflowClient(tracking_uri=settings.tracking_uri)
         found = self.client.get_experiment_by_name(experiment)
         if found is None:

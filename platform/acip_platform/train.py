@@ -8,6 +8,7 @@ can't take while it is down waits here, and at the end in a checkpoint. Progress
 """
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -30,9 +31,10 @@ from acip.basis_cache import BasisCache
 from acip.budget import GIGA, in_bytes
 from acip.calibrate import calibrate, trial_step
 from acip.data import TokenBatches, documents, token_windows
-from acip.errors import AcipError, CalibrationError
+from acip.errors import AcipError, CalibrationError, lacks_memory
 from acip.layers import targets
 from acip.parametrise import parametrise
+from acip.read_back import read_back
 from acip.recipe import Recipe
 from acip.state import CalibrationState, StepReport, history
 from acip_platform.checkpoints import Checkpoints
@@ -48,7 +50,10 @@ from acip_platform.tracking import Run, few_retries
 REPORT_EVERY_S = 10.0
 MLFLOW_REST_S = 60.0  # between attempts at an MLflow that is down
 LOOK_S = 1.0  # between looks for a node's notice that it is going away
+LASTING = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, TypeError, ValueError)
 Work = Callable[[dict[str, Any]], dict[str, Any]]
+
+log = logging.getLogger(__name__)
 
 
 def run_job(
@@ -69,6 +74,7 @@ def run_job(
             "threads": max(1, int(share.cpus)),
             "inbox": inbox,
             "work": work or calibrate_one,
+            "fingerprint": job.fingerprint,  # of the files as they were when the job was submitted
             **facts,
         },
         scaling_config=ray.train.ScalingConfig(num_workers=job.num_workers, use_gpu=share.gpus > 0, resources_per_worker=resources),
@@ -85,12 +91,17 @@ def run_job(
 
 
 def worker(config: dict[str, Any]) -> dict[str, Any]:
-    """`config["work"]`, with the user's errors as values: raised, Ray would try again what can't succeed."""
+    """Run `config["work"]` and return errors that a second attempt would meet again as values: Ray retries what is raised."""
     try:
         result: dict[str, Any] = config["work"](config)
         return result
     except AcipError as error:
         return {"error": str(error)}
+    except LASTING as error:
+        if lacks_memory(error) or shard.workers() > 1:  # the others would wait for this one
+            raise
+        log.exception("this is not tried again")
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
@@ -109,6 +120,7 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say("stage", text=f"loading {job.base}")
     base = load_base(job.base, job.recipe.dtype, job.trust_remote_code)
+    read_back(base, job.recipe)
     heldout = Heldout.of(job, base)
     checkpoints = Checkpoints(settings, config["attempt"], say)
     if not shard.decided(store.exists(store.uri(key)), device):
@@ -122,7 +134,7 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     if shard.rank() > 0:
         return {}
     observer.catch_up()
-    return finish(job, store.uri(key), run, settings, heldout, device, say)
+    return finish(job, store.uri(key), run, settings, heldout, device, say, config["fingerprint"])
 
 
 def _calibrated(

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from acip.errors import AcipError, EvaluationError, RecipeError, cited
+from acip.errors import AcipError, cited
 from acip.recipe import did_you_mean
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"  # of a registered model, a fleet, a sweep, an arena: part of paths and queries
@@ -72,7 +72,7 @@ class YamlFile:
     def checked(self, node: yaml.Node, make: Callable[..., Any], *args: Any) -> Any:
         try:
             return make(*args)
-        except (RecipeError, EvaluationError) as error:
+        except AcipError as error:
             raise self.fail(node, str(error)) from error
 
 

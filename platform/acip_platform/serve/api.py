@@ -12,7 +12,6 @@
 import asyncio
 import contextlib
 import logging
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -29,7 +28,7 @@ from acip_platform.serve.metrics import Metrics
 from acip_platform.serve.replica import EngineReplica
 from acip_platform.serve.request import ChatRequest, CompletionRequest, MaterializationRequest, Sized
 from acip_platform.serve.routes import Answered, routes
-from acip_platform.settings import Settings, masked
+from acip_platform.settings import Settings, masked, sqlite_path
 from acip_platform.tracking import CHAMPION, ModelVersion, Registry, RegistryAwayError, RegistryError, few_retries, reached
 
 BUILD_ARGS: dict[str, Any] = {
@@ -269,8 +268,8 @@ def choose(settings: Settings, names: list[str] | None, alias: str) -> list[Mode
 
 
 def _chosen(settings: Settings, names: list[str] | None, alias: str) -> list[ModelVersion]:
-    database = settings.tracking_uri.removeprefix("sqlite:///")
-    new = database != settings.tracking_uri and not Path(database).exists()  # asking would create it
+    database = sqlite_path(settings.tracking_uri)
+    new = database is not None and not database.exists()  # asking would create it
     registry = None if new else Registry(settings)
     versions: list[ModelVersion] = []
     if registry is not None and names:
