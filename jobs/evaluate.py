@@ -112,7 +112,7 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
         opened(args.out)  # where nothing can be written is known before the work
     connect(settings)
     there = there or nodes()
-    what = measurements(args, texts, artifact is not None, there)
+    what = model.reads(artifact, measurements(args, texts, artifact is not None, there))
     mlflow_run, identity = start_run(settings, name, model, artifact, what)
     file = settings.home / "evaluations" / f"{name}-{identity}.json"
     opened(file)

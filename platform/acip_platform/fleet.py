@@ -22,6 +22,7 @@ import yaml
 
 from acip import recipe as recipes
 from acip.artifact import SCHEMA
+from acip.data import WINDOWS_VERSION
 from acip.errors import AcipError
 from acip.evaluate.tasks import check as check_tasks
 from acip.evaluate.tasks import expand
@@ -58,7 +59,7 @@ class Job:
     def fingerprint(self) -> str:
         """Hash of all that decides the result: equal fingerprints need no second calibration."""
         recipe = {name: value for name, value in self.recipe.to_dict().items() if name != "recompute"}
-        decides = {"base": self.base, "recipe": recipe, "data": self.data, "schema": SCHEMA}
+        decides = {"base": self.base, "recipe": recipe, "data": self.data, "schema": SCHEMA, "windows": WINDOWS_VERSION}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
