@@ -98,11 +98,8 @@ def of_fleet(outcomes: Sequence[Outcome]) -> str:
         whole = "" if summary is None else _area(summary["curve"])
         cells = (cell.replace("|", "/").replace("\n", " ") for cell in (job.name, said, whole, recipe_name(job)))
         lines.append(f"| {' | '.join(cell + WIDE for cell in cells)} |")
-    return (
-        "\n".join(lines)
-        + "\n\narea: excess loss (nats per token) over all sizes; less is better. The models' runs are inside this one.\n\n"
-        + AXES
-    )
+    area_is = "area: excess loss (nats per token) over all sizes; less is better. The models' runs are inside this one."
+    return "\n\n".join(["\n".join(lines), area_is, AXES])
 
 
 def _area(rows: Sequence[Mapping[str, Any]]) -> str:
