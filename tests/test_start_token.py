@@ -63,7 +63,7 @@ def test_windows_begin_with_the_start_and_go_on_where_the_last_ended() -> None:
     for tokenizer in (adding([1]), adding([1], [2])):
         windows = token_windows(["abc", "defg"], tokenizer, 4)
         assert windows.tolist() == [[1, *b"abc"], [1, 2, *b"de"], [1, *b"fg", 2]]
-    assert token_windows(["abcdefg"], adding([3, 1]), 4).tolist() == [[3, 1, *b"ab"], [3, 1, *b"cd"], [3, 1, *b"ef"]]
+    assert token_windows(["abcdefg"], adding([3, 1]), 4).tolist() == [[3, 1, *b"ab"], [3, 1, *b"cd"], [3, 1, *b"ef"], [3, 1, *b"g", 2]]
     assert token_windows(["abcdefg"] * 9, adding([1]), 4, 3).tolist() == [[1, *b"abc"], [1, *b"def"], [1, *b"g", 2, *b"a"]]
     no_end = adding([1])
     no_end.eos_token = None
