@@ -4,6 +4,7 @@ windows are what they were.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,17 +177,17 @@ def test_a_calibration_s_curve_begins_with_the_start(small_base: str) -> None:
     assert Heldout.of(job, base).text.start == ()
 
 
-def test_fine_tuning_leaves_out_what_the_calibration_drew(small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fine_tuning_leaves_out_what_the_calibration_drew(small_artifact: Artifact) -> None:
     """Where their windows differ in length, too: of each, the start is not the text's."""
-    before = small_artifact.recipe
-    origin = {"provenance": {"job": {"data": "package:wikipedia"}}}
-    monkeypatch.setattr(small_artifact, "manifest", {**small_artifact.manifest, **origin})
+    before = recipe(max_prune_steps=5, sample_windows=3)
+    facts = {"recipe": before.to_dict(), "provenance": {"job": {"data": "package:wikipedia"}}}
+    parent = replace(small_artifact, manifest={**small_artifact.manifest, **facts})
     tokenizer = adding([1])
     drawn = Job("small", "base", before).windows
     text = token_windows(documents("package:wikipedia", "train"), byte_tokenizer(), 1).flatten().tolist()
     for seq_len in (before.seq_len // 4, before.seq_len, before.seq_len * 2):
         ours = recipe(seq_len=seq_len, post_tune_steps=1, batch_size=2)
-        windows = _windows(Job("small", "base", ours, "package:wikipedia"), small_artifact, tokenizer)
+        windows = _windows(Job("small", "base", ours, "package:wikipedia"), parent, tokenizer)
         first = drawn * (before.seq_len - 1)  # tokens that the calibration may have read
         skipped = -(-first // (seq_len - 1)) * (seq_len - 1)
         assert windows[0].tolist() == [1, *text[skipped : skipped + seq_len - 1]]
