@@ -87,6 +87,15 @@ def _dequantized() -> dict[str, Any]:
     return {} if gguf_config is None else {"quantization_config": gguf_config(dequantize=True)}
 
 
+def tokenizer_of(source: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of the model at `source`, without the model. BaseModelError where it can't be loaded."""
+    where, kwargs = _found(source, trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(where, **kwargs)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BaseModelError(f"the tokenizer of base {source!r} can't be loaded: {error}") from error
+
+
 def base_positions(source: str, trust_remote_code: bool = False) -> int | None:
     """Return how many tokens the model at `source` reads, where its configuration says so; the weights are not loaded."""
     return positions(_config(source, trust_remote_code))

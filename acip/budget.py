@@ -34,7 +34,7 @@ QUANTISED = "quantised"  # a measurement (acip.evaluate.perplexity)
 Kind = Literal["nf4", "fp4", "int8"]  # what matrices are quantised to
 KIND_OF_BITS: dict[Bits, Kind] = {8: "int8", 4: "nf4"}
 # What losses have in common that can be compared, and what is meant where a row doesn't say
-SAME: Mapping[str, Any] = {"corpus": None, "protocol": "packed", "context": None, "windows": None, "split": "heldout"}
+SAME: Mapping[str, Any] = {"corpus": None, "protocol": "packed", "context": None, "windows": None, "split": "heldout", "start": "none"}
 
 
 def measured_on(row: Mapping[str, Any]) -> dict[str, Any]:

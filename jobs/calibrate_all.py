@@ -31,7 +31,7 @@ from acip_platform.provenance import commit
 from acip_platform.schedule import Outcome, Share, nodes, pool, run_all, share
 from acip_platform.settings import Settings, masked, this_program
 from acip_platform.store import Store
-from acip_platform.tracking import CHAMPION, ModelVersion, Registry, Run, Tracking, check_registers, reached
+from acip_platform.tracking import CHAMPION, ModelVersion, Registry, Run, Tracking, check_registers, reached, runs_page
 from acip_platform.train import run_job
 
 from acip.base import outline
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace, out: Any) -> int:
                 finish_fleet(parent, outcomes)
             except Exception as error:  # MLflow's, or that of whatever keeps its files: the models are there
                 out.print(f"the end of the fleet's run isn't recorded: {error}", markup=False)
-    return last_screen(out, settings, outcomes, done, time.monotonic() - began)
+    return last_screen(out, settings, outcomes, done, time.monotonic() - began, runs_page(settings, tracking.experiment_id))
 
 
 def plan(jobs: list[Job], shares: dict[str, Share], settings: Settings, out: Any) -> int:
@@ -237,7 +237,7 @@ def first_screen(
         out.print(text, markup=False)
 
 
-def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dict[str, ModelVersion], seconds: float) -> int:
+def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dict[str, ModelVersion], seconds: float, page: str) -> int:
     for outcome in outcomes:
         if outcome.error is None:
             out.print()
@@ -258,7 +258,8 @@ def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dic
         server = f"{mlflow} server --backend-store-uri {shlex.quote(settings.tracking_uri)} --port 5000 --workers 1"
         out.print("\nNext:", markup=False)
         lines(out, {
-            "see the runs": server if local else settings.tracking_uri,
+            **({"see the runs": server} if local else {}),
+            "the runs' table": page,
             "serve": f"{run} jobs/serve.py",
             "move the slider": "http://127.0.0.1:8000/, once it serves",
             "ask at 0.6": f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",

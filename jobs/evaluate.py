@@ -29,7 +29,7 @@ from acip_platform.schedule import Nodes, nodes, pool
 from acip_platform.settings import Settings, masked
 from acip_platform.sources import placed, resolved
 from acip_platform.store import Store, StoreError
-from acip_platform.tracking import CHAMPION, Registry, Run, Tracking, reached
+from acip_platform.tracking import CHAMPION, Registry, Run, Tracking, reached, runs_page
 from filelock import FileLock
 
 from acip.artifact import Artifact
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
         opened(args.out)  # where nothing can be written is known before the work
     connect(settings)
     there = there or nodes()
-    what = measurements(args, texts, artifact is not None, there)
+    what = model.reads(artifact, measurements(args, texts, artifact is not None, there))
     mlflow_run, identity = start_run(settings, name, model, artifact, what)
     file = settings.home / "evaluations" / f"{name}-{identity}.json"
     opened(file)
@@ -141,6 +141,7 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
         if model.uri and rows:
             notes = recorded(Store.of(settings), model.uri, rows)
     last_screen(out, name, rows, errors, notes, args.out or file, time.monotonic() - began)
+    out.print(f"the runs' table: {runs_page(settings, mlflow_run.experiment_id)}", markup=False)
     return 1 if errors else 0
 
 

@@ -24,7 +24,7 @@ from acip_platform.schedule import nodes, pool, run_all, share
 from acip_platform.settings import Settings, masked
 from acip_platform.sources import resolved
 from acip_platform.store import Store
-from acip_platform.tracking import CANDIDATE, ModelVersion, Registry, Tracking, check_registers, reached
+from acip_platform.tracking import CANDIDATE, ModelVersion, Registry, Tracking, check_registers, reached, runs_page
 from acip_platform.train import run_job
 
 from acip.budget import Budget
@@ -134,8 +134,9 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
         f"perplexity {where}": f"{measured[f'before{kind}']:.2f} before, {measured[f'after{kind}']:.2f} after"
         for kind, where in kinds.items()
     }
+    page = runs_page(settings, mlflow_run.experiment_id)
     registered = f"version {summary['version']} of {name}, alias {CANDIDATE}, tuned from version {version.version}"
-    lines(out, {"registered": registered, **found, "took": duration(time.monotonic() - began)})
+    lines(out, {"registered": registered, **found, "took": duration(time.monotonic() - began), "the runs' table": page})
     last_lines(out, settings, registry.resolve(name, summary["version"]), recipe.stop_ratio)
 
 

@@ -24,7 +24,7 @@ from acip_platform.schedule import Outcome
 from acip_platform.settings import Settings
 from acip_platform.sources import resolved
 from acip_platform.store import Store
-from acip_platform.tracking import CANDIDATE, Tracking, check_registers, reached
+from acip_platform.tracking import CANDIDATE, Tracking, check_registers, reached, runs_page
 from acip_platform.yaml_file import NAME
 
 from acip.artifact import Artifact
@@ -91,6 +91,7 @@ def run(args: argparse.Namespace, out: Any) -> None:
     out.print(trade_off_table(Outcome(job, summary, None)))
     lines(out, {
         "registered": f"version {summary['version']} of {job.name}, alias {CANDIDATE}",
+        "the runs' table": runs_page(settings, mlflow_run.experiment_id),
         "serve it": f"{shell(settings)} jobs/serve.py --model {job.name} --alias {CANDIDATE}",
     })  # fmt: skip
 

@@ -27,7 +27,7 @@ from acip_platform.schedule import Share, nodes, pool, share
 from acip_platform.settings import Settings, masked
 from acip_platform.space import Space
 from acip_platform.sweep import Outcome, Sweep, keep, run, winner
-from acip_platform.tracking import Run, Tracking, check_registers, reached
+from acip_platform.tracking import Run, Tracking, check_registers, reached, runs_page
 
 from acip.errors import AcipError
 
@@ -81,7 +81,10 @@ def sweep_one(args: argparse.Namespace, out: Any) -> int:
         if best is not None:
             parent.metrics([(0, {"area_under_excess_nats": best.area, "seconds": seconds})])
             parent.tags({"winner": best.trial.name, "winner_run": runs[best.trial.name].run_id})
-    return last_screen(out, settings, sweep, outcomes, [cost.seconds for cost in trunks.values()], summaries, time.monotonic() - began)
+    took = time.monotonic() - began
+    code = last_screen(out, settings, sweep, outcomes, [cost.seconds for cost in trunks.values()], summaries, took)
+    lines(out, {"the runs' table": runs_page(settings, tracking.experiment_id)})
+    return code
 
 
 def chosen(fleet: Fleet, only: str | None) -> Job:

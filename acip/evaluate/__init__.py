@@ -3,7 +3,7 @@
 row = evaluate(any_size, tokenizer, [PerplexityOn(Text("wikitext2", "field")), TaskScore("package:piqa", limit=500), Efficiency()])
 """
 
-from acip.evaluate.curve import extended, recorded, trade_off
+from acip.evaluate.curve import extended, improbable, recorded, trade_off
 from acip.evaluate.divergence import DivergenceOn
 from acip.evaluate.efficiency import Efficiency
 from acip.evaluate.perplexity import Perplexity, PerplexityOn, QuantisedOn, perplexity
@@ -14,5 +14,5 @@ from acip.evaluate.text import Text
 
 __all__ = [
     "DivergenceOn", "Efficiency", "Measurement", "Part", "Perplexity", "PerplexityOn", "QuantisedOn", "Samples", "TaskScore", "Text",
-    "evaluate", "extended", "metrics", "perplexity", "recorded", "trade_off",
+    "evaluate", "extended", "improbable", "metrics", "perplexity", "recorded", "trade_off",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from acip.errors import BudgetError, EvaluationError
 from acip.evaluate.divergence import DivergenceOn, distance
 from acip.evaluate.perplexity import PerplexityOn, lost_windows, mean_and_stderr
 from acip.evaluate.rows import Part, Subject, part_of, size_facts
-from acip.evaluate.text import Protocol, Text, content
+from acip.evaluate.text import Protocol, Text, content, cut_by, said
 from acip.losses import next_token
 from acip.materialise import AnySize
 
@@ -31,12 +31,14 @@ def trade_off(
     protocol: Protocol = "packed",
     divergence: DivergenceOn | None = None,
     told: Callable[[int], None] = lambda windows: None,
+    start: Sequence[int] = (),
 ) -> list[Row]:
     """One row per size, largest first, of a model calibrated down to `stop_ratio`. A size that can't be reached is left out.
     A loss that is not finite is a row's nan, with a warning; of the largest size, it is an EvaluationError.
 
     `windows` [T] each. A row's evaluation holds the distance from the base model, where `divergence`, which names the text, asks for
     it: its logits are computed once for all sizes, so a window is read by all of them before the next one. `told` hears how many were.
+    `start` is what each window begins with (`Text.start`), to be said in the rows.
     """
     facts: dict[float, Row] = {}
     for asked in sorted(sizes, reverse=True):
@@ -72,6 +74,7 @@ def trade_off(
         loss, stderr = (math.nan, math.nan) if lost else mean_and_stderr(losses[asked])
         measured = {"loss": loss, "stderr": stderr, "perplexity": as_perplexity(loss)}
         about = {"corpus": corpus, "protocol": protocol, "context": context, "windows": done, "extrapolated": asked < stop_ratio}
+        about |= {"start": said(start)} if start else {}
         parts = {} if divergence is None else {"evaluation": [part_of(divergence, divergence.outcome(distances[asked]))]}
         rows.append({**size, **measured, **about, **parts})
     return rows
@@ -104,12 +107,45 @@ def extended(curve: Sequence[Row], rows: Sequence[Row], stop_ratio: float) -> tu
 def recorded(row: Mapping[str, Any]) -> dict[str, Part]:
     """The parts that a row of a curve holds, by key; its perplexity, too, as if `evaluate` had measured it."""
     parts = {part["key"]: part for part in row.get("evaluation", ())}
-    text = Text(row["corpus"], row.get("protocol", "packed"), row["context"], row["windows"], row.get("split", "heldout"))
+    start = tuple(map(int, row.get("start", "").split()))
+    text = Text(row["corpus"], row.get("protocol", "packed"), row["context"], row["windows"], row.get("split", "heldout"), start)
     if not content(text.source):  # the text of a local file may be another by now
         on = PerplexityOn(text)
         values = {"perplexity": row["perplexity"], "loss_nats": row["loss"], "loss_stderr_nats": row["stderr"]}
         parts.setdefault(on.key, part_of(on, {**on.facts(row["windows"]), "values": values, "seconds": 0.0}))
     return parts
+
+
+def improbable(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A warning for each text on which a size has a lower loss than a larger one, by more than its standard error.
+
+    `rows` are those of a curve or of `evaluate`. Of several sizes it names the one with the largest difference.
+    """
+    found: dict[str, list[tuple[float, float, float]]] = {}  # by the text: (size, loss, standard error)
+    for row in rows:
+        parts = [part for part in row.get("evaluation", ()) if part["kind"] == PerplexityOn.kind]
+        numbers = {_words(part): (part["values"]["loss_nats"], part["values"]["loss_stderr_nats"]) for part in parts}
+        if "loss" in row:
+            numbers[_words(row)] = (row["loss"], row["stderr"])
+        for text, (loss, stderr) in numbers.items():
+            found.setdefault(text, []).append((row.get("got", row["asked"]), loss, stderr))
+    warnings = []
+    for text, curve in found.items():
+        pairs = [(large, small) for large in curve for small in curve if small[0] < large[0] and large[1] - small[1] > small[2]]
+        if pairs:
+            large, small = max(pairs, key=lambda pair: pair[0][1] - pair[1][1])
+            theirs, ours = as_perplexity(large[1]), as_perplexity(small[1])
+            warnings.append(
+                f"Warning: size {small[0]:.2f} has perplexity {ours:.2f}, below the {theirs:.2f} of the larger size {large[0]:.2f} by more "
+                f"than its standard error ({ours * small[2]:.2f}), on {text}. A smaller size should not be better: the model may be fed "
+                "other than it is used (its start token, its dtype, this text), or it was fine-tuned at the smaller size."
+            )
+    return warnings
+
+
+def _words(row: Mapping[str, Any]) -> str:
+    whole = "held out" if row.get("split", "heldout") == "heldout" else "all of it"
+    return f"{row['corpus']}, {whole}, {row['windows']} x {row['context']} tokens, {cut_by(row)}"
 
 
 def _measure(parts: Sequence[Mapping[str, Any]], common: Mapping[str, Any] | None) -> Row | None:

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from acip.base import positions
 from acip.budget import QUANTISED, as_perplexity
 from acip.errors import EvaluationError
 from acip.evaluate.rows import Measurement, Part, Subject, label
-from acip.evaluate.text import Text, content
+from acip.evaluate.text import Text, content, said
 from acip.export import sized
 from acip.losses import next_token
 from acip.quantise import Kind, rounded
@@ -80,10 +80,13 @@ class OnText(Measurement):
 
     text: Text = field(default_factory=Text)
 
+    def read_by(self, tokenizer: Any) -> Self:
+        return replace(self, text=self.text.read_by(tokenizer))
+
     def identity(self) -> dict[str, Any]:
         found = {**super().identity(), "content": content(self.text.source)}
-        if self.text.split == "heldout":  # what it was before there was another
-            found["text"] = {key: value for key, value in found["text"].items() if key != "split"}
+        usual = {"split": "heldout", "start": ()}  # left out, as keys were formed before there were others
+        found["text"] = {key: value for key, value in found["text"].items() if key not in usual or value != usual[key]}
         return found
 
     def windows(self, subject: Subject) -> list[Tensor]:
@@ -98,8 +101,9 @@ class OnText(Measurement):
         text = self.text
         source = "/".join(text.source.removeprefix("package:").split("/")[-2:])  # two files of one name differ in their folders
         whole = {} if text.split == "heldout" else {"split": text.split}
+        start = {"start": said(text.start)} if text.start else {}
         name = label(source, text.protocol, text.context, "whole" if whole else "")
-        about = {"corpus": text.source, "protocol": text.protocol, "context": text.context, "windows": windows, **whole}
+        about = {"corpus": text.source, "protocol": text.protocol, "context": text.context, "windows": windows, **whole, **start}
         return {"label": f"{self.kind}/{name}", **about}
 
 

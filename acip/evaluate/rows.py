@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -78,6 +78,10 @@ class Measurement(ABC):
     def measure(self, subject: Subject) -> Part:
         """At least {"label": ..., "values": {...}}."""
 
+    def read_by(self, tokenizer: Any) -> Self:
+        """The same measurement, with what depends on the tokenizer filled in: its key is that of the outcome only then."""
+        return self
+
     def identity(self) -> dict[str, Any]:
         return {"kind": self.kind, **asdict(self)}
 
@@ -107,7 +111,7 @@ def evaluate(
     was_training = subject.model.training
     subject.model.eval()
     parts = []
-    for measurement in what:
+    for measurement in (one.read_by(tokenizer) for one in what):
         key = measurement.key
         if key not in parts_by_key:
             began = time.perf_counter()

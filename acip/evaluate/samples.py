@@ -1,10 +1,11 @@
-"""What a model says: greedy continuations of a few prompts."""
+"""Samples: greedy continuations of a few prompts. A prompt starts as the tokenizer starts a text; no end token follows it."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
+from acip.data import start_tokens
 from acip.evaluate.rows import Measurement, Part, Subject
 
 PROMPTS = ("The capital of France is", "Once upon a time, there was a little", "Water boils when")
@@ -21,7 +22,8 @@ class Samples(Measurement):
         model: Any = subject.model
         samples = []
         for prompt in self.prompts:
-            ids_1T = torch.tensor([subject.tokenizer(prompt)["input_ids"]], device=model.device)
+            ids = [*start_tokens(subject.tokenizer), *subject.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+            ids_1T = torch.tensor([ids], device=model.device)
             whole = model.generate(
                 ids_1T, attention_mask=torch.ones_like(ids_1T), max_new_tokens=self.new_tokens, do_sample=False,
                 pad_token_id=subject.tokenizer.eos_token_id or 0,  # none is needed; without one, transformers warns

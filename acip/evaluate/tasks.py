@@ -7,6 +7,10 @@
     paper, package:paper      the seven of the paper's tables; those of them that the wheel has
 
 Log-probabilities are taken from float32, where lm-eval by itself would round a bfloat16 model's to 3 digits, and choices would tie.
+
+A prompt starts as the tokenizer starts a text (`acip.data.start_tokens`), once, and no end token that the tokenizer may add stands
+between a prompt and its continuation. Where a task scores a whole text (`loglikelihood_rolling`), the first window has the start, and
+later ones begin with the last token of the window before: that is lm-eval's protocol.
 """
 
 import inspect
@@ -14,16 +18,17 @@ import logging
 import os
 from collections.abc import Iterable
 from contextlib import chdir, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from tqdm import tqdm
 
+from acip.data import start_tokens
 from acip.errors import EvaluationError
 from acip.evaluate import packaged
 from acip.evaluate.rows import Measurement, Part, Subject, label
@@ -45,13 +50,18 @@ class TaskScore(Measurement):
     folder: str = ""  # of task files; "" = none
     shots: int | None = None  # examples in the prompt; None = the task's own number
     limit: int = 0  # items; 0 = all
+    start: tuple[int, ...] = ()  # token ids that each prompt begins with; `read_by` knows them
 
     def __post_init__(self) -> None:
         if self.limit < 0 or (self.shots or 0) < 0:
             raise EvaluationError(f"{self.shots} shots and {self.limit} items of {self.task}: neither may be negative; 0 items are all.")
 
+    def read_by(self, tokenizer: Any) -> Self:
+        return replace(self, start=start_tokens(tokenizer))
+
     def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "content": content(self.folder), "lm_eval": version("lm_eval")}
+        found = {key: value for key, value in super().identity().items() if key != "start" or value}
+        return {**found, "content": content(self.folder), "lm_eval": version("lm_eval")}
 
     def measure(self, subject: Subject) -> Part:
         from lm_eval import simple_evaluate
@@ -126,11 +136,26 @@ def harness(model: Any, tokenizer: Any) -> Any:
     """lm-eval's view of a model in memory. Logits are computed of what is scored, not of the contexts."""
     from lm_eval.models.huggingface import HFLM
 
+    start = list(start_tokens(tokenizer))
     keep = inspect.signature(model.forward).parameters.get("logits_to_keep")
     can_keep = keep is not None and "Tensor" in str(keep.annotation)
 
     class InMemory(HFLM):  # type: ignore[misc]  # lm-eval has no types
         kept = 0  # of a sequence's last positions, those whose logits are needed; 0 = all
+        prefixed = False  # lm-eval puts the start before the text by itself
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any) -> Any:
+            ids = list(self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"])
+            plain = self.prefixed or add_special_tokens is False or ids[: len(start)] == start
+            ids = ids if plain else start + ids
+            return ids[-left_truncate_len:] if left_truncate_len else ids
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            self.prefixed = True
+            try:
+                return super().loglikelihood_rolling(requests, disable_tqdm)
+            finally:
+                self.prefixed = False
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> list[Any]:
             """Batch by batch, so that it is known how many positions each needs. A request is (texts, context ids, continuation ids)."""
@@ -169,4 +194,6 @@ def harness(model: Any, tokenizer: Any) -> Any:
             per_sequence = min(longest, self.max_length) * model.config.get_text_config().vocab_size * 2 * 4
             return max(1, min(CPU_BATCH, CPU_LOGIT_BYTES // per_sequence))
 
-    return InMemory(pretrained=model, tokenizer=tokenizer, batch_size="auto", softmax_dtype=torch.float32)
+    return InMemory(
+        pretrained=model, tokenizer=tokenizer, batch_size="auto", softmax_dtype=torch.float32, prefix_token_id=start[-1] if start else None
+    )

@@ -27,7 +27,7 @@ from torch import nn
 from acip import baselines
 from acip.base import Base, check_tokenizer, load_base
 from acip.budget import Budget
-from acip.data import documents, token_windows
+from acip.data import WINDOWS_VERSION, documents, token_windows
 from acip.errors import AcipError, cited
 from acip.evaluate import PerplexityOn, TaskScore, Text, evaluate
 from acip.evaluate.efficiency import reset_peak
@@ -123,7 +123,7 @@ class Arena:
         }
         fields |= {"base": identity(self.base), "data": identity(self.data), "eval_data": [identity(text) for text in self.eval_data]}
         options = {} if method == DENSE else baselines.method(method).settings(self.methods[method])
-        decides = [fields, method, options, version("lm_eval") if self.tasks else ""]
+        decides = [fields, method, options, version("lm_eval") if self.tasks else "", WINDOWS_VERSION]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -252,7 +252,7 @@ def rows(arena: Arena, entry: Entry, progress: Callable[[str, int, int], None]) 
     common = {"method": entry.method, "device": device_name(device)}
     texts, _ = measurements(arena)
     for text in texts:
-        text.windows(Subject(base.model, base.tokenizer))  # what can't be read is known before the long work
+        text.read_by(base.tokenizer).windows(Subject(base.model, base.tokenizer))  # what can't be read is known before the long work
     reset_peak(device)
     if entry.method == DENSE:
         count = baselines.stored(base.model, find_linears(base.model, arena.exclude))

@@ -4,17 +4,19 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import ray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from acip.budget import as_perplexity
 from acip.errors import AcipError
-from acip.evaluate import DivergenceOn
+from acip.evaluate import DivergenceOn, improbable
+from acip.evaluate.text import cut_by
 from acip_platform.schedule import Outcome
 from acip_platform.settings import Settings, this_python
 
@@ -110,14 +112,20 @@ class Watch:
             self.bars.update(self.tasks[name], completed=event["progress"], text=step_line(event))
 
 
+def _table(title: str, rows: Sequence[Mapping[str, Any]], width: int | None = None) -> Table:
+    """An empty table of sizes; below it stands what is improbable about its rows."""
+    caption = Text("\n".join(improbable(rows)), style="bold yellow") if improbable(rows) else None
+    return Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left", width=width)
+
+
 def trade_off_table(outcome: Outcome) -> Table:
     """The measured curve of one model: asked and got, what it stores, what it is worth."""
     assert outcome.summary is not None
     rows = outcome.summary["curve"]
     first = rows[0]
-    corpus = f"perplexity on {first['corpus']}, held out, {first['windows']} x {first['context']} tokens, {first.get('protocol', 'packed')}"
+    corpus = f"perplexity on {first['corpus']}, held out, {first['windows']} x {first['context']} tokens, {cut_by(first)}"
     title = f"{outcome.job.name}, version {outcome.summary['version']} ({corpus})"
-    table = Table(title=title, title_justify="left", title_style="bold", width=130)
+    table = _table(title, rows, width=130)
     for heading in ("asked", "got", "parameters", "MB stored", "perplexity", "x base", "KL to base", "same top", ""):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in rows:
@@ -143,7 +151,7 @@ SHOWN = {  # numbers of a row's parts: heading, and how it is written
 
 def evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     """Sizes as columns, so that any number of measurements has room; with standard errors where they are known."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = _table(title, rows)
     table.add_column("measured")
     for row in rows:
         table.add_column(f"{row['asked']:g}", justify="right", no_wrap=True)

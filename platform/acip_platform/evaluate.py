@@ -20,7 +20,7 @@ import ray
 import torch
 
 from acip.artifact import Artifact
-from acip.base import check_tokenizer, load_base
+from acip.base import check_tokenizer, load_base, tokenizer_of
 from acip.budget import Budget
 from acip.cut import Cut
 from acip.errors import AcipError, BudgetError, EvaluationError
@@ -53,6 +53,11 @@ class Model:
         """The same for the same weights: a curve that grows changes nothing."""
         facts = (self.dtype, identity(self.base)) if artifact is None else artifact.manifest["files"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def reads(self, artifact: Artifact | None, what: Sequence[Measurement]) -> list[Measurement]:
+        """`what` as this model's tokenizer reads it: what is measured, and under which key it is known, depends on that."""
+        tokenizer = tokenizer_of(self.base, self.trust_remote_code) if artifact is None else artifact.tokenizer()
+        return [one.read_by(tokenizer) for one in what]
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,7 @@ def _measure(model: Model, size: float, what: list[Measurement], settings: Setti
     try:
         artifact = Store.of(settings).open(model.uri) if model.uri else None
         known = Parts.of(settings, model, artifact, artifact.table().cut(Budget(ratio=size)) if artifact else None)
+        what = model.reads(artifact, what)
         if SIZE in known and all(one.key in known for one in what):
             return {"asked": size, **known[SIZE], "evaluation": [known[one.key] for one in what]}
         if artifact is None:

@@ -17,7 +17,7 @@ import torch
 
 from acip.artifact import Artifact
 from acip.base import Base
-from acip.data import TokenBatches, documents, token_windows
+from acip.data import TokenBatches, documents, start_tokens, token_windows
 from acip.evaluate import perplexity
 from acip.finetune import attach, finetune, save, scores_of
 from acip.materialise import AnySize
@@ -136,5 +136,6 @@ def _windows(job: Job, parent: Artifact, tokenizer: Any) -> torch.Tensor:
         origin = origin["parent"]
     wanted = recipe.batch_size * recipe.accumulate * recipe.post_tune_steps
     drawn = Job(job.name, job.base, before).windows if origin.get("job", {}).get("data") == job.data else 0
-    skipped = math.ceil(drawn * before.seq_len / recipe.seq_len)
+    start = len(start_tokens(tokenizer))  # of each window, those tokens are not the text's
+    skipped = math.ceil(drawn * (before.seq_len - start) / (recipe.seq_len - start)) if recipe.seq_len > start else 0
     return token_windows(documents(job.data, "train"), tokenizer, recipe.seq_len, skipped + wanted)[-wanted:]

@@ -42,7 +42,8 @@ class Heldout:
         context = min(job.eval_context, getattr(base.model.config, "max_position_embeddings", job.eval_context))
         text = dataclasses.replace(job.heldout, context=context)
         windows = text.tokens(base.tokenizer)
-        return cls(dataclasses.replace(text, windows=len(windows)), windows)  # the same, as jobs/evaluate.py asks for it
+        text = dataclasses.replace(text.read_by(base.tokenizer), windows=len(windows))
+        return cls(text, windows)  # the same, as jobs/evaluate.py asks for it
 
 
 def stored(settings: Settings, key: str, save: Callable[[Path], Artifact]) -> str:
@@ -83,8 +84,9 @@ def finish(
                 say("stage", text=f"{len(job.sizes)} sizes measured on {done} of {count} windows of {text.source}")
 
         rows = trade_off(
-            any_size, heldout.windows, text.source, job.sizes, artifact.recipe.stop_ratio, text.protocol, DivergenceOn(text), told
-        )
+            any_size, heldout.windows, text.source, job.sizes, artifact.recipe.stop_ratio, text.protocol, DivergenceOn(text), told,
+            text.start,
+        )  # fmt: skip
         for row in rows:
             any_size.resize(Budget(ratio=row["asked"]))
             row["evaluation"] += evaluate(any_size, tokenizer, [Samples()])["evaluation"]

@@ -23,6 +23,7 @@ import yaml
 
 from acip import recipe as recipes
 from acip.artifact import SCHEMA
+from acip.data import WINDOWS_VERSION
 from acip.errors import AcipError
 from acip.evaluate.tasks import check as check_tasks
 from acip.evaluate.tasks import expand
@@ -63,7 +64,7 @@ class Job:
         Local files count by their content, not by their paths, as they were when this was first asked for.
         """
         recipe = {name: value for name, value in self.recipe.to_dict().items() if name != "recompute"}
-        decides = {"base": identity(self.base), "recipe": recipe, "data": identity(self.data), "schema": SCHEMA}
+        decides = {"base": identity(self.base), "recipe": recipe, "data": identity(self.data), "schema": SCHEMA, "windows": WINDOWS_VERSION}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
     @property

@@ -7,10 +7,12 @@ from typing import Any
 from acip.area import area
 from acip.artifact import Artifact
 from acip.card import shown
-from acip.evaluate import metrics
+from acip.evaluate import improbable, metrics
+from acip.evaluate.text import cut_by
 from acip.recipe import nearest
 from acip_platform.fleet import Job
 from acip_platform.schedule import Outcome
+from acip_platform.tracking import AXES
 
 # of a curve's row: what it is and what that follows from, not what it is worth
 SIZE = ("asked", "got", "got_paper", "got_model", "convention", "params", "stderr", "corpus", "context", "windows", "extrapolated")
@@ -47,9 +49,10 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, float]
 def choosing(job: Job, artifact: Artifact) -> dict[str, str]:
     """The tags of a version: what a person chooses by. `ppl_60` is the perplexity at size 0.6: MLflow shows few letters."""
     quality = {f"ppl_{round(row['asked'] * 100)}": f"{row['perplexity']:.4g}" for row in artifact.curve if math.isfinite(row["perplexity"])}
-    origin = artifact.manifest["provenance"]
+    origin, warnings = artifact.manifest["provenance"], improbable(artifact.curve)
     return {
-        **quality, "area": _area(artifact.curve), "base": job.base, "recipe": recipe_name(job), "stop_ratio": str(job.recipe.stop_ratio),
+        **quality, **({"curve_warning": " ".join(warnings)} if warnings else {}),
+        "area": _area(artifact.curve), "base": job.base, "recipe": recipe_name(job), "stop_ratio": str(job.recipe.stop_ratio),
         "steps": str(artifact.manifest["steps"]), "data": job.data, "measured_on": job.eval_data or job.data,
         "commit": str(origin.get("commit", "unknown")),
     }  # fmt: skip
@@ -66,15 +69,16 @@ def of_model(job: Job) -> str:
 
 
 def of_version(job: Job, artifact: Artifact, uri: str) -> str:
-    return "\n\n".join([*_what(job, artifact), _table(artifact.curve), f"Artifact: `{uri}`"])
+    return "\n\n".join([*_what(job, artifact), _table(artifact.curve), *improbable(artifact.curve), f"Artifact: `{uri}`"])
 
 
 def of_run(job: Job, artifact: Artifact, uri: str, outcome: str) -> str:
     """A run's description: what was done, what came out, where it is, where to look."""
     masks = ", `masks.png` (masks while L1 shrinks them)" if job.recipe.prunes else ""
     return "\n\n".join([
-        outcome, *_what(job, artifact), _table(artifact.curve), f"Artifact: `{uri}`",
-        "**Model metrics**: `tradeoff/...` is over size in percent, everything else over optimiser steps. **Artifacts**: `samples.json` "
+        outcome, *_what(job, artifact), _table(artifact.curve), *improbable(artifact.curve), f"Artifact: `{uri}`",
+        f"**Model metrics**. {AXES}",
+        "**Artifacts**: `samples.json` "
         "(what it says at each size), `tradeoff.png`, `score_map.png`, `kept_ranks_*.png`" + masks + ", the adapter for PEFT, "
         "`provenance.json`.",
     ])  # fmt: skip
@@ -95,7 +99,8 @@ def of_fleet(outcomes: Sequence[Outcome]) -> str:
         whole = "" if summary is None else _area(summary["curve"])
         cells = (cell.replace("|", "/").replace("\n", " ") for cell in (job.name, said, whole, recipe_name(job)))
         lines.append(f"| {' | '.join(cell + WIDE for cell in cells)} |")
-    return "\n".join(lines) + "\n\narea: excess loss (nats per token) over all sizes; less is better. The models' runs are inside this one."
+    area_is = "area: excess loss (nats per token) over all sizes; less is better. The models' runs are inside this one."
+    return "\n\n".join(["\n".join(lines), area_is, AXES])
 
 
 def _area(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -122,5 +127,5 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         quality = f"{row['perplexity']:.2f} ± {error:.2f}"
         cells = (f"{row['asked']:.2f}", f"{row['got']:.4f}", f"{row['params']:,}", f"{row['bytes'] / 1e6:.1f}", quality, below)
         lines.append(f"| {' | '.join(cell + WIDE for cell in cells)} |")
-    cut = f"{first['windows']} windows of {first['context']} tokens ({first.get('protocol', 'packed')})"
+    cut = f"{first['windows']} windows of {first['context']} tokens ({cut_by(first)})"
     return "\n".join(lines) + f"\n\nPerplexity on {first['corpus']}, held out, {cut}."

@@ -41,7 +41,7 @@ from acip.area import area
 from acip.artifact import Artifact
 from acip.base import Base, load_base
 from acip.calibrate import calibrate
-from acip.data import TokenBatches
+from acip.data import WINDOWS_VERSION, TokenBatches
 from acip.errors import AcipError
 from acip.evaluate import trade_off
 from acip.materialise import AnySize
@@ -99,7 +99,7 @@ class Sweep:
     @functools.cached_property
     def key(self) -> str:
         """Equal keys are the same sweep, to be gone on with."""
-        decides = [self.space.name, self.space.scheduler, [trial.job.by_content() for trial in self.trials]]
+        decides = [self.space.name, self.space.scheduler, [trial.job.by_content() for trial in self.trials], WINDOWS_VERSION]
         return f"{self.job.name}-{self.space.name}-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]}"
 
 
@@ -389,9 +389,8 @@ class Rungs:
             _report({"share": at, **metrics}, state)
 
     def measured(self, any_size: AnySize, sizes: tuple[float, ...]) -> dict[str, Any]:
-        rows = trade_off(
-            any_size, self.heldout.windows, self.heldout.text.source, sizes, self.job.recipe.stop_ratio, self.heldout.text.protocol
-        )
+        text = self.heldout.text
+        rows = trade_off(any_size, self.heldout.windows, text.source, sizes, self.job.recipe.stop_ratio, text.protocol, start=text.start)
         return {"area": area(rows, SMALLEST), "curve": json.dumps(rows)}
 
     def finish(self, any_size: AnySize) -> None:

@@ -39,6 +39,14 @@ from matplotlib.figure import Figure
 CHAMPION = "champion"  # what is served
 CANDIDATE = "candidate"  # what may become it
 CHAMPIONS = "champions"  # tag of a registered model: the versions that were its champion, in order
+EXPERIMENT_NOTE = "mlflow.note.content"  # tag of an experiment: its description
+AXES = (
+    'What the metrics are drawn over (MLflow labels every x axis "Step"): `tradeoff/*`, `divergence/*`, `perplexity/*`, `task/*`, '
+    "`efficiency/*`, `quantised/*`, `size/*` and `excess_loss_nats/*` are over the size of the model in percent of the original, 100 at "
+    "the right; all other metrics are over optimizer steps."
+)
+LOCAL_SERVER = "http://127.0.0.1:5000"  # of `mlflow server`
+RUNS_TABLE = "runs?workflowType=machine_learning"  # MLflow 3 opens an experiment in its view for GenAI, which has no such metrics
 BATCH = 1000  # metrics of one request at most
 
 log = logging.getLogger(__name__)
@@ -112,11 +120,13 @@ class Tracking:
             local = settings.tracking_uri.startswith("sqlite:")
             location = (settings.home / "mlruns").as_uri() if local else None
             try:
-                self.experiment_id = self.client.create_experiment(experiment, artifact_location=location)
+                self.experiment_id = self.client.create_experiment(experiment, location, {EXPERIMENT_NOTE: AXES})
             except MlflowException:  # another process was faster
                 found = self.client.get_experiment_by_name(experiment)
         if found is not None:
             self.experiment_id = found.experiment_id
+            if EXPERIMENT_NOTE not in found.tags:  # what a person wrote there stays
+                self.client.set_experiment_tag(found.experiment_id, EXPERIMENT_NOTE, AXES)
 
     def start(self, name: str, fingerprint: str, tags: Mapping[str, str], parent: "Run | None" = None) -> "Run":
         """The run of this fingerprint, gone on with if an earlier attempt began it; inside `parent`."""
@@ -247,6 +257,12 @@ def artifacts_inside(settings: Settings, run_id: str) -> dict[str, str]:
     if not found:
         raise RegistryError(f"none of the {len(inside)} runs inside {run_id} has an artifact: nothing in it is finished yet.")
     return found
+
+
+def runs_page(settings: Settings, experiment_id: str) -> str:
+    """The address of an experiment's table of runs; of a local file's, that of the server which the last screen says how to start."""
+    server = masked(settings.tracking_uri).rstrip("/") if settings.tracking_uri.startswith("http") else LOCAL_SERVER
+    return f"{server}/#/experiments/{experiment_id}/{RUNS_TABLE}"
 
 
 def check_registers(settings: Settings) -> None:
