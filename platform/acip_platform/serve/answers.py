@@ -9,6 +9,7 @@ from typing import Any
 
 from acip_platform.serve.engine import Event
 from acip_platform.serve.errors import error_body
+from acip_platform.serve.logprobs import as_chat, as_completion
 from acip_platform.serve.request import Asked, ChatRequest
 
 
@@ -26,13 +27,12 @@ class Answer:
         self.chat = isinstance(self.request, ChatRequest)
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.kind = "chat.completion" if self.chat else "text_completion"
-        self.offsets: dict[int, int] = {}  # characters told of each choice
         self.greeted: set[int] = set()
 
     def hear(self, event: Event) -> Iterator[dict[str, Any]]:
         """The chunks that tell of this event."""
         if event.kind == "head":  # once more if an engine was lost on the way: what it said is forgotten
-            self.head, self.choices, self.offsets = event.data, {}, {}
+            self.head, self.choices = event.data, {}
             yield self._chunk([self._delta(0, "", None, None)]) | {key: event.data[key] for key in ("size", "version", "seed")}
         elif event.kind in ("text", "end"):
             reason = event.data.get("finish_reason")
@@ -51,7 +51,6 @@ class Answer:
         choices = []
         for index, choice in sorted(self.choices.items()):
             told = Event("text", index, choice["text"], choice["logprobs"] or None)
-            self.offsets.pop(index, None)
             said = {"message": {"role": "assistant", "content": choice["text"], "refusal": None}} if self.chat else {"text": choice["text"]}
             choices.append({"index": index, **said, "logprobs": self._logprobs(told), "finish_reason": choice["finish_reason"]})
         return {
@@ -76,19 +75,7 @@ class Answer:
     def _logprobs(self, event: Event) -> dict[str, Any] | None:
         if event.logprobs is None:
             return None
-        if self.chat:
-            return {"content": [_told(token) for token in event.logprobs], "refusal": None}
-        offsets, at = [], self.offsets.get(event.index, 0)
-        for token in event.logprobs:
-            offsets.append(at)
-            at += len(token["token"])
-        self.offsets[event.index] = at
-        return {
-            "tokens": [token["token"] for token in event.logprobs],
-            "token_logprobs": [token["logprob"] for token in event.logprobs],
-            "top_logprobs": [dict(token["top"]) for token in event.logprobs],
-            "text_offset": offsets,
-        }
+        return as_chat(event.logprobs) if self.chat else as_completion(event.logprobs)
 
 
 def sse(body: dict[str, Any] | str) -> bytes:
@@ -102,10 +89,3 @@ DONE = sse("[DONE]")
 def broken(status: int, message: str, code: str) -> bytes:
     """The end of a stream that began well."""
     return sse(error_body(status, message, None, code))
-
-
-def _told(token: dict[str, Any]) -> dict[str, Any]:
-    def one(text: str, logprob: float) -> dict[str, Any]:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-    return one(token["token"], token["logprob"]) | {"top_logprobs": [one(*pair) for pair in token["top"]]}

@@ -18,7 +18,7 @@ from acip.mixed import Mixer, Size, padded
 from acip.modeling_acip import onednn
 from acip_platform.serve.sampling import Choice, Sampler, choose
 from acip_platform.serve.slots import Piece, Slots, Step, doubled
-from acip_platform.serve.text import Text
+from acip_platform.serve.text import Detokenizer
 
 MAX_SEQUENCES = 32  # at once
 PIECE = 128  # tokens of prompts in a step
@@ -40,7 +40,7 @@ class Sequence:
     ids: list[int]  # the prompt, and what was generated
     size: Size
     sampler: Sampler
-    text: Text
+    text: Detokenizer
     max_tokens: int
     ends: frozenset[int]  # tokens that end it
     hear: "Listener"

@@ -20,10 +20,11 @@ from acip.cut import Cut
 from acip.mixed import Size
 from acip_platform.serve.batch import Sequence
 from acip_platform.serve.errors import RequestError, as_response
+from acip_platform.serve.logprobs import scored
 from acip_platform.serve.request import MAX_ANSWERS, ChatRequest, CompletionRequest
 from acip_platform.serve.sampling import Choice
 from acip_platform.serve.served import Served
-from acip_platform.serve.text import Text
+from acip_platform.serve.text import Detokenizer
 
 log = logging.getLogger("ray.serve")
 
@@ -94,8 +95,7 @@ class Ticket:
         self.made += 1
         told = None
         if choice.logprob is not None:
-            shown = self.served.tokenizer.decode
-            told = [{"token": shown([choice.token]), "logprob": choice.logprob, "top": [(shown([id]), value) for id, value in choice.top]}]
+            told = [scored(sequence.text.bytes, choice.token, sequence.text.offset, choice.logprob, choice.top)]
         if text or told:
             self.say(Event("text", sequence.index, text, told))
 
@@ -181,7 +181,7 @@ class Engine:
         sequences = [
             Sequence(
                 ids=list(encoded[index // choices]), size=size, sampler=served.sampler(request, (seed + index) % 2**63),
-                text=Text(served.tokenizer, encoded[index // choices], request.stops), max_tokens=max_tokens, ends=ends,
+                text=Detokenizer(served.tokenizer, encoded[index // choices], request.stops), max_tokens=max_tokens, ends=ends,
                 hear=ticket, index=index,
             )
             for index in range(len(encoded) * choices)
