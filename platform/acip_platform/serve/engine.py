@@ -21,6 +21,7 @@ from acip.mixed import Size
 from acip_platform.serve.batch import Sequence
 from acip_platform.serve.errors import RequestError, as_response
 from acip_platform.serve.logprobs import scored
+from acip_platform.serve.prompt_logprobs import Echo, wanted
 from acip_platform.serve.request import MAX_ANSWERS, ChatRequest, CompletionRequest
 from acip_platform.serve.sampling import Choice
 from acip_platform.serve.served import Served
@@ -59,6 +60,7 @@ class Ticket:
     finished: bool = False
     cancelled: bool = False  # set from any thread
     events: list[Event] = field(default_factory=list)
+    echoed: set[int] = field(default_factory=set)  # answers whose prompt was told
 
     @property
     def gone(self) -> bool:
@@ -112,6 +114,9 @@ class Ticket:
         if not self.first:
             self.first, self.began = time.monotonic(), sequence.began
             self.say(Event("start", data={"queued_s": self.began - self.received}))
+        if sequence.echo is not None and sequence.index not in self.echoed:
+            self.echoed.add(sequence.index)
+            self.say(Event("text", sequence.index, sequence.echo.text, sequence.echo.told))
 
     def usage(self) -> dict[str, int]:
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.made, "total_tokens": self.prompt_tokens + self.made}
@@ -168,6 +173,7 @@ class Engine:
         received = time.monotonic() if received is None else received
         _, budget = request.name_and_budget([served.version.name])
         cut = served.cut(budget)
+        wanted(request)
         encoded = served.encode(request)
         choices = request.n or 1
         if len(encoded) * choices > MAX_ANSWERS:
@@ -178,14 +184,13 @@ class Engine:
         seed = randbits(63) if request.seed is None else request.seed
         ticket = Ticket(served, cut, seed, received + self.timeout_s, self.timeout_s, hear, received)
         size, ends = Size(cut.removed, cut.ranks), served.ends(request)
-        sequences = [
-            Sequence(
-                ids=list(encoded[index // choices]), size=size, sampler=served.sampler(request, (seed + index) % 2**63),
-                text=Detokenizer(served.tokenizer, encoded[index // choices], request.stops), max_tokens=max_tokens, ends=ends,
-                hear=ticket, index=index,
-            )
-            for index in range(len(encoded) * choices)
-        ]  # fmt: skip
+        sequences = []
+        for index in range(len(encoded) * choices):
+            ids = encoded[index // choices]
+            text = Detokenizer(served.tokenizer, [] if wanted(request) else ids, request.stops)
+            echo = Echo.of(request, text, served.tokenizer, ids, index // choices)
+            sampler = served.sampler(request, (seed + index) % 2**63)
+            sequences.append(Sequence(list(ids), size, sampler, text, max_tokens, ends, ticket, index, echo))
         ticket.open, ticket.prompt_tokens = len(sequences), sum(map(len, encoded))
         with self._changed:
             if served not in self._served:

@@ -126,12 +126,14 @@ class CompletionRequest(Asked):
     # fmt: off
     prompt: Text | Prompts[Text] | SomeTokens | Prompts[SomeTokens] = Field(
         description=f"a text, a list of 1 to {MAX_PROMPTS} texts, or token ids instead of texts")
-    max_tokens: int | None = Field(default=None, ge=1, description=f"a whole number of tokens, at least 1 (default {DEFAULT_MAX_TOKENS})")
+    max_tokens: int | None = Field(default=None, ge=0,
+        description=f"a whole number of tokens, at least 1 (default {DEFAULT_MAX_TOKENS}), or 0 with echo true")
     logprobs: int | None = Field(default=None, ge=0, le=5, description="how many of the most likely tokens are told with each, 0 to 5")
+
+    echo: bool | None = Field(default=None, description="true (the prompt is repeated, and scored with logprobs) or false")
 
     # not offered: the neutral value only
     best_of: Literal[1] | None = Field(default=None, description="1: take the best of n yourself")
-    echo: Literal[False] | None = Field(default=None, description="false: the prompt is not repeated")
     suffix: Literal[""] | None = Field(default=None, description="left out: text is only continued, not filled in")
     # fmt: on
 
@@ -142,7 +144,7 @@ class CompletionRequest(Asked):
 
     @property
     def limit(self) -> int | None:
-        return self.max_tokens or DEFAULT_MAX_TOKENS
+        return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
     @property
     def told_logprobs(self) -> int | None:

@@ -134,9 +134,10 @@ class Served:
     def fit(self, encoded: Many[Many[int]], max_tokens: int | None) -> int:
         """How many tokens to generate. RequestError where prompt and answer are longer than the context."""
         longest = max(len(ids) for ids in encoded)
+        least = 1 if max_tokens is None else 0
         if max_tokens is None:
             max_tokens = self.context - longest
-        if max_tokens < 1 or longest + max_tokens > self.context:
+        if max_tokens < least or longest + max_tokens > self.context:
             max_tokens = max(max_tokens, 1)
             room = self.context - max_tokens
             fits = f"shorten the prompt to {room} tokens" if room > 0 else f"ask for at most {self.context - 1} tokens"

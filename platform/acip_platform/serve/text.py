@@ -51,6 +51,19 @@ class Detokenizer:
             self.unfinished = b""
         return self._say(self.utf8.decode(value))
 
+    def read(self, prompt: Sequence[int]) -> tuple[str, list[int]]:
+        """Return the text of a prompt that the answer repeats, and where each token begins. No stop text is looked for in it.
+
+        The tokens that are added later continue it.
+        """
+        stops, self.stops = self.stops, StopTexts([])
+        said, offsets = [], []
+        for token in prompt:
+            said.append(self.add(token))
+            offsets.append(self.offset)
+        self.stops = stops
+        return "".join(said), offsets
+
     def end(self) -> str:
         """Return what was held back, when no more tokens come. Half a character at the end becomes U+FFFD."""
         if self.stopped:
