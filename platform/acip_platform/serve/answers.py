@@ -33,7 +33,9 @@ class Answer:
         """The chunks that tell of this event."""
         if event.kind == "head":  # once more if an engine was lost on the way: what it said is forgotten
             self.head, self.choices, self.offsets = event.data, {}, {}
-            yield self._chunk([self._delta(0, "", None, None)]) | {key: event.data[key] for key in ("size", "version", "seed")}
+            yield self._chunk([self._delta(0, "", None, None)]) | {
+                key: event.data[key] for key in ("size", "version", "seed", "max_tokens")
+            }
         elif event.kind in ("text", "end"):
             reason = event.data.get("finish_reason")
             logprobs = self._logprobs(event)
@@ -57,6 +59,7 @@ class Answer:
         return {
             "id": self.id, "object": self.kind, "created": self.created, "model": self.head["model"], "choices": choices,
             **self.done, "size": self.head["size"], "version": self.head["version"], "seed": self.head["seed"],
+            "max_tokens": self.head["max_tokens"],
         }  # fmt: skip
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:

@@ -109,6 +109,9 @@ class Served:
                 raise RequestError(
                     f"{self.version.name} has no chat template; ask POST /v1/completions with a prompt.", "messages", "no_chat"
                 )
+            if request.has_tools and "tool" not in str(self.tokenizer.chat_template):
+                message = f"the chat template of {self.version.name} has no tools, so it can't take messages of tools; leave them out."
+                raise RequestError(message, "messages", "no_tools")
             try:
                 text = self.tokenizer.apply_chat_template(request.told, tokenize=False, add_generation_prompt=True)
             except Exception as error:  # whatever a template makes of them
@@ -131,11 +134,11 @@ class Served:
             raise RequestError(f"{param} holds token {max(ids)}; {self.version.name} has tokens 0 to {self.vocabulary - 1}.", param)
         return ids
 
-    def fit(self, encoded: Many[Many[int]], max_tokens: int | None) -> int:
-        """How many tokens to generate. RequestError where prompt and answer are longer than the context."""
+    def fit(self, encoded: Many[Many[int]], max_tokens: int | None, default: int) -> int:
+        """How many tokens to generate; None: `default`, or what fits. RequestError where prompt and answer are longer than the context."""
         longest = max(len(ids) for ids in encoded)
         if max_tokens is None:
-            max_tokens = self.context - longest
+            max_tokens = min(default, self.context - longest)
         if max_tokens < 1 or longest + max_tokens > self.context:
             max_tokens = max(max_tokens, 1)
             room = self.context - max_tokens
