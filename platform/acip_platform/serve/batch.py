@@ -32,6 +32,7 @@ class Listener(Protocol):
     def gone(self) -> bool: ...  # nobody waits any more
     def token(self, sequence: "Sequence", choice: Choice, text: str) -> None: ...  # and the text that became certain with it
     def ended(self, sequence: "Sequence", text: str, reason: str) -> None: ...  # the last text, and why
+    def error(self, error: Exception) -> None: ...  # nothing can follow
 
 
 @dataclass(eq=False)
@@ -168,8 +169,13 @@ class Batch:
             sequence.hear.ended(sequence, sequence.text.end(), "stop")
         else:
             sequence.hear.token(sequence, choice, sequence.text.add(choice.token))
+            constraint = sequence.sampler.constraint
             if sequence.text.stopped:
                 sequence.hear.ended(sequence, "", "stop")
+            elif constraint is not None and constraint.error is not None:
+                sequence.hear.error(constraint.error)
+            elif constraint is not None and constraint.done:
+                sequence.hear.ended(sequence, sequence.text.end(), "stop")
             elif sequence.made >= sequence.max_tokens:
                 sequence.hear.ended(sequence, sequence.text.end(), "length")
             else:

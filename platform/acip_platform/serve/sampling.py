@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from acip_platform.serve.grammar import Constraint
+
 GREEDY_BELOW = 1e-5  # dividing logits by a temperature much smaller than this overflows float32
 FEW = 256  # most likely tokens that are sorted at first
 
@@ -31,6 +33,7 @@ class Sampler:
     logit_bias: dict[int, float] = field(default_factory=dict)
     seed: int = 0
     logprobs: int | None = None  # so many of the most likely tokens are told with each
+    constraint: Constraint | None = None  # what may come next
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -61,6 +64,8 @@ def choose(logits_nV: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
         if change:
             ids = torch.tensor(list(change), device=logits_nV.device)
             logits_nV[i, ids] += torch.tensor(list(change.values()), device=logits_nV.device)
+        if sampler.constraint is not None:
+            sampler.constraint.limit(logits_nV[i])
     tokens = logits_nV.argmax(-1)
     for limited in (False, True):
         rows = [i for i, s in enumerate(samplers) if not s.greedy and (s.top_p < 1 or s.top_k > 0) == limited]
@@ -69,6 +74,8 @@ def choose(logits_nV: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
     choices = []
     for i, token in enumerate(tokens.tolist()):
         samplers[i].counts[token] += 1
+        if (constraint := samplers[i].constraint) is not None:
+            constraint.take(token)
         if i in told:
             most = told[i].topk(min(samplers[i].logprobs or 0, told[i].numel()))
             top = tuple(zip(most.indices.tolist(), most.values.tolist(), strict=True))

@@ -20,6 +20,7 @@ from acip_platform.serve.request import ChatRequest, CompletionRequest
 from acip_platform.serve.sampling import Sampler
 from acip_platform.serve.sizes import as_json, told
 from acip_platform.serve.slots import ATTENTION, Piece, Slots, Step
+from acip_platform.serve.structured import Forms
 from acip_platform.tracking import ModelVersion
 
 CHECK_TOKENS = 13
@@ -47,6 +48,7 @@ class Served:
         config = self.any_size.model.config.get_text_config()
         self.context = int(getattr(config, "max_position_embeddings", None) or min(self.tokenizer.model_max_length, 1 << 17))
         self.vocabulary = int(config.vocab_size)
+        self.forms = Forms(version.name, self.tokenizer, self.vocabulary, self._ends)
         self.cut = functools.lru_cache(maxsize=256)(table.cut)
         if packed:
             pack(self.any_size.model)
@@ -109,8 +111,13 @@ class Served:
                 raise RequestError(
                     f"{self.version.name} has no chat template; ask POST /v1/completions with a prompt.", "messages", "no_chat"
                 )
+            if request.has_tools and "tool" not in str(self.tokenizer.chat_template):
+                message = f"the chat template of {self.version.name} has no tools, so it can't take messages of tools; leave them out."
+                raise RequestError(message, "messages", "no_tools")
+            told = self.forms.tools(request)
+            tools = told and [tool.model_dump(exclude_none=True) for tool in told]
             try:
-                text = self.tokenizer.apply_chat_template(request.told, tokenize=False, add_generation_prompt=True)
+                text = self.tokenizer.apply_chat_template(request.told, tools=tools, tokenize=False, add_generation_prompt=True)
             except Exception as error:  # whatever a template makes of them
                 raise RequestError(f"the chat template of {self.version.name} refuses these messages: {error}", "messages") from error
             return [self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"], "messages")]
@@ -131,12 +138,12 @@ class Served:
             raise RequestError(f"{param} holds token {max(ids)}; {self.version.name} has tokens 0 to {self.vocabulary - 1}.", param)
         return ids
 
-    def fit(self, encoded: Many[Many[int]], max_tokens: int | None) -> int:
-        """How many tokens to generate. RequestError where prompt and answer are longer than the context."""
+    def fit(self, encoded: Many[Many[int]], max_tokens: int | None, default: int) -> int:
+        """How many tokens to generate; None: `default`, or what fits. RequestError where prompt and answer are longer than the context."""
         longest = max(len(ids) for ids in encoded)
         least = 1 if max_tokens is None else 0
         if max_tokens is None:
-            max_tokens = self.context - longest
+            max_tokens = min(default, self.context - longest)
         if max_tokens < least or longest + max_tokens > self.context:
             max_tokens = max(max_tokens, 1)
             room = self.context - max_tokens
@@ -151,8 +158,10 @@ class Served:
         return max_tokens
 
     def ends(self, request: CompletionRequest | ChatRequest) -> frozenset[int]:
-        if request.ignore_eos:
-            return frozenset()
+        return frozenset() if request.ignore_eos else self._ends
+
+    @property
+    def _ends(self) -> frozenset[int]:
         stated = self.stated.eos_token_id
         ids = stated if isinstance(stated, list) else [stated]
         return frozenset(i for i in (*ids, self.tokenizer.eos_token_id) if i is not None)
