@@ -74,7 +74,7 @@ REFUSED: dict[str, tuple[Request, int, str | None, str | None, list[str]]] = {
     "no messages": (chat(messages=[]), 400, VALUE, "messages", ["a list like", "roles system, developer, user, assistant"]),
     "a role": (chat(messages=[{"role": "tool", "content": "a"}]), 400, VALUE, "messages", ["roles system, developer, user, assistant"]),
     "an image": (chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, VALUE, "messages", ["contents text"]),
-    "tools": (chat(tools=[{}]), 400, VALUE, "tools", ["not offered"]),
+    "tools": (chat(model="talker", tools=[{"type": "function", "function": {"name": "f"}}]), 400, "no_tools", "tools", ["has no tools"]),
     "chat without a template": (chat(), 400, "no_chat", "messages", ["ask POST /v1/completions"]),
     "a strange quantiser": (("POST", "/v1/materializations", {"quantize": "int3"}), 400, VALUE, "quantize", ['"nf4", "fp4", "int8"']),
     "no such materialization": (

@@ -15,7 +15,7 @@ from acip_platform.serve.grammar import Grammars, json_rule
 from acip_platform.serve.tools import TEXT, Tool, ToolFormat, ToolParser, has_tools
 from jsonschema import Draft202012Validator
 from openai import AsyncOpenAI, BadRequestError
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -34,6 +34,7 @@ ASK: list[Any] = [{"role": "user", "content": "a"}]
 
 
 class Person(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # else an object may have more members, and small models never stop adding some
     name: str = Field(max_length=6)
     age: int = Field(ge=0, le=99)
     kind: Literal["cat", "dog"]
@@ -201,8 +202,7 @@ BAD_SCHEMAS: dict[str, tuple[Any, list[str]]] = {
     "a reference": ({"$ref": "#/$defs/x"}, ["/$defs/x"]),
     "a format": ({"type": "string", "format": "bogus"}, ["bogus"]),
     "a regex": ({"type": "string", "pattern": "(?=a)b"}, ["look"]),
-    "no end": ({"$defs": {"a": {"type": "object", "properties": {"b": {"$ref": "#/$defs/a"}}, "required": ["b"]}}, "$ref": "#/$defs/a"},
-        ["nothing fits"]),
+    "itself": ({"$ref": "#"}, ["nothing fits"]),
     "required": ({"type": "object", "required": "a"}, ["schema.required"]),
 }  # fmt: skip
 
@@ -214,7 +214,7 @@ def test_a_schema_that_cannot_be_followed_is_refused(tooled: Application, case: 
         ("response_format", {"response_format": schema_of(schema)}),
         ("tools", {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]}),
     ):
-        if param == "tools" and case in ("nothing fits", "a format", "a regex", "not supported", "a reference", "a type"):
+        if param == "tools" and case in ("nothing fits", "a format", "a regex", "not supported", "a reference", "a type", "itself"):
             continue  # roots of arguments are objects
         with pytest.raises(BadRequestError) as refused:
             chat(tooled, **fields)
@@ -230,7 +230,7 @@ REFUSED: dict[str, tuple[Any, str, list[str]]] = {
     "a choice of nothing": ({"tool_choice": "required"}, "tool_choice", ["tools has none"]),
     "twins": ({"tools": [TOOLS[0], TOOLS[0]]}, "tools", ["two functions of one name"]),
     "no end": ({"tools": TOOLS, "extra_body": {"ignore_eos": True}}, "ignore_eos", ["can't be true"]),
-    "a name": ({"tools": [tool("a b")]}, "tools", ["name", "a-z"]),
+    "a name": ({"tools": [tool("a b")]}, "tools", ["it must be a list like"]),
 }  # fmt: skip
 
 
@@ -370,7 +370,7 @@ def test_grammar_and_parser_of_each_form(template: str) -> None:
             parts = [parser.add(text[i : i + step]) for i in range(0, len(text), step)]
             content = "".join(said for said, _ in parts) + parser.end()
             deltas = [delta for _, calls in parts for delta in calls]
-            assert content == ("" if text.startswith(single) else text.removesuffix(single) if count else text)
+            assert content == (text[: text.index(form.marker + form.open + form.before)] if count else text)
             assert parser.calls == count
             for index in range(count):
                 said = "".join(delta["function"]["arguments"] for delta in deltas if delta["index"] == index)

@@ -24,11 +24,11 @@ FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 BEFORE, AFTER = "a", "b"  # the anchors
 SENTENCEPIECE_SPACE = "▁"
 
-_known: "weakref.WeakKeyDictionary[Any, TokenBytes]" = weakref.WeakKeyDictionary()
+_known: "weakref.WeakValueDictionary[int, TokenBytes]" = weakref.WeakValueDictionary()  # by the id of its tokenizer, which it keeps
 
 
 class TokenBytes:
-    """Bytes by token id, found when they are first needed. Use `TokenBytes.of`, which keeps one table per tokenizer."""
+    """Bytes by token id, found when they are first needed. Use `TokenBytes.of`, which makes one table per tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -47,9 +47,9 @@ class TokenBytes:
     @classmethod
     def of(cls, tokenizer: Any) -> "TokenBytes":
         """Return the table of this tokenizer."""
-        known = _known.get(tokenizer)
+        known = _known.get(id(tokenizer))
         if known is None:
-            known = _known[tokenizer] = cls(tokenizer)
+            known = _known[id(tokenizer)] = cls(tokenizer)
         return known
 
     def __getitem__(self, id: int) -> bytes:
