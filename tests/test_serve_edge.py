@@ -108,6 +108,8 @@ REFUSED: dict[str, tuple[bytes, int, str, str]] = {  # sent, status, code, what 
     "a path that is not UTF-8": (get(b"/v1/models/%ff"), 404, "model_not_found", "served: small, talker"),
     "the Responses API": (get(b"/v1/responses", method=b"POST"), 404, "unknown_route", "ask POST /v1/chat/completions"),
     "an answer of the Responses API": (get(b"/v1/responses/resp_1"), 404, "unknown_route", "ask POST /v1/chat/completions"),
+    "a route without /v1": (get(b"/chat/completions", method=b"POST"), 404, "unknown_route", "ask POST /v1/chat/completions"),
+    "a route with /v1 twice": (get(b"/v1/v1/completions", method=b"POST"), 404, "unknown_route", "ask POST /v1/completions"),
     "embeddings": (get(b"/v1/embeddings", method=b"POST"), 404, "unknown_route", "POST /v1/completions"),
     "too little time": (post(headers=HOST + b"X-Request-Timeout-Seconds: 0.0001\r\n"), 408, "timeout", "timed out"),
 }  # fmt: skip

@@ -237,8 +237,12 @@ def _answer_errors(app: FastAPI) -> None:
                 return Response(status_code=204, headers={"Allow": ", ".join(allow)})
             asked = f"{request.method[:20]} {path[:200]}"
             message, code = f"there is no {asked}; there are {have} and GET /health.", "unknown_route"
-            if instead := next((INSTEAD[known] for known in INSTEAD if f"{path}/".startswith(f"{known}/")), None):
-                message = f"there is no {asked}; ask {instead}, which this server has."
+            moved = [
+                known for known in (f"/v1{path}", path.removeprefix("/v1")) if any(_takes(route, request.method, known) for route in there)
+            ]
+            instead = [INSTEAD[known] for known in INSTEAD if f"{path}/".startswith(f"{known}/")]
+            if found := [f"{request.method} {known}" for known in moved] or instead:
+                message = f"there is no {asked}; ask {found[0]}, which this server has."
             return answer(
                 error.status_code, error_body(error.status_code, message, None, code), {"Allow": ", ".join(allow)} if allow else None
             )
@@ -249,6 +253,10 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:  # and Starlette raises it on, for the log
         return answer(*as_response(error, uuid4().hex))
+
+
+def _takes(route: Route, method: str, path: str) -> bool:
+    return method in (route.methods or ()) and route.path_regex.match(path) is not None
 
 
 async def _one_by_one(first: list[Event], events: Answered) -> AsyncIterator[Event]:
