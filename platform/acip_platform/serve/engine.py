@@ -190,8 +190,9 @@ class Engine:
         received = time.monotonic() if received is None else received
         _, budget = request.name_and_budget([served.version.name])
         cut = served.cut(budget)
-        echo_wanted, form = wanted(request), served.forms.of(request)
+        echo_wanted = wanted(request)
         encoded = served.encode(request)
+        form = served.forms.of(request)
         choices = request.n or 1
         max_tokens = served.fit(encoded, request.limit, self.default_max_tokens)
         seed = randbits(63) if request.seed is None else request.seed

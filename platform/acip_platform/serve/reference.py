@@ -1,6 +1,7 @@
 """The reference of the HTTP API: what OpenAPI can't take from the routes, and /docs, a page of it that needs nothing from elsewhere."""
 
 import json
+from collections.abc import Collection
 from html import escape
 from typing import Any
 
@@ -45,8 +46,8 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": WHEN[status], "content": {"application/json": {"schema": schema}}} for status in statuses}
 
 
-def describe(app: FastAPI) -> None:
-    """Complete the OpenAPI of `app`: the errors' shape, the keys, and no 422, which this server never sends."""
+def describe(app: FastAPI, open_paths: Collection[str]) -> None:
+    """Complete the OpenAPI of `app`: the errors' shape, the keys where they are asked for, and no 422, which this server never sends."""
     schema = app.openapi()
     components = schema.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
@@ -54,11 +55,13 @@ def describe(app: FastAPI) -> None:
         schemas.pop(name, None)
     schemas["Error"] = ERROR
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": "only where the server has keys"}}
-    schema["security"] = [{}, {"key": []}]
-    for route in schema["paths"].values():
+    for path, route in schema["paths"].items():
         for operation in route.values():
             operation["responses"].pop("422", None)
-            operation.pop("security", None)
+            if path in open_paths:
+                del operation["responses"]["401"]
+            else:
+                operation["security"] = [{}, {"key": []}]
 
 
 def page(schema: dict[str, Any]) -> str:
@@ -67,13 +70,14 @@ def page(schema: dict[str, Any]) -> str:
     out.append(f"<p>{escape(schema['info']['description'])} Where the server has keys, send <code>Authorization: Bearer KEY</code>. ")
     out.append("For programs: <a href=/openapi.json>openapi.json</a>. Every error is <code>")
     out.append(escape(json.dumps({"error": {"message": "", "type": "", "param": None, "code": ""}})) + "</code>.</p>")
+    out += _table(("status", "when"), {str(status): when for status, when in WHEN.items()})
     for path, route in schema["paths"].items():
         for method, operation in route.items():
-            out.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(operation.get('description', ''))}</p>")
+            out.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(operation.get('description', ''))}")
+            out.append(f" Statuses: {', '.join(operation['responses'])}.</p>")
             body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
             fields = schema["components"]["schemas"].get(body.get("$ref", "").rpartition("/")[2], {}).get("properties", {})
             out += _table(("field", "value"), {name: field.get("description", "left out") for name, field in fields.items()})
-            out += _table(("status", "when"), {status: told["description"] for status, told in operation["responses"].items()})
     return "".join(out)
 
 

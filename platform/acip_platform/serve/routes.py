@@ -92,7 +92,8 @@ def routes(endpoint: Endpoint, cors_origins: Sequence[str] = ()) -> FastAPI:
     """The application. Web pages of `cors_origins` may ask it from a browser; of others, only its own page."""
     app = FastAPI(
         title="acip", version="1", description="Any-size language models. One model, every size: NAME@0.6 or size_ratio.",
-        docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, responses=errors(400, 401, 404, 500, 503),
+        docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, responses=errors(400, 401, 500, 503),
+        generate_unique_id_function=lambda route: route.name,
     )  # fmt: skip
     app.router.route_class = JsonRoute
     app.add_middleware(BodyLimit)
@@ -104,71 +105,58 @@ def routes(endpoint: Endpoint, cors_origins: Sequence[str] = ()) -> FastAPI:
         )  # fmt: skip
     app.add_middleware(Edge)
 
-    @app.get("/", include_in_schema=False)
-    async def show_page() -> FileResponse:
-        return FileResponse(PAGE, media_type="text/html", headers={"Cache-Control": "no-cache"})
+    _add_open_routes(app, endpoint)
 
-    @app.get("/docs", include_in_schema=False)
-    async def show_reference() -> HTMLResponse:
-        return HTMLResponse(page(app.openapi()))
-
-    @app.get("/openapi.json", include_in_schema=False)
-    async def show_openapi() -> dict[str, Any]:
-        return app.openapi()
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/ready")
-    async def ready() -> JSONResponse:
-        return answer(200, {"status": "ready", "models": await endpoint.ready()})
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        return Response(endpoint.metrics.text(), media_type=CONTENT_TYPE)
-
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=errors(429))
     async def list_models() -> dict[str, Any]:
+        """The served models: version, context, sizes, measured curve."""
         return {"object": "list", "data": await endpoint.cards()}
 
-    @app.get("/v1/models/{model:path}/tradeoff")
+    @app.get("/v1/models/{model:path}/tradeoff", responses=errors(404, 429))
     async def trade_off(model: str) -> dict[str, Any]:
+        """Every size of a model with its bytes and quality, its ranks by layer, and recorded samples."""
         name, _ = split_name(model, endpoint.names)
         return await endpoint.trade_off(name)
 
-    @app.post("/v1/models/{model:path}/load", responses=errors(413, 415, 429))
+    @app.post("/v1/models/{model:path}/load", responses=errors(404, 413, 415, 429))
     async def load(model: str, request: LoadRequest) -> dict[str, Any]:
+        """Serve another version of a model from the registry."""
         name, _ = split_name(model, endpoint.names)
         if (request.version is None) == (request.alias is None):
             raise RequestError('give either "version" (a number) or "alias".', "version")
         return await endpoint.load(name, request.version or request.alias or "")
 
-    @app.get("/v1/models/{model:path}")
+    @app.get("/v1/models/{model:path}", responses=errors(404, 429))
     async def show_model(model: str) -> dict[str, Any]:
+        """One model. NAME@0.6 and NAME@fit:8GB tell what that size comes to."""
         name, budget = split_name(model, endpoint.names)
         card = await endpoint.card(name) | {"id": model}
         return card if budget is None else card | {"got": await endpoint.size(name, Sized(model=model))}
 
-    @app.post("/v1/completions", responses=errors(408, 413, 415, 429) | STREAM)
+    @app.post("/v1/completions", responses=errors(404, 408, 413, 415, 429) | STREAM)
     async def completions(request: CompletionRequest) -> Response:
+        """Continue a text at a size. After timeout_s what is there is the answer, with finish_reason "length"."""
         return await respond(request)
 
-    @app.post("/v1/chat/completions", responses=errors(408, 413, 415, 429) | STREAM)
+    @app.post("/v1/chat/completions", responses=errors(404, 408, 413, 415, 429) | STREAM)
     async def chat_completions(request: ChatRequest) -> Response:
+        """Answer a chat at a size, by models with a chat template. Without max_tokens the answer has a cap, which it tells."""
         return await respond(request)
 
-    @app.post("/v1/materializations", responses=errors(413, 415, 429) | {202: {"description": "It was begun, or is under way."}})
+    @app.post("/v1/materializations", responses=errors(404, 413, 415, 429) | {202: {"description": "It was begun, or is under way."}})
     async def materialise(request: MaterializationRequest) -> JSONResponse:
+        """Export a size to the store, in the background: 202 while it is under way, 200 when it is there."""
         record = await endpoint.materialise(request)
         return answer(200 if record["status"] == "succeeded" else 202, record)
 
     @app.get("/v1/materializations")
     async def list_materializations() -> dict[str, Any]:
+        """All materializations, the newest first."""
         return {"object": "list", "data": await endpoint.materializations.list()}
 
-    @app.get("/v1/materializations/{id}")
+    @app.get("/v1/materializations/{id}", responses=errors(404))
     async def show_materialization(id: str) -> dict[str, Any]:
+        """One materialization."""
         return await endpoint.materializations.get(id)
 
     async def respond(request: CompletionRequest | ChatRequest) -> Response:
@@ -185,8 +173,39 @@ def routes(endpoint: Endpoint, cors_origins: Sequence[str] = ()) -> FastAPI:
         return answer(200, told.whole())
 
     _answer_errors(app)
-    describe(app)
+    describe(app, OPEN)
     return app
+
+
+def _add_open_routes(app: FastAPI, endpoint: Endpoint) -> None:
+    """Add the routes that ask for no key: those for machines, the page, and the reference."""
+
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> FileResponse:
+        return FileResponse(PAGE, media_type="text/html", headers={"Cache-Control": "no-cache"})
+
+    @app.get("/docs", include_in_schema=False)
+    async def show_reference() -> HTMLResponse:
+        return HTMLResponse(page(app.openapi()))
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def show_openapi() -> dict[str, Any]:
+        return app.openapi()
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """200 while the process lives."""
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        """200 once a model is loaded and has made a token, else 503."""
+        return answer(200, {"status": "ready", "models": await endpoint.ready()})
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Counts and times for Prometheus."""
+        return Response(endpoint.metrics.text(), media_type=CONTENT_TYPE)
 
 
 def _answer_errors(app: FastAPI) -> None:
@@ -210,14 +229,20 @@ def _answer_errors(app: FastAPI) -> None:
         path, code = request.scope["path"], "invalid_json"
         message = f"{error.detail}. Send a JSON object in UTF-8."
         if error.status_code in (404, 405):
-            allow = [method for route in there if route.path_regex.match(path) for method in sorted(route.methods or ())]
+            matching = [route for route in there if route.path_regex.match(path)]
+            template = max((route.path for route in matching), key=len, default="")  # a model's name may hold slashes
+            allow = [method for route in matching if route.path == template for method in sorted(route.methods or ())]
             allow = sorted({*allow, *(["HEAD"] if "GET" in allow else []), *(["OPTIONS"] if allow else [])})
             if allow and request.method == "OPTIONS":
                 return Response(status_code=204, headers={"Allow": ", ".join(allow)})
             asked = f"{request.method[:20]} {path[:200]}"
             message, code = f"there is no {asked}; there are {have} and GET /health.", "unknown_route"
-            if instead := next((INSTEAD[known] for known in INSTEAD if f"{path}/".startswith(f"{known}/")), None):
-                message = f"there is no {asked}; ask {instead}, which this server has."
+            moved = [
+                known for known in (f"/v1{path}", path.removeprefix("/v1")) if any(_takes(route, request.method, known) for route in there)
+            ]
+            instead = [INSTEAD[known] for known in INSTEAD if f"{path}/".startswith(f"{known}/")]
+            if found := [f"{request.method} {known}" for known in moved] or instead:
+                message = f"there is no {asked}; ask {found[0]}, which this server has."
             return answer(
                 error.status_code, error_body(error.status_code, message, None, code), {"Allow": ", ".join(allow)} if allow else None
             )
@@ -228,6 +253,10 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:  # and Starlette raises it on, for the log
         return answer(*as_response(error, uuid4().hex))
+
+
+def _takes(route: Route, method: str, path: str) -> bool:
+    return method in (route.methods or ()) and route.path_regex.match(path) is not None
 
 
 async def _one_by_one(first: list[Event], events: Answered) -> AsyncIterator[Event]:
