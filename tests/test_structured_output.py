@@ -229,6 +229,8 @@ REFUSED: dict[str, tuple[Any, str, list[str]]] = {
         {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "snow"}}}, "tool_choice", ["'snow'", "rain, sun"]),
     "a choice of nothing": ({"tool_choice": "required"}, "tool_choice", ["tools has none"]),
     "twins": ({"tools": [TOOLS[0], TOOLS[0]]}, "tools", ["two functions of one name"]),
+    "a text as parameters": (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]}, "tools", ["of another type"]),
     "no end": ({"tools": TOOLS, "extra_body": {"ignore_eos": True}}, "ignore_eos", ["can't be true"]),
     "a name": ({"tools": [tool("a b")]}, "tools", ["it must be a list like"]),
 }  # fmt: skip

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from acip_platform.serve.errors import RequestError
 from acip_platform.serve.grammar import ANY_OBJECT, Constraint, Grammars, json_rule
-from acip_platform.serve.tools import TEXT, NamedTool, Tool, ToolFormat, has_tools
+from acip_platform.serve.tools import TEXT, NamedTool, Tool, ToolFormat, has_tools, parameters
 
 
 class JsonSchema(BaseModel):
@@ -83,6 +83,8 @@ class Forms:
         names = [tool.function.name for tool in request.tools]
         if len(set(names)) < len(names):
             raise RequestError(f"tools has two functions of one name: {', '.join(sorted(names))}.", "tools")
+        if other := [tool.function.name for tool in request.tools if parameters(tool)["type"] != "object"]:
+            raise RequestError(f"the parameters of {other[0]} are of another type than object.", "tools", "invalid_schema")
         if isinstance(choice, NamedTool) and choice.function.name not in names:
             message = f"tool_choice names {choice.function.name!r}; the tools are {', '.join(names)}."
             raise RequestError(message, "tool_choice")
