@@ -22,7 +22,8 @@ import urllib.error
 import urllib.request
 
 from acip_platform.cluster import ClusterError, connect
-from acip_platform.serve.api import BUILD_ARGS, application, choose
+from acip_platform.serve.api import BUILD_ARGS, application, check_limits, choose
+from acip_platform.serve.edge import PROXY_ENV
 from acip_platform.serve.keys import Keys
 from acip_platform.settings import Settings, masked
 from acip_platform.store import Store, StoreError
@@ -31,6 +32,12 @@ from acip_platform.tracking import CHAMPION, ModelVersion
 from acip.errors import AcipError
 
 APPLICATION = "acip"
+LIMITS = {  # arguments of `build` that are options here
+    "timeout_s": (float, "seconds of a request, waiting included; then what is there is the answer"),
+    "default_max_tokens": (int, "tokens of a chat that does not say max_tokens"),
+    "max_answers": (int, "prompts times n of a request"),
+    "drain_s": (float, "seconds that answers have to end when the server is told to stop"),
+}
 MAX_CPUS = 8  # more threads don't make a few tokens at a time faster
 
 
@@ -45,8 +52,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--alias", default=CHAMPION, help="alias or version number to serve (default: %(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; with API keys not only loopback (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        metavar="ORIGIN",
+        default=[],
+        help="whose web pages may ask from a browser, like https://host, or *; may be given more than once (default: only the own page)",
+    )
+    for name, (kind, what) in LIMITS.items():
+        option = f"--{name.removesuffix('_s').replace('_', '-')}"
+        parser.add_argument(option, dest=name, type=kind, default=BUILD_ARGS[name], help=f"{what} (default: %(default)s)")
     args = parser.parse_args()
     try:
+        check_limits(args.default_max_tokens, args.max_answers, args.timeout_s, args.drain_s, args.cors_origin)
         args.keys = Keys.from_env()
     except AcipError as error:
         parser.error(str(error))
@@ -69,6 +87,7 @@ def main() -> int:
         versions = choose(settings, args.model, args.alias)
         _check_artifacts(settings, versions)
         _check_port(args.host, args.port)
+        os.environ.update(PROXY_ENV)  # for Serve's proxy, in a process of Ray
         own = connect(settings).own
         _stop_by_signal()  # again: Ray sets its own
         return _serve(versions, args, own)
@@ -96,6 +115,7 @@ def _serve(versions: list[ModelVersion], args: argparse.Namespace, own: bool) ->
     try:
         there = ray.cluster_resources()
         options = {key: value for key, value in BUILD_ARGS.items() if key not in ("models", "alias")}
+        options |= {name: getattr(args, name) for name in LIMITS} | {"cors_origins": args.cors_origin}
         options["num_gpus"] = min(1, there.get("GPU", 0))
         if own:  # nobody else wants the cores
             options["num_cpus"] = max(1, min(MAX_CPUS, there["CPU"] - 1))  # one is busy with HTTP, or with an export
@@ -119,8 +139,18 @@ def _serve(versions: list[ModelVersion], args: argparse.Namespace, own: bool) ->
     finally:
         # Serve kills its own controller in the end, and Ray then prints that this call of it failed
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(RayError, RayServeException):
-            serve.delete(APPLICATION)  # waits for what is being answered; shutdown alone would cut it off
+            _delete(args.drain_s)  # waits for what is being answered; shutdown alone would cut it off
             serve.shutdown()
+
+
+def _delete(drain_s: float) -> None:
+    """Remove the application when its answers have ended. Meanwhile the proxy tells others that the server stops."""
+    from ray import serve
+
+    for _ in range(2 + int(drain_s // 60)):
+        with contextlib.suppress(TimeoutError):  # Serve waits for a minute at most
+            serve.delete(APPLICATION)
+            return
 
 
 def _wait_until_ready(url: str) -> None:

@@ -40,13 +40,14 @@ def make_home(home: Path, small: Artifact, tokens: torch.Tensor) -> Path:
     for name in ("small", "talker"):
         artifact = Artifact.open(copytree(small.folder, home / name)).record_curve(rows)
         if name == "talker":
-            _give_template(artifact)
+            give_template(artifact)
         run = Tracking(settings, "test").start(name, "f", {})
         registry.set_alias(registry.register(name, str(artifact.folder), run.run_id, {}))
     return home
 
 
-def _give_template(artifact: Artifact) -> None:
+def give_template(artifact: Artifact) -> None:
+    """Give its tokenizer a chat template."""
     tokenizer = AutoTokenizer.from_pretrained(artifact.folder)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(artifact.folder)
@@ -60,12 +61,12 @@ def _give_template(artifact: Artifact) -> None:
 class Server:
     """A jobs/serve.py that was started in `home`, and its client."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *options: str) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
         self.log = home / "serve.log"
         env = {**os.environ, "ACIP_HOME": str(home), "RAY_ADDRESS": "local"}
         with self.log.open("w") as log:
-            command = [sys.executable, str(JOB), "--port", self.url.rpartition(":")[2]]
+            command = [sys.executable, str(JOB), "--port", self.url.rpartition(":")[2], *options]
             self.process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
         self._seen: set[psutil.Process] = set()  # its processes: whose parent is gone can't be found any more

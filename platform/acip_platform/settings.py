@@ -27,7 +27,7 @@ from urllib.parse import unquote
 
 from acip.errors import AcipError
 
-PASSED_ON = ("AWS_", "MLFLOW_", "HF_", "ACIP_")  # what Ray workers need of the submitter's environment ...
+PASSED_ON = ("AWS_", "MLFLOW_", "HF_", "ACIP_", "RAY_SERVE_")  # what Ray workers need of the submitter's environment ...
 SECRET = ("SECRET", "TOKEN", "PASSWORD", "ACCESS_KEY", "API_KEY")  # ... but Ray shows what it passes on, so secrets belong on the nodes
 
 NO_PROXY = ("no_proxy", "NO_PROXY")

@@ -9,7 +9,9 @@ from typing import Any
 
 from acip_platform.serve.engine import Event
 from acip_platform.serve.errors import error_body
+from acip_platform.serve.logprobs import as_chat, as_completion
 from acip_platform.serve.request import Asked, ChatRequest
+from acip_platform.serve.tools import ToolParser
 
 
 @dataclass
@@ -26,22 +28,29 @@ class Answer:
         self.chat = isinstance(self.request, ChatRequest)
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.kind = "chat.completion" if self.chat else "text_completion"
-        self.offsets: dict[int, int] = {}  # characters told of each choice
         self.greeted: set[int] = set()
+        self.parsers: dict[int, ToolParser] = {}
 
     def hear(self, event: Event) -> Iterator[dict[str, Any]]:
         """The chunks that tell of this event."""
         if event.kind == "head":  # once more if an engine was lost on the way: what it said is forgotten
-            self.head, self.choices, self.offsets = event.data, {}, {}
-            yield self._chunk([self._delta(0, "", None, None)]) | {key: event.data[key] for key in ("size", "version", "seed")}
+            self.head, self.choices, self.parsers = event.data, {}, {}
+            yield self._chunk([self._delta(0, "", None, None)]) | {
+                key: event.data[key] for key in ("size", "version", "seed", "max_tokens")
+            }
         elif event.kind in ("text", "end"):
             reason = event.data.get("finish_reason")
             logprobs = self._logprobs(event)
-            choice = self.choices.setdefault(event.index, {"text": "", "logprobs": [], "finish_reason": None})
-            choice["text"] += event.text
+            choice = self.choices.setdefault(event.index, {"text": "", "calls": [], "logprobs": [], "finish_reason": None})
+            text, calls = self._parsed(event)
+            if reason == "stop" and (choice["calls"] or calls) and not self.request.named_tool:
+                reason = "tool_calls"
+            choice["text"] += text
             choice["logprobs"] += event.logprobs or []
             choice["finish_reason"] = reason
-            yield self._chunk([self._delta(event.index, event.text, logprobs, reason)])
+            for call in calls:
+                _add_call(choice["calls"], call)
+            yield self._chunk([self._delta(event.index, text, logprobs, reason, calls)])
         elif event.kind == "done":
             self.done = event.data
             if self.request.usage_wanted:
@@ -51,12 +60,17 @@ class Answer:
         choices = []
         for index, choice in sorted(self.choices.items()):
             told = Event("text", index, choice["text"], choice["logprobs"] or None)
-            self.offsets.pop(index, None)
-            said = {"message": {"role": "assistant", "content": choice["text"], "refusal": None}} if self.chat else {"text": choice["text"]}
+            said: dict[str, Any] = {"text": choice["text"]}
+            if self.chat:
+                message: dict[str, Any] = {"role": "assistant", "content": choice["text"], "refusal": None}
+                if choice["calls"]:
+                    message |= {"content": choice["text"] or None, "tool_calls": choice["calls"]}
+                said = {"message": message}
             choices.append({"index": index, **said, "logprobs": self._logprobs(told), "finish_reason": choice["finish_reason"]})
         return {
             "id": self.id, "object": self.kind, "created": self.created, "model": self.head["model"], "choices": choices,
             **self.done, "size": self.head["size"], "version": self.head["version"], "seed": self.head["seed"],
+            "max_tokens": self.head["max_tokens"],
         }  # fmt: skip
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -64,10 +78,21 @@ class Answer:
         chunk = {"id": self.id, "object": kind, "created": self.created, "model": self.head["model"], "choices": choices}
         return chunk | {"usage": None} if self.request.usage_wanted else chunk
 
-    def _delta(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+    def _parsed(self, event: Event) -> tuple[str, list[dict[str, Any]]]:
+        """The event's text, and the calls of tools in it."""
+        form = self.head.get("tools")
+        if form is None:
+            return event.text, []
+        parser = self.parsers.setdefault(event.index, ToolParser(form))
+        text, calls = parser.add(event.text)
+        return text + (parser.end() if event.kind == "end" else ""), calls
+
+    def _delta(self, index: int, text: str, logprobs: Any, reason: str | None, calls: Any = ()) -> dict[str, Any]:
         if not self.chat:
             return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        delta: dict[str, Any] = {"content": text} if text or reason is None else {}
+        delta: dict[str, Any] = {"content": text} if text or (reason is None and not calls) else {}
+        if calls:
+            delta["tool_calls"] = calls
         if index not in self.greeted:
             self.greeted.add(index)
             delta = {"role": "assistant", **delta}
@@ -76,19 +101,15 @@ class Answer:
     def _logprobs(self, event: Event) -> dict[str, Any] | None:
         if event.logprobs is None:
             return None
-        if self.chat:
-            return {"content": [_told(token) for token in event.logprobs], "refusal": None}
-        offsets, at = [], self.offsets.get(event.index, 0)
-        for token in event.logprobs:
-            offsets.append(at)
-            at += len(token["token"])
-        self.offsets[event.index] = at
-        return {
-            "tokens": [token["token"] for token in event.logprobs],
-            "token_logprobs": [token["logprob"] for token in event.logprobs],
-            "top_logprobs": [dict(token["top"]) for token in event.logprobs],
-            "text_offset": offsets,
-        }
+        return as_chat(event.logprobs) if self.chat else as_completion(event.logprobs)
+
+
+def _add_call(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
+    """Put a call together from its deltas."""
+    if delta["index"] == len(calls):
+        calls.append({"id": delta["id"], "type": "function", "function": dict(delta["function"])})
+    else:
+        calls[delta["index"]]["function"]["arguments"] += delta["function"]["arguments"]
 
 
 def sse(body: dict[str, Any] | str) -> bytes:
@@ -102,10 +123,3 @@ DONE = sse("[DONE]")
 def broken(status: int, message: str, code: str) -> bytes:
     """The end of a stream that began well."""
     return sse(error_body(status, message, None, code))
-
-
-def _told(token: dict[str, Any]) -> dict[str, Any]:
-    def one(text: str, logprob: float) -> dict[str, Any]:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-    return one(token["token"], token["logprob"]) | {"top_logprobs": [one(*pair) for pair in token["top"]]}

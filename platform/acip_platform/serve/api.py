@@ -12,6 +12,8 @@
 import asyncio
 import contextlib
 import logging
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,7 +22,9 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from acip.errors import AcipError
 from acip.recipe import did_you_mean
+from acip_platform.serve.engine import DEFAULT_CHAT_TOKENS
 from acip_platform.serve.errors import RequestError
 from acip_platform.serve.keys import Keys
 from acip_platform.serve.materializations import Materializations
@@ -37,7 +41,11 @@ BUILD_ARGS: dict[str, Any] = {
     "num_cpus": 1,  # of an engine; also its threads
     "num_gpus": 0,
     "memory_gb": None,  # that an engine may use for weights; None = most of what is free
-    "timeout_s": 300.0,  # of a request, waiting included
+    "timeout_s": 300.0,  # of a request, waiting included; what is there then is the answer, with finish_reason "length"
+    "default_max_tokens": DEFAULT_CHAT_TOKENS,  # of a chat that does not say max_tokens
+    "max_answers": 128,  # prompts times n of a request
+    "drain_s": 30.0,  # that answers have to end when the server is told to stop
+    "cors_origins": [],  # whose web pages may ask from a browser: ["https://host"], or ["*"] for all
     "max_requests": 64,  # for each engine, being answered or waiting; more are answered 429
     "replicas": 1,  # engines, or the most of them where min_replicas is less
     "min_replicas": None,
@@ -51,7 +59,7 @@ GONE = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 READY_TIMEOUT_S = 5.0
 LOAD_TIMEOUT_S = 30.0  # that the registry has to name a version
 RETRY_S = 1.0
-DRAIN_S = 20  # what is being answered when the server is told to stop has this long
+TELL_S = 5.0  # that the ingress stays after the engines, to end the streams that they left
 
 log = logging.getLogger("ray.serve")
 
@@ -60,9 +68,11 @@ class Api:
     """HTTP in front of the engines. Knows which version is served under each name, and counts what it passes on."""
 
     def __init__(
-        self, engine: "DeploymentHandle[Any]", versions: list[ModelVersion], capacity: int, keys: Keys, export_cpus: float
-    ) -> None:
+        self, engine: "DeploymentHandle[Any]", versions: list[ModelVersion], capacity: int, keys: Keys, export_cpus: float,
+        max_answers: int = BUILD_ARGS["max_answers"], cors_origins: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.engine, self.capacity, self.keys = engine, capacity, keys
+        self.max_answers, self.cors_origins = max_answers, cors_origins
         self.materializations = Materializations(Settings.from_env(), num_cpus=export_cpus)
         self.versions = {version.name: version for version in versions}
         self.metrics = Metrics()
@@ -70,7 +80,7 @@ class Api:
         self._cards: dict[tuple[str, str], dict[str, Any]] = {}
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return routes(self)
+        return routes(self, self.cors_origins)
 
     # ---- what the routes ask
 
@@ -133,6 +143,10 @@ class Api:
     async def answer(self, request: CompletionRequest | ChatRequest) -> Answered:
         """Events of one request, some at a time; the head or an error first."""
         name, _ = request.name_and_budget(self.names)
+        prompts, n = len(request.prompts) if isinstance(request, CompletionRequest) else 1, request.n or 1
+        if prompts * n > self.max_answers:
+            message = f"{prompts} prompts times n = {n} is more than {self.max_answers} answers; ask for fewer at once."
+            raise RequestError(message, "n" if n > 1 else "prompt")
         if self.running >= self.capacity:
             raise _queue_full()
         return self._events(self.versions[name], request)
@@ -231,8 +245,13 @@ def application(
     replicas: int,
     min_replicas: int | None,
     export_cpus: float,
+    default_max_tokens: int,
+    max_answers: int,
+    drain_s: float,
+    cors_origins: Sequence[str],
     keys: Keys,
 ) -> serve.Application:
+    check_limits(default_max_tokens, max_answers, timeout_s, drain_s, cors_origins)
     scaling: dict[str, Any] = {"num_replicas": replicas}
     if min_replicas is not None and min_replicas < replicas:
         target = max(1, max_requests // 2)
@@ -244,7 +263,7 @@ def application(
         max_queued_requests=-1,  # the ingress counts
         health_check_period_s=5,
         max_constructor_retry_count=1,  # what can't be loaded once can't be loaded the third time either
-        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_timeout_s=drain_s,
         **scaling,
     )(EngineReplica)
     api = serve.deployment(
@@ -254,11 +273,24 @@ def application(
         max_ongoing_requests=10 * max_requests * replicas,  # well above what it passes on, so that a full queue is answered in our shape
         max_queued_requests=1024,
         backpressure_config={"status_code": 429, "retry_after_s": 2},
-        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_timeout_s=drain_s + TELL_S,
     )(serve.ingress()(Api))
     threads = max(1, int(num_cpus))
-    bound = engine.bind(versions, timeout_s, "cuda" if num_gpus else "cpu", threads, memory_gb)
-    return api.bind(bound, versions, max_requests * replicas, keys, export_cpus)
+    bound = engine.bind(versions, timeout_s, "cuda" if num_gpus else "cpu", threads, memory_gb, default_max_tokens)
+    return api.bind(bound, versions, max_requests * replicas, keys, export_cpus, max_answers, cors_origins)
+
+
+def check_limits(default_max_tokens: int, max_answers: int, timeout_s: float, drain_s: float, cors_origins: Sequence[str]) -> None:
+    """Raise AcipError where an argument of `build` is not what it may be."""
+    for name, count in (("default_max_tokens", default_max_tokens), ("max_answers", max_answers)):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise AcipError(f"{name} is {count!r}; it must be a whole number, at least 1.")
+    for name, seconds, least in (("timeout_s", timeout_s, 1), ("drain_s", drain_s, 0)):
+        if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not least <= seconds < float("inf"):
+            raise AcipError(f"{name} is {seconds!r}; it must be a number of seconds, at least {least}.")
+    for origin in [cors_origins] if isinstance(cors_origins, str) else cors_origins:
+        if isinstance(cors_origins, str) or not re.fullmatch(r"\*|https?://[^/\s]+", str(origin)):
+            raise AcipError(f'cors_origins has {origin!r}; it must be a list of origins like ["https://host:8443"], or ["*"] for all.')
 
 
 def choose(settings: Settings, names: list[str] | None, alias: str) -> list[ModelVersion]:

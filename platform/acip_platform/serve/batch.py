@@ -16,9 +16,10 @@ import torch
 
 from acip.mixed import Mixer, Size, padded
 from acip.modeling_acip import onednn
+from acip_platform.serve.prompt_logprobs import Echo
 from acip_platform.serve.sampling import Choice, Sampler, choose
 from acip_platform.serve.slots import Piece, Slots, Step, doubled
-from acip_platform.serve.text import Text
+from acip_platform.serve.text import Detokenizer
 
 MAX_SEQUENCES = 32  # at once
 PIECE = 128  # tokens of prompts in a step
@@ -32,6 +33,7 @@ class Listener(Protocol):
     def token(self, sequence: "Sequence", choice: Choice, text: str) -> None: ...  # and the text that became certain with it
     def ended(self, sequence: "Sequence", text: str, reason: str) -> None: ...  # the last text, and why
     def failed(self, sequence: "Sequence", error: str) -> None: ...  # no token, and why
+    def error(self, error: Exception) -> None: ...  # nothing can follow
 
 
 @dataclass(eq=False)
@@ -41,11 +43,12 @@ class Sequence:
     ids: list[int]  # the prompt, and what was generated
     size: Size
     sampler: Sampler
-    text: Text
+    text: Detokenizer
     max_tokens: int
     ends: frozenset[int]  # tokens that end it
     hear: "Listener"
     index: int = 0  # of its request's answers
+    echo: Echo | None = None  # the prompt, where it is part of the answer
     made: int = 0
     past: int = 0  # tokens in the cache
     slot: int = -1
@@ -78,7 +81,9 @@ class Batch:
         parts = self._parts()
         pieces: list[Piece] = []
         runs: list[tuple[Size, int]] = []
-        last: list[tuple[Sequence, int]] = []
+        last: list[tuple[Sequence, int]] = []  # row of the logits
+        scored: list[tuple[Echo, int, int, int]] = []  # first token, rows of the logits
+        keep: list[int] = []
         ids: list[int] = []
         start = 0
         for sequence, count in parts:
@@ -90,12 +95,22 @@ class Batch:
             else:
                 runs.append((sequence.size, count))
             sequence.past += count
-            if sequence.past == len(sequence.ids):
-                last.append((sequence, start - 1))
-        logits_nV = self._forward(ids, pieces, runs, [place for _, place in last] or [start - 1])
+            complete = sequence.past == len(sequence.ids)
+            if sequence.echo is not None and sequence.echo.scores and not sequence.made:
+                scored.append((sequence.echo, sequence.past - count, len(keep), len(keep) + count))
+                keep += range(start - count, start)
+            elif complete:
+                keep.append(start - 1)
+            if complete:
+                last.append((sequence, len(keep) - 1))
+        keep = keep or [start - 1]
+        logits_nV = self._forward(ids, pieces, runs, keep + keep[-1:] * (padded(len(keep)) - len(keep) if scored else 0))
+        for echo, first, begin, stop in scored:
+            echo.score(logits_nV[begin:stop], first)
         if last:
             done = [sequence for sequence, _ in last]
-            for sequence, choice in zip(done, choose(logits_nV, [sequence.sampler for sequence in done]), strict=True):
+            rows_nV = logits_nV[[row for _, row in last]] if scored else logits_nV
+            for sequence, choice in zip(done, choose(rows_nV, [sequence.sampler for sequence in done]), strict=True):
                 self._take(sequence, choice)
             self._leave([sequence for sequence in done if sequence.past < 0])
 
@@ -149,14 +164,23 @@ class Batch:
             sequence.hear.failed(sequence, choice.error)
             sequence.past = -1  # done
             return
+        if not sequence.max_tokens:  # only the prompt was asked for
+            sequence.hear.ended(sequence, sequence.text.end(), "length")
+            sequence.past = -1
+            return
         sequence.ids.append(choice.token)
         sequence.made += 1
         if choice.token in sequence.ends:
             sequence.hear.ended(sequence, sequence.text.end(), "stop")
         else:
             sequence.hear.token(sequence, choice, sequence.text.add(choice.token))
+            constraint = sequence.sampler.constraint
             if sequence.text.stopped:
                 sequence.hear.ended(sequence, "", "stop")
+            elif constraint is not None and constraint.error is not None:
+                sequence.hear.error(constraint.error)
+            elif constraint is not None and constraint.done:
+                sequence.hear.ended(sequence, sequence.text.end(), "stop")
             elif sequence.made >= sequence.max_tokens:
                 sequence.hear.ended(sequence, sequence.text.end(), "length")
             else:

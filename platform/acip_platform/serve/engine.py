@@ -20,9 +20,14 @@ from acip.cut import Cut
 from acip.mixed import Size
 from acip_platform.serve.batch import Sequence
 from acip_platform.serve.errors import RequestError, as_response
+from acip_platform.serve.logprobs import scored
+from acip_platform.serve.prompt_logprobs import Echo, wanted
 from acip_platform.serve.sampling import Choice
 from acip_platform.serve.served import Served
-from acip_platform.serve.text import Text
+from acip_platform.serve.structured import Form
+from acip_platform.serve.text import Detokenizer
+
+DEFAULT_CHAT_TOKENS = 1024  # of a chat that does not say max_tokens: small models loop, and would fill the context
 
 if TYPE_CHECKING:  # they are pydantic's; the engine itself works where only acip's own dependencies are installed
     from acip_platform.serve.request import ChatRequest, CompletionRequest
@@ -54,14 +59,18 @@ class Ticket:
     timeout_s: float
     hear: Callable[[list[Event]], object]
     received: float
+    max_tokens: int = 0  # of each sequence
     prompt_tokens: int = 0
-    open: int = 0  # sequences
+    sequences: list[Sequence] = field(default_factory=list)  # that have not ended
     made: int = 0  # tokens
     began: float = 0.0
     first: float = 0.0
     finished: bool = False
+    timed_out: bool = False
     cancelled: bool = False  # set from any thread
     events: list[Event] = field(default_factory=list)
+    form: Form | None = None  # what the answers must be like
+    echoed: set[int] = field(default_factory=set)  # answers whose prompt was told
 
     @property
     def gone(self) -> bool:
@@ -72,6 +81,7 @@ class Ticket:
         version = self.served.version
         return Event("head", data={
             "model": version.name, "version": version.version, "seed": self.seed, "size": self.served.size(self.cut),
+            "max_tokens": self.max_tokens, "tools": self.form.tools if self.form is not None else None,
         })  # fmt: skip
 
     def say(self, event: Event) -> None:
@@ -98,19 +108,28 @@ class Ticket:
         self.made += 1
         told = None
         if choice.logprob is not None:
-            shown = self.served.tokenizer.decode
-            told = [{"token": shown([choice.token]), "logprob": choice.logprob, "top": [(shown([id]), value) for id, value in choice.top]}]
+            told = [scored(sequence.text.bytes, choice.token, sequence.text.offset, choice.logprob, choice.top)]
         if text or told:
             self.say(Event("text", sequence.index, text, told))
 
     def ended(self, sequence: Sequence, text: str, reason: str) -> None:
         self._start(sequence)
-        self.made += reason == "stop" and not sequence.text.stopped  # the token that ended it
+        self.made += bool(sequence.made) and sequence.ids[-1] in sequence.ends  # the token that ended it
         self.say(Event("end", sequence.index, text, data={"finish_reason": reason}))
-        self.open -= 1
-        if self.open == 0:
+        self.sequences.remove(sequence)
+        if not self.sequences:
             self.finished = True
-            self.say(Event("done", data={"usage": self.usage(), "timings": self.timings()}))
+            timed_out = {"timed_out": True} if self.timed_out else {}
+            self.say(Event("done", data={"usage": self.usage(), "timings": self.timings(), **timed_out}))
+
+    def stop_at_deadline(self) -> None:
+        """End with what is there: the sequences that go on end as if max_tokens were reached. Without a token, it is an error."""
+        if not self.made or any(sequence.echo is not None and not sequence.made for sequence in self.sequences):  # prompts half scored
+            self.error(_too_slow(self.timeout_s))
+            return
+        self.timed_out = True
+        for sequence in list(self.sequences):
+            self.ended(sequence, sequence.text.end(), "length")
 
     def failed(self, sequence: Sequence, error: str) -> None:
         size = self.served.size(self.cut)["got"]
@@ -120,6 +139,9 @@ class Ticket:
         if not self.first:
             self.first, self.began = time.monotonic(), sequence.began
             self.say(Event("start", data={"queued_s": self.began - self.received}))
+        if sequence.echo is not None and sequence.index not in self.echoed:
+            self.echoed.add(sequence.index)
+            self.say(Event("text", sequence.index, sequence.echo.text, sequence.echo.told))
 
     def usage(self) -> dict[str, int]:
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.made, "total_tokens": self.prompt_tokens + self.made}
@@ -137,8 +159,8 @@ class Ticket:
 class Engine:
     """Steps the batches of resident models in a thread of its own until `close`."""
 
-    def __init__(self, timeout_s: float = 300.0) -> None:
-        self.timeout_s = timeout_s
+    def __init__(self, timeout_s: float = 300.0, default_max_tokens: int = DEFAULT_CHAT_TOKENS) -> None:
+        self.timeout_s, self.default_max_tokens = timeout_s, default_max_tokens
         self._served: list[Served] = []
         self._tickets: set[Ticket] = set()
         self._changed = threading.Condition()
@@ -180,25 +202,25 @@ class Engine:
         received = time.monotonic() if received is None else received
         _, budget = request.name_and_budget([served.version.name])
         cut = served.cut(budget)
+        echo_wanted = wanted(request)
         encoded = served.encode(request)
+        form = served.form(request)
         choices = request.n or 1
-        if len(encoded) * choices > MAX_ANSWERS:
-            raise RequestError(
-                f"{len(encoded)} prompts times n = {choices} is more than {MAX_ANSWERS} answers; ask for fewer at once.", "n"
-            )
-        max_tokens = served.fit(encoded, request.limit)
+        max_tokens = served.fit(encoded, request.limit, self.default_max_tokens)
         seed = randbits(63) if request.seed is None else request.seed
-        ticket = Ticket(served, cut, seed, received + self.timeout_s, self.timeout_s, hear, received)
+        ticket = Ticket(served, cut, seed, received + self.timeout_s, self.timeout_s, hear, received, max_tokens)
         size, ends = Size(cut.removed, cut.ranks), served.ends(request)
         sequences = []
         for index in range(len(encoded) * choices):
             ids = list(encoded[index // choices])
-            sequences.append(Sequence(
-                ids=ids, size=size, sampler=served.sampler(request, (seed + index) % 2**63, ids, max_tokens),
-                text=Text(served.tokenizer, encoded[index // choices], served.stops(request)), max_tokens=max_tokens, ends=ends,
-                hear=ticket, index=index,
-            ))  # fmt: skip
-        ticket.open, ticket.prompt_tokens = len(sequences), sum(map(len, encoded))
+            shown = form.shown if form is not None else ()
+            text = Detokenizer(served.tokenizer, [] if echo_wanted else ids, served.stops(request), shown)
+            echo = Echo.of(request, text, served.tokenizer, ids, index // choices)
+            sampler = served.sampler(request, (seed + index) % 2**63, ids, max_tokens)
+            sampler.constraint = form.constraint() if form is not None else None
+            sequences.append(Sequence(ids, size, sampler, text, max_tokens, ends, ticket, index, echo))
+        ticket.form = form
+        ticket.sequences, ticket.prompt_tokens = list(sequences), sum(map(len, encoded))
         with self._changed:
             if served not in self._served:
                 raise RequestError(f"{served.version.name} was unloaded; ask again.", "model", "unloaded", 503)
@@ -261,7 +283,7 @@ class Engine:
             tickets = list(self._tickets)
         for ticket in tickets:
             if now > ticket.deadline and not ticket.gone:
-                ticket.error(_too_slow(ticket.timeout_s))
+                ticket.stop_at_deadline()
             ticket.flush()
             if ticket.gone:
                 with self._changed:
@@ -269,5 +291,5 @@ class Engine:
 
 
 def _too_slow(timeout_s: float) -> RequestError:
-    message = f"no answer within {timeout_s:g} s, waiting included; ask for fewer max_tokens or prompts, or later."
+    message = f"no token within {timeout_s:g} s, waiting included; ask for fewer max_tokens or prompts, or later."
     return RequestError(message, code="timeout", status=408)

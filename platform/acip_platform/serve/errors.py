@@ -3,13 +3,15 @@
 status    type                    when
 4xx       invalid_request_error   the request can't be answered as asked; the message says what is allowed
 429       rate_limit_error        the queue is full; Retry-After says when to come back
-503       service_unavailable     the engine is being replaced; Retry-After too
+503       service_unavailable     the server starts or stops, or the engine is being replaced; Retry-After too
 500       server_error            our fault; details are in the server's log, never in the answer
 """
 
 from typing import Any
 
 from acip.errors import AcipError, BudgetError
+
+RETRY_AFTER_S = {429: 2, 503: 10}
 
 
 class RequestError(AcipError):
@@ -23,6 +25,11 @@ class RequestError(AcipError):
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     kinds = {429: "rate_limit_error", 500: "server_error", 503: "service_unavailable"}
     return {"error": {"message": message, "type": kinds.get(status, "invalid_request_error"), "param": param, "code": code}}
+
+
+def retry_after(status: int) -> dict[str, str]:
+    """The header that says when to come back, for a status that is worth it."""
+    return {"Retry-After": str(RETRY_AFTER_S[status])} if status in RETRY_AFTER_S else {}
 
 
 def as_response(error: Exception, request_id: str) -> tuple[int, dict[str, Any]]:

@@ -18,7 +18,7 @@ import torch
 
 from acip.budget import GIGA, in_bytes
 from acip.errors import AcipError
-from acip_platform.serve.engine import Engine, Event, Ticket
+from acip_platform.serve.engine import DEFAULT_CHAT_TOKENS, Engine, Event, Ticket
 from acip_platform.serve.errors import as_response
 from acip_platform.serve.models import Key, Models, key_of
 from acip_platform.serve.recorded import Recorder
@@ -39,11 +39,14 @@ log = logging.getLogger("ray.serve")
 
 
 class EngineReplica:
-    def __init__(self, versions: list[ModelVersion], timeout_s: float, device: str, num_cpus: int, memory_gb: float | None) -> None:
+    def __init__(
+        self, versions: list[ModelVersion], timeout_s: float, device: str, num_cpus: int, memory_gb: float | None,
+        default_max_tokens: int = DEFAULT_CHAT_TOKENS,
+    ) -> None:  # fmt: skip
         if device == "cpu":
             torch.set_num_threads(max(1, num_cpus))
         self.settings = Settings.from_env()
-        self.engine = Engine(timeout_s)
+        self.engine = Engine(timeout_s, default_max_tokens)
         self.recorder = Recorder(self.engine, self.settings.home / "cache" / "recorded")
         limit = in_bytes(memory_gb, GIGA) if memory_gb else int(SHARE * _free(device))
         store = Store.of(self.settings)

@@ -1,7 +1,13 @@
-"""What may be asked: OpenAI's completion and chat requests, and `size_ratio`.
+"""The requests: OpenAI's completions and chats, with `size_ratio`.
 
-A field's description says what it may be, and is the text of the error when it is something else. Fields of OpenAI's
-that this server can't honour are accepted at their neutral value only; those that change no text are accepted and unused.
+Every field of OpenAI's is in one of three groups:
+
+    honored        it does what OpenAI's reference says
+    unused         it changes no text (`Unused`): any value is accepted and forgotten, so that it travels no further
+    not offered    accepted where it changes nothing (null, or OpenAI's default), else 400
+
+A null is the same as a field that is left out. A field's description says what it may be, and is the text of the error when it
+is something else. An error names its field with the path to it: messages[1].content[0].type.
 
     model      NAME, NAME@0.6, NAME@60%, NAME@fit:8GB (bytes of the weights), NAME@fit:8GB@4096 (memory at this context)
 """
@@ -12,22 +18,19 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from acip.budget import MEGA, Budget
 from acip.errors import BudgetError, cited
 from acip.recipe import did_you_mean
 from acip_platform.serve.errors import RequestError
+from acip_platform.serve.messages import Message, Part, Text, Unused
+from acip_platform.serve.structured import ResponseFormat
+from acip_platform.serve.tools import NamedTool, ToolChoice, Tools
 
-MAX_PROMPTS = 16
 MAX_CHOICES = 16
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, of completions
-
-
-def _encodable(text: str) -> str:
-    """JSON may hold half a character (a lone surrogate), which no tokenizer takes. UnicodeEncodeError is a ValueError."""
-    text.encode()
-    return text
 
 
 def _tokens(bias: dict[str, float]) -> dict[str, float]:
@@ -37,8 +40,7 @@ def _tokens(bias: dict[str, float]) -> dict[str, float]:
 
 
 T = TypeVar("T")
-Prompts = Annotated[list[T], Field(min_length=1, max_length=MAX_PROMPTS)]
-Text = Annotated[str, AfterValidator(_encodable)]
+Prompts = Annotated[list[T], Field(min_length=1)]
 SomeText = Annotated[Text, Field(min_length=1)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 SomeTokens = Annotated[list[Token], Field(min_length=1)]
@@ -97,20 +99,27 @@ class Asked(Sized):
     ignore_eos: bool | None = Field(default=None, description="true (generate max_tokens whatever comes) or false")
     # fmt: on
 
-    # no influence on the text
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
+    user: Unused = None
+    metadata: Unused = None
+    store: Unused = None
+    service_tier: Unused = None
+    safety_identifier: Unused = None
+    prompt_cache_key: Unused = None
+    prompt_cache_options: Unused = None
+    prompt_cache_retention: Unused = None
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> Any:
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            raise explain(error.errors(), fields, cls) from error
+            found = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
+            raise explain(found, fields, cls) from error
+
+    @property
+    def named_tool(self) -> bool:
+        """Whether the answer must be a call of one tool. OpenAI's finish_reason is "stop" there, and "tool_calls" elsewhere."""
+        return isinstance(getattr(self, "tool_choice", None), NamedTool)
 
     @property
     def stops(self) -> list[str]:
@@ -123,67 +132,85 @@ class Asked(Sized):
 
 class CompletionRequest(Asked):
     # fmt: off
-    prompt: Text | Prompts[Text] | SomeTokens | Prompts[SomeTokens] = Field(
-        description=f"a text, a list of 1 to {MAX_PROMPTS} texts, or token ids instead of texts")
-    max_tokens: int | None = Field(default=None, ge=1, description=f"a whole number of tokens, at least 1 (default {DEFAULT_MAX_TOKENS})")
+    prompt: Text | Prompts[Text] | SomeTokens | Prompts[SomeTokens] | None = Field(
+        description="a text, a list of texts, or token ids instead of texts; null or an empty text = the start of a text")
+    max_tokens: int | None = Field(default=None, ge=0,
+        description=f"a whole number of tokens, at least 1 (default {DEFAULT_MAX_TOKENS}), or 0 with echo true")
     logprobs: int | None = Field(default=None, ge=0, le=5, description="how many of the most likely tokens are told with each, 0 to 5")
 
+    echo: bool | None = Field(default=None, description="true (the prompt is repeated, and scored with logprobs) or false")
+
     # not offered: the neutral value only
-    best_of: Literal[1] | None = Field(default=None, description="1: take the best of n yourself")
-    echo: Literal[False] | None = Field(default=None, description="false: the prompt is not repeated")
+    best_of: int | None = Field(default=None, ge=1, description="left out, 1 or n: this server returns all of what it generates")
     suffix: Literal[""] | None = Field(default=None, description="left out: text is only continued, not filled in")
     # fmt: on
 
+    @field_validator("best_of")
+    @classmethod
+    def _all_of_them(cls, best_of: int | None, info: ValidationInfo) -> int | None:
+        return best_of if best_of in (None, 1, info.data.get("n")) else _refuse()
+
     @property
     def prompts(self) -> list[str] | list[list[int]]:
+        if self.prompt is None:
+            return [""]
         one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if one else self.prompt  # type: ignore[return-value]
+        return [self.prompt] if one else self.prompt  # type: ignore[return-value, list-item]
 
     @property
     def limit(self) -> int | None:
-        return self.max_tokens or DEFAULT_MAX_TOKENS
+        return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
     @property
     def told_logprobs(self) -> int | None:
         return self.logprobs
 
 
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    type: Literal["text"]
-    text: Text
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1)]
-    name: str | None = None
-
-
 class ChatRequest(Asked):
     # fmt: off
     messages: Annotated[list[Message], Field(min_length=1)] = Field(
-        description='a list like [{"role": "user", "content": "Hello"}]; roles system, developer, user, assistant; contents text')
+        description='a list like [{"role": "user", "content": "Hello"}]')
     max_tokens: int | None = Field(default=None, ge=1, description="a whole number of tokens, at least 1")
     max_completion_tokens: int | None = Field(default=None, ge=1, description="a whole number of tokens, at least 1")
     logprobs: bool | None = Field(default=None, description="true or false")
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="a whole number from 0 to 20, with logprobs true")
 
+    tools: Tools | None = Field(default=None,
+        description='a list like [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]')
+    tool_choice: ToolChoice | None = Field(default=None,
+        description='"none", "auto", "required" or {"type": "function", "function": {"name": "f"}}')
+    parallel_tool_calls: bool | None = Field(default=None, description="true or false")
+    response_format: ResponseFormat | None = Field(default=None,
+        description='{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"name": "a", "schema": {...}}}')
+    prediction: Unused = None
+
     # not offered: the neutral value only
-    tools: Annotated[list[Any], Field(max_length=0)] | None = Field(default=None, description="left out: tools are not offered")
-    tool_choice: Literal["none", "auto"] | None = Field(default=None, description='left out, "none" or "auto": tools are not offered')
-    response_format: dict[Literal["type"], Literal["text"]] | None = Field(default=None, description='left out or {"type": "text"}')
+    functions: Annotated[list[Any], Field(max_length=0)] | None = Field(default=None, description="left out: functions are not offered")
+    function_call: Literal["none", "auto"] | None = Field(default=None, description='left out, "none" or "auto": functions are not offered')
+    reasoning_effort: Literal["none", "medium"] | None = Field(default=None,
+        description='left out, "none" or "medium": this server sets no effort')
+    verbosity: Literal["medium"] | None = Field(default=None, description='left out or "medium": this server sets no verbosity')
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1)] | None = Field(default=None,
+        description='left out or ["text"]: answers are text')
+    audio: None = Field(default=None, description="left out: answers are text")
+    moderation: None = Field(default=None, description="left out: nothing is moderated")
+    web_search_options: None = Field(default=None, description="left out: this server searches nothing")
     # fmt: on
 
+    @field_validator("top_logprobs")
+    @classmethod
+    def _with_logprobs(cls, top: int | None, info: ValidationInfo) -> int | None:
+        return top if not top or info.data.get("logprobs") else _refuse()
+
     @property
-    def told(self) -> list[dict[str, str]]:
-        """The messages as templates want them."""
-        messages = []
-        for message in self.messages:
-            content = message.content if isinstance(message.content, str) else "".join(part.text for part in message.content)
-            messages.append({"role": "system" if message.role == "developer" else message.role, "content": content})
-        return messages
+    def told(self) -> list[dict[str, Any]]:
+        """The messages as chat templates take them."""
+        return [message.told for message in self.messages]
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether a message is a call of a tool or the result of one."""
+        return any(message.tool_calls or message.role in ("tool", "function") for message in self.messages)
 
     @property
     def limit(self) -> int | None:
@@ -227,24 +254,62 @@ def size_of(name: str, written: str) -> Budget:
         raise RequestError(f"the size behind {name}@ is {cited(written)}; it must be {allowed}", "model", "invalid_size") from error
 
 
+def _refuse() -> Any:
+    """For a value that is fine alone, but not beside the other fields."""
+    raise PydanticCustomError("refused", "refused")
+
+
 def explain(errors: Sequence[Any], fields: Any, kind: type[BaseModel]) -> RequestError:
-    """The first of pydantic's errors in our words. FastAPI's errors have "body" before the field."""
+    """The first of pydantic's errors in our words. `loc` of each begins with "body", as FastAPI's do."""
     first = errors[0]
-    where = [part for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
-        reason = first.get("ctx", {}).get("error", "")
-        return RequestError(f"the body is not JSON: {reason} (at character {where[0] if where else 0}).", code="invalid_json")
-    if not where or not isinstance(fields, Mapping):
+        reason, at = first.get("ctx", {}).get("error", ""), first["loc"][-1]
+        place = f" (at character {at})" if isinstance(at, int) and at >= 0 else ""
+        return RequestError(f"the body is not JSON: {reason}{place}.", code="invalid_json")
+    if len(first["loc"]) < 2 or not isinstance(fields, Mapping):
         example = {"prompt": "Once upon a time"} if kind is CompletionRequest else {}
         if kind is ChatRequest:
             example = {"messages": [{"role": "user", "content": "Hello"}]}  # type: ignore[dict-item]
         shown = json.dumps({**example, "size_ratio": 0.6})
         return RequestError(f"send a JSON object like {shown}, with the header 'Content-Type: application/json'.", code="invalid_json")
-    name = str(where[0])
-    known = kind.model_fields
-    if name not in known:
-        return RequestError(f"unknown field {name!r}{did_you_mean(name, list(known))}. Allowed: {', '.join(known)}.", name, "unknown_field")
-    allowed = known[name].description or "left out"
-    if first["type"] == "missing" and len(where) == 1:
-        return RequestError(f"{name} is missing; it must be {allowed}.", name, "missing_field")
-    return RequestError(f"{name} is {reprlib.repr(fields[name])}; it must be {allowed}.", name)
+    # of a value that may be one of several kinds, the error that is deepest in it is the one about the kind that was meant
+    error = max((error for error in errors if error["loc"][1] == first["loc"][1]), key=lambda error: len(_place(error, fields)))
+    place = _place(error, fields)
+    if place[0] != "messages":  # its description is of all of it
+        place = place[:1]
+    name, where = str(place[-1]), _written(place)
+    if error["type"] == "extra_forbidden":
+        known = Message.model_fields if len(place) > 1 else kind.model_fields
+        return RequestError(
+            f"unknown field {where!r}{did_you_mean(name, list(known))}. Allowed: {', '.join(known)}.", where, "unknown_field"
+        )
+    models = (Message, Part) if len(place) > 1 else (kind,)
+    allowed = next((model.model_fields[name].description for model in models if name in model.model_fields), None)
+    if isinstance(place[-1], int):
+        example = {"type": "text", "text": "Hello"} if "content" in place else {"role": "user", "content": "Hello"}
+        allowed = f"an object like {json.dumps(example)}"
+    if error["type"] == "missing":
+        return RequestError(f"{where} is missing; it must be {allowed or 'left out'}.", where, "missing_field")
+    value: Any = fields
+    for part in place:
+        value = value[part]
+    return RequestError(f"{where} is {reprlib.repr(value)}; it must be {allowed or 'left out'}.", where)
+
+
+def _place(error: Any, fields: Any) -> list[str | int]:
+    """The path to what an error is about, without pydantic's names for the kinds that a value may be of."""
+    place: list[str | int] = []
+    inside = fields
+    parts = list(error["loc"][1:])
+    if field := error.get("ctx", {}).get("field"):
+        parts.append(field)
+    for at, part in enumerate(parts):
+        last = at == len(parts) - 1 and error["type"] == "missing"
+        if (isinstance(inside, Mapping) and (part in inside or last)) or (isinstance(inside, list) and isinstance(part, int)):
+            place.append(part)
+            inside = inside.get(part) if isinstance(inside, Mapping) else inside[part]
+    return place
+
+
+def _written(place: Sequence[str | int]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")

@@ -1,6 +1,7 @@
 """The HTTP face: OpenAI's routes, and those of sizes. Knows nothing of Ray: whatever answers is an `Endpoint`.
 
 GET  /                        the page
+GET  /docs                    this list for people; /openapi.json is the same for programs
 GET  /health                  200 while the process lives
 GET  /ready                   200 once a model is loaded and has made a real token, else 503
 GET  /metrics                 for Prometheus
@@ -12,35 +13,47 @@ POST /v1/completions          text at a size
 POST /v1/chat/completions     the same for models with a chat template
 POST /v1/materializations     export a size to the store, in the background
 GET  /v1/materializations     all of them; with /{id}, one; with /{id}/archive, its folder as a tar file (download.py)
+
+Every GET route answers HEAD, every route OPTIONS, and a trailing slash is ignored.
 """
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from acip_platform.serve.answers import DONE, Answer, broken, sse
+from acip_platform.serve.body import JsonRoute
 from acip_platform.serve.download import downloads
+from acip_platform.serve.edge import Edge
 from acip_platform.serve.engine import Event
-from acip_platform.serve.errors import RequestError, as_response, error_body
+from acip_platform.serve.errors import RequestError, as_response, error_body, retry_after
 from acip_platform.serve.keys import Keys
 from acip_platform.serve.materializations import Materializations
 from acip_platform.serve.metrics import CONTENT_TYPE, Metrics
+from acip_platform.serve.reference import STREAM, describe, errors, page
 from acip_platform.serve.request import ChatRequest, CompletionRequest, MaterializationRequest, Sized, explain, split_name
 
 BODY_LIMIT_BYTES = 4 << 20
-RETRY_AFTER_S = {429: 2, 503: 10}
-OPEN = ("/", "/health", "/ready", "/metrics")  # without a key
+OPEN = ("/", "/docs", "/openapi.json", "/health", "/ready", "/metrics")  # without a key
+INSTEAD = {  # of routes of OpenAI's that this server does not have
+    "/v1/responses": "POST /v1/chat/completions",
+    "/v1/engines": "GET /v1/models",
+    "/v1/edits": "POST /v1/chat/completions",
+    "/v1/chat": "POST /v1/chat/completions",
+    "/v1/messages": "POST /v1/chat/completions",
+}
 PAGE = Path(__file__).parent / "page" / "index.html"
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -76,68 +89,75 @@ REQUESTS: dict[str, type[BaseModel]] = {
 }  # fmt: skip
 
 
-def routes(endpoint: Endpoint) -> FastAPI:
-    app = FastAPI(title="acip", description="Any-size language models. One model, every size: NAME@0.6 or size_ratio.")
-    app.add_middleware(Guard, keys=endpoint.keys)
+def routes(endpoint: Endpoint, cors_origins: Sequence[str] = ()) -> FastAPI:
+    """The application. Web pages of `cors_origins` may ask it from a browser; of others, only its own page."""
+    app = FastAPI(
+        title="acip", version="1", description="Any-size language models. One model, every size: NAME@0.6 or size_ratio.",
+        docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, responses=errors(400, 401, 500, 503),
+        generate_unique_id_function=lambda route: route.name,
+    )  # fmt: skip
+    app.router.route_class = JsonRoute
     app.add_middleware(BodyLimit)
+    app.add_middleware(Guard, keys=endpoint.keys)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Request-ID"],
+        )  # fmt: skip
+    app.add_middleware(Edge)
 
-    @app.get("/", include_in_schema=False)
-    async def show_page() -> FileResponse:
-        return FileResponse(PAGE, media_type="text/html", headers={"Cache-Control": "no-cache"})
+    _add_open_routes(app, endpoint)
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/ready")
-    async def ready() -> JSONResponse:
-        return answer(200, {"status": "ready", "models": await endpoint.ready()})
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(endpoint.metrics.text(), media_type=CONTENT_TYPE)
-
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=errors(429))
     async def list_models() -> dict[str, Any]:
+        """The served models: version, context, sizes, measured curve."""
         return {"object": "list", "data": await endpoint.cards()}
 
-    @app.get("/v1/models/{model:path}/tradeoff")
+    @app.get("/v1/models/{model:path}/tradeoff", responses=errors(404, 429))
     async def trade_off(model: str) -> dict[str, Any]:
+        """Every size of a model with its bytes and quality, its ranks by layer, and recorded samples."""
         name, _ = split_name(model, endpoint.names)
         return await endpoint.trade_off(name)
 
-    @app.post("/v1/models/{model:path}/load")
+    @app.post("/v1/models/{model:path}/load", responses=errors(404, 413, 415, 429))
     async def load(model: str, request: LoadRequest) -> dict[str, Any]:
+        """Serve another version of a model from the registry."""
         name, _ = split_name(model, endpoint.names)
         if (request.version is None) == (request.alias is None):
             raise RequestError('give either "version" (a number) or "alias".', "version")
         return await endpoint.load(name, request.version or request.alias or "")
 
-    @app.get("/v1/models/{model:path}")
+    @app.get("/v1/models/{model:path}", responses=errors(404, 429))
     async def show_model(model: str) -> dict[str, Any]:
+        """One model. NAME@0.6 and NAME@fit:8GB tell what that size comes to."""
         name, budget = split_name(model, endpoint.names)
         card = await endpoint.card(name) | {"id": model}
         return card if budget is None else card | {"got": await endpoint.size(name, Sized(model=model))}
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=errors(404, 408, 413, 415, 429) | STREAM)
     async def completions(request: CompletionRequest) -> Response:
+        """Continue a text at a size. After timeout_s what is there is the answer, with finish_reason "length"."""
         return await respond(request)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=errors(404, 408, 413, 415, 429) | STREAM)
     async def chat_completions(request: ChatRequest) -> Response:
+        """Answer a chat at a size, by models with a chat template. Without max_tokens the answer has a cap, which it tells."""
         return await respond(request)
 
-    @app.post("/v1/materializations")
+    @app.post("/v1/materializations", responses=errors(404, 413, 415, 429) | {202: {"description": "It was begun, or is under way."}})
     async def materialise(request: MaterializationRequest) -> JSONResponse:
+        """Export a size to the store, in the background: 202 while it is under way, 200 when it is there."""
         record = await endpoint.materialise(request)
         return answer(200 if record["status"] == "succeeded" else 202, record)
 
     @app.get("/v1/materializations")
     async def list_materializations() -> dict[str, Any]:
+        """All materializations, the newest first."""
         return {"object": "list", "data": await endpoint.materializations.list()}
 
-    @app.get("/v1/materializations/{id}")
+    @app.get("/v1/materializations/{id}", responses=errors(404))
     async def show_materialization(id: str) -> dict[str, Any]:
+        """One materialization."""
         return await endpoint.materializations.get(id)
 
     async def respond(request: CompletionRequest | ChatRequest) -> Response:
@@ -154,7 +174,48 @@ def routes(endpoint: Endpoint) -> FastAPI:
         return answer(200, told.whole())
 
     app.include_router(downloads(endpoint.materializations))
+    _answer_errors(app)
+    describe(app, OPEN)
+    return app
+
+
+def _add_open_routes(app: FastAPI, endpoint: Endpoint) -> None:
+    """Add the routes that ask for no key: those for machines, the page, and the reference."""
+
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> FileResponse:
+        return FileResponse(PAGE, media_type="text/html", headers={"Cache-Control": "no-cache"})
+
+    @app.get("/docs", include_in_schema=False)
+    async def show_reference() -> HTMLResponse:
+        return HTMLResponse(page(app.openapi()))
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def show_openapi() -> dict[str, Any]:
+        return app.openapi()
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """200 while the process lives."""
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        """200 once a model is loaded and has made a token, else 503."""
+        return answer(200, {"status": "ready", "models": await endpoint.ready()})
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Counts and times for Prometheus."""
+        return Response(endpoint.metrics.text(), media_type=CONTENT_TYPE)
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Give whatever is raised while a request is answered the server's error shape."""
     there = [route for route in app.routes if isinstance(route, Route)]
+    have = ", ".join(
+        f"{method} {route.path.replace(':path', '')}" for route in there for method in sorted(route.methods or ()) if "/v1" in route.path
+    )
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -166,21 +227,38 @@ def routes(endpoint: Endpoint) -> FastAPI:
         return answer(*as_response(error, ""))
 
     @app.exception_handler(HTTPException)
-    async def not_served(request: Request, error: HTTPException) -> JSONResponse:
-        asked, code = f"{request.method} {request.scope['path']}", "invalid_json"
+    async def not_served(request: Request, error: HTTPException) -> Response:
+        path, code = request.scope["path"], "invalid_json"
         message = f"{error.detail}. Send a JSON object in UTF-8."
         if error.status_code in (404, 405):
-            have = ", ".join(f"{method} {route.path}" for route in there for method in sorted(route.methods or ()) if "/v1" in route.path)
+            matching = [route for route in there if route.path_regex.match(path)]
+            template = max((route.path for route in matching), key=len, default="")  # a model's name may hold slashes
+            allow = [method for route in matching if route.path == template for method in sorted(route.methods or ())]
+            allow = sorted({*allow, *(["HEAD"] if "GET" in allow else []), *(["OPTIONS"] if allow else [])})
+            if allow and request.method == "OPTIONS":
+                return Response(status_code=204, headers={"Allow": ", ".join(allow)})
+            asked = f"{request.method[:20]} {path[:200]}"
             message, code = f"there is no {asked}; there are {have} and GET /health.", "unknown_route"
-        elif error.status_code == 413:
-            message, code = error.detail, "body_too_large"
+            moved = [
+                known for known in (f"/v1{path}", path.removeprefix("/v1")) if any(_takes(route, request.method, known) for route in there)
+            ]
+            instead = [INSTEAD[known] for known in INSTEAD if f"{path}/".startswith(f"{known}/")]
+            if found := [f"{request.method} {known}" for known in moved] or instead:
+                message = f"there is no {asked}; ask {found[0]}, which this server has."
+            return answer(
+                error.status_code, error_body(error.status_code, message, None, code), {"Allow": ", ".join(allow)} if allow else None
+            )
+        if error.status_code in (413, 415):
+            message, code = error.detail, {413: "body_too_large", 415: "unsupported_encoding"}[error.status_code]
         return answer(error.status_code, error_body(error.status_code, message, None, code), error.headers)
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:  # and Starlette raises it on, for the log
         return answer(*as_response(error, uuid4().hex))
 
-    return app
+
+def _takes(route: Route, method: str, path: str) -> bool:
+    return method in (route.methods or ()) and route.path_regex.match(path) is not None
 
 
 async def _one_by_one(first: list[Event], events: Answered) -> AsyncIterator[Event]:
@@ -218,7 +296,7 @@ def _chunks(told: Answer, events: list[Event]) -> bytes:
 
 
 def answer(status: int, body: dict[str, Any], headers: Any = None) -> JSONResponse:
-    more = {"Retry-After": str(RETRY_AFTER_S[status])} if status in RETRY_AFTER_S else {}
+    more = retry_after(status)
     if status == 408:
         more["x-should-retry"] = "false"  # OpenAI's clients would ask for the same again
     return JSONResponse(body, status, {**(headers or {}), **more})

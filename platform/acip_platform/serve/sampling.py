@@ -15,10 +15,14 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
+
+if TYPE_CHECKING:  # llguidance is needed only where a grammar is
+    from acip_platform.serve.grammar import Constraint
 
 GREEDY_BELOW = 1e-5  # dividing logits by a temperature much smaller than this overflows float32
 FEW = 256  # most likely tokens that are sorted at first
@@ -38,6 +42,7 @@ class Sampler:
     logprobs: int | None = None  # so many of the most likely tokens are told with each
     processors: LogitsProcessorList | None = None  # transformers' own; None = temperature, top_p and top_k are all there is
     ids: list[int] = field(default_factory=list)  # the sequence so far, prompt included; processors read it
+    constraint: "Constraint | None" = None  # what may come next
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -78,6 +83,8 @@ def choose(logits_nV: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
             choices.append(Choice(-1, error=errors[i]))
             continue
         samplers[i].counts[token] += 1
+        if (constraint := samplers[i].constraint) is not None:
+            constraint.take(token)
         if i in told:
             most = told[i].topk(min(samplers[i].logprobs or 0, told[i].numel()))
             top = tuple((id, value) for id, value in zip(most.indices.tolist(), most.values.tolist(), strict=True) if value > -math.inf)
@@ -100,7 +107,10 @@ def _change(logits_nV: Tensor, samplers: Sequence[Sampler], errors: dict[int, st
         if sampler.processors is not None and i not in errors:
             before = torch.tensor([sampler.ids], device=logits_nV.device)
             logits_nV[i] = sampler.processors(before, logits_nV[i : i + 1])[0]  # type: ignore[arg-type]
-    for i in _not_finite(logits_nV).keys() - errors.keys() if any(sampler.processors for sampler in samplers) else ():
+        if sampler.constraint is not None and i not in errors:
+            sampler.constraint.limit(logits_nV[i])
+    changed = any(sampler.processors or sampler.constraint for sampler in samplers)
+    for i in _not_finite(logits_nV).keys() - errors.keys() if changed else ():
         errors[i] = "the request's settings and the model's generation_config.json together leave no token to choose"
 
 

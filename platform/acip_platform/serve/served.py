@@ -22,6 +22,7 @@ from acip_platform.serve.stated import Stated
 
 if TYPE_CHECKING:  # pydantic's and MLflow's modules; a model is served without either
     from acip_platform.serve.request import ChatRequest, CompletionRequest
+    from acip_platform.serve.structured import Form, Forms
     from acip_platform.tracking import ModelVersion
 
 log = logging.getLogger("ray.serve")
@@ -111,6 +112,17 @@ class Served:
     def size(self, cut: Cut) -> dict[str, Any]:
         return told(cut, self._removed_at_stop)
 
+    @functools.cached_property
+    def forms(self) -> "Forms":
+        from acip_platform.serve.structured import Forms  # pydantic and llguidance, only where a form is asked for
+
+        return Forms(self.version.name, self.tokenizer, self.vocabulary, self._ends)
+
+    def form(self, request: "CompletionRequest | ChatRequest") -> "Form | None":
+        """Return the form that the request asks its answers to have; None for free text. RequestError where it can't be had."""
+        asked = any(getattr(request, name, None) is not None for name in ("response_format", "tools", "tool_choice"))
+        return self.forms.of(request) if asked else None
+
     def encode(self, request: "CompletionRequest | ChatRequest") -> list[list[int]]:
         """Token ids of each prompt. RequestError where they can't be had."""
         if hasattr(request, "messages"):
@@ -119,8 +131,13 @@ class Served:
                 raise RequestError(
                     f"{self.version.name} has no chat template; ask POST /v1/completions with a prompt.", "messages", "no_chat"
                 )
+            if chat.has_tools and "tool" not in str(self.tokenizer.chat_template):
+                message = f"the chat template of {self.version.name} has no tools, so it can't take messages of tools; leave them out."
+                raise RequestError(message, "messages", "no_tools")
+            told = self.forms.tools(chat)
+            tools = told and [tool.model_dump(exclude_none=True) for tool in told]
             try:
-                text = self.tokenizer.apply_chat_template(chat.told, tokenize=False, add_generation_prompt=True)
+                text = self.tokenizer.apply_chat_template(chat.told, tools=tools, tokenize=False, add_generation_prompt=True)
             except Exception as error:  # whatever a template makes of them
                 raise RequestError(f"the chat template of {self.version.name} refuses these messages: {error}", "messages") from error
             return [self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"], "messages")]
@@ -141,12 +158,13 @@ class Served:
             raise RequestError(f"{param} holds token {max(ids)}; {self.version.name} has tokens 0 to {self.vocabulary - 1}.", param)
         return ids
 
-    def fit(self, encoded: Many[Many[int]], max_tokens: int | None) -> int:
-        """How many tokens to generate. RequestError where prompt and answer are longer than the context."""
+    def fit(self, encoded: Many[Many[int]], max_tokens: int | None, default: int) -> int:
+        """How many tokens to generate; None: `default`, or what fits. RequestError where prompt and answer are longer than the context."""
         longest = max(len(ids) for ids in encoded)
+        least = 1 if max_tokens is None else 0
         if max_tokens is None:
-            max_tokens = min(self.context - longest, self.stated.most_tokens(longest) or self.context)
-        if max_tokens < 1 or longest + max_tokens > self.context:
+            max_tokens = min(self.context - longest, self.stated.most_tokens(longest) or default)
+        if max_tokens < least or longest + max_tokens > self.context:
             max_tokens = max(max_tokens, 1)
             room = self.context - max_tokens
             fits = f"shorten the prompt to {room} tokens" if room > 0 else f"ask for at most {self.context - 1} tokens"
@@ -160,8 +178,10 @@ class Served:
         return max_tokens
 
     def ends(self, request: "CompletionRequest | ChatRequest") -> frozenset[int]:
-        if request.ignore_eos:
-            return frozenset()
+        return frozenset() if request.ignore_eos else self._ends
+
+    @property
+    def _ends(self) -> frozenset[int]:
         return frozenset(i for i in (*self.stated.ends, self.tokenizer.eos_token_id) if i is not None)
 
     def stops(self, request: "CompletionRequest | ChatRequest") -> list[str]:

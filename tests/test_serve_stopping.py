@@ -1,0 +1,61 @@
+"""A server that is told to stop: answers have their time, whoever comes meanwhile is told, and a stream that is cut says so."""
+
+import json
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server import Server, until
+
+DRAIN_S = 10
+LONG: dict[str, Any] = {"prompt": ["a"] * 16, "n": 8, "ignore_eos": True}  # 128 answers: four turns of the batch
+
+
+@pytest.fixture
+def stopping(served_home: Path) -> Iterator[Server]:
+    """A server of its own: it has little time to stop, and stays in it."""
+    server = Server(served_home, "--drain", str(DRAIN_S))
+    try:
+        server.wait_until_free()
+        yield server
+    finally:
+        server.stop()
+
+
+def ask(server: Server, method: str, path: str) -> httpx.Response | None:
+    """The answer; None where the server does not listen any more."""
+    body = {"model": "small", "prompt": "a", "max_tokens": 1} if method == "POST" else None
+    try:
+        return httpx.request(method, server.url + path, json=body, timeout=60)
+    except httpx.TransportError:
+        return None
+
+
+def test_whoever_comes_is_told_and_whoever_is_there_has_time(stopping: Server) -> None:
+    server = stopping
+    with ThreadPoolExecutor(2) as pool:
+        short = pool.submit(server.post, prompt="a", max_tokens=300, ignore_eos=True)
+        long = pool.submit(server.post, **LONG, max_tokens=500, stream=True)
+        until(lambda: server.metric("acip_requests_running") == 2, 120, "not both are being answered")
+        server.process.send_signal(signal.SIGINT)
+        until(lambda: (told := ask(server, "GET", "/health")) is None or told.status_code == 503, 120, "the server does not stop")
+        for method, path in (("GET", "/health"), ("GET", "/ready"), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("HEAD", "/")):
+            told = ask(server, method, path)
+            assert told is not None, "the server ended before what it was answering"
+            assert told.status_code == 503
+            assert int(told.headers["retry-after"]) >= 1
+            assert told.headers["content-type"] == "application/json"
+            if method != "HEAD":
+                error = told.json()["error"]
+                assert (error["type"], error["code"]) == ("service_unavailable", "not_ready")
+        assert short.result().status_code == 200
+        assert short.result().json()["usage"]["completion_tokens"] == 300
+        *_, last = [line for line in long.result().text.split("\n\n") if line]
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert error["type"] == "service_unavailable", "a stream that is cut ends with an error"
+    assert server.process.wait(300) == 0
