@@ -27,7 +27,7 @@ def exit_code(process: "subprocess.Popen[Any]", log: Path, within_s: float = JOB
     try:
         return process.wait(within_s)
     except subprocess.TimeoutExpired as error:
-        raise AssertionError(f"waited for {within_s:g} s, and {process.args} still runs:\n{log.read_text()}") from error
+        raise AssertionError(f"waited for {within_s:g} s, and {process.args!r} still runs:\n{log.read_text()}") from error
 
 
 def stop(process: "subprocess.Popen[Any]") -> None:
