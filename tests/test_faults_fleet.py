@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -80,6 +81,10 @@ class Submission:
 
     def resumed_at(self, name: str) -> list[int]:
         return [int(step) for step in re.findall(rf"\[{name}\] going on from the last checkpoint, step_(\d+)", self.text)]
+
+    def goes_on(self, name: str, times: int) -> bool:
+        """Whether it has a checkpoint and was resumed this often."""
+        return self.has_checkpoint(name) and len(self.resumed_at(name)) == times
 
     def steps(self, name: str) -> list[int]:
         """As they are in MLflow."""
@@ -175,7 +180,7 @@ def test_a_worker_that_is_terminated(submit: Callable[..., Submission], small_ba
     """SIGTERM to the process itself, which Ray ends at once: as if it were killed. Twice, the second time as soon as it is back."""
     job = submit(fleet(tmp_path, small_base, "ended"))
     for times in range(2):
-        job.wait_for(lambda times=times: job.has_checkpoint("ended") and len(job.resumed_at("ended")) == times, "worker that goes on")
+        job.wait_for(partial(job.goes_on, "ended", times), "worker that goes on")
         worker = job.wait_for(lambda: job.worker("ended"), "worker")
         worker.send_signal(signal.SIGTERM)
         worker.wait(PATIENCE_S)

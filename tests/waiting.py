@@ -11,7 +11,7 @@ JOB_S = 3000.0  # for a whole job: a calibration, a sweep, a fleet
 T = TypeVar("T")
 
 
-def until(look: Callable[[], T], otherwise: str | Callable[[], str], within_s: float = PATIENCE_S, every_s: float = 0.1) -> T:
+def until(look: Callable[[], T | None], otherwise: str | Callable[[], str], within_s: float = PATIENCE_S, every_s: float = 0.1) -> T:
     """Call `look` until it returns something true, and return that. Fails with `otherwise`, a message or what makes one."""
     deadline = time.monotonic() + within_s
     while not (found := look()):
