@@ -189,7 +189,11 @@ def test_logits_that_are_not_finite_are_an_error_and_harm_no_neighbor(
     hook = model.get_input_embeddings().register_forward_hook(overflow)
     try:
         heard: dict[str, list[Event]] = {}
-        requests = {"good": {"prompt": good}, "bad": {"prompt": [*PROMPT * 4, 1, 2], "n": 2}, "long": {"prompt": long}}
+        requests: dict[str, dict[str, Any]] = {
+            "good": {"prompt": good},
+            "bad": {"prompt": [*PROMPT * 4, 1, 2], "n": 2},
+            "long": {"prompt": long},
+        }
         for name, fields in requests.items():
             request = CompletionRequest.parse({"max_tokens": 24, "temperature": 0, "logprobs": 2, **fields})
             engine.submit(served, request, heard.setdefault(name, []).extend)

@@ -54,7 +54,9 @@ MLA: dict[str, Any] = {
     **LONG, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8,
     "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2,
 }  # fmt: skip
-SERVED = {
+YARN: dict[str, Any] = {**LONG, "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}}
+DYNAMIC: dict[str, Any] = {**LONG, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
+SERVED: dict[str, PreTrainedConfig] = {
     "a window of few tokens": MistralConfig(**LONG, sliding_window=8),
     "a window of many tokens": MistralConfig(**LONG, sliding_window=4096),
     "capped logits": Gemma2Config(**LONG, head_dim=16, sliding_window=32, query_pre_attn_scalar=2),
@@ -65,10 +67,10 @@ SERVED = {
     "chunks": Llama4TextConfig(**LLAMA4, attn_temperature_tuning=False),
     "queries scaled by their position": Ministral3Config(**LONG, head_dim=8),
     "keys that attention makes of latents": DeepseekV3Config(**MLA),
-    "yarn": LlamaConfig(**LONG, rope_scaling={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}),
-    "dynamic": LlamaConfig(**LONG, rope_scaling={"rope_type": "dynamic", "factor": 4.0}),
+    "yarn": LlamaConfig(**YARN),
+    "dynamic": LlamaConfig(**DYNAMIC),
 }
-REFUSED = {
+REFUSED: dict[str, PreTrainedConfig] = {
     "queries scaled by their place in the pass": Llama4TextConfig(**LLAMA4),
     "alibi": BloomConfig(vocab_size=256, hidden_size=32, n_layer=2, n_head=4),
     "alibi of its own": MptConfig(vocab_size=256, d_model=32, n_layers=2, n_heads=4),
@@ -76,11 +78,8 @@ REFUSED = {
     "attention of its own": GPTJConfig(vocab_size=256, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
     "no attention": MambaConfig(vocab_size=256, hidden_size=32, num_hidden_layers=2),
 }
-LONGROPE = Phi3Config(
-    **LONG,
-    original_max_position_embeddings=64,
-    rope_scaling={"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
-)
+FACTORS: dict[str, Any] = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+LONGROPE = Phi3Config(**{**LONG, "original_max_position_embeddings": 64, "rope_scaling": FACTORS})
 
 
 def checked(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
@@ -185,7 +184,7 @@ def test_a_window_of_many_tokens_costs_a_short_prompt(monkeypatch: pytest.Monkey
 def test_an_argument_that_attention_does_not_know_is_refused(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama.modeling_llama import LlamaAttention
 
-    forward = LlamaAttention.forward
+    forward: Any = LlamaAttention.forward
     monkeypatch.setattr(
         LlamaAttention, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs, **{argument: torch.ones(1, 1, 1, 1)})
     )
