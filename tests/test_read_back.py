@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, Mamba2Config
 
@@ -18,6 +17,7 @@ from acip.errors import AcipError, BaseModelError
 from acip.parametrise import parametrise
 from acip.read_back import read_back
 from acip.recipe import Recipe
+from tests.conftest import byte_tokenizer
 
 RECIPE = Recipe(sample_windows=4, adapter_rank=2, adapter_alpha=2.0, dtype="float32", batch_size=2, seq_len=16, post_tune_steps=2)
 Weights = dict[str, torch.Tensor]

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from acip.errors import AcipError
 
@@ -100,6 +100,10 @@ def _tracking(env: Mapping[str, str], default: Path) -> str:
         return "?".join([sqlite_uri(path), *uri.split("?", 1)[1:]])
     if uri.startswith("file:") and not uri.startswith("file:/"):
         return Path(unquote(uri.removeprefix("file:"))).resolve().as_uri()
+    try:
+        urlsplit(uri)
+    except ValueError as error:
+        raise AcipError(f"MLFLOW_TRACKING_URI is {masked(uri)!r}, which is not a URI: {error}.") from error
     return uri if ":" in uri or uri == "databricks" else Path(uri).expanduser().resolve().as_uri()
 
 
