@@ -114,9 +114,10 @@ def _loaded(source: str, dtype: Dtype, trust_remote_code: bool, **options: Any) 
     _check_files(source, Path(where), kwargs.get("gguf_file"))
     dense = _dequantized() if "gguf_file" in kwargs else {}
     with foreign_errors(BaseModelError, f"base {source!r} can't be loaded", REMEDY), quiet():
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where, dtype=getattr(torch, dtype), ignore_mismatched_sizes=True, output_loading_info=True, **kwargs, **dense, **options
         )
+    model, report = loaded
     check_report(f"base {source!r}", model, report)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise BaseModelError(f"base {source!r} is {ADAPTER}")
@@ -301,7 +302,7 @@ def own_code(model: Any, tokenizer: Any, source: str) -> None:
 
 def check_tokenizer(base: Base) -> None:
     """Raise BaseModelError where the tokenizer makes token ids that the model has no embedding for."""
-    embeddings = base.model.get_input_embeddings()
+    embeddings: Any = base.model.get_input_embeddings()
     if base.tokenizer is None or embeddings is None:
         return
     rows = len(embeddings.weight)
@@ -340,13 +341,13 @@ def quiet_progress() -> Iterator[None]:
     """Turn transformers' progress bars off: they are for terminals, and the job's log has its own lines."""
     from transformers.utils import logging as transformers_logging
 
-    enabled = transformers_logging.is_progress_bar_enabled()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if enabled:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -71,9 +71,10 @@ def from_pretrained(
             if size is not None or quantize is not None:
                 raise BudgetError(f"{folder} is a model of one size; another size is made from its artifact. Leave size and quantize out.")
             with foreign_errors(ArtifactError, f"the export {folder} can't be loaded", "Export it again, or fetch all of it."), quiet():
-                exported, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+                loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+            exported, report = loaded
             check_report(f"the export {folder}", exported, report, ArtifactError)
-            return exported.to(device)  # type: ignore[arg-type]
+            return exported.to(device)
     return _sized(Artifact.open(folder), budget, quantize, device)
 
 

@@ -357,7 +357,7 @@ def __getattr__(name: str) -> Any:
     base: Any = getattr(transformers, base_class, None) if name.startswith("Acip") else None
     if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    config_class, model_class = classes(base.config_class.model_type, base_class)
+    config_class, model_class = classes(str(getattr(base.config_class, "model_type", "")), base_class)
     return config_class if name.endswith("Config") else model_class
 
 
@@ -375,7 +375,11 @@ def classes(base_type: str, base_class: str) -> tuple[Any, Any]:
         )
     base_config = CONFIG_MAPPING[base_type]
     plans = dict.fromkeys(("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan"))  # for the base's layers, not ours
-    defaults = {"base_class": base_class, "quantise": None, "layers": {}}  # of a config made without arguments, as transformers prints it
+    defaults: dict[str, Any] = {
+        "base_class": base_class,
+        "quantise": None,
+        "layers": {},
+    }  # of a config made without arguments, as transformers prints it
     body = {"__module__": __name__, "model_type": base_config.model_type, "__doc__": SizedConfig.__doc__, "acip": defaults, **plans}
     config_class: Any = type(f"Acip{base_class}Config", (SizedConfig, base_config), body)
     keep = (*(base_model._keep_in_fp32_modules_strict or ()), *SizedModel._keep_in_fp32_modules_strict)

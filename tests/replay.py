@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from acip.base import Base, load_base
 from acip.data import TokenBatches
 from acip.modeling_acip import set_module
-from tests.conftest import GOLDEN
+from tests.small import GOLDEN
 
 Precision = Literal["float32", "float64"]
 SAME_STEPS = 190  # of the float32 run; the first mask that crosses zero at another step on another CPU was seen at step 197
@@ -129,7 +129,7 @@ class Rotary(nn.Module):
         self.frequencies = 1 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        half = position_ids[..., None].double() * self.frequencies
+        half = position_ids[..., None].double() * self.frequencies.to(position_ids.device)
         angles = torch.cat((half, half), dim=-1)
         return angles.cos(), angles.sin()
 

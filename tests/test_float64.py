@@ -157,7 +157,7 @@ def test_every_form_of_a_size_computes_the_same(
     cut = any_size.resize(0.5)
     expected = logits(any_size.model, heldout_tokens[:2])
     for name, layer in targets(calibrated_64[1].model).items():
-        layer.set_rank(cut.ranks[name])  # type: ignore[union-attr]
+        layer.set_rank(cut.ranks[name])  # type: ignore[operator, union-attr, unused-ignore]
     torch.testing.assert_close(logits(calibrated_64[1].model, heldout_tokens[:2]), expected, rtol=0, atol=1e-9)
     plain = any_size.materialise()
     torch.testing.assert_close(logits(plain, heldout_tokens[:2]), expected, rtol=0, atol=1e-9)
@@ -206,7 +206,7 @@ def test_a_published_checkpoint_in_float64_opens(small_base: str, tmp_path: Path
     in_float32, _ = open_published(GOLDEN / "checkpoint", small_base)
     for model in (opened.model, in_float32.model):
         for layer in targets(model).values():
-            layer.set_rank(30)  # type: ignore[union-attr]
+            layer.set_rank(30)  # type: ignore[operator, union-attr, unused-ignore]
     torch.testing.assert_close(
         logits(opened.model, heldout_tokens[:2]).float(), logits(in_float32.model, heldout_tokens[:2]), rtol=0, atol=1e-3
     )

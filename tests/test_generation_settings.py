@@ -125,9 +125,9 @@ def test_stated_stop_texts_and_lengths_are_defaults(served: Served, engine: Engi
     state(served, monkeypatch, do_sample=False, stop_strings=[plain[5:7]], max_new_tokens=11)
     (text,), done = answer(engine, served)
     assert text == plain[: plain.index(plain[5:7])] and done["usage"]["completion_tokens"] <= 7
-    assert served.fit([PROMPT], None) == 11
+    assert served.fit([PROMPT], None, 1000) == 11
     state(served, monkeypatch, max_length=40)
-    assert served.fit([PROMPT], None) == 40 - len(PROMPT)
+    assert served.fit([PROMPT], None, 1000) == 40 - len(PROMPT)
 
 
 def with_config(artifact: Artifact, folder: Path, **fields: Any) -> Artifact:

@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server import Server, until
+from tests.server import Server
+from tests.waiting import until
 
 DRAIN_S = 5
 STREAMS = 8
@@ -44,9 +45,9 @@ def test_whoever_comes_is_told_and_a_stream_that_is_cut_says_so(stopping: Server
     server = stopping
     with ThreadPoolExecutor(STREAMS) as pool:
         streams = [pool.submit(server.post, **LONG) for _ in range(STREAMS)]
-        until(lambda: server.open == STREAMS, 120, "not all are being answered")
+        until(lambda: server.open == STREAMS, "not all are being answered")
         server.process.send_signal(signal.SIGINT)
-        until(lambda: (told := ask(server, "GET", "/health")) is None or told.status_code == 503, 120, "the server does not stop")
+        until(lambda: (told := ask(server, "GET", "/health")) is None or told.status_code == 503, "the server does not stop")
         for method, path in (("GET", "/health"), ("GET", "/ready"), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("HEAD", "/")):
             told = ask(server, method, path)
             assert told is not None, "the server ended before what it was answering"

@@ -82,7 +82,8 @@ def asked(application: Application, ask: Callable[[AsyncOpenAI], Coroutine[Any, 
 
     async def go() -> Any:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=application.app), timeout=120) as transport:
-            return await ask(AsyncOpenAI(base_url="http://here/v1", api_key="none", http_client=transport, max_retries=0))
+            client: Any = transport
+            return await ask(AsyncOpenAI(base_url="http://here/v1", api_key="none", http_client=client, max_retries=0))
 
     return application.runner.run(go())
 
@@ -177,7 +178,7 @@ def test_a_tool_is_called_and_its_answer_goes_back(tooled: Application, choice: 
 
 
 def test_tools_may_be_left_alone(tooled: Application) -> None:
-    choices = [{"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "none"}, {}]
+    choices: list[dict[str, Any]] = [{"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "none"}, {}]
     auto, none, without = (chat(tooled, **fields, max_tokens=20).choices[0] for fields in choices)
     assert none.message.content == without.message.content, "the model is not told of them"
     assert auto.message.content and not auto.message.tool_calls and auto.finish_reason == without.finish_reason
@@ -275,7 +276,8 @@ def test_whatever_is_drawn_follows_the_schema_with_each_kind_of_vocabulary(make:
     grammars = Grammars(tokenizer, size, ends)
     schema = Person.model_json_schema()
     for seed in range(10):
-        draw, ids = random.Random(seed), []
+        draw = random.Random(seed)
+        ids: list[int] = []
         constraint = grammars.constraint(f"%llguidance {{}}\nstart: {json_rule(schema, 'response_format')}", "response_format")
         while not constraint.done:
             logits = torch.zeros(size)

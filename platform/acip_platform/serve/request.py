@@ -155,7 +155,7 @@ class CompletionRequest(Asked):
         if self.prompt is None:
             return [""]
         one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if one else self.prompt  # type: ignore[return-value, list-item]
+        return [self.prompt] if one else self.prompt  # type: ignore[return-value]
 
     @property
     def limit(self) -> int | None:
@@ -264,8 +264,8 @@ def explain(errors: Sequence[Any], fields: Any, kind: type[BaseModel]) -> Reques
     first = errors[0]
     if first["type"] == "json_invalid":
         reason, at = first.get("ctx", {}).get("error", ""), first["loc"][-1]
-        place = f" (at character {at})" if isinstance(at, int) and at >= 0 else ""
-        return RequestError(f"the body is not JSON: {reason}{place}.", code="invalid_json")
+        character = f" (at character {at})" if isinstance(at, int) and at >= 0 else ""
+        return RequestError(f"the body is not JSON: {reason}{character}.", code="invalid_json")
     if len(first["loc"]) < 2 or not isinstance(fields, Mapping):
         example = {"prompt": "Once upon a time"} if kind is CompletionRequest else {}
         if kind is ChatRequest:
@@ -273,7 +273,7 @@ def explain(errors: Sequence[Any], fields: Any, kind: type[BaseModel]) -> Reques
         shown = json.dumps({**example, "size_ratio": 0.6})
         return RequestError(f"send a JSON object like {shown}, with the header 'Content-Type: application/json'.", code="invalid_json")
     # of a value that may be one of several kinds, the error that is deepest in it is the one about the kind that was meant
-    error = max((error for error in errors if error["loc"][1] == first["loc"][1]), key=lambda error: len(_place(error, fields)))
+    error: Any = max((error for error in errors if error["loc"][1] == first["loc"][1]), key=lambda error: len(_place(error, fields)))
     place = _place(error, fields)
     if place[0] != "messages":  # its description is of all of it
         place = place[:1]
@@ -286,8 +286,8 @@ def explain(errors: Sequence[Any], fields: Any, kind: type[BaseModel]) -> Reques
     models = (Message, Part) if len(place) > 1 else (kind,)
     allowed = next((model.model_fields[name].description for model in models if name in model.model_fields), None)
     if isinstance(place[-1], int):
-        example = {"type": "text", "text": "Hello"} if "content" in place else {"role": "user", "content": "Hello"}
-        allowed = f"an object like {json.dumps(example)}"
+        object_like = {"type": "text", "text": "Hello"} if "content" in place else {"role": "user", "content": "Hello"}
+        allowed = f"an object like {json.dumps(object_like)}"
     if error["type"] == "missing":
         return RequestError(f"{where} is missing; it must be {allowed or 'left out'}.", where, "missing_field")
     value: Any = fields

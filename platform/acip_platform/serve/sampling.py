@@ -104,11 +104,11 @@ def _change(logits_nV: Tensor, samplers: Sequence[Sampler], errors: dict[int, st
         if change:
             ids = torch.tensor(list(change), device=logits_nV.device)
             logits_nV[i, ids] += torch.tensor(list(change.values()), device=logits_nV.device)
+        if sampler.constraint is not None and i not in errors:
+            sampler.constraint.limit(logits_nV[i])
         if sampler.processors is not None and i not in errors:
             before = torch.tensor([sampler.ids], device=logits_nV.device)
             logits_nV[i] = sampler.processors(before, logits_nV[i : i + 1])[0]  # type: ignore[arg-type]
-        if sampler.constraint is not None and i not in errors:
-            sampler.constraint.limit(logits_nV[i])
     changed = any(sampler.processors or sampler.constraint for sampler in samplers)
     for i in _not_finite(logits_nV).keys() - errors.keys() if changed else ():
         errors[i] = "the request's settings and the model's generation_config.json together leave no token to choose"

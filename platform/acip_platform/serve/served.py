@@ -134,15 +134,14 @@ class Served:
             if chat.has_tools and "tool" not in str(self.tokenizer.chat_template):
                 message = f"the chat template of {self.version.name} has no tools, so it can't take messages of tools; leave them out."
                 raise RequestError(message, "messages", "no_tools")
-            told = self.forms.tools(chat)
-            tools = told and [tool.model_dump(exclude_none=True) for tool in told]
+            tools = [tool.model_dump(exclude_none=True) for tool in self.forms.tools(chat) or ()] or None
             try:
                 text = self.tokenizer.apply_chat_template(chat.told, tools=tools, tokenize=False, add_generation_prompt=True)
             except Exception as error:  # whatever a template makes of them
                 raise RequestError(f"the chat template of {self.version.name} refuses these messages: {error}", "messages") from error
             return [self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"], "messages")]
         encoded = []
-        for prompt in cast("CompletionRequest", request).prompts:
+        for prompt in request.prompts:
             ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
             if not ids and self.tokenizer.bos_token_id is not None:
                 ids = [self.tokenizer.bos_token_id]
