@@ -116,7 +116,7 @@ def adopt(model: PreTrainedModel, other: PreTrainedModel) -> None:
     model._buffers.update(other._buffers)
     for module in model.modules():
         if (known := configs.get(id(getattr(module, "config", None)))) is not None:
-            module.config = known  # type: ignore[assignment]
+            module.config = known
     if getattr(other, "generation_config", None) is not None:
         model.generation_config = other.generation_config
     model.train(other.training)
