@@ -357,7 +357,8 @@ def __getattr__(name: str) -> Any:
     base: Any = getattr(transformers, base_class, None) if name.startswith("Acip") else None
     if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    config_class, model_class = classes(str(getattr(base.config_class, "model_type", "")), base_class)
+    base_config: Any = base.config_class
+    config_class, model_class = classes(base_config.model_type, base_class)
     return config_class if name.endswith("Config") else model_class
 
 

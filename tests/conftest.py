@@ -55,8 +55,21 @@ models:
 settings.load_profile("quick")
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker process of pytest-xdist hands over how much it fuzzed."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["fuzzed"] = dict(fuzz.CASES)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add what a worker process fuzzed."""
+    fuzz.CASES.update(getattr(node, "workeroutput", {}).get("fuzzed", {}))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How much was fuzzed, counted."""
+    """Print how much was fuzzed."""
     if fuzz.CASES:
         terminalreporter.write_line(f"fuzzed: {sum(fuzz.CASES.values()):,} cases in {len(fuzz.CASES)} tests")
 
@@ -68,13 +81,19 @@ def write_fleet(path: Path, settings: str, *models: str) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the shared server go last, so that it never runs beside other tests; among them, those that stop it."""
+    """Order and group the tests. A group runs in one process.
+
+    Tests of the shared server are one group and come last; among them, those that stop it. All others are grouped by file, because
+    they share the fixtures of their module.
+    """
 
     def place(item: pytest.Item) -> int:
         needs = getattr(item, "fixturenames", ())
         return ("server" in needs) + ("server_to_stop" in needs)
 
     items.sort(key=place)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("server" if place(item) else str(item.path)))
 
 
 @pytest.fixture(scope="session")

@@ -117,7 +117,7 @@ def test_only_the_literature_s_protocols_go_without() -> None:
             torch.cat([window[1:] for window in windows]).tolist()
             == [id for window in Text("package:austen", protocol, 63).tokens(plain) for id in window.tolist()][: 63 * len(windows)]
         )
-    literature: tuple[Literal[field, paper], ...] = ("field", "paper")
+    literature: tuple[Literal["field", "paper"], ...] = ("field", "paper")
     for protocol in literature:
         windows = Text("package:austen", protocol, 64).tokens(tokenizer)
         assert windows[0][0] == 1 and not any(1 in window for window in (windows[0][1:], *windows[1:]))
