@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return from_pretrained
     if name == "pack":
-        from acip.packed import pack
+        from acip.layers.packing import pack
 
         return pack
     raise AttributeError(f"module 'acip' has no attribute {name!r}")

@@ -12,9 +12,9 @@ In an artifact the adapters are folded into the directions, sorted, most importa
 The result is an artifact again. Its removal order and its other rows are the old ones, so it has every size; but what helps this size
 may harm those far above it.
 
-In 4 bit (`Recipe.quantise`, paper 3.4) the kept directions and the dense layers are frozen in 4 bit, and the adapters, in 16 bit, make
+In 4 bit (`Recipe.quantize`, paper 3.4) the kept directions and the dense layers are frozen in 4 bit, and the adapters, in 16 bit, make
 up for what that lost. Its artifact holds the sum, in the model's own dtype: what was trained. An export in 4 bit rounds it once more, as
-factors (acip.quantise).
+factors (acip.export.quantization).
 
     any_size = artifact.load(size=0.5)
     recipe = tuning(artifact, 0.5, post_tune_steps=1000)
@@ -32,19 +32,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acip.artifact import Artifact
-from acip.calibrate import Batches, Loop, Observe, training
-from acip.cut import Budget
+from acip.artifact.artifact import Artifact
+from acip.calibration.loop import Batches, Loop, Observe, training
+from acip.calibration.losses import Task, next_token
+from acip.calibration.state import CalibrationState, StepReport
 from acip.errors import BudgetError, RecipeError
-from acip.layers import weight_MN
-from acip.linear import ElasticLinear, LoRA
-from acip.losses import Task, next_token
-from acip.materialise import AnySize
+from acip.layers.directions import DirectionMatrix, FourBitLinear
+from acip.layers.linear import ElasticLinear, LoRA
+from acip.layers.targets import weight_MN
 from acip.modeling_acip import set_module, widened
 from acip.recipe import Recipe
-from acip.rows import FourBitLinear, Rows
-from acip.scores import ScoreMap
-from acip.state import CalibrationState, StepReport
+from acip.sizing.cut_table import Budget
+from acip.sizing.elastic_model import ElasticModel
+from acip.sizing.score_map import ScoreMap
 
 STEPS, LR = 25_000, 2e-4  # paper, Appendix B
 
@@ -59,7 +59,7 @@ def tuning(artifact: Artifact, size: float, **changes: Any) -> Recipe:
     calibration = artifact.recipe
     recipe = replace(
         calibration, stop_ratio=size, convention="linear", scores_until=None, post_tune="stop", post_tune_steps=STEPS, total_steps=None,
-        lr=LR, post_tune_lr=None, distill=0.0, quantise="none", seed=calibration.seed + 1,
+        lr=LR, post_tune_lr=None, distill_weight=0.0, quantize="none", seed=calibration.seed + 1,
         adapter_rank=calibration.adapter_rank or Recipe.adapter_rank,
     )  # fmt: skip
     recipe = Recipe.from_dict(changes, recipe)
@@ -73,7 +73,7 @@ def tuning(artifact: Artifact, size: float, **changes: Any) -> Recipe:
     return recipe
 
 
-def attach(any_size: AnySize, recipe: Recipe) -> None:
+def attach(any_size: ElasticModel, recipe: Recipe) -> None:
     """Trainable adapters on the present size of `any_size`, in place; it can't be resized any more. In 4 bit where the recipe says so."""
     torch.manual_seed(recipe.seed)  # the adapters' start
     any_size.fill = None
@@ -83,7 +83,7 @@ def attach(any_size: AnySize, recipe: Recipe) -> None:
 
 
 def finetune(
-    any_size: AnySize,
+    any_size: ElasticModel,
     scores: ScoreMap,
     batches: Batches,
     recipe: Recipe,
@@ -92,9 +92,9 @@ def finetune(
     task: Task = next_token,
     look_every: int | None = None,
 ) -> list[StepReport]:
-    """Train what `attach` put on, in place; `recipe.post_tune_steps` steps of `recipe.lr`, from a fresh optimiser (Appendix B).
+    """Train what `attach` put on, in place; `recipe.post_tune_steps` steps of `recipe.lr`, from a fresh optimizer (Appendix B).
 
-    With `recipe.distill` the base model's own layers must have been loaded, too. `resume` is a folder that `CalibrationState.save`
+    With `recipe.distill_weight` the base model's own layers must have been loaded, too. `resume` is a folder that `CalibrationState.save`
     wrote. Raises CalibrationError where the loss is not finite.
     """
     assert any_size.cut is not None, "load a size first"
@@ -118,7 +118,7 @@ def scores_of(artifact: Artifact, device: str | torch.device = "cpu") -> ScoreMa
     return ScoreMap(names, tuple(offsets), kept["score"].to(device), kept["crossing"].to(device))
 
 
-def save(folder: str | Path, artifact: Artifact, any_size: AnySize, provenance: Mapping[str, Any]) -> Artifact:
+def save(folder: str | Path, artifact: Artifact, any_size: ElasticModel, provenance: Mapping[str, Any]) -> Artifact:
     """`artifact` with what `any_size` learned folded in, written into an empty `folder`. Its curve is not measured yet."""
     factors: dict[str, Tensor] = {}
     adapters: dict[str, Tensor] = {}
@@ -142,16 +142,16 @@ def save(folder: str | Path, artifact: Artifact, any_size: AnySize, provenance: 
 
 
 def _dense(layer: ElasticLinear, recipe: Recipe) -> ElasticLinear:
-    if recipe.quantise != "none":
+    if recipe.quantize != "none":
         W_MN = weight_MN(layer.original)
-        layer = ElasticLinear(FourBitLinear(layer.original, W_MN, recipe.quantise), layer.left, layer.right)
+        layer = ElasticLinear(FourBitLinear(layer.original, W_MN, recipe.quantize), layer.left, layer.right)
         layer.park()
     return layer
 
 
 def _adapted(layer: ElasticLinear, recipe: Recipe) -> ElasticLinear:
     left, right = layer.left.read(layer.kept), layer.right.read(layer.kept)
-    beside, rank, R, bits = layer.lead, layer.rank, recipe.adapter_rank, recipe.quantise
+    beside, rank, R, bits = layer.lead, layer.rank, recipe.adapter_rank, recipe.quantize
     (M, N), scale = (left.shape[1], right.shape[1]), recipe.adapter_alpha / R
     assert rank is not None
 
@@ -166,6 +166,6 @@ def _adapted(layer: ElasticLinear, recipe: Recipe) -> ElasticLinear:
     else:
         loras = {"right": lora(N, rank), "left": lora(rank, M)}
 
-    core = ElasticLinear(layer.original, Rows.of(left[beside:], bits), Rows.of(right[beside:], bits), loras)
+    core = ElasticLinear(layer.original, DirectionMatrix.of(left[beside:], bits), DirectionMatrix.of(right[beside:], bits), loras)
     core.set_rank(rank)
     return core

@@ -5,7 +5,7 @@
     model.prune_model_by_score(size_ratio=0.5)                     another size, at once, as often as you like
     model.compress()                                               plain layers, adapters folded in; memory falls
     model.quantize("nf4")                                          their matrices in 4 bit
-    model.save_pretrained("folder")                                an export (acip/export.py)
+    model.save_pretrained("folder")                                an export (acip/export/folder.py)
 
 Each of the three returns the model, and works on it in place. What `compress` dropped is read again from the artifact
 when another size is asked for.
@@ -21,18 +21,18 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from acip import modeling_acip
-from acip.artifact import CONFIG, MANIFEST, Artifact
+from acip.artifact.artifact import CONFIG, MANIFEST, Artifact
+from acip.artifact.byte_sources import HUB_ID
 from acip.base import check_report, quiet
-from acip.budget import Budget
-from acip.cut import Cut
 from acip.errors import ArtifactError, BudgetError, foreign_errors
-from acip.export import adopt, any_size_class, export, framed, free, sized, write
-from acip.hub import snapshot
-from acip.materialise import AnySize
+from acip.export.folder import any_size_class, check_target, compressed_model, empty_model, export, move_modules, write
+from acip.export.hub import snapshot
+from acip.export.quantization import BEST, Kind, counted, kind_of, quantize_in_place
 from acip.modeling_acip import MODEL_TYPE, set_module
-from acip.quantise import BEST, Kind, counted, kind_of, quantise_in_place
 from acip.recipe import Convention
-from acip.source import HUB_ID
+from acip.sizing.budget import Budget
+from acip.sizing.cut_table import Cut
+from acip.sizing.elastic_model import ElasticModel
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 IDLE_ARGUMENTS = (  # what transformers passes on to every model
@@ -47,7 +47,7 @@ def from_pretrained(
     quantize: Kind | Literal["best"] | None = None,
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
-    """An artifact as a transformers model of `size` (default: the base model), with the methods of `AnySizeModel`.
+    """An artifact as a transformers model of `size` (default: the base model), with the methods of `ElasticCausalLM`.
 
     `quantize` compresses, too; "best" only where the curves that were measured in 8 and 4 bit say that it is better. A folder that
     was exported at one size is loaded as it is. At a size only its bytes are read, and those of larger ones when they are asked for.
@@ -55,9 +55,9 @@ def from_pretrained(
     """
     budget = None if size is None else as_budget(size)
     if isinstance(source, Artifact):
-        return _sized(source, budget, quantize, device)
+        return _compressed(source, budget, quantize, device)
     if "://" in str(source) and not str(source).startswith("file://"):
-        raise ArtifactError(f"{source} is no folder. Open it with acip_platform.store.Store, and pass what comes back.")
+        raise ArtifactError(f"{source} is no folder. Open it with acip_platform.storage.store.Store, and pass what comes back.")
     folder = Path(url2pathname(urlparse(str(source)).path) if str(source).startswith("file://") else source)
     if not folder.exists() and re.fullmatch(HUB_ID, str(source)):
         folder = Path(snapshot(str(source)))
@@ -75,7 +75,7 @@ def from_pretrained(
             exported, report = loaded
             check_report(f"the export {folder}", exported, report, ArtifactError)
             return exported.to(device)
-    return _sized(Artifact.open(folder), budget, quantize, device)
+    return _compressed(Artifact.open(folder), budget, quantize, device)
 
 
 def through_transformers(
@@ -114,12 +114,12 @@ def through_transformers(
     return model
 
 
-def _sized(
+def _compressed(
     artifact: Artifact, budget: Budget | None, quantize: Kind | Literal["best"] | None, device: str | torch.device
 ) -> PreTrainedModel:
     if budget is None and quantize == BEST:
         raise BudgetError('quantize="best" needs a size in bytes, memory or perplexity, like size="8GB".')
-    model = AnySizeModel.of(artifact, device, None if budget is None else counted(budget, quantize))
+    model = ElasticCausalLM.of(artifact, device, None if budget is None else counted(budget, quantize))
     if quantize is not None and (kind := kind_of(model.cut, quantize)) is not None:
         model.quantize(kind)
     return cast(PreTrainedModel, model)
@@ -133,31 +133,31 @@ def as_budget(size: float | str | Budget) -> Budget:
 
 def __getattr__(name: str) -> Any:
     """The classes of models of any size by their names: pickle looks for them here."""
-    if not name.startswith("AnySize"):
+    if not name.startswith("ElasticModel"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return any_size_class(AnySizeModel, getattr(modeling_acip, f"Acip{name.removeprefix('AnySize')}"))
+    return any_size_class(ElasticCausalLM, getattr(modeling_acip, f"Acip{name.removeprefix('AnySize')}"))
 
 
-class AnySizeModel:
+class ElasticCausalLM:
     """Mixed into the base model's class: a resident model of every size until `compress`, a plain model of one after it."""
 
     artifact: Artifact
-    any_size: AnySize | None  # None once compressed
+    any_size: ElasticModel | None  # None once compressed
     cut: Cut
 
     @classmethod
-    def of(cls, artifact: Artifact, device: str | torch.device = "cpu", budget: Budget | None = None) -> "AnySizeModel":
+    def of(cls, artifact: Artifact, device: str | torch.device = "cpu", budget: Budget | None = None) -> "ElasticCausalLM":
         any_size = artifact.load(device, budget)
-        model: Any = framed(any_size.model, cls)
+        model: Any = empty_model(any_size.model, cls)
         model.artifact = artifact
-        adopt(model, any_size.model)
+        move_modules(model, any_size.model)
         model._own(any_size)
-        return cast(AnySizeModel, model)
+        return cast(ElasticCausalLM, model)
 
     def prune_model_by_score(
         self, size_ratio: float | None = None, compression_rate: float | None = None, convention: Convention = "linear"
-    ) -> "AnySizeModel":
-        """The largest size up to `size_ratio` of the base model, in `convention` (acip/cut.py). `compression_rate` = 1 - `size_ratio`."""
+    ) -> "ElasticCausalLM":
+        """The largest size up to `size_ratio` of the base model, in `convention` (acip/sizing/cut_table.py). `compression_rate` = 1 - `size_ratio`."""
         if (size_ratio is None) == (compression_rate is None):
             raise BudgetError("give either size_ratio (0.4 keeps 40 %) or compression_rate (0.6 takes 60 % away), and not both.")
         if size_ratio is None:
@@ -167,7 +167,7 @@ class AnySizeModel:
             size_ratio = round(1 - compression_rate, 12)
         return self.resize(Budget(ratio=size_ratio, convention=convention))
 
-    def resize(self, budget: Budget | float | str) -> "AnySizeModel":
+    def resize(self, budget: Budget | float | str) -> "ElasticCausalLM":
         """The largest size within any budget. `cut` says what was got."""
         if self.any_size is None:
             model = cast(PreTrainedModel, self)
@@ -183,22 +183,22 @@ class AnySizeModel:
             self.cut = self.any_size.resize(as_budget(budget))
         return self
 
-    def compress(self) -> "AnySizeModel":
+    def compress(self) -> "ElasticCausalLM":
         """Plain layers in their smallest form, adapters folded in. The other sizes leave the memory."""
         if self.any_size is not None:
-            small, model = sized(self.any_size), cast(Any, self)
+            small, model = compressed_model(self.any_size), cast(Any, self)
             acip = small.config.acip
-            adopt(model, small)
+            move_modules(model, small)
             model.config.acip = acip
             model.requires_grad_(True)
             self.any_size = None
         return self
 
-    def quantize(self, kind: Kind | None = None) -> "AnySizeModel":
+    def quantize(self, kind: Kind | None = None) -> "ElasticCausalLM":
         """The compressed layers' matrices in 4 bit (nf4, fp4) or 8 bit (int8). Default: as the size was counted, else nf4."""
         kind = kind_of(self.cut, kind) or "nf4"  # refuses more bits than the budget was counted in
         self.compress()
-        quantise_in_place(cast(PreTrainedModel, self), kind)
+        quantize_in_place(cast(PreTrainedModel, self), kind)
         return self
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
@@ -209,14 +209,14 @@ class AnySizeModel:
             return export(self.any_size, self.artifact, save_directory, max_shard_size=kwargs.get("max_shard_size", "5GB"))
         if args or kwargs.keys() - {"max_shard_size"} or getattr(self, "_hf_peft_config_loaded", False):
             return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        if self.cut.bits is not None and cast(Any, self).config.acip["quantise"] is None:
+        if self.cut.bits is not None and cast(Any, self).config.acip["quantize"] is None:
             raise ArtifactError(f"this size was cut to fit in {self.cut.bits} bit: call quantize() before it is saved.")
-        return write(cast(PreTrainedModel, self), self.cut, self.artifact, free(save_directory), **kwargs)
+        return write(cast(PreTrainedModel, self), self.cut, self.artifact, check_target(save_directory), **kwargs)
 
-    def _own(self, any_size: AnySize) -> None:
+    def _own(self, any_size: ElasticModel) -> None:
         """The layers of `any_size` are in this model: from now on there is no other with them."""
         model = any_size.model = cast(Any, self)
-        model.config.acip = {**model.config.acip, "quantise": None, "layers": {}}
+        model.config.acip = {**model.config.acip, "quantize": None, "layers": {}}
         model.requires_grad_(False)
         self.any_size = any_size
         assert any_size.cut is not None

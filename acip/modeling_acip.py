@@ -5,7 +5,7 @@ installed, `import acip` makes transformers know it, and nothing in the folder i
 
 config.json is the base model's own, with model_type "acip", `base_model_type`, and what the layers became:
 
-    "acip": {"base_class": "LlamaForCausalLM", "quantise": null,
+    "acip": {"base_class": "LlamaForCausalLM", "quantize": null,
              "layers": {"model.layers.0.self_attn.q_proj": {"form": "pivot", "rank": 37}, ...}}
 
     form      tensors                                    y = W x + b from
@@ -15,7 +15,7 @@ config.json is the base model's own, with model_type "acip", `base_model_type`, 
     pivot     pivots.weight [q, N], combine.weight       q rows of W, and every other row as a combination of them;
               [M - q, q], place [M], bias                place[i] is where row i of W is found
 
-Quantised (nf4, fp4, int8), each of these weights is `codes` and `absmax` (`QuantLinear`).
+Quantized (nf4, fp4, int8), each of these weights is `codes` and `absmax` (`QuantLinear`).
 """
 
 import shutil
@@ -33,7 +33,7 @@ from transformers import PreTrainedConfig
 
 MODEL_TYPE = "acip"
 CODE = "modeling_acip.py"
-BLOCK = 64  # numbers of a row that share a scale in 4 bit
+QUANT_BLOCK = 64  # numbers of a row that share a scale in 4 bit
 LEVELS = {  # bitsandbytes' values of the 16 codes, times the scale
     "nf4": (
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -149,7 +149,7 @@ def pivot_rows(left_Mq: Tensor) -> Tensor:
 
 
 def plain_linear(weight_MN: Tensor, bias_M: Tensor | None) -> nn.Linear:
-    """An nn.Linear around given tensors, without allocating or initialising others."""
+    """An nn.Linear around given tensors, without allocating or initializing others."""
     layer = nn.Linear(1, 1, bias=bias_M is not None, device="meta")
     layer.out_features, layer.in_features = weight_MN.shape
     layer.weight = nn.Parameter(weight_MN, requires_grad=False)
@@ -159,7 +159,7 @@ def plain_linear(weight_MN: Tensor, bias_M: Tensor | None) -> nn.Linear:
 
 
 class QuantLinear(nn.Module):
-    """y = W x + b with the matrix in 8 or 4 bit, dequantised where it is multiplied (W8A16, W4A16).
+    """y = W x + b with the matrix in 8 or 4 bit, dequantized where it is multiplied (W8A16, W4A16).
 
     int8         `codes` int8 [M, N], `absmax` float32 [M, 1]: W = codes absmax / 127
     nf4, fp4     `codes` uint8 [M, ceil(N / 64) 32], two numbers a byte, the first one high; `absmax` float32 [M, ceil(N / 64)]
@@ -181,23 +181,23 @@ class QuantLinear(nn.Module):
     def blank(cls, layer: nn.Module, kind: str) -> "QuantLinear":
         """The same with nothing in it yet: shapes for weights to come."""
         (M, N), device = weight_MN(layer).shape, weight_MN(layer).device
-        blocks = 1 if kind == "int8" else -(-N // BLOCK)
+        blocks = 1 if kind == "int8" else -(-N // QUANT_BLOCK)
         codes = torch.zeros(M, N, dtype=torch.int8, device=device)
         if kind != "int8":
-            codes = torch.zeros(M, blocks * BLOCK // 2, dtype=torch.uint8, device=device)
+            codes = torch.zeros(M, blocks * QUANT_BLOCK // 2, dtype=torch.uint8, device=device)
         return cls(codes, torch.zeros(M, blocks, device=device), N, kind, bias_of(layer))
 
-    def dequantised(self, dtype: torch.dtype) -> Tensor:
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
         """W [M, N]."""
         absmax = self.absmax.float()
         if self.kind == "int8":
             return (self.codes * (absmax / 127)).to(dtype)
         pairs = _pairs(self.kind, self.codes.device)[self.codes.int()]  # [M, bytes, 2]
-        W = pairs.reshape(len(pairs), -1, BLOCK) * absmax[..., None]
+        W = pairs.reshape(len(pairs), -1, QUANT_BLOCK) * absmax[..., None]
         return W.flatten(1)[:, : self.in_features].to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dequantised(x.dtype), self.bias)
+        return F.linear(x, self.dequantized(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}"
@@ -285,15 +285,15 @@ class AcipConfig(PreTrainedConfig):
         return config_class.from_dict(fields, **kwargs)
 
 
-def door(config: dict[str, Any], base_class: str) -> dict[str, Any]:
+def artifact_config(config: dict[str, Any], base_class: str) -> dict[str, Any]:
     """A base model's config.json as that of its artifact, from which transformers loads any size where acip is installed."""
-    acip: dict[str, Any] = {"base_class": base_class, "quantise": None, "layers": {}, "artifact": True}
+    acip: dict[str, Any] = {"base_class": base_class, "quantize": None, "layers": {}, "artifact": True}
     architectures = [f"Acip{base_class}"]
     return config | {"model_type": MODEL_TYPE, "base_model_type": config["model_type"], "architectures": architectures, "acip": acip}
 
 
 def base_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
-    """The base model's config, from what `door` made of it."""
+    """The base model's config, from what `artifact_config` made of it."""
     from transformers import CONFIG_MAPPING
 
     kept = {key: value for key, value in fields.items() if key not in ("model_type", "base_model_type", "acip")}
@@ -301,7 +301,7 @@ def base_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
     return found
 
 
-class SizedConfig:
+class CompressedConfig:
     """Mixed into the base model's config class. In memory it is that config; on disk it is an `AcipConfig`."""
 
     model_type: str
@@ -317,7 +317,7 @@ class SizedConfig:
         }
 
 
-class SizedModel:
+class CompressedModel:
     """Mixed into the base model's class: its layers are those of the config, before weights are loaded."""
 
     _keep_in_fp32_modules_strict = ("absmax",)
@@ -326,9 +326,9 @@ class SizedModel:
         super().__init__(config, *inputs, **kwargs)  # type: ignore[call-arg]
         model: Any = self
         shrink(model, config.acip["layers"])
-        kind = config.acip.get("quantise")
+        kind = config.acip.get("quantize")
         if kind is not None and kind not in KINDS:
-            raise ValueError(f"config.json says quantise {kind!r}; allowed are {', '.join(KINDS)} or null.")
+            raise ValueError(f"config.json says quantize {kind!r}; allowed are {', '.join(KINDS)} or null.")
         if kind is not None:
             swap_linears(model, config.acip["layers"], lambda linear: QuantLinear.blank(linear, kind))
 
@@ -378,15 +378,15 @@ def classes(base_type: str, base_class: str) -> tuple[Any, Any]:
     plans = dict.fromkeys(("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan"))  # for the base's layers, not ours
     defaults: dict[str, Any] = {
         "base_class": base_class,
-        "quantise": None,
+        "quantize": None,
         "layers": {},
     }  # of a config made without arguments, as transformers prints it
-    body = {"__module__": __name__, "model_type": base_config.model_type, "__doc__": SizedConfig.__doc__, "acip": defaults, **plans}
-    config_class: Any = type(f"Acip{base_class}Config", (SizedConfig, base_config), body)
-    keep = (*(base_model._keep_in_fp32_modules_strict or ()), *SizedModel._keep_in_fp32_modules_strict)
+    body = {"__module__": __name__, "model_type": base_config.model_type, "__doc__": CompressedConfig.__doc__, "acip": defaults, **plans}
+    config_class: Any = type(f"Acip{base_class}Config", (CompressedConfig, base_config), body)
+    keep = (*(base_model._keep_in_fp32_modules_strict or ()), *CompressedModel._keep_in_fp32_modules_strict)
     body = {
-        "__module__": __name__, "__doc__": SizedModel.__doc__, "config_class": config_class, "_keep_in_fp32_modules_strict": list(keep),
+        "__module__": __name__, "__doc__": CompressedModel.__doc__, "config_class": config_class, "_keep_in_fp32_modules_strict": list(keep),
     }  # fmt: skip
-    model_class: Any = type(f"Acip{base_class}", (SizedModel, base_model), body)
+    model_class: Any = type(f"Acip{base_class}", (CompressedModel, base_model), body)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     return config_class, model_class

@@ -21,14 +21,14 @@ Scores = Literal["fisher", "order", "gradient", "singular_values"]
 Storage = Literal["pivot", "factors"]
 Convention = Literal["linear", "paper", "model"]
 PostTune = Literal["stop", "sizes"]
-Quantise = Literal["none", "nf4", "fp4"]
+Quantize = Literal["none", "nf4", "fp4"]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 LARGEST = 2**31  # whole numbers in files are below it
 
 
 @dataclass(frozen=True)
 class Recipe:
-    # Parametrisation (2.2.1)
+    # Parametrization (2.2.1)
     basis: Basis = "covariance"  # directions of a layer: eigenvectors of W C W^T (ours), or the SVD's of W (the paper)
     sample_windows: int = 64  # windows of calibration text behind the covariance basis and the Fisher scores; >= 1
     exclude: tuple[str, ...] = ()  # layers whose dotted name contains one of these stay as they are (D.8)
@@ -38,12 +38,14 @@ class Recipe:
     adapter_alpha: float = 16.0  # adapters are scaled by alpha / R
     adapter_dropout: float = 0.0  # [0, 1); each layer then keeps its own dropped input
     dtype: Dtype = "bfloat16"  # of the weights; masks, scores, adapters and optimizer state are float32, or float64 with float64
-    quantise: Quantise = "none"  # weights and directions in 4 bit (3.4); `transfer` carries the result over to full precision
+    quantize: Quantize = "none"  # weights and directions in 4 bit (3.4); `transfer` carries the result over to full precision
 
     # Data
     batch_size: int = 4  # windows per forward pass
-    accumulate: int = 1  # forward passes per optimiser step
-    recompute: bool = False  # activations again in the backward pass instead of keeping them: less memory, one more forward pass
+    gradient_accumulation_steps: int = 1  # forward passes per optimizer step
+    gradient_checkpointing: bool = (
+        False  # activations again in the backward pass instead of keeping them: less memory, one more forward pass
+    )
     seq_len: int = 1024  # tokens per window
     seed: int = 0  # order of the windows, adapters' start, dropout, sizes in post-tuning
 
@@ -53,10 +55,10 @@ class Recipe:
     lr: float = 5e-5  # AdamW, masks and adapters; > 0
     lambda_start: float = 1e-3  # weight of the L1 term on the masks; > 0
     lambda_factor: float = 1.01  # lambda grows by this factor; >= 1
-    lambda_interval: int = 4  # every so many optimiser steps
+    lambda_interval: int = 4  # every so many optimizer steps
     stop_ratio: float = 0.4  # pruning stops at this size (D.4); (0, 1)
-    convention: Convention = "linear"  # what stop_ratio and the sizes in post-tuning count; see acip.cut
-    distill_prune: float = (
+    convention: Convention = "linear"  # what stop_ratio and the sizes in post-tuning count; see acip.sizing.cut_table
+    prune_distill_weight: float = (
         0.5  # share of KL to the base model's distribution in the task loss; [0, 1), as KL alone starts without a gradient
     )
     scores_until: float | None = None  # the score map is frozen below this size, while pruning goes on to the stop ratio (D.5)
@@ -67,11 +69,11 @@ class Recipe:
     total_steps: int | None = None  # of pruning and post-tuning together; None = post_tune_steps after however many pruning took
     post_tune: PostTune = "sizes"  # stop: the smallest size only (the paper); sizes: the smallest and U[stop, 1] in turn
     post_tune_lr: float | None = None  # None = lr
-    distill: float = 1.0  # share of KL to the base model's distribution in post-tuning's loss; [0, 1]
+    distill_weight: float = 1.0  # share of KL to the base model's distribution in post-tuning's loss; [0, 1]
 
     # Any size (2.2.3)
-    storage: Storage = "pivot"  # how a compressed layer is stored, and so what a rank costs; see acip.cut
-    reset: bool = True  # a layer that saves nothing is the original one, without adapter (D.3)
+    storage: Storage = "pivot"  # how a compressed layer is stored, and so what a rank costs; see acip.sizing.cut_table
+    dense_if_no_saving: bool = True  # a layer that saves nothing is the original one, without adapter (D.3)
 
     def __post_init__(self) -> None:
         for name, rule, ok in (
@@ -81,7 +83,7 @@ class Recipe:
             ("adapter_alpha", "> 0", self.adapter_alpha > 0),
             ("adapter_dropout", "in [0, 1)", 0 <= self.adapter_dropout < 1),
             ("batch_size", ">= 1", self.batch_size >= 1),
-            ("accumulate", ">= 1", self.accumulate >= 1),
+            ("gradient_accumulation_steps", ">= 1", self.gradient_accumulation_steps >= 1),
             ("seq_len", ">= 2", self.seq_len >= 2),
             ("lr", "> 0", self.lr > 0),
             ("lambda_start", "> 0", self.lambda_start > 0),
@@ -92,8 +94,8 @@ class Recipe:
             ("post_tune_steps", ">= 0", self.post_tune_steps >= 0),
             ("total_steps", ">= 1", self.total_steps is None or self.total_steps >= 1),
             ("post_tune_lr", "> 0", self.post_tune_lr is None or self.post_tune_lr > 0),
-            ("distill_prune", "in [0, 1)", 0 <= self.distill_prune < 1),
-            ("distill", "in [0, 1]", 0 <= self.distill <= 1),
+            ("prune_distill_weight", "in [0, 1)", 0 <= self.prune_distill_weight < 1),
+            ("distill_weight", "in [0, 1]", 0 <= self.distill_weight <= 1),
             ("scores_until", "in (stop_ratio, 1)", self.scores_until is None or self.stop_ratio < self.scores_until < 1),
         ):
             if not ok:
@@ -191,8 +193,8 @@ def acip() -> Recipe:
 def paper() -> Recipe:
     """The paper to the letter: SVD basis, sizes without adapters, post-tuning at the stop ratio only (Appendix B)."""
     return Recipe(
-        basis="svd", adapter="layer", adapter_dropout=0.05, scores="order", convention="paper", distill_prune=0.0,
-        post_tune="stop", distill=0.0, storage="factors",
+        basis="svd", adapter="layer", adapter_dropout=0.05, scores="order", convention="paper", prune_distill_weight=0.0,
+        post_tune="stop", distill_weight=0.0, storage="factors",
     )  # fmt: skip
 
 

@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from acip_platform import arena_report
-from acip_platform.arena import Arena, ArenaError, Results, entries, hold
 from acip_platform.cluster import connect
-from acip_platform.console import Watch, console, exit_code, lines
-from acip_platform.inbox import open_inbox
-from acip_platform.schedule import nodes, pool
+from acip_platform.evaluation import method_comparison_report
+from acip_platform.evaluation.method_comparison import Arena, ArenaError, Results, entries, hold
+from acip_platform.reporting.console import Watch, console, exit_code, lines
+from acip_platform.scheduling.events import open_event_queue
+from acip_platform.scheduling.job_queue import nodes, pool
 from acip_platform.settings import Settings
 
 from acip.recipe import did_you_mean
@@ -61,16 +61,16 @@ def run(args: argparse.Namespace, out: Any) -> int:
     failures = []
     if todo:
         connect(settings)
-        inbox = open_inbox()
+        inbox = open_event_queue()
         with Watch(out, inbox):
             failures = hold(arena, results, inbox, there or nodes(), lambda text: out.print(text, markup=False))
     rows = results.of(whole)  # those of other methods, too
     if rows:
-        out.print(arena_report.table(rows, whole))
-        out.print(arena_report.costs(rows))
+        out.print(method_comparison_report.table(rows, whole))
+        out.print(method_comparison_report.costs(rows))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{arena.name}.md").write_text(arena_report.markdown(rows, whole), encoding="utf-8")
-        arena_report.figure(rows, whole).savefig(folder / f"{arena.name}.png", dpi=150)
+        (folder / f"{arena.name}.md").write_text(method_comparison_report.markdown(rows, whole), encoding="utf-8")
+        method_comparison_report.figure(rows, whole).savefig(folder / f"{arena.name}.png", dpi=150)
         lines(out, {kind: str(folder / f"{arena.name}.{suffix}") for kind, suffix in (("rows", "json"), ("table", "md"), ("plot", "png"))})
     for entry, error in failures:
         out.print(f"[{entry.method} {', '.join(f'{size:g}' for size in entry.sizes)}] FAILED: {error}", markup=False)

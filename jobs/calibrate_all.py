@@ -21,24 +21,25 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from acip_platform import figures, story
 from acip_platform.cluster import Cluster, connect
-from acip_platform.console import Watch, console, duration, exit_code, lines, shell, trade_off_table
-from acip_platform.fleet import Fleet, Job
-from acip_platform.inbox import open_inbox
-from acip_platform.lease import Leases
-from acip_platform.provenance import commit
-from acip_platform.schedule import Outcome, Share, nodes, pool, run_all, share
+from acip_platform.reporting import figures
+from acip_platform.reporting.console import Watch, console, duration, exit_code, lines, shell, trade_off_table
+from acip_platform.scheduling.events import open_event_queue
+from acip_platform.scheduling.fleet import Fleet, Job
+from acip_platform.scheduling.job_queue import Outcome, Resources, nodes, pool, resources_of, run_all
+from acip_platform.scheduling.leases import Leases
 from acip_platform.settings import Settings, masked, this_program
-from acip_platform.store import Store
-from acip_platform.tracking import CHAMPION, ModelVersion, Registry, Run, Tracking, check_registers, reached, runs_page
-from acip_platform.train import run_job
+from acip_platform.storage.store import Store
+from acip_platform.tracking import run_descriptions
+from acip_platform.tracking.provenance import commit
+from acip_platform.tracking.runs import CHAMPION, ModelVersion, Registry, Run, Tracking, check_registers, reached, runs_page
+from acip_platform.training.worker import run_job
 
+from acip.artifact.read_back import read_back
 from acip.base import outline
+from acip.calibration.memory_plan import predict
 from acip.data import HUB, documents
 from acip.errors import AcipError
-from acip.memory import predict
-from acip.read_back import read_back
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace, out: Any) -> int:
     os.environ.setdefault("ACIP_COMMIT", commit())  # workers may have the code without its history
     cluster = connect(settings)
     there = functools.partial(pool, args.pool) if args.pool else nodes
-    shares = {job.name: share(job, there()) for job in jobs}
+    shares = {job.name: resources_of(job, there()) for job in jobs}
     tracking, registry, store = Tracking(settings, f"acip/{fleet.name}"), Registry(settings), Store.of(settings)
     attempts = {job.name: attempt_of(job, args.force) for job in jobs}
     done = {} if args.force else {job.name: version for job in jobs if (version := finished(job, registry, store)) is not None}
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace, out: Any) -> int:
         if args.dry_run:
             return plan([job for job in jobs if job.name not in done], shares, settings, out)
 
-        inbox = open_inbox()
+        inbox = open_event_queue()
         outcomes = [Outcome(job, None, taken[job.name]) for job in jobs if job.name in taken and job.name not in done]
 
         def calibrate(job: Job) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace, out: Any) -> int:
     return last_screen(out, settings, outcomes, done, time.monotonic() - began, runs_page(settings, tracking.experiment_id))
 
 
-def plan(jobs: list[Job], shares: dict[str, Share], settings: Settings, out: Any) -> int:
+def plan(jobs: list[Job], shares: dict[str, Resources], settings: Settings, out: Any) -> int:
     """What a dry run says besides the first screen: the curve, memory, places; 1 where something is not there."""
     code = 0
     for job in jobs:
@@ -183,16 +184,16 @@ def finish_fleet(parent: Run, outcomes: list[Outcome]) -> None:
     good = {outcome.job.name: outcome.summary["curve"] for outcome in outcomes if outcome.summary is not None}
     for name, rows in good.items():
         if parent.last_step(f"excess_loss_nats/{name}") == 0:
-            parent.metrics(story.excess(name, rows))
+            parent.metrics(run_descriptions.excess(name, rows))
     if good:
         parent.figure(figures.curves(good, excess=True), "tradeoffs.png")
-    parent.describe(story.of_fleet(outcomes))
+    parent.describe(run_descriptions.of_fleet(outcomes))
     parent.finish("FINISHED" if len(good) == len(outcomes) else "FAILED")
 
 
 def start_run(tracking: Tracking, fleet: Fleet, job: Job, attempt: str, parent: Run | None) -> Run:
     run = tracking.start(job.name, attempt, {"fleet": fleet.name, "model": job.name}, parent)
-    run.params(story.settings(job))
+    run.params(run_descriptions.settings(job))
     run.json(job.to_dict(), "recipe.json")
     return run
 
@@ -204,7 +205,7 @@ def first_screen(
     jobs: list[Job],
     done: dict[str, ModelVersion],
     taken: dict[str, str],
-    shares: dict[str, Share],
+    shares: dict[str, Resources],
     cluster: Cluster,
     runs: dict[str, Run],
 ) -> None:
@@ -232,7 +233,7 @@ def first_screen(
         text = (
             f"[{job.name}] {job.base} on {job.data}: {r.basis} basis, {r.scores} scores, "
             f"sizes down to {r.stop_ratio} ({r.convention}), {steps}; "
-            f"{r.batch_size * r.accumulate} x {r.seq_len} tokens a step; {part.gpus:g} GPU, {part.cpus:g} CPU"
+            f"{r.batch_size * r.gradient_accumulation_steps} x {r.seq_len} tokens a step; {part.gpus:g} GPU, {part.cpus:g} CPU"
         )
         out.print(text, markup=False)
 
@@ -263,7 +264,7 @@ def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dic
             "serve": f"{run} jobs/serve.py",
             "move the slider": "http://127.0.0.1:8000/, once it serves",
             "ask at 0.6": f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",
-            "keep 0.6": f"{run} jobs/materialise.py {good[0]} --size 0.6 --out {good[0]}-60",
+            "keep 0.6": f"{run} jobs/materialize.py {good[0]} --size 0.6 --out {good[0]}-60",
             "report": f"{run} jobs/report.py {good[0]} --out report.html",
         })  # fmt: skip
     return 1 if failed else 0

@@ -21,27 +21,27 @@ from typing import Any, get_args
 import ray
 import torch
 from acip_platform.cluster import connect
-from acip_platform.console import Watch, console, duration, evaluation_table, exit_code, lines
-from acip_platform.disk import Disk
-from acip_platform.evaluate import Model, Row, log_rows, measure_sizes, record
-from acip_platform.inbox import open_inbox
-from acip_platform.schedule import Nodes, nodes, pool
+from acip_platform.evaluation.measure import Model, Row, log_rows, measure_sizes, record
+from acip_platform.reporting.console import Watch, console, duration, evaluation_table, exit_code, lines
+from acip_platform.scheduling.events import open_event_queue
+from acip_platform.scheduling.job_queue import Nodes, nodes, pool
 from acip_platform.settings import Settings, masked
-from acip_platform.sources import placed, resolved
-from acip_platform.store import Store, StoreError
-from acip_platform.tracking import CHAMPION, Registry, Run, Tracking, reached, runs_page
+from acip_platform.storage.disk import Disk
+from acip_platform.storage.inputs import placed, resolved
+from acip_platform.storage.store import Store, StoreError
+from acip_platform.tracking.runs import CHAMPION, Registry, Run, Tracking, reached, runs_page
 from filelock import FileLock
 
-from acip.artifact import Artifact
+from acip.artifact.artifact import Artifact
 from acip.base import base_positions, positions
-from acip.budget import Budget
 from acip.data import documents
 from acip.errors import BudgetError, EvaluationError
-from acip.evaluate import DivergenceOn, Efficiency, Measurement, PerplexityOn, QuantisedOn, Samples, TaskScore, Text
+from acip.evaluate import DivergenceOn, Efficiency, Measurement, PerplexityOn, QuantizedOn, Samples, TaskScore, Text
 from acip.evaluate.efficiency import device_name
 from acip.evaluate.samples import PROMPTS
 from acip.evaluate.tasks import check, expand
 from acip.recipe import Dtype
+from acip.sizing.budget import Budget
 
 KINDS = ("perplexity", "divergence", "efficiency", "samples")
 NO_REFERENCE = " (distance from another model with --reference)"
@@ -58,7 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", help="size ratios, 0.6 or 60%% (default: those of the curve, else 1.0 0.8 0.6 0.4)")
     text = parser.add_argument_group("text (default: that of the curve, else package:wikipedia)")
     text.add_argument("--data", nargs="+", metavar="SOURCE", help="package:wikipedia, package:austen, wikitext2, c4, or local text")
-    text.add_argument("--protocol", nargs="+", help="packed, spread, field, paper: see acip/evaluate/text.py (default: packed)")
+    text.add_argument("--protocol", nargs="+", help="packed, spread, field, paper: see acip/evaluate/heldout_text.py (default: packed)")
     text.add_argument("--context", type=int, help="tokens of a window (default: 2048, or as many as the model reads)")
     text.add_argument("--whole", action="store_true", help="all of a text that nothing was calibrated on (default: every eighth document)")
     text.add_argument("--windows", type=int, help="at most so many (default: all)")
@@ -83,7 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE", help="the rows as JSON (default: ACIP_HOME/evaluations/...)")
     args = parser.parse_args()
     if args.base and args.quantize:
-        parser.error("--quantize measures what quantising a size costs: give --model or --artifact.")
+        parser.error("--quantize measures what quantizing a size costs: give --model or --artifact.")
     if min(args.cpus, args.limit, args.shots or 0) < 0 or min(args.batch, args.prompt_tokens) < 1 or args.new_tokens < 2:
         parser.error("--cpus, --limit and --shots are 0 or more, --batch and --prompt-tokens 1 or more, --new-tokens 2 or more.")
     if (args.limit or args.shots is not None or args.task_folder) and not args.tasks:
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace, out: Any, settings: Settings) -> int:
         "measured": ", ".join(dict.fromkeys(one.kind for one in what)) + ("" if artifact or args.reference else NO_REFERENCE),
         "run": f"{mlflow_run.run_id} in experiment {mlflow_run.experiment_id} of {masked(settings.tracking_uri)}",
     })  # fmt: skip
-    inbox = open_inbox()
+    inbox = open_event_queue()
     rows, errors, notes = list[dict[str, Any]](), dict[float, str | None](), list[str]()
     with mlflow_run.ending(lambda: "FAILED" if errors else "FINISHED"), Watch(out, inbox):
         for outcome in measure_sizes(model, sizes, what, settings, inbox, there, args.cpus):
@@ -249,7 +249,7 @@ def measurements(args: argparse.Namespace, texts: list[Text], has_base: bool, th
     what: list[Measurement] = [PerplexityOn(text) for text in texts if "perplexity" not in args.skip]
     reference = resolved(args.reference or "")
     what += [DivergenceOn(text, reference) for text in texts if (has_base or reference) and "divergence" not in args.skip]
-    what += [QuantisedOn(text, kind) for text in texts for kind in args.quantize]
+    what += [QuantizedOn(text, kind) for text in texts for kind in args.quantize]
     what += [TaskScore(task, folder, args.shots, args.limit) for task in expand(args.tasks)]
     if "samples" not in args.skip:
         what.append(Samples(tuple(args.prompts)))

@@ -16,22 +16,22 @@ import time
 from typing import Any, get_args
 
 from acip_platform.cluster import connect
-from acip_platform.console import Watch, console, duration, exit_code, lines, shell, trade_off_table
-from acip_platform.finetune import fingerprint, lineage, tune_one, tuning_job
-from acip_platform.fleet import Job
-from acip_platform.inbox import open_inbox
-from acip_platform.schedule import nodes, pool, run_all, share
+from acip_platform.reporting.console import Watch, console, duration, exit_code, lines, shell, trade_off_table
+from acip_platform.scheduling.events import open_event_queue
+from acip_platform.scheduling.fleet import Job
+from acip_platform.scheduling.job_queue import nodes, pool, resources_of, run_all
 from acip_platform.settings import Settings, masked
-from acip_platform.sources import resolved
-from acip_platform.store import Store
-from acip_platform.tracking import CANDIDATE, ModelVersion, Registry, Tracking, check_registers, reached, runs_page
-from acip_platform.train import run_job
+from acip_platform.storage.inputs import resolved
+from acip_platform.storage.store import Store
+from acip_platform.tracking.runs import CANDIDATE, ModelVersion, Registry, Tracking, check_registers, reached, runs_page
+from acip_platform.training.fine_tuning import fingerprint, lineage, tune_one, tuning_job
+from acip_platform.training.worker import run_job
 
-from acip.budget import Budget
 from acip.data import HUB, documents
 from acip.errors import AcipError, BudgetError
-from acip.evaluate.text import Protocol
+from acip.evaluate.heldout_text import Protocol
 from acip.finetune import LR, STEPS, tuning
+from acip.sizing.budget import Budget
 
 
 def arguments() -> argparse.Namespace:
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
         "model", metavar="NAME[@VERSION]", help="name in the registry, and a version number or alias (default: the champion)"
     )
     parser.add_argument("--size", required=True, help='"0.5" or "50%%" of the target layers, adapters counted')
-    parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=LR, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, help="order of the text, adapters' start, dropout (default: another than the calibration's)")
     parser.add_argument("--distill", type=float, default=0.0, help="share of KL to the base model's distribution (default: %(default)s)")
@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eval-data", help="its held-out part is measured on (default: as the calibration's curve)")
     parser.add_argument("--eval-context", type=int, help="tokens per window of it")
     parser.add_argument("--eval-windows", type=int, help="at most so many; 0 = all")
-    parser.add_argument("--eval-protocol", choices=get_args(Protocol), help="that it is cut by, see acip/evaluate/text.py")
+    parser.add_argument("--eval-protocol", choices=get_args(Protocol), help="that it is cut by, see acip/evaluate/heldout_text.py")
     parser.add_argument("--cpus", type=float, help="of the worker (default: a node's, where there is no GPU)")
     parser.add_argument("--pool", metavar="8xGPU:1,CPU:14", help="nodes that an autoscaler may start (default: the nodes there are)")
     parser.add_argument("--force", action="store_true", help="tune again what is done already")
@@ -77,8 +77,8 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
     version = registry.named(args.model)
     name, artifact = version.name, store.open(version.uri)
     recipe = tuning(artifact, ratio(args.size), **given(
-        post_tune_steps=args.steps, lr=args.lr, seed=args.seed, distill=args.distill, quantise=args.quantise,
-        batch_size=args.batch_size, seq_len=args.seq_len, recompute=args.recompute or None,
+        post_tune_steps=args.steps, lr=args.lr, seed=args.seed, distill_weight=args.distill_weight, quantize=args.quantize,
+        batch_size=args.batch_size, seq_len=args.seq_len, gradient_checkpointing=args.gradient_checkpointing or None,
     ))  # fmt: skip
     changes = given(
         data=args.data and resolved(args.data), eval_data=args.eval_data and resolved(args.eval_data),
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
     there = pool(args.pool) if args.pool else []
     cluster = connect(settings)
     look = (lambda: there) if there else nodes
-    part = share(job, look())
+    part = resources_of(job, look())
     attempt = f"{name}-tuned-{code}" + (f"-{secrets.token_hex(4)}" if args.force else "")
     mlflow_run = Tracking(settings, "acip/finetune").start(
         f"{name} at {recipe.stop_ratio:g}", attempt, {"model": name, **lineage(job, version)}
@@ -111,11 +111,11 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
         "tracking": masked(settings.tracking_uri),
         "run": f"{mlflow_run.run_id} in experiment {mlflow_run.experiment_id}",
         "from": masked(version.uri),
-        "text": f"{job.data}, {recipe.post_tune_steps} steps of {recipe.batch_size * recipe.accumulate} x {recipe.seq_len} tokens",
+        "text": f"{job.data}, {recipe.post_tune_steps} steps of {recipe.batch_size * recipe.gradient_accumulation_steps} x {recipe.seq_len} tokens",
         "worker": f"{part.gpus:g} GPU, {part.cpus:g} CPU",
     })  # fmt: skip
 
-    inbox = open_inbox()
+    inbox = open_event_queue()
     facts = {"version": dataclasses.asdict(version), "fingerprint": code}
 
     def tune(job: Job) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
     out.print()
     out.print(trade_off_table(outcome))
     measured = summary["finetuned"]["perplexity"]
-    kinds = {"": f"at {recipe.stop_ratio:g}"} | ({f"_{recipe.quantise}": f"in {recipe.quantise}"} if recipe.quantise != "none" else {})
+    kinds = {"": f"at {recipe.stop_ratio:g}"} | ({f"_{recipe.quantize}": f"in {recipe.quantize}"} if recipe.quantize != "none" else {})
     found = {
         f"perplexity {where}": f"{measured[f'before{kind}']:.2f} before, {measured[f'after{kind}']:.2f} after"
         for kind, where in kinds.items()
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
 def last_lines(out: Any, settings: Settings, version: ModelVersion, size: float) -> None:
     name, number, run = version.name, version.version, shell(settings)
     lines(out, {
-        "export it": f"{run} jobs/materialise.py {name} --alias {number} --size {size:g} --out {name}-{size * 100:g}-tuned",
+        "export it": f"{run} jobs/materialize.py {name} --alias {number} --size {size:g} --out {name}-{size * 100:g}-tuned",
         "serve it": f"{run} jobs/serve.py --model {name} --alias {CANDIDATE if CANDIDATE in version.aliases else number}",
     })  # fmt: skip
 
@@ -157,7 +157,7 @@ def ratio(text: str) -> float:
     budget = Budget.parse(text)
     if budget.ratio is None:
         raise BudgetError(
-            f'--size is {text!r}; a fine-tuning takes a ratio, like "0.5" or "50%". `jobs/materialise.py` shows that of a budget.'
+            f'--size is {text!r}; a fine-tuning takes a ratio, like "0.5" or "50%". `jobs/materialize.py` shows that of a budget.'
         )
     return budget.ratio
 

@@ -15,26 +15,26 @@ import sys
 from typing import Any, get_args
 
 import torch
-from acip_platform import story
-from acip_platform.console import console, exit_code, lines, shell, trade_off_table
-from acip_platform.finish import Heldout, finish, stored
-from acip_platform.fleet import Job
-from acip_platform.provenance import provenance
-from acip_platform.schedule import Outcome
+from acip_platform.reporting.console import console, exit_code, lines, shell, trade_off_table
+from acip_platform.scheduling.fleet import Job
+from acip_platform.scheduling.job_queue import Outcome
 from acip_platform.settings import Settings
-from acip_platform.sources import resolved
-from acip_platform.store import Store
-from acip_platform.tracking import CANDIDATE, Tracking, check_registers, reached, runs_page
+from acip_platform.storage.inputs import resolved
+from acip_platform.storage.store import Store
+from acip_platform.tracking import run_descriptions
+from acip_platform.tracking.provenance import provenance
+from acip_platform.tracking.runs import CANDIDATE, Tracking, check_registers, reached, runs_page
+from acip_platform.training.completion import Heldout, finish, stored
 from acip_platform.yaml_file import NAME
 
-from acip.artifact import Artifact
+from acip.artifact.artifact import Artifact
+from acip.artifact.published import open_published
+from acip.artifact.read_back import read_back
 from acip.base import Base
-from acip.calibrate import Calibration
-from acip.evaluate.text import Protocol
-from acip.layers import targets
+from acip.calibration.loop import Calibration
+from acip.evaluate.heldout_text import Protocol
+from acip.layers.targets import targets
 from acip.modeling_acip import widened
-from acip.published import open_published
-from acip.read_back import read_back
 
 
 def main() -> int:
@@ -46,7 +46,9 @@ def main() -> int:
     parser.add_argument("--eval-context", type=int, default=2048, help="tokens per window (default: %(default)s)")
     parser.add_argument("--eval-windows", type=int, default=0, help="at most so many windows (default: 0, all)")
     protocols = get_args(Protocol)
-    parser.add_argument("--eval-protocol", default="packed", choices=protocols, help="see acip/evaluate/text.py (default: %(default)s)")
+    parser.add_argument(
+        "--eval-protocol", default="packed", choices=protocols, help="see acip/evaluate/heldout_text.py (default: %(default)s)"
+    )
     args = parser.parse_args()
     if not re.fullmatch(NAME, args.name):
         parser.error(f"--name is {args.name!r}; it may hold only letters, digits, '.', '_' and '-'.")
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace, out: Any) -> None:
     heldout = Heldout.of(job, base)
     fingerprint = f"published-{identity(base, calibration)}"
     mlflow_run = Tracking(settings, "acip/published").start(job.name, f"{job.name}-{fingerprint}", {"model": job.name})
-    mlflow_run.params(story.settings(job))
+    mlflow_run.params(run_descriptions.settings(job))
     mlflow_run.tags({"checkpoint": resolved(args.checkpoint)})
     with mlflow_run.ending():
         store, key = Store.of(settings), f"{job.name}/{fingerprint}"

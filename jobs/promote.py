@@ -14,10 +14,10 @@ import sys
 from typing import Any
 from urllib.parse import quote
 
-from acip_platform.console import console, exit_code, lines
+from acip_platform.reporting.console import console, exit_code, lines
 from acip_platform.settings import Settings
-from acip_platform.store import Store, StoreError
-from acip_platform.tracking import CHAMPION, Registry, reached
+from acip_platform.storage.store import Store, StoreError
+from acip_platform.tracking.runs import CHAMPION, Registry, reached
 from rich.table import Table
 
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
         now = registry.resolve(args.name, args.version)
         if not Store.of(settings).exists(now.uri):
             raise StoreError(f"version {now.version} of {args.name} points at {now.uri}, where there is no artifact. Choose another one.")
-        registry.crown(now)
+        registry.set_champion(now)
     lines(out, {
         "was": was,
         CHAMPION: f"version {now.version} ({now.uri})",

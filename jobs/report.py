@@ -14,11 +14,11 @@ import json
 import sys
 from pathlib import Path
 
-from acip_platform.report import Subject, baseline_rows, facts, page
+from acip_platform.reporting.report import Subject, baseline_rows, facts, page
 from acip_platform.settings import Settings
-from acip_platform.sources import placed
-from acip_platform.store import Store
-from acip_platform.tracking import CHAMPION, Registry, artifacts_inside, reached
+from acip_platform.storage.inputs import placed
+from acip_platform.storage.store import Store
+from acip_platform.tracking.runs import CHAMPION, Registry, artifacts_inside, reached
 
 from acip.errors import AcipError
 

@@ -23,11 +23,11 @@ import urllib.request
 
 from acip_platform.cluster import ClusterError, connect
 from acip_platform.serve.api import BUILD_ARGS, application, check_limits, choose
-from acip_platform.serve.edge import PROXY_ENV
-from acip_platform.serve.keys import Keys
+from acip_platform.serve.http.edge import PROXY_ENV
+from acip_platform.serve.http.keys import Keys
 from acip_platform.settings import Settings, masked
-from acip_platform.store import Store, StoreError
-from acip_platform.tracking import CHAMPION, ModelVersion
+from acip_platform.storage.store import Store, StoreError
+from acip_platform.tracking.runs import CHAMPION, ModelVersion
 
 from acip.errors import AcipError
 

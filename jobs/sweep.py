@@ -4,7 +4,7 @@
     python jobs/sweep.py ... --only NAME       which model, where the fleet has several
     python jobs/sweep.py ... --dry-run         the trials, and stop
 
-The winner has the least area under excess loss over sizes 0.4 to 1.0 (acip/area.py), of the trials that were finished; it is
+The winner has the least area under excess loss over sizes 0.4 to 1.0 (acip/sizing/excess_loss_area.py), of the trials that were finished; it is
 registered as `candidate`. It is chosen by the text that its curve is measured on. The same command after an interruption goes
 on, and repeats no finished trial. Exit code 0 = every trial came to its end, 1 = some failed.
 """
@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from acip_platform import sweep_report
 from acip_platform.cluster import Cluster, connect
-from acip_platform.console import Watch, console, duration, exit_code, lines, shell
-from acip_platform.fleet import Fleet, Job
-from acip_platform.inbox import open_inbox
-from acip_platform.schedule import Share, nodes, pool, share
+from acip_platform.reporting.console import Watch, console, duration, exit_code, lines, shell
+from acip_platform.scheduling.events import open_event_queue
+from acip_platform.scheduling.fleet import Fleet, Job
+from acip_platform.scheduling.job_queue import Resources, nodes, pool, resources_of
 from acip_platform.settings import Settings, masked
-from acip_platform.space import Space
-from acip_platform.sweep import Outcome, Sweep, keep, run, winner
-from acip_platform.tracking import Run, Tracking, check_registers, reached, runs_page
+from acip_platform.tracking.runs import Run, Tracking, check_registers, reached, runs_page
+from acip_platform.training import sweep_report
+from acip_platform.training.sweep import Outcome, Sweep, keep, run, winner
+from acip_platform.training.sweep_space import Space
 
 from acip.errors import AcipError
 
@@ -55,7 +55,7 @@ def sweep_one(args: argparse.Namespace, out: Any) -> int:
     sweep = Sweep.plan(chosen(fleet, args.only), Space.load(args.space))
     there = pool(args.pool) if args.pool else []
     cluster = connect(settings)
-    part = share(sweep.job, there or nodes())
+    part = resources_of(sweep.job, there or nodes())
     if args.dry_run:
         first_screen(out, settings, fleet, sweep, part, cluster)
         return 0
@@ -67,7 +67,7 @@ def sweep_one(args: argparse.Namespace, out: Any) -> int:
         ends.enter_context(parent.ending())
         for name, one in runs.items():
             ends.enter_context(one.ending(partial(ended.__getitem__, name)))
-        inbox = open_inbox()
+        inbox = open_event_queue()
         with Watch(out, inbox):
             outcomes, trunks = run(sweep, part, settings, runs, inbox)
             summaries = keep(sweep, outcomes, part, settings, runs, inbox)
@@ -114,7 +114,7 @@ def start_runs(tracking: Tracking, fleet: Fleet, sweep: Sweep) -> tuple[Run, dic
 
 
 def first_screen(
-    out: Any, settings: Settings, fleet: Fleet, sweep: Sweep, part: Share, cluster: Cluster, parent: Run | None = None
+    out: Any, settings: Settings, fleet: Fleet, sweep: Sweep, part: Resources, cluster: Cluster, parent: Run | None = None
 ) -> None:
     trials, trunks = len(sweep.trials), len(sweep.trunks)
     out.print(f"acip: sweep {sweep.space.name} of {sweep.job.name} in fleet {fleet.name}: {trials} trials on {trunks} trunks", markup=False)
@@ -161,7 +161,7 @@ def last_screen(
     )
     out.print("\nNext:", markup=False)
     name = sweep.job.name
-    lines(out, {"keep 0.6": f"{shell(settings)} jobs/materialise.py {name} --alias candidate --size 0.6 --out {name}-60"})
+    lines(out, {"keep 0.6": f"{shell(settings)} jobs/materialize.py {name} --alias candidate --size 0.6 --out {name}-60"})
     return 1 if failed else 0
 
 

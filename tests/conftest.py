@@ -23,19 +23,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from acip.artifact import Artifact
+from acip.artifact.artifact import Artifact
 from acip.base import Base, load_base
-from acip.calibrate import calibrate
+from acip.calibration.loop import calibrate
+from acip.calibration.parametrize import parametrize
 from acip.data import TokenBatches
-from acip.export import export
-from acip.materialise import AnySize
-from acip.parametrise import parametrise
+from acip.export.folder import export
 from acip.recipe import Recipe
-from tests import fuzz
-from tests.browser import Visit, launched, visiting
-from tests.server import Server, Shared, free_port, make_home
-from tests.small import GOLDEN, byte_tokenizer, write_small_base  # noqa: F401  (other tests import the tokenizer from here)
-from tests.waiting import stop, until
+from acip.sizing.elastic_model import ElasticModel
+from tests.support import fuzzing
+from tests.support.browser import Visit, launched, visiting
+from tests.support.server import Server, Shared, free_port, make_home
+from tests.support.small import GOLDEN, byte_tokenizer, write_small_base  # noqa: F401  (other tests import the tokenizer from here)
+from tests.support.waiting import stop, until
 
 SEED = int(os.environ.get("ACIP_TEST_SEED", "0"))  # of the calibrated fixtures; tests must pass with any
 
@@ -59,19 +59,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker process of pytest-xdist hands over how much it fuzzed."""
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
-        output["fuzzed"] = dict(fuzz.CASES)
+        output["fuzzed"] = dict(fuzzing.CASES)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Add what a worker process fuzzed."""
-    fuzz.CASES.update(getattr(node, "workeroutput", {}).get("fuzzed", {}))
+    fuzzing.CASES.update(getattr(node, "workeroutput", {}).get("fuzzed", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print how much was fuzzed."""
-    if fuzz.CASES:
-        terminalreporter.write_line(f"fuzzed: {sum(fuzz.CASES.values()):,} cases in {len(fuzz.CASES)} tests")
+    if fuzzing.CASES:
+        terminalreporter.write_line(f"fuzzed: {sum(fuzzing.CASES.values()):,} cases in {len(fuzzing.CASES)} tests")
 
 
 def write_fleet(path: Path, settings: str, *models: str) -> Path:
@@ -127,7 +127,7 @@ def quick_recipe() -> Recipe:
 def calibrated(small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor) -> Any:
     """(base, calibration) of the small model with the quick recipe."""
     base = load_base(small_base, quick_recipe.dtype)
-    parametrise(base.model, quick_recipe, golden_tokens)
+    parametrize(base.model, quick_recipe, golden_tokens)
     return base, calibrate(base.model, TokenBatches(golden_tokens, quick_recipe.batch_size), quick_recipe)
 
 
@@ -151,12 +151,12 @@ def _seeded() -> None:
 
 
 @pytest.fixture(scope="module")
-def any_size(small_artifact: Artifact) -> AnySize:
+def any_size(small_artifact: Artifact) -> ElasticModel:
     return small_artifact.load()
 
 
 @pytest.fixture(scope="module")
-def exported(any_size: AnySize, small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(any_size: ElasticModel, small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model at 0.6."""
     any_size.resize(0.6)
     folder = tmp_path_factory.mktemp("exports") / "small-0.6"

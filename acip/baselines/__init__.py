@@ -13,7 +13,7 @@
     acip                 eigenvectors of W C W^T              Fisher information  adapters on the factors    no
 
 C is the second moment of a layer's inputs on the calibration text. All but `acip` store plain factors, r (M + N) numbers; it
-stores pivot rows where that is less (acip.cut). What a model stores is counted on the model itself, adapters included.
+stores pivot rows where that is less (acip.sizing.cut_table). What a model stores is counted on the model itself, adapters included.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from acip.base import Base
 from acip.baselines import asvd, calibrated, covariance, dobi, svd, svdllm
-from acip.baselines.factors import Progress, stored
-from acip.budget import Budget
+from acip.baselines.prefix_factors import Progress, stored
 from acip.errors import DataError, RecipeError
-from acip.evaluate.rows import stored_bytes
-from acip.layers import find_linears
-from acip.linear import LowRankLinear, PivotLinear
+from acip.evaluate.measurement import stored_bytes
+from acip.layers.linear import LowRankLinear, PivotLinear
+from acip.layers.targets import find_linears
 from acip.recipe import coerce, did_you_mean, named
+from acip.sizing.budget import Budget
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ to this ratio. The entries are sorted, worst perplexity first, and the first p o
 ratio that is left to it, or stays dense. What is stored grows with p, so bisection finds the largest p that fits a size.
 The table is measured once, and serves every size.
 
-The SVD is exact where the authors' is randomised, and p is the last that fits, where theirs may be one off.
+The SVD is exact where the authors' is randomized, and p is the last that fits, where theirs may be one off.
 """
 
 import math
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from acip.base import Base
-from acip.baselines.factors import (
+from acip.baselines.prefix_factors import (
     Factors,
     Progress,
     allowed,
@@ -37,9 +37,9 @@ from acip.baselines.factors import (
     swapped,
     uniform_ranks,
 )
+from acip.calibration.losses import next_token
 from acip.errors import BudgetError, RecipeError
-from acip.layers import find_linears, hooked, weight_MN
-from acip.losses import next_token
+from acip.layers.targets import find_linears, hooked, weight_MN
 from acip.modeling_acip import widened
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

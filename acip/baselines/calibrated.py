@@ -1,4 +1,4 @@
-"""ACIP, the paper's and ours: parametrise, calibrate, and cut to every size from one score map (paper 2.2)."""
+"""ACIP, the paper's and ours: parametrize, calibrate, and cut to every size from one score map (paper 2.2)."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,17 +7,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from acip.base import Base
-from acip.baselines.factors import Progress, swapped
-from acip.calibrate import calibrate
-from acip.cut import Budget
+from acip.baselines.prefix_factors import Progress, swapped
+from acip.calibration.loop import calibrate
+from acip.calibration.parametrize import parametrize, restore
+from acip.calibration.state import CalibrationState, StepReport
 from acip.data import TokenBatches
 from acip.errors import RecipeError, cited
-from acip.layers import targets
-from acip.linear import ElasticLinear
-from acip.parametrise import parametrise, restore
+from acip.layers.linear import ElasticLinear
+from acip.layers.targets import targets
 from acip.recipe import Recipe, named
-from acip.sizes import set_size
-from acip.state import CalibrationState, StepReport
+from acip.sizing.cut_table import Budget
+from acip.sizing.model_sizes import set_size
 
 NO_CHANGES: Mapping[str, Any] = {}
 
@@ -43,13 +43,13 @@ def run(
         progress(reports[-1].phase, round(100 * reports[-1].progress), 100)
 
     try:
-        parametrise(model, chosen, windows, lambda done, total: progress("basis", done, total))
+        parametrize(model, chosen, windows, lambda done, total: progress("basis", done, total))
         batches = TokenBatches(windows, chosen.batch_size, chosen.seed)
         table = calibrate(model, batches, chosen, observe=observe).table
         cores = {name: core for name, core in targets(model).items() if isinstance(core, ElasticLinear)}
         for size in sizes:
             set_size(cores, table.cut(Budget(ratio=size)))
-            with swapped(model, {name: core.materialise(table.storage) for name, core in cores.items()}):
+            with swapped(model, {name: core.materialize(table.storage) for name, core in cores.items()}):
                 yield size, model
     finally:
         restore(model)

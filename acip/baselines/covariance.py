@@ -1,5 +1,5 @@
 """The covariance cut, training-free: the best layer of every rank for the calibration activations, all from one eigenproblem
-(the optimum of Swift-SVD, Qi et al., 2026, arXiv 2604.01609; the basis of acip.bases).
+(the optimum of Swift-SVD, Qi et al., 2026, arXiv 2604.01609; the basis of acip.calibration.bases).
 
     Q = eigenvectors of W C W^T,  W_r = Q_r Q_r^T W,  |(W - W_r) X|^2 = the sum of the eigenvalues that were dropped
 
@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acip.base import Base
-from acip.baselines.factors import Factors, Progress, feed, layers_at, on_inputs, shape_of, swapped, uniform_ranks
-from acip.bases import bases
-from acip.cut import Budget, CutTable
+from acip.baselines.prefix_factors import Factors, Progress, feed, layers_at, on_inputs, shape_of, swapped, uniform_ranks
+from acip.calibration.bases import bases
 from acip.errors import RecipeError
-from acip.layers import find_linears, hooked, weight_MN
-from acip.linear import coordinates
+from acip.layers.linear import coordinates
+from acip.layers.targets import find_linears, hooked, weight_MN
 from acip.modeling_acip import widened
 from acip.recipe import Recipe
+from acip.sizing.cut_table import Budget, CutTable
 
 
 def run(

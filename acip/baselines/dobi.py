@@ -30,11 +30,11 @@ import torch
 from torch import Tensor, nn
 
 from acip.base import Base
-from acip.baselines.factors import Factors, Progress, allowed, feed, layers_at, refuse_idle, stored_at, swapped, uniform_ranks
+from acip.baselines.prefix_factors import Factors, Progress, allowed, feed, layers_at, refuse_idle, stored_at, swapped, uniform_ranks
+from acip.calibration.losses import next_token
 from acip.data import TokenBatches
 from acip.errors import CalibrationError, DataError, RecipeError
-from acip.layers import find_linears, hooked, weight_MN
-from acip.losses import next_token
+from acip.layers.targets import find_linears, hooked, weight_MN
 from acip.modeling_acip import accumulation_dtype, bias_of, widened
 
 BETA = 10.0  # steepness of the gate

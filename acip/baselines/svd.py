@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from acip.base import Base
 from acip.baselines import calibrated
-from acip.baselines.factors import Progress
+from acip.baselines.prefix_factors import Progress
 from acip.recipe import Recipe
 
 RECIPE = Recipe(basis="svd", scores="singular_values", adapter_rank=0, post_tune_steps=0, storage="factors")

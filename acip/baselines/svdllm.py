@@ -29,14 +29,14 @@ import torch
 from torch import Tensor, nn
 
 from acip.base import Base
-from acip.baselines.factors import Factors, Progress, blocks_of, each, layers_at, refuse_idle, swapped, uniform_ranks
+from acip.baselines.prefix_factors import Factors, Progress, blocks_of, each, layers_at, refuse_idle, swapped, uniform_ranks
+from acip.calibration.activation_covariance import activation_covariances, feed_tokens, grouped, probe
+from acip.calibration.losses import next_token
 from acip.data import TokenBatches
 from acip.errors import CalibrationError, RecipeError
-from acip.layers import find_linears, hooked, weight_MN
-from acip.linear import LoRA, LowRankLinear
-from acip.losses import next_token
+from acip.layers.linear import LoRA, LowRankLinear
+from acip.layers.targets import find_linears, hooked, weight_MN
 from acip.modeling_acip import bias_of, set_module, widened
-from acip.moments import feed_tokens, grouped, moments, probe
 
 JITTER = 1e-6  # added to what makes C's eigenvalues positive; of a sum over tokens
 
@@ -100,7 +100,7 @@ def whitened(
     calls = Counter(name for name, _ in trace)
     for group in grouped(linears, trace, covariance_bytes, inputs_only=True):
         layers = {name: linears[name] for name in group}
-        C = moments(model, layers, windows, calls=calls, inputs_only=True)
+        C = activation_covariances(model, layers, windows, calls=calls, inputs_only=True)
         shared = {id(C_NN): C_NN for C_NN in C.values()}
         S = {key: whitening(C_NN.double() * windows.numel()) for key, C_NN in shared.items()}
         S_of = {name: S[id(C_NN)] for name, C_NN in C.items()}

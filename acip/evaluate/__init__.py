@@ -6,13 +6,13 @@ row = evaluate(any_size, tokenizer, [PerplexityOn(Text("wikitext2", "field")), T
 from acip.evaluate.curve import extended, improbable, recorded, trade_off
 from acip.evaluate.divergence import DivergenceOn
 from acip.evaluate.efficiency import Efficiency
-from acip.evaluate.perplexity import Perplexity, PerplexityOn, QuantisedOn, perplexity
-from acip.evaluate.rows import Measurement, Part, evaluate, metrics
+from acip.evaluate.heldout_text import Text
+from acip.evaluate.measurement import Measurement, Part, evaluate, metrics
+from acip.evaluate.perplexity import Perplexity, PerplexityOn, QuantizedOn, perplexity
 from acip.evaluate.samples import Samples
 from acip.evaluate.tasks import TaskScore
-from acip.evaluate.text import Text
 
 __all__ = [
-    "DivergenceOn", "Efficiency", "Measurement", "Part", "Perplexity", "PerplexityOn", "QuantisedOn", "Samples", "TaskScore", "Text",
+    "DivergenceOn", "Efficiency", "Measurement", "Part", "Perplexity", "PerplexityOn", "QuantizedOn", "Samples", "TaskScore", "Text",
     "evaluate", "extended", "improbable", "metrics", "perplexity", "recorded", "trade_off",
 ]  # fmt: skip

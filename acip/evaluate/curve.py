@@ -8,22 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acip.budget import SAME, as_perplexity, measured_on
-from acip.cut import Budget
+from acip.calibration.losses import next_token
 from acip.errors import BudgetError, EvaluationError
 from acip.evaluate.divergence import DivergenceOn, distance
+from acip.evaluate.heldout_text import Protocol, Text, content, cut_by, said
+from acip.evaluate.measurement import Part, Subject, part_of, size_facts
 from acip.evaluate.perplexity import PerplexityOn, lost_windows, mean_and_stderr
-from acip.evaluate.rows import Part, Subject, part_of, size_facts
-from acip.evaluate.text import Protocol, Text, content, cut_by, said
-from acip.losses import next_token
-from acip.materialise import AnySize
+from acip.sizing.budget import COMPARABLE_FIELDS, as_perplexity, measured_on
+from acip.sizing.cut_table import Budget
+from acip.sizing.elastic_model import ElasticModel
 
 Row = dict[str, Any]
 
 
 @torch.no_grad()
 def trade_off(
-    any_size: AnySize,
+    any_size: ElasticModel,
     windows: Iterable[Tensor],
     corpus: str,
     sizes: tuple[float, ...],
@@ -154,5 +154,5 @@ def _measure(parts: Sequence[Mapping[str, Any]], common: Mapping[str, Any] | Non
         if part["kind"] == "perplexity" and common in (None, measured_on(part)):
             values = part["values"]
             numbers = {"loss": values["loss_nats"], "stderr": values["loss_stderr_nats"], "perplexity": values["perplexity"]}
-            return {**numbers, **{key: part[key] for key in SAME if key in part}}
+            return {**numbers, **{key: part[key] for key in COMPARABLE_FIELDS if key in part}}
     return None

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from acip.calibration.losses import Divergence, next_token
 from acip.errors import EvaluationError
+from acip.evaluate.heldout_text import content
+from acip.evaluate.measurement import Part, Subject
 from acip.evaluate.perplexity import OnText, mean_and_stderr
-from acip.evaluate.rows import Part, Subject
-from acip.evaluate.text import content
-from acip.losses import Divergence, next_token
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class DivergenceOn(OnText):
 
 
 def distance(ours_TV: Tensor, theirs_TV: Tensor) -> tuple[float, float]:
-    """(KL, share of equal top tokens) of one window's logits. Only chunks of them are float32 at once (`acip.losses.Divergence`)."""
+    """(KL, share of equal top tokens) of one window's logits. Only chunks of them are float32 at once (`acip.calibration.losses.Divergence`)."""
     if ours_TV.shape != theirs_TV.shape:
         raise EvaluationError(f"logits are {list(ours_TV.shape)}, the base model's {list(theirs_TV.shape)}: it is another model's base.")
     kl, _ = Divergence.apply(ours_TV, theirs_TV)

@@ -1,6 +1,6 @@
 """What a model costs to hold and to run (paper D.1, Table A5): bytes, peak memory, latency, tokens/s, FLOPs.
 
-It is measured as it is exported (`AnySize.materialise`), by greedy decoding of `batch` equal prompts, after a warm-up; medians over
+It is measured as it is exported (`AnySize.materialize`), by greedy decoding of `batch` equal prompts, after a warm-up; medians over
 `repeats`. Times depend on the device, on its other work, and on `batch`; FLOPs and bytes do not.
 
     the paper's settings     batch 64, 64 new tokens, FLOPs of 512 tokens. Its GigaFLOPs are multiply-adds / 2^30: twice as many are ours
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from acip.errors import EvaluationError
-from acip.evaluate.rows import Measurement, Part, Subject, label, stored_bytes
+from acip.evaluate.measurement import Measurement, Part, Subject, label, stored_bytes
 
 CHOSEN = ("batch", "prompt", "new_tokens")  # what speed depends on, and is part of its name where it isn't the usual
 

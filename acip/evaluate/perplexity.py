@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from acip.base import positions
-from acip.budget import QUANTISED, as_perplexity
+from acip.calibration.losses import next_token
 from acip.errors import EvaluationError
-from acip.evaluate.rows import Measurement, Part, Subject, label
-from acip.evaluate.text import Text, content, said
-from acip.export import sized
-from acip.losses import next_token
-from acip.quantise import Kind, rounded
+from acip.evaluate.heldout_text import Text, content, said
+from acip.evaluate.measurement import Measurement, Part, Subject, label
+from acip.export.folder import compressed_model
+from acip.export.quantization import Kind, rounded
+from acip.sizing.budget import QUANTIZED, as_perplexity
 
 
 @dataclass(frozen=True)
@@ -117,16 +117,16 @@ class PerplexityOn(OnText):
 
 
 @dataclass(frozen=True)
-class QuantisedOn(OnText):
+class QuantizedOn(OnText):
     """Perplexity of the size as it is exported in 8 or 4 bit."""
 
-    kind: ClassVar[str] = QUANTISED
-    quantise: Kind = "nf4"
+    kind: ClassVar[str] = QUANTIZED
+    quantize: Kind = "nf4"
 
     def measure(self, subject: Subject) -> Part:
         if subject.any_size is None:
-            raise EvaluationError("what quantising costs is measured of an artifact: give --model or --artifact.")
-        model = rounded(sized(subject.any_size, self.quantise))
+            raise EvaluationError("what quantizing costs is measured of an artifact: give --model or --artifact.")
+        model = rounded(compressed_model(subject.any_size, self.quantize))
         found = perplexity(model, self.windows(subject))
         facts = self.facts(found.windows)
-        return {**facts, "label": f"{facts['label']}_{self.quantise}", "quantise": self.quantise, "values": found.values}
+        return {**facts, "label": f"{facts['label']}_{self.quantize}", "quantize": self.quantize, "values": found.values}

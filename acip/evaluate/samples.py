@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from acip.data import start_tokens
-from acip.evaluate.rows import Measurement, Part, Subject
+from acip.evaluate.measurement import Measurement, Part, Subject
 
 PROMPTS = ("The capital of France is", "Once upon a time, there was a little", "Water boils when")
 

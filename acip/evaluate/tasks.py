@@ -1,7 +1,7 @@
 """Tasks of the LM Evaluation Harness (lm-eval), on the model in memory: nothing is exported for it.
 
     name                      the task
-    package:arc_easy          of a wheel, without the hub (acip.evaluate.packaged)
+    package:arc_easy          of a wheel, without the hub (acip.evaluate.packaged_tasks)
     a name in `folder`        of your own task files; paths in them are relative to the folder, and its functions are run
     arc_easy, mmlu, ...       lm-eval's, with its set from the hub
     paper, package:paper      the seven of the paper's tables; those of them that the wheel has
@@ -30,13 +30,13 @@ from tqdm import tqdm
 
 from acip.data import start_tokens
 from acip.errors import EvaluationError
-from acip.evaluate import packaged
-from acip.evaluate.rows import Measurement, Part, Subject, label
-from acip.evaluate.text import content
+from acip.evaluate import packaged_tasks
+from acip.evaluate.heldout_text import content
+from acip.evaluate.measurement import Measurement, Part, Subject, label
 from acip.recipe import did_you_mean
 
 PAPER = ("piqa", "hellaswag", "winogrande", "arc_challenge", "arc_easy", "openbookqa", "mathqa")
-PRESETS = {"paper": PAPER, "package:paper": tuple(packaged.PREFIX + name for name in PAPER if name in packaged.TASKS)}
+PRESETS = {"paper": PAPER, "package:paper": tuple(packaged_tasks.PREFIX + name for name in PAPER if name in packaged_tasks.TASKS)}
 CPU_BATCH, CPU_LOGIT_BYTES = 16, 1 << 30
 RESAMPLES = 1000  # for standard errors that have no formula
 
@@ -76,8 +76,8 @@ class TaskScore(Measurement):
                     bootstrap_iters=RESAMPLES, log_samples=False, task_manager=manager,
                 )  # fmt: skip
             except OSError as error:  # no network, no such set
-                instead = packaged.PREFIX + self.task
-                hint = f"; {instead} needs no hub" if instead in packaged.names() else ""
+                instead = packaged_tasks.PREFIX + self.task
+                hint = f"; {instead} needs no hub" if instead in packaged_tasks.names() else ""
                 raise EvaluationError(f"the set of task {self.task} can't be read: {error}{hint}.") from error
         assert found is not None, "this process is the only one"
         results, shots, items = found["results"], found["n-shot"], found["n-samples"]
@@ -108,8 +108,8 @@ def find(name: str, folder: str = "") -> tuple[Any, Any]:
     """(what lm-eval takes for the task, the task manager that knows it)."""
     if folder and not Path(folder).is_dir():
         raise EvaluationError(f"there is no task folder {folder!r}.")
-    if name.startswith(packaged.PREFIX):
-        return packaged.task(name), _manager("", False)
+    if name.startswith(packaged_tasks.PREFIX):
+        return packaged_tasks.task(name), _manager("", False)
     folder = str(Path(folder).resolve()) if folder else ""
     own = _manager(folder, False)
     if name in own.all_tasks:
@@ -117,9 +117,9 @@ def find(name: str, folder: str = "") -> tuple[Any, Any]:
     known = _manager(folder, True)
     if name in known.all_tasks:
         return name, known
-    every = [*PRESETS, *packaged.names(), *known.all_tasks]
+    every = [*PRESETS, *packaged_tasks.names(), *known.all_tasks]
     raise EvaluationError(
-        f"no task {name!r}{did_you_mean(name, every)}. Without the hub: {', '.join(packaged.names())}; "
+        f"no task {name!r}{did_you_mean(name, every)}. Without the hub: {', '.join(packaged_tasks.names())}; "
         "with it, what `lm-eval ls tasks` lists; your own from a task folder."
     )
 

@@ -2,14 +2,14 @@
 
     variable               meaning                                        default
     ACIP_HOME              folder of the embedded default                 .acip in the checkout, else ~/.acip
-    ACIP_STORE             where artifacts go: a folder or s3://bucket/x  ACIP_HOME/artifacts
-    ACIP_RUNS              checkpoints: a folder or s3://bucket/x         ACIP_HOME/runs
+    ACIP_ARTIFACT_URI             where artifacts go: a folder or s3://bucket/x  ACIP_HOME/artifacts
+    ACIP_CHECKPOINT_URI              checkpoints: a folder or s3://bucket/x         ACIP_HOME/runs
     ACIP_CHECKPOINT_S      seconds between checkpoints of a calibration   60
     ACIP_LEASE_S           seconds without a sign until a job is free     60
     ACIP_BASIS_CACHE_GB    of bases kept in ACIP_HOME/cache on each node  50
     ACIP_COMMIT            of the code, for provenance                    the checkout's
     MLFLOW_TRACKING_URI    tracking server or database                    sqlite:///ACIP_HOME/mlflow.db
-    ACIP_API_KEYS          who may ask the server: keys, with commas      everyone (acip_platform/serve/keys.py)
+    ACIP_API_KEYS          who may ask the server: keys, with commas      everyone (acip_platform/serve/http/keys.py)
     ACIP_API_KEYS_FILE     the same, as a file of one key a line
 
 S3 credentials and endpoint come from boto3's usual chain (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...), never from here; API keys
@@ -55,8 +55,8 @@ class Settings:
         home = Path(env.get("ACIP_HOME") or default).expanduser().resolve()
         return cls(
             home=home,
-            store=_place(env, "ACIP_STORE", home / "artifacts"),
-            runs=_place(env, "ACIP_RUNS", home / "runs"),
+            store=_place(env, "ACIP_ARTIFACT_URI", home / "artifacts"),
+            runs=_place(env, "ACIP_CHECKPOINT_URI", home / "runs"),
             tracking_uri=_tracking(env, home / "mlflow.db"),
             checkpoint_s=_positive(env, "ACIP_CHECKPOINT_S", 60.0, "seconds"),
             basis_cache_gb=_positive(env, "ACIP_BASIS_CACHE_GB", 50.0, "gigabytes"),
@@ -69,8 +69,8 @@ class Settings:
         passed |= {key: os.environ[key] for key in NO_PROXY if key in os.environ}
         return passed | {
             "ACIP_HOME": str(self.home),
-            "ACIP_STORE": self.store,
-            "ACIP_RUNS": self.runs,
+            "ACIP_ARTIFACT_URI": self.store,
+            "ACIP_CHECKPOINT_URI": self.runs,
             "ACIP_CHECKPOINT_S": str(self.checkpoint_s),
             "ACIP_BASIS_CACHE_GB": str(self.basis_cache_gb),
             "MLFLOW_TRACKING_URI": self.tracking_uri,

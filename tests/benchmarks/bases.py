@@ -1,4 +1,4 @@
-"""Bases: how long parametrisation takes, against the published way: torch.linalg.svd, layer by layer, in float32.
+"""Bases: how long parametrization takes, against the published way: torch.linalg.svd, layer by layer, in float32.
 
     OMP_NUM_THREADS=2 python tests/benchmarks/bases.py            SmolLM2-135M, bfloat16 and float32, some minutes on 2 cores
     OMP_NUM_THREADS=2 python tests/benchmarks/bases.py --quick    its first six blocks
@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from acip.base import load_base
-from acip.bases import accuracy, bases, solve
-from acip.basis_cache import BasisCache
+from acip.calibration.activation_covariance import activation_covariances
+from acip.calibration.bases import accuracy, bases, solve
+from acip.calibration.basis_cache import BasisCache
 from acip.data import documents, token_windows
-from acip.layers import find_linears, weight_MN
-from acip.moments import moments
+from acip.layers.targets import find_linears, weight_MN
 from acip.recipe import Dtype, Recipe
 
 GOAL = 3.0
@@ -49,7 +49,7 @@ def measure(dtype: Dtype, blocks: int | None, rounds: int) -> dict[str, dict[str
     windows = token_windows(documents("package:wikipedia", "train"), base.tokenizer, 256, 32)
     linears = find_linears(base.model)
     recipe = Recipe(sample_windows=32, dtype=dtype)
-    moments(base.model, linears, windows[:4])
+    activation_covariances(base.model, linears, windows[:4])
     seen: dict[str, dict[str, list[float]]] = {}
 
     def note(way: str, **phases: float) -> None:
@@ -59,7 +59,7 @@ def measure(dtype: Dtype, blocks: int | None, rounds: int) -> dict[str, dict[str
     C: dict[str, torch.Tensor] = {}
     for _ in range(rounds):
         note("published", solving=seconds(lambda: published(linears)))
-        note("covariance", gathering=seconds(lambda: C.update(moments(base.model, linears, windows))))
+        note("covariance", gathering=seconds(lambda: C.update(activation_covariances(base.model, linears, windows))))
         note("covariance", solving=seconds(lambda: solve(linears, C)))
         note("svd", solving=seconds(lambda: solve(linears, {})))
         with tempfile.TemporaryDirectory() as folder:

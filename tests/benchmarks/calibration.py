@@ -81,7 +81,7 @@ def row(label: str, cells: list[str]) -> str:
 def show(results: dict[str, dict[str, Any]], peak: float) -> None:
     found = list(results.values())
     print("\n" + row("", [SIDES[side] for side in results]) + "\n|---|" + "---|" * len(found))
-    print(row("parametrise, s", [f"{r['seconds']['parametrise']:.1f}" for r in found]))
+    print(row("parametrize, s", [f"{r['seconds']['parametrize']:.1f}" for r in found]))
     for phase, name in (("scores", "prune (default: Fisher scores)"), ("post-tune", "post-tune")):
         print(row(f"{name}, s", [f"{r['seconds'][phase]:.1f} ({r['passes'][phase]} passes)" for r in found]))
     print(row("whole, s", [f"{whole(r):.1f}" for r in found]))
@@ -89,7 +89,7 @@ def show(results: dict[str, dict[str, Any]], peak: float) -> None:
         print(row(f"{phase}, tokens/s", [f"{r['tokens'] * r['passes'][phase] / r['seconds'][phase]:.0f}" for r in found]))
         rates = [r["flop"][phase] / r["seconds"][phase] for r in found]
         print(row(f"{phase}, GFLOP/s (share of {peak / 1e9:.0f})", [f"{rate / 1e9:.0f} ({rate / peak:.0%})" for rate in rates]))
-    for phase in ("parametrise", "calibrate"):
+    for phase in ("parametrize", "calibrate"):
         print(row(f"peak memory, {phase}, GiB", [f"{r['peak'][phase] / 2**30:.2f}" for r in found]))
 
     print("\nmilliseconds of a step (multiplied numbers of the target layers, 1 = all directions) at a size while pruning\n")
@@ -120,12 +120,12 @@ def compare(results: dict[str, dict[str, Any]], gpu: bool) -> list[str]:
         "whole calibration": lambda r: whole(theirs) / whole(r),
         "prune, or scores": lambda r: theirs["seconds"]["scores"] / r["seconds"]["scores"],
         "post-tune": lambda r: theirs["seconds"]["post-tune"] / r["seconds"]["post-tune"],
-        "parametrise": lambda r: theirs["seconds"]["parametrise"] / r["seconds"]["parametrise"],
+        "parametrize": lambda r: theirs["seconds"]["parametrize"] / r["seconds"]["parametrize"],
         "peak memory, ours / literal": lambda r: peak_memory(r) / peak_memory(theirs),
     }
     for label, ratio in rows.items():
         print(row(label, [f"{ratio(r):.2f}" for side, r in results.items() if side != "literal"]))
-    goals = {"whole calibration": 2.5, "post-tune": 3.0, "parametrise": 5.0} if gpu else {"whole calibration": 2.0, "parametrise": 3.0}
+    goals = {"whole calibration": 2.5, "post-tune": 3.0, "parametrize": 5.0} if gpu else {"whole calibration": 2.0, "parametrize": 3.0}
     missed = [f"{label} {rows[label](ours):.2f} < {goal}" for label, goal in goals.items() if rows[label](ours) < goal]
     if gpu and rows["peak memory, ours / literal"](ours) > 0.65:
         missed.append(f"peak memory {rows['peak memory, ours / literal'](ours):.2f} > 0.65")
@@ -138,9 +138,9 @@ def compare(results: dict[str, dict[str, Any]], gpu: bool) -> list[str]:
 def figure(results: dict[str, dict[str, Any]]) -> str:
     theirs = results["literal"]
     whole_ = [f"{whole(theirs) / whole(result):.2f}x ({SIDES[side]})" for side, result in results.items() if side != "literal"]
-    parametrise_ = theirs["seconds"]["parametrise"] / results["ours"]["seconds"]["parametrise"]
+    parametrize_ = theirs["seconds"]["parametrize"] / results["ours"]["seconds"]["parametrize"]
     memory = peak_memory(results["ours"]) / peak_memory(theirs)
-    return f"whole calibration faster by {', '.join(whole_)}; parametrisation {parametrise_:.2f}x; peak memory {memory:.2f}x"
+    return f"whole calibration faster by {', '.join(whole_)}; parametrization {parametrize_:.2f}x; peak memory {memory:.2f}x"
 
 
 def main() -> int:

@@ -18,8 +18,8 @@ SHAPES = [(4464, 4464)] * 4 + [(11904, 4464)] * 2 + [(4466, 11904)]  # of a bloc
 
 
 def main() -> int:
-    from acip.budget import Budget, Curve, Decoder
-    from acip.cut import CutTable, LayerShape, Weights
+    from acip.sizing.budget import Budget, Curve, Decoder
+    from acip.sizing.cut_table import CutTable, LayerShape, Weights
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")

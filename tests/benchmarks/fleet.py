@@ -4,8 +4,8 @@
     python tests/benchmarks/fleet.py --quick     models of a third of the length
     python tests/benchmarks/fleet.py --check     ends with 1 below 90 % occupancy, or where a model is missing
 
-The nodes are raylets of their own on this machine (`ray.cluster_utils.Cluster`); what is scheduled is `acip_platform.schedule.run_all`
-with placement groups of what `share` gives each job, as Ray Train makes them. The work is a sleep, as long as the model has
+The nodes are raylets of their own on this machine (`ray.cluster_utils.Cluster`); what is scheduled is `acip_platform.scheduling.job_queue.run_all`
+with placement groups of what `resources_of` gives each job, as Ray Train makes them. The work is a sleep, as long as the model has
 parameters, +-20 %. What a lost node had begun is begun again, and was busy until then. Occupancy is GPU-seconds asleep, over
 GPU-seconds of the nodes alive, from the first start to the last end. Ray Train's own start of a worker (10 to 20 s) is not in here.
 """
@@ -18,9 +18,9 @@ import time
 from typing import Any
 
 import ray
-from acip_platform.fleet import Job
-from acip_platform.inbox import here
-from acip_platform.schedule import Share, nodes, parameters, run_all, share
+from acip_platform.scheduling.events import on_this_node
+from acip_platform.scheduling.fleet import Job
+from acip_platform.scheduling.job_queue import Resources, nodes, parameters, resources_of, run_all
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -55,7 +55,7 @@ def work(log: Any, name: str, seconds: float) -> None:
     ray.get(log.end.remote(row))
 
 
-def run(job: Job, part: Share, log: Any, seconds: float) -> dict[str, Any]:
+def run(job: Job, part: Resources, log: Any, seconds: float) -> dict[str, Any]:
     """As Ray Train: one bundle a worker, all or none."""
     group = placement_group([{"GPU": part.gpus, "CPU": part.cpus}] * part.workers)
     try:
@@ -85,8 +85,8 @@ def occupancy(count: int, gangs: int, seconds_per_b: float, machines: int = 4, s
         ray.init(address=cluster.address, log_to_driver=False)
         workers = [cluster.add_node(num_cpus=4, num_gpus=1, object_store_memory=80 << 20) for _ in range(machines)]
         cluster.wait_for_nodes()
-        log = Log.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
-        shares = {job.name: share(job, nodes()) for job in jobs}
+        log = Log.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
+        shares = {job.name: resources_of(job, nodes()) for job in jobs}
         lost: list[tuple[str, float]] = []
 
         def lose_one() -> None:

@@ -2,7 +2,7 @@
 
 No part of it imports `acip`. It does what the description says and nothing beyond: layers are decomposed one after the
 other, every direction is multiplied until the end, and each step visits the layers one by one, waits for each one's count
-of living directions, and clones its scores. tests/test_literal.py shows that it replays the recorded run.
+of living directions, and clones its scores. tests/acip/calibration/test_literal_baseline.py shows that it replays the recorded run.
 
     y = U diag(g(p)) V x + alpha / R B A x + b        loss = cross-entropy + lambda * sum of relu(p)
 """
@@ -65,7 +65,7 @@ class LiteralLinear(nn.Module):
         return F.linear(h, self.U, self.bias) + self.lora_scale * adapter
 
 
-def parametrise(model: nn.Module, rank: int, alpha: float, scale: float = 0.02) -> dict[str, LiteralLinear]:
+def parametrize(model: nn.Module, rank: int, alpha: float, scale: float = 0.02) -> dict[str, LiteralLinear]:
     """Swap every linear layer of the transformer blocks, in place."""
     model.requires_grad_(False)
     names = [name for name, module in model.named_modules() if ".layers." in name and isinstance(module, nn.Linear)]

@@ -1,4 +1,4 @@
-"""Memory: the prediction of acip.memory against what real calibrations took of this machine.
+"""Memory: the prediction of acip.calibration.memory_plan against what real calibrations took of this machine.
 
     python tests/benchmarks/memory.py                     a Llama of 58M parameters, 10 recipes, CPU: some minutes on 2 cores
     python tests/benchmarks/memory.py --quick             5 recipes
@@ -33,15 +33,15 @@ SHAPE: dict[str, Any] = {
 }
 CASES: dict[str, dict[str, Any]] = {  # the first of them are --quick
     "float32": {},
-    "float32, recompute": {"recompute": True},
+    "float32, recompute": {"gradient_checkpointing": True},
     "bfloat16": {"dtype": "bfloat16"},
-    "bfloat16, recompute": {"dtype": "bfloat16", "recompute": True},
-    "nf4": {"dtype": "bfloat16", "quantise": "nf4"},
+    "bfloat16, recompute": {"dtype": "bfloat16", "gradient_checkpointing": True},
+    "nf4": {"dtype": "bfloat16", "quantize": "nf4"},
     "float32, long windows": {"seq_len": 512},
     "float32, dropout": {"adapter_dropout": 0.05},
-    "float32, prunes": {"scores": "order", "max_prune_steps": 4, "stop_ratio": 0.98, "lr": 5e-2, "distill": 0.5},
+    "float32, prunes": {"scores": "order", "max_prune_steps": 4, "stop_ratio": 0.98, "lr": 5e-2, "distill_weight": 0.5},
     "float32, rank 128": {"adapter_rank": 128},
-    "nf4, recompute": {"dtype": "bfloat16", "quantise": "nf4", "recompute": True},
+    "nf4, recompute": {"dtype": "bfloat16", "quantize": "nf4", "gradient_checkpointing": True},
 }
 QUICK = 5
 LLAMAS = {  # vocabulary, hidden, intermediate, layers, heads, key-value heads
@@ -54,9 +54,9 @@ LLAMAS = {  # vocabulary, hidden, intermediate, layers, heads, key-value heads
 CHANGES: dict[str, dict[str, Any]] = {
     "default": {},
     "dropout 0.05": {"adapter_dropout": 0.05},
-    "recompute": {"recompute": True},
-    "nf4": {"quantise": "nf4"},
-    "both": {"recompute": True, "quantise": "nf4"},
+    "gradient_checkpointing": {"gradient_checkpointing": True},
+    "nf4": {"quantize": "nf4"},
+    "both": {"gradient_checkpointing": True, "quantize": "nf4"},
 }
 
 
@@ -66,9 +66,9 @@ def run(name: str) -> tuple[float, float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from acip.calibrate import calibrate, trial_step
-    from acip.memory import predict
-    from acip.parametrise import parametrise
+    from acip.calibration.loop import calibrate, trial_step
+    from acip.calibration.memory_plan import predict
+    from acip.calibration.parametrize import parametrize
     from acip.recipe import Recipe
 
     recipe = replace(
@@ -104,8 +104,8 @@ def run(name: str) -> tuple[float, float]:
             return windows[: recipe.batch_size]
 
     marks = []
-    parametrise(model, recipe, windows)
-    marks.append(("parametrise", highest))
+    parametrize(model, recipe, windows)
+    marks.append(("parametrize", highest))
     trial_step(model, Batches(), recipe)
     marks.append(("trial step", highest))
     calibrate(model, Batches(), recipe)
@@ -117,18 +117,18 @@ def run(name: str) -> tuple[float, float]:
 
 
 def warm_up(recipe: Any) -> None:
-    """Load what a calibration loads late: kernels, LAPACK, the optimiser."""
+    """Load what a calibration loads late: kernels, LAPACK, the optimizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from acip.calibrate import calibrate
-    from acip.parametrise import parametrise
+    from acip.calibration.loop import calibrate
+    from acip.calibration.parametrize import parametrize
 
     small = {**SHAPE, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**small)).to(getattr(torch, recipe.dtype)).eval()
     windows = torch.randint(0, 64, (8, 16))
     recipe = replace(recipe, batch_size=8, seq_len=16, scores="fisher", post_tune_steps=2)
-    parametrise(model, recipe, windows)
+    parametrize(model, recipe, windows)
     calibrate(model, [windows] * 4, recipe)
 
 
@@ -151,7 +151,7 @@ def predictions() -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from acip.memory import predict
+    from acip.calibration.memory_plan import predict
     from acip.recipe import Recipe
 
     def models() -> Iterator[tuple[str, Any]]:
@@ -171,7 +171,7 @@ def predictions() -> None:
 
     table("predicted GB", {name: (replace(Recipe(), **change), 1) for name, change in CHANGES.items()})
     print()
-    sharded = {f"{n} workers": (replace(Recipe(), recompute=True, batch_size=max(4, n)), n) for n in (1, 2, 4, 8)}
+    sharded = {f"{n} workers": (replace(Recipe(), gradient_checkpointing=True, batch_size=max(4, n)), n) for n in (1, 2, 4, 8)}
     table("predicted GB of each, recompute", sharded)
 
 

@@ -21,16 +21,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from acip_platform.settings import Settings
-from acip_platform.store import Store
-from acip_platform.tracking import CHAMPION, Registry
+from acip_platform.storage.store import Store
+from acip_platform.tracking.runs import CHAMPION, Registry
 
-from acip.artifact import Artifact
+from acip.artifact.artifact import Artifact
 from acip.data import documents, token_windows
 from acip.errors import AcipError
 from acip.evaluate import perplexity
-from acip.linear import PivotLinear
-from acip.materialise import AnySize
+from acip.layers.linear import PivotLinear
 from acip.recipe import Storage
+from acip.sizing.elastic_model import ElasticModel
 
 LIMIT = 0.02  # nats per token
 SIZES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -64,7 +64,7 @@ def opened(folder: str | None) -> Artifact:
     return Store(settings.store, settings.home / "cache").open(Registry(settings).resolve("smollm2-135m", CHAMPION).uri)
 
 
-def compared(any_size: AnySize, exact: AnySize, windows: torch.Tensor, sizes: tuple[float, ...]) -> bool:
+def compared(any_size: ElasticModel, exact: ElasticModel, windows: torch.Tensor, sizes: tuple[float, ...]) -> bool:
     print(f"{'':>5} | {'equal stored numbers':^28} | {'the same ranks, in float32, as factors, as pivots':^50}")
     heads = ("factors", "pivots", "ratio"), ("exact", "factors", "pivots", "weights", "logits", "logits")
     print(f"{'size':>5} | " + " | ".join("".join(f"{head:>{width}}" for head in row) for row, width in zip(heads, (9, 9), strict=True)))
@@ -89,19 +89,19 @@ def compared(any_size: AnySize, exact: AnySize, windows: torch.Tensor, sizes: tu
     return failed
 
 
-def exported(any_size: AnySize, size: float, storage: Storage) -> Any:
+def exported(any_size: ElasticModel, size: float, storage: Storage) -> Any:
     """The plain model of `size`, its layers counted and stored as `storage`."""
     own = any_size.table
     any_size.table = replace(own, storage=storage, _kept={})
     try:
         any_size.resize(size)
-        return any_size.materialise()
+        return any_size.materialize()
     finally:
         any_size.table = own
 
 
 @torch.no_grad()
-def in_weights(any_size: AnySize, pivots_model: Any) -> float:
+def in_weights(any_size: ElasticModel, pivots_model: Any) -> float:
     """Relative error of the pivot layers' matrices as they are stored, all layers together."""
     wrong, whole = torch.zeros(()), torch.zeros(())
     for name, layer in any_size.layers.items():

@@ -1,4 +1,4 @@
-"""What a CPU's products of few rows cost, by kernel and shape: why `acip.mixed` pads rows and ranks, `acip.packed` packs
+"""What a CPU's products of few rows cost, by kernel and shape: why `acip.layers.mixed_sizes` pads rows and ranks, `acip.layers.packing` packs
 dense weights, and `onednn` chooses kernels.
 
     python tests/benchmarks/products.py [--quick] [--check]
@@ -41,8 +41,8 @@ def _through(x: Tensor, layer: Callable[[Tensor], object]) -> object:
 
 def gains(M: int, N: int, repeats: int) -> dict[str, tuple[float, float]]:
     """claim -> (seconds as it was, seconds as chosen)."""
+    from acip.layers.packing import PackedLinear
     from acip.modeling_acip import onednn, plain_linear
-    from acip.packed import PackedLinear
 
     count = max(2, WEIGHTS_BYTES // (2 * M * N))
     dense = [torch.randn(M, N).bfloat16() for _ in range(count)]

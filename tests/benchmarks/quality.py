@@ -6,7 +6,7 @@
     python tests/benchmarks/quality.py --ablation         our recipe with one idea taken out per row, too
 
 Excess loss is the held-out loss of a size minus the base model's, in nats per token. Sizes are `linear`: the stored numbers of the
-target layers, adapters counted. The paper's recipe is its own but for one thing in its favour: its stop ratio counts its
+target layers, adapters counted. The paper's recipe is its own but for one thing in its favor: its stop ratio counts its
 adapters, so that the smallest size is the one that it was tuned at. `--check` ends with 1 where a goal is missed.
 """
 
@@ -32,14 +32,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from acip.base import load_base
-from acip.calibrate import calibrate
-from acip.cut import Budget
+from acip.calibration.loop import calibrate
+from acip.calibration.losses import next_token
+from acip.calibration.parametrize import parametrize
 from acip.data import TokenBatches, documents, token_windows
-from acip.layers import targets
-from acip.losses import next_token
-from acip.parametrise import parametrise
+from acip.layers.targets import targets
 from acip.recipe import Recipe, paper
-from acip.sizes import set_size
+from acip.sizing.cut_table import Budget
+from acip.sizing.model_sizes import set_size
 
 ROOT = Path(__file__).parents[2]
 SIZES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -50,8 +50,8 @@ IDEAS: dict[str, dict[str, Any]] = {  # our recipe without ...
     "adapters on the factors": {"adapter": "layer"},
     "pivot storage": {"storage": "factors"},
     "Fisher scores (L1 pruning, KL mixed in)": {"scores": "order"},
-    "Fisher scores (L1 pruning, as in the paper)": {"scores": "order", "distill_prune": 0.0},
-    "distillation": {"distill": 0.0},
+    "Fisher scores (L1 pruning, as in the paper)": {"scores": "order", "prune_distill_weight": 0.0},
+    "distillation": {"distill_weight": 0.0},
     "many sizes in post-tuning": {"post_tune": "stop"},
     "post-tuning (one step)": {"total_steps": 1},
 }
@@ -125,7 +125,7 @@ def measure(setting: Setting, label: str, recipe: Recipe) -> dict[str, Any]:
     train, heldout = setting.windows()
     base = {domain: loss(model, windows) for domain, windows in heldout.items()}
     shuffled = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed))]
-    parametrise(model, recipe, shuffled)
+    parametrize(model, recipe, shuffled)
     calibration = calibrate(model, TokenBatches(train, recipe.batch_size, recipe.seed), recipe)
     excess: dict[str, dict[float, float]] = {domain: {} for domain in heldout}
     for size in FINE:

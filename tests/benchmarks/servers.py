@@ -32,13 +32,13 @@ def prepare(folder: Path) -> None:
     if (folder / "ready").exists():
         return
     from acip_platform.settings import Settings
-    from acip_platform.tracking import Registry, Tracking
+    from acip_platform.tracking.runs import Registry, Tracking
 
-    from acip.artifact import Artifact
+    from acip.artifact.artifact import Artifact
     from acip.base import load_base
-    from acip.calibrate import calibrate
+    from acip.calibration.loop import calibrate
+    from acip.calibration.parametrize import parametrize
     from acip.data import TokenBatches, documents, token_windows
-    from acip.parametrise import parametrise
     from acip.recipe import Recipe
 
     base = load_base(SOURCE)
@@ -49,7 +49,7 @@ def prepare(folder: Path) -> None:
 
     recipe = Recipe(sample_windows=8, batch_size=2, seq_len=128, adapter_rank=0, post_tune_steps=0)
     windows = token_windows(documents("package:wikipedia", "train"), base.tokenizer, recipe.seq_len, 64)
-    parametrise(base.model, recipe, windows)
+    parametrize(base.model, recipe, windows)
     artifact = Artifact.save(folder / "artifact", base, calibrate(base.model, TokenBatches(windows, recipe.batch_size), recipe), {})
     settings = Settings.from_env({"ACIP_HOME": str(folder / "home")})
     run = Tracking(settings, "benchmark").start(NAME, "serve", {})

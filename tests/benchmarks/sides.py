@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from acip.base import load_base
-from acip.calibrate import LOOK_EVERY, calibrate
+from acip.calibration.loop import HOST_SYNC_STEPS, calibrate
+from acip.calibration.parametrize import parametrize
 from acip.data import TokenBatches, documents, token_windows
-from acip.layers import targets, weight_MN
-from acip.linear import ElasticLinear
-from acip.parametrise import parametrise
+from acip.layers.linear import ElasticLinear
+from acip.layers.targets import targets, weight_MN
 from acip.recipe import Dtype, Recipe, acip, paper
 from tests.benchmarks import literal
 
@@ -67,7 +67,7 @@ class Setting:
         same = asdict(self) | {"lambda_start": self.lambda_start or 1e-3, "adapter_dropout": 0.0}
         del same["shape"]
         if side == "ours":
-            same |= {"post_tune": "stop", "distill": 0.0}
+            same |= {"post_tune": "stop", "distill_weight": 0.0}
         return Recipe.from_dict(same, paper() if side in ("same", "literal") else acip())
 
     @property
@@ -156,7 +156,7 @@ def clock() -> float:
     return time.process_time() if os.environ.get("BUSY") else time.perf_counter()
 
 
-def synchronise() -> None:
+def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -188,20 +188,20 @@ def matmul_peak(dtype: str, device: str) -> float:
     a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
     best = math.inf
     for _ in range(8):
-        synchronise()
+        synchronize()
         start = clock()
         a @ b
-        synchronise()
+        synchronize()
         best = min(best, clock() - start)
     return 2 * n**3 / best
 
 
 @contextmanager
 def stopwatch(seconds: dict[str, float], name: str) -> Iterator[None]:
-    synchronise()
+    synchronize()
     start = clock()
     yield
-    synchronise()
+    synchronize()
     seconds[name] = clock() - start
 
 
@@ -223,12 +223,12 @@ def run_side(side: str, setting: Setting, adapters: Path) -> dict[str, Any]:
     model, windows, peak = setting.model(), setting.windows(), Peak(setting.device)
     dense = head(model) + sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, nn.Linear))
     peak.reset()
-    with stopwatch(seconds, "parametrise"):
+    with stopwatch(seconds, "parametrize"):
         if side == "literal":
-            layers = literal.parametrise(model, recipe.adapter_rank, recipe.adapter_alpha, recipe.mask_scale)
+            layers = literal.parametrize(model, recipe.adapter_rank, recipe.adapter_alpha, recipe.mask_scale)
         else:
-            parametrise(model, recipe, windows)
-    peak_parametrise = peak.read()
+            parametrize(model, recipe, windows)
+    peak_parametrize = peak.read()
     peak.reset()
 
     if side == "same":
@@ -243,7 +243,7 @@ def run_side(side: str, setting: Setting, adapters: Path) -> dict[str, Any]:
     watched = Watched(batches, (lambda: literal_multiplied(layers)) if side == "literal" else (lambda: ours_multiplied(model)))
 
     history: list[Any]
-    synchronise()
+    synchronize()
     start = clock()
     if side == "literal":
         run = literal.calibrate(
@@ -254,7 +254,7 @@ def run_side(side: str, setting: Setting, adapters: Path) -> dict[str, Any]:
     else:
         calibration = calibrate(model, watched, replace(recipe, lambda_start=lambda_start))
         history, scores = calibration.history, {name: calibration.scores.of(name) for name in targets(model)}
-    synchronise()
+    synchronize()
     end = clock()
 
     pruned = sum(step.phase == "prune" for step in history)
@@ -269,15 +269,15 @@ def run_side(side: str, setting: Setting, adapters: Path) -> dict[str, Any]:
     edges = [*watched.times, end]
     taken = [after - at for at, after in pairwise(edges)]
     if setting.device == "cuda" and side != "literal":  # the host runs ahead between two looks
-        taken = [mean(taken[i // LOOK_EVERY * LOOK_EVERY : (i // LOOK_EVERY + 1) * LOOK_EVERY]) for i in range(before)] + [
-            mean(taken[before:])
-        ] * (len(taken) - before)
+        taken = [
+            mean(taken[i // HOST_SYNC_STEPS * HOST_SYNC_STEPS : (i // HOST_SYNC_STEPS + 1) * HOST_SYNC_STEPS]) for i in range(before)
+        ] + [mean(taken[before:])] * (len(taken) - before)
     steps = [*range(pruned), *range(before, len(taken))]
     return {
         "side": side, "setting": asdict(setting), "device": setting.device, "seconds": seconds, "lambda_start": lambda_start,
         "passes": {"scores": before, "post-tune": len(watched.times) - before}, "tokens": tokens,
         "flop": {"scores": sum(flop[:before]), "post-tune": sum(flop[before:])},
-        "peak": {"parametrise": peak_parametrise, "calibrate": peak.read()},
+        "peak": {"parametrize": peak_parametrize, "calibrate": peak.read()},
         "pruned": pruned, "size": [step.size for step in history], "loss": [step.loss for step in history],
         "step_seconds": [taken[i] for i in steps],
         "multiplied": [watched.numbers[i][0] for i in steps],

@@ -31,18 +31,18 @@ os.environ.setdefault("RAY_ADDRESS", "local")
 import ray
 import torch
 from acip_platform.cluster import connect
-from acip_platform.fleet import Job
-from acip_platform.inbox import open_inbox
-from acip_platform.schedule import nodes, share
+from acip_platform.scheduling.events import open_event_queue
+from acip_platform.scheduling.fleet import Job
+from acip_platform.scheduling.job_queue import nodes, resources_of
 from acip_platform.settings import Settings
-from acip_platform.space import Space
-from acip_platform.sweep import Outcome, Sweep, run, winner
-from acip_platform.tracking import Run, Tracking
+from acip_platform.tracking.runs import Run, Tracking
+from acip_platform.training.sweep import Outcome, Sweep, run, winner
+from acip_platform.training.sweep_space import Space
 
 from acip.base import load_base
-from acip.basis_cache import BasisCache
+from acip.calibration.basis_cache import BasisCache
+from acip.calibration.parametrize import parametrize
 from acip.data import documents, token_windows
-from acip.parametrise import parametrise
 from acip.recipe import Recipe
 from tests.conftest import GOLDEN, byte_tokenizer
 
@@ -69,20 +69,20 @@ def side(folder: Path, name: str, base: str, job: Recipe, space: str) -> tuple[l
     names = [*sweep.trunks, *(trial.name for trial in sweep.trials)]
     runs: dict[str, Run] = {name: tracking.start(name, name, {}) for name in names}
     began = time.perf_counter()
-    outcomes, trunks = run(sweep, share(one, nodes()), settings, runs, open_inbox())
+    outcomes, trunks = run(sweep, resources_of(one, nodes()), settings, runs, open_event_queue())
     errors = [outcome.error for outcome in outcomes if outcome.error]
     assert not errors, errors[0]
     return outcomes, [cost.cpu_seconds for cost in trunks.values()], time.perf_counter() - began
 
 
 def basis_seconds(folder: Path, base: str, job: Recipe) -> list[float]:
-    """Of parametrising with an empty cache of bases, and again with the full one."""
+    """Of parametrizing with an empty cache of bases, and again with the full one."""
     seconds = []
     windows = token_windows(documents("package:austen", "train"), byte_tokenizer(), job.seq_len, job.sample_windows)
     for _ in range(2):
         model: Any = load_base(base, job.dtype).model
         began = time.perf_counter()
-        parametrise(model, job, windows, cache=BasisCache(folder / "bases"))
+        parametrize(model, job, windows, cache=BasisCache(folder / "bases"))
         seconds.append(time.perf_counter() - began)
     return seconds
 

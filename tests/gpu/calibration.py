@@ -1,6 +1,6 @@
 """Part 2: how fast a calibration of Llama-7B's shape is, how much memory it takes, and the paper's algorithm to the letter beside it.
 
-Seconds, tokens/s, the share of the measured matmul peak, and the peak memory beside the prediction of acip.memory. FLOPs are those of
+Seconds, tokens/s, the share of the measured matmul peak, and the peak memory beside the prediction of acip.calibration.memory_plan. FLOPs are those of
 linear layers and head: 2 x tokens x numbers multiplied, once forward, once for the inputs' gradients, once more for the adapters' own.
 """
 
@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from acip.calibrate import Calibration, Loop, calibrate, training
-from acip.cut import Budget
+from acip.calibration.loop import Calibration, Loop, calibrate, training
+from acip.calibration.losses import next_token
+from acip.calibration.memory_plan import Memory, predict
+from acip.calibration.parametrize import parametrize
+from acip.calibration.state import CalibrationState, StepReport
 from acip.data import TokenBatches
-from acip.layers import find_linears, targets, weight_MN
-from acip.losses import next_token
-from acip.memory import Memory, predict
-from acip.parametrise import parametrise
+from acip.layers.targets import find_linears, targets, weight_MN
 from acip.recipe import Recipe
-from acip.sizes import set_size
-from acip.state import CalibrationState, StepReport
+from acip.sizing.cut_table import Budget
+from acip.sizing.model_sizes import set_size
 from tests.benchmarks import literal
 from tests.benchmarks.sides import head, literal_multiplied, ours_multiplied
 from tests.gpu.report import Report, Row
@@ -35,7 +35,7 @@ from tests.gpu.scale import (
     Scale,
     free,
     matmul_peak,
-    parametrise_quickly,
+    parametrize_quickly,
     peak,
     random_llama,
     reset_peak,
@@ -95,7 +95,7 @@ def one_block(row: Row, recipe: Recipe, windows: Tensor, scale: Scale) -> float:
     taken = []
     for layers in (1, 2):  # the first one loads cuSOLVER
         model = random_llama({**scale.llama, "num_hidden_layers": layers}, scale)
-        taken.append(seconds(scale, partial(parametrise, model, recipe, windows)))
+        taken.append(seconds(scale, partial(parametrize, model, recipe, windows)))
         del model
         free(scale)
     per_block = taken[1] / 2
@@ -123,11 +123,11 @@ class Ours:
         reset_peak(scale)
         real = block_s * len(self.model.model.layers) <= min(REAL_BASES_S, report.left() - 60)
         with report.row("parametrization") as row:
-            find = (lambda: parametrise(self.model, recipe, self.windows)) if real else (lambda: parametrise_quickly(self.model, recipe))
+            find = (lambda: parametrize(self.model, recipe, self.windows)) if real else (lambda: parametrize_quickly(self.model, recipe))
             taken = seconds(scale, find)
             row.show(f"{taken:.1f} s", "" if real else "random bases: the real ones would take too long here", seconds=taken, real=real)
             if real:
-                beside_prediction(row, memory, "parametrise", peak(scale))
+                beside_prediction(row, memory, "parametrize", peak(scale))
         with report.row("post-tuning, default recipe") as tuned, report.row("Fisher scores") as scores:
             calibration = self.watched(scores, tuned, memory, dense)
         with report.row("post-tuning as the paper does") as row:
@@ -167,7 +167,7 @@ class Ours:
 
     def same_post_tuning(self, row: Row, calibration: Calibration) -> None:
         """The paper's post-tuning: next-token loss at the stop size, without the base model as a teacher."""
-        scale, recipe = self.scale, replace(self.recipe, distill=0.0, post_tune="stop")
+        scale, recipe = self.scale, replace(self.recipe, distill_weight=0.0, post_tune="stop")
         cut = calibration.table.cut(Budget(recipe.stop_ratio, recipe.convention))
         set_size(targets(self.model), cut)
         state = CalibrationState.tuning(self.model, calibration.scores, recipe)
@@ -200,7 +200,7 @@ def speed(row: Row, flop: float, tokens: float, taken: float, top: float) -> Non
 
 
 def beside_prediction(row: Row, memory: Memory, phase: str, found: float | None) -> None:
-    """Add the peak memory to a row, beside what acip.memory predicted for this phase."""
+    """Add the peak memory to a row, beside what acip.calibration.memory_plan predicted for this phase."""
     predicted = {part.name: part.total for part in memory.phases}[phase]
     row.numbers |= {"peak_bytes": found, "predicted_bytes": predicted}
     if found is not None:
@@ -220,7 +220,7 @@ def literal_side(row: Row, ours: Ours) -> None:
     try:
         basis = QuickBases()  # the SVD of a large model takes minutes, and the speed of the steps does not depend on it
         with patch.object(torch.linalg, "svd", lambda W_MN, full_matrices: SimpleNamespace(U=basis(W_MN))):
-            layers = literal.parametrise(model, recipe.adapter_rank, recipe.adapter_alpha)
+            layers = literal.parametrize(model, recipe.adapter_rank, recipe.adapter_alpha)
         frozen, trained = literal_multiplied(layers)
         marks: list[float] = []
 
@@ -250,7 +250,7 @@ def literal_side(row: Row, ours: Ours) -> None:
 
 
 def larger(row: Row, report: Report, ours: Ours) -> None:
-    scale, recipe = ours.scale, replace(ours.recipe, recompute=True, post_tune_steps=max(4, ours.scale.steps // 4))
+    scale, recipe = ours.scale, replace(ours.recipe, gradient_checkpointing=True, post_tune_steps=max(4, ours.scale.steps // 4))
     if scale.cuda and report.left() < 45:
         row.show(f"left out: {report.left():.0f} s are left")
         return
@@ -262,7 +262,7 @@ def larger(row: Row, report: Report, ours: Ours) -> None:
         row.show(f"left out: it needs {tuning / 1e9:.0f} GB, and {torch.cuda.mem_get_info()[0] / 1e9:.0f} are free")
         return
     model = random_llama(scale.larger, scale)
-    parametrise_quickly(model, recipe)
+    parametrize_quickly(model, recipe)
     free(scale)
     marks: list[float] = []
     passes = -(-recipe.sample_windows // recipe.batch_size)

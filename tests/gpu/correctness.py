@@ -8,30 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from acip_platform.serve.sampling import Sampler, choose
+from acip_platform.serve.engine.sampling import SamplingParams, sample
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from acip.artifact import Artifact
+from acip.artifact.artifact import Artifact
 from acip.base import Base, load_base
-from acip.bases import accuracy, solve
-from acip.calibrate import Calibration, calibrate, trial_step
-from acip.cut import Budget
+from acip.calibration.activation_covariance import activation_covariances
+from acip.calibration.bases import accuracy, solve
+from acip.calibration.loop import Calibration, calibrate, trial_step
+from acip.calibration.parametrize import parametrize, restore
+from acip.calibration.state import CalibrationState, StepReport
 from acip.data import TokenBatches
-from acip.layers import find_linears, targets, weight_MN
-from acip.linear import ElasticLinear, LoRA
-from acip.mixed import Mixer, Size
-from acip.moments import moments
-from acip.parametrise import parametrise, restore
-from acip.quantise import quantised
+from acip.export.quantization import quantized
+from acip.layers.linear import ElasticLinear, LoRA
+from acip.layers.mixed_sizes import Mixer, Size
+from acip.layers.targets import find_linears, targets, weight_MN
 from acip.recipe import Recipe
-from acip.sizes import cut_table, set_size
-from acip.state import CalibrationState, StepReport
+from acip.sizing.cut_table import Budget
+from acip.sizing.model_sizes import cut_table, set_size
 from tests.gpu.golden import replay, stopped_alike
 from tests.gpu.report import Report, Row
 from tests.gpu.scale import Scale, random_llama, text_windows
-from tests.small import GOLDEN, write_small_base
+from tests.support.small import GOLDEN, write_small_base
 
 RECIPE = Recipe(
     sample_windows=32, adapter_rank=4, adapter_alpha=4.0, dtype="float32", batch_size=4, seq_len=64, lr=3e-3, lambda_factor=1.3,
@@ -57,7 +57,7 @@ class Small:
         """Load the base model, parametrized by `recipe`, on the device."""
         base = load_base(self.source, recipe.dtype)
         base.model.to(self.scale.device)  # type: ignore[arg-type]
-        parametrise(base.model, recipe, self.windows)
+        parametrize(base.model, recipe, self.windows)
         return base
 
     def calibrated(self, recipe: Recipe = RECIPE, **options: Any) -> tuple[Base, Calibration]:
@@ -201,7 +201,7 @@ def materialized(row: Row, small: Small) -> None:
         any_size = Artifact.save(small.folder / storage, base, calibration, {}).load(small.scale.device)
         for ratio in RATIOS:
             any_size.resize(ratio)
-            close(row, f"{storage}, {ratio}", small.logits(any_size.materialise()), small.logits(any_size.model), 1e-3)
+            close(row, f"{storage}, {ratio}", small.logits(any_size.materialize()), small.logits(any_size.model), 1e-3)
 
 
 def mixed(row: Row, small: Small) -> None:
@@ -226,10 +226,10 @@ def mixed(row: Row, small: Small) -> None:
 
 def recomputed(row: Row, small: Small) -> None:
     batches = TokenBatches(small.windows, RECIPE.batch_size)
-    losses = [trial_step(small.base(recipe).model, batches, recipe) for recipe in (RECIPE, replace(RECIPE, recompute=True))]
+    losses = [trial_step(small.base(recipe).model, batches, recipe) for recipe in (RECIPE, replace(RECIPE, gradient_checkpointing=True))]
     row.require(losses[0] == losses[1], f"loss {losses[0]:.6f} and {losses[1]:.6f}")
     _, kept = small.calibrated()
-    _, again = small.calibrated(replace(RECIPE, recompute=True))
+    _, again = small.calibrated(replace(RECIPE, gradient_checkpointing=True))
     row.require(stopped_alike(kept, again), f"{len(kept.history)} steps alike")
 
 
@@ -239,7 +239,7 @@ def bases(row: Row, small: Small) -> None:
     shape = {"hidden_size": hidden, "intermediate_size": wide, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
     model = random_llama(shape, replace(small.scale, dtype="float32"))
     linears = find_linears(model)
-    C = moments(model, linears, text_windows(256, 8))
+    C = activation_covariances(model, linears, text_windows(256, 8))
     here, excess = solve(linears, C), {"device": 0.0, "CPU": 0.0}
     there = solve({name: linear.to("cpu") for name, linear in linears.items()}, {name: C_nn.cpu() for name, C_nn in C.items()})
     for side, found in (("device", here), ("CPU", there)):
@@ -256,8 +256,8 @@ def bases(row: Row, small: Small) -> None:
 def eight_bit(row: Row, small: Small) -> None:
     model = load_base(small.source, "float32").model
     for linear in find_linears(model).values():
-        there = quantised(linear, "int8").dequantised(torch.float32)
-        here = quantised(linear.to(small.scale.device), "int8").dequantised(torch.float32)
+        there = quantized(linear, "int8").dequantized(torch.float32)
+        here = quantized(linear.to(small.scale.device), "int8").dequantized(torch.float32)
         close(row, "int8", here, there, 1e-2)  # one step of 127, where rounding to the nearest differs
 
 
@@ -266,8 +266,8 @@ def sampled(row: Row, small: Small) -> None:
     settings = ({"temperature": 0.0}, {"seed": 1}, {"seed": 2, "top_p": 0.9}, {"seed": 3, "top_k": 5, "logprobs": 2})
     picked = []
     for device in ("cpu", small.scale.device):
-        samplers = [Sampler(**settings[i % len(settings)]) for i in range(len(logits))]
-        picked.append([choice.token for choice in choose(logits.to(device), samplers)])
+        samplers = [SamplingParams(**settings[i % len(settings)]) for i in range(len(logits))]
+        picked.append([choice.token for choice in sample(logits.to(device), samplers)])
     alike = sum(a == b for a, b in zip(*picked, strict=True))
     row.require(alike >= len(logits) - 1, f"{alike} of {len(logits)} tokens alike")  # one may lie on the edge of two
 

@@ -1,4 +1,4 @@
-"""Replays of the recorded runs of the published implementation on a device (tests/golden/README.md, tests/replay.py)."""
+"""Replays of the recorded runs of the published implementation on a device (tests/golden/README.md, tests/support/replay.py)."""
 
 import tempfile
 from pathlib import Path
@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from acip.basis_cache import BasisCache, basis_keys
-from acip.calibrate import Calibration, calibrate
-from acip.layers import find_linears, targets, weight_MN
-from acip.parametrise import parametrise
+from acip.calibration.basis_cache import BasisCache, basis_keys
+from acip.calibration.loop import Calibration, calibrate
+from acip.calibration.parametrize import parametrize
+from acip.layers.targets import find_linears, targets, weight_MN
 from acip.recipe import Recipe
-from acip.sizes import layer_shapes
+from acip.sizing.model_sizes import layer_shapes
 from tests.gpu.report import Row
 from tests.gpu.scale import Scale
-from tests.small import GOLDEN, write_small_base
+from tests.support.small import GOLDEN, write_small_base
 
 RECORDED = {"float32": GOLDEN, "float64": GOLDEN.with_name("reference-trace-64")}
 CLOSE = 1e-9  # of logits of about 10 at the recorded ranks, in float64
@@ -27,13 +27,13 @@ def replay(row: Row, scale: Scale, dtype: Any) -> None:
     if not (RECORDED[dtype] / "trace.json").is_file():
         row.require(False, "the recording is not there", str(RECORDED[dtype].name))
         return
-    from tests.replay import Recording, assert_same_run, rank_correlation, start_adapters
+    from tests.support.replay import Recording, assert_same_run, rank_correlation, start_adapters
 
     recording = Recording(dtype)
     config = recording.config
     recipe = Recipe(
-        basis="svd", convention="paper", post_tune="stop", adapter="layer", scores="order", storage="factors", distill_prune=0.0,
-        distill=0.0, mask_scale=config["mask_scale"], adapter_rank=config["lora_r"], adapter_alpha=float(config["lora_alpha"]),
+        basis="svd", convention="paper", post_tune="stop", adapter="layer", scores="order", storage="factors", prune_distill_weight=0.0,
+        distill_weight=0.0, mask_scale=config["mask_scale"], adapter_rank=config["lora_r"], adapter_alpha=float(config["lora_alpha"]),
         adapter_dropout=0.0, dtype=dtype, batch_size=config["B"], seq_len=config["T"], lr=config["lr"],
         lambda_start=config["reg_start"], lambda_factor=config["reg_factor"], lambda_interval=config["reg_every"],
         stop_ratio=config["stop_ratio"], post_tune_steps=config["post_tune_steps"],
@@ -45,7 +45,7 @@ def replay(row: Row, scale: Scale, dtype: Any) -> None:
         model.to(scale.device)
         for name, key in basis_keys(model, linears, recipe, None).items():
             cache.put(key, bases[name])
-        parametrise(model, recipe, cache=cache)
+        parametrize(model, recipe, cache=cache)
     with torch.no_grad():
         for name, core in targets(model).items():
             A, B = start_adapters(name)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from acip.calibration.parametrize import adapters
 from acip.data import documents, token_windows
-from acip.layers import find_linears, weight_MN
-from acip.linear import SVDLinear
+from acip.layers.linear import SVDLinear
+from acip.layers.targets import find_linears, weight_MN
 from acip.modeling_acip import set_module
-from acip.parametrise import adapters
 from acip.recipe import Dtype, Recipe
-from tests.small import byte_tokenizer
+from tests.support.small import byte_tokenizer
 
 Shape = dict[str, Any]
 SEVEN: Shape = {}  # LlamaConfig's own defaults
@@ -172,7 +172,7 @@ class QuickBases:
 
 
 @torch.no_grad()
-def parametrise_quickly(model: nn.Module, recipe: Recipe) -> None:
+def parametrize_quickly(model: nn.Module, recipe: Recipe) -> None:
     """Swap every target layer for an `SVDLinear` in one of `QuickBases`."""
     model.requires_grad_(False)
     torch.manual_seed(recipe.seed)
@@ -181,5 +181,5 @@ def parametrise_quickly(model: nn.Module, recipe: Recipe) -> None:
         W_MN = weight_MN(linear)
         U_MK = basis(W_MN)
         with torch.enable_grad():
-            core = SVDLinear(linear, W_MN, U_MK, recipe.mask_scale, adapters(W_MN, recipe), recipe.quantise)
+            core = SVDLinear(linear, W_MN, U_MK, recipe.mask_scale, adapters(W_MN, recipe), recipe.quantize)
         set_module(model, name, core)

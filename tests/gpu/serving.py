@@ -9,19 +9,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from acip_platform.serve.engine import Engine, Event
-from acip_platform.serve.served import Served
+from acip_platform.serve.engine.engine import Engine, Event
+from acip_platform.serve.engine.resident_model import ResidentModel
 
-from acip.artifact import Artifact
+from acip.artifact.artifact import Artifact
 from acip.base import Base
-from acip.budget import Budget
-from acip.calibrate import calibrate
+from acip.calibration.loop import calibrate
 from acip.data import TokenBatches
 from acip.recipe import Recipe
+from acip.sizing.budget import Budget
 from tests.gpu.correctness import Small
 from tests.gpu.report import Report, Row
-from tests.gpu.scale import Scale, free, parametrise_quickly, random_llama, text_windows
-from tests.small import byte_tokenizer
+from tests.gpu.scale import Scale, free, parametrize_quickly, random_llama, text_windows
+from tests.support.small import byte_tokenizer
 
 RATIOS = (1.0, 0.8, 0.6, 0.4)
 PROMPT = 64  # tokens
@@ -62,7 +62,7 @@ def run(report: Report, scale: Scale) -> None:
         if artifact is not None:
             with report.row("loaded and checked by the engine") as row:
                 start = time.perf_counter()
-                served = Served(version("random"), artifact, scale.device, packed=False)
+                served = ResidentModel(version("random"), artifact, scale.device, packed=False)
                 row.show(f"{served.bytes / 1e9:.2f} GB resident", f"{time.perf_counter() - start:.1f} s")
             if row.ok is not False:
                 speeds(report, scale, served)
@@ -75,7 +75,7 @@ def version(name: str) -> Any:
 def made(row: Row, scale: Scale, folder: Path) -> Artifact:
     model = random_llama(scale.served, scale)
     recipe = Recipe(sample_windows=4, dtype=scale.dtype, batch_size=2, seq_len=128, post_tune_steps=2)
-    parametrise_quickly(model, recipe)
+    parametrize_quickly(model, recipe)
     calibration = calibrate(model, TokenBatches(text_windows(128, 8), recipe.batch_size), recipe)
     artifact = Artifact.save(folder / "artifact", Base(model, byte_tokenizer(), "random", None, "0" * 12), calibration, {})
     size = sum(file["bytes"] for file in artifact.manifest["files"].values())
@@ -83,7 +83,7 @@ def made(row: Row, scale: Scale, folder: Path) -> Artifact:
     return artifact
 
 
-def speeds(report: Report, scale: Scale, served: Served) -> None:
+def speeds(report: Report, scale: Scale, served: ResidentModel) -> None:
     engine = Engine()
     engine.add(served)
     try:
@@ -101,7 +101,7 @@ def speeds(report: Report, scale: Scale, served: Served) -> None:
         engine.close()
 
 
-def tokens_per_s(row: Row, engine: Engine, served: Served, scale: Scale, ratios: tuple[float, ...]) -> float:
+def tokens_per_s(row: Row, engine: Engine, served: ResidentModel, scale: Scale, ratios: tuple[float, ...]) -> float:
     taken, answers = answer_all(engine, served, scale, ratios)
     made = sum(answer["usage"]["completion_tokens"] for answer in answers)
     row.show(f"{made / taken:,.0f} tokens/s", f"{made} tokens in {taken:.2f} s, {PROMPT} tokens of prompt each", tokens_per_s=made / taken)
@@ -109,7 +109,7 @@ def tokens_per_s(row: Row, engine: Engine, served: Served, scale: Scale, ratios:
     return made / taken
 
 
-def answer_all(engine: Engine, served: Served, scale: Scale, ratios: tuple[float, ...]) -> tuple[float, list[dict[str, Any]]]:
+def answer_all(engine: Engine, served: ResidentModel, scale: Scale, ratios: tuple[float, ...]) -> tuple[float, list[dict[str, Any]]]:
     """Ask for all sequences at once; (seconds until the last has ended, what each was told at its end)."""
     prompts = text_windows(PROMPT, scale.sequences).tolist()
     ended: list[Event] = []
@@ -139,7 +139,7 @@ def own_texts(row: Row, scale: Scale) -> None:
         base, calibration = small.calibrated()
         artifact = Artifact.save(Path(folder) / "artifact", base, calibration, {})
         any_size = artifact.load(scale.device)
-        served = Served(version("small"), artifact, scale.device, packed=False)
+        served = ResidentModel(version("small"), artifact, scale.device, packed=False)
         engine = Engine()
         engine.add(served)
         try:

@@ -24,16 +24,16 @@ from ray.serve.handle import DeploymentHandle
 
 from acip.errors import AcipError
 from acip.recipe import did_you_mean
-from acip_platform.serve.engine import DEFAULT_CHAT_TOKENS
-from acip_platform.serve.errors import RequestError
-from acip_platform.serve.keys import Keys
+from acip_platform.serve.engine.engine import DEFAULT_CHAT_TOKENS
+from acip_platform.serve.http.errors import RequestError
+from acip_platform.serve.http.keys import Keys
+from acip_platform.serve.http.metrics import Metrics
+from acip_platform.serve.http.requests import ChatRequest, CompletionRequest, MaterializationRequest, ModelSizeRequest
+from acip_platform.serve.http.routes import Answered, routes
 from acip_platform.serve.materializations import Materializations
-from acip_platform.serve.metrics import Metrics
 from acip_platform.serve.replica import EngineReplica
-from acip_platform.serve.request import ChatRequest, CompletionRequest, MaterializationRequest, Sized
-from acip_platform.serve.routes import Answered, routes
 from acip_platform.settings import Settings, masked, sqlite_path
-from acip_platform.tracking import CHAMPION, ModelVersion, Registry, RegistryAwayError, RegistryError, few_retries, reached
+from acip_platform.tracking.runs import CHAMPION, ModelVersion, Registry, RegistryAwayError, RegistryError, few_retries, reached
 
 BUILD_ARGS: dict[str, Any] = {
     "models": None,  # names in the registry; None = every model that has the alias
@@ -53,7 +53,7 @@ BUILD_ARGS: dict[str, Any] = {
 }
 ENGINE_ENV = {
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait would take the cores from HTTP
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",  # products by shape (`acip.mixed` keeps them few): each is planned once
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",  # products by shape (`acip.layers.mixed_sizes` keeps them few): each is planned once
 }
 GONE = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 READY_TIMEOUT_S = 5.0
@@ -101,7 +101,7 @@ class Api:
             self._cards[key] = await self._ask("card", version)
         return self._cards[key]
 
-    async def size(self, name: str, asked: Sized) -> dict[str, Any]:
+    async def size(self, name: str, asked: ModelSizeRequest) -> dict[str, Any]:
         return await self._ask("size", self.versions[name], asked)
 
     async def trade_off(self, name: str) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class Api:
         self._cards[name, version.version], self.versions[name] = card, version
         return card
 
-    async def materialise(self, request: MaterializationRequest) -> dict[str, Any]:
+    async def materialize(self, request: MaterializationRequest) -> dict[str, Any]:
         name, budget = request.name_and_budget(self.names)
         return await self.materializations.start(self.versions[name], budget, request.quantize)
 

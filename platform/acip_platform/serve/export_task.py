@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from acip.budget import Budget
 from acip.errors import AcipError, ArtifactError
+from acip.sizing.budget import Budget
 from acip_platform.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Work:
     artifact: str  # URI
     budget: Budget
     removed: int  # directions that the budget's cut removes
-    quantise: Any  # a Kind or None
+    quantize: Any  # a Kind or None
     title: str
     key: str  # of the folder in the store; a checksum of the content is added to it
     facts: dict[str, Any]  # for the provenance, under "materialization"
@@ -50,15 +50,15 @@ def export_task(settings: Settings, work: Work) -> Iterator[dict[str, Any]]:
 
 
 def _export(settings: Settings, work: Work, folder: Path) -> dict[str, Any]:
-    from acip.export import PROVENANCE, export
-    from acip_platform.store import Store
+    from acip.export.folder import PROVENANCE, export
+    from acip_platform.storage.store import Store
 
     store = Store.of(settings)
     artifact = store.open(work.artifact)
     any_size = artifact.load(size=work.budget)
     if any_size.cut is None or any_size.cut.removed != work.removed:
         raise ArtifactError(f"{work.artifact} was replaced by another artifact. Ask again.")
-    export(any_size, artifact, folder / work.title, work.quantise, facts={"materialization": work.facts})
+    export(any_size, artifact, folder / work.title, work.quantize, facts={"materialization": work.facts})
     raw = (folder / work.title / PROVENANCE).read_bytes()
     uri = store.add(folder / work.title, f"{work.key}-{hashlib.sha256(raw).hexdigest()[:8]}", PROVENANCE)
     return {"uri": uri, **sums(raw)}

@@ -24,17 +24,17 @@ from typing import Any
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, WorkerCrashedError
 
-from acip.budget import Budget
-from acip.cut import CutTable
 from acip.errors import AcipError, ArtifactError
-from acip.export import PROVENANCE
-from acip.quantise import Kind, counted, kind_of
-from acip_platform.serve.errors import RequestError
+from acip.export.folder import PROVENANCE
+from acip.export.quantization import Kind, counted, kind_of
+from acip.sizing.budget import Budget
+from acip.sizing.cut_table import CutTable
 from acip_platform.serve.export_task import Work, export_task, sums
-from acip_platform.serve.sizes import told
+from acip_platform.serve.http.errors import RequestError
+from acip_platform.serve.size_facts import size_facts
 from acip_platform.settings import Settings
-from acip_platform.store import Store, StoreError
-from acip_platform.tracking import ModelVersion
+from acip_platform.storage.store import Store, StoreError
+from acip_platform.tracking.runs import ModelVersion
 
 EXPORTS = "exports"  # key in the store
 LOOK_EVERY_S = 30.0  # at most, for what others put into the store
@@ -86,12 +86,12 @@ class Materializations:
         self._tables: dict[str, tuple[CutTable, int]] = {}  # by artifact: the table, and directions removed where calibration stopped
         self._background: set[asyncio.Task[None]] = set()  # the loop itself would forget them
 
-    async def start(self, version: ModelVersion, budget: Budget, quantise: str | None = None) -> dict[str, Any]:
+    async def start(self, version: ModelVersion, budget: Budget, quantize: str | None = None) -> dict[str, Any]:
         """The record of this size of this version, begun where it is neither there nor under way.
 
         BudgetError for a size that can't be had, RequestError for the rest: 400, 429 (too many wait) or 503 (the store).
         """
-        record, work = await asyncio.to_thread(self._plan, version, budget, quantise)
+        record, work = await asyncio.to_thread(self._plan, version, budget, quantize)
         if (known := self._records.get(record.id)) and known.active:
             return known.shown()
         there = await asyncio.to_thread(self._stored, f"{EXPORTS}/{_name(version)}", {record.id})
@@ -105,7 +105,7 @@ class Materializations:
             message = f"{self.most} materializations are queued or running, the most that may be; ask again when some are done."
             raise RequestError(message, code="queue_full", status=429)
         self._put(record)
-        # a context of its own: cancelling a request cancels the Ray tasks begun in it
+        # a context of its own: canceling a request cancels the Ray tasks begun in it
         running = asyncio.create_task(self._run(record, work), context=contextvars.Context())
         self._background.add(running)
         running.add_done_callback(self._background.discard)
@@ -146,9 +146,9 @@ class Materializations:
         if record.status == "failed":
             self._tables.pop(work.artifact, None)  # perhaps the artifact is no longer what it was
 
-    def _plan(self, version: ModelVersion, budget: Budget, quantise: str | None) -> tuple[Record, Work]:
+    def _plan(self, version: ModelVersion, budget: Budget, quantize: str | None) -> tuple[Record, Work]:
         """What is to be made, and its record."""
-        kind = _kind(quantise)
+        kind = _kind(quantize)
         table, at_stop = self._table(version.uri)
         budget = counted(budget, kind)
         cut = table.cut(budget)
@@ -157,7 +157,7 @@ class Materializations:
         except ArtifactError as error:
             raise RequestError(str(error), "quantize") from error
         code = hashlib.sha256(json.dumps([version.name, version.version, version.uri, cut.removed, kind]).encode()).hexdigest()[:16]
-        record = Record(f"mat-{code}", version.name, version.version, told(cut, at_stop), kind, int(time.time()))
+        record = Record(f"mat-{code}", version.name, version.version, size_facts(cut, at_stop), kind, int(time.time()))
         size = f"{cut.sizes['linear']:.4f}" + (f"-{kind}" if kind else "")
         facts = {key: getattr(record, key) for key in ("id", "model", "version", "size", "quantize")}
         title = f"{_name(version).partition('/')[0]}-{size}"
@@ -208,10 +208,10 @@ def _record(uri: str, raw: bytes, came: int) -> Record | None:
         return None
 
 
-def _kind(quantise: str | None) -> Kind | None:
-    if quantise is None or quantise in ("nf4", "fp4", "int8"):
-        return quantise  # type: ignore[return-value]
-    raise RequestError(f'quantize is {quantise!r}; it must be "nf4", "fp4", "int8" or null.', "quantize")
+def _kind(quantize: str | None) -> Kind | None:
+    if quantize is None or quantize in ("nf4", "fp4", "int8"):
+        return quantize  # type: ignore[return-value]
+    raise RequestError(f'quantize is {quantize!r}; it must be "nf4", "fp4", "int8" or null.', "quantize")
 
 
 def _name(version: ModelVersion) -> str:

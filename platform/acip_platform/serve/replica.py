@@ -16,19 +16,19 @@ from uuid import uuid4
 import psutil
 import torch
 
-from acip.budget import GIGA, in_bytes
 from acip.errors import AcipError
-from acip_platform.serve.engine import DEFAULT_CHAT_TOKENS, Engine, Event, Ticket
-from acip_platform.serve.errors import as_response
-from acip_platform.serve.models import Key, Models, key_of
-from acip_platform.serve.recorded import Recorder
-from acip_platform.serve.request import ChatRequest, CompletionRequest, Sized
-from acip_platform.serve.served import Served
-from acip_platform.serve.sizes import as_json
+from acip.sizing.budget import GIGA, in_bytes
+from acip_platform.serve.engine.engine import DEFAULT_CHAT_TOKENS, ActiveRequest, Engine, Event
+from acip_platform.serve.engine.model_cache import Key, ModelCache, key_of
+from acip_platform.serve.engine.resident_model import ResidentModel
+from acip_platform.serve.http.errors import as_response
+from acip_platform.serve.http.requests import ChatRequest, CompletionRequest, ModelSizeRequest
+from acip_platform.serve.recorded_samples import Recorder
+from acip_platform.serve.size_facts import as_json
 from acip_platform.serve.tradeoff import trade_off
 from acip_platform.settings import Settings
-from acip_platform.store import Store
-from acip_platform.tracking import ModelVersion
+from acip_platform.storage.store import Store
+from acip_platform.tracking.runs import ModelVersion
 
 SHARE = 0.8  # of the free memory, where no limit is given
 MESSAGES_PER_S = 50  # that are sent to clients in all: each passes three processes, so many streams send more at once
@@ -50,12 +50,12 @@ class EngineReplica:
         self.recorder = Recorder(self.engine, self.settings.home / "cache" / "recorded")
         limit = in_bytes(memory_gb, GIGA) if memory_gb else int(SHARE * _free(device))
         store = Store.of(self.settings)
-        self.models = Models(self.engine, store, device, limit, self.recorder.add)
+        self.models = ModelCache(self.engine, store, device, limit, self.recorder.add)
         self.failed: dict[str, str] = {}  # model -> why it can't be loaded
         self.warm = False
-        self._loading: dict[Key, asyncio.Future[Served]] = {}
+        self._loading: dict[Key, asyncio.Future[ResidentModel]] = {}
         self._loaders = ThreadPoolExecutor(LOADING, "loader")  # not those that answer: a model may be long in coming
-        self._trade_offs: weakref.WeakKeyDictionary[Served, dict[str, Any]] = weakref.WeakKeyDictionary()
+        self._trade_offs: weakref.WeakKeyDictionary[ResidentModel, dict[str, Any]] = weakref.WeakKeyDictionary()
         threading.Thread(target=self._load, args=(versions,), daemon=True, name="loading").start()
 
     def _load(self, versions: list[ModelVersion]) -> None:
@@ -92,7 +92,7 @@ class EngineReplica:
         return await self._answered(lambda served: served.card(), version)
 
     async def trade_off(self, version: ModelVersion) -> dict[str, Any]:
-        def made(served: Served) -> dict[str, Any]:
+        def made(served: ResidentModel) -> dict[str, Any]:
             body = self._trade_offs.get(served)
             if body is None:
                 body = self._trade_offs[served] = as_json(trade_off(served))
@@ -100,18 +100,18 @@ class EngineReplica:
 
         return await self._answered(made, version)
 
-    async def size(self, version: ModelVersion, request: Sized) -> dict[str, Any]:
+    async def size(self, version: ModelVersion, request: ModelSizeRequest) -> dict[str, Any]:
         """What a size comes to, without generating anything."""
         return await self._answered(lambda s: s.size(s.cut(request.name_and_budget([s.version.name])[1])), version)
 
-    async def _answered(self, make: Callable[[Served], Any], version: ModelVersion) -> dict[str, Any]:
+    async def _answered(self, make: Callable[[ResidentModel], Any], version: ModelVersion) -> dict[str, Any]:
         """{"body"}, or {"status", "body"} of an error."""
         try:
             return {"body": await asyncio.to_thread(make, await self._served(version))}
         except Exception as error:
             return _failed(error)
 
-    async def _served(self, version: ModelVersion) -> Served:
+    async def _served(self, version: ModelVersion) -> ResidentModel:
         """The model. Whoever needs one that is not there waits for the same thread to load it."""
         served = self.models.find(version)
         if served is not None:
@@ -126,10 +126,10 @@ class EngineReplica:
         """Events of one request, some at a time: the head first; where nobody reads a stream, the rest at once."""
         received = time.monotonic()
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[list[Event]]()
-        ticket: Ticket | None = None
+        ticket: ActiveRequest | None = None
         gone = False
 
-        def begin(served: Served) -> Ticket:
+        def begin(served: ResidentModel) -> ActiveRequest:
             nonlocal ticket
             ticket = self.engine.submit(served, request, lambda events: loop.call_soon_threadsafe(queue.put_nowait, events), received)
             if gone:
@@ -166,7 +166,7 @@ class EngineReplica:
 
 
 def merged(events: list[Event]) -> list[Event]:
-    """The same with neighbouring texts of a choice in one."""
+    """The same with neighboring texts of a choice in one."""
     out: list[Event] = []
     for event in events:
         last = out[-1] if out else None

@@ -4,15 +4,15 @@ import math
 import re
 from typing import Any
 
-from acip.budget import Budget, as_perplexity
 from acip.errors import BudgetError
-from acip_platform.serve.served import Served
+from acip.sizing.budget import Budget, as_perplexity
+from acip_platform.serve.engine.resident_model import ResidentModel
 
 SMALLEST = 20  # percent: what is below is of no use to anyone
 LAYER = re.compile(r"^.*?\.(\d+)\.(.*)$")
 
 
-def trade_off(served: Served) -> dict[str, Any]:
+def trade_off(served: ResidentModel) -> dict[str, Any]:
     """The body of /v1/models/{id}/tradeoff, samples aside."""
     table, card = served.any_size.table, served.card()
     decoder = table.decoder
@@ -33,7 +33,7 @@ def trade_off(served: Served) -> dict[str, Any]:
     }
 
 
-def _size(served: Served, asked: float) -> dict[str, Any] | None:
+def _size(served: ResidentModel, asked: float) -> dict[str, Any] | None:
     try:
         cut = served.cut(Budget(ratio=asked))
     except BudgetError:
@@ -47,7 +47,7 @@ def _size(served: Served, asked: float) -> dict[str, Any] | None:
     return {key: size[key] for key in keys} | {"perplexity": predicted, "predicted": predicted is not None and not measured}
 
 
-def heatmap(served: Served) -> dict[str, Any]:
+def heatmap(served: ResidentModel) -> dict[str, Any]:
     """Kept ranks, layer kind by depth, at sizes in steps of 0.05. A dense layer counts as its full rank."""
     table = served.any_size.table
     found = {layer.name: (match[2], int(match[1])) for layer in table.layers if (match := LAYER.match(layer.name))}

@@ -1,0 +1,1 @@
+"""The calibration: bases, parametrization, losses, the loop, and its memory plan."""

@@ -1,0 +1,146 @@
+"""Bases kept by the content they were computed from, for restarts, sweeps and transfers on one node."""
+
+import fcntl
+import hashlib
+import logging
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from acip.calibration.activation_covariance import Feed, feed_tokens
+from acip.layers.targets import weight_MN
+from acip.recipe import Recipe
+from acip.utils.threads import one_thread_each
+
+VERSION = 1  # of what a cached basis depends on; raise it where the same inputs give another basis
+log = logging.getLogger(__name__)
+
+
+class BasisCache:
+    """Directions by the content that they were computed from: one safetensors file per layer in `folder`.
+
+    Writers may share it: files appear whole, and equal names hold equal content. A broken file is a miss, and deleted.
+    Above `limit_bytes` the files used longest ago go. Where nothing can be written, nothing is kept: a warning, no error.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int | None = None) -> None:
+        self.folder, self.limit_bytes = Path(folder), limit_bytes
+        self._bytes: int | None = None  # in the folder, about; None = not counted yet
+        self._writable = True
+
+    def get(self, key: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
+        path = self._path(key)
+        try:
+            directions = load_file(path)["directions"]  # mapped: all processes of a node read the same pages
+            if (directions.shape, directions.dtype) != (shape, dtype):
+                raise ValueError(f"{tuple(directions.shape)} {directions.dtype} instead of {shape} {dtype}")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            log.warning("the cached basis %s can't be read: %s", path, error)
+            return None
+        except (SafetensorError, KeyError, ValueError) as error:
+            log.warning("the cached basis %s is broken, and computed anew: %s", path, error)
+            with suppress(OSError):
+                path.unlink()
+            return None
+        with suppress(OSError):
+            os.utime(path)
+        return directions
+
+    def put(self, key: str, directions_KM: Tensor) -> None:
+        if not self._writable:
+            return
+        path, content = self._path(key), save({"directions": directions_KM.cpu()})
+        part = path.with_name(f"{key}.{uuid.uuid4().hex}.part")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(content)
+            part.replace(path)
+            self._make_room(len(content))
+        except OSError as error:
+            self._writable = False
+            log.warning("bases are not kept from here on, %s can't be written: %s", self.folder, error)
+            with suppress(OSError):
+                part.unlink()
+
+    @contextmanager
+    def turn(self, keys: Iterable[str]) -> Iterator[None]:
+        """While these are missing, one process of this node at a time is inside, so that none computes what another does."""
+        names = sorted(keys)
+        with ExitStack() as stack:
+            if not self._all(names):
+                with suppress(OSError):  # a folder that can't be written or locked: then each computes for itself
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    path = self.folder / f"{hashlib.sha256(repr(names).encode()).hexdigest()}.lock"
+                    lock = stack.enter_context(path.open("w"))
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    if self._all(names):
+                        lock.close()
+            yield
+
+    def _all(self, names: list[str]) -> bool:
+        return all(self._path(name).exists() for name in names)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+    def _make_room(self, new: int) -> None:
+        if self.limit_bytes is None:
+            return
+        if self._bytes is not None and self._bytes + new <= self.limit_bytes:
+            self._bytes += new
+            return
+        files = []
+        for path in (*self.folder.glob("*.safetensors"), *self.folder.glob("*.part")):
+            with suppress(FileNotFoundError):  # another writer's
+                files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        self._bytes = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if self._bytes <= self.limit_bytes:
+                return
+            with suppress(FileNotFoundError):
+                path.unlink()
+            self._bytes -= size
+
+
+def basis_keys(
+    model: nn.Module, linears: Mapping[str, nn.Module], recipe: Recipe, windows: Tensor | None, feed: Feed = feed_tokens
+) -> dict[str, str]:
+    """The cache's name for the basis of each layer: equal names, equal bases.
+
+    The covariance basis of a layer depends on the model's other weights too, on the text, and on how the model is fed.
+    """
+    windows = windows[: recipe.sample_windows] if recipe.basis == "covariance" and windows is not None else None
+    weights = {name: weight_MN(layer) for name, layer in linears.items()}
+    world: dict[str, Tensor] = {}
+    if windows is not None:
+        world = {"windows": windows} | dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = {_place(tensor): tensor for tensor in (*weights.values(), *world.values())}
+    with one_thread_each() as pool:
+        hashes = dict(zip(tensors, pool.map(_hash, tensors.values()), strict=True))
+    context: list[Any] = [VERSION, recipe.basis]
+    if windows is not None:
+        around = [(name, hashes[_place(tensor)]) for name, tensor in world.items()]
+        context += [around, f"{feed.__module__}.{getattr(feed, '__qualname__', feed)}"]
+    return {name: hashlib.sha256(repr((context, name, hashes[_place(weight)])).encode()).hexdigest() for name, weight in weights.items()}
+
+
+def _place(tensor: Tensor) -> Any:
+    """Equal for equal views of the same memory."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _hash(tensor: Tensor) -> str:
+    """Of dtype, shape and every byte."""
+    sha = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()

@@ -1,0 +1,117 @@
+"""Whether a calibration fits, before it runs; and what to change where it doesn't."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from acip.calibration.memory_plan import Memory, predict
+from acip.errors import CalibrationError
+from acip.recipe import Recipe
+
+HEADROOM = 0.05  # of the prediction, for what allocators lose
+
+
+def fits(memory: Memory, available: float) -> bool:
+    """Whether `available` bytes are enough, with headroom."""
+    return memory.peak * (1 + HEADROOM) <= available
+
+
+def check(model: nn.Module, recipe: Recipe, available: float, device: str | torch.device | None = None, workers: int = 1) -> Memory:
+    """The prediction; CalibrationError where it is above `available` bytes, with the changes of the fleet file that would do."""
+    memory = predict(model, recipe, device, workers)
+    if fits(memory, available):
+        return memory
+    ways = [f"{text} ({_gigabytes(peak)} GB)" for text, peak in _ways(model, recipe, available, device, workers)]
+    raise CalibrationError(
+        f"the calibration needs {_gigabytes(memory.peak)} GB and {HEADROOM:.0%} of headroom, "
+        f"and {_gigabytes(available, math.floor)} GB are there. "
+        f"It needs most in {memory.worst}. "
+        + (f"What would fit: {'; '.join(ways)}." if ways else "No setting makes it fit: it needs a larger device.")
+    )
+
+
+def _gigabytes(bytes_: float, rounded: Callable[[float], int] = math.ceil) -> str:
+    """Format bytes as GB. Needs are rounded up and available memory is rounded down, so that a refusal never names two equal amounts."""
+    return f"{rounded(bytes_ / 1e7) / 100:.2f}"
+
+
+def available(model: nn.Module, device: torch.device) -> float:
+    """Bytes that a calibration of `model` may take on `device`: what is free, and what this process has there already.
+
+    On a CPU the smaller one of what the machine has and what its control group may take.
+    """
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+    here = sum(p.numel() * p.itemsize for p in model.parameters() if p.device.type == "cpu")
+    return min(psutil.virtual_memory().available, _control_group()) + here
+
+
+def _control_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """What the tightest control group above this process has left, page cache counted as free. Versions 2 and 1."""
+    left = [math.inf]
+    for line in own.read_text().splitlines() if own.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = root / controllers
+        limit, used, cache = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            if controllers
+            else ("memory.max", "memory.current", "inactive_file")
+        )
+        here = top / path.lstrip("/")
+        for group in (group for group in (here, *here.parents) if group.is_relative_to(top)):
+            files = group / limit, group / used, group / "memory.stat"
+            if not all(file.is_file() for file in files) or not files[0].read_text().strip().isdigit():
+                continue
+            inactive = re.search(rf"^{cache} (\d+)$", files[2].read_text(), re.MULTILINE)
+            left.append(float(files[0].read_text()) - float(files[1].read_text()) + float(inactive[1] if inactive else 0))
+    return max(0.0, min(left))
+
+
+def _ways(model: nn.Module, recipe: Recipe, available: float, device: Any, workers: int) -> list[tuple[str, float]]:
+    """Changes that fit, as a fleet file has them, and their peaks: of one field; else of several, or more workers."""
+
+    def tried(*changes: dict[str, Any]) -> list[tuple[str, float]]:
+        """The first of `changes` that fits."""
+        for change in changes:
+            fields = {name: value for name, value in change.items() if name != "num_workers"}
+            memory = predict(model, replace(recipe, **fields), device, change.get("num_workers", workers))
+            if fits(memory, available):
+                return [(", ".join(f"{name}: {_yaml(value)}" for name, value in change.items()), memory.peak)]
+        return []
+
+    def batch(b: int) -> dict[str, Any]:
+        """Batches of `b` windows, and about as many windows in an optimizer step."""
+        return (
+            {"batch_size": b, "gradient_accumulation_steps": max(1, recipe.gradient_accumulation_steps * recipe.batch_size // b)}
+            if b != recipe.batch_size
+            else {}
+        )
+
+    lean, four_bit = {"gradient_checkpointing": True}, recipe.quantize != "none"
+    to_four_bit = [{"quantize": "nf4"}] if not four_bit and workers == 1 else []  # what is in 4 bit can't be sharded
+    smaller = [batch(b) for b in range(recipe.batch_size - 1, 0, -1) if recipe.batch_size % b == 0 and b % workers == 0]
+    least = lean | (smaller[-1] if smaller else {})
+    more = [lean | {"num_workers": n} | (batch(n) if recipe.batch_size % n else {}) for n in (2, 4, 8, 16) if n > workers and not four_bit]
+    single = [
+        *tried(*([lean] if not recipe.gradient_checkpointing else [])),
+        *tried(*([{"adapter_dropout": 0.0}] if recipe.adapter_dropout else [])),
+        *tried(*smaller),
+        *tried(*({"seq_len": recipe.seq_len >> i} for i in range(1, 4) if recipe.seq_len >> i >= 2)),
+        *tried(*to_four_bit),
+        *tried(*({"adapter_rank": recipe.adapter_rank >> i} for i in range(1, 4) if recipe.adapter_rank >> i)),
+        *tried(*([{"dtype": "bfloat16"}] if recipe.dtype in ("float32", "float64") else [])),
+    ]
+    return single or [*tried(least, *(way | bits for way in (lean, least) for bits in to_four_bit)), *tried(*more)]
+
+
+def _yaml(value: Any) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value).lower()

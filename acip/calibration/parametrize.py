@@ -1,0 +1,87 @@
+"""Base model -> model with `SVDLinear` layers in the bases of acip.calibration.bases, and the exact inverse (paper 2.2.1)."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from acip.base import own_code
+from acip.calibration.activation_covariance import Feed, feed_tokens
+from acip.calibration.bases import bases
+from acip.calibration.basis_cache import BasisCache, basis_keys
+from acip.errors import BaseModelError
+from acip.layers import sharding
+from acip.layers.linear import ElasticLinear, LoRA, SVDLinear
+from acip.layers.targets import find_linears, targets, weight_MN
+from acip.modeling_acip import set_module
+from acip.recipe import Recipe
+
+
+def parametrize(
+    model: nn.Module,
+    recipe: Recipe,
+    windows: Tensor | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    feed: Feed = feed_tokens,
+    cache: BasisCache | None = None,
+) -> dict[str, SVDLinear | ElasticLinear]:
+    """Swap every target layer of `model` for an `SVDLinear` with its adapters, in place.
+
+    `windows` [n, T] of token ids feed the covariance basis (`recipe.sample_windows` of them are used), or, for other
+    models, whatever `feed(model, windows[i:j])` makes of them. `cache` keeps the bases for the next time.
+    `progress(done, total)` counts layers. The swapped model computes what the base model computes, up to rounding.
+    """
+    if targets(model):
+        raise BaseModelError("this model is parametrized already; call restore(model) first.")
+    own_code(model, None, str(getattr(getattr(model, "config", None), "_name_or_path", "")))
+    if windows is not None and feed is feed_tokens:
+        _check_ids(model, windows)
+    linears = find_linears(model, recipe.exclude)
+    model.requires_grad_(False)
+    torch.manual_seed(recipe.seed)  # the adapters' start
+    device = sharding.device() if sharding.workers() > 1 else None
+    loras = {name: adapters(weight_MN(linear), recipe, device) for name, linear in linears.items()}
+    keys = basis_keys(model, linears, recipe, windows, feed) if cache and sharding.rank() == 0 else {}
+    if sharding.workers() > 1:
+        for linear in linears.values():
+            sharding.shard(linear)
+        nn.Module.to(model, device)
+    cores: dict[str, SVDLinear] = {}
+    with cache.turn(keys.values()) if cache and keys else nullcontext():
+        for name, directions_KM in bases(model, linears, recipe, windows, feed, cache, keys, progress):
+            linear = linears[name]
+            with sharding.whole(linear):
+                cores[name] = SVDLinear(linear, weight_MN(linear), directions_KM.T, recipe.mask_scale, loras[name], recipe.quantize)
+            for rows in (cores[name].left, cores[name].right):
+                sharding.shard(rows)
+    for name in linears:
+        set_module(model, name, cores[name])
+        cores[name].park()
+    return targets(model)
+
+
+def _check_ids(model: nn.Module, windows: Tensor) -> None:
+    """Raise BaseModelError where the text holds token ids that the model has no embedding for."""
+    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    if isinstance(embeddings, nn.Embedding) and windows.numel() and int(windows.max()) >= embeddings.num_embeddings:
+        raise BaseModelError(
+            f"the text holds the token id {int(windows.max()):,}, and the model has {embeddings.num_embeddings:,} tokens: the tokenizer is "
+            "larger than the model. Resize the model's embeddings (model.resize_token_embeddings(len(tokenizer))), and save both."
+        )
+
+
+def adapters(W_MN: Tensor, recipe: Recipe, device: torch.device | None = None) -> dict[str, LoRA]:
+    """Fresh adapters for a layer, by place: beside it, or on its two factors. B is zero: nothing changes yet."""
+    (M, N), R = W_MN.shape, recipe.adapter_rank
+    places = {} if not R else {"layer": (N, M)} if recipe.adapter == "layer" else {"right": (N, min(M, N)), "left": (min(M, N), M)}
+    scale = recipe.adapter_alpha / max(1, R)
+    return {place: LoRA(n, m, R, scale, recipe.adapter_dropout, device or W_MN.device, W_MN.dtype) for place, (n, m) in places.items()}
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """The inverse: every original layer back in its slot, adapters gone."""
+    for name, core in targets(model).items():
+        set_module(model, name, core.exact)
+    return model

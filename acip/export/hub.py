@@ -1,0 +1,85 @@
+"""Folders on the hub: exports of one size, and artifacts of every size. The token is the hub client's own (HF_TOKEN, `hf auth login`)."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from acip.artifact.artifact import MANIFEST, Artifact, check
+from acip.errors import ArtifactError, HubError
+from acip.export.card import artifact_card
+from acip.export.folder import PROVENANCE, files_of, public
+
+CARD = "README.md"
+
+
+def push_to_hub(folder: str | Path, repository: str) -> str:
+    """Put an export, or an artifact that `copy` wrote, into a repository as one commit; returns its address.
+
+    An earlier one there is replaced. HubError where anything else is there, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    folder = Path(folder)
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        others = set(api.list_repo_files(repository)) - {".gitattributes"}
+        if others & {PROVENANCE, MANIFEST}:  # any project may have a file of this name
+            earlier = Path(snapshot(repository, allow_patterns=[PROVENANCE, MANIFEST]))
+            others -= files_of(earlier) | _files_of(earlier)
+        if others:
+            raise HubError(f"{repository} holds something else than a model of ours ({min(others)}); push to another repository.")
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Add {folder.name}", delete_patterns=["*"])
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+        raise HubError(
+            f"{folder} is written, but not pushed to {repository}: {error} Check HF_TOKEN and the name, and push again."
+        ) from error
+    return f"https://huggingface.co/{repository}"
+
+
+def copy(artifact: Artifact, folder: str | Path) -> Path:
+    """Write an artifact, verified, with a model card, to `folder`, which is not there yet or empty. All of it is read.
+
+    It may be published: its manifest does not tell of this machine (`acip.export.folder.public`).
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtifactError(f"{folder} is there already. Choose another place for the artifact.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        for file in artifact.manifest["files"]:
+            artifact.copy(file, partial / file)
+        (partial / CARD).write_text(artifact_card(artifact, folder.name), encoding="utf-8")
+        Artifact.write_manifest(partial, public(artifact.manifest))
+        Artifact.open(partial)
+        partial.chmod(0o755)
+        partial.replace(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def _files_of(folder: Path) -> set[str]:
+    """The files of what `copy` wrote to a folder, as its manifest names them; none where there is no such manifest."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        check(manifest, str(folder))
+    except (OSError, ValueError):
+        return set()
+    return {MANIFEST, CARD, *manifest["files"]}
+
+
+def snapshot(repository: str, **hub: Any) -> str:
+    """The folder of a repository of the hub, downloaded where it is not on this machine."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(repository, **hub)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise HubError(f"{repository} is no folder, and was not got from the hub: {error}") from error

@@ -1,0 +1,44 @@
+"""The adapters of an artifact in PEFT's own format, for those who go on from there."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+
+from acip.artifact.artifact import Artifact
+from acip.modeling_acip import widened
+from acip.sizing.cut_table import Cut
+
+
+def save_peft(artifact: Artifact, folder: str | Path, cut: Cut, base: str) -> None:
+    """What the adapters add to the directions kept at `cut`, in PEFT's own format (alpha / R = 1: the scale is folded in).
+
+    Rank R (fine-tuning adds to it) beside the layer; on the factors 2 R: (U + c d)(V + b a) - U V = [U b + c d b | c] [a ; d V].
+    """
+    adapters, factors = artifact.tensors("adapters"), artifact.tensors("factors")
+    tensors: dict[str, Tensor] = {}
+    names = [name for name, rank in cut.ranks.items() if rank is not None]
+    for name in names:
+        keys = [key for key in adapters.entries if key.startswith(f"{name}.")]
+        lora = {key: widened(value) for key, value in adapters.read(keys).items()}
+        if f"{name}.layer.A" in lora:
+            B, A = lora[f"{name}.layer.B"], lora[f"{name}.layer.A"]
+        else:
+            rank = cut.ranks[name]
+            left, right = (widened(rows[:rank]) for rows in factors.read([f"{name}.left", f"{name}.right"]).values())
+            a, b = lora[f"{name}.right.A"], lora[f"{name}.right.B"][:rank]
+            d, c = lora[f"{name}.left.A"][:, :rank], lora[f"{name}.left.B"]
+            U, V = left.T - c @ d, right - b @ a
+            B, A = torch.cat([U @ b + c @ (d @ b), c], 1), torch.cat([a, d @ V])
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.to(factors.entry(f"{name}.right").dtype).contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B.to(factors.entry(f"{name}.right").dtype).contiguous()
+    q = max((len(A) for key, A in tensors.items() if ".lora_A." in key), default=1)
+    for key, matrix in tensors.items():  # fine-tuning adds rank to the layers that are not dense at its size
+        more = q - min(q, matrix.shape[0] if ".lora_A." in key else matrix.shape[1])
+        tensors[key] = F.pad(matrix, (0, 0, 0, more) if ".lora_A." in key else (0, more))
+    config = LoraConfig(r=q, lora_alpha=q, target_modules=names, base_model_name_or_path=base, inference_mode=True)
+    config.save_pretrained(str(folder))
+    save_file(tensors, Path(folder) / "adapter_model.safetensors")

@@ -1,0 +1,102 @@
+"""The layers of a model: those that can be compressed, and those that are parametrized."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
+
+from acip.errors import BaseModelError
+from acip.layers.linear import ElasticLinear, SVDLinear
+from acip.modeling_acip import weight_MN
+
+
+def targets(model: nn.Module) -> dict[str, SVDLinear | ElasticLinear]:
+    """The parametrized layers of `model` by their dotted names, in the order of the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SVDLinear | ElasticLinear)}
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Inside, these hooks are in force."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def find_linears(model: nn.Module, exclude: tuple[str, ...] = ()) -> dict[str, nn.Module]:
+    """Every linear layer inside the model's blocks, which are the elements of its ModuleLists.
+
+    Embeddings and heads stand outside, routers of experts are left alone, and so is what has a part of `exclude` in its
+    name. BaseModelError for what can't be compressed: quantized weights, experts fused into one tensor, and subclasses
+    of nn.Linear that compute something else than W x + b.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise _quantized(type(model).__name__)
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    blocks = tuple(f"{name}.{i}." for name, module in lists for i in range(len(module)))
+    inside = {name: module for name, module in model.named_modules() if name.startswith(blocks)}
+    experts = {name: len(weight) for name, module in inside.items() if (weight := _fused(name, module)) is not None}
+    found: dict[str, nn.Module] = {}
+    for name, module in inside.items():
+        if any(part in name for part in exclude):
+            continue
+        if name in experts:
+            raise BaseModelError(
+                f"{name} holds its experts' weights fused into one tensor, which can't be compressed. "
+                f"Set exclude to {[name.rpartition('.')[2], *exclude]} to compress the other layers only."
+            )
+        if _is_quantized(module):
+            raise _quantized(name)
+        if not isinstance(module, nn.Linear | Conv1D):
+            continue
+        if any(name.startswith(e.rpartition(".")[0] + ".") and len(weight_MN(module)) in (1, count) for e, count in experts.items()):
+            continue  # a router, or the gate of a shared expert
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear and not _computes_Wx(module):
+            raise BaseModelError(
+                f"layer {name} is a {type(module).__name__}, which computes something else than W x + b. "
+                f"Set exclude to {[name.rpartition('.')[2], *exclude]} to leave it as it is."
+            )
+        found[name] = module
+    if not found:
+        raise BaseModelError(
+            f"{type(model).__name__} has no linear layers inside repeated blocks"
+            + (f" that `exclude` = {list(exclude)} leaves." if exclude else "; there is nothing to compress.")
+        )
+    return found
+
+
+def _fused(name: str, module: nn.Module) -> Tensor | None:
+    """The weights of many linear layers in one tensor: [experts, M, N], or [experts * M, N] in what calls itself experts."""
+    if isinstance(module, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return None
+    own = (weight for weight in module.parameters(recurse=False) if weight.ndim > 1 and min(weight.shape) > 1)
+    return next((weight for weight in own if weight.ndim == 3 or "experts" in name), None)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Weights in integers, 8-bit floats, or a tensor class of their own."""
+    own = [tensor for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if tensor.ndim > 1]
+    packed = any(tensor.dtype == torch.int32 or (tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool) for tensor in own)
+    return packed or (isinstance(module, nn.Linear) and type(module.weight) is not nn.Parameter)
+
+
+def _quantized(name: str) -> BaseModelError:
+    return BaseModelError(f"{name} is quantized already, and its weights can't be parametrized. Load the base model in 16 or 32 bit.")
+
+
+@torch.no_grad()
+def _computes_Wx(layer: nn.Linear) -> bool:
+    """Whether a subclass of nn.Linear (Falcon's) does what nn.Linear does."""
+    x_1N = torch.linspace(-1, 1, layer.weight.shape[1], dtype=layer.weight.dtype, device=layer.weight.device)[None]
+    expected = F.linear(x_1N, layer.weight, layer.bias)
+    try:
+        return bool((layer(x_1N) - expected).norm() <= 0.01 * expected.norm())
+    except RuntimeError:  # other shapes
+        return False

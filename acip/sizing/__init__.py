@@ -1,0 +1,1 @@
+"""From a budget to a rank per layer: budgets, score maps, cut tables, and models that change size."""

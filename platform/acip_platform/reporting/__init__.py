@@ -1,0 +1,1 @@
+"""Everything that a person reads: console screens, figures, the HTML report."""

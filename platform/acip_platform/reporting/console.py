@@ -1,0 +1,184 @@
+"""What a person sees of a job: a first screen, lines or bars while it works, and a last screen to paste from."""
+
+import os
+import shlex
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from acip.errors import AcipError
+from acip.evaluate import DivergenceOn, improbable
+from acip.evaluate.heldout_text import cut_by
+from acip.sizing.budget import as_perplexity
+from acip_platform.scheduling.job_queue import Outcome
+from acip_platform.settings import Settings, this_python
+
+POLL_S = 0.5
+
+
+def console() -> Console:
+    """Bars and colors on a terminal only; elsewhere plain lines, never wrapped."""
+    return Console(highlight=False, soft_wrap=True) if sys.stdout.isatty() else Console(highlight=False, width=140, soft_wrap=True)
+
+
+def exit_code(out: Console, run: Callable[[], int | None]) -> int:
+    """Of a job: what `run` returns, 2 after a line with the user's error, 130 after Ctrl-C. A Ray of its own ends with it."""
+    try:
+        return run() or 0
+    except (AcipError, OSError) as error:  # a file that can't be read or written
+        out.print(f"error: {error}", markup=False)
+        return 2
+    except KeyboardInterrupt:
+        out.print("interrupted. What is done is kept: the same command goes on from there.", markup=False)
+        return 130
+    finally:
+        ray.shutdown()
+
+
+def shell(settings: Settings) -> str:
+    """How the commands of a last screen begin: this Python, and the home where it isn't the usual one."""
+    python = this_python()
+    return f"ACIP_HOME={shlex.quote(str(settings.home))} {python}" if os.environ.get("ACIP_HOME") else python
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def step_line(event: dict[str, Any]) -> str:
+    """One interval of the loop: step, loss, perplexity of the step's text, size now -> stop, lambda, speed, time left in this phase."""
+    size = f"size {event['size']:.3f} -> {event['stop']:.2f}" if event["phase"] == "prune" else f"size {event['size']:.3f} trained"
+    own = event["task_loss"]
+    known = "" if own is None else f"perplexity {as_perplexity(own):7.2f}  "
+    return (
+        f"{event['phase']:9s} step {event['step']:5d}  loss {event['loss']:7.3f}  {known}{size}  lambda {event['lambda_']:.5f}  "
+        f"{event['tokens_per_s']:,.0f} tok/s  ETA {duration(event['eta_s'])}"
+    )
+
+
+class Watch:
+    """Reads the workers' `Inbox` in a thread and shows what it says, one bar or line prefix per model."""
+
+    def __init__(self, out: Console, inbox: Any) -> None:
+        self.out, self.inbox = out, inbox
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
+        self.bars = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self.bars.start()
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join(timeout=10)
+        self.bars.stop()
+
+    def _run(self) -> None:
+        last = False
+        while not last:
+            last = self.stop.wait(POLL_S)  # once more after the end: the last words count
+            for event in ray.get(self.inbox.take.remote()):
+                self.show(event)
+
+    def show(self, event: dict[str, Any]) -> None:
+        name, kind = event["model"], event["kind"]
+        if kind == "stage":
+            self.out.print(f"[{name}] {event['text']}", markup=False)
+            return
+        if not self.out.is_terminal:
+            if kind == "step":
+                self.out.print(f"[{name}] {step_line(event)}", markup=False)
+            return
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(name, total=1.0, text="")
+        if kind == "parametrize":
+            self.bars.update(self.tasks[name], completed=event["done"] / event["total"], text=f"basis {event['done']}/{event['total']}")
+        else:
+            self.bars.update(self.tasks[name], completed=event["progress"], text=step_line(event))
+
+
+def _table(title: str, rows: Sequence[Mapping[str, Any]], width: int | None = None) -> Table:
+    """An empty table of sizes; below it stands what is improbable about its rows."""
+    caption = Text("\n".join(improbable(rows)), style="bold yellow") if improbable(rows) else None
+    return Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left", width=width)
+
+
+def trade_off_table(outcome: Outcome) -> Table:
+    """The measured curve of one model: asked and got, what it stores, what it is worth."""
+    assert outcome.summary is not None
+    rows = outcome.summary["curve"]
+    first = rows[0]
+    corpus = f"perplexity on {first['corpus']}, held out, {first['windows']} x {first['context']} tokens, {cut_by(first)}"
+    title = f"{outcome.job.name}, version {outcome.summary['version']} ({corpus})"
+    table = _table(title, rows, width=130)
+    for heading in ("asked", "got", "parameters", "MB stored", "perplexity", "x base", "KL to base", "same top", ""):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for row in rows:
+        below = f"below the stop ratio {outcome.summary['stop_ratio']}" if row["extrapolated"] else ""
+        ratio = row["perplexity"] / first["perplexity"] if first["asked"] == 1.0 else float("nan")
+        error = row["perplexity"] * row["stderr"]
+        far = next((part["values"] for part in row.get("evaluation", ()) if part["kind"] == DivergenceOn.kind), None)
+        table.add_row(
+            f"{row['asked']:.2f}", f"{row['got']:.4f}", f"{row['params']:,}", f"{row['bytes'] / 1e6:.1f}",
+            f"{row['perplexity']:.2f} ± {error:.2f}", f"{ratio:.2f}",
+            *(("", "") if far is None else (f"{far['kl_nats']:.3f}", f"{far['same_top_share']:.1%}")), below,
+        )  # fmt: skip
+    return table
+
+
+SHOWN = {  # numbers of a row's parts: heading, and how it is written
+    "perplexity": ("ppl", "{:.2f}"), "kl_nats": ("KL", "{:.4f}"), "same_top_share": ("same top", "{:.1%}"), "acc": ("acc", "{:.3f}"),
+    "stored_bytes": ("bytes", "{:,.0f}"), "peak_memory_bytes": ("peak bytes", "{:,.0f}"), "flops": ("FLOPs", "{:.3g}"),
+    "latency_s": ("latency s", "{:.2f}"), "prefill_tokens_per_s": ("prefill tok/s", "{:.0f}"),
+    "decode_tokens_per_s": ("decode tok/s", "{:.1f}"),
+}  # fmt: skip
+
+
+def evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """Sizes as columns, so that any number of measurements has room; with standard errors where they are known."""
+    table = _table(title, rows)
+    table.add_column("measured")
+    for row in rows:
+        table.add_column(f"{row['asked']:g}", justify="right", no_wrap=True)
+    table.add_row("got", *(f"{row['got']:.4f}" for row in rows))
+    table.add_row("parameters", *(f"{row['params']:,}" for row in rows))
+    machines = [{f"{part['device']}, {part['threads']} threads" for part in row["evaluation"] if "device" in part} for row in rows]
+    if any(machines):
+        table.add_row("speed on", *(" / ".join(sorted(found)) for found in machines))
+    values = [{(part["label"], name): part["values"] for part in row["evaluation"] for name in part["values"]} for row in rows]
+    for label, name in dict.fromkeys(key for found in values for key in found):
+        if name in SHOWN:
+            heading, form = SHOWN[name]
+            what = label.rpartition("/")[2].removeprefix("efficiency")
+            cells = (_with_error(name, found[label, name], form) if (label, name) in found else "" for found in values)
+            table.add_row(f"{what} {heading}".strip(), *cells)
+    return table
+
+
+def _with_error(name: str, values: dict[str, float], form: str) -> str:
+    key = name.replace("_nats", "_stderr_nats") if name.endswith("_nats") else f"{name}_stderr"
+    error = values[name] * values["loss_stderr_nats"] if "loss_stderr_nats" in values else values.get(key)
+    return form.format(values[name]) + ("" if error is None else f" ± {form.format(error)}")
+
+
+def lines(out: Console, rows: dict[str, str]) -> None:
+    """`name  value` lines, aligned, safe to paste from."""
+    width = max(map(len, rows))
+    show: Callable[..., None] = out.print
+    for name, value in rows.items():
+        show(f"  {name:{width}s}  {value}", markup=False)

@@ -1,0 +1,179 @@
+"""Pictures of a calibration, by matplotlib: the score map, the kept ranks, shrinking masks, trade-off curves.
+
+For MLflow as they are, for the report as SVG whose colors the page decides.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from cycler import cycler
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+
+from acip.errors import BudgetError
+from acip.sizing.budget import as_perplexity
+from acip.sizing.cut_table import Budget, CutTable
+from acip_platform.reporting.mask_samples import MaskSamples
+
+mpl.rcParams["text.parse_math"] = False  # names of models and texts may hold dollar signs
+
+CurveRows = Sequence[Mapping[str, Any]]
+# stand-ins in an SVG -> the page's colors, light or dark
+THEME = {"#010203": "var(--ink)", "#020304": "var(--soft)", "#030405": "var(--line)", "#040506": "var(--accent)"}
+INK, SOFT, LINE, ACCENT = THEME
+SERIES = ("#c2703d", "#6b7fb8", "#a3568c", "#8a8f2a", "#4b9ab0", "#b8860b", "#7a6a58", "#5f8f5f")  # seen on white and on black
+
+
+def short(name: str) -> str:
+    """`model.layers.3.self_attn.q_proj` -> `3.q_proj`."""
+    parts = name.split(".")
+    return ".".join([part for part in parts if part.isdigit()][-1:] + parts[-1:])
+
+
+def score_map(table: CutTable) -> Figure:
+    """One line per layer, kind by kind, its directions from most to least important; color: how many of all leave before."""
+    kinds = list(dict.fromkeys(_kind(layer.name) for layer in table.layers))
+    line = np.argsort(np.argsort([kinds.index(_kind(layer.name)) for layer in table.layers], kind="stable"))
+    picture = np.full((len(table.layers), max(layer.K for layer in table.layers)), np.nan)
+    seen = [layer.K for layer in table.layers]
+    for place, layer in enumerate(table.order.tolist()):
+        seen[layer] -= 1
+        picture[line[layer], seen[layer]] = place / len(table.order)
+    figure = Figure(figsize=(9, min(6.5, 0.03 * len(table.layers) + 2.5)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(picture, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
+    lines = {kind: [line[i] for i, layer in enumerate(table.layers) if _kind(layer.name) == kind] for kind in kinds}
+    axes.set_yticks([float(np.mean(places)) for places in lines.values()], kinds)
+    for places in list(lines.values())[1:]:
+        axes.axhline(min(places) - 0.5, color="white", linewidth=1.5)
+    axes.set_ylabel("blocks, the first on top")
+    axes.set_xlabel("direction of the layer, most important first")
+    axes.set_title("Score map: when a direction leaves")
+    figure.colorbar(image, label="share that leaves before")
+    return figure
+
+
+def _kind(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def kept_ranks(table: CutTable, size: float) -> Figure | None:
+    """Layer kind x depth: the kept share of each layer's rank at one size. None where the size can't be reached."""
+    try:
+        cut = table.cut(Budget(ratio=size))
+    except BudgetError:
+        return None
+    kinds = list(dict.fromkeys(_kind(layer.name) for layer in table.layers))
+    columns: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for layer in table.layers:
+        rank = cut.ranks[layer.name]
+        columns[_kind(layer.name)].append(1.0 if rank is None else rank / layer.K)
+    depth = max(len(values) for values in columns.values())
+    picture = np.full((len(kinds), depth), np.nan)
+    for row, kind in enumerate(kinds):
+        picture[row, : len(columns[kind])] = columns[kind]
+    figure = Figure(figsize=(max(5.0, 0.28 * depth + 2.5), 0.45 * len(kinds) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(picture, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_xlabel("block")
+    axes.set_title(f"Kept rank at size {size} (got {cut.sizes['linear']:.4f}); 1 = dense")
+    figure.colorbar(image)
+    return figure
+
+
+def mask_shrinkage(samples: MaskSamples) -> Figure:
+    """One panel per example layer, one line per direction: its mask over the steps of pruning, strongest direction darkest."""
+    columns = min(4, len(samples.layers))
+    rows = -(-len(samples.layers) // columns)
+    figure = Figure(figsize=(2.7 * columns, 1.9 * rows + 0.6), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    values = np.array(samples.values)  # [steps, layers, directions]
+    for i, panel in enumerate(panels):
+        panel.axis("on" if i < len(samples.layers) else "off")
+        if i < len(samples.layers):
+            shades = mpl.colormaps["viridis"](np.linspace(0, 0.9, values.shape[2]))
+            for k, shade in enumerate(shades):
+                panel.plot(samples.steps, values[:, i, k].clip(min=0), color=shade, linewidth=1)
+            panel.set_title(short(samples.layers[i]), fontsize=8)
+            panel.tick_params(labelsize=7)
+    figure.suptitle("Example masks while pruning: a direction leaves where its mask meets 0 (dark = strong in its layer)", fontsize=9)
+    figure.supxlabel("step", fontsize=8)
+    figure.supylabel("mask", fontsize=8)
+    return figure
+
+
+def curves(named: Mapping[str, CurveRows], baselines: Mapping[str, CurveRows] | None = None, excess: bool = False) -> Figure:
+    """Trade-off curves over each other, baselines dashed: held-out perplexity, or the loss above each one's base model.
+
+    Hollow points lie below the stop ratio; bars are the standard error. Rows without a finite loss are left out.
+    """
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    drawn = [(name, _finite(rows), "-") for name, rows in named.items()]
+    drawn += [(name, _finite(rows), "--") for name, rows in (baselines or {}).items()]  # a baseline may have a model's name
+    heights: list[float] = []
+    for i, (name, rows, dash) in enumerate(drawn):
+        base = rows[-1]["loss"] if rows and excess else 0.0
+        value = (lambda loss, base=base: loss - base) if excess else as_perplexity
+        y = [value(row["loss"]) for row in rows]
+        heights += y
+        style = (dash, f"C{i}")
+        for (a, b), line in zip(pairwise(rows), pairwise(y), strict=True):
+            axes.plot([a["got"], b["got"]], line, ":" if a.get("extrapolated") else style[0], color=style[1])
+        for row, at in zip(rows, y, strict=True):
+            known = not excess and _is_number(row.get("stderr"))  # of a difference on the same text it says nothing
+            error = row["stderr"] if known else 0.0
+            filled = "none" if row.get("extrapolated") else style[1]
+            spread = [[at - value(row["loss"] - error)], [value(row["loss"] + error) - at]]
+            axes.errorbar([row["got"]], [at], spread, fmt="o", color=style[1], mfc=filled, capsize=2)
+        axes.plot([], [], style[0], color=style[1], label=name)
+    logarithmic = not excess and bool(heights) and max(heights) > 10 * min(heights)
+    if logarithmic:
+        axes.set_yscale("log")
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    first: Mapping[str, Any] = next((rows[0] for _, rows, _ in drawn if rows), {})
+    quantity = "loss above the base model's, nats per token" if excess else "perplexity" + " (log scale)" * logarithmic
+    axes.set_ylabel(f"{quantity}\n{first.get('corpus', 'unknown text')}, {first.get('context', '?')} tokens")
+    axes.set_xlabel("size: stored numbers of the target layers, of the dense ones (got)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _finite(rows: CurveRows) -> list[Mapping[str, Any]]:
+    """By size, smallest first."""
+    return sorted((row for row in rows if _is_number(row["loss"])), key=lambda row: row["got"])
+
+
+def _is_number(value: float | None) -> bool:
+    """JSON says null where there is none."""
+    return value is not None and math.isfinite(value)
+
+
+def svg(draw: Callable[[], Figure | None]) -> str:
+    """A figure as an <svg> element in the page's colors: text stays text, and the same figure is the same bytes. "" for none."""
+    theme: Any = {
+        "svg.fonttype": "none", "svg.hashsalt": "acip", "font.family": "sans-serif", "font.size": 9,
+        "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "legend.framealpha": 0.0,
+        "text.color": INK, "axes.labelcolor": SOFT, "axes.edgecolor": LINE, "xtick.color": SOFT, "ytick.color": SOFT, "grid.color": SOFT,
+        "axes.prop_cycle": cycler(color=[ACCENT, *SERIES]),
+    }  # fmt: skip
+    with mpl.rc_context(theme):
+        file = io.StringIO()
+        if (figure := draw()) is None:
+            return ""
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = file.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], count=1, flags=re.DOTALL)
+    text = re.sub(r"^<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1 role=\"img\">", text, count=1)
+    for color, variable in THEME.items():
+        text = text.replace(color, variable)
+    return text

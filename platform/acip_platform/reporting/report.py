@@ -1,0 +1,177 @@
+"""A calibration, or several over each other, as one HTML file that opens offline, and as JSON.
+
+    artifacts (+ rows of baselines) -> facts, which are the JSON -> page: facts in a template, figures as inline SVG
+
+The file has no script and asks nothing of any network. Every number in it is the artifact's; what was not measured is said so, with
+the command that measures it.
+"""
+
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from acip.artifact.artifact import Artifact
+from acip.errors import AcipError
+from acip.evaluate import Samples
+from acip.export.card import license_of, shown
+from acip.recipe import nearest
+from acip.sizing.budget import as_perplexity
+from acip.sizing.cut_table import CutTable
+from acip.sizing.excess_loss_area import excess_loss_area
+from acip_platform.reporting import figures
+from acip_platform.reporting.text_samples import side_by_side
+from acip_platform.tracking.provenance import commit
+from acip_platform.tracking.runs import ModelVersion
+
+TEMPLATE = Path(__file__).with_name("report.html")
+CONTEXT = 4096  # tokens of the KV cache in "memory", batch 1
+KEPT_AT = (0.8, 0.6, 0.4)
+SPEED, MEMORY = "tokens_per_s", "peak_memory_bytes"  # names of measured values end so (acip.evaluate)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One artifact of the report. `version` None = not from the registry."""
+
+    label: str
+    uri: str
+    artifact: Artifact
+    version: ModelVersion | None = None
+
+
+def facts(subjects: Sequence[Subject], baselines: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> dict[str, Any]:
+    """Everything the report says, for machines. The first model is shown in detail: among several, the one with the least area."""
+    models = [_model(subject) for subject in subjects]
+    if len(models) > 1:
+        models.sort(key=lambda model: math.inf if model["area"] is None or math.isnan(model["area"]) else model["area"])
+    return _plain({"title": title, "made_by": commit(), "models": models, "baselines": dict(baselines)})
+
+
+def page(found: Mapping[str, Any], subjects: Sequence[Subject]) -> str:
+    """`facts` as HTML."""
+    first = found["models"][0]
+    table = next(subject for subject in subjects if subject.uri == first["uri"]).artifact.table()
+    curves = {model["label"]: model["curve"] for model in found["models"] if model["curve"]}
+    kept = [figures.svg(partial(figures.kept_ranks, table, size)) for size in KEPT_AT]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.tests["ending"] = str.endswith
+    environment.filters |= {"mb": lambda n: f"{n / 1e6:,.1f}", "number": _number}
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        found=found, first=first, speed=SPEED, memory=MEMORY,
+        # figures.svg makes the pictures, matplotlib escapes what is written in them
+        curve=Markup(figures.svg(lambda: figures.curves(curves, found["baselines"]))) if curves or found["baselines"] else "",  # noqa: S704
+        kept=[Markup(figure) for figure in kept if figure],  # noqa: S704
+        score_map=Markup(figures.svg(lambda: figures.score_map(table))),  # noqa: S704
+    )  # fmt: skip
+
+
+def baseline_rows(path: Path, corpus: str = "") -> dict[str, list[dict[str, Any]]]:
+    """Rows of other methods by name, from JSON: [{method, got (or asked), loss (or perplexity), ...}, ...], or {"rows": [...]}.
+
+    A row of the arena has perplexities on several texts: that on `corpus` is taken.
+    """
+    on = f"perplexity {corpus.removeprefix('package:')}"  # an arena's file may hold rows of other texts, and older ones
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = content["rows"] if isinstance(content, dict) else content
+        if any("metrics" in row for row in rows):
+            rows = list({(row["method"], row["asked"]): row for row in rows if on in row["metrics"]}.values())
+            if not rows:
+                raise KeyError(on)
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            loss = float(row["loss"]) if "loss" in row else math.log(row["perplexity"] if "perplexity" in row else row["metrics"][on])
+            got, error = float(row["got"] if "got" in row else row["asked"]), row.get("stderr")
+            if isinstance(error, dict):  # the arena's are of perplexities
+                error = error[on] / row["metrics"][on] if on in error else None
+            numbers = {"got": got, "loss": loss, "perplexity": as_perplexity(loss), "stderr": error}
+            found.setdefault(str(row["method"]), []).append({**row, **numbers})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AcipError(
+            f"{path} can't be read as rows of baselines ({type(error).__name__}: {error}). It must be a JSON list of rows with method, "
+            f"got (or asked), and loss (or perplexity), or an arena's rows with {on!r}."
+        ) from error
+    return found
+
+
+def _model(subject: Subject) -> dict[str, Any]:
+    artifact, version = subject.artifact, subject.version
+    manifest, table = artifact.manifest, artifact.table()
+    recipe, changes = nearest(artifact.recipe)
+    base = manifest["base"]
+    return {
+        "label": subject.label,
+        "name": version.name if version else None,
+        "version": version.version if version else None,
+        "aliases": list(version.aliases) if version else [],
+        "verdict": version.tags.get("verdict") if version else None,
+        "uri": subject.uri,
+        "base": {"shown": shown(base["source"]), **base, "license": license_of(base["source"])},
+        "recipe": {"name": recipe, "changes": changes, "fields": manifest["recipe"]},
+        "stop_ratio": artifact.recipe.stop_ratio,
+        "steps": manifest.get("steps"),
+        "area": excess_loss_area(artifact.curve) if any(row["got"] == 1.0 for row in artifact.curve) else None,
+        "context": CONTEXT,
+        "curve": [_row(row, table) for row in artifact.curve],
+        "measured": _measured(artifact.curve),
+        "samples": side_by_side(artifact.curve),
+        "provenance": manifest.get("provenance", {}),
+        "commands": _commands(subject),
+    }
+
+
+def _row(row: Mapping[str, Any], table: CutTable) -> dict[str, Any]:
+    """A row of the curve, with what serving it takes in memory (computed)."""
+    decoder, weights = table.decoder, row["bytes"]
+    memory = None if weights is None or decoder is None else weights + decoder.cache(CONTEXT, 1) + decoder.overhead(1)
+    return {key: value for key, value in row.items() if key != "evaluation"} | {"memory_bytes": memory}
+
+
+def _measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """What was measured beside the curve: by name, by size asked."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        for part in row.get("evaluation", ()):
+            for name, value in part["values"].items() if part["kind"] != Samples.kind else ():
+                found.setdefault(f"{part['label']}/{name}", {})[str(row["asked"])] = value
+    return found
+
+
+def _commands(subject: Subject) -> dict[str, str]:
+    """What to do next, as the shell reads it."""
+    version = subject.version
+    uri = shlex.quote(subject.uri)
+    if version is None:
+        return {
+            "measure speed and memory": f"python jobs/evaluate.py --artifact {uri} --skip perplexity divergence samples",
+            "keep one size": f"python jobs/materialize.py {uri} --size 0.6 --out small",
+            "fit a budget": f"python jobs/materialize.py {uri} --fit 8GB --context {CONTEXT} --batch 1 --out small",
+        }
+    name = shlex.quote(version.name)
+    body = json.dumps({"model": f"{version.name}@0.6", "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0})
+    ask = f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    return {
+        "serve": f"python jobs/serve.py --model {name} --alias {version.version}",
+        "ask at 0.6": ask,
+        "measure speed and memory": f"python jobs/evaluate.py --model {name}@{version.version} --skip perplexity divergence samples",
+        "keep one size": f"python jobs/materialize.py {name} --alias {version.version} --size 0.6 --out small",
+        "make it the champion": f"python jobs/promote.py {name} {version.version}",
+    }
+
+
+def _plain(content: Any) -> dict[str, Any]:
+    """Without what JSON can't say: nan and infinity become null."""
+    plain: dict[str, Any] = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    return plain
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"

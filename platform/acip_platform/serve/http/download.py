@@ -1,0 +1,113 @@
+"""GET /v1/materializations/{id}/archive: a materialized size as one tar file, streamed from the store and resumable.
+
+    header | file | padding | header | file | padding | ... | end        each part is made or read when it is sent
+
+The archive is never stored: names and sizes of the files give every byte's place, so a range (`curl -C -`, a browser's resume) starts
+anywhere. Folders of exports are only ever added to the store, so the same id is the same archive, byte for byte; `ETag` says so.
+"""
+
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import Response, StreamingResponse
+
+from acip.artifact.byte_sources import Source
+from acip_platform.serve.http.errors import RequestError
+from acip_platform.serve.materializations import Materializations
+from acip_platform.storage.store import StoreError
+
+PART_BYTES = 8 << 20  # of a file in memory at once
+BLOCK_BYTES = tarfile.BLOCKSIZE
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes [start, stop) of the archive: `content`, or those of a file from its beginning."""
+
+    start: int
+    stop: int
+    content: bytes = b""
+    file: str = ""
+
+
+class Archive:
+    """A tar file of the files of a folder in the store."""
+
+    def __init__(self, source: Source, sizes: Mapping[str, int], folder: str) -> None:
+        self.source, self.pieces, self.size = source, list[Piece](), 0
+        for name, size in sorted(sizes.items()):
+            entry = tarfile.TarInfo(f"{folder}/{name}")
+            entry.size = size
+            self._add(content=entry.tobuf(tarfile.GNU_FORMAT))
+            if size:
+                self._add(file=name, length=size)
+            self._add(content=bytes(-size % BLOCK_BYTES))
+        self._add(content=bytes(2 * BLOCK_BYTES))
+
+    def _add(self, content: bytes = b"", file: str = "", length: int = 0) -> None:
+        stop = self.size + (length or len(content))
+        self.pieces.append(Piece(self.size, stop, content, file))
+        self.size = stop
+
+    def read(self, start: int, stop: int) -> Iterator[bytes]:
+        """The bytes [start, stop) of the archive."""
+        for piece in self.pieces:
+            first, end = max(start, piece.start) - piece.start, min(stop, piece.stop) - piece.start
+            if not piece.file and first < end:
+                yield piece.content[first:end]
+            for at in range(first, end, PART_BYTES) if piece.file else ():
+                (part,) = self.source.read(piece.file, [(at, min(at + PART_BYTES, end))])
+                yield bytes(part)
+
+
+def wanted(header: str | None, size: int) -> tuple[int, int] | None:
+    """The bytes [start, stop) that a Range header of one range asks for; None without such a header. RequestError (416) beyond the end."""
+    match = re.fullmatch(r"\s*bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", header or "")
+    if match is None or not (match[1] or match[2]):
+        return None  # RFC 9110: what is not understood is passed over
+    start, stop = (int(match[1]), min(int(match[2] or size), size - 1) + 1) if match[1] else (max(0, size - int(match[2])), size)
+    if match[1] and match[2] and int(match[2]) < start:
+        return None
+    if start >= size or start >= stop:
+        raise RequestError(f"the archive has {size} bytes; {(header or '').strip()} is beyond its end.", "Range", "invalid_range", 416)
+    return start, stop
+
+
+def named(record: Mapping[str, Any]) -> str:
+    """The archive's name, and that of the folder in it: MODEL-RATIO[-KIND]."""
+    model = re.sub(r"^\.+|[^A-Za-z0-9._-]", "_", record["model"])
+    return f"{model}-{record['size']['ratio']:.4f}" + (f"-{record['quantize']}" if record["quantize"] else "")
+
+
+def downloads(materializations: Materializations) -> APIRouter:
+    router = APIRouter()
+
+    @router.api_route("/v1/materializations/{id}/archive", methods=["GET", "HEAD"], response_class=Response)
+    async def archive(id: str, request: Request) -> Response:
+        record = await materializations.get(id)
+        if record["status"] != "succeeded":
+            message = f"materialization {id} is {record['status']}; it can be downloaded once it has succeeded."
+            raise RequestError(message, None, "not_materialized", 409)
+        name = named(record)
+        try:
+            source, sizes = await run_in_threadpool(materializations.store.source, record["uri"])
+        except StoreError as error:
+            raise RequestError(str(error), None, "store_unavailable", 503) from error
+        archive, tag = Archive(source, sizes, name), f'"{record["sha256"]}"'
+        headers = {"Accept-Ranges": "bytes", "ETag": tag, "Content-Disposition": f'attachment; filename="{name}.tar"'}
+        condition = request.headers.get("if-range")
+        part = wanted(request.headers.get("range"), archive.size) if condition in (None, tag) else None
+        start, stop = part or (0, archive.size)
+        headers["Content-Length"] = str(stop - start)
+        if part:
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{archive.size}"
+        if request.method == "HEAD":
+            return Response(None, 206 if part else 200, headers, media_type="application/x-tar")
+        return StreamingResponse(archive.read(start, stop), 206 if part else 200, headers, media_type="application/x-tar")
+
+    return router

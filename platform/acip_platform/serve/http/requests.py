@@ -1,0 +1,315 @@
+"""The requests: OpenAI's completions and chats, with `size_ratio`.
+
+Every field of OpenAI's is in one of three groups:
+
+    honored        it does what OpenAI's reference says
+    unused         it changes no text (`Unused`): any value is accepted and forgotten, so that it travels no further
+    not offered    accepted where it changes nothing (null, or OpenAI's default), else 400
+
+A null is the same as a field that is left out. A field's description says what it may be, and is the text of the error when it
+is something else. An error names its field with the path to it: messages[1].content[0].type.
+
+    model      NAME, NAME@0.6, NAME@60%, NAME@fit:8GB (bytes of the weights), NAME@fit:8GB@4096 (memory at this context)
+"""
+
+import json
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from acip.errors import BudgetError, cited
+from acip.recipe import did_you_mean
+from acip.sizing.budget import MEGA, Budget
+from acip_platform.serve.http.errors import RequestError
+from acip_platform.serve.http.messages import Message, Part, Text, Unused
+from acip_platform.serve.text.structured_output import ResponseFormat
+from acip_platform.serve.text.tools import NamedTool, ToolChoice, Tools
+
+MAX_CHOICES = 16
+DEFAULT_MAX_TOKENS = 16  # OpenAI's, of completions
+
+
+def _tokens(bias: dict[str, float]) -> dict[str, float]:
+    if not all(key.isdecimal() and key.isascii() and len(key) < 10 and -100 <= value <= 100 for key, value in bias.items()):
+        raise ValueError
+    return bias
+
+
+T = TypeVar("T")
+Prompts = Annotated[list[T], Field(min_length=1)]
+SomeText = Annotated[Text, Field(min_length=1)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+SomeTokens = Annotated[list[Token], Field(min_length=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+    include_usage: bool | None = None
+
+
+class ModelSizeRequest(BaseModel):
+    """Which model, at which size."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    # fmt: off
+    model: str | None = Field(default=None, max_length=1000,
+        description="the name of a served model, NAME@RATIO or NAME@fit:8GB; not needed if only one is served")
+    size_ratio: float | None = Field(default=None, gt=0, le=1,
+        description="a number above 0 and up to 1 (1.0 = the base model, the default)")
+    # fmt: on
+
+    def name_and_budget(self, names: Sequence[str]) -> tuple[str, Budget]:
+        """Which of the served models, and how large: `size_ratio`, what is behind the @ in the name, or 1.0."""
+        name, budget = split_name(self.model, names)
+        if budget is not None and self.size_ratio is not None and budget.ratio != self.size_ratio:
+            message = f"model {self.model!r} asks for one size and size_ratio for {self.size_ratio}; give one of them."
+            raise RequestError(message, "size_ratio", "size_twice")
+        return name, budget or Budget(ratio=self.size_ratio or 1.0)
+
+
+class MaterializationRequest(ModelSizeRequest):
+    quantize: Literal["nf4", "fp4", "int8"] | None = Field(
+        default=None, description='"nf4", "fp4", "int8" or null (the model\'s own dtype)'
+    )
+
+
+class GenerationRequest(ModelSizeRequest):
+    """What both ways to generate have in common."""
+
+    # fmt: off
+    temperature: float | None = Field(default=None, ge=0, le=2, description="a number from 0 (greedy) to 2")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="a number above 0 and up to 1")
+    top_k: int | None = Field(default=None, ge=0, lt=2**31, description="a whole number of most likely tokens, 0 = all")
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description=f"a whole number from 1 to {MAX_CHOICES}")
+    stop: SomeText | Annotated[list[SomeText], Field(max_length=4)] | None = Field(default=None,
+        description="a text, or a list of up to 4 texts; none empty")
+    presence_penalty: Penalty | None = Field(default=None, description="a number from -2 to 2")
+    frequency_penalty: Penalty | None = Field(default=None, description="a number from -2 to 2")
+    logit_bias: Annotated[dict[str, float], AfterValidator(_tokens), Field(max_length=300)] | None = Field(default=None,
+        description="an object of up to 300 token ids with biases from -100 to 100")
+    stream: bool | None = Field(default=None, description="true or false")
+    stream_options: StreamOptions | None = Field(default=None, description='an object like {"include_usage": true}')
+    ignore_eos: bool | None = Field(default=None, description="true (generate max_tokens whatever comes) or false")
+    # fmt: on
+
+    user: Unused = None
+    metadata: Unused = None
+    store: Unused = None
+    service_tier: Unused = None
+    safety_identifier: Unused = None
+    prompt_cache_key: Unused = None
+    prompt_cache_options: Unused = None
+    prompt_cache_retention: Unused = None
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any]) -> Any:
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            found = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
+            raise explain(found, fields, cls) from error
+
+    @property
+    def named_tool(self) -> bool:
+        """Whether the answer must be a call of one tool. OpenAI's finish_reason is "stop" there, and "tool_calls" elsewhere."""
+        return isinstance(getattr(self, "tool_choice", None), NamedTool)
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def usage_wanted(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionRequest(GenerationRequest):
+    # fmt: off
+    prompt: Text | Prompts[Text] | SomeTokens | Prompts[SomeTokens] | None = Field(
+        description="a text, a list of texts, or token ids instead of texts; null or an empty text = the start of a text")
+    max_tokens: int | None = Field(default=None, ge=0,
+        description=f"a whole number of tokens, at least 1 (default {DEFAULT_MAX_TOKENS}), or 0 with echo true")
+    logprobs: int | None = Field(default=None, ge=0, le=5, description="how many of the most likely tokens are told with each, 0 to 5")
+
+    echo: bool | None = Field(default=None, description="true (the prompt is repeated, and scored with logprobs) or false")
+
+    # not offered: the neutral value only
+    best_of: int | None = Field(default=None, ge=1, description="left out, 1 or n: this server returns all of what it generates")
+    suffix: Literal[""] | None = Field(default=None, description="left out: text is only continued, not filled in")
+    # fmt: on
+
+    @field_validator("best_of")
+    @classmethod
+    def _all_of_them(cls, best_of: int | None, info: ValidationInfo) -> int | None:
+        return best_of if best_of in (None, 1, info.data.get("n")) else _refuse()
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        if self.prompt is None:
+            return [""]
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if one else self.prompt  # type: ignore[return-value]
+
+    @property
+    def limit(self) -> int | None:
+        return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def told_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class ChatRequest(GenerationRequest):
+    # fmt: off
+    messages: Annotated[list[Message], Field(min_length=1)] = Field(
+        description='a list like [{"role": "user", "content": "Hello"}]')
+    max_tokens: int | None = Field(default=None, ge=1, description="a whole number of tokens, at least 1")
+    max_completion_tokens: int | None = Field(default=None, ge=1, description="a whole number of tokens, at least 1")
+    logprobs: bool | None = Field(default=None, description="true or false")
+    top_logprobs: int | None = Field(default=None, ge=0, le=20, description="a whole number from 0 to 20, with logprobs true")
+
+    tools: Tools | None = Field(default=None,
+        description='a list like [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]')
+    tool_choice: ToolChoice | None = Field(default=None,
+        description='"none", "auto", "required" or {"type": "function", "function": {"name": "f"}}')
+    parallel_tool_calls: bool | None = Field(default=None, description="true or false")
+    response_format: ResponseFormat | None = Field(default=None,
+        description='{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"name": "a", "schema": {...}}}')
+    prediction: Unused = None
+
+    # not offered: the neutral value only
+    functions: Annotated[list[Any], Field(max_length=0)] | None = Field(default=None, description="left out: functions are not offered")
+    function_call: Literal["none", "auto"] | None = Field(default=None, description='left out, "none" or "auto": functions are not offered')
+    reasoning_effort: Literal["none", "medium"] | None = Field(default=None,
+        description='left out, "none" or "medium": this server sets no effort')
+    verbosity: Literal["medium"] | None = Field(default=None, description='left out or "medium": this server sets no verbosity')
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1)] | None = Field(default=None,
+        description='left out or ["text"]: answers are text')
+    audio: None = Field(default=None, description="left out: answers are text")
+    moderation: None = Field(default=None, description="left out: nothing is moderated")
+    web_search_options: None = Field(default=None, description="left out: this server searches nothing")
+    # fmt: on
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _with_logprobs(cls, top: int | None, info: ValidationInfo) -> int | None:
+        return top if not top or info.data.get("logprobs") else _refuse()
+
+    @property
+    def told(self) -> list[dict[str, Any]]:
+        """The messages as chat templates take them."""
+        return [message.told for message in self.messages]
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether a message is a call of a tool or the result of one."""
+        return any(message.tool_calls or message.role in ("tool", "function") for message in self.messages)
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def told_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def split_name(model: str | None, names: Sequence[str]) -> tuple[str, Budget | None]:
+    """(served name, budget or None) of "NAME" or "NAME@SIZE"; None is the only model there is."""
+    have = ", ".join(names)
+    if model is None:
+        if len(names) == 1:
+            return names[0], None
+        raise RequestError(f"several models are served, so model must be given: {have}.", "model", "model_required")
+    if model in names:
+        return model, None
+    name = max((name for name in names if model.startswith(f"{name}@")), key=len, default=None)
+    if name is None:
+        guess = did_you_mean(model.partition("@")[0], list(names))
+        message = f"no model {cited(model)}{guess}; served: {have}, each at any size, as NAME@RATIO."
+        raise RequestError(message, "model", "model_not_found", 404)
+    return name, size_of(name, model[len(name) + 1 :])
+
+
+def size_of(name: str, written: str) -> Budget:
+    """What is behind the @."""
+    allowed = f"a ratio above 0 and up to 1, as in {name}@0.6, or what must hold it: {name}@fit:8GB, {name}@fit:8GB@4096 at this context."
+    budget, _, context = written.partition("@")
+    try:
+        asked = Budget.parse(budget)
+        if not context:
+            return asked
+        tokens = re.fullmatch(r"(\d{1,9})([kK]?)", context)
+        if tokens is None or asked.stored_bytes is None:
+            raise BudgetError("")
+        return Budget(memory_mb=asked.stored_bytes / MEGA, context=int(tokens[1]) * (1024 if tokens[2] else 1), batch=1)
+    except (BudgetError, ValueError, OverflowError) as error:  # numbers of thousands of digits are neither
+        raise RequestError(f"the size behind {name}@ is {cited(written)}; it must be {allowed}", "model", "invalid_size") from error
+
+
+def _refuse() -> Any:
+    """For a value that is fine alone, but not beside the other fields."""
+    raise PydanticCustomError("refused", "refused")
+
+
+def explain(errors: Sequence[Any], fields: Any, kind: type[BaseModel]) -> RequestError:
+    """The first of pydantic's errors in our words. `loc` of each begins with "body", as FastAPI's do."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        reason, at = first.get("ctx", {}).get("error", ""), first["loc"][-1]
+        character = f" (at character {at})" if isinstance(at, int) and at >= 0 else ""
+        return RequestError(f"the body is not JSON: {reason}{character}.", code="invalid_json")
+    if len(first["loc"]) < 2 or not isinstance(fields, Mapping):
+        example = {"prompt": "Once upon a time"} if kind is CompletionRequest else {}
+        if kind is ChatRequest:
+            example = {"messages": [{"role": "user", "content": "Hello"}]}  # type: ignore[dict-item]
+        shown = json.dumps({**example, "size_ratio": 0.6})
+        return RequestError(f"send a JSON object like {shown}, with the header 'Content-Type: application/json'.", code="invalid_json")
+    # of a value that may be one of several kinds, the error that is deepest in it is the one about the kind that was meant
+    error: Any = max((error for error in errors if error["loc"][1] == first["loc"][1]), key=lambda error: len(_place(error, fields)))
+    place = _place(error, fields)
+    if place[0] != "messages":  # its description is of all of it
+        place = place[:1]
+    name, where = str(place[-1]), _written(place)
+    if error["type"] == "extra_forbidden":
+        known = Message.model_fields if len(place) > 1 else kind.model_fields
+        return RequestError(
+            f"unknown field {where!r}{did_you_mean(name, list(known))}. Allowed: {', '.join(known)}.", where, "unknown_field"
+        )
+    models = (Message, Part) if len(place) > 1 else (kind,)
+    allowed = next((model.model_fields[name].description for model in models if name in model.model_fields), None)
+    if isinstance(place[-1], int):
+        object_like = {"type": "text", "text": "Hello"} if "content" in place else {"role": "user", "content": "Hello"}
+        allowed = f"an object like {json.dumps(object_like)}"
+    if error["type"] == "missing":
+        return RequestError(f"{where} is missing; it must be {allowed or 'left out'}.", where, "missing_field")
+    value: Any = fields
+    for part in place:
+        value = value[part]
+    return RequestError(f"{where} is {reprlib.repr(value)}; it must be {allowed or 'left out'}.", where)
+
+
+def _place(error: Any, fields: Any) -> list[str | int]:
+    """The path to what an error is about, without pydantic's names for the kinds that a value may be of."""
+    place: list[str | int] = []
+    inside = fields
+    parts = list(error["loc"][1:])
+    if field := error.get("ctx", {}).get("field"):
+        parts.append(field)
+    for at, part in enumerate(parts):
+        last = at == len(parts) - 1 and error["type"] == "missing"
+        if (isinstance(inside, Mapping) and (part in inside or last)) or (isinstance(inside, list) and isinstance(part, int)):
+            place.append(part)
+            inside = inside.get(part) if isinstance(inside, Mapping) else inside[part]
+    return place
+
+
+def _written(place: Sequence[str | int]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")

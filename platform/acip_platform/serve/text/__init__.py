@@ -1,0 +1,1 @@
+"""Between tokens and text: detokenizer, token bytes, grammars, tools, log-probabilities."""

@@ -1,0 +1,1 @@
+"""Folders and objects on disks and on S3."""

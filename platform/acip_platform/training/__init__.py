@@ -1,0 +1,1 @@
+"""Calibrations, fine-tunings and sweeps on Ray."""

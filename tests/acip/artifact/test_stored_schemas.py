@@ -1,0 +1,65 @@
+"""Artifacts that were stored when their schema was new (tests/support/stored.py): today's code reads them, and computes what was computed then."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from acip.artifact.artifact import MANIFEST, SCHEMA, Artifact
+from acip.errors import ArtifactError
+from acip.sizing.budget import Budget
+from tests.conftest import GOLDEN, logits
+
+STORED = sorted(GOLDEN.parent.glob("schema-*"))
+
+
+def test_the_present_schema_is_stored() -> None:
+    assert GOLDEN.parent / f"schema-{SCHEMA}" in STORED, "a new schema needs a stored artifact: python -m tests.support.stored"
+
+
+@pytest.fixture(params=STORED, ids=lambda folder: folder.name)
+def stored(request: pytest.FixtureRequest) -> Path:
+    return Path(request.param)
+
+
+def test_every_size_is_what_it_was(stored: Path) -> None:
+    artifact = Artifact.open(stored / "artifact", verify=True)
+    table, any_size = artifact.table(), artifact.load()
+    recorded = load_file(stored / "expected.safetensors")
+    for expected, logits_TV in zip(json.loads((stored / "expected.json").read_text()), recorded["logits"], strict=True):
+        cut = table.cut(Budget(ratio=expected["size"]))
+        assert {key: getattr(cut, key) for key in ("got", "params", "bytes", "ranks")}.items() <= expected.items()
+        for model in (any_size, artifact.load(size=expected["size"])):
+            model.resize(expected["size"])
+            torch.testing.assert_close(logits(model.model, recorded["tokens"][None])[0], logits_TV, rtol=0, atol=1e-4)
+
+
+def test_its_words_its_curve_and_its_recipe_are_read(stored: Path) -> None:
+    artifact = Artifact.open(stored / "artifact")
+    assert artifact.tokenizer()("any size")["input_ids"] == list(b"any size")
+    assert [row["asked"] for row in artifact.curve] == [expected["size"] for expected in json.loads((stored / "expected.json").read_text())]
+    limit = artifact.curve[-2]["loss"] - artifact.curve[0]["loss"]
+    assert artifact.table().cut(Budget(max_loss_increase=limit)).got <= limit
+    assert (artifact.recipe.adapter_rank, artifact.recipe.dtype, artifact.recipe.storage) == (2, "float32", "pivot")
+
+
+def change(stored: Path, tmp_path: Path, **fields: Any) -> Path:
+    folder = Path(shutil.copytree(stored / "artifact", tmp_path / "changed"))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, **fields}))
+    return folder
+
+
+def test_what_a_later_version_may_add_is_passed_over(stored: Path, tmp_path: Path) -> None:
+    folder = change(stored, tmp_path, notes={"of": "a later version"})
+    (folder / "notes.json").write_text("{}")
+    assert Artifact.open(folder).load(size=0.4).table.dense_params > 0
+
+
+def test_a_newer_schema_is_refused_and_says_what_to_do(stored: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=rf"has schema {SCHEMA + 1}; this acip reads 3 to {SCHEMA}. Upgrade acip."):
+        Artifact.open(change(stored, tmp_path, schema=SCHEMA + 1))

@@ -1,0 +1,244 @@
+"""Memory: what is predicted from shapes is what autograd keeps and what tensors take, and a refusal says what would fit."""
+
+import weakref
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from acip.calibration.loop import calibrate, recomputing, trial_step
+from acip.calibration.losses import next_token, objective
+from acip.calibration.memory_check import _control_group, available, check, fits
+from acip.calibration.memory_plan import Memory, _Prediction, predict
+from acip.calibration.parametrize import parametrize
+from acip.calibration.state import CalibrationState
+from acip.errors import CalibrationError
+from acip.layers.linear import ElasticLinear
+from acip.layers.targets import targets
+from acip.recipe import Dtype, Recipe
+
+IDS: dict[str, Any] = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SIZE: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+GROUPED: dict[str, Any] = {**IDS, **SIZE, "num_key_value_heads": 2, "intermediate_size": 176}
+EXPERTS: dict[str, Any] = {**GROUPED, "num_experts_per_tok": 2}
+
+CAUSAL: dict[str, Any] = {
+    "llama": LlamaConfig(**GROUPED),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=32),
+    "gpt2": GPT2Config(**IDS, n_embd=64, n_layer=3, n_head=4, n_positions=64),
+    "opt": OPTConfig(**IDS, **SIZE, ffn_dim=256, max_position_embeddings=64, word_embed_proj_dim=64),
+}
+RECIPE = Recipe(
+    basis="svd", sample_windows=4, adapter_rank=4, adapter_dropout=0.0, dtype="float32", batch_size=2, seq_len=64, post_tune_steps=4
+)
+IDS_BT = torch.randint(0, 300, (8, 64), generator=torch.Generator().manual_seed(0))
+
+
+class Batches:
+    def __getitem__(self, i: int, /) -> Tensor:
+        return IDS_BT[:2]
+
+
+def causal(name: str, dtype: Dtype = "float32", device: str = "cpu") -> nn.Module:
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: nn.Module = AutoModelForCausalLM.from_config(deepcopy(CAUSAL[name]), dtype=getattr(torch, dtype))
+    return model.eval()
+
+
+def kept(model: nn.Module, recipe: Recipe, distill_weight: float) -> int:
+    """Bytes that autograd keeps of a forward pass, weights and the cross-entropy's probabilities apart."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    storages: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if (storage := tensor.untyped_storage()).data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), recomputing(model, recipe.gradient_checkpointing):
+        loss, _ = objective(model, targets(model), IDS_BT[:2], next_token, distill_weight)
+    assert loss.requires_grad
+    rows = recipe.batch_size * (recipe.seq_len - 1)
+    return sum(storage.nbytes() for storage in storages.values()) - (rows * (4 * 300 + 8) if distill_weight < 1 else 0)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"adapter_dropout": 0.05}, {"adapter": "layer", "adapter_dropout": 0.05}, {"quantize": "nf4"}],
+    ids=["factors", "factors with dropout", "layer with dropout", "nf4"],
+)
+def test_activations_are_what_autograd_keeps(name: str, dtype: Dtype, changes: dict[str, Any]) -> None:
+    model = causal(name, dtype)
+    recipes = [
+        replace(RECIPE, dtype=dtype, gradient_checkpointing=gradient_checkpointing, **changes) for gradient_checkpointing in (False, True)
+    ]
+    said = [_Prediction(model, recipe, True, 1) for recipe in recipes]
+    parametrize(model, recipes[0])
+    for recipe, prediction in zip(recipes, said, strict=True):
+        assert -0.05 < prediction.activations("prune")[0] / kept(model, recipe, 0.5) - 1 < 0.15
+    state = CalibrationState.start(model, RECIPE)
+    state.end_pruning(model, recipes[0])
+    for core in state.layers.values():
+        assert isinstance(core, ElasticLinear)
+        core.train().set_rank(core.stored_rank)
+    for recipe, prediction in zip(recipes, said, strict=True):
+        assert -0.05 < prediction.activations("post-tune")[0] / kept(model, recipe, 1.0) - 1 < 0.15
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that are alive, beside those of `model`. It doesn't see into threads, nor into operations."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.here = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+        self.seen = {id(storage): weakref.ref(storage) for storage in self.here}
+        self.base = self.now = self.peak = sum(storage.nbytes() for storage in self.here)
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        pytree.tree_map_only(Tensor, self.track, out)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def track(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if (known := self.seen.get(id(storage))) is None or known() is not storage:
+            self.seen[id(storage)] = weakref.ref(storage)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.free, storage.nbytes())
+
+    def free(self, bytes_: int) -> None:
+        self.now -= bytes_
+
+    def of(self, run: Callable[[], Any]) -> int:
+        """The peak while `run` runs."""
+        self.peak = self.now
+        with self:
+            run()
+        return self.peak
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "quantize": "nf4"}], ids=str)
+def test_phases_take_what_was_predicted(name: str, dtype: Dtype, changes: dict[str, Any]) -> None:
+    model, recipe = causal(name, dtype), replace(RECIPE, dtype=dtype, adapter_dropout=0.05, **changes)
+    said = {phase.name: phase.total for phase in predict(model, recipe).phases}
+    live = Live(model)
+    live.of(lambda: parametrize(model, recipe))
+    took = {"prune": live.of(lambda: trial_step(model, Batches(), recipe))}
+    took["scores"] = live.of(lambda: calibrate(model, Batches(), replace(recipe, post_tune_steps=0)))
+    for phase, bytes_ in took.items():
+        assert -0.05 < said[phase] / bytes_ - 1 < 0.16, phase
+
+
+def test_a_prediction_needs_no_weights() -> None:
+    for name in CAUSAL:
+        on_meta, here = (causal(name, device=device) for device in ("meta", "cpu"))
+        assert predict(on_meta, RECIPE, "cpu").peak == pytest.approx(predict(here, RECIPE).peak, rel=1e-3)
+
+
+def test_parts_of_a_known_model() -> None:
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32
+    )
+    with torch.device("meta"):
+        llama_7b = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    memory = predict(llama_7b, Recipe())
+    phases = {phase.name: phase for phase in memory.phases}
+    assert phases["prune"].rest == pytest.approx(2 * (2 * 32000 * 4096 + 65 * 4096), rel=1e-4)
+    assert phases["prune"].originals == 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert phases["prune"].directions == 2 * 32 * (4 * 2 * 4096**2 + 3 * 4096 * (4096 + 11008))
+    assert phases["post-tune"].optimizer == 2 * phases["post-tune"].trainable
+    assert memory.worst.name == "prune" and "activations" in str(memory)
+    four_bit = predict(llama_7b, Recipe(quantize="nf4"))
+    assert {phase.name: phase for phase in four_bit.phases}["prune"].originals == pytest.approx(0.5625 / 2 * phases["prune"].originals)
+    half = {phase.name: phase for phase in predict(llama_7b, Recipe(), workers=2).phases}["prune"]
+    assert half.directions == phases["prune"].directions / 2
+    assert half.activations < 0.55 * phases["prune"].activations
+
+
+def test_any_architecture_has_a_prediction() -> None:
+    models = [
+        AutoModelForCausalLM.from_config(config)
+        for config in (
+            MixtralConfig(**EXPERTS, num_local_experts=4),
+            Qwen2MoeConfig(**EXPERTS, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=48),
+            Phi3Config(**GROUPED),
+            MambaConfig(vocab_size=300, hidden_size=64, num_hidden_layers=2),
+        )
+    ]
+    models += [BertForMaskedLM(BertConfig(**IDS, **SIZE)), ViTForImageClassification(ViTConfig(**SIZE, image_size=32, patch_size=8))]
+    for model in models:
+        memory = predict(model, replace(RECIPE, exclude=("experts",)))
+        assert all(part >= 0 for phase in memory.phases for part in phase.parts.values())
+        assert memory.worst.activations > 0
+
+
+def test_a_refusal_names_what_would_fit() -> None:
+    model, recipe = causal("llama", device="meta"), replace(RECIPE, batch_size=4, seq_len=256, adapter_dropout=0.05)
+    needed = predict(model, recipe).peak
+    assert isinstance(check(model, recipe, 1.1 * needed), Memory)
+    with pytest.raises(CalibrationError, match=r"needs most in \w+: activations") as refused:
+        check(model, recipe, 0.9 * needed)
+    for change in ("recompute: true (", "batch_size: 2, gradient_accumulation_steps: 2 (", "seq_len: 128 (", "dtype: bfloat16 ("):
+        assert change in str(refused.value)
+    lean = predict(model, replace(recipe, gradient_checkpointing=True, batch_size=1, gradient_accumulation_steps=4)).peak
+    assert fits(predict(model, replace(recipe, gradient_checkpointing=True, batch_size=1, gradient_accumulation_steps=4)), 1.06 * lean)
+    with pytest.raises(CalibrationError, match="recompute: true, batch_size: 1, gradient_accumulation_steps: 4"):
+        check(model, recipe, 1.06 * lean)
+    with pytest.raises(CalibrationError, match="needs a larger device"):
+        check(model, recipe, 1e5)
+
+
+def test_more_workers_are_the_last_resort() -> None:
+    with torch.device("meta"):
+        wide = LlamaConfig(**IDS, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
+        model = AutoModelForCausalLM.from_config(wide, dtype=torch.bfloat16)
+    with pytest.raises(CalibrationError, match=r"recompute: true, num_workers: (8|16)"):
+        check(model, Recipe(), 80e9)
+
+
+def test_what_is_there(tmp_path: Path) -> None:
+    here = available(causal("llama"), torch.device("cpu"))
+    assert 1e6 < here < 1e15
+    assert _control_group(tmp_path, tmp_path / "none") == float("inf")
+
+    def group(folder: str, **files: object) -> None:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (tmp_path / folder / name.replace("__", ".")).write_text(f"{text}\n")
+
+    own = tmp_path / "cgroup"
+    group("", memory__max=1000, memory__current=700, memory__stat="anon 5\ninactive_file 100")  # the parent is the tighter one
+    group("pod/box", memory__max="max", memory__current=1, memory__stat="")
+    own.write_text("0::/pod/box\n")
+    assert _control_group(tmp_path, own) == 400
+    group("memory/box", memory__limit_in_bytes=900, memory__usage_in_bytes=700, memory__stat="total_inactive_file 50")
+    own.write_text("3:cpu:/\n4:memory:/box\n")
+    assert _control_group(tmp_path, own) == 250

@@ -1,0 +1,95 @@
+"""Many sizes in one batch: each row's result is that of its size alone."""
+
+import pytest
+import torch
+from torch import nn
+
+from acip.layers import mixed_sizes
+from acip.layers.linear import ElasticLinear
+from acip.layers.mixed_sizes import ROW_BLOCK, SHORT, Mixer, Size
+from acip.sizing.budget import Budget
+from acip.sizing.elastic_model import ElasticModel
+from tests.conftest import logits
+
+
+def sizes(any_size: ElasticModel, *ratios: float) -> list[Size]:
+    cuts = [any_size.table.cut(Budget(ratio=ratio)) for ratio in ratios]
+    return [Size(cut.removed, cut.ranks) for cut in cuts]
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1, 1), (3, 1, 20, 2), (40, 1, 1, 1), (SHORT, SHORT + 1, 1, 30), (2, 64, 64, 3)])
+def test_rows_of_a_batch_are_computed_at_their_own_size(any_size: ElasticModel, counts: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    runs = list(zip(sizes(any_size, 1.0, 0.8, 0.55, 0.3), counts, strict=True))
+    mixer = Mixer(any_size.layers)
+    for name, layer in any_size.layers.items():
+        x = torch.randn(1, sum(counts), layer.right.values.shape[1])
+        alone, start = [], 0
+        layer.groups = None
+        for size, count in runs:
+            layer.set_rank(size.ranks[name])
+            alone.append(layer(x[:, start : start + count]))
+            start += count
+        mixer.set(runs)
+        assert torch.allclose(layer(x), torch.cat(alone, 1), atol=1e-5)
+        layer.set_rank(None)
+        mixer.clear()
+
+
+def test_one_size_is_what_resize_makes(any_size: ElasticModel, heldout_tokens: torch.Tensor) -> None:
+    tokens, mixer = heldout_tokens[:2, :32], Mixer(any_size.layers)
+    for ratio in (1.0, 0.7, 0.35):
+        mixer.set([(size, 64) for size in sizes(any_size, ratio)])
+        mixed = logits(any_size.model, tokens)
+        mixer.clear()
+        any_size.resize(ratio)
+        assert torch.allclose(mixed, logits(any_size.model, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize(("bias", "lead"), [(True, 0), (False, 3), (True, 3)])
+def test_biases_and_rows_of_an_adapter_beside_the_layer(bias: bool, lead: int) -> None:
+    torch.manual_seed(1)
+    layer = ElasticLinear(nn.Linear(48, 80, bias=bias), torch.randn(45 + lead, 80), torch.randn(45 + lead, 48), lead=lead)
+    ranks = (None, 40, ROW_BLOCK - lead, 7, 1)
+    runs = [(Size(removed, {"layer": rank}), 2) for removed, rank in enumerate(ranks)]
+    x = torch.randn(10, 48)
+    alone = []
+    for i, rank in enumerate(ranks):
+        layer.set_rank(rank)
+        alone.append(layer(x[2 * i : 2 * i + 2]))
+    Mixer({"layer": layer}).set(runs)
+    assert torch.allclose(layer(x), torch.cat(alone), atol=1e-4)
+
+
+def test_weights_are_not_copied(any_size: ElasticModel) -> None:
+    mixer = Mixer(any_size.layers)
+    small, smaller = sizes(any_size, 0.6, 0.4)
+    for runs in ([(small, 4)], [(small, 2), (smaller, 30)]):
+        mixer.set(runs)
+        for layer in any_size.layers.values():
+            assert layer.groups is not None
+            for group in layer.groups:
+                if group.factors is not None:
+                    assert [part.untyped_storage().data_ptr() for part in group.factors] == [
+                        side.values.untyped_storage().data_ptr() for side in (layer.right, layer.left)
+                    ]
+    mixer.clear()
+
+
+def test_plans_are_kept_for_few_mixes_and_little_memory(any_size: ElasticModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    two, mixer = sizes(any_size, 0.8, 0.5), Mixer(any_size.layers)
+    for rows in range(1, 40):
+        mixer.set([(two[0], rows), (two[1], 1)])
+    assert len(mixer._plans) == 39
+    monkeypatch.setattr(mixed_sizes, "PLANS", 20)
+    mixer.set([(two[0], 41), (two[1], 1)])
+    assert len(mixer._plans) == 20
+    monkeypatch.setattr(mixed_sizes, "PLANS_BYTES", 3 * max(mixer._bytes.values()))
+    mixer.set([(two[0], 42), (two[1], 1)])
+    assert 1 < len(mixer._plans) < 20
+    assert sum(mixer._bytes.values()) <= mixed_sizes.PLANS_BYTES
+    assert mixer._bytes.keys() == mixer._plans.keys()
+    monkeypatch.setattr(mixed_sizes, "PLANS_BYTES", 0)
+    mixer.set([(two[0], 2), (two[1], 3)])
+    assert len(mixer._plans) == 1, "that of now"
+    mixer.clear()

@@ -1,0 +1,117 @@
+"""A cut never exceeds its budget, misses it by less than one direction, and sizes nest."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from acip.artifact.artifact import Artifact
+from acip.errors import BudgetError
+from acip.recipe import Storage
+from acip.sizing.cut_table import Budget, CutTable, LayerShape
+
+STORAGES: tuple[Storage, ...] = ("pivot", "factors")
+
+
+def random_table(seed: int) -> CutTable:
+    rng = random.Random(seed)
+    shapes = tuple(LayerShape(f"layer{i}", rng.randint(8, 200), rng.randint(8, 200), rng.random() < 0.5) for i in range(rng.randint(1, 12)))
+    order = [i for i, shape in enumerate(shapes) for _ in range(shape.K)]
+    rng.shuffle(order)
+    return CutTable(
+        shapes, torch.tensor(order, dtype=torch.int32), rng.choice([0, 0, 2, 4, 16]), rng.randint(0, 50_000), STORAGES[seed % 2]
+    )
+
+
+def stored(table: CutTable, ranks: dict[str, int | None], adapters: bool = True) -> int:
+    """Counted the slow way, layer by layer."""
+    total = 0
+    for layer in table.layers:
+        rank = ranks[layer.name]
+        full, sides = layer.M * layer.N, layer.M + layer.N
+        if rank is not None and adapters:
+            q = min(rank + table.adapter_rows, layer.K)
+            full = min(full, q * (sides - q) if table.storage == "pivot" else q * sides)
+        elif rank is not None:
+            full = min(full, rank * sides)
+        total += full + layer.M * layer.bias
+    return total
+
+
+@settings(max_examples=1000, deadline=None)
+@given(seed=st.integers(0, 40), ratio=st.floats(0.001, 1.0), convention=st.sampled_from(["linear", "model", "paper"]))
+def test_never_above_and_less_than_one_direction_below(seed: int, ratio: float, convention: str) -> None:
+    table = random_table(seed)
+    try:
+        cut = table.cut(Budget(ratio=ratio, convention=convention))  # type: ignore[arg-type]
+    except BudgetError as error:
+        least = float(str(error).rsplit(" ", 1)[1].rstrip("."))
+        assert ratio <= least + 1e-4
+        return
+    assert cut.got <= ratio
+    assert cut.params == stored(table, cut.ranks) + table.rest_params  # type: ignore[arg-type]
+    if cut.removed == 0:
+        assert all(rank is None for rank in cut.ranks.values())
+        return
+    one_direction = max(layer.M + layer.N for layer in table.layers)
+    of = table.dense_params + (table.rest_params if convention == "model" else 0)
+    assert ratio - cut.got < one_direction / of
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 40), params=st.integers(1, 400_000))
+def test_absolute_budgets(seed: int, params: int) -> None:
+    table = random_table(seed)
+    try:
+        cut = table.cut(Budget(params=params))
+    except BudgetError:
+        assert params < int(table.stored()[-1]) + table.rest_params
+        return
+    assert cut.got == cut.params <= params
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 40), a=st.floats(0.3, 1.0), b=st.floats(0.3, 1.0))
+def test_sizes_nest(seed: int, a: float, b: float) -> None:
+    table = random_table(seed)
+    try:
+        small, large = (table.cut(Budget(ratio=size)) for size in sorted((a, b)))
+    except BudgetError:
+        return
+    for layer in table.layers:
+        r, R = small.ranks[layer.name], large.ranks[layer.name]
+        assert R is None or (r is not None and r <= R)
+
+
+def test_the_decimal_that_was_written_counts() -> None:
+    """0.7 of 10 numbers is 7, though 0.7 * 10 in binary is not."""
+    table = CutTable((LayerShape("a", 10, 10, False),), torch.zeros(10, dtype=torch.int32), 0, 0, "factors")
+    assert table.cut(Budget(ratio=0.6)).params == 60
+    assert table.cut(Budget(ratio=0.8)).params == 80
+    assert table.cut(Budget(ratio=1.0)).ranks == {"a": None}
+
+
+def test_every_size_of_a_real_artifact(small_artifact: Artifact) -> None:
+    table = small_artifact.table()
+    rng = random.Random(0)
+    least = int(table.stored()[-1]) / table.dense_params
+    for _ in range(1000):
+        ratio = rng.uniform(least, 1.0)
+        cut = table.cut(Budget(ratio=ratio))
+        assert cut.got <= ratio
+        assert cut.removed == 0 or ratio - cut.got < max(layer.M + layer.N for layer in table.layers) / table.dense_params
+
+
+@pytest.mark.parametrize("ratio", [0, -0.1, 1.01, float("nan"), float("inf"), "0.6", True, None])
+def test_bad_ratios_say_what_is_allowed(ratio: object) -> None:
+    with pytest.raises(BudgetError, match=r"above 0 and up to 1|exactly one"):
+        Budget(ratio=ratio)  # type: ignore[arg-type]
+
+
+def test_unreachable_sizes_say_the_smallest(small_artifact: Artifact) -> None:
+    with pytest.raises(BudgetError, match=r"can't be reached: the smallest is 0\.\d+"):
+        small_artifact.table().cut(Budget(ratio=0.001, convention="model"))
+    with pytest.raises(BudgetError, match=r"parameters"):
+        small_artifact.table().cut(Budget(params=10))

@@ -1,0 +1,210 @@
+"""Fine-tuning: starts from the model that is served, makes its size better, changes nothing else, and is resumed bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from acip.artifact.artifact import Artifact
+from acip.base import load_base
+from acip.calibration.loop import calibrate
+from acip.calibration.parametrize import parametrize
+from acip.calibration.state import CalibrationState, StepReport
+from acip.data import TokenBatches
+from acip.errors import BudgetError, CalibrationError, RecipeError
+from acip.evaluate import perplexity
+from acip.export.folder import export
+from acip.export.peft import save_peft
+from acip.finetune import attach, finetune, save, scores_of, tuning
+from acip.layers.linear import ElasticLinear
+from acip.recipe import Recipe
+from acip.sizing.budget import Budget
+from acip.sizing.elastic_model import ElasticModel
+from tests.conftest import logits, read
+
+SIZE, STEPS = 0.5, 40
+NOTED = {"finetuned": {"size": SIZE, "steps": STEPS, "data": "/texts/austen.txt"}}
+
+
+def prepared(artifact: Artifact, size: float = SIZE, **changes: Any) -> tuple[ElasticModel, Recipe]:
+    any_size = artifact.load(size=None if changes.get("distill_weight") else size)
+    any_size.resize(size)
+    recipe = tuning(artifact, size, **{"post_tune_steps": STEPS, "lr": 2e-3, "adapter_dropout": 0.05} | changes)
+    attach(any_size, recipe)
+    return any_size, recipe
+
+
+@pytest.fixture(scope="module")
+def literal_artifact(small_base: str, golden_tokens: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """In the paper's form, though not by its calibration: adapters beside the layers, stored as factors."""
+    recipe = Recipe(
+        basis="svd", scores="singular_values", adapter="layer", storage="factors", adapter_rank=4, adapter_alpha=3.0, dtype="float32",
+        batch_size=4, seq_len=64, lr=1e-3, post_tune_steps=20, post_tune="stop", distill_weight=0.0,
+    )  # fmt: skip
+    base = load_base(small_base, recipe.dtype)
+    parametrize(base.model, recipe)
+    calibration = calibrate(base.model, TokenBatches(golden_tokens, recipe.batch_size), recipe)
+    return Artifact.save(tmp_path_factory.mktemp("literal"), base, calibration, {})
+
+
+@pytest.fixture(scope="module")
+def tuned(
+    small_artifact: Artifact, golden_tokens: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Artifact, list[StepReport]]:
+    any_size, recipe = prepared(small_artifact)
+    history = finetune(any_size, scores_of(small_artifact), TokenBatches(golden_tokens, 4, recipe.seed), recipe)
+    folder = tmp_path_factory.mktemp("tuned")
+    save(folder, small_artifact, any_size, NOTED)
+    return Artifact.open(folder, verify=True), history
+
+
+def test_it_starts_from_the_model_that_is_served(small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path: Path) -> None:
+    served = small_artifact.load(size=SIZE)
+    any_size, _ = prepared(small_artifact)
+    assert torch.equal(logits(any_size.model, heldout_tokens[:8]), logits(served.model, heldout_tokens[:8]))
+    unchanged = save(tmp_path, small_artifact, any_size, {})
+    ours, theirs = (load_file(artifact.folder / "factors.safetensors") for artifact in (unchanged, small_artifact))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_its_size_gets_better_and_everything_else_stays(
+    tuned: tuple[Artifact, list[StepReport]], small_artifact: Artifact, golden_tokens: torch.Tensor, heldout_tokens: torch.Tensor
+) -> None:
+    artifact, history = tuned
+    assert [report.step for report in history] == list(range(1, STEPS + 1)) and {report.phase for report in history} == {"post_tune"}
+    before, after = small_artifact.load(size=SIZE), artifact.load(size=SIZE)
+    assert perplexity(after.model, golden_tokens[:128], 32).loss < perplexity(before.model, golden_tokens[:128], 32).loss
+    assert perplexity(after.model, heldout_tokens[:128], 32).loss < perplexity(before.model, heldout_tokens[:128], 32).loss
+    for file in ("dense", "rest", "order"):
+        assert (artifact.folder / f"{file}.safetensors").read_bytes() == (small_artifact.folder / f"{file}.safetensors").read_bytes()
+    ranks = small_artifact.table().cut(Budget(SIZE)).ranks
+    ours, theirs = (load_file(each.folder / "factors.safetensors") for each in (artifact, small_artifact))
+    for name, rank in ranks.items():
+        for side in ("left", "right"):
+            mine, other = ours[f"{name}.{side}"], theirs[f"{name}.{side}"]
+            assert torch.equal(mine[rank or 0 :], other[rank or 0 :])
+            assert rank is None or not torch.equal(mine[:rank], other[:rank])
+    assert artifact.curve == [] and artifact.manifest["provenance"] == NOTED
+    assert artifact.recipe == small_artifact.recipe
+    base = small_artifact.load()
+    assert torch.equal(logits(artifact.load().model, heldout_tokens[:4]), logits(base.model, heldout_tokens[:4])), "1.0 is the base model"
+
+
+def test_resumed_equals_straight_bit_for_bit(
+    tuned: tuple[Artifact, list[StepReport]], small_artifact: Artifact, golden_tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    def kill(reports: list[StepReport], state: CalibrationState) -> None:
+        if state.step == STEPS // 2:
+            state.save(tmp_path)
+            raise Killed
+
+    straight, history = tuned
+    scores, batches = scores_of(small_artifact), TokenBatches(golden_tokens, 4, small_artifact.recipe.seed + 1)
+    any_size, recipe = prepared(small_artifact)
+    with pytest.raises(Killed):
+        finetune(any_size, scores, batches, recipe, observe=kill)
+    any_size, recipe = prepared(small_artifact)
+    assert finetune(any_size, scores, batches, recipe, resume=tmp_path) == history
+    (tmp_path / "artifact").mkdir()
+    resumed = save(tmp_path / "artifact", small_artifact, any_size, {})
+    for file in ("factors", "adapters"):
+        assert (resumed.folder / f"{file}.safetensors").read_bytes() == (straight.folder / f"{file}.safetensors").read_bytes()
+
+
+def test_it_is_an_artifact_like_any_other(
+    tuned: tuple[Artifact, list[StepReport]], small_artifact: Artifact, small_base: str, heldout_tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """Exported, tuned once more, and as adapters for PEFT, which add up what both trainings learned."""
+    artifact, _ = tuned
+    any_size = artifact.load(size=SIZE)
+    export(any_size, artifact, tmp_path / "export")
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "was fine-tuned at 0.5 (40 steps on austen.txt)" in card and "no training happened" not in card
+    exact = logits(any_size.model, heldout_tokens[:4])
+    torch.testing.assert_close(logits(read(tmp_path / "export"), heldout_tokens[:4]), exact, atol=1e-3, rtol=0)
+    again, _ = prepared(artifact)
+    assert torch.equal(logits(again.model, heldout_tokens[:4]), exact)
+    cut = artifact.table().cut(Budget(SIZE))
+    directions: list[torch.Tensor] = []
+    for each in (small_artifact, artifact):
+        save_peft(each, tmp_path / f"peft-{len(directions)}", cut, small_base)
+        peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small_base), tmp_path / f"peft-{len(directions)}")
+        name = next(name for name, rank in cut.ranks.items() if rank is not None)
+        left, right = each.tensors("factors").read([f"{name}.left", f"{name}.right"]).values()
+        adapted: Any = peft.get_submodule(f"base_model.model.{name}")
+        directions.append(left[: cut.ranks[name]].T @ right[: cut.ranks[name]] - adapted.get_delta_weight("default"))
+    torch.testing.assert_close(*directions, atol=1e-5, rtol=0)  # what is left are the bare directions, in both
+
+
+def test_adapters_beside_the_layers_go_on(
+    literal_artifact: Artifact, golden_tokens: torch.Tensor, heldout_tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """The paper's form: their own rows are trained, every direction stays as it is."""
+    any_size, recipe = prepared(literal_artifact, size := 0.8, lr=1e-3)
+    served = literal_artifact.load(size=size)
+    torch.testing.assert_close(logits(any_size.model, heldout_tokens[:4]), logits(served.model, heldout_tokens[:4]), atol=1e-4, rtol=0)
+    history = finetune(any_size, scores_of(literal_artifact), TokenBatches(golden_tokens, 4, recipe.seed), recipe)
+    artifact = save(tmp_path, literal_artifact, any_size, {})
+    R, cut = literal_artifact.recipe.adapter_rows, literal_artifact.table().cut(Budget(size))
+    after, before = (load_file(each.folder / "factors.safetensors") for each in (artifact, literal_artifact))
+    for name, rank in cut.ranks.items():
+        for side in ("left", "right"):
+            assert torch.equal(after[f"{name}.{side}"][R:], before[f"{name}.{side}"][R:])
+            assert torch.equal(after[f"{name}.{side}"][:R], before[f"{name}.{side}"][:R]) == (rank is None)
+    assert None in cut.ranks.values() and any(cut.ranks.values()), "this size has dense layers, and others"
+    assert artifact.table().cut(Budget(size)).params == cut.params
+    loss = perplexity(served.model, golden_tokens[:128], 32).loss
+    assert len(history) == STEPS and perplexity(artifact.load(size=size).model, golden_tokens[:128], 32).loss < loss
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantize": "nf4"},
+        {"distill_weight": 1.0},
+        {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "post_tune_steps": 20},
+    ],
+    ids=str,
+)
+def test_other_ways_to_tune(
+    small_artifact: Artifact, golden_tokens: torch.Tensor, heldout_tokens: torch.Tensor, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """In 4 bit, it makes up for what that lost, and what is saved is what was trained; by distillation; with less memory."""
+    any_size, recipe = prepared(small_artifact, **changes)
+    before = perplexity(any_size.model, golden_tokens[:128], 32).loss
+    served = perplexity(small_artifact.load(size=SIZE).model, golden_tokens[:128], 32).loss
+    assert before != served if "quantize" in changes else before == pytest.approx(served, abs=1e-4)
+    finetune(any_size, scores_of(small_artifact), TokenBatches(golden_tokens, 4, recipe.seed), recipe)
+    after = perplexity(any_size.model, golden_tokens[:128], 32).loss
+    assert after < before
+    saved = save(tmp_path, small_artifact, any_size, {}).load(size=SIZE)
+    layers = [(layer, any_size.layers[name]) for name, layer in saved.layers.items() if layer.rank is not None]
+    for layer, trained in layers:
+        assert isinstance(trained, ElasticLinear) and layer.rank is not None
+        torch.testing.assert_close(layer.folded(layer.rank), trained.folded(layer.rank), rtol=0, atol=1e-6)
+
+
+def test_refusals(small_artifact: Artifact, literal_artifact: Artifact, golden_tokens: torch.Tensor) -> None:
+    for size, error, says in (
+        (1.0, BudgetError, "there is nothing to tune"),
+        (0.001, BudgetError, "can't be reached: the smallest is"),
+        (1.5, BudgetError, "size ratio is 1.5"),
+    ):
+        with pytest.raises(error, match=says):
+            tuning(small_artifact, size)
+    with pytest.raises(RecipeError, match="takes at least 1"):
+        tuning(small_artifact, SIZE, post_tune_steps=0)
+    with pytest.raises(RecipeError, match="did you mean 'distill_weight'"):
+        tuning(small_artifact, SIZE, distil=1.0)
+    with pytest.raises(RecipeError, match=r"adapter_rank is 64; the adapters .* whose rank is"):
+        tuning(literal_artifact, 0.8, adapter_rank=64)
+    any_size, recipe = prepared(small_artifact, lr=1e12)
+    with pytest.raises(CalibrationError, match="diverged"):
+        finetune(any_size, scores_of(small_artifact), TokenBatches(golden_tokens, 4), recipe)

@@ -1,0 +1,124 @@
+"""The paper's three lines: any size, compressed, quantized, and back."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline
+
+import acip
+from acip.artifact.artifact import Artifact, sha256
+from acip.errors import ArtifactError, BudgetError, HubError
+from acip.export.folder import PROVENANCE
+from acip.modeling import ElasticCausalLM
+from acip.sizing.budget import Budget
+from acip.sizing.elastic_model import ElasticModel
+from tests.conftest import logits, read
+
+
+def test_sizes_come_and_go(small_artifact: Artifact, heldout_tokens: torch.Tensor, any_size: ElasticModel) -> None:
+    tokens = heldout_tokens[:2]
+    model: Any = acip.from_pretrained(small_artifact.folder)
+    whole = logits(model, tokens)
+    half = logits(model.prune_model_by_score(size_ratio=0.5), tokens)
+    assert model.cut.got <= 0.5 and not torch.equal(whole, half)
+    assert torch.equal(logits(model.prune_model_by_score(compression_rate=0.0), tokens), whole)
+    assert torch.equal(logits(model.prune_model_by_score(compression_rate=0.5), tokens), half)
+    footprint = model.get_memory_footprint()
+    small = model.compress()
+    any_size.resize(0.5)
+    assert small is model and torch.equal(logits(model, tokens), logits(any_size.materialize(), tokens))
+    assert model.get_memory_footprint() < 0.6 * footprint
+    quantized = logits(model.quantize("nf4"), tokens)
+    assert (quantized - half).norm() < 0.2 * half.norm()
+    with pytest.raises(ArtifactError, match="quantized to nf4 already"):
+        model.quantize("fp4")
+    assert torch.equal(logits(model.prune_model_by_score(1.0), tokens), whole), "compress and quantize are reversible, too"
+    assert model.generate(tokens[:1, :8], max_new_tokens=4, pad_token_id=0).shape[1] <= 12
+
+
+def test_from_pretrained_takes_budgets_and_writes_exports(small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path: Path) -> None:
+    tokens = heldout_tokens[:2]
+    model: Any = acip.from_pretrained(str(small_artifact.folder), size="1MB")
+    assert model.cut.bytes <= 10**6
+    model.save_pretrained(tmp_path / "elastic")
+    model.compress().save_pretrained(tmp_path / "compressed", max_shard_size="300KB")
+    for folder in ("elastic", "compressed"):
+        assert (tmp_path / folder / PROVENANCE).is_file()
+        loaded: Any = acip.from_pretrained(tmp_path / folder)
+        assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+    model.save_pretrained(tmp_path / "trainer", state_dict=model.state_dict())
+    assert torch.equal(logits(read(tmp_path / "trainer"), tokens), logits(model, tokens))
+    ready: Any = acip.from_pretrained(small_artifact.folder, size=Budget(ratio=0.5), quantize="int8")
+    ready.save_pretrained(tmp_path / "quantized")
+    assert torch.equal(logits(read(tmp_path / "quantized"), tokens), logits(ready, tokens))
+
+
+def test_wrong_sizes_and_places_are_told(small_artifact: Artifact, exported: Path, small_base: str, tmp_path: Path) -> None:
+    model: Any = acip.from_pretrained(small_artifact.folder)
+    for wrong in ({}, {"size_ratio": 0.5, "compression_rate": 0.5}, {"compression_rate": 1}, {"size_ratio": 0}, {"size_ratio": "half"}):
+        with pytest.raises(BudgetError):
+            model.prune_model_by_score(**wrong)
+    with pytest.raises(BudgetError, match="is a model of one size"):
+        acip.from_pretrained(exported, size=0.5)
+    with pytest.raises(ArtifactError, match="neither an artifact nor an export"):
+        acip.from_pretrained(small_base, size=0.5)
+    with pytest.raises(ArtifactError, match="not an artifact"):
+        acip.from_pretrained(tmp_path)
+    shutil.copyfile(small_artifact.folder / "config.json", tmp_path / "config.json")  # of an artifact whose writing was cut short
+    loads: tuple[Any, ...] = (acip.from_pretrained, AutoModelForCausalLM.from_pretrained)
+    for load in loads:
+        with pytest.raises(ArtifactError, match=r"holds no manifest\.json"):
+            load(tmp_path)
+    with pytest.raises(AttributeError, match="has no attribute 'from_pretraind'"):
+        acip.from_pretraind  # noqa: B018
+
+
+def test_transformers_loads_an_artifact(small_artifact: Artifact, heldout_tokens: torch.Tensor) -> None:
+    """The paper's first line, as it is written."""
+    tokens, folder = heldout_tokens[:2], small_artifact.folder
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    assert isinstance(model, ElasticCausalLM) and model.cut.got == 1.0
+    assert torch.equal(logits(model, tokens), logits(acip.from_pretrained(folder), tokens))
+    half = logits(model.prune_model_by_score(0.5), tokens)
+    straight: Any = AutoModelForCausalLM.from_pretrained(folder, size=0.5, device_map="cpu", attn_implementation="eager")
+    assert straight.config._attn_implementation == "eager"
+    assert (logits(straight, tokens) - half).abs().max() < 1e-4
+    precise: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, size=0.5)
+    found = logits(precise, tokens)
+    again = precise.compress().resize(0.5)
+    assert found.dtype == again.dtype == torch.float64 and torch.equal(logits(again, tokens), found), "what was asked for stays"
+    said = pipeline("text-generation", str(folder), tokenizer=small_artifact.tokenizer())("The", max_new_tokens=3)
+    assert said[0]["generated_text"].startswith("The")
+    with pytest.raises(ArtifactError, match=r"quantization_config: an artifact is loaded with size"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config={"bits": 4})
+    with pytest.raises(ArtifactError, match="to one device"):
+        AutoModelForCausalLM.from_pretrained(folder, device_map={"a": 0, "b": 1})
+
+
+def test_the_config_of_an_artifact_is_the_base_models(small_artifact: Artifact, small_base: str, tmp_path: Path) -> None:
+    """Whether it is written as today, or as it was before schema 4."""
+    base = AutoConfig.from_pretrained(small_base)
+    assert differing(small_artifact.config, base) <= {"_name_or_path", "dtype", "architectures", "transformers_version"}
+    old = tmp_path / "old"
+    shutil.copytree(small_artifact.folder, old)
+    base.save_pretrained(old)
+    manifest = json.loads((old / "manifest.json").read_text())
+    facts = {"bytes": (old / "config.json").stat().st_size, "sha256": sha256(old / "config.json")}
+    manifest = manifest | {"schema": 3, "files": manifest["files"] | {"config.json": facts}}
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    opened = Artifact.open(old, verify=True)
+    assert type(opened.config) is type(base) and opened.load(size=0.5).cut is not None
+
+
+def differing(one: Any, other: Any) -> set[str]:
+    a, b = one.to_dict(), other.to_dict()
+    return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
+
+
+def test_a_repository_that_is_not_there_is_told() -> None:
+    with pytest.raises(HubError, match="was not got from the hub"):
+        acip.from_pretrained("nobody/nothing")

@@ -1,0 +1,182 @@
+"""Checkpoints that are damaged, cut off, or can't be written: the calibration goes on, from the one before, to the same result."""
+
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+import torch
+from acip_platform.scheduling.fleet import Job
+from acip_platform.settings import Settings
+from acip_platform.storage.checkpoints import KEPT, Checkpoints
+from acip_platform.tracking.runs import Tracking
+from acip_platform.training.worker import Observer
+from ray.train.v2.api.preemption import PreemptionInfo
+
+from acip.base import load_base
+from acip.calibration.loop import Calibration, calibrate
+from acip.calibration.parametrize import parametrize
+from acip.calibration.state import FILES, SUMS, CalibrationState, StepReport, damage
+from acip.data import TokenBatches
+from acip.errors import CalibrationError
+from acip.recipe import Recipe
+from tests.support.faulty import proxy
+
+ATTEMPT = "small-0123"
+
+
+@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.slow)])
+def settings(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    runs = str(tmp_path / "runs")
+    if request.param == "s3":
+        runs = f"s3://models/{tmp_path.name}"
+        for name, value in request.getfixturevalue("s3_server").items():
+            monkeypatch.setenv(name, value)
+    return Settings.from_env({"ACIP_HOME": str(tmp_path / "home"), "ACIP_CHECKPOINT_URI": runs})
+
+
+class Killed(Exception):  # noqa: N818
+    pass
+
+
+class Lab:
+    """The small model, calibrated until it is killed and from what is left."""
+
+    def __init__(self, base: str, recipe: Recipe, tokens: torch.Tensor) -> None:
+        self.base, self.recipe, self.tokens = base, recipe, tokens
+
+    def run(self, checkpoints: Checkpoints, every: int, kill_at: int = -1) -> Calibration:
+        def observe(reports: list[StepReport], state: CalibrationState) -> None:
+            if state.step % every == 0:
+                checkpoints.write(state)
+            if state.step == kill_at:
+                raise Killed
+
+        with checkpoints.newest() as folder:
+            return self.calibrate(folder, observe)
+
+    def calibrate(self, folder: Path | None, observe: Any = lambda reports, state: None) -> Calibration:
+        base = load_base(self.base, self.recipe.dtype)
+        parametrize(base.model, self.recipe, self.tokens)
+        return calibrate(base.model, TokenBatches(self.tokens, self.recipe.batch_size), self.recipe, folder, observe)
+
+
+@pytest.fixture
+def lab(small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor) -> Lab:
+    return Lab(small_base, quick_recipe, golden_tokens)
+
+
+def spoil(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+
+
+@pytest.fixture(scope="module")
+def left(small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a calibration left that was killed after its second checkpoint."""
+    home = tmp_path_factory.mktemp("left")
+    with pytest.raises(Killed):
+        Lab(small_base, quick_recipe, golden_tokens).run(Checkpoints(Settings.from_env({"ACIP_HOME": str(home)}), ATTEMPT), 5, kill_at=11)
+    return home
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "flipped"])
+@pytest.mark.parametrize("file", [*FILES, SUMS])
+def test_any_damage_is_found_and_the_one_before_is_taken(left: Path, tmp_path: Path, lab: Lab, file: str, how: str) -> None:
+    said: list[str] = []
+    settings = Settings.from_env({"ACIP_HOME": str(copytree(left, tmp_path / "home"))})
+    checkpoints = Checkpoints(settings, ATTEMPT, lambda kind, **facts: said.append(facts["text"]))
+    last, before = checkpoints.names()
+    assert (last[:11], before[:11]) == ("step_000010", "step_000005")
+    folder = Path(settings.runs) / ATTEMPT / last
+    assert damage(folder) is None
+    spoil(folder / file, how)
+    assert damage(folder) is not None
+    with checkpoints.newest() as found:
+        assert found is not None and found.name == before
+    if (file, how) == (SUMS, "gone"):  # a folder without them is on its way
+        assert not said
+    else:
+        assert len(said) == 1 and last in said[0] and "going back to the one before" in said[0]
+    if (file, how) == (FILES[1], "flipped"):
+        with pytest.raises(CalibrationError, match=r"is damaged: state.safetensors is not what was written"):
+            lab.calibrate(folder)
+
+
+def test_if_all_are_damaged_it_begins_afresh(left: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    settings = Settings.from_env({"ACIP_HOME": str(copytree(left, tmp_path / "home"))})
+    checkpoints = Checkpoints(settings, ATTEMPT, lambda kind, **facts: said.append(facts["text"]))
+    for name in checkpoints.names():
+        checkpoints.store.write(f"{ATTEMPT}/{name}/state.json", b"{}")
+    with checkpoints.newest() as folder:
+        assert folder is None
+    assert len(said) == KEPT
+
+
+def test_going_on_from_the_one_before_changes_nothing(settings: Settings, lab: Lab, calibrated: Any) -> None:
+    """Killed, the last checkpoint damaged, killed again: the undisturbed result, bit for bit. On disk and on S3."""
+    checkpoints = Checkpoints(settings, ATTEMPT)
+    with pytest.raises(Killed):
+        lab.run(checkpoints, 5, kill_at=16)
+    last = checkpoints.names()[0]
+    files = checkpoints.store.small(f"{ATTEMPT}/{last}")
+    checkpoints.store.write(f"{ATTEMPT}/{last}/state.safetensors", files["state.safetensors"][:1000])
+    with pytest.raises(Killed):
+        lab.run(checkpoints, 5, kill_at=21)
+    assert [name[:11] for name in checkpoints.names()] == ["step_000020", "step_000015"] and last not in checkpoints.names()
+    resumed, (_, straight) = lab.run(checkpoints, 40), calibrated
+    assert resumed.history == straight.history
+    assert torch.equal(resumed.scores.score, straight.scores.score)
+    assert len(checkpoints.names()) == KEPT
+
+
+def test_s3_away_for_a_while_costs_checkpoints_and_nothing_else(
+    s3_server: dict[str, str], lab: Lab, calibrated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    with proxy(s3_server["AWS_ENDPOINT_URL"]) as server:
+        for name, value in {**s3_server, "AWS_ENDPOINT_URL": server.url}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01)
+        settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home"), "ACIP_CHECKPOINT_URI": f"s3://models/{tmp_path.name}"})
+        checkpoints = Checkpoints(settings, ATTEMPT, lambda kind, **facts: said.append(facts["text"]))
+        server.choose = lambda method, path, before: "503" if "step_000010" in path else ("cut" if before == 0 else "")
+        with pytest.raises(Killed):
+            lab.run(checkpoints, 5, kill_at=17)
+        assert len(said) == 1 and "no checkpoint of step 10: " in said[0] and "SlowDown" in said[0]
+        assert [name[:11] for name in checkpoints.names()] == ["step_000015", "step_000005"]
+        resumed = lab.run(checkpoints, 1000)
+    assert torch.equal(resumed.scores.score, calibrated[1].scores.score)
+
+
+def test_a_nodes_notice_is_answered_at_once(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draining node (a real one: test_faults_fleet.py) leads to one checkpoint, as soon as it can be written."""
+    monkeypatch.setattr("acip_platform.training.worker.LOOK_S", 0.0)
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path), "ACIP_CHECKPOINT_S": "1e6"})
+    said: list[str] = []
+    checkpoints = Checkpoints(settings, ATTEMPT, lambda kind, **facts: said.append(facts["text"]))
+    run = Tracking(settings, "fleet").start("small", "notice", {})
+    observer = Observer(Job("small", "base", lab.recipe), run, lambda kind, **facts: None, torch.device("cpu"), checkpoints)
+    notice: list[PreemptionInfo] = []
+    monkeypatch.setattr("ray.train.get_preemption_info", lambda: notice[0] if notice else None)
+
+    def observe(reports: list[StepReport], state: CalibrationState) -> None:
+        if state.step == 4:
+            notice.append(PreemptionInfo(None, {"node": [0]}))
+            (tmp_path / "runs").write_text("in the way")
+        if state.step == 6:
+            (tmp_path / "runs").unlink()
+        observer(reports, state)
+        if state.step == 9:
+            raise Killed
+
+    with pytest.raises(Killed):
+        lab.calibrate(None, observe)
+    assert [name[:11] for name in checkpoints.names()] == ["step_000006"]
+    assert [text.partition(":")[0] for text in said] == ["no checkpoint of step 4", "no checkpoint of step 5"]

@@ -1,0 +1,301 @@
+"""Whole calibrations, struck: drivers and workers killed, memory short, nodes taken away, S3 failing. The result is the undisturbed one.
+
+Each runs `jobs/calibrate_all.py`, or Ray Train on a cluster of nodes, and compares every tensor of the artifact, bit for bit (CPU).
+"""
+
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import psutil
+import pytest
+import ray
+import torch
+from acip_platform.scheduling.events import open_event_queue
+from acip_platform.scheduling.fleet import Fleet
+from acip_platform.scheduling.job_queue import Resources
+from acip_platform.settings import Settings
+from acip_platform.storage.store import Store
+from acip_platform.tracking.runs import Registry, Tracking
+from acip_platform.training.worker import run_job
+from ray.cluster_utils import Cluster
+
+from acip.artifact.artifact import Artifact
+from tests.conftest import write_fleet
+from tests.support.faulty import proxy
+from tests.support.waiting import JOB_S, PATIENCE_S, exit_code, stop, until
+
+ROOT = Path(__file__).parents[2]
+STEPS = 600
+pytestmark = pytest.mark.slow
+
+
+class Submission:
+    """`jobs/calibrate_all.py`, as a process of its own with a Ray of its own."""
+
+    def __init__(self, fleet: Path, home: Path, log: Path, **env: str) -> None:
+        self.env = {**os.environ, "ACIP_HOME": str(home), "ACIP_CHECKPOINT_S": "1", "ACIP_LEASE_S": "6", "RAY_ADDRESS": "local", **env}
+        self.settings, self.log = Settings.from_env(self.env), log
+        with log.open("w") as out:
+            command = [sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(fleet)]
+            self.process = subprocess.Popen(command, env=self.env, stdout=out, stderr=out)
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, true: Callable[[], Any], what: str) -> Any:
+        def look() -> Any:
+            assert self.process.poll() is None, f"it ended before {what}:\n{self.text}"
+            return true()
+
+        return until(look, lambda: f"no {what}:\n{self.text}")
+
+    def end(self) -> int:
+        return exit_code(self.process, self.log)
+
+    def stop(self) -> None:
+        stop(self.process)
+
+    def has_checkpoint(self, name: str) -> bool:
+        return bool(list(Path(self.settings.runs).glob(f"{name}-*/step_*")))
+
+    def worker(self, name: str) -> psutil.Process | None:
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if "RayTrainWorker" in " ".join(process.cmdline()) and f"{os.sep}{name}-" in process.cwd():
+                    return process
+            except psutil.NoSuchProcess:
+                continue
+        return None
+
+    def resumed_at(self, name: str) -> list[int]:
+        return [int(step) for step in re.findall(rf"\[{name}\] going on from the last checkpoint, step_(\d+)", self.text)]
+
+    def goes_on(self, name: str, times: int) -> bool:
+        """Whether it has a checkpoint and was resumed this often."""
+        return self.has_checkpoint(name) and len(self.resumed_at(name)) == times
+
+    def steps(self, name: str) -> list[int]:
+        """As they are in MLflow."""
+        tracking = Tracking(self.settings, "acip/small")
+        (run,) = tracking.client.search_runs([tracking.experiment_id], f"tags.model = '{name}'")
+        return [metric.step for metric in tracking.client.get_metric_history(run.info.run_id, "loss_nats")]
+
+    def artifact(self, name: str) -> Artifact:
+        version = Registry(self.settings).resolve(name)
+        assert version.version == "1", "registered once"
+        return Store(self.settings.store, self.settings.home / "cache").open(version.uri)
+
+
+@pytest.fixture
+def submit(tmp_path: Path) -> Iterator[Callable[..., Submission]]:
+    began: list[Submission] = []
+
+    def submit(fleet: Path, **env: str) -> Submission:
+        began.append(Submission(fleet, tmp_path / "home", tmp_path / f"log-{len(began)}", **env))
+        return began[-1]
+
+    yield submit
+    for submission in began:
+        submission.stop()
+
+
+def fleet(path: Path, base: str, *names: str) -> Path:
+    settings = f"lr: 3.0e-3, lambda_factor: 1.2, post_tune_steps: {STEPS}"
+    return write_fleet(path / "fleet.yaml", settings, *(f"name: {name}, base: {base}" for name in names))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_base: str, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    submission = Submission(fleet(folder, small_base, "undisturbed"), folder / "home", folder / "log")
+    try:
+        assert submission.end() == 0, submission.text
+    finally:
+        submission.stop()
+    return submission.artifact("undisturbed")
+
+
+def assert_same(one: Artifact, two: Artifact) -> None:
+    for file in ("order", "factors", "dense", "adapters"):
+        ours, theirs = one.tensors(file), two.tensors(file)
+        assert ours.entries.keys() == theirs.entries.keys()
+        a, b = ours.read(list(ours.entries)), theirs.read(list(theirs.entries))
+        assert all(torch.equal(a[key], b[key]) for key in a), file
+    assert one.curve[0]["loss"] == two.curve[0]["loss"]
+
+
+def test_a_fleet_is_submitted_twice_and_its_driver_is_killed(
+    submit: Callable[..., Submission], small_base: str, undisturbed: Artifact, tmp_path: Path
+) -> None:
+    """The second says who has it. After the first is killed, a third goes on where that was, and repeats nothing."""
+    file = fleet(tmp_path, small_base, "one", "two")
+    first = submit(file)
+    first.wait_for(lambda: len(list(Path(first.settings.store).glob(".leases/*/1"))) == 2, "two leases")
+    second = submit(file)
+    assert second.end() == 1, second.text
+    for name in ("one", "two"):
+        assert re.search(rf"\[{name}\] FAILED: .*process {first.process.pid} is working on it", second.text), second.text
+    assert "one real step" not in second.text
+    first.wait_for(lambda: "version 1" in first.text or (first.has_checkpoint("one") and first.has_checkpoint("two")), "checkpoint of both")
+    first.process.send_signal(signal.SIGKILL)
+    first.process.wait()
+    third = submit(file)
+    assert third.end() == 0, third.text
+    assert f"process {first.process.pid} began it; looking for up to 6 s" in third.text
+    assert min(third.resumed_at("one") + third.resumed_at("two")) > 0
+    for name in ("one", "two"):
+        assert third.steps(name) == list(range(1, STEPS + 1)), "each once"
+        assert_same(third.artifact(name), undisturbed)
+    fourth = submit(file)
+    assert fourth.end() == 0 and fourth.text.count("done already: version 1") == 2, fourth.text
+
+
+def test_a_worker_that_runs_out_of_memory(
+    submit: Callable[..., Submission], small_base: str, undisturbed: Artifact, tmp_path: Path
+) -> None:
+    """Its limit is lowered to what it has: what it asks for next is refused. The next worker has room again."""
+    job = submit(fleet(tmp_path, small_base, "hungry"))
+    job.wait_for(lambda: job.has_checkpoint("hungry"), "checkpoint")
+    worker = job.wait_for(lambda: job.worker("hungry"), "worker")
+    worker.rlimit(resource.RLIMIT_AS, (worker.memory_info().vms // 2,) * 2)
+    assert job.end() == 0, job.text
+    assert len(job.resumed_at("hungry")) == 1 and job.resumed_at("hungry")[0] > 0
+    assert job.steps("hungry") == list(range(1, STEPS + 1))
+    assert_same(job.artifact("hungry"), undisturbed)
+
+
+def test_a_worker_that_is_terminated(submit: Callable[..., Submission], small_base: str, undisturbed: Artifact, tmp_path: Path) -> None:
+    """SIGTERM to the process itself, which Ray ends at once: as if it were killed. Twice, the second time as soon as it is back."""
+    job = submit(fleet(tmp_path, small_base, "ended"))
+    for times in range(2):
+        job.wait_for(partial(job.goes_on, "ended", times), "worker that goes on")
+        worker = job.wait_for(lambda: job.worker("ended"), "worker")
+        worker.send_signal(signal.SIGTERM)
+        worker.wait(PATIENCE_S)
+    assert job.end() == 0, job.text
+    assert len(job.resumed_at("ended")) == 2
+    assert_same(job.artifact("ended"), undisturbed)
+
+
+def test_everything_through_a_bad_s3(
+    submit: Callable[..., Submission], s3_server: dict[str, str], small_base: str, undisturbed: Artifact, tmp_path: Path
+) -> None:
+    """Artifacts, checkpoints, leases and Ray Train's own files. Requests fail one in ten; for some seconds, all of them."""
+    faults = ("500", "503", "dense_if_no_saving", "cut", "slow")
+    away = threading.Event()
+    with proxy(s3_server["AWS_ENDPOINT_URL"]) as server:
+        server.choose = lambda method, path, before: (
+            "503" if away.is_set() else (faults[before % 5] if crc32(f"{path} {before}".encode()) % 10 == 0 else "")
+        )
+        place = f"s3://models/{tmp_path.name}"
+        env = {
+            **s3_server,
+            "AWS_ENDPOINT_URL": server.url,
+            "ACIP_ARTIFACT_URI": f"{place}/artifacts",
+            "ACIP_CHECKPOINT_URI": f"{place}/runs",
+        }
+        job = submit(fleet(tmp_path, small_base, "far"), **env)
+        job.wait_for(lambda: any("/runs/far-" in path and "state.json" in path for _, path in list(server.seen)), "checkpoint on S3")
+        away.set()
+        time.sleep(10)
+        away.clear()
+        assert job.end() == 0, job.text
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in s3_server.items():
+                patch.setenv(name, value)
+            assert_same(job.artifact("far"), undisturbed)
+    assert job.steps("far") == list(range(1, STEPS + 1))
+    assert sum(server.done.values()) > 20
+    assert s3_server["AWS_SECRET_ACCESS_KEY"] not in job.text
+
+
+class Spot:
+    """A calibration on a cluster whose worker nodes are like pods: `ray start --block`, which gets SIGTERM and some seconds."""
+
+    def __init__(self, folder: Path, base: str) -> None:
+        settings = Settings.from_env({"ACIP_HOME": str(folder / "home"), "ACIP_CHECKPOINT_S": "1e6"})  # no checkpoints by time
+        (self.job,) = Fleet.load(fleet(folder, base, "spot")).jobs
+        self.settings, self.log, self.pods = settings, (folder / "pods").open("w"), list[subprocess.Popen[bytes]]()
+        self.said, self.outcome = list[str](), dict[str, Any]()
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 << 20})
+        ray.init(address=self.cluster.address, log_to_driver=False, runtime_env={"env_vars": settings.worker_env()})
+        self.run = Tracking(settings, "acip/small").start("spot", "spot", {})
+        self.inbox = open_event_queue()
+        self.thread = threading.Thread(target=self.calibrate)
+
+    def pod(self) -> None:
+        command = [
+            str(Path(sys.executable).with_name("ray")), "start", f"--address={self.cluster.address}", "--block", "--num-cpus=1",
+            f"--object-store-memory={80 << 20}",
+        ]  # fmt: skip
+        self.pods.append(subprocess.Popen(command, stdout=self.log, stderr=self.log))
+
+    def calibrate(self) -> None:
+        try:
+            self.outcome.update(run_job(self.job, Resources(0, 1), self.settings, self.run, "spot", self.inbox))
+        except BaseException as error:
+            self.outcome["error"] = error
+
+    def listen(self) -> None:
+        self.said.extend(event["text"] for event in ray.get(self.inbox.take.remote()) if event["kind"] == "stage")
+
+    def wait_for(self, text: str, times: int) -> None:
+        def story() -> str:
+            return f"{text!r} was not said {times} times: {self.said}, {self.outcome}\n{Path(self.log.name).read_text()}"
+
+        def look() -> bool:
+            self.listen()
+            assert self.thread.is_alive() or sum(text in said for said in self.said) >= times, story()
+            return sum(text in said for said in self.said) >= times
+
+        until(look, story)
+
+    def numbers(self, pattern: str) -> list[int]:
+        return [int(step) for text in self.said for step in re.findall(pattern, text)]
+
+    def stop(self) -> None:
+        ray.shutdown()
+        for process in self.pods:
+            process.terminate()
+        for process in self.pods:
+            process.wait(PATIENCE_S)
+        self.cluster.shutdown()
+        self.log.close()
+
+
+def test_preempted_twice(small_base: str, undisturbed: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that gets SIGTERM tells its worker, which writes a checkpoint at once; there are no others."""
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    monkeypatch.setenv("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "12")
+    spot = Spot(tmp_path, small_base)
+    try:
+        spot.pod()
+        spot.thread.start()
+        for times in (1, 2):
+            spot.wait_for("one real step", times)
+            spot.pods[-1].send_signal(signal.SIGTERM)
+            spot.pod()
+            spot.wait_for("a node is being taken away", times)
+        spot.thread.join(JOB_S)
+        spot.listen()
+        assert not spot.thread.is_alive(), f"the calibration still runs: {spot.said}"
+        assert "error" not in spot.outcome and spot.outcome["version"] == "1", (spot.outcome, spot.said)
+        left = spot.numbers(r"taken away: a checkpoint of step (\d+)")
+        assert spot.numbers(r"going on from the last checkpoint, step_(\d+)") == left and len(left) == 2, spot.said
+        assert_same(Artifact.open(spot.outcome["uri"]), undisturbed)
+        steps = [metric.step for metric in spot.run.client.get_metric_history(spot.run.run_id, "loss_nats")]
+        assert steps == list(range(1, STEPS + 1)), "each once"
+    finally:
+        spot.stop()

@@ -1,0 +1,126 @@
+"""Grafana's dashboard asks only for metrics and labels that are there: ours as the endpoint counts them, Ray's as Ray defines them."""
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import promql_parser as promql
+import pytest
+import yaml
+from acip_platform.serve.http.metrics import Metrics
+from prometheus_client import CollectorRegistry
+from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
+
+MONITORING = Path(__file__).parents[2] / "infra" / "monitoring"
+SCRAPED = {"instance", "job"}  # Prometheus adds them
+RAY_CORE = {"ray_resources": {"Name", "State"}}  # counted in C++; tests/platform/scheduling/test_on_nodes.py finds it at a running Ray
+
+
+def registered(registry: CollectorRegistry) -> dict[str, set[str]]:
+    """Labels by name, as they go out."""
+    found: dict[str, set[str]] = {}
+    for family in registry.collect():
+        for sample in family.samples:
+            found.setdefault(sample.name, set()).update(sample.labels)
+    return found
+
+
+@pytest.fixture(scope="module")
+def exported() -> dict[str, set[str]]:
+    metrics = Metrics()
+    watched = metrics.begin("m")
+    watched.hear("head", {"size": {"ratio": 0.6}})
+    watched.hear("start", {})
+    timings = {"generate_s": 2.0, "first_token_s": 1.0}
+    watched.hear("done", {"usage": {"prompt_tokens": 3, "completion_tokens": 4}, "timings": timings})
+    watched.end()
+    rays = {f"ray_{name}": {str(column) for column in gauge.view.columns} for name, gauge in METRICS_GAUGES.items()}
+    return registered(metrics.registry) | rays | RAY_CORE
+
+
+@pytest.fixture
+def dashboard() -> dict[str, Any]:
+    return copy.deepcopy(json.loads((MONITORING / "dashboard.json").read_text()))
+
+
+def labels_of(query: Any, exported: dict[str, set[str]]) -> Iterator[tuple[str, set[str]]]:
+    """(complaint, labels of the result): all labels used in a query exist under what they are used on. Complaints are '' where none."""
+    if isinstance(query, promql.VectorSelector):
+        there = exported.get(str(query.name))
+        yield ("" if there is not None else f"no metric {query.name}"), (there or set()) | SCRAPED
+        for matcher in query.matchers.matchers:
+            if there is not None and matcher.name not in there | SCRAPED:
+                yield f"{query.name} has no label {matcher.name}", there | SCRAPED
+        return
+    parts = [getattr(query, name) for name in ("vector_selector", "expr", "lhs", "rhs") if getattr(query, name, None) is not None]
+    inner = [found for part in [*parts, *getattr(query, "args", [])] for found in labels_of(part, exported)]
+    there = set.intersection(*(labels for _, labels in inner)) if inner else set()
+    yield from ((complaint, there) for complaint, _ in inner if complaint)
+    if isinstance(query, promql.AggregateExpr):
+        kept = set(query.modifier.labels) if query.modifier else set()
+        yield (f"no label {', '.join(kept - there)} to sum by" if kept - there else ""), kept
+    elif inner:
+        yield "", there - ({"le"} if isinstance(query, promql.Call) and query.func.name == "histogram_quantile" else set())
+
+
+def complaints(dashboard: dict[str, Any], exported: dict[str, set[str]]) -> list[str]:
+    found = []
+    (uid,) = [source["uid"] for source in yaml.safe_load((MONITORING / "grafana.yaml").read_text())["datasources"]]
+    variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
+    for name, variable in variables.items():
+        metric, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]).groups()  # type: ignore[union-attr]
+        found += [] if label in exported.get(metric, ()) else [f"${name}: {metric} has no {label}"]
+    for panel in dashboard["panels"]:
+        found += [] if panel["datasource"]["uid"] == uid else [f"{panel['title']}: another data source"]
+        for target in panel["targets"]:
+            used = set(re.findall(r"\$(\w+)", target["expr"])) - {"__rate_interval"}
+            found += [f"{panel['title']}: no variable ${name}" for name in used - variables.keys()]
+            text = re.sub(r"\$(\w+)", "x", target["expr"].replace("$__rate_interval", "1m"))
+            try:
+                results = list(labels_of(promql.parse(text), exported))
+            except ValueError as error:
+                found.append(f"{panel['title']}: {error}")
+                continue
+            found += [f"{panel['title']}: {complaint}" for complaint, _ in results if complaint]
+            shown = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
+            found += [f"{panel['title']}: the legend's {name} is not in the result" for name in shown - results[-1][1]]
+    places = [(panel["gridPos"]["x"] + x, panel["gridPos"]["y"] + y) for panel in dashboard["panels"]
+              for x in range(panel["gridPos"]["w"]) for y in range(panel["gridPos"]["h"])]  # fmt: skip
+    if len(set(places)) < len(places) or max(x for x, _ in places) >= 24:
+        found.append("panels overlap, or leave the grid")
+    return found
+
+
+def test_the_dashboard_asks_for_what_there_is(dashboard: dict[str, Any], exported: dict[str, set[str]]) -> None:
+    assert complaints(dashboard, exported) == []
+
+
+def test_it_shows_all_that_the_endpoint_counts(dashboard: dict[str, Any], exported: dict[str, set[str]]) -> None:
+    text = json.dumps(dashboard)
+    counted = {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in exported if name.startswith("acip_")}
+    assert [name for name in counted if name not in text and f"{name}_total" not in exported] == []
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "says"),
+    [
+        ("acip_requests_running", "acip_request_running", "no metric acip_request_running"),
+        ("acip_generated_tokens_total", "acip_generated_tokens", "no metric acip_generated_tokens"),
+        ("ray_node_gram_used", "ray_node_vram_used", "no metric ray_node_vram_used"),
+        ("sum by (status)", "sum by (code)", "no label code to sum by"),
+        ('{model=~\\"$model\\"}', '{modell=~\\"$model\\"}', "has no label modell"),
+        ('=~\\"$model\\"', '=~\\"$modell\\"', "no variable $modell"),
+        ("{{size}}", "{{status}}", "the legend's status is not in the result"),
+        ('State=\\"USED\\"', 'Stage=\\"USED\\"', "ray_resources has no label Stage"),
+        ("rate(acip", "rat(acip", "unknown function"),
+        ("acip_requests_running", "acip_requests_running)", "unexpected"),
+        ("acip-prometheus", "prometheus", "another data source"),
+    ],
+)
+def test_a_planted_error_is_found(dashboard: dict[str, Any], exported: dict[str, set[str]], right: str, wrong: str, says: str) -> None:
+    text = json.dumps(dashboard)
+    assert right in text
+    assert says in "; ".join(complaints(json.loads(text.replace(right, wrong)), exported))

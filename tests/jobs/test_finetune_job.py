@@ -1,0 +1,164 @@
+"""`python jobs/finetune.py`: a registered version gets a child that is better at one size, and says what it comes from."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from acip_platform.scheduling.fleet import Job
+from acip_platform.settings import Settings
+from acip_platform.storage.store import Store
+from acip_platform.tracking.runs import Registry, RegistryError, Tracking
+from acip_platform.training.fine_tuning import _windows
+from safetensors.torch import load_file
+
+from acip.artifact.artifact import Artifact
+from acip.data import documents, token_windows
+from acip.sizing.cut_table import Budget
+from tests.acip.calibration.test_resume import ROOT, interruptible, worker_of
+from tests.conftest import byte_tokenizer
+from tests.support.waiting import exit_code, stop
+
+
+class Command:
+    def __init__(self, home: Path, artifact: Artifact) -> None:
+        self.env = {"ACIP_HOME": str(home), "RAY_ADDRESS": "local"}
+        self.settings = Settings.from_env(self.env)
+        self.registry = Registry(self.settings)
+        self.registry.set_alias(self.registry.register("small", str(artifact.folder), "", {}))
+
+    def __call__(self, *args: str) -> tuple[int, str]:
+        from jobs import finetune
+
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+            for name in ("ACIP_ARTIFACT_URI", "ACIP_CHECKPOINT_URI", "MLFLOW_TRACKING_URI"):
+                patch.delenv(name, raising=False)
+            for name, value in self.env.items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["finetune.py", *args])
+            code = finetune.main()
+        return code, said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory, small_artifact: Artifact) -> Command:
+    return Command(tmp_path_factory.mktemp("tuning") / "home", small_artifact)
+
+
+EVALUATION = ("--data", "package:austen", "--eval-context", "64", "--eval-windows", "64", "--cpus", "1")
+
+
+@pytest.mark.slow
+def test_the_job(command: Command, small_artifact: Artifact) -> None:
+    ask = ("small", "--size", "50%", "--steps", "40", "--lr", "2e-3", "--quantise", "nf4", *EVALUATION)
+    code, said = command(*ask)
+    assert code == 0, said
+    child, parent = command.registry.resolve("small", "candidate"), command.registry.resolve("small")
+    assert (child.version, parent.version) == ("2", "1")
+    lineage = {"from": "1", "at": "0.5", "data": "package:austen", "steps": "40", "quantize": "nf4"}
+    lineage = {f"finetuned_{key}": value for key, value in lineage.items()}
+    assert child.tags.items() >= lineage.items()
+    tracking = Tracking(command.settings, "acip/finetune")
+    (run,) = tracking.client.search_runs([tracking.experiment_id])
+    assert run.info.status == "FINISHED" and run.data.tags.items() >= {"model": "small", **lineage}.items()
+    assert [metric.step for metric in tracking.client.get_metric_history(run.info.run_id, "loss_nats")] == list(range(1, 41))
+
+    artifact = Store(command.settings.store, Path()).open(child.uri)
+    assert artifact.table().cut(Budget(0.4)).ranks == small_artifact.table().cut(Budget(0.4)).ranks
+    provenance = artifact.manifest["provenance"]
+    assert provenance["parent"] == small_artifact.manifest["provenance"] and provenance["finetuned"]["version"] == "1"
+    assert provenance["job"]["recipe"]["seed"] != small_artifact.recipe.seed
+    measured = {metric: run.data.metrics[f"perplexity_{metric}"] for metric in ("before", "after", "before_nf4", "after_nf4")}
+    assert measured["after_nf4"] < measured["before"] < measured["before_nf4"] and measured["after"] < measured["before"]
+    assert next(row["perplexity"] for row in artifact.curve if row["asked"] == 0.5) == measured["after"]
+    told = " ".join(said.split())
+    assert f"perplexity at 0.5 {measured['before']:.2f} before, {measured['after']:.2f} after" in told
+    assert "[small] one real step: loss " in told
+    assert f"perplexity in nf4 {measured['before_nf4']:.2f} before, {measured['after_nf4']:.2f} after" in told
+    commands = (
+        "jobs/materialize.py small --alias 2 --size 0.5",
+        "jobs/serve.py --model small --alias candidate",
+    )
+    assert all(each in told for each in commands)
+
+    manifest = json.dumps(artifact.manifest)
+    code, said = command(*ask)
+    assert code == 0 and "done already: version 2" in said and all(each in " ".join(said.split()) for each in commands)
+    assert json.dumps(Artifact.open(child.uri).manifest) == manifest
+    command.registry.client.delete_model_version_tag("small", "2", "verdict")  # as if it had been killed before it was judged
+    code, said = command(*ask)
+    assert code == 0 and "done already" not in said and "verdict" in command.registry.resolve("small", "2").tags
+    with pytest.raises(RegistryError):
+        command.registry.resolve("small", "3")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_loses_nothing(small_artifact: Artifact, tmp_path: Path) -> None:
+    """Another goes on from its checkpoint, after Ctrl-C the same command, and the child is the undisturbed one's, bit for bit."""
+    children = []
+    for name in ("undisturbed", "killed", "interrupted"):
+        command = Command(tmp_path / name, small_artifact)
+        log = tmp_path / f"{name}.log"
+        with log.open("a") as out, interruptible():
+            ask = ["small", "--size", "0.5", "--steps", "150", "--lr", "2e-3", *EVALUATION]
+            env = {**os.environ, **command.env, "ACIP_CHECKPOINT_S": "0.3"}
+            command_line = [sys.executable, str(ROOT / "jobs" / "finetune.py"), *ask]
+            job = subprocess.Popen(command_line, env=env, stdout=out, stderr=out)
+            try:
+                if name == "interrupted":
+                    worker = worker_of("small", job, Path(command.settings.runs), log)
+                    job.send_signal(signal.SIGINT)
+                    assert exit_code(job, log) == 130, log.read_text()
+                    assert "interrupted. What is done is kept" in log.read_text() and not worker.is_running()
+                    job = subprocess.Popen(command_line, env=env, stdout=out, stderr=out)
+                if name == "killed":
+                    worker_of("small", job, Path(command.settings.runs), log).send_signal(signal.SIGKILL)
+                assert exit_code(job, log) == 0, log.read_text()
+            finally:
+                stop(job)
+        assert ("going on from the last checkpoint" in log.read_text()) == (name != "undisturbed")
+        tracking = Tracking(command.settings, "acip/finetune")
+        (run,) = tracking.client.search_runs([tracking.experiment_id])
+        assert [metric.step for metric in tracking.client.get_metric_history(run.info.run_id, "loss_nats")] == list(range(1, 151))
+        children.append(load_file(Path(command.registry.resolve("small", "candidate").uri) / "factors.safetensors"))
+    ours, *others = children
+    for theirs in others:
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_the_text_is_what_the_calibration_did_not_draw_from(small_artifact: Artifact) -> None:
+    """Also where it stopped early: it drew from all its windows, in random order. And where the parent was tuned itself."""
+    recipe = replace(small_artifact.recipe, post_tune_steps=3, batch_size=2, seq_len=48)
+    job, calibration = Job("small", "base", recipe, "package:austen"), Job("small", "base", small_artifact.recipe, "package:austen")
+    text = token_windows(documents("package:austen", "train"), byte_tokenizer(), 1).flatten()
+    first = -(-calibration.windows * small_artifact.recipe.seq_len // 48) * 48
+    for provenance in ({"job": calibration.to_dict()}, {"job": job.to_dict(), "parent": {"job": calibration.to_dict()}}):
+        parent = replace(small_artifact, manifest={**small_artifact.manifest, "provenance": provenance, "steps": 1})
+        assert torch.equal(_windows(job, parent, byte_tokenizer()).flatten(), text[first : first + 6 * 48])
+    assert torch.equal(_windows(job, small_artifact, byte_tokenizer()).flatten(), text[: 6 * 48]), "nobody knows what it read"
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["smal", "--size", "0.5"], "did you mean 'small'?"),
+        (["small@7", "--size", "0.5"], "no version or alias '7'"),
+        (["small", "--size", "1.0"], "there is nothing to tune"),
+        (["small", "--size", "0.01"], "can't be reached: the smallest is"),
+        (["small", "--size", "8GB"], "takes a ratio"),
+        (["small", "--size", "half"], "is not a budget"),
+        (["small", "--size", "0.5", "--steps", "0"], "takes at least 1"),
+        (["small", "--size", "0.5", "--lr", "-1"], "lr is -1.0; it must be > 0"),
+    ],
+)
+def test_refusals_come_before_any_work(command: Command, monkeypatch: pytest.MonkeyPatch, args: list[str], says: str) -> None:
+    monkeypatch.setattr("jobs.finetune.connect", lambda _: pytest.fail("Ray was started"))
+    code, said = command(*args)
+    assert code == 2 and says in said

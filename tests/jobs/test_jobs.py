@@ -1,0 +1,210 @@
+"""The way of a new user, with a small model: the demo's script, `ray job submit`, MLflow, the endpoint over HTTP.
+
+Everything runs on its own ports and folders and is stopped by pid.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+from acip_platform.settings import Settings
+from acip_platform.tracking.runs import Registry, Tracking
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from acip.artifact.artifact import Artifact
+from tests.support.waiting import JOB_S, PATIENCE_S, until
+
+ROOT = Path(__file__).parents[2]
+CHANGES = (
+    "{sample_windows: 64, adapter_rank: 4, adapter_alpha: 4.0, dtype: float32, batch_size: 4, seq_len: 64, lr: 3.0e-3, "
+    "lambda_factor: 1.2, post_tune_steps: 30}"
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Place:
+    """A home folder and a Ray head for these tests, and the commands of a user in it."""
+
+    def __init__(self, folder: Path, base: str) -> None:
+        self.home, self.base = folder / "home", base
+        self.fleet = folder / "fleet.yaml"
+        self.write_fleet(f"- {{name: tiny, base: {base}}}")
+        self.ray_temp = tempfile.mkdtemp(prefix="r")  # sockets live in it, and their paths may not be long
+        self.dashboard = free_port()
+        extra = (
+            f"--temp-dir={self.ray_temp} --num-cpus=2 --dashboard-agent-listen-port={free_port()} --ray-client-server-port={free_port()}"
+        )
+        self.env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
+            "ACIP_HOME": str(self.home),
+            "ACIP_RAY_PORT": str(free_port()),
+            "ACIP_DASHBOARD_PORT": str(self.dashboard),
+            "ACIP_RAY_START": extra,
+        }
+        self.settings = Settings.from_env(self.env)
+
+    def write_fleet(self, models: str) -> None:
+        defaults = f"defaults:\n  data: package:wikipedia\n  eval_context: 64\n  eval_windows: 32\n  set: {CHANGES}\n"
+        self.fleet.write_text(f"name: small\n{defaults}models:\n{models}\n")
+
+    def demo(self, *args: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(ROOT / "infra" / "demo"), *args]
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=JOB_S, check=False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, small_base: str) -> Iterator[Place]:
+    place = Place(tmp_path_factory.mktemp("jobs"), small_base)
+    yield place
+    place.demo("stop")
+    shutil.rmtree(place.ray_temp, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def first(place: Place) -> subprocess.CompletedProcess[str]:
+    """The first run of the demo's script."""
+    result = place.demo("--fleet", str(place.fleet))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def test_the_screens(first: subprocess.CompletedProcess[str], place: Place) -> None:
+    out = " ".join(first.stdout.split())
+    for expected in (
+        " job ",
+        " dashboard http://",
+        f" artifacts {place.settings.store} ",
+        "run tiny",
+        "one real step: loss",
+        "ETA",
+        "tok/s",
+    ):
+        assert expected in out, f"{expected!r} is not on the screen:\n{out}"
+    for asked in ("1.00", "0.90", "0.60", "0.40"):
+        assert f"│ {asked} │" in out
+    assert "1 of 1 models are there" in out
+    assert "jobs/serve.py" in out
+    assert "\x1b[" not in out.split("acip: fleet")[1].split("ask at 0.6")[0], "control characters off a terminal"
+
+
+def test_its_ray_listens_to_this_machine_alone(first: subprocess.CompletedProcess[str], place: Place) -> None:
+    """It has no token."""
+    family = psutil.Process(int((place.home / "ray.pid").read_text())).children(recursive=True)
+    heard = {each.laddr.ip for process in family for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+    assert heard
+    assert heard <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_a_second_run_repeats_nothing(first: subprocess.CompletedProcess[str], place: Place) -> None:
+    result = place.demo("--fleet", str(place.fleet))
+    assert result.returncode == 0, result.stdout
+    assert "done already: version 1 is the champion" in result.stdout
+    assert "one real step" not in result.stdout
+    assert Registry(place.settings).resolve("tiny").version == "1"
+
+
+def test_a_failing_model_fails_the_job_but_not_the_others(first: subprocess.CompletedProcess[str], place: Place) -> None:
+    place.write_fleet(f"- {{name: broken, base: /no/such/model}}\n- {{name: tiny, base: {place.base}}}")
+    result = place.demo("--fleet", str(place.fleet))
+    assert result.returncode == 1, result.stdout
+    assert "[broken] FAILED: base '/no/such/model' is not a folder" in result.stdout
+    assert "1 of 2 models are there" in result.stdout
+    bad = place.demo("--fleet", str(place.fleet), "--only", "tinny")
+    assert bad.returncode != 0
+    assert "--only names tinny; the fleet has broken, tiny" in bad.stdout
+
+
+def test_the_run_tells_the_story(first: subprocess.CompletedProcess[str], place: Place) -> None:
+    tracking = Tracking(place.settings, "acip/small")
+    (run,) = tracking.client.search_runs([tracking.experiment_id], "tags.model = 'tiny'")
+    assert run.info.status == "FINISHED"
+    assert run.data.params["basis"] == "covariance"
+    steps = tracking.client.get_metric_history(run.info.run_id, "loss_nats")
+    assert [metric.step for metric in steps] == list(range(1, len(steps) + 1))
+    curve = {metric.step: metric.value for metric in tracking.client.get_metric_history(run.info.run_id, "tradeoff/perplexity")}
+    assert set(curve) == {100, 90, 80, 70, 60, 50, 40}
+    version = Registry(place.settings).resolve("tiny")
+    assert run.data.tags["artifact_uri"] == version.uri
+    artifact = Artifact.open(version.uri, verify=True)
+    assert {round(row["asked"] * 100): row["perplexity"] for row in artifact.curve} == pytest.approx(curve)
+    assert version.tags["verdict"] == run.data.tags["verdict"] == "champion: the first of tiny"
+    assert float(version.tags["ppl_60"]) == pytest.approx(curve[60], rel=1e-3)
+    assert f"Version 1 of tiny, {version.tags['verdict']}." in run.data.tags["mlflow.note.content"]
+    files = {item.path for item in tracking.client.list_artifacts(run.info.run_id)}
+    shown = {"tradeoff.png", "score_map.png", "kept_ranks_60.png", "tradeoff.json", "samples.json", "adapter_at_40"}
+    assert shown | {"recipe.json", "provenance.json"} <= files
+    folder = tracking.client.download_artifacts(run.info.run_id, "adapter_at_40")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place.base), folder)
+    B = model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight")
+    assert torch.count_nonzero(B) > 0
+    assert not list(Path(folder).parent.rglob("factors*")), "weights never pass through MLflow"
+
+
+def test_the_endpoint_serves_the_champion(first: subprocess.CompletedProcess[str], place: Place) -> None:
+    port = free_port()
+    env = place.env | {"RAY_ADDRESS": f"127.0.0.1:{place.env['ACIP_RAY_PORT']}", "RAY_AUTH_MODE": "disabled"}
+    log = (place.home / "serve.log").open("w")
+    server = subprocess.Popen([sys.executable, str(ROOT / "jobs" / "serve.py"), "--port", str(port)], env=env, stdout=log, stderr=log)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        models = wait_for(f"{url}/v1/models", server, Path(log.name))
+        assert [model["id"] for model in models["data"]] == ["tiny"]
+        body: dict[str, Any] = {"model": "tiny", "size_ratio": 0.6, "prompt": "It is a truth", "max_tokens": 12, "temperature": 0}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_S).json()
+        assert answer["size"]["asked"] == 0.6
+        assert 0.55 < answer["size"]["got"] <= 0.6
+        assert answer["usage"]["completion_tokens"] <= 12
+        named = httpx.post(f"{url}/v1/completions", json={**body, "model": "tiny@0.6", "size_ratio": None}, timeout=PATIENCE_S).json()
+        assert named["choices"][0]["text"] == answer["choices"][0]["text"]
+        bad = httpx.post(f"{url}/v1/completions", json={**body, "size_ratio": 1.6}, timeout=PATIENCE_S)
+        assert bad.status_code == 400
+        assert set(bad.json()["error"]) == {"message", "type", "param", "code"}
+    finally:
+        server.send_signal(signal.SIGTERM)
+        try:
+            server.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            pytest.fail(f"the server did not stop:\n{Path(log.name).read_text()}")
+        finally:
+            log.close()
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> Any:
+    def answer() -> Any:
+        assert server.poll() is None, f"the server ended:\n{log.read_text()}"
+        with suppress(httpx.TransportError):
+            response = httpx.get(url, timeout=PATIENCE_S)
+            return response.json() if response.status_code == 200 else None
+        return None
+
+    return until(answer, lambda: f"{url} does not answer:\n{log.read_text()}")
+
+
+def test_without_a_running_ray(place: Place, first: subprocess.CompletedProcess[str], tmp_path: Path) -> None:
+    """`python jobs/calibrate_all.py` alone; --dry-run says what would be done and does nothing."""
+    command = [sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(place.fleet), "--only", "tiny", "--dry-run"]
+    env = place.env | {"ACIP_HOME": str(tmp_path)}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=JOB_S, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "[tiny]" in result.stdout and "GB for each worker" in result.stdout
+    assert "fisher scores, sizes down to 0.4 (linear)" in result.stdout
+    assert json.dumps(sorted(path.name for path in tmp_path.rglob("factors*"))) == "[]"

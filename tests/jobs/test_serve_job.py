@@ -1,0 +1,100 @@
+"""What `python jobs/serve.py` refuses before it starts anything: wrong arguments with 2, what can't be served with 1."""
+
+import importlib.util
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from acip_platform.settings import Settings
+from acip_platform.tracking.runs import Registry, Tracking
+
+from tests.support.server import JOB
+
+# of Ray's import
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
+
+
+@pytest.fixture
+def job() -> Iterator[ModuleType]:
+    """The job as a module. It takes the signals that end it, and pytest wants them back."""
+    spec = importlib.util.spec_from_file_location("serve_job", JOB)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield module
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("args", "keys", "says"),
+    [
+        (["--host", "0.0.0.0"], "", "'0.0.0.0'; without API keys only a loopback address (127.0.0.1) is allowed"),
+        (["--port", "70000"], "", "--port is 70000; it must be from 1 to 65535."),
+        (["--port", "0"], "", "--port is 0; it must be from 1 to 65535."),
+        ([], "short", "ACIP_API_KEYS: key 1 has 5 characters; a key is at least 16"),
+    ],
+)
+def test_wrong_arguments_are_told(
+    job: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], keys: str, says: str
+) -> None:
+    monkeypatch.setenv("ACIP_API_KEYS", keys)
+    monkeypatch.setattr(sys, "argv", ["serve.py", *args])
+    with pytest.raises(SystemExit) as stopped:
+        job.main()
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("nothing registered", "nothing to serve. Calibrate some with `python jobs/calibrate_all.py`"),
+        ("unknown model", "no model 'smal' in the registry (did you mean 'small'?)"),
+        ("unknown alias", "has no version or alias 'winner'"),
+        ("alias of nobody", "has the alias 'winner': there is nothing to serve. Choose another --alias (small has champion"),
+        ("two versions", "small is asked for at versions 1 and 2; choose one."),
+        ("a bad setting", "ACIP_LEASE_S is 'soon'; it must be a number of seconds above 0."),
+        ("artifact gone", "where there is no artifact. Was it moved or deleted?"),
+        ("port taken", "Address already in use). Stop what runs there, or choose another --port"),
+    ],
+)
+def test_what_cannot_be_served_says_why(
+    job: ModuleType,
+    served_home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    case: str,
+    says: str,
+) -> None:
+    monkeypatch.setenv("ACIP_HOME", str(tmp_path if case in ("nothing registered", "two versions") else served_home))
+    args = {
+        "unknown model": ["--model", "smal"],
+        "unknown alias": ["--model", "small", "--alias", "winner"],
+        "alias of nobody": ["--alias", "winner"],
+        "two versions": ["--model", "small@1", "--model", "small@2"],
+    }.get(case, [])
+    if case == "a bad setting":
+        monkeypatch.setenv("ACIP_LEASE_S", "soon")
+    if case == "two versions":
+        for uri in ("a", "b"):
+            Registry(Settings.from_env()).register("small", uri, "", {})
+    if case == "artifact gone":
+        registry = Registry(Settings.from_env())
+        lost = registry.register("lost", str(tmp_path / "lost"), Tracking(Settings.from_env(), "test").start("lost", "g", {}).run_id, {})
+        registry.set_alias(lost, "lost")
+        args = ["--model", "lost", "--alias", "lost"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setattr(sys, "argv", ["serve.py", "--port", str(taken.getsockname()[1]), *args])
+        assert job.main() == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert says in said

@@ -1,0 +1,113 @@
+"""Settings, store and registry on the embedded defaults."""
+
+from pathlib import Path
+
+import pytest
+from acip_platform.settings import Settings
+from acip_platform.storage.store import Store, StoreError
+from acip_platform.tracking.runs import Registry, RegistryError, Tracking, check_registers
+
+from acip.artifact.artifact import Artifact
+from acip.errors import AcipError
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return Settings.from_env({"ACIP_HOME": str(tmp_path_factory.mktemp("home"))})
+
+
+def test_registry_round_trip(settings: Settings) -> None:
+    run = Tracking(settings, "fleet").start("model", "f1", {})
+    run.params({"lr": 1e-3})
+    run.metrics([(1, {"loss_nats": 3.0}), (2, {"loss_nats": 2.5})])
+    assert run.last_step("loss_nats") == 2
+    registry = Registry(settings)
+    first = registry.register("tiny", "/somewhere/a", run.run_id, {"size": "any"})
+    registry.set_alias(first)
+    assert registry.register("tiny", "/somewhere/a", run.run_id, {}).version == first.version
+    second = registry.register("tiny", "/somewhere/b", run.run_id, {})
+    assert registry.resolve("tiny").uri == "/somewhere/a"
+    assert registry.resolve("tiny", second.version).uri == "/somewhere/b"
+    registry.set_alias(second)
+    assert registry.named("tiny").uri == registry.named(f"tiny@{second.version}").uri == "/somewhere/b"
+    run.finish("FINISHED")
+    assert Tracking(settings, "fleet").start("model", "f1", {}).run_id == run.run_id
+    with pytest.raises(RegistryError, match="did you mean 'tiny'"):
+        registry.resolve("tinny")
+    with pytest.raises(RegistryError, match="no version or alias 'challenger'"):
+        registry.resolve("tiny", "challenger")
+    with pytest.raises(RegistryError, match="no version or alias '99999999999999999999'"):
+        registry.named("tiny@" + 20 * "9")
+
+
+def test_passwords_are_not_shown() -> None:
+    shown = repr(Settings.from_env({"MLFLOW_TRACKING_URI": "postgresql://user:hunter2@db/mlflow"}))
+    assert "hunter2" not in shown
+    assert "user:***@db" in shown
+
+
+def test_places_are_the_same_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = Settings.from_env({"ACIP_ARTIFACT_URI": "here/artifacts", "ACIP_CHECKPOINT_URI": "s3://bucket/runs"})
+    assert (settings.store, settings.runs) == (str(tmp_path / "here" / "artifacts"), "s3://bucket/runs")
+    with pytest.raises(
+        AcipError, match=r"ACIP_ARTIFACT_URI is 'gs://bucket/x'; it must be a folder, file:///folder, or s3://bucket/prefix"
+    ):
+        Settings.from_env({"ACIP_ARTIFACT_URI": "gs://bucket/x"})
+    with pytest.raises(StoreError, match=r"http://x/y is at a place that is not known here"):
+        Store.of(settings).open("http://x/y")
+
+
+def test_secrets_are_not_passed_on(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
+    """Ray shows a job's environment to everyone who sees its dashboard."""
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "hunter2")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://s3")
+    passed = settings.worker_env()
+    assert passed["AWS_ENDPOINT_URL"] == "http://s3"
+    assert passed["ACIP_HOME"] == str(settings.home)
+    assert "hunter2" not in passed.values()
+
+
+def test_what_could_not_be_registered_is_refused_before_the_work(tmp_path: Path) -> None:
+    env = {"ACIP_HOME": str(tmp_path), "MLFLOW_TRACKING_URI": "http://me:hunter2@mlflow:5000"}
+    with pytest.raises(RegistryError, match=r"http://me:\*\*\*@mlflow:5000 registers no local path.*set ACIP_ARTIFACT_URI to s3://"):
+        check_registers(Settings.from_env(env))
+    check_registers(Settings.from_env({**env, "ACIP_ARTIFACT_URI": "s3://bucket/artifacts"}))
+    check_registers(Settings.from_env({"ACIP_HOME": str(tmp_path)}))
+
+
+def test_store_says_what_is_missing(settings: Settings, small_artifact: Artifact) -> None:
+    store = Store(settings.store, settings.home / "cache")
+    assert store.exists(str(small_artifact.folder))
+    assert not store.exists(store.uri("nothing"))
+    with pytest.raises(StoreError, match="moved or deleted"):
+        store.fetch(store.uri("nothing"))
+    with pytest.raises(StoreError, match="s3://bucket/prefix"):
+        Store("s3://", Path()).exists("s3://bucket")
+
+
+def test_what_is_added_to_the_store_stays(tmp_path: Path) -> None:
+    """A folder that is complete is not written again, one that is not is not taken for it, and one on its way is not seen."""
+    store = Store(str(tmp_path / "store"), tmp_path / "cache")
+
+    def folder(content: str) -> Path:
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "last").write_text(content)
+        return tmp_path / "new"
+
+    uri = store.add(folder("first"), "some/where/one", "last")
+    assert store.add(folder("second"), "some/where/one", "last") == uri
+    assert not (tmp_path / "new").exists()
+    assert store.exists(uri, "last") and not store.exists(uri)
+    (tmp_path / "store/some/where/.two.xyz/new").mkdir(parents=True)
+    (tmp_path / "store/some/where/.two.xyz/new/last").touch()
+    assert list(store.complete("some", "last")) == [uri] and store.complete("other", "last") == {}
+    assert store.read([f"{uri}/last"]) == [b"first"]
+    with pytest.raises(StoreError, match=r"can't read .*last: No such file"):
+        store.read([f"{uri}/other/last"])
+    (tmp_path / "store/some/three").mkdir()
+    (tmp_path / "store/some/three/weights").touch()
+    with pytest.raises(StoreError, match="is there without last: remove it"):
+        store.add(folder("third"), "some/three", "last")
+    assert sorted(path.name for path in (tmp_path / "store/some").iterdir()) == ["three", "where"]

@@ -1,0 +1,190 @@
+"""Who is served: the rule on curves, what it does to aliases, rolling back, and what is finished already."""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from shutil import copytree, rmtree
+from typing import Any
+
+import pytest
+from acip_platform.scheduling.fleet import Job
+from acip_platform.settings import Settings
+from acip_platform.storage.store import Store
+from acip_platform.tracking.promotion import Verdict, compare, promote_if_better
+from acip_platform.tracking.runs import CANDIDATE, ModelVersion, Registry, RegistryError
+
+from acip.artifact.artifact import Artifact
+from acip.recipe import Recipe, named, nearest
+from jobs import promote
+from jobs.calibrate_all import finished
+
+SIZES = (1.0, 0.8, 0.6, 0.4)
+
+
+def rows(*losses: float, sizes: Sequence[float] = SIZES, **more: Any) -> list[dict[str, Any]]:
+    known = {"corpus": "text", "context": 64, "windows": 8, "extrapolated": False, "stderr": 0.1}
+    return [
+        {"asked": size, "got": size, "loss": loss, "perplexity": math.exp(loss), **known, **more}
+        for size, loss in zip(sizes, losses, strict=True)
+    ]
+
+
+def manifest(curve: list[dict[str, Any]], digest: str = "base") -> dict[str, Any]:
+    return {"base": {"digest": digest}, "curve": curve}
+
+
+GOOD, BAD = rows(2.0, 2.1, 2.2, 2.3), rows(2.0, 2.1, 2.3, 2.4)
+
+
+def test_curves_are_compared_from_the_smallest_size_that_both_reach() -> None:
+    shorter = rows(2.0, 2.05, sizes=[1.0, 0.7])
+    verdict = compare(manifest(shorter), manifest(GOOD), "version 1")
+    ours, theirs = 0.3 * 0.025, 0.2 * 0.05 + 0.1 * 0.125
+    assert verdict.leads
+    assert f"better, area {ours:.5g} against {theirs:.5g} of version 1 (0.70 to 1.00, {ours / theirs - 1:+.1%})" == verdict.why
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "leads", "says"),
+    [
+        (GOOD, BAD, True, "better, area 0.09 against 0.12 of version 7"),
+        (BAD, GOOD, False, "not better, area"),
+        (GOOD, GOOD, False, "not better, area"),
+        (GOOD, rows(2.0, 2.1, 2.3, 2.4, corpus="other"), False, "not comparable with version 7: measured on corpus text, not other"),
+        (GOOD, rows(2.0, 2.1, 2.3, 2.4, windows=9), False, "measured on windows 8, not 9"),
+        (GOOD, rows(2.0, 2.1, 2.3, 2.4, context=65), False, "measured on context 64, not 65"),
+        (GOOD, rows(2.0, 2.1, 2.3, 2.4, protocol="field"), False, "measured on protocol packed, not field"),
+        (GOOD, [], False, "the curve of version 7, has no size 1.0"),
+        (GOOD[1:], BAD, False, "its own curve has no size 1.0"),
+        (GOOD[:1], BAD, False, "or none below it"),
+        (rows(2.0, 2.0, 2.0, math.nan), BAD, False, "it loses all it knows at size 0.40"),
+        (GOOD, rows(2.0, 2.1, math.inf, math.nan), True, "version 7, loses all it knows at size 0.60"),
+    ],
+)
+def test_the_rule(new: list[dict[str, Any]], old: list[dict[str, Any]], leads: bool, says: str) -> None:
+    verdict = compare(manifest(new), manifest(old), "version 7")
+    assert verdict.leads is leads
+    assert says in verdict.why
+
+
+def test_another_base_model_is_not_compared() -> None:
+    assert compare(manifest(GOOD), manifest(BAD, "another"), "version 7") == Verdict(
+        False, "not comparable with version 7: another base model"
+    )
+
+
+class Contest:
+    """A registry, and artifacts of the small model with curves as wanted."""
+
+    def __init__(self, artifact: Artifact, home: Path) -> None:
+        self.settings = Settings.from_env({"ACIP_HOME": str(home)})
+        self.entries = 0
+        home.mkdir()
+        self.registry, self.store, self.artifact = Registry(self.settings), Store(self.settings.store, home / "cache"), artifact
+        self.registry.client.get_experiment_by_name("Default")  # makes the database
+
+    def enters(self, curve: list[dict[str, Any]], may_lead: bool = True, **tags: str) -> Verdict:
+        version, artifact = self.registered(curve, **tags)
+        return promote_if_better(self.registry, self.store, version, artifact, may_lead)
+
+    def registered(self, curve: list[dict[str, Any]], **tags: str) -> tuple[ModelVersion, Artifact]:
+        self.entries += 1
+        folder = self.settings.home / f"artifact-{self.entries}"
+        artifact = Artifact.open(copytree(self.artifact.folder, folder)).record_curve(curve)
+        return self.registry.register("small", str(folder), "", tags), artifact
+
+    def alias(self, which: str) -> str | None:
+        try:
+            return self.registry.resolve("small", which).version
+        except RegistryError:
+            return None
+
+
+@pytest.fixture
+def contest(small_artifact: Artifact, tmp_path: Path) -> Contest:
+    return Contest(small_artifact, tmp_path / "home")
+
+
+def test_the_champion_moves_only_where_the_curve_is_better(contest: Contest) -> None:
+    assert str(contest.enters(BAD)) == "champion: the first of small"
+    worse = contest.enters(rows(2.0, 2.2, 2.4, 2.6))
+    assert (contest.alias("champion"), contest.alias(CANDIDATE), worse.leads) == ("1", "2", False)
+    other = contest.enters(rows(1.0, 1.0, 1.0, 1.0, corpus="other"))
+    assert (contest.alias("champion"), contest.alias(CANDIDATE), other.leads) == ("1", "3", False)
+    assert contest.enters(GOOD).leads
+    assert (contest.alias("champion"), contest.alias(CANDIDATE)) == ("4", "3")
+    assert contest.registry.resolve("small", "4").tags["verdict"].startswith("champion: better, area 0.09 against 0.12 of version 1")
+    assert contest.registry.resolve("small", "2").tags["verdict"].startswith("candidate: not better")
+
+    never = contest.enters(rows(2.0, 2.0, 2.0, 2.0), may_lead=False)
+    assert (contest.alias("champion"), contest.alias(CANDIDATE), never.leads) == ("4", "5", False)
+    again = contest.registry.resolve("small", "4")
+    assert promote_if_better(contest.registry, contest.store, again, Artifact.open(again.uri)).leads, "its own rival is not itself"
+    assert contest.registry.resolve("small", "4").tags["verdict"] == again.tags["verdict"]
+    rmtree(again.uri)
+    assert "is not there any more" in contest.enters(BAD).why
+    assert contest.alias("champion") == "6"
+
+
+def test_rolling_back_is_one_command(contest: Contest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("ACIP_HOME", str(contest.settings.home))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def command(*args: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["promote.py", *args])
+        code = promote.main()
+        return code, " ".join(capsys.readouterr().out.split())
+
+    contest.enters(BAD)
+    contest.enters(rows(2.0, 2.2, 2.4, 2.6))
+    contest.enters(GOOD)
+    code, said = command("small", "--back")
+    assert code == 0 and "was version 3 champion version 1" in said
+    assert '{"version": "1"}' in said, "the way to tell a running server"
+    assert contest.alias("champion") == "1"
+    assert command("small", "--back") == (2, "error: small had no champion before version 1. Name the version that shall be it.")
+    assert "was version 1 champion version 2" in command("small", CANDIDATE)[1]
+    assert (contest.alias("champion"), contest.alias(CANDIDATE)) == ("2", None), "who is the champion is no candidate"
+    command("small", "3")
+    contest.registry.client.delete_model_version("small", "2")
+    assert "was version 3 champion version 1" in command("small", "--back")[1], "what was deleted is passed over"
+    contest.registry.set_alias(contest.registry.resolve("small", "3"))  # by hand, in the UI
+    assert contest.registry.champions("small") == ["1", "3"]
+    assert "champion version 1" in command("small", "--back")[1]
+    assert "champions so far: 1" in command("small")[1]
+    for args in (("smal", "1"), ("smal",), ("smal", "--back")):
+        assert "did you mean 'small'" in command(*args)[1]
+    code, said = command("small", "9")
+    assert code == 2 and "no version or alias '9'; it has 3, 1 (champion)." in said
+    assert "did you mean 'champion'" in command("small@champio")[1]
+    assert "was version 1 champion version 3" in command("small@3")[1]
+    rmtree(contest.registry.resolve("small", "1").uri)
+    code, said = command("small", "1")
+    assert code == 2 and "version 1 of small points at" in said and contest.alias("champion") == "3"
+
+
+def test_what_is_finished_is_found_among_all_versions(contest: Contest, small_base: str) -> None:
+    job = Job("small", small_base)
+    other = dataclasses.replace(job, data="other")
+    assert finished(job, contest.registry, contest.store) is None
+    contest.enters(GOOD, fingerprint=other.fingerprint)
+    assert finished(job, contest.registry, contest.store) is None, "another job's champion"
+    contest.registered(BAD, fingerprint=job.fingerprint)
+    assert finished(job, contest.registry, contest.store) is None, "its worker died before it was judged"
+    contest.enters(BAD, fingerprint=job.fingerprint)
+    done = finished(job, contest.registry, contest.store)
+    assert done is not None and (done.version, done.aliases) == ("3", (CANDIDATE,))
+    contest.enters(rows(2.0, 2.2, 2.4, 2.6), fingerprint=job.fingerprint)
+    contest.registry.set_champion(done)
+    done = finished(job, contest.registry, contest.store)
+    assert done is not None and done.version == "3", "the champion first, then the newest"
+    rmtree(done.uri)
+    done = finished(job, contest.registry, contest.store)
+    assert done is not None and done.version == "4", "its artifact is gone"
+
+
+def test_a_recipe_is_told_by_what_was_changed() -> None:
+    assert nearest(named("demo")) == ("demo", {})
+    assert nearest(Recipe.from_dict({"stop_ratio": 0.5, "seed": 3}, named("paper"))) == ("paper", {"stop_ratio": 0.5, "seed": 3})

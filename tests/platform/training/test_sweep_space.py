@@ -1,0 +1,99 @@
+"""Space files: what is right becomes trials, drawn and checked before the sweep; what is wrong is named with its line."""
+
+from pathlib import Path
+
+import pytest
+from acip_platform.scheduling.fleet import Fleet, Job
+from acip_platform.training.sweep_space import Range, Space, SpaceError
+
+from acip.calibration.shared_pruning import shared_prunings
+from acip.recipe import Recipe
+
+ROOT = Path(__file__).parents[3]
+JOB = Job("a", "b/c", Recipe(scores="order"))
+
+
+def load(tmp_path: Path, text: str) -> Space:
+    path = tmp_path / "space.yaml"
+    path.write_text(text)
+    return Space.load(path)
+
+
+def test_the_example_is_three_schedules_by_five_stop_ratios() -> None:
+    (job,) = Fleet.load(ROOT / "jobs" / "fleets" / "demo.yaml").jobs
+    trials = Space.load(ROOT / "jobs" / "spaces" / "demo.yaml").trials(job)
+    assert len(trials) == 15
+    assert sorted(map(len, shared_prunings([trial.job.recipe for trial in trials]))) == [5, 5, 5]
+    assert [trial.changes["stop_ratio"] for trial in trials[:3]] == [0.4] * 3, "the best over all sizes first"
+    assert {trial.job.recipe.scores for trial in trials} == {"order"}
+    assert len({trial.job.fingerprint for trial in trials}) == 15
+
+
+def test_random_draws_are_the_same_every_time_and_share_trunks(tmp_path: Path) -> None:
+    text = (
+        "space: {lr: {loguniform: [1.0e-4, 1.0e-3]}, adapter_rank: {randint: [4, 6]}, exclude: [[], [up_proj]], "
+        "post_tune_lr: {uniform: [1, 2]}, stop_ratio: [0.4, 0.6]}\nsearch: random\nsamples: 20\nseed: SEED"
+    )
+    trials = load(tmp_path, text.replace("SEED", "3")).trials(JOB)
+    assert trials == load(tmp_path, text.replace("SEED", "3")).trials(JOB)
+    assert trials != load(tmp_path, text.replace("SEED", "4")).trials(JOB)
+    recipes = [trial.job.recipe for trial in trials]
+    assert len(recipes) == 40
+    assert sorted(map(len, shared_prunings(recipes))) == [2] * 20, "each draw goes through all stop ratios"
+    assert {recipe.adapter_rank for recipe in recipes} == {4, 5, 6}
+    assert {recipe.exclude for recipe in recipes} == {(), ("up_proj",)}
+    assert all(1e-4 <= recipe.lr <= 1e-3 and 1 <= (recipe.post_tune_lr or 0) <= 2 for recipe in recipes)
+
+
+def test_repeated_draws_are_one_trial(tmp_path: Path) -> None:
+    assert len(load(tmp_path, "space: {basis: [svd, covariance]}\nsearch: random\nsamples: 20").trials(JOB)) == 2
+
+
+def test_fields(tmp_path: Path) -> None:
+    space = load(tmp_path, "set: {lr: 1}\nspace: {adapter_alpha: {uniform: [1, 2]}}\nsearch: random\nkeep: front\nscheduler: asha")
+    assert (space.name, space.set, space.keep, space.scheduler, space.samples) == ("space", {"lr": 1.0}, "front", "asha", 8)
+    assert space.fields == {"adapter_alpha": Range("uniform", 1.0, 2.0)}
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        ("", None, "is empty; it needs space"),
+        ("name: a", 1, "'space' is missing"),
+        ("space: {}", 1, "nothing would vary"),
+        ("spcae: {}", 1, "unknown field 'spcae' of the space file (did you mean 'space'?)"),
+        ("space:\n  lr: [1]\n  stop_ration: [0.4]", 3, "unknown field 'stop_ration' of space (did you mean 'stop_ratio'?)"),
+        ("set: {lrr: 1}\nspace: {lr: [1]}", 1, "did you mean 'lr'?"),
+        ("set:\n  lr: 1\nspace:\n  lr: [1]", 4, "in 'set' and in 'space'"),
+        ("space:\n  lr: [1.0e-4, 1e-3]", 2, "write 1.0e-4"),
+        ("space:\n  basis: [svd,\n    covarianc]", 3, "allowed: 'covariance', 'svd'"),
+        ("space:\n  lr: 1.0e-4", 2, "What all trials share goes into 'set'"),
+        ("space:\n  lr: []", 2, "an empty list"),
+        ("space:\n  lr: {uniform: [1, 2]}", 2, "a grid needs lists"),
+        ("search: random\nspace:\n  lr: {unifrom: [1, 2]}", 3, "did you mean 'uniform'?"),
+        ("search: random\nspace:\n  lr: {randint: [1, 2]}", 3, "use uniform or loguniform"),
+        ("search: random\nspace:\n  basis: {uniform: [1, 2]}", 3, "use a list of values"),
+        ("search: random\nspace:\n  lr: {uniform: [2, 1]}", 3, "it must rise"),
+        ("search: random\nspace:\n  lr: {loguniform: [0, 1]}", 3, "start above 0"),
+        ("search: random\nspace:\n  lr: {uniform: [1]}", 3, "two numbers"),
+        ("space: {lr: [1]}\nsearch: randm", 2, "allowed: 'grid', 'random'"),
+        ("space: {lr: [1]}\nsamples: 3", 2, "Set search to 'random'"),
+        ("space: {lr: [1]}\nsearch: random\nsamples: 0", 3, "at least 1"),
+        ("space: {lr: [1]}\nscheduler: pbt", 2, "changes values while a calibration runs"),
+        ("space: {lr: [1]}\nscheduler: hyperbnd", 2, "allowed: 'none', 'asha'"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, text: str, line: int | None, says: str) -> None:
+    with pytest.raises(SpaceError) as caught:
+        load(tmp_path, text)
+    assert says in str(caught.value)
+    if line is not None:
+        assert f"space.yaml, line {line}:" in str(caught.value)
+
+
+def test_impossible_recipes_are_found_before_the_sweep(tmp_path: Path) -> None:
+    space = load(tmp_path, "set: {scores_until: 0.5}\nspace:\n  stop_ratio: [0.4, 0.6]")
+    with pytest.raises(SpaceError, match=r"line 1: scores_until is 0.5; it must be in \(stop_ratio, 1\). \(a with stop_ratio 0.6\)"):
+        space.trials(JOB)
+    with pytest.raises(SpaceError, match=r"line 2: stop_ratio is 1.4"):
+        load(tmp_path, "space:\n  stop_ratio: [0.4, 1.4]").trials(JOB)

@@ -1,0 +1,434 @@
+"""The engine without Ray: sizes, texts, limits, seeds, stops; on the small artifact."""
+
+import gc
+import re
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from acip_platform.serve.engine.engine import Engine, Event
+from acip_platform.serve.engine.resident_model import ResidentModel
+from acip_platform.serve.http.answers import Answer
+from acip_platform.serve.http.errors import RequestError
+from acip_platform.serve.http.requests import CompletionRequest
+from acip_platform.serve.recorded_samples import Recorder
+from acip_platform.tracking.runs import ModelVersion
+from transformers import AutoModelForCausalLM
+
+from acip.artifact.artifact import Artifact
+from acip.errors import AcipError, BudgetError
+from tests.support.waiting import PATIENCE_S, until
+from tests.support.words import assert_says, same
+
+PROMPT = "It was a bright cold day and "
+
+Ask = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def served(small_artifact: Artifact) -> ResidentModel:
+    return ResidentModel(ModelVersion("small", "7", str(small_artifact.folder), ("champion",), {}), small_artifact)
+
+
+@pytest.fixture(scope="module")
+def engine(served: ResidentModel) -> Iterator[Engine]:
+    engine = Engine()
+    engine.add(served)
+    yield engine
+    engine.close()
+
+
+def answered(engine: Engine, served: ResidentModel, request: Any) -> dict[str, Any]:
+    """The whole answer, as the HTTP side makes it of the engine's events."""
+    heard: list[Event] = []
+    done = threading.Event()
+
+    def hear(events: list[Event]) -> None:
+        heard.extend(events)
+        if heard[-1].kind in ("done", "error"):
+            done.set()
+
+    ticket = engine.submit(served, request, hear)
+    assert done.wait(PATIENCE_S), "the engine does not answer"
+    if heard[-1].kind == "error":
+        raise RequestError(heard[-1].data["body"]["error"]["message"], status=heard[-1].data["status"])
+    answer = Answer(request)
+    for event in (ticket.head(), *heard):
+        list(answer.hear(event))
+    return answer.whole()
+
+
+@pytest.fixture(scope="module")
+def ask(engine: Engine, served: ResidentModel) -> Ask:
+    def complete(**fields: Any) -> dict[str, Any]:
+        return answered(engine, served, CompletionRequest.parse({"prompt": PROMPT, "temperature": 0, **fields}))
+
+    return complete
+
+
+def text(answer: dict[str, Any]) -> str:
+    return answer["choices"][0]["text"]
+
+
+def first_logprob(answer: dict[str, Any]) -> float:
+    """Of an answer with log probabilities: what tells one size from another, whatever the texts are."""
+    return max(answer["choices"][0]["logprobs"]["top_logprobs"][0].values())
+
+
+def assert_same_texts(answers: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+    """Nearly all: a token may be open."""
+    found = [same(one["choices"][0], other["choices"][0]) for one, other in zip(answers, others, strict=True)]
+    assert sum(found) > 0.7 * len(found)
+
+
+def test_full_size_is_the_base_model(ask: Ask, small_base: str, served: ResidentModel) -> None:
+    base = AutoModelForCausalLM.from_pretrained(small_base).eval()
+    tokenizer = served.tokenizer
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    made = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=2)
+    answer = ask(max_tokens=64, logprobs=2)
+    assert_says(answer, tokenizer.decode(made[0, ids.shape[1] :]))
+    assert answer["size"]["got"] == 1.0
+    assert answer["usage"] == {"prompt_tokens": ids.shape[1], "completion_tokens": 64, "total_tokens": ids.shape[1] + 64}
+
+
+def test_a_smaller_size_is_what_materialize_makes(ask: Ask, small_artifact: Artifact) -> None:
+    any_size = small_artifact.load()
+    any_size.resize(0.5)
+    plain: Any = any_size.materialize()
+    tokenizer = small_artifact.tokenizer()
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    made = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False, pad_token_id=2)
+    half, whole = (ask(size_ratio=size, max_tokens=32, logprobs=2) for size in (0.5, 1.0))
+    assert_says(half, tokenizer.decode(made[0, ids.shape[1] :]))
+    assert first_logprob(half) != first_logprob(whole)
+
+
+def test_the_size_may_be_in_the_name(ask: Ask) -> None:
+    named, given, both = ask(model="small@0.6"), ask(model="small", size_ratio=0.6), ask(model="small@0.6", size_ratio=0.6)
+    assert text(named) == text(given) == text(both)
+    assert named["size"] == given["size"] == both["size"]
+    assert named["model"] == "small"
+    assert named["version"] == "7"
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.83, 0.6, 0.4, 0.31])
+def test_got_never_exceeds_asked(ask: Ask, small_artifact: Artifact, ratio: float) -> None:
+    size = ask(size_ratio=ratio, max_tokens=1)["size"]
+    assert size["asked"] == ratio
+    assert ratio - 0.01 < size["got"] <= ratio
+    assert size["convention"] == "linear"
+    assert size["extrapolated"] is (ratio < small_artifact.recipe.stop_ratio)
+    table = small_artifact.table()
+    assert size["params"] == round(size["got"] * table.dense_params) + table.rest_params
+
+
+def test_sizes_interleaved_from_threads_give_the_texts_of_one_after_the_other(ask: Ask) -> None:
+    requests = [
+        {"size_ratio": ratio, "max_tokens": 24, "seed": 1, "temperature": t, "logprobs": 3}
+        for ratio in (1.0, 0.7, 0.5, 0.3)
+        for t in (0, 1)
+    ] * 3
+    one_by_one = [ask(**request) for request in requests]
+    assert len({first_logprob(answer) for answer in one_by_one[::2]}) == 4, "the sizes must differ for this test to mean anything"
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda request: ask(**request), requests))
+    assert_same_texts(together, one_by_one)
+
+
+def test_the_seed_reproduces(ask: Ask) -> None:
+    first = ask(temperature=1, seed=5, max_tokens=32)
+    assert text(ask(temperature=1, seed=5, max_tokens=32)) == text(first)
+    assert text(ask(temperature=1, seed=6, max_tokens=32)) != text(first)
+    drawn = ask(temperature=1, max_tokens=32)
+    assert text(ask(temperature=1, max_tokens=32)) != text(drawn)
+    assert text(ask(temperature=1, max_tokens=32, seed=drawn["seed"])) == text(drawn)
+
+
+def test_settings_that_are_left_out_are_the_models_own_else_openais(
+    ask: Ask, served: ResidentModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = served.stated.config
+    free = {"seed": 3, "max_tokens": 32}
+    assert text(ask(**free, temperature=None)) == text(ask(**free, temperature=1, top_p=1))
+    monkeypatch.setattr(own, "temperature", 0.7)
+    monkeypatch.setattr(own, "top_p", 0.8)
+    stated = text(ask(**free, temperature=None))
+    assert stated == text(ask(**free, temperature=0.7, top_p=0.8))
+    assert stated != text(ask(**free, temperature=1, top_p=1))
+    assert text(ask(temperature=1e-9)) == text(ask(temperature=0))
+
+
+def test_a_list_of_prompts_is_answered_in_order(ask: Ask) -> None:
+    answer = ask(prompt=["One ", "Two "], max_tokens=12, logprobs=2)
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    for choice, prompt in zip(answer["choices"], ("One ", "Two "), strict=True):
+        assert_says(ask(prompt=prompt, max_tokens=12, logprobs=2), choice["text"])
+    assert answer["usage"]["completion_tokens"] == 24
+    samples = ask(prompt=["One ", "One "], max_tokens=24, temperature=1, seed=4)["choices"]
+    assert samples[0]["text"] != samples[1]["text"]
+
+
+def test_a_stop_text_ends_the_answer_before_it(ask: Ask) -> None:
+    whole = text(ask(max_tokens=64))
+    stop = whole[20:23]
+    answer = ask(max_tokens=64, stop=["never there", stop])
+    assert text(answer) == whole[: whole.index(stop)]
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == whole.index(stop) + len(stop)  # a byte a token
+    assert ask(max_tokens=64)["choices"][0]["finish_reason"] == "length"
+
+
+def test_the_end_token_ends_the_answer(ask: Ask, served: ResidentModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = text(ask(max_tokens=32))
+    monkeypatch.setattr(served.stated.config, "eos_token_id", ord(whole[9]))
+    answer = ask(max_tokens=32)
+    assert text(answer) == whole[: whole.index(whole[9])]
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == whole.index(whole[9]) + 1
+    assert text(ask(max_tokens=32, ignore_eos=True)) == whole
+
+
+def test_the_context_may_be_filled_but_not_overrun(ask: Ask) -> None:
+    assert ask(prompt="a" * 500, max_tokens=12)["usage"]["total_tokens"] == 512
+    with pytest.raises(RequestError, match=r"513.*context of small is 512 tokens: shorten the prompt to 500 tokens, or.*at most 11"):
+        ask(prompt="a" * 501, max_tokens=12)
+
+
+def test_an_empty_prompt_starts_from_the_models_first_token(ask: Ask) -> None:
+    assert ask(prompt="")["usage"]["prompt_tokens"] == 1
+
+
+def test_a_size_that_cannot_be_reached_says_what_is_the_smallest(ask: Ask, served: ResidentModel) -> None:
+    smallest = served.card()["size"]["smallest"]
+    with pytest.raises(BudgetError, match=r"smallest is 0\.\d{4}") as refused:
+        ask(size_ratio=smallest / 2)
+    named = float(re.findall(r"smallest is (0\.\d+)", str(refused.value))[0])
+    assert smallest <= ask(size_ratio=named)["size"]["got"] <= named
+    assert ask(size_ratio=smallest * 1.01)["size"]["got"] <= smallest * 1.01
+
+
+def test_who_is_gone_frees_the_slots_at_the_next_step(engine: Engine, served: ResidentModel) -> None:
+    heard: list[Event] = []
+    ticket = engine.submit(
+        served, CompletionRequest.parse({"prompt": ["a"] * 16, "n": 2, "max_tokens": 511, "ignore_eos": True}), heard.extend
+    )
+    wait_until(lambda: len(served.batch.active) == 32, "not all 32 are being answered")
+    engine.cancel(ticket)
+    wait_until(lambda: not served.batch and engine.open == 0, "the slots of a canceled request are not free")
+    assert heard[-1].kind == "text"
+    assert not served.batch.slots.keys
+
+
+@pytest.fixture
+def hasty(served: ResidentModel) -> Iterator[Engine]:
+    """An engine whose every request is late after its first step."""
+    engine = Engine(timeout_s=0.0)
+    engine.add(served)
+    yield engine
+    engine.close()
+
+
+def test_at_the_deadline_what_is_there_is_the_answer(hasty: Engine, served: ResidentModel) -> None:
+    answer = answered(hasty, served, CompletionRequest.parse({"prompt": ["a"] * 4, "max_tokens": 500, "ignore_eos": True}))
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["length"] * 4
+    assert 4 <= answer["usage"]["completion_tokens"] < 4 * 500
+    assert answer["timed_out"] is True
+    assert answer["max_tokens"] == 500
+    wait_until(lambda: not served.batch, "the slots of an answer that ended at its deadline are not free")
+
+
+def test_without_a_token_at_the_deadline_there_is_no_answer(hasty: Engine, served: ResidentModel) -> None:
+    with pytest.raises(RequestError, match=r"no token within 0 s") as caught:
+        answered(hasty, served, CompletionRequest.parse({"prompt": "a" * 400, "max_tokens": 1}))  # read in several steps
+    assert caught.value.status == 408
+    wait_until(lambda: not served.batch, "the slots of an answer that was given up are not free")
+
+
+def test_a_failing_step_fails_its_requests_and_not_the_next(
+    engine: Engine, served: ResidentModel, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = text(ask(max_tokens=8))
+
+    def broken(*_: object, **__: object) -> Any:
+        raise RuntimeError("password in /etc")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(served.batch, "_forward", broken)
+        with pytest.raises(RequestError, match="its log says why") as caught:
+            ask(max_tokens=8)
+    assert caught.value.status == 500
+    assert "password" not in str(caught.value)
+    assert text(ask(max_tokens=8)) == usual
+
+
+def test_sizes_in_one_batch_give_the_texts_of_each_alone(ask: Ask, served: ResidentModel) -> None:
+    """Thirty-two answers at once, of many sizes and lengths, joining and leaving."""
+    kinds = [
+        {"size_ratio": size, "max_tokens": 8 + 5 * i, "prompt": PROMPT[: 8 + i], "logprobs": 3}
+        for i, size in enumerate((1.0, 0.9, 0.7, 0.5, 0.4, 0.3))
+    ]
+    alone = [ask(**kind) for kind in kinds]
+    most = 0
+
+    def one(i: int) -> dict[str, Any]:
+        nonlocal most
+        time.sleep(0.01 * (i % 7))
+        got = ask(**kinds[i % len(kinds)])
+        most = max(most, len(served.batch.active))
+        return got
+
+    with ThreadPoolExecutor(40) as pool:
+        together = list(pool.map(one, range(120)))
+    assert_same_texts(together, [alone[i % len(kinds)] for i in range(120)])
+    assert most > 8
+
+
+def test_a_long_prompt_delays_the_others_by_pieces(
+    ask: Ask, engine: Engine, served: ResidentModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    forward = served.batch._forward
+
+    def counted(ids: list[int], *rest: Any) -> Any:
+        counts.append(len(ids))
+        return forward(ids, *rest)
+
+    monkeypatch.setattr(served.batch, "_forward", counted)
+    with ThreadPoolExecutor(2) as pool:
+        short = pool.submit(ask, max_tokens=200)
+        wait_until(lambda: len(counts) > 5, "the short request is not being answered")
+        long = pool.submit(ask, prompt="b" * 490, max_tokens=4)
+        assert long.result()["usage"]["prompt_tokens"] == 490
+        assert short.result()["usage"]["completion_tokens"] == 200
+    assert max(counts) <= 128 + 1, "a piece of the long prompt, and one token of the other"
+    pieces = [i for i, count in enumerate(counts) if count > 64]
+    assert len(pieces) == 4, "490 tokens in pieces of 128"
+
+
+@pytest.mark.parametrize("size", [1.0, 0.5])
+def test_a_prompt_in_pieces_is_the_prompt(ask: Ask, monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    prompt = (PROMPT * 20)[:450]
+    whole = ask(prompt=prompt, max_tokens=24, size_ratio=size, logprobs=2)
+    monkeypatch.setattr("acip_platform.serve.engine.batch.PREFILL_CHUNK_TOKENS", 37)
+    assert_says(whole, text(ask(prompt=prompt, max_tokens=24, size_ratio=size)))
+
+
+def test_memory_for_keys_and_values_is_bounded(small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    tight = ResidentModel(ModelVersion("small", "7", "here", (), {}), small_artifact, kv_tokens=1024)
+    engine = Engine()
+    engine.add(tight)
+    seen: list[int] = []
+    step = tight.batch.step
+
+    def watched() -> None:
+        step()
+        seen.append(tight.batch.slots.count * tight.batch.slots.length)
+
+    monkeypatch.setattr(tight.batch, "step", watched)
+    request = CompletionRequest.parse({"prompt": ["a" * 200] * 12, "max_tokens": 50, "ignore_eos": True, "temperature": 0})
+    answer = answered(engine, tight, request)
+    engine.close()
+    assert max(seen) == 1024
+    assert len({choice["text"] for choice in answer["choices"]}) == 1, "all twelve were answered, four at a time"
+
+
+def test_what_one_long_request_needed_is_not_kept_for_many_short_ones(small_artifact: Artifact) -> None:
+    batch = ResidentModel(ModelVersion("small", "7", "here", (), {}), small_artifact).batch
+    batch.slots.room(2, 4096)
+    batch.slots.room(32, 100)
+    assert (batch.slots.count, batch.slots.length) == (32, 128)
+
+
+def test_a_long_stop_text_costs_no_more_than_a_short_one(ask: Ask) -> None:
+    usual = text(ask(max_tokens=32))
+    assert text(ask(max_tokens=32, stop="x" * 1_000_000)) == usual  # within PATIENCE_S: quadratic work takes hours
+
+
+def test_an_unloaded_model_is_not_held(small_artifact: Artifact, tmp_path: Path) -> None:
+    engine = Engine()
+    served = ResidentModel(ModelVersion("small", "7", "here", (), {}), small_artifact)
+    recorder = Recorder(engine, tmp_path)
+    engine.add(served)
+    recorder.add(served)
+    answered(engine, served, CompletionRequest.parse({"prompt": "a", "max_tokens": 2}))
+    gone = weakref.ref(served)
+    waiting = [served]
+    del served
+    wait_until(lambda: engine.remove(waiting[0]), "the model is still in use: it is being recorded")
+    waiting.clear()
+    wait_until(lambda: gc.collect() >= 0 and gone() is None, "the unloaded model is still held")
+    engine.close()
+
+
+def test_the_log_probabilities_are_the_models(ask: Ask, small_base: str, served: ResidentModel) -> None:
+    answer = ask(max_tokens=6, logprobs=3)
+    told = answer["choices"][0]["logprobs"]
+    base = AutoModelForCausalLM.from_pretrained(small_base).eval()
+    ids = served.tokenizer(PROMPT + text(answer))["input_ids"]
+    with torch.no_grad():
+        logprobs = base(torch.tensor([ids])).logits[0].log_softmax(-1)
+    for i in range(6):
+        at = len(PROMPT) - 1 + i
+        assert told["token_logprobs"][i] == pytest.approx(float(logprobs[at, ids[at + 1]]), abs=1e-4)
+        assert list(told["top_logprobs"][i].values()) == pytest.approx(logprobs[at].topk(3).values.tolist(), abs=1e-4)
+    assert "".join(told["tokens"]) == text(answer)
+    assert told["text_offset"] == list(range(6))
+
+
+def test_penalties_and_biases_change_what_is_chosen(ask: Ask) -> None:
+    usual = text(ask(max_tokens=48))
+    assert text(ask(max_tokens=48, frequency_penalty=2.0)) != usual
+    assert text(ask(max_tokens=4, logit_bias={str(ord("Q")): 100})) == "QQQQ"
+    assert "e" not in text(ask(max_tokens=48, logit_bias={str(ord("e")): -100}))
+    with pytest.raises(RequestError, match="names token 999"):
+        ask(logit_bias={"999": 1})
+
+
+def test_n_answers_are_drawn_apart(ask: Ask) -> None:
+    answer = ask(n=3, temperature=1, seed=4, max_tokens=24, logprobs=3)
+    texts = [choice["text"] for choice in answer["choices"]]
+    assert len(set(texts)) == 3
+    same(answer["choices"][0], ask(temperature=1, seed=4, max_tokens=24, logprobs=3)["choices"][0])
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+
+
+def test_tokens_may_be_given_instead_of_text(ask: Ask) -> None:
+    assert text(ask(prompt=list(PROMPT.encode()))) == text(ask())
+    with pytest.raises(RequestError, match=r"token 300; small has tokens 0 to 255"):
+        ask(prompt=[[1, 300]])
+
+
+def test_a_model_leaves_only_when_nobody_uses_it(engine: Engine, served: ResidentModel) -> None:
+    ticket = engine.submit(served, CompletionRequest.parse({"prompt": "a", "max_tokens": 500, "ignore_eos": True}), lambda _: None)
+    assert not engine.remove(served)
+    engine.cancel(ticket)
+    wait_until(lambda: engine.open == 0, "the canceled request is still open")
+    assert engine.remove(served)
+    with pytest.raises(RequestError, match="was unloaded"):
+        engine.submit(served, CompletionRequest.parse({"prompt": "a"}), lambda _: None)
+    engine.add(served)
+
+
+def test_a_model_whose_sequences_would_mix_is_refused(small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an architecture that computes its own positions would do."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    turn = LlamaRotaryEmbedding.forward
+
+    def own(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        return turn(self, x, torch.arange(position_ids.shape[1])[None])
+
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", own)
+    with pytest.raises(AcipError, match="small: LlamaForCausalLM can't be served: "):
+        ResidentModel(ModelVersion("small", "7", "here", (), {}), small_artifact)
+
+
+def wait_until(is_so: Callable[[], bool], otherwise: str) -> None:
+    until(is_so, otherwise, every_s=0.005)

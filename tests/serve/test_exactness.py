@@ -1,0 +1,218 @@
+"""What is served is what the model computes: caps, sinks, windows, chunks and positions are honored, or the model is refused."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from acip_platform.serve.engine import exactness_check, kv_cache
+from acip_platform.serve.engine.engine import Engine
+from acip_platform.serve.engine.exactness_check import check, served_context
+from acip_platform.serve.engine.resident_model import ResidentModel
+from acip_platform.serve.http.requests import CompletionRequest
+from acip_platform.tracking.runs import ModelVersion
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Cohere2Config,
+    DeepseekV3Config,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTJConfig,
+    GptOssConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    MambaConfig,
+    Ministral3Config,
+    MistralConfig,
+    MptConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+)
+
+from acip.artifact.artifact import Artifact
+from acip.base import load_base
+from acip.calibration.loop import calibrate
+from acip.calibration.parametrize import parametrize
+from acip.data import TokenBatches
+from acip.errors import AcipError
+from acip.layers.mixed_sizes import Size
+from tests.acip.layers.test_architectures import GROUPED, RECIPE, WIDE, random_model
+from tests.conftest import byte_tokenizer
+
+LONG: dict[str, Any] = {**GROUPED, "max_position_embeddings": 512}
+TWO_KINDS = ["sliding_attention", "full_attention"]
+LLAMA4: dict[str, Any] = {
+    **LONG, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "num_experts_per_tok": 1, "attention_chunk_size": 16,
+    "interleave_moe_layer_step": 2, "no_rope_layers": [1, 0],
+}  # fmt: skip
+MLA: dict[str, Any] = {
+    **LONG, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8,
+    "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2,
+}  # fmt: skip
+YARN: dict[str, Any] = {**LONG, "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}}
+DYNAMIC: dict[str, Any] = {**LONG, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
+SERVED: dict[str, PreTrainedConfig] = {
+    "a window of few tokens": MistralConfig(**LONG, sliding_window=8),
+    "a window of many tokens": MistralConfig(**LONG, sliding_window=4096),
+    "capped logits": Gemma2Config(**LONG, head_dim=16, sliding_window=32, query_pre_attn_scalar=2),
+    "windows in some layers": Gemma3TextConfig(**LONG, head_dim=16, sliding_window=64, layer_types=TWO_KINDS),
+    "no positions in some layers": Cohere2Config(**LONG, sliding_window=64, layer_types=TWO_KINDS),
+    "windows from a layer on": Qwen2Config(**LONG, use_sliding_window=True, sliding_window=32, max_window_layers=1),
+    "sinks": GptOssConfig(**LONG, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=128, layer_types=TWO_KINDS),
+    "chunks": Llama4TextConfig(**LLAMA4, attn_temperature_tuning=False),
+    "queries scaled by their position": Ministral3Config(**LONG, head_dim=8),
+    "keys that attention makes of latents": DeepseekV3Config(**MLA),
+    "yarn": LlamaConfig(**YARN),
+    "dynamic": LlamaConfig(**DYNAMIC),
+}
+REFUSED: dict[str, PreTrainedConfig] = {
+    "queries scaled by their place in the pass": Llama4TextConfig(**LLAMA4),
+    "alibi": BloomConfig(vocab_size=256, hidden_size=32, n_layer=2, n_head=4),
+    "alibi of its own": MptConfig(vocab_size=256, d_model=32, n_layers=2, n_heads=4),
+    "alibi beside rotary embeddings": FalconConfig(**WIDE, alibi=True),
+    "attention of its own": GPTJConfig(vocab_size=256, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
+    "no attention": MambaConfig(vocab_size=256, hidden_size=32, num_hidden_layers=2),
+}
+FACTORS: dict[str, Any] = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+LONGROPE = Phi3Config(**{**LONG, "original_max_position_embeddings": 64, "rope_scaling": FACTORS})
+
+
+def checked(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
+    """The model after the check, with no layers of several sizes."""
+    model = random_model(copy.deepcopy(config)).to(dtype)
+    context, _ = served_context(model.config.get_text_config(), 512)
+    check("toy", model, {}, (Size(0, {}), Size(1, {})), context)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(SERVED))
+def test_the_engine_computes(name: str, dtype: torch.dtype) -> None:
+    assert checked(SERVED[name], dtype).config._attn_implementation == kv_cache.ATTENTION
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_the_engine_refuses_in_one_line(name: str) -> None:
+    with pytest.raises(AcipError, match=r"^toy: \w+ForCausalLM can't be served: .+ Export sizes with jobs/materialize.py\.$") as raised:
+        checked(REFUSED[name])
+    assert "\n" not in str(raised.value)
+
+
+def artifact_of(config: PreTrainedConfig, folder: Path, **recipe: Any) -> Artifact:
+    changed = replace(RECIPE, **recipe)
+    random_model(copy.deepcopy(config)).save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    base = load_base(str(folder / "base"), "float32")
+    windows = torch.randint(3, 256, (32, changed.seq_len), generator=torch.Generator().manual_seed(0))
+    parametrize(base.model, changed, windows)
+    return Artifact.save(folder / "artifact", base, calibrate(base.model, TokenBatches(windows, changed.batch_size), changed), {})
+
+
+@pytest.mark.parametrize("name", ["capped logits", "windows in some layers", "chunks"])
+def test_an_answer_has_the_logits_of_transformers_generate(name: str, tmp_path: Path) -> None:
+    """Beyond the windows and chunks, alone and beside others."""
+    artifact = artifact_of(SERVED[name], tmp_path, exclude=("experts", "router") if name == "chunks" else ())
+    served, engine = ResidentModel(ModelVersion("toy", "1", str(artifact.folder), (), {}), artifact), Engine()
+    engine.add(served)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(3, 256, (length,), generator=generator).tolist() for length in (200, 20, 90)]
+    told: dict[int, list[float]] = {0: [], 1: [], 2: []}
+    request = CompletionRequest(prompt=prompts, temperature=0.0, logprobs=0, ignore_eos=True, max_tokens=24)
+    for event in engine.events(served, request):
+        assert event.kind != "error", event.data
+        told[event.index] += [token["logprob"] for token in event.logprobs or []]
+    engine.close()
+    for i, prompt in enumerate(prompts):
+        made = model.generate(
+            torch.tensor([prompt]), max_new_tokens=24, min_new_tokens=24, do_sample=False, eos_token_id=255, pad_token_id=0,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        tokens = made.sequences[0, len(prompt) :]
+        expected = [float(step[0].log_softmax(-1)[token]) for step, token in zip(made.logits, tokens, strict=True)]
+        first = next((j for j, token in enumerate(tokens) if made.logits[j][0].argmax() != token), 24)  # what min_new_tokens changed
+        assert told[i][:first] == pytest.approx(expected[:first], abs=1e-3) and first > 4
+
+
+def test_longrope_is_served_as_far_as_its_frequencies_are_everybodys(tmp_path: Path) -> None:
+    assert served_context(LONGROPE, 512)[0] == 64
+    assert checked(LONGROPE) is not None
+    artifact = artifact_of(LONGROPE, tmp_path)
+    served = ResidentModel(ModelVersion("toy", "1", str(artifact.folder), (), {}), artifact)
+    card = served.card()
+    assert card["max_model_len"] == 64
+    assert any("up to 64 of 512 tokens" in note for note in card["notes"])
+
+
+def test_a_wrong_cap_or_window_or_sink_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, seen = kv_cache.weighted, kv_cache.Rule.seen
+    with monkeypatch.context() as patch:
+        patch.setattr(kv_cache, "weighted", lambda q, k, v, mask, scaling, softcap, sinks: right(q, k, v, mask, scaling, None, sinks))
+        with pytest.raises(AcipError, match="change its logits by"):
+            checked(SERVED["capped logits"])
+    with monkeypatch.context() as patch:
+        patch.setattr(kv_cache, "weighted", lambda q, k, v, mask, scaling, softcap, sinks: right(q, k, v, mask, scaling, softcap, None))
+        with pytest.raises(AcipError, match="change its logits by"):
+            checked(SERVED["sinks"])
+    full = kv_cache.Rule(kv_cache.causal_mask_function, None)
+    for name in ("a window of few tokens", "a window of many tokens", "windows in some layers", "chunks"):
+        for dtype in (torch.float32, torch.bfloat16):
+            with monkeypatch.context() as patch:
+                patch.setattr(kv_cache.Rule, "seen", lambda rule, query, key: seen(full, query, key))
+                with pytest.raises(AcipError, match=r"beyond (sliding_window|attention_chunk_size) = \d+"):
+                    checked(SERVED[name], dtype)
+
+
+def test_a_window_of_many_tokens_costs_a_short_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, run = [], exactness_check._token_by_token
+
+    def counted(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        tokens.append(ids.shape[1])
+        return run(model, ids)
+
+    monkeypatch.setattr(exactness_check, "_token_by_token", counted)
+    checked(SERVED["a window of many tokens"])
+    assert sum(tokens) < 200
+
+
+@pytest.mark.parametrize("argument", ["position_bias", "head_mask", "indices"])
+def test_an_argument_that_attention_does_not_know_is_refused(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    forward: Any = LlamaAttention.forward
+    monkeypatch.setattr(
+        LlamaAttention, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs, **{argument: torch.ones(1, 1, 1, 1)})
+    )
+    with pytest.raises(AcipError, match=f"toy: LlamaForCausalLM can't be served: the attention of LlamaAttention takes {argument}"):
+        checked(LlamaConfig(**LONG))
+
+
+def test_a_mask_of_the_models_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    def own(**kwargs: Any) -> torch.Tensor:
+        return torch.full((1, 1, kwargs["inputs_embeds"].shape[1], 64), -torch.inf).triu(1)
+
+    model = random_model(LlamaConfig(**LONG))
+    model.set_attn_implementation(kv_cache.ATTENTION)
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", own)
+    held = kv_cache.KVCache()
+    held.room(1, 8)
+    with (
+        pytest.raises(AcipError, match="gets its attention mask from code of its own"),
+        kv_cache.Step.of(held, [kv_cache.CachePiece(0, 0, 0, 8)], torch.device("cpu")) as step,
+    ):
+        model(input_ids=torch.zeros(1, 8, dtype=torch.long), position_ids=step.position[None], past_key_values=held, use_cache=True)
+
+
+def test_a_model_whose_own_logits_are_not_finite_is_refused() -> None:
+    model = random_model(LlamaConfig(**LONG))
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(AcipError, match="toy: LlamaForCausalLM can't be served: its own logits are not finite in float32"):
+        check("toy", model, {}, (Size(0, {}), Size(1, {})), 512)

@@ -1,0 +1,221 @@
+"""generation_config.json is honored, or what is not is said; numbers that are not finite are an error of their request alone."""
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from acip_platform.serve.engine.engine import Engine, Event
+from acip_platform.serve.engine.generation_settings import GenerationSettings
+from acip_platform.serve.engine.resident_model import ResidentModel
+from acip_platform.serve.engine.sampling import SamplingParams, sample
+from acip_platform.serve.http.requests import CompletionRequest
+from acip_platform.tracking.runs import ModelVersion
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from acip.artifact.artifact import Artifact, sha256
+from acip.errors import AcipError
+
+PROMPT = list(b"the cat and the cat and the ")
+VERSION = ModelVersion("small", "7", "here", (), {})
+
+
+@pytest.fixture(scope="module")
+def served(small_artifact: Artifact) -> ResidentModel:
+    return ResidentModel(VERSION, small_artifact)
+
+
+@pytest.fixture(scope="module")
+def engine(served: ResidentModel) -> Iterator[Engine]:
+    engine = Engine()
+    engine.add(served)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def base(small_base: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(small_base).eval()
+
+
+def state(served: ResidentModel, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+    """Give the resident model another generation config."""
+    monkeypatch.setattr(served.any_size.model, "generation_config", GenerationConfig(**settings))
+    monkeypatch.setattr(served, "stated", GenerationSettings("small", served.any_size.model))
+
+
+def answer(engine: Engine, served: ResidentModel, **fields: Any) -> tuple[list[str], dict[str, Any]]:
+    """(the text of each choice, the last event's data)."""
+    texts: dict[int, str] = {}
+    event = Event("")
+    for event in engine.events(served, CompletionRequest.parse({"prompt": PROMPT, "max_tokens": 24, **fields})):
+        texts[event.index] = texts.get(event.index, "") + event.text
+    return [texts[i] for i in sorted(texts)], event.data
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.4},
+        {"no_repeat_ngram_size": 2},
+        {"suppress_tokens": [ord("e"), ord(" ")]},
+        {"begin_suppress_tokens": [ord(c) for c in "abcdefghijklmnopqrstuvwxyz"]},
+        {"bad_words_ids": [[ord("t")], [ord("a"), ord("n")]]},
+        {"sequence_bias": [[[ord("q")], 9.0]]},
+        {"forced_eos_token_id": ord("Z")},
+        {"eos_token_id": [ord("e"), ord(" ")], "min_new_tokens": 6},
+        {"eos_token_id": [ord("e"), ord(" ")], "min_length": len(PROMPT) + 9},
+        {"eos_token_id": ord("Q"), "exponential_decay_length_penalty": [3, 4.0]},
+        {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "suppress_tokens": [ord("o")]},
+    ],
+    ids="+".join,
+)
+def test_a_stated_setting_is_that_of_transformers_generate(
+    settings: dict[str, Any], served: ResidentModel, engine: Engine, base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state(served, monkeypatch, do_sample=False, **{"eos_token_id": 255, **settings})
+    config = GenerationConfig(do_sample=False, max_new_tokens=24, pad_token_id=0, **{"eos_token_id": 255, **settings})
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        made = base.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, len(PROMPT) :].tolist()
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    expected = served.tokenizer.decode(made[:-1] if made[-1] in ends else made)
+    (text,), done = answer(engine, served)
+    assert text == expected
+    assert done["usage"]["completion_tokens"] == len(made)
+    beside, _ = answer(engine, served, prompt=[PROMPT, PROMPT[:9], PROMPT])
+    assert beside[0] == beside[2] == expected, "each sequence of a batch has its own"
+
+
+@pytest.mark.parametrize("settings", [{"min_p": 0.3}, {"typical_p": 0.4}, {"epsilon_cutoff": 0.1}, {"eta_cutoff": 0.1}, {"top_h": 0.3}])
+def test_stated_cuts_leave_the_tokens_of_transformers(
+    settings: dict[str, Any], served: ResidentModel, base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state(served, monkeypatch, do_sample=True, **settings)
+    with torch.no_grad():
+        logits = base(torch.tensor([PROMPT])).logits[:, -1].float()
+    config = GenerationConfig(do_sample=True, temperature=1.5, top_k=40, top_p=0.95, **settings)
+    allowed = base._get_logits_processor(config, input_ids_seq_length=len(PROMPT), device="cpu", model_kwargs={})(
+        torch.tensor([PROMPT]), logits.clone()
+    )[0]
+    request = CompletionRequest.parse({"prompt": PROMPT, "temperature": 1.5, "top_k": 40, "top_p": 0.95})
+    sampler = served.sampler(request, 3, list(PROMPT), 8)
+    drawn = torch.tensor([sample(logits.clone(), [sampler])[0].token for _ in range(600)])
+    found = torch.bincount(drawn, minlength=len(allowed)) / len(drawn)
+    assert not found[allowed == -math.inf].any()
+    assert (found - allowed.softmax(-1)).abs().max() < 0.12
+
+
+def test_top_p_is_a_share_of_what_top_k_leaves() -> None:
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    sampler = SamplingParams(top_k=2, top_p=0.56)  # 0.4 / 0.7 = 0.571
+    assert {sample(logits, [sampler])[0].token for _ in range(50)} == {0}
+    sampler = SamplingParams(top_k=3, top_p=0.5)  # 0.4 / 0.9 = 0.444
+    assert {sample(logits, [sampler])[0].token for _ in range(200)} == {0, 1}
+
+
+def test_stated_stop_texts_and_lengths_are_defaults(served: ResidentModel, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    (plain,), _ = answer(engine, served, temperature=0)
+    state(served, monkeypatch, do_sample=False, stop_strings=[plain[5:7]], max_new_tokens=11)
+    (text,), done = answer(engine, served)
+    assert text == plain[: plain.index(plain[5:7])] and done["usage"]["completion_tokens"] <= 7
+    assert served.fit([PROMPT], None, 1000) == 11
+    state(served, monkeypatch, max_length=40)
+    assert served.fit([PROMPT], None, 1000) == 40 - len(PROMPT)
+
+
+def with_config(artifact: Artifact, folder: Path, **fields: Any) -> Artifact:
+    shutil.copytree(artifact.folder, folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**(json.loads(file.read_text()) if file.is_file() else {}), **fields}))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["generation_config.json"] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return Artifact.open(folder)
+
+
+def test_what_is_not_honored_is_said_once_and_in_the_card(
+    small_artifact: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    artifact = with_config(
+        small_artifact, tmp_path / "a", num_beams=4, guidance_scale=1.5, remove_invalid_values=True, max_time=3.0, min_p=0.1
+    )
+    with caplog.at_level(logging.WARNING, logger="ray.serve"):
+        served = ResidentModel(VERSION, artifact)
+    notes = served.card()["notes"]
+    for setting in ("num_beams = 4", "guidance_scale = 1.5", "remove_invalid_values = True", "max_time = 3.0"):
+        assert f"{setting} of generation_config.json is not honored" in notes
+        assert sum(f"small: {setting}" in record.message for record in caplog.records) == 1
+    assert not any("min_p" in note for note in notes)
+    assert ResidentModel(VERSION, small_artifact).card()["notes"] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"temperature": math.nan, "do_sample": True}, "temperature = nan, which is not finite"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty = inf, which is not finite"),
+        ({"repetition_penalty": -1.0}, "can't be honored"),
+        ({"min_p": 7.0, "do_sample": True}, "can't be honored"),
+        ({"no_repeat_ngram_size": "two"}, "generation_config.json can't be"),
+    ],
+)
+def test_a_setting_that_cannot_be_meant_is_refused_at_load(
+    fields: dict[str, Any], reason: str, small_artifact: Artifact, tmp_path: Path
+) -> None:
+    with pytest.raises(AcipError, match=reason) as raised:
+        ResidentModel(VERSION, with_config(small_artifact, tmp_path / "a", **fields))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_an_error_and_harm_no_neighbor(
+    wrong: float, served: ResidentModel, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = served.any_size.model
+    good, long = bytes(PROMPT).decode(), bytes(PROMPT * 6).decode()
+    expected = {prompt: answer(engine, served, prompt=prompt, temperature=0)[0] for prompt in (good, long)}
+
+    def overflow(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+        """Stands for a prompt whose numbers leave the dtype: token 1 is in it."""
+        return out.masked_fill((args[0] == 1)[..., None], wrong)
+
+    hook = model.get_input_embeddings().register_forward_hook(overflow)
+    try:
+        heard: dict[str, list[Event]] = {}
+        requests: dict[str, dict[str, Any]] = {
+            "good": {"prompt": good},
+            "bad": {"prompt": [*PROMPT * 4, 1, 2], "n": 2},
+            "long": {"prompt": long},
+        }
+        for name, fields in requests.items():
+            request = CompletionRequest.parse({"max_tokens": 24, "temperature": 0, "logprobs": 2, **fields})
+            engine.submit(served, request, heard.setdefault(name, []).extend)
+        deadline = time.monotonic() + 300
+        while engine.open:
+            assert time.monotonic() < deadline, "waited for three requests to end"
+            time.sleep(0.01)
+        errors = [event for event in heard["bad"] if event.kind == "error"]
+        assert len(errors) == 1 and not any(event.text for event in heard["bad"])
+        assert errors[0].data["status"] == 500
+        error = errors[0].data["body"]["error"]
+        assert error["code"] == "not_finite" and "the model's logits are not finite" in error["message"]
+        for name, prompt in (("good", good), ("long", long)):
+            assert ["".join(event.text for event in heard[name])] == expected[prompt]
+            assert all(math.isfinite(told["logprob"]) for event in heard[name] for told in event.logprobs or [])
+        for prompt in (long, good):  # in the slots that the failed ones left
+            assert answer(engine, served, prompt=[prompt] * 3, temperature=0)[0] == expected[prompt] * 3
+    finally:
+        hook.remove()
+
+
+def test_settings_that_leave_no_token_are_an_error(served: ResidentModel, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    state(served, monkeypatch, do_sample=False, suppress_tokens=list(range(256)))
+    texts, last = answer(engine, served)
+    assert not any(texts) and last["status"] == 500 and "leave no token" in last["body"]["error"]["message"]

@@ -1,0 +1,319 @@
+"""Sizes exported to the store in the background, on a real Ray: made once, found again, honest about what went wrong."""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import boto3
+import psutil
+import pytest
+import ray
+import torch
+from acip_platform.serve.export_task import lock, workplace
+from acip_platform.serve.http.errors import RequestError
+from acip_platform.serve.materializations import Materializations
+from acip_platform.settings import Settings
+from acip_platform.storage.store import Store
+from acip_platform.tracking.runs import ModelVersion
+
+from acip.artifact.artifact import Artifact
+from acip.errors import BudgetError
+from acip.export.folder import PROVENANCE, tensor_bytes
+from acip.sizing.budget import Budget
+from acip.sizing.elastic_model import ElasticModel
+from tests.conftest import logits, read
+from tests.support.waiting import PATIENCE_S, until
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(s3_server: dict[str, str]) -> Iterator[None]:
+    """A local Ray whose workers reach the S3 server, and which leaves no process behind."""
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in s3_server.items():
+            environment.setenv(name, value)
+        ray.init(address="local", num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
+    _, alive = psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=PATIENCE_S)
+    assert not alive, "Ray left processes behind"
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings.from_env({"ACIP_HOME": str(tmp_path / "home")})
+
+
+@pytest.fixture
+def version(small_artifact: Artifact, tmp_path: Path) -> ModelVersion:
+    """A registered copy of the small artifact, which may be broken."""
+    folder = copytree(small_artifact.folder, tmp_path / "artifact")
+    return ModelVersion("small", "1", str(folder), ("champion",), {})
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    async def limited() -> Any:
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                return await work
+        except TimeoutError as error:
+            raise AssertionError(f"waited for {PATIENCE_S:g} s: a materialization is neither done nor failed") from error
+
+    return asyncio.run(limited())
+
+
+async def done(sizes: Materializations, id: str) -> dict[str, Any]:
+    """The record once it is finished."""
+    while (record := await sizes.get(id))["status"] in ("queued", "running"):
+        assert record["uri"] is record["sha256"] is record["bytes"] is record["finished"] is record["error"] is None
+        await asyncio.sleep(0.02)
+    assert record["finished"] >= record["created"]
+    return record
+
+
+def check(folder: Path, record: dict[str, Any]) -> None:
+    """As a client would, by the record alone."""
+    raw = (folder / PROVENANCE).read_bytes()
+    assert hashlib.sha256(raw).hexdigest() == record["sha256"]
+    files = json.loads(raw)["files"]
+    there = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    assert there.keys() == {*files, PROVENANCE}
+    assert all(hashlib.sha256(there[name].read_bytes()).hexdigest() == facts["sha256"] for name, facts in files.items())
+    assert sum(path.stat().st_size for path in there.values()) == record["bytes"]
+
+
+def test_a_size_is_made_once(settings: Settings, version: ModelVersion, any_size: ElasticModel, heldout_tokens: torch.Tensor) -> None:
+    async def story() -> dict[str, Any]:
+        sizes, place = Materializations(settings), settings.home / "exporting"
+        place.mkdir(parents=True)
+        with lock(place):  # the task waits for this, so that it is seen running
+            record = await sizes.start(version, Budget(ratio=0.6))
+            assert record["status"] == "queued" and record["object"] == "materialization"
+            while (now := await sizes.get(record["id"]))["status"] == "queued":
+                await asyncio.sleep(0.01)
+            assert now["status"] == "running", now
+        now = await done(sizes, record["id"])
+        assert now["status"] == "succeeded", now
+
+        made = (Path(now["uri"]) / PROVENANCE).stat()
+        again = await sizes.start(version, Budget(ratio=0.6))
+        percent = await sizes.start(version, Budget.parse("60%"))
+        same_cut = await sizes.start(version, Budget(params=now["size"]["params"]))
+        assert again == percent == same_cut == now
+        restarted = Materializations(settings)
+        assert await restarted.get(now["id"]) == await restarted.start(version, Budget(ratio=0.6)) == now | {"created": now["finished"]}
+        assert [record["id"] for record in await restarted.list()] == [now["id"]]
+        assert (Path(now["uri"]) / PROVENANCE).stat() == made, "nothing was written again"
+        return now
+
+    record = run(story())
+    folder = Path(record["uri"])
+    assert folder.parent == Path(settings.store) / "exports" / "small" / "1"
+    assert folder.name.startswith("size-") and record["id"].removeprefix("mat-") in folder.name
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert not list((settings.home / "exporting").iterdir())
+    check(folder, record)
+    cut = any_size.resize(0.6)
+    assert torch.equal(logits(read(folder), heldout_tokens[:4]), logits(any_size.materialize(), heldout_tokens[:4]))
+    assert record["size"] == {
+        "unit": "ratio", "ratio": record["size"]["got"],
+        "asked": 0.6, "got": cut.got, "convention": "linear", "params": cut.params, "bytes": tensor_bytes(folder), "extrapolated": False,
+    }  # fmt: skip
+    assert (record["model"], record["version"], record["quantize"]) == ("small", "1", None)
+
+
+def test_from_s3_to_s3(
+    s3_server: dict[str, str], tmp_path: Path, small_artifact: Artifact, any_size: ElasticModel, heldout_tokens: torch.Tensor
+) -> None:
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home"), "ACIP_ARTIFACT_URI": f"s3://models/{tmp_path.name}"})
+    store, s3 = Store(settings.store, tmp_path / "cache"), boto3.client("s3")
+    uri = store.put(copytree(small_artifact.folder, tmp_path / "copy"), "small/1")
+    version = ModelVersion("small", "1", uri, (), {})
+
+    async def story() -> tuple[dict[str, Any], dict[str, Any]]:
+        one, two = Materializations(settings), Materializations(settings)  # two servers at once
+        ids = [(await sizes.start(version, Budget(ratio=0.5), "nf4"))["id"] for sizes in (one, two)]
+        return await done(one, ids[0]), await done(two, ids[1])
+
+    record, other = run(story())
+    assert record["status"] == "succeeded", record
+    assert {key: record[key] for key in ("id", "uri", "sha256")} == {key: other[key] for key in ("id", "uri", "sha256")}
+    prefix = record["uri"].removeprefix("s3://models/")
+    assert prefix.startswith(f"{tmp_path.name}/exports/small/1/size-0.") and "-nf4-" in prefix
+    listed = s3.list_objects_v2(Bucket="models", Prefix=f"{tmp_path.name}/exports/")["Contents"]
+    assert {item["Key"].rpartition("/")[0] for item in listed} == {prefix}, "one folder, whoever was faster"
+    for item in listed:
+        target = tmp_path / "down" / item["Key"].removeprefix(prefix + "/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        s3.download_file("models", item["Key"], str(target))
+    check(tmp_path / "down", record)
+    assert tensor_bytes(tmp_path / "down") == record["size"]["bytes"]
+    any_size.resize(0.5)
+    assert logits(read(tmp_path / "down"), heldout_tokens[:2]).shape == logits(any_size.materialize(), heldout_tokens[:2]).shape
+
+    s3.delete_object(Bucket="models", Key=f"{prefix}/{PROVENANCE}")
+    with pytest.raises(RequestError, match="no materialization 'mat-"):
+        run(Materializations(settings).get(record["id"]))
+    s3.put_object(Bucket="models", Key=f"{tmp_path.name}/small/1/factors.safetensors", Body=_spoiled(small_artifact.folder))
+
+    async def broken() -> dict[str, Any]:
+        sizes = Materializations(settings)
+        return await done(sizes, (await sizes.start(version, Budget(ratio=0.7)))["id"])
+
+    failed = run(broken())
+    assert failed["status"] == "failed" and "corrupted" in failed["error"], failed
+    assert str(settings.home) not in failed["error"]
+
+
+def _spoiled(artifact: Path) -> bytes:
+    """Factors of the right size, of which a byte in sixteen is wrong."""
+    content = bytearray((artifact / "factors.safetensors").read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start::16] = bytes(byte ^ 1 for byte in content[start::16])
+    return bytes(content)
+
+
+def test_what_failed_says_why_and_may_be_tried_again(settings: Settings, version: ModelVersion) -> None:
+    factors = Path(version.uri) / "factors.safetensors"
+
+    async def story() -> None:
+        sizes = Materializations(settings)
+        await sizes.start(version, Budget(ratio=1.0))
+        factors.rename(factors.with_suffix(".away"))
+        failed = await done(sizes, (await sizes.start(version, Budget(ratio=0.6)))["id"])
+        assert failed["status"] == "failed" and failed["uri"] is None
+        assert f"{factors} is missing" in failed["error"]
+        with pytest.raises(RequestError, match="is missing") as unavailable:
+            await sizes.start(version, Budget(ratio=0.6))
+        assert unavailable.value.status == 503
+        factors.with_suffix(".away").rename(factors)
+        again = await sizes.start(version, Budget(ratio=0.6))
+        assert again["id"] == failed["id"] and again["error"] is None
+        assert (await done(sizes, again["id"]))["status"] == "succeeded"
+
+    run(story())
+
+
+def test_a_killed_worker_is_a_failure(settings: Settings, version: ModelVersion) -> None:
+    place = settings.home / "exporting"
+    place.mkdir(parents=True)
+
+    async def story() -> None:
+        sizes = Materializations(settings)
+        with lock(place):  # the task runs, and waits for this
+            record = await sizes.start(version, Budget(ratio=0.6))
+            while (await sizes.get(record["id"]))["status"] == "queued":
+                await asyncio.sleep(0.01)
+            (task,) = [process for process in psutil.Process().children(recursive=True) if "export_task" in _title(process)]
+            task.kill()
+            failed = await done(sizes, record["id"])
+        assert failed["status"] == "failed" and "died" in failed["error"]
+        again = await sizes.start(version, Budget(ratio=0.6))
+        assert (await done(sizes, again["id"]))["status"] == "succeeded"
+
+    run(story())
+
+
+def _title(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def test_a_bounded_number_waits(settings: Settings, version: ModelVersion) -> None:
+    async def story() -> None:
+        sizes = Materializations(settings, num_cpus=1000, max_queued=1)  # more than there is, so that none begins
+        first = await sizes.start(version, Budget(ratio=0.6))
+        await sizes.start(version, Budget(ratio=0.5))
+        with pytest.raises(RequestError, match="2 materializations are queued or running") as full:
+            await sizes.start(version, Budget(ratio=0.4))
+        assert full.value.status == 429
+        assert await sizes.start(version, Budget(ratio=0.6)) == first, "what is under way may always be asked for"
+        assert {record["status"] for record in await sizes.list()} == {"queued"}
+
+    run(story())
+
+
+def test_finished_records_are_bounded(settings: Settings, version: ModelVersion) -> None:
+    async def story() -> None:
+        sizes = Materializations(settings, keep=1)
+        ids = [(await done(sizes, (await sizes.start(version, Budget(ratio=ratio)))["id"]))["id"] for ratio in (0.4, 0.5, 0.6)]
+        assert len(await sizes.list()) == 1 and len(set(ids)) == 3
+        for ratio in (0.4, 0.5, 0.6):
+            assert (await sizes.start(version, Budget(ratio=ratio)))["status"] == "succeeded", "the store knows them all"
+
+    run(story())
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "says"),
+    [
+        (lambda sizes, version: sizes.start(version, Budget(ratio=0.01)), BudgetError, "the smallest is"),
+        (lambda sizes, version: sizes.start(version, Budget(ratio=0.6), "int3"), RequestError, "quantize is 'int3'"),
+        (lambda sizes, version: sizes.start(version, Budget(ratio=0.6, bits=4), "int8"), RequestError, "int8 needs 8"),
+        (lambda sizes, version: sizes.get("mat-0123456789abcdef"), RequestError, "no materialization 'mat-0123456789abcdef'"),
+        (lambda sizes, version: sizes.get("../etc"), RequestError, "no materialization"),
+    ],
+)
+def test_what_is_refused(
+    ask: Callable[[Materializations, ModelVersion], Awaitable[Any]], error: type[Exception], says: str, settings: Settings,
+    version: ModelVersion,
+) -> None:  # fmt: skip
+    async def story() -> None:
+        with pytest.raises(error, match=says):
+            await ask(Materializations(settings), version)
+
+    run(story())
+
+
+def test_what_is_not_ours_is_passed_over(settings: Settings) -> None:
+    for name, content in (("size-0.5-0123456789abcdef-01234567", "{}"), ("size-0.5-0123456789abcdee-01234567", "no JSON"), ("mine", "{}")):
+        folder = Path(settings.store) / "exports" / "small" / "1" / name
+        folder.mkdir(parents=True)
+        (folder / PROVENANCE).write_text(content)
+    assert run(Materializations(settings).list()) == []
+
+
+def test_a_canceled_request_leaves_its_task(settings: Settings, version: ModelVersion) -> None:
+    """Serve cancels the Ray task of a request whose client is gone, and with it the Ray tasks that it began."""
+
+    @ray.remote(num_cpus=0)
+    class Server:
+        def __init__(self) -> None:
+            self.sizes = Materializations(settings)
+            self.id = ""
+
+        async def ask(self) -> None:
+            self.id = (await self.sizes.start(version, Budget(ratio=0.6)))["id"]
+            await asyncio.sleep(PATIENCE_S)
+
+        async def record(self) -> dict[str, Any] | None:
+            return await self.sizes.get(self.id) if self.id else None
+
+    server = Server.remote()  # type: ignore[attr-defined]
+    asked = server.ask.remote()
+    until(lambda: ray.get(server.record.remote()), "the request has begun no task")
+    ray.cancel(asked)
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        ray.get(asked)
+
+    def ended() -> dict[str, Any] | None:
+        record: dict[str, Any] = ray.get(server.record.remote())
+        return None if record["status"] in ("queued", "running") else record
+
+    record = until(ended, "the task of the canceled request does not end")
+    assert record["status"] == "succeeded", record
+    ray.kill(server)
+
+
+def test_workplaces_of_the_living_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "dead").mkdir()
+    (tmp_path / "dead" / "model").write_text("")
+    with workplace(tmp_path) as one, workplace(tmp_path) as two:
+        assert sorted(tmp_path.iterdir()) == sorted([one, two])
+    assert not list(tmp_path.iterdir())

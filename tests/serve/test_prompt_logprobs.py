@@ -1,0 +1,206 @@
+"""Log-probabilities of prompts: what `echo` with `logprobs` tells is what the base model computes, however the prompt is cut up."""
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from acip_platform.serve.engine.engine import Engine
+from acip_platform.serve.engine.resident_model import ResidentModel
+from acip_platform.serve.http.errors import RequestError
+from acip_platform.serve.http.requests import CompletionRequest
+from acip_platform.serve.text.detokenizer import Detokenizer
+from acip_platform.serve.text.prompt_logprobs import Echo
+from acip_platform.tracking.runs import ModelVersion
+from openai import OpenAI
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from acip.artifact.artifact import Artifact
+from acip.evaluate.measurement import Subject
+from acip.evaluate.tasks import TaskScore, harness
+from tests.serve.test_engine import answered
+from tests.support.server import Server
+
+PROMPT = "It was a bright cold day and the clocks were striking thirteen. "
+LONG = (PROMPT * 6)[:300]  # longer than a step's piece of a prompt
+
+Ask = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def served(small_artifact: Artifact) -> ResidentModel:
+    return ResidentModel(ModelVersion("small", "7", str(small_artifact.folder), ("champion",), {}), small_artifact)
+
+
+@pytest.fixture(scope="module")
+def ask(served: ResidentModel) -> Iterator[Ask]:
+    engine = Engine()
+    engine.add(served)
+    yield lambda **fields: answered(engine, served, CompletionRequest.parse({"temperature": 0, "echo": True, **fields}))
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def expected(small_base: str) -> Callable[[list[int]], torch.Tensor]:
+    """[t - 1, V] log-probabilities of the base model for the tokens after the first."""
+    base = AutoModelForCausalLM.from_pretrained(small_base).eval()
+
+    @torch.no_grad()
+    def logprobs(ids: list[int]) -> torch.Tensor:
+        return base(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
+
+    return logprobs
+
+
+def check(choice: dict[str, Any], ids: list[int], logprobs_nV: torch.Tensor, alternatives: int) -> None:
+    told = choice["logprobs"]
+    count = len(ids)
+    assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
+    own = logprobs_nV.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+    assert told["token_logprobs"][1:count] == pytest.approx(own.tolist(), abs=1e-3)
+    for i, top in enumerate(told["top_logprobs"][1:count]):
+        assert alternatives <= len(top) <= alternatives + 1
+        best = logprobs_nV[i].topk(alternatives).values.tolist()
+        assert sorted(top.values(), reverse=True)[:alternatives] == pytest.approx(best, abs=1e-3)
+        assert told["token_logprobs"][i + 1] in top.values(), "lm-eval compares them exactly"
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, LONG, "Größe 🦙!", "a"])
+@pytest.mark.parametrize("max_tokens", [0, 1, 5])
+def test_a_prompt_is_scored_as_the_base_model_scores_it(ask: Ask, expected: Any, prompt: str, max_tokens: int) -> None:
+    ids = list(prompt.encode())
+    answer = ask(prompt=prompt, max_tokens=max_tokens, logprobs=3)
+    choice = answer["choices"][0]
+    check(choice, ids, expected(ids), 3)
+    assert choice["text"].startswith(prompt)
+    assert len(choice["logprobs"]["tokens"]) == len(ids) + max_tokens
+    assert choice["finish_reason"] == "length"
+    assert answer["usage"] == {"prompt_tokens": len(ids), "completion_tokens": max_tokens, "total_tokens": len(ids) + max_tokens}
+    places = [len(prompt.encode()[:i].decode(errors="ignore")) for i in range(len(ids))]
+    assert choice["logprobs"]["text_offset"][: len(ids)] == places
+    if max_tokens == 0:
+        assert choice["text"] == prompt
+
+
+def test_what_is_generated_after_an_echo_is_what_is_generated_without(ask: Ask) -> None:
+    echoed = ask(prompt=LONG, max_tokens=8, logprobs=2)["choices"][0]
+    alone = ask(prompt=LONG, max_tokens=8, logprobs=2, echo=False)["choices"][0]
+    assert echoed["text"] == LONG + alone["text"]
+    assert echoed["logprobs"]["tokens"][-8:] == alone["logprobs"]["tokens"]
+    assert echoed["logprobs"]["text_offset"][-8:] == [len(LONG) + offset for offset in alone["logprobs"]["text_offset"]]
+    assert ask(prompt=PROMPT, max_tokens=3)["choices"][0]["logprobs"] is None
+    assert ask(prompt=PROMPT, max_tokens=3, stop="bright")["choices"][0]["text"].startswith(PROMPT), "stops are for what is generated"
+
+
+def test_token_ids_and_several_prompts_beside_others(ask: Ask, expected: Any) -> None:
+    prompts = [list(text.encode()) for text in (LONG, PROMPT, "ab")]
+    with ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(ask, prompt=LONG[:200], max_tokens=40, echo=False, size_ratio=ratio) for ratio in (1.0, 0.5)]
+        answer = pool.submit(ask, prompt=prompts, max_tokens=1, logprobs=1, n=2).result()
+        assert all(other.result() for other in others)
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    for index, choice in enumerate(answer["choices"]):
+        ids = prompts[index // 2]
+        check(choice, ids, expected(ids), 1)
+        assert choice["text"].startswith(bytes(ids).decode())
+
+
+def test_half_a_character_in_a_prompt_of_ids(ask: Ask) -> None:
+    half = list("🦙".encode())[:3]
+    assert ask(prompt=[97, *half], max_tokens=0)["choices"][0]["text"] == "a�"
+    bias = {str("🦙".encode()[3]): 100}
+    assert ask(prompt=[97, *half], max_tokens=1, logit_bias=bias)["choices"][0]["text"] == "a🦙"
+    assert ask(prompt=[97, *half], max_tokens=1, logit_bias=bias, echo=False)["choices"][0]["text"] == "🦙"
+
+
+def test_nothing_at_all_is_refused(ask: Ask) -> None:
+    with pytest.raises(RequestError, match=r"max_tokens is 0.*echo true"):
+        ask(prompt="a", max_tokens=0, echo=False)
+
+
+def test_a_tokenizer_that_changes_texts_echoes_the_prompt_as_it_was_given() -> None:
+    core = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "cat": 2, "##s": 3}, unk_token="[UNK]"))
+    core.normalizer, core.pre_tokenizer, core.decoder = normalizers.Lowercase(), pre_tokenizers.Whitespace(), decoders.WordPiece()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    prompt = "The   CATS"
+    ids = tokenizer(prompt)["input_ids"]
+    echo = Echo(Detokenizer(tokenizer, [], []), tokenizer, ids, prompt, 0)
+    assert (echo.text, echo.offsets) == (prompt, [0, 6, 9])
+    assert Echo(Detokenizer(tokenizer, [], []), tokenizer, ids, None, 0).text == "the cats"
+
+
+def test_the_official_client_streams_an_echo(server: Server) -> None:
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    asked: Any = {"model": "small@0.5", "prompt": [PROMPT, "ab"], "max_tokens": 2, "logprobs": 2, "echo": True, "temperature": 0}
+    whole = client.completions.create(**asked)
+    texts, tokens, offsets = ["", ""], [[], []], [[], []]  # type: tuple[list[str], list[list[str]], list[list[int]]]
+    for chunk in client.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            if choice.logprobs is not None:
+                tokens[choice.index] += choice.logprobs.tokens or []
+                offsets[choice.index] += choice.logprobs.text_offset or []
+    assert texts == [choice.text for choice in whole.choices]
+    assert tokens == [choice.logprobs.tokens for choice in whole.choices if choice.logprobs]
+    assert offsets == [choice.logprobs.text_offset for choice in whole.choices if choice.logprobs]
+
+
+TASK = {
+    "task": "continuations", "dataset_path": "json", "output_type": "multiple_choice", "test_split": "train",
+    "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}",
+    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+}  # fmt: skip
+
+
+@pytest.fixture
+def task_folder(tmp_path: Path) -> Path:
+    """Which of four continues a text: the small model reads bytes, and knows something of them."""
+    text = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="ascii", errors="ignore")
+    documents = []
+    for i in range(24):
+        at = 200 + 97 * i
+        wrong = [text[at + 500 * n : at + 500 * n + 6] or "nothing" for n in (1, 2, 3)]
+        choices = [text[at : at + 6], *wrong]
+        documents.append({"question": text[at - 60 : at], "choices": choices[i % 4 :] + choices[: i % 4], "answer": (4 - i % 4) % 4})
+    (tmp_path / "continuations.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    task = TASK | {"dataset_kwargs": {"data_files": str(tmp_path / "continuations.jsonl")}}
+    (tmp_path / "continuations.yaml").write_text(yaml.safe_dump(task))
+    return tmp_path
+
+
+def test_lm_evals_own_client_measures_what_we_measure_in_memory(
+    server: Server, small_artifact: Artifact, task_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A task of several choices through `local-completions`, with prompts as token ids, several at once, at two sizes."""
+    from lm_eval import simple_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    any_size = small_artifact.load()
+    for ratio in (1.0, 0.5):
+        any_size.resize(ratio)
+        ours = TaskScore("continuations", str(task_folder)).measure(Subject(any_size.model, small_artifact.tokenizer()))["values"]
+        arguments = {
+            "model": f"small@{ratio}", "base_url": f"{server.url}/v1/completions", "tokenizer": str(small_artifact.folder),
+            "tokenizer_backend": "huggingface", "tokenized_requests": True, "max_length": 512, "num_concurrent": 1, "batch_size": 4,
+        }  # fmt: skip
+        found = simple_evaluate(
+            model="local-completions", model_args=arguments, tasks=["continuations"], bootstrap_iters=0,
+            task_manager=TaskManager(include_path=str(task_folder), include_defaults=False),
+        )  # fmt: skip
+        assert found is not None
+        theirs = found["results"]["continuations"]
+        for metric in ("acc", "acc_norm"):
+            assert theirs[f"{metric},none"] == pytest.approx(ours[metric], abs=1 / 24 + 1e-6), "at most one choice that is nearly a tie"
+        samples = found["samples"]["continuations"]
+        asked = [Instance("loglikelihood", sample["doc"], arguments, 0) for sample in samples for arguments in sample["arguments"]]
+        scores = harness(any_size.model, small_artifact.tokenizer()).loglikelihood(asked, disable_tqdm=True)
+        told = [float(answer[0][0]) for sample in samples for answer in sample["resps"]]
+        assert len(told) == 4 * 24
+        assert told == pytest.approx([score for score, _ in scores], abs=1e-2)

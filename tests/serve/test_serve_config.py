@@ -1,0 +1,49 @@
+"""infra/serve.yaml and the arguments of `build`."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from acip_platform.serve.api import BUILD_ARGS, build, choose
+from acip_platform.settings import Settings
+from acip_platform.tracking.runs import Registry, Tracking
+from ray.serve.schema import ServeDeploySchema
+
+from acip.artifact.artifact import Artifact
+
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
+CONFIG = Path(__file__).parents[2] / "infra" / "serve.yaml"
+
+
+def test_the_config_file_names_only_what_there_is() -> None:
+    """Serve ignores keys that it does not know, so they are compared here."""
+    config = yaml.safe_load(CONFIG.read_text())
+    schema = ServeDeploySchema.model_validate(config)
+    assert set(config) <= set(ServeDeploySchema.model_fields)
+    (application,) = config["applications"]
+    assert set(application) <= set(type(schema.applications[0]).model_fields)
+    assert set(application["args"]) == set(BUILD_ARGS)
+    assert config["http_options"]["host"] == "127.0.0.1", "without keys it must not be open to everyone"
+
+
+def test_an_argument_that_is_not_one_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown argument 'max_request' \(did you mean 'max_requests'\?\)"):
+        build({"max_request": 3})
+
+
+def test_engines_scale_between_the_bounds(small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACIP_HOME", str(tmp_path))
+    settings = Settings.from_env()
+    run = Tracking(settings, "test").start("small", "f", {})
+    Registry(settings).set_alias(Registry(settings).register("small", str(small_artifact.folder), run.run_id, {}))
+    assert [version.name for version in choose(settings, None, "champion")] == ["small"]
+    scaling = engine(build({"replicas": 4, "min_replicas": 0})).autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (0, 4)
+    assert engine(build({"replicas": 3})).num_replicas == 3
+
+
+def engine(application: Any) -> Any:
+    """The engine's deployment of an application."""
+    (bound,) = [arg for arg in application._bound_deployment.init_args if hasattr(arg, "_bound_deployment")]
+    return bound._bound_deployment._deployment_config

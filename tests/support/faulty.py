@@ -1,0 +1,118 @@
+"""A proxy in front of a real HTTP server, which does to requests what networks and overloaded servers do.
+
+Faults, chosen by request:  500, 503     an answer of S3's, of an overloaded server; the request doesn't reach it
+                            reset        the connection is closed instead of an answer
+                            lost         the request is served, and its answer is lost
+                            cut          the answer ends in the middle of its body
+                            slow         the answer takes SLOW_S longer
+                            flip         a bit of the request's body is another
+"""
+
+import http.client
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlparse
+
+from tests.support.waiting import PATIENCE_S
+
+SLOW_S = 0.3
+CODES = {"500": "InternalError", "503": "SlowDown"}
+OWN = {"connection", "transfer-encoding", "keep-alive"}  # headers of one connection, not of the message
+Choose = Callable[[str, str, int], str]  # method, path with query, how often this request came before -> a fault, or ""
+
+
+class Proxy(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, target: str) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.target = urlparse(target).netloc
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.choose: Choose = lambda method, path, before: ""
+        self.seen: Counter[tuple[str, str]] = Counter()
+        self.done: Counter[str] = Counter()  # faults
+        self.lock = threading.Lock()
+
+    def fault(self, method: str, path: str) -> str:
+        with self.lock:
+            fault = self.choose(method, path, self.seen[method, path])
+            self.seen[method, path] += 1
+            self.done[fault] += bool(fault)
+        return fault
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients may go away."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def handle_one_request(self) -> None:
+        self.raw_requestline = self.rfile.readline(65537)
+        if not self.raw_requestline or not self.parse_request():
+            self.close_connection = True
+            return
+        self.pass_on()
+
+    def pass_on(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.server.fault(self.command, self.path)
+        if fault == "dense_if_no_saving":
+            self.close_connection = True
+        elif fault in CODES:
+            text = f"<?xml version='1.0'?><Error><Code>{CODES[fault]}</Code><Message>injected</Message></Error>".encode()
+            self.answer(int(fault), [("Content-Type", "application/xml"), ("Content-Length", str(len(text)))], text)
+        else:
+            if fault == "flip" and body:
+                body = bytes([body[0] ^ 1]) + body[1:]
+            self.relay(body, fault)
+
+    def relay(self, body: bytes, fault: str) -> None:
+        there = http.client.HTTPConnection(self.server.target, timeout=PATIENCE_S)
+        try:
+            headers = {name: value for name, value in self.headers.items() if name.lower() not in {*OWN, "expect"}}
+            there.request(self.command, self.path, body or None, headers)
+            got = there.getresponse()
+            content = got.read()
+        except OSError:  # the server is down
+            self.close_connection = True
+            return
+        finally:
+            there.close()
+        if fault == "slow":
+            time.sleep(SLOW_S)
+        if fault == "lost":
+            self.close_connection = True
+            return
+        kept = [(name, value) for name, value in got.getheaders() if name.lower() not in {*OWN, "content-length"}]
+        length = got.getheader("Content-Length") if self.command == "HEAD" else str(len(content))
+        cut = len(content) // 2 if fault == "cut" else len(content)
+        self.answer(got.status, [*kept, ("Content-Length", length or "0")], content[:cut])
+        self.close_connection |= fault == "cut"
+
+    def answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@contextmanager
+def proxy(target: str) -> Iterator[Proxy]:
+    server = Proxy(target)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,165 @@
+"""A running `python jobs/serve.py`, as its users start it: one for all tests that ask it, because a start takes 20 seconds.
+
+served_home -> ACIP_HOME with two models -> Shared.get -> Server: started, its engine well, nobody's request under way
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import httpx
+import psutil
+import torch
+from transformers import AutoTokenizer
+
+from acip.artifact.artifact import Artifact, sha256
+from acip.evaluate import trade_off
+from tests.support.waiting import PATIENCE_S, until
+
+JOB = Path(__file__).parents[2] / "jobs" / "serve.py"
+PROMPT = "It was a bright cold day and "
+SIZES = (1.0, 0.8, 0.6, 0.4)  # that the models' curves were measured at
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+def make_home(home: Path, small: Artifact, tokens: torch.Tensor) -> Path:
+    """An ACIP_HOME with two champions: `small`, and `talker`, which is the same with a chat template. Both have a measured curve."""
+    from acip_platform.settings import Settings
+    from acip_platform.tracking.runs import Registry, Tracking
+
+    settings = Settings.from_env({"ACIP_HOME": str(home)})
+    registry = Registry(settings)
+    rows = list(trade_off(small.load(), tokens, "held-out", SIZES, small.recipe.stop_ratio))
+    for name in ("small", "talker"):
+        artifact = Artifact.open(copytree(small.folder, home / name)).record_curve(rows)
+        if name == "talker":
+            give_template(artifact)
+        run = Tracking(settings, "test").start(name, "f", {})
+        registry.set_alias(registry.register(name, str(artifact.folder), run.run_id, {}))
+    return home
+
+
+def give_template(artifact: Artifact) -> None:
+    """Give its tokenizer a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(artifact.folder)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(artifact.folder)
+    manifest = artifact.folder / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for file, facts in content["files"].items():
+        facts |= {"bytes": (artifact.folder / file).stat().st_size, "sha256": sha256(artifact.folder / file)}
+    manifest.write_text(json.dumps(content))
+
+
+class Server:
+    """A jobs/serve.py that was started in `home`, and its client."""
+
+    def __init__(self, home: Path, *options: str) -> None:
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self.log = home / "serve.log"
+        env = {**os.environ, "ACIP_HOME": str(home), "RAY_ADDRESS": "local"}
+        with self.log.open("w") as log:
+            command = [sys.executable, str(JOB), "--port", self.url.rpartition(":")[2], *options]
+            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
+        self._seen: set[psutil.Process] = set()  # its processes: whose parent is gone can't be found any more
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def wait_until_free(self) -> None:
+        """Until it has said that it serves, its engine answers, and nobody's request is under way."""
+
+        def free() -> bool:
+            assert self.alive, f"the server ended:\n{self.log.read_text()}"
+            return "stop: Ctrl-C" in self.log.read_text() and self.client.get("/ready").status_code == 200 and not self.open
+
+        until(free, lambda: f"the server is not free:\n{self.log.read_text()}")
+        self._seen.update(self.processes())
+
+    def post(self, path: str = "/v1/completions", **fields: Any) -> httpx.Response:
+        return self.client.post(path, json={"model": "small", **fields})
+
+    def ask(self, **fields: Any) -> dict[str, Any]:
+        response = self.post(**{"prompt": PROMPT, "temperature": 0, **fields})
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def metric(self, name: str, label: str = "") -> float:
+        """The sum of a metric's rows that hold `label`; 0 where nothing was counted yet."""
+        lines = self.client.get("/metrics").text.splitlines()
+        assert any(name.startswith(line.split()[2]) for line in lines if line.startswith("# TYPE")), f"there is no metric {name}"
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name) and label in line)
+
+    @property
+    def open(self) -> float:
+        """Requests that are being answered, or wait for it."""
+        return self.metric("acip_requests_waiting") + self.metric("acip_requests_running")
+
+    def processes(self) -> list[psutil.Process]:
+        top = psutil.Process(self.process.pid)
+        return [top, *top.children(recursive=True)]
+
+    def stop(self) -> None:
+        """Whatever happened to it, none of its processes stays."""
+        self.client.close()
+        if self.alive:
+            self._seen.update(self.processes())
+            self.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(PATIENCE_S)
+        for process in psutil.wait_procs(self._seen, timeout=60)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+
+
+class Shared:
+    """At most one server: the first test that asks for it starts it, and so does the first one after a test that stopped it."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self._server: Server | None = None
+
+    def get(self) -> Server:
+        if self._server is None or not self._server.alive:
+            self.stop()
+            self._server = Server(self.home)
+        try:
+            self._server.wait_until_free()
+        except BaseException:  # one test fails for it, and not each one after it
+            self.stop()
+            raise
+        return self._server
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+        self._server = None
+
+
+def text(answer: dict[str, Any]) -> str:
+    return answer["choices"][0]["text"]
+
+
+def free_port() -> int:
+    """A free port whose neighbor 10000 above is free, too: SeaweedFS takes both."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            port = int(one.getsockname()[1])
+            if port > 55_000:
+                continue
+            try:
+                two.bind(("127.0.0.1", port + 10_000))
+            except OSError:
+                continue
+            return port

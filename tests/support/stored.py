@@ -1,0 +1,69 @@
+"""Makes tests/golden/schema-N: an artifact of the present schema, and what was computed from it when it was made.
+
+    python -m tests.support.stored        refuses where the folder is there: what was stored stays as it was stored
+
+A Llama of two small layers with random weights, calibrated on random bytes; all seeds are 0. expected.json holds what a size
+comes to, expected.safetensors the logits [sizes, T, vocabulary] of `tokens`. tests/acip/artifact/test_stored_schemas.py reads them.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from acip.artifact.artifact import SCHEMA, Artifact
+from acip.base import load_base
+from acip.calibration.loop import calibrate
+from acip.calibration.parametrize import parametrize
+from acip.data import TokenBatches
+from acip.evaluate import trade_off
+from acip.recipe import Recipe
+from acip.sizing.budget import Budget
+from tests.conftest import GOLDEN, byte_tokenizer
+
+SIZES = (1.0, 0.8, 0.6, 0.4)
+RECIPE = Recipe(sample_windows=8, adapter_rank=2, adapter_alpha=4.0, dtype="float32", batch_size=4, seq_len=16, lr=1e-2, post_tune_steps=8)
+
+
+def main() -> None:
+    folder = GOLDEN.parent / f"schema-{SCHEMA}"
+    if folder.exists():
+        sys.exit(f"{folder} is there. A new schema has a new number; see acip/ARTIFACT.md.")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=32, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    tokens = torch.randint(0, 256, (48, 16))
+    with tempfile.TemporaryDirectory() as source:
+        LlamaForCausalLM(config).save_pretrained(source)
+        byte_tokenizer().save_pretrained(source)
+        base = load_base(source, RECIPE.dtype)
+        base.source = "stored"  # not a path of the machine it was made on
+        parametrize(base.model, RECIPE, tokens)
+        calibration = calibrate(base.model, TokenBatches(tokens, RECIPE.batch_size), RECIPE)
+    artifact = Artifact.save(folder / "artifact", base, calibration, {"seed": 0})
+    artifact = artifact.record_curve(list(trade_off(artifact.load(), tokens[:8], "random bytes", SIZES, RECIPE.stop_ratio)))
+    record(folder, artifact, tokens[0, :8])
+
+
+def record(folder: Path, artifact: Artifact, tokens: torch.Tensor) -> None:
+    """What today's code makes of the artifact."""
+    any_size, table = artifact.load(), artifact.table()
+    expected, logits = [], []
+    for size in SIZES:
+        cut = table.cut(Budget(ratio=size))
+        any_size.resize(size)
+        with torch.no_grad():
+            logits.append(any_size.model(input_ids=tokens[None]).logits[0])
+        expected.append({"size": size, "got": cut.got, "params": cut.params, "bytes": cut.bytes, "ranks": cut.ranks})
+    (folder / "expected.json").write_text(json.dumps(expected, indent=1))
+    save_file({"logits": torch.stack(logits), "tokens": tokens.clone()}, folder / "expected.safetensors")
+
+
+if __name__ == "__main__":
+    main()
