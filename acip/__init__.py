@@ -5,12 +5,14 @@ Importing this is cheap, and makes transformers' Auto classes load exported mode
 
 from typing import Any
 
+from acip import renamed
 from acip.auto import introduce
 
 __version__ = "0.1.0"
 __all__ = ["from_pretrained", "pack"]
 
 introduce()
+renamed.install("acip")
 
 
 def __getattr__(name: str) -> Any:

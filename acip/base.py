@@ -24,10 +24,10 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from acip.artifact.byte_sources import HUB_ID, REVISION
 from acip.errors import AcipError, BaseModelError, foreign_errors
 from acip.modeling_acip import widened
 from acip.recipe import Dtype
+from acip.utils.hub_ids import HUB_ID, REVISION
 
 LFS_POINTER = b"version https://git-lfs"
 REMEDY = "Fetch or save the model again, and all of it."

@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from acip import modeling_acip
 from acip.artifact.artifact import CONFIG, MANIFEST, Artifact
-from acip.artifact.byte_sources import HUB_ID
 from acip.base import check_report, quiet
 from acip.errors import ArtifactError, BudgetError, foreign_errors
 from acip.export.folder import any_size_class, check_target, compressed_model, empty_model, export, move_modules, write
@@ -33,6 +32,7 @@ from acip.recipe import Convention
 from acip.sizing.budget import Budget
 from acip.sizing.cut_table import Cut
 from acip.sizing.elastic_model import ElasticModel
+from acip.utils.hub_ids import HUB_ID
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 IDLE_ARGUMENTS = (  # what transformers passes on to every model
@@ -157,7 +157,10 @@ class ElasticCausalLM:
     def prune_model_by_score(
         self, size_ratio: float | None = None, compression_rate: float | None = None, convention: Convention = "linear"
     ) -> "ElasticCausalLM":
-        """The largest size up to `size_ratio` of the base model, in `convention` (acip/sizing/cut_table.py). `compression_rate` = 1 - `size_ratio`."""
+        """Take the largest size up to `size_ratio` of the base model, counted in `convention` (acip/sizing/cut_table.py).
+
+        `compression_rate` is 1 - `size_ratio`; give one of the two.
+        """
         if (size_ratio is None) == (compression_rate is None):
             raise BudgetError("give either size_ratio (0.4 keeps 40 %) or compression_rate (0.6 takes 60 % away), and not both.")
         if size_ratio is None:

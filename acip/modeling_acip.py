@@ -281,6 +281,8 @@ class AcipConfig(PreTrainedConfig):
         base_type, acip = fields.pop("base_model_type", None), fields.get("acip")
         if not isinstance(base_type, str) or not isinstance(acip, dict) or not isinstance(acip.get("layers"), dict):
             raise ValueError('config.json has model_type "acip" but no base_model_type and "acip": {"base_class", "layers"}. Export again.')
+        if "quantise" in acip:  # as exports wrote it until version 0.1
+            fields["acip"] = acip = {("quantize" if key == "quantise" else key): value for key, value in acip.items()}
         config_class, _ = classes(base_type, str(acip.get("base_class")))
         return config_class.from_dict(fields, **kwargs)
 
@@ -385,7 +387,8 @@ def classes(base_type: str, base_class: str) -> tuple[Any, Any]:
     config_class: Any = type(f"Acip{base_class}Config", (CompressedConfig, base_config), body)
     keep = (*(base_model._keep_in_fp32_modules_strict or ()), *CompressedModel._keep_in_fp32_modules_strict)
     body = {
-        "__module__": __name__, "__doc__": CompressedModel.__doc__, "config_class": config_class, "_keep_in_fp32_modules_strict": list(keep),
+        "__module__": __name__, "__doc__": CompressedModel.__doc__, "config_class": config_class,
+        "_keep_in_fp32_modules_strict": list(keep),
     }  # fmt: skip
     model_class: Any = type(f"Acip{base_class}", (CompressedModel, base_model), body)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)

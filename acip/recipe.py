@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
+from acip import renamed
 from acip.errors import RecipeError, cited
 
 Basis = Literal["covariance", "svd"]
@@ -129,9 +130,12 @@ class Recipe:
         """`start` (default: the default recipe) with `fields` changed. Unknown names and wrong types are RecipeErrors."""
         known = {field.name: field.type for field in dataclasses.fields(cls)}
         changes: dict[str, Any] = {}
-        for name, value in fields.items():
+        for given, value in fields.items():
+            name = renamed.recipe_field(given)
             if name not in known:
                 raise RecipeError(f"unknown recipe field {cited(name)}{did_you_mean(name, known)}. Allowed: {', '.join(known)}.")
+            if name in changes:
+                raise RecipeError(f"{name} is given twice, once under its old name. Keep {name}.")
             changes[name] = coerce(name, value, known[name])
         return dataclasses.replace(start or cls(), **changes)
 

@@ -111,7 +111,8 @@ def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
         "tracking": masked(settings.tracking_uri),
         "run": f"{mlflow_run.run_id} in experiment {mlflow_run.experiment_id}",
         "from": masked(version.uri),
-        "text": f"{job.data}, {recipe.post_tune_steps} steps of {recipe.batch_size * recipe.gradient_accumulation_steps} x {recipe.seq_len} tokens",
+        "text": f"{job.data}, {recipe.post_tune_steps} steps of "
+        f"{recipe.batch_size * recipe.gradient_accumulation_steps} x {recipe.seq_len} tokens",
         "worker": f"{part.gpus:g} GPU, {part.cpus:g} CPU",
     })  # fmt: skip
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from acip_platform.settings import Settings, masked, this_python
 
-from acip.artifact.byte_sources import HUB_ID
 from acip.errors import AcipError
+from acip.utils.hub_ids import HUB_ID
 
 KINDS = ("nf4", "fp4", "int8", "best")
 

@@ -4,7 +4,7 @@
     python jobs/sweep.py ... --only NAME       which model, where the fleet has several
     python jobs/sweep.py ... --dry-run         the trials, and stop
 
-The winner has the least area under excess loss over sizes 0.4 to 1.0 (acip/sizing/excess_loss_area.py), of the trials that were finished; it is
+The winner is the finished trial with the least area under excess loss over sizes 0.4 to 1.0 (acip/sizing/excess_loss_area.py). It is
 registered as `candidate`. It is chosen by the text that its curve is measured on. The same command after an interruption goes
 on, and repeats no finished trial. Exit code 0 = every trial came to its end, 1 = some failed.
 """

@@ -33,7 +33,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from acip.artifact.byte_sources import Folder, Source, sha256
+from acip.artifact.byte_sources import Folder, Source
 from acip.artifact.reader import ModelLoader
 from acip.artifact.safetensors_ranges import TensorFile, digests
 from acip.base import Base
@@ -46,6 +46,7 @@ from acip.recipe import Recipe
 from acip.sizing.budget import Bits, Budget, Curve, Decoder
 from acip.sizing.cut_table import CutTable, LayerShape, Weights
 from acip.sizing.elastic_model import ElasticModel
+from acip.utils.checksums import sha256
 
 SCHEMA = 4
 READABLE = (3, SCHEMA)  # until 3, config.json was the base model's own

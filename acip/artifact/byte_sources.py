@@ -5,7 +5,6 @@ platform's: they bring a `Source` of their own, whose bytes are compared with th
 """
 
 import errno
-import hashlib
 import mmap
 import sys
 from collections.abc import Sequence
@@ -15,8 +14,6 @@ from typing import Protocol
 from acip.errors import ArtifactError
 
 NORESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which the module doesn't name
-HUB_ID = r"[\w.-]+/[\w.-]+"  # a repository of the hub
-REVISION = r"(@[\w./-]+)?"  # of it
 Range = tuple[int, int]  # the first byte, and the one after the last
 
 
@@ -57,8 +54,3 @@ class Folder:
                 raise MemoryError(f"{self.folder / file} can't be mapped: this process may not have more memory.") from error
             raise ArtifactError(f"{self.folder / file} can't be read: {error}. Fetch the artifact again.") from error
         return [mapped[start:stop] for start, stop in ranges]
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

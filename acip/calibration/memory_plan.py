@@ -9,7 +9,8 @@ A calibration has phases, and each phase its largest moment, a sum of parts:
 
 The largest moment of a step is when the loss is computed, or when the backward pass is in its first block. Activations are
 counted layer by layer, as autograd keeps them (`_Block`, `_Prediction.kept`), and measured in tests/acip/calibration/test_memory_plan.py.
-Not counted: the device's context, buffers inside of cuBLAS and LAPACK beyond `solve`, and what allocators lose (`acip.calibration.memory_check.HEADROOM`).
+Not counted: the device's context, buffers inside of cuBLAS and LAPACK beyond `solve`, and what allocators lose
+(`acip.calibration.memory_check.HEADROOM`).
 """
 
 import copy

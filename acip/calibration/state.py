@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from acip.artifact.byte_sources import sha256
 from acip.errors import CalibrationError
 from acip.layers.linear import ElasticLinear, SVDLinear, sort_directions
 from acip.layers.targets import targets, weight_MN
 from acip.recipe import Recipe
 from acip.sizing.model_sizes import live_ranks, sort_layers
 from acip.sizing.score_map import ScoreMap
+from acip.utils.checksums import sha256
 
 FILES = "state.json", "state.safetensors"  # of a saved state
 SUMS = "sha256.json"  # their checksums, written last

@@ -50,7 +50,7 @@ class DivergenceOn(OnText):
 
 
 def distance(ours_TV: Tensor, theirs_TV: Tensor) -> tuple[float, float]:
-    """(KL, share of equal top tokens) of one window's logits. Only chunks of them are float32 at once (`acip.calibration.losses.Divergence`)."""
+    """Return (KL, share of equal top tokens) of one window's logits. Only chunks of them are float32 at once."""
     if ours_TV.shape != theirs_TV.shape:
         raise EvaluationError(f"logits are {list(ours_TV.shape)}, the base model's {list(theirs_TV.shape)}: it is another model's base.")
     kl, _ = Divergence.apply(ours_TV, theirs_TV)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from acip.artifact.artifact import Artifact
-from acip.artifact.byte_sources import HUB_ID, REVISION
+from acip.utils.hub_ids import HUB_ID, REVISION
 
 HEAD = ("library_name: transformers", "pipeline_tag: text-generation", "tags:")
 

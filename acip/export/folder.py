@@ -27,7 +27,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from acip.artifact.artifact import Artifact, sha256
+from acip.artifact.artifact import Artifact
 from acip.artifact.byte_sources import Folder
 from acip.artifact.safetensors_ranges import TensorFile
 from acip.base import quiet_progress
@@ -38,6 +38,7 @@ from acip.layers.linear import LowRankLinear, PivotLinear
 from acip.modeling_acip import CompressedModel, classes
 from acip.sizing.cut_table import Cut
 from acip.sizing.elastic_model import ElasticModel
+from acip.utils.checksums import sha256
 
 PROVENANCE = "provenance.json"
 SCHEMA = 1

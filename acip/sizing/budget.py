@@ -31,6 +31,7 @@ MEGA, GIGA = 10**6, 10**9
 OVERHEAD = 256 * MEGA  # bytes; stated, not measured: kernels' workspaces, and what allocators lose
 
 QUANTIZED = "quantized"  # a measurement (acip.evaluate.perplexity)
+QUANTISED = ("quantised", "quantise")  # its kind and field in curves until version 0.1
 Kind = Literal["nf4", "fp4", "int8"]  # what matrices are quantized to
 KIND_OF_BITS: dict[Bits, Kind] = {8: "int8", 4: "nf4"}
 # What losses have in common that can be compared, and what is meant where a row doesn't say
@@ -251,7 +252,9 @@ def _loss(row: Mapping[str, Any], bits: Bits | None) -> Any:
         return row.get("loss")
     parts = row.get("evaluation")
     for part in parts if isinstance(parts, list) else ():
-        if isinstance(part, dict) and part.get("kind") == QUANTIZED and part.get("quantize") == KIND_OF_BITS[bits]:
+        if isinstance(part, dict) and part.get("kind") == QUANTISED[0]:
+            part = {**part, "kind": QUANTIZED, "quantize": part.get(QUANTISED[1])}  # noqa: PLW2901
+        if isinstance(part, dict) and (part.get("kind"), part.get("quantize")) == (QUANTIZED, KIND_OF_BITS[bits]):
             values = part.get("values")
             if measured_on(part) == measured_on(row) and isinstance(values, dict):
                 return values.get("loss_nats")

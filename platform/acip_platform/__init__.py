@@ -2,4 +2,7 @@
 
 import logging
 
+from acip import renamed
+
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it says at import is not for the readers of a job's log
+renamed.install("acip_platform")

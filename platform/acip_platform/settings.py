@@ -25,6 +25,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from acip import renamed
 from acip.errors import AcipError
 
 PASSED_ON = ("AWS_", "MLFLOW_", "HF_", "ACIP_", "RAY_SERVE_")  # what Ray workers need of the submitter's environment ...
@@ -83,7 +84,7 @@ class Settings:
 
 def _place(env: Mapping[str, str], name: str, default: Path) -> str:
     """A URI as it is; a folder from its root, because workers run elsewhere."""
-    text = env.get(name) or str(default)
+    text = renamed.environment(env, name) or str(default)
     if "://" not in text:
         return str(Path(text).expanduser().resolve())
     if not text.startswith(("s3://", "file://")):
@@ -129,7 +130,7 @@ def keep_loopback_direct(env: MutableMapping[str, str]) -> None:
 
 
 def _positive(env: Mapping[str, str], name: str, default: float, unit: str) -> float:
-    text = env.get(name) or str(default)
+    text = renamed.environment(env, name) or str(default)
     try:
         number = float(text)
     except ValueError:

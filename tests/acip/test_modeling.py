@@ -10,12 +10,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
 import acip
-from acip.artifact.artifact import Artifact, sha256
+from acip.artifact.artifact import Artifact
 from acip.errors import ArtifactError, BudgetError, HubError
 from acip.export.folder import PROVENANCE
 from acip.modeling import ElasticCausalLM
 from acip.sizing.budget import Budget
 from acip.sizing.elastic_model import ElasticModel
+from acip.utils.checksums import sha256
 from tests.conftest import logits, read
 
 

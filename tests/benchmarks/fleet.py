@@ -4,8 +4,8 @@
     python tests/benchmarks/fleet.py --quick     models of a third of the length
     python tests/benchmarks/fleet.py --check     ends with 1 below 90 % occupancy, or where a model is missing
 
-The nodes are raylets of their own on this machine (`ray.cluster_utils.Cluster`); what is scheduled is `acip_platform.scheduling.job_queue.run_all`
-with placement groups of what `resources_of` gives each job, as Ray Train makes them. The work is a sleep, as long as the model has
+The nodes are raylets of their own on this machine (`ray.cluster_utils.Cluster`). `acip_platform.scheduling.job_queue.run_all` schedules
+placement groups of what `resources_of` gives each job, as Ray Train makes them. The work is a sleep in proportion to the model's
 parameters, +-20 %. What a lost node had begun is begun again, and was busy until then. Occupancy is GPU-seconds asleep, over
 GPU-seconds of the nodes alive, from the first start to the last end. Ray Train's own start of a worker (10 to 20 s) is not in here.
 """

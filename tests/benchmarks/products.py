@@ -1,5 +1,6 @@
-"""What a CPU's products of few rows cost, by kernel and shape: why `acip.layers.mixed_sizes` pads rows and ranks, `acip.layers.packing` packs
-dense weights, and `onednn` chooses kernels.
+"""Measure products of few rows on a CPU, by kernel and shape.
+
+The results are why `acip.layers.mixed_sizes` pads rows and ranks, `acip.layers.packing` packs dense weights, and `onednn` chooses kernels.
 
     python tests/benchmarks/products.py [--quick] [--check]
 

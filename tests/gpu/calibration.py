@@ -1,7 +1,8 @@
 """Part 2: how fast a calibration of Llama-7B's shape is, how much memory it takes, and the paper's algorithm to the letter beside it.
 
-Seconds, tokens/s, the share of the measured matmul peak, and the peak memory beside the prediction of acip.calibration.memory_plan. FLOPs are those of
-linear layers and head: 2 x tokens x numbers multiplied, once forward, once for the inputs' gradients, once more for the adapters' own.
+Seconds, tokens/s, the share of the measured matmul peak, and the peak memory beside the prediction of acip.calibration.memory_plan.
+FLOPs are those of linear layers and head: 2 x tokens x numbers multiplied, once forward, once for the gradients of the inputs, once
+more for those of the adapters.
 """
 
 import math

@@ -19,8 +19,9 @@ from acip_platform.serve.http.requests import CompletionRequest
 from acip_platform.tracking.runs import ModelVersion
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from acip.artifact.artifact import Artifact, sha256
+from acip.artifact.artifact import Artifact
 from acip.errors import AcipError
+from acip.utils.checksums import sha256
 
 PROMPT = list(b"the cat and the cat and the ")
 VERSION = ModelVersion("small", "7", "here", (), {})

@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
-from acip.artifact.artifact import Artifact, sha256
+from acip.artifact.artifact import Artifact
+from acip.utils.checksums import sha256
 from tests.conftest import byte_tokenizer
 from tests.serve.test_detokenizer import llama
 from tests.support.application import Application

@@ -19,8 +19,9 @@ import psutil
 import torch
 from transformers import AutoTokenizer
 
-from acip.artifact.artifact import Artifact, sha256
+from acip.artifact.artifact import Artifact
 from acip.evaluate import trade_off
+from acip.utils.checksums import sha256
 from tests.support.waiting import PATIENCE_S, until
 
 JOB = Path(__file__).parents[2] / "jobs" / "serve.py"

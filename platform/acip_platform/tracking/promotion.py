@@ -1,6 +1,6 @@
 """Who is served: a new version becomes the champion only where its curve is better, by one stated rule.
 
-    area under the excess loss (acip.sizing.excess_loss_area), from the smallest size that both curves reach, to 1.0; strictly less is better
+    area under the excess loss (acip.sizing.excess_loss_area), from the smallest size that both curves reach to 1.0; less is better
 
 Only what was measured alike is compared: the same base model, held-out text, context and windows. What can't be compared, or
 is not better, is a candidate, and `jobs/promote.py` lets a person decide.

@@ -2,7 +2,7 @@
 
     trunks    one per pruning that several trials share: leaves a state for each stop ratio (acip.calibration.shared_pruning)
     trials    each goes on from its trunk's state, post-tunes, and measures its curve
-    winner    the least area under excess loss (acip.sizing.excess_loss_area) of the trials that were finished: its artifact is made from its state
+    winner    the finished trial with the least area under excess loss (acip.sizing.excess_loss_area): its artifact is made from its state
 
 Tune starts, retries and resumes both; a sweep of the same name and trials goes on where it stopped. Trials on a node share
 the bases of the layers (BasisCache: computed by one of them, mapped by all).

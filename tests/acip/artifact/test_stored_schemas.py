@@ -1,4 +1,4 @@
-"""Artifacts that were stored when their schema was new (tests/support/stored.py): today's code reads them, and computes what was computed then."""
+"""Artifacts stored by earlier versions (tests/support/stored.py) are read by today's code and give the results recorded then."""
 
 import json
 import shutil

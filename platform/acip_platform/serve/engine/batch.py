@@ -2,8 +2,8 @@
 
     waiting --a slot is free--> prefilling, in pieces --first token--> continued, a token a step --end--> slot free again
 
-Each step is one forward pass over a token of every sequence that is being continued and, up to `PREFILL_CHUNK_TOKENS` tokens, over prompts: so a
-long prompt delays the others by one piece at a time. First come, first served, whatever the size: none starves.
+Each step is one forward pass over one token of every sequence that is being continued and over up to `PREFILL_CHUNK_TOKENS` tokens
+of prompts, so a long prompt delays the others by one chunk at a time. Requests of all sizes are served in their order of arrival.
 """
 
 import time

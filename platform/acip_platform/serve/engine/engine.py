@@ -2,8 +2,8 @@
 
     request -> which size, which tokens -> sequences in the model's batch -> [thread: step, step, ...] -> events, as they come
 
-Every size of a model is served from one copy of its sorted factors, and sizes share a step (`acip.layers.mixed_sizes`), so nothing is loaded,
-moved or switched between requests. Models take turns, a step each.
+Every size of a model is served from one copy of its sorted factors, and sizes share a step
+(`acip.layers.mixed_sizes`), so nothing is loaded, moved or switched between requests. Models take turns, a step each.
 """
 
 import logging

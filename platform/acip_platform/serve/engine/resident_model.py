@@ -29,7 +29,10 @@ log = logging.getLogger("ray.serve")
 
 
 class ResidentModel:
-    """One registered version of a model, resident at every size. `packed`: with copies of dense weights that are faster (`acip.layers.packing`)."""
+    """One registered version of a model, resident at every size.
+
+    With `packed`, dense weights have copies that are faster on a CPU (`acip.layers.packing`).
+    """
 
     def __init__(
         self,

@@ -1,0 +1,60 @@
+"""Old names keep working for one release, with a warning that names the new one."""
+
+import importlib
+import sys
+
+import pytest
+from acip_platform.settings import Settings
+
+from acip import renamed
+from acip.errors import RecipeError
+from acip.modeling_acip import AcipConfig
+from acip.recipe import Recipe
+
+
+@pytest.mark.parametrize(("old", "new"), sorted(renamed.MODULES.items()))
+def test_an_old_module_gives_the_new_one_s_names(old: str, new: str) -> None:
+    sys.modules.pop(old, None)
+    with pytest.warns(FutureWarning, match=new):
+        module = importlib.import_module(old)
+    moved = importlib.import_module(new)
+    public = [name for name in vars(moved) if not name.startswith("_")]
+    assert all(getattr(module, name) is getattr(moved, name) for name in public)
+    for before, after in renamed.NAMES.get(new, {}).items():
+        assert getattr(module, before) is getattr(moved, after)
+    with pytest.raises(AttributeError):
+        module.no_such_name  # noqa: B018
+
+
+def test_every_renamed_name_exists() -> None:
+    for module, names in renamed.NAMES.items():
+        assert all(hasattr(importlib.import_module(module), name) for name in names.values()), module
+
+
+@pytest.mark.parametrize(("old", "new"), sorted(renamed.RECIPE_FIELDS.items()))
+def test_an_old_recipe_field_sets_the_new_one(old: str, new: str) -> None:
+    value = "nf4" if new == "quantize" else getattr(Recipe(), new)
+    with pytest.warns(FutureWarning, match=f"{old} is now called {new}"):
+        assert getattr(Recipe.from_dict({old: value}), new) == value
+
+
+def test_an_old_and_a_new_name_together_are_an_error() -> None:
+    with pytest.warns(FutureWarning), pytest.raises(RecipeError, match="distill_weight is given twice"):
+        Recipe.from_dict({"distill": 0.5, "distill_weight": 1.0})
+
+
+@pytest.mark.parametrize(("old", "new"), sorted(renamed.ENVIRONMENT.items()))
+def test_an_old_environment_variable_is_read(old: str, new: str) -> None:
+    with pytest.warns(FutureWarning, match=new):
+        there = Settings.from_env({"ACIP_HOME": "/home/of/a/test", old: "s3://bucket/there"})
+    assert "s3://bucket/there" in (there.store, there.runs)
+    given = Settings.from_env({"ACIP_HOME": "/home/of/a/test", old: "s3://bucket/old", new: "s3://bucket/new"})
+    assert "s3://bucket/new" in (given.store, given.runs)
+
+
+def test_the_config_of_an_export_made_before_is_read() -> None:
+    fields = {
+        "model_type": "acip", "base_model_type": "llama", "hidden_size": 8, "num_attention_heads": 2,
+        "acip": {"base_class": "LlamaForCausalLM", "quantise": "int8", "layers": {}},
+    }  # fmt: skip
+    assert AcipConfig.from_dict(fields).acip == {"base_class": "LlamaForCausalLM", "quantize": "int8", "layers": {}}
