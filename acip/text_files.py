@@ -116,7 +116,7 @@ def _opened(file: Path, compression: str) -> BinaryIO:
         return file.open("rb")
     import pyarrow as pa
 
-    return pa.CompressedInputStream(pa.OSFile(str(file)), compression)  # type: ignore[no-any-return]
+    return pa.CompressedInputStream(pa.OSFile(str(file)), compression)
 
 
 def _blocks(raw: BinaryIO, file: Path) -> Iterator[str]:
