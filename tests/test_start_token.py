@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from acip.errors import DataError
 from acip.evaluate import DivergenceOn, PerplexityOn, Samples, TaskScore, Text, evaluate, extended, recorded, trade_off
 from acip.evaluate.perplexity import perplexity
 from acip.evaluate.tasks import harness
-from acip.evaluate.text import cut_by
+from acip.evaluate.text import STARTED, Protocol, cut_by
 from acip.materialise import AnySize
 from tests.conftest import byte_tokenizer
 from tests.test_variants import recipe
@@ -37,7 +37,7 @@ TEXT = Text("package:austen", context=64, windows=4)
 def adding(before: list[int], after: list[int] | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer of golden's model, that puts tokens around every text."""
     tokenizer = byte_tokenizer()
-    names = {id: tokenizer.convert_ids_to_tokens(id) for id in (*before, *(after or []))}
+    names = {id: str(tokenizer.convert_ids_to_tokens(id)) for id in (*before, *(after or []))}
     template = " ".join([*(names[id] for id in before), "$A", *(names[id] for id in after or [])])
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[(n, i) for i, n in names.items()])
     return tokenizer
@@ -110,14 +110,16 @@ def test_pieces_of_a_long_document_have_the_tokens_of_the_whole() -> None:
 
 def test_only_the_literature_s_protocols_go_without() -> None:
     tokenizer, plain = adding([1]), byte_tokenizer()
-    for protocol in ("packed", "spread"):
+    protocol: Protocol
+    assert STARTED == ("packed", "spread")
+    for protocol in STARTED:
         windows = Text("package:austen", protocol, 64).tokens(tokenizer)
         assert all(window[0] == 1 and len(window) == 64 for window in windows)
         assert (
             torch.cat([window[1:] for window in windows]).tolist()
             == [id for window in Text("package:austen", protocol, 63).tokens(plain) for id in window.tolist()][: 63 * len(windows)]
         )
-    for protocol in ("field", "paper"):
+    for protocol in set(get_args(Protocol)) - set(STARTED):
         windows = Text("package:austen", protocol, 64).tokens(tokenizer)
         assert windows[0][0] == 1 and not any(1 in window for window in (windows[0][1:], *windows[1:]))
         assert all(map(torch.equal, Text("package:austen", protocol, 64).tokens(plain)[0][None, :63], windows[0][None, 1:]))
