@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from acip.base import Base, load_base, tokenizer_of
 from acip.data import AROUND, documents, pieces, start_tokens, token_windows
 from acip.errors import DataError
 from acip.evaluate import DivergenceOn, PerplexityOn, Samples, TaskScore, Text, evaluate, extended, recorded, trade_off
-from acip.evaluate.heldout_text import cut_by
+from acip.evaluate.heldout_text import STARTED, Protocol, cut_by
 from acip.evaluate.perplexity import perplexity
 from acip.evaluate.tasks import harness
 from acip.sizing.elastic_model import ElasticModel
@@ -110,15 +110,16 @@ def test_pieces_of_a_long_document_have_the_tokens_of_the_whole() -> None:
 
 def test_only_the_literature_s_protocols_go_without() -> None:
     tokenizer, plain = adding([1]), byte_tokenizer()
-    for protocol in ("packed", "spread"):
+    protocol: Protocol
+    assert STARTED == ("packed", "spread")
+    for protocol in STARTED:
         windows = Text("package:austen", protocol, 64).tokens(tokenizer)
         assert all(window[0] == 1 and len(window) == 64 for window in windows)
         assert (
             torch.cat([window[1:] for window in windows]).tolist()
             == [id for window in Text("package:austen", protocol, 63).tokens(plain) for id in window.tolist()][: 63 * len(windows)]
         )
-    literature: tuple[Literal["field", "paper"], ...] = ("field", "paper")
-    for protocol in literature:
+    for protocol in set(get_args(Protocol)) - set(STARTED):
         windows = Text("package:austen", protocol, 64).tokens(tokenizer)
         assert windows[0][0] == 1 and not any(1 in window for window in (windows[0][1:], *windows[1:]))
         assert all(map(torch.equal, Text("package:austen", protocol, 64).tokens(plain)[0][None, :63], windows[0][None, 1:]))
