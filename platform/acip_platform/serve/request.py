@@ -146,7 +146,7 @@ class CompletionRequest(Asked):
         if self.prompt is None:
             return [""]
         one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if one else self.prompt  # type: ignore[return-value, list-item]
+        return [self.prompt] if one else self.prompt  # type: ignore[return-value]
 
     @property
     def limit(self) -> int | None:
@@ -252,8 +252,8 @@ def explain(errors: Sequence[Any], fields: Any, kind: type[BaseModel]) -> Reques
     first = errors[0]
     if first["type"] == "json_invalid":
         reason, at = first.get("ctx", {}).get("error", ""), first["loc"][-1]
-        place = f" (at character {at})" if isinstance(at, int) and at >= 0 else ""
-        return RequestError(f"the body is not JSON: {reason}{place}.", code="invalid_json")
+        character = f" (at character {at})" if isinstance(at, int) and at >= 0 else ""
+        return RequestError(f"the body is not JSON: {reason}{character}.", code="invalid_json")
     if len(first["loc"]) < 2 or not isinstance(fields, Mapping):
         example = {"prompt": "Once upon a time"} if kind is CompletionRequest else {}
         if kind is ChatRequest:
