@@ -55,7 +55,7 @@ def complete(app: Application, **fields: Any) -> tuple[int, Any]:
 
 def test_our_own_answer_is_accepted_as_history_by_openais_client(app: Application) -> None:
     async def talk() -> list[int]:
-        http = httpx.AsyncClient(transport=httpx.ASGITransport(app.app), base_url="http://here", timeout=120)
+        http: Any = httpx.AsyncClient(transport=httpx.ASGITransport(app.app), base_url="http://here", timeout=120)
         client = openai.AsyncOpenAI(base_url="http://here/v1", api_key="none", http_client=http, max_retries=0)
         messages: list[Any] = [HELLO]
         read = []
@@ -72,13 +72,14 @@ def test_our_own_answer_is_accepted_as_history_by_openais_client(app: Applicatio
 def test_an_answer_sent_back_says_what_it_said(app: Application) -> None:
     plain = chat(app, HELLO, {"role": "assistant", "content": "Hi"}, HELLO)[1]["usage"]["prompt_tokens"]
     as_parts: list[Any] = [{"type": "text", "text": "H", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "i"}]
-    for said in (
+    sayings: list[dict[str, Any]] = [
         {"content": "Hi", "refusal": None, "tool_calls": None, "function_call": None, "audio": None, "annotations": [], "id": "msg-1"},
         {"content": "Hi", "tool_calls": [], "provider_specific_fields": {"refusal": None}, "of_another_server": {"a": [None, ""]}},
         {"content": as_parts},
         {"content": None, "refusal": "Hi"},
         {"content": [{"type": "refusal", "refusal": "Hi"}], "name": "me"},
-    ):
+    ]
+    for said in sayings:
         status, body = chat(app, HELLO, {"role": "assistant", **said}, HELLO)
         assert status == 200, body
         assert body["usage"]["prompt_tokens"] == plain
