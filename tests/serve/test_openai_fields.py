@@ -73,14 +73,14 @@ def test_our_own_answer_is_accepted_as_history_by_openais_client(app: Applicatio
 def test_an_answer_sent_back_says_what_it_said(app: Application) -> None:
     plain = chat(app, HELLO, {"role": "assistant", "content": "Hi"}, HELLO)[1]["usage"]["prompt_tokens"]
     as_parts: list[Any] = [{"type": "text", "text": "H", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "i"}]
-    answers: tuple[dict[str, Any], ...] = (
+    sayings: list[dict[str, Any]] = [
         {"content": "Hi", "refusal": None, "tool_calls": None, "function_call": None, "audio": None, "annotations": [], "id": "msg-1"},
         {"content": "Hi", "tool_calls": [], "provider_specific_fields": {"refusal": None}, "of_another_server": {"a": [None, ""]}},
         {"content": as_parts},
         {"content": None, "refusal": "Hi"},
         {"content": [{"type": "refusal", "refusal": "Hi"}], "name": "me"},
-    )
-    for said in answers:
+    ]
+    for said in sayings:
         status, body = chat(app, HELLO, {"role": "assistant", **said}, HELLO)
         assert status == 200, body
         assert body["usage"]["prompt_tokens"] == plain
