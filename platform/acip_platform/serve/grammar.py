@@ -89,13 +89,10 @@ class Grammars:
             if grammar not in self._compiled:
                 if self._words is None:
                     self._words = _words(self.table, self._tokenizer, self.vocabulary, self._ends)
-                try:
-                    matcher = LLMatcher(self._words, LLMatcher.grammar_from_lark(grammar), log_level=0)
-                    probe = matcher.deep_copy()
-                    probe.compute_bitmask()
-                    reason = "nothing fits it" if probe.is_stopped() and not matcher.is_error() else matcher.get_error()
-                except Exception as error:
-                    matcher, reason = None, str(error)
+                matcher = LLMatcher(self._words, LLMatcher.grammar_from_lark(grammar), log_level=0)
+                probe = matcher.deep_copy()
+                probe.compute_bitmask()
+                reason = "nothing fits it" if probe.is_stopped() and not matcher.is_error() else matcher.get_error()
                 if reason:
                     raise RequestError(f"{param} has a schema that can't be followed: {_short(reason)}", param, "invalid_schema")
                 self._compiled[grammar] = matcher
@@ -164,7 +161,8 @@ def _unknown(schema: Any, where: str, depth: int, param: str) -> Iterator[tuple[
 def _words(table: TokenBytes, tokenizer: Any, vocabulary: int, ends: list[int]) -> LLTokenizer:
     """llguidance's view of a vocabulary. Without an end token there is one more, which the model can't choose."""
     size = vocabulary if ends else vocabulary + 1
-    return LLTokenizer(_Words(table, tokenizer, size, ends or [vocabulary]), n_vocab=size, eos_token=ends or [vocabulary])
+    words: Any = _Words(table, tokenizer, size, ends or [vocabulary])
+    return LLTokenizer(words, n_vocab=size, eos_token=ends or [vocabulary])
 
 
 class _Words:

@@ -114,8 +114,7 @@ class Served:
             if request.has_tools and "tool" not in str(self.tokenizer.chat_template):
                 message = f"the chat template of {self.version.name} has no tools, so it can't take messages of tools; leave them out."
                 raise RequestError(message, "messages", "no_tools")
-            told = self.forms.tools(request)
-            tools = told and [tool.model_dump(exclude_none=True) for tool in told]
+            tools = [tool.model_dump(exclude_none=True) for tool in self.forms.tools(request) or []] or None
             try:
                 text = self.tokenizer.apply_chat_template(request.told, tools=tools, tokenize=False, add_generation_prompt=True)
             except Exception as error:  # whatever a template makes of them
