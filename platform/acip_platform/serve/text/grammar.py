@@ -90,14 +90,11 @@ class Grammars:
             if grammar not in self._compiled:
                 if self._words is None:
                     self._words = _words(self.table, self._tokenizer, self.vocabulary, self._ends)
-                try:
-                    matcher = LLMatcher(self._words, LLMatcher.grammar_from_lark(grammar), log_level=0)
-                    probe = matcher.deep_copy()
-                    probe.compute_bitmask()
-                    reason = "nothing fits it" if probe.is_stopped() and not matcher.is_error() else matcher.get_error()
-                except Exception as error:
-                    matcher, reason = None, str(error)
-                if reason or matcher is None:
+                matcher = LLMatcher(self._words, LLMatcher.grammar_from_lark(grammar), log_level=0)
+                probe = matcher.deep_copy()
+                probe.compute_bitmask()
+                reason = "nothing fits it" if probe.is_stopped() and not matcher.is_error() else matcher.get_error()
+                if reason:
                     raise RequestError(f"{param} has a schema that can't be followed: {_short(reason)}", param, "invalid_schema")
                 self._compiled[grammar] = matcher
                 while len(self._compiled) > KEPT:
