@@ -201,4 +201,4 @@ class OldModules:
 def install(package: str) -> None:
     """Make the old modules of `package` importable. Modules that exist are found first."""
     if not any(isinstance(finder, OldModules) and finder.package == package for finder in sys.meta_path):
-        sys.meta_path.append(OldModules(package))  # type: ignore[arg-type]
+        sys.meta_path.append(OldModules(package))
