@@ -154,10 +154,13 @@ def test_an_address_that_is_no_cluster_is_one_line_at_once(
 
 @pytest.mark.parametrize("uri", ["no_such://x", "postgresql+no_such://x/y", "http://["])
 def test_a_registry_that_can_not_be_one_is_ours(uri: str, tmp_path: Path) -> None:
-    with pytest.raises(AcipError, match="MLFLOW_TRACKING_URI"):
+    def ask() -> list[str]:
         settings = Settings.from_env({"ACIP_HOME": str(tmp_path), "MLFLOW_TRACKING_URI": uri})
         with reached(settings):
-            Registry(settings).models()
+            return Registry(settings).models()
+
+    with pytest.raises(AcipError, match="MLFLOW_TRACKING_URI"):
+        ask()
 
 
 def test_an_endpoint_that_is_no_url_is_a_store_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
