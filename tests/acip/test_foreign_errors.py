@@ -157,10 +157,10 @@ def test_an_address_that_is_no_cluster_is_one_line_at_once(
 
 @pytest.mark.parametrize("uri", ["no_such://x", "postgresql+no_such://x/y", "http://["])
 def test_a_registry_that_can_not_be_one_is_ours(uri: str, tmp_path: Path) -> None:
-    def ask() -> None:
+    def ask() -> list[str]:
         settings = Settings.from_env({"ACIP_HOME": str(tmp_path), "MLFLOW_TRACKING_URI": uri})
         with reached(settings):
-            Registry(settings).models()
+            return Registry(settings).models()
 
     with pytest.raises(AcipError, match="MLFLOW_TRACKING_URI"):
         ask()

@@ -14,6 +14,7 @@ from acip.errors import ArtifactError
 from acip.sizing.budget import Budget
 from tests.conftest import GOLDEN, logits
 
+pytestmark = pytest.mark.filterwarnings("ignore:the recipe field")  # they have the old names
 STORED = sorted(GOLDEN.parent.glob("schema-*"))
 
 
