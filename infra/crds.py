@@ -1,4 +1,4 @@
-"""KubeRay's CustomResourceDefinitions -> infra/kuberay.schema.json, by which tests/test_infra.py judges the manifests.
+"""KubeRay's CustomResourceDefinitions, as infra/kuberay.schema.json, with which tests/infra/test_kubernetes.py checks the manifests.
 
     python infra/crds.py ray.io_rayjobs.yaml ray.io_rayservices.yaml
 

@@ -241,7 +241,7 @@ def _provenance(model: PreTrainedModel, cut: Cut, artifact: Artifact, folder: Pa
         "storage": _forms(model.config.acip["layers"]),
         "weight_bytes": tensor_bytes(folder),
         "curve": manifest["curve"],
-        "packages": {name: _version(name) for name in ("acip-platform", "torch", "transformers", "safetensors")},
+        "packages": {name: _version(name) for name in ("acip", "torch", "transformers", "safetensors")},
     }
 
 

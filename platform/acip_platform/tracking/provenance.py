@@ -12,7 +12,7 @@ import torch
 
 from acip_platform.scheduling.fleet import Job
 
-PACKAGES = ("acip-platform", "torch", "transformers", "peft", "ray")
+PACKAGES = ("acip", "torch", "transformers", "peft", "ray")
 
 
 def provenance(job: Job) -> dict[str, Any]:

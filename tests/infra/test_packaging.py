@@ -1,0 +1,62 @@
+"""The method is usable on its own: `pip install .` brings neither Ray nor MLflow."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+from pathlib import Path
+
+import pytest
+
+from acip.artifact import Artifact
+
+ROOT = Path(__file__).parents[2]
+PLATFORM = ("ray", "mlflow", "boto3", "fastapi", "bitsandbytes", "lm_eval")
+USE = """
+import importlib.util, json, sys
+import acip
+from acip.artifact import Artifact
+
+elastic = Artifact.open(sys.argv[1]).load()
+cut = elastic.resize(0.6)
+ids = elastic.model.generate(input_ids=__import__("torch").tensor([[65, 66]]), max_new_tokens=4, do_sample=False)
+installed = [name for name in sys.argv[2:] if importlib.util.find_spec(name) is not None]
+print(json.dumps({"where": acip.__file__, "got": cut.got, "tokens": ids.shape[1], "installed": installed}))
+"""
+
+
+def dependencies() -> dict[str, list[str]]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return {"": project["dependencies"], **project["optional-dependencies"]}
+
+
+def test_the_method_depends_on_no_part_of_the_platform() -> None:
+    names = {re.split(r"[\[<>=]", wanted)[0].lower().replace("-", "_") for wanted in dependencies()[""]}
+    assert names.isdisjoint(PLATFORM)
+
+
+def test_everything_that_is_declared_is_pinned() -> None:
+    pins = {line.split("==")[0].lower().replace("-", "_") for line in (ROOT / "infra" / "constraints.txt").read_text().split()}
+    wanted = {re.split(r"[\[<>=]", item)[0].lower().replace("-", "_") for items in dependencies().values() for item in items}
+    assert wanted - pins - {"acip", "torch"} == set()
+
+
+@pytest.mark.slow
+def test_the_method_alone_opens_an_artifact_and_generates(small_artifact: Artifact, tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, "torch==2.13.0"], check=True, timeout=1800)
+    subprocess.run([*pip, "-c", str(ROOT / "infra" / "constraints.txt"), str(ROOT)], check=True, timeout=1800)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [str(python), "-c", USE, str(small_artifact.folder), *PLATFORM]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["installed"] == []
+    assert found["where"].startswith(str(tmp_path / "venv"))
+    assert found["got"] <= 0.6
+    assert found["tokens"] == 6, sys.version
