@@ -18,10 +18,10 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from acip.artifact import CONFIG, MANIFEST, Artifact
-from acip.base import check_report, quiet
+from acip.base import check_report, quiet, with_report
 from acip.budget import Budget
 from acip.cut import Cut
 from acip.errors import ArtifactError, BudgetError, foreign_errors
@@ -70,7 +70,8 @@ def from_pretrained(
             if size is not None or quantize is not None:
                 raise BudgetError(f"{folder} is a model of one size; another size is made from its artifact. Leave size and quantize out.")
             with foreign_errors(ArtifactError, f"the export {folder} can't be loaded", "Export it again, or fetch all of it."), quiet():
-                exported, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+                loaded, report = with_report(folder)
+                exported: PreTrainedModel = loaded
             check_report(f"the export {folder}", exported, report, ArtifactError)
             return exported.to(device)  # type: ignore[arg-type]
     return _sized(Artifact.open(folder), budget, quantize, device)

@@ -50,7 +50,10 @@ def edited(**changes: object) -> Callable[[Path], None]:
 
 
 def written(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(content) and None
+    def write(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return write
 
 
 BROKEN: dict[str, Callable[[Path], None]] = {
