@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -114,10 +114,7 @@ def _loaded(source: str, dtype: Dtype, trust_remote_code: bool, **options: Any) 
     _check_files(source, Path(where), kwargs.get("gguf_file"))
     dense = _dequantized() if "gguf_file" in kwargs else {}
     with foreign_errors(BaseModelError, f"base {source!r} can't be loaded", REMEDY), quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where, dtype=getattr(torch, dtype), ignore_mismatched_sizes=True, output_loading_info=True, **kwargs, **dense, **options
-        )
-    model, report = loaded
+        model, report = with_report(where, dtype=getattr(torch, dtype), **kwargs, **dense, **options)
     check_report(f"base {source!r}", model, report)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise BaseModelError(f"base {source!r} is {ADAPTER}")
@@ -131,6 +128,13 @@ def _loaded(source: str, dtype: Dtype, trust_remote_code: bool, **options: Any) 
     model.config.use_cache = True
     model.eval().requires_grad_(False)
     return Base(model, tokenizer, source, getattr(model.config, "_commit_hash", None), "")
+
+
+def with_report(where: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Load a model with transformers; return it, and the load report that `check_report` reads."""
+    load: Any = AutoModelForCausalLM.from_pretrained
+    loaded: tuple[Any, dict[str, Any]] = load(where, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    return loaded
 
 
 def check_report(what: str, model: PreTrainedModel, report: Mapping[str, Iterable[Any]], error: type[AcipError] = BaseModelError) -> None:
@@ -305,7 +309,7 @@ def check_tokenizer(base: Base) -> None:
     embeddings: Any = base.model.get_input_embeddings()
     if base.tokenizer is None or embeddings is None:
         return
-    rows = len(embeddings.weight)
+    rows = int(cast(torch.Tensor, embeddings.weight).shape[0])
     with foreign_errors(BaseModelError, f"the tokenizer of base {base.source!r} can't be used", REMEDY):
         vocabulary = base.tokenizer.get_vocab()
         base.tokenizer("a")  # some files are found to be wrong only when they are used

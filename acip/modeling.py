@@ -18,11 +18,11 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from acip import modeling_acip
 from acip.artifact.artifact import CONFIG, MANIFEST, Artifact
-from acip.base import check_report, quiet
+from acip.base import check_report, quiet, with_report
 from acip.errors import ArtifactError, BudgetError, foreign_errors
 from acip.export.folder import any_size_class, check_target, compressed_model, empty_model, export, move_modules, write
 from acip.export.hub import snapshot
@@ -71,8 +71,8 @@ def from_pretrained(
             if size is not None or quantize is not None:
                 raise BudgetError(f"{folder} is a model of one size; another size is made from its artifact. Leave size and quantize out.")
             with foreign_errors(ArtifactError, f"the export {folder} can't be loaded", "Export it again, or fetch all of it."), quiet():
-                loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
-            exported, report = loaded
+                loaded, report = with_report(folder)
+                exported: PreTrainedModel = loaded
             check_report(f"the export {folder}", exported, report, ArtifactError)
             return exported.to(device)
     return _compressed(Artifact.open(folder), budget, quantize, device)

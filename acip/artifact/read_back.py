@@ -128,7 +128,8 @@ def _tiny(model: PreTrainedModel, exclude: tuple[str, ...]) -> PreTrainedModel |
                     tiny(input_ids=torch.arange(TOKENS)[None] % VOCABULARY)
             except Exception:  # noqa: S112 - whatever a class makes of a configuration that it was not written for
                 continue
-        vars(tiny)["generation_config"] = copy.deepcopy(getattr(model, "generation_config", None))
+        if getattr(model, "generation_config", None) is not None:
+            tiny.generation_config = copy.deepcopy(model.generation_config)
         return tiny
     return None
 
