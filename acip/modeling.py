@@ -72,7 +72,7 @@ def from_pretrained(
                 raise BudgetError(f"{folder} is a model of one size; another size is made from its artifact. Leave size and quantize out.")
             with foreign_errors(ArtifactError, f"the export {folder} can't be loaded", "Export it again, or fetch all of it."), quiet():
                 loaded, report = with_report(folder)
-                exported: PreTrainedModel = loaded
+                exported: Any = loaded
             check_report(f"the export {folder}", exported, report, ArtifactError)
             return exported.to(device)
     return _compressed(Artifact.open(folder), budget, quantize, device)
