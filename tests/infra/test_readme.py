@@ -1,0 +1,55 @@
+"""README.md is short, and everything that it tells a reader to type or to open is there."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from acip_platform.serve.http.requests import CompletionRequest
+
+from acip.artifact import Artifact
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "acip/README.md", "platform/README.md", "infra/README.md", "jobs/README.md", "tests/benchmarks/README.md")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.S)
+
+
+def commands(page: str) -> list[list[str]]:
+    """The words of each command in a page's shell blocks, comments left out."""
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_the_first_page_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_and_file_of_a_page_is_there(page: str) -> None:
+    text, folder = (ROOT / page).read_text(), (ROOT / page).parent
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert all((folder / link).exists() for link in links), links
+    files = re.findall(r"`((?:acip|platform|jobs|infra|tests)/[\w./-]+\.\w+)`", text)
+    assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_script_that_is_run_is_there(page: str) -> None:
+    scripts = {word for words in commands(page) for word in words if re.fullmatch(r"(?:jobs|infra|tests)/[\w./-]+", word)}
+    assert [script for script in scripts if not (ROOT / script).exists()] == []
+
+
+def test_the_python_example_runs(small_artifact: Artifact, tmp_path: Path) -> None:
+    (code,) = blocks("README.md", "python")
+    exec(code.replace("path/to/artifact", str(small_artifact.folder)).replace('"folder"', repr(str(tmp_path / "out"))), {})
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_the_example_request_is_one() -> None:
+    (request,) = (words for words in commands("README.md") if words[0] == "curl")
+    parsed = CompletionRequest.parse(json.loads(request[request.index("-d") + 1]))
+    assert (parsed.size_ratio, parsed.max_tokens) == (0.6, 24)
