@@ -26,7 +26,8 @@ from acip_platform.scheduling.fleet import Fleet
 from acip_platform.scheduling.job_queue import Resources
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store
-from acip_platform.tracking.runs import Registry, Tracking
+from acip_platform.tracking.registry import Registry
+from acip_platform.tracking.runs import Tracking
 from acip_platform.training.worker import run_job
 from ray.cluster_utils import Cluster
 

@@ -15,7 +15,8 @@ from acip_platform.evaluation.measure import Model, Parts, _measure, measure_siz
 from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store, StoreError
-from acip_platform.tracking.runs import Registry, Run, Tracking
+from acip_platform.tracking.registry import Registry
+from acip_platform.tracking.runs import Run, Tracking
 
 from acip.artifact.artifact import MANIFEST, Artifact
 from acip.data import documents, token_windows

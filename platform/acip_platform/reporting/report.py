@@ -29,7 +29,7 @@ from acip.sizing.excess_loss_area import excess_loss_area
 from acip_platform.reporting import figures
 from acip_platform.reporting.text_samples import side_by_side
 from acip_platform.tracking.provenance import commit
-from acip_platform.tracking.runs import ModelVersion
+from acip_platform.tracking.registry import ModelVersion
 
 TEMPLATE = Path(__file__).with_name("report.html")
 CONTEXT = 4096  # tokens of the KV cache in "memory", batch 1

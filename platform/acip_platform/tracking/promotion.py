@@ -19,7 +19,7 @@ from acip.artifact.artifact import Artifact
 from acip.sizing.budget import COMPARABLE_FIELDS
 from acip.sizing.excess_loss_area import excess_loss_area
 from acip_platform.storage.store import Store
-from acip_platform.tracking.runs import CANDIDATE, CHAMPION, ModelVersion, Registry
+from acip_platform.tracking.registry import CANDIDATE, CHAMPION, ModelVersion, Registry
 
 CurveRows = Sequence[Mapping[str, Any]]
 COMPETES = "contends"  # tag of a version that is about to be the champion, or was; settled with its verdict

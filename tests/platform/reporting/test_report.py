@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from acip_platform.reporting.report import CONTEXT, Subject, baseline_rows, facts, page
 from acip_platform.settings import Settings
-from acip_platform.tracking.runs import ModelVersion, Registry, Tracking
+from acip_platform.tracking.registry import ModelVersion, Registry
+from acip_platform.tracking.runs import Tracking
 from playwright.sync_api import Browser
 
 from acip.artifact.artifact import Artifact

@@ -13,7 +13,7 @@ from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store
 from acip_platform.tracking.promotion import Verdict, compare, promote_if_better
-from acip_platform.tracking.runs import CANDIDATE, ModelVersion, Registry, RegistryError
+from acip_platform.tracking.registry import CANDIDATE, ModelVersion, Registry, RegistryError
 
 from acip.artifact.artifact import Artifact
 from acip.recipe import Recipe, named, nearest
@@ -144,7 +144,7 @@ def test_rolling_back_is_one_command(contest: Contest, monkeypatch: pytest.Monke
     assert code == 0 and "was version 3 champion version 1" in said
     assert '{"version": "1"}' in said, "the way to tell a running server"
     assert contest.alias("champion") == "1"
-    assert command("small", "--back") == (2, "error: small had no champion before version 1. Name the version that shall be it.")
+    assert command("small", "--back") == (2, "error: small had no champion before version 1. Name the version to promote.")
     assert "was version 1 champion version 2" in command("small", CANDIDATE)[1]
     assert (contest.alias("champion"), contest.alias(CANDIDATE)) == ("2", None), "who is the champion is no candidate"
     command("small", "3")
