@@ -248,7 +248,7 @@ def test_a_fleet_scores_its_tasks(small_artifact: Artifact, tmp_path: Path) -> N
         (["--sizes", "8GB"], "a size is '8GB'; it must be a ratio"),
         (["--whole"], "--whole is for a text of its own, by --data"),
         (["--out", "."], "Is a directory"),
-        (["--pool", "many"], "a pool of 'many'; it must be like 8xGPU:1,CPU:14"),
+        (["--pool", "many"], "the pool is 'many'; it must be like 8xGPU:1,CPU:14"),
     ],
 )
 def test_the_command_refuses_before_it_begins(

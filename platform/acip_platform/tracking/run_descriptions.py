@@ -16,18 +16,8 @@ from acip_platform.tracking.runs import AXES
 
 # fields of a curve's row that describe the size and the measurement; all other numbers are results
 DESCRIPTIVE_FIELDS = (
-    "asked",
-    "got",
-    "got_paper",
-    "got_model",
-    "convention",
-    "params",
-    "stderr",
-    "corpus",
-    "context",
-    "windows",
-    "extrapolated",
-)
+    "asked", "got", "got_paper", "got_model", "convention", "params", "stderr", "corpus", "context", "windows", "extrapolated",
+)  # fmt: skip
 NAMES = {"loss": "loss_nats", "bytes": "stored_bytes"}
 CELL_PADDING = "&emsp;"  # MLflow draws tables without space between the columns
 

@@ -73,7 +73,7 @@ def test_defaults_and_changes(tmp_path: Path) -> None:
         ("models:\n- {name: a, base: b/c}\n- {name: a, base: b/d}", 3, "used twice"),
         ("models:\n- {name: a, name: b, base: b/c}", 2, "is given twice"),
         ("models:\n- {name: ../a, base: b/c}", 2, "only letters, digits"),
-        ("models:\n- {name: a, base: b/c, sizes: [1.0, 1.5]}", 2, "above 0 and up to 1"),
+        ("models:\n- {name: a, base: b/c, sizes: [1.0, 1.5]}", 2, "above 0 and at most 1"),
         ("models:\n- {name: a, base: b/c, tasks: [package:piqaa]}", 2, "did you mean 'package:piqa'"),
         ("models:\n- {name: a, base: b/c, task_limit: -1}", 2, "task_limit is -1"),
         ("models: [", None, "is not YAML"),

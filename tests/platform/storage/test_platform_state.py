@@ -55,7 +55,7 @@ def test_places_are_the_same_from_everywhere(tmp_path: Path, monkeypatch: pytest
         AcipError, match=r"ACIP_ARTIFACT_URI is 'gs://bucket/x'; it must be a folder, file:///folder, or s3://bucket/prefix"
     ):
         Settings.from_env({"ACIP_ARTIFACT_URI": "gs://bucket/x"})
-    with pytest.raises(StoreError, match=r"http://x/y is at a place that is not known here"):
+    with pytest.raises(StoreError, match=r"http://x/y is not supported"):
         Store.of(settings).open("http://x/y")
 
 
@@ -109,6 +109,6 @@ def test_what_is_added_to_the_store_stays(tmp_path: Path) -> None:
         store.read([f"{uri}/other/last"])
     (tmp_path / "store/some/three").mkdir()
     (tmp_path / "store/some/three/weights").touch()
-    with pytest.raises(StoreError, match="is there without last: remove it"):
+    with pytest.raises(StoreError, match="exists without last: remove it"):
         store.add(folder("third"), "some/three", "last")
     assert sorted(path.name for path in (tmp_path / "store/some").iterdir()) == ["three", "where"]
