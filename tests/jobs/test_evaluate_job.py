@@ -188,7 +188,7 @@ def test_another_model_is_compared_with_a_reference(small_artifact: Artifact, ex
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["another"])
     tokenizer.save_pretrained(other)
-    assert "has other tokens than" in measured(str(other))["error"]
+    assert "has another vocabulary than" in measured(str(other))["error"]
 
 
 @pytest.mark.parametrize(("node", "cpus"), [({"CPU": 2.0}, 3.0), ({"CPU": 2.0, "GPU": 1.0}, 3.0)])

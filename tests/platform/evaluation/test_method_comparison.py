@@ -167,7 +167,7 @@ def test_rows_belong_to_what_decides_them(arena: Arena, tmp_path: Path) -> None:
     assert Arena(**{**vars(arena), "sizes": (0.3,), "cpus": 2.0}).fingerprint("svd-llm") == arena.fingerprint("svd-llm")
     for bad in ("[]", '{"rows": [{}]}', '{"rows": 3}', '{"rows": [3]}', ""):
         (tmp_path / "bad.json").write_text(bad)
-        with pytest.raises(ArenaError, match="holds no results"):
+        with pytest.raises(ArenaError, match="does not hold results"):
             Results(tmp_path / "bad.json")
 
 
