@@ -29,12 +29,12 @@ class YamlFile:
         """Return, but do not raise, an error with the path and the line of `node`."""
         return self.error(f"{self.path}, line {node.start_mark.line + 1}: {message}")
 
-    def root(self, what: str, needs: Iterable[str]) -> yaml.Node:
-        """Read the file and return its root node. Errors call the file `what`; an empty file is an error that lists the fields `needs`."""
+    def root(self, label: str, needs: Iterable[str]) -> yaml.Node:
+        """Read the file and return its root node. Errors call the file `label`; an empty file is an error that lists the fields `needs`."""
         try:
             root = yaml.compose(Path(self.path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         except (OSError, UnicodeDecodeError) as error:
-            raise self.error(f"{what} {self.path!r} can't be read: {error}.") from error
+            raise self.error(f"{label} {self.path!r} can't be read: {error}.") from error
         except (yaml.YAMLError, RecursionError) as error:
             raise self.error(f"{self.path} is not YAML: {error}") from error
         if root is None:
@@ -50,16 +50,16 @@ class YamlFile:
             raise self.fail(node, f"the name is {cited(value)}; it must have {allowed}.")
         return value
 
-    def items(self, node: yaml.Node, allowed: Any, what: str) -> Iterator[tuple[str, tuple[yaml.Node, yaml.Node]]]:
+    def items(self, node: yaml.Node, allowed: Any, label: str) -> Iterator[tuple[str, tuple[yaml.Node, yaml.Node]]]:
         """Yield (key, (key node, value node)) of a mapping whose keys are in `allowed`, each at most once."""
         if not isinstance(node, yaml.MappingNode):
-            raise self.fail(node, f"{what} must be a mapping of {', '.join(allowed)}.")
+            raise self.fail(node, f"{label} must be a mapping of {', '.join(allowed)}.")
         keys: set[str] = set()
         for key_node, value_node in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else ""
             if key not in allowed:
                 guess = did_you_mean(key, list(allowed))
-                raise self.fail(key_node, f"unknown field {cited(key)} of {what}{guess}. Allowed: {', '.join(allowed)}.")
+                raise self.fail(key_node, f"unknown field {cited(key)} of {label}{guess}. Allowed: {', '.join(allowed)}.")
             if key in keys:
                 raise self.fail(key_node, f"field {key!r} is given twice.")
             keys.add(key)

@@ -55,10 +55,10 @@ class Model:
         facts = (self.dtype, identity(self.base)) if artifact is None else artifact.manifest["files"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
-    def reads(self, artifact: Artifact | None, what: Sequence[Measurement]) -> list[Measurement]:
-        """Return `what` for this model's tokenizer. The measurements and their keys depend on the tokenizer."""
+    def reads(self, artifact: Artifact | None, measurements: Sequence[Measurement]) -> list[Measurement]:
+        """Return `measurements` for the tokenizer of this model, which their results and keys depend on."""
         tokenizer = tokenizer_of(self.base, self.trust_remote_code) if artifact is None else artifact.tokenizer()
-        return [measurement.read_by(tokenizer) for measurement in what]
+        return [measurement.read_by(tokenizer) for measurement in measurements]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,13 @@ class Outcome:
 
 
 def measure_sizes(
-    model: Model, sizes: Sequence[float], what: Sequence[Measurement], settings: Settings, events: Any, nodes: Nodes, cpus: float = 0.0
+    model: Model,
+    sizes: Sequence[float],
+    measurements: Sequence[Measurement],
+    settings: Settings,
+    events: Any,
+    nodes: Nodes,
+    cpus: float = 0.0,
 ) -> Iterator[Outcome]:
     """Measure every size, and yield the outcomes in the order in which they are ready.
 
@@ -123,9 +129,9 @@ def measure_sizes(
             f"a size asks for {exclusive.gpus:g} GPUs and {shared_cpus:g} CPUs; no node has them. Lower --cpus, or list the nodes that an "
             "autoscaler may start with --pool."
         )
-    waves = [(list(what), shared_cpus)]
+    waves = [(list(measurements), shared_cpus)]
     if not exclusive.gpus:
-        quality, speed = ([each for each in what if isinstance(each, Efficiency) == fast] for fast in (False, True))
+        quality, speed = ([each for each in measurements if isinstance(each, Efficiency) == fast] for fast in (False, True))
         waves = [(part, cpus) for part, cpus in ((quality, shared_cpus), (speed, exclusive.cpus)) if part]
     failed: set[float] = set()
     rows: dict[float, Row] = {}
@@ -150,7 +156,7 @@ def measure_sizes(
 
 
 @ray.remote(max_retries=0)
-def _measure(model: Model, size: float, what: list[Measurement], settings: Settings, threads: int, events: Any) -> Row:
+def _measure(model: Model, size: float, measurements: list[Measurement], settings: Settings, threads: int, events: Any) -> Row:
     """Measure one size. A user's error is returned as a value, because Ray would wrap an exception in a long traceback."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -161,18 +167,18 @@ def _measure(model: Model, size: float, what: list[Measurement], settings: Setti
     try:
         artifact = Store.of(settings).open(model.uri) if model.uri else None
         known = Parts.of(settings, model, artifact, artifact.table().cut(Budget(ratio=size)) if artifact else None)
-        what = model.reads(artifact, what)
-        if SIZE in known and all(each.key in known for each in what):
-            return {"asked": size, **known[SIZE], "evaluation": [known[each.key] for each in what]}
+        measurements = model.reads(artifact, measurements)
+        if SIZE in known and all(each.key in known for each in measurements):
+            return {"asked": size, **known[SIZE], "evaluation": [known[each.key] for each in measurements]}
         if artifact is None:
             base = load_base(model.base, model.dtype, model.trust_remote_code)  # type: ignore[arg-type]
             check_tokenizer(base)
             torch.nn.Module.to(base.model, device)
-            reference = _reference(model, what, base.tokenizer, device)
-            row = {"got": 1.0, **evaluate(base.model, base.tokenizer, what, reference, known, emit)}
+            reference = _reference(model, measurements, base.tokenizer, device)
+            row = {"got": 1.0, **evaluate(base.model, base.tokenizer, measurements, reference, known, emit)}
         else:
             artifact = Artifact.open(Store.of(settings).fetch(model.uri))  # one copy on the node's disk, mapped by all tasks
-            row = evaluate(artifact.load(device, size=size), artifact.tokenizer(), what, known=known, say=emit)
+            row = evaluate(artifact.load(device, size=size), artifact.tokenizer(), measurements, known=known, say=emit)
         if SIZE not in known:
             known[SIZE] = {key: value for key, value in row.items() if key not in ("asked", "evaluation")}
         return {"asked": size, **row}
@@ -180,9 +186,9 @@ def _measure(model: Model, size: float, what: list[Measurement], settings: Setti
         return {"error": str(error)}
 
 
-def _reference(model: Model, what: Sequence[Measurement], tokenizer: Any, device: torch.device) -> Any:
+def _reference(model: Model, measurements: Sequence[Measurement], tokenizer: Any, device: torch.device) -> Any:
     """Load the reference model of a divergence measurement, or return None. EvaluationError if its vocabulary differs."""
-    source = next((each.reference for each in what if isinstance(each, DivergenceOn)), "")
+    source = next((each.reference for each in measurements if isinstance(each, DivergenceOn)), "")
     if not source:
         return None
     reference = load_base(source, model.dtype, model.trust_remote_code)  # type: ignore[arg-type]
@@ -219,16 +225,22 @@ def measure_tasks(
     job: Job, artifact: Artifact, any_size: ElasticModel, uri: str, run: Run, settings: Settings, emit: Callable[..., None]
 ) -> Artifact:
     """Score the job's `tasks` at the sizes of its curve with the resident model. Return the artifact with the scores in its curve."""
-    what = [TaskScore(task, limit=job.task_limit) for task in expand(job.tasks)]
+
+    def emit_part(part: Part) -> None:
+        emit("stage", text=part_line(part))
+
+    measurements = [TaskScore(task, limit=job.task_limit) for task in expand(job.tasks)]
     rows = []
-    for size in job.sizes if what else ():
+    for size in job.sizes if measurements else ():
         try:
             cut = any_size.resize(Budget(ratio=size))
         except BudgetError:
             continue
-        emit("stage", text=f"size {size:.2f}: {len(what)} tasks")
+        emit("stage", text=f"size {size:.2f}: {len(measurements)} tasks")
         known = Parts.of(settings, Model(uri), artifact, cut)
-        rows.append(evaluate(any_size, artifact.tokenizer(), what, known=known, say=lambda part: emit("stage", text=part_line(part))))
+        rows.append(
+            evaluate(any_size, artifact.tokenizer(), measurements, known=known, say=lambda part: emit("stage", text=part_line(part)))
+        )
     if not rows:
         return artifact
     log_rows(run, rows)

@@ -4,7 +4,7 @@
 
 The first job in the queue is not starved: another job may overtake it only if the first job would still fit beside all jobs that
 have overtaken it (`JobQueue`). It therefore waits only for the jobs that were running when it became first. A waiting job holds no
-resources, and Ray does not have it yet. Ray places the workers, and Ray Train replaces a worker whose node is lost.
+resources and is not submitted to Ray. Ray places the workers, and Ray Train replaces a worker whose node is lost.
 """
 
 import re

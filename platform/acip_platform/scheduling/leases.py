@@ -1,4 +1,4 @@
-"""Leases in the store: at most one process works on an attempt, also if a fleet is submitted twice.
+"""Leases in the store: at most one process works on an attempt, even if a fleet is submitted twice.
 
     STORE/.leases/ATTEMPT/1     {"owner": "ann on box-7, process 4711", "mark": "9f...", "beat": 17}
 

@@ -4,7 +4,7 @@
 
 Ray Train's own checkpoints are not used, for three reasons. Its controller lists a checkpoint seconds after it was written. The list
 is one file that can't be read when it is incomplete or was written by another version of Ray. A failed upload ends the run.
-Here a checkpoint is valid as soon as its last file exists, a damaged checkpoint is skipped, and a failed write is repeated at the
+Here, a checkpoint is valid as soon as its last file exists, a damaged checkpoint is skipped, and a failed write is repeated at the
 next interval.
 """
 

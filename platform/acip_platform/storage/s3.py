@@ -103,7 +103,7 @@ class S3:
     def create(self, uri: str, content: bytes) -> bool:
         """Write a new object; return False if it exists already.
 
-        If the response was lost, botocore repeats the request, and the result is False although the content is this one's.
+        If the response was lost, botocore repeats the request, and the result is False although this call wrote the content.
         """
         from botocore.exceptions import ClientError
 
