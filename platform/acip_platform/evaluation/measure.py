@@ -238,9 +238,7 @@ def measure_tasks(
             continue
         emit("stage", text=f"size {size:.2f}: {len(measurements)} tasks")
         known = Parts.of(settings, Model(uri), artifact, cut)
-        rows.append(
-            evaluate(any_size, artifact.tokenizer(), measurements, known=known, say=lambda part: emit("stage", text=part_line(part)))
-        )
+        rows.append(evaluate(any_size, artifact.tokenizer(), measurements, known=known, say=emit_part))
     if not rows:
         return artifact
     log_rows(run, rows)
