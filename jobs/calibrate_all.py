@@ -32,7 +32,8 @@ from acip_platform.settings import Settings, masked, this_program
 from acip_platform.storage.store import Store
 from acip_platform.tracking import run_descriptions
 from acip_platform.tracking.provenance import commit
-from acip_platform.tracking.runs import CHAMPION, ModelVersion, Registry, Run, Tracking, check_registers, reached, runs_page
+from acip_platform.tracking.registry import CHAMPION, ModelVersion, Registry, check_registers, reached
+from acip_platform.tracking.runs import Run, Tracking, runs_page
 from acip_platform.training.worker import run_job
 
 from acip.artifact.read_back import read_back

@@ -29,7 +29,8 @@ from acip_platform.settings import Settings, masked
 from acip_platform.storage.disk import Disk
 from acip_platform.storage.inputs import placed, resolved
 from acip_platform.storage.store import Store, StoreError
-from acip_platform.tracking.runs import CHAMPION, Registry, Run, Tracking, reached, runs_page
+from acip_platform.tracking.registry import CHAMPION, Registry, reached
+from acip_platform.tracking.runs import Run, Tracking, runs_page
 from filelock import FileLock
 
 from acip.artifact.artifact import Artifact

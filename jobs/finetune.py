@@ -23,7 +23,8 @@ from acip_platform.scheduling.job_queue import nodes, pool, resources_of, run_al
 from acip_platform.settings import Settings, masked
 from acip_platform.storage.inputs import resolved
 from acip_platform.storage.store import Store
-from acip_platform.tracking.runs import CANDIDATE, ModelVersion, Registry, Tracking, check_registers, reached, runs_page
+from acip_platform.tracking.registry import CANDIDATE, ModelVersion, Registry, check_registers, reached
+from acip_platform.tracking.runs import Tracking, runs_page
 from acip_platform.training.fine_tuning import fingerprint, lineage, tune_one, tuning_job
 from acip_platform.training.worker import run_job
 

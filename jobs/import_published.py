@@ -23,7 +23,8 @@ from acip_platform.storage.inputs import resolved
 from acip_platform.storage.store import Store
 from acip_platform.tracking import run_descriptions
 from acip_platform.tracking.provenance import provenance
-from acip_platform.tracking.runs import CANDIDATE, Tracking, check_registers, reached, runs_page
+from acip_platform.tracking.registry import CANDIDATE, check_registers, reached
+from acip_platform.tracking.runs import Tracking, runs_page
 from acip_platform.training.completion import Heldout, finish, stored
 from acip_platform.yaml_file import NAME
 

@@ -144,7 +144,7 @@ def find(model: str, alias: str, settings: Settings) -> str:
         return model  # a folder with the model's name may be an export of it
     if "/" in model:
         raise AcipError(f"there is no folder {model}. Give a name in the registry, a folder, file:// or s3://bucket/prefix.")
-    from acip_platform.tracking.runs import Registry, reached
+    from acip_platform.tracking.registry import Registry, reached
 
     with reached(settings):
         return Registry(settings).named(model, alias).uri

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from acip_platform.reporting.console import console, exit_code, lines
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store, StoreError
-from acip_platform.tracking.runs import CHAMPION, Registry, reached
+from acip_platform.tracking.registry import CHAMPION, Registry, reached
 from rich.table import Table
 
 

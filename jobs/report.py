@@ -18,7 +18,8 @@ from acip_platform.reporting.report import Subject, baseline_rows, facts, page
 from acip_platform.settings import Settings
 from acip_platform.storage.inputs import placed
 from acip_platform.storage.store import Store
-from acip_platform.tracking.runs import CHAMPION, Registry, artifacts_inside, reached
+from acip_platform.tracking.registry import CHAMPION, Registry, reached
+from acip_platform.tracking.runs import artifacts_inside
 
 from acip.errors import AcipError
 

@@ -27,7 +27,7 @@ from acip_platform.serve.http.edge import PROXY_ENV
 from acip_platform.serve.http.keys import Keys
 from acip_platform.settings import Settings, masked
 from acip_platform.storage.store import Store, StoreError
-from acip_platform.tracking.runs import CHAMPION, ModelVersion
+from acip_platform.tracking.registry import CHAMPION, ModelVersion
 
 from acip.errors import AcipError
 

@@ -24,7 +24,8 @@ from acip_platform.scheduling.events import open_event_queue
 from acip_platform.scheduling.fleet import Fleet, Job
 from acip_platform.scheduling.job_queue import Resources, nodes, pool, resources_of
 from acip_platform.settings import Settings, masked
-from acip_platform.tracking.runs import Run, Tracking, check_registers, reached, runs_page
+from acip_platform.tracking.registry import check_registers, reached
+from acip_platform.tracking.runs import Run, Tracking, runs_page
 from acip_platform.training import sweep_report
 from acip_platform.training.sweep import Outcome, Sweep, keep, run, winner
 from acip_platform.training.sweep_space import Space

@@ -1,10 +1,10 @@
-"""One way into Ray for every job: the cluster that is there, else one of our own that ends with the job.
+"""The connection of a job to Ray: an existing cluster, or a local one that ends with the job.
 
-    RAY_ADDRESS is set (`ray job submit` sets it)     attach to it; it is an error if it can't be reached
-    `ray start --head` was run on this machine        attach to it
-    neither                                           start a local cluster, for this process alone
+    RAY_ADDRESS is set (`ray job submit` sets it)     connect to it; ClusterError if it can't be reached
+    `ray start --head` was run on this machine        connect to that cluster
+    neither                                           start a local cluster for this process
 
-A cluster that another program started for itself is left alone: it would end with that program.
+A local cluster that another process started for itself is not used, because it ends with that process.
 """
 
 import logging
@@ -20,60 +20,60 @@ from acip_platform.settings import Settings, masked
 
 CLIENT = "ray://"
 ALLOWED = "Allowed: HOST:PORT of a cluster (127.0.0.1:6379), auto, local, ray://HOST:10001, or none."
-OBJECT_STORE_BYTES = 1 << 30  # Ray's default is 30 % of the memory; weights and checkpoints don't go through the object store
+OBJECT_STORE_BYTES = 1 << 30  # Ray's default is 30% of the memory; weights and checkpoints do not pass through the object store
 
 
 class ClusterError(AcipError):
-    """The Ray cluster that was named can't be reached."""
+    """The Ray cluster can't be reached, or its address is not valid."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The Ray that this process is connected to. `own`: it was started for this process, and ends with it."""
+    """The Ray cluster that this process is connected to."""
 
-    own: bool
-    dashboard: str  # its address, "" where there is none
+    own: bool  # started for this process, and ends with it
+    dashboard: str  # its URL, or "" if it has no dashboard
 
 
 def connect(settings: Settings, log_to_driver: bool = False) -> Cluster:
-    """Connect this process to Ray, workers seeing the same settings.
+    """Connect this process to Ray and give its workers the same settings. ClusterError if that fails.
 
-    `log_to_driver` prints what workers print. Ends with `ray.shutdown()`, which stops what was started here.
+    With `log_to_driver`, the output of the workers is printed. Call `ray.shutdown()` at the end; it also stops a local cluster.
     """
     import ray
     from ray._private import ray_constants
 
     if "RAY_ENABLE_UV_RUN_RUNTIME_ENV" not in os.environ:
-        # Under `uv run`, Ray would upload the current folder to every worker, artifacts and all. Its switch is read when
-        # ray is imported, which may have been before us.
+        # Under `uv run`, Ray would upload the current folder, with all artifacts, to every worker. Ray reads the environment
+        # variable when it is imported, which may have happened already, so the constant is set instead.
         ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
-    # Inside `ray job submit` both the job and we set variables; ours were read from the job's, so ours may win.
+    # Inside `ray job submit`, the job and this call both set variables. These settings were read from the job's, so they may override it.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     common: dict[str, Any] = {"runtime_env": {"env_vars": settings.worker_env()}, "log_to_driver": log_to_driver}
     address = os.environ.get("RAY_ADDRESS", "").strip()
     _check_address(address)
-    if address == "local" or not (address or _answers(_noted_by_ray_start())):
-        _token_of_our_own()
+    if address == "local" or not (address or _is_listening(_address_of_ray_start())):
+        _set_private_token()
         return _cluster(True, ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, **common))
-    if _on_the_loopback_alone(address if address not in ("", "auto") else _noted_by_ray_start()):
-        ray_constants.ENABLE_RAY_CLUSTER = False  # as infra/demo's; Ray would ask at this machine's other address
-    where = f"RAY_ADDRESS={address}" if address else "the cluster that `ray start` left here"
+    if _is_on_loopback_only(address if address not in ("", "auto") else _address_of_ray_start()):
+        ray_constants.ENABLE_RAY_CLUSTER = False  # as in infra/demo; else Ray connects to this machine's network address
+    where = f"RAY_ADDRESS={address}" if address else "the address that `ray start` wrote on this machine"
     remedy = "Start that cluster, or unset RAY_ADDRESS to use a local one."
-    if address and address != "auto":  # Ray would try for minutes
-        if not _answers(address.removeprefix(CLIENT)):
+    if address and address != "auto":  # checked first, because Ray retries for minutes
+        if not _is_listening(address.removeprefix(CLIENT)):
             raise ClusterError(f"nothing answers at {where}. {remedy}")
-        if _speaks_http(address.removeprefix(CLIENT)):
-            raise ClusterError(f"{where} is an HTTP server, for example Ray's dashboard, and not a Ray cluster. {ALLOWED}")
+        if _is_http_server(address.removeprefix(CLIENT)):
+            raise ClusterError(f"{where} is an HTTP server, for example Ray's dashboard, not a Ray cluster. {ALLOWED}")
     with foreign_errors(ClusterError, f"can't connect to Ray at {where}", remedy):
-        return _cluster(False, ray.init(**common))  # finds the address as above, and the token if the cluster asks for one
+        return _cluster(False, ray.init(**common))  # Ray reads the address, and the token if the cluster needs one
 
 
 def _check_address(address: str) -> None:
-    """ClusterError for what a job can't connect to: the dashboard's URL, which `ray job submit` takes, and an address without a port."""
+    """Raise ClusterError for an address that a job can't connect to: a dashboard's URL, or an address without a valid port."""
     if address.startswith(("http://", "https://")):
         raise ClusterError(
-            f"RAY_ADDRESS is {masked(address)}, a dashboard: it takes jobs (`ray job submit -- python jobs/...`), but no connections. "
-            f"Set RAY_API_SERVER_ADDRESS to it, which `ray job submit` reads, too, and RAY_ADDRESS to the cluster. {ALLOWED}"
+            f"RAY_ADDRESS is {masked(address)}, the URL of a dashboard: it accepts jobs (`ray job submit -- python jobs/...`), but not "
+            f"connections. Set RAY_API_SERVER_ADDRESS to this URL for `ray job submit`, and RAY_ADDRESS to the cluster. {ALLOWED}"
         )
     if address in ("", "local", "auto"):
         return
@@ -86,21 +86,21 @@ def _cluster(own: bool, context: Any) -> Cluster:
     return Cluster(own, f"http://{context.dashboard_url}" if getattr(context, "dashboard_url", "") else "")
 
 
-def _token_of_our_own() -> None:
-    """Guard a local cluster by a token that lives in this process' environment.
+def _set_private_token() -> None:
+    """Protect a local cluster with a token that exists only in the environment of this process.
 
-    Its ports listen on every interface, so it needs one. Ray would write it into the home folder, and from then on
-    `ray start --head` would ask for it while `ray job submit` in another shell would not send it. Whoever has a token
-    already, or sets RAY_AUTH_MODE=disabled to see the dashboard without one, keeps that.
+    Its ports listen on every network interface. Ray itself would write a token into the home folder; from then on,
+    `ray start --head` would require it, and `ray job submit` in another shell would not send it. An existing token, or
+    RAY_AUTH_MODE (`disabled` opens the dashboard without a token), is left as it is.
     """
-    given = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-    if not given and not (Path.home() / ".ray" / "auth_token").exists():
+    configured = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    if not configured and not (Path.home() / ".ray" / "auth_token").exists():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it would warn that this is on
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that authentication is on
 
 
-def _noted_by_ray_start() -> str:
-    """host:port of the last `ray start --head` on this machine; after a crash the note stays behind. '' if there is none."""
+def _address_of_ray_start() -> str:
+    """Return host:port of the last `ray start --head` on this machine, or "". Ray's file stays behind after a crash."""
     from ray._common.utils import get_ray_address_file
 
     try:
@@ -109,16 +109,18 @@ def _noted_by_ray_start() -> str:
         return ""
 
 
-def _on_the_loopback_alone(address: str) -> bool:
-    """Whether a Ray listens at 127.0.0.1, and not at this machine's address in its network."""
+def _is_on_loopback_only(address: str) -> bool:
+    """Whether Ray listens at 127.0.0.1, but not at this machine's network address."""
     from ray._private.services import node_ip_address_from_perspective
 
     host, _, port = address.rpartition(":")
-    return host in ("127.0.0.1", "localhost") and _answers(address) and not _answers(f"{node_ip_address_from_perspective()}:{port}")
+    return (
+        host in ("127.0.0.1", "localhost") and _is_listening(address) and not _is_listening(f"{node_ip_address_from_perspective()}:{port}")
+    )
 
 
-def _speaks_http(address: str) -> bool:
-    """Whether an HTTP/1 server listens there. A Ray cluster speaks HTTP/2 alone, and waits or closes."""
+def _is_http_server(address: str) -> bool:
+    """Whether an HTTP/1 server listens at `address`. A Ray cluster speaks only HTTP/2: it waits, or closes the connection."""
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as connection:
@@ -129,7 +131,7 @@ def _speaks_http(address: str) -> bool:
         return False
 
 
-def _answers(address: str) -> bool:
+def _is_listening(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=5):

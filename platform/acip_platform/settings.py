@@ -1,19 +1,19 @@
-"""The environment -> one frozen `Settings`. Everything has an embedded default: a folder and a SQLite file.
+"""The environment variables as one frozen `Settings`. By default everything is stored in one local folder, with SQLite for MLflow.
 
-    variable               meaning                                        default
-    ACIP_HOME              folder of the embedded default                 .acip in the checkout, else ~/.acip
-    ACIP_ARTIFACT_URI             where artifacts go: a folder or s3://bucket/x  ACIP_HOME/artifacts
-    ACIP_CHECKPOINT_URI              checkpoints: a folder or s3://bucket/x         ACIP_HOME/runs
-    ACIP_CHECKPOINT_S      seconds between checkpoints of a calibration   60
-    ACIP_LEASE_S           seconds without a sign until a job is free     60
-    ACIP_BASIS_CACHE_GB    of bases kept in ACIP_HOME/cache on each node  50
-    ACIP_COMMIT            of the code, for provenance                    the checkout's
-    MLFLOW_TRACKING_URI    tracking server or database                    sqlite:///ACIP_HOME/mlflow.db
-    ACIP_API_KEYS          who may ask the server: keys, with commas      everyone (acip_platform/serve/http/keys.py)
-    ACIP_API_KEYS_FILE     the same, as a file of one key a line
+    variable               meaning                                                  default
+    ACIP_HOME              folder of everything that is stored locally              .acip in the checkout, else ~/.acip
+    ACIP_ARTIFACT_URI      artifacts: a folder or s3://bucket/prefix                ACIP_HOME/artifacts
+    ACIP_CHECKPOINT_URI    checkpoints: a folder or s3://bucket/prefix              ACIP_HOME/runs
+    ACIP_CHECKPOINT_S      seconds between checkpoints of a calibration             60
+    ACIP_LEASE_S           seconds without a heartbeat until a lease expires        60
+    ACIP_BASIS_CACHE_GB    limit of the cache of bases in ACIP_HOME/cache, by node  50
+    ACIP_COMMIT            commit of the code, for provenance                       that of the checkout
+    MLFLOW_TRACKING_URI    tracking server or database                              sqlite:///ACIP_HOME/mlflow.db
+    ACIP_API_KEYS          API keys of the server, separated by commas              no key needed (acip_platform/serve/http/keys.py)
+    ACIP_API_KEYS_FILE     file with one API key on each line
 
-S3 credentials and endpoint come from boto3's usual chain (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...), never from here; API keys
-are read where they are checked, and neither held here nor passed on.
+boto3 reads S3 credentials and the endpoint from its usual sources (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...). The server reads the
+API keys itself. `Settings` holds none of them and does not pass them to workers.
 """
 
 import os
@@ -28,8 +28,9 @@ from urllib.parse import unquote, urlsplit
 from acip import renamed
 from acip.errors import AcipError
 
-PASSED_ON = ("AWS_", "MLFLOW_", "HF_", "ACIP_", "RAY_SERVE_")  # what Ray workers need of the submitter's environment ...
-SECRET = ("SECRET", "TOKEN", "PASSWORD", "ACCESS_KEY", "API_KEY")  # ... but Ray shows what it passes on, so secrets belong on the nodes
+# Ray workers get the variables with these prefixes, except secrets: Ray shows them in its dashboard. Set secrets on the nodes.
+WORKER_PREFIXES = ("AWS_", "MLFLOW_", "HF_", "ACIP_", "RAY_SERVE_")
+SECRET_WORDS = ("SECRET", "TOKEN", "PASSWORD", "ACCESS_KEY", "API_KEY")
 
 NO_PROXY = ("no_proxy", "NO_PROXY")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
@@ -38,9 +39,11 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class Settings:
+    """The settings of a job and its workers. See the table of variables at the top of this file."""
+
     home: Path
-    store: str
-    runs: str
+    store: str  # artifacts: an absolute path, or a URI
+    runs: str  # checkpoints: the same
     tracking_uri: str
     checkpoint_s: float = 60.0
     basis_cache_gb: float = 50.0
@@ -48,6 +51,7 @@ class Settings:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> "Settings":
+        """Read and check the settings in `env`, by default those of this process. AcipError for a value that is not allowed."""
         if env is None:
             keep_loopback_direct(os.environ)
         env = os.environ if env is None else env
@@ -56,17 +60,21 @@ class Settings:
         home = Path(env.get("ACIP_HOME") or default).expanduser().resolve()
         return cls(
             home=home,
-            store=_place(env, "ACIP_ARTIFACT_URI", home / "artifacts"),
-            runs=_place(env, "ACIP_CHECKPOINT_URI", home / "runs"),
-            tracking_uri=_tracking(env, home / "mlflow.db"),
+            store=_location(env, "ACIP_ARTIFACT_URI", home / "artifacts"),
+            runs=_location(env, "ACIP_CHECKPOINT_URI", home / "runs"),
+            tracking_uri=_tracking_uri(env, home / "mlflow.db"),
             checkpoint_s=_positive(env, "ACIP_CHECKPOINT_S", 60.0, "seconds"),
             basis_cache_gb=_positive(env, "ACIP_BASIS_CACHE_GB", 50.0, "gigabytes"),
             lease_s=_positive(env, "ACIP_LEASE_S", 60.0, "seconds"),
         )
 
     def worker_env(self) -> dict[str, str]:
-        """Environment variables that make a worker on any node see these settings. Without secrets."""
-        passed = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON) and not any(word in key for word in SECRET)}
+        """Return the environment variables that give a worker on any node these settings. Secrets are left out."""
+        passed = {
+            key: value
+            for key, value in os.environ.items()
+            if key.startswith(WORKER_PREFIXES) and not any(word in key for word in SECRET_WORDS)
+        }
         passed |= {key: os.environ[key] for key in NO_PROXY if key in os.environ}
         return passed | {
             "ACIP_HOME": str(self.home),
@@ -82,8 +90,8 @@ class Settings:
         return "Settings(" + ", ".join(f"{key}={value!r}" for key, value in shown.items()) + ")"
 
 
-def _place(env: Mapping[str, str], name: str, default: Path) -> str:
-    """A URI as it is; a folder from its root, because workers run elsewhere."""
+def _location(env: Mapping[str, str], name: str, default: Path) -> str:
+    """Return the URI in a variable, or the absolute path of its folder, because workers run in other folders."""
     text = renamed.environment(env, name) or str(default)
     if "://" not in text:
         return str(Path(text).expanduser().resolve())
@@ -92,8 +100,8 @@ def _place(env: Mapping[str, str], name: str, default: Path) -> str:
     return text
 
 
-def _tracking(env: Mapping[str, str], default: Path) -> str:
-    """MLflow's URI; a local one from the root of the file system, because workers run elsewhere."""
+def _tracking_uri(env: Mapping[str, str], default: Path) -> str:
+    """Return MLflow's tracking URI. A local path becomes absolute, because workers run in other folders."""
     uri = env.get("MLFLOW_TRACKING_URI") or ""
     if not uri:
         return sqlite_uri(default)
@@ -109,24 +117,24 @@ def _tracking(env: Mapping[str, str], default: Path) -> str:
 
 
 def sqlite_uri(path: Path) -> str:
-    """Return the URI of a SQLite file by its absolute path, with what a URI would read otherwise escaped (MLflow unescapes it once)."""
+    """Return the URI of a SQLite file, with its absolute path. Special characters are escaped; MLflow unescapes them once."""
     text = str(path.expanduser().resolve())
     return "sqlite:///" + text.replace("%", "%25").replace("?", "%3F").replace("#", "%23")
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """Return the file that a sqlite URI names; None for one in memory, and for other URIs."""
+    """Return the file of a SQLite URI, or None for a database in memory and for other URIs."""
     path = uri.removeprefix("sqlite:///").partition("?")[0] if uri.startswith("sqlite:///") else ""
     return Path(unquote(path)) if path else None
 
 
 def keep_loopback_direct(env: MutableMapping[str, str]) -> None:
-    """Add this machine's own addresses to no_proxy in `env`: what runs here is not asked through a proxy elsewhere."""
+    """Add the loopback addresses to no_proxy in `env`, so that requests to servers on this machine bypass the proxy."""
     if any(env.get(name) for name in PROXIES):
         for name in NO_PROXY:
-            known = [host for host in (env.get(name) or env.get(name.swapcase()) or "").split(",") if host.strip()]
-            if "*" not in known:
-                env[name] = ",".join(dict.fromkeys([*known, *LOOPBACK]))
+            hosts = [host for host in (env.get(name) or env.get(name.swapcase()) or "").split(",") if host.strip()]
+            if "*" not in hosts:
+                env[name] = ",".join(dict.fromkeys([*hosts, *LOOPBACK]))
 
 
 def _positive(env: Mapping[str, str], name: str, default: float, unit: str) -> float:
@@ -141,16 +149,16 @@ def _positive(env: Mapping[str, str], name: str, default: float, unit: str) -> f
 
 
 def this_python() -> str:
-    """Return how the shell starts the Python that this is, from the current folder."""
+    """Return the shell command that starts this Python from the current folder."""
     return this_program(Path(sys.executable).name)
 
 
 def this_program(name: str) -> str:
-    """Return how the shell starts a program that is installed beside this Python, from the current folder."""
+    """Return the shell command that starts a program installed beside this Python from the current folder."""
     path = Path(sys.executable).with_name(name)
     return shlex.quote(os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path))
 
 
 def masked(uri: str) -> str:
-    """`uri` without the password in it."""
+    """Return `uri` with its password replaced by ***."""
     return re.sub(r"(//[^:/@]+:)[^@/]+@", r"\1***@", uri)

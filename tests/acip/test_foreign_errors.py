@@ -14,7 +14,7 @@ import pytest
 from acip_platform.cluster import ClusterError, connect
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store, StoreError
-from acip_platform.tracking.runs import Registry, reached
+from acip_platform.tracking.registry import Registry, reached
 from acip_platform.training.worker import worker
 from safetensors.torch import load_file, save_file
 

@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store
-from acip_platform.tracking.runs import CHAMPION, Registry
+from acip_platform.tracking.registry import CHAMPION, Registry
 
 from acip.artifact.artifact import Artifact
 from acip.data import documents, token_windows

@@ -32,7 +32,8 @@ def prepare(folder: Path) -> None:
     if (folder / "ready").exists():
         return
     from acip_platform.settings import Settings
-    from acip_platform.tracking.runs import Registry, Tracking
+    from acip_platform.tracking.registry import Registry
+    from acip_platform.tracking.runs import Tracking
 
     from acip.artifact.artifact import Artifact
     from acip.base import load_base

@@ -102,7 +102,7 @@ def test_any_damage_is_found_and_the_one_before_is_taken(left: Path, tmp_path: P
     if (file, how) == (SUMS, "gone"):  # a folder without them is on its way
         assert not said
     else:
-        assert len(said) == 1 and last in said[0] and "going back to the one before" in said[0]
+        assert len(said) == 1 and last in said[0] and "using the previous one" in said[0]
     if (file, how) == (FILES[1], "flipped"):
         with pytest.raises(CalibrationError, match=r"is damaged: state.safetensors is not what was written"):
             lab.calibrate(folder)
@@ -149,7 +149,7 @@ def test_s3_away_for_a_while_costs_checkpoints_and_nothing_else(
         server.choose = lambda method, path, before: "503" if "step_000010" in path else ("cut" if before == 0 else "")
         with pytest.raises(Killed):
             lab.run(checkpoints, 5, kill_at=17)
-        assert len(said) == 1 and "no checkpoint of step 10: " in said[0] and "SlowDown" in said[0]
+        assert len(said) == 1 and "could not write the checkpoint of step 10: " in said[0] and "SlowDown" in said[0]
         assert [name[:11] for name in checkpoints.names()] == ["step_000015", "step_000005"]
         resumed = lab.run(checkpoints, 1000)
     assert torch.equal(resumed.scores.score, calibrated[1].scores.score)
@@ -179,4 +179,4 @@ def test_a_nodes_notice_is_answered_at_once(tmp_path: Path, lab: Lab, monkeypatc
     with pytest.raises(Killed):
         lab.calibrate(None, observe)
     assert [name[:11] for name in checkpoints.names()] == ["step_000006"]
-    assert [text.partition(":")[0] for text in said] == ["no checkpoint of step 4", "no checkpoint of step 5"]
+    assert [text.partition(":")[0] for text in said] == [f"could not write the checkpoint of step {step}" for step in (4, 5)]

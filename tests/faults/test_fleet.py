@@ -26,7 +26,8 @@ from acip_platform.scheduling.fleet import Fleet
 from acip_platform.scheduling.job_queue import Resources
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store
-from acip_platform.tracking.runs import Registry, Tracking
+from acip_platform.tracking.registry import Registry
+from acip_platform.tracking.runs import Tracking
 from acip_platform.training.worker import run_job
 from ray.cluster_utils import Cluster
 
@@ -193,7 +194,7 @@ def test_everything_through_a_bad_s3(
     submit: Callable[..., Submission], s3_server: dict[str, str], small_base: str, undisturbed: Artifact, tmp_path: Path
 ) -> None:
     """Artifacts, checkpoints, leases and Ray Train's own files. Requests fail one in ten; for some seconds, all of them."""
-    faults = ("500", "503", "dense_if_no_saving", "cut", "slow")
+    faults = ("500", "503", "reset", "cut", "slow")
     away = threading.Event()
     with proxy(s3_server["AWS_ENDPOINT_URL"]) as server:
         server.choose = lambda method, path, before: (

@@ -115,7 +115,7 @@ def test_while_s3_is_away_nobody_is_taken_for_dead(s3_server: dict[str, str], tm
         with Process(store, "ann") as ann:
             ann.claim(["a"])
             beats = beat_of(store)
-            server.choose = lambda method, path, before: "dense_if_no_saving"
+            server.choose = lambda method, path, before: "reset"
             time.sleep(1.5 * ann.lease_s)
             server.choose = lambda method, path, before: ""
             until(lambda: beat_of(store) > beats, "the owner beats no more since S3 is back")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from acip_platform.serve import replica
 from acip_platform.serve.api import build
-from acip_platform.tracking.runs import RegistryAwayError
+from acip_platform.tracking.registry import RegistryAwayError
 
 from acip.artifact.artifact import MANIFEST, Artifact
 from tests.support.application import Application
@@ -63,7 +63,7 @@ def change(monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> None:
 def test_a_registry_that_is_away_at_the_start_is_named(away: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`serve deploy`: the reason that `serve status` shows."""
     change(monkeypatch, {**away, "ACIP_HOME": str(tmp_path)})
-    with pytest.raises(RegistryAwayError, match=r"registry at http://127.0.0.1:\d+ can't be asked: .* Check MLFLOW_TRACKING_URI"):
+    with pytest.raises(RegistryAwayError, match=r"registry at http://127.0.0.1:\d+ can't be reached: .* Check MLFLOW_TRACKING_URI"):
         build({})
 
 
@@ -73,7 +73,7 @@ def test_the_job_says_in_a_line_that_the_registry_is_away(away: dict[str, str], 
     command = [sys.executable, str(JOB), "--port", str(free_port())]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 1
-    assert f"error: the registry at {away['MLFLOW_TRACKING_URI']} can't be asked" in done.stderr
+    assert f"error: the registry at {away['MLFLOW_TRACKING_URI']} can't be reached" in done.stderr
     assert "Traceback" not in done.stderr
 
 

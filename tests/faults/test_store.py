@@ -54,7 +54,7 @@ def often(share: float, *faults: str) -> Callable[[str, str, int], str]:
     return lambda method, path, before: rng.choice(faults) if before < 3 and rng.random() < share else ""
 
 
-@pytest.mark.parametrize("fault", ["500", "503", "dense_if_no_saving", "lost", "cut", "slow"])
+@pytest.mark.parametrize("fault", ["500", "503", "reset", "lost", "cut", "slow"])
 def test_an_artifact_goes_there_and_back_all_the_same(
     s3: Proxy, store: Store, small_artifact: Artifact, tmp_path: Path, fault: str
 ) -> None:
@@ -73,7 +73,7 @@ def test_an_artifact_goes_there_and_back_all_the_same(
 
 
 def test_many_parts_through_a_bad_network(s3: Proxy, store: Store, large: Path, tmp_path: Path) -> None:
-    s3.choose = often(0.5, "500", "503", "dense_if_no_saving", "lost", "cut")
+    s3.choose = often(0.5, "500", "503", "reset", "lost", "cut")
     expected = {path.name: path.read_bytes() for path in large.iterdir()}
     uri = store.add(large, "some/one", "last")
     with store.folder(uri) as copy:

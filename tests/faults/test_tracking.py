@@ -169,7 +169,7 @@ def test_a_job_says_in_a_line_that_the_registry_is_away(
     monkeypatch.setattr(sys, "argv", [job, *args])
     assert importlib.import_module(f"jobs.{job}").main() in (1, 2)
     said = " ".join("".join(capsys.readouterr()).split())
-    assert "error: the registry at http://me:***@127.0.0.1:9 can't be asked: " in said and "hunter2" not in said
+    assert "error: the registry at http://me:***@127.0.0.1:9 can't be reached: " in said and "hunter2" not in said
 
 
 def test_the_end_of_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +191,7 @@ def test_the_end_of_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture, monk
     assert status() == "KILLED"
     with pytest.raises(ValueError, match="the work's own"), Run(MlflowClient(tracking_uri="http://127.0.0.1:9"), run.run_id).ending():
         raise ValueError("the work's own")
-    assert f"the end of run {run.run_id} isn't recorded" in caplog.text
+    assert f"could not record the end of run {run.run_id}" in caplog.text
 
 
 def test_clocks_that_jump_change_nothing(

@@ -10,7 +10,7 @@ import pytest
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store
 from acip_platform.tracking.promotion import compare, promote_if_better
-from acip_platform.tracking.runs import CHAMPION, CHAMPIONS, ModelVersion, Registry
+from acip_platform.tracking.registry import CHAMPION, CHAMPIONS, ModelVersion, Registry
 from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
 

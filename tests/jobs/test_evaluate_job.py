@@ -15,7 +15,8 @@ from acip_platform.evaluation.measure import Model, Parts, _measure, measure_siz
 from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store, StoreError
-from acip_platform.tracking.runs import Registry, Run, Tracking
+from acip_platform.tracking.registry import Registry
+from acip_platform.tracking.runs import Run, Tracking
 
 from acip.artifact.artifact import MANIFEST, Artifact
 from acip.data import documents, token_windows
@@ -187,7 +188,7 @@ def test_another_model_is_compared_with_a_reference(small_artifact: Artifact, ex
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["another"])
     tokenizer.save_pretrained(other)
-    assert "has other tokens than" in measured(str(other))["error"]
+    assert "has another vocabulary than" in measured(str(other))["error"]
 
 
 @pytest.mark.parametrize(("node", "cpus"), [({"CPU": 2.0}, 3.0), ({"CPU": 2.0, "GPU": 1.0}, 3.0)])
@@ -247,7 +248,7 @@ def test_a_fleet_scores_its_tasks(small_artifact: Artifact, tmp_path: Path) -> N
         (["--sizes", "8GB"], "a size is '8GB'; it must be a ratio"),
         (["--whole"], "--whole is for a text of its own, by --data"),
         (["--out", "."], "Is a directory"),
-        (["--pool", "many"], "a pool of 'many'; it must be like 8xGPU:1,CPU:14"),
+        (["--pool", "many"], "the pool is 'many'; it must be like 8xGPU:1,CPU:14"),
     ],
 )
 def test_the_command_refuses_before_it_begins(

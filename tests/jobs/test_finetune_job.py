@@ -15,7 +15,8 @@ import torch
 from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store
-from acip_platform.tracking.runs import Registry, RegistryError, Tracking
+from acip_platform.tracking.registry import Registry, RegistryError
+from acip_platform.tracking.runs import Tracking
 from acip_platform.training.fine_tuning import _windows
 from safetensors.torch import load_file
 

@@ -21,7 +21,8 @@ import psutil
 import pytest
 import torch
 from acip_platform.settings import Settings
-from acip_platform.tracking.runs import Registry, Tracking
+from acip_platform.tracking.registry import Registry
+from acip_platform.tracking.runs import Tracking
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from acip_platform.settings import Settings
-from acip_platform.tracking.runs import Registry
+from acip_platform.tracking.registry import Registry
 
 from acip.artifact.artifact import Artifact
 from acip.export.folder import PROVENANCE, tensor_bytes

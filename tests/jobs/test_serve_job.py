@@ -10,7 +10,8 @@ from types import ModuleType
 
 import pytest
 from acip_platform.settings import Settings
-from acip_platform.tracking.runs import Registry, Tracking
+from acip_platform.tracking.registry import Registry
+from acip_platform.tracking.runs import Tracking
 
 from tests.support.server import JOB
 

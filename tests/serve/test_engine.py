@@ -18,7 +18,7 @@ from acip_platform.serve.http.answers import Answer
 from acip_platform.serve.http.errors import RequestError
 from acip_platform.serve.http.requests import CompletionRequest
 from acip_platform.serve.recorded_samples import Recorder
-from acip_platform.tracking.runs import ModelVersion
+from acip_platform.tracking.registry import ModelVersion
 from transformers import AutoModelForCausalLM
 
 from acip.artifact.artifact import Artifact

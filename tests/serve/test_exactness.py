@@ -12,7 +12,7 @@ from acip_platform.serve.engine.engine import Engine
 from acip_platform.serve.engine.exactness_check import check, served_context
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.http.requests import CompletionRequest
-from acip_platform.tracking.runs import ModelVersion
+from acip_platform.tracking.registry import ModelVersion
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,

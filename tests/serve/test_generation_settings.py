@@ -16,7 +16,7 @@ from acip_platform.serve.engine.generation_settings import GenerationSettings
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.engine.sampling import SamplingParams, sample
 from acip_platform.serve.http.requests import CompletionRequest
-from acip_platform.tracking.runs import ModelVersion
+from acip_platform.tracking.registry import ModelVersion
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from acip.artifact.artifact import Artifact

@@ -14,7 +14,8 @@ import httpx
 import psutil
 import pytest
 from acip_platform.settings import Settings
-from acip_platform.tracking.runs import Registry, Tracking
+from acip_platform.tracking.registry import Registry
+from acip_platform.tracking.runs import Tracking
 
 from tests.support.server import Server, text
 from tests.support.waiting import PATIENCE_S, until

@@ -19,7 +19,7 @@ from acip_platform.serve.http.errors import RequestError
 from acip_platform.serve.materializations import Materializations
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store
-from acip_platform.tracking.runs import ModelVersion
+from acip_platform.tracking.registry import ModelVersion
 
 from acip.artifact.artifact import Artifact
 from acip.errors import BudgetError

@@ -13,7 +13,7 @@ import pytest
 from acip_platform.serve.api import Api, check_limits
 from acip_platform.serve.http.keys import Keys
 from acip_platform.serve.http.requests import ChatRequest, CompletionRequest
-from acip_platform.tracking.runs import ModelVersion
+from acip_platform.tracking.registry import ModelVersion
 
 from acip.errors import AcipError
 from tests.support.server import Server

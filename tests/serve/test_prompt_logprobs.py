@@ -15,7 +15,7 @@ from acip_platform.serve.http.errors import RequestError
 from acip_platform.serve.http.requests import CompletionRequest
 from acip_platform.serve.text.detokenizer import Detokenizer
 from acip_platform.serve.text.prompt_logprobs import Echo
-from acip_platform.tracking.runs import ModelVersion
+from acip_platform.tracking.registry import ModelVersion
 from openai import OpenAI
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast

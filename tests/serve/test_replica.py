@@ -16,7 +16,7 @@ from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.http.keys import Keys
 from acip_platform.serve.http.requests import CompletionRequest
 from acip_platform.serve.replica import EngineReplica
-from acip_platform.tracking.runs import ModelVersion
+from acip_platform.tracking.registry import ModelVersion
 
 from acip.artifact.artifact import Artifact
 from acip.layers.packing import PackedLinear, packable

@@ -9,7 +9,7 @@ import pytest
 from acip_platform.serve.api import Api
 from acip_platform.serve.http.keys import Keys
 from acip_platform.serve.http.routes import OPEN
-from acip_platform.tracking.runs import ModelVersion
+from acip_platform.tracking.registry import ModelVersion
 from starlette.routing import Route
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")

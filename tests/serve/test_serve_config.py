@@ -7,7 +7,8 @@ import pytest
 import yaml
 from acip_platform.serve.api import BUILD_ARGS, build, choose
 from acip_platform.settings import Settings
-from acip_platform.tracking.runs import Registry, Tracking
+from acip_platform.tracking.registry import Registry
+from acip_platform.tracking.runs import Tracking
 from ray.serve.schema import ServeDeploySchema
 
 from acip.artifact.artifact import Artifact

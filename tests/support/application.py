@@ -12,7 +12,8 @@ from acip_platform.serve.api import Api
 from acip_platform.serve.http.keys import Keys
 from acip_platform.serve.replica import EngineReplica
 from acip_platform.settings import Settings
-from acip_platform.tracking.runs import Registry, Tracking
+from acip_platform.tracking.registry import Registry
+from acip_platform.tracking.runs import Tracking
 
 from acip.artifact.artifact import Artifact
 from tests.support.waiting import PATIENCE_S

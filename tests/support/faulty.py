@@ -64,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
     def pass_on(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.server.fault(self.command, self.path)
-        if fault == "dense_if_no_saving":
+        if fault == "reset":
             self.close_connection = True
         elif fault in CODES:
             text = f"<?xml version='1.0'?><Error><Code>{CODES[fault]}</Code><Message>injected</Message></Error>".encode()

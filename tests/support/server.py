@@ -33,7 +33,8 @@ CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assista
 def make_home(home: Path, small: Artifact, tokens: torch.Tensor) -> Path:
     """An ACIP_HOME with two champions: `small`, and `talker`, which is the same with a chat template. Both have a measured curve."""
     from acip_platform.settings import Settings
-    from acip_platform.tracking.runs import Registry, Tracking
+    from acip_platform.tracking.registry import Registry
+    from acip_platform.tracking.runs import Tracking
 
     settings = Settings.from_env({"ACIP_HOME": str(home)})
     registry = Registry(settings)

@@ -1,1 +1,1 @@
-"""Measurements of models as Ray tasks."""
+"""Measurements of models, and comparisons of methods, as Ray tasks."""

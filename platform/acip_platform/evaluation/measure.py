@@ -1,11 +1,12 @@
-"""Sizes of one model measured side by side, each as a Ray task; what was measured once is not measured again.
+"""Measurements of one model at several sizes. Each size is a Ray task, and finished measurements are not repeated.
 
     artifact on disk, mapped by all tasks of a node --> size 1.0 --> row -.
                                                     --> size 0.6 --> row --> MLflow, JSON, the artifact's curve
-                                                    --> size 0.4 --> (its process dies: this row is lost, no other)
+                                                    --> size 0.4 --> (if its process dies, only this row is lost)
 
-Each part of a row is stored as soon as it is there, at STORE/evaluations/MODEL/SIZE/PART/part.json, by hashes of the model's files
-and of what was measured. So neither a second run nor another fleet with the same artifact repeats it, nor what the curve holds.
+A row describes one size; its parts are single measurements. Each part is stored as soon as it is measured, at
+STORE/evaluations/MODEL/SIZE/PART/part.json, where MODEL and PART are hashes of the model's files and of the measurement. A second
+run, or another fleet with the same artifact, reuses stored parts and those in the artifact's curve.
 """
 
 import hashlib
@@ -35,34 +36,34 @@ from acip_platform.storage.store import Store
 from acip_platform.tracking.runs import Run
 
 PART = "part.json"
-SIZE = "size"  # key of what a row says of the size itself
+SIZE = "size"  # key of the part that describes the size itself
 SIZE_FACTS = ("got", "convention", "got_paper", "got_model", "params", "bytes")
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is measured: an artifact by its URI, at any size, or a model that `acip.base` loads, as it is."""
+    """The model to measure: an artifact at `uri`, at any size, or a base model, as `acip.base` loads it."""
 
     uri: str = ""
     base: str = ""
-    dtype: str = "bfloat16"  # of `base`
+    dtype: str = "bfloat16"  # dtype of `base`
     trust_remote_code: bool = False
 
     def identity(self, artifact: Artifact | None) -> str:
-        """The same for the same weights: a curve that grows changes nothing."""
+        """Return a hash of the weights. It does not depend on the artifact's curve."""
         facts = (self.dtype, identity(self.base)) if artifact is None else artifact.manifest["files"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
-    def reads(self, artifact: Artifact | None, what: Sequence[Measurement]) -> list[Measurement]:
-        """`what` as this model's tokenizer reads it: what is measured, and under which key it is known, depends on that."""
+    def reads(self, artifact: Artifact | None, measurements: Sequence[Measurement]) -> list[Measurement]:
+        """Return `measurements` for the tokenizer of this model, which their results and keys depend on."""
         tokenizer = tokenizer_of(self.base, self.trust_remote_code) if artifact is None else artifact.tokenizer()
-        return [one.read_by(tokenizer) for one in what]
+        return [measurement.read_by(tokenizer) for measurement in measurements]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Stored parts of one model at one size, as a mapping by key, over those that its curve holds."""
+    """The parts of one model's row at one size, as a mapping by key: those in the artifact's curve, and those in the store."""
 
     store: Store
     place: str
@@ -70,6 +71,7 @@ class Parts:
 
     @classmethod
     def of(cls, settings: Settings, model: Model, artifact: Artifact | None, cut: Cut | None) -> "Parts":
+        """Return the parts of `model` at the size of `cut`; `artifact` and `cut` are None for a base model."""
         removed, curve = 0, dict[str, Part]()
         if artifact is not None and cut is not None:
             removed = cut.removed
@@ -99,7 +101,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A size's row, or what went wrong with it."""
+    """The result of measuring one size: its row, or an error."""
 
     size: float
     row: Row | None
@@ -107,36 +109,42 @@ class Outcome:
 
 
 def measure_sizes(
-    model: Model, sizes: Sequence[float], what: Sequence[Measurement], settings: Settings, inbox: Any, there: Nodes, cpus: float = 0.0
+    model: Model,
+    sizes: Sequence[float],
+    measurements: Sequence[Measurement],
+    settings: Settings,
+    events: Any,
+    nodes: Nodes,
+    cpus: float = 0.0,
 ) -> Iterator[Outcome]:
-    """A row for every size, as they come. On GPUs one size each; on CPUs `cpus` of them (0 = shared out). `there` are the nodes that
-    Ray has, or may start.
+    """Measure every size, and yield the outcomes in the order in which they are ready.
 
-    Where sizes share a machine's CPUs, speed is measured afterwards, one size at a time with all of a node's.
+    `nodes` are the nodes that Ray has or may start. A task gets one GPU if there are any, and `cpus` CPUs; with 0, the CPUs are divided
+    among the sizes. Without GPUs, speed is measured after everything else, one size at a time with all CPUs of a node.
     """
-    alone = resources_of(Job("a size", model.uri or model.base), there)
-    each = cpus or (alone.cpus if alone.gpus else max(1.0, alone.cpus // len(sizes)))
-    if not fits([Resources(alone.gpus, each)], there):
+    exclusive = resources_of(Job("a size", model.uri or model.base), nodes)
+    shared_cpus = cpus or (exclusive.cpus if exclusive.gpus else max(1.0, exclusive.cpus // len(sizes)))
+    if not fits([Resources(exclusive.gpus, shared_cpus)], nodes):
         raise EvaluationError(
-            f"a size asks for {alone.gpus:g} GPUs and {each:g} CPUs; no node has them. Lower --cpus, or name with --pool what an "
-            "autoscaler may start."
+            f"a size asks for {exclusive.gpus:g} GPUs and {shared_cpus:g} CPUs; no node has them. Lower --cpus, or list the nodes that an "
+            "autoscaler may start with --pool."
         )
-    waves = [(list(what), each)]
-    if not alone.gpus:
-        quality, speed = ([one for one in what if isinstance(one, Efficiency) == fast] for fast in (False, True))
-        waves = [(part, cpus) for part, cpus in ((quality, each), (speed, alone.cpus)) if part]
+    waves = [(list(measurements), shared_cpus)]
+    if not exclusive.gpus:
+        quality, speed = ([each for each in measurements if isinstance(each, Efficiency) == fast] for fast in (False, True))
+        waves = [(part, cpus) for part, cpus in ((quality, shared_cpus), (speed, exclusive.cpus)) if part]
     failed: set[float] = set()
     rows: dict[float, Row] = {}
     for i, (part, threads) in enumerate(waves):
-        options = {"num_cpus": threads, "num_gpus": alone.gpus}
+        options = {"num_cpus": threads, "num_gpus": exclusive.gpus}
         todo = [size for size in sizes if size not in failed]
-        started = {_measure.options(**options).remote(model, size, part, settings, max(1, int(threads)), inbox): size for size in todo}
+        started = {_measure.options(**options).remote(model, size, part, settings, max(1, int(threads)), events): size for size in todo}
         while started:
             (done,), _ = ray.wait(list(started))
             size = started.pop(done)
             try:
                 row = ray.get(done)
-            except Exception as error:  # its process died, or what it ran raised: the others go on
+            except Exception as error:  # the process died or the task raised; other sizes continue
                 row = {"error": root_cause(error)}
             if "error" in row:
                 failed.add(size)
@@ -148,29 +156,29 @@ def measure_sizes(
 
 
 @ray.remote(max_retries=0)
-def _measure(model: Model, size: float, what: list[Measurement], settings: Settings, threads: int, inbox: Any) -> Row:
-    """One size's row. The user's errors come back as values: raised, they would come with a page of Ray around them."""
+def _measure(model: Model, size: float, measurements: list[Measurement], settings: Settings, threads: int, events: Any) -> Row:
+    """Measure one size. A user's error is returned as a value, because Ray would wrap an exception in a long traceback."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def say(part: Part) -> None:
-        inbox.put.remote({"model": f"size {size:g}", "kind": "stage", "text": told(part)})
+    def emit(part: Part) -> None:
+        events.put.remote({"model": f"size {size:g}", "kind": "stage", "text": part_line(part)})
 
     try:
         artifact = Store.of(settings).open(model.uri) if model.uri else None
         known = Parts.of(settings, model, artifact, artifact.table().cut(Budget(ratio=size)) if artifact else None)
-        what = model.reads(artifact, what)
-        if SIZE in known and all(one.key in known for one in what):
-            return {"asked": size, **known[SIZE], "evaluation": [known[one.key] for one in what]}
+        measurements = model.reads(artifact, measurements)
+        if SIZE in known and all(each.key in known for each in measurements):
+            return {"asked": size, **known[SIZE], "evaluation": [known[each.key] for each in measurements]}
         if artifact is None:
             base = load_base(model.base, model.dtype, model.trust_remote_code)  # type: ignore[arg-type]
             check_tokenizer(base)
             torch.nn.Module.to(base.model, device)
-            reference = _reference(model, what, base.tokenizer, device)
-            row = {"got": 1.0, **evaluate(base.model, base.tokenizer, what, reference, known, say)}
+            reference = _reference(model, measurements, base.tokenizer, device)
+            row = {"got": 1.0, **evaluate(base.model, base.tokenizer, measurements, reference, known, emit)}
         else:
-            artifact = Artifact.open(Store.of(settings).fetch(model.uri))  # one copy on a node's disk, mapped by all
-            row = evaluate(artifact.load(device, size=size), artifact.tokenizer(), what, known=known, say=say)
+            artifact = Artifact.open(Store.of(settings).fetch(model.uri))  # one copy on the node's disk, mapped by all tasks
+            row = evaluate(artifact.load(device, size=size), artifact.tokenizer(), measurements, known=known, say=emit)
         if SIZE not in known:
             known[SIZE] = {key: value for key, value in row.items() if key not in ("asked", "evaluation")}
         return {"asked": size, **row}
@@ -178,25 +186,25 @@ def _measure(model: Model, size: float, what: list[Measurement], settings: Setti
         return {"error": str(error)}
 
 
-def _reference(model: Model, what: Sequence[Measurement], tokenizer: Any, device: torch.device) -> Any:
-    """The model that distances are measured to, where they are; EvaluationError for one that reads other tokens."""
-    source = next((one.reference for one in what if isinstance(one, DivergenceOn)), "")
+def _reference(model: Model, measurements: Sequence[Measurement], tokenizer: Any, device: torch.device) -> Any:
+    """Load the reference model of a divergence measurement, or return None. EvaluationError if its vocabulary differs."""
+    source = next((each.reference for each in measurements if isinstance(each, DivergenceOn)), "")
     if not source:
         return None
-    found = load_base(source, model.dtype, model.trust_remote_code)  # type: ignore[arg-type]
-    if found.tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise EvaluationError(f"{source} has other tokens than {model.base}: their distributions can't be compared.")
-    return torch.nn.Module.to(found.model, device)
+    reference = load_base(source, model.dtype, model.trust_remote_code)  # type: ignore[arg-type]
+    if reference.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise EvaluationError(f"{source} has another vocabulary than {model.base}: their distributions can't be compared.")
+    return torch.nn.Module.to(reference.model, device)
 
 
-def told(part: Part) -> str:
-    """A part in a few words."""
+def part_line(part: Part) -> str:
+    """Return a part as one line: its label, values and duration."""
     shown = [f"{name} {value:.6g}" for name, value in part["values"].items() if "stderr" not in name]
     return f"{part['label']}: {', '.join(shown) or 'done'} ({part['seconds']:.0f} s)"
 
 
 def log_rows(run: Run, rows: Sequence[Row]) -> None:
-    """Rows as metrics over size percent, each once, and as a file."""
+    """Log rows as metrics over the size in percent, unless they are logged already, and as a JSON file."""
     logged = run.steps("size/got")
     points = []
     for row in rows:
@@ -207,26 +215,30 @@ def log_rows(run: Run, rows: Sequence[Row]) -> None:
 
 
 def record(store: Store, uri: str, rows: Sequence[Row]) -> tuple[Artifact, list[float]]:
-    """Put rows into the curve of the artifact at `uri`; returns it, and the sizes that the curve has no place for."""
+    """Add rows to the curve of the artifact at `uri`. Return the artifact, and the sizes that could not be added."""
     artifact = store.open(uri)
     curve, left_out = extended(artifact.curve, rows, artifact.recipe.stop_ratio)
     return store.record_curve(uri, artifact, curve), left_out
 
 
 def measure_tasks(
-    job: Job, artifact: Artifact, any_size: ElasticModel, uri: str, run: Run, settings: Settings, say: Callable[..., None]
+    job: Job, artifact: Artifact, any_size: ElasticModel, uri: str, run: Run, settings: Settings, emit: Callable[..., None]
 ) -> Artifact:
-    """A fleet's `tasks`, at the sizes of its curve, one after the other where the model is resident. The artifact with what they gave."""
-    what = [TaskScore(task, limit=job.task_limit) for task in expand(job.tasks)]
+    """Score the job's `tasks` at the sizes of its curve with the resident model. Return the artifact with the scores in its curve."""
+
+    def emit_part(part: Part) -> None:
+        emit("stage", text=part_line(part))
+
+    measurements = [TaskScore(task, limit=job.task_limit) for task in expand(job.tasks)]
     rows = []
-    for size in job.sizes if what else ():
+    for size in job.sizes if measurements else ():
         try:
             cut = any_size.resize(Budget(ratio=size))
         except BudgetError:
             continue
-        say("stage", text=f"size {size:.2f}: {len(what)} tasks")
+        emit("stage", text=f"size {size:.2f}: {len(measurements)} tasks")
         known = Parts.of(settings, Model(uri), artifact, cut)
-        rows.append(evaluate(any_size, artifact.tokenizer(), what, known=known, say=lambda part: say("stage", text=told(part))))
+        rows.append(evaluate(any_size, artifact.tokenizer(), measurements, known=known, say=emit_part))
     if not rows:
         return artifact
     log_rows(run, rows)

@@ -1,4 +1,4 @@
-"""The arena's rows as the paper's Table 1 has them: for people, for a README, and as a picture."""
+"""The rows of an arena in the format of the paper's Table 1: for the console, as Markdown and as a figure."""
 
 import importlib.resources
 import itertools
@@ -14,42 +14,43 @@ from acip_platform.evaluation.method_comparison import DENSE, MEAN, Arena, Row, 
 from acip_platform.reporting.console import duration
 
 QUOTED = " (quoted)"
-FAR = 200.0  # times the base model's perplexity: what is worse leaves the picture
-COSTS_ARE = "What compression cost: one run for all sizes is counted once, reading text and evaluation are left out."
-COSTS = ("Method", "runs (sizes)", "wall time", "processors", "peak memory", "on")
+MAX_RELATIVE_PERPLEXITY = 200.0  # upper end of the y axis, relative to the base model
+COSTS_TITLE = "Cost of compression. A run for all sizes is counted once; reading text and evaluation are left out."
+COSTS = ("Method", "runs (sizes)", "wall time", "CPU time", "peak memory", "device")
 
 
 def quoted() -> dict[str, Any]:
-    """The paper's own Table 1: LLaMA-7B, not measured here."""
+    """Return Table 1 of the paper: results for LLaMA-7B, quoted and not measured here."""
     content: dict[str, Any] = json.loads(importlib.resources.files("acip").joinpath("baselines", "quoted.json").read_text(encoding="utf-8"))
     return content
 
 
 def with_quoted(rows: Sequence[Row], arena: Arena) -> list[Row]:
-    """`rows`, and the paper's number after each one that it has, where the arena wants it."""
+    """Return `rows`; if the arena has `quoted`, each row is followed by the paper's row of the same method and size."""
     if not arena.quoted:
         return list(rows)
-    theirs = {(row["method"], row["asked"]): row for row in quoted()["rows"]}
+    paper = {(row["method"], row["asked"]): row for row in quoted()["rows"]}
     shown: list[Row] = []
     for row in rows:
         shown.append(row)
-        if found := theirs.get((row["method"], row["asked"])):
-            shown.append({**found, "title": row["title"] + QUOTED})
+        if quote := paper.get((row["method"], row["asked"])):
+            shown.append({**quote, "title": row["title"] + QUOTED})
     return shown
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """The metrics of any row, perplexities first."""
+    """Return the names of all metrics in the rows, perplexities first."""
     names = dict.fromkeys(name for row in rows for name in row["metrics"])
     return sorted(names, key=lambda name: not name.startswith("perplexity"))
 
 
 def heading(metric: str) -> str:
+    """Return a metric's name with an arrow in the direction of better values."""
     return f"{metric} {'↓' if 'perplexity' in metric else '↑'}"
 
 
 def number(value: float | None, error: float | None = None) -> str:
-    """With its standard error, where there is one: to two digits of it where it is small, else to hundredths, as the paper."""
+    """Format a value. With a standard error, the digits depend on the value; without one it has two decimals, as in the paper."""
     if value is None:
         return ""
     if value >= 1e5:
@@ -61,20 +62,20 @@ def number(value: float | None, error: float | None = None) -> str:
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Size, method, metrics, what is stored; a size is written once."""
-    names, found, last = columns(rows), [], None
+    """Return the table's lines: size, method, metrics, and what is stored. Repeated sizes are left empty."""
+    names, lines, last = columns(rows), [], None
     for row in rows:
         size = f"{row['asked']:.0%}"
-        stores = f"{row['got']:.4f}, {row['stored_bytes'] / 1e6:.1f} MB: {row['counted']}" if "got" in row else ""
+        stored = f"{row['got']:.4f}, {row['stored_bytes'] / 1e6:.1f} MB: {row['counted']}" if "got" in row else ""
         errors = row.get("stderr", {})
         numbers = [number(row["metrics"].get(name), errors.get(name)) for name in names]
-        found.append([size if size != last else "", row["title"], *numbers, stores])
+        lines.append([size if size != last else "", row["title"], *numbers, stored])
         last = size
-    return found
+    return lines
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """A line of Markdown for each method: perplexities, and the mean of tasks where there are any, size by size; the best in bold."""
+    """Return a Markdown table with a line for each method: perplexities and the mean of tasks at each size, the best values in bold."""
     names = [name for name in columns(rows) if name.startswith("perplexity") or name == MEAN]
     own = [row for row in rows if row["method"] != DENSE]
     sizes = sorted({row["asked"] for row in own}, reverse=True)
@@ -113,49 +114,51 @@ def _short(value: float, metric: str) -> str:
 
 
 def table(rows: Sequence[Row], arena: Arena) -> Table:
+    """Return the full table for the console."""
     shown = with_quoted(rows, arena)
     title = f"{arena.name}: {arena.base}, calibrated on {arena.data}; {_measured(arena)}"
-    made = Table(title=title, title_justify="left", title_style="bold")
+    result = Table(title=title, title_justify="left", title_style="bold")
     for i, name in enumerate(["Size", "Method", *map(heading, columns(shown)), "stored"]):
-        made.add_column(name, justify="left" if i == 1 else "right", no_wrap=True)
+        result.add_column(name, justify="left" if i == 1 else "right", no_wrap=True)
     lines = cells(shown)
     for i, line in enumerate(lines):
-        made.add_row(*line, end_section=i + 1 < len(lines) and lines[i + 1][0] != "")
-    return made
+        result.add_row(*line, end_section=i + 1 < len(lines) and lines[i + 1][0] != "")
+    return result
 
 
 def costs(rows: Sequence[Row]) -> Table:
-    """What each method took."""
-    made = Table(title=COSTS_ARE, title_justify="left", title_style="bold")
+    """Return the table of time and memory for the console."""
+    result = Table(title=COSTS_TITLE, title_justify="left", title_style="bold")
     for name in COSTS:
-        made.add_column(name, justify="right" if name in ("wall time", "processors", "peak memory") else "left", no_wrap=True)
+        result.add_column(name, justify="right" if name in ("wall time", "CPU time", "peak memory") else "left", no_wrap=True)
     for line in cost_cells(rows):
-        made.add_row(*line)
-    return made
+        result.add_row(*line)
+    return result
 
 
 def cost_cells(rows: Sequence[Row]) -> list[list[str]]:
-    found = []
+    """Return the lines of the table of costs. A ">" marks lower bounds."""
+    lines = []
     for title in dict.fromkeys(row["title"] for row in rows if row["method"] != DENSE):
         own = [row for row in rows if row["title"] == title]
-        seconds, worked, peak = total_cost(own)
+        seconds, cpu_seconds, peak = total_cost(own)
         runs = "one per size" if own[0]["one_run_per_size"] else "one for all sizes"
-        more = "" if any(row.get("leads", True) for row in own) else "> "
-        numbers = [f"{more}{duration(seconds)}", f"{more}{duration(worked)}", f"{more}{peak / 1e9:.2f} GB"]
-        found.append([title, f"{runs} ({len(own)})", *numbers, own[0]["device"]])
-    return found
+        bound = "" if any(row.get("leads", True) for row in own) else "> "
+        numbers = [f"{bound}{duration(seconds)}", f"{bound}{duration(cpu_seconds)}", f"{bound}{peak / 1e9:.2f} GB"]
+        lines.append([title, f"{runs} ({len(own)})", *numbers, own[0]["device"]])
+    return lines
 
 
 def markdown(rows: Sequence[Row], arena: Arena) -> str:
-    """The three tables, for a README."""
+    """Return the three tables and the setting as Markdown."""
     shown = with_quoted(rows, arena)
     heads = ["Size", "Method", *map(heading, columns(shown)), "stored"]
     text = [*summary(rows), "", _line(heads), _line(["---"] * len(heads)), *map(_line, cells(shown)), ""]
-    text += [COSTS_ARE, "", _line(COSTS), _line(["---"] * len(COSTS)), *map(_line, cost_cells(rows)), ""]
+    text += [COSTS_TITLE, "", _line(COSTS), _line(["---"] * len(COSTS)), *map(_line, cost_cells(rows)), ""]
     text.append(
         f"{arena.base} in {arena.dtype}, calibrated on {arena.data} (at most {arena.windows} x {arena.context} tokens, seed {arena.seed}), "
-        f"measured on {_measured(arena)}. A size counts all numbers that compressed layers store, adapters "
-        "too, of those of the dense ones; embeddings and head are left alone."
+        f"measured on {_measured(arena)}. Size is the share of numbers that the compressed layers store, "
+        "including adapters, relative to the dense layers; embeddings and the output head are not compressed."
     )
     if arena.quoted:
         text.append(f"\n(quoted): {quoted()['source']}, {quoted()['model']}. {quoted()['note']}")
@@ -172,12 +175,12 @@ def _line(words: Sequence[str]) -> str:
 
 
 def figure(rows: Sequence[Row], arena: Arena) -> Figure:
-    """A panel for each metric, a line for each method, over what was got; the dense base as a dashed line."""
+    """Return a figure with a panel for each metric and a line for each method over the achieved size; the base model is a dashed line."""
     names = columns(rows)
     across = min(3, max(1, len(names)))
     down = math.ceil(max(1, len(names)) / across)
-    made = Figure(figsize=(5.5 * across, 4.4 * down), layout="constrained")
-    panels = made.subplots(down, across, squeeze=False).flat
+    result = Figure(figsize=(5.5 * across, 4.4 * down), layout="constrained")
+    panels = result.subplots(down, across, squeeze=False).flat
     for panel in panels[len(names) :]:
         panel.set_axis_off()
     dense: dict[str, float] = next((row["metrics"] for row in rows if row["method"] == DENSE), {})
@@ -191,10 +194,10 @@ def figure(rows: Sequence[Row], arena: Arena) -> Figure:
         if name.startswith("perplexity"):
             panel.set_yscale("log")
             if name in dense:
-                panel.set_ylim(dense[name] / 1.5, dense[name] * FAR)
+                panel.set_ylim(dense[name] / 1.5, dense[name] * MAX_RELATIVE_PERPLEXITY)
         panel.set_title(heading(name))
         panel.set_xlabel("size: numbers stored by the compressed layers / dense")
         panel.grid(alpha=0.3, which="both")
-    made.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    made.suptitle(f"{arena.name}: {arena.base}", fontsize=10)
-    return made
+    result.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    result.suptitle(f"{arena.name}: {arena.base}", fontsize=10)
+    return result

@@ -1,1 +1,1 @@
-"""Everything that a person reads: console screens, figures, the HTML report."""
+"""Reports for people: console screens, figures and the HTML report."""

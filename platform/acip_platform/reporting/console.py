@@ -1,4 +1,4 @@
-"""What a person sees of a job: a first screen, lines or bars while it works, and a last screen to paste from."""
+"""The console output of jobs: a first screen, progress lines or bars, and a last screen with commands to copy."""
 
 import os
 import shlex
@@ -20,11 +20,11 @@ from acip.sizing.budget import as_perplexity
 from acip_platform.scheduling.job_queue import Outcome
 from acip_platform.settings import Settings, this_python
 
-POLL_S = 0.5
+POLL_S = 0.5  # between two looks at the event queue
 
 
 def console() -> Console:
-    """Bars and colors on a terminal only; elsewhere plain lines, never wrapped."""
+    """Return the console of a job. On a terminal it shows bars and colors, elsewhere plain lines. Lines are not wrapped."""
     return Console(highlight=False, soft_wrap=True) if sys.stdout.isatty() else Console(highlight=False, width=140, soft_wrap=True)
 
 
@@ -43,12 +43,13 @@ def exit_code(out: Console, run: Callable[[], int | None]) -> int:
 
 
 def shell(settings: Settings) -> str:
-    """How the commands of a last screen begin: this Python, and the home where it isn't the usual one."""
+    """Return the beginning of the commands on the last screen: this Python, and ACIP_HOME if it is set."""
     python = this_python()
     return f"ACIP_HOME={shlex.quote(str(settings.home))} {python}" if os.environ.get("ACIP_HOME") else python
 
 
 def duration(seconds: float | None) -> str:
+    """Format a duration as 1h02m or 2m03s; None is "?"."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(round(seconds), 60)
@@ -57,21 +58,21 @@ def duration(seconds: float | None) -> str:
 
 
 def step_line(event: dict[str, Any]) -> str:
-    """One interval of the loop: step, loss, perplexity of the step's text, size now -> stop, lambda, speed, time left in this phase."""
+    """Format a progress event: step, loss, perplexity on the step's text, size -> stop ratio, lambda, speed, time left in the phase."""
     size = f"size {event['size']:.3f} -> {event['stop']:.2f}" if event["phase"] == "prune" else f"size {event['size']:.3f} trained"
-    own = event["task_loss"]
-    known = "" if own is None else f"perplexity {as_perplexity(own):7.2f}  "
+    task_loss = event["task_loss"]
+    perplexity = "" if task_loss is None else f"perplexity {as_perplexity(task_loss):7.2f}  "
     return (
-        f"{event['phase']:9s} step {event['step']:5d}  loss {event['loss']:7.3f}  {known}{size}  lambda {event['lambda_']:.5f}  "
+        f"{event['phase']:9s} step {event['step']:5d}  loss {event['loss']:7.3f}  {perplexity}{size}  lambda {event['lambda_']:.5f}  "
         f"{event['tokens_per_s']:,.0f} tok/s  ETA {duration(event['eta_s'])}"
     )
 
 
 class Watch:
-    """Reads the workers' `Inbox` in a thread and shows what it says, one bar or line prefix per model."""
+    """A thread that reads the workers' EventQueue and shows the events, with a bar or a line prefix for each model."""
 
-    def __init__(self, out: Console, inbox: Any) -> None:
-        self.out, self.inbox = out, inbox
+    def __init__(self, out: Console, events: Any) -> None:
+        self.out, self.events = out, events
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
@@ -91,11 +92,12 @@ class Watch:
     def _run(self) -> None:
         last = False
         while not last:
-            last = self.stop.wait(POLL_S)  # once more after the end: the last words count
-            for event in ray.get(self.inbox.take.remote()):
+            last = self.stop.wait(POLL_S)  # one more time after the end, for the last events
+            for event in ray.get(self.events.take.remote()):
                 self.show(event)
 
     def show(self, event: dict[str, Any]) -> None:
+        """Show one event."""
         name, kind = event["model"], event["kind"]
         if kind == "stage":
             self.out.print(f"[{name}] {event['text']}", markup=False)
@@ -113,13 +115,13 @@ class Watch:
 
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]], width: int | None = None) -> Table:
-    """An empty table of sizes; below it stands what is improbable about its rows."""
+    """Return an empty table of sizes. Its caption holds the warnings about improbable rows."""
     caption = Text("\n".join(improbable(rows)), style="bold yellow") if improbable(rows) else None
     return Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left", width=width)
 
 
 def trade_off_table(outcome: Outcome) -> Table:
-    """The measured curve of one model: asked and got, what it stores, what it is worth."""
+    """Return the trade-off curve of one model: requested and achieved size, storage and quality."""
     assert outcome.summary is not None
     rows = outcome.summary["curve"]
     first = rows[0]
@@ -132,16 +134,16 @@ def trade_off_table(outcome: Outcome) -> Table:
         below = f"below the stop ratio {outcome.summary['stop_ratio']}" if row["extrapolated"] else ""
         ratio = row["perplexity"] / first["perplexity"] if first["asked"] == 1.0 else float("nan")
         error = row["perplexity"] * row["stderr"]
-        far = next((part["values"] for part in row.get("evaluation", ()) if part["kind"] == DivergenceOn.kind), None)
+        divergence = next((part["values"] for part in row.get("evaluation", ()) if part["kind"] == DivergenceOn.kind), None)
         table.add_row(
             f"{row['asked']:.2f}", f"{row['got']:.4f}", f"{row['params']:,}", f"{row['bytes'] / 1e6:.1f}",
             f"{row['perplexity']:.2f} ± {error:.2f}", f"{ratio:.2f}",
-            *(("", "") if far is None else (f"{far['kl_nats']:.3f}", f"{far['same_top_share']:.1%}")), below,
+            *(("", "") if divergence is None else (f"{divergence['kl_nats']:.3f}", f"{divergence['same_top_share']:.1%}")), below,
         )  # fmt: skip
     return table
 
 
-SHOWN = {  # numbers of a row's parts: heading, and how it is written
+SHOWN = {  # name of a measured value: (heading, format)
     "perplexity": ("ppl", "{:.2f}"), "kl_nats": ("KL", "{:.4f}"), "same_top_share": ("same top", "{:.1%}"), "acc": ("acc", "{:.3f}"),
     "stored_bytes": ("bytes", "{:,.0f}"), "peak_memory_bytes": ("peak bytes", "{:,.0f}"), "flops": ("FLOPs", "{:.3g}"),
     "latency_s": ("latency s", "{:.2f}"), "prefill_tokens_per_s": ("prefill tok/s", "{:.0f}"),
@@ -150,7 +152,7 @@ SHOWN = {  # numbers of a row's parts: heading, and how it is written
 
 
 def evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    """Sizes as columns, so that any number of measurements has room; with standard errors where they are known."""
+    """Return a table with a column for each size and a line for each measurement, with standard errors if they are known."""
     table = _table(title, rows)
     table.add_column("measured")
     for row in rows:
@@ -159,14 +161,14 @@ def evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     table.add_row("parameters", *(f"{row['params']:,}" for row in rows))
     machines = [{f"{part['device']}, {part['threads']} threads" for part in row["evaluation"] if "device" in part} for row in rows]
     if any(machines):
-        table.add_row("speed on", *(" / ".join(sorted(found)) for found in machines))
+        table.add_row("speed on", *(" / ".join(sorted(names)) for names in machines))
     values = [{(part["label"], name): part["values"] for part in row["evaluation"] for name in part["values"]} for row in rows]
-    for label, name in dict.fromkeys(key for found in values for key in found):
+    for label, name in dict.fromkeys(key for column in values for key in column):
         if name in SHOWN:
             heading, form = SHOWN[name]
-            what = label.rpartition("/")[2].removeprefix("efficiency")
-            cells = (_with_error(name, found[label, name], form) if (label, name) in found else "" for found in values)
-            table.add_row(f"{what} {heading}".strip(), *cells)
+            measurement = label.rpartition("/")[2].removeprefix("efficiency")
+            cells = (_with_error(name, column[label, name], form) if (label, name) in column else "" for column in values)
+            table.add_row(f"{measurement} {heading}".strip(), *cells)
     return table
 
 
@@ -177,7 +179,7 @@ def _with_error(name: str, values: dict[str, float], form: str) -> str:
 
 
 def lines(out: Console, rows: dict[str, str]) -> None:
-    """`name  value` lines, aligned, safe to paste from."""
+    """Print aligned `name  value` lines without markup."""
     width = max(map(len, rows))
     show: Callable[..., None] = out.print
     for name, value in rows.items():

@@ -1,6 +1,6 @@
-"""Pictures of a calibration, by matplotlib: the score map, the kept ranks, shrinking masks, trade-off curves.
+"""Figures of a calibration: the score map, the kept ranks, shrinking masks and trade-off curves.
 
-For MLflow as they are, for the report as SVG whose colors the page decides.
+MLflow gets matplotlib figures. The report gets SVG with CSS variables as colors.
 """
 
 import io
@@ -21,41 +21,44 @@ from acip.sizing.budget import as_perplexity
 from acip.sizing.cut_table import Budget, CutTable
 from acip_platform.reporting.mask_samples import MaskSamples
 
-mpl.rcParams["text.parse_math"] = False  # names of models and texts may hold dollar signs
+mpl.rcParams["text.parse_math"] = False  # names of models and texts may contain dollar signs
 
 CurveRows = Sequence[Mapping[str, Any]]
-# stand-ins in an SVG -> the page's colors, light or dark
+# placeholder colors in an SVG -> CSS variables of the page, which has a light and a dark theme
 THEME = {"#010203": "var(--ink)", "#020304": "var(--soft)", "#030405": "var(--line)", "#040506": "var(--accent)"}
 INK, SOFT, LINE, ACCENT = THEME
-SERIES = ("#c2703d", "#6b7fb8", "#a3568c", "#8a8f2a", "#4b9ab0", "#b8860b", "#7a6a58", "#5f8f5f")  # seen on white and on black
+SERIES = ("#c2703d", "#6b7fb8", "#a3568c", "#8a8f2a", "#4b9ab0", "#b8860b", "#7a6a58", "#5f8f5f")  # visible on white and on black
 
 
 def short(name: str) -> str:
-    """`model.layers.3.self_attn.q_proj` -> `3.q_proj`."""
+    """Shorten the name of a layer: `model.layers.3.self_attn.q_proj` becomes `3.q_proj`."""
     parts = name.split(".")
     return ".".join([part for part in parts if part.isdigit()][-1:] + parts[-1:])
 
 
 def score_map(table: CutTable) -> Figure:
-    """One line per layer, kind by kind, its directions from most to least important; color: how many of all leave before."""
+    """Draw the removal order: a line for each layer, grouped by kind, with its directions from most to least important.
+
+    The color is the share of all directions that are removed earlier.
+    """
     kinds = list(dict.fromkeys(_kind(layer.name) for layer in table.layers))
-    line = np.argsort(np.argsort([kinds.index(_kind(layer.name)) for layer in table.layers], kind="stable"))
+    line_of = np.argsort(np.argsort([kinds.index(_kind(layer.name)) for layer in table.layers], kind="stable"))
     picture = np.full((len(table.layers), max(layer.K for layer in table.layers)), np.nan)
-    seen = [layer.K for layer in table.layers]
-    for place, layer in enumerate(table.order.tolist()):
-        seen[layer] -= 1
-        picture[line[layer], seen[layer]] = place / len(table.order)
+    remaining = [layer.K for layer in table.layers]
+    for position, layer in enumerate(table.order.tolist()):
+        remaining[layer] -= 1
+        picture[line_of[layer], remaining[layer]] = position / len(table.order)
     figure = Figure(figsize=(9, min(6.5, 0.03 * len(table.layers) + 2.5)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(picture, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
-    lines = {kind: [line[i] for i, layer in enumerate(table.layers) if _kind(layer.name) == kind] for kind in kinds}
-    axes.set_yticks([float(np.mean(places)) for places in lines.values()], kinds)
-    for places in list(lines.values())[1:]:
-        axes.axhline(min(places) - 0.5, color="white", linewidth=1.5)
-    axes.set_ylabel("blocks, the first on top")
+    lines = {kind: [line_of[i] for i, layer in enumerate(table.layers) if _kind(layer.name) == kind] for kind in kinds}
+    axes.set_yticks([float(np.mean(numbers)) for numbers in lines.values()], kinds)
+    for numbers in list(lines.values())[1:]:
+        axes.axhline(min(numbers) - 0.5, color="white", linewidth=1.5)
+    axes.set_ylabel("blocks, first on top")
     axes.set_xlabel("direction of the layer, most important first")
-    axes.set_title("Score map: when a direction leaves")
-    figure.colorbar(image, label="share that leaves before")
+    axes.set_title("Score map: the order of removal")
+    figure.colorbar(image, label="share of directions removed earlier")
     return figure
 
 
@@ -64,7 +67,7 @@ def _kind(name: str) -> str:
 
 
 def kept_ranks(table: CutTable, size: float) -> Figure | None:
-    """Layer kind x depth: the kept share of each layer's rank at one size. None where the size can't be reached."""
+    """Draw the kept share of each layer's rank at one size, by kind and depth. None if the size can't be reached."""
     try:
         cut = table.cut(Budget(ratio=size))
     except BudgetError:
@@ -89,7 +92,7 @@ def kept_ranks(table: CutTable, size: float) -> Figure | None:
 
 
 def mask_shrinkage(samples: MaskSamples) -> Figure:
-    """One panel per example layer, one line per direction: its mask over the steps of pruning, strongest direction darkest."""
+    """Draw the masks over the pruning steps: a panel for each example layer, a line for each direction, the strongest darkest."""
     columns = min(4, len(samples.layers))
     rows = -(-len(samples.layers) // columns)
     figure = Figure(figsize=(2.7 * columns, 1.9 * rows + 0.6), layout="constrained")
@@ -103,16 +106,16 @@ def mask_shrinkage(samples: MaskSamples) -> Figure:
                 panel.plot(samples.steps, values[:, i, k].clip(min=0), color=shade, linewidth=1)
             panel.set_title(short(samples.layers[i]), fontsize=8)
             panel.tick_params(labelsize=7)
-    figure.suptitle("Example masks while pruning: a direction leaves where its mask meets 0 (dark = strong in its layer)", fontsize=9)
+    figure.suptitle("Example masks during pruning: a direction is removed when its mask reaches 0 (dark = strong in its layer)", fontsize=9)
     figure.supxlabel("step", fontsize=8)
     figure.supylabel("mask", fontsize=8)
     return figure
 
 
 def curves(named: Mapping[str, CurveRows], baselines: Mapping[str, CurveRows] | None = None, excess: bool = False) -> Figure:
-    """Trade-off curves over each other, baselines dashed: held-out perplexity, or the loss above each one's base model.
+    """Draw trade-off curves in one panel: held-out perplexity, or with `excess` the loss above that of each curve's base model.
 
-    Hollow points lie below the stop ratio; bars are the standard error. Rows without a finite loss are left out.
+    Baselines are dashed. Hollow points lie below the stop ratio. Bars are standard errors. Rows without a finite loss are left out.
     """
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -128,8 +131,8 @@ def curves(named: Mapping[str, CurveRows], baselines: Mapping[str, CurveRows] | 
         for (a, b), line in zip(pairwise(rows), pairwise(y), strict=True):
             axes.plot([a["got"], b["got"]], line, ":" if a.get("extrapolated") else style[0], color=style[1])
         for row, at in zip(rows, y, strict=True):
-            known = not excess and _is_number(row.get("stderr"))  # of a difference on the same text it says nothing
-            error = row["stderr"] if known else 0.0
+            has_error = not excess and _is_number(row.get("stderr"))  # it does not apply to a difference on the same text
+            error = row["stderr"] if has_error else 0.0
             filled = "none" if row.get("extrapolated") else style[1]
             spread = [[at - value(row["loss"] - error)], [value(row["loss"] + error) - at]]
             axes.errorbar([row["got"]], [at], spread, fmt="o", color=style[1], mfc=filled, capsize=2)
@@ -140,26 +143,26 @@ def curves(named: Mapping[str, CurveRows], baselines: Mapping[str, CurveRows] | 
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             which(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     first: Mapping[str, Any] = next((rows[0] for _, rows, _ in drawn if rows), {})
-    quantity = "loss above the base model's, nats per token" if excess else "perplexity" + " (log scale)" * logarithmic
+    quantity = "excess loss over the base model, nats per token" if excess else "perplexity" + " (log scale)" * logarithmic
     axes.set_ylabel(f"{quantity}\n{first.get('corpus', 'unknown text')}, {first.get('context', '?')} tokens")
-    axes.set_xlabel("size: stored numbers of the target layers, of the dense ones (got)")
+    axes.set_xlabel("size: numbers stored by the target layers, relative to dense (achieved)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
 
 
 def _finite(rows: CurveRows) -> list[Mapping[str, Any]]:
-    """By size, smallest first."""
+    """Return the rows with a finite loss, by increasing size."""
     return sorted((row for row in rows if _is_number(row["loss"])), key=lambda row: row["got"])
 
 
 def _is_number(value: float | None) -> bool:
-    """JSON says null where there is none."""
+    """Whether `value` is finite. In JSON, other values are null."""
     return value is not None and math.isfinite(value)
 
 
 def svg(draw: Callable[[], Figure | None]) -> str:
-    """A figure as an <svg> element in the page's colors: text stays text, and the same figure is the same bytes. "" for none."""
+    """Return a figure as an <svg> element in the page's colors, or "" for None. Text stays text, and equal figures give equal bytes."""
     theme: Any = {
         "svg.fonttype": "none", "svg.hashsalt": "acip", "font.family": "sans-serif", "font.size": 9,
         "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "legend.framealpha": 0.0,

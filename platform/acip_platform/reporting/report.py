@@ -1,9 +1,9 @@
-"""A calibration, or several over each other, as one HTML file that opens offline, and as JSON.
+"""The report of one or several calibrations, as a self-contained HTML file and as JSON.
 
-    artifacts (+ rows of baselines) -> facts, which are the JSON -> page: facts in a template, figures as inline SVG
+    artifacts (+ rows of baselines) -> facts, the content of the JSON file -> page: a template, with figures as inline SVG
 
-The file has no script and asks nothing of any network. Every number in it is the artifact's; what was not measured is said so, with
-the command that measures it.
+The page has no script and loads nothing. All its numbers come from the artifacts. For values that were not measured, it shows the
+command that measures them.
 """
 
 import json
@@ -29,17 +29,17 @@ from acip.sizing.excess_loss_area import excess_loss_area
 from acip_platform.reporting import figures
 from acip_platform.reporting.text_samples import side_by_side
 from acip_platform.tracking.provenance import commit
-from acip_platform.tracking.runs import ModelVersion
+from acip_platform.tracking.registry import ModelVersion
 
 TEMPLATE = Path(__file__).with_name("report.html")
-CONTEXT = 4096  # tokens of the KV cache in "memory", batch 1
-KEPT_AT = (0.8, 0.6, 0.4)
-SPEED, MEMORY = "tokens_per_s", "peak_memory_bytes"  # names of measured values end so (acip.evaluate)
+CONTEXT = 4096  # tokens of the KV cache in the memory estimate, at batch size 1
+KEPT_AT = (0.8, 0.6, 0.4)  # sizes whose kept ranks are drawn
+SPEED, MEMORY = "tokens_per_s", "peak_memory_bytes"  # ends of the names of measured values (acip.evaluate)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One artifact of the report. `version` None = not from the registry."""
+    """One artifact of the report. `version` is None if it is not from the registry."""
 
     label: str
     uri: str
@@ -48,58 +48,58 @@ class Subject:
 
 
 def facts(subjects: Sequence[Subject], baselines: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> dict[str, Any]:
-    """Everything the report says, for machines. The first model is shown in detail: among several, the one with the least area."""
+    """Return the content of the report as JSON values. The first model is shown in detail; it is the one with the least area."""
     models = [_model(subject) for subject in subjects]
     if len(models) > 1:
         models.sort(key=lambda model: math.inf if model["area"] is None or math.isnan(model["area"]) else model["area"])
     return _plain({"title": title, "made_by": commit(), "models": models, "baselines": dict(baselines)})
 
 
-def page(found: Mapping[str, Any], subjects: Sequence[Subject]) -> str:
-    """`facts` as HTML."""
-    first = found["models"][0]
+def page(content: Mapping[str, Any], subjects: Sequence[Subject]) -> str:
+    """Return the result of `facts` as HTML."""
+    first = content["models"][0]
     table = next(subject for subject in subjects if subject.uri == first["uri"]).artifact.table()
-    curves = {model["label"]: model["curve"] for model in found["models"] if model["curve"]}
+    curves = {model["label"]: model["curve"] for model in content["models"] if model["curve"]}
     kept = [figures.svg(partial(figures.kept_ranks, table, size)) for size in KEPT_AT]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.tests["ending"] = str.endswith
     environment.filters |= {"mb": lambda n: f"{n / 1e6:,.1f}", "number": _number}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        found=found, first=first, speed=SPEED, memory=MEMORY,
-        # figures.svg makes the pictures, matplotlib escapes what is written in them
-        curve=Markup(figures.svg(lambda: figures.curves(curves, found["baselines"]))) if curves or found["baselines"] else "",  # noqa: S704
+        content=content, first=first, speed=SPEED, memory=MEMORY,
+        # matplotlib escapes the text in the figures
+        curve=Markup(figures.svg(lambda: figures.curves(curves, content["baselines"]))) if curves or content["baselines"] else "",  # noqa: S704
         kept=[Markup(figure) for figure in kept if figure],  # noqa: S704
         score_map=Markup(figures.svg(lambda: figures.score_map(table))),  # noqa: S704
     )  # fmt: skip
 
 
 def baseline_rows(path: Path, corpus: str = "") -> dict[str, list[dict[str, Any]]]:
-    """Rows of other methods by name, from JSON: [{method, got (or asked), loss (or perplexity), ...}, ...], or {"rows": [...]}.
+    """Read the rows of other methods, by method, from a JSON file: [{method, got (or asked), loss (or perplexity), ...}, ...].
 
-    A row of the arena has perplexities on several texts: that on `corpus` is taken.
+    The list may also be at the key "rows". Rows of an arena have perplexities on several texts; the one on `corpus` is used.
     """
-    on = f"perplexity {corpus.removeprefix('package:')}"  # an arena's file may hold rows of other texts, and older ones
+    metric = f"perplexity {corpus.removeprefix('package:')}"  # an arena's file may hold rows of other texts, and older rows
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = content["rows"] if isinstance(content, dict) else content
         if any("metrics" in row for row in rows):
-            rows = list({(row["method"], row["asked"]): row for row in rows if on in row["metrics"]}.values())
+            rows = list({(row["method"], row["asked"]): row for row in rows if metric in row["metrics"]}.values())
             if not rows:
-                raise KeyError(on)
-        found: dict[str, list[dict[str, Any]]] = {}
+                raise KeyError(metric)
+        by_method: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
-            loss = float(row["loss"]) if "loss" in row else math.log(row["perplexity"] if "perplexity" in row else row["metrics"][on])
+            loss = float(row["loss"]) if "loss" in row else math.log(row["perplexity"] if "perplexity" in row else row["metrics"][metric])
             got, error = float(row["got"] if "got" in row else row["asked"]), row.get("stderr")
-            if isinstance(error, dict):  # the arena's are of perplexities
-                error = error[on] / row["metrics"][on] if on in error else None
+            if isinstance(error, dict):  # an arena's errors are those of the perplexities
+                error = error[metric] / row["metrics"][metric] if metric in error else None
             numbers = {"got": got, "loss": loss, "perplexity": as_perplexity(loss), "stderr": error}
-            found.setdefault(str(row["method"]), []).append({**row, **numbers})
+            by_method.setdefault(str(row["method"]), []).append({**row, **numbers})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AcipError(
             f"{path} can't be read as rows of baselines ({type(error).__name__}: {error}). It must be a JSON list of rows with method, "
-            f"got (or asked), and loss (or perplexity), or an arena's rows with {on!r}."
+            f"got (or asked), and loss (or perplexity), or an arena's rows with {metric!r}."
         ) from error
-    return found
+    return by_method
 
 
 def _model(subject: Subject) -> dict[str, Any]:
@@ -129,24 +129,24 @@ def _model(subject: Subject) -> dict[str, Any]:
 
 
 def _row(row: Mapping[str, Any], table: CutTable) -> dict[str, Any]:
-    """A row of the curve, with what serving it takes in memory (computed)."""
+    """Return a row of the curve with the memory that serving it needs, which is computed."""
     decoder, weights = table.decoder, row["bytes"]
     memory = None if weights is None or decoder is None else weights + decoder.cache(CONTEXT, 1) + decoder.overhead(1)
     return {key: value for key, value in row.items() if key != "evaluation"} | {"memory_bytes": memory}
 
 
 def _measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """What was measured beside the curve: by name, by size asked."""
-    found: dict[str, dict[str, float]] = {}
+    """Return the measurements besides the curve: name -> requested size -> value."""
+    values: dict[str, dict[str, float]] = {}
     for row in rows:
         for part in row.get("evaluation", ()):
             for name, value in part["values"].items() if part["kind"] != Samples.kind else ():
-                found.setdefault(f"{part['label']}/{name}", {})[str(row["asked"])] = value
-    return found
+                values.setdefault(f"{part['label']}/{name}", {})[str(row["asked"])] = value
+    return values
 
 
 def _commands(subject: Subject) -> dict[str, str]:
-    """What to do next, as the shell reads it."""
+    """Return the shell commands to use the model: description -> command."""
     version = subject.version
     uri = shlex.quote(subject.uri)
     if version is None:
@@ -157,10 +157,10 @@ def _commands(subject: Subject) -> dict[str, str]:
         }
     name = shlex.quote(version.name)
     body = json.dumps({"model": f"{version.name}@0.6", "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0})
-    ask = f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    request = f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     return {
         "serve": f"python jobs/serve.py --model {name} --alias {version.version}",
-        "ask at 0.6": ask,
+        "ask at 0.6": request,
         "measure speed and memory": f"python jobs/evaluate.py --model {name}@{version.version} --skip perplexity divergence samples",
         "keep one size": f"python jobs/materialize.py {name} --alias {version.version} --size 0.6 --out small",
         "make it the champion": f"python jobs/promote.py {name} {version.version}",
@@ -168,7 +168,7 @@ def _commands(subject: Subject) -> dict[str, str]:
 
 
 def _plain(content: Any) -> dict[str, Any]:
-    """Without what JSON can't say: nan and infinity become null."""
+    """Return `content` as JSON values, with NaN and infinity as null."""
     plain: dict[str, Any] = json.loads(json.dumps(content), parse_constant=lambda _: None)
     return plain
 

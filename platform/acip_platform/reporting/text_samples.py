@@ -1,4 +1,4 @@
-"""What a model of each size says, for a person to read side by side."""
+"""Text generated at each size, as a table."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,12 +7,12 @@ from acip.evaluate import Samples
 
 
 def side_by_side(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The samples of a curve as the columns of a table: a row per size, a column per prompt. {} where there are none."""
+    """Return the samples of a curve as columns of a table, with a row for each size and a column for each prompt. {} if there are none."""
     texts: dict[float, dict[str, str]] = {}
     for row in rows:
         for part in row.get("evaluation", ()):
             if part["kind"] == Samples.kind:
-                texts.setdefault(row["asked"], {}).update({said["prompt"]: said["text"] for said in part["samples"]})
-    prompts = dict.fromkeys(prompt for found in texts.values() for prompt in found)
+                texts.setdefault(row["asked"], {}).update({sample["prompt"]: sample["text"] for sample in part["samples"]})
+    prompts = dict.fromkeys(prompt for samples in texts.values() for prompt in samples)
     columns: dict[str, list[Any]] = {"size": list(texts)} if texts else {}
-    return columns | {prompt: [found.get(prompt, "") for found in texts.values()] for prompt in prompts}
+    return columns | {prompt: [samples.get(prompt, "") for samples in texts.values()] for prompt in prompts}

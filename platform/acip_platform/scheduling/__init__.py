@@ -1,1 +1,1 @@
-"""Fleets of jobs: fleet files, the job queue, leases, and events from workers."""
+"""Fleets of calibrations: fleet files, the job queue, leases, and events from workers."""

@@ -1,4 +1,4 @@
-"""A fleet file -> checked jobs.
+"""Fleet files: the base models to calibrate, read from YAML and checked.
 
     name: demo
     defaults: {data: package:wikipedia}        # any field of a model
@@ -8,7 +8,7 @@
         recipe: demo                           # see acip.recipe.RECIPES
         set: {post_tune_steps: 200}            # changes to the recipe
 
-What is wrong in a file is named with its line and what is allowed.
+A fleet is a list of models that are calibrated in one run. Errors name the line of the file and what is allowed.
 """
 
 import dataclasses
@@ -34,71 +34,75 @@ from acip_platform.yaml_file import YamlFile
 
 
 class FleetError(AcipError):
-    """A fleet file that can't be read, or a job the cluster can't hold."""
+    """A fleet file is not valid, or a job does not fit on the cluster."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One base model to calibrate."""
+    """One base model to calibrate, with the recipe, the texts and the resources."""
 
-    name: str  # of the registered model: letters, digits, . _ -
+    name: str  # name of the registered model: letters, digits, . _ -
     base: str  # see acip.base
     recipe: Recipe = dataclasses.field(default_factory=recipes.acip)
-    data: str = "c4"  # calibration text, see acip.data; its train split
-    eval_data: str = ""  # its held-out split; "" = data
+    data: str = "c4"  # calibration text, see acip.data; its train split is used
+    eval_data: str = ""  # text of the curve; its held-out split is used; "" = data
     eval_context: int = 2048  # tokens per window of held-out text
-    eval_windows: int = 0  # at most so many; 0 = all
-    eval_protocol: Protocol = "packed"  # that it is cut by, see acip.evaluate.heldout_text
+    eval_windows: int = 0  # most windows of held-out text; 0 = all
+    eval_protocol: Protocol = "packed"  # how it is cut into windows, see acip.evaluate.heldout_text
     sizes: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the trade-off curve
-    tasks: tuple[str, ...] = ()  # of acip.evaluate.tasks, scored at these sizes, too
-    task_limit: int = 0  # items of each task; 0 = all
-    num_workers: int = 1  # that share this model: its weights sharded, each batch parted
-    gpus: float = -1.0  # per worker; -1 = one where the cluster has any
+    tasks: tuple[str, ...] = ()  # tasks of acip.evaluate.tasks, scored at the same sizes
+    task_limit: int = 0  # most items of each task; 0 = all
+    num_workers: int = 1  # workers that share this model: weights are sharded, batches are split
+    gpus: float = -1.0  # per worker; -1 = 1 if the cluster has GPUs, else 0
     cpus: float = -1.0  # per worker; -1 = see acip_platform.scheduling.job_queue.resources_of
-    trust_remote_code: bool = False  # runs code that comes with the base model
+    trust_remote_code: bool = False  # run code that comes with the base model
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of all that decides the result: equal fingerprints need no second calibration.
+        """Hash of everything that determines the result. Jobs with equal fingerprints need one calibration.
 
-        Local files count by their content, not by their paths, as they were when this was first asked for.
+        Local files count by their content, not by their paths. It is read once, at the first access.
         """
         recipe = {name: value for name, value in self.recipe.to_dict().items() if name != "gradient_checkpointing"}
-        decides = {"base": identity(self.base), "recipe": recipe, "data": identity(self.data), "schema": SCHEMA, "windows": WINDOWS_VERSION}
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+        inputs = {"base": identity(self.base), "recipe": recipe, "data": identity(self.data), "schema": SCHEMA, "windows": WINDOWS_VERSION}
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def heldout(self) -> Text:
-        """What the curve is measured on."""
+        """The text that the curve is measured on."""
         return Text(self.eval_data or self.data, self.eval_protocol, self.eval_context, self.eval_windows)
 
     @property
     def windows(self) -> int:
-        """Windows of text for the samples, and for one pass over the steps that are expected."""
+        """The number of windows of calibration text: those for the activation samples, and one pass over the expected steps."""
         pruning = min(self.recipe.max_prune_steps, 2500) if self.recipe.prunes else 0
         return self.recipe.sample_windows + self.recipe.batch_size * self.recipe.gradient_accumulation_steps * self.recipe.end(pruning)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def by_content(self) -> dict[str, Any]:
-        """Return the fields, with the content of local files in the place of their paths."""
+        """Return the fields as JSON values, with digests of local files instead of their paths."""
         return self.to_dict() | {key: identity(getattr(self, key)) for key in SOURCES}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Job":
+        """Return the job whose `to_dict` is `fields`."""
         tuples = {key: tuple(fields[key]) for key in ("sizes", "tasks")}
         return cls(**{**fields, "recipe": Recipe.from_dict(fields["recipe"]), **tuples})
 
 
 @dataclass(frozen=True)
 class Fleet:
+    """A named list of jobs that run side by side."""
+
     name: str
     jobs: tuple[Job, ...]
 
     @classmethod
     def load(cls, path: str | Path) -> "Fleet":
-        """Read and check a fleet file; FleetError names the line and the field."""
+        """Read and check a fleet file. FleetError names the line and the field."""
         return _Reader(str(path)).fleet()
 
 
@@ -108,6 +112,8 @@ MODEL = {field.name: field.type for field in dataclasses.fields(Job)} | {"recipe
 
 
 class _Reader(YamlFile):
+    """The parser of one fleet file."""
+
     def __init__(self, path: str) -> None:
         super().__init__(path, FleetError)
 
@@ -150,14 +156,17 @@ class _Reader(YamlFile):
         return Job(recipe=recipe, **fields)
 
     def check(self, node: yaml.Node, fields: dict[str, Any], recipe: Recipe) -> None:
-        for needed in ("name", "base"):
-            if needed not in fields:
-                raise self.fail(node, f"a model needs a {needed!r}.")
+        for required in ("name", "base"):
+            if required not in fields:
+                raise self.fail(node, f"a model needs a {required!r}.")
         self.name(node, fields["name"])
         if (n := fields.get("num_workers", 1)) < 1 or recipe.batch_size % n:
             raise self.fail(node, f"num_workers is {n}; it must be at least 1 and divide batch_size, which is {recipe.batch_size}.")
         if n > 1 and recipe.quantize != "none":
-            raise self.fail(node, f"num_workers is {n} and quantize {recipe.quantize!r}: weights are either sharded or in 4 bit, not both.")
+            raise self.fail(
+                node,
+                f"num_workers is {n} and quantize {recipe.quantize!r}: 4-bit weights can't be sharded. Change one of them.",
+            )
         if tasks := fields.get("tasks"):
             self.checked(node, check_tasks, expand(tasks))
         for key, least, what in (
@@ -171,7 +180,7 @@ class _Reader(YamlFile):
             if (value := fields.get(key, -1.0)) < 0 and value != -1:
                 raise self.fail(node, f"{key} is {value:g}; it must be at least 0, or -1 to leave it to the cluster.")
         if not fields.get("sizes", Job.sizes):
-            raise self.fail(node, "sizes is empty; name the sizes of the curve, 1.0 among them.")
+            raise self.fail(node, "sizes is empty; list the sizes of the curve, including 1.0.")
         for size in fields.get("sizes", ()):
             if not 0 < size <= 1:
-                raise self.fail(node, f"sizes holds {size!r}; each must be above 0 and up to 1.")
+                raise self.fail(node, f"sizes contains {size!r}; each must be above 0 and at most 1.")

@@ -1,11 +1,12 @@
-"""Who works on an attempt: leases in the store, so that two submissions of one fleet don't do the same work.
+"""Leases in the store: at most one process works on an attempt, even if a fleet is submitted twice.
 
     STORE/.leases/ATTEMPT/1     {"owner": "ann on box-7, process 4711", "mark": "9f...", "beat": 17}
 
-Who made the file with the highest number holds the lease, and only one can make it: the write is conditional (O_EXCL, or If-None-Match
-on S3). The owner writes a new beat again and again. Who finds the same beat at `LOOKS` looks, each `beat_s` after the other, takes
-the owner for dead and makes the next number. So nobody compares clocks: it counts its own looks, and only those that S3 answered.
-An owner that was only stopped finds the higher number at its next beat, and ends.
+The creator of the highest-numbered file holds the lease. Creating a file is a conditional write (O_EXCL, or If-None-Match on S3), so
+exactly one process succeeds. The owner updates the heartbeat `beat` every `beat_s` seconds. A heartbeat that is unchanged over
+`LOOKS` polls, `beat_s` seconds apart, means that the owner died; another process then creates the next number. No clocks are compared:
+each process counts its own polls, and only those that S3 answered. An owner that was only suspended finds the higher number at its
+next heartbeat, and stops.
 """
 
 import getpass
@@ -21,22 +22,22 @@ from typing import Any, Self
 
 from acip_platform.storage.store import Store, StoreError
 
-LOOKS = 6
-FOLDER = ".leases"  # no model's name begins so
+LOOKS = 6  # polls with an unchanged heartbeat until a lease expires
+FOLDER = ".leases"  # names of models do not begin with a dot
 
 
 class Leases:
-    """Those of this process. Use as a context: inside the beats go on; at its end they are given back.
+    """The leases of this process. A context manager: it sends heartbeats inside the block and releases all leases at the end.
 
-    `lost` is called, from another thread, with an attempt and who has taken it.
+    When a lease is lost, `lost` is called with the attempt and its new owner, from another thread.
     """
 
     def __init__(self, store: Store, lease_s: float, lost: Callable[[str, str], Any]) -> None:
         self.store, self.lease_s, self.beat_s, self.lost = store, lease_s, lease_s / LOOKS, lost
         self.owner = f"{_user()} on {socket.gethostname()}, process {os.getpid()}"
         self.mark = secrets.token_hex(8)
-        self.held: dict[str, int] = {}  # the number, by attempt
-        self.lock = threading.Lock()  # a beat would bring back what is being given back
+        self.held: dict[str, int] = {}  # attempt -> number of the lease
+        self.lock = threading.Lock()  # otherwise a heartbeat could recreate a lease while it is released
         self.beats = 0
         self.ends = threading.Event()
         self.thread = threading.Thread(target=self._beat, daemon=True, name="leases")
@@ -52,71 +53,73 @@ class Leases:
             self.release(attempt)
 
     def release(self, attempt: str) -> None:
-        """Give one back, if we still have it."""
-        with self.lock, suppress(StoreError):  # else we will be taken for dead
+        """Release the lease of `attempt` if this process holds it."""
+        with self.lock, suppress(StoreError):  # a lease that can't be removed expires
             number = self.held.pop(attempt, 0)
             for each in sorted(n for n in map(int, self.store.small(f"{FOLDER}/{attempt}")) if n <= number):
-                self.store.remove(f"{FOLDER}/{attempt}/{each}")  # ours last
+                self.store.remove(f"{FOLDER}/{attempt}/{each}")  # this process' own file last
 
     def claim(self, attempts: Sequence[str], waiting: Callable[[str, str], Any] = lambda attempt, owner: None) -> dict[str, str]:
-        """Take the leases of `attempts`; returns who has those that another process holds, by attempt.
+        """Take the leases of `attempts`. Return attempt -> owner for those that another live process holds.
 
-        Takes `lease_s` where an owner may be dead; `waiting` is told of each.
+        This takes up to `lease_s` seconds if a lease has an owner that may have died; `waiting` is called with each of them before.
         """
-        others = {attempt: found for attempt in attempts if (found := self._try(attempt)) is not None}
-        for attempt, found in others.items():
-            waiting(attempt, found["owner"])
+        others = {attempt: lease for attempt in attempts if (lease := self._take(attempt)) is not None}
+        for attempt, lease in others.items():
+            waiting(attempt, lease["owner"])
         alive: dict[str, str] = {}
         for look in range(LOOKS):
             if not others:
                 break
             time.sleep(self.beat_s)
-            for attempt, found in list(others.items()):
-                now = self._try(attempt, found if look == LOOKS - 1 else None)
-                if now is None:
+            for attempt, lease in list(others.items()):
+                current = self._take(attempt, lease if look == LOOKS - 1 else None)
+                if current is None:
                     del others[attempt]
-                elif now != found:
-                    alive[attempt] = now["owner"]
+                elif current != lease:
+                    alive[attempt] = current["owner"]
                     del others[attempt]
         return alive
 
-    def _try(self, attempt: str, dead: dict[str, Any] | None = None) -> dict[str, Any] | None:
-        """Take the lease if it is free, or if what is there is still `dead`; else what is there."""
-        found = self._look(attempt)
-        if found is None or found == dead:
-            number = 1 if found is None else found["number"] + 1
+    def _take(self, attempt: str, dead: dict[str, Any] | None = None) -> dict[str, Any] | None:
+        """Take the lease if it is free or still equal to `dead`, and return None; else return the present lease."""
+        lease = self._read(attempt)
+        if lease is None or lease == dead:
+            number = 1 if lease is None else lease["number"] + 1
             self.store.create(f"{FOLDER}/{attempt}/{number}", self._content())
-            found = self._look(attempt)  # also where the answer was lost on its way
-            assert found is not None
-        if found["mark"] != self.mark:
-            return found
-        self.held[attempt] = found["number"]
+            lease = self._read(attempt)  # the result of `create` is wrong if S3's response was lost
+            assert lease is not None
+        if lease["mark"] != self.mark:
+            return lease
+        self.held[attempt] = lease["number"]
         return None
 
-    def _look(self, attempt: str) -> dict[str, Any] | None:
-        there = self.store.small(f"{FOLDER}/{attempt}")
-        if not there:
+    def _read(self, attempt: str) -> dict[str, Any] | None:
+        """Return the present lease of `attempt`, with its number; None if there is none."""
+        files = self.store.small(f"{FOLDER}/{attempt}")
+        if not files:
             return None
-        number = max(map(int, there))
+        number = max(map(int, files))
         try:
-            return {**json.loads(there[str(number)]), "number": number}
-        except ValueError:  # it is just being written
+            return {**json.loads(files[str(number)]), "number": number}
+        except ValueError:  # the file is being written
             return {"owner": "another process", "mark": "", "beat": 0, "number": number}
 
     def _content(self) -> bytes:
         return json.dumps({"owner": self.owner, "mark": self.mark, "beat": self.beats}).encode()
 
     def _beat(self) -> None:
+        """Send heartbeats until the end of the block, and notice leases that another process has taken."""
         while not self.ends.wait(self.beat_s):
             self.beats += 1
             for attempt in list(self.held):
-                with self.lock, suppress(StoreError):  # while S3 is away nobody can take it, either
+                with self.lock, suppress(StoreError):  # while S3 does not answer, no other process can take the lease either
                     if (number := self.held.get(attempt)) is None:
-                        continue  # given back meanwhile
-                    now = self._look(attempt)
-                    if now is None or now["mark"] != self.mark:
+                        continue  # released meanwhile
+                    lease = self._read(attempt)
+                    if lease is None or lease["mark"] != self.mark:
                         del self.held[attempt]
-                        self.lost(attempt, "nobody" if now is None else now["owner"])
+                        self.lost(attempt, "nobody" if lease is None else lease["owner"])
                     else:
                         self.store.write(f"{FOLDER}/{attempt}/{number}", self._content())
 
@@ -124,5 +127,5 @@ class Leases:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # the user ID has no name, as in some containers
         return f"user {os.getuid()}"

@@ -33,7 +33,7 @@ from acip_platform.serve.http.routes import Answered, routes
 from acip_platform.serve.materializations import Materializations
 from acip_platform.serve.replica import EngineReplica
 from acip_platform.settings import Settings, masked, sqlite_path
-from acip_platform.tracking.runs import CHAMPION, ModelVersion, Registry, RegistryAwayError, RegistryError, few_retries, reached
+from acip_platform.tracking.registry import CHAMPION, ModelVersion, Registry, RegistryAwayError, RegistryError, few_retries, reached
 
 BUILD_ARGS: dict[str, Any] = {
     "models": None,  # names in the registry; None = every model that has the alias

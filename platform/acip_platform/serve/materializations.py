@@ -34,7 +34,7 @@ from acip_platform.serve.http.errors import RequestError
 from acip_platform.serve.size_facts import size_facts
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store, StoreError
-from acip_platform.tracking.runs import ModelVersion
+from acip_platform.tracking.registry import ModelVersion
 
 EXPORTS = "exports"  # key in the store
 LOOK_EVERY_S = 30.0  # at most, for what others put into the store

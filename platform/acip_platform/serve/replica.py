@@ -28,7 +28,7 @@ from acip_platform.serve.size_facts import as_json
 from acip_platform.serve.tradeoff import trade_off
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store
-from acip_platform.tracking.runs import ModelVersion
+from acip_platform.tracking.registry import ModelVersion
 
 SHARE = 0.8  # of the free memory, where no limit is given
 MESSAGES_PER_S = 50  # that are sent to clients in all: each passes three processes, so many streams send more at once

@@ -1,1 +1,1 @@
-"""Folders and objects on disks and on S3."""
+"""Artifacts, checkpoints and small files, on a disk or on S3."""

@@ -1,4 +1,4 @@
-"""Files and folders on a disk, by path or file:// URI: the same verbs as on S3 (s3.py)."""
+"""Files and folders on a disk, by path or file:// URI, with the same methods as on S3 (s3.py)."""
 
 import os
 import secrets
@@ -15,51 +15,56 @@ from acip.errors import AcipError, cited
 
 
 class StoreError(AcipError):
-    """A URI that can't be read or written. Says which, and what to check."""
+    """A URI can't be read or written. The message names it and says what to check."""
 
 
 class MissingError(StoreError):
-    """There is no such file."""
+    """A file does not exist."""
 
 
 class Item(NamedTuple):
-    """What is known of a file without reading it."""
+    """The properties of a file that a listing returns."""
 
     bytes: int
-    came: float  # seconds since 1970
-    tag: str  # changes with its content, on S3
+    came: float  # time of the last change, in seconds since 1970
+    tag: str  # on S3, a tag that changes with the content; on a disk ""
 
 
 class Disk:
+    """Operations on local files and folders. They raise StoreError."""
+
     def has(self, uri: str) -> bool:
+        """Whether there is a file at `uri`."""
         return path_of(uri).is_file()
 
     def listed(self, uri: str) -> dict[str, Item]:
-        """The files under a folder, by name; not those on their way, which are in hidden folders."""
-        found, folder = {}, path_of(uri)
-        with told("list", folder):
+        """Return all files under a folder, by relative path. Hidden files and folders are left out: they hold incomplete writes."""
+        items, folder = {}, path_of(uri)
+        with _store_errors("list", folder):
             for path in folder.rglob("*"):
                 name = path.relative_to(folder).as_posix()
                 if not name.startswith(".") and "/." not in name:
-                    with suppress(FileNotFoundError):  # it went meanwhile
+                    with suppress(FileNotFoundError):  # removed meanwhile
                         if path.is_file():
-                            found[name] = Item(path.stat().st_size, path.stat().st_mtime, "")
-        return found
+                            items[name] = Item(path.stat().st_size, path.stat().st_mtime, "")
+        return items
 
     def folders(self, uri: str) -> Iterable[str]:
-        """Names in a folder, hidden ones too."""
+        """Return the names of everything in a folder, including hidden names."""
         return [path.name for path in path_of(uri).glob("*")]
 
     def read(self, uri: str) -> bytes:
+        """Return the content of a file; MissingError if it does not exist."""
         try:
             return path_of(uri).read_bytes()
         except OSError as error:
             kind = MissingError if isinstance(error, FileNotFoundError) else StoreError
-            raise kind(f"can't read {error.filename}: {error.strerror}. Was it moved or deleted?") from error
+            raise kind(f"can't read {error.filename}: {error.strerror}. Check whether it was moved or deleted.") from error
 
     def create(self, uri: str, content: bytes) -> bool:
+        """Write a new file; return False if it exists already."""
         path = path_of(uri)
-        with told("write", path):
+        with _store_errors("write", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 file = path.open("xb")
@@ -69,14 +74,15 @@ class Disk:
                 with file:
                     file.write(content)
             except OSError:
-                path.unlink(missing_ok=True)  # nobody else could make it any more
+                path.unlink(missing_ok=True)  # otherwise the name could never be created again
                 raise
         return True
 
     def write(self, uri: str, content: bytes) -> None:
+        """Write or replace a file atomically."""
         path = path_of(uri)
         partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        with told("write", path):
+        with _store_errors("write", path):
             try:
                 with partial.open("wb") as file:
                     file.write(content)
@@ -87,33 +93,36 @@ class Disk:
                 partial.unlink(missing_ok=True)
 
     def remove(self, uri: str) -> None:
-        with told("remove", path_of(uri)):
+        """Remove a file. It does not have to exist."""
+        with _store_errors("remove", path_of(uri)):
             path_of(uri).unlink(missing_ok=True)
 
     def remove_folder(self, uri: str) -> None:
+        """Remove a folder and its content, as far as possible."""
         shutil.rmtree(path_of(uri), ignore_errors=True)
 
     def put(self, uri: str, folder: Path, last: str) -> None:
-        self.remove_folder(uri)  # remains of a broken attempt
+        """Move a local folder to `uri` and replace the incomplete folder that may be there."""
+        self.remove_folder(uri)
         self.add(uri, folder, last)
 
     def add(self, uri: str, folder: Path, last: str) -> None:
-        """From another file system perhaps; it is there at once or not at all."""
+        """Move a local folder, complete with its file `last`, to `uri` atomically, also from another file system."""
         target = path_of(uri)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True) as aside:
-                shutil.move(folder, Path(aside) / "new")
-                (Path(aside) / "new").rename(target)
+            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True) as scratch:
+                shutil.move(folder, Path(scratch) / "new")
+                (Path(scratch) / "new").rename(target)
         except OSError as error:
-            if not (target / last).is_file():  # else another writer was faster
-                remedy = f"It is there without {last}: remove it." if target.exists() else "Check the folder and the space on its disk."
+            if not (target / last).is_file():  # otherwise another writer has finished first
+                remedy = f"It exists without {last}: remove it." if target.exists() else "Check the folder and the space on its disk."
                 raise StoreError(f"can't write {target}: {reason(error)}. {remedy}") from error
 
 
 @contextmanager
-def told(what: str, path: Path) -> Iterator[None]:
-    """The system's errors as ours."""
+def _store_errors(what: str, path: Path) -> Iterator[None]:
+    """Raise StoreError for the operating system's errors inside the block."""
     try:
         yield
     except OSError as error:
@@ -121,16 +130,17 @@ def told(what: str, path: Path) -> Iterator[None]:
 
 
 def reason(error: OSError) -> str:
-    """What the system said, of a copied tree the first."""
+    """Return the operating system's message. The error of a copied folder holds several; the first is returned."""
     if isinstance(error, shutil.Error) and error.args and error.args[0]:
         return str(error.args[0][0][2])
     return error.strerror or type(error).__name__
 
 
 def path_of(uri: str) -> Path:
+    """Return the path of a path or a file:// URI; StoreError if it can't be one."""
     try:
         path = Path(url2pathname(urlparse(uri).path) if uri.startswith("file://") else uri)
         path.exists()
-    except (OSError, ValueError) as error:  # too long, not to be looked into, not UTF-8, a host that is none
+    except (OSError, ValueError) as error:  # for example too long, not accessible, not UTF-8, or with an invalid host
         raise StoreError(f"{cited(uri)} can't be a folder: {error}. Check the URI.") from error
     return path

@@ -1,9 +1,9 @@
-"""What users name: paths as the submitter means them, and the content behind them.
+"""The inputs of a job: paths made absolute where the job is submitted, and digests of their content.
 
-resolved("base")          /home/me/work/base        relative paths and ~ are the submitter's; tasks have folders of their own
+resolved("base")          /home/me/work/base        relative paths and ~ belong to the submitter; tasks run in other folders
 resolved("file:///a%20b") /a b
-resolved("org/name")      org/name                  not here: a name on the hub, or of a text that ships with acip
-identity("/home/me/base") sha256:...                equal content is equal, wherever it lies
+resolved("org/name")      org/name                  if there is no such file: a name on the hub, or of a text that ships with acip
+identity("/home/me/base") sha256:...                equal content has the same identity at every path
 """
 
 import functools
@@ -20,24 +20,24 @@ from acip.errors import AcipError
 from acip_platform.settings import Settings
 from acip_platform.storage.disk import path_of
 
-WORTH_KEEPING = 64 << 20  # bytes of a file whose digest is remembered on disk
+CACHED_FROM_BYTES = 64 << 20  # digests of files of at least this size are cached on disk
 
 
 def resolved(source: str) -> str:
-    """Return the absolute path of a file or folder that `source` names for the submitter; other names as they are.
+    """Return the absolute path if `source` is a file or folder, else `source` unchanged.
 
-    Call it where a job is submitted, on every path that a user wrote. What is written as a path (~, ./, ../) is one also where
-    nothing is there, so that an error shows the whole path. AcipError for a file: URI that names none.
+    Call it where a job is submitted, for every path that a user wrote. A source that begins with ~, ./, ../ or / is a path even if
+    nothing exists there, so that errors show the whole path. AcipError for a file: URI that is not of the form file:///path.
     """
     if source in HUB or source.startswith("package:"):
         return source
     if source.startswith("file:"):
         if not source.startswith("file:///"):
-            raise AcipError(f"{source!r} is not a URI of a local file; it must be file:///folder, or a path.")
+            raise AcipError(f"{source!r} is not a URI of a local file; use file:///path, or a path.")
         return str(path_of(source))
     path = Path(source)
     if source.startswith("~"):
-        with suppress(RuntimeError):  # there is no such user
+        with suppress(RuntimeError):  # the user in ~user does not exist
             path = path.expanduser()
     if source.startswith(("~", "./", "../", "/")) or (source and is_there(path)):
         return str(path.resolve())
@@ -45,20 +45,20 @@ def resolved(source: str) -> str:
 
 
 def placed(uri: str) -> str:
-    """Return the URI of an artifact that a user wrote, a path as the submitter means it."""
+    """Return the URI of an artifact that a user wrote. A path becomes absolute."""
     return uri if "://" in uri else str(Path(resolved(uri)).resolve())
 
 
 def identity(source: str) -> str:
-    """Return what tells the content of `source` from any other: a digest where it is here, else its name."""
+    """Return an identifier of the content of `source`: a digest if it is a local file or folder, else its name."""
     path = local_path(source)
     return source if path is None else f"sha256:{content(path)}"
 
 
 def content(path: Path) -> str:
-    """sha256 of a file, or of all files in a folder with their names; hidden ones and compiled Python aside.
+    """Return the SHA-256 of a file, or of all files in a folder and their names, without hidden files and __pycache__.
 
-    A file's digest is kept as long as its size and times stay the same.
+    The digest of a file is cached until its size, times or inode change.
     """
     if path.is_file():
         return _file_digest(path)
@@ -80,24 +80,24 @@ def _file_digest(path: Path) -> str:
         facts = path.stat()
         return _digest(str(path.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
     except OSError as error:
-        raise AcipError(f"{path} can't be read: {error.strerror}. Check the file and who may read it.") from error
+        raise AcipError(f"{path} can't be read: {error.strerror}. Check the file and its permissions.") from error
 
 
 @functools.lru_cache(maxsize=4096)
 def _digest(path: str, size: int, *times: int) -> str:
-    """The digest of a file of this size and these times; that of a large one is remembered in ACIP_HOME."""
+    """Return the digest of a file with this size and these times. The digests of large files are cached in ACIP_HOME."""
     key = hashlib.sha256(json.dumps([path, size, *times]).encode()).hexdigest()
-    kept = Settings.from_env().home / "cache" / "digests" / key
-    if size >= WORTH_KEEPING:
+    cached = Settings.from_env().home / "cache" / "digests" / key
+    if size >= CACHED_FROM_BYTES:
         with suppress(OSError):
-            if len(found := kept.read_text(encoding="ascii")) == 64:
-                return found
+            if len(digest := cached.read_text(encoding="ascii")) == 64:
+                return digest
     with Path(path).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if size >= WORTH_KEEPING:
-        partial = kept.with_name(f"{key}.{secrets.token_hex(4)}")
-        with suppress(OSError):  # then it is computed again
-            kept.parent.mkdir(parents=True, exist_ok=True)
+    if size >= CACHED_FROM_BYTES:
+        partial = cached.with_name(f"{key}.{secrets.token_hex(4)}")
+        with suppress(OSError):  # without the cache it is computed again
+            cached.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(digest, encoding="ascii")
-            partial.replace(kept)
+            partial.replace(cached)
     return digest

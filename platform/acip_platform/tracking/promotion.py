@@ -1,13 +1,12 @@
-"""Who is served: a new version becomes the champion only where its curve is better, by one stated rule.
+"""Promotion: a new version becomes the champion only if its trade-off curve is better.
 
-    area under the excess loss (acip.sizing.excess_loss_area), from the smallest size that both curves reach to 1.0; less is better
+The measure is the area under the excess loss (acip.sizing.excess_loss_area), from the smallest size that both curves reach to 1.0;
+a smaller area is better. Curves are comparable only if they were measured on the same base model, held-out text, context and windows.
+A version that is not comparable or not better becomes the candidate, and a person can promote it with `jobs/promote.py`.
 
-Only what was measured alike is compared: the same base model, held-out text, context and windows. What can't be compared, or
-is not better, is a candidate, and `jobs/promote.py` lets a person decide.
-
-Fleets may contend at once, and MLflow moves an alias without asking where it was. So who was crowned looks again afterwards: any
-other that contends and is not settled is a rival it may not have met, and the best of them all gets the alias. A version is tagged
-before it gets the alias, so the last one to get it sees all the others.
+Several fleets may promote at once, and MLflow moves an alias unconditionally. Each version is therefore tagged before it gets the
+alias. Afterwards it is compared with every other tagged version that has no verdict yet, and the best of them gets the alias. The
+last version to get the alias sees the tags of all others.
 """
 
 import math
@@ -19,34 +18,39 @@ from acip.artifact.artifact import Artifact
 from acip.sizing.budget import COMPARABLE_FIELDS
 from acip.sizing.excess_loss_area import excess_loss_area
 from acip_platform.storage.store import Store
-from acip_platform.tracking.runs import CANDIDATE, CHAMPION, ModelVersion, Registry
+from acip_platform.tracking.registry import CANDIDATE, CHAMPION, ModelVersion, Registry
 
 CurveRows = Sequence[Mapping[str, Any]]
-COMPETES = "contends"  # tag of a version that is about to be the champion, or was; settled with its verdict
+COMPETES = "contends"  # tag of a version that is about to be the champion, or was; its verdict settles it
 
 
 @dataclass(frozen=True)
 class Verdict:
-    leads: bool  # the new version is the champion now
-    why: str  # a sentence, with the areas where there are two
+    """The result of a promotion: whether the new version is the champion now, and the reason."""
+
+    leads: bool
+    why: str  # one sentence; it holds the areas if two curves were compared
 
     def __str__(self) -> str:
         return f"{CHAMPION if self.leads else CANDIDATE}: {self.why}"
 
 
 def promote_if_better(registry: Registry, store: Store, version: ModelVersion, artifact: Artifact, may_lead: bool = True) -> Verdict:
-    """Judge a new `version` against the champion, set the alias it earned, and write the verdict into its tags, last of all."""
-    settled = {found.version for found in registry.versions(version.name, {}) if "verdict" in found.tags}
+    """Compare a new `version` with the champion, set its alias, and store the verdict in its tags as the last step.
+
+    With `may_lead` False it becomes the candidate without a comparison.
+    """
+    settled = {each.version for each in registry.versions(version.name, {}) if "verdict" in each.tags}
     settled.update(registry.champions(version.name))
-    champion = registry.champion(version.name)  # read after that: who is settled had the alias by then, or never will
+    champion = registry.champion(version.name)  # read after `settled`: a settled version either had the alias by now or never gets it
     if champion is not None and champion.version == version.version:
         verdict = Verdict(True, version.tags.get("verdict", "it is the champion already").removeprefix(f"{CHAMPION}: "))
     elif not may_lead:
-        verdict = Verdict(False, "the champion stays what it is; nobody asked to replace it")
+        verdict = Verdict(False, "registered as a candidate only; the champion is unchanged")
     elif champion is None:
         verdict = Verdict(True, f"the first of {version.name}")
     elif not store.exists(champion.uri):
-        verdict = Verdict(True, f"the artifact of version {champion.version}, the champion before, is not there any more")
+        verdict = Verdict(True, f"the artifact of version {champion.version}, the previous champion, no longer exists")
     else:
         verdict = compare(artifact.manifest, store.open(champion.uri).manifest, f"version {champion.version}, the champion")
     if verdict.leads:
@@ -60,46 +64,49 @@ def promote_if_better(registry: Registry, store: Store, version: ModelVersion, a
 
 
 def _among_rivals(registry: Registry, store: Store, version: ModelVersion, settled: set[str], verdict: Verdict) -> Verdict:
-    """The verdict on the crowned `version` once it met all that contended meanwhile. The alias is with the best of them afterwards."""
+    """Compare the new champion `version` with all versions that competed meanwhile, and give the alias to the best one.
+
+    Returns the final verdict on `version`.
+    """
     best, contenders = version, [version]
     while new := [
-        found for found in registry.versions(version.name, {COMPETES: "true"})
-        if found.version not in settled | {known.version for known in contenders} and store.exists(found.uri)
+        each for each in registry.versions(version.name, {COMPETES: "true"})
+        if each.version not in settled | {known.version for known in contenders} and store.exists(each.uri)
     ]:  # fmt: skip
-        contenders = sorted([*contenders, *new], key=lambda known: int(known.version))
+        contenders = sorted([*contenders, *new], key=lambda contender: int(contender.version))
         best = contenders[0]
-        for rival in contenders[1:]:  # as if one had come after the other
-            best = rival if _judged(store, rival, best).leads else best
+        for rival in contenders[1:]:  # in the order of their numbers, as if they had been promoted one after the other
+            best = rival if _compare_versions(store, rival, best).leads else best
         registry.set_alias(best)
-    return verdict if best is version else Verdict(False, _judged(store, version, best).why)
+    return verdict if best is version else Verdict(False, _compare_versions(store, version, best).why)
 
 
-def _judged(store: Store, new: ModelVersion, old: ModelVersion) -> Verdict:
+def _compare_versions(store: Store, new: ModelVersion, old: ModelVersion) -> Verdict:
     return compare(store.open(new.uri).manifest, store.open(old.uri).manifest, f"version {old.version}, the champion")
 
 
 def compare(new: Mapping[str, Any], old: Mapping[str, Any], rival: str) -> Verdict:
-    """The rule, on two artifacts' manifests: their base models and their curves."""
-    ours, theirs = new["curve"], old["curve"]
+    """Return the verdict on `new` against `old`, two artifacts' manifests. `rival` names `old` in the reason."""
+    new_rows, old_rows = new["curve"], old["curve"]
     if new["base"]["digest"] != old["base"]["digest"]:
         return Verdict(False, f"not comparable with {rival}: another base model")
-    for rows, whose in ((ours, "its own curve"), (theirs, f"the curve of {rival},")):
+    for rows, curve in ((new_rows, "its own curve"), (old_rows, f"the curve of {rival},")):
         if len(rows) < 2 or max(row.get("got", 0) for row in rows) != 1.0 or not all({"got", "loss"} <= row.keys() for row in rows):
-            return Verdict(False, f"not comparable with {rival}: {whose} has no size 1.0, or none below it")
-    for key, usual in COMPARABLE_FIELDS.items():
-        a, b = ({row.get(key, usual) for row in rows} for rows in (ours, theirs))
-        if a != b or len(a) > 1:
-            return Verdict(False, f"not comparable with {rival}: measured on {key} {_said(a)}, not {_said(b)}")
-    for rows, leads in ((ours, False), (theirs, True)):
-        if lost := [row["got"] for row in rows if not math.isfinite(row["loss"])]:
-            whose = f"{rival}, loses" if leads else "it loses"
-            return Verdict(leads, f"{whose} all it knows at size {max(lost):.2f}: the loss is not a number there")
-    least = max(min(row["got"] for row in rows) for rows in (ours, theirs))
-    mine, its = excess_loss_area(ours, least), excess_loss_area(theirs, least)
-    change = f", {mine / its - 1:+.1%}" if its > 0 else ""
-    compared = f"area {mine:.5g} against {its:.5g} of {rival} ({least:.2f} to 1.00{change})"
-    return Verdict(True, f"better, {compared}") if mine < its else Verdict(False, f"not better, {compared}")
+            return Verdict(False, f"not comparable with {rival}: {curve} has no size 1.0, or none below it")
+    for key, default in COMPARABLE_FIELDS.items():
+        new_values, old_values = ({row.get(key, default) for row in rows} for rows in (new_rows, old_rows))
+        if new_values != old_values or len(new_values) > 1:
+            return Verdict(False, f"not comparable with {rival}: measured on {key} {_listed(new_values)}, not {_listed(old_values)}")
+    for rows, leads in ((new_rows, False), (old_rows, True)):
+        if sizes := [row["got"] for row in rows if not math.isfinite(row["loss"])]:
+            subject = f"the loss of {rival}," if leads else "its loss"
+            return Verdict(leads, f"{subject} is not a finite number at size {max(sizes):.2f}")
+    least = max(min(row["got"] for row in rows) for rows in (new_rows, old_rows))
+    new_area, old_area = excess_loss_area(new_rows, least), excess_loss_area(old_rows, least)
+    change = f", {new_area / old_area - 1:+.1%}" if old_area > 0 else ""
+    compared = f"area {new_area:.5g} against {old_area:.5g} of {rival} ({least:.2f} to 1.00{change})"
+    return Verdict(True, f"better, {compared}") if new_area < old_area else Verdict(False, f"not better, {compared}")
 
 
-def _said(values: set[Any]) -> str:
+def _listed(values: set[Any]) -> str:
     return " and ".join(sorted(map(str, values)))

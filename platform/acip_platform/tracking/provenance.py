@@ -1,4 +1,4 @@
-"""Where a result comes from: the code's commit, the packages, the job. It goes into the artifact and into MLflow."""
+"""The provenance of a result: commit of the code, versions of packages, device and job. It is stored in the artifact and in MLflow."""
 
 import functools
 import importlib.metadata
@@ -16,7 +16,7 @@ PACKAGES = ("acip", "torch", "transformers", "peft", "ray")
 
 
 def provenance(job: Job) -> dict[str, Any]:
-    """Of a result made here and now."""
+    """Return the provenance of a result that this process makes."""
     return {
         "job": job.to_dict(),
         "commit": commit(),
@@ -27,10 +27,10 @@ def provenance(job: Job) -> dict[str, Any]:
 
 @functools.cache
 def commit() -> str:
-    """The commit of this checkout, "+" where files differ from it; ACIP_COMMIT where it is installed otherwise, else "unknown"."""
+    """Return ACIP_COMMIT if it is set, else the commit of this checkout, with a "+" if files were changed, else "unknown"."""
     checkout = Path(__file__).resolve().parents[3]
-    if given := os.environ.get("ACIP_COMMIT"):
-        return given
+    if from_env := os.environ.get("ACIP_COMMIT"):
+        return from_env
     if not (checkout / ".git").exists():
         return "unknown"
     git = ["git", "-C", str(checkout), "-c", f"safe.directory={checkout}"]

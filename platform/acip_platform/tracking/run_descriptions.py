@@ -1,4 +1,4 @@
-"""What MLflow says of a calibration in words and tables, to someone who was not there: a run, a version, a model."""
+"""The text and tables on MLflow's pages of a run, a version, a registered model and a fleet, and the values logged with them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,16 @@ from acip_platform.scheduling.fleet import Job
 from acip_platform.scheduling.job_queue import Outcome
 from acip_platform.tracking.runs import AXES
 
-# of a curve's row: what it is and what that follows from, not what it is worth
-SIZE = ("asked", "got", "got_paper", "got_model", "convention", "params", "stderr", "corpus", "context", "windows", "extrapolated")
+# fields of a curve's row that describe the size and the measurement; all other numbers are results
+DESCRIPTIVE_FIELDS = (
+    "asked", "got", "got_paper", "got_model", "convention", "params", "stderr", "corpus", "context", "windows", "extrapolated",
+)  # fmt: skip
 NAMES = {"loss": "loss_nats", "bytes": "stored_bytes"}
-WIDE = "&emsp;"  # MLflow draws tables without space between their columns
+CELL_PADDING = "&emsp;"  # MLflow draws tables without space between the columns
 
 
 def settings(job: Job) -> dict[str, Any]:
-    """The run's parameters: everything in which two runs may differ."""
+    """Return the run's parameters: everything in which two runs may differ."""
     return {
         "recipe": recipe_name(job), **job.recipe.to_dict(), "base": job.base, "data": job.data, "num_workers": job.num_workers,
         "eval_data": job.eval_data or job.data, "eval_context": job.eval_context, "eval_windows": job.eval_windows,
@@ -30,24 +32,24 @@ def settings(job: Job) -> dict[str, Any]:
 
 
 def recipe_name(job: Job) -> str:
-    """The recipe by its name and what was changed: `demo with lr 0.003`."""
+    """Return the name of the nearest recipe and the changes to it: `demo with lr 0.003`."""
     name, changes = nearest(job.recipe)
     return name + (" with " if changes else "") + ", ".join(f"{key} {value}" for key, value in changes.items())
 
 
 def measured(row: Mapping[str, Any]) -> dict[str, float]:
-    """A row of the curve as metrics over size."""
-    values = {key: value for key, value in row.items() if key not in SIZE and isinstance(value, int | float)}
+    """Return the results in a row of the curve as metrics."""
+    values = {key: value for key, value in row.items() if key not in DESCRIPTIVE_FIELDS and isinstance(value, int | float)}
     return {f"tradeoff/{NAMES.get(key, key)}": float(value) for key, value in values.items()}
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, float]]]:
-    """A model's curve as metrics of its run, over size in percent."""
+    """Return a model's curve as metrics of its run: (size in percent, metrics)."""
     return [(round(row["asked"] * 100), measured(row) | metrics({"evaluation": [], **row})) for row in rows]
 
 
 def choosing(job: Job, artifact: Artifact) -> dict[str, str]:
-    """The tags of a version: what a person chooses by. `ppl_60` is the perplexity at size 0.6: MLflow shows few letters."""
+    """Return the tags by which a person chooses a version. `ppl_60` is the perplexity at size 0.6; MLflow's columns are narrow."""
     quality = {f"ppl_{round(row['asked'] * 100)}": f"{row['perplexity']:.4g}" for row in artifact.curve if math.isfinite(row["perplexity"])}
     origin, warnings = artifact.manifest["provenance"], improbable(artifact.curve)
     return {
@@ -59,55 +61,56 @@ def choosing(job: Job, artifact: Artifact) -> dict[str, str]:
 
 
 def of_model(job: Job) -> str:
-    """A registered model's description."""
+    """Return the description of a registered model."""
     return (
-        f"{shown(job.base)} at any size. Each version is one calibration, a folder from which every size is read; `champion` is what is "
-        "served, `candidate` was not better, or not comparable. The tags of a version are what to choose by: `ppl_60`, the perplexity at "
-        "size 0.6, and so on; `excess_loss_area`, the excess loss (nats per token) over all sizes in one number, less is better. "
-        f"`python jobs/promote.py {job.name} VERSION` makes a version the champion, `--back` takes the last change back."
+        f"{shown(job.base)} at any size. Each version is the result of one calibration: a folder from which every size can be read. The "
+        "`champion` is served. A `candidate` was not better than the champion, or not comparable with it. Choose a version by its tags: "
+        "`ppl_60` is the perplexity at size 0.6, and so on; `area` is the area under the excess loss (nats per token) over all sizes, and "
+        f"less is better. `python jobs/promote.py {job.name} VERSION` makes a version the champion; `--rollback` restores the previous one."
     )
 
 
 def of_version(job: Job, artifact: Artifact, uri: str) -> str:
-    return "\n\n".join([*_what(job, artifact), _table(artifact.curve), *improbable(artifact.curve), f"Artifact: `{uri}`"])
+    """Return the description of a version."""
+    return "\n\n".join([*_summary(job, artifact), _table(artifact.curve), *improbable(artifact.curve), f"Artifact: `{uri}`"])
 
 
 def of_run(job: Job, artifact: Artifact, uri: str, outcome: str) -> str:
-    """A run's description: what was done, what came out, where it is, where to look."""
-    masks = ", `masks.png` (masks while L1 shrinks them)" if job.recipe.prunes else ""
+    """Return the description of a run: its settings, its outcome, the curve, and the list of the files in it."""
+    masks = ", `masks.png` (masks during L1 pruning)" if job.recipe.prunes else ""
     return "\n\n".join([
-        outcome, *_what(job, artifact), _table(artifact.curve), *improbable(artifact.curve), f"Artifact: `{uri}`",
+        outcome, *_summary(job, artifact), _table(artifact.curve), *improbable(artifact.curve), f"Artifact: `{uri}`",
         f"**Model metrics**. {AXES}",
         "**Artifacts**: `samples.json` "
-        "(what it says at each size), `tradeoff.png`, `score_map.png`, `kept_ranks_*.png`" + masks + ", the adapter for PEFT, "
+        "(text generated at each size), `tradeoff.png`, `score_map.png`, `kept_ranks_*.png`" + masks + ", the adapter for PEFT, "
         "`provenance.json`.",
     ])  # fmt: skip
 
 
 def excess(name: str, rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, float]]]:
-    """The curve of one model of a fleet as metrics of the fleet's run, over size in percent; nothing where no base was measured."""
+    """Return one model's curve as metrics of the fleet's run: (size in percent, excess loss). Empty if size 1.0 was not measured."""
     base = next((row["loss"] for row in rows if row["got"] == 1.0), None)
     return [] if base is None else [(round(row["asked"] * 100), {f"excess_loss_nats/{name}": row["loss"] - base}) for row in rows]
 
 
 def of_fleet(outcomes: Sequence[Outcome]) -> str:
-    """A fleet run's description: each model's outcome."""
+    """Return the description of a fleet's run: the outcome of each model."""
     lines = ["| model | outcome | area | recipe |", "|:--|:--|:--|:--|"]
     for outcome in outcomes:
         job, summary = outcome.job, outcome.summary
-        said = f"FAILED: {outcome.error}" if summary is None else f"version {summary['version']}, {summary['verdict']}"
-        whole = "" if summary is None else _area(summary["curve"])
-        cells = (cell.replace("|", "/").replace("\n", " ") for cell in (job.name, said, whole, recipe_name(job)))
-        lines.append(f"| {' | '.join(cell + WIDE for cell in cells)} |")
-    area_is = "area: excess loss (nats per token) over all sizes; less is better. The models' runs are inside this one."
-    return "\n\n".join(["\n".join(lines), area_is, AXES])
+        result = f"FAILED: {outcome.error}" if summary is None else f"version {summary['version']}, {summary['verdict']}"
+        area = "" if summary is None else _area(summary["curve"])
+        cells = (cell.replace("|", "/").replace("\n", " ") for cell in (job.name, result, area, recipe_name(job)))
+        lines.append(f"| {' | '.join(cell + CELL_PADDING for cell in cells)} |")
+    legend = "area: the area under the excess loss (nats per token) over all sizes; less is better. The runs of the models are child runs."
+    return "\n\n".join(["\n".join(lines), legend, AXES])
 
 
 def _area(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{excess_loss_area(rows):.5g}" if any(row["got"] == 1.0 for row in rows) else "unknown: no size 1.0"
 
 
-def _what(job: Job, artifact: Artifact) -> list[str]:
+def _summary(job: Job, artifact: Artifact) -> list[str]:
     recipe, steps = job.recipe, artifact.manifest["steps"]
     tokens = recipe.batch_size * recipe.gradient_accumulation_steps * recipe.seq_len
     origin = artifact.manifest["provenance"]
@@ -126,6 +129,6 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         below = "below the stop ratio" if row["extrapolated"] else ""
         quality = f"{row['perplexity']:.2f} ± {error:.2f}"
         cells = (f"{row['asked']:.2f}", f"{row['got']:.4f}", f"{row['params']:,}", f"{row['bytes'] / 1e6:.1f}", quality, below)
-        lines.append(f"| {' | '.join(cell + WIDE for cell in cells)} |")
+        lines.append(f"| {' | '.join(cell + CELL_PADDING for cell in cells)} |")
     cut = f"{first['windows']} windows of {first['context']} tokens ({cut_by(first)})"
     return "\n".join(lines) + f"\n\nPerplexity on {first['corpus']}, held out, {cut}."

@@ -28,7 +28,8 @@ from acip_platform.storage.disk import StoreError, reason
 from acip_platform.storage.store import Store
 from acip_platform.tracking import run_descriptions
 from acip_platform.tracking.promotion import promote_if_better
-from acip_platform.tracking.runs import CHAMPION, Registry, Run
+from acip_platform.tracking.registry import CHAMPION, Registry
+from acip_platform.tracking.runs import Run
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from acip_platform.settings import Settings
 from acip_platform.storage.checkpoints import Checkpoints
 from acip_platform.storage.store import Store
 from acip_platform.tracking.provenance import provenance
-from acip_platform.tracking.runs import CANDIDATE, ModelVersion, Registry, Run
+from acip_platform.tracking.registry import CANDIDATE, ModelVersion, Registry
+from acip_platform.tracking.runs import Run
 from acip_platform.training.completion import Heldout, finish, stored
 from acip_platform.training.worker import Observer, tried
 

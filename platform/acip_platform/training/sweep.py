@@ -54,7 +54,8 @@ from acip_platform.settings import Settings
 from acip_platform.storage.store import Store
 from acip_platform.tracking import run_descriptions
 from acip_platform.tracking.provenance import provenance
-from acip_platform.tracking.runs import CANDIDATE, Run
+from acip_platform.tracking.registry import CANDIDATE
+from acip_platform.tracking.runs import Run
 from acip_platform.training.completion import Heldout, finish, stored
 from acip_platform.training.sweep_space import Space, Trial
 from acip_platform.training.worker import Observer, Read, once, prepared

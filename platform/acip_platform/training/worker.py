@@ -45,7 +45,8 @@ from acip_platform.settings import Settings
 from acip_platform.storage.checkpoints import Checkpoints
 from acip_platform.storage.store import Store
 from acip_platform.tracking.provenance import provenance
-from acip_platform.tracking.runs import Run, few_retries
+from acip_platform.tracking.registry import few_retries
+from acip_platform.tracking.runs import Run
 from acip_platform.training.completion import Heldout, finish, stored
 
 REPORT_EVERY_S = 10.0

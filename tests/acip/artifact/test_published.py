@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from acip_platform.settings import Settings
-from acip_platform.tracking.runs import Registry, RegistryError, Tracking
+from acip_platform.tracking.registry import Registry, RegistryError
+from acip_platform.tracking.runs import Tracking
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 from acip_platform.settings import Settings
-from acip_platform.tracking.runs import Registry, Tracking
+from acip_platform.tracking.registry import Registry
+from acip_platform.tracking.runs import Tracking
 from safetensors.torch import load_file
 
 from tests.conftest import write_fleet

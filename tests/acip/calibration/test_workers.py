@@ -10,7 +10,7 @@ import torch
 from acip_platform.scheduling.fleet import Fleet, FleetError
 from acip_platform.scheduling.job_queue import resources_of
 from acip_platform.settings import Settings
-from acip_platform.tracking.runs import Registry
+from acip_platform.tracking.registry import Registry
 
 from acip.artifact.artifact import Artifact
 from tests.conftest import write_fleet

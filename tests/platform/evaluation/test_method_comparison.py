@@ -167,7 +167,7 @@ def test_rows_belong_to_what_decides_them(arena: Arena, tmp_path: Path) -> None:
     assert Arena(**{**vars(arena), "sizes": (0.3,), "cpus": 2.0}).fingerprint("svd-llm") == arena.fingerprint("svd-llm")
     for bad in ("[]", '{"rows": [{}]}', '{"rows": 3}', '{"rows": [3]}', ""):
         (tmp_path / "bad.json").write_text(bad)
-        with pytest.raises(ArenaError, match="holds no results"):
+        with pytest.raises(ArenaError, match="does not hold results"):
             Results(tmp_path / "bad.json")
 
 
@@ -211,8 +211,8 @@ def test_the_papers_table_is_quoted_and_labeled() -> None:
         ("base: x/y\nmethods: {acip: {set: 3}}", "set is 3; it must be a mapping"),
         ("base: x/y\nmethods: [asvd]", "line 2: methods must be a mapping"),
         ("base: x/y\nmethods: {asvd: 1}", "line 2: the options of asvd are 1"),
-        ("base: x/y\nmethods: {asvd: , asvd: {alpha: 1}}", "line 2: field 'asvd' stands here twice"),
-        ("base: x/y\nwindows: 8\nwindows: 9", "line 3: field 'windows' stands here twice"),
+        ("base: x/y\nmethods: {asvd: , asvd: {alpha: 1}}", "line 2: field 'asvd' is given twice"),
+        ("base: x/y\nwindows: 8\nwindows: 9", "line 3: field 'windows' is given twice"),
         ("base: x/y\nwindows: many", "yaml, line 2: windows is 'many'"),
         ("base: x/y\nsizes: [1.5]", "size ratio is 1.5"),
         ("base: x/y\nwindows: 0", "windows is 0"),

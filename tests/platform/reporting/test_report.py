@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from acip_platform.reporting.report import CONTEXT, Subject, baseline_rows, facts, page
 from acip_platform.settings import Settings
-from acip_platform.tracking.runs import ModelVersion, Registry, Tracking
+from acip_platform.tracking.registry import ModelVersion, Registry
+from acip_platform.tracking.runs import Tracking
 from playwright.sync_api import Browser
 
 from acip.artifact.artifact import Artifact
@@ -117,7 +118,7 @@ def test_the_numbers_are_the_artifacts(
         assert cells[:3] == [f"{row['asked']:.2f}", f"{row['got']:.4f}", f"{row['params']:,}"]
         assert cells[3:5] == [f"{cut.bytes / 1e6:,.1f}", f"{(cut.bytes + beside) / 1e6:,.1f}"]
         assert cells[5] == f"{row['perplexity']:.2f} ± {row['perplexity'] * 0.01:.2f}"
-        assert cells[6:] == [f"{math.exp(row['loss'] - 2.0):.2f}", "below what was calibrated" if row["asked"] == 0.4 else ""]
+        assert cells[6:] == [f"{math.exp(row['loss'] - 2.0):.2f}", "below the stop ratio" if row["asked"] == 0.4 else ""]
     assert seen.cells("samples")[2] == ["0.60", *["text at 0.6"] * 3]
     text = seen.tab.inner_text("body")
     for said in ("Speed was not measured", "Memory was not measured", "8 windows of 64 tokens", "champion: the first of small"):

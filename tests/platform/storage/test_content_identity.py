@@ -9,7 +9,8 @@ from acip_platform.evaluation.method_comparison import Arena
 from acip_platform.scheduling.fleet import Fleet, FleetError, Job
 from acip_platform.settings import Settings, keep_loopback_direct, sqlite_path, sqlite_uri, this_program
 from acip_platform.storage.inputs import content, identity, resolved
-from acip_platform.tracking.runs import Registry, Tracking
+from acip_platform.tracking.registry import Registry
+from acip_platform.tracking.runs import Tracking
 
 from acip.errors import AcipError
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store, StoreError
-from acip_platform.tracking.runs import Registry, RegistryError, Tracking, check_registers
+from acip_platform.tracking.registry import Registry, RegistryError, check_registers
+from acip_platform.tracking.runs import Tracking
 
 from acip.artifact.artifact import Artifact
 from acip.errors import AcipError
@@ -54,7 +55,7 @@ def test_places_are_the_same_from_everywhere(tmp_path: Path, monkeypatch: pytest
         AcipError, match=r"ACIP_ARTIFACT_URI is 'gs://bucket/x'; it must be a folder, file:///folder, or s3://bucket/prefix"
     ):
         Settings.from_env({"ACIP_ARTIFACT_URI": "gs://bucket/x"})
-    with pytest.raises(StoreError, match=r"http://x/y is at a place that is not known here"):
+    with pytest.raises(StoreError, match=r"http://x/y is not supported"):
         Store.of(settings).open("http://x/y")
 
 
@@ -71,7 +72,7 @@ def test_secrets_are_not_passed_on(monkeypatch: pytest.MonkeyPatch, settings: Se
 
 def test_what_could_not_be_registered_is_refused_before_the_work(tmp_path: Path) -> None:
     env = {"ACIP_HOME": str(tmp_path), "MLFLOW_TRACKING_URI": "http://me:hunter2@mlflow:5000"}
-    with pytest.raises(RegistryError, match=r"http://me:\*\*\*@mlflow:5000 registers no local path.*set ACIP_ARTIFACT_URI to s3://"):
+    with pytest.raises(RegistryError, match=r"http://me:\*\*\*@mlflow:5000 does not register local paths.*Set ACIP_ARTIFACT_URI to s3://"):
         check_registers(Settings.from_env(env))
     check_registers(Settings.from_env({**env, "ACIP_ARTIFACT_URI": "s3://bucket/artifacts"}))
     check_registers(Settings.from_env({"ACIP_HOME": str(tmp_path)}))
@@ -108,6 +109,6 @@ def test_what_is_added_to_the_store_stays(tmp_path: Path) -> None:
         store.read([f"{uri}/other/last"])
     (tmp_path / "store/some/three").mkdir()
     (tmp_path / "store/some/three/weights").touch()
-    with pytest.raises(StoreError, match="is there without last: remove it"):
+    with pytest.raises(StoreError, match="exists without last: remove it"):
         store.add(folder("third"), "some/three", "last")
     assert sorted(path.name for path in (tmp_path / "store/some").iterdir()) == ["three", "where"]

@@ -13,7 +13,8 @@ import pytest
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store
 from acip_platform.tracking.promotion import compare, promote_if_better
-from acip_platform.tracking.runs import CANDIDATE, CHAMPION, Registry, Tracking
+from acip_platform.tracking.registry import CANDIDATE, CHAMPION, Registry
+from acip_platform.tracking.runs import Tracking
 
 from acip.artifact.artifact import Artifact
 from tests.conftest import write_fleet

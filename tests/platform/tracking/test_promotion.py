@@ -13,7 +13,7 @@ from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store
 from acip_platform.tracking.promotion import Verdict, compare, promote_if_better
-from acip_platform.tracking.runs import CANDIDATE, ModelVersion, Registry, RegistryError
+from acip_platform.tracking.registry import CANDIDATE, ModelVersion, Registry, RegistryError
 
 from acip.artifact.artifact import Artifact
 from acip.recipe import Recipe, named, nearest
@@ -59,8 +59,8 @@ def test_curves_are_compared_from_the_smallest_size_that_both_reach() -> None:
         (GOOD, [], False, "the curve of version 7, has no size 1.0"),
         (GOOD[1:], BAD, False, "its own curve has no size 1.0"),
         (GOOD[:1], BAD, False, "or none below it"),
-        (rows(2.0, 2.0, 2.0, math.nan), BAD, False, "it loses all it knows at size 0.40"),
-        (GOOD, rows(2.0, 2.1, math.inf, math.nan), True, "version 7, loses all it knows at size 0.60"),
+        (rows(2.0, 2.0, 2.0, math.nan), BAD, False, "its loss is not a finite number at size 0.40"),
+        (GOOD, rows(2.0, 2.1, math.inf, math.nan), True, "the loss of version 7, is not a finite number at size 0.60"),
     ],
 )
 def test_the_rule(new: list[dict[str, Any]], old: list[dict[str, Any]], leads: bool, says: str) -> None:
@@ -124,7 +124,7 @@ def test_the_champion_moves_only_where_the_curve_is_better(contest: Contest) -> 
     assert promote_if_better(contest.registry, contest.store, again, Artifact.open(again.uri)).leads, "its own rival is not itself"
     assert contest.registry.resolve("small", "4").tags["verdict"] == again.tags["verdict"]
     rmtree(again.uri)
-    assert "is not there any more" in contest.enters(BAD).why
+    assert "no longer exists" in contest.enters(BAD).why
     assert contest.alias("champion") == "6"
 
 
@@ -144,7 +144,7 @@ def test_rolling_back_is_one_command(contest: Contest, monkeypatch: pytest.Monke
     assert code == 0 and "was version 3 champion version 1" in said
     assert '{"version": "1"}' in said, "the way to tell a running server"
     assert contest.alias("champion") == "1"
-    assert command("small", "--back") == (2, "error: small had no champion before version 1. Name the version that shall be it.")
+    assert command("small", "--back") == (2, "error: small had no champion before version 1. Name the version to promote.")
     assert "was version 1 champion version 2" in command("small", CANDIDATE)[1]
     assert (contest.alias("champion"), contest.alias(CANDIDATE)) == ("2", None), "who is the champion is no candidate"
     command("small", "3")

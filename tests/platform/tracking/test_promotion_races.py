@@ -10,7 +10,7 @@ import pytest
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store
 from acip_platform.tracking.promotion import promote_if_better
-from acip_platform.tracking.runs import CANDIDATE, CHAMPION, ModelVersion, Registry
+from acip_platform.tracking.registry import CANDIDATE, CHAMPION, ModelVersion, Registry
 from hypothesis import strategies as st
 
 from acip.artifact.artifact import Artifact

@@ -14,7 +14,8 @@ from acip_platform.scheduling.fleet import Job
 from acip_platform.scheduling.job_queue import Outcome
 from acip_platform.settings import Settings
 from acip_platform.tracking import run_descriptions
-from acip_platform.tracking.runs import BATCH, RegistryError, Run, Tracking, artifacts_inside
+from acip_platform.tracking.registry import RegistryError
+from acip_platform.tracking.runs import BATCH, Run, Tracking, artifacts_inside
 from acip_platform.training.worker import Observer
 from mlflow.tracking import MlflowClient
 
@@ -138,7 +139,7 @@ def test_a_parameter_that_changed_is_no_error(tracking: Tracking) -> None:
 def test_runs_inside_a_run(tracking: Tracking) -> None:
     parent = tracking.start("fleet", "parent", {})
     settings = Settings(Path(), "", "", tracking.client.tracking_uri)
-    with pytest.raises(RegistryError, match="nothing in it is finished"):
+    with pytest.raises(RegistryError, match="none has finished yet"):
         artifacts_inside(settings, parent.run_id)
     for name in ("a", "b"):
         tracking.start(name, f"child {name}", {"artifact_uri": f"/{name}"}, parent)

@@ -16,7 +16,8 @@ import pytest
 import torch
 from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
-from acip_platform.tracking.runs import CANDIDATE, Registry, Tracking
+from acip_platform.tracking.registry import CANDIDATE, Registry
+from acip_platform.tracking.runs import Tracking
 from acip_platform.training.sweep import Cost, Outcome, Sweep, front, winner
 from acip_platform.training.sweep_space import Space, Trial
 from safetensors.torch import load_file

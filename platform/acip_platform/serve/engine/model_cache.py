@@ -11,7 +11,7 @@ from acip_platform.serve.engine.engine import Engine
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.http.errors import RequestError
 from acip_platform.storage.store import Store
-from acip_platform.tracking.runs import ModelVersion
+from acip_platform.tracking.registry import ModelVersion
 
 WEIGHTS = ("factors.safetensors", "dense.safetensors", "rest.safetensors")
 COPIED = ("dense.safetensors", "rest.safetensors")  # at most, where weights are packed on a CPU

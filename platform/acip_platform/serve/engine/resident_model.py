@@ -23,7 +23,7 @@ from acip_platform.serve.size_facts import as_json, size_facts
 if TYPE_CHECKING:  # pydantic's and MLflow's modules; a model is served without either
     from acip_platform.serve.http.requests import ChatRequest, CompletionRequest
     from acip_platform.serve.text.structured_output import AnswerFormat, AnswerFormats
-    from acip_platform.tracking.runs import ModelVersion
+    from acip_platform.tracking.registry import ModelVersion
 
 log = logging.getLogger("ray.serve")
 
