@@ -34,8 +34,8 @@ from torch import Tensor
 
 from acip import text_files
 from acip.errors import DataError
-from acip.recipe import did_you_mean
 from acip.text_files import Document, LongText
+from acip.utils.coerce import did_you_mean
 
 Split = Literal["train", "heldout", "all"]
 HELDOUT_EVERY = 8  # of local documents, every eighth is held out

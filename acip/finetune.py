@@ -37,8 +37,9 @@ from acip.calibration.loop import Batches, Loop, Observe, training
 from acip.calibration.losses import Task, next_token
 from acip.calibration.state import CalibrationState, StepReport
 from acip.errors import BudgetError, RecipeError
+from acip.layers.adapters import LoRA
 from acip.layers.directions import DirectionMatrix, FourBitLinear
-from acip.layers.linear import ElasticLinear, LoRA
+from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import weight_MN
 from acip.modeling_acip import set_module, widened
 from acip.recipe import Recipe

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acip.layers.linear import ElasticLinear, Group
+from acip.layers.elastic_linear import ElasticLinear, Group
 
 SHORT = 16  # rows
 ROW_BLOCK = 32  # directions

@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from acip.errors import BaseModelError
-from acip.layers.linear import ElasticLinear, SVDLinear
+from acip.layers.elastic_linear import ElasticLinear
+from acip.layers.svd_linear import SVDLinear
 from acip.modeling_acip import weight_MN
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from acip.layers.linear import ElasticLinear
+from acip.layers.elastic_linear import ElasticLinear
 from acip.modeling_acip import set_module
 from acip.sizing.cut_table import Budget, Cut, CutTable
 from acip.sizing.model_sizes import set_size

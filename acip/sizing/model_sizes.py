@@ -6,7 +6,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from acip.layers.linear import Compressible, ElasticLinear, SVDLinear
+from acip.layers.compressible import Compressible
+from acip.layers.elastic_linear import ElasticLinear
+from acip.layers.svd_linear import SVDLinear
 from acip.layers.targets import targets, weight_MN
 from acip.modeling_acip import set_module
 from acip.recipe import Recipe

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acip.layers.linear import SVDLinear
+from acip.layers.svd_linear import SVDLinear
 from acip.layers.targets import hooked
 from acip.modeling_acip import widened
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from acip.errors import AcipError, cited
-from acip.recipe import did_you_mean
+from acip.utils.coerce import did_you_mean
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"  # of a registered model, a fleet, a sweep, an arena: part of paths and queries
 NODES = 100_000  # of a file, aliases written out

@@ -20,7 +20,7 @@ from acip.evaluate import perplexity
 from acip.export.folder import export
 from acip.export.peft import save_peft
 from acip.finetune import attach, finetune, save, scores_of, tuning
-from acip.layers.linear import ElasticLinear
+from acip.layers.elastic_linear import ElasticLinear
 from acip.recipe import Recipe
 from acip.sizing.budget import Budget
 from acip.sizing.elastic_model import ElasticModel

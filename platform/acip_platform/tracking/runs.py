@@ -28,7 +28,7 @@ from requests.exceptions import RequestException
 from sqlalchemy.exc import SQLAlchemyError
 
 from acip.errors import AcipError
-from acip.recipe import did_you_mean
+from acip.utils.coerce import did_you_mean
 from acip_platform.settings import Settings, masked, sqlite_path
 from acip_platform.tracking.provenance import commit
 

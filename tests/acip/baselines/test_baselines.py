@@ -15,9 +15,8 @@ from acip.baselines.prefix_factors import Factors, layers_at, on_inputs, stored,
 from acip.calibration.activation_covariance import activation_covariances, feed_tokens
 from acip.errors import AcipError, BaseModelError, BudgetError, DataError, RecipeError
 from acip.evaluate import perplexity
-from acip.layers.linear import LowRankLinear
 from acip.layers.targets import find_linears, hooked, weight_MN
-from acip.modeling_acip import plain_linear
+from acip.modeling_acip import LowRankLinear, plain_linear
 from tests.acip.layers.test_architectures import ARCHITECTURES, random_model
 from tests.acip.layers.test_architectures import WIDE as WIDE_CONFIG
 from tests.conftest import logits

@@ -50,7 +50,8 @@ from acip.calibration.parametrize import parametrize, restore
 from acip.data import TokenBatches
 from acip.errors import BaseModelError
 from acip.export.folder import export, tensor_bytes
-from acip.layers.linear import ElasticLinear, SVDLinear
+from acip.layers.elastic_linear import ElasticLinear
+from acip.layers.svd_linear import SVDLinear
 from acip.layers.targets import find_linears, targets
 from acip.modeling import from_pretrained
 from acip.recipe import Recipe
