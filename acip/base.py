@@ -299,7 +299,7 @@ def own_code(model: Any, tokenizer: Any, source: str) -> None:
         if type(instance).__module__.startswith("transformers_modules"):
             raise BaseModelError(
                 f"base {source!r} needs remote code for its {part} ({type(instance).__name__}). An artifact stores no code, so it "
-                "could not be opened again. If transformers supports the model itself, omit trust_remote_code; otherwise use another base model."
+                "could not be opened again. If transformers supports the model itself, omit trust_remote_code; otherwise use another one."
             )
 
 
