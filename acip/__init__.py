@@ -1,6 +1,7 @@
-"""acip: calibrate a language model once, have it at any size (ACIP, TMLR 2025, and our improvements on it).
+"""acip: calibrate a language model once, then use it at any size (ACIP, TMLR 2025, with our improvements).
 
-Importing this is cheap, and makes transformers' Auto classes load exported models without code from their folders.
+`import acip` is cheap. It registers the exported models with transformers' Auto classes, which then load them without running code
+from their folders.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ renamed.install("acip")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "from_pretrained":  # torch and transformers only where a model is wanted
+    if name == "from_pretrained":  # imported here, so that `import acip` stays cheap
         from acip.modeling import from_pretrained
 
         return from_pretrained

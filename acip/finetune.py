@@ -1,20 +1,21 @@
-"""One size of a calibrated model, trained further: its adapters alone, at that size alone (paper 3.3).
+"""Fine-tune a calibrated model at one size. Only the adapters are trained (paper 3.3).
 
-In an artifact the adapters are folded into the directions, sorted, most important first. Of a layer's rows a size keeps the first:
+In an artifact, the rows of a layer are its directions with the adapters folded in, sorted by importance. A size keeps the first rows:
 
-    [ beside the layer | kept at the size | the rest ]
-         goes on            adapted          stays as it is
+    [ adapter beside the layer | kept at the size | the rest  ]
+       training continues        new adapters       unchanged
 
-* Adapters beside the layer (the paper's) go on from where their calibration ended: their rows are the matrices A and B.
-* On the kept directions new ones start, B = 0, so the first step starts from the very model that is served. Folded in, they cost
-  nothing. Where adapters are beside the layer, the directions stay as they are.
+* Adapters beside the layer (the paper's) continue from their calibration: their rows are the matrices A and B. The directions are
+  then not trained.
+* Otherwise, new adapters are added to the kept directions. They start at B = 0, so the first step starts from exactly the served
+  model. They are folded in afterwards and cost no rank.
 
-The result is an artifact again. Its removal order and its other rows are the old ones, so it has every size; but what helps this size
-may harm those far above it.
+The result is an artifact with the same removal order and the same other rows, so it still has every size. Training for this size may
+harm much larger sizes.
 
-In 4 bit (`Recipe.quantize`, paper 3.4) the kept directions and the dense layers are frozen in 4 bit, and the adapters, in 16 bit, make
-up for what that lost. Its artifact holds the sum, in the model's own dtype: what was trained. An export in 4 bit rounds it once more, as
-factors (acip.export.quantization).
+With `Recipe.quantize` (paper 3.4), the kept directions and the dense layers are frozen in 4 bit, and the adapters, in 16 bit,
+compensate for the loss. The artifact stores the sum in the model's dtype. A 4-bit export rounds the sum once more, as factors
+(acip.export.quantization).
 
     any_size = artifact.load(size=0.5)
     recipe = tuning(artifact, 0.5, post_tune_steps=1000)
@@ -37,8 +38,9 @@ from acip.calibration.loop import Batches, Loop, Observe, training
 from acip.calibration.losses import Task, next_token
 from acip.calibration.state import CalibrationState, StepReport
 from acip.errors import BudgetError, RecipeError
+from acip.layers.adapters import LoRA
 from acip.layers.directions import DirectionMatrix, FourBitLinear
-from acip.layers.linear import ElasticLinear, LoRA
+from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import weight_MN
 from acip.modeling_acip import set_module, widened
 from acip.recipe import Recipe
@@ -50,12 +52,13 @@ STEPS, LR = 25_000, 2e-4  # paper, Appendix B
 
 
 def tuning(artifact: Artifact, size: float, **changes: Any) -> Recipe:
-    """The calibration's recipe made that of a fine-tuning at the `linear` ratio `size`, with `changes`. Next-token loss, another seed.
+    """Return the recipe of a fine-tuning at the `linear` size ratio `size`: the calibration's recipe with `changes`.
 
-    BudgetError where the size can't be reached or is the base model, RecipeError where a change is not allowed.
+    The loss is the next-token loss, and the seed differs from the calibration's. Raises BudgetError if the size can't be reached or
+    is the base model, and RecipeError if a change is not allowed.
     """
     if not any(artifact.table().cut(Budget(size)).ranks.values()):
-        raise BudgetError(f"at size {size} every layer is the base model's own, without adapters: there is nothing to tune. Ask for less.")
+        raise BudgetError(f"at size {size} every layer is the base model's own, so there is nothing to tune. Use a smaller size.")
     calibration = artifact.recipe
     recipe = replace(
         calibration, stop_ratio=size, convention="linear", scores_until=None, post_tune="stop", post_tune_steps=STEPS, total_steps=None,
@@ -64,22 +67,25 @@ def tuning(artifact: Artifact, size: float, **changes: Any) -> Recipe:
     )  # fmt: skip
     recipe = Recipe.from_dict(changes, recipe)
     if recipe.post_tune_steps < 1:
-        raise RecipeError(f"steps is {recipe.post_tune_steps}; a fine-tuning takes at least 1.")
+        raise RecipeError(f"steps is {recipe.post_tune_steps}; it must be at least 1.")
     if calibration.adapter_rows not in (0, recipe.adapter_rank):
         raise RecipeError(
-            f"adapter_rank is {recipe.adapter_rank}; the adapters beside these layers go on from their calibration's, "
-            f"whose rank is {calibration.adapter_rank}. Leave it out."
+            f"adapter_rank is {recipe.adapter_rank}; it must be {calibration.adapter_rank}, because the adapters beside these layers "
+            "continue from the calibration. Omit adapter_rank."
         )
     return recipe
 
 
 def attach(any_size: ElasticModel, recipe: Recipe) -> None:
-    """Trainable adapters on the present size of `any_size`, in place; it can't be resized any more. In 4 bit where the recipe says so."""
-    torch.manual_seed(recipe.seed)  # the adapters' start
+    """Add trainable adapters to `any_size` at its current size, in place, and quantize it to 4 bit if the recipe says so.
+
+    The model can't be resized afterwards.
+    """
+    torch.manual_seed(recipe.seed)  # for the initial adapters
     any_size.fill = None
     for name, layer in any_size.layers.items():
         set_module(any_size.model, name, _dense(layer, recipe) if layer.rank is None else _adapted(layer, recipe))
-    any_size.model.eval()  # the adapters' dropout is on only where they are trained
+    any_size.model.eval()  # dropout of the adapters is switched on by the training loop only
 
 
 def finetune(
@@ -92,10 +98,10 @@ def finetune(
     task: Task = next_token,
     look_every: int | None = None,
 ) -> list[StepReport]:
-    """Train what `attach` put on, in place; `recipe.post_tune_steps` steps of `recipe.lr`, from a fresh optimizer (Appendix B).
+    """Train the adapters that `attach` added, in place: `recipe.post_tune_steps` steps with a fresh optimizer (Appendix B).
 
-    With `recipe.distill_weight` the base model's own layers must have been loaded, too. `resume` is a folder that `CalibrationState.save`
-    wrote. Raises CalibrationError where the loss is not finite.
+    With `recipe.distill_weight` > 0, the base model's own layers must be loaded as well. `resume` is a folder that
+    `CalibrationState.save` wrote. Raises CalibrationError if the loss is not finite.
     """
     assert any_size.cut is not None, "load a size first"
     size = any_size.cut.sizes["linear"]
@@ -109,17 +115,17 @@ def finetune(
 
 
 def scores_of(artifact: Artifact, device: str | torch.device = "cpu") -> ScoreMap:
-    """The score map that an artifact was cut by."""
+    """Return the score map that an artifact stores."""
     offsets = [0]
     for layer in artifact.table().layers:
         offsets.append(offsets[-1] + layer.K)
-    kept = artifact.tensors("order").read(["score", "crossing"])
+    tensors = artifact.tensors("order").read(["score", "crossing"])
     names = tuple(layer.name for layer in artifact.table().layers)
-    return ScoreMap(names, tuple(offsets), kept["score"].to(device), kept["crossing"].to(device))
+    return ScoreMap(names, tuple(offsets), tensors["score"].to(device), tensors["crossing"].to(device))
 
 
 def save(folder: str | Path, artifact: Artifact, any_size: ElasticModel, provenance: Mapping[str, Any]) -> Artifact:
-    """`artifact` with what `any_size` learned folded in, written into an empty `folder`. Its curve is not measured yet."""
+    """Write `artifact` with the trained adapters of `any_size` folded in to an empty `folder`. The result has no measured curve yet."""
     factors: dict[str, Tensor] = {}
     adapters: dict[str, Tensor] = {}
     old, stored = artifact.tensors("adapters"), {row["name"]: row["stored_rank"] for row in artifact.manifest["layers"]}
@@ -128,13 +134,13 @@ def save(folder: str | Path, artifact: Artifact, any_size: ElasticModel, provena
             factors[f"{name}.left"], factors[f"{name}.right"] = core.folded(core.rank)
         for place, lora in core.loras.items():
             A, B = lora.A.detach().cpu(), (lora.B.detach() * lora.scale).cpu()
-            more = stored[name] - (core.rank or 0)  # directions beyond this size: nothing is added to them
+            more = stored[name] - (core.rank or 0)  # directions beyond this size are not changed
             if place == "left":
                 A = F.pad(A, (0, more))
             elif place == "right":
                 B = F.pad(B, (0, 0, 0, more))
             keys = f"{name}.{place}.A", f"{name}.{place}.B"
-            if place != "layer" and keys[0] in old.entries:  # on top of the calibration's: their ranks add up
+            if place != "layer" and keys[0] in old.entries:  # append to the calibration's adapters: the ranks add up
                 before_A, before_B = old.read(list(keys)).values()
                 A, B = torch.cat([widened(before_A), A]), torch.cat([widened(before_B), B], 1)
             adapters |= dict(zip(keys, (A, B), strict=True))
@@ -151,21 +157,21 @@ def _dense(layer: ElasticLinear, recipe: Recipe) -> ElasticLinear:
 
 def _adapted(layer: ElasticLinear, recipe: Recipe) -> ElasticLinear:
     left, right = layer.left.read(layer.kept), layer.right.read(layer.kept)
-    beside, rank, R, bits = layer.lead, layer.rank, recipe.adapter_rank, recipe.quantize
+    lead, rank, R, bits = layer.lead, layer.rank, recipe.adapter_rank, recipe.quantize
     (M, N), scale = (left.shape[1], right.shape[1]), recipe.adapter_alpha / R
     assert rank is not None
 
     def lora(inputs: int, outputs: int) -> LoRA:
         return LoRA(inputs, outputs, R, scale, recipe.adapter_dropout, left.device, left.dtype)
 
-    if beside:
+    if lead:
         loras = {"layer": lora(N, M)}
         with torch.no_grad():
-            loras["layer"].A.copy_(right[:beside])
-            loras["layer"].B.copy_(left[:beside].T / scale)
+            loras["layer"].A.copy_(right[:lead])
+            loras["layer"].B.copy_(left[:lead].T / scale)
     else:
         loras = {"right": lora(N, rank), "left": lora(rank, M)}
 
-    core = ElasticLinear(layer.original, DirectionMatrix.of(left[beside:], bits), DirectionMatrix.of(right[beside:], bits), loras)
+    core = ElasticLinear(layer.original, DirectionMatrix.of(left[lead:], bits), DirectionMatrix.of(right[lead:], bits), loras)
     core.set_rank(rank)
     return core

@@ -1,20 +1,18 @@
-"""A calibration is described by one frozen `Recipe`; a named recipe is a function that returns one.
+"""A calibration, described by one frozen `Recipe`. A named recipe is a function that returns one.
 
-Fields carry their meaning, unit, allowed range and the section of the paper (ACIP, TMLR 2025) they come from.
-`Recipe.from_dict` is the only way in from files: it names what is wrong and what is allowed.
+The comment of each field gives its meaning, unit, allowed range and section of the paper (ACIP, TMLR 2025). "Paper" marks the
+paper's choice, "ours" our own. Recipes in files are read by `Recipe.from_dict`, whose errors state what is wrong and what is allowed.
 """
 
 import dataclasses
-import difflib
 import json
-import math
-import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from acip import renamed
 from acip.errors import RecipeError, cited
+from acip.utils.coerce import coerce, did_you_mean
 
 Basis = Literal["covariance", "svd"]
 Adapter = Literal["factors", "layer"]
@@ -24,57 +22,58 @@ Convention = Literal["linear", "paper", "model"]
 PostTune = Literal["stop", "sizes"]
 Quantize = Literal["none", "nf4", "fp4"]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-LARGEST = 2**31  # whole numbers in files are below it
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """All settings of a calibration. Raises RecipeError for values out of range."""
+
     # Parametrization (2.2.1)
-    basis: Basis = "covariance"  # directions of a layer: eigenvectors of W C W^T (ours), or the SVD's of W (the paper)
-    sample_windows: int = 64  # windows of calibration text behind the covariance basis and the Fisher scores; >= 1
-    exclude: tuple[str, ...] = ()  # layers whose dotted name contains one of these stay as they are (D.8)
-    mask_scale: float = 0.02  # start of the mask parameters p; > 0
-    adapter: Adapter = "factors"  # where the LoRA adapters sit: on U and V, where they cost nothing (ours), or beside the layer (the paper)
-    adapter_rank: int = 32  # R of the adapters; 0 = no adapters (D.2)
+    basis: Basis = "covariance"  # a layer's directions: eigenvectors of W C W^T, C = input covariance (ours), or the SVD of W (paper)
+    sample_windows: int = 64  # windows of calibration text for the covariance basis and the Fisher scores; >= 1
+    exclude: tuple[str, ...] = ()  # layers whose dotted name contains one of these are not compressed (D.8)
+    mask_scale: float = 0.02  # initial value of the mask parameters p; > 0
+    adapter: Adapter = "factors"  # place of the LoRA adapters: on U and V, where they cost no rank (ours), or beside the layer (paper)
+    adapter_rank: int = 32  # R; 0 = no adapters (D.2)
     adapter_alpha: float = 16.0  # adapters are scaled by alpha / R
-    adapter_dropout: float = 0.0  # [0, 1); each layer then keeps its own dropped input
-    dtype: Dtype = "bfloat16"  # of the weights; masks, scores, adapters and optimizer state are float32, or float64 with float64
-    quantize: Quantize = "none"  # weights and directions in 4 bit (3.4); `transfer` carries the result over to full precision
+    adapter_dropout: float = 0.0  # [0, 1); above 0, each layer stores its own copy of its input
+    dtype: Dtype = "bfloat16"  # of the weights; masks, scores, adapters and optimizer state are float32 (float64 for float64 weights)
+    quantize: Quantize = "none"  # 4-bit weights and directions (3.4); `transfer` applies the result at full precision
 
     # Data
     batch_size: int = 4  # windows per forward pass
     gradient_accumulation_steps: int = 1  # forward passes per optimizer step
-    gradient_checkpointing: bool = (
-        False  # activations again in the backward pass instead of keeping them: less memory, one more forward pass
-    )
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, one more forward pass
     seq_len: int = 1024  # tokens per window
-    seed: int = 0  # order of the windows, adapters' start, dropout, sizes in post-tuning
+    seed: int = 0  # of the order of windows, initial adapters, dropout, and sizes in post-tuning
 
-    # Scores (2.2.2, Algorithm 1, Appendix B). fisher: Fisher information of each direction, measured once (ours);
-    # order: of pruning by L1 (the paper); gradient: the masks' task gradients summed over that; singular_values: as they are (D.6)
+    # Scores (2.2.2, Algorithm 1, Appendix B)
+    # fisher: Fisher information of each direction, measured once (ours)
+    # order: the order in which an L1 penalty prunes the masks (paper)
+    # gradient: the task gradients of the masks, summed over that pruning
+    # singular_values: the singular values themselves (D.6)
     scores: Scores = "fisher"
-    lr: float = 5e-5  # AdamW, masks and adapters; > 0
-    lambda_start: float = 1e-3  # weight of the L1 term on the masks; > 0
-    lambda_factor: float = 1.01  # lambda grows by this factor; >= 1
-    lambda_interval: int = 4  # every so many optimizer steps
+    lr: float = 5e-5  # of AdamW, for masks and adapters; > 0
+    lambda_start: float = 1e-3  # initial weight lambda of the L1 term on the masks; > 0
+    lambda_factor: float = 1.01  # lambda is multiplied by this factor; >= 1
+    lambda_interval: int = 4  # optimizer steps between two increases of lambda; >= 1
     stop_ratio: float = 0.4  # pruning stops at this size (D.4); (0, 1)
-    convention: Convention = "linear"  # what stop_ratio and the sizes in post-tuning count; see acip.sizing.cut_table
-    prune_distill_weight: float = (
-        0.5  # share of KL to the base model's distribution in the task loss; [0, 1), as KL alone starts without a gradient
-    )
-    scores_until: float | None = None  # the score map is frozen below this size, while pruning goes on to the stop ratio (D.5)
-    max_prune_steps: int = 10_000  # an error if the stop ratio isn't reached by then
+    convention: Convention = "linear"  # how stop_ratio and sizes in post-tuning are counted; see acip.sizing.cut_table
+    # share of the KL divergence from the base model in the task loss; [0, 1), because KL alone has no gradient at the start
+    prune_distill_weight: float = 0.5
+    scores_until: float | None = None  # freeze the score map below this size; pruning continues to the stop ratio (D.5)
+    max_prune_steps: int = 10_000  # CalibrationError if the stop ratio is not reached within these steps
 
     # Post-tuning (D.7)
-    post_tune_steps: int = 1000
-    total_steps: int | None = None  # of pruning and post-tuning together; None = post_tune_steps after however many pruning took
-    post_tune: PostTune = "sizes"  # stop: the smallest size only (the paper); sizes: the smallest and U[stop, 1] in turn
+    post_tune_steps: int = 1000  # >= 0
+    total_steps: int | None = None  # steps of pruning and post-tuning together; None = post_tune_steps after the end of pruning
+    post_tune: PostTune = "sizes"  # stop: the smallest size only (paper); sizes: alternate the smallest and U[stop, 1] (ours)
     post_tune_lr: float | None = None  # None = lr
-    distill_weight: float = 1.0  # share of KL to the base model's distribution in post-tuning's loss; [0, 1]
+    distill_weight: float = 1.0  # share of the KL divergence from the base model in the loss of post-tuning; [0, 1]
 
     # Any size (2.2.3)
-    storage: Storage = "pivot"  # how a compressed layer is stored, and so what a rank costs; see acip.sizing.cut_table
-    dense_if_no_saving: bool = True  # a layer that saves nothing is the original one, without adapter (D.3)
+    storage: Storage = "pivot"  # storage form of a compressed layer, which sets the cost of a rank; see acip.sizing.cut_table
+    dense_if_no_saving: bool = True  # a layer that saves nothing becomes the original one, without adapter (D.3)
 
     def __post_init__(self) -> None:
         for name, rule, ok in (
@@ -103,23 +102,23 @@ class Recipe:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; it must be {rule}.")
         if not self.adapter_rank and (self.post_tune_steps or self.total_steps):
             raise RecipeError(
-                "without adapters (adapter_rank 0) there is nothing to post-tune: set post_tune_steps to 0, total_steps to null."
+                "adapter_rank is 0, and without adapters there is nothing to post-tune: set post_tune_steps to 0 and total_steps to null."
             )
         if self.scores == "singular_values" and self.basis != "svd":
-            raise RecipeError("singular values as scores need the SVD's directions: set basis to 'svd'.")
+            raise RecipeError(f"scores is 'singular_values' and basis is {self.basis!r}; these scores need basis 'svd'.")
 
     @property
     def prunes(self) -> bool:
-        """Whether scores come from pruning, and aren't known before the first step."""
+        """Whether the scores come from pruning. If not, they are known before the first step."""
         return self.scores in ("order", "gradient")
 
     def end(self, stop_step: int) -> int:
-        """The last step of a calibration whose pruning stopped at `stop_step`."""
+        """Return the last step of a calibration whose pruning stopped at `stop_step`."""
         return stop_step + self.post_tune_steps if self.total_steps is None else max(stop_step, self.total_steps)
 
     @property
     def adapter_rows(self) -> int:
-        """The directions that the adapter of a layer takes up at every size."""
+        """The number of directions that a layer's adapter adds at every size."""
         return self.adapter_rank if self.adapter == "layer" else 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,75 +126,26 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], start: "Recipe | None" = None) -> "Recipe":
-        """`start` (default: the default recipe) with `fields` changed. Unknown names and wrong types are RecipeErrors."""
+        """Return `start` (default: the default recipe) with `fields` changed. Raises RecipeError for unknown names and wrong types."""
         known = {field.name: field.type for field in dataclasses.fields(cls)}
         changes: dict[str, Any] = {}
-        for given, value in fields.items():
-            name = renamed.recipe_field(given)
+        for given_name, value in fields.items():
+            name = renamed.recipe_field(given_name)
             if name not in known:
                 raise RecipeError(f"unknown recipe field {cited(name)}{did_you_mean(name, known)}. Allowed: {', '.join(known)}.")
             if name in changes:
-                raise RecipeError(f"{name} is given twice, once under its old name. Keep {name}.")
+                raise RecipeError(f"{name} is given twice, once under an old name. Keep only {name}.")
             changes[name] = coerce(name, value, known[name])
         return dataclasses.replace(start or cls(), **changes)
 
 
-def did_you_mean(name: object, known: "Mapping[str, Any] | list[str] | tuple[str, ...]") -> str:
-    close = difflib.get_close_matches(name if isinstance(name, str) else cited(name), list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def coerce(name: str, value: Any, kind: Any) -> Any:
-    """`value` as `kind`, where that loses nothing: 3 is a float, 3.5 is no int, "3" is no number.
-
-    Numbers are finite and below `LARGEST`, texts without control characters.
-    """
-    if get_origin(kind) is Literal:
-        if value in get_args(kind):
-            return value
-        raise RecipeError(f"{name} is {cited(value)}; allowed: {', '.join(map(repr, get_args(kind)))}.")
-    if get_origin(kind) is tuple:
-        if isinstance(value, list | tuple):
-            return tuple(coerce(name, item, get_args(kind)[0]) for item in value)
-        raise RecipeError(f"{name} is {cited(value)}; it must be a list.")
-    if type(None) in get_args(kind):
-        if value is None:
-            return None
-        kind = next(k for k in get_args(kind) if k is not type(None))
-    if kind is bool and isinstance(value, bool):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise RecipeError(f"{name} is {cited(value)}; it must be {_article(kind)}.")
-    _check_plain(name, value)
-    if kind is str and isinstance(value, str):
-        return value
-    if kind is int and isinstance(value, int):
-        return value
-    if kind is float and not isinstance(value, str):
-        return float(value)
-    raise RecipeError(f"{name} is {cited(value)}; it must be {_article(kind)}.")
-
-
-def _check_plain(name: str, value: float | str) -> None:
-    if isinstance(value, str) and any(unicodedata.category(char) in ("Cc", "Cs") for char in value):
-        raise RecipeError(f"{name} is {cited(value)}; it must be text without control characters.")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise RecipeError(f"{name} is {value}; it must be finite.")
-    if isinstance(value, int) and abs(value) >= LARGEST:
-        raise RecipeError(f"{name} is {cited(value)}; it must be below {LARGEST:,}.")
-
-
-def _article(kind: Any) -> str:
-    return {int: "a whole number", float: "a number (write 1.0e-4, not 1e-4, in YAML)", str: "text", bool: "true or false"}[kind]
-
-
 def acip() -> Recipe:
-    """Our default at the scale of the paper's models."""
+    """Return the default recipe, for models of the paper's scale."""
     return Recipe()
 
 
 def paper() -> Recipe:
-    """The paper to the letter: SVD basis, sizes without adapters, post-tuning at the stop ratio only (Appendix B)."""
+    """Return the paper's recipe: SVD basis, sizes counted without adapters, post-tuning at the stop ratio only (Appendix B)."""
     return Recipe(
         basis="svd", adapter="layer", adapter_dropout=0.05, scores="order", convention="paper", prune_distill_weight=0.0,
         post_tune="stop", distill_weight=0.0, storage="factors",
@@ -203,7 +153,7 @@ def paper() -> Recipe:
 
 
 def demo() -> Recipe:
-    """Minutes on two CPU cores for a 135M model: few, small batches, so a high learning rate."""
+    """Return a recipe that takes minutes on two CPU cores for a 135M model: few, small batches and a high learning rate."""
     return Recipe(
         sample_windows=32, batch_size=2, seq_len=256, lr=1e-3, post_tune_steps=60,
     )  # fmt: skip
@@ -213,15 +163,15 @@ RECIPES: dict[str, Callable[[], Recipe]] = {"acip": acip, "paper": paper, "demo"
 
 
 def named(name: str) -> Recipe:
-    """A recipe by its name in `RECIPES`."""
+    """Return the recipe called `name` in `RECIPES`. Raises RecipeError for an unknown name."""
     if not isinstance(name, str) or name not in RECIPES:
         raise RecipeError(f"unknown recipe {cited(name)}{did_you_mean(name, RECIPES)}. Allowed: {', '.join(RECIPES)}.")
     return RECIPES[name]()
 
 
 def nearest(recipe: Recipe) -> tuple[str, dict[str, Any]]:
-    """The named recipe that `recipe` differs least from, and its fields that differ."""
-    ours = recipe.to_dict()
-    theirs = {name: make().to_dict() for name, make in RECIPES.items()}
-    differences = {name: {key: value for key, value in ours.items() if value != fields[key]} for name, fields in theirs.items()}
-    return min(differences.items(), key=lambda found: len(found[1]))
+    """Return the name of the named recipe that is closest to `recipe`, and the fields of `recipe` that differ from it."""
+    given = recipe.to_dict()
+    known = {name: make().to_dict() for name, make in RECIPES.items()}
+    differences = {name: {key: value for key, value in given.items() if value != fields[key]} for name, fields in known.items()}
+    return min(differences.items(), key=lambda entry: len(entry[1]))

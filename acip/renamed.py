@@ -1,7 +1,8 @@
-"""Old names and what they are called now. They keep working for one release, with a `FutureWarning` that names the new one.
+"""Old names that keep working for one release, with a `FutureWarning` that gives the new name.
 
-One table for each kind of name that users wrote down: imported modules and classes, recipe fields, environment variables,
-and command-line options. `acip` and `acip_platform` install a finder for their old modules when they are imported.
+There is one table for each kind of name that appears in users' files and programs: recipe fields, environment variables,
+command-line options, modules, and names inside modules. `acip` and `acip_platform` install a finder for their old modules
+when they are imported.
 """
 
 import importlib
@@ -29,7 +30,7 @@ OPTIONS = {
     "--distill": "--distill-weight",
     "--quantise": "--quantize",
 }
-MODULES = {
+MODULES: dict[str, str | tuple[str, ...]] = {  # a tuple where the old module was split
     "acip.area": "acip.sizing.excess_loss_area",
     "acip.baselines.factors": "acip.baselines.prefix_factors",
     "acip.bases": "acip.calibration.bases",
@@ -43,7 +44,7 @@ MODULES = {
     "acip.evaluate.text": "acip.evaluate.heldout_text",
     "acip.fit": "acip.calibration.memory_check",
     "acip.hub": "acip.export.hub",
-    "acip.linear": "acip.layers.linear",
+    "acip.linear": ("acip.layers.elastic_linear", "acip.layers.svd_linear", "acip.layers.adapters", "acip.modeling_acip"),
     "acip.losses": "acip.calibration.losses",
     "acip.materialise": "acip.sizing.elastic_model",
     "acip.memory": "acip.calibration.memory_plan",
@@ -118,7 +119,7 @@ MODULES = {
     "acip_platform.sweep_report": "acip_platform.training.sweep_report",
     "acip_platform.train": "acip_platform.training.worker",
 }
-NAMES: dict[str, dict[str, str]] = {  # by the new module
+NAMES: dict[str, dict[str, str]] = {  # new module -> {old name: new name}
     "acip.artifact.reader": {"Reader": "ModelLoader"},
     "acip.calibration.activation_covariance": {"moments": "activation_covariances", "moment_bytes": "covariance_matrix_bytes"},
     "acip.calibration.parametrize": {"parametrise": "parametrize"},
@@ -147,12 +148,12 @@ NAMES: dict[str, dict[str, str]] = {  # by the new module
 
 
 def warn(kind: str, old: str, new: str, stacklevel: int = 3) -> None:
-    """Warn that `old` is now called `new`."""
+    """Issue a FutureWarning that `old` is now called `new`. `stacklevel` selects the caller that the warning shows."""
     warnings.warn(f"the {kind} {old} is now called {new}; the old name will stop working in the next release.", FutureWarning, stacklevel)
 
 
 def recipe_field(name: str) -> str:
-    """Return the present name of a recipe field, and warn if `name` is an old one."""
+    """Return the current name of a recipe field, with a warning if `name` is an old one."""
     new = RECIPE_FIELDS.get(name)
     if new is None:
         return name
@@ -161,7 +162,7 @@ def recipe_field(name: str) -> str:
 
 
 def environment(env: Mapping[str, str], name: str) -> str | None:
-    """Return the variable `name` of `env`, or that of its old name with a warning; None if neither is set."""
+    """Return the variable `name` from `env`, or the variable with its old name and a warning. None if neither is set."""
     if env.get(name):
         return env[name]
     for old, new in ENVIRONMENT.items():
@@ -172,7 +173,7 @@ def environment(env: Mapping[str, str], name: str) -> str | None:
 
 
 class OldModules:
-    """A finder and loader for modules of one package that have moved."""
+    """A finder and loader for the moved modules of one package."""
 
     def __init__(self, package: str) -> None:
         self.package = package
@@ -186,19 +187,22 @@ class OldModules:
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        new = MODULES[module.__name__]
-        warn("module", module.__name__, new, stacklevel=6)
-        moved, names = importlib.import_module(new), NAMES.get(new, {})
+        entry = MODULES[module.__name__]
+        targets = (entry,) if isinstance(entry, str) else entry
+        warn("module", module.__name__, " and ".join(targets), stacklevel=6)
+        moved = [importlib.import_module(target) for target in targets]
 
         def attribute(name: str) -> Any:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return getattr(moved, names.get(name, name))
+            for target in moved if not name.startswith("__") else ():
+                new_name = NAMES.get(target.__name__, {}).get(name, name)
+                if hasattr(target, new_name):
+                    return getattr(target, new_name)
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
         module.__getattr__ = attribute  # type: ignore[method-assign]
 
 
 def install(package: str) -> None:
-    """Make the old modules of `package` importable. Modules that exist are found first."""
+    """Make the old modules of `package` importable. Existing modules take precedence."""
     if not any(isinstance(finder, OldModules) and finder.package == package for finder in sys.meta_path):
         sys.meta_path.append(OldModules(package))

@@ -1,16 +1,16 @@
-"""Local files -> documents. A file is recognized by its content or refused, and read in bounded memory.
+"""Read documents from local files in bounded memory. The content of a file must match the format that its name states.
 
     name                    content                                         a document is
-    .txt                    text                                            what stands between two blank lines
+    .txt                    text                                            a text between two blank lines
     .jsonl .ndjson .json    one JSON object per line; lines end at \\n only   a line's "text", or "messages"
     .csv .tsv               a header with a column "text", then rows        a row's "text"
     .parquet .arrow         columns (Arrow's file or stream format)         a row's "text", or "messages"
 
-Text is UTF-8; a byte order mark is skipped. The first three may be compressed (.gz, .zst, .bz2 behind the name). Empty documents and
-blank lines are skipped. A folder is searched for files of these names, hidden ones aside; a pattern (`data/*.jsonl`) is expanded. The
-order is that of the sorted paths. Errors name the file, and the line or row.
+Text is UTF-8; a byte order mark is skipped. The formats of the first three lines may be compressed (suffix .gz, .zst or .bz2).
+Empty documents and blank lines are skipped. A folder is searched for files with these names, except hidden ones; a pattern
+(`data/*.jsonl`) is expanded. Files are read in the order of their sorted paths. Errors name the file, and the line or row.
 
-A text that is longer than LONG characters is given as a `LongText`, so that nothing holds all of it.
+A text longer than LONG characters is returned as a `LongText`, so that it is never in memory as a whole.
 """
 
 import codecs
@@ -25,16 +25,16 @@ from typing import Any, BinaryIO
 
 from acip.errors import DataError
 
-LONG = 2**18  # characters; longer documents come in blocks
-BLOCK = 2**20  # bytes that are read at once
-LONGEST_LINE = 2**26  # characters of a JSON line, or of a CSV field: those have to be held as a whole
-BATCH_ROWS = 64  # rows of a column file that are held at once
+LONG = 2**18  # characters; longer documents are read in blocks
+BLOCK = 2**20  # bytes per read
+LONGEST_LINE = 2**26  # characters of a JSON line or a CSV field, which must be in memory as a whole
+BATCH_ROWS = 64  # rows of a column file in memory at once
 
 Messages = list[dict[str, str]]
 
 
 class LongText:
-    """A document in blocks of text, to be read once, and before the next document is asked for."""
+    """A document as an iterator of text blocks. Read it once, before the next document is requested."""
 
     def __init__(self, blocks: Iterator[str]) -> None:
         self.blocks = blocks
@@ -46,7 +46,7 @@ class LongText:
 Document = str | LongText | Messages  # text, or the messages of a chat
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-MAGIC = {  # how files of other formats begin
+MAGIC = {  # first bytes of file formats
     b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"PK\x03\x04": "a zip archive",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xff\xff\xff": "Arrow", b"%PDF": "PDF",
     b"{\\rtf": "RTF", b"GGUF": "GGUF", b"\x7fELF": "a program", b"SQLite format 3": "a SQLite database",
@@ -54,45 +54,45 @@ MAGIC = {  # how files of other formats begin
 }  # fmt: skip
 JSON_BEGINS = re.compile(r'\s*(\[\s*)?\{\s*"(?:[^"\\]|\\.)*"\s*:')
 MARKUP_BEGINS = re.compile(r"\s*<(!doctype\s|html[\s>]|\?xml\s)", re.IGNORECASE)
-NOT_DATA = ("dataset_info.json", "dataset_dict.json", "state.json")  # what `datasets` writes beside its data
+NOT_DATA = ("dataset_info.json", "dataset_dict.json", "state.json")  # metadata files that `datasets` writes beside the data
 
 
 def files(source: str) -> list[Path]:
-    """The files that `source`, a path or a pattern, stands for; empty where there is nothing. DataError for a folder without text."""
+    """Return the files that match `source`, a path or a pattern; empty if there are none. Raises DataError for a folder without text."""
     try:
         root = Path(source)
         if root.is_dir():
-            shown = (path for path in root.rglob("*") if not any(part.startswith(".") for part in path.relative_to(root).parts))
-            found = sorted(path for path in shown if _format(path)[0] and path.name not in NOT_DATA and path.is_file())
-            if not found:
-                raise DataError(f"folder {source!r} holds no file of text. {ALLOWED}")
-            return found
+            visible = (path for path in root.rglob("*") if not any(part.startswith(".") for part in path.relative_to(root).parts))
+            texts = sorted(path for path in visible if _format(path)[0] and path.name not in NOT_DATA and path.is_file())
+            if not texts:
+                raise DataError(f"folder {source!r} contains no text file. {ALLOWED}")
+            return texts
         if root.exists():
             if not root.is_file():
                 raise DataError(f"{source} is neither a file nor a folder.")
             return [root]
         if not glob.has_magic(source):
             return []
-        return sorted(path for path in map(Path, glob.glob(source, recursive=True)) if path.is_file())  # noqa: PTH207 (an absolute one, too)
-    except OSError as error:  # no permission, a name that is too long
+        return sorted(path for path in map(Path, glob.glob(source, recursive=True)) if path.is_file())  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    except OSError as error:  # for example: no permission, or a name that is too long
         raise DataError(f"{source[:200]!r} can't be read: {error.strerror or error}.") from error
 
 
 def read(file: Path) -> Iterator[Document]:
-    """The documents of one file. DataError where it is not what its name says, with the line or row."""
+    """Yield the documents of one file. Raises DataError, with the line or row, if the content does not match the name."""
     name, compression = _format(file)
     if not name:
-        raise DataError(f"{file} is not known as a file of text. {ALLOWED}")
+        raise DataError(f"{file} has no known suffix of a text file. {ALLOWED}")
     columns = name in COLUMNS
     try:
         with file.open("rb") as opened:
             head = opened.read(16)
-        holds = next((what for magic, what in MAGIC.items() if head.startswith(magic)), "")
-        says = compression or COLUMNS.get(name, "")
-        if holds != says:
+        actual = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), "")
+        expected = compression or COLUMNS.get(name, "")
+        if actual != expected:
             raise DataError(
-                f"{file} holds {holds or ('nothing' if not head else 'something else')}, not {says or 'text in UTF-8'} as its name says. "
-                "Convert it, or give it its right name. " + ALLOWED
+                f"{file} contains {actual or ('nothing' if not head else 'something else')}, but its name says "
+                f"{expected or 'text in UTF-8'}. Convert or rename the file. " + ALLOWED
             )
         if columns:
             yield from _columns(file, head)
@@ -104,7 +104,7 @@ def read(file: Path) -> Iterator[Document]:
 
 
 def _format(path: Path) -> tuple[str, str]:
-    """(what the name says the format is, how it is compressed); "" for what is not known, or none."""
+    """Return (suffix of the format, compression) as the file's name states them; "" for an unknown format or no compression."""
     *_, before, last = ("", "", *(suffix.lower() for suffix in path.suffixes))
     compression = COMPRESSED.get(last, "")
     name = before if compression else last
@@ -120,29 +120,29 @@ def _opened(file: Path, compression: str) -> BinaryIO:
 
 
 def _blocks(raw: BinaryIO, file: Path) -> Iterator[str]:
-    """What is in a file of text, decoded, a block at a time."""
+    """Yield the decoded content of a text file block by block."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     line = 1
     first = True
     while True:
         try:
             data = raw.read(BLOCK)
-        except OSError as error:  # of a compressed file: cut short, or damaged
+        except OSError as error:  # a compressed file is truncated or damaged
             raise DataError(f"{file}, after line {line}, can't be read: {error}") from error
-        if first and (holds := next((what for magic, what in MAGIC.items() if data.startswith(magic)), "")):
-            raise DataError(f"{file} holds {holds} inside, not text in UTF-8.")
+        if first and (actual := next((kind for magic, kind in MAGIC.items() if data.startswith(magic)), "")):
+            raise DataError(f"{file} contains {actual} after decompression; it must contain text in UTF-8.")
         first = False
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
             at = line + error.object[: error.start].count(b"\n")
             raise DataError(
-                f"{file}, line {at}, is not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason}). Convert it, if it is text of "
-                "another encoding: iconv -f LATIN1 -t UTF-8."
+                f"{file}, line {at}, is not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason}). If it is text in another "
+                "encoding, convert it, for example with iconv -f LATIN1 -t UTF-8."
             ) from error
         if (zero := text.find("\0")) >= 0:
             at = line + text.count("\n", 0, zero)
-            raise DataError(f"{file}, line {at}, holds a NUL byte: it is binary, or text in UTF-16, which has to be converted to UTF-8.")
+            raise DataError(f"{file}, line {at}, contains a NUL byte, so it is binary or UTF-16. Convert UTF-16 text to UTF-8.")
         line += text.count("\n")
         if text:
             yield text
@@ -154,20 +154,20 @@ def _blocks(raw: BinaryIO, file: Path) -> Iterator[str]:
 
 
 def _text(raw: BinaryIO, file: Path) -> Iterator[Document]:
-    newlines = io.IncrementalNewlineDecoder(None, translate=True)  # \r\n and \r end lines, too
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)  # \r\n and \r also end lines
     yield from parted(_plain((newlines.decode(block) for block in _blocks(raw, file)), file))
 
 
 def _plain(blocks: Iterator[str], file: Path) -> Iterator[str]:
     for i, block in enumerate(blocks):
         if i == 0 and (JSON_BEGINS.match(block) or MARKUP_BEGINS.match(block)):
-            what = "JSON" if JSON_BEGINS.match(block) else "HTML or XML"
-            raise DataError(f"{file} begins like {what}, not like text. Give it its right name, or take the text out of it. {ALLOWED}")
+            kind = "JSON" if JSON_BEGINS.match(block) else "HTML or XML"
+            raise DataError(f"{file} begins like {kind}, not like plain text. Rename the file, or extract its text. {ALLOWED}")
         yield block
 
 
 def parted(blocks: Iterable[str]) -> Iterator[str | LongText]:
-    """The documents of a text: parted by two blank lines, stripped, empty ones left out."""
+    """Yield the documents of a text. Two blank lines separate documents; they are stripped, and empty ones are skipped."""
     pieces = _pieces(blocks)
     while True:
         held: list[str] = []
@@ -180,7 +180,7 @@ def parted(blocks: Iterable[str]) -> Iterator[str | LongText]:
             if size > LONG:
                 rest = _until_end(held, pieces)
                 yield LongText(rest)
-                for _ in rest:  # what the reader left of it
+                for _ in rest:  # skip what the caller did not read
                     pass
                 break
         else:
@@ -200,8 +200,8 @@ def _until_end(held: list[str], pieces: Iterator[str | None]) -> Iterator[str]:
 
 
 def _pieces(blocks: Iterable[str]) -> Iterator[str | None]:
-    """Stripped documents in pieces; None ends each. White space waits until it is known what comes behind it."""
-    tail, fresh = "", True  # fresh: nothing of this document was given yet
+    """Yield stripped documents in pieces, with None after each. Trailing white space is held back until more text follows."""
+    tail, fresh = "", True  # fresh: no piece of this document was yielded yet
     for block in blocks:
         text = tail + block
         body = text.rstrip()
@@ -217,7 +217,7 @@ def _pieces(blocks: Iterable[str]) -> Iterator[str | None]:
             if ends:
                 fresh = True
                 yield None
-        if len(tail) > LONG:  # endless white space is not kept
+        if len(tail) > LONG:  # long white space is not kept in memory
             ends_here = "\n\n\n" in tail
             tail = "\n\n\n" if ends_here or fresh else tail[:LONG]
 
@@ -226,7 +226,7 @@ def _pieces(blocks: Iterable[str]) -> Iterator[str | None]:
 
 
 def _lines(blocks: Iterable[str], file: Path, longest: int) -> Iterator[str]:
-    """Lines with the \\n that ends them; no other character ends a line."""
+    """Yield lines, each with its final newline. No other character ends a line."""
     held: list[str] = []
     size, number = 0, 1
     for block in blocks:
@@ -240,8 +240,8 @@ def _lines(blocks: Iterable[str], file: Path, longest: int) -> Iterator[str]:
             size += len(block) - start
         if size > longest:
             raise DataError(
-                f"{file}, line {number}, is longer than {longest:,} characters, and has to be held as a whole. Give texts of this length "
-                "as .txt, which are read in pieces, or part them."
+                f"{file}, line {number}, is longer than {longest:,} characters, the most for one line. Store texts of this length as "
+                ".txt, which is read in pieces, or split them."
             )
     if held:
         yield "".join(held)
@@ -255,10 +255,12 @@ def _json_lines(raw: BinaryIO, file: Path) -> Iterator[Document]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            hint = " It is one JSON value over several lines: make it lines, by jq -c '.[]?'." if line.strip() in ("[", "{", "[{") else ""
-            raise DataError(f"{where}: it is not JSON ({error}).{hint} Each line must be an object of its own.") from error
+            hint = (
+                " The file is one JSON value over several lines: convert it with jq -c '.[]?'." if line.strip() in ("[", "{", "[{") else ""
+            )
+            raise DataError(f"{where}: it is not JSON ({error}).{hint} Each line must be one JSON object.") from error
         if isinstance(row, list):
-            raise DataError(f"{where}: it is a JSON array. Each line must be an object of its own: make them by jq -c '.[]'.")
+            raise DataError(f"{where}: it is a JSON array. Each line must be one JSON object: convert the file with jq -c '.[]'.")
         if (doc := _document(row, where)) is not None:
             yield doc
 
@@ -314,16 +316,16 @@ def _columns(file: Path, head: bytes) -> Iterator[Document]:
                     n += 1
                     if (doc := _document(row, f"{file}, row {n}")) is not None:
                         yield doc
-    except (pa.ArrowException, ValueError) as error:  # ValueError: text in it is not UTF-8
+    except (pa.ArrowException, ValueError) as error:  # ValueError: a text in the file is not UTF-8
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{file} is damaged, or of a kind that can't be read: {error}") from error
+        raise DataError(f"{file} is damaged or of an unsupported kind: {error}") from error
 
 
 def _known(names: list[str], file: Path) -> list[str]:
     known = [name for name in names if name in ("text", "messages")]
     if not known or len(set(known)) != len(known):
-        raise DataError(f'{file}: the columns are {_some(names)}; one of them must be "text", or "messages".')
+        raise DataError(f'{file}: the columns are {_some(names)}; one of them must be "text" or "messages".')
     return known
 
 
@@ -331,25 +333,27 @@ def _known(names: list[str], file: Path) -> list[str]:
 
 
 def _document(row: Any, where: str) -> Document | None:
-    """The document that a row holds; None for an empty one."""
+    """Return the document in a row, or None if it is empty."""
     if isinstance(row, Mapping) and isinstance(row.get("text"), str):
         text: str = row["text"]
         if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                raise DataError(f"{where}: the text holds half of a surrogate pair ({error.reason}), which is not a character.") from error
+                raise DataError(
+                    f"{where}: the text contains half of a surrogate pair ({error.reason}), which is not a character."
+                ) from error
         return text if text.strip() else None
     if isinstance(row, Mapping) and _is_chat(row.get("messages")):
         return row["messages"]
     if not isinstance(row, Mapping):
-        found = f"is {_shown(row)}"
+        actual = f"is {_shown(row)}"
     elif "text" in row or "messages" in row:
-        found = "has " + " and ".join(f"{key} {_shown(row[key])}" for key in ("text", "messages") if key in row)
+        actual = "has " + " and ".join(f"{key} {_shown(row[key])}" for key in ("text", "messages") if key in row)
     else:
-        found = f"has {_some(list(row))}"
+        actual = f"has the fields {_some(list(row))}"
     raise DataError(
-        f'{where} {found}; it must be an object with a string "text", or with "messages", a list of {{"role": ..., "content": ...}}.'
+        f'{where} {actual}; it must be an object with a string "text", or with "messages", a list of {{"role": ..., "content": ...}}.'
     )
 
 
@@ -379,4 +383,4 @@ TEXT_FORMATS: Mapping[str, Callable[[BinaryIO, Path], Iterator[Document]]] = {
     ".tsv": lambda raw, file: _csv(raw, file, "\t"),
 }
 COLUMNS = {".parquet": "Parquet", ".arrow": "Arrow"}
-ALLOWED = f"Allowed are {', '.join(TEXT_FORMATS)}, compressed by {', '.join(COMPRESSED)} or not, and {', '.join(COLUMNS)}."
+ALLOWED = f"Allowed: {', '.join(TEXT_FORMATS)}, each also compressed ({', '.join(COMPRESSED)}), and {', '.join(COLUMNS)}."

@@ -22,7 +22,7 @@ from acip_platform.scheduling.events import open_event_queue
 from acip_platform.scheduling.job_queue import nodes, pool
 from acip_platform.settings import Settings
 
-from acip.recipe import did_you_mean
+from acip.utils.coerce import did_you_mean
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -39,7 +39,7 @@ from acip.artifact.safetensors_ranges import TensorFile, digests
 from acip.base import Base
 from acip.calibration.loop import Calibration
 from acip.errors import ArtifactError
-from acip.layers.linear import ElasticLinear
+from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import targets, weight_MN
 from acip.modeling_acip import MODEL_TYPE, artifact_config, base_config, classes
 from acip.recipe import Recipe

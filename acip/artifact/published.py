@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from acip.base import Base, load_base
 from acip.calibration.loop import Calibration
 from acip.errors import ArtifactError, RecipeError
-from acip.layers.linear import ElasticLinear, LoRA
+from acip.layers.adapters import LoRA
+from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import find_linears, weight_MN
 from acip.modeling_acip import accumulation_dtype, set_module, widened
 from acip.recipe import Recipe, paper

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from acip.errors import ArtifactError
 from acip.layers.directions import DirectionMatrix
-from acip.layers.linear import ElasticLinear
+from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import weight_MN
 from acip.modeling_acip import set_module
 

@@ -29,10 +29,11 @@ from acip.baselines import asvd, calibrated, covariance, dobi, svd, svdllm
 from acip.baselines.prefix_factors import Progress, stored
 from acip.errors import DataError, RecipeError
 from acip.evaluate.measurement import stored_bytes
-from acip.layers.linear import LowRankLinear, PivotLinear
 from acip.layers.targets import find_linears
-from acip.recipe import coerce, did_you_mean, named
+from acip.modeling_acip import LowRankLinear, PivotLinear
+from acip.recipe import named
 from acip.sizing.budget import Budget
+from acip.utils.coerce import coerce, did_you_mean
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from acip.calibration.parametrize import parametrize, restore
 from acip.calibration.state import CalibrationState, StepReport
 from acip.data import TokenBatches
 from acip.errors import RecipeError, cited
-from acip.layers.linear import ElasticLinear
+from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import targets
 from acip.recipe import Recipe, named
 from acip.sizing.cut_table import Budget

@@ -22,7 +22,7 @@ from acip.base import Base
 from acip.baselines.prefix_factors import Factors, Progress, feed, layers_at, on_inputs, shape_of, swapped, uniform_ranks
 from acip.calibration.bases import bases
 from acip.errors import RecipeError
-from acip.layers.linear import coordinates
+from acip.layers.svd_linear import coordinates
 from acip.layers.targets import find_linears, hooked, weight_MN
 from acip.modeling_acip import widened
 from acip.recipe import Recipe

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from acip.calibration.activation_covariance import feed_tokens
 from acip.errors import BaseModelError, BudgetError
-from acip.layers.linear import LowRankLinear
 from acip.layers.targets import weight_MN
-from acip.modeling_acip import bias_of, set_module
+from acip.modeling_acip import LowRankLinear, bias_of, set_module
 from acip.sizing.cut_table import LayerShape
 from acip.utils.threads import one_thread_each
 

@@ -34,9 +34,9 @@ from acip.calibration.activation_covariance import activation_covariances, feed_
 from acip.calibration.losses import next_token
 from acip.data import TokenBatches
 from acip.errors import CalibrationError, RecipeError
-from acip.layers.linear import LoRA, LowRankLinear
+from acip.layers.adapters import LoRA
 from acip.layers.targets import find_linears, hooked, weight_MN
-from acip.modeling_acip import bias_of, set_module, widened
+from acip.modeling_acip import LowRankLinear, bias_of, set_module, widened
 
 JITTER = 1e-6  # added to what makes C's eigenvalues positive; of a sum over tokens
 

@@ -36,7 +36,8 @@ from acip.calibration.losses import Task, as_base, next_token, objective
 from acip.calibration.state import CalibrationState, StepReport
 from acip.errors import CalibrationError
 from acip.layers import sharding
-from acip.layers.linear import ElasticLinear, SVDLinear
+from acip.layers.elastic_linear import ElasticLinear
+from acip.layers.svd_linear import SVDLinear
 from acip.layers.targets import targets
 from acip.modeling_acip import widened
 from acip.recipe import Recipe

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acip.layers.linear import Compressible
+from acip.layers.compressible import Compressible
 from acip.modeling_acip import accumulation_dtype, widened
 
 CHUNK = 1 << 24  # numbers of the logits that are in the accumulation dtype at once

@@ -13,7 +13,9 @@ from acip.calibration.bases import bases
 from acip.calibration.basis_cache import BasisCache, basis_keys
 from acip.errors import BaseModelError
 from acip.layers import sharding
-from acip.layers.linear import ElasticLinear, LoRA, SVDLinear
+from acip.layers.adapters import LoRA
+from acip.layers.elastic_linear import ElasticLinear
+from acip.layers.svd_linear import SVDLinear
 from acip.layers.targets import find_linears, targets, weight_MN
 from acip.modeling_acip import set_module
 from acip.recipe import Recipe

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from acip.errors import CalibrationError
-from acip.layers.linear import ElasticLinear, SVDLinear, sort_directions
+from acip.layers.adapters import sort_directions
+from acip.layers.elastic_linear import ElasticLinear
+from acip.layers.svd_linear import SVDLinear
 from acip.layers.targets import targets, weight_MN
 from acip.recipe import Recipe
 from acip.sizing.model_sizes import live_ranks, sort_layers

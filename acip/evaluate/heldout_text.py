@@ -29,7 +29,7 @@ from torch import Tensor
 from acip import text_files
 from acip.data import Split, blocks_of, documents, pieces, start_tokens, token_windows
 from acip.errors import DataError, EvaluationError
-from acip.recipe import did_you_mean
+from acip.utils.coerce import did_you_mean
 
 Protocol = Literal["packed", "spread", "field", "paper"]
 FIELD_C4_WINDOWS = 256

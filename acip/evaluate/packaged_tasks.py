@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acip.errors import EvaluationError
-from acip.recipe import did_you_mean
+from acip.utils.coerce import did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -33,7 +33,7 @@ from acip.errors import EvaluationError
 from acip.evaluate import packaged_tasks
 from acip.evaluate.heldout_text import content
 from acip.evaluate.measurement import Measurement, Part, Subject, label
-from acip.recipe import did_you_mean
+from acip.utils.coerce import did_you_mean
 
 PAPER = ("piqa", "hellaswag", "winogrande", "arc_challenge", "arc_easy", "openbookqa", "mathqa")
 PRESETS = {"paper": PAPER, "package:paper": tuple(packaged_tasks.PREFIX + name for name in PAPER if name in packaged_tasks.TASKS)}

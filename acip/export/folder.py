@@ -34,8 +34,7 @@ from acip.base import quiet_progress
 from acip.errors import ArtifactError
 from acip.export.card import card, shown
 from acip.export.quantization import Kind, kind_of, quantize_in_place
-from acip.layers.linear import LowRankLinear, PivotLinear
-from acip.modeling_acip import CompressedModel, classes
+from acip.modeling_acip import CompressedModel, LowRankLinear, PivotLinear, classes
 from acip.sizing.cut_table import Cut
 from acip.sizing.elastic_model import ElasticModel
 from acip.utils.checksums import sha256

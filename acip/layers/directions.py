@@ -1,4 +1,4 @@
-"""A layer's directions: frozen rows, in full or in 4 bit, of which any prefix is multiplied."""
+"""The directions of a layer: frozen rows at full precision or in 4 bit. Products use any prefix of the rows."""
 
 from typing import Any, Literal
 
@@ -13,18 +13,18 @@ from acip.recipe import Quantize
 
 
 def product(x: Tensor, W_MN: Tensor, bias_M: Tensor | None = None) -> Tensor:
-    """W x + b [..., M] for x [..., N], by the kernel that is fastest."""
+    """Return W x + b [..., M] for x [..., N], computed by the fastest kernel."""
     if not one_row(x):
         return F.linear(x, W_MN, bias_M)
     with onednn(False):
         if W_MN.is_contiguous():
             return F.linear(x, W_MN, bias_M)
-        y = torch.mv(W_MN, x.flatten()).view(*x.shape[:-1], len(W_MN))  # as a product of matrices it takes many times as long
+        y = torch.mv(W_MN, x.flatten()).view(*x.shape[:-1], len(W_MN))  # a matrix product takes many times as long here
     return y if bias_M is None else y + bias_M
 
 
 class DirectionMatrix(nn.Module):
-    """A frozen matrix [n, width] that is multiplied by a prefix of its rows."""
+    """A frozen matrix [n, width] of directions. Products use a prefix of its rows."""
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class DirectionMatrix(nn.Module):
 
     @staticmethod
     def of(values: Tensor, bits: Quantize) -> "DirectionMatrix":
-        """A matrix [n, width], in 4 bit where `bits` says so."""
+        """Return a direction matrix for `values` [n, width], in 4 bit if `bits` is not "none"."""
         return DirectionMatrix(values.contiguous()) if bits == "none" else FourBitDirectionMatrix(values, bits)
 
     def __len__(self) -> int:
@@ -43,15 +43,15 @@ class DirectionMatrix(nn.Module):
         return self.values.dtype
 
     def read(self, count: int | None = None) -> Tensor:
-        """The first `count` rows (None = all)."""
+        """Return the first `count` rows (None = all)."""
         return self.values[:count]
 
     def project(self, x: Tensor, count: int | None = None) -> Tensor:
-        """x [..., width] on the first `count` rows: [..., count]."""
+        """Return the coordinates [..., count] of x [..., width] along the first `count` rows."""
         return self(x, count, False, None)
 
     def expand(self, h: Tensor, count: int | None = None, bias: Tensor | None = None) -> Tensor:
-        """The sum of the first `count` rows weighted by h [..., count], plus a bias: [..., width]."""
+        """Return the sum [..., width] of the first `count` rows, weighted by h [..., count], plus a bias."""
         return self(h, count, True, bias)
 
     def forward(self, x: Tensor, count: int | None, expand: bool, bias: Tensor | None) -> Tensor:
@@ -60,33 +60,36 @@ class DirectionMatrix(nn.Module):
 
     @torch.no_grad()
     def permute(self, order: Tensor) -> None:
-        """Put row order[i] at place i."""
+        """Move row order[i] to row i."""
         settle(self)
         for values in self.parameters():
             write(values, read(values).index_select(0, order))
 
 
 def _bitsandbytes() -> Any:
-    """Return the 4-bit kernels. They are imported where they are first needed, because everything else works without them."""
+    """Return bitsandbytes' 4-bit kernels. They are imported on first use, because only 4 bit needs the package."""
     try:
         import bitsandbytes.functional
     except ImportError as error:
         raise RecipeError(
-            f"4 bit (nf4, fp4) needs the package bitsandbytes, which can't be imported here ({error}). "
-            "Install it (pip install bitsandbytes), or leave quantize out."
+            f"4 bit (nf4, fp4) needs the package bitsandbytes, which can't be imported ({error}). "
+            "Install it (pip install bitsandbytes), or omit quantize."
         ) from error
     return bitsandbytes.functional
 
 
 def four_bit(values: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A matrix [n, width] in bitsandbytes' 4-bit formats, in blocks of 64 of a row: codes [n, bytes], scales [n, blocks], the 16 levels."""
+    """Quantize a matrix [n, width] to a 4-bit format of bitsandbytes, in blocks of 64 numbers of a row.
+
+    Returns codes [n, bytes], scales [n, blocks] and the 16 levels.
+    """
     padded = F.pad(values.float(), (0, -values.shape[1] % QUANT_BLOCK))
     codes, state = _bitsandbytes().quantize_4bit(padded.flatten(), blocksize=QUANT_BLOCK, quant_type=kind)
     return codes.view(len(values), -1), state.absmax.view(len(values), -1), state.code
 
 
 class FourBitDirectionMatrix(DirectionMatrix):
-    """DirectionMatrix in 4 bit, dequantized where they are multiplied (paper 3.4, W4A16)."""
+    """A direction matrix in 4 bit. Products dequantize it first (paper 3.4, W4A16)."""
 
     def __init__(self, values: Tensor, kind: Literal["nf4", "fp4"]) -> None:
         self.width, self.kind, self._dtype = values.shape[1], kind, values.dtype
@@ -104,7 +107,7 @@ class FourBitDirectionMatrix(DirectionMatrix):
         bnb, codes, absmax = _bitsandbytes(), self.values[:count], self.absmax[:count]
         n = absmax.numel() * QUANT_BLOCK
         state = bnb.QuantState(absmax.flatten(), torch.Size([n]), self.code, QUANT_BLOCK, self.kind, torch.float32)
-        # flat: on a CPU, bitsandbytes dequantizes matrices wrongly unless their sides are multiples of 64
+        # flattened: on a CPU, bitsandbytes dequantizes matrices wrongly unless their sides are multiples of 64
         return bnb.dequantize_4bit(codes.flatten()[:, None], state).view(len(codes), -1)[:, : self.width].to(self._dtype)
 
     def forward(self, x: Tensor, count: int | None, expand: bool, bias: Tensor | None) -> Tensor:
@@ -113,7 +116,7 @@ class FourBitDirectionMatrix(DirectionMatrix):
 
 
 class _DequantizedLinear(torch.autograd.Function):
-    """x W^T or x W, W dequantized once for each direction of the chain rule and kept in neither."""
+    """x W^T or x W with a 4-bit W, which is dequantized in the forward and again in the backward pass, and never stored."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: FourBitDirectionMatrix, count: int | None, expand: bool) -> Tensor:
@@ -128,21 +131,21 @@ class _DequantizedLinear(torch.autograd.Function):
 
 
 class FourBitLinear(nn.Module):
-    """A linear layer computed in 4 bit. The exact one waits on the host, for `restore` and the artifact."""
+    """A linear layer computed in 4 bit. The exact layer is kept on the host, for `restore` and the artifact."""
 
     def __init__(self, exact: nn.Module, W_MN: Tensor, kind: Literal["nf4", "fp4"]) -> None:
         super().__init__()
         self.rows = FourBitDirectionMatrix(W_MN, kind)
         bias = exact.bias
         self.bias = nn.Parameter(bias.detach().clone(), requires_grad=False) if isinstance(bias, Tensor) else None
-        self._exact = (exact,)  # in a tuple, so that `model.to` and `parameters` don't see it
+        self._exact = (exact,)  # in a tuple, which hides it from `model.to` and `parameters`
 
     @property
     def exact(self) -> nn.Module:
         return self._exact[0]
 
     def park(self) -> None:
-        """The exact layer leaves the accelerator."""
+        """Move the exact layer to the host."""
         self.exact.to("cpu")
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,19 +1,19 @@
-"""Many sizes in one forward pass: each row of a batch at the ranks of its own size.
+"""Compute several sizes in one forward pass, each row of a batch at the ranks of its own size.
 
-Rows come in runs of one size, sizes falling. Sizes nest, so in every layer the runs that are dense there come first, and the
-ranks of the others fall. A layer multiplies
+The rows of a batch form runs of one size, in order of falling size. Sizes nest. Therefore, in every layer, the dense runs come first
+and the ranks of the other runs fall. A layer multiplies
 
-    dense runs              with its dense weight
-    a long run (a prompt)   with the prefix of its own rank: no more work than its size needs
-    short runs together     with the prefix of the largest rank among them, what is beyond a row's own rank set to zero: a few
-                            rows are bound by reading weights, and one product is faster than many
+    dense runs              by its dense weight
+    a long run (a prompt)   by the prefix of its own rank, so that it costs no more than its size needs
+    short runs together     by the prefix of the largest rank among them, with the directions beyond each row's own rank set to zero:
+                            with few rows, reading the weights takes most of the time, and one product is faster than many
 
-Ranks are multiplied in whole blocks of directions, and what is too much is zeroed as well: every layer and size has a rank of its
-own, and on a CPU oneDNN plans each new shape, which takes several times as long as the product (tests/benchmarks/products.py) and
-memory for good. Rows are multiplied in `padded` numbers for the same reason: a group takes as many of its neighbors' rows along as
-it lacks, and drops what becomes of them.
+Ranks are rounded up to whole blocks of directions, and the excess is set to zero as well. Every layer and size has a different rank,
+and on a CPU oneDNN plans each new shape, which takes several times as long as the product (tests/benchmarks/products.py) and
+allocates memory permanently. For the same reason the number of rows is rounded up to `padded`: a group includes rows of its
+neighbors and discards their results.
 
-The result of a row is that of its size alone, but for the rounding of other shapes.
+Each row's result equals that of its size alone, except for rounding differences between shapes.
 """
 
 from collections import OrderedDict
@@ -24,15 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acip.layers.linear import ElasticLinear, Group
+from acip.layers.elastic_linear import ElasticLinear, Group
 
-SHORT = 16  # rows
-ROW_BLOCK = 32  # directions
-PLANS, PLANS_BYTES = 64, 64 << 20  # that are kept; their masks are rows x directions of every layer
+SHORT = 16  # rows of a short run, at most
+ROW_BLOCK = 32  # directions; ranks are rounded up to multiples of it
+PLANS, PLANS_BYTES = 64, 64 << 20  # limits of the cache of plans; a plan has a mask [rows, directions] per layer
 
 
 def padded(rows: int) -> int:
-    """As many rows as are multiplied: one of few numbers."""
+    """Return `rows` rounded up to one of a few numbers."""
     if rows <= 8:
         return 1 << (rows - 1).bit_length()
     step = 8 if rows <= 64 else 32
@@ -41,7 +41,7 @@ def padded(rows: int) -> int:
 
 @dataclass(frozen=True)
 class Size:
-    """A size that rows may have: `removed` directions of the global order, and what is left of each layer (None = dense)."""
+    """A size: the number of `removed` directions of the global order, and the rank of each layer (None = dense)."""
 
     removed: int
     ranks: Mapping[str, int | None]
@@ -51,7 +51,7 @@ Runs = tuple[tuple[int, int], ...]  # (removed, rows)
 
 
 class Mixer:
-    """Sets the layers of one resident model to the sizes of the next batch, whose number of rows is `padded`."""
+    """Set the layers of one resident model to the sizes of the next batch. The number of rows of a batch is a `padded` one."""
 
     def __init__(self, layers: Mapping[str, ElasticLinear]) -> None:
         self.layers = layers
@@ -60,14 +60,14 @@ class Mixer:
         self._now: Runs | None = None
 
     def set(self, runs: Sequence[tuple[Size, int]]) -> None:
-        """The next batch has these runs of rows, sizes falling."""
+        """Prepare the layers for a batch with these runs of rows, in order of falling size."""
         key = tuple((size.removed, rows) for size, rows in runs)
-        if len(key) == 1:  # one size: however many rows
+        if len(key) == 1:  # one size: the number of rows does not matter
             key = ((key[0][0], -1),)
         if key == self._now:
             return
         if key not in self._plans:
-            ranks = [(size.ranks, 1 if len(key) == 1 else rows) for size, rows in runs]  # a mask of one row is every row's
+            ranks = [(size.ranks, 1 if len(key) == 1 else rows) for size, rows in runs]  # one row of a mask is broadcast to all rows
             self._plans[key] = [_groups([(of[name], rows) for of, rows in ranks], layer) for name, layer in self.layers.items()]
             self._bytes[key] = sum(group.mask.nbytes for groups in self._plans[key] for group in groups if group.mask is not None)
             while len(self._plans) > 1 and (len(self._plans) > PLANS or sum(self._bytes.values()) > PLANS_BYTES):
@@ -78,27 +78,27 @@ class Mixer:
         self._now = key
 
     def clear(self) -> None:
-        """Back to one size for all: the caller sets it."""
+        """Return to one size for all rows. The caller must set it afterwards."""
         for layer in self.layers.values():
             layer.groups = None
         self._now = None
 
 
 def _groups(runs: Sequence[tuple[int | None, int]], layer: ElasticLinear) -> tuple[Group, ...]:
-    """(rank, rows) of one layer -> what is multiplied together."""
-    parted: list[list[tuple[int | None, int]]] = []
+    """Return the groups of one layer for runs of (rank, rows)."""
+    parts: list[list[tuple[int | None, int]]] = []
     for rank, rows in runs:
-        last = parted[-1] if parted else None
+        last = parts[-1] if parts else None
         together = last is not None and (
             last[-1][0] == rank or (rank is not None and last[-1][0] is not None and rows <= SHORT and all(n <= SHORT for _, n in last))
         )
         if together and last is not None:
             last.append((rank, rows))
         else:
-            parted.append([(rank, rows)])
+            parts.append([(rank, rows)])
     groups, start = [], 0
-    total = sum(rows for part in parted for _, rows in part)
-    for part in parted:
+    total = sum(rows for part in parts for _, rows in part)
+    for part in parts:
         stop = start + sum(rows for _, rows in part)
         taken = min(padded(stop - start), total)
         first = min(start, total - taken)
@@ -114,8 +114,8 @@ def _groups(runs: Sequence[tuple[int | None, int]], layer: ElasticLinear) -> tup
 
 
 def _mask(part: Sequence[tuple[int | None, int]], layer: ElasticLinear, multiplied: int) -> Tensor:
-    """[rows, multiplied] 1 where a row keeps a direction; [1, multiplied] where all keep the same."""
-    same = len({rank for rank, _ in part}) == 1  # one row says it for all
+    """Return [rows, multiplied], 1 where a row keeps a direction; [1, multiplied] if all rows keep the same."""
+    same = len({rank for rank, _ in part}) == 1  # one row of the mask suffices
     ranks = [part[0][0]] if same else [rank for rank, rows in part for _ in range(rows)]
     kept = torch.tensor([layer.lead + (rank or 0) for rank in ranks], device=layer.left.values.device)
     return (torch.arange(multiplied, device=kept.device) < kept[:, None]).to(layer.left.dtype)

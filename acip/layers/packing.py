@@ -1,11 +1,11 @@
-"""Weights in oneDNN's own order beside the plain ones, for the few rows at a time that an answering model multiplies on a CPU.
+"""Packed copies of weights in oneDNN's layout, which make generation on a CPU faster at the cost of memory.
 
-    1 row     the plain weight: it is read once and in order, which nothing beats
-    more      the packed copy: a product sorts a plain weight anew each time, which takes about as long as the multiplying
+    1 row     uses the plain weight, which is read once and in order
+    more      use the packed copy: oneDNN would reorder a plain weight for each product, which takes about as long as the product
               (tests/benchmarks/products.py)
 
-The copy is memory for speed, and optional. The resident factors of an any-size model have none: a rank is a prefix of them, and what is
-packed can't be cut. (In packed pieces of 64 to 256 directions they were slower than plain, as each piece is a product of its own.)
+Packing is optional. The resident factors of an any-size model are not packed, because a rank is a prefix of them and a packed weight
+can't be cut. (Packed in pieces of 64 to 256 directions, they were slower than plain, because each piece is a separate product.)
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from acip.modeling_acip import bias_of, set_module, weight_MN
 
 
 class PackedLinear(nn.Linear):
-    """The linear layer `plain`, with a packed copy of its weight. For answering: a weight that is trained leaves its copy behind."""
+    """A linear layer with a packed copy of its weight. For inference only: training the weight does not update the copy."""
 
     def __init__(self, plain: nn.Module) -> None:
         super().__init__(1, 1, bias=False, device="meta")
@@ -35,7 +35,7 @@ class PackedLinear(nn.Linear):
         return 0 if packed is None else int(torch.ops.mkldnn._nbytes(packed))
 
     def unpack(self) -> None:
-        """From now on it is a plain layer; a product under way in another thread ends as it began."""
+        """Drop the packed copy. A product that is running in another thread still uses it to its end."""
         self._packed = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,19 +46,19 @@ class PackedLinear(nn.Linear):
         return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moved or cast, it is a plain layer."""
+        """Drop the packed copy when the layer is moved or cast."""
         self.unpack()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is one, too."""
+        """Copies and pickles are without the packed copy."""
         return {**self.__dict__, "_packed": None}
 
 
 def pack(model: nn.Module) -> None:
-    """Give the linear layers of `model`, its head too, packed copies of their weights, where this machine multiplies by such.
+    """Add packed copies of their weights to the linear layers of `model`, the head included, where this machine supports it.
 
-    They cost those weights' bytes once more. For models that answer on a CPU: an export, or an any-size model.
+    The copies take as many bytes as the weights. Use it for models that generate on a CPU: an export or an any-size model.
     """
     for name, module in list(model.named_modules()):
         if (type(module) is nn.Linear or type(module).__name__ == "Conv1D") and packable(module.weight):
@@ -66,12 +66,12 @@ def pack(model: nn.Module) -> None:
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
-    """Itself, or what looks at the same numbers."""
+    """Return the tensor as a parameter that shares its memory."""
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach(), requires_grad=False)
 
 
 def packable(weight: Tensor | nn.Module) -> bool:
-    """Whether oneDNN multiplies such weights here."""
+    """Return whether oneDNN supports this weight on this machine."""
     if not isinstance(weight, Tensor) or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

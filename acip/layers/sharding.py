@@ -1,8 +1,8 @@
-"""One model over many workers: frozen matrices sharded (FSDP2), what is trained replicated, the batch parted.
+"""Distribute one model over several workers: frozen matrices are sharded (FSDP2), trained parameters replicated, batches split.
 
-Every dense layer and every holder of directions is a unit of its own: a layer at a rank gathers its directions, at full size its
-dense weight, and neither the other. Masks and adapters are small and whole on every worker; their gradients are averaged. Called
-without an initialized process group, everything here does nothing, and the code reads the same.
+Every dense layer and every `DirectionMatrix` is a separate FSDP unit. A layer at a rank gathers its directions only, and a layer at
+full size its dense weight only. Masks and adapters are small and complete on every worker; their gradients are averaged. Without an
+initialized process group, all functions here do nothing.
 """
 
 from collections.abc import Iterable, Iterator
@@ -34,19 +34,19 @@ def _mesh(n: int) -> DeviceMesh:
 
 
 def device() -> torch.device:
-    """Where this worker's parts are."""
+    """Return the device of this worker's shards."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def shard(module: nn.Module) -> None:
-    """Leave each worker its part of a frozen `module`; calling the module gathers it."""
+    """Shard a frozen `module` over the workers. Calling the module gathers its parameters."""
     if workers() > 1:
         fully_shard(module, mesh=_mesh(workers()), reshard_after_forward=True)
 
 
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
-    """Inside, the parameters of a sharded `module` are there in full."""
+    """Gather the parameters of a sharded `module` inside the block."""
     if not isinstance(module, FSDPModule):
         yield
         return
@@ -58,12 +58,12 @@ def whole(module: nn.Module) -> Iterator[None]:
 
 
 def read(parameter: Tensor) -> Tensor:
-    """All of a parameter, sharded or not. Every worker must call it."""
+    """Return a complete parameter, sharded or not. All workers must call it together."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def write(parameter: Tensor, values: Tensor) -> None:
-    """Put `values`, which every worker has in full, into a parameter."""
+    """Write `values`, which are complete on every worker, to a parameter."""
     if isinstance(parameter, DTensor):
         parts = values.chunk(workers())
         if rank() < len(parts):
@@ -73,13 +73,13 @@ def write(parameter: Tensor, values: Tensor) -> None:
 
 
 def settle(module: nn.Module) -> None:
-    """Let go of what a backward pass may have left gathered: it is a copy."""
+    """Free gathered copies of parameters that a backward pass may have left."""
     if isinstance(module, FSDPModule):
         FSDPModule.reshard(module)
 
 
 def gather(model: nn.Module) -> None:
-    """The sharded model whole again, on the host of the first worker; the others keep nothing of it."""
+    """Collect the complete model on the host of the first worker. The other workers keep empty parameters."""
     for module in model.modules():
         settle(module)
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -89,30 +89,30 @@ def gather(model: nn.Module) -> None:
 
 
 def my_part(batch: Tensor) -> Tensor:
-    """This worker's rows of a batch that all of them have."""
+    """Return this worker's rows of a batch that is the same on all workers."""
     return batch[rank() :: workers()]
 
 
 def average(tensors: Iterable[Tensor]) -> None:
-    """Each tensor becomes its mean over the workers."""
+    """Replace each tensor by its mean over the workers."""
     if (n := workers()) > 1:
-        waiting = [(tensor, dist.all_reduce(tensor, async_op=True)) for tensor in tensors]
-        for tensor, work in waiting:
+        pending = [(tensor, dist.all_reduce(tensor, async_op=True)) for tensor in tensors]
+        for tensor, work in pending:
             work.wait()
             tensor.div_(n)
 
 
-def decided(mine: bool, device: torch.device) -> bool:
-    """What the first worker decided."""
+def decided(decision: bool, device: torch.device) -> bool:
+    """Return the first worker's decision on every worker."""
     if workers() == 1:
-        return mine
-    flag = torch.tensor(float(mine), device=device)
+        return decision
+    flag = torch.tensor(float(decision), device=device)
     dist.broadcast(flag, 0)
     return bool(flag)
 
 
 def from_first(value: T) -> T:
-    """The first worker's `value`, which can be pickled."""
+    """Return the first worker's `value` on every worker. It must be picklable."""
     values = [value]
     if workers() > 1:
         dist.broadcast_object_list(values)
@@ -120,7 +120,7 @@ def from_first(value: T) -> T:
 
 
 def from_all(value: T) -> list[T]:
-    """Every worker's `value`, in their order."""
+    """Return the values of all workers, in the order of their ranks."""
     values = [value] * workers()
     if workers() > 1:
         dist.all_gather_object(values, value)

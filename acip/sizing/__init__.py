@@ -1,1 +1,1 @@
-"""From a budget to a rank per layer: budgets, score maps, cut tables, and models that change size."""
+"""Convert a budget to a rank per layer: budgets, score maps, cut tables, and models that change their size."""

@@ -1,16 +1,16 @@
-"""How large a model may be, as it is asked: a share, a number of parameters, bytes, memory, or what it may lose.
+"""Budgets: the size of a model as a ratio, a number of parameters, bytes, memory, or a loss.
 
-    budget                      unit                       what it limits
-    ratio (and convention)      ratio                      stored numbers, of the base model's (`acip.sizing.cut_table`)
-    params                      parameters                 every stored number of the model
-    stored_bytes                bytes                      the materialized model's tensors, as they are saved
-    memory_mb, context, batch   MB (1e6 bytes)             weights, KV cache and overhead of serving it (`Decoder`)
-    max_perplexity              perplexity                 what the recorded curve predicts (`Curve`)
-    max_loss_increase           nats per token             the same, above the base model's loss
+    budget                      unit                       limited quantity
+    ratio (and convention)      ratio                      stored numbers, relative to the base model (`acip.sizing.cut_table`)
+    params                      parameters                 all stored numbers of the model
+    stored_bytes                bytes                      tensors of the materialized model, as saved
+    memory_mb, context, batch   MB (1e6 bytes)             weights, KV cache and overhead while serving (`Decoder`)
+    max_perplexity              perplexity                 perplexity that the measured curve predicts (`Curve`)
+    max_loss_increase           nats per token             predicted loss minus the base model's loss
 
-`bits` is a second axis: the matrices of the target layers, dense ones too, in 8 or 4 bit, the rest in its own dtype. Whether more
-directions or more bits are better, only curves measured in 8 and 4 bit can tell (jobs/evaluate.py --quantize); with these,
-"best" chooses: within bytes or memory what loses least, and for a loss what stores the fewest bytes.
+`bits` is a second axis: the matrices of all target layers, dense ones included, in 8 or 4 bit, and the rest in the model's dtype.
+Only curves measured in 8 and 4 bit (jobs/evaluate.py --quantize) show whether more directions or more bits are better. With such
+curves, "best" chooses the bits: the smallest predicted loss within bytes or memory, or the fewest bytes for a loss.
 """
 
 import math
@@ -28,13 +28,13 @@ from acip.recipe import Convention
 Bits = Literal[8, 4]
 ALL_BITS: tuple[Bits | None, ...] = (None, 8, 4)  # None = the model's own dtype
 MEGA, GIGA = 10**6, 10**9
-OVERHEAD = 256 * MEGA  # bytes; stated, not measured: kernels' workspaces, and what allocators lose
+OVERHEAD = 256 * MEGA  # bytes, an estimate: workspaces of kernels and fragmentation of allocators
 
-QUANTIZED = "quantized"  # a measurement (acip.evaluate.perplexity)
-QUANTISED = ("quantised", "quantise")  # its kind and field in curves until version 0.1
-Kind = Literal["nf4", "fp4", "int8"]  # what matrices are quantized to
+QUANTIZED = "quantized"  # kind of a measurement (acip.evaluate.perplexity)
+QUANTISED = ("quantised", "quantise")  # the kind and its field in curves of version 0.1
+Kind = Literal["nf4", "fp4", "int8"]  # number format of quantized matrices
 KIND_OF_BITS: dict[Bits, Kind] = {8: "int8", 4: "nf4"}
-# What losses have in common that can be compared, and what is meant where a row doesn't say
+# fields that must be equal for two losses to be comparable, and their defaults
 COMPARABLE_FIELDS: Mapping[str, Any] = {
     "corpus": None,
     "protocol": "packed",
@@ -46,8 +46,8 @@ COMPARABLE_FIELDS: Mapping[str, Any] = {
 
 
 def measured_on(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The text of a row of a curve, or of a part of one."""
-    return {key: row.get(key, usual) for key, usual in COMPARABLE_FIELDS.items()}
+    """Return the fields that describe the text of a measurement: a row of a curve, or a part of a row."""
+    return {key: row.get(key, default) for key, default in COMPARABLE_FIELDS.items()}
 
 
 UNITS = {
@@ -59,42 +59,43 @@ UNITS = {
     "max_loss_increase": "nats per token",
 }
 PREFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-LONGEST = 200  # characters of a budget that is worth reading
-NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"  # without two ways to read the same digits: tried in turn, they take quadratic time
+LONGEST = 200  # characters of a budget that is parsed
+NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"  # unambiguous: an ambiguous pattern would take quadratic time
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How large a model may be: exactly one of the kinds above."""
+    """A limit on the size of a model: exactly one of the kinds above. Raises BudgetError if it is malformed."""
 
     ratio: float | None = None
     convention: Convention = "linear"
     params: int | None = None
     stored_bytes: int | None = None
     memory_mb: float | None = None
-    context: int | None = None  # tokens of a sequence, prompt and answer
-    batch: int | None = None  # sequences served at once
+    context: int | None = None  # tokens per sequence, prompt and answer
+    batch: int | None = None  # concurrent sequences
     max_perplexity: float | None = None
     max_loss_increase: float | None = None
-    bits: Bits | Literal["best"] | None = None  # of the target layers' numbers; None = the model's dtype
+    bits: Bits | Literal["best"] | None = None  # bits per number of the target layers; None = the model's dtype
 
     def __post_init__(self) -> None:
         given = [kind for kind in UNITS if getattr(self, kind) is not None]
         if len(given) != 1:
-            raise BudgetError(f"a budget is one of {', '.join(UNITS)}; give exactly one of them{_but(given)}.")
+            raise BudgetError(f"a budget is exactly one of {', '.join(UNITS)}{_but(given)}.")
         if self.convention not in get_args(Convention):
             raise BudgetError(f"unknown convention {self.convention!r}; allowed: {', '.join(get_args(Convention))}.")
         if self.ratio is not None and not (_is_number(self.ratio) and 0 < self.ratio <= 1):
-            raise BudgetError(f"size ratio is {self.ratio!r}; it must be a number above 0 and up to 1 (1.0 = the base model).")
-        for kind, what in (("params", "parameters"), ("stored_bytes", "bytes"), ("context", "tokens"), ("batch", "sequences")):
+            raise BudgetError(f"size ratio is {self.ratio!r}; it must be above 0 and at most 1 (1.0 = the base model).")
+        for kind, noun in (("params", "parameters"), ("stored_bytes", "bytes"), ("context", "tokens"), ("batch", "sequences")):
             value = getattr(self, kind)
             if value is not None and not (_is_number(value) and isinstance(value, int) and value >= 1):
-                raise BudgetError(f"{kind} is {value!r}; it must be a whole number of {what}, at least 1.")
+                raise BudgetError(f"{kind} is {value!r}; it must be a whole number of {noun}, at least 1.")
         if self.memory_mb is not None and not (_is_number(self.memory_mb) and 0 < self.memory_mb < math.inf):
             raise BudgetError(f"memory_mb is {self.memory_mb!r}; it must be a number of MB (1e6 bytes) above 0.")
         if (self.memory_mb is None) != (self.context is None) or (self.memory_mb is None) != (self.batch is None):
             raise BudgetError(
-                "memory_mb, context (tokens of a sequence) and batch (sequences at once) go together; give all or none of them."
+                f"memory_mb is {self.memory_mb!r}, context {self.context!r} and batch {self.batch!r}; give all of memory_mb, context "
+                "(tokens per sequence) and batch (concurrent sequences), or none of them."
             )
         if self.max_perplexity is not None and not (_is_number(self.max_perplexity) and 1 <= self.max_perplexity < math.inf):
             raise BudgetError(f"max_perplexity is {self.max_perplexity!r}; it must be a number of at least 1.")
@@ -103,7 +104,7 @@ class Budget:
         if self.bits not in (None, "best") and not (_is_number(self.bits) and self.bits in get_args(Bits)):
             raise BudgetError(f"bits is {self.bits!r}; it must be 8, 4, 'best' or None (the model's own dtype).")
         if self.bits == "best" and (self.ratio is not None or self.params is not None):
-            raise BudgetError(f"bits change no {self.kind}, so more are always better; 'best' goes with bytes, memory or a loss.")
+            raise BudgetError(f"bits is 'best' and {self.kind} does not depend on bits; use 'best' with stored_bytes, memory_mb or a loss.")
 
     @property
     def kind(self) -> str:
@@ -119,18 +120,18 @@ class Budget:
 
     @property
     def exact_bits(self) -> Bits | None:
-        assert self.bits != "best", "a table chooses the bits first"
+        assert self.bits != "best", "CutTable.cut chooses the bits first"
         return self.bits
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
-        """A budget as people write it: "0.6" or "60%"; "800M params"; "8GB", "8 GiB" or "fit:8GB" (stored bytes); "ppl<=20".
+        """Parse a budget: "0.6" or "60%"; "800M params"; "8GB", "8 GiB" or "fit:8GB" (stored bytes); "ppl<=20".
 
-        G is 1e9 and Gi is 2^30; letters' case does not matter.
+        G is 1e9 and Gi is 2^30. Case does not matter. Raises BudgetError for other text.
         """
         written = text.strip().upper().removeprefix("FIT:").strip() if len(text) <= LONGEST else ""
         if match := re.fullmatch(NUMBER + r"\s*(%?)", written):
-            # the decimal that was written: 70% is 0.7, where 70 / 100 might not be
+            # parse the decimal as written: 70% is exactly float("0.7"), but 70 / 100 may not be
             return cls(ratio=float(f"{match[1]}e-2") if match[2] else float(match[1]))
         if match := re.fullmatch(r"PPL\s*<=\s*" + NUMBER, written):
             return cls(max_perplexity=float(match[1]))
@@ -147,13 +148,13 @@ class Budget:
 def in_bytes(amount: float, unit: int) -> int:
     """Convert an amount of `unit` (1e6 or 1e9 bytes) to whole bytes, rounded down once.
 
-    The amount counts as the decimal that was written: 2.3 GB are 2,300,000,000 bytes, though 2.3 * 1e9 in binary is less.
+    The amount is taken as a decimal: 2.3 GB are 2,300,000,000 bytes, although 2.3 * 1e9 is less in binary.
     """
     return int(Fraction(repr(amount)) * unit)
 
 
 def rounded_up(value: float, digits: int) -> str:
-    """Format the least value that can be asked for with `digits` significant digits, so that asking for it succeeds."""
+    """Format `value` with `digits` significant digits, rounded up, so that a budget with the result can be met."""
     return f"{Context(prec=digits, rounding=ROUND_CEILING).create_decimal(value):f}"
 
 
@@ -166,17 +167,18 @@ def _is_number(value: Any) -> bool:
 
 
 def _whole(digits: str, factor: int) -> int:
-    """digits * factor, rounded down, without a binary fraction between."""
+    """Return digits * factor rounded down, computed without binary fractions."""
     whole, _, decimals = digits.partition(".")
     return int(whole + decimals) * factor // 10 ** len(decimals)
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """What serving a decoder takes beside its weights, from its config.
+    """Memory that serving a decoder takes in addition to its weights, computed from its config.
 
-    The KV cache as transformers keeps it, every layer at full context: an upper bound where windows slide. The overhead is
-    `OVERHEAD` and one token's float32 logits of each sequence; not the device's own context, and not a long prompt's activations.
+    The KV cache counts full context in every layer, as transformers allocates it; this is an upper bound for sliding windows. The
+    overhead is `OVERHEAD` plus the float32 logits of one token per sequence. The device's context and the activations of long prompts
+    are not included.
     """
 
     layers: int
@@ -187,7 +189,7 @@ class Decoder:
 
     @classmethod
     def of(cls, config: Any, itemsize: int) -> "Decoder | None":
-        """From transformers' config; None where it does not describe a decoder with attention in every layer."""
+        """Read a transformers config. Return None if it does not describe a decoder with attention in every layer."""
         if getattr(config, "is_encoder_decoder", False):
             return None
         text = config.get_text_config()
@@ -196,12 +198,12 @@ class Decoder:
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         if not all(isinstance(number, int) and number > 0 for number in (layers, heads, hidden, vocabulary, kv_heads)):
             return None
-        # where keys and values, or some layers, have sizes of their own, the largest
+        # keys, values or single layers may have different sizes; the largest counts
         stated = [getattr(text, key, None) or 0 for key in ("head_dim", "global_head_dim", "qk_head_dim", "v_head_dim")]
         return cls(layers, kv_heads, max(stated) or -(-hidden // heads), vocabulary, itemsize)
 
     def cache(self, context: int, batch: int) -> int:
-        """Bytes of the keys and values of `batch` sequences of `context` tokens."""
+        """Return the bytes of the keys and values of `batch` sequences of `context` tokens."""
         return 2 * self.layers * self.kv_heads * self.head_dim * context * batch * self.itemsize
 
     def overhead(self, batch: int) -> int:
@@ -210,9 +212,10 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Curve:
-    """A measured trade-off curve: linear size ratios, falling, and losses (nats per token), made never to fall with them.
+    """A measured trade-off curve: falling `linear` size ratios and losses (nats per token) that never fall with them.
 
-    A smaller size measured better than a larger one is noise, and counts as no better. Between sizes it is linear.
+    If a smaller size was measured better than a larger one, the difference is noise, and the larger size's loss is used for both.
+    Between sizes the curve is linear.
     """
 
     sizes: tuple[float, ...]
@@ -220,10 +223,12 @@ class Curve:
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]], bits: Bits | None = None) -> "Curve | None":
-        """From rows with `got` (else `asked`) and `loss`, or what was measured in `bits`. It ends where a loss is not finite;
-        None where nothing is left."""
+        """Return the curve of measured rows, which have `got` (else `asked`) and `loss`, or a loss measured in `bits`.
+
+        The curve ends before the first loss that is not finite. Return None if it has no points.
+        """
         measured: list[tuple[Any, Any]] = [(row.get("got", row.get("asked")), _loss(row, bits)) for row in rows]
-        if bits is not None:  # where it was not measured
+        if bits is not None:  # skip sizes that were not measured in these bits
             measured = [(size, loss) for size, loss in measured if loss is not None]
         sizes: list[float] = []
         losses: list[float] = []
@@ -235,7 +240,7 @@ class Curve:
         return cls(tuple(sizes), tuple(losses)) if sizes else None
 
     def loss(self, size: float) -> float | None:
-        """The loss predicted at a size, never falling with falling size; None outside of what was measured."""
+        """Return the predicted loss at a size, or None outside of the measured sizes. It never falls with falling size."""
         if not self.sizes[-1] <= size <= self.sizes[0]:
             return None
         for i in range(1, len(self.sizes)):
@@ -247,7 +252,7 @@ class Curve:
 
 
 def _loss(row: Mapping[str, Any], bits: Bits | None) -> Any:
-    """The loss of a curve's row, or what was measured beside it in `bits`, on the same text."""
+    """Return the loss of a row of a curve, or the loss measured in `bits` on the same text."""
     if bits is None:
         return row.get("loss")
     parts = row.get("evaluation")

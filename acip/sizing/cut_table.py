@@ -1,31 +1,31 @@
-"""A size -> a rank per layer, exactly and never above what was asked (paper 2.2.3, D.3).
+"""Convert a size to a rank per layer, exactly and never above the budget (paper 2.2.3, D.3).
 
-Directions leave in one global order, lowest score first; a size is a prefix of that order removed, so sizes nest. What
-is stored after removing n directions is a running sum, and a cut is one binary search in it.
+Directions are removed in one global order, lowest score first. A size removes a prefix of that order, so sizes nest. The numbers that
+are stored after n removals are a running sum, and a cut is one binary search in it.
 
-A layer keeps its r >= 1 best directions, and where its adapter sits beside it, the adapter's R too: q = r + R (else q = r).
-What it stores depends on its form:
+A layer keeps its r >= 1 best directions. An adapter beside the layer adds its R directions: q = r + R (else q = r). The storage form
+sets the number of stored values:
 
     factors      q (M + N)         two plain factors (the paper)
-    pivot        q (M + N - q)     q of its rows, and every other row as a combination of them
+    pivot        q (M + N - q)     q rows of W, and every other row as a combination of them
 
-Where that would not be smaller than M N, it is the original dense layer, without adapter (the paper's reset rule, D.3;
-without it, one dense matrix of the product). The pivot form saves something at every q < K. Biases are always kept.
+If that is not less than M N, the layer is the original dense one, without adapter (the paper's reset rule, D.3). Without the rule, it
+is the product as one dense matrix. The pivot form saves numbers at every q < K. Biases are always kept.
 
-    convention   counts                                          of
+    convention   counts                                          relative to
     linear       stored numbers of the target layers             their dense numbers     (default)
     paper        min(MN, r(M + N)), without adapters             their dense numbers     (the paper's tables)
-    model        every stored number of the model                the base model's
+    model        all stored numbers of the model                 the base model's
 
-Bytes are those of the tensors that a materialized model saves, a tied one once:
+Bytes are those of the tensors that a materialized model saves; tied tensors count once:
 
-    target layers' matrices   each row of n numbers: n in the model's dtype; n + 4 in 8 bit (a float32 scale);
-                              36 per 64 numbers or part of them in 4 bit (a float32 absmax)
+    target layers' matrices   per row of n numbers: n in the model's dtype; n + 4 in 8 bit (with a float32 scale);
+                              36 per block of up to 64 numbers in 4 bit (with a float32 absmax)
     pivot form                8 M more: the place of each row, int64
-    biases, everything else   as they are
+    biases, everything else   unchanged
 
-So the pivot form at q near K holds more bytes than the dense layer, and bytes may rise where a direction leaves. A cut is the
-first size, from the largest, that is within its budget.
+Therefore the pivot form with q close to K takes more bytes than the dense layer, and bytes may rise when a direction is removed. A cut
+is the largest size that is within its budget.
 """
 
 from bisect import bisect_left, bisect_right
@@ -40,7 +40,7 @@ from acip.modeling_acip import QUANT_BLOCK
 from acip.recipe import Storage
 from acip.sizing.budget import ALL_BITS, MEGA, UNITS, Bits, Budget, Curve, Decoder, as_perplexity, rounded_up
 
-PLACE = 8  # bytes of a row's place in the pivot form
+PLACE = 8  # bytes of a row's place in the pivot form (int64)
 
 
 @dataclass(frozen=True)
@@ -61,29 +61,29 @@ class LayerShape:
         return self.M * self.N + self.M * self.bias
 
     def dense_from(self, adapter_rows: int, storage: Storage) -> int:
-        """The smallest rank that saves nothing."""
+        """Return the smallest rank that saves nothing."""
         limit = self.K if storage == "pivot" else -(-self.M * self.N // (self.M + self.N))
         return limit - adapter_rows
 
     def stored_rank(self, adapter_rows: int, storage: Storage, dense_if_no_saving: bool) -> int:
-        """The largest rank of any size: nobody needs more rows."""
+        """Return the largest rank that any size uses, which is the number of directions to store."""
         return max(0, self.dense_from(adapter_rows, storage) - 1) if dense_if_no_saving else self.K
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A model of one size. `ranks[name]` None = the original dense layer."""
+    """A model of one size. `ranks[name]` is a layer's rank; None = the original dense layer."""
 
     ranks: Mapping[str, int | None]
-    removed: int  # directions removed, of the global order
+    removed: int  # number of directions removed, in the global order
     asked: float | int
-    convention: str  # a ratio's convention, or the budget's kind
-    got: float | int  # what `asked` limits
-    sizes: Mapping[str, float]  # got, in every convention
-    params: int  # every stored number of the model
-    bits: Bits | None = None  # what the budget counted the target layers' matrices in
-    bytes: int | None = None  # what the model stores in these bits, where the table knows
-    predicted: Mapping[str, float] | None = None  # loss (nats per token) and perplexity by the curve, where it was measured
+    convention: str  # the convention of a ratio, or the kind of another budget
+    got: float | int  # the value of the limited quantity
+    sizes: Mapping[str, float]  # the size ratio in every convention
+    params: int  # all stored numbers of the model
+    bits: Bits | None = None  # bits of the target layers' matrices that the budget counted
+    bytes: int | None = None  # stored bytes of the model in these bits; None if the table has no `weights`
+    predicted: Mapping[str, float] | None = None  # loss (nats per token) and perplexity by the curve, within its sizes
 
     @property
     def unit(self) -> str:
@@ -92,14 +92,14 @@ class Cut:
 
 @dataclass(frozen=True)
 class Weights:
-    """What bytes need to know: bytes per number of each target layer's matrices, and the bytes of everything else, biases too."""
+    """Byte counts: bytes per number of each target layer's matrices, and the bytes of everything else, biases included."""
 
     itemsizes: tuple[int, ...]
     rest: int
 
 
 def stored_params(M: Tensor, N: Tensor, ranks: Tensor, adapter_rows: int, storage: Storage) -> Tensor:
-    """Numbers stored by layers [M, N] at `ranks`, biases aside; elementwise on int64 tensors of any device."""
+    """Return the numbers that layers [M, N] store at `ranks`, without biases; elementwise on int64 tensors of any device."""
     if storage == "factors":
         return torch.minimum(M * N, (ranks + adapter_rows) * (M + N))
     q = torch.minimum(ranks + adapter_rows, torch.minimum(M, N))
@@ -107,9 +107,9 @@ def stored_params(M: Tensor, N: Tensor, ranks: Tensor, adapter_rows: int, storag
 
 
 def stored_bytes(M: Tensor, N: Tensor, ranks: Tensor, adapter_rows: int, storage: Storage, itemsize: Tensor, bits: Bits | None) -> Tensor:
-    """Bytes stored by layers [M, N] at `ranks`, biases aside, in the form that `ElasticLinear.materialize` takes; elementwise, int64.
+    """Return the bytes that layers [M, N] store at `ranks`, without biases, in the form of `ElasticLinear.materialize`; elementwise, int64.
 
-    In 8 and 4 bit that is factors (`acip.export.quantization`).
+    In 8 and 4 bit, layers are stored as factors (`acip.export.quantization`).
     """
 
     def matrix(rows: Tensor, columns: Tensor) -> Tensor:
@@ -127,10 +127,10 @@ def stored_bytes(M: Tensor, N: Tensor, ranks: Tensor, adapter_rows: int, storage
 
 @dataclass(frozen=True)
 class CutTable:
-    """Everything a cut needs: the layers, the global removal order as layer indices, and what else the model stores.
+    """The data for cuts: the layers, the global removal order, and the storage of the rest of the model.
 
-    `order` [D]: the layer that loses its least important direction, first to leave first. What only some budgets need may be
-    missing: they are refused then.
+    `order` [D] lists layer indices: the n-th removal takes the least important direction of layer order[n]. `weights`, `decoder` and
+    the curves are optional; budgets that need a missing one raise BudgetError.
     """
 
     layers: tuple[LayerShape, ...]
@@ -142,32 +142,32 @@ class CutTable:
     weights: Weights | None = None
     decoder: Decoder | None = None
     curve: Curve | None = None
-    quantized: Mapping[Bits, Curve] = field(default_factory=dict)  # curves that were measured in these bits
-    _kept: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # running sums, once computed
+    quantized: Mapping[Bits, Curve] = field(default_factory=dict)  # measured curves by bits
+    _kept: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # cache of running sums
 
     def _shape(self) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(torch.tensor([getattr(layer, key) for layer in self.layers]) for key in ("M", "N", "K"))  # type: ignore[return-value]
 
     def _departures(self) -> Tensor:
-        """[D] rising: i (D + 1) + n for the n-th removal, which takes a direction from layer i."""
+        """Return [D], rising: i (D + 1) + n for the n-th removal, which takes a direction from layer i."""
         if "departures" not in self._kept:
             by_layer = torch.argsort(self.order, stable=True)
             self._kept["departures"] = by_layer + self.order.long()[by_layer] * (len(self.order) + 1)
         return self._kept["departures"]
 
     def _lost(self, removed: int) -> Tensor:
-        """[L] directions that each layer has lost after `removed` removals."""
+        """Return [L]: the number of directions that each layer has lost after `removed` removals."""
         layer = torch.arange(len(self.layers)) * (len(self.order) + 1)
-        found = torch.searchsorted(self._departures(), torch.cat([layer, layer + removed]))
-        return found[len(layer) :] - found[: len(layer)]
+        ends = torch.searchsorted(self._departures(), torch.cat([layer, layer + removed]))
+        return ends[len(layer) :] - ends[: len(layer)]
 
     def _running(self, amounts: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """[D + 1] the sum of `amounts(layer, M, N, rank)` after removing the first n directions, n = 0 ... D."""
+        """Return [D + 1]: the sum of `amounts(layer, M, N, rank)` over layers after n removals, n = 0 ... D."""
         M, N, K = self._shape()
         counts = self._lost(len(self.order))
         layer = torch.repeat_interleave(torch.arange(len(self.layers)), counts)
         nth = torch.arange(len(self.order)) - (counts.cumsum(0) - counts)[layer]
-        # the i-th loss of a layer takes it from rank K - i to K - i - 1; the last one stays
+        # the i-th removal in a layer takes it from rank K - i to K - i - 1; its last direction is never removed
         before = K[layer] - nth
         M_D, N_D = M[layer], N[layer]
         saved = amounts(layer, M_D, N_D, before) - amounts(layer, M_D, N_D, (before - 1).clamp_min(1))
@@ -177,7 +177,7 @@ class CutTable:
         return total.cumsum(0)
 
     def stored(self, adapters: bool = True) -> Tensor:
-        """[D + 1] numbers stored by the target layers after removing the first n directions, n = 0 ... D."""
+        """Return [D + 1]: the numbers stored by the target layers after n removals, n = 0 ... D."""
         key = "linear" if adapters else "paper"
         if key not in self._kept:
             R, storage = (self.adapter_rows, self.storage) if adapters else (0, "factors")
@@ -186,7 +186,7 @@ class CutTable:
         return self._kept[key]
 
     def least_bytes(self, bits: Bits | None = None) -> Tensor:
-        """[D + 1] the fewest bytes that the target layers' matrices store at any size that lacks at most n directions."""
+        """Return [D + 1]: the fewest bytes of the target layers' matrices after at most n removals, n = 0 ... D."""
         key = f"bytes {bits}"
         if key not in self._kept:
             itemsizes = torch.tensor(self._weights.itemsizes)
@@ -198,7 +198,9 @@ class CutTable:
     @property
     def _weights(self) -> Weights:
         if self.weights is None:
-            raise BudgetError("these layers' bytes are not known before they are saved: ask by ratio or params, or load the artifact.")
+            raise BudgetError(
+                "the bytes of these layers are not known before the artifact is saved. Use a ratio or params, or load the saved artifact."
+            )
         return self.weights
 
     @property
@@ -213,10 +215,11 @@ class CutTable:
         return ranks
 
     def cut(self, budget: Budget) -> Cut:
-        """The largest model within `budget`: got <= asked, and every larger one would exceed it.
+        """Return the largest model within `budget`: got <= asked, and every larger model exceeds the budget.
 
-        By the curve, the smallest: of those, every smaller one that was measured would exceed it. In the best bits: of the cuts in
-        all bits in which a curve was measured, the one that is predicted to lose least; by the curve, that stores the fewest bytes.
+        For a budget that limits perplexity or loss, return the smallest model that meets it: every smaller size on the curve fails.
+        For bits "best", compare the cuts in all bits that have a curve: return the one with the smallest predicted loss, or, for a
+        budget that limits a loss, with the fewest bytes. Raises BudgetError if the budget can't be met.
         """
         if budget.bits == "best":
             return self._in_best_bits(budget)
@@ -244,13 +247,19 @@ class CutTable:
                     cuts.append(self.cut(replace(budget, bits=bits)))
                 except BudgetError as error:
                     errors.append(error)
-        known = [cut for cut in cuts if cut.predicted is not None]
-        if not known:
+        predicted = [cut for cut in cuts if cut.predicted is not None]
+        if not predicted:
             self._curve_in(budget, None)
-            raise errors[-1] if errors else BudgetError(f"within {budget.kind} {budget.asked!r} no curve was measured: give the bits.")
+            raise (
+                errors[-1]
+                if errors
+                else BudgetError(
+                    f"no measured curve includes {budget.kind} {budget.asked!r}, so the bits can't be chosen. Set bits to 8, 4 or None."
+                )
+            )
         if budget.by_curve and self._weights:
-            return min(known, key=lambda cut: cut.bytes or 0)
-        return min(known, key=lambda cut: cut.predicted["loss"] if cut.predicted else 0.0)
+            return min(predicted, key=lambda cut: cut.bytes or 0)
+        return min(predicted, key=lambda cut: cut.predicted["loss"] if cut.predicted else 0.0)
 
     def _curve(self, bits: Bits | None) -> Curve | None:
         return self.curve if bits is None else self.quantized.get(bits)
@@ -258,7 +267,7 @@ class CutTable:
     def _curve_in(self, budget: Budget, bits: Bits | None) -> Curve:
         if (curve := self._curve(bits)) is None:
             where, measure = ("", "acip.evaluate.trade_off") if bits is None else (f" in {bits} bit", "jobs/evaluate.py --quantize")
-            raise BudgetError(f"no curve was measured{where}, so {budget.kind} can't be kept: measure it ({measure}), or ask for a ratio.")
+            raise BudgetError(f"no curve was measured{where}, so {budget.kind} can't be used. Measure it ({measure}), or use a ratio.")
         return curve
 
     def _bytes(self, removed: int, bits: Bits | None) -> int | None:
@@ -270,12 +279,12 @@ class CutTable:
         return int(stored_bytes(M, N, ranks, self.adapter_rows, self.storage, itemsizes, bits).sum()) + self.weights.rest
 
     def _by_amount(self, budget: Budget) -> tuple[int, float | int]:
-        """(directions removed, got) of a budget that limits (a running sum + constant) / scale."""
+        """Return (directions removed, got) for a budget that limits (a running sum + constant) / scale."""
         sums, constant, scale = self._amount(budget)
 
         def got(n: int) -> float | int:
-            # Division and the parser of decimals both round to the nearest double: 7 / 10 is the double of "0.7".
-            # Multiplying what was asked would round once more, and could refuse an exact fit.
+            # Division and the decimal parser both round to the nearest double, so 7 / 10 equals float("0.7").
+            # Multiplying the budget would round once more and could reject an exact fit.
             amount = int(sums[n]) + constant
             return amount if scale == 1 else amount / scale
 
@@ -288,7 +297,7 @@ class CutTable:
         return n, got(n)
 
     def _amount(self, budget: Budget) -> tuple[Tensor, int, int]:
-        """(running sums, constant, scale) of what `budget` limits."""
+        """Return (running sums, constant, scale) of the quantity that `budget` limits."""
         if budget.params is not None:
             return self.stored(), self.rest_params, 1
         if budget.stored_bytes is not None:
@@ -300,9 +309,11 @@ class CutTable:
         return self.stored(adapters=budget.convention != "paper"), 0, self.dense_params
 
     def _beside(self, budget: Budget) -> tuple[int, int]:
-        """(KV cache, overhead) of serving, bytes."""
+        """Return the bytes of (KV cache, overhead) while serving."""
         if self.decoder is None:
-            raise BudgetError("this model's config does not describe a decoder with a KV cache: ask for stored_bytes instead of memory_mb.")
+            raise BudgetError(
+                "memory_mb needs a config that describes a decoder with a KV cache; this model's does not. Use stored_bytes instead."
+            )
         assert budget.context is not None and budget.batch is not None
         return self.decoder.cache(budget.context, budget.batch), self.decoder.overhead(budget.batch)
 
@@ -319,27 +330,29 @@ class CutTable:
         return f"{-(-least * 10**4 // scale) / 10**4:.4f}"
 
     def _by_curve(self, budget: Budget) -> tuple[int, float]:
-        """(directions removed, predicted) of the smallest measured size that the curve says is good enough."""
+        """Return (directions removed, predicted value) of the smallest size on the curve that meets the budget."""
         linear, dense, curve = self.stored(), self.dense_params, self._curve_in(budget, budget.exact_bits)
-        base = self._curve_in(budget, None)  # in its own dtype: what an increase is above
+        base = self._curve_in(budget, None)  # in the model's dtype: the reference of an increase
         if budget.max_loss_increase is not None and base.sizes[0] != 1.0:
-            raise BudgetError(f"the curve starts at size {base.sizes[0]:.4f}, so the base model's loss is unknown: ask for max_perplexity.")
+            raise BudgetError(f"the curve starts at size {base.sizes[0]:.4f}, so the base model's loss is unknown. Use max_perplexity.")
 
         def got(n: int) -> float:
             loss = curve.loss(int(linear[n]) / dense)
             assert loss is not None
             return as_perplexity(loss) if budget.max_perplexity is not None else loss - base.losses[0]
 
-        # sizes [first, last) were measured or lie between such; what is predicted never falls with n there
+        # removals [first, last) are on the curve, where predictions never fall with n
         first = bisect_left(range(len(linear)), True, key=lambda n: int(linear[n]) / dense <= curve.sizes[0])
         last = bisect_left(range(len(linear)), True, key=lambda n: int(linear[n]) / dense < curve.sizes[-1])
         if first >= last:
-            raise BudgetError("the curve was measured at sizes that this model does not have: measure it again.")
+            raise BudgetError("the curve was measured at sizes that this model does not have. Measure it again.")
         n = bisect_right(range(last), budget.asked, lo=first, key=got) - 1
         if n < first:
-            whose = "the base model" if curve.sizes[0] == 1.0 else f"the largest measured size, {curve.sizes[0]:.4f},"
-            has = f"{whose} has perplexity {rounded_up(as_perplexity(curve.losses[0]), 6)}{f' in {budget.bits} bit' if budget.bits else ''}"
-            raise BudgetError(f"{budget.kind} {budget.asked!r} can't be kept: {has}.")
-        # of removals that change no size, the first
+            best = "the base model" if curve.sizes[0] == 1.0 else f"the largest measured size, {curve.sizes[0]:.4f},"
+            limit = (
+                f"{best} has perplexity {rounded_up(as_perplexity(curve.losses[0]), 6)}{f' in {budget.bits} bit' if budget.bits else ''}"
+            )
+            raise BudgetError(f"{budget.kind} {budget.asked!r} can't be reached: {limit}.")
+        # the first of several removals with the same size
         n = bisect_left(range(n), True, key=lambda m: int(linear[m]) <= int(linear[n]))
         return n, got(n)

@@ -1,7 +1,7 @@
-"""A cut -> a model of that size: resident and switchable in place, or plain and on its own (paper 2.2.3).
+"""A model that changes its size in place, and plain models of one size (paper 2.2.3).
 
-`ElasticModel` holds one copy of every layer's sorted factors, with the adapters folded in, and its dense weight. Changing its
-size sets one integer per layer; `materialize` makes a plain transformers model that shares nothing with it.
+`ElasticModel` holds one copy of every layer's dense weight and sorted factors, with the adapters folded in. Changing the size sets one
+integer per layer. `materialize` returns a plain transformers model that shares no memory with it.
 """
 
 import copy
@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from acip.layers.linear import ElasticLinear
+from acip.layers.elastic_linear import ElasticLinear
 from acip.modeling_acip import set_module
 from acip.sizing.cut_table import Budget, Cut, CutTable
 from acip.sizing.model_sizes import set_size
@@ -19,11 +19,11 @@ from acip.sizing.model_sizes import set_size
 
 @dataclass
 class ElasticModel:
-    """A resident model of every size. Not thread-safe: whoever generates holds it, and a size lasts until `resize`."""
+    """A resident model of every size. It is not thread-safe: hold a lock while generating. A size lasts until the next `resize`."""
 
-    model: PreTrainedModel  # with an ElasticLinear in the slot of every target
+    model: PreTrainedModel  # with an ElasticLinear in the place of every target layer
     table: CutTable
-    fill: Callable[[Mapping[str, ElasticLinear], Mapping[str, int | None]], None] | None = None  # fetches what a size lacks
+    fill: Callable[[Mapping[str, ElasticLinear], Mapping[str, int | None]], None] | None = None  # loads weights that a size needs
     cut: Cut | None = None
 
     @property
@@ -31,11 +31,11 @@ class ElasticModel:
         return {layer.name: self.model.get_submodule(layer.name) for layer in self.table.layers}  # type: ignore[misc]
 
     def resize(self, budget: Budget | float) -> Cut:
-        """Take the largest size within `budget` (a number is a `linear` size ratio). No weights are copied;
-        what the size needs and is not there yet is fetched.
+        """Set the largest size within `budget` (a number is a `linear` size ratio).
 
-        Bytes and memory are those of the plain model that `materialize` makes; this one holds what was read. BudgetError
-        where nothing is within the budget.
+        No weights are copied. Weights that the size needs and that are not loaded yet are loaded. Budgets of bytes and memory refer
+        to the plain model that `materialize` returns; this model keeps everything it has loaded. Raises BudgetError if no size is
+        within the budget.
         """
         cut = self.table.cut(budget if isinstance(budget, Budget) else Budget(ratio=budget))
         if self.fill is not None:
@@ -46,13 +46,15 @@ class ElasticModel:
         return cut
 
     def materialize(self) -> PreTrainedModel:
-        """The present size as a plain model: every target in its smallest form, adapters folded in.
+        """Return the current size as a plain model: every target layer in its smallest form, with adapters folded in.
 
-        In the model's own dtype: a cut in 8 or 4 bit counted what a quantizer has yet to make of it.
+        The result is in the model's dtype, even if the cut counted 8 or 4 bit; quantization is a separate step.
         """
         assert self.cut is not None, "resize first"
         skip: dict[int, Any] = {id(layer): layer for layer in self.layers.values()}
-        plain: Any = copy.deepcopy(self.model, memo={**skip, id(self): None})  # a model that knows its AnySize has none in the copy
+        plain: Any = copy.deepcopy(
+            self.model, memo={**skip, id(self): None}
+        )  # a reference from the model to this object becomes None in the copy
         for name, layer in self.layers.items():
             set_module(plain, name, copy.deepcopy(layer.materialize(self.table.storage)))
         return plain

@@ -1,4 +1,4 @@
-"""Sizes of a model whose layers are parametrized: what its layers are, what they store, and setting all of them to one size."""
+"""Sizes of a parametrized model: the shapes of its layers, the numbers they store, and setting all of them to one size."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -6,7 +6,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from acip.layers.linear import Compressible, ElasticLinear, SVDLinear
+from acip.layers.compressible import Compressible
+from acip.layers.elastic_linear import ElasticLinear
+from acip.layers.svd_linear import SVDLinear
 from acip.layers.targets import targets, weight_MN
 from acip.modeling_acip import set_module
 from acip.recipe import Recipe
@@ -23,7 +25,7 @@ def layer_shapes(model: nn.Module) -> tuple[LayerShape, ...]:
 
 
 def cut_table(model: nn.Module, scores: ScoreMap, recipe: Recipe) -> CutTable:
-    """The table of every size of `model`, from its scores."""
+    """Return the cut table of `model`, which gives every size."""
     inside = {id(p) for core in targets(model).values() for p in core.parameters()}
     rest = sum(p.numel() for p in model.parameters() if id(p) not in inside)  # parameters() counts tied weights once
     order = scores.layer_of[scores.removal_order()].to(torch.int32).cpu()
@@ -31,7 +33,7 @@ def cut_table(model: nn.Module, scores: ScoreMap, recipe: Recipe) -> CutTable:
 
 
 def sort_layers(model: nn.Module, scores: ScoreMap) -> dict[str, SVDLinear | ElasticLinear]:
-    """Every SVDLinear becomes an ElasticLinear with its directions, and its adapters', in the order of their scores."""
+    """Replace every SVDLinear by an ElasticLinear with directions and adapters in the order of their scores. Return the new layers."""
     importance = scores.importance()
     for name, core in targets(model).items():
         assert isinstance(core, SVDLinear)
@@ -40,19 +42,19 @@ def sort_layers(model: nn.Module, scores: ScoreMap) -> dict[str, SVDLinear | Ela
 
 
 def set_size(layers: Mapping[str, Compressible], cut: Cut) -> None:
-    """Every layer at its rank of `cut`."""
+    """Set every layer to its rank in `cut`."""
     for name, core in layers.items():
         assert isinstance(core, ElasticLinear)
         core.set_rank(cut.ranks[name])
 
 
 def live_ranks(values: Tensor, scores: ScoreMap) -> Tensor:
-    """[L] how many of each layer's `values` [D] (masks or scores) are alive."""
+    """Return [L]: how many of each layer's `values` [D] (masks or scores) are above 0."""
     return torch.zeros(len(scores.names), dtype=torch.long, device=values.device).index_add_(0, scores.layer_of, (values > 0).long())
 
 
 def size_ratio(ranks: Tensor, shapes: tuple[LayerShape, ...], recipe: Recipe) -> Tensor:
-    """The size of layers at these ranks [L], in the recipe's convention: a float64 scalar where `ranks` are."""
+    """Return the size ratio of layers at `ranks` [L] in the recipe's convention, as a float64 scalar on the device of `ranks`."""
     M, N, bias, dense = _dimensions(shapes, ranks.device)
     paper = recipe.convention == "paper"
     stored = stored_params(M, N, ranks, 0 if paper else recipe.adapter_rows, "factors" if paper else recipe.storage)

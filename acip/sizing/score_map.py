@@ -1,9 +1,10 @@
-"""Scores: in which order the directions of all layers leave (paper 2.2.2, Algorithm 1).
+"""Scores of directions, which give the order in which the directions of all layers are removed (paper 2.2.2, Algorithm 1).
 
-`ScoreMap` holds them and orders by them, wherever they come from: from pruning (the paper), or from `fisher` (ours).
+A `ScoreMap` stores scores from pruning (the paper) or from `fisher` (ours) and computes the removal order: lowest score first.
 
-A living direction's score is its mask, a forecast of its turn; a pruned one's is minus the number of steps since it was
-pruned. Lowest first is the removal order. Ties within a step are broken by the moment of crossing inside it.
+During pruning, the score of an unpruned direction is its mask, which predicts when it will be pruned. The score of a pruned direction
+is minus the number of steps since it was pruned. Directions that were pruned in the same step are ordered by the moment within the
+step at which their masks reached zero.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acip.layers.linear import SVDLinear
+from acip.layers.svd_linear import SVDLinear
 from acip.layers.targets import hooked
 from acip.modeling_acip import widened
 
 
 @dataclass
 class ScoreMap:
-    """Scores of all layers in one flat vector, so that an update is a few operations and no loop over layers.
+    """The scores of all layers in one flat vector, so that an update takes a few operations without a loop over layers.
 
-    `score` [D] and `crossing` [D] have the masks' dtype, D = sum of K over layers, layers one after the other in the model's
-    order, directions in the order of their basis. `crossing` in (0, 1] is where in its last step a mask met zero.
+    `score` [D] and `crossing` [D] have the dtype of the masks, with D = sum of K over layers. Layers are in the order of the model and
+    directions in the order of their basis. `crossing` in (0, 1] is the fraction of the last step after which a mask reached zero.
     """
 
     names: tuple[str, ...]
@@ -44,14 +45,14 @@ class ScoreMap:
 
     @cached_property
     def layer_of(self) -> Tensor:
-        """[D] index of the layer that each direction belongs to."""
+        """The index of each direction's layer [D]."""
         counts = torch.tensor([b - a for a, b in pairwise(self.offsets)], device=self.score.device)
         return torch.repeat_interleave(torch.arange(len(self.names), device=self.score.device), counts)
 
     def update(self, before: Tensor, after: Tensor, frozen: Tensor | bool = False) -> None:
-        """One optimizer step moved the masks from `before` to `after` [D].
+        """Update the scores after an optimizer step that changed the masks from `before` to `after` [D].
 
-        s = p where alive; 0 - 1 where pruned in this step; s - 1 where pruned before. `frozen` = change nothing.
+        s = p if p > 0; -1 if pruned in this step; s - 1 if pruned before. If `frozen`, change nothing.
         """
         alive = after > 0
         crossed = (before > 0) & ~alive
@@ -64,14 +65,14 @@ class ScoreMap:
         return self.score[self.offsets[i] : self.offsets[i + 1]]
 
     def removal_order(self) -> Tensor:
-        """[D] flat indices, first to leave first: by score, then crossing, then the later (weaker) basis direction."""
+        """Return flat indices [D] in the order of removal: by score, then by crossing, then the later (weaker) basis direction first."""
         order = torch.arange(self.score.numel(), device=self.score.device).flip(0)
         for key in (self.crossing, self.score):
             order = order[torch.argsort(key[order], stable=True)]
         return order
 
     def importance(self) -> dict[str, Tensor]:
-        """Per layer, its directions' basis indices [K], most important first: a rank is a prefix of this."""
+        """Return the basis indices [K] of each layer's directions, most important first. A rank is a prefix of them."""
         order = self.removal_order().flip(0)
         layer = self.layer_of[order]
         by_layer = order[torch.argsort(layer, stable=True)]
@@ -80,12 +81,12 @@ class ScoreMap:
 
 @contextmanager
 def fisher(cores: Mapping[str, SVDLinear]) -> Iterator[dict[str, Tensor]]:
-    """Fills a dict of scores [K] per layer while losses are computed and `backward` runs inside.
+    """Yield a dict that receives Fisher scores [K] per layer while losses and their backward passes are computed in the block.
 
-    A direction i adds u_i (v_i x) to a layer's output, and removing it changes the loss of one token by about
-    -(g u_i)(v_i x), g the gradient at the output. Its score is that, squared and summed over tokens: the diagonal of the
-    empirical Fisher information of the masks, twice the loss that removing it costs, to second order. It takes the
-    gradients of single tokens, which the masks' own gradients no longer hold.
+    Direction i adds u_i (v_i x) to a layer's output. Removing it changes the loss of one token by about -(g u_i)(v_i x), where g is
+    the gradient at the output. Its score is the square of this change, summed over tokens. This is the diagonal of the empirical
+    Fisher information of the masks, and to second order twice the loss that the removal costs. It needs the gradients of single
+    tokens; the gradients of the masks are already summed over tokens.
     """
     scores: dict[str, Tensor] = {}
 

@@ -1,1 +1,1 @@
-"""Small helpers without a home of their own."""
+"""Small helpers that several packages share."""

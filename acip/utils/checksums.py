@@ -1,10 +1,10 @@
-"""Checksums of files."""
+"""File checksums."""
 
 import hashlib
 from pathlib import Path
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 digest of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The form of repository names on the Hugging Face hub, as regular expressions."""
+"""Regular expressions for repository names on the Hugging Face hub."""
 
-HUB_ID = r"[\w.-]+/[\w.-]+"  # a repository of the hub
-REVISION = r"(@[\w./-]+)?"  # of it
+HUB_ID = r"[\w.-]+/[\w.-]+"  # org/name
+REVISION = r"(@[\w./-]+)?"  # optional @branch, @tag or @commit

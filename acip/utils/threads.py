@@ -1,4 +1,4 @@
-"""Threads for work that is many independent pieces."""
+"""A thread pool for many independent tasks."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,10 @@ import torch
 
 @contextmanager
 def one_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch uses, each with one thread of its own; torch's setting is global, and put back."""
+    """Yield a pool of as many threads as torch uses, each of which runs torch on a single thread.
+
+    torch's thread count is a global setting; it is restored at the end.
+    """
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:

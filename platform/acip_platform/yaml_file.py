@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from acip.errors import AcipError, cited
-from acip.recipe import did_you_mean
+from acip.utils.coerce import did_you_mean
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"  # of models, fleets, sweeps and arenas; names are parts of paths and queries
 MAX_NODES = 100_000  # in a file, with all aliases expanded

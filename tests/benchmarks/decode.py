@@ -27,10 +27,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from acip.layers.linear import LowRankLinear, PivotLinear
 from acip.layers.packing import pack
 from acip.layers.targets import find_linears, weight_MN
-from acip.modeling_acip import set_module
+from acip.modeling_acip import LowRankLinear, PivotLinear, set_module
 
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4},

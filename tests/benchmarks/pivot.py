@@ -28,7 +28,7 @@ from acip.artifact.artifact import Artifact
 from acip.data import documents, token_windows
 from acip.errors import AcipError
 from acip.evaluate import perplexity
-from acip.layers.linear import PivotLinear
+from acip.modeling_acip import PivotLinear
 from acip.recipe import Storage
 from acip.sizing.elastic_model import ElasticModel
 

@@ -24,7 +24,7 @@ from acip.base import load_base
 from acip.calibration.loop import HOST_SYNC_STEPS, calibrate
 from acip.calibration.parametrize import parametrize
 from acip.data import TokenBatches, documents, token_windows
-from acip.layers.linear import ElasticLinear
+from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import targets, weight_MN
 from acip.recipe import Dtype, Recipe, acip, paper
 from tests.benchmarks import literal

@@ -22,7 +22,8 @@ from acip.calibration.parametrize import parametrize, restore
 from acip.calibration.state import CalibrationState, StepReport
 from acip.data import TokenBatches
 from acip.export.quantization import quantized
-from acip.layers.linear import ElasticLinear, LoRA
+from acip.layers.adapters import LoRA
+from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.mixed_sizes import Mixer, Size
 from acip.layers.targets import find_linears, targets, weight_MN
 from acip.recipe import Recipe

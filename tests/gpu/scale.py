@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from acip.calibration.parametrize import adapters
 from acip.data import documents, token_windows
-from acip.layers.linear import SVDLinear
+from acip.layers.svd_linear import SVDLinear
 from acip.layers.targets import find_linears, weight_MN
 from acip.modeling_acip import set_module
 from acip.recipe import Dtype, Recipe

@@ -155,7 +155,7 @@ def test_the_text_is_what_the_calibration_did_not_draw_from(small_artifact: Arti
         (["small", "--size", "0.01"], "can't be reached: the smallest is"),
         (["small", "--size", "8GB"], "takes a ratio"),
         (["small", "--size", "half"], "is not a budget"),
-        (["small", "--size", "0.5", "--steps", "0"], "takes at least 1"),
+        (["small", "--size", "0.5", "--steps", "0"], "must be at least 1"),
         (["small", "--size", "0.5", "--lr", "-1"], "lr is -1.0; it must be > 0"),
     ],
 )

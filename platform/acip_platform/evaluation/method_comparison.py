@@ -36,8 +36,9 @@ from acip.evaluate.measurement import Subject, stored_bytes
 from acip.evaluate.tasks import check as check_tasks
 from acip.evaluate.tasks import expand
 from acip.layers.targets import find_linears
-from acip.recipe import Dtype, coerce
+from acip.recipe import Dtype
 from acip.sizing.budget import Budget
+from acip.utils.coerce import coerce
 from acip_platform.scheduling.job_queue import Nodes, Resources, fits, root_cause
 from acip_platform.storage.inputs import identity, resolved
 from acip_platform.yaml_file import YamlFile

@@ -29,6 +29,7 @@ from acip.evaluate.heldout_text import Protocol, Text
 from acip.evaluate.tasks import check as check_tasks
 from acip.evaluate.tasks import expand
 from acip.recipe import Recipe
+from acip.utils.coerce import coerce
 from acip_platform.storage.inputs import identity, resolved
 from acip_platform.yaml_file import YamlFile
 
@@ -146,7 +147,7 @@ class _Reader(YamlFile):
                 elif key == "recipe":
                     start = self.checked(key_node, recipes.named, value)
                 else:
-                    fields[key] = self.checked(key_node, recipes.coerce, key, value, MODEL[key])
+                    fields[key] = self.checked(key_node, coerce, key, value, MODEL[key])
                     if key in SOURCES:
                         fields[key] = self.checked(value_node, resolved, fields[key])
         recipe = start

@@ -23,7 +23,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from acip.errors import AcipError
-from acip.recipe import did_you_mean
+from acip.utils.coerce import did_you_mean
 from acip_platform.serve.engine.engine import DEFAULT_CHAT_TOKENS
 from acip_platform.serve.http.errors import RequestError
 from acip_platform.serve.http.keys import Keys

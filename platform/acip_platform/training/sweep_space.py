@@ -29,7 +29,8 @@ from ray import tune
 from ray.tune.search.variant_generator import generate_variants
 
 from acip.errors import AcipError, RecipeError, cited
-from acip.recipe import Recipe, coerce
+from acip.recipe import Recipe
+from acip.utils.coerce import coerce
 from acip_platform.scheduling.fleet import Job
 from acip_platform.yaml_file import YamlFile
 

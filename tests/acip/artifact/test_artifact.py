@@ -18,8 +18,9 @@ from acip.artifact.artifact import MANIFEST, Artifact
 from acip.base import load_base
 from acip.calibration.loop import Calibration
 from acip.errors import ArtifactError
-from acip.layers.linear import ElasticLinear, PivotLinear
+from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import targets
+from acip.modeling_acip import PivotLinear
 from acip.sizing.model_sizes import set_size
 from tests.conftest import logits
 

@@ -25,7 +25,7 @@ from acip.artifact.published import INDEX, WEIGHTS, open_published
 from acip.base import Base, load_base
 from acip.calibration.loop import Calibration
 from acip.evaluate import perplexity
-from acip.layers.linear import ElasticLinear
+from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import find_linears, targets
 from tests.conftest import GOLDEN, byte_tokenizer
 

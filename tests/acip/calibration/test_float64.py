@@ -23,7 +23,7 @@ from acip.calibration.state import CalibrationState, StepReport
 from acip.data import TokenBatches
 from acip.export.folder import export
 from acip.export.quantization import spread
-from acip.layers.linear import SVDLinear
+from acip.layers.svd_linear import SVDLinear
 from acip.layers.targets import find_linears, targets, weight_MN
 from acip.modeling_acip import PivotLinear, accumulation_dtype, widened
 from acip.recipe import Recipe

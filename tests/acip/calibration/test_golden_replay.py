@@ -18,7 +18,7 @@ from acip.calibration.basis_cache import BasisCache, basis_keys
 from acip.calibration.loop import Calibration, calibrate
 from acip.calibration.parametrize import parametrize
 from acip.evaluate import perplexity
-from acip.layers.linear import ElasticLinear
+from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import find_linears, targets, weight_MN
 from acip.recipe import Recipe
 from acip.sizing.model_sizes import layer_shapes

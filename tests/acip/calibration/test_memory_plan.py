@@ -35,7 +35,7 @@ from acip.calibration.memory_plan import Memory, _Prediction, predict
 from acip.calibration.parametrize import parametrize
 from acip.calibration.state import CalibrationState
 from acip.errors import CalibrationError
-from acip.layers.linear import ElasticLinear
+from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import targets
 from acip.recipe import Dtype, Recipe
 

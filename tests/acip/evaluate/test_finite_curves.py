@@ -10,7 +10,7 @@ from acip.artifact.artifact import Artifact
 from acip.errors import EvaluationError
 from acip.evaluate.curve import trade_off
 from acip.evaluate.perplexity import perplexity
-from acip.layers.linear import ElasticLinear
+from acip.layers.elastic_linear import ElasticLinear
 
 
 def overflowing(any_size: Any, rank_below: bool) -> None:

@@ -19,8 +19,7 @@ from acip.artifact.byte_sources import Folder
 from acip.errors import ArtifactError
 from acip.export.folder import PROVENANCE, export, tensor_bytes
 from acip.export.hub import copy
-from acip.layers.linear import LowRankLinear, PivotLinear
-from acip.modeling_acip import CODE
+from acip.modeling_acip import CODE, LowRankLinear, PivotLinear
 from acip.sizing.elastic_model import ElasticModel
 from tests.conftest import logits, read
 from tests.support.waiting import PATIENCE_S

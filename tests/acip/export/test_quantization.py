@@ -16,8 +16,7 @@ from acip.export.folder import compressed_model, export, tensor_bytes
 from acip.export.quantization import quantized as as_quantized
 from acip.export.quantization import rounded, spread
 from acip.layers.directions import four_bit
-from acip.layers.linear import LowRankLinear, PivotLinear
-from acip.modeling_acip import QuantLinear, plain_linear
+from acip.modeling_acip import LowRankLinear, PivotLinear, QuantLinear, plain_linear
 from acip.sizing.budget import Budget, Curve
 from acip.sizing.elastic_model import ElasticModel
 from tests.conftest import logits, read

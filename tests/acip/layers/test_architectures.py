@@ -50,7 +50,8 @@ from acip.calibration.parametrize import parametrize, restore
 from acip.data import TokenBatches
 from acip.errors import BaseModelError
 from acip.export.folder import export, tensor_bytes
-from acip.layers.linear import ElasticLinear, SVDLinear
+from acip.layers.elastic_linear import ElasticLinear
+from acip.layers.svd_linear import SVDLinear
 from acip.layers.targets import find_linears, targets
 from acip.modeling import from_pretrained
 from acip.recipe import Recipe
@@ -257,10 +258,10 @@ def test_a_quantized_base_is_refused(tmp_path: Path, bits: str) -> None:
     config = BitsAndBytesConfig(**{f"load_in_{bits}": True})
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
     assert isinstance(model.model.layers[0].mlp.up_proj, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
-    with pytest.raises(BaseModelError, match=r"LlamaForCausalLM is quantized already.*Load the base model in 16 or 32 bit"):
+    with pytest.raises(BaseModelError, match=r"LlamaForCausalLM is already quantized.*Load the base model in 16 or 32 bit"):
         find_linears(model)
     model.hf_quantizer = None
-    with pytest.raises(BaseModelError, match=r"model\.layers\.0\.self_attn\.q_proj is quantized already"):
+    with pytest.raises(BaseModelError, match=r"model\.layers\.0\.self_attn\.q_proj is already quantized"):
         find_linears(model)
 
 
@@ -275,7 +276,7 @@ class PackedLinear(nn.Module):
 def test_packed_weights_are_refused_though_they_are_no_linear_layer() -> None:
     model = random_model(LlamaConfig(**GROUPED))
     model.model.layers[1].mlp.up_proj = PackedLinear(48, 32)
-    with pytest.raises(BaseModelError, match=r"model\.layers\.1\.mlp\.up_proj is quantized already"):
+    with pytest.raises(BaseModelError, match=r"model\.layers\.1\.mlp\.up_proj is already quantized"):
         find_linears(model)
 
 

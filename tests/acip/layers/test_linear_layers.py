@@ -14,10 +14,12 @@ from acip.calibration.loop import calibrate
 from acip.calibration.losses import as_base
 from acip.calibration.parametrize import parametrize, restore
 from acip.data import TokenBatches
+from acip.layers.adapters import LoRA
 from acip.layers.directions import DirectionMatrix, FourBitDirectionMatrix
-from acip.layers.linear import ElasticLinear, LoRA, LowRankLinear, PivotLinear, SVDLinear
+from acip.layers.elastic_linear import ElasticLinear
+from acip.layers.svd_linear import SVDLinear
 from acip.layers.targets import targets
-from acip.modeling_acip import set_module
+from acip.modeling_acip import LowRankLinear, PivotLinear, set_module
 from acip.recipe import Recipe, Storage
 from acip.sizing.model_sizes import cut_table, sort_layers
 from acip.sizing.score_map import ScoreMap

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from acip.layers import mixed_sizes
-from acip.layers.linear import ElasticLinear
+from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.mixed_sizes import ROW_BLOCK, SHORT, Mixer, Size
 from acip.sizing.budget import Budget
 from acip.sizing.elastic_model import ElasticModel

@@ -13,7 +13,8 @@ from acip.calibration.parametrize import parametrize
 from acip.data import TokenBatches
 from acip.errors import CalibrationError, RecipeError
 from acip.evaluate import perplexity
-from acip.layers.linear import ElasticLinear, SVDLinear
+from acip.layers.elastic_linear import ElasticLinear
+from acip.layers.svd_linear import SVDLinear
 from acip.layers.targets import targets, weight_MN
 from acip.recipe import Recipe, paper
 from acip.sizing.cut_table import Budget

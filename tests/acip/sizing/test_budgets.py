@@ -17,7 +17,8 @@ from acip.artifact.artifact import Artifact
 from acip.errors import BudgetError
 from acip.export.quantization import spread
 from acip.layers.directions import FourBitDirectionMatrix
-from acip.layers.linear import ElasticLinear, PivotLinear, plain_linear
+from acip.layers.elastic_linear import ElasticLinear
+from acip.modeling_acip import PivotLinear, plain_linear
 from acip.recipe import Storage
 from acip.sizing.budget import OVERHEAD, Bits, Budget, Curve, Decoder, as_perplexity
 from acip.sizing.cut_table import Cut, CutTable, LayerShape, Weights

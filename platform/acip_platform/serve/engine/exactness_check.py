@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from acip.errors import AcipError
-from acip.layers.linear import ElasticLinear
+from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.mixed_sizes import Mixer, Size, padded
 from acip.modeling_acip import onednn, set_module
 from acip_platform.serve.engine.kv_cache import ATTENTION, CachePiece, KVCache, Step

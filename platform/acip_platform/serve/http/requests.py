@@ -22,8 +22,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from acip.errors import BudgetError, cited
-from acip.recipe import did_you_mean
 from acip.sizing.budget import MEGA, Budget
+from acip.utils.coerce import did_you_mean
 from acip_platform.serve.http.errors import RequestError
 from acip_platform.serve.http.messages import Message, Part, Text, Unused
 from acip_platform.serve.text.structured_output import ResponseFormat

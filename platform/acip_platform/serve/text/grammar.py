@@ -19,7 +19,7 @@ from jsonschema.exceptions import SchemaError
 from llguidance import LLMatcher, LLTokenizer
 
 from acip.errors import AcipError
-from acip.recipe import did_you_mean
+from acip.utils.coerce import did_you_mean
 from acip_platform.serve.http.errors import RequestError
 from acip_platform.serve.text.token_bytes import TokenBytes
 

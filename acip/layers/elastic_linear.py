@@ -1,0 +1,120 @@
+"""A linear layer of any rank. Changing the size of a model sets one integer per layer."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from acip.layers.adapters import LoRA
+from acip.layers.compressible import Compressible
+from acip.layers.directions import DirectionMatrix, product
+from acip.modeling_acip import LowRankLinear, PivotLinear, plain_linear, widened
+from acip.recipe import Storage
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of a batch that a layer multiplies together, by a prefix of its directions or by its dense weight."""
+
+    rows: slice  # rows of the batch to multiply
+    wanted: slice  # rows of that product to keep
+    factors: tuple[Tensor, Tensor] | None = None  # right [r, N], left [M, r]; None = the dense weight
+    mask: Tensor | None = None  # [rows, r] zeros the directions beyond a row's own rank; [1, r] for all rows alike
+
+
+class ElasticLinear(Compressible):
+    """A layer that computes any rank from one copy of its directions, which are sorted by importance.
+
+    Rank r is the prefix [:r] of the rows. `rank = None` computes the original dense layer, bit for bit. The layer may hold fewer
+    than K rows, because ranks that cost more than W are never used. The first `lead` rows belong to every rank: they are a
+    folded adapter beside the layer. `groups` of rows with their own ranks override `rank` (`acip.layers.mixed_sizes`).
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        left: DirectionMatrix | Tensor,
+        right: DirectionMatrix | Tensor,
+        loras: dict[str, LoRA] | None = None,
+        lead: int = 0,
+    ) -> None:
+        sides = [side if isinstance(side, DirectionMatrix) else DirectionMatrix(side) for side in (left, right)]
+        super().__init__(original, sides[0], sides[1], loras)
+        self.rank: int | None = None
+        self.groups: tuple[Group, ...] | None = None
+        self.lead = lead
+
+    @property
+    def stored_rank(self) -> int:
+        return min(len(self.left), len(self.right)) - self.lead
+
+    @property
+    def kept(self) -> int:
+        """The number of rows at the current rank, `lead` included."""
+        assert self.rank is not None
+        return self.lead + self.rank
+
+    def set_rank(self, rank: int | None) -> None:
+        assert rank is None or 0 <= rank <= self.stored_rank, f"rank {rank} of {self.stored_rank} stored"
+        self.rank = rank
+
+    def forward(self, x_BTN: Tensor) -> Tensor:
+        if self.groups is not None:
+            if len(self.groups) == 1:
+                return self._grouped(x_BTN, self.groups[0])
+            x_TN = x_BTN.flatten(0, -2)  # the product of a 3-D slice would run as a batched product, with copies of the weight
+            y_TM = torch.cat([self._grouped(x_TN[group.rows], group)[group.wanted] for group in self.groups])
+            return y_TM.unflatten(0, x_BTN.shape[:-1])
+        if self.rank is None or self.bypass:
+            return self.original(x_BTN)
+        h_BTr = self.right.project(x_BTN, self.kept)
+        if "right" in self.loras:
+            h_BTr = h_BTr + self.loras["right"](x_BTN, outputs=slice(self.kept))
+        y_BTM = self.left.expand(h_BTr, self.kept, self.bias)
+        if "left" in self.loras:
+            y_BTM = y_BTM + self.loras["left"](h_BTr, inputs=slice(self.kept))
+        if "layer" in self.loras:
+            y_BTM = y_BTM + self.loras["layer"](x_BTN)
+        return y_BTM
+
+    def group(self, rows: slice, wanted: slice, kept: int | None, mask: Tensor | None = None) -> Group:
+        """Return a group that is multiplied by the first `kept` rows (None = by the dense weight). Adapters must be folded in."""
+        assert not self.loras
+        return Group(rows, wanted) if kept is None else Group(rows, wanted, (self.right.read(kept), self.left.read(kept).T), mask)
+
+    def _grouped(self, x: Tensor, group: Group) -> Tensor:
+        if group.factors is None:
+            return self.original(x)
+        right_rN, left_Mr = group.factors
+        h = product(x, right_rN)
+        if group.mask is not None:
+            h = h * group.mask
+        return product(h, left_Mr, self.bias)
+
+    @torch.no_grad()
+    def folded(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return (left [q, M], right [q, N]) of the first `rank` directions with the adapters folded in.
+
+        Both are in the accumulation dtype. An adapter beside the layer becomes rows before the directions.
+        """
+        right, left = widened(self.right.read(self.lead + rank)), widened(self.left.read(self.lead + rank))
+        if "right" in self.loras:
+            right = right + self.loras["right"].product()[:rank]
+            left = left + self.loras["left"].product()[:, :rank].T
+        if "layer" in self.loras:
+            adapter = self.loras["layer"]
+            left, right = torch.cat([widened(adapter.B).T * adapter.scale, left]), torch.cat([widened(adapter.A), right])
+        return left, right
+
+    def materialize(self, storage: Storage) -> nn.Module:
+        """Return the layer at its current rank in its smallest form, as a plain module. It may share weights with this layer."""
+        if self.rank is None:
+            return self.original
+        left_qM, right_qN = self.folded(self.rank)
+        left_Mq = left_qM.T
+        (M, q), N, dtype = left_Mq.shape, right_qN.shape[1], self.left.dtype
+        if q >= min(M, N) or (storage == "factors" and q * (M + N) >= M * N):
+            return plain_linear((left_Mq @ right_qN).to(dtype), self.bias)
+        if storage == "factors":
+            return LowRankLinear(left_Mq.to(dtype).contiguous(), right_qN.to(dtype).contiguous(), self.bias)
+        return PivotLinear.of(left_Mq, right_qN, self.bias, dtype)
