@@ -76,7 +76,7 @@ def tuning(artifact: Artifact, size: float, **changes: Any) -> Recipe:
 def attach(any_size: ElasticModel, recipe: Recipe) -> None:
     """Trainable adapters on the present size of `any_size`, in place; it can't be resized any more. In 4 bit where the recipe says so."""
     torch.manual_seed(recipe.seed)  # the adapters' start
-    any_size.fill = None
+    any_size.load_missing = None
     for name, layer in any_size.layers.items():
         set_module(any_size.model, name, _dense(layer, recipe) if layer.rank is None else _adapted(layer, recipe))
     any_size.model.eval()  # the adapters' dropout is on only where they are trained

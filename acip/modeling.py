@@ -21,7 +21,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from acip import modeling_acip
-from acip.artifact.artifact import CONFIG, MANIFEST, Artifact
+from acip.artifact.artifact import Artifact
+from acip.artifact.manifest import CONFIG, MANIFEST
 from acip.base import check_report, quiet
 from acip.errors import ArtifactError, BudgetError, foreign_errors
 from acip.export.folder import any_size_class, check_target, compressed_model, empty_model, export, move_modules, write

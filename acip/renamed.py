@@ -55,7 +55,7 @@ MODULES = {
     "acip.published": "acip.artifact.published",
     "acip.quantise": "acip.export.quantization",
     "acip.read_back": "acip.artifact.read_back",
-    "acip.reader": "acip.artifact.reader",
+    "acip.reader": "acip.artifact.loading",
     "acip.rows": "acip.layers.directions",
     "acip.scores": "acip.sizing.score_map",
     "acip.shard": "acip.layers.sharding",
@@ -119,7 +119,7 @@ MODULES = {
     "acip_platform.train": "acip_platform.training.worker",
 }
 NAMES: dict[str, dict[str, str]] = {  # by the new module
-    "acip.artifact.reader": {"Reader": "ModelLoader"},
+    "acip.artifact.loading": {"Reader": "ModelLoader"},
     "acip.calibration.activation_covariance": {"moments": "activation_covariances", "moment_bytes": "covariance_matrix_bytes"},
     "acip.calibration.parametrize": {"parametrise": "parametrize"},
     "acip.calibration.shared_pruning": {"trunks": "shared_prunings"},

@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from acip.artifact.artifact import MANIFEST, Artifact, check
+from acip.artifact.artifact import Artifact
+from acip.artifact.manifest import MANIFEST, check_manifest
 from acip.errors import ArtifactError, HubError
 from acip.export.card import artifact_card
 from acip.export.folder import PROVENANCE, files_of, public
@@ -68,7 +69,7 @@ def _files_of(folder: Path) -> set[str]:
     """The files of what `copy` wrote to a folder, as its manifest names them; none where there is no such manifest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        check(manifest, str(folder))
+        check_manifest(manifest, str(folder))
     except (OSError, ValueError):
         return set()
     return {MANIFEST, CARD, *manifest["files"]}
