@@ -126,7 +126,7 @@ def test_code_of_its_own_is_refused(folder: Path) -> None:
 
 
 def test_what_is_no_base_model_is_called_what_it_is(folder: Path, exported: Path) -> None:
-    with pytest.raises(BaseModelError, match="compressed model already"):
+    with pytest.raises(BaseModelError, match="is already compressed"):
         read_back(load_base(str(exported), "float32"), RECIPE)
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(BaseModelError, match="adapter"):
