@@ -6,12 +6,12 @@ Importing this is cheap, and makes transformers' Auto classes load exported mode
 from typing import Any
 
 from acip import renamed
-from acip.auto import introduce
+from acip.auto import register_with_transformers
 
 __version__ = "0.1.0"
 __all__ = ["from_pretrained", "pack"]
 
-introduce()
+register_with_transformers()
 renamed.install("acip")
 
 

@@ -125,7 +125,7 @@ NAMES: dict[str, dict[str, str]] = {  # by the new module
     "acip.calibration.shared_pruning": {"trunks": "shared_prunings"},
     "acip.export.folder": {"framed": "empty_model", "adopt": "move_modules", "free": "check_target", "sized": "compressed_model"},
     "acip.layers.directions": {"Rows": "DirectionMatrix", "FourBitRows": "FourBitDirectionMatrix"},
-    "acip.modeling": {"AnySizeModel": "ElasticCausalLM", "_sized": "_compressed"},
+    "acip.modeling": {"AnySizeModel": "ElasticCausalLM", "through_transformers": "load_artifact", "_sized": "_compressed"},
     "acip.modeling_acip": {"door": "artifact_config", "SizedConfig": "CompressedConfig", "SizedModel": "CompressedModel"},
     "acip.sizing.elastic_model": {"AnySize": "ElasticModel"},
     "acip.sizing.excess_loss_area": {"area": "excess_loss_area"},

@@ -135,7 +135,7 @@ def test_the_command_pushes(command: Command, small_artifact: Artifact, tmp_path
         held[:] = files
         code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "out", "--push", "me/small")
         assert (code, calls.count("me/small")) == ((0, 2) if says is None else (1, 2)), said
-        assert says is None or f"holds something else than a model of ours ({says})" in said
+        assert says is None or f"holds files that acip did not write ({says})" in said
     monkeypatch.undo()
 
 
