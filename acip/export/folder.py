@@ -219,7 +219,8 @@ def _check(folder: Path, tokenizer: Any, ends: list[int]) -> None:
     lost = set(ends) - set(written if isinstance(written, list) else [written])
     if lost:
         raise ArtifactError(
-            f"end-of-sequence ids {sorted(lost)} would be lost by the export, and generation would not stop at them. Check the base model's generation_config.json."
+            f"end-of-sequence ids {sorted(lost)} would be lost by the export, and generation would not stop at them. "
+            "Check the base model's generation_config.json."
         )
     read = AutoTokenizer.from_pretrained(folder)
     for name in ("eos_token_id", "bos_token_id", "chat_template"):
