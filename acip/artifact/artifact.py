@@ -1,4 +1,4 @@
-"""`Artifact`: a folder from which a model of any size is read.
+"""`Artifact`: a folder from which a model of any size is loaded.
 
     Artifact.save(folder, base, calibration, provenance)     write it (writer.py)
     artifact = Artifact.open(folder)                         check it (manifest.py, reader.py)
