@@ -7,12 +7,12 @@ from their folders.
 from typing import Any
 
 from acip import renamed
-from acip.auto import introduce
+from acip.auto import register_with_transformers
 
 __version__ = "0.1.0"
 __all__ = ["from_pretrained", "pack"]
 
-introduce()
+register_with_transformers()
 renamed.install("acip")
 
 

@@ -1,7 +1,8 @@
-"""transformers' Auto classes learn to know exported models, at the moment they are imported themselves.
+"""Make transformers' Auto classes load exports and artifacts.
 
-Doing it at once would make `import acip` import torch and transformers: seconds, for a `--help` too. So a finder waits for
-the one module of transformers that holds the mapping from model_type to config class, and steps aside after it.
+Registering the classes at once would make `import acip` import torch and transformers, which takes seconds, even for `--help`.
+Therefore an import hook waits until transformers imports the module with the mapping from model_type to config class, registers the
+classes then, and removes itself.
 """
 
 import importlib.util
@@ -14,22 +15,33 @@ from typing import Any
 AUTO = "transformers.models.auto.configuration_auto"
 
 
-def introduce() -> None:
-    """Register model_type "acip", now or when transformers is ready for it."""
+def register_with_transformers() -> None:
+    """Register model_type "acip" in transformers: now if its Auto classes are imported, else when they are."""
     if AUTO in sys.modules:
         _register(sys.modules[AUTO])
-    elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting())
+    elif not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisterOnImport())
 
 
 def _register(auto: ModuleType) -> None:
-    from acip.modeling_acip import MODEL_TYPE, AcipConfig
+    from acip import modeling_acip
 
-    auto.CONFIG_MAPPING.register(MODEL_TYPE, AcipConfig, exist_ok=True)
+    modeling_acip.load_artifact = _load_artifact
+    auto.CONFIG_MAPPING.register(modeling_acip.MODEL_TYPE, modeling_acip.AcipConfig, exist_ok=True)
 
 
-class _Waiting(MetaPathFinder):
+def _load_artifact(*args: Any, **kwargs: Any) -> Any:
+    """Call `acip.modeling.load_artifact`, which is imported only when an artifact is loaded."""
+    from acip.modeling import load_artifact
+
+    return load_artifact(*args, **kwargs)
+
+
+class _RegisterOnImport(MetaPathFinder):
+    """An import hook for the module `AUTO`."""
+
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return the spec of the module `AUTO`, whose loader also registers the classes; None for all other modules."""
         if fullname != AUTO or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)

@@ -82,7 +82,7 @@ def attach(any_size: ElasticModel, recipe: Recipe) -> None:
     The model can't be resized afterwards.
     """
     torch.manual_seed(recipe.seed)  # for the initial adapters
-    any_size.fill = None
+    any_size.load_missing = None
     for name, layer in any_size.layers.items():
         set_module(any_size.model, name, _dense(layer, recipe) if layer.rank is None else _adapted(layer, recipe))
     any_size.model.eval()  # dropout of the adapters is switched on by the training loop only

@@ -1,28 +1,27 @@
-"""A language model of one size, as transformers loads it: the base model's class with smaller linear layers in their slots.
+"""A language model of one size as a transformers model: the base model's class with smaller layers in place of linear layers.
 
-This one file is all the code that an exported folder needs; it is copied into each (torch and transformers only). With acip
-installed, `import acip` makes transformers know it, and nothing in the folder is run.
+This file is all the code that an export needs, and a copy of it is in each exported folder. It imports only torch and
+transformers. With acip installed, `import acip` registers it in transformers, and no code from the folder is executed.
 
-config.json is the base model's own, with model_type "acip", `base_model_type`, and what the layers became:
+config.json is the base model's, with model_type "acip", `base_model_type`, and the form of each compressed layer:
 
     "acip": {"base_class": "LlamaForCausalLM", "quantize": null,
              "layers": {"model.layers.0.self_attn.q_proj": {"form": "pivot", "rank": 37}, ...}}
 
     form      tensors                                    y = W x + b from
-    dense     weight [M, N]                              the base model's own layer
-    linear    weight [M, N]                              an nn.Linear in its place
+    dense     weight [M, N]                              the layer of the base model
+    linear    weight [M, N]                              an nn.Linear
     factors   right.weight [q, N], left.weight [M, q]    two nn.Linear
     pivot     pivots.weight [q, N], combine.weight       q rows of W, and every other row as a combination of them;
-              [M - q, q], place [M], bias                place[i] is where row i of W is found
+              [M - q, q], place [M], bias                place[i] is the index of row i of W in [pivots, rest]
 
-Quantized (nf4, fp4, int8), each of these weights is `codes` and `absmax` (`QuantLinear`).
+In a quantized model (nf4, fp4, int8), each of these weights is stored as `codes` and `absmax` (`QuantLinear`).
 """
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,8 @@ from transformers import PreTrainedConfig
 
 MODEL_TYPE = "acip"
 CODE = "modeling_acip.py"
-QUANT_BLOCK = 64  # numbers of a row that share a scale in 4 bit
-LEVELS = {  # bitsandbytes' values of the 16 codes, times the scale
+QUANT_BLOCK = 64  # values of a row that share a scale in 4 bit
+LEVELS = {  # the values of the 16 codes in bitsandbytes, before they are multiplied by the scale
     "nf4": (
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
         -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -47,18 +46,23 @@ LEVELS = {  # bitsandbytes' values of the 16 codes, times the scale
 }  # fmt: skip
 KINDS = ("nf4", "fp4", "int8")
 
+# The function that loads a model of any size from an artifact. acip.auto sets it; in the copy inside an export it stays None.
+# It is a hook and not an import, because transformers refuses a copied file that imports a package which is not installed.
+load_artifact: Callable[..., Any] | None = None
+
 
 @contextmanager
 def onednn(on: bool) -> Iterator[None]:
-    """Whether a CPU's products are oneDNN's, as they usually are.
+    """Turn oneDNN on or off for matrix products on a CPU. PyTorch's default is on.
 
-    Products of one row are faster by PyTorch's own kernels, as oneDNN sorts a weight anew for each (tests/benchmarks/products.py).
+    For inputs of one row, PyTorch's own kernels are faster, because oneDNN reorders the weight for each product
+    (tests/benchmarks/products.py).
     """
     before = torch._C._get_mkldnn_enabled()
     if before == on:
         yield
         return
-    torch._C._set_mkldnn_enabled(on)  # torch.backends.mkldnn.flags says the same, with a warning about GPUs
+    torch._C._set_mkldnn_enabled(on)  # torch.backends.mkldnn.flags does the same, but warns about GPUs
     try:
         yield
     finally:
@@ -66,14 +70,14 @@ def onednn(on: bool) -> Iterator[None]:
 
 
 def kernels(x: Tensor) -> AbstractContextManager[None]:
-    """Those that are fastest for a product of `x` with a plain weight: for one row in bfloat16, on a CPU, not oneDNN's."""
+    """Select the fastest kernels for products of `x` with plain weights: not oneDNN's for one row in bfloat16 on a CPU."""
     return onednn(False) if one_row(x) else nullcontext()
 
 
 def one_row(x: Tensor) -> bool:
-    """Is `x` a single token of an answer in bfloat16, on a CPU?"""
-    one = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() == x.shape[-1]
-    return one and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Return whether `x` is one row in bfloat16 on a CPU, outside of training and compilation, as in decoding one token."""
+    single = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() == x.shape[-1]
+    return single and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -101,9 +105,10 @@ class LowRankLinear(nn.Module):
 
 
 class PivotLinear(nn.Module):
-    """y_p = W_p x, y_rest = C y_p: a layer of rank q from q of its rows, and every other row as a combination of them.
+    """y_p = W_p x, y_rest = C y_p: a layer of rank q, stored as q of its rows and the other rows as combinations of them.
 
-    q (M + N - q) numbers where two factors take q (M + N); `place` [M] says where each row belongs (PIFA's storage).
+    This takes q (M + N - q) numbers, two factors take q (M + N). `place` [M] is the position of each row in [y_p, y_rest]
+    (the storage of PIFA).
     """
 
     def __init__(self, pivots_qN: Tensor, combine: Tensor, place_M: Tensor, bias_M: Tensor | None) -> None:
@@ -118,15 +123,16 @@ class PivotLinear(nn.Module):
 
     @classmethod
     def of(cls, left_Mq: Tensor, right_qN: Tensor, bias_M: Tensor | None, dtype: torch.dtype) -> "PivotLinear":
-        """From factors. The combinations are fitted to the pivot rows as `dtype` rounds them."""
+        """Make the layer from two factors. The combinations are fitted to the pivot rows after these are rounded to `dtype`."""
         rows_M = pivot_rows(left_Mq)
         q = left_Mq.shape[1]
         W_MN = widened(left_Mq) @ widened(right_qN)
         pivots_qN = W_MN[rows_M[:q]].to(dtype)
         Q, R = torch.linalg.qr(pivots_qN.double().T)
         rest = Q.T @ W_MN[rows_M[q:]].double().T
-        lost = R.diagonal().abs() <= 1e-12 * R.diagonal().abs().max() if q else R.diagonal().bool()
-        R[lost], rest[lost] = torch.eye(q, dtype=R.dtype, device=R.device)[lost], 0.0  # rows that say nothing, of layers of zeros say
+        deficient = R.diagonal().abs() <= 1e-12 * R.diagonal().abs().max() if q else R.diagonal().bool()
+        R[deficient] = torch.eye(q, dtype=R.dtype, device=R.device)[deficient]  # rank-deficient rows, for example of an all-zero layer
+        rest[deficient] = 0.0
         combine = torch.linalg.solve_triangular(R, rest, upper=True).T
         return cls(pivots_qN.contiguous(), combine.to(dtype).contiguous(), torch.argsort(rows_M), bias_M)
 
@@ -138,10 +144,13 @@ class PivotLinear(nn.Module):
 
 
 def pivot_rows(left_Mq: Tensor) -> Tensor:
-    """[M] row indices of a matrix with columns `left`, the q pivots first: chosen so that the others are small combinations of them."""
+    """Return the row indices [M] of a matrix with factor `left`, the q pivots first.
+
+    The pivots are chosen by LU, so that the other rows are combinations of them with small coefficients.
+    """
     pivots = left_Mq.new_zeros(0, dtype=torch.int32)
     if left_Mq.numel():
-        pivots = torch.linalg.lu_factor_ex(left_Mq.double()).pivots  # columns of zeros are no error
+        pivots = torch.linalg.lu_factor_ex(left_Mq.double()).pivots  # _ex: columns of zeros are not an error
     rows = list(range(left_Mq.shape[0]))
     for i, j in enumerate((pivots - 1).tolist()):
         rows[i], rows[j] = rows[j], rows[i]
@@ -149,7 +158,7 @@ def pivot_rows(left_Mq: Tensor) -> Tensor:
 
 
 def plain_linear(weight_MN: Tensor, bias_M: Tensor | None) -> nn.Linear:
-    """An nn.Linear around given tensors, without allocating or initializing others."""
+    """Return an nn.Linear with the given weight and a copy of the bias, without allocating or initializing a weight."""
     layer = nn.Linear(1, 1, bias=bias_M is not None, device="meta")
     layer.out_features, layer.in_features = weight_MN.shape
     layer.weight = nn.Parameter(weight_MN, requires_grad=False)
@@ -159,13 +168,14 @@ def plain_linear(weight_MN: Tensor, bias_M: Tensor | None) -> nn.Linear:
 
 
 class QuantLinear(nn.Module):
-    """y = W x + b with the matrix in 8 or 4 bit, dequantized where it is multiplied (W8A16, W4A16).
+    """y = W x + b with the matrix in 8 or 4 bit. It is dequantized for each product (W8A16, W4A16).
 
     int8         `codes` int8 [M, N], `absmax` float32 [M, 1]: W = codes absmax / 127
-    nf4, fp4     `codes` uint8 [M, ceil(N / 64) 32], two numbers a byte, the first one high; `absmax` float32 [M, ceil(N / 64)]
+    nf4, fp4     `codes` uint8 [M, ceil(N / 64) 32], two codes per byte, the first in the high bits; `absmax` float32 [M, ceil(N / 64)]
 
-    Codes and scales are bitsandbytes', but blocks never leave their row: its own Linear4bit is wrong on a CPU where blocks cross
-    rows, and refuses most ranks there (bitsandbytes 0.50). This one needs no kernels, so it runs anywhere, and is not fast.
+    Codes and scales are computed as in bitsandbytes, except that a block never crosses rows. Its Linear4bit lets blocks cross rows;
+    on a CPU it then gives wrong results for some shapes, and fails for most ranks (bitsandbytes 0.50). This layer needs no special
+    kernels: it runs on any device, but is not fast.
     """
 
     def __init__(self, codes: Tensor, absmax: Tensor, in_features: int, kind: str, bias_M: Tensor | None) -> None:
@@ -179,7 +189,7 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def blank(cls, layer: nn.Module, kind: str) -> "QuantLinear":
-        """The same with nothing in it yet: shapes for weights to come."""
+        """Return a quantized layer of zeros in the shape of `layer`, to load weights into."""
         (M, N), device = weight_MN(layer).shape, weight_MN(layer).device
         blocks = 1 if kind == "int8" else -(-N // QUANT_BLOCK)
         codes = torch.zeros(M, N, dtype=torch.int8, device=device)
@@ -188,7 +198,7 @@ class QuantLinear(nn.Module):
         return cls(codes, torch.zeros(M, blocks, device=device), N, kind, bias_of(layer))
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """W [M, N]."""
+        """Return W [M, N] in `dtype`."""
         absmax = self.absmax.float()
         if self.kind == "int8":
             return (self.codes * (absmax / 127)).to(dtype)
@@ -205,13 +215,13 @@ class QuantLinear(nn.Module):
 
 @lru_cache(maxsize=16)
 def _pairs(kind: str, device: torch.device) -> Tensor:
-    """[256, 2] the two numbers of each byte."""
+    """Return the two values of each byte, [256, 2]."""
     levels = torch.tensor(LEVELS[kind])
     return torch.cartesian_prod(levels, levels).to(device)
 
 
 def swap_linears(model: nn.Module, layers: Mapping[str, Any], make: Callable[[nn.Module], nn.Module]) -> None:
-    """Put `make(linear)` in the place of every linear layer that the layers `layers` are, or consist of."""
+    """Replace every linear layer among the modules named in `layers`, or inside them, by `make(linear)`."""
     for name in layers:
         module = model.get_submodule(name)
         if isinstance(module, LowRankLinear | PivotLinear):
@@ -222,19 +232,19 @@ def swap_linears(model: nn.Module, layers: Mapping[str, Any], make: Callable[[nn
 
 
 def shrink(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put layers of these forms and ranks, with nothing in them yet, into a base model."""
+    """Replace layers of a base model by layers of zeros with the given forms and ranks, to load weights into."""
     for name, row in layers.items():
         try:
             original = model.get_submodule(name)
             (M, N), weight = weight_MN(original).shape, weight_MN(original)
         except (AttributeError, ValueError) as error:
-            raise ValueError(f"config.json describes a layer {name!r}, which this model does not have.") from error
+            raise ValueError(f"config.json describes a layer {name!r}, which this model does not have. Export the model again.") from error
         form, q = row.get("form"), row.get("rank", 0)
         if form == "dense":
             continue
         if form not in ("linear", "factors", "pivot") or (form != "linear" and not (isinstance(q, int) and 0 <= q <= min(M, N))):
             raise ValueError(
-                f"config.json says {dict(row)!r} of layer {name!r} [{M}, {N}]; allowed are form dense, linear, factors or pivot, "
+                f"config.json describes layer {name!r} [{M}, {N}] as {dict(row)!r}; allowed are form dense, linear, factors or pivot, "
                 f"the last two with a rank from 0 to {min(M, N)}. Export the model again."
             )
         empty: Any = {"dtype": weight.dtype, "device": weight.device}
@@ -250,77 +260,83 @@ def shrink(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def weight_MN(layer: nn.Module) -> Tensor:
-    """The weight as [out, in]; GPT-2's Conv1D stores [in, out]."""
+    """Return the weight of a linear layer as [out, in]. GPT-2's Conv1D stores it as [in, out]."""
     weight = layer.weight
     if not isinstance(weight, Tensor) or weight.ndim != 2:
-        raise ValueError(f"{type(layer).__name__} is not a linear layer.")
+        raise ValueError(f"{type(layer).__name__} is not a linear layer: it has no weight matrix.")
     return weight.T if type(layer).__name__ == "Conv1D" else weight
 
 
 def bias_of(layer: nn.Module) -> Tensor | None:
+    """Return the bias of a linear layer, or None if it has none."""
     bias = layer.bias
     return bias if isinstance(bias, Tensor) else None
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` into `model` under the dotted name `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
-# ---- transformers' side
+# ---- the classes for transformers
 
 
 class AcipConfig(PreTrainedConfig):
-    """The door: config.json of an exported model becomes a config of the base model's kind that knows its layers."""
+    """The config class of model_type "acip". It returns a `CompressedConfig` of the base model's config class."""
 
     model_type = MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the config that the fields of an export's or an artifact's config.json describe."""
         fields = {key: value for key, value in config_dict.items() if key not in ("model_type", "auto_map", "architectures")}
         base_type, acip = fields.pop("base_model_type", None), fields.get("acip")
         if not isinstance(base_type, str) or not isinstance(acip, dict) or not isinstance(acip.get("layers"), dict):
-            raise ValueError('config.json has model_type "acip" but no base_model_type and "acip": {"base_class", "layers"}. Export again.')
-        if "quantise" in acip:  # as exports wrote it until version 0.1
+            raise ValueError(
+                'config.json has model_type "acip" but lacks base_model_type, or "acip": {"base_class", "layers"}. Export again.'
+            )
+        if "quantise" in acip:  # the spelling of exports before version 0.1
             fields["acip"] = acip = {("quantize" if key == "quantise" else key): value for key, value in acip.items()}
         config_class, _ = classes(base_type, str(acip.get("base_class")))
         return config_class.from_dict(fields, **kwargs)
 
 
 def artifact_config(config: dict[str, Any], base_class: str) -> dict[str, Any]:
-    """A base model's config.json as that of its artifact, from which transformers loads any size where acip is installed."""
+    """Return the config.json of an artifact, for the config.json of its base model. transformers can load it if acip is installed."""
     acip: dict[str, Any] = {"base_class": base_class, "quantize": None, "layers": {}, "artifact": True}
     architectures = [f"Acip{base_class}"]
     return config | {"model_type": MODEL_TYPE, "base_model_type": config["model_type"], "architectures": architectures, "acip": acip}
 
 
 def base_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
-    """The base model's config, from what `artifact_config` made of it."""
+    """Return the config of the base model, for the fields of an `artifact_config`."""
     from transformers import CONFIG_MAPPING
 
     kept = {key: value for key, value in fields.items() if key not in ("model_type", "base_model_type", "acip")}
-    found: PreTrainedConfig = CONFIG_MAPPING[fields["base_model_type"]].from_dict(kept | {"architectures": [fields["acip"]["base_class"]]})
-    return found
+    config: PreTrainedConfig = CONFIG_MAPPING[fields["base_model_type"]].from_dict(kept | {"architectures": [fields["acip"]["base_class"]]})
+    return config
 
 
 class CompressedConfig:
-    """Mixed into the base model's config class. In memory it is that config; on disk it is an `AcipConfig`."""
+    """A mixin for the base model's config class. In memory it is that class; on disk it is an `AcipConfig`."""
 
     model_type: str
     acip: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields of config.json."""
         written: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         return written | {
             "model_type": MODEL_TYPE,
             "base_model_type": type(self).model_type,
             "architectures": [f"Acip{self.acip['base_class']}"],
-            "auto_map": {"AutoConfig": f"{CODE.removesuffix('.py')}.AcipConfig"},  # which finds the model's class, too
+            "auto_map": {"AutoConfig": f"{CODE.removesuffix('.py')}.AcipConfig"},  # the model class is found through the config
         }
 
 
 class CompressedModel:
-    """Mixed into the base model's class: its layers are those of the config, before weights are loaded."""
+    """A mixin for the base model's class. Before weights are loaded, its layers get the forms and ranks of the config."""
 
     _keep_in_fp32_modules_strict = ("absmax",)
 
@@ -330,20 +346,25 @@ class CompressedModel:
         shrink(model, config.acip["layers"])
         kind = config.acip.get("quantize")
         if kind is not None and kind not in KINDS:
-            raise ValueError(f"config.json says quantize {kind!r}; allowed are {', '.join(KINDS)} or null.")
+            raise ValueError(f"config.json has quantize {kind!r}; allowed are {', '.join(KINDS)} or null.")
         if kind is not None:
             swap_linears(model, config.acip["layers"], lambda linear: QuantLinear.blank(linear, kind))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """An export; or, of an artifact, a model of every size, which is acip's own work."""
+        """Load an export, or a model of any size from an artifact (acip.modeling.load_artifact).
+
+        Raise ImportError for an artifact if acip is not imported.
+        """
         if config is None or not getattr(config, "acip", {}).get("artifact"):
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)  # type: ignore[misc]
-        through = import_module("acip.modeling").through_transformers  # not by a statement: transformers would ask every user for acip
-        chosen = kwargs.pop("attn_implementation", None) or config._attn_implementation_internal  # where transformers puts it
-        return through(pretrained_model_name_or_path, attn_implementation=chosen, **kwargs)
+        if load_artifact is None:
+            raise ImportError("this folder is an artifact, which only acip can load: install acip, and import it first.")
+        attention = kwargs.pop("attn_implementation", None) or config._attn_implementation_internal  # set there by transformers
+        return load_artifact(pretrained_model_name_or_path, attn_implementation=attention, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save the model as transformers does, and this file with it."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         target = Path(save_directory) / CODE
         if not target.exists():
@@ -352,7 +373,7 @@ class CompressedModel:
 
 
 def __getattr__(name: str) -> Any:
-    """The classes that `classes` makes, by their names: pickle looks for them here, in another process, too."""
+    """Return a class that `classes` makes, by its name. pickle needs this to find the classes in another process."""
     import transformers
 
     base_class = name.removeprefix("Acip").removesuffix("Config")
@@ -366,23 +387,20 @@ def __getattr__(name: str) -> Any:
 
 @cache
 def classes(base_type: str, base_class: str) -> tuple[Any, Any]:
-    """(config class, model class) of any size of a base model's class, known to transformers from now on."""
+    """Return the config class and the model class of compressed models of `base_class`, and register both in transformers."""
     import transformers
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
     base_model = getattr(transformers, base_class, None)
     if base_type not in CONFIG_MAPPING or not (isinstance(base_model, type) and issubclass(base_model, PreTrainedModel)):
         raise ValueError(
-            f"this is a compressed {base_class} ({base_type}), which transformers {transformers.__version__} "
+            f"this is a compressed {base_class} ({base_type}), a class that transformers {transformers.__version__} "
             "does not have. Upgrade transformers."
         )
     base_config = CONFIG_MAPPING[base_type]
-    plans = dict.fromkeys(("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan"))  # for the base's layers, not ours
-    defaults: dict[str, Any] = {
-        "base_class": base_class,
-        "quantize": None,
-        "layers": {},
-    }  # of a config made without arguments, as transformers prints it
+    plans = dict.fromkeys(("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan"))  # they describe the layers of the base model
+    # the value in a config that is made without arguments, as transformers does to print a config
+    defaults: dict[str, Any] = {"base_class": base_class, "quantize": None, "layers": {}}
     body = {"__module__": __name__, "model_type": base_config.model_type, "__doc__": CompressedConfig.__doc__, "acip": defaults, **plans}
     config_class: Any = type(f"Acip{base_class}Config", (CompressedConfig, base_config), body)
     keep = (*(base_model._keep_in_fp32_modules_strict or ()), *CompressedModel._keep_in_fp32_modules_strict)

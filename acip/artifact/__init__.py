@@ -1,4 +1,4 @@
-"""Artifacts: folders from which a model of any size is read."""
+"""Artifacts: folders from which a model of any size is loaded. ARTIFACT.md specifies the format."""
 
 from acip.artifact.artifact import Artifact
 

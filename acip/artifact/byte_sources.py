@@ -1,7 +1,7 @@
-"""Where an artifact's bytes come from: files by name, of which pieces are read.
+"""Sources of an artifact's bytes: files by name, read by byte ranges.
 
-A folder maps its files into memory, so that nothing is read before it is used. Other places (S3) are the
-platform's: they bring a `Source` of their own, whose bytes are compared with their checksums.
+`Folder` maps local files into memory, so nothing is read from disk before it is used. The platform adds sources of its own, for
+example for S3; the bytes of those are compared with their checksums.
 """
 
 import errno
@@ -13,44 +13,48 @@ from typing import Protocol
 
 from acip.errors import ArtifactError
 
-NORESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which the module doesn't name
-Range = tuple[int, int]  # the first byte, and the one after the last
+NORESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which the module mmap does not define
+Range = tuple[int, int]  # the first byte, and the byte after the last
 
 
 class Source(Protocol):
-    where: str  # for messages
-    checked: bool  # whether what is read is compared with its checksum
+    """A place that an artifact is read from."""
+
+    where: str  # names the place in messages
+    checked: bool  # whether bytes are compared with their checksums when they are read
 
     def size(self, file: str) -> int:
-        """Bytes of a file; ArtifactError where there is none."""
+        """Return the size of a file in bytes. Raise ArtifactError if there is no such file."""
         ...
 
     def read(self, file: str, ranges: Sequence[Range]) -> list[memoryview]:
-        """The bytes of each range, in their order."""
+        """Return the bytes of each range, in the order of `ranges`."""
         ...
 
 
 class Folder:
-    """A local folder. Its bytes are the page cache's, shared by all who read them."""
+    """A local folder. Its bytes are in the page cache, shared by all processes that read them."""
 
     def __init__(self, folder: Path, checked: bool = False) -> None:
         self.folder, self.where, self.checked = folder, str(folder), checked
 
     def size(self, file: str) -> int:
+        """Return the size of a file in bytes. Raise ArtifactError if there is no such file."""
         try:
             return (self.folder / file).stat().st_size
         except (OSError, ValueError) as error:
             raise ArtifactError(f"{self.folder / file} is missing: {error}. Fetch the artifact again.") from error
 
     def read(self, file: str, ranges: Sequence[Range]) -> list[memoryview]:
+        """Return the bytes of each range, in the order of `ranges`, as views of one new mapping of the file."""
         try:
             with (self.folder / file).open("rb") as opened:
-                # writable, because torch knows no other tensors, and private: one mapping for each read, so that who trains what
-                # came of one changes nobody else's. Nothing is reserved for it: files may be larger than memory
+                # Writable, because torch supports no read-only tensors. Private, one mapping per read, so that training tensors of
+                # one read changes no others. No memory is reserved, because files may be larger than memory.
                 kind = {"flags": mmap.MAP_PRIVATE | NORESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
                 mapped = memoryview(mmap.mmap(opened.fileno(), 0, **kind))
         except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # nothing is wrong with the file: another process may have room
-                raise MemoryError(f"{self.folder / file} can't be mapped: this process may not have more memory.") from error
+            if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # the file is intact; another process may have memory
+                raise MemoryError(f"{self.folder / file} can't be mapped: the memory limit of this process is reached.") from error
             raise ArtifactError(f"{self.folder / file} can't be read: {error}. Fetch the artifact again.") from error
         return [mapped[start:stop] for start, stop in ranges]

@@ -1,12 +1,14 @@
-"""The check before the long work: what a calibration of this base model would leave can be opened again, and generates.
+"""Check a base model before a calibration: its artifact can be opened again, and the model that is loaded from it generates.
 
-    the model's and the tokenizer's classes are transformers' own     an artifact holds no code
-    config.json comes back from JSON as it went                       what is built from an artifact is the base model's shape
-    every token id of the tokenizer has an embedding                  no text can fail in the middle of the work
-    a tiny model of the same architecture -> artifact -> opened again -> another size -> generates
+    check                                                          reason
+    the classes of the model and tokenizer are transformers' own   an artifact holds no code
+    config.json survives the conversion to JSON                    the loaded model must have the base model's shape
+    every token id of the tokenizer has an embedding               otherwise some texts fail during the calibration
+    a tiny model of the same class is saved as an artifact,        everything else
+    opened again, resized, and generates
 
-Seconds, and no weights are needed: `base.model` may be on the device `meta` (`acip.base.outline`). What is wrong is a BaseModelError.
-Run by each calibration, and by `--dry-run`.
+The checks take seconds and need no weights: `base.model` may be on the device `meta` (`acip.base.outline`). A failure raises
+BaseModelError. Every calibration runs them, and so does `--dry-run`.
 """
 
 import copy
@@ -30,30 +32,30 @@ from acip.sizing.model_sizes import cut_table
 from acip.sizing.score_map import ScoreMap
 
 VOCABULARY = 64  # tokens of the tiny model
-HEAD = 32  # dimensions of each of its attention heads
-MOST_HEADS = 4
-UNCOMPARED = {"transformers_version", "_name_or_path", "architectures"}
-SIZE = 0.5  # that the tiny artifact is opened at
-TOKENS = 4  # of its prompt
-LARGEST_TINY = 20_000_000  # parameters
+MAX_HEAD_DIM = 32
+MAX_HEADS = 4
+NOT_COMPARED = {"transformers_version", "_name_or_path", "architectures"}
+SIZE = 0.5  # to which the tiny model is resized
+PROMPT_TOKENS = 4
+MAX_TINY_PARAMS = 20_000_000
 
 
 def read_back(base: Base, recipe: Recipe) -> None:
-    """Raise BaseModelError where the artifact of a calibration of `base` by `recipe` could not be used. Changes nothing."""
+    """Raise BaseModelError if the artifact of a calibration of `base` by `recipe` could not be used. Nothing is changed."""
     if getattr(base.model.config, "acip", None):
-        raise BaseModelError(f"base {base.source!r} is a compressed model already (an export). Calibrate the model that it was made from.")
+        raise BaseModelError(f"base {base.source!r} is already compressed: it is an export. Calibrate the model that it was made from.")
     own_code(base.model, base.tokenizer, base.source)
     check_tokenizer(base)
     _check_config(base)
     find_linears(base.model, recipe.exclude)
-    with torch.random.fork_rng(devices=[]):  # what is drawn after this is what it was without it
+    with torch.random.fork_rng(devices=[]):  # the checks leave the random state unchanged
         _try_tiny(base, recipe)
 
 
 def _check_config(base: Base) -> None:
-    """Raise BaseModelError for a field of the configuration that JSON does not carry: NaN, sets, keys that are not text."""
+    """Raise BaseModelError for a field of the configuration that JSON can't represent: NaN, sets, keys that are not strings."""
     config = base.model.config
-    with foreign_errors(BaseModelError, f"the configuration of base {base.source!r} can't be kept as JSON", "Correct its config.json."):
+    with foreign_errors(BaseModelError, f"the configuration of base {base.source!r} can't be saved as JSON", "Correct its config.json."):
         with tempfile.TemporaryDirectory() as folder, quiet():
             config.save_pretrained(folder)
             read = type(config).from_dict(PreTrainedConfig.get_config_dict(folder)[0])
@@ -61,15 +63,16 @@ def _check_config(base: Base) -> None:
     if lost:
         name, before, after = lost[0]
         raise BaseModelError(
-            f"the configuration of base {base.source!r}: {name} is {cited(before)}, and comes back from JSON as {cited(after)}. "
+            f"the configuration of base {base.source!r}: {name} is {cited(before)}, but {cited(after)} when it is read back from JSON. "
             "Correct its config.json."
         )
 
 
 def _differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, value before and value after of each field that differs."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in [*before, *(key for key in after if key not in before)]:
-            if key not in UNCOMPARED:
+            if key not in NOT_COMPARED:
                 yield from _differences(before.get(key), after.get(key), f"{name}.{key}" if name else str(key))
     elif isinstance(before, list | tuple) and isinstance(after, list | tuple) and len(before) == len(after):
         for i, (left, right) in enumerate(zip(before, after, strict=True)):
@@ -79,13 +82,13 @@ def _differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str,
 
 
 def _try_tiny(base: Base, recipe: Recipe) -> None:
-    """Save, open, resize and use the artifact of a tiny model of the same class, with random weights and random scores."""
+    """Save, open, resize and run the artifact of a tiny model of the same class, with random weights and random scores."""
     recipe = replace(recipe, dtype="float32", adapter_rank=0, post_tune_steps=0, total_steps=None, quantize="none")
     tiny = _tiny(base.model, recipe.exclude)
     if tiny is None:
         return
-    failed = f"an artifact of base {base.source!r} could not be used: a tiny one of its architecture ({type(tiny).__name__}) fails"
-    prompt = torch.arange(TOKENS)[None] % VOCABULARY
+    failed = f"an artifact of base {base.source!r} could not be used: that of a tiny {type(tiny).__name__} with random weights fails"
+    prompt = torch.arange(PROMPT_TOKENS)[None] % VOCABULARY
     with foreign_errors(BaseModelError, failed, "Use another base model."), quiet(), tempfile.TemporaryDirectory() as folder:
         artifact = Artifact.save(folder, replace(base, model=tiny, digest=""), _calibration(tiny, recipe), {})
         artifact.tokenizer()
@@ -99,7 +102,7 @@ def _try_tiny(base: Base, recipe: Recipe) -> None:
 
 
 def _calibration(tiny: PreTrainedModel, recipe: Recipe) -> Calibration:
-    """What a calibration would leave of `tiny`, in place; its scores are random."""
+    """Return a calibration of `tiny` with random scores. `tiny` is changed in place."""
     ranks: dict[str, torch.Tensor] = {}
     for name, linear in find_linears(tiny, recipe.exclude).items():
         U_MK, S_K, V_KN = torch.linalg.svd(weight_MN(linear).detach(), full_matrices=False)
@@ -110,7 +113,7 @@ def _calibration(tiny: PreTrainedModel, recipe: Recipe) -> Calibration:
 
 
 def _tiny(model: PreTrainedModel, exclude: tuple[str, ...]) -> PreTrainedModel | None:
-    """Make a model of the same class with few and narrow layers; None where its configuration can't be shrunk to one that computes."""
+    """Return a model of the same class with few and narrow layers, or None if no shrunk configuration gives a model that runs."""
     for shrink in (_narrow, _few_layers):
         config = copy.deepcopy(model.config)
         with quiet():
@@ -119,14 +122,14 @@ def _tiny(model: PreTrainedModel, exclude: tuple[str, ...]) -> PreTrainedModel |
                 shrink(config.get_text_config())
                 with torch.device("meta"):
                     size = type(model)(copy.deepcopy(config)).num_parameters()
-                if size > LARGEST_TINY:
+                if size > MAX_TINY_PARAMS:
                     continue
                 tiny: PreTrainedModel = type(model)._from_config(config, dtype=torch.float32)
                 tiny.eval().requires_grad_(False)
-                find_linears(tiny, exclude)  # which may name the layers that were left out here
+                find_linears(tiny, exclude)  # raises if `exclude` names layers that were removed here
                 with torch.no_grad():
-                    tiny(input_ids=torch.arange(TOKENS)[None] % VOCABULARY)
-            except Exception:  # noqa: S112 - whatever a class makes of a configuration that it was not written for
+                    tiny(input_ids=torch.arange(PROMPT_TOKENS)[None] % VOCABULARY)
+            except Exception:  # noqa: S112 - a model class may raise any type on a configuration that it was not written for
                 continue
         if getattr(model, "generation_config", None) is not None:
             tiny.generation_config = copy.deepcopy(model.generation_config)
@@ -140,25 +143,25 @@ def _narrow(config: Any) -> None:
     heads, kv = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     dimensions = getattr(config, "head_dim", None) or config.hidden_size // heads
     groups = heads // kv if kv else 1
-    kv_heads = min(kv or heads, MOST_HEADS // min(groups, 2))
-    own_width = heads * dimensions == config.hidden_size
-    head = min(dimensions, HEAD)
+    kv_heads = min(kv or heads, MAX_HEADS // min(groups, 2))
+    heads_span_width = heads * dimensions == config.hidden_size
+    head = min(dimensions, MAX_HEAD_DIM)
     config.num_attention_heads = kv_heads * min(groups, 2)
     if kv:
         config.num_key_value_heads = kv_heads
     if getattr(config, "head_dim", None):
         config.head_dim = head
-    config.hidden_size = head * (config.num_attention_heads if own_width else MOST_HEADS)
-    for name, most in (("num_kv_heads", config.num_attention_heads), ("rotary_dim", head)):
+    config.hidden_size = head * (config.num_attention_heads if heads_span_width else MAX_HEADS)
+    for name, limit in (("num_kv_heads", config.num_attention_heads), ("rotary_dim", head)):
         if isinstance(value := getattr(config, name, None), int):
-            setattr(config, name, min(value, most))
+            setattr(config, name, min(value, limit))
     for name in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"):
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, 3 * config.hidden_size // 2)
     if (embedded := getattr(config, "word_embed_proj_dim", None)) is not None:
         config.word_embed_proj_dim = min(embedded, config.hidden_size)
     for rope in _mappings(getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)):
-        for name in ("short_factor", "long_factor"):  # one number for each pair of a head's dimensions
+        for name in ("short_factor", "long_factor"):  # one number per pair of head dimensions
             if name in rope:
                 rope[name] = rope[name][: len(rope[name]) * head // dimensions]
     config.vocab_size = min(config.vocab_size, VOCABULARY)
@@ -168,7 +171,7 @@ def _narrow(config: Any) -> None:
 
 
 def _few_layers(config: Any) -> None:
-    """Keep the first layers in place: as many as it takes to have one of every type, and two at least."""
+    """Remove layers from a text configuration in place. Keep the first ones: at least two, and one of every layer type."""
     kinds, count = getattr(config, "layer_types", None), config.num_hidden_layers
     kept = 2
     if kinds:
@@ -180,6 +183,7 @@ def _few_layers(config: Any) -> None:
 
 
 def _mappings(*values: Any) -> Iterator[dict[str, Any]]:
+    """Yield the dicts in `values`, and the dicts nested in them."""
     for value in values:
         if isinstance(value, dict):
             yield value
@@ -187,6 +191,7 @@ def _mappings(*values: Any) -> Iterator[dict[str, Any]]:
 
 
 def _below(value: Any, end: int) -> Any:
+    """Return an id or a list of ids, each reduced to at most `end` - 1."""
     if isinstance(value, list | tuple):
         return [_below(item, end) for item in value]
     return min(value, end - 1) if isinstance(value, int) else value

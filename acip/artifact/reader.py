@@ -1,120 +1,182 @@
-"""An artifact -> a resident model, of which only the bytes that a size needs are read (paper 2.2.3; the format: acip.artifact.artifact).
+"""An opened artifact: its checked manifest, its files, its tensors by ranges of rows, and its tables."""
 
-A layer at rank r reads rows [0, r) of its factors; a dense one its weight. What is there stays: growing reads the difference.
-"""
-
-import copy
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self, get_args
 
 import torch
-import transformers
-from accelerate import init_empty_weights
-from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from safetensors.torch import load
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
+from acip.artifact.byte_sources import Folder, Source
+from acip.artifact.manifest import CONFIG, DIGESTS, MANIFEST, check_manifest
+from acip.artifact.safetensors_ranges import TensorFile
 from acip.errors import ArtifactError
-from acip.layers.directions import DirectionMatrix
-from acip.layers.elastic_linear import ElasticLinear
-from acip.layers.targets import weight_MN
-from acip.modeling_acip import set_module
+from acip.modeling_acip import MODEL_TYPE, base_config
+from acip.recipe import Recipe
+from acip.sizing.budget import Bits, Curve, Decoder
+from acip.sizing.cut_table import CutTable, LayerShape, Weights
 
-if TYPE_CHECKING:
-    from acip.artifact.artifact import Artifact
+COPY_CHUNK_BYTES = 64 << 20  # bytes of a file that are in memory at once
 
 
-class ModelLoader:
-    """One artifact's open files, and the layers of one model that are filled from them."""
+@dataclass(frozen=True)
+class ArtifactReader:
+    """An opened artifact.
 
-    def __init__(self, artifact: "Artifact", device: str | torch.device) -> None:
-        self.artifact, self.device = artifact, device
-        self.factors, self.dense = artifact.tensors("factors"), artifact.tensors("dense")
-        self.stored = {row["name"]: row["stored_rank"] for row in artifact.manifest["layers"]}
-        self.lead = artifact.recipe.adapter_rows
-        for row in artifact.manifest["layers"]:
-            name, rows = row["name"], row["stored_rank"] + self.lead
-            places = ((self.factors, "left", (rows, row["M"])), (self.factors, "right", (rows, row["N"])))
-            for file, part, shape in (*places, (self.dense, "weight", (row["M"], row["N"]))):
-                if (found := file.entry(f"{name}.{part}")).shape != shape or not found.dtype.is_floating_point:
-                    raise ArtifactError(
-                        f"{artifact.source.where}: {name}.{part} is {found.dtype} {list(found.shape)}; the layer table says {list(shape)}."
-                    )
+    `source` is where its bytes are. `folder` is a local folder: the artifact itself, or the place for copies of those files that
+    transformers reads by path.
+    """
 
-    def __deepcopy__(self, memo: Any) -> "ModelLoader":
-        """Itself: nothing of it changes."""
+    folder: Path
+    manifest: dict[str, Any]
+    source: Source
+
+    @classmethod
+    def open(cls, folder: str | Path, source: Source | None = None, verify: bool = False) -> Self:
+        """Open an artifact, check its manifest, and check that every file has the size that the manifest says.
+
+        The bytes are read from `source` (default: `folder`). `verify` also reads every file and compares its sha256.
+        Raise ArtifactError if the artifact is incomplete, corrupted, or of a schema that this code does not read.
+        """
+        folder = Path(folder)
+        source = source or Folder(folder)
+        try:
+            (raw,) = source.read(MANIFEST, [(0, source.size(MANIFEST))])
+        except ArtifactError:
+            raise ArtifactError(
+                f"{source.where} holds no {MANIFEST}: it is not an artifact, or its writing was cut short. "
+                "Calibrate again, or check the path."
+            ) from None
+        try:
+            manifest = json.loads(bytes(raw).decode())
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"{source.where}/{MANIFEST} is not JSON ({error}). Fetch the artifact again.") from error
+        check_manifest(manifest, source.where)
+        for file, facts in manifest["files"].items():
+            if (size := source.size(file)) != facts["bytes"]:
+                raise ArtifactError(
+                    f"{source.where}/{file} is {size:,} bytes; the manifest says {facts['bytes']:,} bytes. Fetch the artifact again."
+                )
+            if verify:
+                for _ in _verified_chunks(source, file, facts):
+                    pass
+        return cls(folder, manifest, source)
+
+    def local(self, file: str) -> Path:
+        """Return a file of the artifact as a local path. A file that is not in `folder` is copied there and verified first."""
+        path = self.folder / file
+        if not path.is_file():
+            self.copy(file, path)
+        return path
+
+    def copy(self, file: str, path: Path) -> None:
+        """Copy a file of the artifact to `path` atomically, and verify its sha256."""
+        facts = self.manifest["files"].get(file)
+        if facts is None:
+            raise ArtifactError(f"{self.source.where} has no {file}. Fetch the artifact again.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            with partial.open("wb") as written:
+                for chunk in _verified_chunks(self.source, file, facts):
+                    written.write(chunk)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def tensors(self, file: str) -> TensorFile:
+        """Return one of the artifact's safetensors files, named without its suffix. It is opened once."""
+        if file not in self._tensor_files:
+            digests = self._digests if self.source.checked else {}
+            of_file = {key.removeprefix(f"{file}/"): value for key, value in digests.items() if key.startswith(f"{file}/")}
+            self._tensor_files[file] = TensorFile(self.source, f"{file}.safetensors", of_file)
+        return self._tensor_files[file]
+
+    @cached_property
+    def _tensor_files(self) -> dict[str, TensorFile]:
+        return {}
+
+    @cached_property
+    def _digests(self) -> dict[str, Tensor]:
+        file = f"{DIGESTS}.safetensors"
+        facts = self.manifest["files"].get(file, {"bytes": 0, "sha256": ""})
+        return load(b"".join(_verified_chunks(self.source, file, facts)))
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the calibration."""
+        return Recipe.from_dict(self.manifest["recipe"])
+
+    @property
+    def curve(self) -> list[dict[str, Any]]:
+        """The measured trade-off curve, one row per size."""
+        return self.manifest["curve"]
+
+    def table(self) -> CutTable:
+        """Return the table that turns a budget into one rank per layer."""
+        layers = tuple(LayerShape(row["name"], row["M"], row["N"], row["bias"]) for row in self.manifest["layers"])
+        order = self.tensors("order").read(["layer"])["layer"]
+        misfit = ArtifactError(f"{self.source.where}: the removal order does not fit the layer table. Fetch the artifact again.")
+        if order.dtype != torch.int32 or order.ndim != 1 or not len(order) or not 0 <= int(order.min()) <= int(order.max()) < len(layers):
+            raise misfit
+        if torch.bincount(order.long(), minlength=len(layers)).tolist() != [layer.K for layer in layers]:
+            raise misfit
+        dense, recipe = self.tensors("dense"), self.recipe
+        itemsizes = tuple(dense.entry(f"{layer.name}.weight").dtype.itemsize for layer in layers)
+        return CutTable(
+            layers, order, recipe.adapter_rows, self.manifest["rest_params"], recipe.storage, recipe.dense_if_no_saving,
+            weights=Weights(itemsizes, self.tensors("rest").data_bytes),
+            decoder=Decoder.of(self.config, max(itemsizes)),
+            curve=Curve.of(self.curve),
+            quantized={bits: curve for bits in get_args(Bits) if (curve := Curve.of(self.curve, bits))},
+        )  # fmt: skip
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The configuration of the base model."""
+        path = self.local(CONFIG)
+        try:
+            fields, _ = PreTrainedConfig.get_config_dict(path.parent)  # also decodes infinity and NaN, which JSON lacks
+            if fields["model_type"] == MODEL_TYPE:
+                return base_config(fields)
+            return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+        except Exception as error:  # a malformed configuration makes transformers raise exceptions of any type
+            raise ArtifactError(f"{self.source.where}/{CONFIG} does not describe a model: {error}") from error
+
+    def tokenizer(self) -> Any:
+        """Return the tokenizer of the base model."""
+        for file in self.manifest["files"]:
+            if not file.endswith(".safetensors"):
+                self.local(file)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            tokenizer("a")  # some malformed files raise only when the tokenizer is used
+            return tokenizer
+        except Exception as error:  # as above; the tokenizers library raises bare Exceptions
+            raise ArtifactError(f"{self.source.where}: the tokenizer files can't be loaded: {error}") from error
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        """Return the same object: an opened artifact is immutable."""
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ModelLoader, (self.artifact, self.device)
-
-    def model(self) -> PreTrainedModel:
-        """Everything but the target layers' numbers."""
-        config, where = copy.deepcopy(self.artifact.config), self.artifact.source.where  # the model may change its own
-        rest = self.artifact.tensors("rest")
-        try:
-            with init_empty_weights(include_buffers=False):
-                model = _model_class(config)._from_config(config, dtype=config.dtype)
-            tensors = {name: tensor.to(self.device) for name, tensor in rest.read(list(rest.entries)).items()}
-            model.load_state_dict(tensors, strict=False, assign=True)
-        except ArtifactError:
-            raise
-        except Exception as error:  # whatever a foreign config makes of transformers and torch
-            raise ArtifactError(f"{where} does not make the model that its config.json describes: {error}") from error
-        modules = dict(model.named_modules())
-        for row in self.artifact.manifest["layers"]:
-            name, original = row["name"], modules.get(row["name"])
-            if not isinstance(original, nn.Linear | Conv1D) or weight_MN(original).shape != (row["M"], row["N"]):
-                raise ArtifactError(f"{where}: the model of config.json has no linear layer {name} of {row['M']} x {row['N']}.")
-            dtype = self.factors.entry(f"{name}.left").dtype
-            left, right = (torch.empty(0, row[side], dtype=dtype, device=self.device) for side in ("M", "N"))
-            set_module(model, name, ElasticLinear(original, left, right, lead=self.lead))
-        model.tie_weights()
-        targets = {f"{name}.original.weight" for name in self.stored}
-        named = (*model.named_parameters(), *model.named_buffers())
-        if missing := [name for name, tensor in named if tensor.is_meta and name not in targets]:
-            raise ArtifactError(f"{where} lacks tensors of its model: {', '.join(missing[:3])}. Fetch the artifact again.")
-        if "generation_config.json" in self.artifact.manifest["files"]:
-            folder = self.artifact.local("generation_config.json").parent
-            try:
-                model.generation_config = GenerationConfig.from_pretrained(folder)
-            except Exception as error:  # as above
-                raise ArtifactError(f"{where}/generation_config.json can't be read: {error}") from error
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for buffer_name, buffer in list(model.named_buffers(remove_duplicate=False)):  # those that no file holds
-            parent, _, child = buffer_name.rpartition(".")
-            model.get_submodule(parent)._buffers[child] = buffer.to(self.device)
-        return model.eval()
-
-    def everything(self) -> dict[str, int | None]:
-        return dict(self.stored)
-
-    def fill(self, layers: Mapping[str, ElasticLinear], ranks: Mapping[str, int | None], dense: bool = False) -> None:
-        """Read what these ranks need and the layers lack: rows, weights of dense layers, or (`dense`) of all."""
-        wanted: list[tuple[str, int, int]] = []
-        weights: list[str] = []
-        for name, rank in ranks.items():
-            layer = layers[name]
-            if (rank is None or dense) and layer.original.weight.is_meta:
-                weights.append(name)
-            for side in ("left", "right") if rank is not None else ():
-                if (there := len(getattr(layer, side))) < self.lead + (rank or 0):
-                    wanted.append((f"{name}.{side}", there, self.lead + (rank or 0)))
-        for (key, *_), new in zip(wanted, self.factors.rows(wanted) if wanted else [], strict=True):
-            name, _, side = key.rpartition(".")
-            held: DirectionMatrix = getattr(layers[name], side)
-            more = new.to(held.values)
-            held.values = nn.Parameter(torch.cat([held.values, more]) if len(held) else more, requires_grad=False)
-        for name, weight in self.dense.read([f"{name}.weight" for name in weights]).items() if weights else ():
-            layer = layers[name.removesuffix(".weight")]
-            original: Any = layer.original
-            moved: Tensor = weight.to(layer.left.values)
-            original.weight = nn.Parameter(moved.T.contiguous() if isinstance(original, Conv1D) else moved, requires_grad=False)
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state to pickle, without opened files."""
+        return {"folder": self.folder, "manifest": self.manifest, "source": self.source}
 
 
-def _model_class(config: PreTrainedConfig) -> Any:
-    """The class that was saved, where transformers has it (an encoder, a vision model); else the causal one for this config."""
-    saved = getattr(transformers, (config.architectures or [""])[0], None)
-    known = isinstance(saved, type) and issubclass(saved, PreTrainedModel)
-    return saved if known else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+def _verified_chunks(source: Source, file: str, facts: Mapping[str, Any]) -> Iterator[memoryview]:
+    """Yield a whole file, one chunk in memory at a time. Raise ArtifactError after the last one if the sha256 is wrong."""
+    sha = hashlib.sha256()
+    for start in range(0, facts["bytes"], COPY_CHUNK_BYTES):
+        (chunk,) = source.read(file, [(start, min(start + COPY_CHUNK_BYTES, facts["bytes"]))])
+        sha.update(chunk)
+        yield chunk
+    if sha.hexdigest() != facts["sha256"]:
+        raise ArtifactError(f"{source.where}/{file} is corrupted: its sha256 is not the manifest's. Fetch the artifact again.")

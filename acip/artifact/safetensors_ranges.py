@@ -1,9 +1,9 @@
-"""A safetensors file read by rows: any prefix of its tensors, from wherever its bytes are.
+"""A range-reading safetensors parser: any rows of a file's tensors, from any source of bytes.
 
     8 bytes: length of the header | header: JSON {name: {dtype, shape, data_offsets}} | the tensors, row by row
 
-The header comes from outside and is believed in nothing: `TensorFile` refuses what overlaps, leaves the file, or is absurd,
-before anything is allocated. Rows come in chunks of `chunk_rows`, each with a sha256 in the artifact's digests.safetensors.
+Every header field is validated before anything is allocated: `TensorFile` refuses tensors that overlap, leave gaps, or lie outside
+the file, and sizes out of range. Rows are read in chunks of `chunk_rows`, each of which has a sha256 in digests.safetensors.
 """
 
 import hashlib
@@ -23,43 +23,50 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-MAX_HEADER = 64 << 20  # bytes; a model of 100,000 tensors has 10 MB
-CHUNK = 8 << 10  # bytes at least, so that small tensors have few
-CHUNKS = 128  # of a tensor at most
+MAX_HEADER_BYTES = 64 << 20  # a model of 100,000 tensors has a header of 10 MB
+MIN_CHUNK_BYTES = 8 << 10  # so that small tensors have few chunks
+MAX_CHUNKS = 128  # per tensor
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor's place in its file."""
+    """The dtype, shape and position of one tensor in its file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int  # of the file
+    start: int  # byte offset in the file
     row_bytes: int
 
     @property
     def rows(self) -> int:
+        """The length of the first dimension; 1 for a scalar."""
         return self.shape[0] if self.shape else 1
 
     @property
     def chunk_rows(self) -> int:
-        return max(1, -(-self.rows // CHUNKS), CHUNK // max(1, self.row_bytes))
+        """The rows of one chunk, the unit of reading and of checksums."""
+        return max(1, -(-self.rows // MAX_CHUNKS), MIN_CHUNK_BYTES // max(1, self.row_bytes))
 
 
 class TensorFile:
-    """An opened file: its checked header. `digests` [chunks, 32] by tensor are compared with what is read, where the source says so."""
+    """An opened safetensors file: its validated header in `entries`, and reads of its tensors.
+
+    `digests` holds the sha256 of each chunk, [chunks, 32] by tensor name. They are compared with what is read if `source.checked`.
+    All methods raise ArtifactError for a file that is malformed or does not match its digests.
+    """
 
     def __init__(self, source: Source, file: str, digests: Mapping[str, Tensor] | None = None) -> None:
         self.source, self.file, self.digests = source, file, digests or {}
         size = source.size(file)
         header, self.data_bytes = self._header(size)
+        data_start = size - self.data_bytes
         self.entries: dict[str, Entry] = {}
-        end = size - self.data_bytes
         spans: list[Range] = []
-        for name, facts in header.items():
+        for name, fields in header.items():
             if name != "__metadata__":
-                self.entries[name], span = self._entry(name, facts, size - self.data_bytes)
+                self.entries[name], span = self._entry(name, fields, data_start)
                 spans.append(span)
+        end = data_start
         for start, stop in sorted(spans):
             if start != end:
                 raise self._refused("its tensors overlap, or leave gaps")
@@ -68,51 +75,56 @@ class TensorFile:
             raise self._refused(f"its tensors end at byte {end:,} of {size:,}")
 
     def rows(self, wanted: Sequence[tuple[str, int, int]]) -> list[Tensor]:
-        """Rows [first, last) of each tensor, whole chunks of them: `last` rises to its chunk's end; `first` must be a chunk's start."""
+        """Return rows [first, last) of tensors, for (name, first, last) in `wanted`, extended to whole chunks.
+
+        `first` must be the start of a chunk; `last` is raised to the end of its chunk.
+        """
         ranges, spans = [], []
         for name, first, last in wanted:
             entry = self.entry(name)
             end = min(entry.rows, -(-last // entry.chunk_rows) * entry.chunk_rows)
             spans.append((name, first, end))
             ranges.append((entry.start + first * entry.row_bytes, entry.start + end * entry.row_bytes))
-        pieces = self.source.read(self.file, ranges)
-        return [self._tensor(name, first, last, piece) for (name, first, last), piece in zip(spans, pieces, strict=True)]
+        contents = self.source.read(self.file, ranges)
+        return [self._tensor(name, first, last, content) for (name, first, last), content in zip(spans, contents, strict=True)]
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Whole tensors."""
+        """Return whole tensors by name."""
         return dict(zip(names, self.rows([(name, 0, self.entry(name).rows) for name in names]), strict=True))
 
     def entry(self, name: str) -> Entry:
+        """Return the entry of a tensor."""
         if name not in self.entries:
             raise self._refused(f"it lacks {name}")
         return self.entries[name]
 
-    def _tensor(self, name: str, first: int, last: int, piece: memoryview) -> Tensor:
+    def _tensor(self, name: str, first: int, last: int, content: memoryview) -> Tensor:
         entry = self.entries[name]
-        if len(piece) != (last - first) * entry.row_bytes:
-            raise self._refused(f"{name} came as {len(piece):,} bytes instead of {(last - first) * entry.row_bytes:,}")
+        if len(content) != (last - first) * entry.row_bytes:
+            raise self._refused(f"{name} came as {len(content):,} bytes instead of {(last - first) * entry.row_bytes:,}")
         if self.source.checked:
-            self._compare(name, first, piece)
+            self._compare(name, first, content)
         shape = (last - first, *entry.shape[1:]) if entry.shape else ()
-        return torch.frombuffer(piece, dtype=entry.dtype).view(shape) if len(piece) else torch.empty(shape, dtype=entry.dtype)
+        return torch.frombuffer(content, dtype=entry.dtype).view(shape) if len(content) else torch.empty(shape, dtype=entry.dtype)
 
-    def _compare(self, name: str, first: int, piece: memoryview) -> None:
+    def _compare(self, name: str, first: int, content: memoryview) -> None:
+        """Compare rows that begin at row `first` with their digests."""
         entry = self.entries[name]
         expected = self.digests.get(name)
         if expected is None:
             raise self._refused(f"{name} has no checksums")
-        found = digests(piece, entry)
+        computed = chunk_digests(content, entry)
         begin = first // entry.chunk_rows
-        if not torch.equal(found, expected[begin : begin + len(found)]):
+        if not torch.equal(computed, expected[begin : begin + len(computed)]):
             raise self._refused(f"{name} is corrupted: its sha256 is not the artifact's")
 
     def _header(self, size: int) -> tuple[Mapping[str, Any], int]:
-        """The header, and the bytes that follow it."""
+        """Return the header, and the number of bytes after it."""
         if size < 8:
             raise self._refused(f"it has {size} bytes")
         (raw,) = self.source.read(self.file, [(0, 8)])
         length = int.from_bytes(raw, "little")
-        if length > min(size - 8, MAX_HEADER):
+        if length > min(size - 8, MAX_HEADER_BYTES):
             raise self._refused(f"its header would have {length:,} bytes")
         (raw,) = self.source.read(self.file, [(8, 8 + length)])
         try:
@@ -123,31 +135,35 @@ class TensorFile:
             raise self._refused("its header is not an object")
         return header, size - 8 - length
 
-    def _entry(self, name: str, facts: Any, data: int) -> tuple[Entry, Range]:
+    def _entry(self, name: str, fields: Any, data_start: int) -> tuple[Entry, Range]:
+        """Return the entry that the header's fields of a tensor describe, and the tensor's byte range in the file."""
         try:
-            dtype, shape, (start, stop) = DTYPES[facts["dtype"]], facts["shape"], facts["data_offsets"]
+            dtype, shape, (start, stop) = DTYPES[fields["dtype"]], fields["shape"], fields["data_offsets"]
             numbers = [*shape, start, stop]
         except (KeyError, TypeError, ValueError) as error:
             raise self._refused(f"{name!r} is malformed") from error
         if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**48 for n in numbers) or len(shape) > 8:
-            raise self._refused(f"{name!r} has an absurd shape or place")
+            raise self._refused(f"the shape or the offsets of {name!r} are out of range")
         if stop - start != math.prod(shape) * dtype.itemsize:
             raise self._refused(f"{name!r} of shape {shape} does not fill its bytes")
         row_bytes = math.prod(shape[1:]) * dtype.itemsize if shape else dtype.itemsize
-        return Entry(dtype, tuple(shape), data + start, row_bytes), (data + start, data + stop)
+        return Entry(dtype, tuple(shape), data_start + start, row_bytes), (data_start + start, data_start + stop)
 
-    def _refused(self, what: str) -> ArtifactError:
-        return ArtifactError(f"{self.source.where}/{self.file} can't be read: {what}. Fetch the artifact again.")
+    def _refused(self, problem: str) -> ArtifactError:
+        return ArtifactError(f"{self.source.where}/{self.file} can't be read: {problem}. Fetch the artifact again.")
 
 
-def digests(piece: memoryview | bytes, entry: Entry) -> Tensor:
-    """[chunks, 32] sha256 of whole chunks of rows, each after the tensor's dtype and shape as the header has them."""
+def chunk_digests(content: memoryview | bytes, entry: Entry) -> Tensor:
+    """Return the sha256 [chunks, 32] of each chunk of rows in `content`.
+
+    Each one covers the tensor's dtype and shape, as the header writes them, followed by the chunk's bytes.
+    """
     step = max(1, entry.chunk_rows * entry.row_bytes)
-    kind = next(name for name, dtype in DTYPES.items() if dtype == entry.dtype)
-    facts = json.dumps([kind, *entry.shape]).encode()
-    found = bytearray()
-    for i in range(0, max(1, len(piece)), step):
-        chunk = hashlib.sha256(facts)
-        chunk.update(piece[i : i + step])
-        found += chunk.digest()
-    return torch.frombuffer(found, dtype=torch.uint8).view(-1, 32)
+    dtype_name = next(name for name, dtype in DTYPES.items() if dtype == entry.dtype)
+    prefix = json.dumps([dtype_name, *entry.shape]).encode()
+    digests = bytearray()
+    for i in range(0, max(1, len(content)), step):
+        chunk = hashlib.sha256(prefix)
+        chunk.update(content[i : i + step])
+        digests += chunk.digest()
+    return torch.frombuffer(digests, dtype=torch.uint8).view(-1, 32)

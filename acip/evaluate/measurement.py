@@ -54,8 +54,8 @@ class Subject:
         """The base model, to be used inside only: of any size, it is the very same modules."""
         if self.any_size is not None:
             layers = self.any_size.layers
-            if self.any_size.fill is not None:
-                self.any_size.fill(layers, dict.fromkeys(layers))  # dense weights, where they were not read yet
+            if self.any_size.load_missing is not None:
+                self.any_size.load_missing(layers, dict.fromkeys(layers))  # dense weights, where they were not read yet
             with as_base(layers):
                 yield self.model
         elif self.reference is not None:

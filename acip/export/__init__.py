@@ -1,4 +1,4 @@
-"""One size as a folder that transformers loads: export, quantization, model card, hub."""
+"""Exports: one size of an artifact as a folder for transformers; its quantization, model card, and upload to the hub."""
 
 from acip.export.folder import export
 

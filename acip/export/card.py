@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, what was asked and got, what was measured, how to use it, what to beware of."""
+"""Model cards of exports and artifacts: size, usage, measured curve, and limits."""
 
 import json
 import re
@@ -12,7 +12,7 @@ HEAD = ("library_name: transformers", "pipeline_tag: text-generation", "tags:")
 
 
 def card(provenance: dict[str, Any], artifact: Artifact, name: str) -> str:
-    """README.md with the hub's fields on top."""
+    """Return the README.md of an export named `name`, with the metadata of the hub at the top."""
     source, size, quantized = artifact.manifest["base"]["source"], provenance["size"], provenance["quantize"]
     hub_id = source.partition("@")[0] if _is_hub_id(source) else None
     license = license_of(source)
@@ -29,9 +29,9 @@ def card(provenance: dict[str, Any], artifact: Artifact, name: str) -> str:
     linked = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"`{shown(source)}`"
     facts = {
         "base model": linked + (f" at `{provenance['base']['revision']}`" if provenance["base"].get("revision") else ""),
-        "asked": _amount(size["asked"], size["convention"], size["unit"]),
-        "got": _amount(size["got"], size["convention"], size["unit"]),
-        "size of the compressed layers": f"{ratio:.4f} of the base model's numbers",
+        "requested size": _amount(size["asked"], size["convention"], size["unit"]),
+        "actual size": _amount(size["got"], size["convention"], size["unit"]),
+        "size of the compressed layers": f"{ratio:.4f} of the numbers that the base model stores",
         "parameters": f"{size['params']:,}",
         "weights": f"{provenance['weight_bytes']:,} bytes, {quantized or provenance['dtype']}",
         "layers": forms,
@@ -39,19 +39,19 @@ def card(provenance: dict[str, Any], artifact: Artifact, name: str) -> str:
     return "\n".join([
         "---", *head, "---", "",
         f"# {name}", "",
-        f"{linked} compressed to {ratio:.0%} by [ACIP](https://arxiv.org/abs/2502.01717). The size was chosen after calibration; "
+        f"{linked}, compressed to {ratio:.0%} by [ACIP](https://arxiv.org/abs/2502.01717). The size was chosen after calibration; "
         f"{_training(provenance['artifact'])}.", "",
         "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), "",
         "## Use", "", "```python", *_usage(quantized), "```", "",
-        "Without `acip`, the layers' code is `modeling_acip.py` in this folder: pass `trust_remote_code=True` instead of importing it. "
-        "Needs transformers 5 or newer.", "",
+        "Without the package `acip`, pass `trust_remote_code=True`; transformers then runs `modeling_acip.py` from this folder. "
+        "Requires transformers 5 or newer.", "",
         "## Measured", "", *_curve(artifact.curve, ratio, quantized), "",
         "## Limits", "", *(f"* {limit}" for limit in _limits(provenance, license, linked)), "",
     ])  # fmt: skip
 
 
 def artifact_card(artifact: Artifact, name: str) -> str:
-    """README.md of an artifact of every size."""
+    """Return the README.md of an artifact named `name`."""
     source = artifact.manifest["base"]["source"]
     hub_id = source.partition("@")[0] if _is_hub_id(source) else None
     license, tags = license_of(source), ["acip", "compressed", "low-rank", "any-size"]
@@ -66,16 +66,16 @@ def artifact_card(artifact: Artifact, name: str) -> str:
     return "\n".join([
         "---", *head, "---", "",
         f"# {name}", "",
-        f"{linked} at any size, by [ACIP](https://arxiv.org/abs/2502.01717): choose the size when you load it.", "",
+        f"{linked} at any size, by [ACIP](https://arxiv.org/abs/2502.01717). Choose the size when you load the model.", "",
         "## Use", "", "```python", *_any_size_usage(), "```", "",
-        "Needs `acip`. The format is documented in its `ARTIFACT.md`; nothing in this folder is executed.", "",
+        "Requires the package `acip`, whose `ARTIFACT.md` documents the format. No code from this folder is executed.", "",
         "## Measured", "", *_curve(artifact.curve, None, None), "",
         "## Limits", "", *(f"* {limit}" for limit in _limits(provenance, license, linked, "manifest.json")), "",
     ])  # fmt: skip
 
 
 def license_of(source: str) -> str | None:
-    """The license in the base model's own card, where it is on this machine; nothing is downloaded."""
+    """Return the license in the model card of a base model, or None if the card is not on this machine. Nothing is downloaded."""
     if Path(source).is_dir():
         path: Any = Path(source) / "README.md"
     elif _is_hub_id(source):
@@ -87,12 +87,12 @@ def license_of(source: str) -> str | None:
     if not isinstance(path, str | Path) or not Path(path).is_file():
         return None
     front = re.match(r"---\s*\n(.*?)\n---", Path(path).read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    found = re.search(r"^license:\s*[\"']?([\w.-]+)[\"']?\s*$", front[1], re.MULTILINE) if front else None
-    return found[1] if found else None
+    match = re.search(r"^license:\s*[\"']?([\w.-]+)[\"']?\s*$", front[1], re.MULTILINE) if front else None
+    return match[1] if match else None
 
 
 def shown(source: str) -> str:
-    """A path is this machine's own business."""
+    """Return the source of a base model or text for publication: of a local path, only the last part."""
     return source if source.startswith("package:") or _is_hub_id(source) else Path(source).name
 
 
@@ -107,23 +107,23 @@ def _amount(amount: float, convention: str, unit: str) -> str:
 
 
 def _training(artifact: dict[str, Any]) -> str:
-    """What happened to the artifact after its calibration (acip_platform.training.fine_tuning notes it)."""
+    """Return a clause on fine-tuning after the calibration, which acip_platform.training.fine_tuning records in the provenance."""
     tuned = artifact.get("finetuned")
     if not tuned:
-        return "no training happened for it in particular"
-    return f"the model was fine-tuned at {tuned['size']:g} ({tuned['steps']:,} steps on {shown(tuned['data'])})"
+        return "the model was not trained for this size"
+    return f"the model was fine-tuned at size {tuned['size']:g} ({tuned['steps']:,} steps on {shown(tuned['data'])})"
 
 
 def _usage(quantized: str | None) -> list[str]:
     return [
-        "import acip  # makes transformers know these layers; no code from this folder is run",
+        "import acip  # registers these layers in transformers; no code from this folder is executed",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'model = AutoModelForCausalLM.from_pretrained("path/or/repo")',
         'tokenizer = AutoTokenizer.from_pretrained("path/or/repo")',
         'inputs = tokenizer("The capital of France is", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=24)[0]))",
-        *([] if quantized else ["", '# LoRA: peft.LoraConfig(target_modules="all-linear") adapts the layers inside']),
+        *([] if quantized else ["", '# to fine-tune with LoRA: peft.LoraConfig(target_modules="all-linear")']),
     ]
 
 
@@ -133,9 +133,9 @@ def _any_size_usage() -> list[str]:
         "from transformers import AutoModelForCausalLM",
         "",
         'model = AutoModelForCausalLM.from_pretrained("path/or/repo")',
-        'model.prune_model_by_score(size_ratio=0.5)  # as often as you like; model.resize("8GB") takes other budgets',
-        "model.compress()  # plain layers; memory falls",
-        'model.quantize("nf4")  # if you like',
+        'model.prune_model_by_score(size_ratio=0.5)  # can be repeated; model.resize("8GB") sets a budget in bytes',
+        "model.compress()  # makes plain layers and frees memory",
+        'model.quantize("nf4")  # optional',
     ]
 
 
@@ -144,35 +144,38 @@ def _curve(rows: list[dict[str, Any]], ratio: float | None, quantized: str | Non
     if not measured:
         return ["No trade-off curve was measured for this model."]
     first = measured[0]
-    known = [f"{shown(first['corpus'])}, held out"] if "corpus" in first else []
+    setup = [f"{shown(first['corpus'])}, held out"] if "corpus" in first else []
     if {"windows", "context"} <= first.keys():
-        known.append(f"{first['windows']} windows of {first['context']} tokens, {first.get('protocol', 'packed')}")
-    table = ["Every size of the same calibration" + (f" ({'; '.join(known)})" if known else "") + ", before any quantization:", ""]
-    table += ["| asked | got | parameters | perplexity | |", "|---|---|---|---|---|"]
+        setup.append(f"{first['windows']} windows of {first['context']} tokens, {first.get('protocol', 'packed')}")
+    table = ["All measured sizes of this calibration" + (f" ({'; '.join(setup)})" if setup else "") + ", without quantization:", ""]
+    table += ["| requested | actual | parameters | perplexity | |", "|---|---|---|---|---|"]
     nearest = None if ratio is None else min(measured, key=lambda row: abs(row.get("got", row.get("asked", 0)) - ratio))
     for row in measured:
         got = row.get("got", row.get("asked"))
         error = f" ± {row['perplexity'] * row['stderr']:.2f}" if isinstance(row.get("stderr"), int | float) else ""
         params = f"{row['params']:,}" if "params" in row else ""
-        notes = ["nearest to this model"] if row is nearest else []
-        notes += ["below what was calibrated"] if row.get("extrapolated") else []
+        notes = ["closest to this model"] if row is nearest else []
+        notes += ["below the calibrated sizes"] if row.get("extrapolated") else []
         table.append(f"| {row.get('asked', got):.2f} | {got:.4f} | {params} | {row['perplexity']:.2f}{error} | {', '.join(notes)} |")
-    return table + (["", f"This model is quantized ({quantized}); the table does not include what that costs."] if quantized else [])
+    return table + (
+        ["", f"This model is quantized ({quantized}). The table does not include the loss that this causes."] if quantized else []
+    )
 
 
 def _limits(provenance: dict[str, Any], license: str | None, linked: str, facts: str = "provenance.json") -> list[str]:
     stop = provenance["recipe"].get("stop_ratio")
     limits = [
-        f"What {linked} can't do or does wrong, this model can't do or does wrong too; compression may add to it, unevenly over topics.",
-        "Perplexity on one corpus is not quality on your task: measure there.",
+        f"The limits and errors of {linked} are also those of this model. Compression may add errors, more on some topics than on others.",
+        "Perplexity on one corpus does not predict quality on your task. Measure the model on your task.",
     ]
     if isinstance(stop, int | float) and provenance["size"]["sizes"]["linear"] < stop:
-        limits.append(f"This size is below {stop}, where calibration stopped: it is extrapolated.")
+        limits.append(f"This size is below {stop}, the smallest calibrated size: it is extrapolated.")
     if provenance["quantize"]:
         limits.append(
-            "Quantized matrices are dequantized at each use: less memory, not more speed. Fine-tune an export that is not quantized."
+            "Quantized matrices are dequantized for each product, which saves memory but is not faster. To fine-tune, export without "
+            "quantization."
         )
     limits.append(
-        f"License: {license}, the base model's." if license else "License: that of the base model; it was not known here. Check it."
+        f"License: {license}, as the base model." if license else "License: that of the base model, which was not found. Check it."
     )
-    return [*limits, f"Base model's digest: `{json.dumps(provenance['base'].get('digest'))[1:13]}`; everything else in `{facts}`."]
+    return [*limits, f"Digest of the base model: `{json.dumps(provenance['base'].get('digest'))[1:13]}`. All other facts are in `{facts}`."]

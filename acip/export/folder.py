@@ -1,14 +1,14 @@
-"""One size of an artifact as a folder that transformers loads: a plain model in its smallest form, with all that belongs to it.
+"""Export one size of an artifact as a folder for transformers: a plain model in its smallest form, with tokenizer and metadata.
 
-model*.safetensors       the weights of this size, nothing else: the bytes of the cut, in shards
-config.json              the base model's, and each target layer's form and rank (acip/modeling_acip.py)
-modeling_acip.py         the code of these layers, for who has no acip
+model*.safetensors       the weights of this size, in shards; their bytes are those of the cut
+config.json              the base model's config, and the form and rank of each target layer (acip/modeling_acip.py)
+modeling_acip.py         the code of these layers, for machines without acip
 tokenizer files          with the chat template
-generation_config.json   with every end-of-sequence id that the base model, its tokenizer or its config knows
-README.md                the model card: the measured curve, what was asked and got, how to use it (acip/export/card.py)
-provenance.json          base model, recipe, sizes, versions, sha256 of every other file; written last
+generation_config.json   with every end-of-sequence id of the base model's generation config, config and tokenizer
+README.md                the model card: requested and actual size, measured curve, how to use the model (acip/export/card.py)
+provenance.json          base model, recipe, sizes, versions, and sha256 of every other file; written last
 
-It is written beside its place and renamed: a crash leaves no half export.
+The folder is written under a temporary name and renamed, so a crash leaves no partial export.
 """
 
 import importlib.metadata
@@ -41,6 +41,7 @@ from acip.utils.checksums import sha256
 
 PROVENANCE = "provenance.json"
 SCHEMA = 1
+ELASTIC = "Elastic"  # prefix of the names of classes that `elastic_class` makes
 
 
 def export(
@@ -51,10 +52,10 @@ def export(
     max_shard_size: str | int = "5GB",
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write the present size of `any_size` to `folder`; returns its provenance. An earlier export there is replaced.
+    """Write the present size of `any_size` to `folder`, and return its provenance. An earlier export there is replaced.
 
-    `kind` quantizes the target layers' matrices. A cut whose budget was counted in 8 or 4 bit must be quantized so.
-    `facts` go into the provenance: what the caller knows of this export.
+    `kind` quantizes the matrices of the target layers. A cut whose budget was counted in 8 or 4 bit is always quantized.
+    `facts` are added to the provenance. Raise ArtifactError if `folder` holds anything but an earlier export.
     """
     folder = check_target(folder)
     assert any_size.cut is not None, "resize first"
@@ -62,7 +63,7 @@ def export(
 
 
 def compressed_model(any_size: ElasticModel, kind: Kind | None = None) -> PreTrainedModel:
-    """The present size as a transformers model on its own, whose `save_pretrained` writes what `from_pretrained` reads."""
+    """Return the present size as a transformers model that shares nothing with `any_size` and can be saved with `save_pretrained`."""
     plain = any_size.materialize()
     model = empty_model(plain)
     model.config.acip["layers"] = {name: _row(model.get_submodule(name), plain.get_submodule(name)) for name in any_size.layers}
@@ -74,39 +75,39 @@ def compressed_model(any_size: ElasticModel, kind: Kind | None = None) -> PreTra
 
 
 def empty_model(plain: PreTrainedModel, mixin: type | None = None) -> PreTrainedModel:
-    """A model of the class of any size for `plain`'s class (and of `mixin`), as yet without weights."""
+    """Return a model of the compressed class for the class of `plain` (and of `mixin`), without weights."""
     base_class = base_class_of(plain)
     try:
         config_class, model_class = classes(plain.config.model_type, base_class)
     except ValueError as error:
         raise ArtifactError(f"{base_class} can't be exported: {error}") from error
     if not plain.can_generate():
-        raise ArtifactError(f"{type(plain).__name__} generates no text; only causal language models can be exported.")
-    ours = ("model_type", "architectures", "base_model_type", "auto_map")
-    fields = {key: value for key, value in plain.config.to_dict().items() if key not in ours}
+        raise ArtifactError(f"{type(plain).__name__} does not generate text; only causal language models can be exported.")
+    replaced = ("model_type", "architectures", "base_model_type", "auto_map")
+    fields = {key: value for key, value in plain.config.to_dict().items() if key not in replaced}
     config = config_class.from_dict(fields | {"acip": {"base_class": base_class, "quantize": None, "layers": {}}})
     if mixin is not None:
-        model_class = any_size_class(mixin, model_class)
+        model_class = elastic_class(mixin, model_class)
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = model_class._from_config(config, dtype=plain.dtype)
     return model
 
 
 def base_class_of(model: PreTrainedModel) -> str:
-    """The name of the base model's class, of which `model` may be any size."""
+    """Return the name of the base model's class. `model` is the base model or a compressed model."""
     acip = getattr(model.config, "acip", None)
     return str(acip["base_class"]) if isinstance(acip, dict) else type(model).__name__
 
 
 @cache
-def any_size_class(mixin: type, model_class: type) -> Any:
-    """`model_class` with `mixin` before it, one class for each pair, so that pickle finds it by its name."""
-    name = f"AnySize{model_class.__name__.removeprefix('Acip')}"
+def elastic_class(mixin: type, model_class: type) -> Any:
+    """Return `model_class` with `mixin` as its first base. Each pair gives one class, which pickle finds by its name."""
+    name = f"{ELASTIC}{model_class.__name__.removeprefix('Acip')}"
     return type(name, (mixin, model_class), {"__module__": mixin.__module__, "__doc__": mixin.__doc__})
 
 
 def move_modules(model: PreTrainedModel, other: PreTrainedModel) -> None:
-    """`model` gets every module of `other`, which has the same slots, and its own config and those inside it become theirs."""
+    """Move every module of `other` into `model`, which has the same attributes, and give the modules the configs of `model`."""
     configs: dict[int, Any] = {id(other.config): model.config}
     for part in other.config.sub_configs:
         configs[id(getattr(other.config, part, None))] = getattr(model.config, part, None)
@@ -115,8 +116,8 @@ def move_modules(model: PreTrainedModel, other: PreTrainedModel) -> None:
     model._parameters.update(other._parameters)
     model._buffers.update(other._buffers)
     for module in model.modules():
-        if (known := configs.get(id(getattr(module, "config", None)))) is not None:
-            module.config = known
+        if (config := configs.get(id(getattr(module, "config", None)))) is not None:
+            module.config = config
     if getattr(other, "generation_config", None) is not None:
         model.generation_config = other.generation_config
     model.train(other.training)
@@ -130,10 +131,10 @@ def write(
     max_shard_size: str | int = "5GB",
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The folder of a model that `compressed_model` made."""
+    """Write the export of a model that `compressed_model` made, and return its provenance."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))  # nobody else's
-    partial, earlier = aside / "new", aside / "earlier"
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    partial, earlier = temporary / "new", temporary / "earlier"
     try:
         partial.mkdir()
         ends = _keep_ends(model, artifact)
@@ -158,31 +159,31 @@ def write(
                 earlier.rename(folder)
             raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return provenance
 
 
 def check_target(folder: str | Path) -> Path:
-    """The folder, if an export may be written there: it is not there, empty, or an earlier export and nothing more."""
+    """Return the absolute path of `folder`. Raise ArtifactError unless it does not exist, is empty, or is an unchanged earlier export."""
     folder = Path(folder).absolute()
     if not folder.exists() and not folder.is_symlink():
         return folder
     if folder.is_symlink() or not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder. Choose another place for the export.")
-    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    if there:
-        ours = files_of(folder)
-        if not ours:
-            raise ArtifactError(f"{folder} holds something that is not an earlier export; it is not overwritten. Choose another folder.")
-        if there - ours:
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    if present:
+        exported = files_of(folder)
+        if not exported:
+            raise ArtifactError(f"{folder} is not empty and not an earlier export; it is not overwritten. Choose another folder.")
+        if added := present - exported:
             raise ArtifactError(
-                f"{folder} is an earlier export with files added to it ({_some(there - ours)}). Move them, or choose another."
+                f"{folder} is an earlier export with files added to it ({_some(added)}). Move them, or choose another folder."
             )
     return folder
 
 
 def files_of(folder: Path) -> set[str]:
-    """The files of the export in a folder, as it names them; none where it holds none."""
+    """Return the files of the export in `folder`, according to its provenance; an empty set if there is no export."""
     try:
         provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
         return {PROVENANCE, *provenance["files"]} if "acip_export" in provenance else set()
@@ -191,6 +192,7 @@ def files_of(folder: Path) -> set[str]:
 
 
 def _row(original: nn.Module, layer: nn.Module) -> dict[str, Any]:
+    """Return the entry of a layer in the config: its form and rank."""
     if isinstance(layer, PivotLinear):
         return {"form": "pivot", "rank": layer.rank}
     if isinstance(layer, LowRankLinear):
@@ -199,7 +201,7 @@ def _row(original: nn.Module, layer: nn.Module) -> dict[str, Any]:
 
 
 def _keep_ends(model: PreTrainedModel, artifact: Artifact) -> list[int]:
-    """Every end-of-sequence id of base model, config and tokenizer, put into the generation config in this order."""
+    """Put every end-of-sequence id of generation config, config and tokenizer into the generation config, and return them."""
     generation: Any = model.generation_config
     config, tokenizer = artifact.config, artifact.tokenizer()
     ends: list[int] = []
@@ -211,19 +213,25 @@ def _keep_ends(model: PreTrainedModel, artifact: Artifact) -> list[int]:
 
 
 def _check(folder: Path, tokenizer: Any, ends: list[int]) -> None:
-    """What was written is what will be read: end ids, vocabulary, chat template."""
-    got = GenerationConfig.from_pretrained(folder).eos_token_id if (folder / "generation_config.json").is_file() else None
-    lost = set(ends) - set(got if isinstance(got, list) else [got])
+    """Raise ArtifactError unless end-of-sequence ids, vocabulary and chat template are read back as they were."""
+    written = GenerationConfig.from_pretrained(folder).eos_token_id if (folder / "generation_config.json").is_file() else None
+    lost = set(ends) - set(written if isinstance(written, list) else [written])
     if lost:
-        raise ArtifactError(f"end-of-sequence ids {sorted(lost)} would be lost by the export: generation would not stop at them.")
+        raise ArtifactError(
+            f"end-of-sequence ids {sorted(lost)} would be lost by the export, and generation would not stop at them. "
+            "Check the base model's generation_config.json."
+        )
     read = AutoTokenizer.from_pretrained(folder)
-    for what in ("eos_token_id", "bos_token_id", "chat_template"):
-        if getattr(read, what, None) != getattr(tokenizer, what, None):
+    for name in ("eos_token_id", "bos_token_id", "chat_template"):
+        if getattr(read, name, None) != getattr(tokenizer, name, None):
             raise ArtifactError(
-                f"the tokenizer's {what} would not survive the export: {getattr(tokenizer, what)!r} became {getattr(read, what)!r}."
+                f"the export would change the tokenizer's {name} from {getattr(tokenizer, name)!r} to {getattr(read, name)!r}. "
+                "Check the base model's tokenizer."
             )
     if len(read) != len(tokenizer):
-        raise ArtifactError(f"the tokenizer would not survive the export: {len(tokenizer)} tokens became {len(read)}.")
+        raise ArtifactError(
+            f"the export would change the tokenizer from {len(tokenizer)} to {len(read)} tokens. Check the base model's tokenizer."
+        )
 
 
 def _provenance(model: PreTrainedModel, cut: Cut, artifact: Artifact, folder: Path) -> dict[str, Any]:
@@ -245,15 +253,15 @@ def _provenance(model: PreTrainedModel, cut: Cut, artifact: Artifact, folder: Pa
 
 
 def public(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """An artifact's manifest as it may be published: it does not tell of this machine, or its store."""
+    """Return a manifest for publication: without paths of this machine and URIs of its store."""
     base = manifest["base"]
-    told = _without_paths({"provenance": manifest.get("provenance", {}), "curve": manifest["curve"]})
-    return {**manifest, "base": {**base, "source": shown(base["source"])}, **told}
+    cleaned = _without_paths({"provenance": manifest.get("provenance", {}), "curve": manifest["curve"]})
+    return {**manifest, "base": {**base, "source": shown(base["source"])}, **cleaned}
 
 
 def _without_paths(value: Any) -> Any:
-    """Of a path, and of a URI that is not the web's, the last part."""
-    if isinstance(value, dict) and value.get("kind") != "samples":  # what models said stays as it is
+    """Replace paths, and URIs other than http and https, by their last part."""
+    if isinstance(value, dict) and value.get("kind") != "samples":  # the text of samples is not changed
         return {key: _without_paths(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_without_paths(inner) for inner in value]
@@ -261,16 +269,18 @@ def _without_paths(value: Any) -> Any:
 
 
 def tensor_bytes(folder: str | Path) -> int:
-    """Bytes of the weights in a folder, the files' headers aside."""
+    """Return the bytes of the weights in a folder, without the headers of the files."""
     return sum(TensorFile(Folder(path.parent), path.name).data_bytes for path in Path(folder).glob("*.safetensors"))
 
 
 def _forms(layers: Mapping[str, Any]) -> dict[str, int]:
+    """Return how many layers have each form."""
     forms = [row["form"] for row in layers.values()]
     return {form: forms.count(form) for form in sorted(set(forms))}
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return size and sha256 of every file in a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
 

@@ -1,4 +1,4 @@
-"""The adapters of an artifact in PEFT's own format, for those who go on from there."""
+"""Save the adapters of an artifact in the format of PEFT."""
 
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from acip.sizing.cut_table import Cut
 
 
 def save_peft(artifact: Artifact, folder: str | Path, cut: Cut, base: str) -> None:
-    """What the adapters add to the directions kept at `cut`, in PEFT's own format (alpha / R = 1: the scale is folded in).
+    """Write what the adapters add to the directions of `cut` as a PEFT LoRA for the base model `base`.
 
-    Rank R (fine-tuning adds to it) beside the layer; on the factors 2 R: (U + c d)(V + b a) - U V = [U b + c d b | c] [a ; d V].
+    The scale is folded in, so alpha / R = 1. Adapters beside the layer give a LoRA of rank R (more after fine-tuning). Adapters on the
+    factors give rank 2 R: (U + c d)(V + b a) - U V = [U b + c d b | c] [a ; d V].
     """
     adapters, factors = artifact.tensors("adapters"), artifact.tensors("factors")
     tensors: dict[str, Tensor] = {}
@@ -35,10 +36,10 @@ def save_peft(artifact: Artifact, folder: str | Path, cut: Cut, base: str) -> No
             B, A = torch.cat([U @ b + c @ (d @ b), c], 1), torch.cat([a, d @ V])
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.to(factors.entry(f"{name}.right").dtype).contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B.to(factors.entry(f"{name}.right").dtype).contiguous()
-    q = max((len(A) for key, A in tensors.items() if ".lora_A." in key), default=1)
-    for key, matrix in tensors.items():  # fine-tuning adds rank to the layers that are not dense at its size
-        more = q - min(q, matrix.shape[0] if ".lora_A." in key else matrix.shape[1])
-        tensors[key] = F.pad(matrix, (0, 0, 0, more) if ".lora_A." in key else (0, more))
-    config = LoraConfig(r=q, lora_alpha=q, target_modules=names, base_model_name_or_path=base, inference_mode=True)
+    max_rank = max((len(A) for key, A in tensors.items() if ".lora_A." in key), default=1)
+    for key, matrix in tensors.items():  # fine-tuning adds rank only to layers that are not dense at its size
+        padding = max_rank - min(max_rank, matrix.shape[0] if ".lora_A." in key else matrix.shape[1])
+        tensors[key] = F.pad(matrix, (0, 0, 0, padding) if ".lora_A." in key else (0, padding))
+    config = LoraConfig(r=max_rank, lora_alpha=max_rank, target_modules=names, base_model_name_or_path=base, inference_mode=True)
     config.save_pretrained(str(folder))
     save_file(tensors, Path(folder) / "adapter_model.safetensors")

@@ -1,10 +1,10 @@
-"""The matrices of a compressed model in 8 or 4 bit, as bitsandbytes makes them (paper 3.4, W4A16).
+"""Quantize the matrices of a compressed model to 8 or 4 bit with the codes of bitsandbytes (paper 3.4, W4A16).
 
-Blocks of 64 numbers never leave their row: then bytes are those that a cut counted, and a CPU reads them right. bitsandbytes'
-own Linear4bit, whose blocks run on into the next row, is silently wrong on a CPU for rows of 96 or 32 numbers, and stops
-there at most ranks (bitsandbytes 0.50); its int8 is right everywhere.
+Blocks of 64 values never cross rows, so the bytes are those that a cut counted, and the result is correct on a CPU. In bitsandbytes
+0.50, the blocks of Linear4bit cross rows: on a CPU it gives wrong results without an error for rows of 96 or 32 values, and fails for
+most ranks. Its int8 is correct everywhere.
 
-Layers stored by pivots become two factors first: the combinations of rounded pivot rows would magnify their rounding.
+Layers stored by pivots are converted to two factors first, because the combinations of pivot rows would amplify their rounding errors.
 """
 
 from dataclasses import replace
@@ -31,13 +31,13 @@ from acip.modeling_acip import (
 from acip.sizing.budget import KIND_OF_BITS, Budget, Kind
 from acip.sizing.cut_table import Cut
 
-BEST: Literal["best"] = "best"  # of the bits in which a curve was measured
+BEST: Literal["best"] = "best"  # whichever of the bit widths with a measured curve is best
 BITS = {"nf4": 4, "fp4": 4, "int8": 8}
 
 
 @torch.no_grad()
 def quantized(layer: nn.Module, kind: str) -> QuantLinear:
-    """A linear layer in 8 or 4 bit."""
+    """Return a linear layer in 8 or 4 bit."""
     W_MN = weight_MN(layer).float()
     N, bias_M = W_MN.shape[1], bias_of(layer)
     if kind == "int8":
@@ -51,7 +51,7 @@ def quantized(layer: nn.Module, kind: str) -> QuantLinear:
 
 @torch.no_grad()
 def spread(layer: PivotLinear) -> nn.Module:
-    """The same layer as two factors, the left one orthonormal; as one matrix where these would hold more numbers."""
+    """Return a pivot layer as two factors, the left one orthonormal, or as one matrix if that stores fewer numbers."""
     pivots_qN, combine = layer.pivots.weight, layer.combine.weight
     (q, N), M = pivots_qN.shape, layer.out_features
     unit = torch.eye(q, dtype=accumulation_dtype(combine.dtype), device=pivots_qN.device)
@@ -64,24 +64,24 @@ def spread(layer: PivotLinear) -> nn.Module:
 
 
 def quantize_in_place(model: PreTrainedModel, kind: str) -> None:
-    """The matrices of the target layers of a model that `acip.export.folder.compressed_model` made; everything else stays as it is."""
+    """Quantize the matrices of the target layers of a model that `acip.export.folder.compressed_model` made. The rest is unchanged."""
     acip = model.config.acip
-    _known(kind)
+    _check_kind(kind)
     if acip["quantize"] is not None:
-        raise ArtifactError(f"the model is quantized to {acip['quantize']} already. Ask for its size again, and then for {kind}.")
+        raise ArtifactError(f"the model is already quantized to {acip['quantize']}. To quantize it to {kind}, resize it first.")
     for name in acip["layers"]:
         layer = model.get_submodule(name)
         if isinstance(layer, PivotLinear):
-            made = spread(layer)
-            set_module(model, name, made)
-            factors = isinstance(made, LowRankLinear)
+            converted = spread(layer)
+            set_module(model, name, converted)
+            factors = isinstance(converted, LowRankLinear)
             acip["layers"][name] = {"form": "factors", "rank": layer.rank} if factors else {"form": "linear", "rank": None}
     swap_linears(model, acip["layers"], lambda linear: quantized(linear, kind))
     acip["quantize"] = kind
 
 
 def rounded(model: PreTrainedModel) -> PreTrainedModel:
-    """A quantized model with its matrices as they are multiplied: the same answers, without dequantizing at each use."""
+    """Replace the quantized matrices of a model by their dequantized values: the same results, without dequantizing each time."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, QuantLinear):
             set_module(model, name, plain_linear(layer.dequantized(model.dtype), layer.bias))
@@ -89,34 +89,39 @@ def rounded(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def counted(budget: Budget, kind: Kind | Literal["best"] | None) -> Budget:
-    """`budget`, counted in the bits that `kind` needs where it does not say itself ("best": in those that the curves choose)."""
+    """Return `budget`, counted in the bits of `kind` unless it has bits of its own. With "best", the measured curves choose the bits."""
     if kind is None or budget.bits is not None:
         return budget
     if kind == BEST:
         return replace(budget, bits=BEST)
-    _known(kind)
+    _check_kind(kind)
     if budget.by_curve and kind not in KIND_OF_BITS.values():
-        raise BudgetError(f"curves are measured in {' and '.join(KIND_OF_BITS.values())}, not in {kind}: ask for another kind of budget.")
+        raise BudgetError(
+            f"curves are measured in {' and '.join(KIND_OF_BITS.values())}, not in {kind}: use another kind of budget, such as bytes."
+        )
     return replace(budget, bits=8 if BITS[kind] == 8 else 4)
 
 
 def kind_of(cut: Cut, kind: Kind | Literal["best"] | None) -> Kind | None:
-    """What a cut is quantized to where `kind` is asked for: never to more bits than its budget was counted in."""
+    """Return the kind to quantize a cut to, if `kind` is requested; None for no quantization.
+
+    A cut whose budget was counted in 8 or 4 bit is quantized by default. Raise ArtifactError for a `kind` with more bits than that.
+    """
     if kind == BEST:
         kind = None
     if kind is not None:
-        _known(kind)
+        _check_kind(kind)
     if cut.bits is None:
         return kind
     if kind is None:
         return KIND_OF_BITS[cut.bits]
     if BITS[kind] > cut.bits:
         raise ArtifactError(
-            f"the size was cut to fit in {cut.bits} bit; {kind} needs {BITS[kind]}. Leave the kind out, or ask for these bits."
+            f"the size was counted in {cut.bits} bit, but {kind} needs {BITS[kind]} bit. Omit the kind, or count the size in these bits."
         )
     return kind
 
 
-def _known(kind: str) -> None:
+def _check_kind(kind: str) -> None:
     if kind not in get_args(Kind):
-        raise ArtifactError(f"{kind!r} is no quantization; allowed are {', '.join(get_args(Kind))}.")
+        raise ArtifactError(f"{kind!r} is not a kind of quantization; allowed are {', '.join(get_args(Kind))}.")

@@ -23,7 +23,7 @@ class ElasticModel:
 
     model: PreTrainedModel  # with an ElasticLinear in the place of every target layer
     table: CutTable
-    fill: Callable[[Mapping[str, ElasticLinear], Mapping[str, int | None]], None] | None = None  # loads weights that a size needs
+    load_missing: Callable[[Mapping[str, ElasticLinear], Mapping[str, int | None]], None] | None = None  # loads what a size needs
     cut: Cut | None = None
 
     @property
@@ -38,8 +38,8 @@ class ElasticModel:
         within the budget.
         """
         cut = self.table.cut(budget if isinstance(budget, Budget) else Budget(ratio=budget))
-        if self.fill is not None:
-            self.fill(self.layers, cut.ranks)
+        if self.load_missing is not None:
+            self.load_missing(self.layers, cut.ranks)
         if self.cut is None or cut.removed != self.cut.removed:
             set_size(self.layers, cut)
         self.cut = cut

@@ -126,7 +126,7 @@ def test_it_is_an_artifact_like_any_other(
     any_size = artifact.load(size=SIZE)
     export(any_size, artifact, tmp_path / "export")
     card = (tmp_path / "export" / "README.md").read_text()
-    assert "was fine-tuned at 0.5 (40 steps on austen.txt)" in card and "no training happened" not in card
+    assert "was fine-tuned at size 0.5 (40 steps on austen.txt)" in card and "was not trained" not in card
     exact = logits(any_size.model, heldout_tokens[:4])
     torch.testing.assert_close(logits(read(tmp_path / "export"), heldout_tokens[:4]), exact, atol=1e-3, rtol=0)
     again, _ = prepared(artifact)

@@ -35,7 +35,7 @@ def test_sizes_come_and_go(small_artifact: Artifact, heldout_tokens: torch.Tenso
     assert model.get_memory_footprint() < 0.6 * footprint
     quantized = logits(model.quantize("nf4"), tokens)
     assert (quantized - half).norm() < 0.2 * half.norm()
-    with pytest.raises(ArtifactError, match="quantized to nf4 already"):
+    with pytest.raises(ArtifactError, match="already quantized to nf4"):
         model.quantize("fp4")
     assert torch.equal(logits(model.prune_model_by_score(1.0), tokens), whole), "compress and quantize are reversible, too"
     assert model.generate(tokens[:1, :8], max_new_tokens=4, pad_token_id=0).shape[1] <= 12
@@ -94,7 +94,7 @@ def test_transformers_loads_an_artifact(small_artifact: Artifact, heldout_tokens
     assert found.dtype == again.dtype == torch.float64 and torch.equal(logits(again, tokens), found), "what was asked for stays"
     said = pipeline("text-generation", str(folder), tokenizer=small_artifact.tokenizer())("The", max_new_tokens=3)
     assert said[0]["generated_text"].startswith("The")
-    with pytest.raises(ArtifactError, match=r"quantization_config: an artifact is loaded with size"):
+    with pytest.raises(ArtifactError, match=r"loaded with quantization_config; allowed are size"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config={"bits": 4})
     with pytest.raises(ArtifactError, match="to one device"):
         AutoModelForCausalLM.from_pretrained(folder, device_map={"a": 0, "b": 1})
@@ -121,5 +121,5 @@ def differing(one: Any, other: Any) -> set[str]:
 
 
 def test_a_repository_that_is_not_there_is_told() -> None:
-    with pytest.raises(HubError, match="was not got from the hub"):
+    with pytest.raises(HubError, match="can't be downloaded from the hub"):
         acip.from_pretrained("nobody/nothing")

@@ -13,7 +13,8 @@ from acip_platform.serve import replica
 from acip_platform.serve.api import build
 from acip_platform.tracking.registry import RegistryAwayError
 
-from acip.artifact.artifact import MANIFEST, Artifact
+from acip.artifact.artifact import Artifact
+from acip.artifact.manifest import MANIFEST
 from tests.support.application import Application
 from tests.support.server import JOB, free_port
 from tests.support.waiting import PATIENCE_S, until

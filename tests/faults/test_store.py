@@ -20,7 +20,9 @@ from acip_platform.storage.store import Store, StoreError
 from acip_platform.training.completion import stored
 from safetensors.torch import save_file
 
-from acip.artifact.artifact import MANIFEST, Artifact
+from acip.artifact.artifact import Artifact
+from acip.artifact.manifest import MANIFEST
+from acip.artifact.writer import seal
 from tests.support.faulty import Proxy, proxy
 
 
@@ -142,7 +144,7 @@ def another(artifact: Artifact, folder: Path, i: int) -> Path:
     order = artifact.tensors("order")
     tensors = order.read(list(order.entries))
     save_file({**tensors, "score": tensors["score"] + i}, folder / "order.safetensors")
-    Artifact._seal(folder, artifact.manifest)
+    seal(folder, artifact.manifest)
     return folder
 
 

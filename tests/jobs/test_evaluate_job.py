@@ -18,7 +18,8 @@ from acip_platform.storage.store import Store, StoreError
 from acip_platform.tracking.registry import Registry
 from acip_platform.tracking.runs import Run, Tracking
 
-from acip.artifact.artifact import MANIFEST, Artifact
+from acip.artifact.artifact import Artifact
+from acip.artifact.manifest import MANIFEST
 from acip.data import documents, token_windows
 from acip.errors import EvaluationError
 from acip.evaluate import DivergenceOn, PerplexityOn, Samples, Text, evaluate, trade_off

@@ -135,7 +135,7 @@ def test_the_command_pushes(command: Command, small_artifact: Artifact, tmp_path
         held[:] = files
         code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "out", "--push", "me/small")
         assert (code, calls.count("me/small")) == ((0, 2) if says is None else (1, 2)), said
-        assert says is None or f"holds something else than a model of ours ({says})" in said
+        assert says is None or f"holds files that acip did not write ({says})" in said
     monkeypatch.undo()
 
 
@@ -162,7 +162,7 @@ def test_the_command_copies_and_pushes_the_artifact_itself(
     card = (tmp_path / "all" / "README.md").read_text()
     assert "library_name: transformers" in card and "prune_model_by_score" in card and str(tmp_path) not in card
     code, said = command(small_artifact.folder, "--size", "any", "--out", tmp_path / "all")
-    assert code == 1 and "is there already" in said
+    assert code == 1 and "is not an empty folder" in said
     code, said = command(small_artifact.folder, "--size", "any", "--quantize", "nf4", "--out", tmp_path / "q")
     assert code == 2 and "Leave --quantize out" in said
     assert {path.name for path in tmp_path.iterdir()} <= {"all", "home"}, "nothing is left of what was refused"

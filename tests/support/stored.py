@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from acip.artifact.artifact import SCHEMA, Artifact
+from acip.artifact.artifact import Artifact
+from acip.artifact.manifest import SCHEMA
 from acip.base import load_base
 from acip.calibration.loop import calibrate
 from acip.calibration.parametrize import parametrize

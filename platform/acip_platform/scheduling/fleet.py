@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from acip import recipe as recipes
-from acip.artifact.artifact import SCHEMA
+from acip.artifact.manifest import SCHEMA
 from acip.data import WINDOWS_VERSION
 from acip.errors import AcipError
 from acip.evaluate.heldout_text import Protocol, Text

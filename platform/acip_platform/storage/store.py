@@ -17,8 +17,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from acip.artifact.artifact import MANIFEST, Artifact
+from acip.artifact.artifact import Artifact
 from acip.artifact.byte_sources import Folder, Source
+from acip.artifact.manifest import MANIFEST
 from acip_platform.settings import Settings
 from acip_platform.storage.disk import Disk, Item, MissingError, StoreError, path_of
 from acip_platform.storage.s3 import PARALLEL_FILES, S3, S3Source, split

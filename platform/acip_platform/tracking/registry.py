@@ -15,7 +15,7 @@ from requests.exceptions import RequestException
 from sqlalchemy.exc import SQLAlchemyError
 
 from acip.errors import AcipError
-from acip.recipe import did_you_mean
+from acip.utils.coerce import did_you_mean
 from acip_platform.settings import Settings, masked
 
 CHAMPION = "champion"  # alias of the version that is served

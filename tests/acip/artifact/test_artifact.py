@@ -14,7 +14,8 @@ from safetensors import safe_open
 from torch import nn
 
 import acip
-from acip.artifact.artifact import MANIFEST, Artifact
+from acip.artifact.artifact import Artifact
+from acip.artifact.manifest import MANIFEST
 from acip.base import load_base
 from acip.calibration.loop import Calibration
 from acip.errors import ArtifactError
@@ -127,7 +128,7 @@ def test_what_is_not_whole_is_refused(small_artifact: Artifact, tmp_path: Path, 
 
 
 def test_a_file_is_copied_in_pieces_and_compared(small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("acip.artifact.artifact.COPY_CHUNK_BYTES", 1000)
+    monkeypatch.setattr("acip.artifact.reader.COPY_CHUNK_BYTES", 1000)
     file, target = "order.safetensors", tmp_path / "there" / "copy"
     small_artifact.copy(file, target)
     assert target.read_bytes() == (small_artifact.folder / file).read_bytes() and target.stat().st_size % 1000

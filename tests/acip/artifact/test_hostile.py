@@ -12,8 +12,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from acip.artifact.artifact import MANIFEST, Artifact
+from acip.artifact.artifact import Artifact
 from acip.artifact.byte_sources import Folder, Range
+from acip.artifact.manifest import MANIFEST
 from acip.artifact.safetensors_ranges import TensorFile
 from acip.errors import AcipError, ArtifactError
 from tests.support.fuzzing import JSON, fuzz, harmed

@@ -70,10 +70,10 @@ FACTORY = ("parametrization_config", "module_factory_kwargs")
         (_tensor(f"{P}.base.weight", lambda t: t.to(torch.uint8)), "is U8 .*quantized"),
         (_tensor(f"{P}.mask_score", _broken(float("nan"))), "mask_score holds NaN or infinity"),
         (_tensor(f"{Q}.lora_B.default.weight", _broken(float("inf"))), "lora_B.default.weight holds NaN or infinity"),
-        (_tensor(f"{P}.base.weight", lambda t: t * 1.01), "is not the base model.*q_proj are 1.0% apart; rounding explains"),
+        (_tensor(f"{P}.base.weight", lambda t: t * 1.01), "is not the base model.*q_proj differ by 1.0%; rounding explains"),
         (_tensor("model.model.norm.weight", lambda t: t + 1e-6), "is not the base model.*model.norm.weight differs"),
         (_tensor("model.model.norm.weight", lambda t: t.bfloat16()), "is not the base model.*model.norm.weight differs"),
-        (lambda _, tensors: tensors.update({"model.extra": torch.zeros(1)}), "holds model.extra, unknown to the published format"),
+        (lambda _, tensors: tensors.update({"model.extra": torch.zeros(1)}), "holds model.extra, which is neither in the published format"),
         (
             lambda _, tensors: tensors.update({key.replace("layers.0.", "layers.9."): t.clone() for key, t in tensors.items() if P in key}),
             "is not the base model.*no linear layer model.layers.9.self_attn.q_proj",
@@ -120,7 +120,7 @@ def _index(**change: str) -> Callable[[Path], None]:
         (_index(**{"model.lm_head.weight": "..\\model.safetensors"}), "only .safetensors files beside it"),
         (_index(**{"model.lm_head.weight": "pytorch_model.bin"}), "names 'pytorch_model.bin'; only"),
         (_index(**{"model.lm_head.weight": "model-00003-of-00003.safetensors"}), "model-00003-of-00003.safetensors can't be read"),
-        (_index(**{"model.none.weight": "model-00001-of-00002.safetensors"}), "lacks model.none.weight, which .* says it holds"),
+        (_index(**{"model.none.weight": "model-00001-of-00002.safetensors"}), "lacks model.none.weight, although .* lists it there"),
         (lambda folder: (shard(folder) / INDEX).write_text('{"weight_map": []}'), "has no 'weight_map'"),
     ],
 )
@@ -139,10 +139,10 @@ def test_another_base_model_is_refused(small_base: str, tmp_path: Path) -> None:
     tensors["model.layers.3.mlp.up_proj.weight"] += 0.01
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        ArtifactError, match=r"other' is not the base model .* \('base'; give that one\): weights of model.layers.3.mlp.up_proj"
+        ArtifactError, match=r"other' is not the base model .* \('base'; give that one\): the weights of model.layers.3.mlp.up_proj"
     ):
         open_published(CHECKPOINT, str(other))
-    with pytest.raises(ArtifactError, match=r"base model 'base', which is no hub id. Give its base model"):
+    with pytest.raises(ArtifactError, match=r"base model 'base', which is not a hub id. Give the base model"):
         open_published(CHECKPOINT)
     with pytest.raises(ArtifactError, match=r"is in torch.bfloat16; load it in the checkpoint's dtype, float32"):
         open_published(CHECKPOINT, load_base(small_base, "bfloat16"))

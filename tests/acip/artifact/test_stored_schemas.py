@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from acip.artifact.artifact import MANIFEST, SCHEMA, Artifact
+from acip.artifact.artifact import Artifact
+from acip.artifact.manifest import MANIFEST, SCHEMA
 from acip.errors import ArtifactError
 from acip.sizing.budget import Budget
 from tests.conftest import GOLDEN, logits

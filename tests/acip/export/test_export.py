@@ -122,8 +122,9 @@ def test_the_card(small_artifact: Artifact, tmp_path: Path) -> None:
     export(any_size, artifact, tmp_path / "out", kind="nf4")
     card = (tmp_path / "out" / "README.md").read_text()
     for expected in (
-        "license: mit", "library_name: transformers", "pipeline_tag: text-generation", "- nf4", "| asked | 0.5000 (linear ratio) |",
-        "| 0.50 | 0.4999 | 10 | 6.00 ± 0.60 | nearest to this model, below what was calibrated |", "books, held out", "import acip",
+        "license: mit", "library_name: transformers", "pipeline_tag: text-generation", "- nf4",
+        "| requested size | 0.5000 (linear ratio) |",
+        "| 0.50 | 0.4999 | 10 | 6.00 ± 0.60 | closest to this model, below the calibrated sizes |", "books, held out", "import acip",
     ):  # fmt: skip
         assert expected in card, expected
     assert str(tmp_path) not in card, "no paths of this machine"

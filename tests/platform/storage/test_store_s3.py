@@ -10,7 +10,8 @@ import pytest
 from acip_platform.storage.s3 import S3
 from acip_platform.storage.store import Store, StoreError
 
-from acip.artifact.artifact import MANIFEST, Artifact
+from acip.artifact.artifact import Artifact
+from acip.artifact.manifest import MANIFEST
 
 
 @pytest.fixture

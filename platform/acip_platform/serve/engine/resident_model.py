@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from acip.artifact.artifact import MANIFEST, Artifact
+from acip.artifact.artifact import Artifact
+from acip.artifact.manifest import MANIFEST
 from acip.layers.mixed_sizes import Mixer, Size
 from acip.layers.packing import PackedLinear, pack
 from acip.sizing.budget import Budget

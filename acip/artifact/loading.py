@@ -1,0 +1,136 @@
+"""Load a model from an artifact, reading only the bytes that a size needs (paper 2.2.3; ARTIFACT.md describes the format).
+
+A layer at rank r needs the rows [0, r) of its factors; a dense layer needs its weight. Loaded rows stay in memory, so a later,
+larger size reads only the difference.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from acip.artifact.reader import ArtifactReader
+from acip.errors import ArtifactError
+from acip.layers.directions import DirectionMatrix
+from acip.layers.elastic_linear import ElasticLinear
+from acip.layers.targets import weight_MN
+from acip.modeling_acip import set_module
+
+
+class ModelLoader:
+    """Builds the model of one artifact, and loads the tensors of its target layers as sizes need them."""
+
+    def __init__(self, artifact: ArtifactReader, device: str | torch.device) -> None:
+        """Open the files of the factors and dense weights. Raise ArtifactError if their shapes contradict the layer table."""
+        self.artifact, self.device = artifact, device
+        self.factors, self.dense = artifact.tensors("factors"), artifact.tensors("dense")
+        self.stored_ranks = {row["name"]: row["stored_rank"] for row in artifact.manifest["layers"]}
+        self.lead = artifact.recipe.adapter_rows  # rows of the adapter before the directions
+        for row in artifact.manifest["layers"]:
+            name, rows = row["name"], row["stored_rank"] + self.lead
+            factors = ((self.factors, "left", (rows, row["M"])), (self.factors, "right", (rows, row["N"])))
+            for file, part, shape in (*factors, (self.dense, "weight", (row["M"], row["N"]))):
+                if (entry := file.entry(f"{name}.{part}")).shape != shape or not entry.dtype.is_floating_point:
+                    raise ArtifactError(
+                        f"{artifact.source.where}: {name}.{part} is {entry.dtype} {list(entry.shape)}; the layer table says {list(shape)}."
+                    )
+
+    def __deepcopy__(self, memo: Any) -> "ModelLoader":
+        """Return the same object: a loader is immutable."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the artifact and the device; opened files are opened again."""
+        return ModelLoader, (self.artifact, self.device)
+
+    def model(self) -> PreTrainedModel:
+        """Return the model with everything loaded except the target layers, which hold no rows and no weight yet."""
+        where = self.artifact.source.where
+        model = self._base_without_targets()
+        modules = dict(model.named_modules())
+        for row in self.artifact.manifest["layers"]:
+            name, original = row["name"], modules.get(row["name"])
+            if not isinstance(original, nn.Linear | Conv1D) or weight_MN(original).shape != (row["M"], row["N"]):
+                raise ArtifactError(f"{where}: the model of config.json has no linear layer {name} of {row['M']} x {row['N']}.")
+            dtype = self.factors.entry(f"{name}.left").dtype
+            left, right = (torch.empty(0, row[side], dtype=dtype, device=self.device) for side in ("M", "N"))
+            set_module(model, name, ElasticLinear(original, left, right, lead=self.lead))
+        model.tie_weights()
+        targets = {f"{name}.original.weight" for name in self.stored_ranks}
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        if missing := [name for name, tensor in tensors if tensor.is_meta and name not in targets]:
+            raise ArtifactError(f"{where} lacks tensors of its model: {', '.join(missing[:3])}. Fetch the artifact again.")
+        if "generation_config.json" in self.artifact.manifest["files"]:
+            folder = self.artifact.local("generation_config.json").parent
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+            except Exception as error:  # a malformed file makes transformers raise exceptions of any type
+                raise ArtifactError(f"{where}/generation_config.json can't be read: {error}") from error
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for buffer_name, buffer in list(model.named_buffers(remove_duplicate=False)):  # those that are computed, not stored
+            parent, _, child = buffer_name.rpartition(".")
+            model.get_submodule(parent)._buffers[child] = buffer.to(self.device)
+        return model.eval()
+
+    def _base_without_targets(self) -> PreTrainedModel:
+        """Return the base model with the tensors of rest.safetensors; all other parameters are on the device meta."""
+        config = copy.deepcopy(self.artifact.config)  # the model may change its copy
+        rest = self.artifact.tensors("rest")
+        try:
+            with init_empty_weights(include_buffers=False):
+                model: PreTrainedModel = _model_class(config)._from_config(config, dtype=config.dtype)
+            tensors = {name: tensor.to(self.device) for name, tensor in rest.read(list(rest.entries)).items()}
+            model.load_state_dict(tensors, strict=False, assign=True)
+        except ArtifactError:
+            raise
+        except Exception as error:  # a malformed configuration makes transformers and torch raise exceptions of any type
+            raise ArtifactError(
+                f"{self.artifact.source.where}: the model that config.json describes can't be built from its tensors: {error}"
+            ) from error
+        return model
+
+    def all_stored_ranks(self) -> dict[str, int | None]:
+        """Return the stored rank of each target layer."""
+        return dict(self.stored_ranks)
+
+    def load_missing(self, layers: Mapping[str, ElasticLinear], ranks: Mapping[str, int | None], dense: bool = False) -> None:
+        """Read what `ranks` need and `layers` lack.
+
+        For a rank, these are rows of both factors; for None, it is the dense weight. With `dense`, all layers in `ranks` get their
+        dense weights.
+        """
+        missing_rows: list[tuple[str, int, int]] = []
+        missing_weights: list[str] = []
+        for name, rank in ranks.items():
+            layer = layers[name]
+            if (rank is None or dense) and layer.original.weight.is_meta:
+                missing_weights.append(name)
+            for side in ("left", "right") if rank is not None else ():
+                if (loaded := len(getattr(layer, side))) < self.lead + (rank or 0):
+                    missing_rows.append((f"{name}.{side}", loaded, self.lead + (rank or 0)))
+        for (key, *_), rows in zip(missing_rows, self.factors.rows(missing_rows) if missing_rows else [], strict=True):
+            name, _, side = key.rpartition(".")
+            directions: DirectionMatrix = getattr(layers[name], side)
+            new = rows.to(directions.values)
+            values = torch.cat([directions.values, new]) if len(directions) else new
+            directions.values = nn.Parameter(values, requires_grad=False)
+        weights = self.dense.read([f"{name}.weight" for name in missing_weights]) if missing_weights else {}
+        for key, weight in weights.items():
+            layer = layers[key.removesuffix(".weight")]
+            original: Any = layer.original
+            moved: Tensor = weight.to(layer.left.values)
+            original.weight = nn.Parameter(moved.T.contiguous() if isinstance(original, Conv1D) else moved, requires_grad=False)
+
+
+def _model_class(config: PreTrainedConfig) -> Any:
+    """Return the class that was saved, if transformers has it (an encoder, a vision model), else the causal model class of the config."""
+    saved = getattr(transformers, (config.architectures or [""])[0], None)
+    in_transformers = isinstance(saved, type) and issubclass(saved, PreTrainedModel)
+    return saved if in_transformers else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
