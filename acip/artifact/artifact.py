@@ -37,7 +37,7 @@ from acip.artifact.byte_sources import Folder, Source
 from acip.artifact.reader import ModelLoader
 from acip.artifact.safetensors_ranges import TensorFile, digests
 from acip.base import Base
-from acip.calibration.loop import Calibration
+from acip.calibration.result import Calibration
 from acip.errors import ArtifactError
 from acip.layers.linear import ElasticLinear
 from acip.layers.targets import targets, weight_MN

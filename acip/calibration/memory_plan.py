@@ -26,7 +26,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from acip.calibration.bases import STACK
-from acip.calibration.loop import scored_at_once
+from acip.calibration.fixed_scores import scored_at_once
 from acip.calibration.losses import CHUNK
 from acip.layers.directions import QUANT_BLOCK
 from acip.layers.targets import find_linears, weight_MN
