@@ -204,7 +204,7 @@ def test_a_refusal_names_what_would_fit() -> None:
     model, recipe = causal("llama", device="meta"), replace(RECIPE, batch_size=4, seq_len=256, adapter_dropout=0.05)
     needed = predict(model, recipe).peak
     assert isinstance(check(model, recipe, 1.1 * needed), Memory)
-    with pytest.raises(CalibrationError, match=r"needs most in \w+: activations") as refused:
+    with pytest.raises(CalibrationError, match=r"peak is in \w+: activations") as refused:
         check(model, recipe, 0.9 * needed)
     for change in ("recompute: true (", "batch_size: 2, gradient_accumulation_steps: 2 (", "seq_len: 128 (", "dtype: bfloat16 ("):
         assert change in str(refused.value)
