@@ -345,7 +345,7 @@ class _Prediction:
     # activations
 
     def activations(self, phase: str) -> tuple[float, float]:
-        """Return the bytes that autograd keeps at the loss, and those of the largest block (recomputed later with gradient checkpointing)."""
+        """Return the bytes that autograd keeps at the loss, and those of the largest block (recomputed with checkpointing)."""
         blocks = [sum(self.kept(layer, phase) for layer in block.layers) + self.around(block) for block in self.blocks]
         if not self.recipe.gradient_checkpointing:
             return self.last_norm + sum(blocks), max(blocks)
