@@ -10,7 +10,7 @@ Sensitivity search: for every layer and every ratio, measure the perplexity on c
 Sort the entries by perplexity, highest first, and exclude the first p of them. Each layer takes its smallest remaining ratio, or stays
 dense. Storage grows with p, so bisection finds the largest p that fits a size. The table is measured once for all sizes.
 
-Two differences from the authors' code: the SVD is exact, not randomized, and p is exactly the largest that fits, where theirs may be
+Two differences from the authors' code: the SVD is exact, not randomized, and p is exactly the largest that fits; the authors' p may be
 off by one.
 """
 

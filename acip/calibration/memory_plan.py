@@ -136,8 +136,8 @@ class _Block:
     norms        their inputs, in float32 for RMSNorm
     """
 
-    def __init__(self, name: str, block: nn.Module, found: Mapping[str, nn.Module], config: Any) -> None:
-        self.name, self.found = name, found
+    def __init__(self, name: str, block: nn.Module, linears: Mapping[str, nn.Module], config: Any) -> None:
+        self.name, self.linears = name, linears
         self.layers: list[_Layer] = []
         self.numbers, self.float32 = 0.0, 0.0  # per token, in the dtype of the model and in float32
         self.shapes = {key: weight_MN(m).shape for key, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
@@ -161,7 +161,7 @@ class _Block:
         widths: set[int] = set()
         for key in keys:
             M, N = self.shapes[key]
-            if (layer := self.found.get(f"{self.name}.{key}")) is not None:
+            if (layer := self.linears.get(f"{self.name}.{key}")) is not None:
                 self.layers.append(_Layer(M, N, "sibling" if N in widths else source, layer.bias is not None, share))
                 widths.add(N)
 
@@ -217,19 +217,19 @@ class _Prediction:
         self.s, self.wide = dtype.itemsize, accumulation_dtype(dtype).itemsize
         self.four_bit = recipe.quantize != "none"
         self.tokens = max(1, recipe.batch_size // workers) * recipe.seq_len
-        found = find_linears(model, recipe.exclude)
-        names = list(_block_names(model, found))
+        linears = find_linears(model, recipe.exclude)
+        names = list(_block_names(model, linears))
 
         def config(*keys: str) -> Any:
             return next((value for key in keys if (value := getattr(getattr(model, "config", None), key, None))), None)
 
-        self.blocks = [_Block(name, model.get_submodule(name), found, config) for name in names]
+        self.blocks = [_Block(name, model.get_submodule(name), linears, config) for name in names]
         self.layers = [layer for block in self.blocks for layer in block.layers]
         inside = tuple(f"{name}." for name in names)
         norms = [type(m).__name__ for name, m in model.named_modules() if "Norm" in type(m).__name__ and not name.startswith(inside)]
         self.last_norm: float = self.blocks[-1].width * (self.s if norms[-1] == "LayerNorm" else 4) * self.tokens if norms else 0
         self.dense = self.s * sum(layer.M * layer.N for layer in self.layers)
-        weights = {id(linear.weight) for linear in found.values()}
+        weights = {id(linear.weight) for linear in linears.values()}
         self.rest = self.s * sum(p.numel() for p in model.parameters() if id(p) not in weights)
         self.rest += sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
         head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -384,10 +384,10 @@ class _Prediction:
         return (M + N - math.sqrt((M + N) ** 2 - 4 * size * M * N)) / 2
 
 
-def _block_names(model: nn.Module, found: Mapping[str, nn.Module]) -> Iterator[str]:
+def _block_names(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[str]:
     """Yield the names of the elements of the outermost ModuleLists that contain target layers."""
     last = ""
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not (last and name.startswith(last)) and any(key.startswith(f"{name}.") for key in found):
+        if isinstance(module, nn.ModuleList) and not (last and name.startswith(last)) and any(key.startswith(f"{name}.") for key in linears):
             last = f"{name}."
             yield from (f"{name}.{i}" for i in range(len(module)))
