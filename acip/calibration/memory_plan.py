@@ -388,6 +388,7 @@ def _block_names(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator
     """Yield the names of the elements of the outermost ModuleLists that contain target layers."""
     last = ""
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not (last and name.startswith(last)) and any(key.startswith(f"{name}.") for key in linears):
+        inner = last and name.startswith(last)
+        if isinstance(module, nn.ModuleList) and not inner and any(key.startswith(f"{name}.") for key in linears):
             last = f"{name}."
             yield from (f"{name}.{i}" for i in range(len(module)))

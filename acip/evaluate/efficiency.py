@@ -3,7 +3,7 @@
 The model is measured in its exported form (`ElasticModel.materialize`). It decodes `batch` equal prompts greedily, after a warm-up;
 times are medians over `repeats`. They depend on the device, its other load, and `batch`; FLOPs and bytes do not.
 
-    the paper's settings     batch 64, 64 new tokens, FLOPs of 512 tokens. The paper's GigaFLOPs are multiply-adds / 2^30, half of these FLOPs
+    the paper's settings: batch 64, 64 new tokens, FLOPs of 512 tokens. Its GigaFLOPs are multiply-adds / 2^30: half of these FLOPs
 """
 
 import gc
