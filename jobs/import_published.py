@@ -32,7 +32,7 @@ from acip.artifact.artifact import Artifact
 from acip.artifact.published import open_published
 from acip.artifact.read_back import read_back
 from acip.base import Base
-from acip.calibration.loop import Calibration
+from acip.calibration.result import Calibration
 from acip.evaluate.heldout_text import Protocol
 from acip.layers.targets import targets
 from acip.modeling_acip import widened

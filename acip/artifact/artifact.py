@@ -19,7 +19,7 @@ from acip.artifact import manifest, writer
 from acip.artifact.loading import ModelLoader
 from acip.artifact.reader import ArtifactReader
 from acip.base import Base
-from acip.calibration.loop import Calibration
+from acip.calibration.result import Calibration
 from acip.errors import ArtifactError
 from acip.sizing.budget import Budget
 from acip.sizing.elastic_model import ElasticModel

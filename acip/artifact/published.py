@@ -30,7 +30,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from acip.base import Base, load_base
-from acip.calibration.loop import Calibration
+from acip.calibration.result import Calibration
 from acip.errors import ArtifactError, RecipeError
 from acip.layers.adapters import LoRA
 from acip.layers.elastic_linear import ElasticLinear

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from acip.artifact.artifact import Artifact
 from acip.base import Base, check_tokenizer, own_code, quiet
-from acip.calibration.loop import Calibration
+from acip.calibration.result import Calibration
 from acip.errors import BaseModelError, cited, foreign_errors
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import find_linears, weight_MN

@@ -1,4 +1,4 @@
-"""The methods of the paper's Table 1 and their successors, behind one call: each model they make, and what it stores.
+"""The methods of the paper's Table 1 and their successors behind one call, `compress`, which counts the storage of each model.
 
     name                 directions                           ranks               corrects                   one run per size
     svd                  SVD of W                             global, by sigma    -                          no
@@ -12,8 +12,8 @@
     acip-paper           SVD of W                             L1 pruning          adapters beside the layer  no
     acip                 eigenvectors of W C W^T              Fisher information  adapters on the factors    no
 
-C is the second moment of a layer's inputs on the calibration text. All but `acip` store plain factors, r (M + N) numbers; it
-stores pivot rows where that is less (acip.sizing.cut_table). What a model stores is counted on the model itself, adapters included.
+C is the second moment of the inputs of a layer on the calibration text. All methods store plain factors, r (M + N) numbers, except `acip`,
+which stores pivot rows if they are smaller (acip.sizing.cut_table). Storage is counted on the model itself, including adapters.
 """
 
 import dataclasses
@@ -38,24 +38,24 @@ from acip.utils.coerce import coerce, did_you_mean
 
 @dataclass(frozen=True)
 class Method:
-    """One way to make models of asked sizes. `run` yields (size, model) and takes the options that it names as keywords."""
+    """A compression method. `run` yields (size, model); its keyword-only parameters are the options."""
 
-    title: str  # as tables print it
-    one_run_per_size: bool  # what is learned for one size is of no use for another
+    title: str  # in tables
+    one_run_per_size: bool  # whether each size is trained separately
     run: Callable[..., Iterator[tuple[float, nn.Module]]]
-    preset: Mapping[str, Any]  # options that make it this method
+    preset: Mapping[str, Any]  # fixed options that define this method
 
     @property
     def options(self) -> tuple[str, ...]:
-        """What may be set, with the paper's values as defaults."""
+        """The options that may be set. Their defaults are the values of the paper."""
         parameters = inspect.signature(self.run).parameters.values()
         return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in self.preset)
 
     def settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """All that a run with `options` is made with: the defaults of the others, and of its recipe, too."""
+        """Return all settings of a run with `options`: these, the defaults of the others, and the fields of its recipe."""
         parameters = inspect.signature(self.run).parameters.values()
-        found = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | dict(self.preset) | dict(options)
-        return found | ({"recipe": dataclasses.asdict(named(found["recipe"]))} if "recipe" in found else {})
+        settings = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | dict(self.preset) | dict(options)
+        return settings | ({"recipe": dataclasses.asdict(named(settings["recipe"]))} if "recipe" in settings else {})
 
 
 METHODS: dict[str, Method] = {
@@ -74,29 +74,30 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Compressed:
-    """A model of one size. `model` is the base model with other layers in place, until the next size is asked for."""
+    """A model at one size. `model` is the base model with replaced layers, valid until the iterator advances."""
 
     asked: float
     model: nn.Module
     stored_params: int  # of the target layers
-    stored_bytes: int  # of them, with the places of pivot rows, which are no parameters
+    stored_bytes: int  # of the target layers, including the indices of pivot rows, which are not parameters
     dense_params: int  # of the base model's target layers
-    counted: str  # the forms that the layers are stored in: dense, factors, pivot
+    counted: str  # the forms of the layers: dense, factors, pivot
 
     @property
     def got(self) -> float:
-        """The size by the convention `linear`."""
+        """The size in the convention `linear`."""
         return self.stored_params / self.dense_params
 
 
 def method(name: str) -> Method:
+    """Return the method `name`. RecipeError if it is unknown."""
     if name not in METHODS:
         raise RecipeError(f"unknown method {name!r}{did_you_mean(name, METHODS)}. Allowed: {', '.join(METHODS)}.")
     return METHODS[name]
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """RecipeError for one that the method has not, or of another kind; their ranges are the method's business."""
+    """Raise RecipeError for an unknown option or one of the wrong type. The methods check the ranges themselves."""
     chosen = method(name)
     allowed, parameters = chosen.options, inspect.signature(chosen.run).parameters
     for option, value in options.items():
@@ -116,25 +117,26 @@ def compress(
     progress: Progress = lambda what, done, total: None,
     **options: Any,
 ) -> Iterator[Compressed]:
-    """`base` at each of `sizes` by the method `name`, calibrated on `windows` [n, T] of token ids; never above the size.
+    """Compress `base` to each of `sizes` by the method `name`, with calibration text `windows`, [n, T] token ids.
 
-    The base model is as it was once the iterator is used up or closed. RecipeError for an unknown method or option, BudgetError
-    for a size that is malformed or out of reach, DataError for too little text, BaseModelError for what can't be compressed.
+    No model exceeds its size. The base model is restored once the iterator is exhausted or closed. Raises RecipeError for an unknown method
+    or option, BudgetError for an invalid or unreachable size, DataError for too little text, and BaseModelError for a model that
+    cannot be compressed.
     """
     chosen = method(name)
     check_options(name, options)
     for size in sizes:
         Budget(ratio=size)
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
-        raise DataError(f"the windows are {list(windows.shape)}; calibration needs [n, T] token ids, n at least 1 and T at least 2.")
+        raise DataError(f"the windows are {list(windows.shape)}; they must be [n, T] token ids, with n at least 1 and T at least 2.")
     linears = find_linears(base.model, options.get("exclude", ()))
     dense = stored(base.model, linears)
     for size, model in chosen.run(base, windows, sizes, progress, **chosen.preset, **options):
         count = stored(model, linears)
         assert count <= size * dense * (1 + 1e-12), f"{name} stores {count} of {dense} numbers at size {size}"
-        made = {layer: model.get_submodule(layer) for layer in linears}
-        forms = " + ".join(sorted({_form(layer) for layer in made.values()}))
-        yield Compressed(size, model, count, sum(map(stored_bytes, made.values())), dense, forms)
+        layers = [model.get_submodule(layer) for layer in linears]
+        forms = " + ".join(sorted({_form(layer) for layer in layers}))
+        yield Compressed(size, model, count, sum(map(stored_bytes, layers)), dense, forms)
 
 
 def _form(layer: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""ACIP, the paper's and ours: parametrize, calibrate, and cut to every size from one score map (paper 2.2)."""
+"""ACIP, with the settings of the paper or ours: parametrize, calibrate, and cut to every size from one score map (paper 2.2)."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,9 +32,9 @@ def run(
     exclude: tuple[str, ...] = (),
     set: Mapping[str, Any] = NO_CHANGES,
 ) -> Iterator[tuple[float, nn.Module]]:
-    """`recipe` (its name, or itself) with the changes `set`, as in fleet files.
+    """Yield (size, model) for each size, by `recipe` (a name or a Recipe) with the changes `set`, as in fleet files.
 
-    The windows and the base model are there already: the recipe's `seq_len` and `dtype` say nothing here.
+    The fields `seq_len` and `dtype` of the recipe have no effect: the windows and the base model determine them.
     """
     chosen = dataclasses.replace(changed(recipe, set), exclude=exclude, seq_len=windows.shape[1])
     model = base.model
@@ -56,9 +56,9 @@ def run(
 
 
 def changed(recipe: str | Recipe, changes: Any) -> Recipe:
-    """RecipeError for what is no change of a recipe."""
+    """Return `recipe` with `changes`. RecipeError if they are not valid changes."""
     if not isinstance(changes, Mapping):
         raise RecipeError(f"set is {cited(changes)}; it must be a mapping of recipe fields.")
     if "exclude" in changes:
-        raise RecipeError("set names layers to exclude; all methods leave out the same ones: use the arena's `exclude`.")
+        raise RecipeError("set contains exclude. All methods must exclude the same layers; use `exclude` of the arena file instead.")
     return Recipe.from_dict(dict(changes), named(recipe) if isinstance(recipe, str) else recipe)

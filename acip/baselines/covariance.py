@@ -1,14 +1,15 @@
-"""The covariance cut, training-free: the best layer of every rank for the calibration activations, all from one eigenproblem
-(the optimum of Swift-SVD, Qi et al., 2026, arXiv 2604.01609; the basis of acip.calibration.bases).
+"""The covariance cut, without training: one eigenproblem gives the best layer of every rank for the calibration activations.
 
-    Q = eigenvectors of W C W^T,  W_r = Q_r Q_r^T W,  |(W - W_r) X|^2 = the sum of the eigenvalues that were dropped
+This is the optimum of Swift-SVD (Qi et al., 2026, arXiv 2604.01609), in the basis of acip.calibration.bases.
 
-which is what whitening reaches, without Cholesky or inverse. Ranks are
+    Q = eigenvectors of W C W^T,  W_r = Q_r Q_r^T W,  |(W - W_r) X|^2 = the sum of the dropped eigenvalues
+
+Whitening reaches the same optimum, with a Cholesky factor and its inverse. Ranks are
 
     uniform    the same share of every layer
-    global     those that keep most energy: directions leave by their share of their layer's energy per number that they store,
-               lowest first, but no layer loses more than half of its uniform rank (it backfires: 22.2 instead of 12.5 in
-               perplexity, LLaMA-7B in their ablation). Their own allocation weighs layers by importance; this one does not.
+    global     directions are dropped by their share of the energy of their layer, per stored number, lowest first. Every layer
+               keeps at least half of its uniform rank: a lower floor is harmful (perplexity 22.2 instead of 12.5, LLaMA-7B
+               in the authors' ablation). The authors also weigh layers by importance; this allocation does not.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +41,10 @@ def run(
     sample_windows: int = 256,
     floor: float = 0.5,
 ) -> Iterator[tuple[float, nn.Module]]:
-    """`sample_windows` for C; `floor` of the uniform rank stays in every layer where ranks are global."""
+    """Yield (size, model) for each size. C is computed from the first `sample_windows` windows.
+
+    With global ranks, every layer keeps at least `floor` of its uniform rank.
+    """
     if not 0 <= floor <= 1:
         raise RecipeError(f"floor is {floor}; it must be a share of the uniform rank, from 0 to 1.")
     model, recipe = base.model, Recipe(sample_windows=sample_windows)
@@ -61,13 +65,13 @@ def run(
 
 @torch.no_grad()
 def energies(model: nn.Module, linears: Mapping[str, nn.Module], factors: Mapping[str, Factors], windows: Tensor) -> dict[str, Tensor]:
-    """[K] of each layer: the sum of (q^T W x)^2 over the tokens for each direction q, the eigenvalues of W C W^T."""
+    """Return per layer the sum of (q^T W x)^2 over the tokens for each direction q [K]: the eigenvalues of W C W^T."""
     sums: dict[str, Tensor] = {}
 
-    def see(name: str, x_SN: Tensor) -> None:
+    def add(name: str, x_SN: Tensor) -> None:
         sums[name] = sums.get(name, 0) + widened(F.linear(x_SN, factors[name].right)).square().sum(0)
 
-    with hooked(on_inputs(linears, see)):
+    with hooked(on_inputs(linears, add)):
         feed(model, windows)
     return {name: sums[name].cpu() for name in linears}
 
@@ -75,7 +79,7 @@ def energies(model: nn.Module, linears: Mapping[str, nn.Module], factors: Mappin
 def global_ranks(
     linears: Mapping[str, nn.Module], energy: Mapping[str, Tensor], uniform: Mapping[str, int | None], floor: float, size: float
 ) -> dict[str, int | None]:
-    """The largest model within `size` whose directions left by energy share per number stored."""
+    """Return the ranks of the largest model within `size` if directions are dropped by energy share per stored number."""
     keys, layer_of = [], []
     shapes = tuple(shape_of(name, linear) for name, linear in linears.items())
     for i, shape in enumerate(shapes):

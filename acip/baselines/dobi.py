@@ -1,23 +1,24 @@
-"""Dobi-SVD without remapping: where to truncate the activations is learned, then weights are rebuilt for these places
-(Wang et al., ICLR 2025, arXiv 2502.02723).
+"""Dobi-SVD without remapping: learn where to truncate the activations, then rebuild the weights for these truncations.
 
-    1  learn      of each window's outputs A = x W^T [T, M] a layer keeps about gamma directions:
+Source: Wang et al., ICLR 2025, arXiv 2502.02723.
+
+    1  learn      a layer keeps about gamma directions of its outputs A = x W^T [T, M] for each window:
                       A' = U diag(s * g) V^T,   g_i = tanh(beta (gamma - i)) / 2 + 1/2
-                  gamma, one number a layer, is trained by Adam on perplexity + penalty * |R(gamma) - size| + what leaves [0, T']
-    2  rebuild    the V of all windows are joined by an incremental PCA with k components; the layer is projected on them:
+                  gamma, one number per layer, is trained by Adam on perplexity + penalty * |R(gamma) - size| + excess over [0, T']
+    2  rebuild    an incremental PCA with k components joins the V of all windows; the layer is projected onto them:
                       W' = V_k V_k^T W,   two factors V_k and V_k^T W
 
 A window has at most T' = min(T, M, N) directions and the layer K = min(M, N), so gamma stands for the rank k = gamma K / T'.
-R is what these ranks store, of the dense layers' numbers. Learned ranks meet the size only nearly: they are scaled by a common
-factor to be within it (ours; the penalty alone promises nothing).
+R is the storage of these ranks, relative to the dense layers. The learned ranks match the size only approximately, so a common factor
+scales them to fit (ours; the penalty alone does not guarantee the size).
 
-The gradient of step 1, with f = s g, P = U^T G V and G the gradient at A' (the chain of the SVD's own, written without U's and V's;
-where fewer directions are computed than A has, it takes A to have no others, as the authors' does):
+The gradient of step 1, with f = s g, P = U^T G V and G the gradient at A', is the chain rule of the SVD, without the gradients of U and V.
+If fewer directions are computed than A has, the others are taken as zero, as in the authors' code:
 
     dA = U (X * sym P + Y * skew P) V^T + (1 - U U^T) G V diag(g) V^T + U diag(g) U^T G (1 - V V^T)
     X_ij = (f_i - f_j) / (s_i - s_j),  X_ii = g_i,  Y_ij = (f_i + f_j) / (s_i + s_j)
 
-1 / (s_i^2 - s_j^2) has no bound where values are close; there it is the first TERMS terms of its series (the authors').
+1 / (s_i^2 - s_j^2) is unbounded for close values; there, the first TERMS terms of its series replace it (as in the authors' code).
 
 Legend: M = out features, N = in features, K = min(M, N), T = tokens of a window, q = directions computed, k = rank.
 """
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from acip.base import Base
-from acip.baselines.prefix_factors import Factors, Progress, allowed, feed, layers_at, refuse_idle, stored_at, swapped, uniform_ranks
+from acip.baselines.prefix_factors import Factors, Progress, allowed, feed, layers_at, require_calls, stored_at, swapped, uniform_ranks
 from acip.calibration.losses import next_token
 from acip.data import TokenBatches
 from acip.errors import CalibrationError, DataError, RecipeError
@@ -38,10 +39,10 @@ from acip.layers.targets import find_linears, hooked, weight_MN
 from acip.modeling_acip import accumulation_dtype, bias_of, widened
 
 BETA = 10.0  # steepness of the gate
-BESIDE = 5  # directions computed beyond gamma, where the gate is closed
+EXTRA = 5  # directions computed beyond gamma, where the gate is closed
 TERMS = 11  # of the series 1 / (1 - r) = 1 + r + r^2 + ...
-FAINT = 1e-6  # of the largest singular value: smaller ones are lost in squares
-CLOSE = 1e-10  # a difference of squares below which the series is taken
+MIN_RATIO = 1e-6  # of the largest singular value: the square of a smaller value is lost to rounding
+CLOSE = 1e-10  # difference of squares below which the series is used
 
 
 def run(
@@ -58,10 +59,12 @@ def run(
     lr_end: float = 4.0,
     penalty: float = 200.0,
 ) -> Iterator[tuple[float, nn.Module]]:
-    """`sample_windows` are learned from for `epochs`, `accumulate` of them a step (the authors': 8 on each of 4 GPUs).
+    """Yield (size, model) for each size.
 
-    `lr` falls to `lr_end` by a cosine, in directions of a window, which has 2048 tokens in the paper: shorter ones want less.
-    `penalty` weighs the miss of the size.
+    Gamma is trained on the first `sample_windows` windows for `epochs`, `accumulate` windows per step (the authors use 8 on each of 4
+    GPUs). `lr` falls to `lr_end` by a cosine; its unit is directions of a window of 2048 tokens as in the paper, so shorter windows need
+    a smaller one. `penalty` is the weight of the deviation from the size. Raises RecipeError for invalid options, and DataError if the
+    windows have fewer directions than a layer.
     """
     for option, value, least in (("sample_windows", sample_windows, 1), ("epochs", epochs, 0), ("accumulate", accumulate, 1)):
         if value < least:
@@ -72,8 +75,8 @@ def run(
     needed = max(place.windows for place in places.values())
     if len(windows) < needed and min(sizes) < 1:
         raise DataError(
-            f"{len(windows)} windows of {windows.shape[1]} tokens have too few directions for the largest layer: "
-            f"use at least {needed} windows, or longer ones."
+            f"{len(windows)} windows of {windows.shape[1]} tokens have too few directions for the largest layer. "
+            f"Use at least {needed} windows, or longer ones."
         )
     for size in sizes:
         if size == 1:
@@ -89,7 +92,7 @@ def run(
 
 
 class Place:
-    """What a layer's gamma means, for windows of T tokens."""
+    """The relation of gamma, rank and storage of a layer, for windows of T tokens."""
 
     def __init__(self, linear: nn.Module, T: int) -> None:
         self.M, self.N = weight_MN(linear).shape
@@ -98,14 +101,15 @@ class Place:
 
     @property
     def windows(self) -> int:
-        """That have as many directions as the layer."""
+        """The number of windows that together have as many directions as the layer."""
         return -(-self.K // self.most)
 
     def gamma(self, rank: int) -> float:
+        """Return the gamma that stands for a rank."""
         return rank * self.most / self.K
 
     def numbers(self, gamma: Any) -> Any:
-        """r (M + N), of a number or a tensor."""
+        """Return the stored numbers r (M + N), for gamma as a number or a tensor."""
         return gamma * self.K / self.most * (self.M + self.N)
 
 
@@ -117,7 +121,7 @@ class Truncation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, A: Tensor, gamma: Tensor) -> Tensor:
-        U, s, V = leading(A, int(max(0.0, float(gamma.detach()))) + BESIDE)
+        U, s, V = leading(A, int(max(0.0, float(gamma.detach()))) + EXTRA)
         g = gate(gamma.to(A.dtype), s.shape[-1])
         ctx.save_for_backward(U, s, V, g)
         ctx.dtype = gamma.dtype
@@ -136,31 +140,31 @@ class Truncation(torch.autograd.Function):
         Y = (f_i + f_j) / (s_i + s_j).clamp_min(torch.finfo(s.dtype).tiny)
         inner = (X * (P + P.mT) + Y * (P - P.mT)) / 2
         dA = U @ (inner @ V.mT + g[:, None] * (UtG - P @ V.mT)) + ((GV - U @ P) * g) @ V.mT
-        slope = 2 * BETA * g * (1 - g)  # of the gate
+        slope = 2 * BETA * g * (1 - g)  # derivative of the gate
         dgamma = (P.diagonal(dim1=-2, dim2=-1) * s * slope).sum()
         return dA, dgamma.to(ctx.dtype)
 
 
 def gate(gamma: Tensor, count: int) -> Tensor:
-    """[count] near 1 up to gamma, near 0 beyond."""
+    """Return the gate [count]: near 1 up to gamma, near 0 beyond."""
     i = torch.arange(1, count + 1, device=gamma.device, dtype=gamma.dtype)
     return torch.tanh(BETA * (gamma - i)) / 2 + 0.5
 
 
 def leading(A: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U [..., T, q], s, V [..., M, q] of the largest singular values: by random projection where few are wanted, as in the paper."""
+    """Return U [..., T, q], s, V [..., M, q] of the q largest singular values; for small q by random projection, as in the paper."""
     return torch.svd_lowrank(A, q, niter=2) if 2 * q < min(A.shape[-2:]) else exactly_leading(A, q)
 
 
 def exactly_leading(A: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same without projections, which would miss some of many values that are nearly equal."""
+    """Return the same without random projection, which can miss some of many nearly equal values."""
     if A.shape[-2] > A.shape[-1]:
         U, s, V = exactly_leading(A.mT, q)
         return V, s, U
     B = A.double()
-    squares, U = torch.linalg.eigh(B @ B.mT)  # faster than the SVD of wide windows, and no worse while float64 holds the squares
+    squares, U = torch.linalg.eigh(B @ B.mT)  # faster than the SVD, and as accurate while float64 resolves the squares
     s, U = squares.flip(-1)[..., :q].clamp_min(0.0).sqrt(), U.flip(-1)[..., :q]
-    if bool((s[..., -1] <= FAINT * s[..., 0]).any()):
+    if bool((s[..., -1] <= MIN_RATIO * s[..., 0]).any()):
         U, s, Vh = torch.linalg.svd(B, full_matrices=False)
         U, s, V = U[..., :q], s[..., :q], Vh[..., :q, :].mT
     else:
@@ -169,20 +173,20 @@ def exactly_leading(A: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def inverse_differences(s: Tensor) -> Tensor:
-    """1 / (s_i^2 - s_j^2) [..., q, q], bounded where values are close; 0 on the diagonal."""
+    """Return 1 / (s_i^2 - s_j^2) [..., q, q], bounded for close values; 0 on the diagonal."""
     squares = s.square()
     difference = squares[..., :, None] - squares[..., None, :]
     larger = torch.maximum(squares[..., :, None], squares[..., None, :])
     ratio = torch.minimum(squares[..., :, None], squares[..., None, :]) / larger.clamp_min(CLOSE)
     series = sum(ratio**n for n in range(TERMS)) / larger.clamp_min(CLOSE)
     close = difference.abs() <= CLOSE
-    # by index where values are equal, as they are sorted
+    # equal values take the sign of their order, since they are sorted
     sign = torch.where(difference != 0, difference.sign(), torch.ones_like(difference).triu(1) - torch.ones_like(difference).tril(-1))
     return torch.where(close, sign * series, 1 / torch.where(close, 1.0, difference))
 
 
 def truncating(linears: Mapping[str, nn.Module], gammas: Mapping[str, Tensor]) -> list[torch.utils.hooks.RemovableHandle]:
-    """Hooks that truncate the outputs of each layer, window by window; the bias is added afterwards."""
+    """Register hooks that truncate the outputs of each layer per window, before the bias is added. Return the handles."""
 
     def hook(name: str) -> Callable[..., Tensor]:
         def truncate(linear: nn.Module, _args: Any, y: Tensor) -> Tensor:
@@ -209,7 +213,7 @@ def learned(
     lr: tuple[float, float],
     penalty: float,
 ) -> dict[str, float]:
-    """The gammas with the least loss that was seen."""
+    """Train the gammas from `start`. Return those with the lowest loss of all steps."""
     weight = next(model.parameters())
     dtype, device = accumulation_dtype(weight.dtype), weight.device
     gammas = {name: nn.Parameter(torch.tensor(value, dtype=dtype, device=device)) for name, value in start.items()}
@@ -217,8 +221,8 @@ def learned(
     accumulate = min(accumulate, len(windows))
     steps = epochs * len(windows) // accumulate
     batches = TokenBatches(windows, 1)
-    best, found = math.inf, dict(start)
-    torch.manual_seed(0)  # of the random projections
+    best, best_gammas = math.inf, dict(start)
+    torch.manual_seed(0)  # for the random projections
     with hooked(truncating(linears, gammas)):
         for step in range(steps):
             for group in optimizer.param_groups:
@@ -230,17 +234,19 @@ def learned(
                 loss.backward()
                 total += float(loss.detach())
             if not math.isfinite(total):
-                raise CalibrationError(f"the loss is {total} at step {step + 1} of learning ranks. Lower lr, or use dtype float32.")
+                raise CalibrationError(
+                    f"the loss is {total} at step {step + 1} of learning the ranks; it must be finite. Lower lr, or use dtype float32."
+                )
             if total < best:
-                best, found = total, {name: float(gamma.detach()) for name, gamma in gammas.items()}
+                best, best_gammas = total, {name: float(gamma.detach()) for name, gamma in gammas.items()}
             optimizer.step()
             optimizer.zero_grad()
             progress(f"ranks for {size}", step + 1, steps)
-    return found
+    return best_gammas
 
 
 def constraint(gammas: Mapping[str, Tensor], places: Mapping[str, Place], size: float, penalty: float) -> Tensor:
-    """penalty * |R - size|, and the squares of what is below 0 or above T'."""
+    """Return penalty * |R - size|, plus the squared excess of each gamma below 0 or above T'."""
     stored = torch.stack([place.numbers(gammas[name]).clamp_max(place.M * place.N) for name, place in places.items()]).sum()
     outside = torch.stack(
         [gammas[name].neg().relu().square() + (gammas[name] - place.most).relu().square() for name, place in places.items()]
@@ -251,7 +257,7 @@ def constraint(gammas: Mapping[str, Tensor], places: Mapping[str, Place], size: 
 def within(
     linears: Mapping[str, nn.Module], places: Mapping[str, Place], gammas: Mapping[str, float], size: float
 ) -> dict[str, int | None]:
-    """The ranks that gammas stand for, scaled by the largest common factor that fits the size; None = dense, as factors save nothing."""
+    """Return the ranks of the gammas, scaled by the largest common factor that fits the size; None = dense, if factors save nothing."""
 
     def ranks(factor: float) -> dict[str, int | None]:
         kept: dict[str, int | None] = {}
@@ -272,25 +278,26 @@ def within(
 
 
 class IncrementalPCA:
-    """Principal components of rows that come in batches, in memory for one batch (Ross et al., 2008).
+    """Principal components of rows in batches, with the memory of one batch (Ross et al., 2008).
 
-    With m rows seen and n new ones, the components are those of [s V^T ; new - mean of new ; sqrt(n m / (n + m)) (mean - mean of new)].
+    After m rows, n new ones update the components to those of [s V^T ; new - mean of new ; sqrt(n m / (n + m)) (mean - mean of new)].
     """
 
     def __init__(self, components: int) -> None:
-        self.components, self.seen = components, 0
+        self.components, self.count = components, 0
         self.mean_M, self.s_k, self.V_kM = (torch.zeros(0) for _ in range(3))
 
     def fit(self, rows_nM: Tensor) -> None:
+        """Update the components with a batch of rows."""
         n, mean_M = len(rows_nM), rows_nM.mean(0)
         stack = rows_nM - mean_M
-        if self.seen:
-            shift = math.sqrt(n * self.seen / (n + self.seen)) * (self.mean_M - mean_M)
+        if self.count:
+            shift = math.sqrt(n * self.count / (n + self.count)) * (self.mean_M - mean_M)
             stack = torch.cat([self.s_k[:, None] * self.V_kM, stack, shift[None]])
-            mean_M = (self.seen * self.mean_M + n * mean_M) / (self.seen + n)
+            mean_M = (self.count * self.mean_M + n * mean_M) / (self.count + n)
         _, self.s_k, V_Mk = exactly_leading(stack, min(self.components, *stack.shape))
         self.mean_M, self.V_kM = mean_M, V_Mk.T
-        self.seen += n
+        self.count += n
 
 
 @torch.no_grad()
@@ -303,7 +310,7 @@ def rebuilt(
     windows: Tensor,
     progress: Progress,
 ) -> dict[str, Factors]:
-    """Each layer projected on the components of its truncated outputs' right singular vectors, as the truncated model has them."""
+    """Project each layer onto the components of the right singular vectors of its outputs, in the truncated model."""
     pca = {name: IncrementalPCA(rank) for name, rank in ranks.items() if rank is not None}
     waiting: dict[str, list[Tensor]] = {name: [] for name in pca}
 
@@ -313,7 +320,7 @@ def rebuilt(
         def truncate(linear: nn.Module, _args: Any, y: Tensor) -> Tensor:
             bias_M = bias_of(linear)
             A = widened((y if bias_M is None else y - bias_M).flatten(0, -2))
-            U, s, V_Mq = leading(A, kept + BESIDE)
+            U, s, V_Mq = leading(A, kept + EXTRA)
             waiting[name].append(V_Mq[:, :kept].T)
             if len(waiting[name]) == place.windows:
                 pca[name].fit(torch.cat(waiting[name]))
@@ -326,9 +333,9 @@ def rebuilt(
     with hooked(linears[name].register_forward_hook(hook(name)) for name in pca):
         feed(model, windows, lambda done, total: progress("components", done, total))
     for name, rest in waiting.items():
-        if rest and pca[name].seen:  # a batch that is not full is too small to begin with
+        if rest and pca[name].count:  # not as the first batch: a batch that is not full is too small
             pca[name].fit(torch.cat(rest))
-    refuse_idle(pca_layers := {name: linears[name] for name in pca}, [name for name in pca if pca[name].seen])
+    require_calls(pca_layers := {name: linears[name] for name in pca}, [name for name in pca if pca[name].count])
     factors: dict[str, Factors] = {}
     for name, linear in pca_layers.items():
         V_Mk = pca[name].V_kM.T

@@ -1,9 +1,9 @@
-"""A layer as two factors whose every rank is a prefix, and a model whose layers are such factors for a while.
+"""A layer as two factors, of which every rank is a prefix, and a model whose layers are temporarily replaced by such factors.
 
     W_MN ~ left_MK[:, :r] right_KN[:r],    r (M + N) stored numbers and the bias
 
-The methods of this folder differ in how they choose the factors and the ranks. What they share is here: the rank that a size
-leaves, what a model stores, and putting layers in place and back.
+The methods of this folder choose factors and ranks in different ways. They share this file: the rank for a size, the storage of a
+model, and the replacement of layers.
 
 Legend: M = out features, N = in features, K = min(M, N), r = kept rank; a rank of None = the original dense layer.
 """
@@ -27,12 +27,12 @@ from acip.utils.threads import one_thread_each
 
 T = TypeVar("T")
 Ranks = Mapping[str, int | None]
-Progress = Callable[[str, int, int], None]  # (what, done, total)
+Progress = Callable[[str, int, int], None]  # (name of the stage, done, total)
 
 
 @dataclass(frozen=True)
 class Factors:
-    """W ~ left [M, K] right [K, N], directions by importance, in the layer's dtype."""
+    """W ~ left [M, K] right [K, N], most important direction first, in the dtype of the layer."""
 
     left: Tensor
     right: Tensor
@@ -43,17 +43,21 @@ class Factors:
         return cls(left_MK.to(dtype), right_KN.to(dtype))
 
     def at(self, linear: nn.Module, rank: int) -> LowRankLinear:
-        """The layer at a rank, on its own."""
+        """Return the layer at a rank, with tensors of its own."""
         return LowRankLinear(self.left[:, :rank].contiguous(), self.right[:rank].clone(), bias_of(linear))
 
 
 def shape_of(name: str, linear: nn.Module) -> LayerShape:
+    """Return the shape of a dense layer."""
     M, N = weight_MN(linear).shape
     return LayerShape(name, M, N, bias_of(linear) is not None)
 
 
 def uniform_ranks(linears: Mapping[str, nn.Module], size: float) -> dict[str, int | None]:
-    """The same share of every layer: the largest r with r (M + N), and the bias, within `size` of the dense layer; at 1.0 dense."""
+    """Return the same share of every layer: the largest r with r (M + N) plus the bias within `size` of the dense layer.
+
+    At size 1.0 the ranks are None. Raises BudgetError if a layer has no rank left.
+    """
     if size == 1:
         return dict.fromkeys(linears)
     ranks: dict[str, int | None] = {}
@@ -64,19 +68,19 @@ def uniform_ranks(linears: Mapping[str, nn.Module], size: float) -> dict[str, in
         if rank < 1:
             least = (shape.M + shape.N + bias) / shape.dense_params
             raise BudgetError(
-                f"size {size!r} leaves {name} [{shape.M}, {shape.N}] no rank; its smallest is {math.ceil(least * 1e4) / 1e4}."
+                f"size {size!r} leaves no rank for {name} [{shape.M}, {shape.N}]; its smallest size is {math.ceil(least * 1e4) / 1e4}."
             )
         ranks[name] = rank
     return ranks
 
 
 def allowed(size: float, dense: int) -> int:
-    """Numbers that may be stored of `dense` ones: by the decimal that was written, not its nearest double."""
+    """Return how many of `dense` numbers `size` allows, by its decimal value, not its nearest double."""
     return math.floor(Fraction(repr(float(size))) * dense)
 
 
 def stored_at(linears: Mapping[str, nn.Module], ranks: Ranks) -> int:
-    """Numbers that layers store at these ranks, biases too."""
+    """Return the numbers that the layers store at these ranks, including biases."""
     total = 0
     for name, linear in linears.items():
         shape, rank = shape_of(name, linear), ranks[name]
@@ -85,13 +89,13 @@ def stored_at(linears: Mapping[str, nn.Module], ranks: Ranks) -> int:
 
 
 def stored(model: nn.Module, names: Iterable[str]) -> int:
-    """Numbers that these layers store: all their parameters, biases too."""
+    """Return the numbers that the layers `names` of `model` store: all their parameters, including biases."""
     return sum(param.numel() for name in names for param in model.get_submodule(name).parameters())
 
 
 @contextmanager
 def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside, `layers` stand in their places; then the ones that stood there before do again."""
+    """Put `layers` into the model, and restore the previous ones after the context."""
     before = {name: model.get_submodule(name) for name in layers}
     try:
         for name, layer in layers.items():
@@ -103,29 +107,29 @@ def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]
 
 
 def layers_at(linears: Mapping[str, nn.Module], factors: Mapping[str, Factors], ranks: Ranks) -> dict[str, nn.Module]:
-    """Each layer at its rank."""
+    """Return each layer at its rank."""
     return {name: linear if (rank := ranks[name]) is None else factors[name].at(linear, rank) for name, linear in linears.items()}
 
 
-def on_inputs(linears: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> list[torch.utils.hooks.RemovableHandle]:
-    """Hooks that show `see(name, x_SN)` what each layer is fed, all of its tokens in rows."""
+def on_inputs(linears: Mapping[str, nn.Module], callback: Callable[[str, Tensor], None]) -> list[torch.utils.hooks.RemovableHandle]:
+    """Register hooks that call `callback(name, x_SN)` with the inputs of each layer, one row per token. Return their handles."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _layer, args: see(name, args[0].detach().flatten(0, -2))
+        return lambda _layer, args: callback(name, args[0].detach().flatten(0, -2))
 
     return [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
 
 
-def feed(model: nn.Module, windows: Tensor, told: Callable[[int, int], None] = lambda done, total: None) -> None:
-    """Run the model on one window after the other."""
+def feed(model: nn.Module, windows: Tensor, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Run the model on one window after another."""
     device = next(model.parameters()).device
     for i, window in enumerate(windows.split(1)):
         feed_tokens(model, window.long().to(device))
-        told(i + 1, len(windows))
+        progress(i + 1, len(windows))
 
 
 def each(linears: Mapping[str, nn.Module], solve: Callable[[str, nn.Module], T]) -> Iterator[tuple[str, T]]:
-    """(name, solve(name, layer)) of every layer, in order; on a CPU several at once."""
+    """Yield (name, solve(name, layer)) of every layer in order; on a CPU, several layers are solved at once."""
     if next(iter(linears.values())).weight.is_cuda:
         yield from ((name, solve(name, linear)) for name, linear in linears.items())
         return
@@ -134,7 +138,7 @@ def each(linears: Mapping[str, nn.Module], solve: Callable[[str, nn.Module], T])
 
 
 def blocks_of(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
-    """Layers by the outermost block that holds them."""
+    """Group layers by the outermost block that contains them."""
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     blocks: dict[str, list[str]] = {}
     for name in names:
@@ -144,10 +148,11 @@ def blocks_of(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
     return blocks
 
 
-def refuse_idle(linears: Mapping[str, nn.Module], seen: Iterable[str]) -> None:
-    """BaseModelError for layers that the text never reaches."""
-    if idle := [name for name in linears if name not in set(seen)]:
+def require_calls(linears: Mapping[str, nn.Module], called: Iterable[str]) -> None:
+    """Raise BaseModelError if the text never reaches some of the layers."""
+    called = set(called)
+    if uncalled := [name for name in linears if name not in called]:
         raise BaseModelError(
-            f"{len(idle)} layers are never called on this text, {idle[0]} among them, so nothing can be learned about them. "
-            "Use more text, or put a part of their names into exclude."
+            f"{len(uncalled)} layers are never called on this text, for example {uncalled[0]}, so they cannot be compressed. "
+            "Use more text, or add a part of their names to exclude."
         )

@@ -1,6 +1,6 @@
-"""SVD magnitude: the singular values of all layers are the scores, and the smallest leave first (paper 3.2, D.6).
+"""SVD magnitude: the singular values of all layers are the scores, and the smallest are removed first (paper 3.2, D.6).
 
-No data and no training. It is ACIP without its calibration, so it goes through the same cut.
+It needs no data and no training. It is ACIP without calibration, and uses the same cut.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,4 +18,5 @@ RECIPE = Recipe(basis="svd", scores="singular_values", adapter_rank=0, post_tune
 def run(
     base: Base, windows: Tensor, sizes: Sequence[float], progress: Progress, *, exclude: tuple[str, ...] = ()
 ) -> Iterator[tuple[float, nn.Module]]:
+    """Yield (size, model) for each size."""
     return calibrated.run(base, windows, sizes, progress, recipe=RECIPE, exclude=exclude)

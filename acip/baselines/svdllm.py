@@ -1,21 +1,22 @@
-"""SVD-LLM: the SVD in coordinates where the inputs are white, so that a singular value is what its loss costs
-(Wang et al., ICLR 2025, arXiv 2403.07378).
+"""SVD-LLM: the SVD in coordinates where the inputs are white, so that dropping a singular value costs its square.
+
+Source: Wang et al., ICLR 2025, arXiv 2403.07378.
 
     S S^T = C = sum of x x^T,  W S = U Sigma V^T        truncated at r, the same share of every layer
     y = (U_r Sigma_r^1/2) (Sigma_r^1/2 V_r^T S^-1) x
 
-|(W - W_r) X|^2 is then the sum of the squares of the singular values that were dropped. Two corrections, each of one size:
+|(W - W_r) X|^2 is then the sum of the squares of the dropped singular values. Two corrections are made for each size:
 
-    update    block by block: on the inputs X that the compressed blocks before it give, each layer's left factor becomes the
-              least-squares fit of what the dense layer makes of X
-    lora      LoRA on all left factors, merged, then on all right ones, merged; on the calibration text (the authors': 50,000
+    update    block by block: the left factor of each layer becomes the least-squares fit to the output of the dense layer, on the
+              inputs X that the compressed blocks before it produce
+    lora      train LoRA on all left factors and merge it, then on all right ones; on the calibration text (the authors use 50,000
               instructions of Alpaca, at most 256 tokens each)
 
-S comes in float64 from sums in the accumulation dtype. Where C is not positive definite, its lowest eigenvalue and 1e-6 are added to the
-diagonal.
+S is computed in float64 from sums in the accumulation dtype. If C is not positive definite, the magnitude of its lowest eigenvalue and
+1e-6 are added to the diagonal.
 
-Inside one forward pass, a block's hook compresses it and runs it again: whatever stands between the blocks of an architecture,
-the next one is fed what it really would be. A block that is run several times is updated at the first.
+In one forward pass, a hook compresses each block and runs it again. The next block therefore gets the input that it has in the compressed
+model, for every architecture. A block that runs several times is updated in its first run.
 
 Legend: M = out features, N = in features, K = min(M, N), r = kept rank, S = samples (tokens).
 """
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from acip.base import Base
-from acip.baselines.prefix_factors import Factors, Progress, blocks_of, each, layers_at, refuse_idle, swapped, uniform_ranks
+from acip.baselines.prefix_factors import Factors, Progress, blocks_of, each, layers_at, require_calls, swapped, uniform_ranks
 from acip.calibration.activation_covariance import activation_covariances, feed_tokens, grouped, probe
 from acip.calibration.losses import next_token
 from acip.data import TokenBatches
@@ -38,7 +39,7 @@ from acip.layers.adapters import LoRA
 from acip.layers.targets import find_linears, hooked, weight_MN
 from acip.modeling_acip import LowRankLinear, bias_of, set_module, widened
 
-JITTER = 1e-6  # added to what makes C's eigenvalues positive; of a sum over tokens
+JITTER = 1e-6  # added to the shift that makes the eigenvalues of C positive; C is a sum over tokens
 
 
 def run(
@@ -61,9 +62,10 @@ def run(
     lora_batch: int = 64,
     lora_micro: int = 4,
 ) -> Iterator[tuple[float, nn.Module]]:
-    """`sample_windows` for C, `update_windows` (in one forward pass) for the update, `lora_windows` (None = all) for LoRA.
+    """Yield (size, model) for each size.
 
-    Learning rates are constant; a LoRA step takes `lora_batch` windows, `lora_micro` at once.
+    C uses the first `sample_windows` windows, the update `update_windows` (in one forward pass), and LoRA `lora_windows` (None = all).
+    The learning rate is constant. A LoRA step takes `lora_batch` windows, `lora_micro` per forward pass. RecipeError for invalid options.
     """
     counts = {"sample_windows": sample_windows, "update_windows": update_windows, "lora_rank": lora_rank}
     for option, value in (counts | {"lora_windows": lora_windows, "lora_batch": lora_batch, "lora_micro": lora_micro}).items():
@@ -72,8 +74,8 @@ def run(
     model = base.model
     linears = find_linears(model, exclude)
     factors: dict[str, Factors] = {}
-    for name, found in whitened(model, linears, windows[:sample_windows]):
-        factors[name] = found
+    for name, layer_factors in whitened(model, linears, windows[:sample_windows]):
+        factors[name] = layer_factors
         progress("whitening", len(factors), len(linears))
     for size in sizes:
         ranks = uniform_ranks(linears, size)
@@ -94,9 +96,9 @@ def run(
 def whitened(
     model: nn.Module, linears: Mapping[str, nn.Module], windows: Tensor, covariance_bytes: int = 8 * 2**30
 ) -> Iterator[tuple[str, Factors]]:
-    """Factors of every layer; layers are gathered in groups whose C take at most `covariance_bytes`, one forward pass each."""
+    """Yield the factors of every layer. Each group of layers, whose C take at most `covariance_bytes`, takes one forward pass."""
     trace = probe(model, linears, windows, inputs_only=True)
-    refuse_idle(linears, {name for name, _ in trace})
+    require_calls(linears, {name for name, _ in trace})
     calls = Counter(name for name, _ in trace)
     for group in grouped(linears, trace, covariance_bytes, inputs_only=True):
         layers = {name: linears[name] for name in group}
@@ -113,22 +115,22 @@ def _whitened(S: Mapping[str, Tensor], name: str, linear: nn.Module) -> Factors:
 
 @torch.no_grad()
 def whitening(C_NN: Tensor) -> Tensor:
-    """S, lower triangular, with S S^T = C; C is lifted to be positive definite where it is not."""
+    """Return S, lower triangular, with S S^T = C. If C is not positive definite, its eigenvalues are shifted to be positive."""
     if not torch.isfinite(C_NN).all():
-        raise CalibrationError("a layer is fed numbers that are not finite on this text; try dtype float32.")
+        raise CalibrationError("the input of a layer is not finite on this text. Use dtype float32.")
     S_NN, failed = torch.linalg.cholesky_ex(C_NN)
     if failed:
-        lowest, lift = min(0.0, float(torch.linalg.eigvalsh(C_NN)[0])), JITTER
-        one = torch.eye(len(C_NN), dtype=C_NN.dtype, device=C_NN.device)
+        lowest, shift = min(0.0, float(torch.linalg.eigvalsh(C_NN)[0])), JITTER
+        eye = torch.eye(len(C_NN), dtype=C_NN.dtype, device=C_NN.device)
         while failed:
-            S_NN, failed = torch.linalg.cholesky_ex(C_NN + (lift - lowest) * one)
-            lift *= 10  # rounding may eat a lift that is small beside the largest eigenvalue
+            S_NN, failed = torch.linalg.cholesky_ex(C_NN + (shift - lowest) * eye)
+            shift *= 10  # rounding can cancel a shift that is small relative to the largest eigenvalue
     return S_NN
 
 
 @torch.no_grad()
 def whitened_svd(linear: nn.Module, S_NN: Tensor) -> Factors:
-    """W = left right at full rank."""
+    """Return the factors; W = left right at full rank."""
     U_MK, sigma_K, Vh_KN = torch.linalg.svd(weight_MN(linear).double() @ S_NN, full_matrices=False)
     root_K = sigma_K.sqrt()
     right_KN = torch.linalg.solve_triangular(S_NN, root_K[:, None] * Vh_KN, upper=False, left=False)
@@ -146,7 +148,7 @@ def updated(
     windows: Tensor,
     progress: Callable[[int, int], None],
 ) -> dict[str, nn.Module]:
-    """`layers` with their left factors fitted; the model itself is as before."""
+    """Return `layers` with fitted left factors. The model itself is unchanged."""
     blocks, fitted = blocks_of(model, list(linears)), dict(layers)
     done: set[str] = set()
 
@@ -172,13 +174,13 @@ def updated(
 
     handles = [linear.register_forward_hook(fit(name)) for name, linear in linears.items()]
     handles += [model.get_submodule(block).register_forward_hook(compress(block), with_kwargs=True) for block in blocks]
-    with hooked(handles), swapped(model, linears):  # each to its own place: what the hooks put there goes again
+    with hooked(handles), swapped(model, linears):  # restores the original layers, which the hooks replace
         feed_tokens(model, windows.long().to(next(model.parameters()).device))
     return fitted
 
 
 def least_squares(layer: LowRankLinear, linear: nn.Module, x_SN: Tensor, y_SM: Tensor) -> LowRankLinear:
-    """The layer with the left factor that brings it nearest to y on x; as it is where there are fewer tokens than ranks."""
+    """Return the layer with the left factor that best fits y on x. With fewer tokens than ranks, it is unchanged."""
     if len(x_SN) < layer.rank:
         return layer
     bias_M = bias_of(linear)
@@ -215,7 +217,7 @@ def tuned(
     micro: int,
     progress: Progress,
 ) -> None:
-    """Train and merge adapters (rank, alpha, dropout) in place: of the left factors, then of the right ones."""
+    """Train adapters (rank, alpha, dropout) on the left factors and merge them, in place; then on the right factors."""
     rank, alpha, dropout = adapter
     batch = min(batch, len(windows))
     micro = min(micro, batch)
@@ -230,7 +232,7 @@ def tuned(
             lora = LoRA(linear.in_features, linear.out_features, rank, alpha / rank, dropout, device, linear.weight.dtype)
             adapted.append(Adapted(linear, lora))
             setattr(layer, part, adapted[-1].train())
-        optimizer = torch.optim.AdamW([p for own in adapted for p in own.lora.parameters()], lr=lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW([p for layer in adapted for p in layer.lora.parameters()], lr=lr, weight_decay=0.0)
         for step in range(steps):
             for i in range(parts):
                 loss = next_token(model, batches[step * parts + i].to(device)) / parts
@@ -238,7 +240,7 @@ def tuned(
             optimizer.step()
             optimizer.zero_grad()
             progress(f"LoRA on the {part} factors", step + 1, steps)
-        for layer, own in zip(layers, adapted, strict=True):
-            weight = own.linear.weight
-            weight.data = (widened(weight) + own.lora.product().detach()).to(weight.dtype)
-            setattr(layer, part, own.linear)
+        for layer, adapted_part in zip(layers, adapted, strict=True):
+            weight = adapted_part.linear.weight
+            weight.data = (widened(weight) + adapted_part.lora.product().detach()).to(weight.dtype)
+            setattr(layer, part, adapted_part.linear)

@@ -1,1 +1,1 @@
-"""The calibration: bases, parametrization, losses, the loop, and its memory plan."""
+"""The calibration of a model: bases, parametrization, losses, the loop, and its memory plan."""

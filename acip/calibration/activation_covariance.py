@@ -1,8 +1,8 @@
-"""Second moments of what layers are fed, or give: what the covariance basis is made of.
+"""Second moments of layer inputs or outputs, from which the covariance basis is computed.
 
-Layers are hooked, and the calibration text runs through the model once. W C W^T is the second moment of the outputs y = W x, so a
-layer with fewer outputs than inputs gathers that smaller matrix, unless the inputs' own is wanted (`inputs_only`). Layers that
-are fed one tensor share one matrix.
+Hooks on the layers sum the moments in one pass of the calibration text through the model. The second moment of the outputs y = W x is
+W C W^T. A layer with fewer outputs than inputs therefore sums this smaller matrix, unless `inputs_only` is set. Layers with the
+same input tensor share one matrix.
 
 Legend: M = out features, N = in features, n = M or N, S = samples (tokens).
 """
@@ -25,23 +25,24 @@ Feed = Callable[[nn.Module, Tensor], Any]
 
 
 def feed_tokens(model: nn.Module, ids_BT: Tensor) -> None:
-    """Run the blocks, and not the head where the model parts them."""
+    """Run the model on token ids [B, T], without its head if the model separates it."""
     getattr(model, "base_model", model)(input_ids=ids_BT, use_cache=False)
 
 
 def of_outputs(layer: nn.Module, inputs_only: bool = False) -> bool:
-    """Whether a layer's second moment is taken of its outputs: they are fewer, and Wx itself."""
+    """Return whether the second moment of a layer is that of its outputs: they are fewer than its inputs, and there is no bias."""
     M, N = weight_MN(layer).shape
     return not inputs_only and M < N and getattr(layer, "bias", None) is None
 
 
 def covariance_matrix_bytes(layer: nn.Module, inputs_only: bool = False) -> int:
+    """Return the bytes of the second-moment matrix of a layer."""
     M, N = weight_MN(layer).shape
     return accumulation_dtype(weight_MN(layer).dtype).itemsize * (M if of_outputs(layer, inputs_only) else N) ** 2
 
 
-class _Fed(Exception):  # noqa: N818
-    """Every layer of the group has been fed: the rest of the forward pass is of no use."""
+class _Done(Exception):  # noqa: N818
+    """Ends a forward pass early: every layer of the group has been called."""
 
 
 @torch.no_grad()
@@ -54,45 +55,45 @@ def activation_covariances(
     calls: Counter[str] | None = None,
     inputs_only: bool = False,
 ) -> dict[str, Tensor]:
-    """The mean of x x^T per layer, x its inputs [N] or outputs [M] (see `of_outputs`), [n, n], in one forward pass.
+    """Return the mean of x x^T [n, n] per layer, for its inputs x [N] or outputs x [M] (see `of_outputs`), from one forward pass per batch.
 
-    Layers that are fed the same tensor (q, k, v; gate, up) share one matrix. The matrices are in the accumulation dtype.
-    `feed(model, windows[i:j])` runs a model on other inputs (images); the matrix is then a multiple of the mean, which has the same
-    eigenvectors. A layer that is never called is missing. `calls` counts the calls of each layer in one forward pass, where that is
-    known: a pass ends with the last.
+    Layers with the same input tensor (q, k, v; gate, up) share one matrix. The matrices are in the accumulation dtype. A layer that is
+    never called is missing in the result. `feed(model, windows[i:j])` runs a model on other inputs, such as images; the matrix is then a
+    multiple of the mean, with the same eigenvectors. `calls` is the number of calls of each layer in one forward pass, if known; a pass
+    then ends after the last of them.
     """
-    gathering = _Gathering(linears, Counter(calls), inputs_only)
+    sums = _MomentSums(linears, Counter(calls), inputs_only)
     rank, size = sharding.rank(), sharding.workers()
-    with hooked(gathering.hook(name, layer) for name, layer in linears.items()):
+    with hooked(sums.hook(name, layer) for name, layer in linears.items()):
         for batch in windows[rank::size].split(batch_size) if rank < len(windows) else ():
-            gathering.start()
-            with suppress(_Fed):
+            sums.start()
+            with suppress(_Done):
                 feed(model, batch.to(next(model.parameters()).device))
-    sums, shares = gathering.sums, gathering.shares
+    matrices, shares = sums.matrices, sums.shares
     if size > 1:
         shares = {name: owner for part in sharding.from_all(shares) for name, owner in part.items()}
     for owner in sorted(set(shares.values())):
-        if owner not in sums:
+        if owner not in matrices:
             W_MN = weight_MN(linears[owner])
             n = W_MN.shape[0 if of_outputs(linears[owner], inputs_only) else 1]
-            sums[owner] = torch.zeros(n, n, dtype=accumulation_dtype(W_MN.dtype), device=W_MN.device)
+            matrices[owner] = torch.zeros(n, n, dtype=accumulation_dtype(W_MN.dtype), device=W_MN.device)
         if size > 1:
-            dist.all_reduce(sums[owner])
-        lower_nn = sums[owner].div_(windows.numel()).tril_()
+            dist.all_reduce(matrices[owner])
+        lower_nn = matrices[owner].div_(windows.numel()).tril_()
         lower_nn += lower_nn.tril(-1).T
-    return {name: sums[shares[name]] for name in linears if name in shares}
+    return {name: matrices[shares[name]] for name in linears if name in shares}
 
 
-class _Gathering:
-    """The hooks of some layers, and what they have summed up."""
+class _MomentSums:
+    """Hooks on layers that sum their second moments."""
 
     def __init__(self, linears: Mapping[str, nn.Module], expected: Counter[str], inputs_only: bool) -> None:
         self.linears, self.expected, self.inputs_only = linears, expected, inputs_only
         self.called: Counter[str] = Counter()  # in this forward pass
-        self.waiting: set[str] = set()  # layers with calls to come in it
-        self.sums: dict[str, Tensor] = {}  # sum of x x^T, the lower triangle
-        self.shares: dict[str, str] = {}  # the layer whose matrix it is
-        self.last: tuple[Tensor, str] | None = None  # the input hooked last, and the layer that saw it first
+        self.waiting: set[str] = set()  # layers whose calls in this pass are not complete
+        self.matrices: dict[str, Tensor] = {}  # sum of x x^T, lower triangle, by owner
+        self.shares: dict[str, str] = {}  # layer -> owner, the layer whose matrix it uses
+        self.last: tuple[Tensor, str] | None = None  # the last input, and the first layer that got it
 
     def start(self) -> None:
         self.expected = self.expected or Counter(self.called)
@@ -119,20 +120,20 @@ class _Gathering:
 
     def add(self, owner: str, x: Tensor) -> None:
         x_Sn = widened(x.reshape(-1, x.shape[-1]))
-        if owner not in self.sums:
-            self.sums[owner] = x_Sn.new_zeros(x_Sn.shape[1], x_Sn.shape[1])
-        _add_outer(self.sums[owner], x_Sn)
+        if owner not in self.matrices:
+            self.matrices[owner] = x_Sn.new_zeros(x_Sn.shape[1], x_Sn.shape[1])
+        _add_outer(self.matrices[owner], x_Sn)
 
     def end(self, name: str) -> None:
         self.called[name] += 1
         if self.called[name] == self.expected[name]:
             self.waiting.discard(name)
             if not self.waiting:
-                raise _Fed
+                raise _Done
 
 
 def _add_outer(C_nn: Tensor, x_Sn: Tensor) -> None:
-    """C += x^T x in strips down from the diagonal: the lower triangle, for little more than half of the work."""
+    """Add x^T x to the lower triangle of C, in strips from the diagonal down: little more than half of the operations."""
     n = len(C_nn)
     step = max(128, -(-n // 8))
     for i in range(0, n, step):
@@ -142,12 +143,12 @@ def _add_outer(C_nn: Tensor, x_Sn: Tensor) -> None:
 def probe(
     model: nn.Module, linears: Mapping[str, nn.Module], windows: Tensor, feed: Feed = feed_tokens, inputs_only: bool = False
 ) -> list[tuple[str, str]]:
-    """The calls on one window, in their order: (layer, the layer that saw the same input first)."""
+    """Run one window. Return the calls in order, as (layer, first layer with the same input tensor)."""
     trace: list[tuple[str, str]] = []
     last: list[tuple[Tensor, str]] = []
 
     def hook(name: str) -> Callable[..., None]:
-        def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if of_outputs(linears[name], inputs_only):
                 trace.append((name, name))
                 return
@@ -155,7 +156,7 @@ def probe(
                 last[:] = [(args[0], name)]
             trace.append((name, last[0][1]))
 
-        return note
+        return record
 
     with hooked(layer.register_forward_pre_hook(hook(name)) for name, layer in linears.items()):
         feed(model, windows[:1].to(next(model.parameters()).device))
@@ -163,7 +164,7 @@ def probe(
 
 
 def grouped(linears: Mapping[str, nn.Module], trace: Sequence[tuple[str, str]], limit: int, inputs_only: bool = False) -> list[list[str]]:
-    """Layers in the order of their calls, cut into groups whose matrices take at most `limit` bytes, or one layer."""
+    """Split the layers, in the order of their calls, into groups whose matrices take at most `limit` bytes, or of one layer."""
     shares = dict(reversed(trace))
     groups: list[list[str]] = [[]]
     used = 0

@@ -1,17 +1,16 @@
-"""The basis of each layer's directions: gathered, solved, kept (paper 2.2.1).
+"""The basis of the directions of each layer (paper 2.2.1).
 
     W = U V,  U_MK orthonormal,  V_KN = U^T W,  K = min(M, N)
 
-is exact for every basis U of W's column space; the basis decides what a prefix of the directions is worth:
+is exact for every basis U of the column space of W. The basis decides how well a prefix of the directions approximates the layer:
 
-* `svd`: left singular vectors of W (the paper).
-* `covariance`: eigenvectors of W C W^T, C = mean of x x^T over the layer's inputs. Every prefix is then the best layer of
-  its rank for the calibration activations (the optimum that SVD-LLM reaches by whitening, without its inverse).
+* `svd`: the left singular vectors of W (the paper).
+* `covariance`: the eigenvectors of W C W^T, C = mean of x x^T over the inputs of the layer. Every prefix is then the best layer of
+  its rank for the calibration activations. SVD-LLM reaches the same optimum by whitening, which needs an inverse.
 
-What makes it fast: W C W^T is the second moment of the outputs y = W x, so a layer with fewer outputs than inputs gathers
-the small matrix and needs no product; a layer with more outputs is solved for R of W = Q R, which is small too; one thread
-solves one layer; float32 eigenvectors do, an error in them counts by its square.
-`accuracy` measures it all against float64.
+Four things make it fast. W C W^T is the second moment of the outputs y = W x, so a layer with fewer outputs than inputs sums this small
+matrix and needs no product. A layer with more outputs is solved for the small R of W = Q R. Each thread solves one layer. Float32
+eigenvectors suffice, since their error enters squared; `accuracy` measures it against float64.
 
 Legend: M = out features, N = in features, n = M or N, S = samples (tokens), b = layers in one stack.
 """
@@ -33,10 +32,10 @@ from acip.modeling_acip import widened
 from acip.recipe import Recipe
 from acip.utils.threads import one_thread_each
 
-RIDGE = 1e-6  # of C's mean energy: directions without energy get the order of the plain SVD instead of an arbitrary one
-REACH = 1e-6  # of the largest eigenvalue: what lies below has no certain order in float32
-ORTHONORMAL = 1e-4  # is what directions have to be before they are rounded to 16 bit, to 4e-3
-STACK = 2**27  # numbers in the stacks that a GPU solves at once
+RIDGE = 1e-6  # of C's mean energy, added to C: directions without energy are then ordered as by the SVD, not arbitrarily
+REACH = 1e-6  # of the largest eigenvalue: smaller eigenvalues have no reliable order in float32
+ORTHONORMAL = 1e-4  # largest error of orthonormality before the directions are rounded to 16 bit (which adds 4e-3)
+STACK = 2**27  # numbers in a stack of layers that a GPU solves at once
 
 
 @torch.no_grad()
@@ -51,20 +50,20 @@ def bases(
     progress: Callable[[int, int], None] = lambda done, total: None,
     covariance_bytes: int = 8 * 2**30,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, directions_KM) of each of `linears`: orthonormal rows, most important first, in no promised order of layers.
+    """Yield (name, directions_KM) for each of `linears`: orthonormal rows, most important first. The order of the layers is unspecified.
 
-    They come on the weight's device and in its dtype. `model` must not change until the last one: layers are gathered in groups whose
-    covariances take at most `covariance_bytes` (or in groups of one layer), in one forward pass per group over the first
-    `recipe.sample_windows` of `windows`. Bases that `cache` holds are not computed.
+    Directions are on the device of the weight and in its dtype. `model` must not change until the last pair. Layers are processed in
+    groups whose covariances take at most `covariance_bytes` (or of one layer), with one pass per group over the first
+    `recipe.sample_windows` of `windows`. Bases in `cache` are not computed.
 
-    Under torch.distributed each rank feeds its share of the windows and solves its share of the layers; all ranks get the
-    same directions, and rank 0 keeps the cache. BaseModelError for a layer that is never called on this text.
+    Under torch.distributed, each rank runs its share of the windows and solves its share of the layers. All ranks get the same
+    directions, and rank 0 writes the cache. Raises BaseModelError for missing windows, or a layer that is never called on this text.
     """
     rank = sharding.rank()
     samples = None
     if recipe.basis == "covariance":
         if windows is None:
-            raise BaseModelError("the covariance basis needs calibration text: pass `windows`, or set basis to 'svd'.")
+            raise BaseModelError("the covariance basis needs calibration text. Pass `windows`, or set basis to 'svd'.")
         samples = windows[: recipe.sample_windows]
     if keys is None:
         keys = basis_keys(model, linears, recipe, windows, feed) if cache and rank == 0 else {}
@@ -89,10 +88,10 @@ def bases(
         C: dict[str, Tensor] = {}
         if samples is not None:
             C = activation_covariances(model, layers, samples, feed, calls=Counter(name for name, _ in trace))
-            if idle := [name for name in layers if name not in C]:
+            if uncalled := [name for name in layers if name not in C]:
                 raise BaseModelError(
-                    f"{len(idle)} layers are never called on this text, {idle[0]} among them, so nothing can be learned about "
-                    "them: another modality's tower, or cross-attention, perhaps. Put a part of their names into exclude."
+                    f"{len(uncalled)} layers are never called on this text, for example {uncalled[0]}, so they have no basis. They may "
+                    "belong to another modality or to cross-attention. Add a part of their names to exclude."
                 )
 
         def keep(name: str, directions_KM: Tensor) -> None:
@@ -111,13 +110,13 @@ def bases(
 
 @torch.no_grad()
 def basis(W_MN: Tensor, C_nn: Tensor | None = None) -> Tensor:
-    """U_MK, orthonormal, spanning W's columns, most important direction first; also for a stack W [b, M, N], C [b, n, n].
+    """Return U_MK, an orthonormal basis of the columns of W, most important direction first. W and C may be stacks [b, M, N], [b, n, n].
 
-    `C_nn` is the second moment of the inputs [N, N], or, for M < N, of the outputs [M, M]; None = the SVD's basis.
-    For M > N, W = Q R and U = Q Z with the eigenvectors Z of R C R^T: orthonormal, however C is conditioned.
+    `C_nn` is the second moment of the inputs [N, N], or, for M < N, of the outputs [M, M]; None = the basis of the SVD.
+    For M > N, W = Q R and U = Q Z with the eigenvectors Z of R C R^T, which is orthonormal for every condition of C.
 
-    Eigenvectors come in float32, unless half of the energies are out of its reach (massive activations, fewer samples than
-    features); in float64 then, and for float64 weights. The result is float32, or float64 like the weight.
+    Eigenvectors are computed in float32, and in float64 for float64 weights or if half of the eigenvalues are below REACH (massive
+    activations, fewer samples than features). The result is float32, or float64 for float64 weights.
     """
     exact, half = W_MN.dtype == torch.float64, W_MN.dtype.itemsize == 2
     Q, R = _factors(widened(W_MN), half)
@@ -129,9 +128,10 @@ def basis(W_MN: Tensor, C_nn: Tensor | None = None) -> Tensor:
 
 
 def _factors(W_MN: Tensor, coarse: bool) -> tuple[Callable[[Tensor], Tensor] | None, Tensor]:
-    """W = Q R with orthonormal columns in Q and R [N, N], for M > N; Q as the product with it. Else None and W.
+    """Factor W = Q R for M > N, with orthonormal columns of Q and R [N, N]. Return (function x -> Q x, R); for M <= N, (None, W).
 
-    `coarse` tries Cholesky factors of W^T W, half the work: Q is orthonormal to ORTHONORMAL for all but ill-conditioned weights.
+    `coarse` first tries the Cholesky factor of W^T W, which takes half of the operations. Q is then orthonormal up to ORTHONORMAL,
+    except for ill-conditioned weights, which take the QR decomposition.
     """
     M, N = W_MN.shape[-2:]
     if M <= N:
@@ -153,7 +153,7 @@ def _factors(W_MN: Tensor, coarse: bool) -> tuple[Callable[[Tensor], Tensor] | N
 
 
 def _energy(R_KN: Tensor, C_nn: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """R C R^T [K, K] in `dtype`. It is summed in float64: it can cancel where R avoids what has the most energy."""
+    """Return R C R^T [K, K] in `dtype`. The sum is in float64: it can cancel if R is nearly orthogonal to the largest eigenvectors of C."""
     R = R_KN.to(dtype)
     if C_nn is None:
         return R @ R.mT
@@ -171,14 +171,14 @@ def _energy(R_KN: Tensor, C_nn: Tensor | None, dtype: torch.dtype) -> Tensor:
 def solve(
     linears: Mapping[str, nn.Module], C: Mapping[str, Tensor], keep: Callable[[str, Tensor], None] = lambda name, directions: None
 ) -> dict[str, Tensor]:
-    """directions_KM of each layer for its moments `C` (none = the SVD's); `keep(name, directions_KM)` gets each at once.
+    """Return directions_KM of each layer for its second moment in `C` (empty = the SVD). `keep(name, directions_KM)` is called for each.
 
-    On a GPU layers of one shape are solved in stacks, on the CPU each by one of as many threads as torch uses.
+    On a GPU, layers of equal shape are solved in stacks. On a CPU, each layer is solved by one of as many threads as torch uses.
     """
     rank, size = sharding.rank(), sharding.workers()
     weights: dict[str, Tensor] = {}
     for i, (name, layer) in enumerate(linears.items()):
-        W_MN = sharding.read(weight_MN(layer))  # all ranks take part
+        W_MN = sharding.read(weight_MN(layer))  # a collective operation of all ranks
         if i % size == rank:
             weights[name] = W_MN
     kept: dict[str, Tensor] = {}
@@ -205,7 +205,7 @@ def solve(
 
 
 def _stacks(weights: Mapping[str, Tensor]) -> list[list[str]]:
-    """Names by equal device, dtype and shape, in stacks of at most STACK numbers; one by one on the CPU."""
+    """Group names by device, dtype and shape into stacks of at most STACK numbers; on a CPU, into stacks of one."""
     stacks: list[list[str]] = []
     open_: dict[Any, list[str]] = {}
     for name, W in weights.items():
@@ -224,16 +224,16 @@ def _shape_KM(layer: nn.Module) -> tuple[int, int]:
 
 
 class Accuracy(NamedTuple):
-    """Energies are shares of tr(W C W^T), all of the layer's."""
+    """The accuracy of a basis. Errors are shares of tr(W C W^T), the whole energy of the layer."""
 
     orthonormality: float  # largest entry of |U^T U - 1|
-    optimum: Tensor  # [K], the least error of rank 1 .. K, tr((W - W_r) C (W - W_r)^T)
-    excess: Tensor  # [K], the error of W_r = U_r U_r^T W above that
+    optimum: Tensor  # [K], the least possible error of rank 1 .. K, tr((W - W_r) C (W - W_r)^T)
+    excess: Tensor  # [K], the error of W_r = U_r U_r^T W minus the optimum
 
 
 @torch.no_grad()
 def accuracy(W_MN: Tensor, C_nn: Tensor | None, directions_KM: Tensor) -> Accuracy:
-    """How good `directions_KM` are, in float64; `C_nn` as for `basis`."""
+    """Measure the accuracy of `directions_KM` in float64. `C_nn` is that of `basis`."""
     W, U = W_MN.double(), directions_KM.double().T
     A = W @ W.T if C_nn is None else C_nn.double()
     if C_nn is not None and len(C_nn) == W.shape[1]:
@@ -248,7 +248,7 @@ def accuracy(W_MN: Tensor, C_nn: Tensor | None, directions_KM: Tensor) -> Accura
 
 
 def _broadcast(directions_KM: Tensor | None, layer: nn.Module, owner: int) -> Tensor:
-    """The owner's directions, on the layer's device; as bytes, which every backend carries."""
+    """Return the directions of rank `owner` on the device of the layer. They are sent as bytes, which every backend supports."""
     device = weight_MN(layer).device
     if directions_KM is None:
         directions_KM = torch.empty(_shape_KM(layer), dtype=weight_MN(layer).dtype, device=device)

@@ -1,4 +1,4 @@
-"""Bases kept by the content they were computed from, for restarts, sweeps and transfers on one node."""
+"""A cache of bases on disk, keyed by the content they are computed from, for restarts, sweeps and transfers on one node."""
 
 import fcntl
 import hashlib
@@ -20,35 +20,37 @@ from acip.layers.targets import weight_MN
 from acip.recipe import Recipe
 from acip.utils.threads import one_thread_each
 
-VERSION = 1  # of what a cached basis depends on; raise it where the same inputs give another basis
+VERSION = 1  # part of every key; increase it when the same inputs give another basis
 log = logging.getLogger(__name__)
 
 
 class BasisCache:
-    """Directions by the content that they were computed from: one safetensors file per layer in `folder`.
+    """A cache of directions: one safetensors file per layer in `folder`, named by its key.
 
-    Writers may share it: files appear whole, and equal names hold equal content. A broken file is a miss, and deleted.
-    Above `limit_bytes` the files used longest ago go. Where nothing can be written, nothing is kept: a warning, no error.
+    Several processes may write to the folder: files are renamed into place, and equal names have equal content. A damaged file is
+    deleted and counts as a miss. Above `limit_bytes`, the least recently used files are deleted. If the folder cannot be written, the
+    cache logs a warning and stores nothing.
     """
 
     def __init__(self, folder: Path, limit_bytes: int | None = None) -> None:
         self.folder, self.limit_bytes = Path(folder), limit_bytes
-        self._bytes: int | None = None  # in the folder, about; None = not counted yet
+        self._bytes: int | None = None  # approximate bytes in the folder; None = not counted yet
         self._writable = True
 
     def get(self, key: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
+        """Return the directions of `key`, or None if there are none with this shape and dtype."""
         path = self._path(key)
         try:
-            directions = load_file(path)["directions"]  # mapped: all processes of a node read the same pages
+            directions = load_file(path)["directions"]  # memory-mapped, so that the processes of a node share its pages
             if (directions.shape, directions.dtype) != (shape, dtype):
                 raise ValueError(f"{tuple(directions.shape)} {directions.dtype} instead of {shape} {dtype}")
         except FileNotFoundError:
             return None
         except OSError as error:
-            log.warning("the cached basis %s can't be read: %s", path, error)
+            log.warning("the cached basis %s cannot be read: %s", path, error)
             return None
         except (SafetensorError, KeyError, ValueError) as error:
-            log.warning("the cached basis %s is broken, and computed anew: %s", path, error)
+            log.warning("the cached basis %s is damaged and will be computed again: %s", path, error)
             with suppress(OSError):
                 path.unlink()
             return None
@@ -57,6 +59,7 @@ class BasisCache:
         return directions
 
     def put(self, key: str, directions_KM: Tensor) -> None:
+        """Store the directions of `key`."""
         if not self._writable:
             return
         path, content = self._path(key), save({"directions": directions_KM.cpu()})
@@ -68,17 +71,17 @@ class BasisCache:
             self._make_room(len(content))
         except OSError as error:
             self._writable = False
-            log.warning("bases are not kept from here on, %s can't be written: %s", self.folder, error)
+            log.warning("%s cannot be written, so bases are no longer cached: %s", self.folder, error)
             with suppress(OSError):
                 part.unlink()
 
     @contextmanager
     def turn(self, keys: Iterable[str]) -> Iterator[None]:
-        """While these are missing, one process of this node at a time is inside, so that none computes what another does."""
+        """Hold a lock while any of `keys` is missing, so that only one process of this node computes them."""
         names = sorted(keys)
         with ExitStack() as stack:
             if not self._all(names):
-                with suppress(OSError):  # a folder that can't be written or locked: then each computes for itself
+                with suppress(OSError):  # a folder that cannot be written or locked: every process computes the bases itself
                     self.folder.mkdir(parents=True, exist_ok=True)
                     path = self.folder / f"{hashlib.sha256(repr(names).encode()).hexdigest()}.lock"
                     lock = stack.enter_context(path.open("w"))
@@ -101,7 +104,7 @@ class BasisCache:
             return
         files = []
         for path in (*self.folder.glob("*.safetensors"), *self.folder.glob("*.part")):
-            with suppress(FileNotFoundError):  # another writer's
+            with suppress(FileNotFoundError):  # deleted by another process
                 files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         self._bytes = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
@@ -115,9 +118,9 @@ class BasisCache:
 def basis_keys(
     model: nn.Module, linears: Mapping[str, nn.Module], recipe: Recipe, windows: Tensor | None, feed: Feed = feed_tokens
 ) -> dict[str, str]:
-    """The cache's name for the basis of each layer: equal names, equal bases.
+    """Return the cache key of each layer: equal keys mean equal bases.
 
-    The covariance basis of a layer depends on the model's other weights too, on the text, and on how the model is fed.
+    The covariance basis of a layer also depends on the other weights of the model, on the text, and on `feed`.
     """
     windows = windows[: recipe.sample_windows] if recipe.basis == "covariance" and windows is not None else None
     weights = {name: weight_MN(layer) for name, layer in linears.items()}
@@ -135,12 +138,12 @@ def basis_keys(
 
 
 def _place(tensor: Tensor) -> Any:
-    """Equal for equal views of the same memory."""
+    """Return a value that is equal for equal views of the same memory."""
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _hash(tensor: Tensor) -> str:
-    """Of dtype, shape and every byte."""
+    """Return the sha256 of dtype, shape and all bytes."""
     sha = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()

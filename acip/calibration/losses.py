@@ -1,4 +1,4 @@
-"""Losses: of the task, and of distance from the base model's own distribution."""
+"""The losses of a calibration: the task loss, and the KL divergence from the base model."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from acip.layers.compressible import Compressible
 from acip.modeling_acip import accumulation_dtype, widened
 
-CHUNK = 1 << 24  # numbers of the logits that are in the accumulation dtype at once
+CHUNK = 1 << 24  # logits that are held in the accumulation dtype at once
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a model is calibrated on: its `logits(model, batch)` [..., classes], which are distilled, and their `loss(logits, batch)`.
+    """A training task: `logits(model, batch)` [..., classes] and `loss(logits, batch)`. Distillation compares the logits.
 
-    `labels(batch)` [...] is the class at each position of the logits, -1 = none, where the loss is their mean cross-entropy: a
-    distillation then tells it without another pass over the logits.
+    If the loss is a mean cross-entropy, `labels(batch)` [...] may give the class at each position of the logits, -1 = no label.
+    Distillation then computes the task loss without another pass over the logits.
     """
 
     logits: Callable[[nn.Module, Any], Tensor]
@@ -49,7 +49,7 @@ next_token = Task(_next_token_logits, _next_token_loss, _next_token_labels)  # m
 
 @contextmanager
 def as_base(layers: Mapping[str, Compressible]) -> Iterator[None]:
-    """Inside, every layer is the base model's."""
+    """Let every layer compute what it computes in the base model, inside the context."""
     for core in layers.values():
         core.bypass = True
     try:
@@ -60,22 +60,26 @@ def as_base(layers: Mapping[str, Compressible]) -> Iterator[None]:
 
 
 def objective(model: nn.Module, layers: Mapping[str, Compressible], batch: Any, task: Task, distill_weight: float) -> tuple[Tensor, Tensor]:
-    """((1 - distill) * task loss + distill * KL(base || model) per position, the task's loss alone, NaN where it is not known)."""
+    """Return ((1 - distill_weight) * task loss + distill_weight * KL(base || model), task loss alone).
+
+    The KL divergence is the mean over positions, in nats. The task loss alone is detached, and NaN if it was not computed.
+    """
     if not distill_weight:
         loss = task(model, batch)
         return loss, loss.detach()
     with torch.no_grad(), as_base(layers):
         base = task.logits(model, batch)
     logits = task.logits(model, batch)
-    kl, own = Divergence.apply(logits, base, None if task.labels is None else task.labels(batch))
-    return kl if distill_weight == 1 else (1 - distill_weight) * task.loss(logits, batch) + distill_weight * kl, own
+    kl, task_loss = Divergence.apply(logits, base, None if task.labels is None else task.labels(batch))
+    return kl if distill_weight == 1 else (1 - distill_weight) * task.loss(logits, batch) + distill_weight * kl, task_loss
 
 
 class Divergence(torch.autograd.Function):
-    """(KL(base || model), mean over positions, of logits [..., classes]; the mean cross-entropy of `labels` [...], without a gradient).
+    """The function (logits, base logits, labels) -> (KL(base || model), mean cross-entropy of the labels).
 
-    The forward pass computes the gradient softmax(model) - softmax(base), too. It works in chunks, so that only one chunk of the
-    probabilities is held in the accumulation dtype: with 128k classes they would take most of a calibration's memory.
+    Logits are [..., classes], labels [...]. KL is the mean over positions; the cross-entropy has no gradient, and is NaN without labels.
+    The forward pass also computes the gradient softmax(model) - softmax(base). It works in chunks, so that only one chunk of
+    probabilities is held in the accumulation dtype: with 128k classes, all of them would take most of the memory of a calibration.
     """
 
     @staticmethod
@@ -83,25 +87,25 @@ class Divergence(torch.autograd.Function):
         classes = logits.shape[-1]
         rows, base_rows = logits.detach().view(-1, classes), base.view(-1, classes)
         grad = torch.empty_like(rows) if logits.requires_grad else None
-        total, own = torch.zeros(2, dtype=accumulation_dtype(logits.dtype), device=logits.device)
+        total, task_loss = torch.zeros(2, dtype=accumulation_dtype(logits.dtype), device=logits.device)
         index = None if labels is None else labels.reshape(-1, 1).to(logits.device)
         at = 0
         for chunk, base_chunk in zip(*(x.split(max(1, CHUNK // classes)) for x in (rows, base_rows)), strict=True):
-            ours, theirs = F.log_softmax(widened(chunk), -1), F.log_softmax(widened(base_chunk), -1)
+            log_q, log_p = F.log_softmax(widened(chunk), -1), F.log_softmax(widened(base_chunk), -1)
             if index is not None:
-                of_chunk = index[at : at + len(chunk)]
-                own -= (ours.gather(1, of_chunk.clamp(min=0)) * (of_chunk >= 0)).sum()
-            p = theirs.exp()
-            total += torch.linalg.vecdot(p, theirs.sub_(ours)).sum()
+                labels_chunk = index[at : at + len(chunk)]
+                task_loss -= (log_q.gather(1, labels_chunk.clamp(min=0)) * (labels_chunk >= 0)).sum()
+            p = log_p.exp()
+            total += torch.linalg.vecdot(p, log_p.sub_(log_q)).sum()
             if grad is not None:
-                grad[at : at + len(chunk)] = ours.exp_().sub_(p).div_(len(rows))
+                grad[at : at + len(chunk)] = log_q.exp_().sub_(p).div_(len(rows))
             at += len(chunk)
         ctx.grad = None if grad is None else grad.view_as(logits)
-        own = own / (index >= 0).sum() if index is not None else own + torch.nan
-        ctx.mark_non_differentiable(own)
-        return total / len(rows), own
+        task_loss = task_loss / (index >= 0).sum() if index is not None else task_loss + torch.nan
+        ctx.mark_non_differentiable(task_loss)
+        return total / len(rows), task_loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _own: Tensor) -> tuple[Tensor, None, None]:
-        logits_grad, ctx.grad = ctx.grad, None  # it is as large as the logits, and not needed twice
+    def backward(ctx: Any, grad: Tensor, _task_loss_grad: Tensor) -> tuple[Tensor, None, None]:
+        logits_grad, ctx.grad = ctx.grad, None  # freed after use: it is as large as the logits
         return logits_grad.mul_(grad), None, None

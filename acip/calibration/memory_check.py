@@ -1,4 +1,4 @@
-"""Whether a calibration fits, before it runs; and what to change where it doesn't."""
+"""Check before a calibration whether it fits in memory, and suggest recipe changes if it does not."""
 
 import math
 import re
@@ -15,25 +15,25 @@ from acip.calibration.memory_plan import Memory, predict
 from acip.errors import CalibrationError
 from acip.recipe import Recipe
 
-HEADROOM = 0.05  # of the prediction, for what allocators lose
+HEADROOM = 0.05  # of the prediction, for the losses of allocators
 
 
 def fits(memory: Memory, available: float) -> bool:
-    """Whether `available` bytes are enough, with headroom."""
+    """Return whether `memory`, with headroom, fits in `available` bytes."""
     return memory.peak * (1 + HEADROOM) <= available
 
 
 def check(model: nn.Module, recipe: Recipe, available: float, device: str | torch.device | None = None, workers: int = 1) -> Memory:
-    """The prediction; CalibrationError where it is above `available` bytes, with the changes of the fleet file that would do."""
+    """Return the predicted memory. Raises CalibrationError if it does not fit; the message lists changes of the fleet file that fit."""
     memory = predict(model, recipe, device, workers)
     if fits(memory, available):
         return memory
     ways = [f"{text} ({_gigabytes(peak)} GB)" for text, peak in _ways(model, recipe, available, device, workers)]
     raise CalibrationError(
         f"the calibration needs {_gigabytes(memory.peak)} GB and {HEADROOM:.0%} of headroom, "
-        f"and {_gigabytes(available, math.floor)} GB are there. "
-        f"It needs most in {memory.worst}. "
-        + (f"What would fit: {'; '.join(ways)}." if ways else "No setting makes it fit: it needs a larger device.")
+        f"but {_gigabytes(available, math.floor)} GB are available. "
+        f"Its peak is in {memory.worst}. "
+        + (f"Changes that fit: {'; '.join(ways)}." if ways else "No change of settings fits; use a larger device.")
     )
 
 
@@ -43,18 +43,18 @@ def _gigabytes(bytes_: float, rounded: Callable[[float], int] = math.ceil) -> st
 
 
 def available(model: nn.Module, device: torch.device) -> float:
-    """Bytes that a calibration of `model` may take on `device`: what is free, and what this process has there already.
+    """Return the bytes that a calibration of `model` may use on `device`: free memory, plus the memory that this process already holds.
 
-    On a CPU the smaller one of what the machine has and what its control group may take.
+    On a CPU, free memory is limited by the machine and by the control group of this process.
     """
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
-    here = sum(p.numel() * p.itemsize for p in model.parameters() if p.device.type == "cpu")
-    return min(psutil.virtual_memory().available, _control_group()) + here
+    held = sum(p.numel() * p.itemsize for p in model.parameters() if p.device.type == "cpu")
+    return min(psutil.virtual_memory().available, _control_group()) + held
 
 
 def _control_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
-    """What the tightest control group above this process has left, page cache counted as free. Versions 2 and 1."""
+    """Return the free bytes of the tightest control group (v1 or v2) of this process. The page cache counts as free."""
     left = [math.inf]
     for line in own.read_text().splitlines() if own.is_file() else []:
         _, controllers, path = line.split(":", 2)
@@ -66,8 +66,8 @@ def _control_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
             if controllers
             else ("memory.max", "memory.current", "inactive_file")
         )
-        here = top / path.lstrip("/")
-        for group in (group for group in (here, *here.parents) if group.is_relative_to(top)):
+        leaf = top / path.lstrip("/")
+        for group in (group for group in (leaf, *leaf.parents) if group.is_relative_to(top)):
             files = group / limit, group / used, group / "memory.stat"
             if not all(file.is_file() for file in files) or not files[0].read_text().strip().isdigit():
                 continue
@@ -77,10 +77,10 @@ def _control_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
 
 
 def _ways(model: nn.Module, recipe: Recipe, available: float, device: Any, workers: int) -> list[tuple[str, float]]:
-    """Changes that fit, as a fleet file has them, and their peaks: of one field; else of several, or more workers."""
+    """Return changes that fit, in the syntax of fleet files, with their peaks: of one field, else of several or of the workers."""
 
     def tried(*changes: dict[str, Any]) -> list[tuple[str, float]]:
-        """The first of `changes` that fits."""
+        """Return the first of `changes` that fits, in a list, or an empty list."""
         for change in changes:
             fields = {name: value for name, value in change.items() if name != "num_workers"}
             memory = predict(model, replace(recipe, **fields), device, change.get("num_workers", workers))
@@ -89,7 +89,7 @@ def _ways(model: nn.Module, recipe: Recipe, available: float, device: Any, worke
         return []
 
     def batch(b: int) -> dict[str, Any]:
-        """Batches of `b` windows, and about as many windows in an optimizer step."""
+        """Return the change to batches of `b` windows, with about as many windows per optimizer step as now."""
         return (
             {"batch_size": b, "gradient_accumulation_steps": max(1, recipe.gradient_accumulation_steps * recipe.batch_size // b)}
             if b != recipe.batch_size
@@ -97,7 +97,7 @@ def _ways(model: nn.Module, recipe: Recipe, available: float, device: Any, worke
         )
 
     lean, four_bit = {"gradient_checkpointing": True}, recipe.quantize != "none"
-    to_four_bit = [{"quantize": "nf4"}] if not four_bit and workers == 1 else []  # what is in 4 bit can't be sharded
+    to_four_bit = [{"quantize": "nf4"}] if not four_bit and workers == 1 else []  # 4-bit layers cannot be sharded
     smaller = [batch(b) for b in range(recipe.batch_size - 1, 0, -1) if recipe.batch_size % b == 0 and b % workers == 0]
     least = lean | (smaller[-1] if smaller else {})
     more = [lean | {"num_workers": n} | (batch(n) if recipe.batch_size % n else {}) for n in (2, 4, 8, 16) if n > workers and not four_bit]

@@ -1,4 +1,4 @@
-"""Base model -> model with `SVDLinear` layers in the bases of acip.calibration.bases, and the exact inverse (paper 2.2.1)."""
+"""Replace the target layers of a base model with `SVDLinear` layers in the bases of acip.calibration.bases, and undo it (paper 2.2.1)."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -29,20 +29,22 @@ def parametrize(
     feed: Feed = feed_tokens,
     cache: BasisCache | None = None,
 ) -> dict[str, SVDLinear | ElasticLinear]:
-    """Swap every target layer of `model` for an `SVDLinear` with its adapters, in place.
+    """Replace every target layer of `model` with an `SVDLinear` and its adapters, in place. Return these layers by name.
 
-    `windows` [n, T] of token ids feed the covariance basis (`recipe.sample_windows` of them are used), or, for other
-    models, whatever `feed(model, windows[i:j])` makes of them. `cache` keeps the bases for the next time.
-    `progress(done, total)` counts layers. The swapped model computes what the base model computes, up to rounding.
+    The covariance basis reads the first `recipe.sample_windows` of `windows`, [n, T] token ids; `feed(model, windows[i:j])` runs
+    a model that has other inputs. `cache` stores the bases for later calls. `progress(done, total)` counts layers. The outputs of the model
+    stay the same, up to rounding.
+
+    Raises BaseModelError if the model is parametrized already, has nothing to compress, or does not match the text.
     """
     if targets(model):
-        raise BaseModelError("this model is parametrized already; call restore(model) first.")
+        raise BaseModelError("this model is parametrized already. Call restore(model) first.")
     own_code(model, None, str(getattr(getattr(model, "config", None), "_name_or_path", "")))
     if windows is not None and feed is feed_tokens:
         _check_ids(model, windows)
     linears = find_linears(model, recipe.exclude)
     model.requires_grad_(False)
-    torch.manual_seed(recipe.seed)  # the adapters' start
+    torch.manual_seed(recipe.seed)  # for the initial adapters
     device = sharding.device() if sharding.workers() > 1 else None
     loras = {name: adapters(weight_MN(linear), recipe, device) for name, linear in linears.items()}
     keys = basis_keys(model, linears, recipe, windows, feed) if cache and sharding.rank() == 0 else {}
@@ -65,17 +67,17 @@ def parametrize(
 
 
 def _check_ids(model: nn.Module, windows: Tensor) -> None:
-    """Raise BaseModelError where the text holds token ids that the model has no embedding for."""
+    """Raise BaseModelError if the text contains token ids that the model has no embedding for."""
     embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     if isinstance(embeddings, nn.Embedding) and windows.numel() and int(windows.max()) >= embeddings.num_embeddings:
         raise BaseModelError(
-            f"the text holds the token id {int(windows.max()):,}, and the model has {embeddings.num_embeddings:,} tokens: the tokenizer is "
-            "larger than the model. Resize the model's embeddings (model.resize_token_embeddings(len(tokenizer))), and save both."
+            f"the text contains the token id {int(windows.max()):,}, but the model has {embeddings.num_embeddings:,} embeddings: the "
+            "tokenizer is larger than the model. Resize the embeddings with model.resize_token_embeddings(len(tokenizer)) and save both."
         )
 
 
 def adapters(W_MN: Tensor, recipe: Recipe, device: torch.device | None = None) -> dict[str, LoRA]:
-    """Fresh adapters for a layer, by place: beside it, or on its two factors. B is zero: nothing changes yet."""
+    """Return new adapters by place: `layer` beside the layer, or `right` and `left` on its factors. B is zero: outputs do not change."""
     (M, N), R = W_MN.shape, recipe.adapter_rank
     places = {} if not R else {"layer": (N, M)} if recipe.adapter == "layer" else {"right": (N, min(M, N)), "left": (min(M, N), M)}
     scale = recipe.adapter_alpha / max(1, R)
@@ -83,7 +85,7 @@ def adapters(W_MN: Tensor, recipe: Recipe, device: torch.device | None = None) -
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """The inverse: every original layer back in its slot, adapters gone."""
+    """Undo `parametrize`: put every original layer back, without adapters. Return `model`."""
     for name, core in targets(model).items():
         set_module(model, name, core.exact)
     return model

@@ -1,11 +1,11 @@
-"""One trajectory, all stop ratios: calibrations that prune alike share their pruning, and fork from it.
+"""Shared pruning: calibrations that differ only in their stop ratio or post-tuning prune once, and each resumes from a state of that run.
 
-    size 1.0 ----prune----- 0.8 ----------- 0.6 ----------- 0.4        one trunk, to the smallest stop ratio
-                             \\ post-tune    \\ post-tune    \\ post-tune    a fork for each
+    size 1.0 ----prune----- 0.8 ----------- 0.6 ----------- 0.4        one pruning run, to the smallest stop ratio
+                             \\ post-tune    \\ post-tune    \\ post-tune    one calibration each
 
-Pruning looks at its stop ratio only to stop (paper, Algorithm 1). So the step at which a run to 0.4 first comes to 0.8 is the
-very step, in every bit (CPU), at which a run to 0.8 ends its pruning. The state that is saved there is this run's checkpoint:
-`calibrate(model, batches, recipe_to_0.8, resume=folder)` goes on as if it had pruned by itself.
+The stop ratio influences nothing in pruning but its end (paper, Algorithm 1). The step at which a run to 0.4 first reaches 0.8 is therefore
+the step at which a run to 0.8 ends its pruning, bit for bit on a CPU. The state that is saved at this step serves as a checkpoint:
+`calibrate(model, batches, recipe_to_0.8, resume=folder)` continues as if it had pruned by itself.
 """
 
 import json
@@ -20,19 +20,19 @@ from acip.calibration.losses import Task, next_token
 from acip.calibration.state import CalibrationState, StepReport, history
 from acip.recipe import Recipe
 
-LATER = ("stop_ratio", "post_tune", "post_tune_lr", "distill_weight", "dense_if_no_saving")  # what pruning reads only to stop, or never
+POST_PRUNING_FIELDS = ("stop_ratio", "post_tune", "post_tune_lr", "distill_weight", "dense_if_no_saving")
 Keep = Callable[[list[float], CalibrationState], None]
 
 
 def shared_prunings(recipes: Sequence[Recipe]) -> list[list[int]]:
-    """Which of `recipes`, by index, share their pruning. Those that don't prune are in no group.
+    """Return groups of indices into `recipes` that can share their pruning. Recipes that do not prune are in no group.
 
-    How many steps post-tuning takes isn't pruning's business either, but decides how much text is read, and so its order.
+    The number of post-tuning steps must be equal within a group: it decides how much text is read, and so the order of the batches.
     """
     groups: dict[str, list[int]] = {}
     for i, recipe in enumerate(recipes):
         if recipe.prunes:
-            pruning = {name: value for name, value in recipe.to_dict().items() if name not in LATER}
+            pruning = {name: value for name, value in recipe.to_dict().items() if name not in POST_PRUNING_FIELDS}
             groups.setdefault(json.dumps(pruning), []).append(i)
     return list(groups.values())
 
@@ -47,25 +47,25 @@ def prune(
     observe: Callable[[list[StepReport], CalibrationState], None] = lambda reports, state: None,
     task: Task = next_token,
 ) -> None:
-    """The trunk: prune the parametrized `model` by `recipe` down to the smallest of `stop_ratios`.
+    """Prune the parametrized `model` by `recipe` down to the smallest of `stop_ratios`, in place.
 
-    `keep(ratios, state)` is called at the step that first comes to these ratios, and has to save the state; a saved one is also
-    what `resume` goes on from. The host looks after every step: these states are exact. Raises what `calibrate` raises; what was
-    kept before is good.
+    `keep(ratios, state)` is called at the step that first reaches these ratios, and must save the state. `resume` is a folder with a saved
+    state. The host reads after every step, so that these states are exact. Raises CalibrationError as `calibrate` does;
+    states that were saved before an error remain valid.
     """
     waiting = sorted(stop_ratios, reverse=True)
     if resume is not None:
-        reached = history(Path(resume))[-1].size
-        waiting = [ratio for ratio in waiting if ratio < reached]
+        size = history(Path(resume))[-1].size
+        waiting = [ratio for ratio in waiting if ratio < size]
     if not waiting:
         return
 
-    def look(reports: list[StepReport], state: CalibrationState) -> None:
+    def keep_reached(reports: list[StepReport], state: CalibrationState) -> None:
         observe(reports, state)
-        crossed = [ratio for ratio in waiting if state.size <= ratio]
-        if crossed:
-            keep(crossed, state)
-            del waiting[: len(crossed)]
+        reached = [ratio for ratio in waiting if state.size <= ratio]
+        if reached:
+            keep(reached, state)
+            del waiting[: len(reached)]
 
     to_smallest = replace(recipe, stop_ratio=waiting[-1], post_tune_steps=0, total_steps=None)
-    calibrate(model, batches, to_smallest, resume, look, task, look_every=1)
+    calibrate(model, batches, to_smallest, resume, keep_reached, task, look_every=1)

@@ -1,16 +1,17 @@
-"""Every variable of a calibration: how it starts, turns from pruning to post-tuning, and is saved and loaded again."""
+"""The variables of the calibration loop: start, switch from pruning to post-tuning, save and load."""
 
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from acip.calibration.result import StepReport
 from acip.errors import CalibrationError
 from acip.layers.adapters import sort_directions
 from acip.layers.elastic_linear import ElasticLinear
@@ -21,52 +22,39 @@ from acip.sizing.model_sizes import live_ranks, sort_layers
 from acip.sizing.score_map import ScoreMap
 from acip.utils.checksums import sha256
 
-FILES = "state.json", "state.safetensors"  # of a saved state
+FILES = "state.json", "state.safetensors"  # the files of a saved state
 SUMS = "sha256.json"  # their checksums, written last
-PACK_BELOW = 0.9  # of the directions that are multiplied now; packing moves rows, so not for a few
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What happened in one optimizer step. `size` is the size after it (prune) or the size it trained (post-tune)."""
-
-    step: int
-    phase: Literal["prune", "post_tune"]
-    loss: float  # total loss before the step, nats per token plus the L1 term
-    size: float  # in the recipe's convention
-    lambda_: float  # after the step
-    live: int  # directions not pruned
-    progress: float  # [0, 1] of this phase, an estimate while pruning
-    task_loss: float | None = None  # of the batch, at the size before the step (prune) or at `size`; nats per token of a text
+PACK_BELOW = 0.9  # pack a layer once this share of its multiplied directions is left; packing copies rows, so it has to save enough
 
 
 @dataclass
 class CalibrationState:
-    """Every variable of the loop. Tensors are live: `save` reads them, nothing else may."""
+    """Every variable of the loop. Its tensors are updated in place: observers use `save` and keep no reference to them."""
 
     layers: dict[str, SVDLinear | ElasticLinear]
     scores: ScoreMap
-    params: dict[str, nn.Parameter]  # what is trained, by name
+    params: dict[str, nn.Parameter]  # the trained parameters, by name
     optimizer: torch.optim.Optimizer
     lambda_: float
-    gradients: Tensor  # [D] the task loss' gradients of the masks, summed over the steps; stays 0 where scores don't need it
+    gradients: Tensor  # [D] gradients of the task loss by the masks, summed over the steps; 0 unless `recipe.scores` is "gradient"
     step: int = 0
     stop_step: int | None = None
-    stop_ranks: list[int] = field(default_factory=list)  # directions of each layer that were left when pruning stopped
+    stop_ranks: list[int] = field(default_factory=list)  # directions per layer when pruning stopped
     history: list[StepReport] = field(default_factory=list)
 
     @classmethod
     def start(cls, model: nn.Module, recipe: Recipe) -> "CalibrationState":
+        """Return the state before the first step. Raises CalibrationError if `model` is not freshly parametrized."""
         layers = targets(model)
         masks: dict[str, Tensor] = {name: core.p for name, core in layers.items() if isinstance(core, SVDLinear)}
         if len(masks) != len(layers) or not layers:
-            raise CalibrationError("calibrate needs a freshly parametrized model: call parametrize(model, recipe) first.")
+            raise CalibrationError("calibrate needs a freshly parametrized model. Call parametrize(model, recipe) first.")
         params, scores = _parameters(layers), ScoreMap.start(masks)
         return cls(layers, scores, params, _adamw(params, recipe.lr), recipe.lambda_start, torch.zeros_like(scores.score))
 
     @classmethod
     def tuning(cls, model: nn.Module, scores: ScoreMap, recipe: Recipe) -> "CalibrationState":
-        """Of a model that was calibrated and is at its size: pruning is over, its adapters are left to train, from a fresh optimizer."""
+        """Return the state that fine-tunes the adapters of a calibrated model at its present size, with a fresh optimizer."""
         layers, ranks = targets(model), []
         for core in layers.values():
             assert isinstance(core, ElasticLinear)
@@ -81,13 +69,14 @@ class CalibrationState:
 
     @property
     def size(self) -> float:
-        """After the last step, in the recipe's convention."""
+        """The size after the last step, in the recipe's convention."""
         return self.history[-1].size if self.history else 1.0
 
     def flat_masks(self) -> Tensor:
         return torch.cat([p.detach() for p in self.masks])
 
     def record(self, reports: list[StepReport], recipe: Recipe) -> None:
+        """Append `reports` to the history. Raises CalibrationError if a loss is not finite."""
         for report in reports:
             if not math.isfinite(report.loss):
                 raise CalibrationError(
@@ -97,7 +86,7 @@ class CalibrationState:
         self.history += reports
 
     def pack(self) -> None:
-        """Layers that lost enough directions since they were packed multiply only the living ones from here on."""
+        """Drop pruned directions from the multiplications of layers that have lost enough of them since they were last packed."""
         ranks = live_ranks(self.flat_masks(), self.scores).tolist()
         for core, rank in zip(self.layers.values(), ranks, strict=True):
             if isinstance(core, SVDLinear):
@@ -106,7 +95,7 @@ class CalibrationState:
                     core.pack((core.p > 0).nonzero().squeeze(1))
 
     def end_pruning(self, model: nn.Module, recipe: Recipe) -> None:
-        """Masks are done: sort every layer by score, and carry the adapters' moments along."""
+        """End pruning: sort the directions of every layer by score, and sort the optimizer's moments of the adapters alike."""
         self.stop_step = self.step
         if recipe.scores == "gradient":
             self.scores.score = -self.gradients
@@ -114,23 +103,23 @@ class CalibrationState:
         moments, old = self.optimizer.state, self.params
         self.layers = sort_layers(model, self.scores)
         self.params = _parameters(self.layers)
-        if not self.params:  # no adapters: nothing is left to train
+        if not self.params:  # no adapters: post-tuning has nothing to train
             return
         self.optimizer = _adamw(self.params, recipe.post_tune_lr or recipe.lr)
         for name, param in self.params.items():
-            if (was := old[name]) in moments:
+            if (old_param := old[name]) in moments:
                 layer, place, part = name.rsplit(".", 2)
                 self.optimizer.state[param] = {
                     key: (value if key == "step" else sort_directions(value, place, part, importance[layer])).clone()
-                    for key, value in moments[was].items()
+                    for key, value in moments[old_param].items()
                 }
 
     def save(self, folder: str | Path) -> None:
-        """Write the state as `state.safetensors` and `state.json` into an existing folder, and what they must be as SUMS."""
+        """Write `state.safetensors`, `state.json` and their checksums (SUMS, last) to an existing folder."""
         tensors = {"score": self.scores.score, "crossing": self.scores.crossing, "gradients": self.gradients}
         for name, core in self.layers.items():
             if isinstance(core, SVDLinear) and core.packed is not None:
-                tensors[f"packed/{name}"] = core.packed  # sums over fewer terms round differently, so this is state
+                tensors[f"packed/{name}"] = core.packed  # part of the state: a sum over fewer terms rounds differently
         for name, param in self.params.items():
             tensors[f"param/{name}"] = param.detach()
             for key, value in self.optimizer.state.get(param, {}).items():
@@ -148,15 +137,16 @@ class CalibrationState:
         (Path(folder) / SUMS).write_text(json.dumps(sums))
 
     def load(self, folder: Path, model: nn.Module, recipe: Recipe) -> None:
-        """Put a saved state into this freshly started one."""
+        """Restore a saved state in this freshly started one. Raises CalibrationError if it is damaged or of another model or recipe."""
         if (fault := damage(folder)) is not None:
-            raise CalibrationError(f"the checkpoint in {folder} is damaged: {fault}. Go on from another, or start afresh.")
+            raise CalibrationError(f"the checkpoint in {folder} is damaged: {fault}. Resume from another checkpoint, or start again.")
         scalars: Mapping[str, Any] = json.loads((folder / "state.json").read_text())
         tensors = load_file(folder / "state.safetensors")
         device = self.scores.score.device
         if tensors["score"].shape != self.scores.score.shape:
             raise CalibrationError(
-                f"the checkpoint in {folder} belongs to another model or recipe: it holds {tensors['score'].numel()} scores."
+                f"the checkpoint in {folder} belongs to another model or recipe: it holds {tensors['score'].numel()} scores, "
+                f"and this model has {self.scores.score.numel()}."
             )
         self.scores.score, self.scores.crossing = tensors["score"].to(device), tensors["crossing"].to(device)
         self.gradients = tensors["gradients"].to(device)
@@ -166,7 +156,7 @@ class CalibrationState:
             self.end_pruning(model, recipe)
         self.stop_step = scalars["stop_step"]
         if {f"param/{name}" for name in self.params} != {key for key in tensors if key.startswith("param/")}:
-            raise CalibrationError(f"the checkpoint in {folder} belongs to another model or recipe: its parameters have other names.")
+            raise CalibrationError(f"the checkpoint in {folder} belongs to another model or recipe: its parameter names differ.")
         with torch.no_grad():
             for name, param in self.params.items():
                 param.copy_(tensors[f"param/{name}"])
@@ -178,19 +168,19 @@ class CalibrationState:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files of a saved state; None = they are as they were written."""
+    """Return how the files of a saved state are damaged, or None if they match their checksums."""
     try:
         sums = json.loads((folder / SUMS).read_text())
         wrong = [name for name in FILES if sha256(folder / name) != sums[name]]
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (ValueError, KeyError, TypeError) as error:
-        return f"{SUMS} can't be read ({error})"
-    return f"{wrong[0]} is not what was written" if wrong else None
+        return f"{SUMS} cannot be read ({error})"
+    return f"{wrong[0]} does not match its checksum" if wrong else None
 
 
 def history(folder: Path) -> list[StepReport]:
-    """The steps of a saved state."""
+    """Return the step reports of a saved state."""
     return [StepReport(**report) for report in json.loads((folder / "state.json").read_text())["history"]]
 
 

@@ -1,4 +1,4 @@
-"""What a model of one size is worth, and costs: rows of the trade-off curve.
+"""Measure the quality and the cost of a model at one size: the rows of the trade-off curve.
 
 row = evaluate(any_size, tokenizer, [PerplexityOn(Text("wikitext2", "field")), TaskScore("package:piqa", limit=500), Efficiency()])
 """

@@ -1,4 +1,4 @@
-"""The trade-off curve of an artifact: one row per size, all measured alike; and what else was measured at a size."""
+"""The trade-off curve of an artifact: one row per size, all measured by one protocol, with further measurements of these sizes."""
 
 import math
 import warnings
@@ -11,7 +11,7 @@ from torch import Tensor
 from acip.calibration.losses import next_token
 from acip.errors import BudgetError, EvaluationError
 from acip.evaluate.divergence import DivergenceOn, distance
-from acip.evaluate.heldout_text import Protocol, Text, content, cut_by, said
+from acip.evaluate.heldout_text import Protocol, Text, content, cut_by, join_ids
 from acip.evaluate.measurement import Part, Subject, part_of, size_facts
 from acip.evaluate.perplexity import PerplexityOn, lost_windows, mean_and_stderr
 from acip.sizing.budget import COMPARABLE_FIELDS, as_perplexity, measured_on
@@ -30,15 +30,16 @@ def trade_off(
     stop_ratio: float,
     protocol: Protocol = "packed",
     divergence: DivergenceOn | None = None,
-    told: Callable[[int], None] = lambda windows: None,
+    progress: Callable[[int], None] = lambda windows: None,
     start: Sequence[int] = (),
 ) -> list[Row]:
-    """One row per size, largest first, of a model calibrated down to `stop_ratio`. A size that can't be reached is left out.
-    A loss that is not finite is a row's nan, with a warning; of the largest size, it is an EvaluationError.
+    """Measure a model that was calibrated down to `stop_ratio`. Return one row per size, largest first, without unreachable sizes.
 
-    `windows` [T] each. A row's evaluation holds the distance from the base model, where `divergence`, which names the text, asks for
-    it: its logits are computed once for all sizes, so a window is read by all of them before the next one. `told` hears how many were.
-    `start` is what each window begins with (`Text.start`), to be said in the rows.
+    `windows` are [T] token ids each. If `divergence` is given (it names the text), rows also contain the divergence from the base model.
+    Every window is read at all sizes before the next one, so that the logits of the base model are computed once per window.
+    `progress(windows)` is called after each window. `start` (`Text.start`) is recorded in the rows.
+
+    A loss that is not finite becomes nan in the row, with a warning. Raises EvaluationError if this happens at the largest size.
     """
     facts: dict[float, Row] = {}
     for asked in sorted(sizes, reverse=True):
@@ -54,44 +55,44 @@ def trade_off(
     for done, window in enumerate(windows, 1):
         ids_1T = window[None].long().to(device)
         context = max(context, ids_1T.shape[1])
-        theirs_TV = None
+        base_TV = None
         if divergence is not None:
             with subject.base() as base:
-                theirs_TV = next_token.logits(base, ids_1T)[0]
+                base_TV = next_token.logits(base, ids_1T)[0]
         for asked in facts:
             any_size.resize(Budget(ratio=asked))
-            ours_1TV = next_token.logits(any_size.model, ids_1T)
-            losses[asked].append(float(next_token.loss(ours_1TV, ids_1T)))
-            if theirs_TV is not None:
-                distances[asked].append(distance(ours_1TV[0], theirs_TV))
-        told(done)
+            logits_1TV = next_token.logits(any_size.model, ids_1T)
+            losses[asked].append(float(next_token.loss(logits_1TV, ids_1T)))
+            if base_TV is not None:
+                distances[asked].append(distance(logits_1TV[0], base_TV))
+        progress(done)
     rows = []
     for asked, size in facts.items():
         if lost := lost_windows(losses[asked]):
             if asked == max(facts):
-                raise EvaluationError(f"there is no curve: at size {asked:g} {lost}. Load the base model in a wider dtype.")
+                raise EvaluationError(f"the curve cannot be measured: at size {asked:g}, {lost}. Load the base model in a wider dtype.")
             warnings.warn(f"size {asked:g} has no perplexity: {lost}.", stacklevel=2)
         loss, stderr = (math.nan, math.nan) if lost else mean_and_stderr(losses[asked])
         measured = {"loss": loss, "stderr": stderr, "perplexity": as_perplexity(loss)}
         about = {"corpus": corpus, "protocol": protocol, "context": context, "windows": done, "extrapolated": asked < stop_ratio}
-        about |= {"start": said(start)} if start else {}
+        about |= {"start": join_ids(start)} if start else {}
         parts = {} if divergence is None else {"evaluation": [part_of(divergence, divergence.outcome(distances[asked]))]}
         rows.append({**size, **measured, **about, **parts})
     return rows
 
 
 def extended(curve: Sequence[Row], rows: Sequence[Row], stop_ratio: float) -> tuple[list[Row], list[float]]:
-    """(the curve with what `rows` of `evaluate` measured, the sizes that it has no place for).
+    """Add `rows` of `evaluate` to a curve. Return (the new curve, the sizes that could not be added).
 
-    What is measured at a size of the curve goes beside it, newer parts in the place of older ones. Another size becomes a row if its
-    perplexity was measured as the curve's: losses of other text would make the curve lie. Where there is no curve yet, the first
-    row's first perplexity founds it.
+    Parts of a size that the curve has are added to its row; new parts replace old ones with the same key. Another size becomes a row if its
+    perplexity was measured like that of the curve, since losses on other text are not comparable. An empty curve takes the first
+    perplexity of the first row as its measure.
     """
     known = {row["got"]: dict(row) for row in curve}
     left_out = []
     for row in sorted(rows, key=lambda row: -row["asked"]):
         if row["got"] not in known:
-            common = next((measured_on(found) for found in known.values()), None)
+            common = next((measured_on(known_row) for known_row in known.values()), None)
             measure = _measure(row["evaluation"], common)
             if measure is None:
                 left_out.append(row["asked"])
@@ -105,11 +106,11 @@ def extended(curve: Sequence[Row], rows: Sequence[Row], stop_ratio: float) -> tu
 
 
 def recorded(row: Mapping[str, Any]) -> dict[str, Part]:
-    """The parts that a row of a curve holds, by key; its perplexity, too, as if `evaluate` had measured it."""
+    """Return the parts of a row of a curve by key, including its perplexity in the form that `evaluate` returns."""
     parts = {part["key"]: part for part in row.get("evaluation", ())}
     start = tuple(map(int, row.get("start", "").split()))
     text = Text(row["corpus"], row.get("protocol", "packed"), row["context"], row["windows"], row.get("split", "heldout"), start)
-    if not content(text.source):  # the text of a local file may be another by now
+    if not content(text.source):  # not for a local file: its text may have changed
         on = PerplexityOn(text)
         values = {"perplexity": row["perplexity"], "loss_nats": row["loss"], "loss_stderr_nats": row["stderr"]}
         parts.setdefault(on.key, part_of(on, {**on.facts(row["windows"]), "values": values, "seconds": 0.0}))
@@ -117,39 +118,40 @@ def recorded(row: Mapping[str, Any]) -> dict[str, Part]:
 
 
 def improbable(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A warning for each text on which a size has a lower loss than a larger one, by more than its standard error.
+    """Return a warning per text on which a size has a lower loss than a larger size, by more than its standard error.
 
-    `rows` are those of a curve or of `evaluate`. Of several sizes it names the one with the largest difference.
+    `rows` are rows of a curve or of `evaluate`. If this holds for several pairs of sizes, the warning names the largest difference.
     """
-    found: dict[str, list[tuple[float, float, float]]] = {}  # by the text: (size, loss, standard error)
+    curves: dict[str, list[tuple[float, float, float]]] = {}  # text -> (size, loss, standard error)
     for row in rows:
         parts = [part for part in row.get("evaluation", ()) if part["kind"] == PerplexityOn.kind]
-        numbers = {_words(part): (part["values"]["loss_nats"], part["values"]["loss_stderr_nats"]) for part in parts}
+        numbers = {_text_of(part): (part["values"]["loss_nats"], part["values"]["loss_stderr_nats"]) for part in parts}
         if "loss" in row:
-            numbers[_words(row)] = (row["loss"], row["stderr"])
+            numbers[_text_of(row)] = (row["loss"], row["stderr"])
         for text, (loss, stderr) in numbers.items():
-            found.setdefault(text, []).append((row.get("got", row["asked"]), loss, stderr))
+            curves.setdefault(text, []).append((row.get("got", row["asked"]), loss, stderr))
     warnings = []
-    for text, curve in found.items():
+    for text, curve in curves.items():
         pairs = [(large, small) for large in curve for small in curve if small[0] < large[0] and large[1] - small[1] > small[2]]
         if pairs:
             large, small = max(pairs, key=lambda pair: pair[0][1] - pair[1][1])
-            theirs, ours = as_perplexity(large[1]), as_perplexity(small[1])
+            larger_perplexity, perplexity = as_perplexity(large[1]), as_perplexity(small[1])
             warnings.append(
-                f"Warning: size {small[0]:.2f} has perplexity {ours:.2f}, below the {theirs:.2f} of the larger size {large[0]:.2f} by more "
-                f"than its standard error ({ours * small[2]:.2f}), on {text}. A smaller size should not be better: the model may be fed "
-                "other than it is used (its start token, its dtype, this text), or it was fine-tuned at the smaller size."
+                f"Warning: size {small[0]:.2f} has perplexity {perplexity:.2f}, below the {larger_perplexity:.2f} of the larger size "
+                f"{large[0]:.2f} by more than its standard error ({perplexity * small[2]:.2f}), on {text}. A smaller size should not "
+                "be better. Check the start token, the dtype and the text; fine-tuning at the smaller size may also cause this."
             )
     return warnings
 
 
-def _words(row: Mapping[str, Any]) -> str:
-    whole = "held out" if row.get("split", "heldout") == "heldout" else "all of it"
+def _text_of(row: Mapping[str, Any]) -> str:
+    """Describe the text and the protocol of a row or a part."""
+    whole = "held out" if row.get("split", "heldout") == "heldout" else "all documents"
     return f"{row['corpus']}, {whole}, {row['windows']} x {row['context']} tokens, {cut_by(row)}"
 
 
 def _measure(parts: Sequence[Mapping[str, Any]], common: Mapping[str, Any] | None) -> Row | None:
-    """What a row of a curve says of its perplexity, from the part that was measured as all of them."""
+    """Return the fields of a curve's row from the first perplexity part that was measured like `common` (None = any), or None."""
     for part in parts:
         if part["kind"] == "perplexity" and common in (None, measured_on(part)):
             values = part["values"]

@@ -1,6 +1,6 @@
-"""How far a model's answers are from its base model's: KL divergence, and how often the likeliest next token is the same.
+"""The divergence of a model from its base model: KL divergence, and the share of positions with the same most likely next token.
 
-Perplexity may stay while answers change. Both models see the same windows; every position counts.
+Predictions can change while perplexity stays the same. Both models read the same windows; every position counts.
 """
 
 from collections.abc import Sequence
@@ -22,36 +22,42 @@ class DivergenceOn(OnText):
     """KL(base || model) in nats per token, and the share of equal top tokens, with standard errors over windows."""
 
     kind: ClassVar[str] = "divergence"
-    reference: str = ""  # the model that it is from, see acip.base; "" = the base model that an artifact holds
+    reference: str = ""  # name of the base model (acip.base); "" = the base model in the artifact
 
     def identity(self) -> dict[str, Any]:
-        found = super().identity()
+        fields = super().identity()
         if self.reference:
-            return {**found, "reference_content": content(self.reference)}
-        return {key: value for key, value in found.items() if key != "reference"}
+            return {**fields, "reference_content": content(self.reference)}
+        return {key: value for key, value in fields.items() if key != "reference"}
 
     @torch.no_grad()
     def measure(self, subject: Subject) -> Part:
-        found = []
+        distances = []
         device = next(subject.model.parameters()).device
         for window in self.windows(subject):
             ids_1T = window[None].to(device)
-            ours_TV = next_token.logits(subject.model, ids_1T)[0]
+            logits_TV = next_token.logits(subject.model, ids_1T)[0]
             with subject.base() as base:
-                theirs_TV = next_token.logits(base, ids_1T)[0].to(ours_TV.device)
-            found.append(distance(ours_TV, theirs_TV))
-        return self.outcome(found)
+                base_TV = next_token.logits(base, ids_1T)[0].to(logits_TV.device)
+            distances.append(distance(logits_TV, base_TV))
+        return self.outcome(distances)
 
-    def outcome(self, found: Sequence[tuple[float, float]]) -> Part:
-        """Of the `distance` of each window."""
-        (kl, kl_stderr), (share, share_stderr) = (mean_and_stderr(list(values)) for values in zip(*found, strict=True))
+    def outcome(self, distances: Sequence[tuple[float, float]]) -> Part:
+        """Return the part for the `distance` of each window."""
+        (kl, kl_stderr), (share, share_stderr) = (mean_and_stderr(list(values)) for values in zip(*distances, strict=True))
         values = {"kl_nats": kl, "kl_stderr_nats": kl_stderr, "same_top_share": share, "same_top_share_stderr": share_stderr}
-        return {**self.facts(len(found)), "values": values}
+        return {**self.facts(len(distances)), "values": values}
 
 
-def distance(ours_TV: Tensor, theirs_TV: Tensor) -> tuple[float, float]:
-    """Return (KL, share of equal top tokens) of one window's logits. Only chunks of them are float32 at once."""
-    if ours_TV.shape != theirs_TV.shape:
-        raise EvaluationError(f"logits are {list(ours_TV.shape)}, the base model's {list(theirs_TV.shape)}: it is another model's base.")
-    kl, _ = Divergence.apply(ours_TV, theirs_TV)
-    return float(kl), float((ours_TV.argmax(-1) == theirs_TV.argmax(-1)).double().mean())
+def distance(logits_TV: Tensor, base_TV: Tensor) -> tuple[float, float]:
+    """Return (KL in nats per token, share of equal top tokens) for the logits of one window.
+
+    Only chunks of the logits are float32 at once. Raises EvaluationError if the shapes differ.
+    """
+    if logits_TV.shape != base_TV.shape:
+        raise EvaluationError(
+            f"the logits are {list(logits_TV.shape)}, but those of the base model are {list(base_TV.shape)}. "
+            "Give the base model of this model."
+        )
+    kl, _ = Divergence.apply(logits_TV, base_TV)
+    return float(kl), float((logits_TV.argmax(-1) == base_TV.argmax(-1)).double().mean())

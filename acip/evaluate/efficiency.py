@@ -1,9 +1,9 @@
-"""What a model costs to hold and to run (paper D.1, Table A5): bytes, peak memory, latency, tokens/s, FLOPs.
+"""The cost of a model (paper D.1, Table A5): bytes, peak memory, latency, tokens/s, FLOPs.
 
-It is measured as it is exported (`AnySize.materialize`), by greedy decoding of `batch` equal prompts, after a warm-up; medians over
-`repeats`. Times depend on the device, on its other work, and on `batch`; FLOPs and bytes do not.
+The model is measured in its exported form (`ElasticModel.materialize`). It decodes `batch` equal prompts greedily, after a warm-up;
+times are medians over `repeats`. They depend on the device, its other load, and `batch`; FLOPs and bytes do not.
 
-    the paper's settings     batch 64, 64 new tokens, FLOPs of 512 tokens. Its GigaFLOPs are multiply-adds / 2^30: twice as many are ours
+    the paper's settings: batch 64, 64 new tokens, FLOPs of 512 tokens. Its GigaFLOPs are multiply-adds / 2^30: half of these FLOPs
 """
 
 import gc
@@ -24,29 +24,31 @@ from torch.utils.flop_counter import FlopCounterMode
 from acip.errors import EvaluationError
 from acip.evaluate.measurement import Measurement, Part, Subject, label, stored_bytes
 
-CHOSEN = ("batch", "prompt", "new_tokens")  # what speed depends on, and is part of its name where it isn't the usual
+LABEL_FIELDS = ("batch", "prompt", "new_tokens")  # speed depends on them; values other than the defaults are part of the label
 
 
 @dataclass(frozen=True)
 class Efficiency(Measurement):
+    """Bytes, memory, speed and FLOPs of a model."""
+
     kind: ClassVar[str] = "efficiency"
     batch: int = 1  # sequences at once
     prompt: int = 128  # tokens each
-    new_tokens: int = 32  # that each is continued by
+    new_tokens: int = 32  # decoded per sequence
     repeats: int = 3
-    flop_tokens: int = 512  # of the one sequence whose FLOPs are counted
-    device: str = ""  # what it is to be measured on, where that tells two measurements apart
+    flop_tokens: int = 512  # length of the sequence whose FLOPs are counted
+    device: str = ""  # name of the device, if measurements on several devices must have different keys
 
     def __post_init__(self) -> None:
         if min(self.batch, self.prompt, self.repeats, self.flop_tokens) < 1 or self.new_tokens < 2:
-            raise EvaluationError(f"{self}: new_tokens must be 2 or more (the first belongs to the prompt), the others 1 or more.")
+            raise EvaluationError(f"{self}: new_tokens must be at least 2 (the first belongs to the prompt), the other fields at least 1.")
 
     @torch.no_grad()
     def measure(self, subject: Subject) -> Part:
         model = subject.plain()
         weights, vocabulary = stored_bytes(model), model.config.get_text_config().vocab_size
         prompt_BT = torch.arange(self.batch * self.prompt, device=model.device).view(self.batch, -1) % vocabulary
-        with rise(model.device) as peak:  # this is the warm-up, too: afterwards a CPU's allocator would hold what it needs
+        with rise(model.device) as peak:  # also the warm-up; later, the allocator of a CPU already holds the memory
             decode(model, prompt_BT, self.new_tokens)
         times = [decode(model, prompt_BT, self.new_tokens) for _ in range(self.repeats)]
         prefill_s, decode_s = (statistics.median(column) for column in zip(*times, strict=True))
@@ -61,21 +63,21 @@ class Efficiency(Measurement):
         if peak:
             values["peak_memory_bytes"] = weights + peak[0]
         facts = {"device": device_name(model.device), "threads": torch.get_num_threads(), "dtype": str(model.dtype).removeprefix("torch.")}
-        usual = Efficiency()
-        chosen = label(*(f"{key}{own}" for key, own in vars(self).items() if key in CHOSEN and own != getattr(usual, key)))
+        defaults = Efficiency()
+        chosen = label(*(f"{key}{value}" for key, value in vars(self).items() if key in LABEL_FIELDS and value != getattr(defaults, key)))
         return {"label": f"{self.kind}/{chosen}" if chosen else self.kind, "values": values, **facts}
 
 
 def decode(model: Any, prompt_BT: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds until the first new token, and for the others."""
-    began = _now(prompt_BT.device)
-    answer = model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
+    """Decode greedily. Return (seconds until the first new token, seconds for the others)."""
+    start = _now(prompt_BT.device)
+    output = model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
     first = _now(prompt_BT.device)
     for _ in range(new_tokens - 1):
-        ids_B1 = answer.logits[:, -1:].argmax(-1)
-        answer = model(input_ids=ids_B1, past_key_values=answer.past_key_values, use_cache=True)
-    answer.logits[:, -1].argmax(-1)
-    return first - began, _now(prompt_BT.device) - first
+        ids_B1 = output.logits[:, -1:].argmax(-1)
+        output = model(input_ids=ids_B1, past_key_values=output.past_key_values, use_cache=True)
+    output.logits[:, -1].argmax(-1)
+    return first - start, _now(prompt_BT.device) - first
 
 
 def _now(device: torch.device) -> float:
@@ -85,9 +87,9 @@ def _now(device: torch.device) -> float:
 
 
 def flops(model: Any, tokens: int) -> int:
-    """Floating point operations of a forward pass over one sequence: 2 per multiply-add of every matrix product, attention's too.
+    """Return the floating point operations of a forward pass over one sequence: 2 per multiply-add of every matrix product.
 
-    Attention is counted by its plain form, because fused kernels are not counted on every device; what causality would save is in.
+    Attention is counted in its eager form, since fused kernels are not counted on every device, and without savings from causality.
     """
     attention = model.config._attn_implementation
     ids_1T = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
@@ -101,7 +103,7 @@ def flops(model: Any, tokens: int) -> int:
 
 
 def reset_peak(device: torch.device) -> bool:
-    """Let the high-water mark of memory fall to what is used now. False where the system can't (Linux can)."""
+    """Reset the peak of memory to the present use. Return False if the system does not support it (Linux does)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -114,9 +116,9 @@ def reset_peak(device: torch.device) -> bool:
 
 @contextmanager
 def rise(device: torch.device) -> Iterator[list[int]]:
-    """Bytes by which memory rose at most inside, known at the end: the allocator's on a GPU, the process' own on a CPU.
+    """Yield a list that holds, after the context, the peak rise of memory in bytes: of the allocator on a GPU, of the process on a CPU.
 
-    Empty where the system does not tell (Linux does).
+    The list stays empty if the system does not report it (Linux does).
     """
     peak: list[int] = []
     gc.collect()
@@ -137,6 +139,7 @@ def rise(device: torch.device) -> Iterator[list[int]]:
 
 
 def device_name(device: torch.device) -> str:
+    """Return the model name of a GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")

@@ -1,18 +1,18 @@
-"""The held-out text that a model is measured on, cut into windows of tokens by a named protocol.
+"""Held-out text for evaluation, cut into windows of tokens by a named protocol.
 
     protocol   documents are joined by    windows
-    packed     their end token            full ones (acip.data)
-    spread     the same                   full ones, evenly over all of the text where not all are read: the first would be one document
-    field      "\\n\\n", C4's by " "        full ones, of C4 at most 256: GPTQ's, and nearly everybody's since, at 2048 tokens
-    paper      "\\n\\n", C4's by " "        all, the short last one too, at 2048 tokens (LLaMA-1) or 4096
+    packed     their end token            full windows (acip.data)
+    spread     their end token            full windows; if limited, spread evenly over the text, since the first ones may be one document
+    field      "\\n\\n", in C4 " "          full windows, in C4 at most 256: the protocol of GPTQ and most later papers, at 2048 tokens
+    paper      "\\n\\n", in C4 " "          all windows, including a short last one, at 2048 tokens (LLaMA-1) or 4096
 
-Where the tokenizer puts start tokens before a text (`acip.data.start_tokens`), every window of packed and spread begins with them:
-a model is fed what it sees in use. The literature's two, field and paper, join the documents as text, tokenize it at once, and cut the
-tokens: only the first window, where the text begins, has the start. A model that depends on its start token (Gemma 3) is far worse by
-field and paper than it is in use, and its curve may not even fall with size.
+If the tokenizer adds start tokens to a text (`acip.data.start_tokens`), every window of packed and spread begins with them, as
+in use. The protocols of the literature, field and paper, join the documents as text, tokenize it at once, and split the tokens. Only the
+first window then has start tokens. For a model that depends on its start token (Gemma 3), perplexity by field and paper is far higher
+than in use, and may not be monotonic in size.
 
-WikiText-2 is one document; of C4, the first 1100 of its validation. Texts above WHOLE characters are tokenized in pieces. Numbers of
-different protocols, contexts, starts or tokenizers can't be compared.
+WikiText-2 is one document. C4 is the first 1100 documents of its validation set. Texts above WHOLE characters are tokenized in pieces.
+Numbers of different protocols, contexts, start tokens or tokenizers are not comparable.
 """
 
 import hashlib
@@ -33,29 +33,31 @@ from acip.utils.coerce import did_you_mean
 
 Protocol = Literal["packed", "spread", "field", "paper"]
 FIELD_C4_WINDOWS = 256
-STARTED: tuple[Protocol, ...] = ("packed", "spread")  # the protocols whose windows all begin with the tokenizer's start
-WHOLE = 2**24  # characters that field and paper tokenize at once: all of WikiText-2, and of what is read of C4
+STARTED: tuple[Protocol, ...] = ("packed", "spread")  # protocols whose windows all begin with the start tokens
+WHOLE = 2**24  # characters that field and paper tokenize at once; WikiText-2 and the documents of C4 are shorter
 
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of `context` tokens of a corpus: all, or `windows` of them, the first ones unless they are spread."""
+    """Windows of `context` tokens of a corpus: all, or `windows` of them, which are the first ones except for `spread`."""
 
     source: str = "package:wikipedia"  # see acip.data
     protocol: Protocol = "packed"
     context: int = 2048
     windows: int = 0  # 0 = all
-    split: Split = "heldout"  # "all" of a text that nothing was calibrated on
-    start: tuple[int, ...] = ()  # token ids that each window begins with; `read_by` knows them
+    split: Split = "heldout"  # "all" for a text that was not used for calibration
+    start: tuple[int, ...] = ()  # token ids that each window begins with; set by `read_by`
 
     def __post_init__(self) -> None:
         if self.protocol not in (known := get_args(Protocol)):
             raise EvaluationError(f"unknown protocol {self.protocol!r}{did_you_mean(self.protocol, known)}; allowed: {', '.join(known)}.")
         if self.context < 2 or self.windows < 0:
-            raise EvaluationError(f"{self.context} tokens and {self.windows} windows: a window has 2 tokens or more; 0 windows are all.")
+            raise EvaluationError(
+                f"context is {self.context} and windows is {self.windows}; context must be at least 2, windows at least 0 (0 = all)."
+            )
 
     def tokens(self, tokenizer: Any) -> list[Tensor]:
-        """[context] int64 each; by the paper's protocol the last one may be shorter."""
+        """Return the windows, int64 [context] each; with protocol `paper` the last one may be shorter. DataError if there is none."""
         docs = documents(self.source, self.split)
         if self.protocol in STARTED:
             read = token_windows(docs, tokenizer, self.context, self.windows if self.protocol == "packed" and self.windows else None)
@@ -66,15 +68,15 @@ class Text:
             ids.extend(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
             if most and len(ids) >= most * self.context:
                 break
-        found = list(torch.from_numpy(np.array(ids, dtype=np.int64)).split(self.context))
+        windows = list(torch.from_numpy(np.array(ids, dtype=np.int64)).split(self.context))
         least = 2 if self.protocol == "paper" else self.context
-        if found and len(found[-1]) < least:
-            found.pop()
-        if not found:
+        if windows and len(windows[-1]) < least:
+            windows.pop()
+        if not windows:
             raise DataError(
-                f"{self.source} has {len(ids):,} tokens held out, less than one window of {self.context:,}; use a smaller context."
+                f"{self.source} has {len(ids):,} held-out tokens, less than one window of {self.context:,}. Use a smaller context."
             )
-        return found[: most or len(found)]
+        return windows[: most or len(windows)]
 
     def _joined(self, docs: Iterator[text_files.Document], tokenizer: Any) -> Iterator[str]:
         for i, doc in enumerate(docs):
@@ -83,36 +85,36 @@ class Text:
             yield from blocks_of(doc, tokenizer)
 
     def read_by(self, tokenizer: Any) -> "Text":
-        """The same text as `tokenizer` reads it: with the start that its windows have, which is part of what a number was measured on."""
+        """Return this text with the start tokens of `tokenizer`, which are part of the identity of a measurement."""
         return replace(self, start=start_tokens(tokenizer) if self.protocol in STARTED else ())
 
 
-def said(start: Iterable[int]) -> str:
-    """The start of windows as a row of a curve holds it: token ids parted by spaces."""
+def join_ids(start: Iterable[int]) -> str:
+    """Return token ids joined by spaces, as rows of a curve store the start of windows."""
     return " ".join(map(str, start))
 
 
 def cut_by(row: Mapping[str, Any]) -> str:
-    """The protocol of a row of a curve, or of a part of one, in words."""
-    return row.get("protocol", "packed") + (", each window begins with the tokenizer's start" if row.get("start") else "")
+    """Describe the protocol of a row of a curve, or of a part."""
+    return row.get("protocol", "packed") + (", each window begins with the start tokens" if row.get("start") else "")
 
 
 def evenly(n: int, count: int) -> list[int]:
-    """At most `count` of the indices below n, each from the middle of its share."""
+    """Return at most `count` indices below n, evenly spaced: the middle of each of `count` equal intervals."""
     count = min(n, count)
     return [(2 * i + 1) * n // (2 * count) for i in range(count)]
 
 
 def content(path: str) -> str:
-    """sha256 of a local file, or of all files of a folder or a pattern with their names; "" of what is not here (a name on the hub)."""
+    """Return the sha256 of a local file, or of all files of a folder or pattern with their names; "" for a name on the hub."""
     root = Path(path)
-    here = bool(path) and root.exists()
-    found = _files(root) if here else text_files.files(path) if path else []
-    if not (here or found):
+    exists = bool(path) and root.exists()
+    files = _files(root) if exists else text_files.files(path) if path else []
+    if not (exists or files):
         return ""
     sha = hashlib.sha256()
-    for file in found:
-        sha.update(f"{file.relative_to(root) if here else file}\n".encode())
+    for file in files:
+        sha.update(f"{file.relative_to(root) if exists else file}\n".encode())
         with file.open("rb") as opened:
             sha.update(hashlib.file_digest(opened, "sha256").digest())
     return sha.hexdigest()

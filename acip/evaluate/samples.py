@@ -1,4 +1,4 @@
-"""Samples: greedy continuations of a few prompts. A prompt starts as the tokenizer starts a text; no end token follows it."""
+"""Greedy continuations of a few prompts. A prompt begins with the start tokens of the tokenizer, and has no end token."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,6 +13,8 @@ PROMPTS = ("The capital of France is", "Once upon a time, there was a little", "
 
 @dataclass(frozen=True)
 class Samples(Measurement):
+    """Continuations of `prompts` by `new_tokens` tokens."""
+
     kind: ClassVar[str] = "samples"
     prompts: tuple[str, ...] = PROMPTS
     new_tokens: int = 32
@@ -26,7 +28,7 @@ class Samples(Measurement):
             ids_1T = torch.tensor([ids], device=model.device)
             whole = model.generate(
                 ids_1T, attention_mask=torch.ones_like(ids_1T), max_new_tokens=self.new_tokens, do_sample=False,
-                pad_token_id=subject.tokenizer.eos_token_id or 0,  # none is needed; without one, transformers warns
+                pad_token_id=subject.tokenizer.eos_token_id or 0,  # not used, but transformers warns without it
             )  # fmt: skip
             samples.append({"prompt": prompt, "text": subject.tokenizer.decode(whole[0, ids_1T.shape[1] :], skip_special_tokens=True)})
         return {"label": self.kind, "values": {}, "samples": samples}

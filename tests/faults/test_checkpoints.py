@@ -104,7 +104,7 @@ def test_any_damage_is_found_and_the_one_before_is_taken(left: Path, tmp_path: P
     else:
         assert len(said) == 1 and last in said[0] and "using the previous one" in said[0]
     if (file, how) == (FILES[1], "flipped"):
-        with pytest.raises(CalibrationError, match=r"is damaged: state.safetensors is not what was written"):
+        with pytest.raises(CalibrationError, match=r"is damaged: state.safetensors does not match its checksum"):
             lab.calibrate(folder)
 
 

@@ -23,7 +23,7 @@ def test_the_truncations_gradient_is_that_of_finite_differences(shape: tuple[int
 
 def test_the_gradient_by_random_projection_is_that_of_finite_differences() -> None:
     """Few directions of many, as in the paper, of a matrix that has no others: what projections leave out is zero."""
-    q = 5 + dobi.BESIDE
+    q = 5 + dobi.EXTRA
     generator = torch.Generator().manual_seed(3)
     A = torch.randn(40, q, dtype=torch.float64, generator=generator) @ torch.randn(q, 30, dtype=torch.float64, generator=generator)
     at = torch.tensor(5.2, dtype=torch.float64, requires_grad=True)

@@ -183,7 +183,7 @@ def test_four_bit_first_then_back_to_full_precision(
     assert loss(carried, 0.6, heldout_tokens) < loss(plain, 0.6, heldout_tokens) + 0.5, "and the scores are as good"
     with pytest.raises(CalibrationError, match="freshly parametrized"):
         transfer(quantized, full, recipe())
-    with pytest.raises(CalibrationError, match=r"adapter_rank is 8; to carry scores over it must be 4"):
+    with pytest.raises(CalibrationError, match=r"adapter_rank is 8; to transfer the scores it must be 4"):
         transfer(quantized, full, recipe(adapter_rank=8))
 
 

@@ -86,7 +86,7 @@ def test_the_arena_is_held_side_by_side_and_nothing_is_done_twice(arena: Arena, 
     code, said = command()
     assert code == 1
     assert "Covariance cut at 0.7: perplexity" in said and "Covariance cut at 0.5: perplexity" in said and "SVD-LLM at" not in said
-    assert "[asvd 0.7, 0.5] FAILED: size 0.5 can't be reached with these ratios" in said
+    assert "[asvd 0.7, 0.5] FAILED: size 0.5 cannot be reached with these ratios" in said
     assert "Original" in said and "one for all sizes (2)" in said  # the tables
     again = Results(results.path)  # from the file
     assert entries(arena, again) == [todo[-1]]

@@ -1,0 +1,38 @@
+"""The modes that a parametrized model is in while it is trained: adapter dropout and gradient checkpointing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from acip.layers.targets import targets
+from acip.recipe import Recipe
+
+
+@contextmanager
+def training(model: nn.Module, recipe: Recipe) -> Iterator[None]:
+    """Turn on the dropout of the adapters, and gradient checkpointing if the recipe sets it. The base model's own dropout stays off."""
+    model.eval()
+    for core in targets(model).values():
+        core.train()
+    with recomputing(model, recipe.gradient_checkpointing):
+        yield
+    model.eval()
+
+
+@contextmanager
+def recomputing(model: nn.Module, on: bool) -> Iterator[None]:
+    """Recompute the activations of each outermost block in the backward pass instead of keeping them, if `on`."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    blocks = [block for blocks in lists for block in blocks if targets(block)] if on else []
+    inner = {id(module) for block in blocks for module in block.modules() if module is not block}
+    blocks = [block for block in blocks if id(block) not in inner]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
