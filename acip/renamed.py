@@ -28,6 +28,7 @@ OPTIONS = {
     "--recompute": "--gradient-checkpointing",
     "--distill": "--distill-weight",
     "--quantise": "--quantize",
+    "--size any": "--all-sizes",  # an option and its value
 }
 MODULES = {
     "acip.area": "acip.sizing.excess_loss_area",
