@@ -125,7 +125,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     lines(out, {
         "model": name + (f" at {masked(model.uri)}" if model.uri else ""),
         "sizes": ", ".join(f"{size:g}" for size in sizes),
-        "measured": ", ".join(dict.fromkeys(measurement.kind for measurement in what)) + ("" if artifact or args.reference else NO_REFERENCE),
+        "measured": ", ".join(dict.fromkeys(part.kind for part in what)) + ("" if artifact or args.reference else NO_REFERENCE),
         "run": f"{mlflow_run.run_id} in experiment {mlflow_run.experiment_id} of {masked(settings.tracking_uri)}",
     })  # fmt: skip
     events = open_event_queue()
