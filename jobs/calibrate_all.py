@@ -51,6 +51,7 @@ from acip.errors import AcipError
 
 ROOT = Path(__file__).resolve().parents[1]
 TAKEN_OVER = 3  # exit code
+MISSING = "MISSING: "  # in a dry run, before what a model lacks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,23 +124,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_plan(jobs: list[Job], cluster: Nodes, settings: Settings, out: Any) -> None:
-    """Print what would be done for each job, and what is missing for it on a cluster of these nodes."""
+    """Print what would be done for each job, and what it lacks on a cluster of these nodes."""
+    incomplete = 0
     for job in jobs:
+        facts = plan(job, cluster, settings)
+        incomplete += any(fact.startswith(MISSING) for fact in facts.values())
         out.print()
         out.print(f"[{job.name}]", markup=False)
-        lines(out, plan(job, cluster, settings))
+        lines(out, facts)
+    if incomplete:
+        out.print(f"\n{incomplete} of {len(jobs)} models lack something here; see MISSING.", markup=False)
 
 
 def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
-    """Return what would be done for one job: resources, curve, memory and places; under "MISSING", all that it lacks."""
-    missing: list[str] = []
+    """Return what would be done for one job: resources, texts, curve, memory and places; MISSING and the reason for what it lacks."""
 
-    def attempt(check: Callable[[], str]) -> str:
+    def fact(check: Callable[[], str]) -> str:
         try:
             return check()
         except AcipError as error:
-            missing.append(str(error))
-            return "unknown"
+            return f"{MISSING}{error}"
 
     def resources() -> str:
         part = resources_of(job, cluster)
@@ -147,7 +151,7 @@ def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
 
     def text(source: str, split: Any) -> str:
         if source in HUB:
-            return f"{source} (from the hub, not checked)"
+            return f"{source}, from the hub (not checked)"
         next(documents(source, split))
         return source
 
@@ -158,16 +162,15 @@ def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
         needed = predict(base.model, job.recipe, "cuda" if on_gpu else "cpu", job.num_workers)
         return f"{needed.peak / 1e9:.2f} GB per worker, peak in {needed.worst.name}"
 
-    heldout = attempt(lambda: text(job.heldout.source, "heldout"))
-    facts = {
-        "resources": attempt(resources),
-        "text": attempt(lambda: text(job.data, "train")),
-        "curve": f"sizes {', '.join(f'{size:g}' for size in job.sizes)} on {heldout}, held out, {job.eval_protocol}",
-        "memory": attempt(memory),
+    return {
+        "resources": fact(resources),
+        "text": fact(lambda: text(job.data, "train")),
+        "held-out text": fact(lambda: text(job.heldout.source, "heldout")),
+        "curve": f"sizes {', '.join(f'{size:g}' for size in job.sizes)}, {job.eval_protocol}",
+        "memory": fact(memory),
         "checkpoints": f"{masked(settings.runs)}/{attempt_of(job, force=False)}",
         "artifact": f"{masked(settings.store)}/{job.name}/{attempt_of(job, force=False)}",
     }
-    return facts | ({"MISSING": " ".join(dict.fromkeys(missing))} if missing else {})
 
 
 def attempt_of(job: Job, force: bool) -> str:
