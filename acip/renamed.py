@@ -29,6 +29,7 @@ OPTIONS = {
     "--recompute": "--gradient-checkpointing",
     "--distill": "--distill-weight",
     "--quantise": "--quantize",
+    "--size any": "--all-sizes",  # an option and its value
 }
 MODULES: dict[str, str | tuple[str, ...]] = {  # a tuple where the old module was split
     "acip.area": "acip.sizing.excess_loss_area",

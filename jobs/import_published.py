@@ -1,10 +1,12 @@
-"""Take over a model in the published ACIP format: convert, measure its trade-off curve, store and register it.
+"""Import a model in the format of the paper's authors: convert it, measure its trade-off curve, store and register it.
 
     python jobs/import_published.py --checkpoint FOLDER --name llama-2-7b                     the base model comes from the hub
     python jobs/import_published.py --checkpoint FOLDER --name llama-2-7b --base path/to/base
 
-The new version gets the alias `candidate`; the champion stays what it is. Code in FOLDER is never run. Needs no Ray.
-What was imported before is not stored again. Exit code 0 = it is there.
+The new version gets the alias `candidate`; the champion does not change. Code in FOLDER is never run. Ray is not needed.
+A checkpoint that was imported before is not stored again.
+
+Exit codes: 0 the version is registered, 2 wrong arguments or an unreadable checkpoint, 130 interrupted.
 """
 
 import argparse
@@ -12,10 +14,12 @@ import functools
 import hashlib
 import re
 import sys
-from typing import Any, get_args
+from collections.abc import Sequence
+from typing import get_args
 
 import torch
-from acip_platform.reporting.console import console, exit_code, lines, shell, trade_off_table
+from acip_platform import cli
+from acip_platform.reporting.console import console, lines, shell, trade_off_table
 from acip_platform.scheduling.fleet import Job
 from acip_platform.scheduling.job_queue import Outcome
 from acip_platform.settings import Settings
@@ -38,40 +42,41 @@ from acip.layers.targets import targets
 from acip.modeling_acip import widened
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="folder of config.json and model*.safetensors")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="folder with config.json and model*.safetensors")
     parser.add_argument("--name", required=True, help="name in the registry")
-    parser.add_argument("--base", metavar="SOURCE", help="base model: org/name, folder, GGUF file (default: the one the checkpoint names)")
-    parser.add_argument("--eval-data", default="package:wikipedia", help="text whose held-out part is measured on (default: %(default)s)")
-    parser.add_argument("--eval-context", type=int, default=2048, help="tokens per window (default: %(default)s)")
-    parser.add_argument("--eval-windows", type=int, default=0, help="at most so many windows (default: 0, all)")
-    protocols = get_args(Protocol)
     parser.add_argument(
-        "--eval-protocol", default="packed", choices=protocols, help="see acip/evaluate/heldout_text.py (default: %(default)s)"
+        "--base", metavar="SOURCE", help="base model: org/name, folder or GGUF file (default: the one that the checkpoint names)"
     )
-    args = parser.parse_args()
+    parser.add_argument("--eval-data", default="package:wikipedia", help="text whose held-out part is measured on (default: %(default)s)")
+    parser.add_argument("--eval-context", type=cli.whole_number(2), default=2048, help="tokens per window (default: %(default)s)")
+    parser.add_argument("--eval-windows", type=cli.whole_number(0), default=0, help="largest number of windows (default: 0, all)")
+    parser.add_argument(
+        "--eval-protocol",
+        default="packed",
+        choices=get_args(Protocol),
+        help="how held-out text is cut, see acip/evaluate/heldout_text.py (default: %(default)s)",
+    )
+    args = cli.parse(parser, argv)
     if not re.fullmatch(NAME, args.name):
         parser.error(f"--name is {args.name!r}; it may hold only letters, digits, '.', '_' and '-'.")
-    if args.eval_context < 2 or args.eval_windows < 0:
-        parser.error("--eval-context must be at least 2, --eval-windows at least 0.")
-    out = console()
-    return exit_code(out, lambda: run(args, out))
+    return cli.exit_code(lambda: run(args))
 
 
 @reached()
-def run(args: argparse.Namespace, out: Any) -> None:
-    settings = Settings.from_env()
+def run(args: argparse.Namespace) -> None:
+    out, settings = console(), Settings.from_env()
     check_registers(settings)
 
-    def say(_kind: str, text: str) -> None:
+    def emit(_kind: str, text: str) -> None:
         out.print(f"[{args.name}] {text}", markup=False)
 
-    say("stage", f"opening {args.checkpoint}")
+    emit("stage", f"opening {args.checkpoint}")
     base, calibration = open_published(resolved(args.checkpoint), args.base and resolved(args.base))
     read_back(base, calibration.recipe)
     recipe = calibration.recipe
-    say("stage", f"{len(calibration.table.layers)} layers of {base.source}, pruned to {recipe.stop_ratio} (paper), {recipe.dtype}")
+    emit("stage", f"{len(calibration.table.layers)} layers of {base.source}, pruned to {recipe.stop_ratio} (paper), {recipe.dtype}")
     job = Job(
         args.name, base.source, recipe, resolved(args.eval_data),
         eval_context=args.eval_context, eval_windows=args.eval_windows, eval_protocol=args.eval_protocol,
@@ -87,20 +92,20 @@ def run(args: argparse.Namespace, out: Any) -> None:
         if not store.exists(uri):
             origin = provenance(job) | {"checkpoint": resolved(args.checkpoint), "mlflow_run": mlflow_run.run_id}
             stored(settings, key, functools.partial(Artifact.save, base=base, calibration=calibration, provenance=origin))
-        say("stage", f"artifact: {uri}")
+        emit("stage", f"artifact: {uri}")
         del base, calibration
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        summary = finish(job, uri, mlflow_run, settings, heldout, device, say, fingerprint, CANDIDATE)
+        summary = finish(job, uri, mlflow_run, settings, heldout, device, emit, fingerprint, CANDIDATE)
     out.print(trade_off_table(Outcome(job, summary, None)))
     lines(out, {
         "registered": f"version {summary['version']} of {job.name}, alias {CANDIDATE}",
-        "the runs' table": runs_page(settings, mlflow_run.experiment_id),
+        "table of runs": runs_page(settings, mlflow_run.experiment_id),
         "serve it": f"{shell(settings)} jobs/serve.py --model {job.name} --alias {CANDIDATE}",
     })  # fmt: skip
 
 
 def identity(base: Base, calibration: Calibration) -> str:
-    """Hash of the base model, the scores and the adapters: what makes one checkpoint differ from another."""
+    """Return a hash of the base model, the scores and the adapters, which tell one checkpoint from another."""
     sha = hashlib.sha256(base.digest.encode())
     adapters = [param for core in targets(calibration.model).values() for lora in core.loras.values() for param in lora.parameters()]
     for tensor in (calibration.scores.score, *adapters):

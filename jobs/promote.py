@@ -1,68 +1,72 @@
-"""Choose which version of a model is served: `champion` is an alias in the registry.
+"""Choose which version of a model is served. The served version has the alias `champion` in the registry.
 
-    python jobs/promote.py smollm2-135m 3        version 3 (or an alias: candidate) is the champion from now on
-    python jobs/promote.py smollm2-135m --back   the champion before is it again
-    python jobs/promote.py smollm2-135m          who is, who was, and what there is to choose from
+    python jobs/promote.py smollm2-135m                 list the versions, the champion and its predecessors
+    python jobs/promote.py smollm2-135m 3               make version 3 the champion; an alias (candidate) works, too
+    python jobs/promote.py smollm2-135m --rollback      make the previous champion the champion again
 
-A running server goes on with the version it has, until it is told (the last line says how).
+A running server keeps the version it has loaded. The last line shows the command that makes it load the new one.
+
+Exit codes: 0 done, 2 wrong arguments or no such version, 130 interrupted.
 """
 
 import argparse
 import json
 import shlex
 import sys
-from typing import Any
+from collections.abc import Sequence
 from urllib.parse import quote
 
-from acip_platform.reporting.console import console, exit_code, lines
+from acip_platform import cli
+from acip_platform.reporting.console import console, lines
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store, StoreError
 from acip_platform.tracking.registry import CHAMPION, Registry, reached
 from rich.table import Table
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="registered model")
-    parser.add_argument("version", nargs="?", help="version number or alias that shall be the champion")
-    parser.add_argument("--back", action="store_true", help="the champion before is it again")
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.parser(__doc__)
+    parser.add_argument("name", metavar="NAME[@VERSION]", help="name in the registry")
+    parser.add_argument("version", nargs="?", help="version number or alias of the new champion")
+    parser.add_argument("--rollback", action="store_true", help="make the previous champion the champion again")
+    args = cli.parse(parser, argv)
     if "@" in args.name and not args.version:
         args.name, _, args.version = args.name.partition("@")
-    if args.back and args.version:
-        parser.error("give a version, or --back, not both.")
-    out = console()
-    return exit_code(out, lambda: run(args, Settings.from_env(), out))
+    if args.rollback and args.version:
+        parser.error("give a version or --rollback, not both.")
+    return cli.exit_code(lambda: run(args, Settings.from_env()))
 
 
 @reached()
-def run(args: argparse.Namespace, settings: Settings, out: Any) -> None:
-    registry = Registry(settings)
-    if not args.back and not args.version:
+def run(args: argparse.Namespace, settings: Settings) -> None:
+    out, registry = console(), Registry(settings)
+    if not args.rollback and not args.version:
         out.print(overview(registry, args.name))
         return
     registry.resolve(args.name, args.version or CHAMPION)
     champion = registry.champion(args.name)
-    was = f"version {champion.version}" if champion else "none"
-    if args.back:
-        now = registry.back(args.name)
+    previous = f"version {champion.version}" if champion else "none"
+    if args.rollback:
+        version = registry.back(args.name)
     else:
-        now = registry.resolve(args.name, args.version)
-        if not Store.of(settings).exists(now.uri):
-            raise StoreError(f"version {now.version} of {args.name} points at {now.uri}, where there is no artifact. Choose another one.")
-        registry.set_champion(now)
+        version = registry.resolve(args.name, args.version)
+        if not Store.of(settings).exists(version.uri):
+            raise StoreError(
+                f"version {version.version} of {args.name} points at {version.uri}, where there is no artifact. Choose another version."
+            )
+        registry.set_champion(version)
     lines(out, {
-        "was": was,
-        CHAMPION: f"version {now.version} ({now.uri})",
-        "a running server": f"curl -X POST http://127.0.0.1:8000/v1/models/{quote(now.name, safe='')}/load "
-        f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps({'version': now.version}))}",
+        "was": previous,
+        CHAMPION: f"version {version.version} ({version.uri})",
+        "a running server": f"curl -X POST http://127.0.0.1:8000/v1/models/{quote(version.name, safe='')}/load "
+        f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps({'version': version.version}))}",
     })  # fmt: skip
 
 
 def overview(registry: Registry, name: str) -> Table:
-    """All versions, the newest first."""
+    """Return a table of all versions, newest first."""
     if name not in registry.models():
-        registry.resolve(name)  # says what there is
+        registry.resolve(name)  # raises an error that lists the models
     table = Table(title=f"{name} (champions so far: {', '.join(registry.champions(name)) or 'none'})", title_justify="left")
     for heading in ("version", "aliases", "area", "recipe", "verdict"):
         table.add_column(heading)

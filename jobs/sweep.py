@@ -1,28 +1,34 @@
-"""Sweep one model of a fleet over recipes with Ray Tune: bases are computed once, pruning once for all stop ratios.
+"""Try recipes for one model of a fleet with Ray Tune, and register the best result as `candidate`.
 
     ray job submit -- python jobs/sweep.py --fleet jobs/fleets/demo.yaml --space jobs/spaces/demo.yaml
-    python jobs/sweep.py ... --only NAME       which model, where the fleet has several
-    python jobs/sweep.py ... --dry-run         the trials, and stop
+    python jobs/sweep.py ... --only NAME       which model, if the fleet has several
+    python jobs/sweep.py ... --dry-run         print the trials, and stop
 
-The winner is the finished trial with the least area under excess loss over sizes 0.4 to 1.0 (acip/sizing/excess_loss_area.py). It is
-registered as `candidate`. It is chosen by the text that its curve is measured on. The same command after an interruption goes
-on, and repeats no finished trial. Exit code 0 = every trial came to its end, 1 = some failed.
+The space file lists recipe fields and their values (platform/acip_platform/training/sweep_space.py). Trials share the bases of the
+layers, and one pruning serves all stop ratios. The winner is the finished trial with the smallest area under the curve of excess
+loss from size 0.4 to 1.0 (acip/sizing/excess_loss_area.py), measured on the held-out text of the curve. The same command resumes an
+interrupted sweep and repeats no finished trial.
+
+Exit codes: 0 every trial finished or was ended early by the scheduler, 1 some trials failed, 2 wrong arguments or files,
+130 interrupted.
 """
 
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
+from acip_platform import cli
 from acip_platform.cluster import Cluster, connect
-from acip_platform.reporting.console import Watch, console, duration, exit_code, lines, shell
+from acip_platform.reporting.console import Watch, console, duration, lines, shell
 from acip_platform.scheduling.events import open_event_queue
 from acip_platform.scheduling.fleet import Fleet, Job
-from acip_platform.scheduling.job_queue import Resources, nodes, pool, resources_of
+from acip_platform.scheduling.job_queue import Resources, nodes, resources_of
 from acip_platform.settings import Settings, masked
 from acip_platform.tracking.registry import check_registers, reached
 from acip_platform.tracking.runs import Run, Tracking, runs_page
@@ -35,28 +41,26 @@ from acip.errors import AcipError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.parser(__doc__)
     parser.add_argument("--fleet", default=str(ROOT / "jobs" / "fleets" / "demo.yaml"), help="fleet file (default: the embedded demo)")
-    parser.add_argument("--only", metavar="NAME", help="this model of the fleet; not needed where it has one")
+    parser.add_argument("--only", metavar="NAME", help="the model of the fleet; required if it has several")
     parser.add_argument("--space", default=str(ROOT / "jobs" / "spaces" / "demo.yaml"), help="space file (default: the embedded demo)")
-    parser.add_argument("--pool", metavar="8xGPU:1,CPU:14", help="nodes that an autoscaler may start (default: the nodes there are)")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
-    args = parser.parse_args()
-    out = console()
-    return exit_code(out, lambda: sweep_one(args, out))
+    cli.add_pool(parser)
+    cli.add_dry_run(parser)
+    args = cli.parse(parser, argv)
+    return cli.exit_code(lambda: sweep_one(args))
 
 
 @reached()
-def sweep_one(args: argparse.Namespace, out: Any) -> int:
-    began = time.monotonic()
+def sweep_one(args: argparse.Namespace) -> int:
+    began, out = time.monotonic(), console()
     settings = Settings.from_env()
     check_registers(settings)
     fleet = Fleet.load(args.fleet)
-    sweep = Sweep.plan(chosen(fleet, args.only), Space.load(args.space))
-    there = pool(args.pool) if args.pool else []
+    sweep = Sweep.plan(job_of(fleet, args.only), Space.load(args.space))
     cluster = connect(settings)
-    part = resources_of(sweep.job, there or nodes())
+    part = resources_of(sweep.job, args.pool or nodes())
     if args.dry_run:
         first_screen(out, settings, fleet, sweep, part, cluster)
         return 0
@@ -66,12 +70,12 @@ def sweep_one(args: argparse.Namespace, out: Any) -> int:
     ended = dict.fromkeys(runs, "FINISHED")
     with ExitStack() as ends:
         ends.enter_context(parent.ending())
-        for name, one in runs.items():
-            ends.enter_context(one.ending(partial(ended.__getitem__, name)))
-        inbox = open_event_queue()
-        with Watch(out, inbox):
-            outcomes, trunks = run(sweep, part, settings, runs, inbox)
-            summaries = keep(sweep, outcomes, part, settings, runs, inbox)
+        for name, trial_run in runs.items():
+            ends.enter_context(trial_run.ending(partial(ended.__getitem__, name)))
+        events = open_event_queue()
+        with Watch(out, events):
+            outcomes, trunks = run(sweep, part, settings, runs, events)
+            summaries = keep(sweep, outcomes, part, settings, runs, events)
         for outcome in outcomes:
             runs[outcome.trial.name].tags({"state": sweep_report.status(outcome)})
             ended[outcome.trial.name] = "FAILED" if outcome.error else "FINISHED" if outcome.finished else "KILLED"
@@ -84,21 +88,21 @@ def sweep_one(args: argparse.Namespace, out: Any) -> int:
             parent.tags({"winner": best.trial.name, "winner_run": runs[best.trial.name].run_id})
     took = time.monotonic() - began
     code = last_screen(out, settings, sweep, outcomes, [cost.seconds for cost in trunks.values()], summaries, took)
-    lines(out, {"the runs' table": runs_page(settings, tracking.experiment_id)})
+    lines(out, {"table of runs": runs_page(settings, tracking.experiment_id)})
     return code
 
 
-def chosen(fleet: Fleet, only: str | None) -> Job:
+def job_of(fleet: Fleet, only: str | None) -> Job:
+    """Return the job that is swept: the only one of the fleet, or the one that `--only` names."""
     names = [job.name for job in fleet.jobs]
     if only is None and len(names) > 1:
-        raise AcipError(f"a sweep is of one model; say which by --only: {', '.join(names)}.")
-    if only is not None and only not in names:
-        raise AcipError(f"--only names {only}; the fleet has {', '.join(names)}.")
+        raise AcipError(f"a sweep takes one model; choose it by --only: {', '.join(names)}.")
+    cli.check_only([only] if only is not None else [], names, "fleet")
     return next(job for job in fleet.jobs if only in (None, job.name))
 
 
 def start_runs(tracking: Tracking, fleet: Fleet, sweep: Sweep) -> tuple[Run, dict[str, Run]]:
-    """The sweep's MLflow run, and those of its trunks and trials under it; an interrupted sweep's own."""
+    """Start or continue the MLflow run of the sweep, and below it the runs of its shared prunings and trials, by name."""
     tags = {"fleet": fleet.name, "model": sweep.job.name, "sweep": sweep.space.name}
     parent = tracking.start(f"sweep {sweep.space.name}", sweep.key, tags)
     space = sweep.space
@@ -117,14 +121,17 @@ def start_runs(tracking: Tracking, fleet: Fleet, sweep: Sweep) -> tuple[Run, dic
 def first_screen(
     out: Any, settings: Settings, fleet: Fleet, sweep: Sweep, part: Resources, cluster: Cluster, parent: Run | None = None
 ) -> None:
+    """Print the plan, and where things go."""
     trials, trunks = len(sweep.trials), len(sweep.trunks)
-    out.print(f"acip: sweep {sweep.space.name} of {sweep.job.name} in fleet {fleet.name}: {trials} trials on {trunks} trunks", markup=False)
+    out.print(
+        f"acip: sweep {sweep.space.name} of {sweep.job.name} in fleet {fleet.name}: {trials} trials, {trunks} shared prunings", markup=False
+    )
     lines(out, {
-        "job": ray.get_runtime_context().get_job_id() + (" on a Ray of its own" if cluster.own else ""),
+        "job": ray.get_runtime_context().get_job_id() + (" on a Ray of this process" if cluster.own else ""),
         "dashboard": cluster.dashboard or "none",
         "tracking": masked(settings.tracking_uri),
         "artifacts": settings.store,
-        "states": f"{settings.runs}/{sweep.key}",
+        "checkpoints": f"{settings.runs}/{sweep.key}",
         "each trial has": f"{part.gpus:g} GPU, {part.cpus:g} CPU",
         **({"run": f"{parent.run_id} in experiment {parent.experiment_id}"} if parent else {}),
     })  # fmt: skip
@@ -141,6 +148,7 @@ def last_screen(
     summaries: dict[str, dict[str, Any]],
     seconds: float,
 ) -> int:
+    """Print the table of trials, the winner and the next command. Returns the exit code."""
     out.print()
     out.print(sweep_report.table(outcomes, trunk_seconds))
     out.print()
@@ -152,18 +160,18 @@ def last_screen(
     out.print(f"{finished} finished, {ended} ended early, {len(failed)} failed, after {duration(seconds)}.", markup=False)
     best = winner(outcomes)
     if best is None:
-        out.print("No trial was finished, so there is no winner.", markup=False)
-        return 1
+        out.print("No trial finished, so there is no winner.", markup=False)
+        return cli.FAILED
     summary = summaries[best.trial.name]
     out.print(
-        f"The winner by the least area under excess loss is {best.trial.name} ({best.trial.label}): {best.area:.4f}. "
+        f"The winner, by the smallest area under excess loss, is {best.trial.name} ({best.trial.label}): {best.area:.4f}. "
         f"{sweep.job.name} version {summary['version']} is the candidate: {summary['uri']}",
         markup=False,
     )
     out.print("\nNext:", markup=False)
     name = sweep.job.name
-    lines(out, {"keep 0.6": f"{shell(settings)} jobs/materialize.py {name} --alias candidate --size 0.6 --out {name}-60"})
-    return 1 if failed else 0
+    lines(out, {"export 0.6": f"{shell(settings)} jobs/materialize.py {name} --alias candidate --size 0.6 --out {name}-60"})
+    return cli.FAILED if failed else 0
 
 
 if __name__ == "__main__":

@@ -154,13 +154,13 @@ def test_a_fleet_is_submitted_twice_and_its_driver_is_killed(
     first.process.wait()
     third = submit(file)
     assert third.end() == 0, third.text
-    assert f"process {first.process.pid} began it; looking for up to 6 s" in third.text
+    assert f"process {first.process.pid} started it; checking for up to 6 s" in third.text
     assert min(third.resumed_at("one") + third.resumed_at("two")) > 0
     for name in ("one", "two"):
         assert third.steps(name) == list(range(1, STEPS + 1)), "each once"
         assert_same(third.artifact(name), undisturbed)
     fourth = submit(file)
-    assert fourth.end() == 0 and fourth.text.count("done already: version 1") == 2, fourth.text
+    assert fourth.end() == 0 and fourth.text.count("already done: version 1") == 2, fourth.text
 
 
 def test_a_worker_that_runs_out_of_memory(

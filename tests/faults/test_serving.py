@@ -73,7 +73,7 @@ def test_the_job_says_in_a_line_that_the_registry_is_away(away: dict[str, str], 
     env = {**os.environ, **away, "ACIP_HOME": str(tmp_path), "RAY_ADDRESS": "local"}
     command = [sys.executable, str(JOB), "--port", str(free_port())]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert f"error: the registry at {away['MLFLOW_TRACKING_URI']} can't be reached" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -84,8 +83,10 @@ def command(
 
     def run(*args: str) -> tuple[int, str]:
         monkeypatch.setattr(evaluate, "connect", start)
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *args])
-        code = evaluate.main()
+        try:
+            code = evaluate.main(args)
+        except SystemExit as end:
+            code = int(end.code or 0)
         said = capsys.readouterr()
         return code, said.out + said.err
 
@@ -110,7 +111,7 @@ def test_a_crash_costs_one_size_and_a_second_run_only_that(
 
     code, said = command(*asked)
     assert code == 1, said
-    assert "1 of 2 sizes measured" in said and "FAILED" in said and "Run it again" in said
+    assert "1 of 2 sizes measured" in said and "FAILED" in said and "Run the same command again" in said
     (file,) = (home / "evaluations").glob("small-*.json")
     (survivor,) = json.loads(file.read_text())
     assert [one["kind"] for one in survivor["evaluation"]] == ["perplexity", "divergence", "task", "efficiency"]
@@ -134,7 +135,7 @@ def test_a_crash_costs_one_size_and_a_second_run_only_that(
         assert sorted(metric.step for metric in history) == [70, 100], "each size once"
     monkeypatch.setattr(Store, "record_curve", lambda *_: (_ for _ in ()).throw(StoreError("read only")))
     code, said = command(*asked[:2], "--sizes", "0.5", *asked[5:])
-    assert code == 0 and "the artifact's curve stays as it was: read only" in said and "1 of 1 sizes measured" in said
+    assert code == 0 and "the curve of the artifact was not changed: read only" in said and "1 of 1 sizes measured" in said
     assert [row["asked"] for row in json.loads(file.read_text())] == [1.0, 0.7, 0.5], "the rows of other runs that measured the same stay"
     assert [row["asked"] for row in Run(tracking.client, run.info.run_id).read_json("evaluation.json")] == [1.0, 0.7, 0.5]
 
@@ -246,8 +247,8 @@ def test_a_fleet_scores_its_tasks(small_artifact: Artifact, tmp_path: Path) -> N
         (["--data", "package:wiki"], "'wiki' ships with acip (did you mean"),
         (["--data", "c4"], "c4 can't be fetched from the hub"),
         (["--protocol", "feild"], "did you mean 'field'"),
-        (["--sizes", "8GB"], "a size is '8GB'; it must be a ratio"),
-        (["--whole"], "--whole is for a text of its own, by --data"),
+        (["--sizes", "8GB"], "'8GB' is not a size ratio"),
+        (["--all-documents"], "--all-documents needs a text by --data"),
         (["--out", "."], "Is a directory"),
         (["--pool", "many"], "the pool is 'many'; it must be like 8xGPU:1,CPU:14"),
     ],

@@ -38,13 +38,15 @@ class Command:
     def __call__(self, *args: str) -> tuple[int, str]:
         from jobs import finetune
 
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
             for name in ("ACIP_ARTIFACT_URI", "ACIP_CHECKPOINT_URI", "MLFLOW_TRACKING_URI"):
                 patch.delenv(name, raising=False)
             for name, value in self.env.items():
                 patch.setenv(name, value)
-            patch.setattr(sys, "argv", ["finetune.py", *args])
-            code = finetune.main()
+            try:
+                code = finetune.main(args)
+            except SystemExit as end:
+                code = int(end.code or 0)
         return code, said.getvalue()
 
 
@@ -58,7 +60,7 @@ EVALUATION = ("--data", "package:austen", "--eval-context", "64", "--eval-window
 
 @pytest.mark.slow
 def test_the_job(command: Command, small_artifact: Artifact) -> None:
-    ask = ("small", "--size", "50%", "--steps", "40", "--lr", "2e-3", "--quantise", "nf4", *EVALUATION)
+    ask = ("small", "--size", "50%", "--steps", "40", "--lr", "2e-3", "--quantize", "nf4", *EVALUATION)
     code, said = command(*ask)
     assert code == 0, said
     child, parent = command.registry.resolve("small", "candidate"), command.registry.resolve("small")
@@ -91,11 +93,11 @@ def test_the_job(command: Command, small_artifact: Artifact) -> None:
 
     manifest = json.dumps(artifact.manifest)
     code, said = command(*ask)
-    assert code == 0 and "done already: version 2" in said and all(each in " ".join(said.split()) for each in commands)
+    assert code == 0 and "already done: version 2" in said and all(each in " ".join(said.split()) for each in commands)
     assert json.dumps(Artifact.open(child.uri).manifest) == manifest
     command.registry.client.delete_model_version_tag("small", "2", "verdict")  # as if it had been killed before it was judged
     code, said = command(*ask)
-    assert code == 0 and "done already" not in said and "verdict" in command.registry.resolve("small", "2").tags
+    assert code == 0 and "already done" not in said and "verdict" in command.registry.resolve("small", "2").tags
     with pytest.raises(RegistryError):
         command.registry.resolve("small", "3")
 
@@ -117,7 +119,7 @@ def test_a_killed_worker_loses_nothing(small_artifact: Artifact, tmp_path: Path)
                     worker = worker_of("small", job, Path(command.settings.runs), log)
                     job.send_signal(signal.SIGINT)
                     assert exit_code(job, log) == 130, log.read_text()
-                    assert "interrupted. What is done is kept" in log.read_text() and not worker.is_running()
+                    assert "interrupted. Finished work is kept" in log.read_text() and not worker.is_running()
                     job = subprocess.Popen(command_line, env=env, stdout=out, stderr=out)
                 if name == "killed":
                     worker_of("small", job, Path(command.settings.runs), log).send_signal(signal.SIGKILL)
@@ -153,10 +155,10 @@ def test_the_text_is_what_the_calibration_did_not_draw_from(small_artifact: Arti
         (["small@7", "--size", "0.5"], "no version or alias '7'"),
         (["small", "--size", "1.0"], "there is nothing to tune"),
         (["small", "--size", "0.01"], "can't be reached: the smallest is"),
-        (["small", "--size", "8GB"], "takes a ratio"),
+        (["small", "--size", "8GB"], "is not a size ratio"),
         (["small", "--size", "half"], "is not a budget"),
-        (["small", "--size", "0.5", "--steps", "0"], "must be at least 1"),
-        (["small", "--size", "0.5", "--lr", "-1"], "lr is -1.0; it must be > 0"),
+        (["small", "--size", "0.5", "--steps", "0"], "whole number of at least 1"),
+        (["small", "--size", "0.5", "--lr=-1"], "a number above 0"),
     ],
 )
 def test_refusals_come_before_any_work(command: Command, monkeypatch: pytest.MonkeyPatch, args: list[str], says: str) -> None:

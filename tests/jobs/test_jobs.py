@@ -101,7 +101,7 @@ def test_the_screens(first: subprocess.CompletedProcess[str], place: Place) -> N
         assert expected in out, f"{expected!r} is not on the screen:\n{out}"
     for asked in ("1.00", "0.90", "0.60", "0.40"):
         assert f"│ {asked} │" in out
-    assert "1 of 1 models are there" in out
+    assert "1 of 1 models are calibrated" in out
     assert "jobs/serve.py" in out
     assert "\x1b[" not in out.split("acip: fleet")[1].split("ask at 0.6")[0], "control characters off a terminal"
 
@@ -117,7 +117,7 @@ def test_its_ray_listens_to_this_machine_alone(first: subprocess.CompletedProces
 def test_a_second_run_repeats_nothing(first: subprocess.CompletedProcess[str], place: Place) -> None:
     result = place.demo("--fleet", str(place.fleet))
     assert result.returncode == 0, result.stdout
-    assert "done already: version 1 is the champion" in result.stdout
+    assert "already done: version 1 is the champion" in result.stdout
     assert "one real step" not in result.stdout
     assert Registry(place.settings).resolve("tiny").version == "1"
 
@@ -127,10 +127,10 @@ def test_a_failing_model_fails_the_job_but_not_the_others(first: subprocess.Comp
     result = place.demo("--fleet", str(place.fleet))
     assert result.returncode == 1, result.stdout
     assert "[broken] FAILED: base '/no/such/model' is not a folder" in result.stdout
-    assert "1 of 2 models are there" in result.stdout
+    assert "1 of 2 models are calibrated" in result.stdout
     bad = place.demo("--fleet", str(place.fleet), "--only", "tinny")
     assert bad.returncode != 0
-    assert "--only names tinny; the fleet has broken, tiny" in bad.stdout
+    assert "--only names 'tinny' (did you mean 'tiny'?); the fleet has broken, tiny" in bad.stdout
 
 
 def test_the_run_tells_the_story(first: subprocess.CompletedProcess[str], place: Place) -> None:
@@ -206,6 +206,6 @@ def test_without_a_running_ray(place: Place, first: subprocess.CompletedProcess[
     env = place.env | {"ACIP_HOME": str(tmp_path)}
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=JOB_S, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "[tiny]" in result.stdout and "GB for each worker" in result.stdout
+    assert "[tiny]" in result.stdout and "GB per worker" in result.stdout
     assert "fisher scores, sizes down to 0.4 (linear)" in result.stdout
     assert json.dumps(sorted(path.name for path in tmp_path.rglob("factors*"))) == "[]"

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,8 @@ class Command:
     def __call__(self, *args: str | Path) -> tuple[int, str]:
         from jobs import materialize
 
-        self.monkeypatch.setattr(sys, "argv", ["materialize.py", *map(str, args)])
         try:
-            code = materialize.main()
+            code = materialize.main([*map(str, args)])
         except SystemExit as end:
             code = int(end.code or 0)
         said = self.capsys.readouterr()
@@ -63,7 +61,7 @@ def test_the_command_takes_names_paths_and_uris(
     assert code == 0 and f"below {small_artifact.recipe.stop_ratio:g}, where calibration stopped" in said and "shards" not in said
     assert "--fit is '8'; it must be bytes" in command("small", "--fit", "8", "--out", tmp_path / "out")[1]
     code, said = command("smal", "--size", "0.5", "--out", tmp_path / "out")
-    assert code == 1 and "no model 'smal' in the registry (did you mean 'small'?)" in said
+    assert code == 2 and "no model 'smal' in the registry (did you mean 'small'?)" in said
 
 
 def test_the_command_fits_bytes_memory_and_bits(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
@@ -80,18 +78,18 @@ def test_the_command_fits_bytes_memory_and_bits(command: Command, small_artifact
     ("args", "code", "says"),
     [
         (["--size", "0.5", "--fit", "1GB"], 2, "not allowed with"),
-        ([], 2, "one of the arguments --size --fit is required"),
+        ([], 2, "one of the arguments --size --fit --all-sizes is required"),
         (["--size", "big"], 2, "is not a budget"),
         (["--size", "1.5"], 2, "size ratio is 1.5"),
         (["--fit", "0.6"], 2, "A ratio goes with --size"),
-        (["--size", "0.5", "--context", "64"], 2, "--context goes with --fit"),
-        (["--fit", "1GB", "--batch", "2"], 2, "--batch goes with --context"),
-        (["--fit", "1GB", "--context", "0"], 2, "context is 0"),
+        (["--size", "0.5", "--context", "64"], 2, "--context needs --fit"),
+        (["--fit", "1GB", "--batch", "2"], 2, "--batch needs --context"),
+        (["--fit", "1GB", "--context", "0"], 2, "whole number of at least 1"),
         (["--size", "0.5", "--quantize", "int3"], 2, "invalid choice"),
         (["--size", "0.5", "--push", "nobody"], 2, "must be OWNER/NAME"),
         (["--size", "0.5", "--max-shard-size", "5"], 2, "must be like"),
-        (["--fit", "1KB"], 1, "can't be reached: the smallest is"),
-        (["--size", "ppl<=20"], 1, "no curve was measured"),
+        (["--fit", "1KB"], 2, "can't be reached: the smallest is"),
+        (["--size", "ppl<=20"], 2, "no curve was measured"),
     ],
 )
 def test_the_command_refuses(command: Command, small_artifact: Artifact, tmp_path: Path, args: list[str], code: int, says: str) -> None:
@@ -104,11 +102,11 @@ def test_the_command_touches_nothing_of_others(command: Command, small_artifact:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "mine")
-    assert code == 1 and "not an earlier export" in said
+    assert code == 2 and "not an earlier export" in said
     code, said = command(tmp_path / "mine", "--size", "0.5", "--out", tmp_path / "out")
-    assert code == 1 and "holds no manifest.json" in said
+    assert code == 2 and "holds no manifest.json" in said
     code, said = command(str(tmp_path / "nowhere"), "--size", "0.5", "--out", tmp_path / "out")
-    assert code == 1 and "there is no folder" in said
+    assert code == 2 and "is not a folder" in said
 
 
 def test_the_command_pushes(command: Command, small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +132,7 @@ def test_the_command_pushes(command: Command, small_artifact: Artifact, tmp_path
     ):
         held[:] = files
         code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "out", "--push", "me/small")
-        assert (code, calls.count("me/small")) == ((0, 2) if says is None else (1, 2)), said
+        assert (code, calls.count("me/small")) == ((0, 2) if says is None else (2, 2)), said
         assert says is None or f"holds files that acip did not write ({says})" in said
     monkeypatch.undo()
 
@@ -152,7 +150,7 @@ def test_the_command_copies_and_pushes_the_artifact_itself(
         pushed[repo_id] = {path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*") if path.is_file()}
 
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
-    code, said = command(small_artifact.folder, "--size", "any", "--out", tmp_path / "all", "--push", "me/any")
+    code, said = command(small_artifact.folder, "--all-sizes", "--out", tmp_path / "all", "--push", "me/any")
     assert code == 0 and "https://huggingface.co/me/any" in said
     assert pushed == {"me/any": {"manifest.json", "README.md", *small_artifact.manifest["files"]}}
     copied = Artifact.open(tmp_path / "all", verify=True)
@@ -161,8 +159,8 @@ def test_the_command_copies_and_pushes_the_artifact_itself(
     assert copied.load(size=0.5).cut is not None
     card = (tmp_path / "all" / "README.md").read_text()
     assert "library_name: transformers" in card and "prune_model_by_score" in card and str(tmp_path) not in card
-    code, said = command(small_artifact.folder, "--size", "any", "--out", tmp_path / "all")
-    assert code == 1 and "is not an empty folder" in said
-    code, said = command(small_artifact.folder, "--size", "any", "--quantize", "nf4", "--out", tmp_path / "q")
+    code, said = command(small_artifact.folder, "--all-sizes", "--out", tmp_path / "all")
+    assert code == 2 and "is not an empty folder" in said
+    code, said = command(small_artifact.folder, "--all-sizes", "--quantize", "nf4", "--out", tmp_path / "q")
     assert code == 2 and "Leave --quantize out" in said
     assert {path.name for path in tmp_path.iterdir()} <= {"all", "home"}, "nothing is left of what was refused"

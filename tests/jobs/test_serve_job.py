@@ -1,9 +1,8 @@
-"""What `python jobs/serve.py` refuses before it starts anything: wrong arguments with 2, what can't be served with 1."""
+"""What `python jobs/serve.py` refuses before it starts anything: with exit code 2."""
 
 import importlib.util
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -36,8 +35,8 @@ def job() -> Iterator[ModuleType]:
     ("args", "keys", "says"),
     [
         (["--host", "0.0.0.0"], "", "'0.0.0.0'; without API keys only a loopback address (127.0.0.1) is allowed"),
-        (["--port", "70000"], "", "--port is 70000; it must be from 1 to 65535."),
-        (["--port", "0"], "", "--port is 0; it must be from 1 to 65535."),
+        (["--port", "70000"], "", "argument --port: '70000' is not allowed; give a whole number from 1 to 65535."),
+        (["--port", "0"], "", "argument --port: '0' is not allowed; give a whole number from 1 to 65535."),
         ([], "short", "ACIP_API_KEYS: key 1 has 5 characters; a key is at least 16"),
     ],
 )
@@ -45,9 +44,8 @@ def test_wrong_arguments_are_told(
     job: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], keys: str, says: str
 ) -> None:
     monkeypatch.setenv("ACIP_API_KEYS", keys)
-    monkeypatch.setattr(sys, "argv", ["serve.py", *args])
     with pytest.raises(SystemExit) as stopped:
-        job.main()
+        job.main(args)
     assert stopped.value.code == 2
     assert says in capsys.readouterr().err
 
@@ -62,7 +60,7 @@ def test_wrong_arguments_are_told(
         ("two versions", "small is asked for at versions 1 and 2; choose one."),
         ("a bad setting", "ACIP_LEASE_S is 'soon'; it must be a number of seconds above 0."),
         ("artifact gone", "where there is no artifact. Was it moved or deleted?"),
-        ("port taken", "Address already in use). Stop what runs there, or choose another --port"),
+        ("port taken", "Address already in use). Stop the program that uses the port, or choose another --port"),
     ],
 )
 def test_what_cannot_be_served_says_why(
@@ -94,8 +92,7 @@ def test_what_cannot_be_served_says_why(
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        monkeypatch.setattr(sys, "argv", ["serve.py", "--port", str(taken.getsockname()[1]), *args])
-        assert job.main() == 1
+        assert job.main(["--port", str(taken.getsockname()[1]), *args]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert says in said

@@ -13,7 +13,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from acip.errors import AcipError
 from acip.evaluate import DivergenceOn, improbable
 from acip.evaluate.heldout_text import cut_by
 from acip.sizing.budget import as_perplexity
@@ -26,20 +25,6 @@ POLL_S = 0.5  # between two looks at the event queue
 def console() -> Console:
     """Return the console of a job. On a terminal it shows bars and colors, elsewhere plain lines. Lines are not wrapped."""
     return Console(highlight=False, soft_wrap=True) if sys.stdout.isatty() else Console(highlight=False, width=140, soft_wrap=True)
-
-
-def exit_code(out: Console, run: Callable[[], int | None]) -> int:
-    """Of a job: what `run` returns, 2 after a line with the user's error, 130 after Ctrl-C. A Ray of its own ends with it."""
-    try:
-        return run() or 0
-    except (AcipError, OSError) as error:  # a file that can't be read or written
-        out.print(f"error: {error}", markup=False)
-        return 2
-    except KeyboardInterrupt:
-        out.print("interrupted. What is done is kept: the same command goes on from there.", markup=False)
-        return 130
-    finally:
-        ray.shutdown()
 
 
 def shell(settings: Settings) -> str:

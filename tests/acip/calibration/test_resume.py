@@ -68,7 +68,7 @@ def test_ctrl_c_ends_a_fleet_at_once(tmp_path: Path, small_base: str) -> None:
             assert psutil.wait_procs([worker], timeout=PATIENCE_S)[1] == [], "its worker still runs"
         finally:
             stop(job)
-    assert "interrupted. What is done is kept" in log.read_text()
+    assert "interrupted. Finished work is kept" in log.read_text()
     assert list(Path(Settings.from_env(env).runs).glob("long-*/step_*"))
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,8 +59,7 @@ def command(tmp_path: Path, arena_file: Path, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(job, "connect", lambda _: ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False))
 
     def run(*args: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["arena.py", "--arena", str(arena_file), *args])
-        code = job.main()
+        code = job.main(["--arena", str(arena_file), *args])
         said = capsys.readouterr()
         return code, said.out + said.err
 

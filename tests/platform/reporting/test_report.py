@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from shutil import copytree
@@ -84,8 +83,7 @@ def command(monkeypatch: pytest.MonkeyPatch, home: Path, *args: str | Path) -> i
     monkeypatch.setenv("ACIP_HOME", str(home))
     for name in ("ACIP_ARTIFACT_URI", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, args)])
-    return report.main()
+    return report.main([*map(str, args)])
 
 
 def test_the_numbers_are_the_artifacts(
@@ -197,6 +195,6 @@ def test_several_calibrations_and_other_methods(
     assert "No curve was measured" in Seen(browser, out).tab.inner_text("body")
     rows.write_text('[{"got": 1}]')
     capsys.readouterr()
-    assert command(monkeypatch, tmp_path / "home", "--artifact", bare.folder, "--baselines", rows, "--out", out) == 1
+    assert command(monkeypatch, tmp_path / "home", "--artifact", bare.folder, "--baselines", rows, "--out", out) == 2
     assert "It must be a JSON list of rows with method" in capsys.readouterr().err
-    assert command(monkeypatch, tmp_path / "home", "nobody", "--out", out) == 1
+    assert command(monkeypatch, tmp_path / "home", "nobody", "--out", out) == 2

@@ -4,13 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from acip_platform.reporting.console import console
 from acip_platform.scheduling.fleet import Fleet, FleetError, Job
-from acip_platform.scheduling.job_queue import Resources
-from acip_platform.settings import Settings
 
 from acip.recipe import Recipe, named
-from jobs.calibrate_all import plan
 
 FLEETS = Path(__file__).parents[3] / "jobs" / "fleets"
 
@@ -87,22 +83,3 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, text: str, line: i
     assert says in str(caught.value)
     if line is not None:
         assert f"fleet.yaml, line {line}:" in str(caught.value)
-
-
-def test_a_dry_run_says_what_a_model_needs_and_what_is_missing(
-    small_base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    jobs = [
-        Job("fine", small_base, data="package:austen", sizes=(1.0, 0.5), eval_context=64),
-        Job("baseless", "nobody/has-this", data="package:austen"),
-        Job("mute", small_base, data="package:austin"),
-    ]
-    settings = Settings.from_env({"ACIP_HOME": str(tmp_path)})
-    assert plan(jobs, {job.name: Resources(0, 1) for job in jobs}, settings, console()) == 1
-    said = " ".join(capsys.readouterr().out.split())
-    assert "[fine] curve sizes 1, 0.5 on package:austen, held out, packed checkpoints" in said
-    assert f"artifact {tmp_path}/artifacts/fine/fine-" in said and "GB for each worker, most in" in said
-    assert "CAN'T RUN the configuration of base 'nobody/has-this' can't be loaded" in said
-    assert "CAN'T RUN no text 'austin' ships with acip (did you mean 'austen'?)" in said
-    assert plan(jobs[:1], {"fine": Resources(1, 1)}, settings, console()) == 0

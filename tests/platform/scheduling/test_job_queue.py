@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from acip_platform.reporting.console import console, exit_code
 from acip_platform.scheduling.fleet import FleetError, Job
 from acip_platform.scheduling.job_queue import JobQueue, Nodes, Resources, cost, fits, parameters, pool, resources_of, root_cause, run_all
 
@@ -175,14 +174,6 @@ def test_who_interrupts_does_not_wait_for_what_runs() -> None:
         assert not ended, "the job still runs"
     finally:
         end.set()
-
-
-def test_a_job_that_is_interrupted_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    def run() -> int:
-        raise KeyboardInterrupt
-
-    assert exit_code(console(), run) == 130
-    assert "interrupted. What is done is kept" in capsys.readouterr().out
 
 
 def test_what_waits_for_lost_nodes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

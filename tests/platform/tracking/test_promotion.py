@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from shutil import copytree, rmtree
@@ -133,28 +132,27 @@ def test_rolling_back_is_one_command(contest: Contest, monkeypatch: pytest.Monke
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
     def command(*args: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["promote.py", *args])
-        code = promote.main()
-        return code, " ".join(capsys.readouterr().out.split())
+        code = promote.main(args)
+        return code, " ".join("".join(capsys.readouterr()).split())
 
     contest.enters(BAD)
     contest.enters(rows(2.0, 2.2, 2.4, 2.6))
     contest.enters(GOOD)
-    code, said = command("small", "--back")
+    code, said = command("small", "--rollback")
     assert code == 0 and "was version 3 champion version 1" in said
     assert '{"version": "1"}' in said, "the way to tell a running server"
     assert contest.alias("champion") == "1"
-    assert command("small", "--back") == (2, "error: small had no champion before version 1. Name the version to promote.")
+    assert command("small", "--rollback") == (2, "error: small had no champion before version 1. Name the version to promote.")
     assert "was version 1 champion version 2" in command("small", CANDIDATE)[1]
     assert (contest.alias("champion"), contest.alias(CANDIDATE)) == ("2", None), "who is the champion is no candidate"
     command("small", "3")
     contest.registry.client.delete_model_version("small", "2")
-    assert "was version 3 champion version 1" in command("small", "--back")[1], "what was deleted is passed over"
+    assert "was version 3 champion version 1" in command("small", "--rollback")[1], "what was deleted is passed over"
     contest.registry.set_alias(contest.registry.resolve("small", "3"))  # by hand, in the UI
     assert contest.registry.champions("small") == ["1", "3"]
-    assert "champion version 1" in command("small", "--back")[1]
+    assert "champion version 1" in command("small", "--rollback")[1]
     assert "champions so far: 1" in command("small")[1]
-    for args in (("smal", "1"), ("smal",), ("smal", "--back")):
+    for args in (("smal", "1"), ("smal",), ("smal", "--rollback")):
         assert "did you mean 'small'" in command(*args)[1]
     code, said = command("small", "9")
     assert code == 2 and "no version or alias '9'; it has 3, 1 (champion)." in said

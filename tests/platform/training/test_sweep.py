@@ -100,7 +100,7 @@ def test_a_killed_sweep_goes_on(place: tuple[Path, dict[str, str]]) -> None:
     second = subprocess.run(command(folder), env=env, capture_output=True, text=True, timeout=JOB_S, check=False)
     text = second.stdout
     assert second.returncode == 1, text + second.stderr
-    assert "acip: sweep both of small in fleet small: 6 trials on 2 trunks" in text
+    assert "acip: sweep both of small in fleet small: 6 trials, 2 shared prunings" in text
     repeated = set(re.findall(r"^\[small (t\d+)\]", text, re.MULTILINE))
     (version,) = (Registry(settings).resolve("small", CANDIDATE),)
     count = re.search(r"(\d) finished, (\d) ended early, 2 failed", text)
@@ -133,7 +133,7 @@ def test_a_killed_sweep_goes_on(place: tuple[Path, dict[str, str]]) -> None:
 def test_an_interrupted_sweep_names_no_winner_and_goes_on(tmp_path: Path, small_base: str) -> None:
     folder, env = prepared(tmp_path, small_base)
     assert struck_after_a_trial(folder, env, signal.SIGINT) == 130
-    assert "interrupted. What is done is kept" in (folder / "log").read_text()
+    assert "interrupted. Finished work is kept" in (folder / "log").read_text()
     assert Registry(Settings.from_env(env)).models() == []
     before = finished(folder)
     assert before
