@@ -139,12 +139,20 @@ NAMES: dict[str, dict[str, str]] = {  # new module -> {old name: new name}
     "acip_platform.serve.engine.kv_cache": {"Slots": "KVCache", "Piece": "CachePiece"},
     "acip_platform.serve.engine.model_cache": {"Models": "ModelCache", "Place": "CacheEntry"},
     "acip_platform.serve.engine.resident_model": {"Served": "ResidentModel"},
-    "acip_platform.serve.engine.sampling": {"Choice": "SampledToken", "Sampler": "SamplingParams", "choose": "sample"},
-    "acip_platform.serve.http.requests": {"Sized": "ModelSizeRequest", "Asked": "GenerationRequest"},
+    "acip_platform.serve.engine.sampling": {"Choice": "SampledToken", "choose": "sample"},
+    "acip_platform.serve.http.requests": {"Sized": "ModelSizeRequest", "Asked": "OpenAIRequest"},
     "acip_platform.serve.size_facts": {"told": "size_facts"},
     "acip_platform.serve.text.structured_output": {"Form": "AnswerFormat", "Forms": "AnswerFormats"},
     "acip_platform.storage.checkpoints": {"Say": "Emit"},
     "acip_platform.tracking.promotion": {"contend": "promote_if_better", "judge": "compare", "Rows": "CurveRows"},
+}
+PACKAGES: dict[str, dict[str, tuple[str, str]]] = {  # modules that became packages: name -> the new module and the new name
+    "acip_platform.serve.engine": {
+        "Engine": ("acip_platform.serve.text_engine", "TextEngine"),
+        "Event": ("acip_platform.serve.text.events", "TextEvent"),
+        "Ticket": ("acip_platform.serve.text_engine", "TextRequest"),
+    },
+    "acip_platform.serve.text": {"Text": ("acip_platform.serve.text.detokenizer", "Detokenizer")},
 }
 
 
@@ -171,6 +179,15 @@ def environment(env: Mapping[str, str], name: str) -> str | None:
             warn("environment variable", old, new, stacklevel=4)
             return env[old]
     return None
+
+
+def name_of_package(package: str, name: str) -> Any:
+    """Return what `name` stood for in a module that is now the package `package`, with a warning. It serves as its `__getattr__`."""
+    if name not in PACKAGES.get(package, {}):
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    module, new = PACKAGES[package][name]
+    warn("name", f"{package}.{name}", f"{module}.{new}", stacklevel=4)
+    return getattr(importlib.import_module(module), new)
 
 
 class OldModules:

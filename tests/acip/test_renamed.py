@@ -43,6 +43,16 @@ def test_every_renamed_name_exists() -> None:
         assert all(hasattr(importlib.import_module(module), name) for name in names.values()), module
 
 
+@pytest.mark.parametrize("package", sorted(renamed.PACKAGES))
+def test_a_module_that_became_a_package_gives_its_old_names(package: str) -> None:
+    module = importlib.import_module(package)
+    for name, (new_module, new) in renamed.PACKAGES[package].items():
+        with pytest.warns(FutureWarning, match=f"{new_module}.{new}"):
+            assert getattr(module, name) is getattr(importlib.import_module(new_module), new)
+    with pytest.raises(AttributeError):
+        module.no_such_name  # noqa: B018
+
+
 @pytest.mark.parametrize(("old", "new"), sorted(renamed.RECIPE_FIELDS.items()))
 def test_an_old_recipe_field_sets_the_new_one(old: str, new: str) -> None:
     value = "nf4" if new == "quantize" else getattr(Recipe(), new)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from acip_platform.serve.engine.sampling import SamplingParams, sample
+from acip_platform.serve.engine.sampling import Sampler, SamplingParams, sample
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -264,10 +264,10 @@ def eight_bit(row: Row, small: Small) -> None:
 
 def sampled(row: Row, small: Small) -> None:
     logits = small.logits(load_base(small.source, "float32").model)[0].cpu()
-    settings = ({"temperature": 0.0}, {"seed": 1}, {"seed": 2, "top_p": 0.9}, {"seed": 3, "top_k": 5, "logprobs": 2})
+    settings = (SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(top_k=5, logprobs=2))
     picked = []
     for device in ("cpu", small.scale.device):
-        samplers = [SamplingParams(**settings[i % len(settings)]) for i in range(len(logits))]
+        samplers = [Sampler(settings[i % len(settings)], seed=i % len(settings)) for i in range(len(logits))]
         picked.append([choice.token for choice in sample(logits.to(device), samplers)])
     alike = sum(a == b for a, b in zip(*picked, strict=True))
     row.require(alike >= len(logits) - 1, f"{alike} of {len(logits)} tokens alike")  # one may lie on the edge of two

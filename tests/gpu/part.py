@@ -7,7 +7,21 @@ from pathlib import Path
 from typing import Any, cast
 
 # A plain CUDA image has none of these. They count as missing on every machine, so that the dry run notices who needs them.
-ABSENT = ("ray", "mlflow", "boto3", "botocore", "fastapi", "pydantic", "bitsandbytes", "datasets", "lm_eval", "gguf", "bs4")
+ABSENT = (
+    "ray",
+    "mlflow",
+    "boto3",
+    "botocore",
+    "fastapi",
+    "pydantic",
+    "bitsandbytes",
+    "datasets",
+    "lm_eval",
+    "gguf",
+    "bs4",
+    "llguidance",
+    "jsonschema",
+)
 
 
 def main() -> int:

@@ -3,14 +3,16 @@
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from acip_platform.serve.engine.engine import Engine, Event
+from acip_platform.serve.engine.engine import Engine
+from acip_platform.serve.engine.events import RequestDone, RequestFailed, TokenEvent, TokenSampled
+from acip_platform.serve.engine.request import GenerationRequest
 from acip_platform.serve.engine.resident_model import ResidentModel
+from acip_platform.serve.engine.sampling import SamplingParams
 
 from acip.artifact.artifact import Artifact
 from acip.base import Base
@@ -28,27 +30,10 @@ PROMPT = 64  # tokens
 WAIT_S = 60.0
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the engine reads of a request, without pydantic, which checks those that come by HTTP."""
-
-    prompts: list[list[int]]
-    size: float
-    limit: int
-    seed: int = 0
-    n: int = 1
-    stops: tuple[str, ...] = ()
-    ignore_eos: bool = True
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[str, float] = field(default_factory=dict)
-    told_logprobs: int | None = None
-
-    def name_and_budget(self, names: list[str]) -> tuple[str, Budget]:
-        return names[0], Budget(ratio=self.size)
+def greedy(prompt: list[int], ratio: float, max_tokens: int) -> GenerationRequest:
+    """A request for exactly `max_tokens` greedy tokens: no token ends it."""
+    sampling = SamplingParams(temperature=0.0)
+    return GenerationRequest([prompt], Budget(ratio=ratio), max_tokens=max_tokens, sampling=sampling, end_tokens=frozenset())
 
 
 def run(report: Report, scale: Scale) -> None:
@@ -103,37 +88,36 @@ def speeds(report: Report, scale: Scale, served: ResidentModel) -> None:
 
 def tokens_per_s(row: Row, engine: Engine, served: ResidentModel, scale: Scale, ratios: tuple[float, ...]) -> float:
     taken, answers = answer_all(engine, served, scale, ratios)
-    made = sum(answer["usage"]["completion_tokens"] for answer in answers)
+    made = sum(answer.completion_tokens for answer in answers)
     row.show(f"{made / taken:,.0f} tokens/s", f"{made} tokens in {taken:.2f} s, {PROMPT} tokens of prompt each", tokens_per_s=made / taken)
     row.require(made == scale.sequences * scale.answer, row.value, row.beside)
     return made / taken
 
 
-def answer_all(engine: Engine, served: ResidentModel, scale: Scale, ratios: tuple[float, ...]) -> tuple[float, list[dict[str, Any]]]:
-    """Ask for all sequences at once; (seconds until the last has ended, what each was told at its end)."""
+def answer_all(engine: Engine, served: ResidentModel, scale: Scale, ratios: tuple[float, ...]) -> tuple[float, list[RequestDone]]:
+    """Submit all sequences at once. Return (seconds until the last has ended, the last event of each)."""
     prompts = text_windows(PROMPT, scale.sequences).tolist()
-    ended: list[Event] = []
+    ended: list[TokenEvent] = []
     done = threading.Event()
 
-    def hear(events: list[Event]) -> None:
-        ended.extend(event for event in events if event.kind in ("done", "error"))
+    def on_event(events: list[TokenEvent]) -> None:
+        ended.extend(event for event in events if isinstance(event, RequestDone | RequestFailed))
         if len(ended) == scale.sequences:
             done.set()
 
     start = time.perf_counter()
     for i, prompt in enumerate(prompts):
-        request: Any = Request([prompt], ratios[i % len(ratios)], scale.answer)
-        engine.submit(served, request, hear)
+        engine.submit(served, greedy(prompt, ratios[i % len(ratios)], scale.answer), on_event)
     if not done.wait(WAIT_S):
         raise TimeoutError(f"only {len(ended)} of {scale.sequences} sequences ended within {WAIT_S:.0f} s")
     taken = time.perf_counter() - start
-    if errors := [event.data["body"] for event in ended if event.kind == "error"]:
+    if errors := [event.error for event in ended if isinstance(event, RequestFailed)]:
         raise RuntimeError(f"{len(errors)} sequences failed, the first with {errors[0]}")
-    return taken, [event.data for event in ended]
+    return taken, [event for event in ended if isinstance(event, RequestDone)]
 
 
 def own_texts(row: Row, scale: Scale) -> None:
-    """Sequences of four sizes in one batch give the tokens that each size generates by itself."""
+    """Compare sequences of four sizes in one batch with the tokens that each size generates by itself."""
     with tempfile.TemporaryDirectory() as folder:
         small = Small(scale, Path(folder))
         base, calibration = small.calibrated()
@@ -142,20 +126,18 @@ def own_texts(row: Row, scale: Scale) -> None:
         served = ResidentModel(version("small"), artifact, scale.device, packed=False)
         engine = Engine()
         engine.add(served)
+        windows, alike = small.windows[:8, :24].tolist(), 0
+        sampled: list[list[int]] = [[] for _ in windows]
+        waiting = threading.Semaphore(0)
         try:
-            windows, heard, alike = small.windows[:8, :24].tolist(), {}, 0
-            waiting = threading.Semaphore(0)
             for i, prompt in enumerate(windows):
-                texts: list[str] = []
-                heard[i] = texts
 
-                def hear(events: list[Event], texts: list[str] = texts) -> None:
-                    texts.extend(event.text for event in events)
-                    if events[-1].kind in ("done", "error"):
+                def on_event(events: list[TokenEvent], tokens: list[int] = sampled[i]) -> None:
+                    tokens.extend(event.token.token for event in events if isinstance(event, TokenSampled))
+                    if isinstance(events[-1], RequestDone | RequestFailed):
                         waiting.release()
 
-                request: Any = Request([prompt], RATIOS[i % len(RATIOS)], 16)
-                engine.submit(served, request, hear)
+                engine.submit(served, greedy(prompt, RATIOS[i % len(RATIOS)], 16), on_event)
             for _ in windows:
                 if not waiting.acquire(timeout=WAIT_S):
                     raise TimeoutError("the engine did not answer")
@@ -167,5 +149,5 @@ def own_texts(row: Row, scale: Scale) -> None:
             out: Any = any_size.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None
             )  # type: ignore[operator]
-            alike += "".join(heard[i]) == served.tokenizer.decode(out[0, len(prompt) :].tolist(), skip_special_tokens=True)
+            alike += sampled[i] == out[0, len(prompt) :].tolist()
         row.require(alike >= len(windows) - 1, f"{alike} of {len(windows)} texts alike")  # one may hang on a last bit

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from acip_platform.serve.engine.sampling import ScoredToken
 from acip_platform.serve.text.detokenizer import Detokenizer
 from acip_platform.serve.text.token_bytes import TokenBytes
 from acip_platform.serve.text.token_logprobs import as_chat, as_completion, scored
@@ -195,8 +196,8 @@ def test_alternatives_of_one_text_do_not_overwrite_each_other() -> None:
     table = TokenBytes.of(tokenizer)
     letter, byte = tokenizer.convert_tokens_to_ids("a"), tokenizer.convert_tokens_to_ids("<0x61>")
     half, other = tokenizer.convert_tokens_to_ids("<0xF0>"), tokenizer.convert_tokens_to_ids("<0x9F>")
-    token = scored(table, half, 3, -0.5, [(half, -0.5), (letter, -1.0), (byte, -2.0), (other, -3.0)])
-    told = as_completion([token, scored(table, letter, 3, -4.0, [(half, -0.5)]), scored(table, 1, 0, None, ())])
+    token = scored(table, ScoredToken(half, -0.5, ((half, -0.5), (letter, -1.0), (byte, -2.0), (other, -3.0))), 3)
+    told = as_completion([token, scored(table, ScoredToken(letter, -4.0, ((half, -0.5),)), 3), scored(table, ScoredToken(1), 0)])
     assert told["top_logprobs"][0] == {"bytes:\\xf0": -0.5, "a": -1.0, f"token_id:{byte}": -2.0, "bytes:\\x9f": -3.0}
     assert told["top_logprobs"][1] == {"bytes:\\xf0": -0.5, "a": -4.0}, "the token itself is always told"
     assert told["top_logprobs"][2] is None and told["token_logprobs"][2] is None

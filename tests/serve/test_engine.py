@@ -1,4 +1,4 @@
-"""The engine without Ray: sizes, texts, limits, seeds, stops; on the small artifact."""
+"""The engine in text, without Ray: sizes, texts, limits, seeds, stops; on the small artifact."""
 
 import gc
 import re
@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from acip_platform.serve.engine.engine import Engine, Event
+from acip_platform.serve.engine.errors import ContextTooLongError, InvalidTokensError, ModelUnloadedError
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.http.answers import Answer
 from acip_platform.serve.http.errors import RequestError
 from acip_platform.serve.http.requests import CompletionRequest
 from acip_platform.serve.recorded_samples import Recorder
+from acip_platform.serve.size_facts import model_card
+from acip_platform.serve.text.events import TextEvent
+from acip_platform.serve.text_engine import TextEngine
 from acip_platform.tracking.registry import ModelVersion
 from transformers import AutoModelForCausalLM
 
@@ -37,19 +40,19 @@ def served(small_artifact: Artifact) -> ResidentModel:
 
 
 @pytest.fixture(scope="module")
-def engine(served: ResidentModel) -> Iterator[Engine]:
-    engine = Engine()
+def engine(served: ResidentModel) -> Iterator[TextEngine]:
+    engine = TextEngine()
     engine.add(served)
     yield engine
     engine.close()
 
 
-def answered(engine: Engine, served: ResidentModel, request: Any) -> dict[str, Any]:
+def answered(engine: TextEngine, served: ResidentModel, request: Any) -> dict[str, Any]:
     """The whole answer, as the HTTP side makes it of the engine's events."""
-    heard: list[Event] = []
+    heard: list[TextEvent] = []
     done = threading.Event()
 
-    def hear(events: list[Event]) -> None:
+    def hear(events: list[TextEvent]) -> None:
         heard.extend(events)
         if heard[-1].kind in ("done", "error"):
             done.set()
@@ -65,7 +68,7 @@ def answered(engine: Engine, served: ResidentModel, request: Any) -> dict[str, A
 
 
 @pytest.fixture(scope="module")
-def ask(engine: Engine, served: ResidentModel) -> Ask:
+def ask(engine: TextEngine, served: ResidentModel) -> Ask:
     def complete(**fields: Any) -> dict[str, Any]:
         return answered(engine, served, CompletionRequest.parse({"prompt": PROMPT, "temperature": 0, **fields}))
 
@@ -154,7 +157,7 @@ def test_the_seed_reproduces(ask: Ask) -> None:
 def test_settings_that_are_left_out_are_the_models_own_else_openais(
     ask: Ask, served: ResidentModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = served.stated.config
+    own = served.settings.config
     free = {"seed": 3, "max_tokens": 32}
     assert text(ask(**free, temperature=None)) == text(ask(**free, temperature=1, top_p=1))
     monkeypatch.setattr(own, "temperature", 0.7)
@@ -187,7 +190,7 @@ def test_a_stop_text_ends_the_answer_before_it(ask: Ask) -> None:
 
 def test_the_end_token_ends_the_answer(ask: Ask, served: ResidentModel, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = text(ask(max_tokens=32))
-    monkeypatch.setattr(served.stated.config, "eos_token_id", ord(whole[9]))
+    monkeypatch.setattr(served.settings.config, "eos_token_id", ord(whole[9]))
     answer = ask(max_tokens=32)
     assert text(answer) == whole[: whole.index(whole[9])]
     assert answer["choices"][0]["finish_reason"] == "stop"
@@ -197,7 +200,7 @@ def test_the_end_token_ends_the_answer(ask: Ask, served: ResidentModel, monkeypa
 
 def test_the_context_may_be_filled_but_not_overrun(ask: Ask) -> None:
     assert ask(prompt="a" * 500, max_tokens=12)["usage"]["total_tokens"] == 512
-    with pytest.raises(RequestError, match=r"513.*context of small is 512 tokens: shorten the prompt to 500 tokens, or.*at most 11"):
+    with pytest.raises(ContextTooLongError, match=r"513.*context of small is 512 tokens: shorten the prompt to 500 tokens, or.*at most 11"):
         ask(prompt="a" * 501, max_tokens=12)
 
 
@@ -206,7 +209,7 @@ def test_an_empty_prompt_starts_from_the_models_first_token(ask: Ask) -> None:
 
 
 def test_a_size_that_cannot_be_reached_says_what_is_the_smallest(ask: Ask, served: ResidentModel) -> None:
-    smallest = served.card()["size"]["smallest"]
+    smallest = model_card(served)["size"]["smallest"]
     with pytest.raises(BudgetError, match=r"smallest is 0\.\d{4}") as refused:
         ask(size_ratio=smallest / 2)
     named = float(re.findall(r"smallest is (0\.\d+)", str(refused.value))[0])
@@ -214,8 +217,8 @@ def test_a_size_that_cannot_be_reached_says_what_is_the_smallest(ask: Ask, serve
     assert ask(size_ratio=smallest * 1.01)["size"]["got"] <= smallest * 1.01
 
 
-def test_who_is_gone_frees_the_slots_at_the_next_step(engine: Engine, served: ResidentModel) -> None:
-    heard: list[Event] = []
+def test_who_is_gone_frees_the_slots_at_the_next_step(engine: TextEngine, served: ResidentModel) -> None:
+    heard: list[TextEvent] = []
     ticket = engine.submit(
         served, CompletionRequest.parse({"prompt": ["a"] * 16, "n": 2, "max_tokens": 511, "ignore_eos": True}), heard.extend
     )
@@ -223,19 +226,19 @@ def test_who_is_gone_frees_the_slots_at_the_next_step(engine: Engine, served: Re
     engine.cancel(ticket)
     wait_until(lambda: not served.batch and engine.open == 0, "the slots of a canceled request are not free")
     assert heard[-1].kind == "text"
-    assert not served.batch.slots.keys
+    assert not served.batch.cache.keys
 
 
 @pytest.fixture
-def hasty(served: ResidentModel) -> Iterator[Engine]:
+def hasty(served: ResidentModel) -> Iterator[TextEngine]:
     """An engine whose every request is late after its first step."""
-    engine = Engine(timeout_s=0.0)
+    engine = TextEngine(timeout_s=0.0)
     engine.add(served)
     yield engine
     engine.close()
 
 
-def test_at_the_deadline_what_is_there_is_the_answer(hasty: Engine, served: ResidentModel) -> None:
+def test_at_the_deadline_what_is_there_is_the_answer(hasty: TextEngine, served: ResidentModel) -> None:
     answer = answered(hasty, served, CompletionRequest.parse({"prompt": ["a"] * 4, "max_tokens": 500, "ignore_eos": True}))
     assert [choice["finish_reason"] for choice in answer["choices"]] == ["length"] * 4
     assert 4 <= answer["usage"]["completion_tokens"] < 4 * 500
@@ -244,7 +247,7 @@ def test_at_the_deadline_what_is_there_is_the_answer(hasty: Engine, served: Resi
     wait_until(lambda: not served.batch, "the slots of an answer that ended at its deadline are not free")
 
 
-def test_without_a_token_at_the_deadline_there_is_no_answer(hasty: Engine, served: ResidentModel) -> None:
+def test_without_a_token_at_the_deadline_there_is_no_answer(hasty: TextEngine, served: ResidentModel) -> None:
     with pytest.raises(RequestError, match=r"no token within 0 s") as caught:
         answered(hasty, served, CompletionRequest.parse({"prompt": "a" * 400, "max_tokens": 1}))  # read in several steps
     assert caught.value.status == 408
@@ -252,7 +255,7 @@ def test_without_a_token_at_the_deadline_there_is_no_answer(hasty: Engine, serve
 
 
 def test_a_failing_step_fails_its_requests_and_not_the_next(
-    engine: Engine, served: ResidentModel, ask: Ask, monkeypatch: pytest.MonkeyPatch
+    engine: TextEngine, served: ResidentModel, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = text(ask(max_tokens=8))
 
@@ -291,7 +294,7 @@ def test_sizes_in_one_batch_give_the_texts_of_each_alone(ask: Ask, served: Resid
 
 
 def test_a_long_prompt_delays_the_others_by_pieces(
-    ask: Ask, engine: Engine, served: ResidentModel, monkeypatch: pytest.MonkeyPatch
+    ask: Ask, engine: TextEngine, served: ResidentModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts: list[int] = []
     forward = served.batch._forward
@@ -322,14 +325,14 @@ def test_a_prompt_in_pieces_is_the_prompt(ask: Ask, monkeypatch: pytest.MonkeyPa
 
 def test_memory_for_keys_and_values_is_bounded(small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     tight = ResidentModel(ModelVersion("small", "7", "here", (), {}), small_artifact, kv_tokens=1024)
-    engine = Engine()
+    engine = TextEngine()
     engine.add(tight)
     seen: list[int] = []
     step = tight.batch.step
 
     def watched() -> None:
         step()
-        seen.append(tight.batch.slots.count * tight.batch.slots.length)
+        seen.append(tight.batch.cache.count * tight.batch.cache.length)
 
     monkeypatch.setattr(tight.batch, "step", watched)
     request = CompletionRequest.parse({"prompt": ["a" * 200] * 12, "max_tokens": 50, "ignore_eos": True, "temperature": 0})
@@ -341,9 +344,9 @@ def test_memory_for_keys_and_values_is_bounded(small_artifact: Artifact, monkeyp
 
 def test_what_one_long_request_needed_is_not_kept_for_many_short_ones(small_artifact: Artifact) -> None:
     batch = ResidentModel(ModelVersion("small", "7", "here", (), {}), small_artifact).batch
-    batch.slots.room(2, 4096)
-    batch.slots.room(32, 100)
-    assert (batch.slots.count, batch.slots.length) == (32, 128)
+    batch.cache.room(2, 4096)
+    batch.cache.room(32, 100)
+    assert (batch.cache.count, batch.cache.length) == (32, 128)
 
 
 def test_a_long_stop_text_costs_no_more_than_a_short_one(ask: Ask) -> None:
@@ -352,7 +355,7 @@ def test_a_long_stop_text_costs_no_more_than_a_short_one(ask: Ask) -> None:
 
 
 def test_an_unloaded_model_is_not_held(small_artifact: Artifact, tmp_path: Path) -> None:
-    engine = Engine()
+    engine = TextEngine()
     served = ResidentModel(ModelVersion("small", "7", "here", (), {}), small_artifact)
     recorder = Recorder(engine, tmp_path)
     engine.add(served)
@@ -387,7 +390,7 @@ def test_penalties_and_biases_change_what_is_chosen(ask: Ask) -> None:
     assert text(ask(max_tokens=48, frequency_penalty=2.0)) != usual
     assert text(ask(max_tokens=4, logit_bias={str(ord("Q")): 100})) == "QQQQ"
     assert "e" not in text(ask(max_tokens=48, logit_bias={str(ord("e")): -100}))
-    with pytest.raises(RequestError, match="names token 999"):
+    with pytest.raises(InvalidTokensError, match="names token 999"):
         ask(logit_bias={"999": 1})
 
 
@@ -401,17 +404,17 @@ def test_n_answers_are_drawn_apart(ask: Ask) -> None:
 
 def test_tokens_may_be_given_instead_of_text(ask: Ask) -> None:
     assert text(ask(prompt=list(PROMPT.encode()))) == text(ask())
-    with pytest.raises(RequestError, match=r"token 300; small has tokens 0 to 255"):
+    with pytest.raises(InvalidTokensError, match=r"token 300; small has tokens 0 to 255"):
         ask(prompt=[[1, 300]])
 
 
-def test_a_model_leaves_only_when_nobody_uses_it(engine: Engine, served: ResidentModel) -> None:
+def test_a_model_leaves_only_when_nobody_uses_it(engine: TextEngine, served: ResidentModel) -> None:
     ticket = engine.submit(served, CompletionRequest.parse({"prompt": "a", "max_tokens": 500, "ignore_eos": True}), lambda _: None)
     assert not engine.remove(served)
     engine.cancel(ticket)
     wait_until(lambda: engine.open == 0, "the canceled request is still open")
     assert engine.remove(served)
-    with pytest.raises(RequestError, match="was unloaded"):
+    with pytest.raises(ModelUnloadedError, match="was unloaded"):
         engine.submit(served, CompletionRequest.parse({"prompt": "a"}), lambda _: None)
     engine.add(served)
 

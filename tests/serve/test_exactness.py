@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from acip_platform.serve.engine import exactness_check, kv_cache
-from acip_platform.serve.engine.engine import Engine
 from acip_platform.serve.engine.exactness_check import check, served_context
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.http.requests import CompletionRequest
+from acip_platform.serve.size_facts import model_card
+from acip_platform.serve.text_engine import TextEngine
 from acip_platform.tracking.registry import ModelVersion
 from transformers import (
     AutoModelForCausalLM,
@@ -117,7 +118,7 @@ def artifact_of(config: PreTrainedConfig, folder: Path, **recipe: Any) -> Artifa
 def test_an_answer_has_the_logits_of_transformers_generate(name: str, tmp_path: Path) -> None:
     """Beyond the windows and chunks, alone and beside others."""
     artifact = artifact_of(SERVED[name], tmp_path, exclude=("experts", "router") if name == "chunks" else ())
-    served, engine = ResidentModel(ModelVersion("toy", "1", str(artifact.folder), (), {}), artifact), Engine()
+    served, engine = ResidentModel(ModelVersion("toy", "1", str(artifact.folder), (), {}), artifact), TextEngine()
     engine.add(served)
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
     generator = torch.Generator().manual_seed(5)
@@ -144,7 +145,7 @@ def test_longrope_is_served_as_far_as_its_frequencies_are_everybodys(tmp_path: P
     assert checked(LONGROPE) is not None
     artifact = artifact_of(LONGROPE, tmp_path)
     served = ResidentModel(ModelVersion("toy", "1", str(artifact.folder), (), {}), artifact)
-    card = served.card()
+    card = model_card(served)
     assert card["max_model_len"] == 64
     assert any("up to 64 of 512 tokens" in note for note in card["notes"])
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from acip_platform.serve.engine.engine import Engine, Event
 from acip_platform.serve.engine.generation_settings import GenerationSettings
 from acip_platform.serve.engine.resident_model import ResidentModel
-from acip_platform.serve.engine.sampling import SamplingParams, sample
+from acip_platform.serve.engine.sampling import Sampler, SamplingParams, sample
 from acip_platform.serve.http.requests import CompletionRequest
+from acip_platform.serve.size_facts import model_card
+from acip_platform.serve.text.events import TextEvent
+from acip_platform.serve.text_engine import TextEngine
 from acip_platform.tracking.registry import ModelVersion
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -33,8 +35,8 @@ def served(small_artifact: Artifact) -> ResidentModel:
 
 
 @pytest.fixture(scope="module")
-def engine(served: ResidentModel) -> Iterator[Engine]:
-    engine = Engine()
+def engine(served: ResidentModel) -> Iterator[TextEngine]:
+    engine = TextEngine()
     engine.add(served)
     yield engine
     engine.close()
@@ -48,13 +50,13 @@ def base(small_base: str) -> Any:
 def state(served: ResidentModel, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
     """Give the resident model another generation config."""
     monkeypatch.setattr(served.any_size.model, "generation_config", GenerationConfig(**settings))
-    monkeypatch.setattr(served, "stated", GenerationSettings("small", served.any_size.model))
+    monkeypatch.setattr(served, "settings", GenerationSettings("small", served.any_size.model))
 
 
-def answer(engine: Engine, served: ResidentModel, **fields: Any) -> tuple[list[str], dict[str, Any]]:
+def answer(engine: TextEngine, served: ResidentModel, **fields: Any) -> tuple[list[str], dict[str, Any]]:
     """(the text of each choice, the last event's data)."""
     texts: dict[int, str] = {}
-    event = Event("")
+    event = TextEvent("")
     for event in engine.events(served, CompletionRequest.parse({"prompt": PROMPT, "max_tokens": 24, **fields})):
         texts[event.index] = texts.get(event.index, "") + event.text
     return [texts[i] for i in sorted(texts)], event.data
@@ -78,7 +80,7 @@ def answer(engine: Engine, served: ResidentModel, **fields: Any) -> tuple[list[s
     ids="+".join,
 )
 def test_a_stated_setting_is_that_of_transformers_generate(
-    settings: dict[str, Any], served: ResidentModel, engine: Engine, base: Any, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], served: ResidentModel, engine: TextEngine, base: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state(served, monkeypatch, do_sample=False, **{"eos_token_id": 255, **settings})
     config = GenerationConfig(do_sample=False, max_new_tokens=24, pad_token_id=0, **{"eos_token_id": 255, **settings})
@@ -105,8 +107,7 @@ def test_stated_cuts_leave_the_tokens_of_transformers(
     allowed = base._get_logits_processor(config, input_ids_seq_length=len(PROMPT), device="cpu", model_kwargs={})(
         torch.tensor([PROMPT]), logits.clone()
     )[0]
-    request = CompletionRequest.parse({"prompt": PROMPT, "temperature": 1.5, "top_k": 40, "top_p": 0.95})
-    sampler = served.sampler(request, 3, list(PROMPT), 8)
+    sampler = served.sampler(SamplingParams(temperature=1.5, top_k=40, top_p=0.95), 3, list(PROMPT), 8)
     drawn = torch.tensor([sample(logits.clone(), [sampler])[0].token for _ in range(600)])
     found = torch.bincount(drawn, minlength=len(allowed)) / len(drawn)
     assert not found[allowed == -math.inf].any()
@@ -115,20 +116,20 @@ def test_stated_cuts_leave_the_tokens_of_transformers(
 
 def test_top_p_is_a_share_of_what_top_k_leaves() -> None:
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    sampler = SamplingParams(top_k=2, top_p=0.56)  # 0.4 / 0.7 = 0.571
+    sampler = Sampler(SamplingParams(top_k=2, top_p=0.56))  # 0.4 / 0.7 = 0.571
     assert {sample(logits, [sampler])[0].token for _ in range(50)} == {0}
-    sampler = SamplingParams(top_k=3, top_p=0.5)  # 0.4 / 0.9 = 0.444
+    sampler = Sampler(SamplingParams(top_k=3, top_p=0.5))  # 0.4 / 0.9 = 0.444
     assert {sample(logits, [sampler])[0].token for _ in range(200)} == {0, 1}
 
 
-def test_stated_stop_texts_and_lengths_are_defaults(served: ResidentModel, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stated_stop_texts_and_lengths_are_defaults(served: ResidentModel, engine: TextEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     (plain,), _ = answer(engine, served, temperature=0)
     state(served, monkeypatch, do_sample=False, stop_strings=[plain[5:7]], max_new_tokens=11)
     (text,), done = answer(engine, served)
     assert text == plain[: plain.index(plain[5:7])] and done["usage"]["completion_tokens"] <= 7
-    assert served.fit([PROMPT], None, 1000) == 11
+    assert served.answer_tokens([PROMPT], None, 1000) == 11
     state(served, monkeypatch, max_length=40)
-    assert served.fit([PROMPT], None, 1000) == 40 - len(PROMPT)
+    assert served.answer_tokens([PROMPT], None, 1000) == 40 - len(PROMPT)
 
 
 def with_config(artifact: Artifact, folder: Path, **fields: Any) -> Artifact:
@@ -149,12 +150,12 @@ def test_what_is_not_honored_is_said_once_and_in_the_card(
     )
     with caplog.at_level(logging.WARNING, logger="ray.serve"):
         served = ResidentModel(VERSION, artifact)
-    notes = served.card()["notes"]
+    notes = model_card(served)["notes"]
     for setting in ("num_beams = 4", "guidance_scale = 1.5", "remove_invalid_values = True", "max_time = 3.0"):
         assert f"{setting} of generation_config.json is not honored" in notes
         assert sum(f"small: {setting}" in record.message for record in caplog.records) == 1
     assert not any("min_p" in note for note in notes)
-    assert ResidentModel(VERSION, small_artifact).card()["notes"] == []
+    assert model_card(ResidentModel(VERSION, small_artifact))["notes"] == []
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_a_setting_that_cannot_be_meant_is_refused_at_load(
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_not_finite_are_an_error_and_harm_no_neighbor(
-    wrong: float, served: ResidentModel, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    wrong: float, served: ResidentModel, engine: TextEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: Any = served.any_size.model
     good, long = bytes(PROMPT).decode(), bytes(PROMPT * 6).decode()
@@ -189,7 +190,7 @@ def test_logits_that_are_not_finite_are_an_error_and_harm_no_neighbor(
 
     hook = model.get_input_embeddings().register_forward_hook(overflow)
     try:
-        heard: dict[str, list[Event]] = {}
+        heard: dict[str, list[TextEvent]] = {}
         requests: dict[str, dict[str, Any]] = {
             "good": {"prompt": good},
             "bad": {"prompt": [*PROMPT * 4, 1, 2], "n": 2},
@@ -216,7 +217,7 @@ def test_logits_that_are_not_finite_are_an_error_and_harm_no_neighbor(
         hook.remove()
 
 
-def test_settings_that_leave_no_token_are_an_error(served: ResidentModel, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_leave_no_token_are_an_error(served: ResidentModel, engine: TextEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     state(served, monkeypatch, do_sample=False, suppress_tokens=list(range(256)))
     texts, last = answer(engine, served)
     assert not any(texts) and last["status"] == 500 and "leave no token" in last["body"]["error"]["message"]

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from acip_platform.serve.engine.engine import Engine
 from acip_platform.serve.engine.resident_model import ResidentModel
-from acip_platform.serve.http.errors import RequestError
 from acip_platform.serve.http.requests import CompletionRequest
 from acip_platform.serve.text.detokenizer import Detokenizer
+from acip_platform.serve.text.errors import InvalidRequestError
 from acip_platform.serve.text.prompt_logprobs import Echo
+from acip_platform.serve.text_engine import TextEngine
 from acip_platform.tracking.registry import ModelVersion
 from openai import OpenAI
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -39,7 +39,7 @@ def served(small_artifact: Artifact) -> ResidentModel:
 
 @pytest.fixture(scope="module")
 def ask(served: ResidentModel) -> Iterator[Ask]:
-    engine = Engine()
+    engine = TextEngine()
     engine.add(served)
     yield lambda **fields: answered(engine, served, CompletionRequest.parse({"temperature": 0, "echo": True, **fields}))
     engine.close()
@@ -119,7 +119,7 @@ def test_half_a_character_in_a_prompt_of_ids(ask: Ask) -> None:
 
 
 def test_nothing_at_all_is_refused(ask: Ask) -> None:
-    with pytest.raises(RequestError, match=r"max_tokens is 0.*echo true"):
+    with pytest.raises(InvalidRequestError, match=r"max_tokens is 0.*echo true"):
         ask(prompt="a", max_tokens=0, echo=False)
 
 
@@ -129,9 +129,9 @@ def test_a_tokenizer_that_changes_texts_echoes_the_prompt_as_it_was_given() -> N
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
     prompt = "The   CATS"
     ids = tokenizer(prompt)["input_ids"]
-    echo = Echo(Detokenizer(tokenizer, [], []), tokenizer, ids, prompt, 0)
+    echo = Echo(Detokenizer(tokenizer, [], []), tokenizer, ids, prompt)
     assert (echo.text, echo.offsets) == (prompt, [0, 6, 9])
-    assert Echo(Detokenizer(tokenizer, [], []), tokenizer, ids, None, 0).text == "the cats"
+    assert Echo(Detokenizer(tokenizer, [], []), tokenizer, ids, None).text == "the cats"
 
 
 def test_the_official_client_streams_an_echo(server: Server) -> None:

@@ -118,7 +118,7 @@ def test_weights_are_packed_where_nobody_has_the_memory(start: Start, small_arti
         tight = model_cache.ModelCache(there.engine, there.store, "cpu", limit_bytes)
         layers = tight.get(version("small", small_artifact.folder)).any_size.layers.values()
         assert {isinstance(layer.original, PackedLinear) for layer in layers} == {packed and packable(torch.empty(1, 1))}
-        assert sum(place.holds for place in tight._places.values()) <= limit_bytes
+        assert tight.used_bytes <= limit_bytes
 
 
 def test_packed_weights_leave_before_any_model(start: Start, small_artifact: Artifact) -> None:
@@ -130,7 +130,7 @@ def test_packed_weights_leave_before_any_model(start: Start, small_artifact: Art
     second = tight.get(version("second", small_artifact.folder))
     assert tight.resident == [first, second]
     assert first.packed_bytes == second.packed_bytes == 0
-    assert sum(place.holds for place in tight._places.values()) == 2 * needs
+    assert tight.used_bytes == 2 * needs
     for served in (first, second):
         (*_, last) = there.engine.events(served, CompletionRequest(prompt="It was", max_tokens=3, ignore_eos=True))
         assert last.data["usage"]["completion_tokens"] == 3

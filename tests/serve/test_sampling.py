@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from acip_platform.serve.engine.sampling import SamplingParams, sample
-from acip_platform.serve.text.detokenizer import Text
+from acip_platform.serve.engine.sampling import Sampler, SamplingParams, sample
+from acip_platform.serve.text.detokenizer import Detokenizer
 
 from tests.conftest import byte_tokenizer
 
@@ -15,7 +15,7 @@ PROBABILITIES = torch.tensor([0.5, 0.25, 0.15, 0.06, 0.04])
 
 def drawn(count: int = 4000, **settings: Any) -> list[float]:
     """Shares of the tokens in `count` draws."""
-    sampler = SamplingParams(seed=1, **settings)
+    sampler = Sampler(SamplingParams(**settings), seed=1)
     counts = Counter(sample(PROBABILITIES.log()[None], [sampler])[0].token for _ in range(count))
     return [counts[token] / count for token in range(len(PROBABILITIES))]
 
@@ -39,23 +39,24 @@ def test_top_p_over_a_large_vocabulary_is_exact(top_p: float) -> None:
     logits = 3 * torch.randn(1, 5000)
     probabilities, order = logits[0].softmax(0).sort(descending=True)
     allowed = set(order[: int((probabilities.cumsum(0) - probabilities < top_p).sum())].tolist())
-    sampler = SamplingParams(top_p=top_p, seed=2)
+    sampler = Sampler(SamplingParams(top_p=top_p), seed=2)
     seen = {sample(logits, [sampler])[0].token for _ in range(400)}
     assert seen <= allowed
     assert len(seen) > min(len(allowed), 40) / 2
 
 
 def test_what_others_do_changes_nothing() -> None:
-    def chosen(*others: SamplingParams) -> list[int]:
+    def chosen(*others: Sampler) -> list[int]:
         torch.manual_seed(3)
-        mine = SamplingParams(seed=7, temperature=1.3)
+        mine = Sampler(SamplingParams(temperature=1.3), seed=7)
         return [sample(torch.randn(8, 50)[: 1 + len(others)], [mine, *others])[0].token for _ in range(20)]
 
-    assert chosen() == chosen(SamplingParams(temperature=0), SamplingParams(seed=1, top_p=0.3), SamplingParams(frequency_penalty=2.0))
+    others = (SamplingParams(temperature=0), SamplingParams(top_p=0.3), SamplingParams(frequency_penalty=2.0))
+    assert chosen() == chosen(*(Sampler(params, seed) for seed, params in enumerate(others)))
 
 
 def test_penalties_count_what_was_generated() -> None:
-    greedy = SamplingParams(temperature=0, presence_penalty=1.0, frequency_penalty=0.5)
+    greedy = Sampler(SamplingParams(temperature=0, presence_penalty=1.0, frequency_penalty=0.5))
     tokens = [sample(PROBABILITIES.log()[None].clone(), [greedy])[0].token for _ in range(4)]
     scores, expected = PROBABILITIES.log().tolist(), []
     seen: Counter[int] = Counter()
@@ -69,7 +70,7 @@ def test_penalties_count_what_was_generated() -> None:
 
 def said(text: str, *stops: str, prompt: str = "") -> tuple[list[str], bool]:
     """What is said after each byte of `text`, and at the end."""
-    growing = Text(byte_tokenizer(), list(prompt.encode()), stops)
+    growing = Detokenizer(byte_tokenizer(), list(prompt.encode()), stops)
     pieces = []
     for byte in text.encode():
         pieces.append(growing.add(byte))
@@ -84,7 +85,7 @@ def test_characters_are_said_whole() -> None:
 
 
 def test_half_a_character_at_the_end_is_said_at_last() -> None:
-    growing = Text(byte_tokenizer(), [], [])
+    growing = Detokenizer(byte_tokenizer(), [], [])
     assert [growing.add(byte) for byte in "ab€".encode()[:-1]] == ["a", "b", "", ""]
     assert growing.end() == "�"
 

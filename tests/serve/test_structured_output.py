@@ -10,7 +10,7 @@ from typing import Any, Literal
 import httpx
 import pytest
 import torch
-from acip_platform.serve.http.errors import RequestError
+from acip_platform.serve.text.errors import InvalidRequestError
 from acip_platform.serve.text.grammar import Grammars, json_rule
 from acip_platform.serve.text.tools import TEXT, Tool, ToolFormat, ToolParser, has_tools
 from jsonschema import Draft202012Validator
@@ -387,5 +387,5 @@ def test_a_schema_without_end_is_refused() -> None:
     schema: Any = {"type": "integer"}
     for _ in range(5000):
         schema = {"type": "array", "items": schema}
-    with pytest.raises(RequestError, match=r"can't be read|nested deeper"):
+    with pytest.raises(InvalidRequestError, match=r"can't be read|nested deeper"):
         json_rule(schema, "response_format")

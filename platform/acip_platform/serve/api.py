@@ -24,7 +24,7 @@ from ray.serve.handle import DeploymentHandle
 
 from acip.errors import AcipError
 from acip.utils.coerce import did_you_mean
-from acip_platform.serve.engine.engine import DEFAULT_CHAT_TOKENS
+from acip_platform.serve.engine.engine import DEFAULT_MAX_TOKENS
 from acip_platform.serve.http.errors import RequestError
 from acip_platform.serve.http.keys import Keys
 from acip_platform.serve.http.metrics import Metrics
@@ -42,7 +42,7 @@ BUILD_ARGS: dict[str, Any] = {
     "num_gpus": 0,
     "memory_gb": None,  # that an engine may use for weights; None = most of what is free
     "timeout_s": 300.0,  # of a request, waiting included; what is there then is the answer, with finish_reason "length"
-    "default_max_tokens": DEFAULT_CHAT_TOKENS,  # of a chat that does not say max_tokens
+    "default_max_tokens": DEFAULT_MAX_TOKENS,  # of a chat that does not say max_tokens
     "max_answers": 128,  # prompts times n of a request
     "drain_s": 30.0,  # that answers have to end when the server is told to stop
     "cors_origins": [],  # whose web pages may ask from a browser: ["https://host"], or ["*"] for all

@@ -1,6 +1,6 @@
-"""Completions of a few example prompts at sizes on a grid, made in idle time, so that a slider shows text while it moves.
+"""Completions of a few example prompts at a grid of sizes, for the slider of the page.
 
-They are greedy, real, and made by this server's model; kept in a file for the next start.
+This server's model generates them greedily while no request runs. A file keeps them for the next start.
 """
 
 import hashlib
@@ -15,108 +15,113 @@ from typing import Any
 
 from acip.errors import AcipError
 from acip.evaluate.samples import PROMPTS
-from acip_platform.serve.engine.engine import Engine
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.http.requests import ChatRequest, CompletionRequest
+from acip_platform.serve.text.model_text import ModelText
+from acip_platform.serve.text_engine import TextEngine
 
 SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 MAX_TOKENS = 48
 # For models with a chat template. The demo's base model (SmolLM2 135M) answers each of them well.
 QUESTIONS = ("What is the capital of France?", "Give me three tips for a good night's sleep.", "What is photosynthesis?")
-IDLE_S = 0.5  # how long nobody must have asked anything
-LOOK_S = 0.2
+IDLE_S = 0.5  # time without any request, before the next recording
+POLL_S = 0.2
 
 log = logging.getLogger("ray.serve")
 
 
-def examples(served: ResidentModel) -> tuple[str, ...]:
-    """Example prompts: questions where the model has a chat template, else beginnings of texts."""
-    return QUESTIONS if served.chat else PROMPTS
+def examples(model: ResidentModel) -> tuple[str, ...]:
+    """Return the example prompts: questions for a model with a chat template, else beginnings of texts."""
+    return QUESTIONS if ModelText.of(model).chat else PROMPTS
 
 
 class Recorder:
-    """A thread that records one model after the other, while the engine has nothing else to do."""
+    """Records each model in a thread of its own, while the engine is idle. The files are in `folder`."""
 
-    def __init__(self, engine: Engine, folder: Path) -> None:
+    def __init__(self, engine: TextEngine, folder: Path) -> None:
         self.engine, self.folder = engine, folder
-        self._made: dict[str, dict[float, list[str]]] = {}  # by file: a model that leaves must not stay for its samples' sake
+        self._recorded: dict[str, dict[float, list[str]]] = {}  # by file, so that no reference keeps a model in memory
         self._lock = threading.Lock()
 
-    def add(self, served: ResidentModel) -> None:
+    def add(self, model: ResidentModel) -> None:
+        """Begin to record a model."""
         with self._lock:
-            self._made[self._file(served).name] = self._read(served)
-        threading.Thread(target=self._record, args=(weakref.ref(served),), daemon=True, name="recording").start()
+            self._recorded[self._file(model).name] = self._read(model)
+        threading.Thread(target=self._record, args=(weakref.ref(model),), daemon=True, name="recording").start()
 
-    def of(self, served: ResidentModel) -> list[dict[str, Any]]:
+    def of(self, model: ResidentModel) -> list[dict[str, Any]]:
+        """Return the samples of a model that are recorded so far, by prompt, in descending order of size."""
         with self._lock:
-            made = dict(self._made.get(self._file(served).name, {}))
+            recorded = dict(self._recorded.get(self._file(model).name, {}))
+        chat = ModelText.of(model).chat
         return [
             {
-                "prompt": prompt, "chat": served.chat, "max_tokens": MAX_TOKENS, "temperature": 0,
-                "completions": [{"size": size, "text": texts[i]} for size, texts in sorted(made.items(), reverse=True)],
+                "prompt": prompt, "chat": chat, "max_tokens": MAX_TOKENS, "temperature": 0,
+                "completions": [{"size": size, "text": texts[i]} for size, texts in sorted(recorded.items(), reverse=True)],
             }
-            for i, prompt in enumerate(examples(served))
+            for i, prompt in enumerate(examples(model))
         ]  # fmt: skip
 
     def _record(self, reference: "weakref.ref[ResidentModel]") -> None:
         for size in SIZES:
-            self._wait()
-            served = reference()
-            if served is None:
+            self._wait_until_idle()
+            model = reference()
+            if model is None:
                 return
-            if size in self._made[self._file(served).name]:
+            if size in self._recorded[self._file(model).name]:
                 continue
             try:
-                texts = self._answers(served, size)
-            except AcipError as error:  # a size that this model does not have, or it was unloaded
+                texts = self._answers(model, size)
+            except AcipError as error:  # the model does not have this size, or was unloaded
                 log.info("no recording at %s: %s", size, error)
                 return
             with self._lock:
-                self._made[self._file(served).name][size] = texts
-            self._write(served)
-            del served
+                self._recorded[self._file(model).name][size] = texts
+            self._write(model)
+            del model
 
-    def _answers(self, served: ResidentModel, size: float) -> list[str]:
-        """The text for each example prompt, in one request, or one for each chat."""
-        prompts, how = examples(served), {"size_ratio": size, "max_tokens": MAX_TOKENS, "temperature": 0.0}
+    def _answers(self, model: ResidentModel, size: float) -> list[str]:
+        """Return the text for each example prompt: from one request, or from one per chat."""
+        prompts, settings = examples(model), {"size_ratio": size, "max_tokens": MAX_TOKENS, "temperature": 0.0}
         requests: list[CompletionRequest | ChatRequest] = (
-            [ChatRequest.parse({"messages": [{"role": "user", "content": prompt}], **how}) for prompt in prompts]
-            if served.chat
-            else [CompletionRequest.parse({"prompt": list(prompts), **how})]
+            [ChatRequest.parse({"messages": [{"role": "user", "content": prompt}], **settings}) for prompt in prompts]
+            if ModelText.of(model).chat
+            else [CompletionRequest.parse({"prompt": list(prompts), **settings})]
         )
         texts = [""] * len(prompts)
         for first, request in enumerate(requests):
-            for event in self.engine.events(served, request):
+            for event in self.engine.events(model, request):
                 if event.kind == "error":
                     raise AcipError(str(event.data))
                 texts[first + event.index] += event.text
         return texts
 
-    def _wait(self) -> None:
+    def _wait_until_idle(self) -> None:
         since = time.monotonic()
         while time.monotonic() - since < IDLE_S:
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
             if self.engine.open:
                 since = time.monotonic()
 
-    def _file(self, served: ResidentModel) -> Path:
-        what = json.dumps(
-            [served.artifact.manifest["files"], served.version.uri, examples(served), MAX_TOKENS, str(served.any_size.model.device)]
+    def _file(self, model: ResidentModel) -> Path:
+        """Return the file of a model's samples. Its name is a hash of all that they depend on."""
+        content = json.dumps(
+            [model.artifact.manifest["files"], model.version.uri, examples(model), MAX_TOKENS, str(model.any_size.model.device)]
         )
-        return self.folder / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
+        return self.folder / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
 
-    def _read(self, served: ResidentModel) -> dict[float, list[str]]:
+    def _read(self, model: ResidentModel) -> dict[float, list[str]]:
         try:
-            kept = json.loads(self._file(served).read_text(encoding="utf-8"))
-            return {float(size): texts for size, texts in kept.items() if len(texts) == len(examples(served))}
+            kept = json.loads(self._file(model).read_text(encoding="utf-8"))
+            return {float(size): texts for size, texts in kept.items() if len(texts) == len(examples(model))}
         except (OSError, ValueError, AttributeError, TypeError):
             return {}
 
-    def _write(self, served: ResidentModel) -> None:
+    def _write(self, model: ResidentModel) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self._file(served).with_suffix(f".{os.getpid()}.partial")
-            partial.write_text(json.dumps(self._made[self._file(served).name]), encoding="utf-8")
-            partial.replace(self._file(served))
+            partial = self._file(model).with_suffix(f".{os.getpid()}.partial")
+            partial.write_text(json.dumps(self._recorded[self._file(model).name]), encoding="utf-8")
+            partial.replace(self._file(model))
         except OSError as error:
-            log.warning("recordings can't be kept: %s", error)
+            log.warning("the recorded samples can't be written: %s", error)

@@ -1,6 +1,6 @@
-"""The deployment that holds the weights: an engine, its resident models, and streams of what happens to each request.
+"""The deployment that holds the weights: an engine, its resident models, and a stream of events for each request.
 
-Answers with plain values: an exception would reach the client as a Ray traceback.
+Its methods return errors as plain values, because an exception would reach the client as a Ray traceback.
 """
 
 import asyncio
@@ -11,56 +11,59 @@ import weakref
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from uuid import uuid4
 
 import psutil
 import torch
 
 from acip.errors import AcipError
 from acip.sizing.budget import GIGA, in_bytes
-from acip_platform.serve.engine.engine import DEFAULT_CHAT_TOKENS, ActiveRequest, Engine, Event
+from acip_platform.serve.engine.engine import DEFAULT_MAX_TOKENS
 from acip_platform.serve.engine.model_cache import Key, ModelCache, key_of
 from acip_platform.serve.engine.resident_model import ResidentModel
-from acip_platform.serve.http.errors import as_response
+from acip_platform.serve.http.errors import logged_response
 from acip_platform.serve.http.requests import ChatRequest, CompletionRequest, ModelSizeRequest
 from acip_platform.serve.recorded_samples import Recorder
-from acip_platform.serve.size_facts import as_json
+from acip_platform.serve.size_facts import as_json, model_card, size_facts
+from acip_platform.serve.text.events import TextEvent
+from acip_platform.serve.text_engine import TextEngine, TextRequest
 from acip_platform.serve.tradeoff import trade_off
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store
 from acip_platform.tracking.registry import ModelVersion
 
-SHARE = 0.8  # of the free memory, where no limit is given
-MESSAGES_PER_S = 50  # that are sent to clients in all: each passes three processes, so many streams send more at once
-LOADING = 4  # models at once: they share the disk
-RETRY_S = (5.0, 300.0)  # between attempts to load what failed at the start, doubling
+MEMORY_SHARE = 0.8  # of the free memory, if no limit is given
+MESSAGES_PER_S = 50  # to all clients together: each message passes three processes, so many streams share messages
+LOADERS = 4  # models that are loaded at once: they share the disk
+RETRY_S = (5.0, 300.0)  # between attempts to load the first models, doubling
 
 log = logging.getLogger("ray.serve")
 
 
 class EngineReplica:
+    """One engine process. `versions` are loaded at the start, other versions at their first request."""
+
     def __init__(
         self, versions: list[ModelVersion], timeout_s: float, device: str, num_cpus: int, memory_gb: float | None,
-        default_max_tokens: int = DEFAULT_CHAT_TOKENS,
+        default_max_tokens: int = DEFAULT_MAX_TOKENS,
     ) -> None:  # fmt: skip
         if device == "cpu":
             torch.set_num_threads(max(1, num_cpus))
         self.settings = Settings.from_env()
-        self.engine = Engine(timeout_s, default_max_tokens)
+        self.engine = TextEngine(timeout_s, default_max_tokens)
         self.recorder = Recorder(self.engine, self.settings.home / "cache" / "recorded")
-        limit = in_bytes(memory_gb, GIGA) if memory_gb else int(SHARE * _free(device))
+        limit = in_bytes(memory_gb, GIGA) if memory_gb else int(MEMORY_SHARE * _free_bytes(device))
         store = Store.of(self.settings)
         self.models = ModelCache(self.engine, store, device, limit, self.recorder.add)
         self.failed: dict[str, str] = {}  # model -> why it can't be loaded
-        self.warm = False
+        self.warm = False  # a model is loaded and has made a token
         self._loading: dict[Key, asyncio.Future[ResidentModel]] = {}
-        self._loaders = ThreadPoolExecutor(LOADING, "loader")  # not those that answer: a model may be long in coming
+        self._loaders = ThreadPoolExecutor(LOADERS, "loader")  # loading takes long, so it has threads of its own
         self._trade_offs: weakref.WeakKeyDictionary[ResidentModel, dict[str, Any]] = weakref.WeakKeyDictionary()
         threading.Thread(target=self._load, args=(versions,), daemon=True, name="loading").start()
 
     def _load(self, versions: list[ModelVersion]) -> None:
-        """The first models, while the page is there already; until there is one, what failed is tried again (storage may be away)."""
-        wait_s, most_s = RETRY_S
+        """Load the first models, in a thread, so that the page is served meanwhile. Retry until one is loaded."""
+        wait_s, longest_s = RETRY_S
         while True:
             for version in versions:
                 try:
@@ -69,12 +72,12 @@ class EngineReplica:
                     self.failed.pop(version.name, None)
                 except Exception as error:
                     log.exception("%s can't be loaded", version.name)
-                    told = str(error) if isinstance(error, AcipError) else f"{type(error).__name__} while it was loaded; see the log."
-                    self.failed[version.name] = told
+                    reason = str(error) if isinstance(error, AcipError) else f"{type(error).__name__} while it was loaded; see the log."
+                    self.failed[version.name] = reason
             if self.warm:
                 return
             time.sleep(wait_s)
-            wait_s = min(2 * wait_s, most_s)
+            wait_s = min(2 * wait_s, longest_s)
 
     def _warm(self, version: ModelVersion) -> None:
         for event in self.engine.events(self.models.get(version), CompletionRequest(prompt="a", max_tokens=1, temperature=0.0)):
@@ -82,111 +85,116 @@ class EngineReplica:
                 raise AcipError(f"{version.name} could not make a token: {event.data['body']['error']['message']}")
 
     async def ready(self) -> dict[str, Any]:
+        """Return whether a model is ready, and why others can't be loaded."""
         return {"warm": self.warm, "failed": self.failed}
 
     async def cards(self) -> dict[str, Any]:
-        """Of the models in memory."""
-        return {"body": [served.card() for served in self.models.resident]}
+        """Return the cards of the models in memory."""
+        return {"body": [model_card(model) for model in self.models.resident]}
 
     async def card(self, version: ModelVersion) -> dict[str, Any]:
-        return await self._answered(lambda served: served.card(), version)
+        return await self._answered(model_card, version)
 
     async def trade_off(self, version: ModelVersion) -> dict[str, Any]:
-        def made(served: ResidentModel) -> dict[str, Any]:
-            body = self._trade_offs.get(served)
-            if body is None:
-                body = self._trade_offs[served] = as_json(trade_off(served))
-            return body | {"recorded": self.recorder.of(served)}
+        """Return the facts for choosing a size, with the samples that are recorded so far."""
 
-        return await self._answered(made, version)
+        def answer(model: ResidentModel) -> dict[str, Any]:
+            body = self._trade_offs.get(model)
+            if body is None:
+                body = self._trade_offs[model] = as_json(trade_off(model))
+            return body | {"recorded": self.recorder.of(model)}
+
+        return await self._answered(answer, version)
 
     async def size(self, version: ModelVersion, request: ModelSizeRequest) -> dict[str, Any]:
-        """What a size comes to, without generating anything."""
-        return await self._answered(lambda s: s.size(s.cut(request.name_and_budget([s.version.name])[1])), version)
+        """Return the facts of a size, without generating anything."""
 
-    async def _answered(self, make: Callable[[ResidentModel], Any], version: ModelVersion) -> dict[str, Any]:
-        """{"body"}, or {"status", "body"} of an error."""
+        def answer(model: ResidentModel) -> dict[str, Any]:
+            _, budget = request.name_and_budget([model.name])
+            return size_facts(model.cut(budget), model.removed_at_stop)
+
+        return await self._answered(answer, version)
+
+    async def _answered(self, answer: Callable[[ResidentModel], Any], version: ModelVersion) -> dict[str, Any]:
+        """Return {"body"}, or {"status", "body"} of an error."""
         try:
-            return {"body": await asyncio.to_thread(make, await self._served(version))}
+            return {"body": await asyncio.to_thread(answer, await self._model(version))}
         except Exception as error:
             return _failed(error)
 
-    async def _served(self, version: ModelVersion) -> ResidentModel:
-        """The model. Whoever needs one that is not there waits for the same thread to load it."""
-        served = self.models.find(version)
-        if served is not None:
-            return served
+    async def _model(self, version: ModelVersion) -> ResidentModel:
+        """Return the model. All requests for a model that is not in memory wait for the same thread to load it."""
+        model = self.models.find(version)
+        if model is not None:
+            return model
         key = key_of(version)
         if key not in self._loading:
             self._loading[key] = asyncio.get_running_loop().run_in_executor(self._loaders, self.models.get, version)
             self._loading[key].add_done_callback(lambda _: self._loading.pop(key))
         return await asyncio.shield(self._loading[key])
 
-    async def stream(self, version: ModelVersion, request: CompletionRequest | ChatRequest) -> AsyncIterator[list[Event]]:
-        """Events of one request, some at a time: the head first; where nobody reads a stream, the rest at once."""
+    async def stream(self, version: ModelVersion, request: CompletionRequest | ChatRequest) -> AsyncIterator[list[TextEvent]]:
+        """Yield the events of one request, several at a time: the head first, then the others at once if the client does not stream."""
         received = time.monotonic()
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[list[Event]]()
-        ticket: ActiveRequest | None = None
-        gone = False
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[list[TextEvent]]()
+        submitted: TextRequest | None = None
+        closed = False
 
-        def begin(served: ResidentModel) -> ActiveRequest:
-            nonlocal ticket
-            ticket = self.engine.submit(served, request, lambda events: loop.call_soon_threadsafe(queue.put_nowait, events), received)
-            if gone:
-                self.engine.cancel(ticket)
-            return ticket
+        def submit(model: ResidentModel) -> TextRequest:
+            nonlocal submitted
+            submitted = self.engine.submit(model, request, lambda events: loop.call_soon_threadsafe(queue.put_nowait, events), received)
+            if closed:
+                self.engine.cancel(submitted)
+            return submitted
 
         try:
             try:
-                began = await asyncio.to_thread(begin, await self._served(version))
+                begun = await asyncio.to_thread(submit, await self._model(version))
             except Exception as error:
-                yield [Event("error", data=_failed(error))]
+                yield [TextEvent("error", data=_failed(error))]
                 return
-            yield [began.head()]
-            last, said, finished = 0.0, list[Event](), False
+            yield [begun.head()]
+            last, pending, finished = 0.0, list[TextEvent](), False
             while not finished:
-                said += await queue.get()
-                rest = last + self.engine.open / MESSAGES_PER_S - time.monotonic()
-                if rest > 0 and said[-1].kind not in ("done", "error"):
-                    await asyncio.sleep(rest)
+                pending += await queue.get()
+                wait_s = last + self.engine.open / MESSAGES_PER_S - time.monotonic()
+                if wait_s > 0 and pending[-1].kind not in ("done", "error"):
+                    await asyncio.sleep(wait_s)
                 while not queue.empty():
-                    said += queue.get_nowait()
-                finished = said[-1].kind in ("done", "error")
-                if said and (request.stream or finished or said[0].kind == "start"):
-                    yield merged(said)
-                    last, said = time.monotonic(), []
+                    pending += queue.get_nowait()
+                finished = pending[-1].kind in ("done", "error")
+                if pending and (request.stream or finished or pending[0].kind == "start"):
+                    yield merged(pending)
+                    last, pending = time.monotonic(), []
         finally:
-            gone = True
-            if ticket is not None:
-                self.engine.cancel(ticket)
+            closed = True
+            if submitted is not None:
+                self.engine.cancel(submitted)
 
     def check_health(self) -> None:
         if not self.engine.alive:
             raise RuntimeError("the engine's thread has ended")
 
 
-def merged(events: list[Event]) -> list[Event]:
-    """The same with neighboring texts of a choice in one."""
-    out: list[Event] = []
+def merged(events: list[TextEvent]) -> list[TextEvent]:
+    """Return the events with neighboring texts of a choice merged into one."""
+    out: list[TextEvent] = []
     for event in events:
         last = out[-1] if out else None
         if last is not None and last.kind == "text" and event.kind in ("text", "end") and last.index == event.index:
             logprobs = (last.logprobs or []) + (event.logprobs or []) or None
-            out[-1] = Event(event.kind, event.index, last.text + event.text, logprobs, event.data)
+            out[-1] = TextEvent(event.kind, event.index, last.text + event.text, logprobs, event.data)
         else:
             out.append(event)
     return out
 
 
 def _failed(error: Exception) -> dict[str, Any]:
-    request_id = uuid4().hex
-    status, body = as_response(error, request_id)
-    if status >= 500 and status != 503:
-        log.error("request %s failed", request_id, exc_info=error)
+    status, body = logged_response(error)
     return {"status": status, "body": body}
 
 
-def _free(device: str) -> int:
+def _free_bytes(device: str) -> int:
     if device == "cpu":
         return int(psutil.virtual_memory().available)
     return int(torch.cuda.mem_get_info()[0])

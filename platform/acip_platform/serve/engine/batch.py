@@ -1,9 +1,9 @@
 """Continuous batching of one resident model: sequences of any size join and leave between steps.
 
-    waiting --a slot is free--> prefilling, in pieces --first token--> continued, a token a step --end--> slot free again
+    waiting --a slot is free--> prefilling, in chunks --first token--> decoding, one token per step --end--> slot free again
 
-Each step is one forward pass over one token of every sequence that is being continued and over up to `PREFILL_CHUNK_TOKENS` tokens
-of prompts, so a long prompt delays the others by one chunk at a time. Requests of all sizes are served in their order of arrival.
+Each step is one forward pass over one token of every sequence that is decoding and over up to `PREFILL_CHUNK_TOKENS` tokens of prompts,
+so a long prompt delays the other sequences by one chunk at a time. Requests of all sizes are served in their order of arrival.
 """
 
 import time
@@ -16,129 +16,142 @@ import torch
 
 from acip.layers.mixed_sizes import Mixer, Size, padded
 from acip.modeling_acip import onednn
+from acip_platform.serve.engine.events import EndReason
 from acip_platform.serve.engine.kv_cache import CachePiece, KVCache, Step, doubled
-from acip_platform.serve.engine.sampling import SampledToken, SamplingParams, sample
-from acip_platform.serve.text.detokenizer import Detokenizer
-from acip_platform.serve.text.prompt_logprobs import Echo
+from acip_platform.serve.engine.request import TokenConsumer
+from acip_platform.serve.engine.sampling import SampledToken, Sampler, ScoredToken, sample, score
 
-MAX_SEQUENCES = 32  # at once
+MAX_SEQUENCES = 32  # in a batch
 PREFILL_CHUNK_TOKENS = 128  # tokens of prompts in a step
 
 
-class Listener(Protocol):
-    """Who asked."""
+class Owner(Protocol):
+    """The request that a sequence belongs to."""
 
     @property
-    def gone(self) -> bool: ...  # nobody waits any more
-    def token(self, sequence: "Sequence", choice: SampledToken, text: str) -> None: ...  # and the text that became certain with it
-    def ended(self, sequence: "Sequence", text: str, reason: str) -> None: ...  # the last text, and why
-    def failed(self, sequence: "Sequence", error: str) -> None: ...  # no token, and why
-    def error(self, error: Exception) -> None: ...  # nothing can follow
+    def gone(self) -> bool: ...  # canceled or finished: its sequences leave before the next step
+    def on_prompt(self, sequence: "Sequence") -> None: ...  # the prompt has been processed; called before the first token
+    def on_token(self, sequence: "Sequence", token: SampledToken) -> None: ...
+    def on_end(self, sequence: "Sequence", reason: EndReason) -> None: ...
+    def on_no_token(self, reason: str) -> None: ...
+    def on_error(self, error: Exception) -> None: ...
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One prompt being answered once."""
+    """One continuation of one prompt."""
 
-    ids: list[int]  # the prompt, and what was generated
+    ids: list[int]  # the prompt, and the tokens generated so far
     size: Size
-    sampler: SamplingParams
-    text: Detokenizer
+    sampler: Sampler
     max_tokens: int
-    ends: frozenset[int]  # tokens that end it
-    hear: "Listener"
-    index: int = 0  # of its request's answers
-    echo: Echo | None = None  # the prompt, where it is part of the answer
-    made: int = 0
-    past: int = 0  # tokens in the cache
+    end_tokens: frozenset[int]
+    owner: Owner
+    index: int = 0  # among the sequences of its request
+    consumer: TokenConsumer | None = None
+    prompt_logprobs: int | None = None  # alternatives with each token; None = the prompt is not scored
+    prompt_scores: list[ScoredToken] = field(default_factory=list)
+    generated: int = 0  # tokens
+    cached: int = 0  # tokens whose keys and values are in the cache
     slot: int = -1
-    began: float = 0.0  # when it got its slot, seconds of time.monotonic
+    started: float = 0.0  # when it got its slot, in seconds of time.monotonic
+    ended: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.ids) - self.generated
 
     @property
     def longest(self) -> int:
-        return len(self.ids) - self.made + self.max_tokens
+        """Its largest possible length, in tokens."""
+        return self.prompt_tokens + self.max_tokens
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.prompt_logprobs is not None and not self.generated
 
 
 @dataclass
 class Batch:
+    """The sequences that one model is generating, and those that wait for a slot."""
+
     model: Any
     mixer: Mixer
-    kv_tokens: int  # slots times their length, at most; one sequence is always taken
+    kv_tokens: int  # slots times their length, at most; one sequence is always accepted
     waiting: deque[Sequence] = field(default_factory=deque)
     active: list[Sequence] = field(default_factory=list)  # by slot
-    slots: KVCache = field(default_factory=KVCache)
+    cache: KVCache = field(default_factory=KVCache)
 
     def __bool__(self) -> bool:
         return bool(self.waiting or self.active)
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One forward pass for whoever is there."""
-        self._leave([sequence for sequence in self.active if sequence.hear.gone])
+        """Run one forward pass, and sample a token for every sequence whose tokens have all been processed."""
+        self._leave([sequence for sequence in self.active if sequence.owner.gone])
         self._join()
         if not self.active:
             return
-        parts = self._parts()
         pieces: list[CachePiece] = []
         runs: list[tuple[Size, int]] = []
         last: list[tuple[Sequence, int]] = []  # row of the logits
-        scored: list[tuple[Echo, int, int, int]] = []  # first token, rows of the logits
+        prompts: list[tuple[Sequence, int, int, int]] = []  # first token, rows of the logits
         keep: list[int] = []
         ids: list[int] = []
         start = 0
-        for sequence, count in parts:
-            pieces.append(CachePiece(sequence.slot, sequence.past, start, start + count))
-            ids += sequence.ids[sequence.past : sequence.past + count]
+        for sequence, count in self._parts():
+            pieces.append(CachePiece(sequence.slot, sequence.cached, start, start + count))
+            ids += sequence.ids[sequence.cached : sequence.cached + count]
             start += count
             if runs and runs[-1][0].removed == sequence.size.removed:
                 runs[-1] = (runs[-1][0], runs[-1][1] + count)
             else:
                 runs.append((sequence.size, count))
-            sequence.past += count
-            complete = sequence.past == len(sequence.ids)
-            if sequence.echo is not None and sequence.echo.scores and not sequence.made:
-                scored.append((sequence.echo, sequence.past - count, len(keep), len(keep) + count))
+            sequence.cached += count
+            complete = sequence.cached == len(sequence.ids)
+            if sequence.scores_prompt:
+                prompts.append((sequence, sequence.cached - count, len(keep), len(keep) + count))
                 keep += range(start - count, start)
             elif complete:
                 keep.append(start - 1)
             if complete:
                 last.append((sequence, len(keep) - 1))
         keep = keep or [start - 1]
-        logits_nV = self._forward(ids, pieces, runs, keep + keep[-1:] * (padded(len(keep)) - len(keep) if scored else 0))
-        for echo, first, begin, stop in scored:
-            echo.score(logits_nV[begin:stop], first)
+        logits_nV = self._forward(ids, pieces, runs, keep + keep[-1:] * (padded(len(keep)) - len(keep) if prompts else 0))
+        for sequence, first, begin, stop in prompts:
+            _score_prompt(sequence, logits_nV[begin:stop], first)
         if last:
-            done = [sequence for sequence, _ in last]
-            rows_nV = logits_nV[[row for _, row in last]] if scored else logits_nV
-            for sequence, choice in zip(done, sample(rows_nV, [sequence.sampler for sequence in done]), strict=True):
-                self._take(sequence, choice)
-            self._leave([sequence for sequence in done if sequence.past < 0])
+            sequences = [sequence for sequence, _ in last]
+            rows_nV = logits_nV[[row for _, row in last]] if prompts else logits_nV
+            for sequence, token in zip(sequences, sample(rows_nV, [sequence.sampler for sequence in sequences]), strict=True):
+                self._take(sequence, token)
+            self._leave([sequence for sequence in sequences if sequence.ended])
 
-    def fail(self) -> None:
-        """Everybody leaves."""
+    def clear(self) -> None:
+        """Drop all sequences, as after a step that failed."""
         self.waiting.clear()
         self.active.clear()
-        self.slots.free()
+        self.cache.free()
         self.mixer.clear()
 
     def _join(self) -> None:
         while self.waiting and len(self.active) < MAX_SEQUENCES:
-            if self.waiting[0].hear.gone:
+            if self.waiting[0].owner.gone:
                 self.waiting.popleft()
                 continue
             longest = max(sequence.longest for sequence in (*self.active, self.waiting[0]))
             if self.active and doubled(len(self.active) + 2, 1) * doubled(longest) > self.kv_tokens:
                 return
             sequence = self.waiting.popleft()
-            sequence.slot, sequence.began = len(self.active), time.monotonic()
+            sequence.slot, sequence.started = len(self.active), time.monotonic()
             self.active.append(sequence)
 
     def _parts(self) -> list[tuple[Sequence, int]]:
-        """Who takes part with how many tokens, sizes falling."""
+        """Return the sequences of the next pass with their counts of tokens, in descending order of size."""
         parts, room = [], PREFILL_CHUNK_TOKENS
         for sequence in self.active:
-            count = len(sequence.ids) - sequence.past
-            if count > 1 or not sequence.past:
+            count = len(sequence.ids) - sequence.cached
+            if count > 1 or not sequence.cached:
                 count = min(count, room)
                 room -= count
             if count:
@@ -146,57 +159,68 @@ class Batch:
         return sorted(parts, key=lambda part: part[0].size.removed)
 
     def _forward(self, ids: list[int], pieces: list[CachePiece], runs: list[tuple[Size, int]], keep: list[int]) -> torch.Tensor:
-        """[n, V] logits of the tokens `keep`."""
+        """Return the logits [n, V] of the tokens `keep`."""
         device = self.model.device
-        more = padded(len(ids)) - len(ids)  # tokens of nobody, in a slot of nobody's
-        runs[-1] = (runs[-1][0], runs[-1][1] + more)
-        self.slots.room(len(self.active) + (more > 0), max(len(sequence.ids) for sequence in self.active))
+        padding = padded(len(ids)) - len(ids)  # tokens of no sequence, in a slot of no sequence
+        runs[-1] = (runs[-1][0], runs[-1][1] + padding)
+        self.cache.room(len(self.active) + (padding > 0), max(len(sequence.ids) for sequence in self.active))
         self.mixer.set(runs)
-        with Step.of(self.slots, pieces, device, more, len(self.active)) as step, onednn(len(ids) > 1):
+        with Step.of(self.cache, pieces, device, padding, len(self.active)) as step, onednn(len(ids) > 1):
             out = self.model(
-                input_ids=torch.tensor([ids + [0] * more], device=device), position_ids=step.position[None], past_key_values=self.slots,
-                use_cache=True, logits_to_keep=torch.tensor(keep, device=device),
+                input_ids=torch.tensor([ids + [0] * padding], device=device), position_ids=step.position[None],
+                past_key_values=self.cache, use_cache=True, logits_to_keep=torch.tensor(keep, device=device),
             )  # fmt: skip
         return out.logits[0]
 
-    def _take(self, sequence: Sequence, choice: SampledToken) -> None:
-        if choice.error is not None:
-            sequence.hear.failed(sequence, choice.error)
-            sequence.past = -1  # done
+    def _take(self, sequence: Sequence, token: SampledToken) -> None:
+        """Append a token to its sequence, and end the sequence if nothing may follow."""
+        owner, constraint = sequence.owner, sequence.sampler.constraint
+        sequence.ended = True
+        if token.error is not None:
+            owner.on_no_token(token.error)
             return
-        if not sequence.max_tokens:  # only the prompt was asked for
-            sequence.hear.ended(sequence, sequence.text.end(), "length")
-            sequence.past = -1
+        if not sequence.generated:
+            owner.on_prompt(sequence)
+        if not sequence.max_tokens:
+            owner.on_end(sequence, "length")
             return
-        sequence.ids.append(choice.token)
-        sequence.made += 1
-        if choice.token in sequence.ends:
-            sequence.hear.ended(sequence, sequence.text.end(), "stop")
+        sequence.ids.append(token.token)
+        sequence.generated += 1
+        if token.token in sequence.end_tokens:
+            owner.on_end(sequence, "stop")
+            return
+        stopped = sequence.consumer is not None and sequence.consumer.take(token)
+        owner.on_token(sequence, token)
+        if stopped:
+            owner.on_end(sequence, "stop")
+        elif constraint is not None and constraint.error is not None:
+            owner.on_error(constraint.error)
+        elif constraint is not None and constraint.done:
+            owner.on_end(sequence, "stop")
+        elif sequence.generated >= sequence.max_tokens:
+            owner.on_end(sequence, "length")
         else:
-            sequence.hear.token(sequence, choice, sequence.text.add(choice.token))
-            constraint = sequence.sampler.constraint
-            if sequence.text.stopped:
-                sequence.hear.ended(sequence, "", "stop")
-            elif constraint is not None and constraint.error is not None:
-                sequence.hear.error(constraint.error)
-            elif constraint is not None and constraint.done:
-                sequence.hear.ended(sequence, sequence.text.end(), "stop")
-            elif sequence.made >= sequence.max_tokens:
-                sequence.hear.ended(sequence, sequence.text.end(), "length")
-            else:
-                return
-        sequence.past = -1  # done
+            sequence.ended = False
 
     def _leave(self, leaving: Iterable[Sequence]) -> None:
-        """Free their slots. The last slot moves into a hole, so that those in use are the first."""
+        """Free the slots of `leaving`. The last slot moves into a free one, so that those in use are always the first."""
         for sequence in leaving:
             mover, hole = self.active[-1], sequence.slot
             held = len(sequence.ids)
             if mover is not sequence:
-                self.slots.wipe(hole, 0, held)
-                self.slots.move(mover.slot, hole, max(mover.past, 0))
+                self.cache.wipe(hole, 0, held)
+                self.cache.move(mover.slot, hole, 0 if mover.ended else mover.cached)
                 self.active[hole], mover.slot, held = mover, hole, len(mover.ids)
             self.active.pop()
-            self.slots.wipe(len(self.active), 0, held)
+            self.cache.wipe(len(self.active), 0, held)
         if not self.active:
-            self.slots.free()
+            self.cache.free()
+
+
+def _score_prompt(sequence: Sequence, logits_nV: torch.Tensor, first: int) -> None:
+    """Score the prompt's tokens after `first` by the logits of the tokens from `first` on: each predicts its successor."""
+    following = sequence.ids[first + 1 : first + 1 + len(logits_nV)]
+    if not sequence.prompt_scores:
+        sequence.prompt_scores.append(ScoredToken(sequence.ids[0]))
+    if following:
+        sequence.prompt_scores += score(logits_nV[: len(following)], following, sequence.prompt_logprobs or 0)

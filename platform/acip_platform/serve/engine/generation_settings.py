@@ -1,8 +1,9 @@
-"""What a model's generation_config.json states, honored for each request; what is not honored is said once, when the model is loaded.
+"""The settings of a model's generation_config.json. Each request honors them; the others are logged once, when the model is loaded.
 
-here                      do_sample, temperature, top_p, top_k, eos_token_id, stop_strings, max_new_tokens, max_length
+this module               do_sample, temperature, top_p, top_k, eos_token_id, max_new_tokens, max_length
+`serve/text`              stop_strings
 transformers' own code    every setting that is a logits processor: repetition_penalty, no_repeat_ngram_size, min_p, suppress_tokens, ...
-not honored               beams, guidance, encoders, a time limit, and whatever this version does not know
+not honored               beams, guidance, encoders, a time limit, and settings that this version does not support
 """
 
 import copy
@@ -22,7 +23,7 @@ PROCESSED = (
     "forced_eos_token_id", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "top_h", "min_p", "typical_p",
     "epsilon_cutoff", "eta_cutoff", "watermarking_config", "renormalize_logits",
 )  # fmt: skip
-NO_EFFECT = (  # on which tokens come: caches, speculation, outputs, special tokens that are no part of an answer, and what only beams read
+NO_EFFECT = (  # on the tokens: caches, speculation, outputs, special tokens outside of answers, and settings that only beams read
     "use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "compile_config", "disable_compile",
     "continuous_batching_config", "low_memory", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
     "assistant_confidence_threshold", "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind",
@@ -30,7 +31,7 @@ NO_EFFECT = (  # on which tokens come: caches, speculation, outputs, special tok
     "output_scores", "output_logits", "return_dict_in_generate", "pad_token_id", "bos_token_id", "decoder_start_token_id", "early_stopping",
     "length_penalty", "transformers_version",
 )  # fmt: skip
-NEUTRAL: dict[str, Any] = {  # values of what is not honored that ask for nothing
+NEUTRAL: dict[str, Any] = {  # values of settings that are not honored, with which they have no effect
     "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "guidance_scale": 1, "penalty_alpha": 0, "diversity_penalty": 0,
     "encoder_repetition_penalty": 1, "encoder_no_repeat_ngram_size": 0,
 }  # fmt: skip
@@ -38,7 +39,7 @@ OFF = ("guidance_scale", "encoder_repetition_penalty", "encoder_no_repeat_ngram_
 
 
 class GenerationSettings:
-    """A model's generation config. AcipError where a setting can't be meant."""
+    """A model's generation config. Its constructor raises an AcipError for a setting with an invalid value."""
 
     def __init__(self, name: str, model: Any) -> None:
         self.model = model
@@ -46,16 +47,16 @@ class GenerationSettings:
         for field, value in vars(self.config).items():
             if any(not math.isfinite(number) for number in _numbers(value)):
                 raise AcipError(
-                    f"{name}: generation_config.json says {field} = {cited(value)}, which is not finite. Mend it, and calibrate again."
+                    f"{name}: generation_config.json has {field} = {cited(value)}, which is not finite. Correct it, and calibrate again."
                 )
         try:
             self.processed = bool(self._processors(1, 1, None, None, None, True))
             self.processors(1, 1, self.temperature, self.config.top_p, self.config.top_k)
             if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
                 raise ValueError(f"temperature = {self.temperature}, top_p = {self.top_p}, top_k = {self.top_k}")
-        except Exception as error:  # whatever transformers finds wrong with them
+        except Exception as error:  # transformers raises many kinds
             reason = " ".join(str(error).split())
-            raise AcipError(f"{name}: generation_config.json can't be honored: {reason}. Mend it, and calibrate again.") from error
+            raise AcipError(f"{name}: generation_config.json can't be honored: {reason}. Correct it, and calibrate again.") from error
 
     @property
     def temperature(self) -> float:
@@ -70,17 +71,12 @@ class GenerationSettings:
         return int(_first(self.config.top_k, 0))
 
     @property
-    def ends(self) -> list[int]:
+    def end_tokens(self) -> list[int]:
         ids = self.config.eos_token_id
         return [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
 
-    @property
-    def stops(self) -> list[str]:
-        stops = self.config.stop_strings or []
-        return [stops] if isinstance(stops, str) else list(stops)
-
-    def most_tokens(self, prompt_tokens: int) -> int | None:
-        """How many tokens an answer has at most where the request does not say it."""
+    def max_tokens(self, prompt_tokens: int) -> int | None:
+        """Return the limit for an answer whose request has none; None = no limit."""
         if self.config.max_new_tokens is not None:
             return int(self.config.max_new_tokens)
         longest = self.config.max_length
@@ -88,7 +84,7 @@ class GenerationSettings:
 
     @property
     def not_honored(self) -> list[str]:
-        """The settings that an answer does not follow."""
+        """The settings that answers do not follow."""
         return [f"{field} = {cited(value)}" for field, value in vars(self.config).items() if self._is_left_out(field, value)]
 
     def _is_left_out(self, field: str, value: Any) -> bool:
@@ -98,7 +94,7 @@ class GenerationSettings:
     def processors(
         self, prompt_tokens: int, max_tokens: int, temperature: float, top_p: float | None, top_k: int | None
     ) -> LogitsProcessorList | None:
-        """transformers' logits processors for one sequence, or None where the config states none."""
+        """Return transformers' logits processors for one sequence; None if the config has none."""
         if not self.processed:
             return None
         return self._processors(prompt_tokens, max_tokens, temperature, top_p, top_k, temperature >= GREEDY_BELOW)
@@ -111,7 +107,7 @@ class GenerationSettings:
             setattr(config, field, None)
         config.do_sample, config.temperature, config.top_p, config.top_k = do_sample, temperature, top_p, top_k
         config.max_length = prompt_tokens + max_tokens
-        config._eos_token_tensor = torch.tensor(self.ends, device=self.model.device) if self.ends else None
+        config._eos_token_tensor = torch.tensor(self.end_tokens, device=self.model.device) if self.end_tokens else None
         made: LogitsProcessorList = self.model._get_logits_processor(
             config, input_ids_seq_length=prompt_tokens, device=self.model.device, model_kwargs={}
         )

@@ -1,127 +1,145 @@
-"""Which models are resident: loaded when they are first asked for; the least recently used leave when memory runs short."""
+"""The models in memory. A model is loaded at its first request; the least recently used leave if memory runs short."""
 
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 from acip.artifact.artifact import Artifact
 from acip.errors import AcipError
-from acip_platform.serve.engine.engine import Engine
+from acip_platform.serve.engine.errors import MemoryFullError, ModelUnavailableError
 from acip_platform.serve.engine.resident_model import ResidentModel
-from acip_platform.serve.http.errors import RequestError
-from acip_platform.storage.store import Store
-from acip_platform.tracking.registry import ModelVersion
+
+if TYPE_CHECKING:  # they import boto3 and MLflow
+    from acip_platform.storage.store import Store
+    from acip_platform.tracking.registry import ModelVersion
 
 WEIGHTS = ("factors.safetensors", "dense.safetensors", "rest.safetensors")
-COPIED = ("dense.safetensors", "rest.safetensors")  # at most, where weights are packed on a CPU
-WAIT_S = 60.0  # for those who use a model that has to leave
+COPIED = ("dense.safetensors", "rest.safetensors")  # the most that packing copies, on a CPU
+WAIT_S = 60.0  # for the end of requests that use a model which has to leave
 
-_building = threading.Lock()  # accelerate makes parameters empty in every thread at once
+_building = threading.Lock()  # accelerate's empty parameters affect all threads at once
 
 Key = tuple[str, str, str]  # name, version, URI
 
 
-def key_of(version: ModelVersion) -> Key:
+class Host(Protocol):
+    """The engine that steps the models."""
+
+    def add(self, model: ResidentModel) -> None: ...
+    def remove(self, model: ResidentModel) -> bool: ...
+
+
+def key_of(version: "ModelVersion") -> Key:
     return version.name, version.version, version.uri
 
 
 @dataclass
 class CacheEntry:
-    """A model that is there or is coming."""
+    """A model that is in memory or is being loaded."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    served: ResidentModel | None = None
-    needs: int = 0  # bytes
-    copies: int = 0  # bytes of packed weights beside, which go before anything that is needed
+    model: ResidentModel | None = None
+    weight_bytes: int = 0
+    copy_bytes: int = 0  # of packed copies of weights, which are freed before any model leaves
+    used: float = 0.0  # seconds of time.monotonic
 
     @property
-    def holds(self) -> int:
-        return self.needs + self.copies
-
-    used: float = 0.0  # seconds of time.monotonic
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.copy_bytes
 
 
 class ModelCache:
+    """Models by version. `on_load` is called with each model once it is loaded."""
+
     def __init__(
-        self, engine: Engine, store: Store, device: str, limit_bytes: int, loaded: Callable[[ResidentModel], None] = lambda _: None
+        self, engine: Host, store: "Store", device: str, limit_bytes: int, on_load: Callable[[ResidentModel], None] = lambda _: None
     ) -> None:
-        self.engine, self.store, self.device, self.limit_bytes, self.loaded = engine, store, device, limit_bytes, loaded
-        self._places: dict[Key, CacheEntry] = {}
+        self.engine, self.store, self.device, self.limit_bytes, self.on_load = engine, store, device, limit_bytes, on_load
+        self._entries: dict[Key, CacheEntry] = {}
         self._lock = threading.Lock()
 
     @property
     def resident(self) -> list[ResidentModel]:
-        return [place.served for place in list(self._places.values()) if place.served is not None]
+        return [entry.model for entry in list(self._entries.values()) if entry.model is not None]
 
-    def find(self, version: ModelVersion) -> ResidentModel | None:
-        """The model, if it is there."""
-        place = self._places.get(key_of(version))
-        if place is None or place.served is None:
+    @property
+    def used_bytes(self) -> int:
+        return sum(entry.total_bytes for entry in list(self._entries.values()))
+
+    def find(self, version: "ModelVersion") -> ResidentModel | None:
+        """Return the model if it is in memory."""
+        entry = self._entries.get(key_of(version))
+        if entry is None or entry.model is None:
             return None
-        place.used = time.monotonic()
-        return place.served
+        entry.used = time.monotonic()
+        return entry.model
 
-    def get(self, version: ModelVersion) -> ResidentModel:
-        """The model, loaded if it has to be: that takes its time, so not in an event loop."""
+    def get(self, version: "ModelVersion") -> ResidentModel:
+        """Return the model, and load it first if necessary. It blocks for seconds or minutes, so never call it in an event loop.
+
+        Raise a ModelUnavailableError, a MemoryFullError, or an AcipError for a model that cannot be served here.
+        """
         with self._lock:
-            place = self._places.setdefault(key_of(version), CacheEntry())
-        with place.lock:
-            place.used = time.monotonic()
-            served = place.served  # which may leave again at any time
-            if served is None:
+            entry = self._entries.setdefault(key_of(version), CacheEntry())
+        with entry.lock:
+            entry.used = time.monotonic()
+            model = entry.model  # which may leave again at any time
+            if model is None:
                 try:
-                    served = place.served = self._load(version, place)
+                    model = entry.model = self._load(version, entry)
                 except BaseException:
-                    place.needs = place.copies = 0
+                    entry.weight_bytes = entry.copy_bytes = 0
                     raise
-                self.loaded(served)
-            return served
+                self.on_load(model)
+            return model
 
-    def _load(self, version: ModelVersion, place: CacheEntry) -> ResidentModel:
+    def _load(self, version: "ModelVersion", entry: CacheEntry) -> ResidentModel:
         try:
             artifact = Artifact.open(self.store.fetch(version.uri))
-        except AcipError as error:  # not the fault of who asks
-            raise RequestError(str(error), "model", "artifact_unavailable", 503) from error
-        needs = sum(artifact.manifest["files"][file]["bytes"] for file in WEIGHTS)
-        if needs > self.limit_bytes:
+        except AcipError as error:
+            raise ModelUnavailableError(str(error)) from error
+        weight_bytes = sum(artifact.manifest["files"][file]["bytes"] for file in WEIGHTS)
+        if weight_bytes > self.limit_bytes:
             raise AcipError(
-                f"{version.name} needs {needs:,} bytes of memory for all its sizes; this server may use {self.limit_bytes:,}. "
+                f"{version.name} needs {weight_bytes:,} bytes of memory for all its sizes; this server may use {self.limit_bytes:,}. "
                 "Raise memory_gb, or export one size with jobs/materialize.py."
             )
-        self._make_room(needs, place)
-        copies = sum(artifact.manifest["files"][file]["bytes"] for file in COPIED)
+        self._make_room(weight_bytes, entry)
+        copy_bytes = sum(artifact.manifest["files"][file]["bytes"] for file in COPIED)
         with _building:
-            served = ResidentModel(version, artifact, self.device, packed=self.device == "cpu" and self._spare(copies, place))
-        place.copies = served.packed_bytes
-        self.engine.add(served)
-        return served
+            packed = self.device == "cpu" and self._reserve_copies(copy_bytes, entry)
+            model = ResidentModel(version, artifact, self.device, packed=packed)
+        entry.copy_bytes = model.packed_bytes
+        self.engine.add(model)
+        return model
 
-    def _spare(self, copies: int, place: CacheEntry) -> bool:
-        """Reserve memory for packed weights, if there is as much that nobody has."""
+    def _reserve_copies(self, copy_bytes: int, entry: CacheEntry) -> bool:
+        """Reserve memory for packed copies. Return whether there is enough that is free."""
         with self._lock:
-            free = self.limit_bytes - sum(place.holds for place in self._places.values())
-            place.copies = copies if copies <= free else 0
-            return copies <= free
+            free = self.limit_bytes - self.used_bytes
+            entry.copy_bytes = copy_bytes if copy_bytes <= free else 0
+            return copy_bytes <= free
 
-    def _make_room(self, needs: int, coming: CacheEntry) -> None:
-        """Reserve memory: first that of packed weights, then that of models. Models that are in use are waited for."""
+    def _make_room(self, weight_bytes: int, coming: CacheEntry) -> None:
+        """Reserve memory for weights: free packed copies first, then models that no request uses. Wait if all are in use."""
         deadline = time.monotonic() + WAIT_S
         while True:
             with self._lock:
-                there = sorted((place for place in self._places.values() if place.needs), key=lambda place: place.used)
-                for place in there:
-                    if sum(place.holds for place in there) + needs > self.limit_bytes and place.copies and place.served is not None:
-                        place.served.unpack()
-                        place.copies = 0
-                if sum(place.holds for place in there) + needs <= self.limit_bytes:
-                    coming.needs = needs
+                entries = sorted((entry for entry in self._entries.values() if entry.weight_bytes), key=lambda entry: entry.used)
+                for entry in entries:
+                    if self.used_bytes + weight_bytes > self.limit_bytes and entry.copy_bytes and entry.model is not None:
+                        entry.model.unpack()
+                        entry.copy_bytes = 0
+                if self.used_bytes + weight_bytes <= self.limit_bytes:
+                    coming.weight_bytes = weight_bytes
                     return
-                for place in there:
-                    if place.served is not None and self.engine.remove(place.served):
-                        place.served, place.needs, place.copies = None, 0, 0
+                for entry in entries:
+                    if entry.model is not None and self.engine.remove(entry.model):
+                        entry.model, entry.weight_bytes, entry.copy_bytes = None, 0, 0
                         break
                 else:
                     if time.monotonic() > deadline:
-                        raise RequestError("every model in memory is in use; try again in a moment.", "model", "memory_full", 503)
+                        raise MemoryFullError("every model in memory is in use; try again in a moment.")
             time.sleep(0.1)

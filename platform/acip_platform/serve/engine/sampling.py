@@ -1,52 +1,82 @@
-"""The next token of each sequence of a batch, by its own settings.
+"""Sample the next token of each sequence of a batch, by its own settings.
 
 greedy      the largest logit
-sampled     softmax(logits / temperature), cut to the `top_k` most likely tokens and to those of them that make `top_p` of their sum,
-            and one uniform random number of the sequence's own generator: what others in the batch do changes nothing
+sampled     softmax(logits / temperature), restricted to the `top_k` most likely tokens and to those of them that make up `top_p` of
+            their sum, and one uniform random number of the sequence's own generator: the other sequences of the batch change nothing
 
-Logits first get biases, and penalties for what was generated already, as OpenAI defines them. Where a model's generation config states
-more than temperature, top_p and top_k, transformers' own logits processors do the rest, temperature and cuts included.
+Biases and OpenAI's penalties for tokens that were generated already are added to the logits first. If a model's generation config states
+more than temperature, top_p and top_k, transformers' own logits processors do the rest, temperature and restrictions included.
 
-A row of logits that holds NaN or infinity gives no token, nor does one of which the settings leave none: its `SampledToken` has an error.
+A row of logits with NaN or infinity gives no token, nor does a row of which the settings leave no token: its `SampledToken` has an error.
 """
 
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-if TYPE_CHECKING:  # llguidance is needed only where a grammar is
-    from acip_platform.serve.text.grammar import Constraint
-
 GREEDY_BELOW = 1e-5  # dividing logits by a temperature much smaller than this overflows float32
-FEW = 256  # most likely tokens that are sorted at first
+FIRST_TOP_K = 256  # most likely tokens that are sorted at first
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are sampled. None stands for the model's own setting, else for OpenAI's default: 1.0, 1.0 and 0."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None  # 0 = all
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None  # alternatives with the log-probability of each token; None = no log-probabilities
+
+
+class TokenConstraint(Protocol):
+    """A restriction of what one sequence may contain, used in the engine's thread."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the sequence is complete, so that nothing may follow."""
+        ...
+
+    @property
+    def error(self) -> Exception | None:
+        """Why the constraint cannot be followed any more, or None. It fails the request."""
+        ...
+
+    def limit(self, logits_V: Tensor) -> None:
+        """Set the logits of tokens that may not come next to minus infinity, in place."""
+        ...
+
+    def take(self, token: int) -> None:
+        """Advance by the token that was sampled."""
+        ...
 
 
 @dataclass
-class SamplingParams:
-    """The settings of one sequence, and what they need to remember."""
+class Sampler:
+    """The sampling parameters of one sequence, and the state that they need."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0 = all
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = field(default_factory=dict)
+    params: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
-    logprobs: int | None = None  # so many of the most likely tokens are told with each
     processors: LogitsProcessorList | None = None  # transformers' own; None = temperature, top_p and top_k are all there is
     ids: list[int] = field(default_factory=list)  # the sequence so far, prompt included; processors read it
-    constraint: "Constraint | None" = None  # what may come next
+    constraint: TokenConstraint | None = None
 
     def __post_init__(self) -> None:
+        params = self.params
+        self.temperature = 1.0 if params.temperature is None else params.temperature
+        self.top_p = 1.0 if params.top_p is None else params.top_p
+        self.top_k = params.top_k or 0
         self.random = random.Random(self.seed)
-        self.counts: Counter[int] = Counter()
+        self.counts: Counter[int] = Counter()  # of the tokens that were generated
 
     @property
     def greedy(self) -> bool:
@@ -58,49 +88,70 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
-class SampledToken:
-    token: int  # -1 with an error
+class ScoredToken:
+    """A token with its log-probability, if it was requested and something comes before the token."""
+
+    token: int
     logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()  # token, log-probability; most likely first
-    error: str | None = None  # why there is no token
+    top: tuple[tuple[int, float], ...] = ()  # (token, log-probability) of the most likely tokens, in descending order
+
+
+@dataclass(frozen=True)
+class SampledToken(ScoredToken):
+    """A sampled token. With an error there is no token, and `token` is -1."""
+
+    error: str | None = None
 
 
 @torch.no_grad()
-def sample(logits_nV: Tensor, samplers: Sequence[SamplingParams]) -> list[SampledToken]:
-    """One token for each row. Log-probabilities are the model's own, before temperature, biases and penalties."""
+def sample(logits_nV: Tensor, samplers: Sequence[Sampler]) -> list[SampledToken]:
+    """Return one token for each row. Log-probabilities are the model's own, before temperature, biases and penalties."""
     logits_nV = logits_nV.float()
     errors = _not_finite(logits_nV)
-    told = {i: logits_nV[i].log_softmax(-1) for i, sampler in enumerate(samplers) if sampler.logprobs is not None}
+    scored = {i: logits_nV[i].log_softmax(-1) for i, sampler in enumerate(samplers) if sampler.params.logprobs is not None}
     _change(logits_nV, samplers, errors)
     tokens = logits_nV.argmax(-1)
     for limited in (False, True):
         rows = [i for i, s in enumerate(samplers) if not s.greedy and s.limited == limited and i not in errors]
         if rows:
             tokens[rows] = _sample(logits_nV[rows], [samplers[i] for i in rows], limited)
-    choices = []
+    sampled = []
     for i, token in enumerate(tokens.tolist()):
         if i in errors:
-            choices.append(SampledToken(-1, error=errors[i]))
+            sampled.append(SampledToken(-1, error=errors[i]))
             continue
         samplers[i].counts[token] += 1
         if (constraint := samplers[i].constraint) is not None:
             constraint.take(token)
-        if i in told:
-            most = told[i].topk(min(samplers[i].logprobs or 0, told[i].numel()))
+        if i in scored:
+            most = scored[i].topk(min(samplers[i].params.logprobs or 0, scored[i].numel()))
             top = tuple((id, value) for id, value in zip(most.indices.tolist(), most.values.tolist(), strict=True) if value > -math.inf)
-            choices.append(SampledToken(token, float(told[i][token]), top))
+            sampled.append(SampledToken(token, float(scored[i][token]), top))
         else:
-            choices.append(SampledToken(token))
-    return choices
+            sampled.append(SampledToken(token))
+    return sampled
 
 
-def _change(logits_nV: Tensor, samplers: Sequence[SamplingParams], errors: dict[int, str]) -> None:
-    """Biases, penalties and processors, in place. Rows of which they leave no token are added to the errors."""
+@torch.no_grad()
+def score(logits_nV: Tensor, tokens: Sequence[int], alternatives: int) -> list[ScoredToken]:
+    """Return the log-probability of each token by its row of logits, with so many of the most likely tokens."""
+    logprobs_nV = logits_nV.float().log_softmax(-1)
+    own = logprobs_nV.gather(1, torch.tensor(tokens, device=logits_nV.device)[:, None]).squeeze(1).tolist()
+    most = logprobs_nV.topk(min(alternatives, logprobs_nV.shape[1]))
+    return [
+        ScoredToken(token, logprob, tuple(zip(ids, values, strict=True)))
+        for token, logprob, ids, values in zip(tokens, own, most.indices.tolist(), most.values.tolist(), strict=True)
+    ]
+
+
+def _change(logits_nV: Tensor, samplers: Sequence[Sampler], errors: dict[int, str]) -> None:
+    """Apply biases, penalties, constraints and processors in place. Rows of which they leave no token are added to the errors."""
     for i, sampler in enumerate(samplers):
-        change = dict(sampler.logit_bias)
-        if sampler.presence_penalty or sampler.frequency_penalty:
+        params = sampler.params
+        change = dict(params.logit_bias)
+        if params.presence_penalty or params.frequency_penalty:
             for token, count in sampler.counts.items():
-                change[token] = change.get(token, 0.0) - sampler.presence_penalty - sampler.frequency_penalty * count
+                change[token] = change.get(token, 0.0) - params.presence_penalty - params.frequency_penalty * count
         if change:
             ids = torch.tensor(list(change), device=logits_nV.device)
             logits_nV[i, ids] += torch.tensor(list(change.values()), device=logits_nV.device)
@@ -115,12 +166,12 @@ def _change(logits_nV: Tensor, samplers: Sequence[SamplingParams], errors: dict[
 
 
 def _not_finite(logits_nV: Tensor) -> dict[int, str]:
-    """The rows that hold NaN or infinity, with an error. Minus infinity is a token that is excluded; a row of nothing else is no logits."""
-    finite = logits_nV.amax(-1).isfinite()  # NaN is the largest of all
+    """Return an error for each row with NaN or infinity. Minus infinity excludes a token, but a row cannot consist of it."""
+    finite = logits_nV.amax(-1).isfinite()  # amax of a row with NaN is NaN
     return {i: "the model's logits are not finite" for i, good in enumerate(finite.tolist()) if not good}
 
 
-def _sample(logits_nV: Tensor, samplers: Sequence[SamplingParams], limited: bool) -> Tensor:
+def _sample(logits_nV: Tensor, samplers: Sequence[Sampler], limited: bool) -> Tensor:
     device = logits_nV.device
     probs_nV = (logits_nV / torch.tensor([[1.0 if s.processors else s.temperature] for s in samplers], device=device)).softmax(-1)
     ids_nk = None
@@ -129,16 +180,16 @@ def _sample(logits_nV: Tensor, samplers: Sequence[SamplingParams], limited: bool
     cdf = probs_nV.double().cumsum(-1)
     drawn = torch.tensor([[s.random.random()] for s in samplers], dtype=torch.float64, device=device) * cdf[:, -1:]
     at = torch.searchsorted(cdf, drawn, right=True).clamp_max(cdf.shape[1] - 1)
-    at = torch.where(probs_nV.gather(1, at) > 0, at, probs_nV.argmax(-1, keepdim=True))  # by rounding only
+    at = torch.where(probs_nV.gather(1, at) > 0, at, probs_nV.argmax(-1, keepdim=True))  # only rounding leads to a probability of zero
     return (at if ids_nk is None else ids_nk.gather(1, at)).squeeze(1)
 
 
-def _limit(probs_nV: Tensor, samplers: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
-    """(probabilities [n, k], zero where cut off; token ids [n, k]). A whole vocabulary is sorted only where it is needed."""
+def _limit(probs_nV: Tensor, samplers: Sequence[Sampler]) -> tuple[Tensor, Tensor]:
+    """Return (probabilities [n, k], zero where cut off; token ids [n, k]). The whole vocabulary is sorted only if it is needed."""
     V = probs_nV.shape[1]
     top_p = torch.tensor([[s.top_p] for s in samplers], device=probs_nV.device)
     top_k = torch.tensor([[s.top_k or V] for s in samplers], device=probs_nV.device)
-    k = min(FEW, V)
+    k = min(FIRST_TOP_K, V)
     while True:
         most, ids = probs_nV.topk(k)
         before = most.cumsum(-1) - most

@@ -1,4 +1,4 @@
-"""Events of the engine -> OpenAI's bodies: a whole answer, or chunks of a stream; of completions or of a chat."""
+"""Events in text -> OpenAI's bodies: a whole answer, or chunks of a stream; of completions or of a chat."""
 
 import json
 import time
@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from acip_platform.serve.engine.engine import Event
 from acip_platform.serve.http.errors import error_body
-from acip_platform.serve.http.requests import ChatRequest, GenerationRequest
+from acip_platform.serve.http.requests import ChatRequest, OpenAIRequest
+from acip_platform.serve.text.events import TextEvent
 from acip_platform.serve.text.token_logprobs import as_chat, as_completion
 from acip_platform.serve.text.tools import ToolParser
 
@@ -18,7 +18,7 @@ from acip_platform.serve.text.tools import ToolParser
 class Answer:
     """One answer on its way. `hear` every event in order; of a stream it returns the chunks to send."""
 
-    request: GenerationRequest
+    request: OpenAIRequest
     created: int = field(default_factory=lambda: int(time.time()))
     head: dict[str, Any] = field(default_factory=dict)
     choices: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Answer:
         self.greeted: set[int] = set()
         self.parsers: dict[int, ToolParser] = {}
 
-    def hear(self, event: Event) -> Iterator[dict[str, Any]]:
+    def hear(self, event: TextEvent) -> Iterator[dict[str, Any]]:
         """The chunks that tell of this event."""
         if event.kind == "head":  # once more if an engine was lost on the way: what it said is forgotten
             self.head, self.choices, self.parsers = event.data, {}, {}
@@ -59,7 +59,7 @@ class Answer:
     def whole(self) -> dict[str, Any]:
         choices = []
         for index, choice in sorted(self.choices.items()):
-            told = Event("text", index, choice["text"], choice["logprobs"] or None)
+            told = TextEvent("text", index, choice["text"], choice["logprobs"] or None)
             said: dict[str, Any] = {"text": choice["text"]}
             if self.chat:
                 message: dict[str, Any] = {"role": "assistant", "content": choice["text"], "refusal": None}
@@ -78,7 +78,7 @@ class Answer:
         chunk = {"id": self.id, "object": kind, "created": self.created, "model": self.head["model"], "choices": choices}
         return chunk | {"usage": None} if self.request.usage_wanted else chunk
 
-    def _parsed(self, event: Event) -> tuple[str, list[dict[str, Any]]]:
+    def _parsed(self, event: TextEvent) -> tuple[str, list[dict[str, Any]]]:
         """The event's text, and the calls of tools in it."""
         form = self.head.get("tools")
         if form is None:
@@ -98,7 +98,7 @@ class Answer:
             delta = {"role": "assistant", **delta}
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, event: Event) -> dict[str, Any] | None:
+    def _logprobs(self, event: TextEvent) -> dict[str, Any] | None:
         if event.logprobs is None:
             return None
         return as_chat(event.logprobs) if self.chat else as_completion(event.logprobs)

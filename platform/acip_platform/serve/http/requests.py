@@ -79,7 +79,7 @@ class MaterializationRequest(ModelSizeRequest):
     )
 
 
-class GenerationRequest(ModelSizeRequest):
+class OpenAIRequest(ModelSizeRequest):
     """What both ways to generate have in common."""
 
     # fmt: off
@@ -130,7 +130,7 @@ class GenerationRequest(ModelSizeRequest):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class CompletionRequest(GenerationRequest):
+class CompletionRequest(OpenAIRequest):
     # fmt: off
     prompt: Text | Prompts[Text] | SomeTokens | Prompts[SomeTokens] | None = Field(
         description="a text, a list of texts, or token ids instead of texts; null or an empty text = the start of a text")
@@ -166,7 +166,7 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(OpenAIRequest):
     # fmt: off
     messages: Annotated[list[Message], Field(min_length=1)] = Field(
         description='a list like [{"role": "user", "content": "Hello"}]')

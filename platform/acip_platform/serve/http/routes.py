@@ -33,7 +33,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from acip_platform.serve.engine.engine import Event
 from acip_platform.serve.http.answers import DONE, Answer, broken, sse
 from acip_platform.serve.http.api_reference import STREAM, describe, errors, page
 from acip_platform.serve.http.body import JsonRoute
@@ -44,6 +43,7 @@ from acip_platform.serve.http.keys import Keys
 from acip_platform.serve.http.metrics import CONTENT_TYPE, Metrics
 from acip_platform.serve.http.requests import ChatRequest, CompletionRequest, MaterializationRequest, ModelSizeRequest, explain, split_name
 from acip_platform.serve.materializations import Materializations
+from acip_platform.serve.text.events import TextEvent
 
 BODY_LIMIT_BYTES = 4 << 20
 OPEN = ("/", "/docs", "/openapi.json", "/health", "/ready", "/metrics")  # without a key
@@ -58,7 +58,7 @@ PAGE = Path(__file__).parents[1] / "page" / "index.html"
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 log = logging.getLogger("ray.serve")
-Answered = AsyncIterator[list[Event]]
+Answered = AsyncIterator[list[TextEvent]]
 
 
 class Endpoint(Protocol):
@@ -261,7 +261,7 @@ def _takes(route: Route, method: str, path: str) -> bool:
     return method in (route.methods or ()) and route.path_regex.match(path) is not None
 
 
-async def _one_by_one(first: list[Event], events: Answered) -> AsyncIterator[Event]:
+async def _one_by_one(first: list[TextEvent], events: Answered) -> AsyncIterator[TextEvent]:
     for event in first:
         yield event
     async for more in events:
@@ -269,7 +269,7 @@ async def _one_by_one(first: list[Event], events: Answered) -> AsyncIterator[Eve
             yield event
 
 
-async def _stream(told: Answer, first: list[Event], events: Answered) -> AsyncIterator[bytes]:
+async def _stream(told: Answer, first: list[TextEvent], events: Answered) -> AsyncIterator[bytes]:
     """Chunks of events that come together are sent together. A stream that has begun ends with an error in it, not with a status."""
     try:
         yield _chunks(told, first)
@@ -285,7 +285,7 @@ async def _stream(told: Answer, first: list[Event], events: Answered) -> AsyncIt
         yield broken(status, body["error"]["message"], body["error"]["code"])
 
 
-def _chunks(told: Answer, events: list[Event]) -> bytes:
+def _chunks(told: Answer, events: list[TextEvent]) -> bytes:
     out = []
     for event in events:
         if event.kind == "error":

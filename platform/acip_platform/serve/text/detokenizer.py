@@ -161,6 +161,3 @@ class _Matcher:
         while matched and self.text[matched] != character:
             matched = self.shorter[matched]
         return matched + (self.text[matched] == character)
-
-
-Text = Detokenizer  # its former name

@@ -20,7 +20,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from acip.errors import AcipError
 from acip.utils.coerce import did_you_mean
-from acip_platform.serve.http.errors import RequestError
+from acip_platform.serve.text.errors import InvalidRequestError
 from acip_platform.serve.text.token_bytes import TokenBytes
 
 KEPT = 64  # compiled grammars of a model
@@ -58,7 +58,7 @@ class Constraint:
         """Why the grammar can't be followed any more: it needs more memory or time than a token may take."""
         if not self._matcher.is_error():
             return None
-        return RequestError(f"the schema is too complex to follow: {_short(self._matcher.get_error())}", code="invalid_schema")
+        return InvalidRequestError(f"the schema is too complex to follow: {_short(self._matcher.get_error())}", code="invalid_schema")
 
     def limit(self, logits_V: torch.Tensor) -> None:
         """Forbid, in place, the tokens that can't come next."""
@@ -84,7 +84,7 @@ class Grammars:
         self._words: LLTokenizer | None = None
 
     def constraint(self, grammar: str, param: str) -> Constraint:
-        """Return a new state of a Lark grammar. RequestError where llguidance can't compile it."""
+        """Return a new state of a Lark grammar. Raise an InvalidRequestError where llguidance can't compile it."""
         with self._lock:
             matcher: LLMatcher | None
             if grammar not in self._compiled:
@@ -95,7 +95,7 @@ class Grammars:
                 probe.compute_bitmask()
                 reason = "nothing fits it" if probe.is_stopped() and not matcher.is_error() else matcher.get_error()
                 if reason:
-                    raise RequestError(f"{param} has a schema that can't be followed: {_short(reason)}", param, "invalid_schema")
+                    raise InvalidRequestError(f"{param} has a schema that can't be followed: {_short(reason)}", param, "invalid_schema")
                 self._compiled[grammar] = matcher
                 while len(self._compiled) > KEPT:
                     self._compiled.popitem(last=False)
@@ -115,23 +115,27 @@ class Grammars:
 
 
 def json_rule(schema: Mapping[str, Any], param: str) -> str:
-    """Return a Lark expression of a JSON schema. RequestError that names what is wrong with it, or not supported."""
+    """Return a Lark expression of a JSON schema. Raise an InvalidRequestError that names what is wrong with it, or not supported."""
     try:
         written = json.dumps(schema)
         if len(written) > MAX_SCHEMA_CHARACTERS:
             message = f"{param} has a schema of {len(written):,} characters; the most are {MAX_SCHEMA_CHARACTERS:,}."
-            raise RequestError(message, param, "invalid_schema")
+            raise InvalidRequestError(message, param, "invalid_schema")
         for where, keyword in _unknown(schema, "schema", 0, param):
             message = f"{param} has a schema with the unknown keyword {keyword!r} at {where}{did_you_mean(keyword, KEYWORDS)}"
-            raise RequestError(f"{message}. Notes may be in description, or in keywords that begin with x-.", param, "invalid_schema")
+            raise InvalidRequestError(
+                f"{message}. Notes may be in description, or in keywords that begin with x-.", param, "invalid_schema"
+            )
         Draft202012Validator.check_schema(schema)
-    except RequestError:
+    except InvalidRequestError:
         raise
     except SchemaError as error:
         where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path)
-        raise RequestError(f"{param} has an invalid schema at schema{where}: {_short(error.message)}", param, "invalid_schema") from error
+        raise InvalidRequestError(
+            f"{param} has an invalid schema at schema{where}: {_short(error.message)}", param, "invalid_schema"
+        ) from error
     except (RecursionError, ValueError) as error:
-        raise RequestError(f"{param} has a schema that can't be read: {_short(str(error))}", param, "invalid_schema") from error
+        raise InvalidRequestError(f"{param} has a schema that can't be read: {_short(str(error))}", param, "invalid_schema") from error
     return "%json " + json.dumps({**schema, "x-guidance": LAYOUT})
 
 
@@ -143,7 +147,7 @@ def quoted(text: str) -> str:
 def _unknown(schema: Any, where: str, depth: int, param: str) -> Iterator[tuple[str, str]]:
     """Yield the keywords that JSON Schema does not have, with their places. llguidance would pass over them, typos included."""
     if depth > MAX_SCHEMA_DEPTH:
-        raise RequestError(f"{param} has a schema that is nested deeper than {MAX_SCHEMA_DEPTH} levels.", param, "invalid_schema")
+        raise InvalidRequestError(f"{param} has a schema that is nested deeper than {MAX_SCHEMA_DEPTH} levels.", param, "invalid_schema")
     if not isinstance(schema, dict):
         return
     for key, value in schema.items():

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from acip_platform.serve.http.errors import RequestError
+from acip_platform.serve.text.errors import InvalidRequestError
 from acip_platform.serve.text.grammar import ANY_OBJECT, Constraint, Grammars, json_rule
 from acip_platform.serve.text.tools import TEXT, NamedTool, Tool, ToolFormat, has_tools, parameters
 
@@ -40,7 +40,7 @@ class ResponseFormat(BaseModel):
             message = (
                 'response_format has no schema; it must be like {"type": "json_schema", "json_schema": {"name": "a", "schema": {...}}}.'
             )
-            raise RequestError(message, "response_format", "missing_field")
+            raise InvalidRequestError(message, "response_format", "missing_field")
         return json_rule(self.json_schema.schema_, "response_format")
 
 
@@ -66,11 +66,11 @@ class AnswerFormats:
         self.grammars = Grammars(tokenizer, vocabulary, ends)
 
     def tools(self, request: Any) -> list[Tool] | None:
-        """The tools that the template shows the model; None without. RequestError where the template can't."""
+        """The tools that the template shows the model; None without. Raise an InvalidRequestError where the template can't."""
         choice = request.tool_choice
         if not request.tools:
             if choice not in (None, "none", "auto"):
-                raise RequestError("tool_choice asks for a tool, and tools has none.", "tool_choice")
+                raise InvalidRequestError("tool_choice asks for a tool, and tools has none.", "tool_choice")
             return None
         if choice == "none":
             return None
@@ -79,26 +79,26 @@ class AnswerFormats:
                 f"the chat template of {self.name} has no tools, so the model can't be told of any; leave tools out, or ask for JSON "
                 "with response_format."
             )
-            raise RequestError(message, "tools", "no_tools")
+            raise InvalidRequestError(message, "tools", "no_tools")
         names = [tool.function.name for tool in request.tools]
         if len(set(names)) < len(names):
-            raise RequestError(f"tools has two functions of one name: {', '.join(sorted(names))}.", "tools")
+            raise InvalidRequestError(f"tools has two functions of one name: {', '.join(sorted(names))}.", "tools")
         if other := [tool.function.name for tool in request.tools if parameters(tool)["type"] != "object"]:
-            raise RequestError(f"the parameters of {other[0]} are of another type than object.", "tools", "invalid_schema")
+            raise InvalidRequestError(f"the parameters of {other[0]} are of another type than object.", "tools", "invalid_schema")
         if isinstance(choice, NamedTool) and choice.function.name not in names:
             message = f"tool_choice names {choice.function.name!r}; the tools are {', '.join(names)}."
-            raise RequestError(message, "tool_choice")
+            raise InvalidRequestError(message, "tool_choice")
         return list(request.tools)
 
     def of(self, request: Any) -> AnswerFormat | None:
-        """The form of a request's answers; None: any text. RequestError where it can't be had."""
+        """The form of a request's answers; None: any text. Raise an InvalidRequestError where it can't be had."""
         wanted = getattr(request, "response_format", None)
         rule = wanted.rule if wanted is not None else None
         tools = self.tools(request) if hasattr(request, "tools") else None
         if rule is None and tools is None:
             return None
         if request.ignore_eos:
-            raise RequestError(
+            raise InvalidRequestError(
                 "ignore_eos can't be true beside response_format or tools: an answer ends where its form does.", "ignore_eos"
             )
         if tools is None:
@@ -107,13 +107,13 @@ class AnswerFormats:
         optional = choice in (None, "auto")
         if optional and form is None:
             message = f'the chat template of {self.name} writes calls of tools in a form that is not JSON; set tool_choice to "required".'
-            raise RequestError(message, "tool_choice", "no_tools")
+            raise InvalidRequestError(message, "tool_choice", "no_tools")
         form = form or ToolFormat()
         if optional and rule is not None and not form.marker:
             message = (
                 f"{self.name} does not mark calls of tools, so response_format can't be told from them; set tool_choice or leave one out."
             )
-            raise RequestError(message, "response_format")
+            raise InvalidRequestError(message, "response_format")
         if isinstance(choice, NamedTool):
             tools = [tool for tool in tools if tool.function.name == choice.function.name]
         parallel = request.parallel_tool_calls is not False and not isinstance(choice, NamedTool)

@@ -1,6 +1,6 @@
-"""Log-probabilities of tokens, in the engine's form and in the two forms of OpenAI's answers.
+"""Log-probabilities of tokens, in the form of a `TextEvent` and in the two forms of OpenAI's answers.
 
-engine        {"id", "bytes", "offset", "logprob", "top": [(id, bytes, logprob), ...]}; logprob and top of a text's first token are None
+event         {"id", "bytes", "offset", "logprob", "top": [(id, bytes, logprob), ...]}; logprob and top of a text's first token are None
 chat          a list of {"token", "logprob", "bytes", "top_logprobs"}
 completions   four parallel lists; top_logprobs are objects by the token's text, so texts must differ: a token that is not whole
               characters is named "bytes:\\xNN", and of several tokens with one text all but the most likely "token_id:N"
@@ -9,15 +9,14 @@ completions   four parallel lists; top_logprobs are objects by the token's text,
 from collections.abc import Sequence
 from typing import Any
 
+from acip_platform.serve.engine.sampling import ScoredToken
 from acip_platform.serve.text.token_bytes import TokenBytes, readable
 
-Scored = tuple[int, float]  # a token and its log-probability
 
-
-def scored(table: TokenBytes, token: int, offset: int, logprob: float | None, top: Sequence[Scored]) -> dict[str, Any]:
-    """Return the engine's form. `offset` is the number of characters of the text before the token."""
-    alternatives = None if logprob is None else [(id, table[id], value) for id, value in top]
-    return {"id": token, "bytes": table[token], "offset": offset, "logprob": logprob, "top": alternatives}
+def scored(table: TokenBytes, token: ScoredToken, offset: int) -> dict[str, Any]:
+    """Return the form of events. `offset` is the number of characters of the text before the token."""
+    alternatives = None if token.logprob is None else [(id, table[id], value) for id, value in token.top]
+    return {"id": token.token, "bytes": table[token.token], "offset": offset, "logprob": token.logprob, "top": alternatives}
 
 
 def as_chat(tokens: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,66 @@
+"""Events of a request, in the order in which they happen.
+
+    RequestStarted -> for each sequence: PromptScored, if requested -> TokenSampled, ... -> SequenceEnded -> RequestDone
+
+`RequestFailed` may take the place of any of them; nothing follows it or `RequestDone`. Events of different sequences are interleaved.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from acip_platform.serve.engine.sampling import SampledToken, ScoredToken
+
+EndReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class RequestStarted:
+    """The first sequence of the request has got its first token."""
+
+    queued_s: float
+
+
+@dataclass(frozen=True)
+class PromptScored:
+    """The log-probabilities of a sequence's prompt. The first token has none, because nothing comes before it."""
+
+    index: int
+    tokens: tuple[ScoredToken, ...]
+
+
+@dataclass(frozen=True)
+class TokenSampled:
+    """The next token of a sequence. The end token of a sequence is not among them."""
+
+    index: int
+    token: SampledToken
+
+
+@dataclass(frozen=True)
+class SequenceEnded:
+    """The end of a sequence: "stop" by an end token, the constraint or the consumer, "length" by max_tokens or the deadline."""
+
+    index: int
+    reason: EndReason
+
+
+@dataclass(frozen=True)
+class RequestDone:
+    """All sequences have ended. Times are in seconds; `completion_tokens` include end tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    queued_s: float
+    first_token_s: float  # from the first slot to the first token
+    generate_s: float  # from the first slot to the end
+    timed_out: bool = False  # the deadline ended it
+
+
+@dataclass(frozen=True)
+class RequestFailed:
+    """The request ended with an error: an `EngineError`, the error of a constraint, or whatever a forward pass raised."""
+
+    error: Exception
+
+
+TokenEvent = RequestStarted | PromptScored | TokenSampled | SequenceEnded | RequestDone | RequestFailed

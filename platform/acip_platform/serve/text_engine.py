@@ -1,0 +1,222 @@
+"""The engine for requests in text, between HTTP and the engine of tokens.
+
+parsed request -> chat template, tokenizer -> GenerationRequest -> engine
+TokenEvents of the engine -> detokenizers, stop texts -> TextEvents
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from typing import Any
+
+from acip_platform.serve.engine.engine import DEFAULT_MAX_TOKENS, TIMEOUT_S, ActiveRequest, Engine
+from acip_platform.serve.engine.events import (
+    PromptScored,
+    RequestDone,
+    RequestFailed,
+    RequestStarted,
+    SequenceEnded,
+    TokenEvent,
+    TokenSampled,
+)
+from acip_platform.serve.engine.request import GenerationRequest
+from acip_platform.serve.engine.resident_model import ResidentModel
+from acip_platform.serve.engine.sampling import SampledToken, SamplingParams
+from acip_platform.serve.http.errors import logged_response
+from acip_platform.serve.http.requests import ChatRequest, CompletionRequest
+from acip_platform.serve.size_facts import size_facts
+from acip_platform.serve.text.detokenizer import Detokenizer
+from acip_platform.serve.text.events import TextEvent
+from acip_platform.serve.text.model_text import ModelText, stop_texts
+from acip_platform.serve.text.prompt_logprobs import Echo, wants_echo
+from acip_platform.serve.text.token_logprobs import scored
+
+log = logging.getLogger("ray.serve")
+
+
+class SequenceText:
+    """The growing text of one sequence: the consumer of its tokens. A stop text ends the sequence at once."""
+
+    def __init__(self, detokenizer: Detokenizer, echo: Echo | None) -> None:
+        self.detokenizer, self.echo = detokenizer, echo
+        self._added: deque[tuple[str, int]] = deque()  # of tokens whose event has not come: text, and place of the token
+
+    def take(self, token: SampledToken) -> bool:
+        text = self.detokenizer.add(token.token)
+        self._added.append((text, self.detokenizer.offset))
+        return self.detokenizer.stopped
+
+    def prompt(self, index: int, event: PromptScored | None) -> Iterator[TextEvent]:
+        """Yield the prompt, once, if the answer repeats it."""
+        if self.echo is not None:
+            echo, self.echo = self.echo, None
+            yield TextEvent("text", index, echo.text, echo.logprobs(event.tokens) if event is not None else None)
+
+    def token(self, index: int, token: SampledToken) -> Iterator[TextEvent]:
+        """Yield the text that became certain with a token, with the token's log-probability if it was requested."""
+        text, offset = self._added.popleft()
+        logprobs = None if token.logprob is None else [scored(self.detokenizer.bytes, token, offset)]
+        if text or logprobs:
+            yield TextEvent("text", index, text, logprobs)
+
+    def end(self, index: int, reason: str) -> TextEvent:
+        return TextEvent("end", index, self.detokenizer.end(), data={"finish_reason": reason})
+
+
+class TextRequest:
+    """A request in text on its way through the engine. `on_event` gets its events in the engine's thread, those of one step together."""
+
+    active: ActiveRequest  # set by `TextEngine.submit`
+
+    def __init__(
+        self, model: ResidentModel, request: CompletionRequest | ChatRequest, on_event: Callable[[list[TextEvent]], object]
+    ) -> None:
+        self.on_event = on_event
+        text = ModelText.of(model)
+        _, budget = request.name_and_budget([model.name])
+        model.cut(budget)  # a size that the model does not have is an error before the prompts are looked at
+        echo = wants_echo(request)
+        prompts = text.encode(request)
+        self.format = text.format_of(request)
+        shown = self.format.shown if self.format is not None else ()
+        self._choices = request.n or 1
+        self._sequences: list[SequenceText] = []
+        stops = stop_texts(model, request)
+
+        def consumer(index: int) -> SequenceText:
+            ids = prompts[index // self._choices]
+            detokenizer = Detokenizer(text.tokenizer, [] if echo else ids, stops, shown)
+            self._sequences.append(
+                SequenceText(detokenizer, self._echo(request, detokenizer, text.tokenizer, ids, index) if echo else None)
+            )
+            return self._sequences[-1]
+
+        self.generation = GenerationRequest(
+            prompts, budget, self._choices, request.limit, sampling_params(request), request.seed,
+            end_tokens=frozenset() if request.ignore_eos else None,
+            prompt_logprobs=request.told_logprobs if echo else None,
+            constraint=self.format.constraint if self.format is not None else None,
+            consumer=consumer,
+        )  # fmt: skip
+
+    def _echo(self, request: Any, detokenizer: Detokenizer, tokenizer: Any, ids: list[int], index: int) -> Echo:
+        prompt = request.prompts[index // self._choices]
+        return Echo(detokenizer, tokenizer, ids, prompt if isinstance(prompt, str) else None)
+
+    def head(self) -> TextEvent:
+        """Return what is certain before anything is generated."""
+        model, active = self.active.model, self.active
+        return TextEvent("head", data={
+            "model": model.name, "version": model.version.version, "seed": active.seed,
+            "size": size_facts(active.cut, model.removed_at_stop), "max_tokens": active.max_tokens,
+            "tools": self.format.tools if self.format is not None else None,
+        })  # fmt: skip
+
+    def on_tokens(self, events: list[TokenEvent]) -> None:
+        """Turn the engine's events into events in text."""
+        try:
+            texts = [text for event in events for text in self._texts(event)]
+        except Exception as error:  # the client must get an end
+            texts = [_failed(error)]
+        if texts:
+            self.on_event(texts)
+
+    def _texts(self, event: TokenEvent) -> Iterator[TextEvent]:
+        match event:
+            case RequestStarted():
+                yield TextEvent("start", data={"queued_s": event.queued_s})
+            case PromptScored():
+                yield from self._sequences[event.index].prompt(event.index, event)
+            case TokenSampled():
+                sequence = self._sequences[event.index]
+                yield from sequence.prompt(event.index, None)
+                yield from sequence.token(event.index, event.token)
+            case SequenceEnded():
+                sequence = self._sequences[event.index]
+                yield from sequence.prompt(event.index, None)
+                yield sequence.end(event.index, event.reason)
+            case RequestDone():
+                yield TextEvent("done", data=_facts(event))
+            case RequestFailed():
+                yield _failed(event.error)
+
+
+class TextEngine:
+    """An engine that answers parsed requests in text. `tokens` is the engine of tokens that it uses."""
+
+    def __init__(self, timeout_s: float = TIMEOUT_S, default_max_tokens: int = DEFAULT_MAX_TOKENS) -> None:
+        self.tokens = Engine(timeout_s, default_max_tokens)
+        self.add, self.remove, self.close = self.tokens.add, self.tokens.remove, self.tokens.close
+
+    @property
+    def open(self) -> int:
+        """The number of requests that are waiting or running."""
+        return self.tokens.open
+
+    @property
+    def alive(self) -> bool:
+        return self.tokens.alive
+
+    def submit(
+        self,
+        model: ResidentModel,
+        request: CompletionRequest | ChatRequest,
+        on_event: Callable[[list[TextEvent]], object],
+        received: float | None = None,
+    ) -> TextRequest:
+        """Begin to answer. Its timeout counts from `received`, in seconds of time.monotonic; None stands for now.
+
+        Raise an InvalidRequestError, EngineError or BudgetError for a request that is not valid. Later errors are events.
+        """
+        received = time.monotonic() if received is None else received
+        text_request = TextRequest(model, request, on_event)
+        text_request.active = self.tokens.submit(model, text_request.generation, text_request.on_tokens, received)
+        return text_request
+
+    def cancel(self, request: TextRequest) -> None:
+        """Drop a request: its sequences leave the batch before the next step."""
+        self.tokens.cancel(request.active)
+
+    def events(self, model: ResidentModel, request: CompletionRequest | ChatRequest) -> Iterator[TextEvent]:
+        """Submit a request, and yield its events until the last. Closing the iterator cancels the request."""
+        queue: SimpleQueue[list[TextEvent]] = SimpleQueue()
+        text_request = self.submit(model, request, queue.put)
+        try:
+            while True:
+                for event in queue.get():
+                    yield event
+                    if event.kind in ("done", "error"):
+                        return
+        finally:
+            self.cancel(text_request)
+
+
+def sampling_params(request: CompletionRequest | ChatRequest) -> SamplingParams:
+    return SamplingParams(
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=request.top_k,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
+        logprobs=request.told_logprobs,
+    )
+
+
+def _facts(done: RequestDone) -> dict[str, Any]:
+    usage = {
+        "prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens,
+        "total_tokens": done.prompt_tokens + done.completion_tokens,
+    }  # fmt: skip
+    timings = {
+        "queued_s": done.queued_s, "first_token_s": done.first_token_s, "generate_s": done.generate_s,
+        "tokens_per_s": done.completion_tokens / max(done.generate_s, 1e-9),
+    }  # fmt: skip
+    return {"usage": usage, "timings": timings, **({"timed_out": True} if done.timed_out else {})}
+
+
+def _failed(error: Exception) -> TextEvent:
+    status, body = logged_response(error)
+    return TextEvent("error", data={"status": status, "body": body})
