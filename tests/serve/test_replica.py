@@ -131,8 +131,9 @@ def test_packed_weights_leave_before_any_model(start: Start, small_artifact: Art
     assert tight.resident == [first, second]
     assert first.packed_bytes == second.packed_bytes == 0
     assert tight.used_bytes == 2 * needs
+    engine: Any = there.engine
     for served in (first, second):
-        (*_, last) = there.engine.events(served, CompletionRequest(prompt="It was", max_tokens=3, ignore_eos=True))
+        (*_, last) = engine.events(served, CompletionRequest(prompt="It was", max_tokens=3, ignore_eos=True))
         assert last.data["usage"]["completion_tokens"] == 3
 
 
