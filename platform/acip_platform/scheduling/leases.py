@@ -4,7 +4,7 @@
 
 The creator of the highest-numbered file holds the lease. Creating a file is a conditional write (O_EXCL, or If-None-Match on S3), so
 exactly one process succeeds. The owner updates the heartbeat `beat` every `beat_s` seconds. A heartbeat that is unchanged over
-`LOOKS` polls, `beat_s` seconds apart, means that the owner died; another process then creates the next number. No clocks are compared:
+`POLLS` polls, `beat_s` seconds apart, means that the owner died; another process then creates the next number. No clocks are compared:
 each process counts its own polls, and only those that S3 answered. An owner that was only suspended finds the higher number at its
 next heartbeat, and stops.
 """
@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from acip_platform.storage.store import Store, StoreError
 
-LOOKS = 6  # polls with an unchanged heartbeat until a lease expires
+POLLS = 6  # polls with an unchanged heartbeat until a lease expires
 FOLDER = ".leases"  # names of models do not begin with a dot
 
 
@@ -33,7 +33,7 @@ class Leases:
     """
 
     def __init__(self, store: Store, lease_s: float, lost: Callable[[str, str], Any]) -> None:
-        self.store, self.lease_s, self.beat_s, self.lost = store, lease_s, lease_s / LOOKS, lost
+        self.store, self.lease_s, self.beat_s, self.lost = store, lease_s, lease_s / POLLS, lost
         self.owner = f"{_user()} on {socket.gethostname()}, process {os.getpid()}"
         self.mark = secrets.token_hex(8)
         self.held: dict[str, int] = {}  # attempt -> number of the lease
@@ -68,12 +68,12 @@ class Leases:
         for attempt, lease in others.items():
             waiting(attempt, lease["owner"])
         alive: dict[str, str] = {}
-        for look in range(LOOKS):
+        for poll in range(POLLS):
             if not others:
                 break
             time.sleep(self.beat_s)
             for attempt, lease in list(others.items()):
-                current = self._take(attempt, lease if look == LOOKS - 1 else None)
+                current = self._take(attempt, lease if poll == POLLS - 1 else None)
                 if current is None:
                     del others[attempt]
                 elif current != lease:
