@@ -104,5 +104,5 @@ def test_a_dry_run_says_what_a_model_needs_and_what_is_missing(
     assert "[fine] curve sizes 1, 0.5 on package:austen, held out, packed checkpoints" in said
     assert f"artifact {tmp_path}/artifacts/fine/fine-" in said and "GB for each worker, most in" in said
     assert "CAN'T RUN the configuration of base 'nobody/has-this' can't be loaded" in said
-    assert "CAN'T RUN no text 'austin' ships with acip (did you mean 'austen'?)" in said
+    assert "CAN'T RUN acip includes no text 'austin' (did you mean 'austen'?)" in said
     assert plan(jobs[:1], {"fine": Resources(1, 1)}, settings, console()) == 0
