@@ -244,7 +244,7 @@ def test_a_fleet_scores_its_tasks(small_artifact: Artifact, tmp_path: Path) -> N
         (["--tasks", "package:piqua"], "did you mean 'package:piqa'"),
         (["--sizes", "0.5", "0.0001"], "size 0.0001 (linear) can't be reached: the smallest is"),
         (["--sizes", "1.5"], "size ratio is 1.5"),
-        (["--data", "package:wiki"], "'wiki' ships with acip (did you mean"),
+        (["--data", "package:wiki"], "acip includes no text 'wiki' (did you mean"),
         (["--data", "c4"], "c4 can't be fetched from the hub"),
         (["--protocol", "feild"], "did you mean 'field'"),
         (["--sizes", "8GB"], "'8GB' is not a size ratio"),

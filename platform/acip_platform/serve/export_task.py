@@ -1,6 +1,6 @@
-"""The Ray task behind a materialization: one size of one artifact becomes a folder in the store.
+"""The Ray task of a materialization: it exports one size of an artifact to a folder in the store.
 
-It says that it runs, and then what came of it, as plain values: an exception would reach the server as a Ray traceback.
+The task yields its progress and its result as plain values, because an exception would reach the server as a Ray traceback.
 """
 
 import contextlib
@@ -25,28 +25,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be exported, and where to."""
+    """One export: the artifact, the size and the destination."""
 
     artifact: str  # URI
     budget: Budget
-    removed: int  # directions that the budget's cut removes
+    removed: int  # number of directions that the cut removes
     quantize: Any  # a Kind or None
     title: str
-    key: str  # of the folder in the store; a checksum of the content is added to it
-    facts: dict[str, Any]  # for the provenance, under "materialization"
+    key: str  # key of the folder in the store; a checksum of the content is appended
+    facts: dict[str, Any]  # stored in the provenance under "materialization"
 
 
 def export_task(settings: Settings, work: Work) -> Iterator[dict[str, Any]]:
-    """{"status": "running"}; then "succeeded" with uri, sha256 and bytes, or "failed" with the error."""
+    """Yield {"status": "running"}; then status "succeeded" with uri, sha256 and bytes, or "failed" with the error."""
     yield {"status": "running"}
-    place = settings.home / "exporting"
+    parent = settings.home / "exporting"
     try:
-        with workplace(place) as folder:
+        with workplace(parent) as folder:
             done = _export(settings, work, folder)
         yield {"status": "succeeded", **done}
     except Exception as error:
         log.exception("the export of %s failed", work.artifact)
-        yield {"status": "failed", "error": _told(error).replace(str(place), "the folder of exports under way")}
+        yield {"status": "failed", "error": _message(error).replace(str(parent), "the folder of running exports")}
 
 
 def _export(settings: Settings, work: Work, folder: Path) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def _export(settings: Settings, work: Work, folder: Path) -> dict[str, Any]:
     artifact = store.open(work.artifact)
     any_size = artifact.load(size=work.budget)
     if any_size.cut is None or any_size.cut.removed != work.removed:
-        raise ArtifactError(f"{work.artifact} was replaced by another artifact. Ask again.")
+        raise ArtifactError(f"{work.artifact} was replaced by another artifact. Try again.")
     export(any_size, artifact, folder / work.title, work.quantize, facts={"materialization": work.facts})
     raw = (folder / work.title / PROVENANCE).read_bytes()
     uri = store.add(folder / work.title, f"{work.key}-{hashlib.sha256(raw).hexdigest()[:8]}", PROVENANCE)
@@ -65,26 +65,29 @@ def _export(settings: Settings, work: Work, folder: Path) -> dict[str, Any]:
 
 
 def sums(raw: bytes) -> dict[str, Any]:
-    """The checksum of an export and the bytes of all its files, from its provenance.json as it is stored."""
+    """Return the checksum of an export and the bytes of all its files, from the content of its provenance.json."""
     files = json.loads(raw)["files"].values()
     return {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw) + sum(facts["bytes"] for facts in files)}
 
 
-def _told(error: Exception) -> str:
-    """What the client may know: our own messages; of others neither paths nor code."""
+def _message(error: Exception) -> str:
+    """Return the error message that clients receive. Errors of libraries are shortened, so that no paths or code are shown."""
     if isinstance(error, AcipError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}."
-    return f"the export failed ({type(error).__name__}); the log of its worker says why."
+    return f"the export failed ({type(error).__name__}); the reason is in the log of its worker."
 
 
 @contextlib.contextmanager
 def workplace(parent: Path) -> Iterator[Path]:
-    """A folder of one task's own. It is locked while the task lives, so that what dead ones left is known, and removed."""
+    """Yield a temporary folder for one task, and remove the folders of dead tasks.
+
+    The folder is locked while its task runs, so an unlocked folder belongs to a dead one.
+    """
     parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
-        with lock(parent):  # nobody looks between the making of a folder and its lock
+        with lock(parent):  # no other task removes the new folder before it is locked
             for left in parent.iterdir():
                 with contextlib.suppress(BlockingIOError), lock(left, fcntl.LOCK_NB):
                     shutil.rmtree(left)
@@ -96,7 +99,7 @@ def workplace(parent: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def lock(folder: Path, more: int = 0) -> Iterator[None]:
-    """Hold a folder; the kernel lets go of it when the process dies."""
+    """Lock a folder. The kernel releases the lock when the process dies. `more` adds flags, for example LOCK_NB."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | more)

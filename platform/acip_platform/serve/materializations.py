@@ -1,13 +1,13 @@
-"""Materializations: sizes of registered models exported to the store, each once, in the background.
+"""Materializations: sizes of registered models that are exported to the store in the background, each one once.
 
-    queued -> running -> succeeded | failed        one Ray task each (export_task), `at_once` of them side by side
+    queued -> running -> succeeded | failed        one Ray task each (export_task), at most `at_once` of them at a time
 
-The id is a hash of the version and its cut, so budgets that come to the same cut are one materialization. The truth is in the
-store: a folder `exports/NAME/VERSION/size-0.6000[-KIND]-HASH-CHECKSUM` with its provenance.json, which comes last. So a server
-that was restarted, or another one, finds what is there. What failed may be asked for again; so may what was deleted.
+The id is a hash of the version and its cut, so budgets that result in the same cut share one materialization. The store is the
+authority: an export is a folder `exports/NAME/VERSION/size-0.6000[-KIND]-HASH-CHECKSUM` whose provenance.json is written last. A
+restarted server, or another one, reads the exports from there. Failed and deleted materializations can be requested again.
 
-A record's `sha256` is that of the folder's provenance.json, which holds the sha256 of every other file: comparing it, and then
-each file with what is written there, checks all of the folder. `bytes` are those of all its files.
+A record's `sha256` is the hash of the folder's provenance.json, which lists the SHA-256 of every other file, so it covers the whole
+folder. `bytes` is the total of all its files.
 """
 
 import asyncio
@@ -37,15 +37,15 @@ from acip_platform.storage.store import Store, StoreError
 from acip_platform.tracking.registry import ModelVersion
 
 EXPORTS = "exports"  # key in the store
-LOOK_EVERY_S = 30.0  # at most, for what others put into the store
-TABLES = 16  # kept, of versions that were asked for
+LOOK_EVERY_S = 30.0  # the shortest interval between two listings of the store
+TABLES = 16  # size of the cache of cut tables, one per version
 
 log = logging.getLogger("ray.serve")
 
 
 @dataclass
 class Record:
-    """One materialization, as clients see it."""
+    """One materialization, in the format that clients receive."""
 
     id: str
     model: str
@@ -64,7 +64,7 @@ class Record:
     def active(self) -> bool:
         return self.status in ("queued", "running")
 
-    def tell(self, **facts: Any) -> None:
+    def update(self, **facts: Any) -> None:
         for key, value in facts.items():
             setattr(self, key, value)
         if not self.active:
@@ -75,7 +75,10 @@ class Record:
 
 
 class Materializations:
-    """Of one store. For one event loop; the Ray tasks need `num_cpus` that nobody else holds, or stay queued."""
+    """The materializations of one store, for use in one event loop.
+
+    Each Ray task reserves `num_cpus`, and is queued until they are free.
+    """
 
     def __init__(self, settings: Settings, at_once: int = 1, num_cpus: float = 1, max_queued: int = 16, keep: int = 1000) -> None:
         self.settings, self.keep, self.most = settings, keep, at_once + max_queued
@@ -83,29 +86,30 @@ class Materializations:
         self.task: Any = ray.remote(num_cpus=num_cpus, max_retries=0)(export_task)
         self._turns, self._looking, self._looked = asyncio.Semaphore(at_once), asyncio.Lock(), -LOOK_EVERY_S
         self._records: dict[str, Record] = {}
-        self._tables: dict[str, tuple[CutTable, int]] = {}  # by artifact: the table, and directions removed where calibration stopped
-        self._background: set[asyncio.Task[None]] = set()  # the loop itself would forget them
+        self._tables: dict[str, tuple[CutTable, int]] = {}  # by artifact: its table, and the number of directions removed at the stop ratio
+        self._background: set[asyncio.Task[None]] = set()  # the event loop keeps weak references only
 
     async def start(self, version: ModelVersion, budget: Budget, quantize: str | None = None) -> dict[str, Any]:
-        """The record of this size of this version, begun where it is neither there nor under way.
+        """Return the record of this size of a version. Start its export unless it exists or is running.
 
-        BudgetError for a size that can't be had, RequestError for the rest: 400, 429 (too many wait) or 503 (the store).
+        Raises BudgetError for a size that can't be reached, and RequestError with 400, 429 (the queue is full) or 503 (the store is not
+        available).
         """
         record, work = await asyncio.to_thread(self._plan, version, budget, quantize)
         if (known := self._records.get(record.id)) and known.active:
             return known.shown()
-        there = await asyncio.to_thread(self._stored, f"{EXPORTS}/{_name(version)}", {record.id})
-        known = self._records.get(record.id)  # again: others were here meanwhile
-        if known and (known.active or (there and known.uri == there[0].uri)):
+        stored = await asyncio.to_thread(self._stored, f"{EXPORTS}/{_name(version)}", {record.id})
+        known = self._records.get(record.id)  # read again: another request may have run meanwhile
+        if known and (known.active or (stored and known.uri == stored[0].uri)):
             return known.shown()
-        if there:
-            self._put(there[0])
-            return there[0].shown()
+        if stored:
+            self._put(stored[0])
+            return stored[0].shown()
         if sum(other.active for other in self._records.values()) >= self.most:
-            message = f"{self.most} materializations are queued or running, the most that may be; ask again when some are done."
+            message = f"{self.most} materializations are queued or running, which is the limit. Try again when some have finished."
             raise RequestError(message, code="queue_full", status=429)
         self._put(record)
-        # a context of its own: canceling a request cancels the Ray tasks begun in it
+        # a separate context: canceling a request cancels the Ray tasks that were started in its context
         running = asyncio.create_task(self._run(record, work), context=contextvars.Context())
         self._background.add(running)
         running.add_done_callback(self._background.discard)
@@ -115,17 +119,17 @@ class Materializations:
         if id not in self._records and re.fullmatch(r"mat-[0-9a-f]{16}", id):
             await self._look()
         if id not in self._records:
-            message = f"no materialization {id!r}; GET /v1/materializations lists them, POST makes one."
+            message = f"no materialization {id!r}. GET /v1/materializations lists them; POST starts one."
             raise RequestError(message, "id", "materialization_not_found", 404)
         return self._records[id].shown()
 
     async def list(self) -> Sequence[dict[str, Any]]:
-        """What is known, the newest first."""
+        """Return all records, newest first."""
         await self._look()
         return [record.shown() for record in sorted(self._records.values(), key=lambda record: -record.created)]
 
     async def _look(self) -> None:
-        """Learn what is in the store, from before this process or from others; not all the time."""
+        """Add exports of earlier or other processes from the store, at most every LOOK_EVERY_S seconds."""
         async with self._looking:
             if time.monotonic() - self._looked < LOOK_EVERY_S:
                 return
@@ -138,16 +142,16 @@ class Materializations:
     async def _run(self, record: Record, work: Work) -> None:
         async with self._turns:
             try:
-                async for said in self.task.remote(self.settings, work):
-                    record.tell(**await said)
+                async for progress in self.task.remote(self.settings, work):
+                    record.update(**await progress)
             except Exception as error:
                 log.exception("materialization %s failed", record.id)
-                record.tell(status="failed", error=_reason(error))
+                record.update(status="failed", error=_reason(error))
         if record.status == "failed":
-            self._tables.pop(work.artifact, None)  # perhaps the artifact is no longer what it was
+            self._tables.pop(work.artifact, None)  # the artifact may have been replaced
 
     def _plan(self, version: ModelVersion, budget: Budget, quantize: str | None) -> tuple[Record, Work]:
-        """What is to be made, and its record."""
+        """Return a new record, and the work that it stands for."""
         kind = _kind(quantize)
         table, at_stop = self._table(version.uri)
         budget = counted(budget, kind)
@@ -178,16 +182,16 @@ class Materializations:
         return self._tables[uri]
 
     def _stored(self, under: str, wanted: set[str] | None, known: set[str] | None = None) -> Sequence[Record]:
-        """Complete exports in the store, the oldest first: those `wanted` (None: the newest that are not `known`)."""
+        """Return complete exports in the store, oldest first: those `wanted`, or, for None, the newest that are not `known`."""
         try:
-            came = self.store.complete(under, PROVENANCE)
-            ids = {uri: f"mat-{found[1]}" for uri in came if (found := re.search(r"/size-[^/]*-([0-9a-f]{16})-[0-9a-f]{8}$", uri))}
+            times = self.store.complete(under, PROVENANCE)
+            ids = {uri: f"mat-{match[1]}" for uri in times if (match := re.search(r"/size-[^/]*-([0-9a-f]{16})-[0-9a-f]{8}$", uri))}
             uris = [uri for uri in ids if (ids[uri] not in (known or set()) if wanted is None else ids[uri] in wanted)]
-            uris = sorted(uris, key=lambda uri: (came[uri], uri))[-self.keep :]
+            uris = sorted(uris, key=lambda uri: (times[uri], uri))[-self.keep :]
             raws = self.store.read([f"{uri}/{PROVENANCE}" for uri in uris])
         except StoreError as error:
             raise RequestError(str(error), None, "store_unavailable", 503) from error
-        records = [_record(uri, raw, int(came[uri])) for uri, raw in zip(uris, raws, strict=True)]
+        records = [_record(uri, raw, int(times[uri])) for uri, raw in zip(uris, raws, strict=True)]
         return [record for record in records if record is not None]
 
     def _put(self, record: Record) -> None:
@@ -198,13 +202,13 @@ class Materializations:
             del self._records[other.id]
 
 
-def _record(uri: str, raw: bytes, came: int) -> Record | None:
-    """The record of a folder in the store; None where its provenance is not of a materialization."""
+def _record(uri: str, raw: bytes, finished: int) -> Record | None:
+    """Return the record of a folder in the store, or None if its provenance does not describe a materialization."""
     try:
         facts: Mapping[str, Any] = json.loads(raw)["materialization"]
-        return Record(**facts, created=came, status="succeeded", uri=uri, finished=came, **sums(raw))
+        return Record(**facts, created=finished, status="succeeded", uri=uri, finished=finished, **sums(raw))
     except (ValueError, KeyError, TypeError, AttributeError):
-        log.warning("%s/%s is not what we write; the folder is passed over", uri, PROVENANCE)
+        log.warning("%s/%s does not describe a materialization; the folder is skipped", uri, PROVENANCE)
         return None
 
 
@@ -215,15 +219,15 @@ def _kind(quantize: str | None) -> Kind | None:
 
 
 def _name(version: ModelVersion) -> str:
-    """NAME/VERSION as a part of a key, whatever the name is."""
+    """Return NAME/VERSION as part of a key, with unsafe characters of the name replaced."""
     return re.sub(r"^\.+|[^A-Za-z0-9._-]", "_", version.name) + f"/{version.version}"
 
 
 def _reason(error: Exception) -> str:
-    """What the client may know of a task that did not come back."""
+    """Return the error message that clients receive for a task that failed without a result."""
     if isinstance(error, OutOfMemoryError):
-        return "its node ran out of memory. Ask for a smaller size, or give the node more."
+        return "the node ran out of memory. Use a smaller size, or a node with more memory."
     if isinstance(error, WorkerCrashedError | NodeDiedError):
-        return "the process that made it died; it was stopped, or its node ran out of memory. Ask again."
-    what = "Ray" if isinstance(error, RayError) else "the server"
-    return f"{what} could not do it ({type(error).__name__}); the server's log says more."
+        return "the export process died: it was stopped, or its node ran out of memory. Try again."
+    culprit = "Ray" if isinstance(error, RayError) else "the server"
+    return f"{culprit} failed ({type(error).__name__}); the server's log has the details."

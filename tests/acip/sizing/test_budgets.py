@@ -242,7 +242,7 @@ def test_an_artifact_keeps_what_its_curve_predicts(small_artifact: Artifact) -> 
     cut = any_size.resize(Budget(max_loss_increase=0.1))
     assert (cut.asked, cut.convention, cut.unit) == (0.1, "max_loss_increase", "nats per token")
     assert 0 <= cut.sizes["linear"] - 0.8 < 0.01
-    with pytest.raises(BudgetError, match=r"max_perplexity 4 can't be kept: the base model has perplexity 4\.48"):
+    with pytest.raises(BudgetError, match=r"max_perplexity 4 can't be reached: the base model has perplexity 4\.48"):
         any_size.resize(Budget(max_perplexity=4))
 
 
@@ -262,20 +262,20 @@ BARE = CutTable(shapes(0), table(0).order, 0, 0)
     ("fields", "said"),
     [
         ({}, "exactly one"),
-        ({"ratio": 0.5, "stored_bytes": 5}, r"exactly one of them \(got ratio and stored_bytes\)"),
+        ({"ratio": 0.5, "stored_bytes": 5}, r"exactly one of .* \(got ratio and stored_bytes\)"),
         ({"stored_bytes": 0}, "whole number of bytes, at least 1"),
         ({"stored_bytes": 1.5}, "whole number of bytes"),
         ({"stored_bytes": True}, "whole number of bytes"),
-        ({"memory_mb": 100}, "go together"),
-        ({"memory_mb": 100, "context": 100}, "go together"),
-        ({"ratio": 0.5, "batch": 1}, "go together"),
+        ({"memory_mb": 100}, "or none of them"),
+        ({"memory_mb": 100, "context": 100}, "or none of them"),
+        ({"ratio": 0.5, "batch": 1}, "or none of them"),
         ({"memory_mb": float("nan"), "context": 1, "batch": 1}, "above 0"),
         ({"memory_mb": 100, "context": 0, "batch": 1}, "whole number of tokens"),
         ({"max_perplexity": 0.9}, "at least 1"),
         ({"max_loss_increase": -0.1}, "at least 0"),
         ({"max_loss_increase": float("inf")}, "at least 0"),
         ({"stored_bytes": 5, "bits": 16}, "8, 4, 'best' or None"),
-        ({"ratio": 0.5, "bits": "best"}, "bits change no ratio"),
+        ({"ratio": 0.5, "bits": "best"}, "use .best. with stored_bytes"),
     ],
 )
 def test_malformed_budgets_say_what_is_allowed(fields: dict[str, Any], said: str) -> None:
@@ -286,8 +286,8 @@ def test_malformed_budgets_say_what_is_allowed(fields: dict[str, Any], said: str
 @pytest.mark.parametrize(
     ("cut_table", "budget", "said"),
     [
-        (BARE, Budget(stored_bytes=10**9), "load the artifact"),
-        (BARE, Budget(memory_mb=1000, context=1, batch=1), "load the artifact"),
+        (BARE, Budget(stored_bytes=10**9), "load the saved artifact"),
+        (BARE, Budget(memory_mb=1000, context=1, batch=1), "load the saved artifact"),
         (BARE, Budget(max_perplexity=20), "no curve"),
         (table(0), Budget(stored_bytes=10, bits=8), r"the smallest is [\d,]+ bytes in 8 bit"),
         (table(0), Budget(memory_mb=1, context=10, batch=1), r"the smallest is 257 MB \(weights .*, KV cache .*, overhead 256\.0\)"),

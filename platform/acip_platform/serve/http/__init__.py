@@ -1,1 +1,1 @@
-"""The HTTP side: routes, request schemas, keys, answers."""
+"""The HTTP server: routes, request schemas, API keys and responses."""

@@ -1,4 +1,4 @@
-"""The reference of the HTTP API: what OpenAPI can't take from the routes, and /docs, a page of it that needs nothing from elsewhere."""
+"""The reference of the HTTP API: additions to the OpenAPI schema, and /docs, a self-contained page generated from it."""
 
 import json
 from collections.abc import Collection
@@ -8,16 +8,16 @@ from typing import Any
 from fastapi import FastAPI
 
 WHEN = {
-    400: "The request can't be answered as asked; the message says what is allowed.",
-    401: "The API key is missing, or is not one of this server's.",
-    404: "There is no such model, version, materialization or route.",
-    405: "The route has no such method.",
-    408: "No token was made within the time limit.",
+    400: "The request is invalid; the message states what is allowed.",
+    401: "The API key is missing or unknown.",
+    404: "The model, version, materialization or route does not exist.",
+    405: "The route does not support the method.",
+    408: "No token was generated within the time limit.",
     413: "The body is too large.",
     415: "The body is compressed.",
-    429: "The queue is full; Retry-After says when to come back.",
-    500: "The server failed; its log says why.",
-    503: "The server starts or stops, or something that it needs is away; Retry-After says when to come back.",
+    429: "The queue is full; retry after the number of seconds in Retry-After.",
+    500: "The server failed; the reason is in its log.",
+    503: "The server or a service that it needs is not available; retry after the number of seconds in Retry-After.",
 }
 TEXT_OR_NULL = {"type": ["string", "null"]}
 ERROR = {
@@ -33,7 +33,7 @@ ERROR = {
 }
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": 'The answer. With "stream": true, server-sent events: its chunks, and [DONE]; or an event that is an error.',
+        "description": 'The response. With "stream": true, server-sent events: chunks and a final [DONE], or an error event.',
         "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}},
     }
 }
@@ -41,20 +41,20 @@ STYLE = "body{font:15px/1.5 system-ui;max-width:60em;margin:2em auto;padding:0 1
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The responses of a route that are errors, as OpenAPI tells them."""
+    """Return the OpenAPI descriptions of a route's error responses."""
     schema = {"$ref": "#/components/schemas/Error"}
     return {status: {"description": WHEN[status], "content": {"application/json": {"schema": schema}}} for status in statuses}
 
 
 def describe(app: FastAPI, open_paths: Collection[str]) -> None:
-    """Complete the OpenAPI of `app`: the errors' shape, the keys where they are asked for, and no 422, which this server never sends."""
+    """Complete the OpenAPI schema of `app`: add the error schema and API keys, and remove 422, which this server never sends."""
     schema = app.openapi()
     components = schema.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     schemas["Error"] = ERROR
-    components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": "only where the server has keys"}}
+    components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": "required if the server has API keys"}}
     for path, route in schema["paths"].items():
         for operation in route.values():
             operation["responses"].pop("422", None)
@@ -65,12 +65,12 @@ def describe(app: FastAPI, open_paths: Collection[str]) -> None:
 
 
 def page(schema: dict[str, Any]) -> str:
-    """The reference as HTML: every route with its fields and its answers."""
+    """Return the reference as HTML: every route with its fields and responses."""
     out = [f"<!DOCTYPE html><html lang=en><meta charset=utf-8><title>acip: the API</title><style>{STYLE}</style><h1>The API</h1>"]
-    out.append(f"<p>{escape(schema['info']['description'])} Where the server has keys, send <code>Authorization: Bearer KEY</code>. ")
+    out.append(f"<p>{escape(schema['info']['description'])} If the server has API keys, send <code>Authorization: Bearer KEY</code>. ")
     out.append("For programs: <a href=/openapi.json>openapi.json</a>. Every error is <code>")
     out.append(escape(json.dumps({"error": {"message": "", "type": "", "param": None, "code": ""}})) + "</code>.</p>")
-    out += _table(("status", "when"), {str(status): when for status, when in WHEN.items()})
+    out += _table(("status", "meaning"), {str(status): meaning for status, meaning in WHEN.items()})
     for path, route in schema["paths"].items():
         for method, operation in route.items():
             out.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(operation.get('description', ''))}")

@@ -1,4 +1,4 @@
-"""The body of a request: strict JSON, read with clear errors for what is not."""
+"""Strict parsing of JSON request bodies."""
 
 import json
 from typing import Any, NoReturn
@@ -8,22 +8,22 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-MAX_DEPTH = 64  # arrays and objects within each other
+MAX_DEPTH = 64  # levels of nested arrays and objects
 
 
 class JsonRequest(Request):
-    """A request whose body is UTF-8 and JSON by the letter: no NaN, no field twice, no endless nesting or numbers."""
+    """A request with a strict JSON body in UTF-8: no NaN, no duplicate fields, limited nesting and limited numbers."""
 
     async def json(self) -> Any:
-        """The body's value. Raises json.JSONDecodeError for what is not JSON, HTTPException 415 for a compressed body."""
+        """Return the value of the body. Raises json.JSONDecodeError for invalid JSON, and HTTPException 415 for a compressed body."""
         encoding = self.headers.get("content-encoding", "identity").lower()
         if encoding not in ("", "identity"):
-            raise HTTPException(415, f"the body has Content-Encoding {encoding[:40]!r}; this server reads bodies that are not compressed.")
+            raise HTTPException(415, f"the body has Content-Encoding {encoding[:40]!r}; send it uncompressed.")
         return parsed(await self.body())
 
 
 class JsonRoute(APIRoute):
-    """A route whose handler gets a `JsonRequest`."""
+    """A route whose handler receives a `JsonRequest`."""
 
     def get_route_handler(self) -> Any:
         handle = super().get_route_handler()
@@ -35,7 +35,7 @@ class JsonRoute(APIRoute):
 
 
 def parsed(body: bytes) -> Any:
-    """The value of a JSON text. Raises json.JSONDecodeError; its `pos` is -1 where the place is not known."""
+    """Return the value of a JSON text. Raises json.JSONDecodeError; its `pos` is -1 if the position is not known."""
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -46,21 +46,21 @@ def parsed(body: bytes) -> Any:
         raise
     except RecursionError as error:
         raise json.JSONDecodeError(f"it is nested deeper than {MAX_DEPTH} arrays and objects", "", -1) from error
-    except ValueError as error:  # Python reads no numbers of thousands of digits
+    except ValueError as error:  # Python parses no integer of more than 4300 digits
         raise json.JSONDecodeError("it holds a number of more than 4,300 digits", "", -1) from error
     _check_depth(value)
     return value
 
 
 def _constant(name: str) -> NoReturn:
-    raise json.JSONDecodeError(f"{name} is not a number of JSON", "", -1)
+    raise json.JSONDecodeError(f"{name} is not a JSON number", "", -1)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
-            raise json.JSONDecodeError(f"the field {name[:100]!r} is there twice", "", -1)
+            raise json.JSONDecodeError(f"the field {name[:100]!r} occurs twice", "", -1)
         fields[name] = value
     return fields
 

@@ -1,9 +1,10 @@
 """GET /v1/materializations/{id}/archive: a materialized size as one tar file, streamed from the store and resumable.
 
-    header | file | padding | header | file | padding | ... | end        each part is made or read when it is sent
+    header | file | padding | header | file | padding | ... | end        each part is created or read when it is sent
 
-The archive is never stored: names and sizes of the files give every byte's place, so a range (`curl -C -`, a browser's resume) starts
-anywhere. Folders of exports are only ever added to the store, so the same id is the same archive, byte for byte; `ETag` says so.
+The archive itself is not stored. The names and sizes of the files determine the position of every byte, so a range (`curl -C -`, a
+browser's resume) can start anywhere. Exports in the store never change, so one id always gives the same archive, byte for byte; the
+`ETag` header identifies it.
 """
 
 import re
@@ -21,13 +22,13 @@ from acip_platform.serve.http.errors import RequestError
 from acip_platform.serve.materializations import Materializations
 from acip_platform.storage.store import StoreError
 
-PART_BYTES = 8 << 20  # of a file in memory at once
+PART_BYTES = 8 << 20  # bytes of a file in memory at once
 BLOCK_BYTES = tarfile.BLOCKSIZE
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes [start, stop) of the archive: `content`, or those of a file from its beginning."""
+    """Bytes [start, stop) of the archive: either `content`, or a complete file."""
 
     start: int
     stop: int
@@ -36,7 +37,7 @@ class Piece:
 
 
 class Archive:
-    """A tar file of the files of a folder in the store."""
+    """A tar file with the files of a folder in the store."""
 
     def __init__(self, source: Source, sizes: Mapping[str, int], folder: str) -> None:
         self.source, self.pieces, self.size = source, list[Piece](), 0
@@ -55,7 +56,7 @@ class Archive:
         self.size = stop
 
     def read(self, start: int, stop: int) -> Iterator[bytes]:
-        """The bytes [start, stop) of the archive."""
+        """Yield the bytes [start, stop) of the archive."""
         for piece in self.pieces:
             first, end = max(start, piece.start) - piece.start, min(stop, piece.stop) - piece.start
             if not piece.file and first < end:
@@ -66,20 +67,25 @@ class Archive:
 
 
 def wanted(header: str | None, size: int) -> tuple[int, int] | None:
-    """The bytes [start, stop) that a Range header of one range asks for; None without such a header. RequestError (416) beyond the end."""
+    """Return the bytes [start, stop) of a Range header with one range, or None for any other header.
+
+    Raises RequestError (416) if the range starts beyond the end.
+    """
     match = re.fullmatch(r"\s*bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", header or "")
     if match is None or not (match[1] or match[2]):
-        return None  # RFC 9110: what is not understood is passed over
+        return None  # RFC 9110: ignore a header that is not understood
     start, stop = (int(match[1]), min(int(match[2] or size), size - 1) + 1) if match[1] else (max(0, size - int(match[2])), size)
     if match[1] and match[2] and int(match[2]) < start:
         return None
     if start >= size or start >= stop:
-        raise RequestError(f"the archive has {size} bytes; {(header or '').strip()} is beyond its end.", "Range", "invalid_range", 416)
+        raise RequestError(
+            f"the range {(header or '').strip()} is beyond the end of the archive, which has {size} bytes.", "Range", "invalid_range", 416
+        )
     return start, stop
 
 
 def named(record: Mapping[str, Any]) -> str:
-    """The archive's name, and that of the folder in it: MODEL-RATIO[-KIND]."""
+    """Return the name of the archive and of the folder in it: MODEL-RATIO[-KIND]."""
     model = re.sub(r"^\.+|[^A-Za-z0-9._-]", "_", record["model"])
     return f"{model}-{record['size']['ratio']:.4f}" + (f"-{record['quantize']}" if record["quantize"] else "")
 

@@ -1,11 +1,11 @@
-"""The outermost layer of HTTP: what clients, proxies and load balancers send around a request, and errors that no route writes.
+"""The outermost HTTP layer: it normalizes requests and formats errors that do not come from a route.
 
-`Edge` wraps the application, and also Serve's proxy, where `middlewares` is named by an environment variable (`PROXY_ENV`):
+`Edge` wraps the application. It also wraps the proxy of Ray Serve, which loads `middlewares` by an environment variable (`PROXY_ENV`):
 
-    client -> uvicorn (`Http`) -> Edge -> Serve's proxy -> Edge -> routes
+    client -> uvicorn (`Http`) -> Edge -> proxy of Ray Serve -> Edge -> routes
 
-In the proxy it turns Serve's own plain-text errors into the server's error shape, so that a client is told to come back while
-the application starts, stops or is replaced; and it ends a stream that was cut with an error event.
+In the proxy, `Edge` converts plain-text errors of Ray Serve to the server's error format, so that clients retry while the application
+starts, stops or is replaced. It ends an interrupted stream with an error event.
 """
 
 import json
@@ -24,15 +24,16 @@ from acip_platform.serve.http.errors import error_body, retry_after
 
 HEADER_LIMIT_BYTES = 64 << 10
 HOST = re.compile(rb"(?im)^host[ \t]*:")
-PROXY_ENV = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "acip_platform.serve.http.edge:middlewares"}  # of the processes of Ray
-AWAY = "nothing is served here at this moment: the server is starting or stopping. Try again in a moment."
-LOST = "the server stopped, or was replaced, before it had answered. Try again in a moment."
+PROXY_ENV = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "acip_platform.serve.http.edge:middlewares"}  # for the processes of Ray
+AWAY = "the server is starting or stopping. Try again in a moment."
+LOST = "the server stopped or was replaced before the response was complete. Try again in a moment."
 
 
 class Edge:
-    """An ASGI middleware that normalizes requests, refuses what no route can answer, and gives every error the server's shape.
+    """An ASGI middleware that normalizes requests, rejects requests that no route can answer, and formats errors.
 
-    Normalized are absolute request targets (http://host/path), a trailing slash, and HEAD, which is answered as GET is, without a body.
+    It normalizes absolute request targets (http://host/path) and trailing slashes. A HEAD request is answered like GET, without the
+    body.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -42,8 +43,8 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if refused := _refusal(scope):
-            await refused(scope, receive, send)
+        if rejection := _refusal(scope):
+            await rejection(scope, receive, send)
             return
         head = scope["method"] == "HEAD"
         scope = {**scope, "path": _path(scope["path"]), "method": "GET" if head else scope["method"]}
@@ -55,7 +56,7 @@ class Edge:
 
 
 class _Answer:
-    """The messages of one response on their way to the client."""
+    """A filter for the ASGI messages of one response."""
 
     def __init__(self, send: Send, head: bool) -> None:
         self.send, self.head = send, head
@@ -82,10 +83,10 @@ class _Answer:
         await self.send(message)
 
     async def _replace(self) -> None:
-        """Send the plain text as an error in the server's shape."""
+        """Send the plain-text error in the server's error format."""
         text = (self.plain or b"").decode(errors="replace").strip()
         status, code = self.status, {408: "timeout", 429: "queue_full", 503: "unavailable"}.get(self.status, "http_error")
-        if status == 404 and text.startswith("Path '"):  # Serve has no application for it
+        if status == 404 and text.startswith("Path '"):  # Ray Serve has no application at this path
             status, text, code = 503, AWAY, "not_ready"
         elif status == 500:
             status, text, code = 503, LOST, "engine_restarting"
@@ -100,7 +101,7 @@ class _Answer:
         await self.send({"type": "http.response.body", "body": b"" if self.head else bytes(response.body)})
 
     async def finish(self) -> None:
-        """End what the application did not end: its process is gone."""
+        """Complete a response that the application left incomplete because its process died."""
         if self.ended or sys.exception() is not None:
             return
         if not self.status:
@@ -112,26 +113,26 @@ class _Answer:
 
 
 def _refusal(scope: Scope) -> JSONResponse | None:
-    """The error for a request that no route can answer, or None."""
+    """Return an error response for a request that no route can answer, or None."""
     headers = Headers(scope=scope)
     size = sum(len(name) + len(value) for name, value in headers.raw) + len(scope["query_string"]) + len(scope["path"])
     if size > HEADER_LIMIT_BYTES:
-        message = f"the request's line and headers have {size:,} bytes; at most {HEADER_LIMIT_BYTES:,} are read."
+        message = f"the request line and headers have {size:,} bytes; at most {HEADER_LIMIT_BYTES:,} are allowed."
         return _json(431, message, "headers_too_large", close=True)
     if headers.get("upgrade", "").lower() == "websocket":
-        message = 'this server has no WebSockets. Send POST with "stream": true, and read the answer as server-sent events.'
+        message = 'this server does not support WebSockets. Send POST with "stream": true, and read server-sent events.'
         return _json(400, message, "upgrade_not_supported", close=True)
     if scope["method"] == "CONNECT":
-        return _json(405, "this server is no proxy: there is no CONNECT.", "unknown_route", close=True)
+        return _json(405, "this server is not a proxy and does not support CONNECT.", "unknown_route", close=True)
     return None
 
 
 def _path(path: str) -> str:
-    """The path of a request target, in whichever form it came."""
+    """Return the path of a request target of any form."""
     if path.startswith(("http://", "https://")):
         try:
             path = urlsplit(path).path
-        except ValueError:  # a host that is not one
+        except ValueError:  # an invalid host
             path = "/" + path.split("/", 3)[-1]
     if path in ("", "*"):
         return "/"
@@ -144,29 +145,32 @@ def _json(status: int, message: str, code: str, close: bool = False) -> JSONResp
 
 
 def middlewares() -> list[Middleware]:
-    """Set up Serve's proxy, in its process: `Edge` around it, and `Http` to read requests. Serve calls this before it listens."""
+    """Return the middlewares of Ray Serve's proxy, and make uvicorn parse requests with `Http`.
+
+    Ray Serve calls this function in the proxy's process before it listens.
+    """
     import uvicorn.config
 
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:Http"
-    uvicorn.config.WS_PROTOCOLS["auto"] = None  # an upgrade to a WebSocket reaches `Edge` as the HTTP request that it is
+    uvicorn.config.WS_PROTOCOLS["auto"] = None  # so that `Edge` receives a WebSocket upgrade as an HTTP request
     return [Middleware(Edge)]
 
 
 def __getattr__(name: str) -> Any:
-    """`Http`, made when uvicorn asks for it: only the proxy needs uvicorn."""
+    """Define `Http` on first use, because only the proxy needs uvicorn."""
     if name != "Http":
         raise AttributeError(name)
     import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Http(H11Protocol):  # type: ignore[misc, unused-ignore]
-        """HTTP/1.1 by h11: it reads the body of a request that offers an upgrade to h2c, which httptools drops.
+        """HTTP/1.1 by h11, which reads the body of a request with an upgrade to h2c; httptools drops it.
 
-        What is not HTTP is answered in the server's error shape.
+        Invalid HTTP is answered in the server's error format.
         """
 
         def data_received(self, data: bytes) -> None:
-            """Read on. A health check that names no host, which HTTP/1.1 forbids, is given an empty one."""
+            """Parse received bytes. Add an empty Host header if it is missing: HTTP/1.1 requires it, but some health checks omit it."""
             line, _, rest = data.partition(b"\r\n")
             head, complete, _ = data.partition(b"\r\n\r\n")
             if self.conn.their_state is h11.IDLE and complete and line.endswith(b" HTTP/1.1") and not HOST.search(head):
@@ -181,11 +185,11 @@ def __getattr__(name: str) -> Any:
             try:
                 for event in (head, h11.Data(data=body), h11.EndOfMessage()):
                     self.transport.write(self.conn.send(event))
-            except h11.LocalProtocolError:  # an answer is under way, or done
+            except h11.LocalProtocolError:  # a response has already started
                 pass
             self.transport.close()
 
         def _unsupported_upgrade_warning(self) -> None:
-            """Nothing is logged: an offer to upgrade may be ignored."""
+            """Log nothing, because ignoring an upgrade is allowed."""
 
     return Http

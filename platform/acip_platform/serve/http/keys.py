@@ -1,9 +1,10 @@
-"""API keys: who may ask this server. Only their checksums are kept, so that nothing here can show a key.
+"""API keys of the server. Only their hashes are kept in memory, so that no log or error can show a key.
 
-    ACIP_API_KEYS         keys, with commas between them
-    ACIP_API_KEYS_FILE    a file of keys, one a line; what follows a # is a comment
+    ACIP_API_KEYS         keys, separated by commas
+    ACIP_API_KEYS_FILE    a file with one key per line; text after # is a comment
 
-Either or both; without them everyone may ask. A key is at least 16 characters: `openssl rand -hex 24` makes one.
+Either or both can be set. Without keys, every request is accepted. A key has at least 16 characters; create one with
+`openssl rand -hex 24`.
 """
 
 import hashlib
@@ -23,13 +24,13 @@ SHORTEST = 16  # characters
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys of a server. False where it has none, and then every request passes."""
+    """The API keys of a server. An empty set is false and accepts every request."""
 
     digests: tuple[bytes, ...] = field(default=(), repr=False)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> "Keys":
-        """AcipError where a variable is set, but holds no keys or one that is none."""
+        """Read the keys from the environment. Raises AcipError if a variable is set but contains no keys or an invalid one."""
         env = os.environ if env is None else env
         keys: list[str] = []
         if listed := env.get(KEYS):
@@ -42,16 +43,18 @@ class Keys:
         return bool(self.digests)
 
     def check(self, authorization: str | None) -> None:
-        """RequestError 401 where this value of the header Authorization does not hold one of the keys."""
+        """Raise RequestError 401 if the value of the Authorization header is not a valid key."""
         if not self:
             return
         given = re.fullmatch(r"bearer +(\S+)\s*", authorization or "", re.IGNORECASE)
         if given is None:
-            message = "this server asks for an API key; send one in the header 'Authorization: Bearer KEY'."
+            message = "this server requires an API key. Send the header 'Authorization: Bearer KEY'."
             raise RequestError(message, code="invalid_api_key", status=401)
         digest = _digest(given[1])
-        if not sum(hmac.compare_digest(digest, known) for known in self.digests):  # all are compared, whichever fits
-            message = "the API key is not one of this server's. Check it, and ask who runs the server for one."
+        if not sum(
+            hmac.compare_digest(digest, known) for known in self.digests
+        ):  # compare all keys, so that the time does not depend on the match
+            message = "the API key is unknown. Check it, or request a key from the operator of this server."
             raise RequestError(message, code="invalid_api_key", status=401)
 
 
@@ -60,28 +63,26 @@ def _digest(key: str) -> bytes:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that hold something, by number."""
+    """Yield the number and content of the lines that are not empty."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not text in UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise AcipError(f"{KEYS}_FILE is {path}, which can't be read: {reason}.") from None  # the cause may hold what is in it
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise AcipError(f"{KEYS}_FILE is {path}, which can't be read: {reason}.") from None  # the cause could show the content
     for number, line in enumerate(lines, 1):
         if content := re.split(r"(?:^|\s)#", line)[0].strip():
             yield number, content
 
 
 def _checked(where: str, what: str, numbered: Iterator[tuple[int, str]]) -> list[str]:
-    """The keys. What is wrong with one is said without showing it."""
+    """Return the keys. Error messages describe an invalid key without showing it."""
     keys = []
     for number, text in numbered:
         key = text.strip()
         if not re.fullmatch(rf"[!-~]{{{SHORTEST},}}", key):
-            wrong = f"has {len(key)} characters" if len(key) < SHORTEST else "holds a space or a character beyond ASCII"
-            raise AcipError(
-                f"{where}: {what} {number} {wrong}; a key is at least {SHORTEST} letters, digits or signs of ASCII, without spaces."
-            )
+            wrong = f"has {len(key)} characters" if len(key) < SHORTEST else "contains a space or a character outside of ASCII"
+            raise AcipError(f"{where}: {what} {number} {wrong}; a key has at least {SHORTEST} printable ASCII characters and no spaces.")
         keys.append(key)
     if not keys:
-        raise AcipError(f"{where} holds no key, and a server without keys is open to everyone. Give one, or unset the variable.")
+        raise AcipError(f"{where} contains no key. Add a key, or unset the variable to accept every request.")
     return keys

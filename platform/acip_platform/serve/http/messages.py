@@ -1,6 +1,6 @@
-"""The messages of a chat, as OpenAI's clients send them: users' own, and assistants' answers that are sent back as history.
+"""The messages of a chat in OpenAI's format: user messages, and assistant messages that clients send back as history.
 
-In a message, whatever is null or empty says nothing, so it is accepted under any name; other clients of other servers send many.
+Unknown fields of a message are accepted if they are null or empty, because many clients send fields of other servers.
 """
 
 import json
@@ -11,39 +11,39 @@ from pydantic_core import PydanticCustomError
 
 
 def _encodable(text: str) -> str:
-    """JSON may hold half a character (a lone surrogate), which no tokenizer takes. UnicodeEncodeError is a ValueError."""
+    """Reject lone surrogates, which JSON allows and tokenizers do not. UnicodeEncodeError is a ValueError."""
     text.encode()
     return text
 
 
-def _says_nothing(value: Any) -> bool:
-    """Whether a value is null or empty, or holds only such values."""
+def _is_empty(value: Any) -> bool:
+    """Return whether a value is null or empty, or contains only such values."""
     if isinstance(value, dict | list):
-        return all(map(_says_nothing, value.values() if isinstance(value, dict) else value))
+        return all(map(_is_empty, value.values() if isinstance(value, dict) else value))
     return value is None or value == ""
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
-Unused = Annotated[Any, BeforeValidator(lambda _: None), Field(description="anything: it changes no text")]
+Unused = Annotated[Any, BeforeValidator(lambda _: None), Field(description="any value; it is ignored")]
 
 
 class _Lenient(BaseModel):
-    """A part of a history: unknown fields are accepted where they say nothing."""
+    """A part of a history, which accepts unknown fields if they are empty."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nothing(cls, fields: Any) -> Any:
+    def _drop_empty(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        return {name: value for name, value in fields.items() if name in cls.model_fields or not _says_nothing(value)}
+        return {name: value for name, value in fields.items() if name in cls.model_fields or not _is_empty(value)}
 
 
 class Part(_Lenient):
     """A part of a message's content."""
 
-    type: Literal["text", "refusal"] = Field(description='"text": this server reads text only')
+    type: Literal["text", "refusal"] = Field(description='"text": this server accepts text only')
     text: Text | None = Field(default=None, description="a text")
     refusal: Text | None = Field(default=None, description="a text")
     annotations: Unused = None
@@ -89,21 +89,21 @@ class Message(_Lenient):
 
     @property
     def told(self) -> dict[str, Any]:
-        """The message as chat templates take it: its content is a text, an assistant's null is an empty one."""
-        said = self.content if self.content is not None else self.refusal or ""
-        told: dict[str, Any] = {
+        """The message in the format of chat templates. Its content is one text; null becomes an empty text."""
+        content = self.content if self.content is not None else self.refusal or ""
+        fields: dict[str, Any] = {
             "role": {"developer": "system", "function": "tool"}.get(self.role, self.role),
-            "content": said if isinstance(said, str) else "".join(part.told for part in said),
+            "content": content if isinstance(content, str) else "".join(part.told for part in content),
         }
         if self.tool_calls:
-            told["tool_calls"] = [_decoded(call) for call in self.tool_calls]
-        if told["role"] == "tool":
-            told |= {key: value for key in ("name", "tool_call_id") if (value := getattr(self, key)) is not None}
-        return told
+            fields["tool_calls"] = [_decoded(call) for call in self.tool_calls]
+        if fields["role"] == "tool":
+            fields |= {key: value for key in ("name", "tool_call_id") if (value := getattr(self, key)) is not None}
+        return fields
 
 
 def _decoded(call: dict[str, Any]) -> dict[str, Any]:
-    """A tool's call with its arguments as an object, which templates take; clients send them as JSON in a text."""
+    """Return a tool call with its arguments as an object, as chat templates expect. Clients send them as a JSON text."""
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call

@@ -1,4 +1,4 @@
-"""What /metrics tells Prometheus, as the endpoint's clients saw it. Sizes are labels in steps of 0.05, so that they stay few."""
+"""The Prometheus metrics of /metrics, measured at the endpoint. Size labels are rounded to 0.05 to limit their number."""
 
 import time
 from typing import Any
@@ -14,21 +14,21 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         common: dict[str, Any] = {"registry": self.registry}
-        self.waiting = Gauge("acip_requests_waiting", "Requests that have no token yet", **common)
-        self.running = Gauge("acip_requests_running", "Requests that are being answered", **common)
-        self.requests = Counter("acip_requests", "Requests by what became of them", ["model", "status"], **common)
+        self.waiting = Gauge("acip_requests_waiting", "Requests without a first token", **common)
+        self.running = Gauge("acip_requests_running", "Requests that are generating tokens", **common)
+        self.requests = Counter("acip_requests", "Finished requests by status", ["model", "status"], **common)
         by_size = ["model", "size"]
-        self.prompt_tokens = Counter("acip_prompt_tokens", "Tokens of prompts", by_size, **common)
-        self.generated_tokens = Counter("acip_generated_tokens", "Tokens that were generated", by_size, **common)
+        self.prompt_tokens = Counter("acip_prompt_tokens", "Prompt tokens", by_size, **common)
+        self.generated_tokens = Counter("acip_generated_tokens", "Generated tokens", by_size, **common)
         self.first_token = Histogram(
             "acip_time_to_first_token_seconds",
-            "From a request's arrival to its first token, waiting included",
+            "Time from the arrival of a request to its first token, including waiting",
             by_size,
             buckets=SECONDS,
             **common,
         )
         self.per_token = Histogram(
-            "acip_time_per_output_token_seconds", "Between tokens of an answer, after its first", by_size, buckets=PER_TOKEN, **common
+            "acip_time_per_output_token_seconds", "Mean time between the tokens of a response", by_size, buckets=PER_TOKEN, **common
         )
 
     def text(self) -> bytes:
@@ -39,25 +39,25 @@ class Metrics:
 
 
 class Watched:
-    """One request, from its arrival to its end."""
+    """The measurements of one request, from its arrival to its end."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
         self.metrics, self.model, self.arrived = metrics, model, time.monotonic()
         self.size, self.first, self.status = "", 0.0, "canceled"
-        self._now = metrics.waiting
-        self._now.inc()
+        self._gauge = metrics.waiting
+        self._gauge.inc()
 
     def hear(self, kind: str, data: dict[str, Any]) -> None:
         if kind == "head":
             self.size = f"{round(data['size']['ratio'] * 20) / 20:.2f}"
         elif kind == "start":
-            if self.first:  # once more: an engine was lost on the way
+            if self.first:  # the request was restarted after an engine was lost
                 return
             self.first = time.monotonic()
             self.metrics.first_token.labels(self.model, self.size).observe(self.first - self.arrived)
-            self._now.dec()
-            self._now = self.metrics.running
-            self._now.inc()
+            self._gauge.dec()
+            self._gauge = self.metrics.running
+            self._gauge.inc()
         elif kind == "done":
             self.status = "200"
             usage, tokens = data["usage"], data["usage"]["completion_tokens"]
@@ -71,5 +71,5 @@ class Watched:
             self.status = str(data["status"])
 
     def end(self) -> None:
-        self._now.dec()
+        self._gauge.dec()
         self.metrics.requests.labels(self.model, self.status).inc()

@@ -1,20 +1,20 @@
-"""The HTTP face: OpenAI's routes, and those of sizes. Knows nothing of Ray: whatever answers is an `Endpoint`.
+"""The HTTP routes: those of OpenAI's API, and routes for sizes. They are independent of Ray: an `Endpoint` answers the requests.
 
 GET  /                        the page
-GET  /docs                    this list for people; /openapi.json is the same for programs
-GET  /health                  200 while the process lives
-GET  /ready                   200 once a model is loaded and has made a real token, else 503
-GET  /metrics                 for Prometheus
-GET  /v1/models               what is served: version, context, sizes, measured curve
-GET  /v1/models/{id}          one of them; {id} may be NAME@0.6 or NAME@fit:8GB, and is told what it comes to
+GET  /docs                    this list as HTML; /openapi.json has it as JSON
+GET  /health                  200 while the process runs
+GET  /ready                   200 once a model is loaded and has generated a token, else 503
+GET  /metrics                 metrics for Prometheus
+GET  /v1/models               the served models: version, context, sizes, measured curve
+GET  /v1/models/{id}          one model; {id} may be NAME@0.6 or NAME@fit:8GB, and the response then describes that size
 GET  /v1/models/{id}/tradeoff every size with its bytes and quality, ranks by layer, recorded samples
 POST /v1/models/{id}/load     serve another version from the registry
-POST /v1/completions          text at a size
-POST /v1/chat/completions     the same for models with a chat template
+POST /v1/completions          complete a text at a size
+POST /v1/chat/completions     answer a chat at a size, for models with a chat template
 POST /v1/materializations     export a size to the store, in the background
-GET  /v1/materializations     all of them; with /{id}, one; with /{id}/archive, its folder as a tar file (download.py)
+GET  /v1/materializations     all materializations; /{id} gives one; /{id}/archive its folder as a tar file (download.py)
 
-Every GET route answers HEAD, every route OPTIONS, and a trailing slash is ignored.
+Every GET route also answers HEAD, every route answers OPTIONS, and trailing slashes are ignored.
 """
 
 import logging
@@ -46,8 +46,8 @@ from acip_platform.serve.materializations import Materializations
 from acip_platform.serve.text.events import TextEvent
 
 BODY_LIMIT_BYTES = 4 << 20
-OPEN = ("/", "/docs", "/openapi.json", "/health", "/ready", "/metrics")  # without a key
-INSTEAD = {  # of routes of OpenAI's that this server does not have
+OPEN = ("/", "/docs", "/openapi.json", "/health", "/ready", "/metrics")  # paths that need no API key
+INSTEAD = {  # routes of OpenAI's API that this server lacks, and the route to use instead
     "/v1/responses": "POST /v1/chat/completions",
     "/v1/engines": "GET /v1/models",
     "/v1/edits": "POST /v1/chat/completions",
@@ -90,7 +90,7 @@ REQUESTS: dict[str, type[BaseModel]] = {
 
 
 def routes(endpoint: Endpoint, cors_origins: Sequence[str] = ()) -> FastAPI:
-    """The application. Web pages of `cors_origins` may ask it from a browser; of others, only its own page."""
+    """Return the application. Browsers allow requests from pages of `cors_origins` and from the server's own page only."""
     app = FastAPI(
         title="acip", version="1", description="Any-size language models. One model, every size: NAME@0.6 or size_ratio.",
         docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, responses=errors(400, 401, 500, 503),
@@ -110,12 +110,12 @@ def routes(endpoint: Endpoint, cors_origins: Sequence[str] = ()) -> FastAPI:
 
     @app.get("/v1/models", responses=errors(429))
     async def list_models() -> dict[str, Any]:
-        """The served models: version, context, sizes, measured curve."""
+        """List the served models with their version, context, sizes and measured curve."""
         return {"object": "list", "data": await endpoint.cards()}
 
     @app.get("/v1/models/{model:path}/tradeoff", responses=errors(404, 429))
     async def trade_off(model: str) -> dict[str, Any]:
-        """Every size of a model with its bytes and quality, its ranks by layer, and recorded samples."""
+        """Return every size of a model with its bytes and quality, its ranks by layer, and recorded samples."""
         name, _ = split_name(model, endpoint.names)
         return await endpoint.trade_off(name)
 
@@ -124,40 +124,43 @@ def routes(endpoint: Endpoint, cors_origins: Sequence[str] = ()) -> FastAPI:
         """Serve another version of a model from the registry."""
         name, _ = split_name(model, endpoint.names)
         if (request.version is None) == (request.alias is None):
-            raise RequestError('give either "version" (a number) or "alias".', "version")
+            raise RequestError('give exactly one of "version" (a number) and "alias".', "version")
         return await endpoint.load(name, request.version or request.alias or "")
 
     @app.get("/v1/models/{model:path}", responses=errors(404, 429))
     async def show_model(model: str) -> dict[str, Any]:
-        """One model. NAME@0.6 and NAME@fit:8GB tell what that size comes to."""
+        """Return one model. With NAME@0.6 or NAME@fit:8GB, the response also describes that size."""
         name, budget = split_name(model, endpoint.names)
         card = await endpoint.card(name) | {"id": model}
         return card if budget is None else card | {"got": await endpoint.size(name, ModelSizeRequest(model=model))}
 
     @app.post("/v1/completions", responses=errors(404, 408, 413, 415, 429) | STREAM)
     async def completions(request: CompletionRequest) -> Response:
-        """Continue a text at a size. After timeout_s what is there is the answer, with finish_reason "length"."""
+        """Complete a text at a size. After timeout_s, the response ends with the text so far and finish_reason "length"."""
         return await respond(request)
 
     @app.post("/v1/chat/completions", responses=errors(404, 408, 413, 415, 429) | STREAM)
     async def chat_completions(request: ChatRequest) -> Response:
-        """Answer a chat at a size, by models with a chat template. Without max_tokens the answer has a cap, which it tells."""
+        """Answer a chat at a size. The model needs a chat template. Without max_tokens, a default limit applies; the response states it."""
         return await respond(request)
 
-    @app.post("/v1/materializations", responses=errors(404, 413, 415, 429) | {202: {"description": "It was begun, or is under way."}})
+    @app.post(
+        "/v1/materializations",
+        responses=errors(404, 413, 415, 429) | {202: {"description": "The materialization was started or is running."}},
+    )
     async def materialize(request: MaterializationRequest) -> JSONResponse:
-        """Export a size to the store, in the background: 202 while it is under way, 200 when it is there."""
+        """Export a size to the store in the background. Returns 202 while it runs and 200 when it is complete."""
         record = await endpoint.materialize(request)
         return answer(200 if record["status"] == "succeeded" else 202, record)
 
     @app.get("/v1/materializations")
     async def list_materializations() -> dict[str, Any]:
-        """All materializations, the newest first."""
+        """List all materializations, newest first."""
         return {"object": "list", "data": await endpoint.materializations.list()}
 
     @app.get("/v1/materializations/{id}", responses=errors(404))
     async def show_materialization(id: str) -> dict[str, Any]:
-        """One materialization."""
+        """Return one materialization."""
         return await endpoint.materializations.get(id)
 
     async def respond(request: CompletionRequest | ChatRequest) -> Response:
@@ -165,13 +168,13 @@ def routes(endpoint: Endpoint, cors_origins: Sequence[str] = ()) -> FastAPI:
         first = await anext(events)
         if request.stream and first[0].kind != "error":
             return StreamingResponse(_stream(Answer(request), first, events), media_type="text/event-stream", headers=SSE_HEADERS)
-        told = Answer(request)
+        response = Answer(request)
         async for event in _one_by_one(first, events):
             if event.kind == "error":
                 return answer(event.data["status"], event.data["body"])
-            for _ in told.hear(event):
+            for _ in response.hear(event):
                 pass
-        return answer(200, told.whole())
+        return answer(200, response.whole())
 
     app.include_router(downloads(endpoint.materializations))
     _answer_errors(app)
@@ -180,7 +183,7 @@ def routes(endpoint: Endpoint, cors_origins: Sequence[str] = ()) -> FastAPI:
 
 
 def _add_open_routes(app: FastAPI, endpoint: Endpoint) -> None:
-    """Add the routes that ask for no key: those for machines, the page, and the reference."""
+    """Add the routes that need no API key: health, metrics, the page, and the reference."""
 
     @app.get("/", include_in_schema=False)
     async def show_page() -> FileResponse:
@@ -196,30 +199,33 @@ def _add_open_routes(app: FastAPI, endpoint: Endpoint) -> None:
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """200 while the process lives."""
+        """Return 200 while the process runs."""
         return {"status": "ok"}
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        """200 once a model is loaded and has made a token, else 503."""
+        """Return 200 once a model is loaded and has generated a token, else 503."""
         return answer(200, {"status": "ready", "models": await endpoint.ready()})
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Counts and times for Prometheus."""
+        """Return metrics for Prometheus."""
         return Response(endpoint.metrics.text(), media_type=CONTENT_TYPE)
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Give whatever is raised while a request is answered the server's error shape."""
-    there = [route for route in app.routes if isinstance(route, Route)]
-    have = ", ".join(
-        f"{method} {route.path.replace(':path', '')}" for route in there for method in sorted(route.methods or ()) if "/v1" in route.path
+    """Convert exceptions to responses in the server's error format."""
+    known_routes = [route for route in app.routes if isinstance(route, Route)]
+    listed = ", ".join(
+        f"{method} {route.path.replace(':path', '')}"
+        for route in known_routes
+        for method in sorted(route.methods or ())
+        if "/v1" in route.path
     )
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        kind = REQUESTS.get(request.scope["path"], LoadRequest)  # Request.url fails where the query is not UTF-8
+        kind = REQUESTS.get(request.scope["path"], LoadRequest)  # Request.url fails if the query is not UTF-8
         return answer(*as_response(explain(error.errors(), error.body, kind), ""))
 
     @app.exception_handler(RequestError)
@@ -231,20 +237,22 @@ def _answer_errors(app: FastAPI) -> None:
         path, code = request.scope["path"], "invalid_json"
         message = f"{error.detail}. Send a JSON object in UTF-8."
         if error.status_code in (404, 405):
-            matching = [route for route in there if route.path_regex.match(path)]
-            template = max((route.path for route in matching), key=len, default="")  # a model's name may hold slashes
+            matching = [route for route in known_routes if route.path_regex.match(path)]
+            template = max((route.path for route in matching), key=len, default="")  # a model's name may contain slashes
             allow = [method for route in matching if route.path == template for method in sorted(route.methods or ())]
             allow = sorted({*allow, *(["HEAD"] if "GET" in allow else []), *(["OPTIONS"] if allow else [])})
             if allow and request.method == "OPTIONS":
                 return Response(status_code=204, headers={"Allow": ", ".join(allow)})
-            asked = f"{request.method[:20]} {path[:200]}"
-            message, code = f"there is no {asked}; there are {have} and GET /health.", "unknown_route"
+            missing = f"{request.method[:20]} {path[:200]}"
+            message, code = f"there is no route {missing}. Allowed: {listed} and GET /health.", "unknown_route"
             moved = [
-                known for known in (f"/v1{path}", path.removeprefix("/v1")) if any(_takes(route, request.method, known) for route in there)
+                known
+                for known in (f"/v1{path}", path.removeprefix("/v1"))
+                if any(_takes(route, request.method, known) for route in known_routes)
             ]
             instead = [INSTEAD[known] for known in INSTEAD if f"{path}/".startswith(f"{known}/")]
-            if found := [f"{request.method} {known}" for known in moved] or instead:
-                message = f"there is no {asked}; ask {found[0]}, which this server has."
+            if alternatives := [f"{request.method} {known}" for known in moved] or instead:
+                message = f"there is no route {missing}. Use {alternatives[0]}."
             return answer(
                 error.status_code, error_body(error.status_code, message, None, code), {"Allow": ", ".join(allow)} if allow else None
             )
@@ -253,7 +261,7 @@ def _answer_errors(app: FastAPI) -> None:
         return answer(error.status_code, error_body(error.status_code, message, None, code), error.headers)
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> JSONResponse:  # and Starlette raises it on, for the log
+    async def failed(_: Request, error: Exception) -> JSONResponse:  # Starlette raises it again, for the log
         return answer(*as_response(error, uuid4().hex))
 
 
@@ -269,41 +277,41 @@ async def _one_by_one(first: list[TextEvent], events: Answered) -> AsyncIterator
             yield event
 
 
-async def _stream(told: Answer, first: list[TextEvent], events: Answered) -> AsyncIterator[bytes]:
-    """Chunks of events that come together are sent together. A stream that has begun ends with an error in it, not with a status."""
+async def _stream(response: Answer, first: list[TextEvent], events: Answered) -> AsyncIterator[bytes]:
+    """Yield the chunks of a stream; events that arrive together are sent together. Errors become events of the stream."""
     try:
-        yield _chunks(told, first)
+        yield _chunks(response, first)
         async for more in events:
-            yield _chunks(told, more)
+            yield _chunks(response, more)
             if more[-1].kind == "error":
                 return
         yield DONE
-    except Exception as error:  # a stream that has begun can only end with it
+    except Exception as error:  # the status is already sent, so the error becomes an event
         status, body = as_response(error, request_id := uuid4().hex)
         if status >= 500:
             log.error("request %s failed", request_id, exc_info=error)
         yield broken(status, body["error"]["message"], body["error"]["code"])
 
 
-def _chunks(told: Answer, events: list[TextEvent]) -> bytes:
+def _chunks(response: Answer, events: list[TextEvent]) -> bytes:
     out = []
     for event in events:
         if event.kind == "error":
             error = event.data["body"]["error"]
             out.append(broken(event.data["status"], error["message"], error["code"]))
-        out += [sse(chunk) for chunk in told.hear(event)]
+        out += [sse(chunk) for chunk in response.hear(event)]
     return b"".join(out)
 
 
 def answer(status: int, body: dict[str, Any], headers: Any = None) -> JSONResponse:
     more = retry_after(status)
     if status == 408:
-        more["x-should-retry"] = "false"  # OpenAI's clients would ask for the same again
+        more["x-should-retry"] = "false"  # OpenAI's clients would repeat the request
     return JSONResponse(body, status, {**(headers or {}), **more})
 
 
 class Guard:
-    """Asks for a key wherever something is computed or told: on every route but the page and the three for machines."""
+    """A middleware that requires an API key on every route except those in `OPEN`."""
 
     def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self.app, self.keys = app, keys
@@ -320,7 +328,7 @@ class Guard:
 
 
 class BodyLimit:
-    """Stops reading a body that no request needs."""
+    """A middleware that rejects bodies larger than BODY_LIMIT_BYTES."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -334,7 +342,7 @@ class BodyLimit:
             read += len(message.get("body", b""))
             if read > BODY_LIMIT_BYTES:
                 raise HTTPException(
-                    413, f"the body is larger than {BODY_LIMIT_BYTES:,} bytes, the most this server reads; shorten the prompt."
+                    413, f"the body is larger than {BODY_LIMIT_BYTES:,} bytes, the limit of this server; shorten the prompt."
                 )
             return message
 
