@@ -151,12 +151,12 @@ def _curve(rows: list[dict[str, Any]], ratio: float | None, quantized: str | Non
     table += ["| requested | actual | parameters | perplexity | |", "|---|---|---|---|---|"]
     nearest = None if ratio is None else min(measured, key=lambda row: abs(row.get("got", row.get("asked", 0)) - ratio))
     for row in measured:
-        got = row.get("got", row.get("asked"))
+        actual = row.get("got", row.get("asked"))
         error = f" ± {row['perplexity'] * row['stderr']:.2f}" if isinstance(row.get("stderr"), int | float) else ""
         params = f"{row['params']:,}" if "params" in row else ""
         notes = ["closest to this model"] if row is nearest else []
         notes += ["below the calibrated sizes"] if row.get("extrapolated") else []
-        table.append(f"| {row.get('asked', got):.2f} | {got:.4f} | {params} | {row['perplexity']:.2f}{error} | {', '.join(notes)} |")
+        table.append(f"| {row.get('asked', actual):.2f} | {actual:.4f} | {params} | {row['perplexity']:.2f}{error} | {', '.join(notes)} |")
     return table + (
         ["", f"This model is quantized ({quantized}). The table does not include the loss that this causes."] if quantized else []
     )
@@ -176,6 +176,6 @@ def _limits(provenance: dict[str, Any], license: str | None, linked: str, facts:
             "quantization."
         )
     limits.append(
-        f"License: {license}, as the base model." if license else "License: that of the base model, which was not found. Check it."
+        f"License: {license}, that of the base model." if license else "License: that of the base model, which was not found. Check it."
     )
     return [*limits, f"Digest of the base model: `{json.dumps(provenance['base'].get('digest'))[1:13]}`. All other facts are in `{facts}`."]

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
 import acip
+from acip import modeling, modeling_acip
 from acip.artifact.artifact import Artifact
 from acip.errors import ArtifactError, BudgetError, HubError
 from acip.export.folder import PROVENANCE
@@ -98,6 +99,20 @@ def test_transformers_loads_an_artifact(small_artifact: Artifact, heldout_tokens
         AutoModelForCausalLM.from_pretrained(folder, quantization_config={"bits": 4})
     with pytest.raises(ArtifactError, match="to one device"):
         AutoModelForCausalLM.from_pretrained(folder, device_map={"a": 0, "b": 1})
+
+
+def test_an_artifact_without_acip_is_an_import_error(small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy of modeling_acip.py in an export has no function that loads artifacts."""
+    monkeypatch.setattr(modeling_acip, "load_artifact", None)
+    with pytest.raises(ImportError, match="install acip"):
+        AutoModelForCausalLM.from_pretrained(small_artifact.folder)
+
+
+def test_old_names_of_the_model_class_and_the_loader_are_found() -> None:
+    with pytest.warns(FutureWarning, match="ElasticCausalLM"):
+        assert modeling.AnySizeModel is ElasticCausalLM
+    with pytest.warns(FutureWarning, match="load_artifact"):
+        assert modeling.through_transformers is modeling.load_artifact
 
 
 def test_the_config_of_an_artifact_is_the_base_models(small_artifact: Artifact, small_base: str, tmp_path: Path) -> None:

@@ -289,7 +289,7 @@ def test_the_job_registers_a_candidate(
     registry.set_alias(champion)
     assert job() == 2
     assert "error: " in (said := capsys.readouterr().out)
-    assert "no hub id. Give its base model" in said
+    assert "not a hub id. Give the base model" in said
     with pytest.raises(RegistryError, match="no version or alias 'candidate'"):
         registry.resolve("tiny", "candidate")
 
