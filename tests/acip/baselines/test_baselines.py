@@ -25,7 +25,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "asvd": {"search_windows": 1, "ratios": (0.3, 0.7)},
     "svd-llm": {"update_windows": 8},
     "svd-llm-lora": {"lora_epochs": 1, "lora_batch": 16},
-    "dobi-svd": {"sample_windows": 8, "epochs": 1, "gradient_accumulation_steps": 4},
+    "dobi-svd": {"sample_windows": 8, "epochs": 1, "accumulate": 4},
     "acip-paper": {"set": {"lr": 3e-2, "lambda_factor": 1.3, "adapter_rank": 2, "post_tune_steps": 2}},
     "acip": {"set": {"lr": 1e-3, "adapter_rank": 2, "post_tune_steps": 2, "sample_windows": 8}},
 }

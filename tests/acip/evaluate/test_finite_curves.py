@@ -34,7 +34,7 @@ def test_a_size_without_a_finite_loss_is_a_warning(small_artifact: Artifact, hel
 def test_a_base_without_a_finite_loss_is_an_error(small_artifact: Artifact, heldout_tokens: torch.Tensor) -> None:
     any_size = small_artifact.load()
     overflowing(any_size, rank_below=False)
-    with pytest.raises(EvaluationError, match=r"no curve: at size 1 the loss is not finite on 2 of 2 windows"):
+    with pytest.raises(EvaluationError, match=r"curve cannot be measured: at size 1, the loss is not finite on 2 of 2 windows"):
         trade_off(any_size, heldout_tokens[:2], "text", (1.0, 0.5), 0.5)
-    with pytest.raises(EvaluationError, match=r"no perplexity: the loss is not finite"):
+    with pytest.raises(EvaluationError, match=r"perplexity cannot be measured: the loss is not finite"):
         perplexity(any_size.model, heldout_tokens[:2])
