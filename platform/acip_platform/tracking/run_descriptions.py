@@ -64,7 +64,7 @@ def of_model(job: Job) -> str:
         f"{shown(job.base)} at any size. Each version is one calibration, a folder from which every size is read; `champion` is what is "
         "served, `candidate` was not better, or not comparable. The tags of a version are what to choose by: `ppl_60`, the perplexity at "
         "size 0.6, and so on; `excess_loss_area`, the excess loss (nats per token) over all sizes in one number, less is better. "
-        f"`python jobs/promote.py {job.name} VERSION` makes a version the champion, `--back` takes the last change back."
+        f"`python jobs/promote.py {job.name} VERSION` makes a version the champion, `--rollback` takes the last change back."
     )
 
 

@@ -29,8 +29,7 @@ def columns(outcomes: Sequence[Outcome]) -> dict[str, list[str]]:
     table["area"] = [f"{outcome.area:.4f}" if outcome.rows else "" for outcome in outcomes]
     table["seconds"] = [f"{outcome.cost.seconds:.0f}" for outcome in outcomes]
     table["state"] = [
-        f"{status(outcome)}{', front' * any(outcome is each for each in on_front)}{', WINNER' * (outcome is best)}"
-        for outcome in outcomes
+        f"{status(outcome)}{', front' * any(outcome is each for each in on_front)}{', WINNER' * (outcome is best)}" for outcome in outcomes
     ]
     return table
 

@@ -168,9 +168,7 @@ class _Reader(YamlFile):
         if not fields:
             raise self.fail(top["space"][0], "space is empty; nothing would vary.")
         if search == "grid" and "samples" in given:
-            raise self.fail(
-                top["samples"][0], "samples is set, but a grid has all combinations. Set search to 'random' or remove samples."
-            )
+            raise self.fail(top["samples"][0], "samples is set, but a grid has all combinations. Set search to 'random' or remove samples.")
         if given.setdefault("samples", 1 if search == "grid" else 8) < 1:
             raise self.fail(top["samples"][0], f"samples is {given['samples']}; it must be at least 1.")
         if given.get("seed", 0) < 0:
