@@ -81,7 +81,7 @@ class Submission:
         return None
 
     def resumed_at(self, name: str) -> list[int]:
-        return [int(step) for step in re.findall(rf"\[{name}\] going on from the last checkpoint, step_(\d+)", self.text)]
+        return [int(step) for step in re.findall(rf"\[{name}\] resuming from checkpoint step_(\d+)", self.text)]
 
     def goes_on(self, name: str, times: int) -> bool:
         """Whether it has a checkpoint and was resumed this often."""
@@ -148,7 +148,7 @@ def test_a_fleet_is_submitted_twice_and_its_driver_is_killed(
     assert second.end() == 1, second.text
     for name in ("one", "two"):
         assert re.search(rf"\[{name}\] FAILED: .*process {first.process.pid} is working on it", second.text), second.text
-    assert "one real step" not in second.text
+    assert "trial step" not in second.text
     first.wait_for(lambda: "version 1" in first.text or (first.has_checkpoint("one") and first.has_checkpoint("two")), "checkpoint of both")
     first.process.send_signal(signal.SIGKILL)
     first.process.wait()
@@ -285,16 +285,16 @@ def test_preempted_twice(small_base: str, undisturbed: Artifact, tmp_path: Path,
         spot.pod()
         spot.thread.start()
         for times in (1, 2):
-            spot.wait_for("one real step", times)
+            spot.wait_for("trial step", times)
             spot.pods[-1].send_signal(signal.SIGTERM)
             spot.pod()
-            spot.wait_for("a node is being taken away", times)
+            spot.wait_for("a node is about to be removed", times)
         spot.thread.join(JOB_S)
         spot.listen()
         assert not spot.thread.is_alive(), f"the calibration still runs: {spot.said}"
         assert "error" not in spot.outcome and spot.outcome["version"] == "1", (spot.outcome, spot.said)
-        left = spot.numbers(r"taken away: a checkpoint of step (\d+)")
-        assert spot.numbers(r"going on from the last checkpoint, step_(\d+)") == left and len(left) == 2, spot.said
+        left = spot.numbers(r"removed: writing a checkpoint of step (\d+)")
+        assert spot.numbers(r"resuming from checkpoint step_(\d+)") == left and len(left) == 2, spot.said
         assert_same(Artifact.open(spot.outcome["uri"]), undisturbed)
         steps = [metric.step for metric in spot.run.client.get_metric_history(spot.run.run_id, "loss_nats")]
         assert steps == list(range(1, STEPS + 1)), "each once"

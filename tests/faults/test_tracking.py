@@ -206,7 +206,7 @@ def test_clocks_that_jump_change_nothing(
         return real() + 86400 * math.sin(next(jumps))
 
     watching = observer(run, quick_recipe, said)
-    watching.say = lambda kind, **facts: shown.append(facts) if kind == "step" else None
+    watching.emit = lambda kind, **facts: shown.append(facts) if kind == "step" else None
     monkeypatch.setattr(time, "time", jumping)
     calibration = calibrated_with(watching, small_base, quick_recipe, golden_tokens)
     watching.catch_up()

@@ -83,7 +83,7 @@ def test_the_job(command: Command, small_artifact: Artifact) -> None:
     assert next(row["perplexity"] for row in artifact.curve if row["asked"] == 0.5) == measured["after"]
     told = " ".join(said.split())
     assert f"perplexity at 0.5 {measured['before']:.2f} before, {measured['after']:.2f} after" in told
-    assert "[small] one real step: loss " in told
+    assert "[small] trial step at full shape: loss " in told
     assert f"perplexity in nf4 {measured['before_nf4']:.2f} before, {measured['after_nf4']:.2f} after" in told
     commands = (
         "jobs/materialize.py small --alias 2 --size 0.5",
@@ -126,7 +126,7 @@ def test_a_killed_worker_loses_nothing(small_artifact: Artifact, tmp_path: Path)
                 assert exit_code(job, log) == 0, log.read_text()
             finally:
                 stop(job)
-        assert ("going on from the last checkpoint" in log.read_text()) == (name != "undisturbed")
+        assert ("resuming from checkpoint" in log.read_text()) == (name != "undisturbed")
         tracking = Tracking(command.settings, "acip/finetune")
         (run,) = tracking.client.search_runs([tracking.experiment_id])
         assert [metric.step for metric in tracking.client.get_metric_history(run.info.run_id, "loss_nats")] == list(range(1, 151))

@@ -94,7 +94,7 @@ def test_the_screens(first: subprocess.CompletedProcess[str], place: Place) -> N
         " dashboard http://",
         f" artifacts {place.settings.store} ",
         "run tiny",
-        "one real step: loss",
+        "trial step at full shape: loss",
         "ETA",
         "tok/s",
     ):
@@ -118,7 +118,7 @@ def test_a_second_run_repeats_nothing(first: subprocess.CompletedProcess[str], p
     result = place.demo("--fleet", str(place.fleet))
     assert result.returncode == 0, result.stdout
     assert "already done: version 1 is the champion" in result.stdout
-    assert "one real step" not in result.stdout
+    assert "trial step" not in result.stdout
     assert Registry(place.settings).resolve("tiny").version == "1"
 
 

@@ -1,6 +1,8 @@
-"""What was calibrated -> a stored artifact -> its measured curve, its run's pictures, and its registered version.
+"""The last steps of a job: store the artifact, measure its curve, log it to MLflow, and register its version.
 
-The curve is measured from what was saved, once: an artifact that has one keeps it.
+    save -> stored -> measured curve -> figures and tables of the run -> registered version -> champion or candidate -> tasks
+
+The curve is measured from the stored artifact, once: an artifact that has a curve keeps it.
 """
 
 import dataclasses
@@ -18,45 +20,50 @@ from acip.base import Base
 from acip.evaluate import DivergenceOn, Samples, Text, evaluate, trade_off
 from acip.export.peft import save_peft
 from acip.sizing.cut_table import Budget
+from acip.sizing.elastic_model import ElasticModel
 from acip_platform.evaluation.measure import measure_tasks
 from acip_platform.reporting import figures
 from acip_platform.reporting.mask_samples import FILE, MaskSamples
 from acip_platform.reporting.text_samples import side_by_side
 from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
+from acip_platform.storage.checkpoints import Emit
 from acip_platform.storage.disk import StoreError, reason
 from acip_platform.storage.store import Store
 from acip_platform.tracking import run_descriptions
-from acip_platform.tracking.promotion import promote_if_better
-from acip_platform.tracking.registry import CHAMPION, Registry
+from acip_platform.tracking.promotion import Verdict, promote_if_better
+from acip_platform.tracking.registry import CHAMPION, ModelVersion, Registry
 from acip_platform.tracking.runs import Run
 
 
 @dataclass(frozen=True)
 class Heldout:
-    """What a curve is measured on: a text, its windows no longer than the model reads, and their token ids."""
+    """The text that a curve is measured on, and its windows of token ids, none longer than the model's context."""
 
     text: Text
     windows: list[torch.Tensor]
 
     @classmethod
     def of(cls, job: Job, base: Base) -> "Heldout":
+        """Read the held-out text of `job` with the tokenizer of `base`, in the same windows as jobs/evaluate.py."""
         context = min(job.eval_context, getattr(base.model.config, "max_position_embeddings", job.eval_context))
         text = dataclasses.replace(job.heldout, context=context)
         windows = text.tokens(base.tokenizer)
-        text = dataclasses.replace(text.read_by(base.tokenizer), windows=len(windows))
-        return cls(text, windows)  # the same, as jobs/evaluate.py asks for it
+        return cls(dataclasses.replace(text.read_by(base.tokenizer), windows=len(windows)), windows)
 
 
 def stored(settings: Settings, key: str, save: Callable[[Path], Artifact]) -> str:
-    """What `save` writes into a folder, moved into the store under `key`; its URI. Where that fails, nothing of it stays here."""
+    """Let `save` write an artifact to a temporary folder, move it into the store under `key`, and return its URI.
+
+    StoreError if that fails; no file stays on this machine then.
+    """
     try:
         settings.home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="saving-", dir=settings.home, ignore_cleanup_errors=True) as folder:
             return Store.of(settings).put(save(Path(folder)).folder, key)
     except (OSError, SafetensorError) as error:
         why = reason(error) if isinstance(error, OSError) else error
-        raise StoreError(f"can't write the artifact to {settings.home}: {why}. Check the space there; checkpoints are kept.") from error
+        raise StoreError(f"can't write the artifact to {settings.home}: {why}. Free some space there; checkpoints are kept.") from error
 
 
 def finish(
@@ -66,44 +73,27 @@ def finish(
     settings: Settings,
     heldout: Heldout,
     device: torch.device,
-    say: Callable[..., None],
+    emit: Emit,
     fingerprint: str = "",
     alias: str = CHAMPION,
 ) -> dict[str, Any]:
-    """Measure, show and register the artifact at `uri`. `fingerprint` is what identifies it ("" = the job's).
+    """Measure, log and register the artifact at `uri`; each step is skipped if an earlier attempt completed it.
 
-    `alias` is the best that it may become: the champion, where its curve is better (acip_platform.tracking.promotion), or a candidate.
-    Returns a summary: the URI, the version, what was decided about it, and the curve.
+    `fingerprint` identifies the result in the registry ("" = that of the job). `alias` is the highest that the version may get:
+    the champion's, if its curve is better (acip_platform.tracking.promotion), or the candidate's.
+    Returns a summary: URI, version, verdict of the promotion, curve and stop ratio.
     """
     store = Store.of(settings)
     artifact = Artifact.open(store.fetch(uri))
-    any_size = artifact.load(device)
+    model = artifact.load(device)
     if not artifact.curve:
-        text, tokenizer, count = heldout.text, artifact.tokenizer(), len(heldout.windows)
-
-        def told(done: int) -> None:
-            if done % max(1, count // 4) == 0:
-                say("stage", text=f"{len(job.sizes)} sizes measured on {done} of {count} windows of {text.source}")
-
-        rows = trade_off(
-            any_size, heldout.windows, text.source, job.sizes, artifact.recipe.stop_ratio, text.protocol, DivergenceOn(text), told,
-            text.start,
-        )  # fmt: skip
-        for row in rows:
-            any_size.resize(Budget(ratio=row["asked"]))
-            row["evaluation"] += evaluate(any_size, tokenizer, [Samples()])["evaluation"]
-            say("stage", text=f"size {row['asked']:.2f}: perplexity {row['perplexity']:.2f}")
-        artifact = store.record_curve(uri, artifact, rows)
-    _show(job, artifact, uri, run)
+        artifact = store.record_curve(uri, artifact, measured_curve(job, artifact, model, heldout, emit))
+    log_artifact(job, artifact, uri, run)
     registry = Registry(settings)
-    tags = {"fingerprint": fingerprint or job.fingerprint, **run_descriptions.choosing(job, artifact)}
-    version = registry.register(
-        job.name, uri, run.run_id, tags, run_descriptions.of_version(job, artifact, uri), run_descriptions.of_model(job)
-    )
+    version = registered_version(job, artifact, uri, run, registry, fingerprint)
     verdict = promote_if_better(registry, store, version, artifact, alias == CHAMPION)
-    run.tags({"version": f"{version.name} {version.version}", "verdict": str(verdict)})
-    run.describe(run_descriptions.of_run(job, artifact, uri, f"Version {version.version} of {version.name}, {verdict}."))
-    artifact = measure_tasks(job, artifact, any_size, uri, run, settings, say)  # last, because a set that is missing undoes nothing
+    log_verdict(job, artifact, uri, run, version, verdict)
+    artifact = measure_tasks(job, artifact, model, uri, run, settings, emit)  # last, because a missing task set must not undo the rest
     return {
         "uri": uri,
         "version": version.version,
@@ -113,16 +103,52 @@ def finish(
     }
 
 
-def _show(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
-    """The run's pictures, curve, samples, adapter, provenance and URI."""
+def measured_curve(job: Job, artifact: Artifact, model: ElasticModel, heldout: Heldout, emit: Emit) -> list[dict[str, Any]]:
+    """Measure the loss, the divergence from the base model and text samples at each size of the job."""
+    text, tokenizer, count = heldout.text, artifact.tokenizer(), len(heldout.windows)
+
+    def progress(done: int) -> None:
+        if done % max(1, count // 4) == 0:
+            emit("stage", text=f"{len(job.sizes)} sizes measured on {done} of {count} windows of {text.source}")
+
+    rows = trade_off(
+        model, heldout.windows, text.source, job.sizes, artifact.recipe.stop_ratio, text.protocol, DivergenceOn(text), progress, text.start
+    )
+    for row in rows:
+        model.resize(Budget(ratio=row["asked"]))
+        row["evaluation"] += evaluate(model, tokenizer, [Samples()])["evaluation"]
+        emit("stage", text=f"size {row['asked']:.2f}: perplexity {row['perplexity']:.2f}")
+    return rows
+
+
+def registered_version(job: Job, artifact: Artifact, uri: str, run: Run, registry: Registry, fingerprint: str) -> ModelVersion:
+    """Register the artifact as a version of the model, with the tags and texts that help to choose between versions."""
+    tags = {"fingerprint": fingerprint or job.fingerprint, **run_descriptions.choosing(job, artifact)}
+    description = run_descriptions.of_version(job, artifact, uri)
+    return registry.register(job.name, uri, run.run_id, tags, description, run_descriptions.of_model(job))
+
+
+def log_artifact(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
+    """Log the artifact's URI, curve, samples, figures, provenance and adapter to the MLflow run."""
     table, manifest = artifact.table(), artifact.manifest
     run.tags({"artifact_uri": uri, "base": job.base, "stop_step": str(manifest["stop_step"])})
     if run.last_step("tradeoff/perplexity") == 0:
         run.metrics(run_descriptions.curve(artifact.curve))
     run.table({key: [row[key] for row in artifact.curve] for key in artifact.curve[0] if key != "evaluation"}, "tradeoff.json")
-    if said := side_by_side(artifact.curve):
-        run.table(said, "samples.json")
+    if samples := side_by_side(artifact.curve):
+        run.table(samples, "samples.json")
     run.json({key: manifest[key] for key in ("base", "recipe", "provenance", "stop_step", "steps")}, "provenance.json")
+    log_figures(job, artifact, run)
+    if job.recipe.adapter_rank:
+        with tempfile.TemporaryDirectory() as folder:
+            cut = table.cut(Budget(job.recipe.stop_ratio, job.recipe.convention))
+            save_peft(artifact, folder, cut, job.base)
+            run.folder(Path(folder), f"adapter_at_{round(job.recipe.stop_ratio * 100)}")
+
+
+def log_figures(job: Job, artifact: Artifact, run: Run) -> None:
+    """Plot the curve, the scores, the kept ranks at three sizes, and the masks over the steps if they were sampled."""
+    table = artifact.table()
     run.figure(figures.curves({job.name: artifact.curve}), "tradeoff.png")
     run.figure(figures.score_map(table), "score_map.png")
     for size in (0.8, 0.6, 0.4):
@@ -131,8 +157,9 @@ def _show(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
             run.figure(figure, f"kept_ranks_{round(size * 100)}.png")
     if masks := run.read_json(FILE):
         run.figure(figures.mask_shrinkage(MaskSamples(**masks)), "masks.png")
-    if job.recipe.adapter_rank:
-        with tempfile.TemporaryDirectory() as folder:
-            cut = table.cut(Budget(job.recipe.stop_ratio, job.recipe.convention))
-            save_peft(artifact, folder, cut, job.base)
-            run.folder(Path(folder), f"adapter_at_{round(job.recipe.stop_ratio * 100)}")
+
+
+def log_verdict(job: Job, artifact: Artifact, uri: str, run: Run, version: ModelVersion, verdict: Verdict) -> None:
+    """Log the registered version, and whether it became the champion, to the MLflow run."""
+    run.tags({"version": f"{version.name} {version.version}", "verdict": str(verdict)})
+    run.describe(run_descriptions.of_run(job, artifact, uri, f"Version {version.version} of {version.name}, {verdict}."))

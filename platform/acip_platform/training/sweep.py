@@ -1,16 +1,17 @@
-"""Ray Tune over recipes: the trunks of a sweep, then its trials.
+"""Run the calibrations of a sweep with Ray Tune: first its shared prunings ("trunks"), then its trials.
 
-    trunks    one per pruning that several trials share: leaves a state for each stop ratio (acip.calibration.shared_pruning)
-    trials    each goes on from its trunk's state, post-tunes, and measures its curve
-    winner    the finished trial with the least area under excess loss (acip.sizing.excess_loss_area): its artifact is made from its state
+    trunk     one pruning that several trials share; it saves a state for each stop ratio (acip.calibration.shared_pruning)
+    trial     one recipe: it starts from the state of its trunk, post-tunes, and measures its curve
+    rung      a point of the post-tuning at which a trial is saved, and under asha measured and compared
+    winner    the finished trial with the smallest area under excess loss (acip.sizing.excess_loss_area); its state becomes an artifact
 
-Tune starts, retries and resumes both; a sweep of the same name and trials goes on where it stopped. Trials on a node share
-the bases of the layers (BasisCache: computed by one of them, mapped by all).
+Tune starts, retries and resumes trunks and trials. A sweep with the same name and trials resumes. The trials on a node share the
+bases of the layers (BasisCache: one process computes them, all map them).
 
-asha ends a trial at 1/8, 1/4 or 1/2 of its post-tuning if its area under excess loss is worse than the median of those that
-were there before. That is what the winner is chosen by, measured on the same held-out text, so it means the same under every
-recipe. The training loss does not: it is at other sizes, under other lambdas and other shares of distillation. Tune keeps no
-record of rungs over a restart: trials after it are held against each other only.
+asha ends a trial at 1/8, 1/4 or 1/2 of its post-tuning if its area under excess loss is worse than the median of the trials that
+reached that rung earlier. The winner is chosen by the same area on the same held-out text, so it is comparable between recipes. The
+training loss is not: it depends on the sizes, the lambda and the distillation of the recipe. Tune does not keep rungs over a
+restart: trials that run after it are compared with each other only.
 """
 
 import functools
@@ -58,15 +59,15 @@ from acip_platform.tracking.registry import CANDIDATE
 from acip_platform.tracking.runs import Run
 from acip_platform.training.completion import Heldout, finish, stored
 from acip_platform.training.sweep_space import Space, Trial
-from acip_platform.training.worker import Observer, Read, once, prepared
+from acip_platform.training.worker import Observer, Read, prepare, read_once
 
-SMALLEST = 0.4  # of the sizes that the winner is chosen by
-RUNGS = (1, 2, 4, 8)  # eighths of the post-tuning: a trial is saved, and under asha measured and judged
+SMALLEST = 0.4  # the smallest size of the area that the winner is chosen by
+RUNGS = (1, 2, 4, 8)  # in eighths of the post-tuning
 RETRIES = 2  # of a trial whose process died
-TUNE = {  # its switches, read while it runs
-    "TUNE_GLOBAL_CHECKPOINT_S": "2",  # of snapshots; by default 10 s or more, and trials that finished before a kill would be repeated
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",  # which it would warn of
-    "RAY_AIR_NEW_OUTPUT": "0",  # its tables; ours are jobs/sweep.py's
+TUNE = {  # environment variables that Ray Tune reads while it runs
+    "TUNE_GLOBAL_CHECKPOINT_S": "2",  # between snapshots; the default of 10 s or more would repeat trials that finished before a kill
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",  # no warning that snapshots are frequent
+    "RAY_AIR_NEW_OUTPUT": "0",  # no tables: jobs/sweep.py prints them
 }
 os.environ.update({name: value for name, value in TUNE.items() if name not in os.environ})
 logging.getLogger("ray.tune").setLevel(logging.WARNING)
@@ -76,7 +77,7 @@ CPU_BEGAN: ContextVar[float] = ContextVar("CPU seconds of this process when its 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One job, all trials of one space."""
+    """One job and all trials of one space."""
 
     job: Job
     space: Space
@@ -84,7 +85,7 @@ class Sweep:
 
     @classmethod
     def plan(cls, job: Job, space: Space) -> "Sweep":
-        """All that can be known to be wrong is an AcipError now."""
+        """Check the job and draw the trials; AcipError if they cannot run."""
         if job.num_workers > 1:
             raise AcipError(f"{job.name} has num_workers {job.num_workers}; a sweep's trials run on one worker each: set it to 1.")
         if 1.0 not in job.sizes or len(job.sizes) < 2:
@@ -93,23 +94,23 @@ class Sweep:
 
     @functools.cached_property
     def trunks(self) -> dict[str, list[Trial]]:
-        """Prunings that several trials share; who shares with nobody prunes by itself."""
+        """The trials of each pruning that several share, by name. A trial that shares with no other prunes by itself."""
         groups = (group for group in shared_pruning.shared_prunings([trial.job.recipe for trial in self.trials]) if len(group) > 1)
         return {f"trunk{n}": [self.trials[i] for i in group] for n, group in enumerate(groups)}
 
     @functools.cached_property
     def key(self) -> str:
-        """Equal keys are the same sweep, to be gone on with."""
-        decides = [self.space.name, self.space.scheduler, [trial.job.by_content() for trial in self.trials], WINDOWS_VERSION]
-        return f"{self.job.name}-{self.space.name}-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]}"
+        """The name under which the sweep is saved; a sweep with an equal key resumes."""
+        content = [self.space.name, self.space.scheduler, [trial.job.by_content() for trial in self.trials], WINDOWS_VERSION]
+        return f"{self.job.name}-{self.space.name}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a trial or trunk, from loading the model to its last report. CPU time says the same on a busy machine."""
+    """The time of a trial or trunk, from loading the model to its last report. CPU time is comparable on a busy machine."""
 
     seconds: float
-    cpu_seconds: float  # of its process; after an interruption, since then
+    cpu_seconds: float  # of its process, since the last interruption
 
     @classmethod
     def of(cls, metrics: Mapping[str, Any]) -> "Cost":
@@ -118,11 +119,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a trial. `rows` is its last measured curve; whole only where it is `finished`."""
+    """The result of a trial. `rows` is its last measured curve, with all sizes only if it is `finished`."""
 
     trial: Trial
     rows: list[dict[str, Any]]
-    share: int  # eighths of the post-tuning
+    share: int  # of the post-tuning, in eighths
     cost: Cost
     error: str | None
     state: tune.Checkpoint | None
@@ -133,37 +134,38 @@ class Outcome:
 
     @property
     def area(self) -> float:
-        found = excess_loss_area(self.rows, SMALLEST) if self.rows else math.inf
-        return found if math.isfinite(found) else math.inf
+        """The area under excess loss in nats; infinite if there is no curve, or if a loss is not finite."""
+        area = excess_loss_area(self.rows, SMALLEST) if self.rows else math.inf
+        return area if math.isfinite(area) else math.inf
 
 
-# ---- the driver's part
+# ---- in the driver
 
 
-def run(sweep: Sweep, share: Resources, settings: Settings, runs: Mapping[str, Run], inbox: Any) -> tuple[list[Outcome], dict[str, Cost]]:
-    """All trials, from where an interrupted sweep left them. Also what each trunk took."""
+def run(sweep: Sweep, share: Resources, settings: Settings, runs: Mapping[str, Run], events: Any) -> tuple[list[Outcome], dict[str, Cost]]:
+    """Run or resume all trunks and trials. Returns the outcomes of the trials and the costs of the trunks by name."""
     jobs = {trial.name: trial.job.to_dict() for trial in sweep.trials}
     context = {
         "settings": settings,
         "jobs": jobs,
-        "runs": {name: one.run_id for name, one in runs.items()},
+        "runs": {name: trial_run.run_id for name, trial_run in runs.items()},
         "threads": max(1, int(share.cpus)),
-        "inbox": inbox,
+        "events": events,
     }
     sharing = {name: [trial.name for trial in group] for name, group in sweep.trunks.items()}
     pruned = _fit(sweep.key, "trunks", _trunk, list(sharing), {**context, "trunks": sharing}, share, settings) if sharing else {}
     forks: dict[str, tune.Checkpoint | Exception] = {}
     for name, group in sharing.items():
         result = pruned[name]
-        if told := (result.metrics or {}).get("error"):
-            forks |= dict.fromkeys(group, AcipError(f"its pruning failed: {told}"))
+        if error := (result.metrics or {}).get("error"):
+            forks |= dict.fromkeys(group, AcipError(f"its pruning failed: {error}"))
         elif result.error:
             forks |= dict.fromkeys(group, RuntimeError(f"its pruning failed: {root_cause(result.error)}"))
         for checkpoint, metrics in result.best_checkpoints or []:
             forks |= dict.fromkeys(json.loads(metrics["trials"]), checkpoint)
     asha = sweep.space.scheduler == "asha"
     scheduler = ASHAScheduler(time_attr="share", max_t=RUNGS[-1], grace_period=RUNGS[0], reduction_factor=2) if asha else None
-    context |= {"forks": forks, "judged": asha}
+    context |= {"forks": forks, "measure_rungs": asha}
     results = _fit(sweep.key, "trials", _trial, list(jobs), context, share, settings, scheduler)
     outcomes = []
     for trial in sweep.trials:
@@ -172,8 +174,8 @@ def run(sweep: Sweep, share: Resources, settings: Settings, runs: Mapping[str, R
         error = metrics.get("error") or (root_cause(result.error) if result.error else None)
         rows = json.loads(metrics.get("curve", "[]"))
         outcomes.append(Outcome(trial, rows, metrics.get("share", 0), Cost.of(metrics), error, result.checkpoint))
-    if not any(result.error for result in (*pruned.values(), *results.values())):  # else the next attempt needs them
-        _forget(chain.from_iterable((c for c, _ in result.best_checkpoints or []) for result in pruned.values()))
+    if not any(result.error for result in (*pruned.values(), *results.values())):  # else the next attempt needs the states of the trunks
+        _delete(chain.from_iterable((c for c, _ in result.best_checkpoints or []) for result in pruned.values()))
     return outcomes, {name: Cost.of(result.metrics or {}) for name, result in pruned.items()}
 
 
@@ -187,7 +189,7 @@ def _fit(
     settings: Settings,
     scheduler: Any = None,
 ) -> dict[str, Any]:
-    """One run of Tune over `trials`, under runs/key/name, from its last snapshot if there is one; Tune's result by trial."""
+    """Run Tune over `trials` in the folder runs/key/name, from its last snapshot if there is one. Returns Tune's results by trial."""
     resources = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
     ready = tune.with_resources(tune.with_parameters(trainable, context=dict(context)), resources)
     space = {"trial": tune.grid_search(list(trials))}
@@ -213,18 +215,18 @@ def _fit(
                 verbose=0,
             ),
         )
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would take Ctrl-C for the end of the trials, and we for their results
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune would return partial results after Ctrl-C, as if the trials had ended
     results = tuner.fit()
     return {Path(results[i].path).name: results[i] for i in range(len(results))}
 
 
 def winner(outcomes: Sequence[Outcome]) -> Outcome | None:
-    """The finished trial with the least area under excess loss; the first of equals."""
+    """Return the finished trial with the smallest area under excess loss; the first if several are equal."""
     return min((outcome for outcome in outcomes if outcome.finished), key=lambda outcome: outcome.area, default=None)
 
 
 def front(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The Pareto front: finished trials that at one of their sizes, below the base, nobody beats in both size and loss."""
+    """Return the Pareto front: finished trials with a size below 1 at which no trial is better in both size and loss."""
     done = [outcome for outcome in outcomes if outcome.finished]
     points = [(row["got"], row["loss"]) for outcome in done for row in outcome.rows if row["asked"] < 1]
 
@@ -235,49 +237,50 @@ def front(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def keep(
-    sweep: Sweep, outcomes: Sequence[Outcome], share: Resources, settings: Settings, runs: Mapping[str, Run], inbox: Any
+    sweep: Sweep, outcomes: Sequence[Outcome], share: Resources, settings: Settings, runs: Mapping[str, Run], events: Any
 ) -> dict[str, dict[str, Any]]:
-    """Make the artifacts that the space file asks for, register the winner as candidate, and delete the states of all others.
+    """Make the artifacts that the space file asks for, register them with the winner as candidate, and delete the saved states.
 
-    Returns `finish`'s summary by trial, the winner's last.
+    Returns the summary of `finish` by trial, the winner last. AcipError if an artifact cannot be made.
     """
     best = winner(outcomes)
     if best is None:
         return {}
     done = [outcome for outcome in outcomes if outcome.finished]
     chosen = {"winner": [], "front": front(outcomes), "all": done}[sweep.space.keep]
-    chosen = [outcome for outcome in chosen if outcome is not best] + [best]  # the last one registered is the candidate
+    chosen = [outcome for outcome in chosen if outcome is not best] + [best]  # the last registered version is the candidate
     kept = {outcome.trial.name for outcome in chosen}
-    _forget(outcome.state for outcome in outcomes if outcome.state and outcome.error is None and outcome.trial.name not in kept)
+    _delete(outcome.state for outcome in outcomes if outcome.state and outcome.error is None and outcome.trial.name not in kept)
     task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=RETRIES)(_artifact_or_error)
 
-    def begun(outcome: Outcome) -> ray.ObjectRef[dict[str, Any]]:
-        return task.remote(outcome.trial, outcome.state, settings, runs[outcome.trial.name].run_id, max(1, int(share.cpus)), inbox)
+    def start(outcome: Outcome) -> ray.ObjectRef[dict[str, Any]]:
+        return task.remote(outcome.trial, outcome.state, settings, runs[outcome.trial.name].run_id, max(1, int(share.cpus)), events)
 
-    summaries = [*ray.get([begun(outcome) for outcome in chosen[:-1]]), ray.get(begun(best))]
+    summaries = [*ray.get([start(outcome) for outcome in chosen[:-1]]), ray.get(start(best))]
     for outcome, summary in zip(chosen, summaries, strict=True):
         if "error" in summary:
             raise AcipError(f"the artifact of {outcome.trial.name} can't be made: {summary['error']}")
-    _forget(outcome.state for outcome in chosen if outcome.state)
+    _delete(outcome.state for outcome in chosen if outcome.state)
     return {outcome.trial.name: summary for outcome, summary in zip(chosen, summaries, strict=True)}
 
 
-def _forget(states: Iterable[tune.Checkpoint]) -> None:
+def _delete(states: Iterable[tune.Checkpoint]) -> None:
+    """Delete saved states."""
     for state in states:
-        with suppress(FileNotFoundError):  # by an earlier attempt
+        with suppress(FileNotFoundError):  # an earlier attempt deleted it
             _files(state).delete_dir(state.path)
 
 
 def _files(state: tune.Checkpoint) -> FileSystem:
-    assert state.filesystem is not None  # Ray finds it from the path
+    assert state.filesystem is not None  # Ray derives it from the path
     return state.filesystem
 
 
-# ---- the workers' part
+# ---- in the workers
 
 
 def _users_errors_reported(work: Callable[..., None]) -> Callable[..., None]:
-    """A user's error becomes a report: raised, Tune would try again what can't succeed."""
+    """Report errors of the user instead of raising them, because Tune would retry a trial that raises."""
 
     @functools.wraps(work)
     def trainable(config: dict[str, Any], context: Mapping[str, Any]) -> None:
@@ -292,7 +295,7 @@ def _users_errors_reported(work: Callable[..., None]) -> Callable[..., None]:
 
 @_users_errors_reported
 def _trunk(name: str, context: Mapping[str, Any]) -> None:
-    """A Tune trainable: prune once, and report a state for each of the trials of this trunk."""
+    """Prune once, and report a state for each trial of this trunk (a Tune trainable)."""
     jobs = {trial: Job.from_dict(context["jobs"][trial]) for trial in context["trunks"][name]}
     job = min(jobs.values(), key=lambda job: job.recipe.stop_ratio)
     base, batches, observer = _start(name, context, job)
@@ -308,14 +311,13 @@ def _trunk(name: str, context: Mapping[str, Any]) -> None:
 
 @_users_errors_reported
 def _trial(name: str, context: Mapping[str, Any]) -> None:
-    """A Tune trainable: one calibration, from its fork or its own last rung to its measured curve."""
+    """Calibrate from the state of the trunk or of the last rung, and measure the curve (a Tune trainable)."""
     job, fork = Job.from_dict(context["jobs"][name]), context["forks"].get(name)
     if isinstance(fork, Exception):
         raise fork
     base, batches, observer = _start(name, context, job)
-    decides = ("heldout", job.base, job.heldout)
-    heldout = once(Read(decides, lambda: Heldout.of(job, base)))
-    rungs = Rungs(job, base.model, heldout, observer, context["judged"])
+    heldout = read_once(Read(("heldout", job.base, job.heldout), lambda: Heldout.of(job, base)))
+    rungs = Rungs(job, base.model, heldout, observer, context["measure_rungs"])
     with _from(tune.get_checkpoint() or fork) as folder:
         calibration = calibrate(base.model, batches, job.recipe, resume=folder, observe=rungs)
     observer.flush()
@@ -323,19 +325,19 @@ def _trial(name: str, context: Mapping[str, Any]) -> None:
 
 
 def _start(name: str, context: Mapping[str, Any], job: Job) -> tuple[Base, TokenBatches, Observer]:
-    """What trunks and trials start with: a parametrized model, its text, and who watches."""
+    """Return what trunks and trials start with: the parametrized base, its batches, and the observer."""
     settings: Settings = context["settings"]
 
-    def say(kind: str, **facts: Any) -> None:
-        context["inbox"].put.remote({"model": f"{job.name} {name}", "kind": kind, **facts})
+    def emit(kind: str, **facts: Any) -> None:
+        context["events"].put.remote({"model": f"{job.name} {name}", "kind": kind, **facts})
 
-    gc.collect()  # the process may have had a trial before
+    gc.collect()  # the process may have run another trial before
     torch.set_num_threads(context["threads"])
     run = Run.of(settings, context["runs"][name])
     base, device = load_base(job.base, job.recipe.dtype, job.trust_remote_code), _device()
-    once(Read(("read back", job.base, job.recipe.exclude), lambda: read_back(base, job.recipe)))
+    read_once(Read(("read back", job.base, job.recipe.exclude), lambda: read_back(base, job.recipe)))
     torch.nn.Module.to(base.model, device)
-    return base, prepared(job, base, settings, say, device), Observer(job, run, say, device)
+    return base, prepare(job, base, settings, emit, device), Observer(job, run, emit, device)
 
 
 def _device() -> torch.device:
@@ -344,7 +346,7 @@ def _device() -> torch.device:
 
 @contextmanager
 def _from(state: tune.Checkpoint | None) -> Iterator[str | None]:
-    """The folder of a state to go on from; None where there is none, or none any more: then it is computed again."""
+    """Yield the folder of a saved state to resume from; None if there is none or if it was deleted."""
     if state is None or _files(state).get_file_info(state.path).type == FileType.NotFound:
         yield None
         return
@@ -353,22 +355,42 @@ def _from(state: tune.Checkpoint | None) -> Iterator[str | None]:
 
 
 def _report(metrics: Mapping[str, Any], state: CalibrationState | None) -> None:
-    told = {**metrics, "cpu_s": time.process_time() - CPU_BEGAN.get()}
+    """Report metrics to Tune, with a state to resume from if there is one."""
+    report = {**metrics, "cpu_s": time.process_time() - CPU_BEGAN.get()}
     if state is None:
-        tune.report(told)
+        tune.report(report)
         return
     with tempfile.TemporaryDirectory() as folder:
         state.save(folder)
-        tune.report(told, checkpoint=tune.Checkpoint.from_directory(folder))
+        tune.report(report, checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+@contextmanager
+def _as_found(layers: Mapping[str, Any]) -> Iterator[None]:
+    """Put the layers into evaluation mode; on exit, restore the mode of every module, and the rank of every layer."""
+    modes = [(module, module.training) for layer in layers.values() for module in layer.modules()]
+    ranks = [(layer, layer.rank) for layer in layers.values()]
+    for layer in layers.values():
+        layer.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for layer, rank in ranks:
+            layer.set_rank(rank)
 
 
 class Rungs:
-    """Observes a trial: saves it at each rung, where asha judges measures it too, and measures it at its end."""
+    """An observer of a trial: it saves the state at each rung, and measures the curve there if `measure_rungs` is set.
 
-    def __init__(self, job: Job, model: Any, heldout: Heldout, observer: Observer, judged: bool) -> None:
-        self.job, self.model, self.heldout, self.observer, self.judged = job, model, heldout, observer, judged
-        self.state: CalibrationState | None = None  # None until there was a step to post-tune
-        self.passed = 0
+    The model is as before after each call, so that a trial does not depend on being measured. `finish` measures the whole curve.
+    """
+
+    def __init__(self, job: Job, model: Any, heldout: Heldout, observer: Observer, measure_rungs: bool) -> None:
+        self.job, self.model, self.heldout, self.observer, self.measure_rungs = job, model, heldout, observer, measure_rungs
+        self.state: CalibrationState | None = None  # of the last post-tuning step
+        self.passed = 0  # the last rung
 
     def __call__(self, reports: list[StepReport], state: CalibrationState) -> None:
         self.observer(reports, state)
@@ -379,57 +401,56 @@ class Rungs:
         if self.passed < at and reports[-1].progress < 1:
             self.passed = at
             metrics: dict[str, Any] = {}
-            if self.judged:
-                for core in state.layers.values():
-                    core.eval()
+            if self.measure_rungs:
                 sizes = sorted(self.job.sizes, reverse=True)
-                some = tuple(dict.fromkeys((*sizes[::2], sizes[-1])))  # at its end it is measured at all of them
-                metrics = self.measured(ElasticModel(self.model, cut_table(self.model, state.scores, self.job.recipe)), some)
-                for core in state.layers.values():
-                    core.train()
+                some = tuple(dict.fromkeys((*sizes[::2], sizes[-1])))  # every other size; the end of the trial measures all
+                with _as_found(state.layers):
+                    metrics = self.measured(ElasticModel(self.model, cut_table(self.model, state.scores, self.job.recipe)), some)
             _report({"share": at, **metrics}, state)
 
     def measured(self, any_size: ElasticModel, sizes: tuple[float, ...]) -> dict[str, Any]:
+        """Measure the curve at `sizes`, and its area under excess loss."""
         text = self.heldout.text
         rows = trade_off(any_size, self.heldout.windows, text.source, sizes, self.job.recipe.stop_ratio, text.protocol, start=text.start)
         return {"area": excess_loss_area(rows, SMALLEST), "curve": json.dumps(rows)}
 
     def finish(self, any_size: ElasticModel) -> None:
+        """Measure the whole curve, and report it with the last state."""
         metrics = self.measured(any_size, self.job.sizes)
         if self.observer.run.last_step("tradeoff/perplexity") == 0:
             self.observer.run.metrics(
                 [(0, {"area_under_excess_nats": metrics["area"]}), *run_descriptions.curve(json.loads(metrics["curve"]))]
             )
-        self.observer.say("stage", text=f"area under excess loss {metrics['area']:.4f}")
+        self.observer.emit("stage", text=f"area under excess loss {metrics['area']:.4f}")
         _report({"share": RUNGS[-1], **metrics}, self.state)
 
 
 def _artifact_or_error(*args: Any) -> dict[str, Any]:
-    """`_artifact`, with the user's errors as values: raised, they would come with a page of Ray around them."""
+    """Call `_artifact`, and return errors of the user as values: Ray would wrap raised ones in its own traceback."""
     try:
         return _artifact(*args)
     except AcipError as error:
         return {"error": str(error)}
 
 
-def _artifact(trial: Trial, state: tune.Checkpoint | None, settings: Settings, run: str, threads: int, inbox: Any) -> dict[str, Any]:
-    """A Ray task: a finished trial's state -> its artifact in the store, measured, shown and registered as candidate."""
+def _artifact(trial: Trial, state: tune.Checkpoint | None, settings: Settings, run_id: str, threads: int, events: Any) -> dict[str, Any]:
+    """Make the artifact of a finished trial from its state, and measure, log and register it as candidate (a Ray task)."""
     job = trial.job
 
-    def say(kind: str, **facts: Any) -> None:
-        inbox.put.remote({"model": f"{job.name} {trial.name}", "kind": kind, **facts})
+    def emit(kind: str, **facts: Any) -> None:
+        events.put.remote({"model": f"{job.name} {trial.name}", "kind": kind, **facts})
 
     torch.set_num_threads(threads)
     device = _device()
-    one = Run.of(settings, run)
+    run = Run.of(settings, run_id)
     store, key = Store.of(settings), f"{job.name}/{job.name}-{job.fingerprint}"
     base = load_base(job.base, job.recipe.dtype, job.trust_remote_code)
     heldout = Heldout.of(job, base)
     if not store.exists(store.uri(key)):
         torch.nn.Module.to(base.model, device)
-        batches = prepared(job, base, settings, say, device)
+        batches = prepare(job, base, settings, emit, device)
         with _from(state) as folder:
             calibration = calibrate(base.model, batches, job.recipe, resume=folder)
-        origin = provenance(job) | {"attempt": key, "mlflow_run": one.run_id}
+        origin = provenance(job) | {"attempt": key, "mlflow_run": run.run_id}
         stored(settings, key, lambda folder: Artifact.save(folder, base, calibration, origin))
-    return finish(job, store.uri(key), one, settings, heldout, device, say, alias=CANDIDATE)
+    return finish(job, store.uri(key), run, settings, heldout, device, emit, alias=CANDIDATE)

@@ -1,19 +1,19 @@
-"""A space file -> checked trials of one fleet job: which recipes a sweep tries, and how.
+"""Read a space file, which lists the recipes that a sweep tries, and make the checked trials of one fleet job.
 
-    name: schedules                      # of the sweep; default: the file's name
+    name: schedules                      # name of the sweep; default: the name of the file
     set: {scores: order}                 # changes to the job's recipe that all trials share
     space:                               # any fields of the recipe
-      lambda_factor: [1.05, 1.1, 1.2]    # these values ...
-      lr: {loguniform: [1.0e-4, 1.0e-3]} # ... or a range: uniform, loguniform, randint (both ends included)
+      lambda_factor: [1.05, 1.1, 1.2]    # a list of values,
+      lr: {loguniform: [1.0e-4, 1.0e-3]} # or a range: uniform, loguniform, randint (both ends included)
       stop_ratio: [0.8, 0.6, 0.4]
-    search: random                       # grid (default): all combinations; random: `samples` draws, by `seed`
+    search: random                       # grid (default): all combinations; random: `samples` draws with `seed`
     samples: 8
     seed: 0
-    scheduler: asha                      # none (default), or asha: end trials early that look worse; see acip_platform.training.sweep
+    scheduler: asha                      # none (default), or asha: end worse trials early; see acip_platform.training.sweep
     keep: winner                         # which artifacts: winner (default), front (Pareto), all
 
-A list of stop ratios is gone through in full for every draw: they share a trunk (acip.calibration.shared_pruning). All trials are drawn and
-checked before the first one starts.
+Every draw is combined with all stop ratios in a list, because they share one pruning (acip.calibration.shared_pruning). All trials
+are drawn and checked before the first one starts.
 """
 
 import dataclasses
@@ -39,15 +39,15 @@ Scheduler = Literal["none", "asha"]
 Keep = Literal["winner", "front", "all"]
 RECIPE = {field.name: field.type for field in dataclasses.fields(Recipe)}
 RANGES = ("uniform", "loguniform", "randint")
-TRIALS = 1000  # of a sweep: more are a mistake
+MAX_TRIALS = 1000  # of a sweep; more are a mistake
 WHY_NO_PBT = (
-    "scheduler 'pbt' changes values while a calibration runs. Most fields (stop_ratio, lambda, basis, adapter_rank, ...) shape its state "
-    "and can't change, and no recipe would tell how to make the result again. Use asha."
+    "scheduler 'pbt' changes fields during a calibration. Most of them (stop_ratio, lambda, basis, adapter_rank, ...) cannot change then, "
+    "and no recipe would reproduce the result. Use 'asha'."
 )
 
 
 class SpaceError(AcipError):
-    """A space file that can't be read, or that makes an impossible recipe."""
+    """A space file cannot be read, or makes an invalid recipe."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,13 @@ class Range:
     high: float
 
     def domain(self) -> Any:
+        """Return the distribution as Ray Tune defines it, with both ends included."""
         return tune.randint(int(self.low), int(self.high) + 1) if self.kind == "randint" else getattr(tune, self.kind)(self.low, self.high)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One recipe of a sweep. `job.recipe` is what it runs; `changes` is what sets it apart from the others."""
+    """One recipe of a sweep: `job.recipe` in full, and in `changes` the fields that vary."""
 
     name: str  # t00, t01, ...
     changes: dict[str, Any]
@@ -77,11 +78,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Space:
+    """A checked space file."""
+
     name: str
     path: str
     set: dict[str, Any]
     fields: dict[str, tuple[Any, ...] | Range]
-    lines: dict[str, int]  # of the file, where fields are set
+    lines: dict[str, int]  # line of each field in the file
     search: Search = "grid"
     samples: int = 1
     seed: int = 0
@@ -94,10 +97,10 @@ class Space:
         return _Reader(str(path)).space()
 
     def trials(self, job: Job) -> tuple[Trial, ...]:
-        """All trials on this job, the same ones every time. SpaceError where one's recipe is impossible."""
+        """Return all trials of this job, the same at every call. SpaceError if a recipe is invalid."""
         drawn: dict[str, dict[str, Any]] = {}
         for changes in self._draws():
-            drawn[json.dumps(changes)] = changes  # random choices may repeat
+            drawn[json.dumps(changes)] = changes  # random draws may repeat
         trials: list[Trial] = []
         for changes in self._ordered(list(drawn.values())):
             name = f"t{len(trials):02d}"
@@ -111,34 +114,36 @@ class Space:
         return tuple(trials)
 
     def _draws(self) -> list[dict[str, Any]]:
-        """By Ray Tune's own generator. What is random stays the same over the grid."""
+        """Draw with the generator of Ray Tune. Random fields have the same values at all points of the grid."""
         grid = {field for field in self.fields if self.search == "grid" or field == "stop_ratio"}
         spec: dict[str, Any] = {}
         for field, values in self.fields.items():
             if isinstance(values, Range):
                 spec[field] = values.domain()
-            else:  # by index: Tune would resolve lists that are values themselves
-                places = list(range(len(values)))
-                spec[field] = tune.grid_search(places) if field in grid else tune.choice(places)
+            else:  # by index, because Tune would resolve values that are lists
+                indices = list(range(len(values)))
+                spec[field] = tune.grid_search(indices) if field in grid else tune.choice(indices)
         random = np.random.RandomState(self.seed)
         draws = []
         for _ in range(self.samples):
-            for _, found in generate_variants(spec, constant_grid_search=True, random_state=random):
-                draws.append({field: self._value(field, found[field]) for field in self.fields})
+            for _, variant in generate_variants(spec, constant_grid_search=True, random_state=random):
+                draws.append({field: self._value(field, variant[field]) for field in self.fields})
         return draws
 
-    def _value(self, field: str, found: Any) -> Any:
+    def _value(self, field: str, drawn: Any) -> Any:
+        """Return the value that was drawn: by index from a list, or rounded to 4 digits so that it can be typed again."""
         values = self.fields[field]
         if not isinstance(values, Range):
-            return values[found]
-        return int(found) if values.kind == "randint" else float(f"{found:.4g}")  # a person may want to type it again
+            return values[drawn]
+        return int(drawn) if values.kind == "randint" else float(f"{drawn:.4g}")
 
     def _ordered(self, draws: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Smallest stop ratio first: its curve is good over all sizes, and asha holds the later ones against it."""
+        """Return the draws with the smallest stop ratio first: its curve covers all sizes, and asha compares later trials with it."""
         return sorted(draws, key=lambda changes: changes["stop_ratio"]) if "stop_ratio" in self.fields else draws
 
 
 def shown(value: Any) -> str:
+    """Format a value for a label."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -164,16 +169,16 @@ class _Reader(YamlFile):
         if not fields:
             raise self.fail(top["space"][0], "space is empty; nothing would vary.")
         if search == "grid" and "samples" in given:
-            raise self.fail(top["samples"][0], "samples are of a random search; a grid has all combinations. Set search to 'random'.")
+            raise self.fail(top["samples"][0], "samples is set, but a grid has all combinations. Set search to 'random' or remove samples.")
         if given.setdefault("samples", 1 if search == "grid" else 8) < 1:
             raise self.fail(top["samples"][0], f"samples is {given['samples']}; it must be at least 1.")
         if given.get("seed", 0) < 0:
             raise self.fail(top["seed"][0], f"seed is {given['seed']}; it must be at least 0.")
         lists = {field: values for field, values in fields.items() if not isinstance(values, Range)}
         count = given["samples"] * math.prod(len(values) for field, values in lists.items() if search == "grid" or field == "stop_ratio")
-        if count > TRIALS:
+        if count > MAX_TRIALS:
             raise self.fail(
-                top["space"][0], f"the space makes {count:,} trials, of {TRIALS:,} at most. List fewer values, or draw samples."
+                top["space"][0], f"the space makes {count:,} trials; {MAX_TRIALS:,} are allowed. List fewer values, or use a random search."
             )
         changes = {field: self.checked(node, coerce, field, self.value(node), RECIPE[field]) for field, (_, node) in fixed.items()}
         lines = {field: key_node.start_mark.line + 1 for field, (key_node, _) in (fixed | varied).items()}
@@ -185,16 +190,16 @@ class _Reader(YamlFile):
         return super().checked(node, make, *args)
 
     def values(self, field: str, node: yaml.Node, search: str) -> tuple[Any, ...] | Range:
-        """The values of one field: a list, or a range."""
-        what = f"{field} must be a list of values, or a range like {{uniform: [a, b]}} ({', '.join(RANGES)})"
+        """Return the values of one field: a list, or a range."""
+        rule = f"{field} must be a list of values, or a range like {{uniform: [a, b]}} ({', '.join(RANGES)})"
         if isinstance(node, yaml.SequenceNode):
             if not node.value:
-                raise self.fail(node, f"{what}; it is an empty list.")
+                raise self.fail(node, f"{rule}; it is an empty list.")
             return tuple(self.checked(item, coerce, field, self.value(item), RECIPE[field]) for item in node.value)
         if not isinstance(node, yaml.MappingNode):
-            raise self.fail(node, f"{what}; it is {cited(self.value(node))}. What all trials share goes into 'set'.")
+            raise self.fail(node, f"{rule}; it is {cited(self.value(node))}. A value that all trials share goes into 'set'.")
         if len(node.value) != 1:
-            raise self.fail(node, f"{what}; this mapping has {len(node.value)} entries.")
+            raise self.fail(node, f"{rule}; this mapping has {len(node.value)} entries.")
         ((kind, (kind_node, ends)),) = self.items(node, RANGES, f"the range of {field}")
         if search == "grid":
             raise self.fail(kind_node, f"{field} is a range, and a grid needs lists. Set search to 'random', or list the values.")

@@ -1,10 +1,11 @@
-"""One base model on one Ray Train worker: `calibrate_one` is what the worker does, from loading to registering.
+"""Calibrate one base model with Ray Train: `run_job` starts the workers, and each runs `calibrate_one`.
 
-    load -> parametrize -> one real step -> calibrate (checkpoints, resume) -> artifact -> curve -> registry
+    load -> parametrize -> trial step -> calibrate (checkpoints, resume) -> artifact -> curve -> registry
 
-The artifact is saved before it is evaluated, and evaluated from what was saved. A worker that dies goes on from its last
-checkpoint; one whose node is going away leaves one at once; a job whose artifact is complete is not calibrated again. What MLflow
-can't take while it is down waits here, and at the end in a checkpoint. Progress goes to the driver through an `Inbox`.
+The artifact is saved before it is measured, and the saved copy is measured. A worker that dies resumes from its last checkpoint. A
+worker whose node is about to be removed writes a checkpoint at once. A job with a complete artifact is not calibrated again.
+Metrics that MLflow cannot take while it is down are kept in memory, and at the end in a checkpoint. Progress goes to the driver
+through an `EventQueue`.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ from acip_platform.reporting.mask_samples import FILE, MaskSamples
 from acip_platform.scheduling.fleet import Job
 from acip_platform.scheduling.job_queue import Resources
 from acip_platform.settings import Settings
-from acip_platform.storage.checkpoints import Checkpoints
+from acip_platform.storage.checkpoints import Checkpoints, Emit
 from acip_platform.storage.store import Store
 from acip_platform.tracking.provenance import provenance
 from acip_platform.tracking.registry import few_retries
@@ -50,8 +51,9 @@ from acip_platform.tracking.runs import Run
 from acip_platform.training.completion import Heldout, finish, stored
 
 REPORT_EVERY_S = 10.0
-MLFLOW_REST_S = 60.0  # between attempts at an MLflow that is down
-LOOK_S = 1.0  # between looks for a node's notice that it is going away
+MLFLOW_REST_S = 60.0  # between attempts while MLflow is down
+LOOK_S = 1.0  # between checks whether this node is about to be removed
+# errors that a second attempt would raise again
 LASTING = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, TypeError, ValueError)
 Work = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -59,31 +61,32 @@ log = logging.getLogger(__name__)
 
 
 def run_job(
-    job: Job, share: Resources, settings: Settings, run: Run, attempt: str, inbox: Any, work: Work | None = None, **facts: Any
+    job: Job, share: Resources, settings: Settings, run: Run, attempt: str, events: Any, work: Work | None = None, **facts: Any
 ) -> dict[str, Any]:
-    """Do `job` on one Ray Train worker; returns its summary. The run's name decides what is resumed.
+    """Run `job` with Ray Train and return the summary of its first worker. An equal `attempt` resumes.
 
-    `work` is what the worker does (None = calibrate), and `facts` is what it is told besides.
+    `work` is the function that each worker runs (None = `calibrate_one`); `facts` are further entries of its config.
+    AcipError if the job fails in a way that a user can mend.
     """
     resources = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
     result = TorchTrainer(
         worker,  # type: ignore[arg-type]
         train_loop_config={
             "job": job.to_dict(),
-            "settings": settings,  # as it is: Ray shows a dict's values to whoever sees the dashboard, and of this its repr
+            "settings": settings,  # as an object: the dashboard shows its repr, which masks secrets, but the values of a dict
             "run": run.run_id,
             "attempt": attempt,
             "threads": max(1, int(share.cpus)),
-            "inbox": inbox,
+            "events": events,
             "work": work or calibrate_one,
-            "fingerprint": job.fingerprint,  # of the files as they were when the job was submitted
+            "fingerprint": job.fingerprint,  # of the files at the time of submission
             **facts,
         },
         scaling_config=ray.train.ScalingConfig(num_workers=job.num_workers, use_gpu=share.gpus > 0, resources_per_worker=resources),
         run_config=ray.train.RunConfig(
             name=attempt,
             storage_path=settings.runs,
-            failure_config=ray.train.FailureConfig(max_failures=2),  # nodes that were taken away aren't counted
+            failure_config=ray.train.FailureConfig(max_failures=2),  # removed nodes are not counted
         ),
     ).fit()
     summary: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
@@ -93,21 +96,21 @@ def run_job(
 
 
 def worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Run `config["work"]` and return errors that a second attempt would meet again as values: Ray retries what is raised."""
+    """Run `config["work"]`. Errors that would recur are returned as values, because Ray retries a worker that raises."""
     try:
         result: dict[str, Any] = config["work"](config)
         return result
     except AcipError as error:
         return {"error": str(error)}
     except LASTING as error:
-        if lacks_memory(error) or sharding.workers() > 1:  # the others would wait for this one
+        if lacks_memory(error) or sharding.workers() > 1:  # raise: the other workers would wait for this one
             raise
-        log.exception("this is not tried again")
+        log.exception("the job failed and is not retried")
         return {"error": f"{type(error).__name__}: {error}"}
 
 
 def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
-    """The worker's whole work. Returns a summary with the artifact's URI, the version and the curve."""
+    """Calibrate, store, measure and register one model: all work of a worker. Returns the summary of `finish`, {} on other ranks."""
     job: Job = Job.from_dict(config["job"])
     settings: Settings = config["settings"]
     torch.set_num_threads(config["threads"])
@@ -115,129 +118,129 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     store = Store.of(settings)
     key = f"{job.name}/{config['attempt']}"
 
-    def say(kind: str, **facts: Any) -> None:
+    def emit(kind: str, **facts: Any) -> None:
         if sharding.rank() == 0:
-            config["inbox"].put.remote({"model": job.name, "kind": kind, **facts})
+            config["events"].put.remote({"model": job.name, "kind": kind, **facts})
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    say("stage", text=f"loading {job.base}")
+    emit("stage", text=f"loading {job.base}")
     base = load_base(job.base, job.recipe.dtype, job.trust_remote_code)
     read_back(base, job.recipe)
     heldout = Heldout.of(job, base)
-    checkpoints = Checkpoints(settings, config["attempt"], say)
+    checkpoints = Checkpoints(settings, config["attempt"], emit)
     if not sharding.decided(store.exists(store.uri(key)), device):
-        if job.num_workers == 1:  # else the layers go there one by one, each worker's part of them
+        if job.num_workers == 1:  # else each layer is moved when it is sharded
             torch.nn.Module.to(base.model, device)
-        observer = _calibrated(job, base, run, settings, key, checkpoints, say, device)
+        observer = _calibrate(job, base, run, settings, key, checkpoints, emit, device)
     else:
-        observer = Observer(job, run, say, device, checkpoints)
+        observer = Observer(job, run, emit, device, checkpoints)
         with checkpoints.newest() as folder:
             observer.recall(folder)
     if sharding.rank() > 0:
         return {}
     observer.catch_up()
-    return finish(job, store.uri(key), run, settings, heldout, device, say, config["fingerprint"])
+    return finish(job, store.uri(key), run, settings, heldout, device, emit, config["fingerprint"])
 
 
-def _calibrated(
-    job: Job, base: Base, run: Run, settings: Settings, key: str, checkpoints: Checkpoints, say: Callable[..., None], device: torch.device
+def _calibrate(
+    job: Job, base: Base, run: Run, settings: Settings, key: str, checkpoints: Checkpoints, emit: Emit, device: torch.device
 ) -> "Observer":
-    """Parametrize and calibrate, from the last checkpoint if there is one; the first worker stores the artifact."""
+    """Parametrize and calibrate, from the last checkpoint if there is one; rank 0 stores the artifact."""
     recipe = job.recipe
-    batches = prepared(job, base, settings, say, device)
-    tried(base.model, batches, recipe, say)
-    observer = Observer(job, run, say, device, checkpoints)
+    batches = prepare(job, base, settings, emit, device)
+    run_trial_step(base.model, batches, recipe, emit)
+    observer = Observer(job, run, emit, device, checkpoints)
     with run.system_metrics() if sharding.rank() == 0 else nullcontext(), checkpoints.newest() as folder:
         if folder is not None:
-            say("stage", text=f"going on from the last checkpoint, {folder.name}")
+            emit("stage", text=f"resuming from checkpoint {folder.name}")
         calibration = calibrate(base.model, batches, recipe, resume=folder, observe=observer)
     sharding.gather(base.model)
     if sharding.rank() == 0:
         origin = provenance(job) | {"attempt": key, "mlflow_run": run.run_id}
         uri = stored(settings, key, lambda folder: Artifact.save(folder, base, calibration, origin))
-        say("stage", text=f"artifact saved: {uri}")
+        emit("stage", text=f"artifact saved: {uri}")
     return observer
 
 
 @dataclass(frozen=True)
 class Read:
-    """Something to read: all that decides it, and how."""
+    """A value to read: its key, which decides equality, and the function that reads it."""
 
-    decides: tuple[Any, ...]
+    key: tuple[Any, ...]
     read: Callable[[], Any] = field(compare=False)
 
 
 @lru_cache(maxsize=4)
-def once(what: Read) -> Any:
-    """What this process read before isn't read again: the trials of a sweep share their text."""
-    return what.read()
+def read_once(request: Read) -> Any:
+    """Return the value of a request; equal requests are read once per process. The trials of a sweep share their text this way."""
+    return request.read()
 
 
-def prepared(job: Job, base: Base, settings: Settings, say: Callable[..., None], device: torch.device) -> TokenBatches:
-    """Parametrize `base`, where it fits into memory. Returns the text of the calibration."""
+def prepare(job: Job, base: Base, settings: Settings, emit: Emit, device: torch.device) -> TokenBatches:
+    """Parametrize `base` in place and return the batches of the calibration text; CalibrationError if memory is too small."""
     recipe = job.recipe
-    # a longer run than is expected reads them again in another order
-    decides = (job.base, job.data, recipe.seq_len, job.windows)
-    windows = once(Read(decides, lambda: token_windows(documents(job.data, "train"), base.tokenizer, recipe.seq_len, job.windows)))
+    # a run that takes more steps than expected reads the windows again in another order
+    key = (job.base, job.data, recipe.seq_len, job.windows)
+    windows = read_once(Read(key, lambda: token_windows(documents(job.data, "train"), base.tokenizer, recipe.seq_len, job.windows)))
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))]
     batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
 
-    _fits(job, base, device, say)
+    _check_memory(job, base, device, emit)
     began = time.monotonic()
     cache = BasisCache(settings.home / "cache" / "bases", in_bytes(settings.basis_cache_gb, GIGA))
-    parametrize(base.model, recipe, windows, lambda done, total: say("parametrize", done=done, total=total), cache=cache)
-    say("stage", text=f"{recipe.basis} basis of {len(targets(base.model))} layers in {time.monotonic() - began:.0f} s")
+    parametrize(base.model, recipe, windows, lambda done, total: emit("parametrize", done=done, total=total), cache=cache)
+    emit("stage", text=f"{recipe.basis} basis of {len(targets(base.model))} layers in {time.monotonic() - began:.0f} s")
     return batches
 
 
-def tried(model: torch.nn.Module, batches: TokenBatches, recipe: Recipe, say: Callable[..., None]) -> None:
-    """One step, before the many: what doesn't fit or doesn't learn is said in the first seconds."""
+def run_trial_step(model: torch.nn.Module, batches: TokenBatches, recipe: Recipe, emit: Emit) -> None:
+    """Take one step that changes nothing, so that a lack of memory or a loss that cannot be trained is reported within seconds."""
     began = time.monotonic()
     loss = trial_step(model, batches, recipe)
     took = time.monotonic() - began
-    say(
+    emit(
         "stage",
-        text=f"one real step: loss {loss:.3f} in {took:.1f} s, at full shape; {len(batches.windows):,} windows of {recipe.seq_len} tokens",
+        text=f"trial step at full shape: loss {loss:.3f} in {took:.1f} s; {len(batches.windows):,} windows of {recipe.seq_len} tokens",
     )
 
 
-def _fits(job: Job, base: Base, device: torch.device, say: Callable[..., None]) -> None:
-    """Refuse, before the work, what the device's memory can't hold. All workers do what the first decides."""
-    there, error = memory_check.available(base.model, device), None
+def _check_memory(job: Job, base: Base, device: torch.device, emit: Emit) -> None:
+    """Raise CalibrationError if the predicted peak does not fit into the device's memory. All workers follow the first one's decision."""
+    free_bytes, error = memory_check.available(base.model, device), None
     try:
-        needed = memory_check.check(base.model, job.recipe, there, device, job.num_workers)
-        say("stage", text=f"needs {needed.peak / 1e9:.1f} of {there / 1e9:.1f} GB, most in {needed.worst}")
+        needed = memory_check.check(base.model, job.recipe, free_bytes, device, job.num_workers)
+        emit("stage", text=f"needs {needed.peak / 1e9:.1f} of {free_bytes / 1e9:.1f} GB, peak in {needed.worst}")
     except CalibrationError as refusal:
         error = refusal
     if not sharding.decided(error is None, device):
-        raise error or CalibrationError("another worker's memory is too small.")
+        raise error or CalibrationError("the memory of another worker is too small.")
 
 
 class Observer:
-    """Hears each step of the loop: metrics to MLflow, progress to the driver, checkpoints. Changes nothing.
+    """An observer of the calibration loop: it sends metrics to MLflow and progress to the driver, and writes checkpoints.
 
-    Without `checkpoints` there are none; with them, it is on a worker of Ray Train.
+    It changes neither model nor state. `checkpoints` is None outside of Ray Train; then none are written.
     """
 
-    def __init__(self, job: Job, run: Run, say: Callable[..., None], device: torch.device, checkpoints: Checkpoints | None = None) -> None:
-        self.job, self.run, self.say, self.device, self.checkpoints = job, run, say, device, checkpoints
+    def __init__(self, job: Job, run: Run, emit: Emit, device: torch.device, checkpoints: Checkpoints | None = None) -> None:
+        self.job, self.run, self.emit, self.device, self.checkpoints = job, run, emit, device, checkpoints
         self.look_s = min(LOOK_S, checkpoints.every_s) if checkpoints else math.inf
         self.tokens = job.recipe.batch_size * job.recipe.gradient_accumulation_steps * job.recipe.seq_len
-        self.rows: list[tuple[int, dict[str, float]]] = []
-        self.logged: int | None = None  # the last step that MLflow has; None = it has to be asked
+        self.rows: list[tuple[int, dict[str, float]]] = []  # (step, metrics) that MLflow does not have yet
+        self.logged: int | None = None  # the last step that MLflow has; None = unknown
         self.masks: MaskSamples | None = None
-        self.sent: list[int] = []  # the last of their steps that MLflow has
+        self.sent: list[int] = []  # the last step of `masks` that MLflow has
         self.reported = self.saved = self.looked = self.stepped = time.monotonic()
-        self.leaving = False  # there is a checkpoint from after the node's notice that it is going away
+        self.leaving = False  # a checkpoint was written since the notice that a node is about to be removed
         self.rests_until = 0.0
         self.phase = ""
-        self.phase_began = (time.monotonic(), 0.0)  # when, and at which progress
+        self.phase_began = (time.monotonic(), 0.0)  # (time, progress)
 
     def __call__(self, reports: list[StepReport], state: CalibrationState) -> None:
         now = time.monotonic()
         tokens_per_s = self.tokens * len(reports) / (now - self.stepped)
         self.stepped = now
-        if not self.phase:  # the first look: what an attempt before this one didn't get to MLflow is in the checkpoint
+        if not self.phase:  # first call: the checkpoint holds steps that an earlier attempt may not have logged
             self._remember(report for report in state.history if report.step < reports[0].step)
         self.rows += [(report.step, self._metrics(report) | {"tokens_per_s": tokens_per_s}) for report in reports]
         report = reports[-1]
@@ -253,61 +256,62 @@ class Observer:
             done = report.progress - at
             eta_s = (now - since) * (1 - report.progress) / done if done > 0 else None
             facts = dataclasses.asdict(report) | {"stop": self.job.recipe.stop_ratio, "tokens_per_s": tokens_per_s, "eta_s": eta_s}
-            self.say("step", **facts)
+            self.emit("step", **facts)
         if self.checkpoints is not None and sharding.decided(ends or now - self.looked >= self.look_s, self.device):
             self._checkpoint(self.checkpoints, state, ends)
 
     def _checkpoint(self, checkpoints: Checkpoints, state: CalibrationState, ends: bool) -> None:
-        """When it is time, before this node is taken away, and at the end if MLflow hasn't got everything."""
+        """Write a checkpoint if one is due, if a node is about to be removed, or at the end if MLflow lacks steps."""
         self.looked = time.monotonic()
-        leaving = ray.train.get_preemption_info() is not None  # the first worker's answer, on all of them
+        leaving = ray.train.get_preemption_info() is not None  # the same on all workers: Ray returns the answer of the first
         at_once = (leaving and not self.leaving) or (ends and bool(self.rows))
         if sharding.decided(at_once or self.looked - self.saved >= checkpoints.every_s, self.device):
             if leaving and not self.leaving:
-                self.say("stage", text=f"a node is being taken away: a checkpoint of step {state.step}")
-            written = sharding.rank() > 0 or checkpoints.write(state)  # the others have the same state
+                self.emit("stage", text=f"a node is about to be removed: writing a checkpoint of step {state.step}")
+            written = sharding.rank() > 0 or checkpoints.write(state)  # the other workers have the same state
             self.leaving = leaving and sharding.decided(written, self.device)
             self.saved = self.stepped = time.monotonic()
 
     def _remember(self, reports: Iterable[StepReport]) -> None:
+        """Queue the metrics of steps that were taken by an earlier attempt."""
         self.rows = [(report.step, self._metrics(report)) for report in reports]
 
     def recall(self, folder: Path | None) -> None:
-        """Of an attempt that has its artifact: what it may not have got to MLflow is in its last checkpoint."""
+        """Queue the steps in the last checkpoint of a finished attempt, which may not all have reached MLflow."""
         if folder is not None:
             self._remember(history(folder))
 
     def _metrics(self, report: StepReport) -> dict[str, float]:
-        """What says something in this phase: sizes fall while pruning, and are drawn in post-tuning, two kinds of curve."""
-        own = {} if report.task_loss is None else {"text_loss_nats": report.task_loss}
+        """Return the metrics of a step. Sizes fall while pruning but are drawn at random in post-tuning, so they have two names."""
+        task = {} if report.task_loss is None else {"text_loss_nats": report.task_loss}
         if report.phase == "prune":
             falling = {"size_ratio": report.size, "lambda": report.lambda_, "directions_alive": report.live}
-            return {"loss_nats": report.loss, **own, **falling}
+            return {"loss_nats": report.loss, **task, **falling}
         at_stop = {"loss_at_stop_ratio_nats": report.loss} if report.size <= self.job.recipe.stop_ratio else {}
-        return {"loss_nats": report.loss, **own, "trained_size_ratio": report.size, **at_stop}
+        return {"loss_nats": report.loss, **task, "trained_size_ratio": report.size, **at_stop}
 
     def _sample(self, state: CalibrationState, step: int) -> None:
-        """Example masks, going on from what an earlier attempt kept."""
+        """Sample the masks of a few layers, continuing the samples of an earlier attempt."""
         if self.masks is None:
-            kept: dict[str, Any] | None = None
-            with suppress(Exception), few_retries():  # whatever keeps files for MLflow raises: a picture is not worth a calibration
-                kept = self.run.read_json(FILE)
-            self.masks = MaskSamples(**kept) if kept else MaskSamples.of(state.scores)
+            earlier: dict[str, Any] | None = None
+            with suppress(Exception), few_retries():  # of MLflow's file store; a figure must not stop a calibration
+                earlier = self.run.read_json(FILE)
+            self.masks = MaskSamples(**earlier) if earlier else MaskSamples.of(state.scores)
         self.masks.take(state, step)
 
     def flush(self) -> None:
-        """Metrics to MLflow. While it is down they wait here; the calibration goes on."""
+        """Send the queued metrics to MLflow. While it is down they stay queued, and the calibration continues."""
         if sharding.rank() > 0 or time.monotonic() < self.rests_until:
             return
         try:
             with few_retries():
                 self._log()
         except MlflowException as error:
-            self.logged, self.rests_until = None, time.monotonic() + MLFLOW_REST_S  # it may have got a part
-            self.say("stage", text=f"MLflow can't be reached ({type(error).__name__}); {len(self.rows)} steps wait")
+            self.logged, self.rests_until = None, time.monotonic() + MLFLOW_REST_S  # a part may have arrived
+            self.emit("stage", text=f"MLflow can't be reached ({type(error).__name__}); {len(self.rows)} steps are queued")
 
     def catch_up(self) -> None:
-        """All that waits, at the end, when nothing waits for us: with the minutes of patience that MLflow's client has."""
+        """Send all queued metrics at the end of the job, with the full retries of MLflow's client, which take minutes."""
         if self.rows:
             self._log()
 
@@ -316,7 +320,7 @@ class Observer:
             self.logged = self.run.last_step("loss_nats")
         self.run.metrics([(step, values) for step, values in self.rows if step > self.logged])
         if self.masks is not None and self.masks.steps[-1:] != self.sent:
-            with suppress(Exception):  # as above
+            with suppress(Exception):  # of MLflow's file store, as in _sample
                 self.run.json(self.masks.to_dict(), FILE)
                 self.sent = self.masks.steps[-1:]
         self.logged = max((step for step, _ in self.rows), default=self.logged)

@@ -37,8 +37,8 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path, small_base: str) -> None:
         finally:
             stop(job)
     text = log.read_text()
-    assert "[killed] going on from the last checkpoint" in text
-    assert "[undisturbed] going on" not in text
+    assert "[killed] resuming from checkpoint" in text
+    assert "[undisturbed] resuming" not in text
     ours, theirs = (Path(Registry(settings).resolve(name).uri) for name in ("killed", "undisturbed"))
     tracking = Tracking(settings, "acip/small")
     for run in tracking.client.search_runs([tracking.experiment_id], "tags.model LIKE '%'"):

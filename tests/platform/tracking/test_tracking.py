@@ -101,7 +101,7 @@ def test_steps_wait_while_mlflow_is_down(tracking: Tracking, monkeypatch: pytest
     watching.flush()
     watching([report(4)], state([0.1]))
     watching.flush()
-    assert len(heard) == 1 and "1 steps wait" in heard[0], "it is not asked again at once"
+    assert len(heard) == 1 and "1 steps are queued" in heard[0], "it is not asked again at once"
     watching.run, watching.rests_until = run, 0.0
     watching.flush()
     assert history(run, "loss_nats") == [1, 2, 3, 4]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,11 +19,18 @@ from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.tracking.registry import CANDIDATE, Registry
 from acip_platform.tracking.runs import Tracking
-from acip_platform.training.sweep import Cost, Outcome, Sweep, front, winner
+from acip_platform.training import sweep
+from acip_platform.training.completion import Heldout
+from acip_platform.training.sweep import Cost, Outcome, Rungs, Sweep, front, winner
 from acip_platform.training.sweep_space import Space, Trial
 from safetensors.torch import load_file
 
 from acip.artifact.artifact import Artifact
+from acip.base import load_base
+from acip.calibration.loop import calibrate
+from acip.calibration.parametrize import parametrize
+from acip.calibration.state import CalibrationState, StepReport
+from acip.data import TokenBatches
 from acip.errors import AcipError
 from acip.recipe import Recipe
 from tests.acip.calibration.test_resume import interruptible
@@ -168,6 +176,34 @@ def test_the_winner_equals_a_calibration_by_itself(
         a, b = load_file(ours / f"{file}.safetensors"), load_file(theirs / f"{file}.safetensors")
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a), file
+
+
+# ---- observing, without Ray
+
+
+def test_measuring_at_the_rungs_leaves_the_model_as_it_was(
+    small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor, calibrated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two steps: the same rank and mode in every layer. In the end: the bits of a calibration that was not observed."""
+    reports: list[dict[str, Any]] = []
+    monkeypatch.setattr(sweep, "_report", lambda metrics, state: reports.append(dict(metrics)))
+    base = load_base(small_base, quick_recipe.dtype)
+    parametrize(base.model, quick_recipe, golden_tokens)
+    job = Job("small", small_base, quick_recipe, data="package:austen", eval_context=64, eval_windows=4, sizes=(1.0, 0.7, 0.4))
+    rungs = Rungs(job, base.model, Heldout.of(job, base), lambda reports, state: None, measure_rungs=True)  # type: ignore[arg-type]
+
+    def facts(state: CalibrationState) -> list[Any]:
+        return [(getattr(layer, "rank", 0), [module.training for module in layer.modules()]) for layer in state.layers.values()]
+
+    def observe(step_reports: list[StepReport], state: CalibrationState) -> None:
+        before = facts(state)
+        rungs(step_reports, state)
+        assert facts(state) == before
+
+    calibration = calibrate(base.model, TokenBatches(golden_tokens, quick_recipe.batch_size), quick_recipe, observe=observe)
+    assert [report["share"] for report in reports] == [1, 2, 4] and all(report["area"] > 0 for report in reports)
+    assert calibration.history == calibrated[1].history
+    assert torch.equal(calibration.scores.score, calibrated[1].scores.score)
 
 
 # ---- choosing, without Ray

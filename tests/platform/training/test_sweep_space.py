@@ -67,7 +67,7 @@ def test_fields(tmp_path: Path) -> None:
         ("set:\n  lr: 1\nspace:\n  lr: [1]", 4, "in 'set' and in 'space'"),
         ("space:\n  lr: [1.0e-4, 1e-3]", 2, "write 1.0e-4"),
         ("space:\n  basis: [svd,\n    covarianc]", 3, "allowed: 'covariance', 'svd'"),
-        ("space:\n  lr: 1.0e-4", 2, "What all trials share goes into 'set'"),
+        ("space:\n  lr: 1.0e-4", 2, "A value that all trials share goes into 'set'"),
         ("space:\n  lr: []", 2, "an empty list"),
         ("space:\n  lr: {uniform: [1, 2]}", 2, "a grid needs lists"),
         ("search: random\nspace:\n  lr: {unifrom: [1, 2]}", 3, "did you mean 'uniform'?"),
@@ -79,7 +79,7 @@ def test_fields(tmp_path: Path) -> None:
         ("space: {lr: [1]}\nsearch: randm", 2, "allowed: 'grid', 'random'"),
         ("space: {lr: [1]}\nsamples: 3", 2, "Set search to 'random'"),
         ("space: {lr: [1]}\nsearch: random\nsamples: 0", 3, "at least 1"),
-        ("space: {lr: [1]}\nscheduler: pbt", 2, "changes values while a calibration runs"),
+        ("space: {lr: [1]}\nscheduler: pbt", 2, "changes fields during a calibration"),
         ("space: {lr: [1]}\nscheduler: hyperbnd", 2, "allowed: 'none', 'asha'"),
     ],
 )
