@@ -109,7 +109,7 @@ class Recipe:
 
     @property
     def prunes(self) -> bool:
-        """Whether the scores come from pruning. If not, they are known before the first step."""
+        """True if the scores come from pruning. If not, they are known before the first step."""
         return self.scores in ("order", "gradient")
 
     def end(self, stop_step: int) -> int:

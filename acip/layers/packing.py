@@ -51,7 +51,7 @@ class PackedLinear(nn.Linear):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles are without the packed copy."""
+        """Leave the packed copy out of copies and pickles."""
         return {**self.__dict__, "_packed": None}
 
 

@@ -86,8 +86,8 @@ def test_it_is_answered(server: Server, case: str) -> None:
 
 REFUSED: dict[str, tuple[bytes, int, str, str]] = {  # sent, status, code, what the message says
     "a WebSocket": (get(b"/v1/completions", HOST + WEBSOCKET + KEY), 400, "upgrade_not_supported", '"stream": true'),
-    "a WebSocket without its key": (get(headers=HOST + WEBSOCKET), 400, "upgrade_not_supported", "no WebSockets"),
-    "a POST that would be a WebSocket": (post(headers=HOST + WEBSOCKET), 400, "upgrade_not_supported", "no WebSockets"),
+    "a WebSocket without its key": (get(headers=HOST + WEBSOCKET), 400, "upgrade_not_supported", "does not support WebSockets"),
+    "a POST that would be a WebSocket": (post(headers=HOST + WEBSOCKET), 400, "upgrade_not_supported", "does not support WebSockets"),
     "CONNECT": (get(b"example.com:443", method=b"CONNECT"), 405, "unknown_route", "not a proxy"),
     "TRACE": (get(method=b"TRACE"), 405, "unknown_route", "there is no route TRACE /health"),
     "an unknown method": (get(method=b"BREW"), 405, "unknown_route", "there is no route BREW /health"),

@@ -48,7 +48,7 @@ def test_a_key_is_asked_for_and_kept_in_this_tab_only(refused: Visit) -> None:
 
     refused.page.route("**/v1/**", guard)
     page = refused.open(hash_of()).page
-    for key, says in (("wrong", "This server asks for a key:"), ("sesame", "The server does not take this key. Another:")):
+    for key, says in (("wrong", "This server requires an API key:"), ("sesame", "The server rejected this key. Enter another:")):
         expect(page.locator("#keysays")).to_have_text(says)
         page.fill("#key", key)
         page.locator("#key").press("Enter")
