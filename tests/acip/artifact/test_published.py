@@ -288,7 +288,7 @@ def test_the_job_registers_a_candidate(
     champion = registry.register("tiny", "/somewhere", Tracking(settings, "acip").start("tiny", "f", {}).run_id, {})
     registry.set_alias(champion)
     assert job() == 2
-    assert "error: " in (said := capsys.readouterr().out)
+    assert "error: " in (said := capsys.readouterr().err)
     assert "not a hub id. Give the base model" in said
     with pytest.raises(RegistryError, match="no version or alias 'candidate'"):
         registry.resolve("tiny", "candidate")
