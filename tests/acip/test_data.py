@@ -67,7 +67,7 @@ def test_of_local_text_every_eighth_document_is_held_out(tmp_path: Path) -> None
         "train": "abcdefgi", "heldout": "h", "all": "abcdefghi",
     }  # fmt: skip
     text.write_text("one document of many lines\n\nas WikiText's test file is one")
-    with pytest.raises(DataError, match=r"text\.txt has 1 documents, and of local text every eighth.*--whole"):
+    with pytest.raises(DataError, match=r"text\.txt has 1 documents; at least 8 are needed.*--all-documents"):
         next(documents(str(text), "heldout"))
     assert len(list(documents(str(text), "all"))) == 1
     text.write_text("")

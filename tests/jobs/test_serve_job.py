@@ -37,7 +37,7 @@ def job() -> Iterator[ModuleType]:
         (["--host", "0.0.0.0"], "", "'0.0.0.0'; without API keys only a loopback address (127.0.0.1) is allowed"),
         (["--port", "70000"], "", "argument --port: '70000' is not allowed; give a whole number from 1 to 65535."),
         (["--port", "0"], "", "argument --port: '0' is not allowed; give a whole number from 1 to 65535."),
-        ([], "short", "ACIP_API_KEYS: key 1 has 5 characters; a key is at least 16"),
+        ([], "short", "ACIP_API_KEYS: key 1 has 5 characters; a key has at least 16"),
     ],
 )
 def test_wrong_arguments_are_told(

@@ -58,7 +58,7 @@ def test_without_keys_everyone_may_ask() -> None:
     [
         (" , ", None, "ACIP_API_KEYS: key 1 has 0 characters"),
         (f"{ONE},", None, "key 2 has 0 characters"),
-        (f"{ONE},hunter2hunter2", None, "ACIP_API_KEYS: key 2 has 14 characters; a key is at least 16"),
+        (f"{ONE},hunter2hunter2", None, "ACIP_API_KEYS: key 2 has 14 characters; a key has at least 16"),
         (f"{ONE} hunter2", None, "key 1 contains a space"),
         (f"{ONE}ä", None, "outside of ASCII"),
         ("", b"", "keys contains no key. Add a key, or unset"),

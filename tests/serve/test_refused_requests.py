@@ -90,8 +90,8 @@ REFUSED: dict[str, tuple[Request, int, str | None, str | None, list[str]]] = {
     "no body": (raw(b""), 400, JSON, None, ["send a JSON object like", "Content-Type: application/json"]),
     "not UTF-8": (raw(b'{"prompt": "\xff"}'), 400, JSON, None, ["JSON object in UTF-8"]),
     "a huge body": (raw(b'{"prompt": "' + b"a" * (5 << 20) + b'"}'), 413, "body_too_large", None, ["4,194,304 bytes"]),
-    "wrong method": (("GET", "/v1/completions", b""), 405, NO_ROUTE, None, ["no GET /v1/completions", "POST /v1/completions"]),
-    "unknown route": (("POST", "/v1/embeddings", {}), 404, NO_ROUTE, None, ["no POST /v1/embeddings", "POST /v1/completions"]),
+    "wrong method": (("GET", "/v1/completions", b""), 405, NO_ROUTE, None, ["no route GET /v1/completions", "POST /v1/completions"]),
+    "unknown route": (("POST", "/v1/embeddings", {}), 404, NO_ROUTE, None, ["no route POST /v1/embeddings", "POST /v1/completions"]),
     "unknown model's card": (("GET", "/v1/models/tiny", b""), 404, NO_MODEL, "model", ["no model 'tiny'", "served: small, talker"]),
 }  # fmt: skip
 

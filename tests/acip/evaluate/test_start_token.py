@@ -69,7 +69,7 @@ def test_windows_begin_with_the_start_and_go_on_where_the_last_ended() -> None:
     no_end = adding([1])
     no_end.eos_token = None
     assert token_windows(["abc", "def"], no_end, 4).tolist() == [[1, *b"abc"], [1, *b"def"]]
-    with pytest.raises(DataError, match="a window of 2 tokens has no room for text"):
+    with pytest.raises(DataError, match="seq_len is 2; it must exceed the"):
         token_windows(["abc"], adding([3, 1]), 2)
 
 

@@ -288,7 +288,7 @@ class ReLULinear(nn.Linear):
 def test_a_layer_that_only_looks_linear_is_refused() -> None:
     model = random_model(LlamaConfig(**GROUPED))
     model.model.layers[0].mlp.up_proj = ReLULinear(32, 48)
-    with pytest.raises(BaseModelError, match=r"a ReLULinear, which computes something else .* Set exclude to \['up_proj'\]"):
+    with pytest.raises(BaseModelError, match=r"a ReLULinear, which does not compute .* Set exclude to \['up_proj'\]"):
         find_linears(model)
 
 

@@ -95,6 +95,7 @@ def downloads(materializations: Materializations) -> APIRouter:
 
     @router.api_route("/v1/materializations/{id}/archive", methods=["GET", "HEAD"], response_class=Response)
     async def archive(id: str, request: Request) -> Response:
+        """Return a materialization as a tar file. Range requests are supported."""
         record = await materializations.get(id)
         if record["status"] != "succeeded":
             message = f"materialization {id} is {record['status']}; it can be downloaded once it has succeeded."
