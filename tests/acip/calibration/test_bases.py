@@ -343,7 +343,7 @@ def test_without_a_place_to_write_it_goes_on(
     with caplog.at_level(logging.WARNING, "acip.calibration.bases"):
         found, _ = solve_all(cache=BasisCache(tmp_path / "file" / "bases"))
     assert same(found, solve_all()[0])
-    assert "can't be written" in caplog.text
+    assert "cannot be written" in caplog.text
 
 
 def test_who_starts_at_the_same_time_waits_and_computes_nothing(tmp_path: Path) -> None:
