@@ -274,13 +274,8 @@ def test_requests_that_are_not_valid_are_refused_at_once(engine: Engine, model: 
     assert engine.open == 0
 
 
-def test_a_request_without_max_tokens_gets_the_engine_s_default(model: ResidentModel) -> None:
-    engine = Engine(default_max_tokens=7)
-    engine.add(model)
-    try:
-        assert len(generate(engine, model, greedy(max_tokens=None))[0][0]) == 7
-    finally:
-        engine.close()
+def test_a_request_without_max_tokens_gets_the_default(engine: Engine, model: ResidentModel) -> None:
+    assert len(generate(engine, model, greedy(max_tokens=None, default_max_tokens=7))[0][0]) == 7
 
 
 def test_a_canceled_request_leaves_before_the_next_step(engine: Engine, model: ResidentModel) -> None:

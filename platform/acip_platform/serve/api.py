@@ -24,7 +24,7 @@ from ray.serve.handle import DeploymentHandle
 
 from acip.errors import AcipError
 from acip.utils.coerce import did_you_mean
-from acip_platform.serve.engine.engine import DEFAULT_MAX_TOKENS
+from acip_platform.serve.engine.request import DEFAULT_MAX_TOKENS
 from acip_platform.serve.http.errors import RequestError
 from acip_platform.serve.http.keys import Keys
 from acip_platform.serve.http.metrics import Metrics

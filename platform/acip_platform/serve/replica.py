@@ -17,8 +17,8 @@ import torch
 
 from acip.errors import AcipError
 from acip.sizing.budget import GIGA, in_bytes
-from acip_platform.serve.engine.engine import DEFAULT_MAX_TOKENS
 from acip_platform.serve.engine.model_cache import Key, ModelCache, key_of
+from acip_platform.serve.engine.request import DEFAULT_MAX_TOKENS
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.http.errors import logged_response
 from acip_platform.serve.http.requests import ChatRequest, CompletionRequest, ModelSizeRequest

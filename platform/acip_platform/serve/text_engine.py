@@ -8,10 +8,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
-from acip_platform.serve.engine.engine import DEFAULT_MAX_TOKENS, TIMEOUT_S, ActiveRequest, Engine
+from acip_platform.serve.engine.engine import TIMEOUT_S, ActiveRequest, Engine
 from acip_platform.serve.engine.events import (
     PromptScored,
     RequestDone,
@@ -21,7 +22,7 @@ from acip_platform.serve.engine.events import (
     TokenEvent,
     TokenSampled,
 )
-from acip_platform.serve.engine.request import GenerationRequest
+from acip_platform.serve.engine.request import DEFAULT_MAX_TOKENS, GenerationRequest
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.engine.sampling import SampledToken, SamplingParams
 from acip_platform.serve.http.errors import logged_response
@@ -147,7 +148,8 @@ class TextEngine:
     """An engine that answers parsed requests in text. `tokens` is the engine of tokens that it uses."""
 
     def __init__(self, timeout_s: float = TIMEOUT_S, default_max_tokens: int = DEFAULT_MAX_TOKENS) -> None:
-        self.tokens = Engine(timeout_s, default_max_tokens)
+        self.timeout_s, self.default_max_tokens = timeout_s, default_max_tokens
+        self.tokens = Engine(timeout_s)
         self.add, self.remove, self.close = self.tokens.add, self.tokens.remove, self.tokens.close
 
     @property
@@ -172,7 +174,8 @@ class TextEngine:
         """
         received = time.monotonic() if received is None else received
         text_request = TextRequest(model, request, on_event)
-        text_request.active = self.tokens.submit(model, text_request.generation, text_request.on_tokens, received)
+        generation = replace(text_request.generation, timeout_s=self.timeout_s, default_max_tokens=self.default_max_tokens)
+        text_request.active = self.tokens.submit(model, generation, text_request.on_tokens, received)
         return text_request
 
     def cancel(self, request: TextRequest) -> None:

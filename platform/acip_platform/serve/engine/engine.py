@@ -33,7 +33,6 @@ from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.engine.sampling import SampledToken
 
 TIMEOUT_S = 300.0
-DEFAULT_MAX_TOKENS = 1024  # of a request without max_tokens: small models repeat themselves, and would fill the context
 
 log = logging.getLogger("ray.serve")
 
@@ -136,8 +135,8 @@ class ActiveRequest:
 class Engine:
     """Steps the batches of resident models in a thread of its own until `close`."""
 
-    def __init__(self, timeout_s: float = TIMEOUT_S, default_max_tokens: int = DEFAULT_MAX_TOKENS) -> None:
-        self.timeout_s, self.default_max_tokens = timeout_s, default_max_tokens
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+        self.timeout_s = timeout_s
         self._models: list[ResidentModel] = []
         self._requests: set[ActiveRequest] = set()
         self._changed = threading.Condition()
@@ -183,7 +182,7 @@ class Engine:
         cut = model.cut(request.budget)
         prompts = [list(prompt) for prompt in request.prompts]
         model.check_tokens(prompts, request.sampling)
-        max_tokens = model.answer_tokens(prompts, request.max_tokens, self.default_max_tokens)
+        max_tokens = model.answer_tokens(prompts, request.max_tokens, request.default_max_tokens)
         seed = randbits(63) if request.seed is None else request.seed
         timeout_s = self.timeout_s if request.timeout_s is None else request.timeout_s
         active = ActiveRequest(model, cut, seed, max_tokens, sum(map(len, prompts)), timeout_s, received, on_event)

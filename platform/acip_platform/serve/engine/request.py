@@ -7,6 +7,8 @@ from typing import Protocol
 from acip.sizing.budget import Budget
 from acip_platform.serve.engine.sampling import SampledToken, SamplingParams, TokenConstraint
 
+DEFAULT_MAX_TOKENS = 1024  # small models repeat themselves, and would fill the context
+
 
 class TokenConsumer(Protocol):
     """A consumer of one sequence's tokens, called in the engine's thread as soon as they are sampled."""
@@ -26,7 +28,8 @@ class GenerationRequest:
     prompts: Sequence[Sequence[int]]
     budget: Budget = field(default_factory=lambda: Budget(ratio=1.0))
     choices: int = 1  # sequences per prompt
-    max_tokens: int | None = None  # of each sequence; None = the model's own limit, else the engine's default; 0 = only score the prompt
+    max_tokens: int | None = None  # of each sequence; None = the model's own limit, else the default; 0 = only score the prompt
+    default_max_tokens: int = DEFAULT_MAX_TOKENS
     sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int | None = None  # None = random
     end_tokens: frozenset[int] | None = None  # that end a sequence; None = the model's own
