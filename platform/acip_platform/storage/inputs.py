@@ -1,6 +1,6 @@
 """The inputs of a job: paths made absolute where the job is submitted, and digests of their content.
 
-resolved("base")          /home/me/work/base        relative paths and ~ belong to the submitter; tasks run in other folders
+resolved("base")          /home/me/base             relative paths and ~ belong to the submitter; tasks run in other folders
 resolved("file:///a%20b") /a b
 resolved("org/name")      org/name                  if there is no such file: a name on the hub, or of a text that ships with acip
 identity("/home/me/base") sha256:...                equal content has the same identity at every path
