@@ -18,7 +18,7 @@ from acip.artifact.manifest import CONFIG, DIGESTED, DIGESTS, MANIFEST, SCHEMA, 
 from acip.artifact.reader import ArtifactReader
 from acip.artifact.safetensors_ranges import TensorFile, chunk_digests
 from acip.base import Base
-from acip.calibration.loop import Calibration
+from acip.calibration.result import Calibration
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import targets, weight_MN
 from acip.modeling_acip import artifact_config, classes

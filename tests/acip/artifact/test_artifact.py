@@ -17,7 +17,7 @@ import acip
 from acip.artifact.artifact import Artifact
 from acip.artifact.manifest import MANIFEST
 from acip.base import load_base
-from acip.calibration.loop import Calibration
+from acip.calibration.result import Calibration
 from acip.errors import ArtifactError
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import targets

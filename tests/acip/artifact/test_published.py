@@ -23,7 +23,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from acip.artifact.artifact import Artifact
 from acip.artifact.published import INDEX, WEIGHTS, open_published
 from acip.base import Base, load_base
-from acip.calibration.loop import Calibration
+from acip.calibration.result import Calibration
 from acip.evaluate import perplexity
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import find_linears, targets
