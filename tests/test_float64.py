@@ -18,13 +18,14 @@ from acip.calibrate import Calibration, calibrate, trial_step
 from acip.data import TokenBatches
 from acip.export import export
 from acip.layers import find_linears, targets, weight_MN
-from acip.linear import SVDLinear
+from acip.linear import ElasticLinear, SVDLinear
 from acip.modeling_acip import PivotLinear, accumulation_dtype, widened
 from acip.moments import moments
 from acip.parametrise import parametrise
 from acip.published import open_published
 from acip.quantise import spread
 from acip.recipe import Recipe
+from acip.sizes import set_size
 from acip.state import CalibrationState, StepReport
 from tests.conftest import GOLDEN, logits, read
 
@@ -156,8 +157,7 @@ def test_every_form_of_a_size_computes_the_same(
     any_size = artifact_64.load()
     cut = any_size.resize(0.5)
     expected = logits(any_size.model, heldout_tokens[:2])
-    for name, layer in targets(calibrated_64[1].model).items():
-        layer.set_rank(cut.ranks[name])  # type: ignore[union-attr]
+    set_size(targets(calibrated_64[1].model), cut)
     torch.testing.assert_close(logits(calibrated_64[1].model, heldout_tokens[:2]), expected, rtol=0, atol=1e-9)
     plain = any_size.materialise()
     torch.testing.assert_close(logits(plain, heldout_tokens[:2]), expected, rtol=0, atol=1e-9)
@@ -206,7 +206,8 @@ def test_a_published_checkpoint_in_float64_opens(small_base: str, tmp_path: Path
     in_float32, _ = open_published(GOLDEN / "checkpoint", small_base)
     for model in (opened.model, in_float32.model):
         for layer in targets(model).values():
-            layer.set_rank(30)  # type: ignore[union-attr]
+            assert isinstance(layer, ElasticLinear)
+            layer.set_rank(30)
     torch.testing.assert_close(
         logits(opened.model, heldout_tokens[:2]).float(), logits(in_float32.model, heldout_tokens[:2]), rtol=0, atol=1e-3
     )
