@@ -49,7 +49,7 @@ def test_a_number_of_workers_that_cannot_be(tmp_path: Path, small_base: str) -> 
     for number in (0, 3):
         with pytest.raises(FleetError, match=r"line 11: num_workers is .; it must be at least 1 and divide batch_size, which is 4"):
             Fleet.load(fleet(file, small_base, workers=number))
-    with pytest.raises(FleetError, match="4-bit weights can.t be sharded"):
+    with pytest.raises(FleetError, match="4-bit weights can't be sharded"):
         Fleet.load(fleet(file, small_base, ", quantize: nf4"))
     _, two = Fleet.load(fleet(file, small_base)).jobs
     assert resources_of(two, [{"CPU": 4.0}]).workers == 2
