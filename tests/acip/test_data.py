@@ -71,7 +71,7 @@ def test_of_local_text_every_eighth_document_is_held_out(tmp_path: Path) -> None
         next(documents(str(text), "heldout"))
     assert len(list(documents(str(text), "all"))) == 1
     text.write_text("")
-    with pytest.raises(DataError, match=r"text\.txt holds no text"):
+    with pytest.raises(DataError, match=r"text\.txt contains no text"):
         next(documents(str(text), "all"))
 
 
@@ -80,7 +80,7 @@ def test_bad_sources_say_what_is_allowed(tmp_path: Path) -> None:
         list(documents("package:wikipedias", "train"))
     with pytest.raises(DataError, match=r"Allowed: package:wikipedia, package:austen, c4, wikitext2, or a path"):
         list(documents("wikitext", "train"))
-    with pytest.raises(DataError, match="holds no"):
+    with pytest.raises(DataError, match="contains no text file"):
         list(documents(str(tmp_path), "train"))
     with pytest.raises(DataError, match="less than one window of 512"):
         token_windows(["short"], byte_tokenizer(), 512)

@@ -127,7 +127,7 @@ def test_singular_values_alone_are_poorer_scores(run: Run, small_base: str, held
     torch.testing.assert_close(trivial.scores.of(name), S, rtol=1e-4, atol=1e-4)
     informed = run(scores="fisher")
     assert loss(trivial, 0.6, heldout_tokens) > loss(informed, 0.6, heldout_tokens) + 0.05
-    with pytest.raises(RecipeError, match="set basis to 'svd'"):
+    with pytest.raises(RecipeError, match="these scores need basis 'svd'"):
         recipe(scores="singular_values", basis="covariance")
 
 

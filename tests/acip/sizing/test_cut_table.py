@@ -106,7 +106,7 @@ def test_every_size_of_a_real_artifact(small_artifact: Artifact) -> None:
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.01, float("nan"), float("inf"), "0.6", True, None])
 def test_bad_ratios_say_what_is_allowed(ratio: object) -> None:
-    with pytest.raises(BudgetError, match=r"above 0 and up to 1|exactly one"):
+    with pytest.raises(BudgetError, match=r"above 0 and at most 1|exactly one"):
         Budget(ratio=ratio)  # type: ignore[arg-type]
 
 
