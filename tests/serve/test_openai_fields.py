@@ -209,27 +209,27 @@ def test_many_prompts_are_answered_and_the_limit_is_said(app: Application) -> No
 
 
 def test_a_chat_without_max_tokens_has_a_cap_that_the_answer_tells(app: Application) -> None:
-    app.replica.engine.tokens.default_max_tokens = 5
+    app.replica.engine.default_max_tokens = 5
     try:
         _, body = chat(app, max_tokens=None, ignore_eos=True)
         assert (body["max_tokens"], body["usage"]["completion_tokens"]) == (5, 5)
         assert body["choices"][0]["finish_reason"] == "length"
         assert chat(app, max_tokens=7, ignore_eos=True)[1]["usage"]["completion_tokens"] == 7
         long = {"role": "user", "content": "a" * 460}
-        app.replica.engine.tokens.default_max_tokens = 1024
+        app.replica.engine.default_max_tokens = 1024
         _, body = chat(app, long, max_tokens=None, ignore_eos=True)
         assert body["usage"]["total_tokens"] == 512, "what is left of the context"
     finally:
-        app.replica.engine.tokens.default_max_tokens = 1024
+        app.replica.engine.default_max_tokens = 1024
 
 
 def test_the_deadline_ends_a_stream_as_max_tokens_would(app: Application) -> None:
-    app.replica.engine.tokens.timeout_s = 0.0
+    app.replica.engine.timeout_s = 0.0
     try:
         body = {"messages": [HELLO], "max_tokens": 400, "ignore_eos": True, "stream": True}
         status, answered = app.ask("POST", "/v1/chat/completions", json.dumps(body).encode())
     finally:
-        app.replica.engine.tokens.timeout_s = 60
+        app.replica.engine.timeout_s = 60
     assert status == 200
     assert b'"finish_reason":"length"' in answered
     assert answered.endswith(b"data: [DONE]\n\n")
