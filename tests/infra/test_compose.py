@@ -105,7 +105,7 @@ PLANTED: dict[str, tuple[Callable[[Compose], list[str]], Callable[[dict[str, Any
     "a host that is not there": (dangling, lambda s: s["ray-worker"]["environment"].update(AWS_ENDPOINT_URL="http://minio:9000")),
     "a port for everyone": (open_to_the_network, lambda s: s["ray-head"]["ports"].append("8265:8265")),
     "no option of ray's": (wrong_commands, lambda s: s["ray-head"]["command"].append("--gpus=1")),
-    "no option of mlflow's": (wrong_commands, lambda s: s["mlflow"]["command"].append("--no-serve-artifacts")),
+    "no option of mlflow's": (wrong_commands, lambda s: s["mlflow"]["command"].append("--no-serve-artefacts")),
     "no option of weed's": (wrong_commands, lambda s: s["storage"]["command"].append("-s3.prot=1")),
     "no option of the endpoint's": (wrong_commands, lambda s: s["endpoint"]["command"].append("--hots")),
 }
