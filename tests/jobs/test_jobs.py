@@ -126,7 +126,7 @@ def test_a_failing_model_fails_the_job_but_not_the_others(first: subprocess.Comp
     place.write_fleet(f"- {{name: broken, base: /no/such/model}}\n- {{name: tiny, base: {place.base}}}")
     result = place.demo("--fleet", str(place.fleet))
     assert result.returncode == 1, result.stdout
-    assert "[broken] FAILED: base '/no/such/model' is not a folder" in result.stdout
+    assert "[broken] FAILED: base '/no/such/model' is neither a local folder" in result.stdout
     assert "1 of 2 models are calibrated" in result.stdout
     bad = place.demo("--fleet", str(place.fleet), "--only", "tinny")
     assert bad.returncode != 0
