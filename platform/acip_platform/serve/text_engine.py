@@ -95,12 +95,17 @@ class TextRequest:
             return self._sequences[-1]
 
         self.generation = GenerationRequest(
-            prompts, budget, self._choices, request.limit, sampling=sampling_params(request), seed=request.seed,
+            prompts,
+            budget,
+            self._choices,
+            request.limit,
+            sampling=sampling_params(request),
+            seed=request.seed,
             end_tokens=frozenset() if request.ignore_eos else None,
             prompt_logprobs=request.told_logprobs if echo else None,
             constraint=self.format.constraint if self.format is not None else None,
             consumer=consumer,
-        )  # fmt: skip
+        )
 
     def _echo(self, request: Any, detokenizer: Detokenizer, tokenizer: Any, ids: list[int], index: int) -> Echo:
         prompt = request.prompts[index // self._choices]

@@ -1,7 +1,7 @@
 """A request to the engine: prompts of token ids, a budget, sampling parameters, and what the caller plugs into each sequence."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Protocol
 
 from acip.sizing.budget import Budget
@@ -27,6 +27,7 @@ class GenerationRequest:
 
     prompts: Sequence[Sequence[int]]
     budget: Budget = field(default_factory=lambda: Budget(ratio=1.0))
+    _: KW_ONLY
     choices: int = 1  # sequences per prompt
     max_tokens: int | None = None  # of each sequence; None = the model's own limit, else the default; 0 = only score the prompt
     default_max_tokens: int = DEFAULT_MAX_TOKENS
