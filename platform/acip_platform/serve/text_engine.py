@@ -97,8 +97,8 @@ class TextRequest:
         self.generation = GenerationRequest(
             prompts,
             budget,
-            self._choices,
-            request.limit,
+            choices=self._choices,
+            max_tokens=request.limit,
             sampling=sampling_params(request),
             seed=request.seed,
             end_tokens=frozenset() if request.ignore_eos else None,
