@@ -20,13 +20,13 @@ tokenizer files, generation_config.json    those of the base model
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from acip.errors import ArtifactError
+from acip.utils.atomic import atomic_file
 
 SCHEMA = 4
 READABLE = (3, SCHEMA)  # in schema 3, config.json is the unchanged configuration of the base model
@@ -76,17 +76,8 @@ def check_manifest(manifest: Any, where: str) -> None:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest to `folder` atomically and durably. It must be the last file of an artifact to be written."""
-    partial = partial_manifest(folder)
-    with partial.open("w", encoding="utf-8") as file:
+    with atomic_file(folder / MANIFEST) as partial, partial.open("w", encoding="utf-8") as file:
         json.dump(dict(manifest), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / MANIFEST)
-
-
-def partial_manifest(folder: Path) -> Path:
-    """Return the path that a manifest has while it is being written."""
-    return (folder / MANIFEST).with_suffix(".partial")
 
 
 def _is_count(value: Any) -> bool:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from acip.modeling_acip import MODEL_TYPE, base_config
 from acip.recipe import Recipe
 from acip.sizing.budget import Bits, Curve, Decoder
 from acip.sizing.cut_table import CutTable, LayerShape, Weights
+from acip.utils.atomic import atomic_file
 
 COPY_CHUNK_BYTES = 64 << 20  # bytes of a file that are in memory at once
 
@@ -81,15 +81,9 @@ class ArtifactReader:
         facts = self.manifest["files"].get(file)
         if facts is None:
             raise ArtifactError(f"{self.source.where} has no {file}. Fetch the artifact again.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("wb") as written:
-                for chunk in _verified_chunks(self.source, file, facts):
-                    written.write(chunk)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_file(path) as partial, partial.open("wb") as written:
+            for chunk in _verified_chunks(self.source, file, facts):
+                written.write(chunk)
 
     def tensors(self, file: str) -> TensorFile:
         """Return one of the artifact's safetensors files, named without its suffix. It is opened once."""

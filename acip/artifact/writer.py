@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acip.artifact.byte_sources import Folder
-from acip.artifact.manifest import CONFIG, DIGESTED, DIGESTS, MANIFEST, SCHEMA, partial_manifest, write_manifest
+from acip.artifact.manifest import CONFIG, DIGESTED, DIGESTS, MANIFEST, SCHEMA, write_manifest
 from acip.artifact.reader import ArtifactReader
 from acip.artifact.safetensors_ranges import TensorFile, chunk_digests
 from acip.base import Base
@@ -22,6 +22,7 @@ from acip.calibration.result import Calibration
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import targets, weight_MN
 from acip.modeling_acip import artifact_config, classes
+from acip.utils.atomic import SUFFIX
 from acip.utils.checksums import sha256
 
 
@@ -29,7 +30,8 @@ def write_artifact(folder: Path, base: Base, calibration: Calibration, provenanc
     """Write a calibrated model to `folder`. Files of an earlier, interrupted attempt are overwritten."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    partial_manifest(folder).unlink(missing_ok=True)
+    for partial in folder.glob(f".{MANIFEST}.*{SUFFIX}"):
+        partial.unlink()
     recipe, layers = calibration.recipe, calibration.table.layers
     stored = {shape.name: shape.stored_rank(recipe.adapter_rows, recipe.storage, recipe.dense_if_no_saving) for shape in layers}
     factors, dense, adapters = _target_tensors(calibration, stored)

@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from acip.calibration.activation_covariance import Feed, feed_tokens
 from acip.layers.targets import weight_MN
 from acip.recipe import Recipe
+from acip.utils.atomic import SUFFIX, atomic_file
 from acip.utils.threads import one_thread_each
 
 VERSION = 1  # part of every key; increase it when the same inputs give another basis
@@ -63,17 +63,13 @@ class BasisCache:
         if not self._writable:
             return
         path, content = self._path(key), save({"directions": directions_KM.cpu()})
-        part = path.with_name(f"{key}.{uuid.uuid4().hex}.part")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(content)
-            part.replace(path)
+            with atomic_file(path) as partial:
+                partial.write_bytes(content)
             self._make_room(len(content))
         except OSError as error:
             self._writable = False
             log.warning("%s cannot be written, so bases are no longer cached: %s", self.folder, error)
-            with suppress(OSError):
-                part.unlink()
 
     @contextmanager
     def turn(self, keys: Iterable[str]) -> Iterator[None]:
@@ -103,7 +99,7 @@ class BasisCache:
             self._bytes += new
             return
         files = []
-        for path in (*self.folder.glob("*.safetensors"), *self.folder.glob("*.part")):
+        for path in (*self.folder.glob("*.safetensors"), *self.folder.glob(f"*{SUFFIX}")):
             with suppress(FileNotFoundError):  # deleted by another process
                 files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         self._bytes = sum(size for _, size, _ in files)

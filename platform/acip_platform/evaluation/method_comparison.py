@@ -38,6 +38,7 @@ from acip.evaluate.tasks import expand
 from acip.layers.targets import find_linears
 from acip.recipe import Dtype
 from acip.sizing.budget import Budget
+from acip.utils.atomic import atomic_file
 from acip.utils.coerce import coerce
 from acip_platform.scheduling.job_queue import Nodes, Resources, fits, root_cause
 from acip_platform.storage.inputs import identity, resolved
@@ -170,9 +171,8 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.path}.lock"):  # another process may add rows of other methods
             self.rows = [*(old for old in self._read() if _key(old) != _key(row)), row]
-            part = self.path.with_suffix(".part")
-            part.write_text(json.dumps({"rows": self.rows}, indent=1), encoding="utf-8")
-            part.replace(self.path)
+            with atomic_file(self.path) as partial:
+                partial.write_text(json.dumps({"rows": self.rows}, indent=1), encoding="utf-8")
 
     def forget(self, arena: Arena) -> None:
         """Ignore the present rows of this arena. Each stays in the file until a new row replaces it."""

@@ -102,7 +102,7 @@ class Leases:
         number = max(map(int, files))
         try:
             return {**json.loads(files[str(number)]), "number": number}
-        except ValueError:  # the file is being written
+        except ValueError:  # the file is being written, on a file system where files do not appear whole
             return {"owner": "another process", "mark": "", "beat": 0, "number": number}
 
     def _content(self) -> bytes:

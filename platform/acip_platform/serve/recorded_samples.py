@@ -6,7 +6,6 @@ This server's model generates them greedily while no request runs. A file keeps 
 import hashlib
 import json
 import logging
-import os
 import threading
 import time
 import weakref
@@ -15,6 +14,7 @@ from typing import Any
 
 from acip.errors import AcipError
 from acip.evaluate.samples import PROMPTS
+from acip.utils.atomic import atomic_file
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.http.requests import ChatRequest, CompletionRequest
 from acip_platform.serve.text.model_text import ModelText
@@ -119,9 +119,7 @@ class Recorder:
 
     def _write(self, model: ResidentModel) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self._file(model).with_suffix(f".{os.getpid()}.partial")
-            partial.write_text(json.dumps(self._recorded[self._file(model).name]), encoding="utf-8")
-            partial.replace(self._file(model))
+            with atomic_file(self._file(model)) as partial:
+                partial.write_text(json.dumps(self._recorded[self._file(model).name]), encoding="utf-8")
         except OSError as error:
             log.warning("the recorded samples can't be written: %s", error)

@@ -1,7 +1,7 @@
 """Files and folders on a disk, by path or file:// URI, with the same methods as on S3 (s3.py)."""
 
+import errno
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -12,6 +12,9 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from acip.errors import AcipError, cited
+from acip.utils.atomic import atomic_file, partial_file
+
+NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # errors of file systems without hard links, such as exFAT
 
 
 class StoreError(AcipError):
@@ -62,35 +65,25 @@ class Disk:
             raise kind(f"can't read {error.filename}: {error.strerror}. Check whether it was moved or deleted.") from error
 
     def create(self, uri: str, content: bytes) -> bool:
-        """Write a new file; return False if it exists already."""
+        """Write a new file, atomically where the file system has hard links; return False if it exists already."""
         path = path_of(uri)
-        with _store_errors("write", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with _store_errors("write", path), partial_file(path) as partial:
+            partial.write_bytes(content)
             try:
-                file = path.open("xb")
+                os.link(partial, path)
             except FileExistsError:
                 return False
-            try:
-                with file:
-                    file.write(content)
-            except OSError:
-                path.unlink(missing_ok=True)  # otherwise the name could never be created again
-                raise
+            except OSError as error:
+                if error.errno not in NO_HARD_LINKS:
+                    raise
+                return _create_exclusively(path, content)
         return True
 
     def write(self, uri: str, content: bytes) -> None:
         """Write or replace a file atomically."""
         path = path_of(uri)
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        with _store_errors("write", path):
-            try:
-                with partial.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+        with _store_errors("write", path), atomic_file(path) as partial:
+            partial.write_bytes(content)
 
     def remove(self, uri: str) -> None:
         """Remove a file. It does not have to exist."""
@@ -127,6 +120,21 @@ def _store_errors(what: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(f"can't {what} {path}: {reason(error)}. Check the folder and the space on its disk.") from error
+
+
+def _create_exclusively(path: Path, content: bytes) -> bool:
+    """Write a new file where the file system has no hard links; return False if it exists. Readers may see a part of the content."""
+    try:
+        file = path.open("xb")
+    except FileExistsError:
+        return False
+    try:
+        with file:
+            file.write(content)
+    except OSError:
+        path.unlink(missing_ok=True)  # otherwise the name could never be created again
+        raise
+    return True
 
 
 def reason(error: OSError) -> str:
