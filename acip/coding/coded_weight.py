@@ -1,0 +1,12 @@
+"""The result of every quantizer: a weight matrix that can be read back from a counted number of bytes."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class CodedWeight(NamedTuple):
+    """A weight matrix after coding. `bytes` counts everything that is stored to read it back: codes, scales, zeros, tables."""
+
+    weight_MN: Tensor  # the decoded matrix, in float32
+    bytes: int
