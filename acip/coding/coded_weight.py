@@ -8,5 +8,5 @@ from torch import Tensor
 class CodedWeight(NamedTuple):
     """A weight matrix after coding. `bytes` counts everything that is stored to read it back: codes, scales, zeros, tables."""
 
-    weight_MN: Tensor  # the decoded matrix, in float32
+    weight: Tensor  # the decoded matrix [M, N], in float32
     bytes: int
