@@ -46,17 +46,17 @@ class Block:
     """One residual block, sign * (left right), as it is stored."""
 
     signs: Tensor  # uint8 [ceil(M N / 8)], row by row, the first sign in the highest bit; 1 = positive
-    left_Mk: Tensor  # float16
-    right_kN: Tensor  # float16
+    left: Tensor  # float16 [M, k]
+    right: Tensor  # float16 [k, N]
 
     @property
     def bytes(self) -> int:
         """The stored bytes."""
-        return self.signs.nbytes + self.left_Mk.nbytes + self.right_kN.nbytes
+        return self.signs.nbytes + self.left.nbytes + self.right.nbytes
 
     def matrix_MN(self) -> Tensor:
         """Return the block as a float32 matrix."""
-        magnitude_MN = self.left_Mk.float() @ self.right_kN.float()
+        magnitude_MN = self.left.float() @ self.right.float()
         return magnitude_MN.mul_(unpacked_signs(self.signs, magnitude_MN.numel()).view_as(magnitude_MN))
 
 
