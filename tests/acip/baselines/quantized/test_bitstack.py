@@ -26,7 +26,7 @@ def test_each_block_lowers_the_weighted_error(layer: tuple[Tensor, Tensor]) -> N
     errors = [((bitstack.weight(blocks[:level], scale_N) - weight_MN) * scale_N).norm() for level in range(1, 9)]
     assert errors[0] < (weight_MN * scale_N).norm()
     assert all(after < before for before, after in pairwise(errors))
-    assert errors[-1] < 0.05 * errors[0]
+    assert errors[-1] < 0.1 * errors[0]
 
 
 def test_a_block_is_signs_times_the_best_magnitude_of_rank_k(layer: tuple[Tensor, Tensor]) -> None:
