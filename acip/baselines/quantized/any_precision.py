@@ -13,8 +13,8 @@ of its codebook, in float16: the weighted means of its clusters.
 Rows are sorted once. Prefix sums of F and F w then give the mass and the mean of any interval, so that a step of Lloyd's algorithm moves
 2^3 - 1 borders instead of N values, and one pass over the row finds the best split of every cluster.
 
-Two differences from the authors' code: each split is the exact optimum (theirs is a local one), and the seed is the better one of two
-deterministic starts (theirs is one random start of k-means++).
+Two differences from the authors' code: each split is the exact optimum (theirs is a local one), and the k-means of the seed starts close to
+its optimum, by dynamic programming (theirs starts at random, by k-means++).
 
 Legend: M = out features, N = in features, R = rows coded at a time, K = clusters, P = N + 1 and Q = K + 1 (prefix sums and borders,
 with both ends).
@@ -31,6 +31,7 @@ from acip.errors import CalibrationError, RecipeError
 
 CHUNK = 2**18  # numbers coded at a time: the temporaries fit in a CPU's cache
 LLOYD_STEPS = 50
+FINE_BITS = 6  # the seed starts from unions of 2^6 intervals of a row
 LEAST_SENSITIVITY = 1e-6  # of a row's mean: it gives every value a mass, and rows without gradients plain k-means
 CODEBOOK_BYTES = 2  # float16
 
@@ -38,7 +39,7 @@ CODEBOOK_BYTES = 2  # float16
 class NestedCodes(NamedTuple):
     """A weight matrix in codes of several bit widths. The code of b bits is the top b bits of the code of `bits` bits."""
 
-    codes_MN: Tensor  # uint8, of `bits` bits
+    codes: Tensor  # [M, N], uint8, of `bits` bits
     bits: int
     codebooks: dict[int, Tensor]  # bit width: [M, 2^width], float16
 
@@ -46,7 +47,7 @@ class NestedCodes(NamedTuple):
         """Return the weight at a bit width. The bytes are those of a model of this width: its planes and its codebooks."""
         if bits not in self.codebooks:
             raise RecipeError(f"bits is {bits}; these codes have {min(self.codebooks)} to {self.bits} bits.")
-        codes_MN = (self.codes_MN >> (self.bits - bits)).long()
+        codes_MN = (self.codes >> (self.bits - bits)).long()
         plane_bytes = math.ceil(codes_MN.numel() / 8)
         codebook = self.codebooks[bits]
         return CodedWeight(codebook.gather(1, codes_MN).float(), bits * plane_bytes + CODEBOOK_BYTES * codebook.numel())
@@ -66,7 +67,7 @@ def code(weight_MN: Tensor, sensitivity_MN: Tensor, seed_bits: int = 3, bits: in
     R = max(1, CHUNK // weight_MN.shape[1])
     chunks = [code_rows(*rows, seed_bits, bits) for rows in zip(weight_MN.split(R), sensitivity_MN.split(R), strict=True)]
     codebooks = {width: torch.cat([chunk.codebooks[width] for chunk in chunks]) for width in range(seed_bits, bits + 1)}
-    return NestedCodes(torch.cat([chunk.codes_MN for chunk in chunks]), bits, codebooks)
+    return NestedCodes(torch.cat([chunk.codes for chunk in chunks]), bits, codebooks)
 
 
 def code_rows(weight_RN: Tensor, sensitivity_RN: Tensor, seed_bits: int, bits: int) -> NestedCodes:
@@ -85,18 +86,14 @@ def code_rows(weight_RN: Tensor, sensitivity_RN: Tensor, seed_bits: int, bits: i
 class SortedRows(NamedTuple):
     """Rows in ascending order, with the prefix sums that give the mass and the mean of any interval. All in float64."""
 
-    value_RN: Tensor
-    mass_RP: Tensor  # sum of F over the values before a position
-    moment_RP: Tensor  # sum of F w
-
-    def masses(self, borders_RQ: Tensor) -> Tensor:
-        """Return the mass of each cluster [R, K]."""
-        return self.mass_RP.gather(1, borders_RQ).diff(dim=1)
+    values: Tensor  # [R, N]
+    mass: Tensor  # [R, P], the sum of F over the values before a position
+    moment: Tensor  # [R, P], that of F w
 
     def means(self, borders_RQ: Tensor, empty_RK: Tensor) -> Tensor:
         """Return the weighted mean of each cluster [R, K]; for empty clusters, the value in `empty_RK`."""
-        moments_RK = self.moment_RP.gather(1, borders_RQ).diff(dim=1)
-        return torch.where(borders_RQ.diff(dim=1) > 0, moments_RK / self.masses(borders_RQ), empty_RK)
+        mass_RK, moment_RK = (sums_RP.gather(1, borders_RQ).diff(dim=1) for sums_RP in (self.mass, self.moment))
+        return torch.where(borders_RQ.diff(dim=1) > 0, moment_RK / mass_RK, empty_RK)
 
 
 def sorted_rows(weight_RN: Tensor, sensitivity_RN: Tensor) -> tuple[SortedRows, Tensor]:
@@ -109,32 +106,48 @@ def sorted_rows(weight_RN: Tensor, sensitivity_RN: Tensor) -> tuple[SortedRows, 
 
 
 def seed(rows: SortedRows, bits: int) -> tuple[Tensor, Tensor]:
-    """Return the borders [R, Q] and means [R, K] of 2^bits clusters, by Lloyd's algorithm from two starts.
+    """Return the borders [R, Q] and means [R, K] of 2^bits clusters.
 
-    One start splits the row `bits` times. The other one has clusters of equal numbers of values.
+    Splits give each row 2^FINE_BITS intervals, dynamic programming joins them into clusters, and Lloyd's algorithm moves the borders.
     """
-    R, N = rows.value_RN.shape
-    K = 2**bits
-    halved_RQ = torch.tensor([0, N], device=rows.value_RN.device).expand(R, 2)
-    for _ in range(bits):
-        halved_RQ = split(rows, halved_RQ)
-    equal_RQ = (torch.arange(K + 1, device=rows.value_RN.device) * N // K).expand(R, K + 1)
-    (borders_RQ, means_RK, gain_R), other = (lloyd(rows, start_RQ) for start_RQ in (halved_RQ, equal_RQ))
-    better_R1 = (other[2] > gain_R)[:, None]
-    return torch.where(better_R1, other[0], borders_RQ), torch.where(better_R1, other[1], means_RK)
+    R, N = rows.values.shape
+    fine_RQ = torch.tensor([0, N], device=rows.values.device).expand(R, 2)
+    for _ in range(max(bits, FINE_BITS)):
+        fine_RQ = split(rows, fine_RQ)
+    return lloyd(rows, joined(rows, fine_RQ, 2**bits) if bits < FINE_BITS else fine_RQ)
 
 
-def lloyd(rows: SortedRows, borders_RQ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the borders and means at which Lloyd's algorithm ends, and the weighted sum of squares that the means explain [R]."""
-    N, K = rows.value_RN.shape[1], borders_RQ.shape[1] - 1
-    means_RK = rows.means(borders_RQ, rows.value_RN.gather(1, borders_RQ[:, :K].clamp_max(N - 1)))
+def joined(rows: SortedRows, fine_RQ: Tensor, K: int) -> Tensor:
+    """Return the K clusters [R, K + 1] with the least weighted squared error among those that are unions of the intervals given.
+
+    The means of the clusters explain the sum of moment^2 / mass over the clusters. With e(i, j) that of the cluster from border i to
+    border j, the best k clusters up to border j explain best_k(j) = max over i of best_{k-1}(i) + e(i, j).
+    """
+    mass_RQ, moment_RQ = rows.mass.gather(1, fine_RQ), rows.moment.gather(1, fine_RQ)
+    mass_RQQ, moment_RQQ = (sums_RQ[:, None, :] - sums_RQ[:, :, None] for sums_RQ in (mass_RQ, moment_RQ))
+    explained_RQQ = torch.where(mass_RQQ > 0, moment_RQQ.square() / mass_RQQ, torch.where(mass_RQQ < 0, -torch.inf, 0.0))
+    best_RQ, previous = explained_RQQ[:, 0], []
+    for _ in range(K - 1):
+        best_RQ, previous_RQ = (best_RQ[:, :, None] + explained_RQQ).max(1)
+        previous.append(previous_RQ)
+    last_R1 = torch.full_like(fine_RQ[:, :1], fine_RQ.shape[1] - 1)
+    ends = [last_R1]
+    for previous_RQ in reversed(previous):
+        ends.append(previous_RQ.gather(1, ends[-1]))
+    return fine_RQ.gather(1, torch.cat([torch.zeros_like(last_R1), *reversed(ends)], dim=1))
+
+
+def lloyd(rows: SortedRows, borders_RQ: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the borders [R, Q] and means [R, K] at which Lloyd's algorithm ends."""
+    N, K = rows.values.shape[1], borders_RQ.shape[1] - 1
+    means_RK = rows.means(borders_RQ, rows.values.gather(1, borders_RQ[:, :K].clamp_max(N - 1)))
     for _ in range(LLOYD_STEPS):
         middles = (means_RK[:, 1:] + means_RK[:, :-1]) / 2
-        moved_RQ = torch.cat([borders_RQ[:, :1], torch.searchsorted(rows.value_RN, middles), borders_RQ[:, -1:]], dim=1)
+        moved_RQ = torch.cat([borders_RQ[:, :1], torch.searchsorted(rows.values, middles), borders_RQ[:, -1:]], dim=1)
         if torch.equal(moved_RQ, borders_RQ):
             break
         borders_RQ, means_RK = moved_RQ, rows.means(moved_RQ, means_RK)
-    return borders_RQ, means_RK, (rows.masses(borders_RQ) * means_RK.square()).sum(1)
+    return borders_RQ, means_RK
 
 
 def split(rows: SortedRows, borders_RQ: Tensor) -> Tensor:
@@ -144,28 +157,27 @@ def split(rows: SortedRows, borders_RQ: Tensor) -> Tensor:
 
         d^2 (m + m') / (m m')
 
-    Equal values stay together. A cluster of one value gets an empty second half.
+    m + m' is the same for all cuts of a cluster. Equal values stay together. A cluster of one value gets an empty second half.
     """
-    (R, N), K = rows.value_RN.shape, borders_RQ.shape[1] - 1
-    cluster_RN = clusters_of(borders_RQ).view(R, N)
+    (R, N), K = rows.values.shape, borders_RQ.shape[1] - 1
+    cluster = clusters_of(borders_RQ)
 
     def of_cluster(number_RK: Tensor) -> Tensor:
-        return number_RK.flatten()[cluster_RN]
+        return number_RK.flatten()[cluster].view(R, N)
 
-    starts_RK, total_RK = borders_RQ[:, :K], rows.masses(borders_RQ)
-    before_RN = rows.mass_RP[:, :N] - of_cluster(rows.mass_RP.gather(1, starts_RK))
-    moment_RN = rows.moment_RP[:, :N] - of_cluster(rows.moment_RP.gather(1, starts_RK))
-    mean_RK = rows.means(borders_RQ, torch.zeros_like(total_RK))
-    total_RN = of_cluster(total_RK)
-    reduction_RN = (moment_RN - before_RN * of_cluster(mean_RK)).square() * total_RN / (before_RN * (total_RN - before_RN))
+    starts_RK = borders_RQ[:, :K]
+    mass_RQ, moment_RQ = rows.mass.gather(1, borders_RQ), rows.moment.gather(1, borders_RQ)
+    mean_RK = rows.means(borders_RQ, torch.zeros_like(mass_RQ[:, :K]))
+    mass_RN, moment_RN = rows.mass[:, :N], rows.moment[:, :N]
+    d_RN = moment_RN - mass_RN * of_cluster(mean_RK) - of_cluster(moment_RQ[:, :K] - mass_RQ[:, :K] * mean_RK)
+    reduction_RN = d_RN.square() / ((mass_RN - of_cluster(mass_RQ[:, :K])) * (of_cluster(mass_RQ[:, 1:]) - mass_RN))
 
-    position_RN = torch.arange(N, device=borders_RQ.device).expand(R, N)
-    larger_RN = torch.nn.functional.pad(rows.value_RN.diff(dim=1) > 0, (1, 0))
-    allowed_RN = larger_RN & (position_RN > of_cluster(starts_RK))
-    reduction_RN = torch.where(allowed_RN, reduction_RN, -1.0)
-    best = reduction_RN.new_full((R * K,), -1.0).scatter_reduce_(0, cluster_RN.flatten(), reduction_RN.flatten(), "amax")
-    found_RN = allowed_RN & (reduction_RN == best[cluster_RN])
-    cuts = borders_RQ[:, 1:].flatten().scatter_reduce(0, cluster_RN[found_RN], position_RN[found_RN], "amin")
+    larger_RP = torch.nn.functional.pad(rows.values.diff(dim=1) > 0, (1, 1))  # than the value before
+    allowed = larger_RP.scatter(1, starts_RK, False)[:, :N].flatten()
+    reduction = reduction_RN.flatten().masked_fill(~allowed, -1.0)
+    best = torch.full((R * K,), -1.0, dtype=reduction.dtype, device=reduction.device).scatter_reduce(0, cluster, reduction, "amax")
+    found = (allowed & (reduction == best[cluster])).nonzero().flatten()
+    cuts = borders_RQ[:, 1:].flatten().scatter_reduce(0, cluster[found], found % N, "amin")
     return torch.cat([torch.stack([starts_RK, cuts.view(R, K)], dim=2).flatten(1), borders_RQ[:, K:]], dim=1)
 
 
