@@ -132,7 +132,7 @@ class Step:
 
     @classmethod
     def of(cls, cache: KVCache, pieces: Sequence[CachePiece], device: torch.device, padding: int = 0, padding_slot: int = 0) -> "Step":
-        """Return a step of the consecutive pieces of all sequences. A piece of one token that is not the first continues its sequence.
+        """Return a step of the consecutive pieces of all sequences. A single token after `past` tokens continues its sequence.
 
         `padding` tokens of no sequence follow, in the slot `padding_slot`.
         """
