@@ -102,7 +102,7 @@ class TextRequest:
             sampling=sampling_params(request),
             seed=request.seed,
             end_tokens=frozenset() if request.ignore_eos else None,
-            prompt_logprobs=request.told_logprobs if echo else None,
+            prompt_logprobs=request.logprob_count if echo else None,
             constraint=self.format.constraint if self.format is not None else None,
             consumer=consumer,
         )
@@ -209,7 +209,7 @@ def sampling_params(request: CompletionRequest | ChatRequest) -> SamplingParams:
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
         logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
-        logprobs=request.told_logprobs,
+        logprobs=request.logprob_count,
     )
 
 
