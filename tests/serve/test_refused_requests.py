@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[Request, int, str | None, str | None, list[str]]] = {
     "an image": (
         chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, VALUE, "messages[0].content[0].type", ["text only"]),
     "tools": (chat(model="talker", tools=[{"type": "function", "function": {"name": "f"}}]), 400, "no_tools", "tools", ["has no tools"]),
-    "chat without a template": (chat(), 400, "no_chat", "messages", ["ask POST /v1/completions"]),
+    "chat without a template": (chat(), 400, "no_chat", "messages", ["use POST /v1/completions"]),
     "a strange quantizer": (("POST", "/v1/materializations", {"quantize": "int3"}), 400, VALUE, "quantize", ['"nf4", "fp4", "int8"']),
     "no such materialization": (
         ("GET", "/v1/materializations/mat-1", b""), 404, "materialization_not_found", "id", ["no materialization 'mat-1'"]),

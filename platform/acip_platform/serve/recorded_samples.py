@@ -36,7 +36,7 @@ def examples(model: ResidentModel) -> tuple[str, ...]:
 
 
 class Recorder:
-    """Records each model in a thread of its own, while the engine is idle. The files are in `folder`."""
+    """A recorder of samples. It records each model in a separate thread while the engine is idle. The files are in `folder`."""
 
     def __init__(self, engine: TextEngine, folder: Path) -> None:
         self.engine, self.folder = engine, folder

@@ -14,7 +14,7 @@ _lock = threading.Lock()
 
 
 class ModelText:
-    """Turns the requests of one model into tokens. Use `ModelText.of`, which makes one object per model."""
+    """The conversion of the requests of one model to tokens. Use `ModelText.of`, which makes one object per model."""
 
     def __init__(self, name: str, tokenizer: Any, vocabulary: int, end_tokens: frozenset[int]) -> None:
         self.name, self.tokenizer, self.vocabulary, self.end_tokens = name, tokenizer, vocabulary, end_tokens
@@ -58,7 +58,7 @@ class ModelText:
 
     def _encode_chat(self, request: Any) -> list[int]:
         if not self.chat:
-            message = f"{self.name} has no chat template; ask POST /v1/completions with a prompt."
+            message = f"{self.name} has no chat template; use POST /v1/completions with a prompt."
             raise InvalidRequestError(message, "messages", "no_chat")
         if request.has_tools and "tool" not in str(self.tokenizer.chat_template):
             message = f"the chat template of {self.name} has no tools, so it does not accept messages of tools; leave them out."
