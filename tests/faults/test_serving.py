@@ -124,7 +124,7 @@ def test_a_resident_model_outlives_its_artifact(app: Application, folder: Path) 
         (shutil.rmtree, "there is no folder {}. Was the artifact moved or deleted?"),
         (lambda folder: (folder / MANIFEST).unlink(), "{} holds no manifest.json"),
         (lambda folder: (folder / "factors.safetensors").unlink(), "{}/factors.safetensors is missing"),
-        (lambda folder: os.truncate(folder / "dense.safetensors", 99), "{}/dense.safetensors is 99 bytes; the manifest says"),
+        (lambda folder: os.truncate(folder / "dense.safetensors", 99), "{}/dense.safetensors is 99 bytes; its size in the manifest is"),
     ],
 )
 def test_what_is_loaded_later_says_what_is_missing(

@@ -32,10 +32,10 @@ def registered(registry: CollectorRegistry) -> dict[str, set[str]]:
 def exported() -> dict[str, set[str]]:
     metrics = Metrics()
     watched = metrics.begin("m")
-    watched.hear("head", {"size": {"ratio": 0.6}})
-    watched.hear("start", {})
+    watched.on_event("head", {"size": {"ratio": 0.6}})
+    watched.on_event("start", {})
     timings = {"generate_s": 2.0, "first_token_s": 1.0}
-    watched.hear("done", {"usage": {"prompt_tokens": 3, "completion_tokens": 4}, "timings": timings})
+    watched.on_event("done", {"usage": {"prompt_tokens": 3, "completion_tokens": 4}, "timings": timings})
     watched.end()
     rays = {f"ray_{name}": {str(column) for column in gauge.view.columns} for name, gauge in METRICS_GAUGES.items()}
     return registered(metrics.registry) | rays | RAY_CORE

@@ -10,7 +10,7 @@ from shutil import copytree
 
 import pytest
 import torch
-from acip_platform.serve.http.download import Archive, wanted
+from acip_platform.serve.http.download import Archive, requested_range
 from acip_platform.serve.http.errors import RequestError
 from acip_platform.storage.store import Store
 from hypothesis import given, settings
@@ -77,13 +77,13 @@ def test_any_piece_is_that_of_the_whole(archive: Archive, data: st.DataObject) -
     ],
 )
 def test_ranges(header: str | None, expected: tuple[int, int] | None) -> None:
-    assert wanted(header, 100) == expected
+    assert requested_range(header, 100) == expected
 
 
 @pytest.mark.parametrize("header", ["bytes=100-", "bytes=100-200", "bytes=-0"])
 def test_a_range_beyond_the_end_is_refused(header: str) -> None:
     with pytest.raises(RequestError, match="the archive, which has 100 bytes") as refused:
-        wanted(header, 100)
+        requested_range(header, 100)
     assert refused.value.status == 416
 
 

@@ -63,7 +63,7 @@ def answered(engine: TextEngine, served: ResidentModel, request: Any) -> dict[st
         raise RequestError(heard[-1].data["body"]["error"]["message"], status=heard[-1].data["status"])
     answer = Answer(request)
     for event in (ticket.head(), *heard):
-        list(answer.hear(event))
+        list(answer.add(event))
     return answer.whole()
 
 
@@ -264,7 +264,7 @@ def test_a_failing_step_fails_its_requests_and_not_the_next(
 
     with monkeypatch.context() as patched:
         patched.setattr(served.batch, "_forward", broken)
-        with pytest.raises(RequestError, match="its log says why") as caught:
+        with pytest.raises(RequestError, match="the reason is in its log") as caught:
             ask(max_tokens=8)
     assert caught.value.status == 500
     assert "password" not in str(caught.value)

@@ -151,7 +151,7 @@ def test_longrope_is_served_as_far_as_its_frequencies_are_everybodys(tmp_path: P
 
 
 def test_a_wrong_cap_or_window_or_sink_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right, seen = kv_cache.weighted, kv_cache.Rule.seen
+    right, mask_of = kv_cache.weighted, kv_cache.Rule.mask
     with monkeypatch.context() as patch:
         patch.setattr(kv_cache, "weighted", lambda q, k, v, mask, scaling, softcap, sinks: right(q, k, v, mask, scaling, None, sinks))
         with pytest.raises(AcipError, match="change its logits by"):
@@ -164,7 +164,7 @@ def test_a_wrong_cap_or_window_or_sink_is_found(monkeypatch: pytest.MonkeyPatch)
     for name in ("a window of few tokens", "a window of many tokens", "windows in some layers", "chunks"):
         for dtype in (torch.float32, torch.bfloat16):
             with monkeypatch.context() as patch:
-                patch.setattr(kv_cache.Rule, "seen", lambda rule, query, key: seen(full, query, key))
+                patch.setattr(kv_cache.Rule, "mask", lambda rule, query, key: mask_of(full, query, key))
                 with pytest.raises(AcipError, match=r"beyond (sliding_window|attention_chunk_size) = \d+"):
                     checked(SERVED[name], dtype)
 

@@ -192,7 +192,7 @@ def test_openais_client_works(server: Server) -> None:
     assert "".join(part.choices[0].text for part in parts if part.choices) == one.choices[0].text
     assert parts[-1].usage is not None and parts[-1].usage.completion_tokens == 24
     assert client.completions.create(model="small", prompt=PROMPT, logprobs=2, max_tokens=2).choices[0].logprobs is not None
-    with pytest.raises(openai.BadRequestError, match="no chat template; ask POST /v1/completions"):
+    with pytest.raises(openai.BadRequestError, match="no chat template; use POST /v1/completions"):
         client.chat.completions.create(model="small", messages=[{"role": "user", "content": "Hello"}])
 
 

@@ -94,16 +94,16 @@ def test_a_developer_is_a_system(app: Application) -> None:
 @pytest.mark.parametrize("kind", [ChatCompletionMessage, ChatCompletionAssistantMessageParam, ChatCompletionUserMessageParam])
 def test_every_field_of_a_message_may_be_null(kind: Any) -> None:
     fields = dict.fromkeys(getattr(kind, "model_fields", None) or typing.get_type_hints(kind)) | {"role": "assistant", "content": "a"}
-    assert ChatRequest.parse({"messages": [fields]}).told == [{"role": "assistant", "content": "a"}]
+    assert ChatRequest.parse({"messages": [fields]}).template_messages == [{"role": "assistant", "content": "a"}]
 
 
 def test_calls_of_tools_are_told_as_templates_take_them() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     result = dict.fromkeys(typing.get_type_hints(ChatCompletionToolMessageParam)) | {"role": "tool", "content": "2", "tool_call_id": "1"}
     request = ChatRequest.parse({"messages": [HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}, result]})
-    assert request.told[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
-    assert request.told[1]["content"] == ""
-    assert request.told[2] == {"role": "tool", "content": "2", "tool_call_id": "1"}
+    assert request.template_messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    assert request.template_messages[1]["content"] == ""
+    assert request.template_messages[2] == {"role": "tool", "content": "2", "tool_call_id": "1"}
     assert request.has_tools
 
 

@@ -169,7 +169,7 @@ def test_the_largest_size_that_fits(visit: Visit, tradeoff: dict[str, Any]) -> N
         expect(page.locator("#fits")).to_contain_text(f"{largest:.2f} is the largest size that fits")
         expect(page.locator("#asked")).to_have_text(f"{largest:.2f}")
     page.fill("#gpu", "0.001")
-    expect(page.locator("#fits")).to_contain_text("None fits: ")
+    expect(page.locator("#fits")).to_contain_text("No size fits: ")
     expect(page.locator("#asked")).to_have_text(f"{largest:.2f}")
     page.fill("#gpu", "80")
     expect(page.locator("#fits")).to_contain_text("The original fits")

@@ -41,7 +41,7 @@ REFUSED: dict[str, tuple[Request, int, str | None, str | None, list[str]]] = {
     "ratio in the name": (ask(model="small@big"), 400, SIZE, "model", ["'big'", "as in small@0.6"]),
     "ratio in the name above 1": (ask(model="small@60"), 400, SIZE, "model", ["'60'", "above 0 and up to 1"]),
     "a context of nothing": (ask(model="small@fit:8GB@much"), 400, SIZE, "model", ["small@fit:8GB@4096 at this context"]),
-    "a size of many digits": (ask(model=f"small@fit:{'9' * 900}GB"), 400, SIZE, "model", ["what must hold it"]),
+    "a size of many digits": (ask(model=f"small@fit:{'9' * 900}GB"), 400, SIZE, "model", ["the memory to fit into"]),
     "a long name": (ask(model="small@" + "9" * 100_000), 400, VALUE, "model", ["the name of a served model"]),
     "two ratios": (ask(model="small@0.5", size_ratio=0.6), 400, "size_twice", "size_ratio", ["0.5", "0.6", "give one"]),
     "no model": (ask(model=None), 400, "model_required", "model", ["several models are served", "small, talker"]),
@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[Request, int, str | None, str | None, list[str]]] = {
     "an image": (
         chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, VALUE, "messages[0].content[0].type", ["text only"]),
     "tools": (chat(model="talker", tools=[{"type": "function", "function": {"name": "f"}}]), 400, "no_tools", "tools", ["has no tools"]),
-    "chat without a template": (chat(), 400, "no_chat", "messages", ["ask POST /v1/completions"]),
+    "chat without a template": (chat(), 400, "no_chat", "messages", ["use POST /v1/completions"]),
     "a strange quantizer": (("POST", "/v1/materializations", {"quantize": "int3"}), 400, VALUE, "quantize", ['"nf4", "fp4", "int8"']),
     "no such materialization": (
         ("GET", "/v1/materializations/mat-1", b""), 404, "materialization_not_found", "id", ["no materialization 'mat-1'"]),

@@ -141,7 +141,7 @@ def test_a_list_of_models_loads_none(small_artifact: Artifact) -> None:
     """Whether the engine holds them or not, all are told of."""
 
     class Asked(Api):
-        async def _ask(self, method: str, *args: Any) -> Any:
+        async def _call(self, method: str, *args: Any) -> Any:
             assert method == "cards", "which loads nothing"
             return [{"id": "small", "version": "1", "curve": []}]
 

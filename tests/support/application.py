@@ -71,7 +71,7 @@ class Application:
         """The engine and the routes, as after a restart."""
         self.replica = EngineReplica([self.version], timeout_s=PATIENCE_S, device="cpu", num_cpus=1, memory_gb=None)
         api = Api(Here(self.replica), [self.version], 64, Keys(), 0)  # type: ignore[arg-type]
-        api.materializations.most = 0  # all of a request is checked; no Ray task is begun
+        api.materializations.max_active = 0  # all of a request is checked; no Ray task is begun
         self.app: Any = api.__serve_build_asgi_app__()
         self.runner = asyncio.Runner()
 

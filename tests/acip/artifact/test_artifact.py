@@ -111,7 +111,7 @@ def _flip(folder: Path) -> None:
         (lambda folder: (folder / MANIFEST).write_bytes(b"\x80\x04pickle"), "is not JSON"),
         (lambda folder: (folder / MANIFEST).write_text("[]"), "not an acip manifest"),
         (lambda folder: (folder / "dense.safetensors").unlink(), "is missing"),
-        (lambda folder: (folder / "rest.safetensors").write_bytes(b"short"), "the manifest says"),
+        (lambda folder: (folder / "rest.safetensors").write_bytes(b"short"), "its size in the manifest is"),
         (_flip, "is corrupted"),
         (_edit(lambda m: m.update(schema=99)), "Upgrade acip"),
         (_edit(lambda m: m.pop("layers")), "'layers' is missing"),
