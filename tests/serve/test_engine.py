@@ -237,7 +237,9 @@ def zero_timeout_engine(served: ResidentModel) -> Iterator[TextEngine]:
 
 
 def test_deadline_ends_the_answer_with_the_tokens_so_far(zero_timeout_engine: TextEngine, served: ResidentModel) -> None:
-    answer = whole_answer(zero_timeout_engine, served, CompletionRequest.parse({"prompt": ["a"] * 4, "max_tokens": 500, "ignore_eos": True}))
+    answer = whole_answer(
+        zero_timeout_engine, served, CompletionRequest.parse({"prompt": ["a"] * 4, "max_tokens": 500, "ignore_eos": True})
+    )
     assert [choice["finish_reason"] for choice in answer["choices"]] == ["length"] * 4
     assert 4 <= answer["usage"]["completion_tokens"] < 4 * 500
     assert answer["timed_out"] is True
@@ -247,7 +249,9 @@ def test_deadline_ends_the_answer_with_the_tokens_so_far(zero_timeout_engine: Te
 
 def test_deadline_before_the_first_token_is_an_error(zero_timeout_engine: TextEngine, served: ResidentModel) -> None:
     with pytest.raises(RequestError, match=r"no token within 0 s") as caught:
-        whole_answer(zero_timeout_engine, served, CompletionRequest.parse({"prompt": "a" * 400, "max_tokens": 1}))  # prefilled in several steps
+        whole_answer(
+            zero_timeout_engine, served, CompletionRequest.parse({"prompt": "a" * 400, "max_tokens": 1})
+        )  # prefilled in several steps
     assert caught.value.status == 408
     wait_until(lambda: not served.batch, "the slots of a request without an answer are not free")
 

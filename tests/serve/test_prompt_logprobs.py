@@ -95,7 +95,9 @@ def test_echo_does_not_change_the_generated_text(ask: Ask) -> None:
     assert echoed["logprobs"]["tokens"][-8:] == alone["logprobs"]["tokens"]
     assert echoed["logprobs"]["text_offset"][-8:] == [len(LONG) + offset for offset in alone["logprobs"]["text_offset"]]
     assert ask(prompt=PROMPT, max_tokens=3)["choices"][0]["logprobs"] is None
-    assert ask(prompt=PROMPT, max_tokens=3, stop="bright")["choices"][0]["text"].startswith(PROMPT), "stop texts must apply only to generated text"
+    assert ask(prompt=PROMPT, max_tokens=3, stop="bright")["choices"][0]["text"].startswith(PROMPT), (
+        "stop texts must apply only to generated text"
+    )
 
 
 def test_prompts_of_token_ids_are_scored_beside_other_requests(ask: Ask, expected: Any) -> None:
@@ -198,7 +200,9 @@ def test_lm_eval_client_agrees_with_measurements_in_memory(
         assert found is not None
         theirs = found["results"]["continuations"]
         for metric in ("acc", "acc_norm"):
-            assert theirs[f"{metric},none"] == pytest.approx(ours[metric], abs=1 / 24 + 1e-6), "at most one document may differ, by a near tie"
+            assert theirs[f"{metric},none"] == pytest.approx(ours[metric], abs=1 / 24 + 1e-6), (
+                "at most one document may differ, by a near tie"
+            )
         samples = found["samples"]["continuations"]
         instances = [Instance("loglikelihood", sample["doc"], arguments, 0) for sample in samples for arguments in sample["arguments"]]
         scores = harness(any_size.model, small_artifact.tokenizer()).loglikelihood(instances, disable_tqdm=True)
