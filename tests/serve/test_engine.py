@@ -326,19 +326,19 @@ def test_prefill_chunk_size_does_not_change_the_text(ask: Ask, monkeypatch: pyte
 
 
 def test_memory_for_keys_and_values_is_bounded(small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    tight = ResidentModel(ModelVersion("small", "7", "here", (), {}), small_artifact, kv_tokens=1024)
+    limited = ResidentModel(ModelVersion("small", "7", "here", (), {}), small_artifact, kv_tokens=1024)
     engine = TextEngine()
-    engine.add(tight)
+    engine.add(limited)
     cached_tokens: list[int] = []
-    step = tight.batch.step
+    step = limited.batch.step
 
     def recorded_step() -> None:
         step()
-        cached_tokens.append(tight.batch.cache.count * tight.batch.cache.length)
+        cached_tokens.append(limited.batch.cache.count * limited.batch.cache.length)
 
-    monkeypatch.setattr(tight.batch, "step", recorded_step)
+    monkeypatch.setattr(limited.batch, "step", recorded_step)
     request = CompletionRequest.parse({"prompt": ["a" * 200] * 12, "max_tokens": 50, "ignore_eos": True, "temperature": 0})
-    answer = whole_answer(engine, tight, request)
+    answer = whole_answer(engine, limited, request)
     engine.close()
     assert max(cached_tokens) == 1024
     assert len({choice["text"] for choice in answer["choices"]}) == 1, "all twelve answers, computed four at a time, must be equal"

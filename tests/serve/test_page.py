@@ -105,9 +105,8 @@ def test_stop_button_stops_both_panes(visit: Visit) -> None:
 
 
 def test_url_holds_the_state(visit: Visit) -> None:
-    page = (
-        visit.open(hash_of(size=0.45, seed=7, temperature=0.5, max_tokens=12)).done().page
-    )  # the text is sampled, so only the requests are compared
+    # the text is sampled, so the test compares only the requests
+    page = visit.open(hash_of(size=0.45, seed=7, temperature=0.5, max_tokens=12)).done().page
     expect(page.locator("#prompt")).to_have_value(PROMPT)
     expect(page.locator("#asked")).to_have_text("0.45")
     page.click("#advanced summary")
@@ -335,9 +334,8 @@ def test_dragging_shows_recorded_text_and_releasing_shows_live_text(visit: Visit
     assert visit.asked() == ["small@1.0", "small@0.9", "small@0.6"]
     assert_shown(visit, "compressed", server, 0.6, prompt=sample["prompt"], max_tokens=sample["max_tokens"])
     page.mouse.click(x_of(0.6) + 20, middle)
-    expect(page.locator("#asked")).to_have_text(
-        f"{0.6 + 20 * (1 - smallest) / (box['width'] - 24):.2f}"
-    )  # no snapping between measured sizes
+    unsnapped = 0.6 + 20 * (1 - smallest) / (box["width"] - 24)
+    expect(page.locator("#asked")).to_have_text(f"{unsnapped:.2f}")
     visit.done()
 
 

@@ -114,26 +114,26 @@ def test_concurrent_requests_load_a_model_once(
 
 
 def test_weights_are_packed_only_if_memory_is_free(start: Start, small_artifact: Artifact) -> None:
-    usual = start(version("small", small_artifact.folder)).models  # loads the model at the same time
+    unlimited = start(version("small", small_artifact.folder)).models  # loads the model at the same time
     needs = sum(small_artifact.manifest["files"][file]["bytes"] for file in model_cache.WEIGHTS)
     for limit_bytes, packed in ((needs, False), (2 * needs, True)):
-        tight = model_cache.ModelCache(usual.engine, usual.store, "cpu", limit_bytes)
-        layers = tight.get(version("small", small_artifact.folder)).any_size.layers.values()
+        limited = model_cache.ModelCache(unlimited.engine, unlimited.store, "cpu", limit_bytes)
+        layers = limited.get(version("small", small_artifact.folder)).any_size.layers.values()
         assert {isinstance(layer.original, PackedLinear) for layer in layers} == {packed and packable(torch.empty(1, 1))}
-        assert tight.used_bytes <= limit_bytes
+        assert limited.used_bytes <= limit_bytes
 
 
 def test_packed_weights_are_evicted_before_models(start: Start, small_artifact: Artifact) -> None:
-    usual = start(version("small", small_artifact.folder)).models
+    unlimited = start(version("small", small_artifact.folder)).models
     needs = sum(small_artifact.manifest["files"][file]["bytes"] for file in model_cache.WEIGHTS)
-    tight = model_cache.ModelCache(usual.engine, usual.store, "cpu", 2 * needs)
-    first = tight.get(version("first", small_artifact.folder))
+    limited = model_cache.ModelCache(unlimited.engine, unlimited.store, "cpu", 2 * needs)
+    first = limited.get(version("first", small_artifact.folder))
     assert (first.packed_bytes > 0) == packable(torch.empty(1, 1))
-    second = tight.get(version("second", small_artifact.folder))
-    assert tight.resident == [first, second]
+    second = limited.get(version("second", small_artifact.folder))
+    assert limited.resident == [first, second]
     assert first.packed_bytes == second.packed_bytes == 0
-    assert tight.used_bytes == 2 * needs
-    engine: Any = usual.engine
+    assert limited.used_bytes == 2 * needs
+    engine: Any = unlimited.engine
     for served in (first, second):
         (*_, last) = engine.events(served, CompletionRequest(prompt="It was", max_tokens=3, ignore_eos=True))
         assert last.data["usage"]["completion_tokens"] == 3
