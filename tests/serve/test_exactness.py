@@ -83,7 +83,7 @@ FACTORS: dict[str, Any] = {"type": "longrope", "short_factor": [1.0] * 4, "long_
 LONGROPE = Phi3Config(**{**LONG, "original_max_position_embeddings": 64, "rope_scaling": FACTORS})
 
 
-def checked(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
+def checked_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
     """Return the model after the check, without layers of several sizes."""
     model = random_model(copy.deepcopy(config)).to(dtype)
     context, _ = served_context(model.config.get_text_config(), 512)
@@ -94,13 +94,13 @@ def checked(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", sorted(SERVED))
 def test_supported_architecture_passes_the_check(name: str, dtype: torch.dtype) -> None:
-    assert checked(SERVED[name], dtype).config._attn_implementation == kv_cache.ATTENTION
+    assert checked_model(SERVED[name], dtype).config._attn_implementation == kv_cache.ATTENTION
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_unsupported_architecture_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(AcipError, match=r"^toy: \w+ForCausalLM can't be served: .+ Export sizes with jobs/materialize.py\.$") as raised:
-        checked(REFUSED[name])
+        checked_model(REFUSED[name])
     assert "\n" not in str(raised.value)
 
 
@@ -142,7 +142,7 @@ def test_answer_has_the_log_probabilities_of_transformers_generate(name: str, tm
 
 def test_longrope_is_served_up_to_its_original_context(tmp_path: Path) -> None:
     assert served_context(LONGROPE, 512)[0] == 64
-    assert checked(LONGROPE) is not None
+    assert checked_model(LONGROPE) is not None
     artifact = artifact_of(LONGROPE, tmp_path)
     served = ResidentModel(ModelVersion("toy", "1", str(artifact.folder), (), {}), artifact)
     card = model_card(served)
@@ -155,18 +155,18 @@ def test_check_detects_a_wrong_softcap_sink_or_window(monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(kv_cache, "weighted", lambda q, k, v, mask, scaling, softcap, sinks: right(q, k, v, mask, scaling, None, sinks))
         with pytest.raises(AcipError, match="change its logits by"):
-            checked(SERVED["capped logits"])
+            checked_model(SERVED["capped logits"])
     with monkeypatch.context() as patch:
         patch.setattr(kv_cache, "weighted", lambda q, k, v, mask, scaling, softcap, sinks: right(q, k, v, mask, scaling, softcap, None))
         with pytest.raises(AcipError, match="change its logits by"):
-            checked(SERVED["sinks"])
+            checked_model(SERVED["sinks"])
     full = kv_cache.Rule(kv_cache.causal_mask_function, None)
     for name in ("a window of few tokens", "a window of many tokens", "windows in some layers", "chunks"):
         for dtype in (torch.float32, torch.bfloat16):
             with monkeypatch.context() as patch:
                 patch.setattr(kv_cache.Rule, "seen", lambda rule, query, key: seen(full, query, key))
                 with pytest.raises(AcipError, match=r"beyond (sliding_window|attention_chunk_size) = \d+"):
-                    checked(SERVED[name], dtype)
+                    checked_model(SERVED[name], dtype)
 
 
 def test_check_of_a_long_window_uses_a_short_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_check_of_a_long_window_uses_a_short_prompt(monkeypatch: pytest.MonkeyPa
         return run(model, ids)
 
     monkeypatch.setattr(exactness_check, "_token_by_token", counted)
-    checked(SERVED["a window of many tokens"])
+    checked_model(SERVED["a window of many tokens"])
     assert sum(tokens) < 200
 
 
@@ -190,7 +190,7 @@ def test_unsupported_attention_argument_is_refused(argument: str, monkeypatch: p
         LlamaAttention, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs, **{argument: torch.ones(1, 1, 1, 1)})
     )
     with pytest.raises(AcipError, match=f"toy: LlamaForCausalLM can't be served: the attention of LlamaAttention takes {argument}"):
-        checked(LlamaConfig(**LONG))
+        checked_model(LlamaConfig(**LONG))
 
 
 def test_custom_attention_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

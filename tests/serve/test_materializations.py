@@ -69,7 +69,7 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(limited())
 
 
-async def done(sizes: Materializations, id: str) -> dict[str, Any]:
+async def finished_record(sizes: Materializations, id: str) -> dict[str, Any]:
     """Wait until a materialization is finished and return its record."""
     while (record := await sizes.get(id))["status"] in ("queued", "running"):
         assert record["uri"] is record["sha256"] is record["bytes"] is record["finished"] is record["error"] is None
@@ -99,7 +99,7 @@ def test_size_is_materialized_once(settings: Settings, version: ModelVersion, an
             while (now := await sizes.get(record["id"]))["status"] == "queued":
                 await asyncio.sleep(0.01)
             assert now["status"] == "running", now
-        now = await done(sizes, record["id"])
+        now = await finished_record(sizes, record["id"])
         assert now["status"] == "succeeded", now
 
         written = (Path(now["uri"]) / PROVENANCE).stat()
@@ -140,7 +140,7 @@ def test_materialization_from_s3_to_s3(
     async def scenario() -> tuple[dict[str, Any], dict[str, Any]]:
         first, second = Materializations(settings), Materializations(settings)  # as on two servers
         ids = [(await sizes.start(version, Budget(ratio=0.5), "nf4"))["id"] for sizes in (first, second)]
-        return await done(first, ids[0]), await done(second, ids[1])
+        return await finished_record(first, ids[0]), await finished_record(second, ids[1])
 
     record, other = run(scenario())
     assert record["status"] == "succeeded", record
@@ -165,7 +165,7 @@ def test_materialization_from_s3_to_s3(
 
     async def broken() -> dict[str, Any]:
         sizes = Materializations(settings)
-        return await done(sizes, (await sizes.start(version, Budget(ratio=0.7)))["id"])
+        return await finished_record(sizes, (await sizes.start(version, Budget(ratio=0.7)))["id"])
 
     failed = run(broken())
     assert failed["status"] == "failed" and "corrupted" in failed["error"], failed
@@ -187,7 +187,7 @@ def test_failed_materialization_reports_why_and_can_be_retried(settings: Setting
         sizes = Materializations(settings)
         await sizes.start(version, Budget(ratio=1.0))
         factors.rename(factors.with_suffix(".away"))
-        failed = await done(sizes, (await sizes.start(version, Budget(ratio=0.6)))["id"])
+        failed = await finished_record(sizes, (await sizes.start(version, Budget(ratio=0.6)))["id"])
         assert failed["status"] == "failed" and failed["uri"] is None
         assert f"{factors} is missing" in failed["error"]
         with pytest.raises(RequestError, match="is missing") as unavailable:
@@ -196,7 +196,7 @@ def test_failed_materialization_reports_why_and_can_be_retried(settings: Setting
         factors.with_suffix(".away").rename(factors)
         again = await sizes.start(version, Budget(ratio=0.6))
         assert again["id"] == failed["id"] and again["error"] is None
-        assert (await done(sizes, again["id"]))["status"] == "succeeded"
+        assert (await finished_record(sizes, again["id"]))["status"] == "succeeded"
 
     run(scenario())
 
@@ -213,10 +213,10 @@ def test_killed_worker_fails_the_materialization(settings: Settings, version: Mo
                 await asyncio.sleep(0.01)
             (task,) = [process for process in psutil.Process().children(recursive=True) if "export_task" in _title(process)]
             task.kill()
-            failed = await done(sizes, record["id"])
+            failed = await finished_record(sizes, record["id"])
         assert failed["status"] == "failed" and "died" in failed["error"]
         again = await sizes.start(version, Budget(ratio=0.6))
-        assert (await done(sizes, again["id"]))["status"] == "succeeded"
+        assert (await finished_record(sizes, again["id"]))["status"] == "succeeded"
 
     run(scenario())
 
@@ -244,7 +244,7 @@ def test_queue_is_bounded(settings: Settings, version: ModelVersion) -> None:
 def test_finished_records_are_bounded(settings: Settings, version: ModelVersion) -> None:
     async def scenario() -> None:
         sizes = Materializations(settings, keep=1)
-        ids = [(await done(sizes, (await sizes.start(version, Budget(ratio=ratio)))["id"]))["id"] for ratio in (0.4, 0.5, 0.6)]
+        ids = [(await finished_record(sizes, (await sizes.start(version, Budget(ratio=ratio)))["id"]))["id"] for ratio in (0.4, 0.5, 0.6)]
         assert len(await sizes.list()) == 1 and len(set(ids)) == 3
         for ratio in (0.4, 0.5, 0.6):
             assert (await sizes.start(version, Budget(ratio=ratio)))["status"] == "succeeded", "the store must find all of them"
@@ -304,11 +304,11 @@ def test_canceled_request_does_not_cancel_its_export(settings: Settings, version
     with pytest.raises(ray.exceptions.TaskCancelledError):
         ray.get(request)
 
-    def ended() -> dict[str, Any] | None:
+    def export_record() -> dict[str, Any] | None:
         record: dict[str, Any] = ray.get(server.record.remote())
         return None if record["status"] in ("queued", "running") else record
 
-    record = until(ended, "the task of the canceled request does not end")
+    record = until(export_record, "the task of the canceled request does not end")
     assert record["status"] == "succeeded", record
     ray.kill(server)
 

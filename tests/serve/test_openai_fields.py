@@ -228,12 +228,12 @@ def test_deadline_ends_a_stream_with_reason_length(app: Application) -> None:
     try:
         body = json.dumps({"messages": [HELLO], "max_tokens": 400, "ignore_eos": True, "stream": True}).encode()
 
-        def begun() -> bytes | None:
+        def stream_with_tokens() -> bytes | None:
             """Return the stream; None if the deadline was checked before the first token, as a busy engine may do."""
             status, answered = app.ask("POST", "/v1/chat/completions", body)
             return answered if status == 200 and b"finish_reason" in answered else None
 
-        answered = until(begun, "no stream had a token at its deadline")
+        answered = until(stream_with_tokens, "no stream had a token at its deadline")
     finally:
         app.replica.engine.timeout_s = 60
     assert b'"finish_reason":"length"' in answered

@@ -267,9 +267,9 @@ def test_download_is_a_command_if_a_key_is_required(visit: Visit, server: Server
     assert server.client.head(command[6].removeprefix(server.url)).headers["Accept-Ranges"] == "bytes"
 
 
-COMPARED = """([one, other, whole]) => {
-  const [words, marks, says] = compared({text: one, whole: true}, {text: other, whole});
-  return [says, words.filter((_, at) => marks?.[at]).map((word) => word.trim())];
+COMPARED = """([original, other, whole]) => {
+  const [words, marks, summary] = compared({text: original, whole: true}, {text: other, whole});
+  return [summary, words.filter((_, index) => marks?.[index]).map((word) => word.trim())];
 }"""
 
 

@@ -111,14 +111,8 @@ def schema_of(schema: Any, name: str = "answer") -> Any:
 @pytest.mark.parametrize("ratio", [1.0, 0.4])
 def test_official_client_parses_an_answer_into_a_model(plain: Application, ratio: float) -> None:
     for seed in range(4):
-        fields: Any = {
-            "model": f"small@{ratio}",
-            "messages": MESSAGES,
-            "temperature": 1.5,
-            "seed": seed,
-            "max_tokens": 200,
-            "logprobs": True,
-        }
+        sampling = {"temperature": 1.5, "seed": seed, "max_tokens": 200, "logprobs": True}
+        fields: Any = {"model": f"small@{ratio}", "messages": MESSAGES, **sampling}
 
         def parse(client: AsyncOpenAI, fields: Any = fields) -> Any:
             return client.chat.completions.parse(**fields, response_format=Person)
@@ -146,7 +140,8 @@ def test_constrained_and_free_requests_share_a_batch(plain: Application) -> None
     constrained = free | {"response_format": schema_of(Person.model_json_schema()), "n": 4, "max_tokens": 200}
 
     async def together(client: AsyncOpenAI) -> Any:
-        return await asyncio.gather(*(client.chat.completions.create(**fields) for fields in (free, constrained, free | {"seed": 6})))  # type: ignore[call-overload]
+        requests: list[Any] = [free, constrained, free | {"seed": 6}]
+        return await asyncio.gather(*(client.chat.completions.create(**fields) for fields in requests))
 
     alone = chat(plain, **free)
     first, structured, _ = with_client(plain, together)
