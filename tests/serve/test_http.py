@@ -14,9 +14,9 @@ from acip_platform.serve.http.requests import CompletionRequest
 from transformers import AutoModelForCausalLM
 
 from acip.artifact.artifact import Artifact
+from tests.support.near_ties import assert_greedy_text, same_text
 from tests.support.server import PROMPT, Server, text
 from tests.support.waiting import PATIENCE_S, until
-from tests.support.words import assert_says, same
 
 
 def test_the_first_screens_commands_work_as_they_are(server: Server) -> None:
@@ -78,7 +78,7 @@ def test_what_is_recorded_is_what_the_model_says(server: Server) -> None:
     first = recorded()
     at = first["completions"][1]
     assert at["size"] < 1
-    assert_says(server.ask(prompt=first["prompt"], size_ratio=at["size"], max_tokens=first["max_tokens"], logprobs=2), at["text"])
+    assert_greedy_text(server.ask(prompt=first["prompt"], size_ratio=at["size"], max_tokens=first["max_tokens"], logprobs=2), at["text"])
 
 
 def test_a_budget_may_be_the_size(server: Server) -> None:
@@ -167,8 +167,8 @@ def test_sizes_asked_for_at_once_give_the_texts_of_one_after_the_other(server: S
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(ask, sizes))
     for alone, beside in zip(one_by_one, together, strict=True):
-        assert_says(alone, text(beside))
-        same(alone["choices"][0], beside["choices"][0])
+        assert_greedy_text(alone, text(beside))
+        same_text(alone["choices"][0], beside["choices"][0])
     said = {max(answer["choices"][0]["logprobs"]["top_logprobs"][0].values()) for answer in one_by_one[:4]}
     assert len(said) == 4, "the sizes must differ for this test to mean anything"
 

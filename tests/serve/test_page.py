@@ -18,9 +18,9 @@ from playwright.sync_api import Page, expect
 
 from acip.evaluate.samples import PROMPTS
 from tests.support.browser import Visit, hash_of
+from tests.support.near_ties import assert_greedy_text
 from tests.support.server import PROMPT, Server
 from tests.support.waiting import PATIENCE_S, until
-from tests.support.words import assert_says
 
 LONG = 480  # tokens that just fit into the context: an answer that is still being made when its first words are drawn
 PRESS = "document.querySelector('#size').dispatchEvent(new KeyboardEvent('keydown', {{key: '{}'}}))"
@@ -33,7 +33,9 @@ def tradeoff(server: Server) -> dict[str, Any]:
 
 def assert_shown(visit: Visit, name: str, server: Server, size: float, **fields: Any) -> None:
     """A pane has the server's own answer, not streamed and alone, up to a near tie."""
-    assert_says(server.ask(**{"model": f"small@{size}", "max_tokens": 24, "seed": 1, "logprobs": 2, **fields}), visit.completion(name))
+    assert_greedy_text(
+        server.ask(**{"model": f"small@{size}", "max_tokens": 24, "seed": 1, "logprobs": 2, **fields}), visit.completion(name)
+    )
 
 
 def press(page: Page, *keys: str) -> None:
@@ -51,7 +53,7 @@ def test_both_panes_stream_what_the_server_says(visit: Visit, server: Server) ->
     assert_shown(visit, "original", server, 1.0, max_tokens=LONG)
     assert_shown(visit, "compressed", server, 0.6, max_tokens=LONG)
     assert visit.page.evaluate("lengths.size") > 2, "it came in pieces: between the prompt and the whole there was a part"
-    assert visit.asked() == ["small@1.0", "small@0.6"]
+    assert visit.requested_models() == ["small@1.0", "small@0.6"]
     first, second = visit.bodies()
     assert first["seed"] == second["seed"] and first["temperature"] == second["temperature"] == 0
     for name in ("original", "compressed"):
@@ -70,30 +72,30 @@ def test_keys_move_the_size_and_it_is_asked_once_the_slider_rests(visit: Visit, 
     expect(asked).to_have_text(f"{least:.2f}")
     expect(slider).to_have_attribute("aria-valuetext", re.compile(rf"^{least:.2f} of the original, "))
     visit.done(least)
-    before = len(visit.asked())
+    before = len(visit.requested_models())
     press(page, "PageUp", "PageUp", "ArrowRight")
     visit.done(least + 0.11)
-    assert visit.asked()[before:] == [f"small@{round(least + 0.11, 2)}"]
-    assert visit.asked().count("small@1.0") == 1, "what both are compared with is asked for once"
+    assert visit.requested_models()[before:] == [f"small@{round(least + 0.11, 2)}"]
+    assert visit.requested_models().count("small@1.0") == 1, "what both are compared with is asked for once"
     press(page, "ArrowLeft", "ArrowRight")
     page.wait_for_timeout(400)
-    assert len(visit.asked()) == before + 1, "a size that was answered is remembered"
+    assert len(visit.requested_models()) == before + 1, "a size that was answered is remembered"
 
 
 def test_moving_the_slider_ends_the_request_that_runs(visit: Visit, server: Server) -> None:
     page, before = visit.page, server.metric("acip_requests_total", "canceled")
-    visit.at_first_words(PRESS.format("ArrowLeft"))
+    visit.at_first_text(PRESS.format("ArrowLeft"))
     with page.expect_event("requestfailed") as failed:
         visit.open(hash_of(max_tokens=LONG, size=0.5))
     assert "small@0.5" in (failed.value.post_data or "")
     assert failed.value.failure == "net::ERR_ABORTED"
     visit.done(0.49)
     until(lambda: server.metric("acip_requests_total", "canceled") > before, "the server goes on with what nobody waits for")
-    assert visit.asked() == ["small@1.0", "small@0.5", "small@0.49"]
+    assert visit.requested_models() == ["small@1.0", "small@0.5", "small@0.49"]
 
 
 def test_stop_stops_both(visit: Visit) -> None:
-    visit.at_first_words("document.querySelector('#stop').click()")
+    visit.at_first_text("document.querySelector('#stop').click()")
     page = visit.open(hash_of(max_tokens=LONG)).page
     for name in ("original", "compressed"):
         expect(visit.pane(name, ".state")).to_contain_text("Stopped.")
@@ -207,7 +209,7 @@ def test_the_copied_commands_are_the_request(visit: Visit, server: Server) -> No
         expect(page.locator("#copied")).to_have_text("Copied.")
         return page.evaluate("navigator.clipboard.readText()")
 
-    before = len(visit.asked())
+    before = len(visit.requested_models())
     words = shlex.split(copied("#curl"))
     assert words[:3] == ["curl", "-sN", f"{server.url}/v1/completions"]
     assert words[3:6] == ["-H", "Content-Type: application/json", "-d"]
@@ -215,16 +217,16 @@ def test_the_copied_commands_are_the_request(visit: Visit, server: Server) -> No
     assert visit.bodies()[-1]["prompt"] == prompt
     program = copied("#python")
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
-    assert_says(server.ask(model="small@0.6", prompt=prompt, max_tokens=24, seed=1, logprobs=2), said.stdout)
+    assert_greedy_text(server.ask(model="small@0.6", prompt=prompt, max_tokens=24, seed=1, logprobs=2), said.stdout)
     command = shlex.split(copied("#copycommand"))
     assert command == ["python", "jobs/materialize.py", "small", "--size", "0.6", "--out", "small-0.6"]
-    assert len(visit.asked()) == before, "copying asks for nothing"
+    assert len(visit.requested_models()) == before, "copying asks for nothing"
 
 
 def test_what_was_typed_is_copied_and_asked_only_when_it_is_run(visit: Visit) -> None:
     visit.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page = visit.open(hash_of()).done().page
-    before = len(visit.asked())
+    before = len(visit.requested_models())
     page.click("#advanced summary")
     page.fill("#seed", "9")
     page.fill("#prompt", "Another prompt")
@@ -234,10 +236,10 @@ def test_what_was_typed_is_copied_and_asked_only_when_it_is_run(visit: Visit) ->
     assert (body["prompt"], body["seed"]) == ("Another prompt", 9)
     expect(visit.pane("compressed", ".state")).to_contain_text("not run yet: press Enter or Run")
     page.wait_for_timeout(400)
-    assert len(visit.asked()) == before
+    assert len(visit.requested_models()) == before
     page.click("#run")
     visit.done()
-    assert len(visit.asked()) == before + 2 and visit.bodies()[-1]["prompt"] == "Another prompt"
+    assert len(visit.requested_models()) == before + 2 and visit.bodies()[-1]["prompt"] == "Another prompt"
 
 
 def test_a_size_is_downloaded(visit: Visit) -> None:
@@ -298,7 +300,7 @@ def test_at_full_size_both_are_the_same_request(visit: Visit) -> None:
     visit.done(1)
     expect(visit.pane("compressed", "mark")).to_have_count(0)
     assert visit.completion("compressed") == visit.completion("original")
-    assert visit.asked().count("small@1.0") == 1, "at 1.0 both are the same request"
+    assert visit.requested_models().count("small@1.0") == 1, "at 1.0 both are the same request"
 
 
 def test_recorded_words_while_dragging_live_ones_when_let_go(visit: Visit, server: Server) -> None:
@@ -326,10 +328,10 @@ def test_recorded_words_while_dragging_live_ones_when_let_go(visit: Visit, serve
     expect(visit.pane("compressed", ".state")).to_contain_text("recorded at 0.60")
     assert visit.completion("compressed") == words()[0.6]
     page.wait_for_timeout(400)
-    assert visit.asked() == ["small@1.0", "small@0.9"], "nothing is asked while it is held"
+    assert visit.requested_models() == ["small@1.0", "small@0.9"], "nothing is asked while it is held"
     page.mouse.up()
     visit.done()
-    assert visit.asked() == ["small@1.0", "small@0.9", "small@0.6"]
+    assert visit.requested_models() == ["small@1.0", "small@0.9", "small@0.6"]
     assert_shown(visit, "compressed", server, 0.6, prompt=sample["prompt"], max_tokens=sample["max_tokens"])
     page.mouse.click(x_of(0.6) + 20, middle)
     expect(page.locator("#asked")).to_have_text(f"{0.6 + 20 * (1 - least) / (box['width'] - 24):.2f}")  # free in between
@@ -359,7 +361,7 @@ def test_several_models_and_chat(visit: Visit) -> None:
     page.select_option("#model", "talker")
     expect(page).to_have_url(re.compile("model=talker.*chat=1"))
     visit.done()
-    assert visit.asked() == ["small@1.0", "small@0.6", "talker@1.0", "talker@0.6"]
+    assert visit.requested_models() == ["small@1.0", "small@0.6", "talker@1.0", "talker@0.6"]
     assert visit.requests[-1].url.endswith("/v1/chat/completions")
     assert visit.bodies()[-1]["messages"] == [{"role": "user", "content": PROMPT}]
     assert page.locator("#compressed .given").count() == 0

@@ -23,7 +23,7 @@ def test_the_servers_refusal_is_told_in_its_words(refused: Visit) -> None:
 
 
 def test_a_page_opened_before_the_model_says_so_and_goes_on(refused: Visit) -> None:
-    with refused.answering("**/ready", 503, "the model is being loaded."):
+    with refused.replace_response("**/ready", 503, "the model is being loaded."):
         page = refused.open(hash_of()).page
         expect(page.locator("#notice")).to_contain_text("The model is being loaded.")
         expect(page.locator("#size")).to_be_disabled()
@@ -32,11 +32,11 @@ def test_a_page_opened_before_the_model_says_so_and_goes_on(refused: Visit) -> N
 
 
 def test_a_busy_server_is_asked_again(refused: Visit) -> None:
-    with refused.answering("**/v1/completions", 429, "the server is busy and its queue is full; try again in a moment."):
+    with refused.replace_response("**/v1/completions", 429, "the server is busy and its queue is full; try again in a moment."):
         refused.open(hash_of())
         expect(refused.pane("original", ".state")).to_contain_text("its queue is full; try again in a moment. Trying again in 1 s.")
     refused.done()
-    assert set(refused.asked()) == {"small@1.0", "small@0.6"} and len(refused.asked()) > 2
+    assert set(refused.requested_models()) == {"small@1.0", "small@0.6"} and len(refused.requested_models()) > 2
 
 
 def test_a_key_is_asked_for_and_kept_in_this_tab_only(refused: Visit) -> None:

@@ -45,7 +45,7 @@ from acip.export.folder import tensor_bytes
 from acip.sizing.budget import Curve
 from acip.sizing.elastic_model import ElasticModel
 from tests.conftest import byte_tokenizer, logits, read
-from tests.support.words import assert_as_far
+from tests.support.near_ties import assert_close_divergence
 
 TEXT = Text("package:austen", context=64, windows=4)
 ITEMS = [("The sky is", [" blue", " seven"], 0), ("Two and two are", [" five", " four"], 1), ("A cat is an", [" animal", " hour"], 0)]
@@ -147,7 +147,7 @@ def test_the_distance_is_the_same_wherever_the_base_comes_from(
     first, *others = [part(row, "divergence")["values"] for row in rows]
     assert first["kl_nats"] > 0.001 and 0.1 < first["same_top_share"] < 1
     for other in others:
-        assert_as_far(other, first, 1e-3, TEXT.windows * TEXT.context)
+        assert_close_divergence(other, first, 1e-3, TEXT.windows * TEXT.context)
     with pytest.raises(EvaluationError, match="a model with `base`"):
         evaluate(base, tokenizer, [DivergenceOn(TEXT)])
 
@@ -365,7 +365,7 @@ def test_the_curve_is_what_each_size_measures(any_size: ElasticModel, small_arti
         assert {key: far[key] for key in ("key", "what", "label", "windows", "context")} == {
             key: expected[key] for key in ("key", "what", "label", "windows", "context")
         }, "measured once, it is known"
-        assert_as_far(far["values"], expected["values"], 1e-5, TEXT.windows * TEXT.context)
+        assert_close_divergence(far["values"], expected["values"], 1e-5, TEXT.windows * TEXT.context)
     assert part(curve[0], "divergence")["values"]["kl_nats"] == 0.0
 
 

@@ -59,7 +59,7 @@ from acip.sizing.cut_table import Budget
 from acip.sizing.elastic_model import ElasticModel
 from acip.sizing.model_sizes import set_size
 from tests.conftest import byte_tokenizer
-from tests.support.words import assert_writes
+from tests.support.near_ties import assert_greedy_ids
 
 LAYERS = 2
 IDS: dict[str, Any] = {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -225,7 +225,7 @@ def test_it_writes_after_loading_what_it_wrote_before_saving(journey: Journey, t
     if journey.architecture.recipe.dtype == "float32":  # in 16 bit adapters are rounded when they are saved and folded
         logits_TV = logits(ways[0], written[0])[0]
         for after in (resident, plain):
-            assert_writes(logits_TV, before, after, prompt.shape[1])
+            assert_greedy_ids(logits_TV, before, after, prompt.shape[1])
     assert written[0].shape[1] > prompt.shape[1]
 
 
