@@ -87,7 +87,7 @@ def test_bad_sources_say_what_is_allowed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "says"),
+    ("source", "message"),
     [
         ("nowhere", "Allowed: package:NAME, a .gguf file"),
         ("package:no_such_package", "no package 'no_such_package' is installed"),
@@ -96,8 +96,8 @@ def test_bad_sources_say_what_is_allowed(tmp_path: Path) -> None:
         ("no-such-org/no-such-model", "can't be loaded"),
     ],
 )
-def test_bad_bases_say_what_is_allowed(source: str, says: str) -> None:
-    with pytest.raises(BaseModelError, match=says):
+def test_bad_bases_say_what_is_allowed(source: str, message: str) -> None:
+    with pytest.raises(BaseModelError, match=message):
         load_base(source)
 
 

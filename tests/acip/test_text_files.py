@@ -138,20 +138,20 @@ BAD: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_no_such_text_is_refused_by_name(tmp_path: Path, name: str) -> None:
     """And not read as something else."""
-    raw, says = BAD[name]
+    raw, message = BAD[name]
     (tmp_path / name).write_bytes(raw)
-    with pytest.raises(DataError, match=rf"(?s){name}.*{says}"):
+    with pytest.raises(DataError, match=rf"(?s){name}.*{message}"):
         found(tmp_path / name)
 
 
 @pytest.mark.parametrize(
-    ("columns", "says"),
+    ("columns", "message"),
     [({"body": ["a"]}, 'the columns are "body"; one of them must be "text"'), ({"text": [1, 2]}, "row 1 has text 1"),
      ({"text": ["a", None]}, "row 2 has text null"), ({"messages": [["a"]]}, "row 1 has messages")],
 )  # fmt: skip
-def test_columns_of_another_kind_are_refused(tmp_path: Path, columns: dict[str, Any], says: str) -> None:
+def test_columns_of_another_kind_are_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=rf"a\.parquet.*{says}"):
+    with pytest.raises(DataError, match=rf"a\.parquet.*{message}"):
         found(tmp_path / "a.parquet")
 
 

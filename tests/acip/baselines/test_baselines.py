@@ -128,8 +128,10 @@ def test_an_abandoned_run_leaves_the_base_as_it_was(base: Base, windows: Tensor)
 
 
 def test_bad_input_is_refused(base: Base, windows: Tensor) -> None:
-    def refuse(error: type[AcipError], says: str, name: str = "svd-llm-w", text: Tensor = windows, size: Any = 0.5, **options: Any) -> None:
-        with pytest.raises(error, match=says):
+    def refuse(
+        error: type[AcipError], message: str, name: str = "svd-llm-w", text: Tensor = windows, size: Any = 0.5, **options: Any
+    ) -> None:
+        with pytest.raises(error, match=message):
             next(compress(name, base, text, (size,), **options))
 
     refuse(RecipeError, "unknown method 'asdv'.*did you mean 'asvd'", "asdv")

@@ -93,7 +93,7 @@ def test_protocols_cut_the_same_text_as_they_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: Text(protocol="papr"), "did you mean 'paper'"),  # type: ignore[arg-type]
         (lambda: Text(context=1), "context must be at least 2"),
@@ -105,10 +105,10 @@ def test_protocols_cut_the_same_text_as_they_say(tmp_path: Path) -> None:
         (lambda: check(["mine"], "/no/such/folder"), "task folder '/no/such/folder' does not exist"),
     ],
 )
-def test_what_can_not_be_measured_is_said(make: Callable[[], Any], says: str) -> None:
+def test_what_can_not_be_measured_is_said(make: Callable[[], Any], message: str) -> None:
     with pytest.raises((EvaluationError, DataError)) as caught:
         make()
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_the_standard_error_is_over_windows(small_base: str, heldout_tokens: torch.Tensor) -> None:
