@@ -207,7 +207,7 @@ def test_a_long_document_is_read_in_blocks(tmp_path: Path) -> None:
         LongText,
         str,
         LongText,
-    ]  # documents that are not read are skipped
+    ]
     assert read_all(tmp_path / "a.txt") == docs
 
 
