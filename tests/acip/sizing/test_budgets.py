@@ -123,7 +123,7 @@ def test_params_and_bytes_are_kept_exactly(index: int) -> None:
     amounts = counts(index)["params"]
     for _ in range(BUDGETS):
         asked = rng.randint(int(0.9 * min(amounts)), int(1.05 * max(amounts)))
-        exact(index, amounts, asked, 1, Budget(params=asked))
+        assert_exact(index, amounts, asked, 1, Budget(params=asked))
 
 
 @pytest.mark.parametrize("index", range(len(TABLES)))
