@@ -152,34 +152,34 @@ def assert_same_run(recording: Recording, steps: Sequence[Step], stop_step: int,
     """
     assert stop_step == recording.config["stop_step"]
     assert len(steps) == len(recording.trace)
-    for ours, theirs in zip(steps, recording.trace, strict=True):
-        assert ours.live == theirs["live"], theirs
-        assert ours.size == theirs["size_ratio"], theirs
-        assert ours.lambda_ == pytest.approx(theirs["reg_weight_after"], rel=1e-14), theirs
-        assert ours.loss + l1 * (ours.phase == "post_tune") == pytest.approx(theirs["loss"], rel=1e-12), theirs
+    for step, row in zip(steps, recording.trace, strict=True):
+        assert step.live == row["live"], row
+        assert step.size == row["size_ratio"], row
+        assert step.lambda_ == pytest.approx(row["reg_weight_after"], rel=1e-14), row
+        assert step.loss + l1 * (step.phase == "post_tune") == pytest.approx(row["loss"], rel=1e-12), row
     assert scores.keys() == recording.scores.keys()
-    for name, theirs_K in recording.scores.items():
-        ours_K = scores[name]
-        assert ours_K.dtype == torch.float64
-        assert torch.equal(ours_K > 0, theirs_K > 0), name
-        assert torch.equal(ours_K[theirs_K <= 0], theirs_K[theirs_K <= 0]), name
-        torch.testing.assert_close(ours_K, theirs_K, rtol=0, atol=1e-12)
+    for name, expected_K in recording.scores.items():
+        score_K = scores[name]
+        assert score_K.dtype == torch.float64
+        assert torch.equal(score_K > 0, expected_K > 0), name
+        assert torch.equal(score_K[expected_K <= 0], expected_K[expected_K <= 0]), name
+        torch.testing.assert_close(score_K, expected_K, rtol=0, atol=1e-12)
 
 
 def assert_close_run(recording: Recording, steps: Sequence[Step], stop_step: int, scores: Mapping[str, Tensor]) -> None:
     """Assert that a float32 run equals the recording for SAME_STEPS steps and stays close to it afterwards."""
-    for ours, theirs in list(zip(steps, recording.trace, strict=False))[:SAME_STEPS]:
-        assert ours.live == theirs["live"], theirs
-        assert ours.size == pytest.approx(theirs["size_ratio"], abs=1e-12), theirs
-        assert ours.loss == pytest.approx(theirs["loss"], rel=1e-5), theirs
+    for step, row in list(zip(steps, recording.trace, strict=False))[:SAME_STEPS]:
+        assert step.live == row["live"], row
+        assert step.size == pytest.approx(row["size_ratio"], abs=1e-12), row
+        assert step.loss == pytest.approx(row["loss"], rel=1e-5), row
     assert abs(stop_step - recording.config["stop_step"]) <= 3
     assert len(steps) == stop_step + recording.config["post_tune_steps"]
-    for ours, theirs in zip(steps[:stop_step], recording.trace[: recording.config["stop_step"]], strict=False):
-        assert ours.live == pytest.approx(theirs["live"], rel=0.01), theirs
-        assert ours.lambda_ == pytest.approx(theirs["reg_weight_after"], rel=1e-12), theirs
+    for step, row in zip(steps[:stop_step], recording.trace[: recording.config["stop_step"]], strict=False):
+        assert step.live == pytest.approx(row["live"], rel=0.01), row
+        assert step.lambda_ == pytest.approx(row["reg_weight_after"], rel=1e-12), row
     assert scores.keys() == recording.scores.keys()
-    for name, theirs_K in recording.scores.items():
-        assert rank_correlation(scores[name], theirs_K) >= 0.98, name
+    for name, expected_K in recording.scores.items():
+        assert rank_correlation(scores[name], expected_K) >= 0.98, name
 
 
 def rank_correlation(a_K: Tensor, b_K: Tensor) -> float:
