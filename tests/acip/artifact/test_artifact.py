@@ -36,7 +36,7 @@ def test_size_one_is_the_base_bit_for_bit(small_artifact: Artifact, small_base: 
 
 
 @pytest.mark.parametrize("size", [0.45, 0.6, 0.85])
-def test_every_size_computes_what_was_calibrated(
+def test_every_size_equals_the_calibrated_model(
     calibrated: tuple[Any, Calibration], small_artifact: Artifact, heldout_tokens: torch.Tensor, size: float
 ) -> None:
     """The calibrated model with its mask, the model loaded from disk, and the materialized model compute the same function."""

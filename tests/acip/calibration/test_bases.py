@@ -222,7 +222,7 @@ def test_a_pass_ends_after_the_last_requested_layer(model: Any, golden_tokens: t
     handle = model.get_submodule("model.layers.1").register_forward_pre_hook(lambda _, args: later.append(1))
     C = activation_covariances(model, linears, golden_tokens[:12])
     handle.remove()
-    assert len(later) == 1, "only the first batch runs past the last requested layer"
+    assert len(later) == 1, "only the first batch may run past the last requested layer"
     all_layers = activation_covariances(model, find_linears(model), golden_tokens[:12])
     assert all(torch.equal(C[name], all_layers[name]) for name in linears)
 

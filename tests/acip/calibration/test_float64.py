@@ -114,7 +114,7 @@ def test_covariances_and_bases_are_exact_to_float64(base: Base, golden_tokens: T
             torch.testing.assert_close(core.left.read().T @ core.right.read(), W, rtol=0, atol=1e-12)
 
 
-def test_the_divergence_and_its_gradient() -> None:
+def test_the_divergence_and_its_gradient_are_exact_to_float64() -> None:
     torch.manual_seed(0)
     logits_BTV, base_BTV = (3 * torch.randn(2, 5, 50, dtype=torch.float64) for _ in range(2))
     ids = torch.randint(50, (2, 5))
