@@ -208,7 +208,7 @@ def test_everything_through_a_bad_s3(
             "ACIP_CHECKPOINT_URI": f"{place}/runs",
         }
         job = submit(fleet(tmp_path, small_base, "far"), **env)
-        job.wait_for(lambda: any("/runs/far-" in path and "state.json" in path for _, path in list(server.seen)), "checkpoint on S3")
+        job.wait_for(lambda: any("/runs/far-" in path and "state.json" in path for _, path in list(server.requests)), "checkpoint on S3")
         away.set()
         time.sleep(10)
         away.clear()
@@ -218,7 +218,7 @@ def test_everything_through_a_bad_s3(
                 patch.setenv(name, value)
             assert_same(job.artifact("far"), undisturbed)
     assert job.steps("far") == list(range(1, STEPS + 1))
-    assert sum(server.done.values()) > 20
+    assert sum(server.injected.values()) > 20
     assert s3_server["AWS_SECRET_ACCESS_KEY"] not in job.text
 
 

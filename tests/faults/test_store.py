@@ -71,7 +71,7 @@ def test_an_artifact_goes_there_and_back_all_the_same(
     whole = (small_artifact.folder / "factors.safetensors").read_bytes()
     ranges = [(0, 8), (100, 5000), (len(whole) - 9, len(whole))]
     assert [bytes(view) for view in source.read("factors.safetensors", ranges)] == [whole[start:stop] for start, stop in ranges]
-    assert s3.done[fault] > 20, "of every request's kind"
+    assert s3.injected[fault] > 20, "of every request's kind"
 
 
 def test_many_parts_through_a_bad_network(s3: Proxy, store: Store, large: Path, tmp_path: Path) -> None:
@@ -80,8 +80,8 @@ def test_many_parts_through_a_bad_network(s3: Proxy, store: Store, large: Path, 
     uri = store.add(large, "some/one", "last")
     with store.folder(uri) as copy:
         assert {path.name: path.read_bytes() for path in copy.iterdir()} == expected
-    assert any("partNumber=3" in path for _, path in s3.seen), "in parts"
-    assert sum(s3.done.values()) >= 5
+    assert any("partNumber=3" in path for _, path in s3.requests), "in parts"
+    assert sum(s3.injected.values()) >= 5
 
 
 def test_what_is_changed_on_the_way_is_refused(s3: Proxy, store: Store, large: Path) -> None:
@@ -103,7 +103,7 @@ def test_an_s3_that_is_away_is_an_error_and_nothing_counts(
     with pytest.raises(StoreError, match=r"SlowDown.*reached max retries"):
         store.put(copy, "tiny/1")
     assert not store.exists(store.uri("tiny/1"))
-    assert max(s3.seen.values()) >= 8, "it was asked again"
+    assert max(s3.requests.values()) >= 8, "it was asked again"
     s3.choose = lambda method, path, before: ""
     assert Artifact.open(store.fetch(store.put(copy, "tiny/1")), verify=True).manifest == small_artifact.manifest
 

@@ -24,7 +24,7 @@ from acip.errors import EvaluationError
 from acip.evaluate import DivergenceOn, PerplexityOn, Samples, Text, evaluate, trade_off
 from acip.sizing.budget import Budget
 from tests.conftest import byte_tokenizer
-from tests.support.words import assert_as_far
+from tests.support.near_ties import assert_close_divergence
 
 MINE = """\
 task: mine
@@ -181,7 +181,7 @@ def test_another_model_is_compared_with_a_reference(small_artifact: Artifact, ex
     any_size = small_artifact.load(size=0.6)
     (expected,) = evaluate(any_size, small_artifact.tokenizer(), [what])["evaluation"]
     assert part["key"] != expected["key"] and part["values"]["kl_nats"] > 1e-3
-    assert_as_far(part["values"], expected["values"], 1e-3, 4 * 64)
+    assert_close_divergence(part["values"], expected["values"], 1e-3, 4 * 64)
     again = measured(str(exported))["evaluation"]
     assert again[0]["values"]["kl_nats"] == 0.0, "another reference is another measurement"
     assert again[1] == alone, "of which nothing else hangs"

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM
 
 from acip.artifact.artifact import Artifact
 from acip.errors import AcipError, BudgetError
+from tests.support.near_ties import assert_greedy_text, same_text
 from tests.support.waiting import PATIENCE_S, until
-from tests.support.words import assert_says, same
 
 PROMPT = "It was a bright cold day and "
 
@@ -86,7 +86,7 @@ def first_logprob(answer: dict[str, Any]) -> float:
 
 def assert_same_texts(answers: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
     """Assert that more than 70 % of the texts agree: others may differ after a near tie."""
-    agreements = [same(answer["choices"][0], other["choices"][0]) for answer, other in zip(answers, others, strict=True)]
+    agreements = [same_text(answer["choices"][0], other["choices"][0]) for answer, other in zip(answers, others, strict=True)]
     assert sum(agreements) > 0.7 * len(agreements)
 
 
@@ -96,7 +96,7 @@ def test_full_size_gives_the_text_of_the_base_model(ask: Ask, small_base: str, s
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
     generated = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=2)
     answer = ask(max_tokens=64, logprobs=2)
-    assert_says(answer, tokenizer.decode(generated[0, ids.shape[1] :]))
+    assert_greedy_text(answer, tokenizer.decode(generated[0, ids.shape[1] :]))
     assert answer["size"]["got"] == 1.0
     assert answer["usage"] == {"prompt_tokens": ids.shape[1], "completion_tokens": 64, "total_tokens": ids.shape[1] + 64}
 
@@ -109,7 +109,7 @@ def test_smaller_size_gives_the_text_of_the_materialized_model(ask: Ask, small_a
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
     generated = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False, pad_token_id=2)
     half, whole = (ask(size_ratio=size, max_tokens=32, logprobs=2) for size in (0.5, 1.0))
-    assert_says(half, tokenizer.decode(generated[0, ids.shape[1] :]))
+    assert_greedy_text(half, tokenizer.decode(generated[0, ids.shape[1] :]))
     assert first_logprob(half) != first_logprob(whole)
 
 
@@ -170,7 +170,7 @@ def test_list_of_prompts_is_answered_in_order(ask: Ask) -> None:
     answer = ask(prompt=["One ", "Two "], max_tokens=12, logprobs=2)
     assert [choice["index"] for choice in answer["choices"]] == [0, 1]
     for choice, prompt in zip(answer["choices"], ("One ", "Two "), strict=True):
-        assert_says(ask(prompt=prompt, max_tokens=12, logprobs=2), choice["text"])
+        assert_greedy_text(ask(prompt=prompt, max_tokens=12, logprobs=2), choice["text"])
     assert answer["usage"]["completion_tokens"] == 24
     samples = ask(prompt=["One ", "One "], max_tokens=24, temperature=1, seed=4)["choices"]
     assert samples[0]["text"] != samples[1]["text"]
@@ -322,7 +322,7 @@ def test_prefill_chunk_size_does_not_change_the_text(ask: Ask, monkeypatch: pyte
     prompt = (PROMPT * 20)[:450]
     whole = ask(prompt=prompt, max_tokens=24, size_ratio=size, logprobs=2)
     monkeypatch.setattr("acip_platform.serve.engine.batch.PREFILL_CHUNK_TOKENS", 37)
-    assert_says(whole, text(ask(prompt=prompt, max_tokens=24, size_ratio=size)))
+    assert_greedy_text(whole, text(ask(prompt=prompt, max_tokens=24, size_ratio=size)))
 
 
 def test_memory_for_keys_and_values_is_bounded(small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,7 +400,7 @@ def test_n_answers_are_sampled_independently(ask: Ask) -> None:
     answer = ask(n=3, temperature=1, seed=4, max_tokens=24, logprobs=3)
     texts = [choice["text"] for choice in answer["choices"]]
     assert len(set(texts)) == 3
-    same(answer["choices"][0], ask(temperature=1, seed=4, max_tokens=24, logprobs=3)["choices"][0])
+    same_text(answer["choices"][0], ask(temperature=1, seed=4, max_tokens=24, logprobs=3)["choices"][0])
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
 
 

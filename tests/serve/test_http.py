@@ -14,9 +14,9 @@ from acip_platform.serve.http.requests import CompletionRequest
 from transformers import AutoModelForCausalLM
 
 from acip.artifact.artifact import Artifact
+from tests.support.near_ties import assert_greedy_text, same_text
 from tests.support.server import PROMPT, Server, text
 from tests.support.waiting import PATIENCE_S, until
-from tests.support.words import assert_says, same
 
 
 def test_curl_commands_printed_at_start_work(server: Server) -> None:
@@ -78,7 +78,7 @@ def test_recorded_completion_is_the_models_answer(server: Server) -> None:
     first = recorded()
     completion = first["completions"][1]
     assert completion["size"] < 1
-    assert_says(
+    assert_greedy_text(
         server.ask(prompt=first["prompt"], size_ratio=completion["size"], max_tokens=first["max_tokens"], logprobs=2), completion["text"]
     )
 
@@ -169,8 +169,8 @@ def test_concurrent_sizes_give_the_texts_of_sequential_requests(server: Server) 
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(ask, sizes))
     for sequential, concurrent in zip(one_by_one, together, strict=True):
-        assert_says(sequential, text(concurrent))
-        same(sequential["choices"][0], concurrent["choices"][0])
+        assert_greedy_text(sequential, text(concurrent))
+        same_text(sequential["choices"][0], concurrent["choices"][0])
     logprobs = {max(answer["choices"][0]["logprobs"]["top_logprobs"][0].values()) for answer in one_by_one[:4]}
     assert len(logprobs) == 4, "the sizes must differ for this test to mean anything"
 

@@ -18,9 +18,9 @@ from playwright.sync_api import Page, expect
 
 from acip.evaluate.samples import PROMPTS
 from tests.support.browser import Visit, hash_of
+from tests.support.near_ties import assert_greedy_text
 from tests.support.server import PROMPT, Server
 from tests.support.waiting import PATIENCE_S, until
-from tests.support.words import assert_says
 
 LONG = 480  # tokens, which just fit into the context: the answer is still running when its first words are drawn
 PRESS = "document.querySelector('#size').dispatchEvent(new KeyboardEvent('keydown', {{key: '{}'}}))"
@@ -34,7 +34,9 @@ def tradeoff(server: Server) -> dict[str, Any]:
 
 def assert_shown(visit: Visit, name: str, server: Server, size: float, **fields: Any) -> None:
     """Assert that a pane shows the server's answer to a single request without streaming, up to a near tie."""
-    assert_says(server.ask(**{"model": f"small@{size}", "max_tokens": 24, "seed": 1, "logprobs": 2, **fields}), visit.completion(name))
+    assert_greedy_text(
+        server.ask(**{"model": f"small@{size}", "max_tokens": 24, "seed": 1, "logprobs": 2, **fields}), visit.completion(name)
+    )
 
 
 def press(page: Page, *keys: str) -> None:
@@ -52,7 +54,7 @@ def test_both_panes_stream_the_servers_answers(visit: Visit, server: Server) -> 
     assert_shown(visit, "original", server, 1.0, max_tokens=LONG)
     assert_shown(visit, "compressed", server, 0.6, max_tokens=LONG)
     assert visit.page.evaluate("lengths.size") > 2, "the text must grow in several steps"
-    assert visit.asked() == ["small@1.0", "small@0.6"]
+    assert visit.requested_models() == ["small@1.0", "small@0.6"]
     first, second = visit.bodies()
     assert first["seed"] == second["seed"] and first["temperature"] == second["temperature"] == 0
     for name in ("original", "compressed"):
@@ -71,30 +73,30 @@ def test_keys_move_the_slider_and_its_rest_sends_a_request(visit: Visit, tradeof
     expect(requested).to_have_text(f"{smallest:.2f}")
     expect(slider).to_have_attribute("aria-valuetext", re.compile(rf"^{smallest:.2f} of the original, "))
     visit.done(smallest)
-    before = len(visit.asked())
+    before = len(visit.requested_models())
     press(page, "PageUp", "PageUp", "ArrowRight")
     visit.done(smallest + 0.11)
-    assert visit.asked()[before:] == [f"small@{round(smallest + 0.11, 2)}"]
-    assert visit.asked().count("small@1.0") == 1, "the original must be requested once"
+    assert visit.requested_models()[before:] == [f"small@{round(smallest + 0.11, 2)}"]
+    assert visit.requested_models().count("small@1.0") == 1, "the original must be requested once"
     press(page, "ArrowLeft", "ArrowRight")
     page.wait_for_timeout(400)
-    assert len(visit.asked()) == before + 1, "the page must reuse the answer for a size"
+    assert len(visit.requested_models()) == before + 1, "the page must reuse the answer for a size"
 
 
 def test_moving_the_slider_cancels_the_running_request(visit: Visit, server: Server) -> None:
     page, before = visit.page, server.metric("acip_requests_total", "canceled")
-    visit.at_first_words(PRESS.format("ArrowLeft"))
+    visit.at_first_text(PRESS.format("ArrowLeft"))
     with page.expect_event("requestfailed") as failed:
         visit.open(hash_of(max_tokens=LONG, size=0.5))
     assert "small@0.5" in (failed.value.post_data or "")
     assert failed.value.failure == "net::ERR_ABORTED"
     visit.done(0.49)
     until(lambda: server.metric("acip_requests_total", "canceled") > before, "the server does not cancel the request")
-    assert visit.asked() == ["small@1.0", "small@0.5", "small@0.49"]
+    assert visit.requested_models() == ["small@1.0", "small@0.5", "small@0.49"]
 
 
 def test_stop_button_stops_both_panes(visit: Visit) -> None:
-    visit.at_first_words("document.querySelector('#stop').click()")
+    visit.at_first_text("document.querySelector('#stop').click()")
     page = visit.open(hash_of(max_tokens=LONG)).page
     for name in ("original", "compressed"):
         expect(visit.pane(name, ".state")).to_contain_text("Stopped.")
@@ -209,7 +211,7 @@ def test_copied_commands_repeat_the_request(visit: Visit, server: Server) -> Non
         expect(page.locator("#copied")).to_have_text("Copied.")
         return page.evaluate("navigator.clipboard.readText()")
 
-    before = len(visit.asked())
+    before = len(visit.requested_models())
     arguments = shlex.split(copied("#curl"))
     assert arguments[:3] == ["curl", "-sN", f"{server.url}/v1/completions"]
     assert arguments[3:6] == ["-H", "Content-Type: application/json", "-d"]
@@ -217,16 +219,16 @@ def test_copied_commands_repeat_the_request(visit: Visit, server: Server) -> Non
     assert visit.bodies()[-1]["prompt"] == prompt
     program = copied("#python")
     completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
-    assert_says(server.ask(model="small@0.6", prompt=prompt, max_tokens=24, seed=1, logprobs=2), completed.stdout)
+    assert_greedy_text(server.ask(model="small@0.6", prompt=prompt, max_tokens=24, seed=1, logprobs=2), completed.stdout)
     command = shlex.split(copied("#copycommand"))
     assert command == ["python", "jobs/materialize.py", "small", "--size", "0.6", "--out", "small-0.6"]
-    assert len(visit.asked()) == before, "copying must not send a request"
+    assert len(visit.requested_models()) == before, "copying must not send a request"
 
 
 def test_edited_fields_are_copied_at_once_and_sent_on_run(visit: Visit) -> None:
     visit.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page = visit.open(hash_of()).done().page
-    before = len(visit.asked())
+    before = len(visit.requested_models())
     page.click("#advanced summary")
     page.fill("#seed", "9")
     page.fill("#prompt", "Another prompt")
@@ -236,10 +238,10 @@ def test_edited_fields_are_copied_at_once_and_sent_on_run(visit: Visit) -> None:
     assert (body["prompt"], body["seed"]) == ("Another prompt", 9)
     expect(visit.pane("compressed", ".state")).to_contain_text("not run yet: press Enter or Run")
     page.wait_for_timeout(400)
-    assert len(visit.asked()) == before
+    assert len(visit.requested_models()) == before
     page.click("#run")
     visit.done()
-    assert len(visit.asked()) == before + 2 and visit.bodies()[-1]["prompt"] == "Another prompt"
+    assert len(visit.requested_models()) == before + 2 and visit.bodies()[-1]["prompt"] == "Another prompt"
 
 
 def test_size_can_be_downloaded(visit: Visit) -> None:
@@ -300,7 +302,7 @@ def test_both_panes_share_the_request_at_full_size(visit: Visit) -> None:
     visit.done(1)
     expect(visit.pane("compressed", "mark")).to_have_count(0)
     assert visit.completion("compressed") == visit.completion("original")
-    assert visit.asked().count("small@1.0") == 1, "at 1.0 both panes must share one request"
+    assert visit.requested_models().count("small@1.0") == 1, "at 1.0 both panes must share one request"
 
 
 def test_dragging_shows_recorded_text_and_releasing_shows_live_text(visit: Visit, server: Server) -> None:
@@ -328,10 +330,10 @@ def test_dragging_shows_recorded_text_and_releasing_shows_live_text(visit: Visit
     expect(visit.pane("compressed", ".state")).to_contain_text("recorded at 0.60")
     assert visit.completion("compressed") == recorded_texts()[0.6]
     page.wait_for_timeout(400)
-    assert visit.asked() == ["small@1.0", "small@0.9"], "no request may be sent while the slider is held"
+    assert visit.requested_models() == ["small@1.0", "small@0.9"], "no request may be sent while the slider is held"
     page.mouse.up()
     visit.done()
-    assert visit.asked() == ["small@1.0", "small@0.9", "small@0.6"]
+    assert visit.requested_models() == ["small@1.0", "small@0.9", "small@0.6"]
     assert_shown(visit, "compressed", server, 0.6, prompt=sample["prompt"], max_tokens=sample["max_tokens"])
     page.mouse.click(x_of(0.6) + 20, middle)
     unsnapped = 0.6 + 20 * (1 - smallest) / (box["width"] - 24)
@@ -362,7 +364,7 @@ def test_selected_model_and_its_chat_template_are_used(visit: Visit) -> None:
     page.select_option("#model", "talker")
     expect(page).to_have_url(re.compile("model=talker.*chat=1"))
     visit.done()
-    assert visit.asked() == ["small@1.0", "small@0.6", "talker@1.0", "talker@0.6"]
+    assert visit.requested_models() == ["small@1.0", "small@0.6", "talker@1.0", "talker@0.6"]
     assert visit.requests[-1].url.endswith("/v1/chat/completions")
     assert visit.bodies()[-1]["messages"] == [{"role": "user", "content": PROMPT}]
     assert page.locator("#compressed .given").count() == 0

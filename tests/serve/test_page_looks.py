@@ -24,8 +24,8 @@ def test_content_policy_blocks_other_origins(visit: Visit) -> None:
         " fetch('http://127.0.0.1:9/').catch(() => setTimeout(() => done('let through'), 60000)); })"
     )
     assert blocked == "connect-src"
-    assert visit.complaints and all("http://127.0.0.1:9/" in message for message in visit.complaints)
-    visit.complaints.clear()
+    assert visit.console_errors and all("http://127.0.0.1:9/" in message for message in visit.console_errors)
+    visit.console_errors.clear()
     visit.requests = [request for request in visit.requests if request.url != "http://127.0.0.1:9/"]
 
 

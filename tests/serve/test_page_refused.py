@@ -24,7 +24,7 @@ def test_error_message_of_the_server_is_shown(refused: Visit) -> None:
 
 
 def test_page_waits_until_the_model_is_loaded(refused: Visit) -> None:
-    with refused.answering("**/ready", 503, "the model is being loaded."):
+    with refused.replace_response("**/ready", 503, "the model is being loaded."):
         page = refused.open(hash_of()).page
         expect(page.locator("#notice")).to_contain_text("The model is being loaded.")
         expect(page.locator("#size")).to_be_disabled()
@@ -33,11 +33,11 @@ def test_page_waits_until_the_model_is_loaded(refused: Visit) -> None:
 
 
 def test_request_to_a_busy_server_is_retried(refused: Visit) -> None:
-    with refused.answering("**/v1/completions", 429, "the server is busy and its queue is full; try again in a moment."):
+    with refused.replace_response("**/v1/completions", 429, "the server is busy and its queue is full; try again in a moment."):
         refused.open(hash_of())
         expect(refused.pane("original", ".state")).to_contain_text("its queue is full; try again in a moment. Trying again in 1 s.")
     refused.done()
-    assert set(refused.asked()) == {"small@1.0", "small@0.6"} and len(refused.asked()) > 2
+    assert set(refused.requested_models()) == {"small@1.0", "small@0.6"} and len(refused.requested_models()) > 2
 
 
 def test_key_is_requested_and_kept_in_this_tab_only(refused: Visit) -> None:
