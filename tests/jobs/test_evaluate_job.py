@@ -163,9 +163,8 @@ def test_known_measurements_load_no_model(small_artifact: Artifact, tmp_path: Pa
 
     row = task._function(calibrated, 0.5, [PerplexityOn(Text(context=64, windows=4))], settings, 1, events)
     curve_row = Artifact.open(calibrated.uri).curve[-1]
-    assert (row["asked"], row["evaluation"][0]["values"]["perplexity"]) == (0.5, curve_row["perplexity"]), (
-        "the perplexity comes from the curve"
-    )
+    perplexity = row["evaluation"][0]["values"]["perplexity"]
+    assert (row["asked"], perplexity) == (0.5, curve_row["perplexity"]), "the perplexity comes from the curve"
     assert {key: row[key] for key in ("got", "params", "bytes")} == {key: curve_row[key] for key in ("got", "params", "bytes")}
 
 
@@ -176,8 +175,8 @@ def test_another_model_is_compared_with_a_reference(small_artifact: Artifact, ex
     divergence = DivergenceOn(Text("package:austen", context=64, windows=4))
 
     def measure(reference: str) -> Any:
-        arguments = [replace(divergence, reference=reference), PerplexityOn(divergence.text)]
-        return task._function(Model(base=str(exported), dtype="float32"), 1.0, arguments, settings, 1, events)
+        metrics = [replace(divergence, reference=reference), PerplexityOn(divergence.text)]
+        return task._function(Model(base=str(exported), dtype="float32"), 1.0, metrics, settings, 1, events)
 
     part, alone = measure(small_base)["evaluation"]
     any_size = small_artifact.load(size=0.6)
@@ -231,10 +230,10 @@ def test_a_fleet_measures_its_tasks(small_artifact: Artifact, tmp_path: Path) ->
     job = Job("small", "b/c", sizes=(1.0, 0.5, 0.001), tasks=("package:piqa", "package:piqa"), task_limit=3)
     messages: list[str] = []
     for _ in range(2):  # the second pass is a worker that restarts after all measurements
-        measure = measure_tasks(job, artifact, artifact.load(), str(artifact.folder), run, settings, lambda _, text: messages.append(text))
-        assert measure.curve == Artifact.open(artifact.folder).curve
-        assert [[part["label"] for part in row["evaluation"]] for row in measure.curve] == [["task/package_piqa_first3"]] * 2
-        assert [row["evaluation"][0]["items"] for row in measure.curve] == [3, 3]
+        measured = measure_tasks(job, artifact, artifact.load(), str(artifact.folder), run, settings, lambda _, text: messages.append(text))
+        assert measured.curve == Artifact.open(artifact.folder).curve
+        assert [[part["label"] for part in row["evaluation"]] for row in measured.curve] == [["task/package_piqa_first3"]] * 2
+        assert [row["evaluation"][0]["items"] for row in measured.curve] == [3, 3]
     assert len([text for text in messages if text.startswith("task/package_piqa_first3: acc ")]) == 2
     assert sorted(run.steps("task/package_piqa_first3/acc")) == [50, 100]
     assert measure_tasks(replace(job, tasks=()), artifact, artifact.load(), "", run, settings, lambda _, text: None) is artifact

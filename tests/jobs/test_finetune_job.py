@@ -145,9 +145,8 @@ def test_fine_tuning_uses_text_after_the_calibration_windows(small_artifact: Art
     for provenance in ({"job": calibration.to_dict()}, {"job": job.to_dict(), "parent": {"job": calibration.to_dict()}}):
         parent = replace(small_artifact, manifest={**small_artifact.manifest, "provenance": provenance, "steps": 1})
         assert torch.equal(_windows(job, parent, byte_tokenizer()).flatten(), text[first : first + 6 * 48])
-    assert torch.equal(_windows(job, small_artifact, byte_tokenizer()).flatten(), text[: 6 * 48]), (
-        "without provenance the text starts at the beginning"
-    )
+    windows = _windows(job, small_artifact, byte_tokenizer())
+    assert torch.equal(windows.flatten(), text[: 6 * 48]), "without provenance the text starts at the beginning"
 
 
 @pytest.mark.parametrize(

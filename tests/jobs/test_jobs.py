@@ -190,14 +190,14 @@ def test_the_endpoint_serves_the_champion(first_run: subprocess.CompletedProcess
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> Any:
-    def response() -> Any:
+    def get_json() -> Any:
         assert server.poll() is None, f"the server exited:\n{log.read_text()}"
         with suppress(httpx.TransportError):
             response = httpx.get(url, timeout=PATIENCE_S)
             return response.json() if response.status_code == 200 else None
         return None
 
-    return until(response, lambda: f"{url} does not respond:\n{log.read_text()}")
+    return until(get_json, lambda: f"{url} does not respond:\n{log.read_text()}")
 
 
 def test_dry_run_without_a_running_ray(demo_home: DemoHome, first_run: subprocess.CompletedProcess[str], tmp_path: Path) -> None:
