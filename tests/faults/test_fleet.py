@@ -84,7 +84,7 @@ class Submission:
     def resumed_at(self, name: str) -> list[int]:
         return [int(step) for step in re.findall(rf"\[{name}\] resuming from checkpoint step_(\d+)", self.text)]
 
-    def goes_on(self, name: str, times: int) -> bool:
+    def has_resumed(self, name: str, times: int) -> bool:
         """Return whether the model has a checkpoint and was resumed `times` times."""
         return self.has_checkpoint(name) and len(self.resumed_at(name)) == times
 

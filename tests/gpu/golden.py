@@ -64,8 +64,8 @@ def replay(row: Row, scale: Scale, dtype: Any) -> None:
         )
     else:  # the runs diverge once the order of summation decides whether a mask crosses zero
         pairs = list(zip(calibration.history, recording.trace, strict=False))
-        losses = max(abs(ours.loss - theirs["loss"]) / theirs["loss"] for ours, theirs in pairs[:SAME_STEPS])
-        live = max(abs(ours.live - theirs["live"]) / theirs["live"] for ours, theirs in pairs[: config["stop_step"] - 3])
+        losses = max(abs(step.loss - recorded["loss"]) / recorded["loss"] for step, recorded in pairs[:SAME_STEPS])
+        live = max(abs(step.live - recorded["live"]) / recorded["live"] for step, recorded in pairs[: config["stop_step"] - 3])
         correlation = min(rank_correlation(scores[name], recording.scores[name]) for name in scores)
         row.require(losses < 1e-3, f"losses of the first {SAME_STEPS} steps differ by {losses:.1e}", "at most 1e-3")
         row.require(live < 0.02, f"active directions differ by {live:.2%}", "at most 2%")
