@@ -100,7 +100,7 @@ def test_invalid_arguments_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_touches_nothing_of_others(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
+def test_folders_without_an_export_are_not_overwritten(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     code, output = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "mine")
