@@ -24,6 +24,7 @@ from acip.errors import EvaluationError
 from acip.evaluate import DivergenceOn, PerplexityOn, Samples, Text, evaluate, trade_off
 from acip.sizing.budget import Budget
 from tests.conftest import byte_tokenizer
+from tests.support.near_ties import assert_close_divergence
 
 TASK = """\
 task: mine
