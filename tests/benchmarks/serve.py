@@ -78,7 +78,7 @@ def show(row: Row, ratio: float | None = None) -> None:
 
 
 HEAD = """
-| | size | clients | tokens/s | ours / baseline | first token p50, ms | p95 | per token p50, ms | p95 | all at once, ms | requests | errors |
+| | size | clients | tokens/s | / baseline | first token p50, ms | p95 | per token p50, ms | p95 | all at once, ms | requests | errors |
 |---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
