@@ -80,6 +80,7 @@ def write_fleet(path: Path, settings: str, *models: str) -> Path:
     return path
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order and group the tests. A group runs in one process.
 
