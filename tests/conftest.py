@@ -80,21 +80,9 @@ def write_fleet(path: Path, settings: str, *models: str) -> Path:
     return path
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order and group the tests. A group runs in one process.
-
-    Tests that use the shared server form one group, which runs last; within it, tests that stop the server run last. All other tests
-    are grouped by file, because they share the fixtures of their module.
-    """
-
-    def rank(item: pytest.Item) -> int:
-        fixtures = getattr(item, "fixturenames", ())
-        return ("server" in fixtures) + ("server_to_stop" in fixtures)
-
-    items.sort(key=rank)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("server" if rank(item) else str(item.path)))
+    """Run the tests that stop the shared server last: the next test that uses it has to start it again."""
+    items.sort(key=lambda item: "server_to_stop" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
