@@ -77,7 +77,7 @@ def tuning(artifact: Artifact, size: float, **changes: Any) -> Recipe:
 
 
 def attach(any_size: ElasticModel, recipe: Recipe) -> None:
-    """Add trainable adapters to `any_size` at its current size, in place, and quantize it to 4 bit if the recipe says so.
+    """Add trainable adapters to `any_size` at its current size, in place, and quantize it to 4 bit if the recipe requires it.
 
     The model can't be resized afterwards.
     """

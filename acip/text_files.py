@@ -91,7 +91,7 @@ def read(file: Path) -> Iterator[Document]:
         expected = compression or COLUMNS.get(name, "")
         if actual != expected:
             raise DataError(
-                f"{file} contains {actual or ('nothing' if not head else 'something else')}, but its name says "
+                f"{file} contains {actual or ('nothing' if not head else 'something else')}, but its name indicates "
                 f"{expected or 'text in UTF-8'}. Convert or rename the file. " + ALLOWED
             )
         if columns:

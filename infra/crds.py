@@ -1,10 +1,10 @@
-"""KubeRay's CustomResourceDefinitions, as infra/kuberay.schema.json, with which tests/infra/test_kubernetes.py checks the manifests.
+"""Convert KubeRay's CustomResourceDefinitions to infra/kuberay.schema.json, which tests/infra/test_kubernetes.py uses.
 
     python infra/crds.py ray.io_rayjobs.yaml ray.io_rayservices.yaml
 
-The CRDs are in KubeRay's helm-chart/kuberay-operator/crds, v1.7.0, Apache-2.0. Only `v1` is taken, without `status`. Kubernetes drops
-unknown fields in silence; here they are refused, unless the CRD keeps them (x-kubernetes-preserve-unknown-fields). What occurs more
-than once stands in $defs. CEL rules (x-kubernetes-validations) are not carried over.
+The CRDs are in KubeRay's helm-chart/kuberay-operator/crds, v1.7.0, Apache-2.0. Only version `v1` is converted, without `status`.
+Kubernetes silently drops unknown fields; this schema refuses them, unless the CRD preserves them
+(x-kubernetes-preserve-unknown-fields). Repeated parts are moved to $defs. CEL rules (x-kubernetes-validations) are not converted.
 """
 
 import hashlib
@@ -20,26 +20,27 @@ OUT = Path(__file__).with_name("kuberay.schema.json")
 KEPT = ("type", "enum", "pattern", "required", "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems", "items")
 METADATA = {"name": {"type": "string"}, "namespace": {"type": "string"}}
 METADATA |= {key: {"type": "object", "additionalProperties": {"type": "string"}} for key in ("labels", "annotations")}  # type: ignore[dict-item]
-SHORTEST = 200  # characters of what is worth a definition
+MIN_SHARED_CHARS = 200  # shorter parts are not moved to $defs
 
 
 def strict(schema: dict[str, Any]) -> dict[str, Any]:
-    """A structural schema of Kubernetes as JSON Schema."""
+    """Convert a structural schema of Kubernetes to a JSON Schema that refuses unknown fields."""
     if schema.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
     out = {key: schema[key] for key in KEPT if key in schema}
     if "items" in schema:
         out["items"] = strict(schema["items"])
     if schema.get("type") == "object" and not schema.get("x-kubernetes-preserve-unknown-fields"):
-        more = schema.get("additionalProperties", False)
+        additional = schema.get("additionalProperties", False)
         out["properties"] = {key: strict(value) for key, value in schema.get("properties", {}).items()}
-        out["additionalProperties"] = strict(more) if isinstance(more, dict) else more
+        out["additionalProperties"] = strict(additional) if isinstance(additional, dict) else additional
     if schema.get("nullable"):
         out["type"] = [out["type"], "null"]
     return out
 
 
 def kind(definition: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the kind of a CRD and its schema."""
     (version,) = [version for version in definition["spec"]["versions"] if version["name"] == "v1"]
     schema = strict(version["schema"]["openAPIV3Schema"])
     schema["properties"].pop("status", None)
@@ -50,18 +51,18 @@ def kind(definition: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def shared(schemas: dict[str, Any]) -> dict[str, Any]:
-    """Each kind in `$defs`, and beside them what occurs more than once."""
+    """Return a schema with each kind in `$defs`, together with all parts that occur more than once."""
     count: Counter[str] = Counter()
 
     def key(node: Any) -> str:
         return json.dumps(node, sort_keys=True)
 
-    def number(node: Any) -> None:
+    def count_parts(node: Any) -> None:
         if isinstance(node, dict):
             count[key(node)] += 1
         if count[key(node)] < 2:
             for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-                number(value)
+                count_parts(value)
 
     def replace(node: Any) -> Any:
         if isinstance(node, list):
@@ -69,7 +70,7 @@ def shared(schemas: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(node, dict):
             return node
         text = key(node)
-        if "type" in node and isinstance(node["type"], str | list) and count[text] > 1 and len(text) >= SHORTEST:
+        if "type" in node and isinstance(node["type"], str | list) and count[text] > 1 and len(text) >= MIN_SHARED_CHARS:
             name = hashlib.sha256(text.encode()).hexdigest()[:8]
             if name not in definitions:
                 definitions[name] = {}
@@ -78,7 +79,7 @@ def shared(schemas: dict[str, Any]) -> dict[str, Any]:
         return {part: replace(value) for part, value in node.items()}
 
     definitions: dict[str, Any] = {}
-    number(schemas)
+    count_parts(schemas)
     return {"$defs": {name: replace(schema) for name, schema in schemas.items()} | definitions}
 
 

@@ -1,7 +1,7 @@
 """Compare the methods of the paper's Table 1 on one base model, and print the table.
 
-    python jobs/arena.py                                       SmolLM2-135M, on the text that ships with acip
-    python jobs/arena.py --arena jobs/arenas/paper.yaml        LLaMA-7B with the paper's own numbers beside: needs GPUs and the hub
+    python jobs/arena.py                                       SmolLM2-135M, on text included in acip
+    python jobs/arena.py --arena jobs/arenas/paper.yaml        LLaMA-7B, with the paper's numbers in the table: needs GPUs and the hub
     ray job submit -- python jobs/arena.py --only asvd acip    two methods, on a running Ray
 
 Methods run side by side as Ray tasks. Finished rows are skipped (--force measures them again). A method that fails does not stop

@@ -4,10 +4,10 @@
     python jobs/calibrate_all.py                                   the same, on a Ray that ends with this process
     python jobs/calibrate_all.py --fleet jobs/fleets/paper.yaml    the paper's models: needs GPUs and the hub
     python jobs/calibrate_all.py --fleet FILE --only NAME          one model of a fleet
-    python jobs/calibrate_all.py --fleet FILE --dry-run            the plan only: sizes, memory, and what is missing, on any machine
+    python jobs/calibrate_all.py --fleet FILE --dry-run            the plan only: sizes, memory and missing requirements, on any machine
 
-Finished models are skipped (--force calibrates them again), interrupted ones resume from their last checkpoint, and models that
-another submission is working on are left to it. A model that fails does not stop the others.
+Finished models are skipped (--force calibrates them again), interrupted ones resume from their last checkpoint. Models that another
+submission is working on are skipped and reported. A model that fails does not stop the others.
 
 Exit codes: 0 every model is calibrated, or the plan is printed; 1 some models failed; 2 wrong arguments or files; 3 another
 submission took over; 130 interrupted.
@@ -52,7 +52,7 @@ from acip.errors import AcipError
 
 ROOT = Path(__file__).resolve().parents[1]
 TAKEN_OVER = 3  # exit code
-MISSING = "MISSING: "  # in a dry run, before what a model lacks
+MISSING = "MISSING: "  # in a dry run, marks a requirement that is not met
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_plan(jobs: list[Job], cluster: Nodes, settings: Settings, out: Any) -> None:
-    """Print what would be done for each job, and what it lacks on a cluster of these nodes."""
+    """Print the plan of each job, and its requirements that a cluster of these nodes does not meet."""
     incomplete = 0
     for job in jobs:
         facts = plan(job, cluster, settings)
@@ -138,7 +138,7 @@ def print_plan(jobs: list[Job], cluster: Nodes, settings: Settings, out: Any) ->
 
 
 def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
-    """Return what would be done for one job: resources, texts, curve, memory and places; MISSING and the reason for what it lacks."""
+    """Return the plan of one job: resources, texts, curve, memory and storage locations, or MISSING and the reason."""
 
     def fact(check: Callable[[], str]) -> str:
         try:
@@ -184,7 +184,7 @@ def claim(leases: Leases, attempts: dict[str, str], out: Any) -> dict[str, str]:
     names = {attempt: name for name, attempt in attempts.items()}
 
     def waiting(attempt: str, owner: str) -> None:
-        out.print(f"[{names[attempt]}] {owner} started it; checking for up to {leases.lease_s:g} s whether that is alive", markup=False)
+        out.print(f"[{names[attempt]}] {owner} started it; checking for up to {leases.lease_s:g} s whether it is alive", markup=False)
 
     alive = leases.claim(list(names), waiting)
     return {names[attempt]: f"{owner} is working on it. Run this command again when that has ended." for attempt, owner in alive.items()}
@@ -193,7 +193,7 @@ def claim(leases: Leases, attempts: dict[str, str], out: Any) -> dict[str, str]:
 def give_up(out: Any, attempt: str, owner: str) -> None:
     """End this process and its workers at once, because another submission continues the work."""
     out.print(
-        f"error: this process sent no heartbeat for so long that {owner} took over {attempt}. It ends, so that no work is done twice.",
+        f"error: this process sent no heartbeat for too long, so {owner} took over {attempt}. This process ends, to avoid duplicate work.",
         markup=False,
     )
     os._exit(TAKEN_OVER)
@@ -205,7 +205,7 @@ def finished_jobs(jobs: Sequence[Job], registry: Registry, store: Store) -> dict
 
 
 def finished(job: Job, registry: Registry, store: Store) -> ModelVersion | None:
-    """Return the version that this exact job made, if its registration is complete and its artifact exists: the champion, or the newest."""
+    """Return the version that this exact job registered: the champion, or the newest. None if its artifact is missing."""
     versions = registry.versions(job.name, {"fingerprint": job.fingerprint})
     judged = (version for version in versions if CHAMPION in version.aliases or "verdict" in version.tags)
     done = [version for version in judged if store.exists(version.uri)]
@@ -249,7 +249,7 @@ def first_screen(
     shares: Mapping[str, Resources] = MappingProxyType({}),
     runs: Mapping[str, Run] = MappingProxyType({}),
 ) -> None:
-    """Print where things go, and one line per model."""
+    """Print the storage locations, and one line per model."""
     context = ray.get_runtime_context()
     out.print(f"acip: fleet {fleet.name}, {len(jobs)} model{'s' * (len(jobs) != 1)}, {len(done)} already done", markup=False)
     lines(out, {

@@ -4,7 +4,7 @@
     python jobs/evaluate.py --artifact s3://bucket/artifacts/... --data wikitext2 c4 --protocol field paper --context 4096 --tasks paper
     python jobs/evaluate.py --base HuggingFaceTB/SmolLM2-135M --tasks package:piqa            an export's folder works, too
     python jobs/evaluate.py --base small --reference HuggingFaceTB/SmolLM2-135M               also its divergence from that model
-    python jobs/evaluate.py --base small --data wiki.test.txt --all-documents                 a text of your own, all of it
+    python jobs/evaluate.py --base small --data wiki.test.txt --all-documents                 all of your own text
 
 Sizes run side by side as Ray tasks. Finished measurements are not repeated. Rows go to MLflow, to a JSON file, and into the curve
 of the artifact.
@@ -67,7 +67,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     text = parser.add_argument_group("text (default: that of the curve, else package:wikipedia)")
     text.add_argument("--data", nargs="+", metavar="SOURCE", help="package:wikipedia, package:austen, wikitext2, c4, or local text")
     text.add_argument("--protocol", nargs="+", help="packed, spread, field, paper: see acip/evaluate/heldout_text.py (default: packed)")
-    text.add_argument("--context", type=cli.whole_number(2), help="tokens per window (default: 2048, or fewer if the model reads fewer)")
+    text.add_argument(
+        "--context", type=cli.whole_number(2), help="tokens per window (default: 2048, or the model's maximum if that is smaller)"
+    )
     text.add_argument(
         "--all-documents", action="store_true", help="all of a text that was not used for calibration (default: every eighth document)"
     )
@@ -77,7 +79,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="names of lm-eval, package:NAME, paper, package:paper")
-    tasks.add_argument("--task-folder", default="", metavar="FOLDER", help="folder with task files of your own")
+    tasks.add_argument("--task-folder", default="", metavar="FOLDER", help="folder with your own task files")
     tasks.add_argument("--shots", type=cli.whole_number(0), help="examples in the prompt (default: as the task defines)")
     tasks.add_argument("--limit", type=cli.whole_number(0), default=0, help="largest number of items per task; 0 = all (default: all)")
     speed = parser.add_argument_group("speed and samples")
@@ -218,8 +220,8 @@ def texts_of(args: argparse.Namespace, artifact: Artifact | None) -> list[Text]:
     first = artifact.curve[0] if artifact is not None and artifact.curve and not args.data else {}
     if args.all_documents and (not args.data or trained_on(artifact) & {resolved(source) for source in args.data}):
         raise EvaluationError(
-            "--all-documents needs a text by --data that the model was not calibrated on; of the calibration text only the held-out "
-            "documents may be measured."
+            "--all-documents needs --data with a text that was not used for calibration; only the held-out documents of the "
+            "calibration text may be measured."
         )
     context = args.context or first.get("context")
     if not context:

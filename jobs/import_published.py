@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = cli.parse(parser, argv)
     if not re.fullmatch(NAME, args.name):
-        parser.error(f"--name is {args.name!r}; it may hold only letters, digits, '.', '_' and '-'.")
+        parser.error(f"--name is {args.name!r}; it may contain only letters, digits, '.', '_' and '-'.")
     return cli.exit_code(lambda: run(args))
 
 
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def identity(base: Base, calibration: Calibration) -> str:
-    """Return a hash of the base model, the scores and the adapters, which tell one checkpoint from another."""
+    """Return a hash of the base model, the scores and the adapters, which identifies a checkpoint."""
     sha = hashlib.sha256(base.digest.encode())
     adapters = [param for core in targets(calibration.model).values() for lora in core.loras.values() for param in lora.parameters()]
     for tensor in (calibration.scores.score, *adapters):

@@ -6,8 +6,8 @@
     python jobs/materialize.py smollm2-135m --all-sizes --out all --push me/any-size      the artifact itself and its card, to the hub
 
 --fit alone limits the bytes of the weights. With --context it limits weights, KV cache and the overhead of serving together.
-With --quantize, the size or budget counts matrices in that many bits. `--quantize best` takes the bits that lose least at this
-budget by the measured curves (jobs/evaluate.py --quantize measures them).
+With --quantize, the size or budget counts matrices in that many bits. `--quantize best` selects the bits with the smallest measured loss at
+this budget (jobs/evaluate.py --quantize measures the curves).
 
 Exit codes: 0 the folder is written, 2 wrong arguments or a size that cannot be reached, 130 interrupted.
 """
@@ -38,7 +38,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=cli.whole_number(1), help="tokens of a sequence, prompt and answer (with --fit)")
     parser.add_argument("--batch", type=cli.whole_number(1), help="sequences served at once (with --context; default: 1)")
     parser.add_argument(
-        "--quantize", choices=KINDS, help="store the compressed layers' matrices in 4 or 8 bit; best = as the measured curves decide"
+        "--quantize", choices=KINDS, help="store the compressed layers' matrices in 4 or 8 bit; best = selected by the measured curves"
     )
     parser.add_argument("--alias", default="champion", help="alias or version number in the registry (default: %(default)s)")
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: %(default)s)")
@@ -46,7 +46,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--push", metavar="OWNER/NAME", help="also upload to this repository of the hub; an export there is replaced")
     args = cli.parse(parser, argv)
     if args.context is not None and args.fit is None:
-        parser.error("--context needs --fit: how much memory may serving at this context take?")
+        parser.error("--context needs --fit, the memory that serving at this context may take.")
     if args.batch is not None and args.context is None:
         parser.error("--batch needs --context, the tokens of each sequence.")
     if args.all_sizes and args.quantize:
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         push_and_show(folder, args.push)
         return
     table = artifact.table()
-    cut = table.cut(args.budget)  # before the weights are read, so that an impossible size fails at once
+    cut = table.cut(args.budget)  # before reading the weights, so that an impossible size fails at once
     unit = "" if cut.unit == "ratio" else f" {cut.unit}"
     print(f"asked      {cut.asked:,}{unit} ({cut.convention}{f', {cut.bits} bit' if cut.bits else ''})")
     print(f"got        {cut.got:,.6g}{unit}" if isinstance(cut.got, float) else f"got        {cut.got:,}{unit}")
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def push_and_show(folder: Path, repository: str | None) -> None:
-    """Upload the folder to the hub where asked, and print a command that uses it."""
+    """Upload the folder to the hub if a repository is given, and print a command that uses it."""
     from acip.export.hub import push_to_hub
 
     if repository:

@@ -4,7 +4,7 @@
     python jobs/promote.py smollm2-135m 3               make version 3 the champion; an alias (candidate) works, too
     python jobs/promote.py smollm2-135m --rollback      make the previous champion the champion again
 
-A running server keeps the version it has loaded. The last line shows the command that makes it load the new one.
+A running server keeps the version it has loaded. The last line of the output shows the command that loads the new one.
 
 Exit codes: 0 done, 2 wrong arguments or no such version, 130 interrupted.
 """

@@ -39,12 +39,12 @@ from acip.errors import AcipError
 
 APPLICATION = "acip"
 LIMITS = {  # arguments of `build` that are options here
-    "timeout_s": (float, "seconds for a request, time in the queue included; then the tokens so far are the answer"),
+    "timeout_s": (float, "seconds per request, including time in the queue; after that, the answer is the tokens so far"),
     "default_max_tokens": (int, "tokens of a chat request without max_tokens"),
     "max_answers": (int, "largest number of prompts times n in a request"),
     "drain_s": (float, "seconds that running requests have to finish when the server stops"),
 }
-MAX_CPUS = 8  # more threads don't make a few tokens at a time faster
+MAX_CPUS = 8  # decoding a few tokens at a time is not faster with more threads
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,7 +1,7 @@
 """Try recipes for one model of a fleet with Ray Tune, and register the best result as `candidate`.
 
     ray job submit -- python jobs/sweep.py --fleet jobs/fleets/demo.yaml --space jobs/spaces/demo.yaml
-    python jobs/sweep.py ... --only NAME       which model, if the fleet has several
+    python jobs/sweep.py ... --only NAME       the model, if the fleet has several
     python jobs/sweep.py ... --dry-run         print the trials, and stop
 
 The space file lists recipe fields and their values (platform/acip_platform/training/sweep_space.py). Trials share the bases of the
@@ -96,7 +96,7 @@ def job_of(fleet: Fleet, only: str | None) -> Job:
     """Return the job that is swept: the only one of the fleet, or the one that `--only` names."""
     names = [job.name for job in fleet.jobs]
     if only is None and len(names) > 1:
-        raise AcipError(f"a sweep takes one model; choose it by --only: {', '.join(names)}.")
+        raise AcipError(f"a sweep takes one model; choose it with --only: {', '.join(names)}.")
     cli.check_only([only] if only is not None else [], names, "fleet")
     return next(job for job in fleet.jobs if only in (None, job.name))
 
@@ -121,7 +121,7 @@ def start_runs(tracking: Tracking, fleet: Fleet, sweep: Sweep) -> tuple[Run, dic
 def first_screen(
     out: Any, settings: Settings, fleet: Fleet, sweep: Sweep, part: Resources, cluster: Cluster, parent: Run | None = None
 ) -> None:
-    """Print the plan, and where things go."""
+    """Print the trials and the storage locations."""
     trials, trunks = len(sweep.trials), len(sweep.trunks)
     out.print(
         f"acip: sweep {sweep.space.name} of {sweep.job.name} in fleet {fleet.name}: {trials} trials, {trunks} shared prunings", markup=False

@@ -1,8 +1,8 @@
-"""Fixtures: the small byte-level Llama of golden/, with a tokenizer, and an artifact calibrated from it in seconds."""
+"""Fixtures for all tests: the small byte-level Llama of golden/, its tokenizer, and an artifact that is calibrated in seconds."""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning pools on two cores are ten times slower
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two thread pools that spin on two cores are ten times slower
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -34,10 +34,10 @@ from acip.sizing.elastic_model import ElasticModel
 from tests.support import fuzzing
 from tests.support.browser import Visit, launched, visiting
 from tests.support.server import Server, Shared, free_port, make_home
-from tests.support.small import GOLDEN, byte_tokenizer, write_small_base  # noqa: F401  (other tests import the tokenizer from here)
+from tests.support.small import GOLDEN, byte_tokenizer, write_small_base  # noqa: F401  (other tests import these names from here)
 from tests.support.waiting import stop, until
 
-SEED = int(os.environ.get("ACIP_TEST_SEED", "0"))  # of the calibrated fixtures; tests must pass with any
+SEED = int(os.environ.get("ACIP_TEST_SEED", "0"))  # seed of the calibrated fixtures; the tests must pass with any seed
 
 FLEET = """\
 name: small
@@ -56,7 +56,7 @@ settings.load_profile("quick")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker process of pytest-xdist hands over how much it fuzzed."""
+    """Send the number of fuzzed cases from a worker process of pytest-xdist to its controller."""
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output["fuzzed"] = dict(fuzzing.CASES)
@@ -64,59 +64,48 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Add what a worker process fuzzed."""
+    """Add the number of fuzzed cases of a worker process."""
     fuzzing.CASES.update(getattr(node, "workeroutput", {}).get("fuzzed", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print how much was fuzzed."""
+    """Print the number of fuzzed cases."""
     if fuzzing.CASES:
         terminalreporter.write_line(f"fuzzed: {sum(fuzzing.CASES.values()):,} cases in {len(fuzzing.CASES)} tests")
 
 
 def write_fleet(path: Path, settings: str, *models: str) -> Path:
-    """A fleet file of models that take seconds; `settings` and `models` are YAML between braces."""
+    """Write a fleet file of models that take seconds. `settings` and `models` are the contents of YAML flow mappings."""
     path.write_text(FLEET.replace("SET", settings) + "".join(f"  - {{{model}}}\n" for model in models))
     return path
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order and group the tests. A group runs in one process.
-
-    Tests of the shared server are one group and come last; among them, those that stop it. All others are grouped by file, because
-    they share the fixtures of their module.
-    """
-
-    def place(item: pytest.Item) -> int:
-        needs = getattr(item, "fixturenames", ())
-        return ("server" in needs) + ("server_to_stop" in needs)
-
-    items.sort(key=place)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("server" if place(item) else str(item.path)))
+    """Run the tests that stop the shared server last: the next test that uses it has to start it again."""
+    items.sort(key=lambda item: "server_to_stop" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
 def golden_tokens() -> torch.Tensor:
-    """[1404, 64] token windows of public-domain text."""
+    """Return [1404, 64] token windows of public-domain text."""
     return load_file(GOLDEN / "batches.safetensors")["batches"].long()
 
 
 @pytest.fixture(scope="session")
 def heldout_tokens() -> torch.Tensor:
-    """[256, 64] held-out token windows."""
+    """Return [256, 64] held-out token windows."""
     return load_file(GOLDEN / "probe.safetensors")["hold"].long()
 
 
 @pytest.fixture(scope="session")
 def small_base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder in transformers' format: golden's model and its tokenizer."""
+    """Write the model of golden/ and its tokenizer to a folder in the format of transformers."""
     return str(write_small_base(tmp_path_factory.mktemp("base") / "small"))
 
 
 @pytest.fixture(scope="session")
 def quick_recipe() -> Recipe:
-    """Prunes by L1, as the paper does, and reaches the stop ratio in about forty steps on the small model."""
+    """Return a recipe that prunes by L1, as the paper does, and reaches the stop ratio in about forty steps on the small model."""
     return Recipe(
         sample_windows=64, adapter_rank=4, adapter_alpha=4.0, adapter_dropout=0.05, dtype="float32", batch_size=4, seq_len=64,
         lr=3e-3, lambda_factor=1.2, post_tune_steps=60, scores="order", seed=SEED,
@@ -125,7 +114,7 @@ def quick_recipe() -> Recipe:
 
 @pytest.fixture(scope="session")
 def calibrated(small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor) -> Any:
-    """(base, calibration) of the small model with the quick recipe."""
+    """Return (base, calibration) of the small model with the quick recipe."""
     base = load_base(small_base, quick_recipe.dtype)
     parametrize(base.model, quick_recipe, golden_tokens)
     return base, calibrate(base.model, TokenBatches(golden_tokens, quick_recipe.batch_size), quick_recipe)
@@ -133,31 +122,32 @@ def calibrated(small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tenso
 
 @pytest.fixture(scope="session")
 def small_artifact(calibrated: Any, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """An artifact of the small model, saved and opened."""
+    """Save an artifact of the small model and open it."""
     base, calibration = calibrated
     return Artifact.save(tmp_path_factory.mktemp("artifact") / "small", base, calibration, {"seed": 0})
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
-    """What the tests compare is what we print."""
+    """Disable progress bars, because tests compare the output."""
     transformers_logging.disable_progress_bar()
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """What a test draws does not depend on the tests before it."""
+    """Seed torch before each test, so that its random numbers do not depend on earlier tests."""
     torch.manual_seed(SEED)
 
 
 @pytest.fixture(scope="module")
 def any_size(small_artifact: Artifact) -> ElasticModel:
+    """Load the elastic model of the small artifact."""
     return small_artifact.load()
 
 
 @pytest.fixture(scope="module")
 def exported(any_size: ElasticModel, small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small model at 0.6."""
+    """Export the small model at size ratio 0.6."""
     any_size.resize(0.6)
     folder = tmp_path_factory.mktemp("exports") / "small-0.6"
     export(any_size, small_artifact, folder)
@@ -165,18 +155,19 @@ def exported(any_size: ElasticModel, small_artifact: Artifact, tmp_path_factory:
 
 
 def read(folder: Path) -> Any:
-    """An export, as a user loads it."""
+    """Load an export as a user does."""
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the logits of a model without gradients."""
     with torch.no_grad():
         return model(input_ids=tokens).logits
 
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A real S3 server (SeaweedFS) with the bucket `models`; the environment that leads to it."""
+    """Start a real S3 server (SeaweedFS) with the bucket `models`, and yield the environment variables that select it."""
     folder = tmp_path_factory.mktemp("s3")
     ports = {name: free_port() for name in ("s3", "master", "volume", "filer", "admin")}
     keys = {"AWS_ACCESS_KEY_ID": "admin", "AWS_SECRET_ACCESS_KEY": "adminsecret", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -193,14 +184,14 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
     )
     try:
 
-        def answers() -> bool:
-            assert server.poll() is None, f"the S3 server ended:\n{(folder / 'log').read_text()}"
+        def is_ready() -> bool:
+            assert server.poll() is None, f"the S3 server exited:\n{(folder / 'log').read_text()}"
             with contextlib.suppress(BotoCoreError, ClientError):
                 client.put_object(Bucket="models", Key="ready", Body=b"")
                 return True
             return False
 
-        until(answers, lambda: f"the S3 server does not answer:\n{(folder / 'log').read_text()}")
+        until(is_ready, lambda: f"the S3 server does not answer:\n{(folder / 'log').read_text()}")
         yield {**keys, "AWS_ENDPOINT_URL": endpoint}
     finally:
         stop(server)
@@ -208,11 +199,13 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
 
 @pytest.fixture(scope="session")
 def served_home(small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Create an ACIP_HOME with two served models."""
     return make_home(tmp_path_factory.mktemp("served"), small_artifact, heldout_tokens[:8])
 
 
 @pytest.fixture(scope="session")
 def shared(served_home: Path) -> Iterator[Shared]:
+    """Yield the holder of the shared server, and stop the server at the end."""
     shared = Shared(served_home)
     yield shared
     shared.stop()
@@ -220,38 +213,40 @@ def shared(served_home: Path) -> Iterator[Shared]:
 
 @pytest.fixture
 def server(shared: Shared) -> Server:
-    """A server that is well and has nothing to do."""
+    """Return the shared server, which is ready and has no open requests."""
     return shared.get()
 
 
 @pytest.fixture
 def server_to_stop(server: Server) -> Server:
-    """The same, for a test that stops it."""
+    """Return the shared server, for a test that stops it."""
     return server
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Of one module: while Playwright runs, no asyncio.run of another test would work."""
+    """Start a browser for one module only: asyncio.run does not work in other tests while Playwright runs."""
     with launched() as browser:
         yield browser
 
 
 @pytest.fixture
 def visit(browser: Browser, server: Server) -> Iterator[Visit]:
-    """A tab whose every request must go to the server, and whose console must stay empty."""
+    """Open a tab. Its requests must all go to the server, and its console must stay empty."""
     with visiting(browser, server.url) as visit:
         yield visit
 
 
-# ---- what methods compress, and are calibrated on
+# ---- the model that methods compress, and their calibration data
 
 
 @pytest.fixture(scope="module")
 def base(small_base: str) -> Base:
+    """Load the small base model in float32."""
     return load_base(small_base, "float32")
 
 
 @pytest.fixture(scope="module")
 def windows(golden_tokens: torch.Tensor) -> torch.Tensor:
+    """Return 24 token windows for calibration."""
     return golden_tokens[:24]

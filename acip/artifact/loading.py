@@ -38,7 +38,8 @@ class ModelLoader:
             for file, part, shape in (*factors, (self.dense, "weight", (row["M"], row["N"]))):
                 if (entry := file.entry(f"{name}.{part}")).shape != shape or not entry.dtype.is_floating_point:
                     raise ArtifactError(
-                        f"{artifact.source.where}: {name}.{part} is {entry.dtype} {list(entry.shape)}; the layer table says {list(shape)}."
+                        f"{artifact.source.where}: {name}.{part} is {entry.dtype} {list(entry.shape)}; "
+                        f"its shape in the layer table is {list(shape)}."
                     )
 
     def __deepcopy__(self, memo: Any) -> "ModelLoader":

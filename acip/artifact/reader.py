@@ -40,7 +40,7 @@ class ArtifactReader:
 
     @classmethod
     def open(cls, folder: str | Path, source: Source | None = None, verify: bool = False) -> Self:
-        """Open an artifact, check its manifest, and check that every file has the size that the manifest says.
+        """Open an artifact, check its manifest, and check that every file has the size in the manifest.
 
         The bytes are read from `source` (default: `folder`). `verify` also reads every file and compares its sha256.
         Raise ArtifactError if the artifact is incomplete, corrupted, or of a schema that this code does not read.
@@ -62,7 +62,8 @@ class ArtifactReader:
         for file, facts in manifest["files"].items():
             if (size := source.size(file)) != facts["bytes"]:
                 raise ArtifactError(
-                    f"{source.where}/{file} is {size:,} bytes; the manifest says {facts['bytes']:,} bytes. Fetch the artifact again."
+                    f"{source.where}/{file} is {size:,} bytes; its size in the manifest is {facts['bytes']:,} bytes. "
+                    "Fetch the artifact again."
                 )
             if verify:
                 for _ in _verified_chunks(source, file, facts):

@@ -46,7 +46,7 @@ from acip.sizing.model_sizes import cut_table, layer_shapes, live_ranks, set_siz
 __all__ = ["Batches", "Calibration", "Loop", "Observe", "StepReport", "calibrate", "training", "transfer", "trial_step"]
 
 # Post-tuning divides the gradient of each step by divergence ** SIZE_WEIGHT_EXPONENT. 0 = the smallest sizes dominate, since their
-# divergence is largest; 1 = all sizes weigh alike (the logarithm of the divergence). Measured on a small Llama: QUALITY.md.
+# divergence is largest; 1 = all sizes have equal weight (the logarithm of the divergence). Measured on a small Llama: QUALITY.md.
 SIZE_WEIGHT_EXPONENT = 0.75
 MIN_DIVERGENCE_NATS = 1e-3  # lower bound of the divergence in that weight
 HOST_SYNC_STEPS = 4  # optimizer steps between two reads of the host on an accelerator, and between two packings of the layers

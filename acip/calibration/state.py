@@ -95,7 +95,7 @@ class CalibrationState:
                     core.pack((core.p > 0).nonzero().squeeze(1))
 
     def end_pruning(self, model: nn.Module, recipe: Recipe) -> None:
-        """End pruning: sort the directions of every layer by score, and sort the optimizer's moments of the adapters alike."""
+        """End pruning: sort the directions of every layer by score, and sort the optimizer's moments of the adapters in the same way."""
         self.stop_step = self.step
         if recipe.scores == "gradient":
             self.scores.score = -self.gradients

@@ -41,7 +41,7 @@ class Perplexity:
 def perplexity(model: nn.Module, windows: Iterable[Tensor], batch_size: int = 1) -> Perplexity:
     """Measure the perplexity on `windows`, token ids [n, T] or an iterable of [T]. Each window predicts its T - 1 next tokens.
 
-    All windows weigh alike, also short ones. Raises EvaluationError if a loss is not finite.
+    All windows have equal weight, including short ones. Raises EvaluationError if a loss is not finite.
     """
     device = next(model.parameters()).device
     losses: list[float] = []

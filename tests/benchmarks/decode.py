@@ -1,15 +1,15 @@
-"""Speed of answering: tokens/s of compressed models against the dense base, in one run.
+"""Measure decoding: tokens/s of compressed models and of the dense base, in one run.
 
     python tests/benchmarks/decode.py --quick            a random Llama of 1B shape, bfloat16, few tokens: under 5 minutes on 2 cores
-    python tests/benchmarks/decode.py --model smollm2    SmolLM2-135M's shape, which is bound by Python
+    python tests/benchmarks/decode.py --model smollm2    SmolLM2-135M's shape, whose speed is limited by Python
     python tests/benchmarks/decode.py --gpu              Llama-7B's shape, CUDA graphs on both sides
 
-Weights are random: speed does not depend on them. Every layer has the rank at which it stores its share, in the pivot form
-(exports), and as two factors of the same rank (the endpoint's prefixes). Several sequences at once on a CPU are answered with packed
-copies of the weights, too (`acip.pack`), the dense base as well, but what is compared with is the base as transformers loads it.
-Sides take turns, and the medians of their decoding steps are compared. Beside each ratio stands its bound, the share of bytes that
-a step has to read, head included.
-`--check` ends with 1 where a goal is missed.
+Weights are random, because speed does not depend on them. Every layer has the largest rank whose pivot form fits the size. It is measured
+in the pivot form (used by exports), and as two factors of the same rank (used by the endpoint). On a CPU, batches larger than 1 are also
+measured with packed copies of the weights (`acip.pack`), for the dense base, too. Ratios are relative to the base as transformers loads it.
+
+The models take turns, and the medians of their decoding steps are compared. The bound of a ratio is the ratio of the bytes that a step
+reads, output head included: dense / compressed. `--check` exits with 1 if a goal is missed.
 """
 
 import argparse
@@ -44,7 +44,7 @@ PROMPT = 16  # tokens
 
 
 def pivot_rank(M: int, N: int, size: float) -> int:
-    """The largest rank whose pivot form stores at most `size` of M N."""
+    """Return the largest rank whose pivot form stores at most size * M * N numbers."""
     return int((M + N - ((M + N) ** 2 - 4 * size * M * N) ** 0.5) / 2)
 
 
@@ -71,21 +71,21 @@ def compressed(dense: LlamaForCausalLM, size: float, form: str, multiple: int = 
 
 
 def packed(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """One with packed copies of the same weights beside."""
+    """Return a copy that shares the weights of the model and has packed copies of them."""
     model = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
     pack(model)
     return model
 
 
 def read_bytes(model: LlamaForCausalLM) -> int:
-    """Weights that one decoding step reads: all but the embeddings of tokens that did not come."""
+    """Return the bytes of weights that one decoding step reads: all except the token embeddings, unless they are tied to the head."""
     embeddings = model.get_input_embeddings().weight
     tied = embeddings is model.get_output_embeddings().weight
     return sum(p.numel() * p.itemsize for p in model.parameters() if tied or p is not embeddings)
 
 
 class Side:
-    """One model in the middle of answering `batch` sequences."""
+    """A model that has processed `batch` prompts and decodes further tokens."""
 
     def __init__(self, model: LlamaForCausalLM, batch: int, steps: int, cuda: bool) -> None:
         self.model, self.batch, self.cuda = model, batch, cuda
@@ -110,7 +110,7 @@ class Side:
         self.place += 1
 
     def graph(self) -> Callable[[], None]:
-        """The step as one CUDA graph, which writes where it reads."""
+        """Return the step as one CUDA graph, which writes the next token to the tensor it reads from."""
         side, token = torch.cuda.Stream(), self.token.clone()
 
         def once() -> None:
@@ -120,24 +120,24 @@ class Side:
         with torch.cuda.stream(side):
             once()
         torch.cuda.current_stream().wait_stream(side)
-        recorded = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recorded):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             once()
-        return recorded.replay
+        return graph.replay
 
     def seconds(self, steps: int) -> list[float]:
-        taken = []
+        times = []
         for _ in range(steps):
             start = time.perf_counter()
             self.step()
             if self.cuda:
                 torch.cuda.synchronize()
-            taken.append(time.perf_counter() - start)
-        return taken
+            times.append(time.perf_counter() - start)
+        return times
 
 
 def compare(shape: str, batch: int, rounds: int, steps: int, cuda: bool) -> dict[tuple[float, str], float]:
-    """Ratios of tokens/s, printed with their bounds."""
+    """Print the tokens/s of all models with ratios and bounds. Return the ratios."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if cuda else "cpu"):
@@ -147,13 +147,13 @@ def compare(shape: str, batch: int, rounds: int, steps: int, cuda: bool) -> dict
     if batch > 1 and not cuda:
         models |= {(f"{form}, packed", size): packed(model) for (form, size), model in models.items()}
     sides = {key: Side(model, batch, rounds * steps + 4, cuda) for key, model in models.items()}
-    taken: dict[tuple[str, float], list[float]] = {key: [] for key in sides}
+    times: dict[tuple[str, float], list[float]] = {key: [] for key in sides}
     for side in sides.values():
         side.seconds(2)
     for _ in range(rounds):
         for key, side in sides.items():
-            taken[key] += side.seconds(steps)
-    base = statistics.median(taken["dense", 1.0])
+            times[key] += side.seconds(steps)
+    base = statistics.median(times["dense", 1.0])
     print(f"\n{shape}, batch {batch}, {torch.get_num_threads()} threads")
     print(f"dense: {batch / base:.1f} tokens/s, {read_bytes(dense) / 1e9:.2f} GB a step")
     print(f"{'form':<18}{'size':>4}{'tokens/s':>12}{'ratio':>8}{'bound':>8}")
@@ -161,7 +161,7 @@ def compare(shape: str, batch: int, rounds: int, steps: int, cuda: bool) -> dict
     for (form, size), model in models.items():
         if model is dense:
             continue
-        median = statistics.median(taken[form, size])
+        median = statistics.median(times[form, size])
         ratios[size, form] = base / median
         print(f"{form:<18}{size:>4}{batch / median:>12.1f}{base / median:>8.2f}{read_bytes(dense) / read_bytes(model):>8.2f}")
     return ratios
@@ -170,10 +170,10 @@ def compare(shape: str, batch: int, rounds: int, steps: int, cuda: bool) -> dict
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(SHAPES), default="1b")
-    parser.add_argument("--batch", type=int, action="append", help="sequences at once (default: 1 and 8; 1 and 64 with --gpu)")
+    parser.add_argument("--batch", type=int, action="append", help="sequences per step; repeatable (default: 1 and 8; 1 and 64 with --gpu)")
     parser.add_argument("--gpu", action="store_true", help="Llama-7B's shape on a GPU")
     parser.add_argument("--quick", action="store_true", help="few tokens")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a goal is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is missed")
     args = parser.parse_args()
     if args.gpu and not torch.cuda.is_available():
         parser.error("--gpu needs a GPU.")
@@ -183,13 +183,13 @@ def main() -> int:
     for batch in args.batch or ([1, 64] if args.gpu else [1, 8]):
         ratios = compare(shape, batch, rounds, steps, args.gpu)
         for size, goal in GOALS[shape].items():
-            form, ratio = max(((form, ratio) for (at, form), ratio in ratios.items() if at == size), key=lambda pair: pair[1])
+            form, ratio = max(((form, ratio) for (key, form), ratio in ratios.items() if key == size), key=lambda pair: pair[1])
             best.append(f"{ratio:.2f}x at {size}, batch {batch} ({form})")
             if ratio < goal:
                 missed.append(f"{ratio:.2f} < {goal} at {size}, batch {batch}")
     if missed:
         print(f"\ngoals missed: {', '.join(missed)}")
-    print(f"\ndecoding faster than the dense base: {'; '.join(best)}")
+    print(f"\ndecoding speed, relative to the dense base: {'; '.join(best)}")
     return int(args.check and bool(missed))
 
 

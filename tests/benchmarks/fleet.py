@@ -1,13 +1,15 @@
-"""Fleets on a cluster of Ray's: are the GPUs busy, with a node lost in the middle?
+"""Measure how well a fleet uses the GPUs of a Ray cluster that loses a node during the run.
 
-    python tests/benchmarks/fleet.py             20 models on 4 nodes with a GPU each (fake ones), about 3 minutes
-    python tests/benchmarks/fleet.py --quick     models of a third of the length
-    python tests/benchmarks/fleet.py --check     ends with 1 below 90 % occupancy, or where a model is missing
+    python tests/benchmarks/fleet.py             20 models on 4 nodes with a fake GPU each, about 3 minutes
+    python tests/benchmarks/fleet.py --quick     models that take a third of the time
+    python tests/benchmarks/fleet.py --check     exit with 1 if the occupancy is below 90 %, or a model is not finished
 
-The nodes are raylets of their own on this machine (`ray.cluster_utils.Cluster`). `acip_platform.scheduling.job_queue.run_all` schedules
-placement groups of what `resources_of` gives each job, as Ray Train makes them. The work is a sleep in proportion to the model's
-parameters, +-20 %. What a lost node had begun is begun again, and was busy until then. Occupancy is GPU-seconds asleep, over
-GPU-seconds of the nodes alive, from the first start to the last end. Ray Train's own start of a worker (10 to 20 s) is not in here.
+The nodes are separate raylets on this machine (`ray.cluster_utils.Cluster`). `acip_platform.scheduling.job_queue.run_all` schedules the
+jobs. Each creates a placement group with the resources from `resources_of`, as Ray Train does. The work of a model is a sleep in
+proportion to its parameters, +-20 %. Work on the lost node restarts on another node; the time until the loss counts as busy.
+
+Occupancy is the GPU-seconds spent in sleeps, divided by the GPU-seconds of the live nodes, from the first start to the last end. It does
+not include the start of Ray Train's workers (10 to 20 s).
 """
 
 import argparse
@@ -27,12 +29,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 SIZES_B = (1, 3, 7, 7, 8, 13, 14)  # billions of parameters
 SECONDS_PER_B = 3.0
-ENOUGH = 0.9
+GOAL = 0.9
 
 
 @ray.remote(num_cpus=0)
 class Log:
-    """(job, node, start) of each piece of work, and its end once it has one."""
+    """Records the name, node and start of each task, and its end if it finished."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -56,19 +58,19 @@ def work(log: Any, name: str, seconds: float) -> None:
 
 
 def run(job: Job, part: Resources, log: Any, seconds: float) -> dict[str, Any]:
-    """As Ray Train: one bundle a worker, all or none."""
+    """Run the tasks of one job in a placement group with one bundle per worker, as Ray Train does."""
     group = placement_group([{"GPU": part.gpus, "CPU": part.cpus}] * part.workers)
     try:
-        places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(part.workers)]
-        ray.get([work.options(num_gpus=part.gpus, num_cpus=part.cpus, scheduling_strategy=place).remote(log, job.name, seconds)
-                 for place in places])  # fmt: skip
+        bundles = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(part.workers)]
+        ray.get([work.options(num_gpus=part.gpus, num_cpus=part.cpus, scheduling_strategy=bundle).remote(log, job.name, seconds)
+                 for bundle in bundles])  # fmt: skip
     finally:
         remove_placement_group(group)
     return {}
 
 
 def fleet(count: int, gangs: int, rng: random.Random) -> list[Job]:
-    """`count` models, `gangs` of them of 70B on two workers, in no order."""
+    """Return `count` jobs in random order. `gangs` of them are 70B models on two workers."""
     jobs = [Job(f"m{i}-{rng.choice(SIZES_B)}b", "lab/model") for i in range(count - gangs)]
     jobs += [Job(f"m{i}-70b", "lab/model", num_workers=2) for i in range(count - gangs, count)]
     rng.shuffle(jobs)
@@ -76,7 +78,7 @@ def fleet(count: int, gangs: int, rng: random.Random) -> list[Job]:
 
 
 def occupancy(count: int, gangs: int, seconds_per_b: float, machines: int = 4, seed: int = 0) -> tuple[float, set[str]]:
-    """(occupancy, the models that were finished) of one fleet."""
+    """Run one fleet. Return the occupancy and the names of the finished models."""
     rng = random.Random(seed)
     jobs = fleet(count, gangs, rng)
     seconds = {job.name: min(20.0, parameters(job) / 1e9) * seconds_per_b * rng.uniform(0.8, 1.2) for job in jobs}
@@ -109,11 +111,11 @@ def occupancy(count: int, gangs: int, seconds_per_b: float, machines: int = 4, s
 
 def busy(rows: list[dict[str, Any]], machines: int, lost: list[tuple[str, float]]) -> float:
     first, last = min(row["start"] for row in rows), max(row["end"] for row in rows if row["end"])
-    died = dict(lost)
-    worked = sum((row["end"] or died[row["node"]]) - row["start"] for row in rows)
-    there = machines * (last - first) - sum(last - when for when in died.values())
-    print(f"  {worked:.0f} of {there:.0f} GPU-seconds asleep, {len(rows)} pieces of work, {len(lost)} nodes lost")
-    return worked / there
+    lost_at = dict(lost)
+    used = sum((row["end"] or lost_at[row["node"]]) - row["start"] for row in rows)
+    available = machines * (last - first) - sum(last - time_ for time_ in lost_at.values())
+    print(f"  {used:.0f} of {available:.0f} GPU-seconds used, {len(rows)} tasks, {len(lost)} nodes lost")
+    return used / available
 
 
 def main() -> int:
@@ -121,9 +123,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    share_of, done = occupancy(20, 2, SECONDS_PER_B / (3 if args.quick else 1))
-    print(f"occupancy of the GPUs: {share_of:.1%}, {len(done)} of 20 models done (at least {ENOUGH:.0%} of 20)")
-    return int(args.check and (share_of < ENOUGH or len(done) < 20))
+    share, done = occupancy(20, 2, SECONDS_PER_B / (3 if args.quick else 1))
+    print(f"GPU occupancy: {share:.1%} (goal: {GOAL:.0%}); {len(done)} of 20 models finished")
+    return int(args.check and (share < GOAL or len(done) < 20))
 
 
 if __name__ == "__main__":

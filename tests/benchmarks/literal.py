@@ -1,8 +1,8 @@
-"""The paper's algorithm to the letter: the baseline of calibration.py, written from the description alone.
+"""A literal implementation of the paper's algorithm: the baseline of calibration.py, written from the paper's description alone.
 
-No part of it imports `acip`. It does what the description says and nothing beyond: layers are decomposed one after the
-other, every direction is multiplied until the end, and each step visits the layers one by one, waits for each one's count
-of living directions, and clones its scores. tests/acip/calibration/test_literal_baseline.py shows that it replays the recorded run.
+This file does not import `acip`, and has no optimizations. Layers are decomposed one after the other. Pruned directions are still
+multiplied. Each step loops over the layers, waits for each layer's count of live directions, and clones its scores.
+tests/acip/calibration/test_literal_baseline.py checks that it reproduces the recorded run.
 
     y = U diag(g(p)) V x + alpha / R B A x + b        loss = cross-entropy + lambda * sum of relu(p)
 """
@@ -26,7 +26,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class Gate(torch.autograd.Function):
-    """Forward scale * 1[p > 0], backward that of relu(p)."""
+    """The gate g(p): scale * 1[p > 0] in the forward pass, the gradient of relu(p) in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, p_K: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -40,7 +40,7 @@ class Gate(torch.autograd.Function):
 
 
 class LiteralLinear(nn.Module):
-    """A linear layer as U diag(g(p)) V with a LoRA adapter beside it. Masks and adapters are float32, in a float64 model float64."""
+    """A linear layer as U diag(g(p)) V with a LoRA adapter beside it. Masks and adapters are float32, or float64 in a float64 model."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, scale: float) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class LiteralLinear(nn.Module):
 
 
 def parametrize(model: nn.Module, rank: int, alpha: float, scale: float = 0.02) -> dict[str, LiteralLinear]:
-    """Swap every linear layer of the transformer blocks, in place."""
+    """Replace every linear layer of the transformer blocks, in place. Return the new layers by name."""
     model.requires_grad_(False)
     names = [name for name, module in model.named_modules() if ".layers." in name and isinstance(module, nn.Linear)]
     layers: dict[str, LiteralLinear] = {}
@@ -75,7 +75,7 @@ def parametrize(model: nn.Module, rank: int, alpha: float, scale: float = 0.02) 
         assert isinstance(linear, nn.Linear)
         layers[name] = LiteralLinear(linear, rank, alpha, scale)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layers[name])  # the original is gone from here on
+        setattr(model.get_submodule(parent), child, layers[name])  # the original weights are freed here
     return layers
 
 
@@ -107,7 +107,7 @@ def calibrate(
     stop_ratio: float,
     post_tune_steps: int,
 ) -> Run:
-    """Prune until `stop_ratio`, then tune the adapters with the masks frozen."""
+    """Prune until `stop_ratio`, then train the adapters with frozen masks."""
     optimizer = torch.optim.AdamW([p for layer in layers.values() for p in (layer.p, layer.A, layer.B)], lr=lr, weight_decay=0.0)
     scores = {name: layer.p.detach().clone() for name, layer in layers.items()}
     dense = sum(layer.U.shape[0] * layer.V.shape[1] for layer in layers.values())
@@ -128,14 +128,14 @@ def calibrate(
             continue
         if (len(history) + 1) % lambda_interval == 0:
             lambda_ *= lambda_factor
-        stored = living = 0
+        stored = total_live = 0
         for name, layer in layers.items():
             scores[name] = updated(scores[name], layer.p.detach())
             M, N = layer.U.shape[0], layer.V.shape[1]
             live = int((layer.p > 0).sum().item())
-            living += live
+            total_live += live
             stored += min(M * N, live * (M + N))
-        history.append(Step("prune", loss.item(), stored / dense, living, lambda_))
+        history.append(Step("prune", loss.item(), stored / dense, total_live, lambda_))
         if stored / dense <= stop_ratio:
             stop_step = len(history)
             for layer in layers.values():
@@ -144,7 +144,7 @@ def calibrate(
 
 
 def updated(score_K: Tensor, p_K: Tensor) -> Tensor:
-    """The mask where alive; 0 and then -1 where pruned in this step; one less where pruned before."""
+    """Return the new scores: the mask of live directions, -1 for those pruned in this step, one less for those pruned before."""
     new_K = score_K.clone()
     alive_K = p_K > 0
     new_K[alive_K] = p_K[alive_K]

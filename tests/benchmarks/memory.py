@@ -1,12 +1,12 @@
-"""Memory: the prediction of acip.calibration.memory_plan against what real calibrations took of this machine.
+"""Compare the predictions of acip.calibration.memory_plan with the memory of real calibrations on this machine.
 
-    python tests/benchmarks/memory.py                     a Llama of 58M parameters, 10 recipes, CPU: some minutes on 2 cores
+    python tests/benchmarks/memory.py                     a Llama of 58M parameters, 10 recipes, CPU: 10 to 20 minutes on 2 cores
     python tests/benchmarks/memory.py --quick             5 recipes
-    python tests/benchmarks/memory.py --predict           the table of MEMORY.md, without running anything
+    python tests/benchmarks/memory.py --predict           the predictions in MEMORY.md and infra/HARDWARE.md, without a calibration
 
-Each calibration runs in a process of its own, in which freed memory goes back to the system at once (malloc's thresholds). Taken is
-the peak resident memory above that before the model was loaded. It holds what a prediction can't know: code that is loaded late,
-thread pools, weights that oneDNN packs anew. `--check` ends with 1 where predicted / taken leaves 0.9 .. 1.5.
+Each calibration runs in a process of its own that returns freed memory to the system at once (malloc's thresholds). The measured value is
+the peak resident memory minus the resident memory before the model was created. It includes memory that is not predicted: late
+imports, thread pools, and weights that oneDNN repacks. `--check` exits with 1 if a ratio of predicted to measured is outside 0.9 .. 1.5.
 """
 
 import argparse
@@ -31,17 +31,17 @@ SHAPE: dict[str, Any] = {
     "num_hidden_layers": 8,
     "num_attention_heads": 8,
 }
-CASES: dict[str, dict[str, Any]] = {  # the first of them are --quick
+CASES: dict[str, dict[str, Any]] = {  # --quick runs the first QUICK cases
     "float32": {},
-    "float32, recompute": {"gradient_checkpointing": True},
+    "float32, gradient checkpointing": {"gradient_checkpointing": True},
     "bfloat16": {"dtype": "bfloat16"},
-    "bfloat16, recompute": {"dtype": "bfloat16", "gradient_checkpointing": True},
+    "bfloat16, gradient checkpointing": {"dtype": "bfloat16", "gradient_checkpointing": True},
     "nf4": {"dtype": "bfloat16", "quantize": "nf4"},
-    "float32, long windows": {"seq_len": 512},
+    "float32, 512 tokens": {"seq_len": 512},
     "float32, dropout": {"adapter_dropout": 0.05},
-    "float32, prunes": {"scores": "order", "max_prune_steps": 4, "stop_ratio": 0.98, "lr": 5e-2, "distill_weight": 0.5},
+    "float32, pruning": {"scores": "order", "max_prune_steps": 4, "stop_ratio": 0.98, "lr": 5e-2, "distill_weight": 0.5},
     "float32, rank 128": {"adapter_rank": 128},
-    "nf4, recompute": {"dtype": "bfloat16", "quantize": "nf4", "gradient_checkpointing": True},
+    "nf4, gradient checkpointing": {"dtype": "bfloat16", "quantize": "nf4", "gradient_checkpointing": True},
 }
 QUICK = 5
 LLAMAS = {  # vocabulary, hidden, intermediate, layers, heads, key-value heads
@@ -54,14 +54,14 @@ LLAMAS = {  # vocabulary, hidden, intermediate, layers, heads, key-value heads
 CHANGES: dict[str, dict[str, Any]] = {
     "default": {},
     "dropout 0.05": {"adapter_dropout": 0.05},
-    "gradient_checkpointing": {"gradient_checkpointing": True},
+    "gradient checkpointing": {"gradient_checkpointing": True},
     "nf4": {"quantize": "nf4"},
-    "both": {"gradient_checkpointing": True, "quantize": "nf4"},
+    "nf4 and gradient checkpointing": {"gradient_checkpointing": True, "quantize": "nf4"},
 }
 
 
 def run(name: str) -> tuple[float, float]:
-    """(predicted, taken) GB of one calibration, in this process."""
+    """Run one calibration in this process. Return its predicted and its measured memory in GB."""
     import psutil
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -117,7 +117,7 @@ def run(name: str) -> tuple[float, float]:
 
 
 def warm_up(recipe: Any) -> None:
-    """Load what a calibration loads late: kernels, LAPACK, the optimizer."""
+    """Load the code that a calibration loads late: kernels, LAPACK, the optimizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -132,22 +132,22 @@ def warm_up(recipe: Any) -> None:
     calibrate(model, [windows] * 4, recipe)
 
 
-def measured(name: str) -> float:
-    """predicted / taken of a case, in a new process; prints its row."""
-    honest = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    began = time.time()
+def ratio_of(name: str) -> float:
+    """Run a case in a new process and print its row. Return the ratio of predicted to measured memory."""
+    malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    start = time.time()
     child = subprocess.run(
-        [sys.executable, __file__, "--case", name], env=os.environ | honest, capture_output=True, text=True, check=False
+        [sys.executable, __file__, "--case", name], env=os.environ | malloc, capture_output=True, text=True, check=False
     )  # fmt: skip
     if child.returncode:
         raise RuntimeError(f"{name}: {child.stderr[-2000:]}")
-    predicted, taken = (float(number) for number in child.stdout.split()[-2:])
-    print(f"{name:<24}{predicted:>12.2f}{taken:>12.2f}{predicted / taken:>12.2f}{time.time() - began:>8.0f} s", flush=True)
-    return predicted / taken
+    predicted, measured_gb = (float(number) for number in child.stdout.split()[-2:])
+    print(f"{name:<34}{predicted:>12.2f}{measured_gb:>12.2f}{predicted / measured_gb:>12.2f}{time.time() - start:>8.0f} s", flush=True)
+    return predicted / measured_gb
 
 
 def predictions() -> None:
-    """The tables of MEMORY.md and of infra/HARDWARE.md: GB on one accelerator for changes of the default recipe, and on several."""
+    """Print the predictions in MEMORY.md (variants of the default recipe on one accelerator) and infra/HARDWARE.md (several)."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -172,27 +172,26 @@ def predictions() -> None:
     table("predicted GB", {name: (replace(Recipe(), **change), 1) for name, change in CHANGES.items()})
     print()
     sharded = {f"{n} workers": (replace(Recipe(), gradient_checkpointing=True, batch_size=max(4, n)), n) for n in (1, 2, 4, 8)}
-    table("predicted GB of each, recompute", sharded)
+    table("predicted GB per worker, gradient checkpointing", sharded)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--predict", action="store_true")
+    parser.add_argument("--quick", action="store_true", help=f"only the first {QUICK} recipes")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a ratio is outside the limits")
+    parser.add_argument("--predict", action="store_true", help="print predictions for large models and exit")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.predict:
         predictions()
         return 0
     if args.case:
-        predicted, taken = run(args.case)
-        print(predicted, taken)
+        print(*run(args.case))
         return 0
-    print(f"{'GB':<24}{'predicted':>12}{'taken':>12}{'ratio':>12}")
-    ratios = [measured(name) for name in list(CASES)[: QUICK if args.quick else None]]
+    print(f"{'GB':<34}{'predicted':>12}{'measured':>12}{'ratio':>12}")
+    ratios = [ratio_of(name) for name in list(CASES)[: QUICK if args.quick else None]]
     worst = max(ratios, key=lambda ratio: max(ratio, 1 / ratio))
-    print(f"worst ratio of predicted to taken: {worst:.2f} (allowed: {LOW} .. {HIGH})")
+    print(f"worst ratio of predicted to measured: {worst:.2f} (allowed: {LOW} .. {HIGH})")
     return int(args.check and not LOW <= min(ratios) <= max(ratios) <= HIGH)
 
 

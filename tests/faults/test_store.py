@@ -1,4 +1,4 @@
-"""Faults of storage: S3 failing, slow, cut off, asked by two at once; a disk that is full. Nothing half counts, nothing is lost."""
+"""Storage faults: S3 errors, slow and truncated responses, concurrent writers, full disks. No partial artifact is used, no data is lost."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ from tests.support.faulty import Proxy, proxy
 
 @pytest.fixture
 def s3(s3_server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """The way to S3 leads through a proxy."""
+    """Start a fault-injecting proxy in front of S3 and set the endpoint to it."""
     with proxy(s3_server["AWS_ENDPOINT_URL"]) as server:
         for name, value in {**s3_server, "AWS_ENDPOINT_URL": server.url}.items():
             monkeypatch.setenv(name, value)
@@ -42,7 +42,7 @@ def store(s3: Proxy, tmp_path: Path) -> Store:
 
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
-    """A folder with a file of several parts."""
+    """Return a folder with a file that is uploaded in several parts."""
     (tmp_path / "large").mkdir()
     generator = torch.Generator().manual_seed(0)
     save_file({"w": torch.randint(0, 255, (2 * PART + 12345,), dtype=torch.uint8, generator=generator)}, tmp_path / "large" / "weights")
@@ -50,17 +50,17 @@ def large(tmp_path: Path) -> Path:
     return tmp_path / "large"
 
 
-def often(share: float, *faults: str) -> Callable[[str, str, int], str]:
-    """Every request may fail, with this probability, but not more than three times in a row."""
+def random_faults(share: float, *faults: str) -> Callable[[str, str, int], str]:
+    """Return a fault policy: each request fails with probability `share`, at most three times in a row."""
     rng = random.Random(0)
     return lambda method, path, before: rng.choice(faults) if before < 3 and rng.random() < share else ""
 
 
 @pytest.mark.parametrize("fault", ["500", "503", "reset", "lost", "cut", "slow"])
-def test_an_artifact_goes_there_and_back_all_the_same(
+def test_artifact_round_trip_survives_one_fault_per_request(
     s3: Proxy, store: Store, small_artifact: Artifact, tmp_path: Path, fault: str
 ) -> None:
-    """Each request fails once: those of put, of fetch, and the ranged reads."""
+    """Each request of put, fetch, and ranged reads fails once."""
     s3.choose = lambda method, path, before: fault if before == 0 else ""
     uri = store.put(copytree(small_artifact.folder, tmp_path / "copy"), "tiny/1")
     assert store.exists(uri)
@@ -68,33 +68,34 @@ def test_an_artifact_goes_there_and_back_all_the_same(
     assert fetched.manifest == small_artifact.manifest
     source = store.open(uri).source
     assert isinstance(source, S3Source)
-    whole = (small_artifact.folder / "factors.safetensors").read_bytes()
-    ranges = [(0, 8), (100, 5000), (len(whole) - 9, len(whole))]
-    assert [bytes(view) for view in source.read("factors.safetensors", ranges)] == [whole[start:stop] for start, stop in ranges]
-    assert s3.done[fault] > 20, "of every request's kind"
+    content = (small_artifact.folder / "factors.safetensors").read_bytes()
+    ranges = [(0, 8), (100, 5000), (len(content) - 9, len(content))]
+    assert [bytes(view) for view in source.read("factors.safetensors", ranges)] == [content[start:stop] for start, stop in ranges]
+    assert s3.injected[fault] > 20, "every kind of request failed"
 
 
-def test_many_parts_through_a_bad_network(s3: Proxy, store: Store, large: Path, tmp_path: Path) -> None:
-    s3.choose = often(0.5, "500", "503", "reset", "lost", "cut")
+def test_multipart_upload_survives_random_faults(s3: Proxy, store: Store, large: Path, tmp_path: Path) -> None:
+    s3.choose = random_faults(0.5, "500", "503", "reset", "lost", "cut")
     expected = {path.name: path.read_bytes() for path in large.iterdir()}
     uri = store.add(large, "some/one", "last")
     with store.folder(uri) as copy:
         assert {path.name: path.read_bytes() for path in copy.iterdir()} == expected
-    assert any("partNumber=3" in path for _, path in s3.seen), "in parts"
-    assert sum(s3.done.values()) >= 5
+    assert any("partNumber=3" in path for _, path in s3.requests), "the file was uploaded in parts"
+    assert sum(s3.injected.values()) >= 5
 
 
-def test_what_is_changed_on_the_way_is_refused(s3: Proxy, store: Store, large: Path) -> None:
-    """Every part has a checksum, which the server compares."""
+def test_a_part_changed_in_transit_is_refused(s3: Proxy, store: Store, large: Path) -> None:
+    """The server compares the checksum of every part."""
     s3.choose = lambda method, path, before: "flip" if "partNumber=2" in path else ""
     with pytest.raises(StoreError, match="S3 refused add"):
         store.add(large, "some/one", "last")
-    assert not store.exists(store.uri("some/one"), "last") and (large / "last").exists(), "nothing counts, and ours is still there"
+    assert not store.exists(store.uri("some/one"), "last"), "the upload is incomplete"
+    assert (large / "last").exists(), "the local folder is kept"
     s3.choose = lambda method, path, before: ""
     assert store.exists(store.add(large, "some/one", "last"), "last")
 
 
-def test_an_s3_that_is_away_is_an_error_and_nothing_counts(
+def test_an_s3_outage_raises_an_error_and_leaves_no_artifact(
     s3: Proxy, store: Store, small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01)
@@ -103,23 +104,23 @@ def test_an_s3_that_is_away_is_an_error_and_nothing_counts(
     with pytest.raises(StoreError, match=r"SlowDown.*reached max retries"):
         store.put(copy, "tiny/1")
     assert not store.exists(store.uri("tiny/1"))
-    assert max(s3.seen.values()) >= 8, "it was asked again"
+    assert max(s3.requests.values()) >= 8, "the request was retried"
     s3.choose = lambda method, path, before: ""
     assert Artifact.open(store.fetch(store.put(copy, "tiny/1")), verify=True).manifest == small_artifact.manifest
 
 
-def test_of_two_writers_one_wins(s3: Proxy, store: Store, small_artifact: Artifact, tmp_path: Path) -> None:
-    """Their contents differ. What is there at the end is one of them, in every file; who did not win knows."""
-    for go in range(4):
-        folders = [another(small_artifact, tmp_path / f"{go}-{i}", i) for i in range(2)]
-        wanted = [Artifact.open(folder).manifest for folder in folders]
-        key, told = f"tiny/{go}", dict[int, str]()
+def test_one_of_two_concurrent_writers_wins(s3: Proxy, store: Store, small_artifact: Artifact, tmp_path: Path) -> None:
+    """Two writers put different contents under one key. The result holds the files of one writer, and the other writer gets an error."""
+    for attempt in range(4):
+        folders = [changed_copy(small_artifact, tmp_path / f"{attempt}-{i}", i) for i in range(2)]
+        manifests = [Artifact.open(folder).manifest for folder in folders]
+        key, results = f"tiny/{attempt}", dict[int, str]()
 
-        def write(i: int, folders: list[Path] = folders, key: str = key, told: dict[int, str] = told) -> None:
+        def write(i: int, folders: list[Path] = folders, key: str = key, results: dict[int, str] = results) -> None:
             try:
-                told[i] = store.put(folders[i], key)
+                results[i] = store.put(folders[i], key)
             except StoreError as error:
-                told[i] = str(error)
+                results[i] = str(error)
 
         threads = [threading.Thread(target=write, args=(i,)) for i in range(2)]
         for thread in threads:
@@ -127,18 +128,19 @@ def test_of_two_writers_one_wins(s3: Proxy, store: Store, small_artifact: Artifa
         for thread in threads:
             thread.join()
         if store.exists(store.uri(key)):
-            assert Artifact.open(store.fetch(store.uri(key)), verify=True).manifest in wanted
-            assert any(text == store.uri(key) for text in told.values())
+            assert Artifact.open(store.fetch(store.uri(key)), verify=True).manifest in manifests
+            assert any(text == store.uri(key) for text in results.values())
         else:
-            assert all("another process" in text for text in told.values()), told
-            store.put(another(small_artifact, tmp_path / f"{go}-again", 0), key)
-        third = another(small_artifact, tmp_path / f"{go}-late", 3)
+            assert all("another process" in text for text in results.values()), results
+            store.put(changed_copy(small_artifact, tmp_path / f"{attempt}-again", 0), key)
+        late_copy = changed_copy(small_artifact, tmp_path / f"{attempt}-late", 3)
         before = store.read([f"{store.uri(key)}/{MANIFEST}"])
-        assert store.put(third, key) == store.uri(key) and store.read([f"{store.uri(key)}/{MANIFEST}"]) == before, "it stays"
+        assert store.put(late_copy, key) == store.uri(key)
+        assert store.read([f"{store.uri(key)}/{MANIFEST}"]) == before, "the first artifact stays"
 
 
-def another(artifact: Artifact, folder: Path, i: int) -> Path:
-    """A copy with another `order`."""
+def changed_copy(artifact: Artifact, folder: Path, i: int) -> Path:
+    """Return a copy of the artifact with different scores."""
     copytree(artifact.folder, folder)
     (folder / MANIFEST).unlink()
     order = artifact.tensors("order")
@@ -148,18 +150,18 @@ def another(artifact: Artifact, folder: Path, i: int) -> Path:
     return folder
 
 
-def test_only_one_creates(s3: Proxy, store: Store, tmp_path: Path) -> None:
-    """On S3 and on disk. An answer that was lost makes nobody else of the writer: it finds its own content."""
-    for place in (store, Store(str(tmp_path / "disk"), tmp_path / "cache")):
+def test_only_one_writer_creates_a_file(s3: Proxy, store: Store, tmp_path: Path) -> None:
+    """Only one of twelve writers creates a file, on S3 and on disk. After a lost response the content is the writer's own."""
+    for each_store in (store, Store(str(tmp_path / "disk"), tmp_path / "cache")):
         with ThreadPoolExecutor(12) as pool:
-            won = list(pool.map(lambda i, place=place: place.create("some/file", b"%d" % i), range(12)))
-        assert sum(won) == 1 and place.small("some") == {"file": b"%d" % won.index(True)}
+            created = list(pool.map(lambda i, each_store=each_store: each_store.create("some/file", b"%d" % i), range(12)))
+        assert sum(created) == 1 and each_store.small("some") == {"file": b"%d" % created.index(True)}
     s3.choose = lambda method, path, before: "lost" if method == "PUT" and before == 0 else ""
-    store.create("some/other", b"mine")
-    assert store.small("some")["other"] == b"mine"
+    store.create("some/other", b"content")
+    assert store.small("some")["other"] == b"content"
 
 
-def test_credentials_are_in_no_message(
+def test_credentials_never_appear_in_messages(
     s3: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG", "acip_platform")
@@ -175,8 +177,8 @@ def test_credentials_are_in_no_message(
     assert "credentials" in str(refused.value) and "hunter2" not in shown
 
 
-def test_an_artifact_that_could_not_be_saved_leaves_nothing(calibrated: Any, tmp_path: Path) -> None:
-    """The system refuses to write more than 100 kB into a file; a second attempt without that limit works."""
+def test_a_failed_artifact_save_leaves_no_files(calibrated: Any, tmp_path: Path) -> None:
+    """A file size limit of 100 kB makes the save fail. A second attempt without the limit succeeds."""
     settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home")})
     base, calibration = calibrated
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -192,8 +194,8 @@ def test_an_artifact_that_could_not_be_saved_leaves_nothing(calibrated: Any, tmp
     assert [path.name for path in settings.home.iterdir()] == ["artifacts"]
 
 
-def test_a_small_file_that_could_not_be_written_leaves_nothing(tmp_path: Path) -> None:
-    """As above, the limit is 100 kB; what was there stays, and the name is free for who comes next."""
+def test_a_failed_file_write_leaves_no_files(tmp_path: Path) -> None:
+    """A write above the limit of 100 kB fails. The old file stays, and the new name remains free."""
     store = Store(str(tmp_path / "store"), tmp_path / "cache")
     store.create("some/old", b"old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -209,7 +211,7 @@ def test_a_small_file_that_could_not_be_written_leaves_nothing(tmp_path: Path) -
         store.remove("some")
 
 
-def test_writers_of_one_file_at_once_do_each_other_no_harm(tmp_path: Path) -> None:
+def test_concurrent_writes_to_one_file_stay_atomic(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"), tmp_path / "cache")
     store.create("some/file", b"")
     with ThreadPoolExecutor(8) as pool:
@@ -219,18 +221,18 @@ def test_writers_of_one_file_at_once_do_each_other_no_harm(tmp_path: Path) -> No
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 12 MB. Only its owner may mount one; without that the test above tells what remains of this one."""
+    """Mount a file system of 12 MB, or skip the test without that permission. The tests with a file size limit cover that case."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)], capture_output=True, check=False)
     if mounted.returncode:
-        pytest.skip("may not mount a file system")
+        pytest.skip("no permission to mount a file system")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_leaves_no_half_artifact(small_disk: Path, small_artifact: Artifact, tmp_path: Path) -> None:
-    """Clear error, what was there before is whole, and when there is space again it works."""
+def test_a_full_disk_leaves_no_partial_artifact(small_disk: Path, small_artifact: Artifact, tmp_path: Path) -> None:
+    """A full disk raises a clear error and leaves earlier artifacts intact. The write succeeds once there is space again."""
     store = Store(str(small_disk / "store"), tmp_path / "cache")
     size = sum(path.stat().st_size for path in small_artifact.folder.rglob("*") if path.is_file())
     assert 2_000_000 < size < 5_000_000

@@ -1,4 +1,4 @@
-"""MLflow going away and coming back, and clocks that jump: every step is in the run, once."""
+"""MLflow outages and wall clock jumps: the run holds every step exactly once."""
 
 import contextlib
 import importlib
@@ -32,7 +32,7 @@ from tests.support.server import free_port
 from tests.support.waiting import PATIENCE_S, until
 
 
-class Mlflow:
+class MlflowServer:
     """A real tracking server that can be killed and started again."""
 
     def __init__(self, folder: Path) -> None:
@@ -50,13 +50,13 @@ class Mlflow:
             self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
         log_path, process = self.folder / "log", self.process
 
-        def answers() -> bool:
-            assert process.poll() is None, f"MLflow's server ended:\n{log_path.read_text()}"
+        def is_healthy() -> bool:
+            assert process.poll() is None, f"the MLflow server exited:\n{log_path.read_text()}"
             with contextlib.suppress(httpx.TransportError):
                 return httpx.get(f"{self.url}/health", timeout=PATIENCE_S).status_code == 200
             return False
 
-        until(answers, lambda: f"MLflow's server does not answer:\n{log_path.read_text()}")
+        until(is_healthy, lambda: f"the MLflow server does not respond:\n{log_path.read_text()}")
 
     def stop(self) -> None:
         if self.process is not None:
@@ -66,25 +66,25 @@ class Mlflow:
 
 
 @pytest.fixture
-def mlflow(tmp_path: Path) -> Iterator[Mlflow]:
-    server = Mlflow(tmp_path)
+def mlflow(tmp_path: Path) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path)
     server.start()
     yield server
     server.stop()
 
 
-def calibrated_with(observe: Any, base: str, recipe: Recipe, tokens: torch.Tensor) -> Calibration:
+def calibrate_with(observe: Any, base: str, recipe: Recipe, tokens: torch.Tensor) -> Calibration:
     loaded = load_base(base, recipe.dtype)
     parametrize(loaded.model, recipe, tokens)
     return calibrate(loaded.model, TokenBatches(tokens, recipe.batch_size), recipe, observe=observe)
 
 
-def observer(run: Run, recipe: Recipe, said: list[str], checkpoints: Checkpoints | None = None) -> Observer:
-    def say(kind: str, **facts: Any) -> None:
+def observer(run: Run, recipe: Recipe, messages: list[str], checkpoints: Checkpoints | None = None) -> Observer:
+    def emit(kind: str, **facts: Any) -> None:
         if kind == "stage":
-            said.append(facts["text"])
+            messages.append(facts["text"])
 
-    return Observer(Job("small", "base", recipe), run, say, torch.device("cpu"), checkpoints)
+    return Observer(Job("small", "base", recipe), run, emit, torch.device("cpu"), checkpoints)
 
 
 def logged(run: Run, key: str = "loss_nats") -> list[tuple[int, float]]:
@@ -92,60 +92,65 @@ def logged(run: Run, key: str = "loss_nats") -> list[tuple[int, float]]:
 
 
 @pytest.mark.slow
-def test_mlflow_down_for_a_while_drops_nothing(
-    mlflow: Mlflow, tmp_path: Path, small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+def test_an_mlflow_outage_loses_no_steps(
+    mlflow: MlflowServer,
+    tmp_path: Path,
+    small_base: str,
+    quick_recipe: Recipe,
+    golden_tokens: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Killed in the middle and started again; killed again before the end, and started when all is done."""
+    """The server is killed at step 10, restarted at step 40, killed again at step 70, and restarted after the calibration."""
     monkeypatch.setattr("acip_platform.training.worker.REPORT_EVERY_S", 0.0)
     monkeypatch.setattr("acip_platform.training.worker.MLFLOW_REST_S", 1.0)
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1")
     settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home"), "MLFLOW_TRACKING_URI": mlflow.url})
-    run, said = Tracking(settings, "fleet").start("small", "down", {}), list[str]()
-    watching = observer(run, quick_recipe, said)
-    during: list[int] = []
+    run, messages = Tracking(settings, "fleet").start("small", "down", {}), list[str]()
+    live_observer = observer(run, quick_recipe, messages)
+    pending_steps: list[int] = []
 
     def observe(reports: list[StepReport], state: CalibrationState) -> None:
         if state.step in (10, 70):
             mlflow.stop()
         if state.step == 40:
-            during.extend(step for step, _ in watching.rows)
+            pending_steps.extend(step for step, _ in live_observer.rows)
             mlflow.start()
             time.sleep(1.1)
-        watching(reports, state)
+        live_observer(reports, state)
 
     with run.system_metrics():
-        calibration = calibrated_with(observe, small_base, quick_recipe, golden_tokens)
-        assert {step for step, _ in watching.rows} == set(range(70, len(calibration.history) + 1))
-        started = threading.Timer(2.0, mlflow.start)
-        started.start()
-        watching.catch_up()
-        started.join()
-        beats = len(logged(run, "system/cpu_utilization_percentage"))
-        until(lambda: len(logged(run, "system/cpu_utilization_percentage")) > beats, "the machine's metrics don't go on")
-    assert during == list(range(10, 40)), "they waited"
+        calibration = calibrate_with(observe, small_base, quick_recipe, golden_tokens)
+        assert {step for step, _ in live_observer.rows} == set(range(70, len(calibration.history) + 1))
+        restart = threading.Timer(2.0, mlflow.start)
+        restart.start()
+        live_observer.catch_up()
+        restart.join()
+        metric_count = len(logged(run, "system/cpu_utilization_percentage"))
+        until(lambda: len(logged(run, "system/cpu_utilization_percentage")) > metric_count, "no more system metrics are logged")
+    assert pending_steps == list(range(10, 40)), "the steps waited in memory"
     assert logged(run) == [(report.step, report.loss) for report in calibration.history]
-    assert any("MLflow can't be reached" in text for text in said)
+    assert any("MLflow can't be reached" in text for text in messages)
 
 
-def test_what_mlflow_missed_at_the_end_is_in_the_last_checkpoint(
+def test_steps_that_mlflow_missed_are_in_the_last_checkpoint(
     tmp_path: Path, small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worker ends before MLflow is back: whoever comes next finds the artifact, and the steps in the checkpoint of the last step."""
-    monkeypatch.setattr("ray.train.get_preemption_info", lambda: None)  # there is no Ray here
+    """The worker ends while MLflow is down. The next worker logs the missing steps from the last checkpoint."""
+    monkeypatch.setattr("ray.train.get_preemption_info", lambda: None)  # the test runs without Ray
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home"), "ACIP_CHECKPOINT_S": "1e6"})
-    tracking, said = Tracking(settings, "fleet"), list[str]()
+    tracking, messages = Tracking(settings, "fleet"), list[str]()
     run = tracking.start("small", "missed", {})
     checkpoints = Checkpoints(settings, "small-0123")
-    away = Run(MlflowClient(tracking_uri="http://127.0.0.1:9"), run.run_id)  # nothing listens there
-    lost = observer(away, quick_recipe, said, checkpoints)
-    calibration = calibrated_with(lost, small_base, quick_recipe, golden_tokens)
-    assert lost.rows and checkpoints.names()[0][:11] == f"step_{len(calibration.history):06d}"
-    late = observer(run, quick_recipe, said, checkpoints)
+    unreachable_run = Run(MlflowClient(tracking_uri="http://127.0.0.1:9"), run.run_id)  # no server listens on this port
+    lost_observer = observer(unreachable_run, quick_recipe, messages, checkpoints)
+    calibration = calibrate_with(lost_observer, small_base, quick_recipe, golden_tokens)
+    assert lost_observer.rows and checkpoints.names()[0][:11] == f"step_{len(calibration.history):06d}"
+    late_observer = observer(run, quick_recipe, messages, checkpoints)
     with checkpoints.newest() as folder:
-        late.recall(folder)
-    late.catch_up()
+        late_observer.recall(folder)
+    late_observer.catch_up()
     assert logged(run) == [(report.step, report.loss) for report in calibration.history]
 
 
@@ -159,20 +164,21 @@ def test_what_mlflow_missed_at_the_end_is_in_the_last_checkpoint(
         ("finetune", ["small", "--size", "0.5"]),
     ],
 )
-def test_a_job_says_in_a_line_that_the_registry_is_away(
+def test_jobs_report_an_unreachable_registry_in_one_line(
     job: str, args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where it only asks for a version: that is not taken for a version that isn't there."""
-    away = {"MLFLOW_TRACKING_URI": "http://me:hunter2@127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # nothing listens there
-    for name, value in {**away, "ACIP_HOME": str(tmp_path), "ACIP_ARTIFACT_URI": "s3://models/x"}.items():
+    """An unreachable registry is not reported as a missing version."""
+    uri = "http://me:hunter2@127.0.0.1:9"  # no server listens on this port
+    registry = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    for name, value in {**registry, "ACIP_HOME": str(tmp_path), "ACIP_ARTIFACT_URI": "s3://models/x"}.items():
         monkeypatch.setenv(name, value)
     assert importlib.import_module(f"jobs.{job}").main(args) == 2
-    said = " ".join("".join(capsys.readouterr()).split())
-    assert "error: the registry at http://me:***@127.0.0.1:9 can't be reached: " in said and "hunter2" not in said
+    output = " ".join("".join(capsys.readouterr()).split())
+    assert "error: the registry at http://me:***@127.0.0.1:9 can't be reached: " in output and "hunter2" not in output
 
 
-def test_the_end_of_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it says itself, FAILED where something is raised, and only said where MLflow can't be told."""
+def test_run_status_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run ends with the given status, or FAILED after an exception. If MLflow is unreachable, a log line reports it."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     run = Tracking(Settings.from_env({"ACIP_HOME": str(tmp_path)}), "fleet").start("small", "end", {})
 
@@ -188,31 +194,33 @@ def test_the_end_of_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture, monk
     with run.ending(lambda: "KILLED"):
         pass
     assert status() == "KILLED"
-    with pytest.raises(ValueError, match="the work's own"), Run(MlflowClient(tracking_uri="http://127.0.0.1:9"), run.run_id).ending():
-        raise ValueError("the work's own")
+    with pytest.raises(ValueError, match="original error"), Run(MlflowClient(tracking_uri="http://127.0.0.1:9"), run.run_id).ending():
+        raise ValueError("original error")
     assert f"could not record the end of run {run.run_id}" in caplog.text
 
 
-def test_clocks_that_jump_change_nothing(
+def test_clock_jumps_do_not_change_the_result(
     tmp_path: Path, small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor, calibrated: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before each step the wall clock jumps, to and fro, by up to a day."""
+    """The wall clock jumps by up to a day in either direction at every reading."""
     monkeypatch.setattr("acip_platform.training.worker.REPORT_EVERY_S", 0.0)
     settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home")})
-    run, said, shown, real = Tracking(settings, "fleet").start("small", "clock", {}), list[str](), list[dict[str, Any]](), time.time
+    run, real_time = Tracking(settings, "fleet").start("small", "clock", {}), time.time
+    step_events: list[dict[str, Any]] = []
     jumps = iter(range(10**6))
 
-    def jumping() -> float:
-        return real() + 86400 * math.sin(next(jumps))
+    def jumping_time() -> float:
+        return real_time() + 86400 * math.sin(next(jumps))
 
-    watching = observer(run, quick_recipe, said)
-    watching.emit = lambda kind, **facts: shown.append(facts) if kind == "step" else None
-    monkeypatch.setattr(time, "time", jumping)
-    calibration = calibrated_with(watching, small_base, quick_recipe, golden_tokens)
-    watching.catch_up()
+    live_observer = observer(run, quick_recipe, [])
+    live_observer.emit = lambda kind, **facts: step_events.append(facts) if kind == "step" else None
+    monkeypatch.setattr(time, "time", jumping_time)
+    calibration = calibrate_with(live_observer, small_base, quick_recipe, golden_tokens)
+    live_observer.catch_up()
     monkeypatch.undo()
     assert calibration.history == calibrated[1].history
     assert sorted(logged(run)) == [(report.step, report.loss) for report in calibration.history]
-    assert run.client.get_run(run.run_id).data.metrics["loss_nats"] == calibration.history[-1].loss, "MLflow's last is the last step's"
+    latest = run.client.get_run(run.run_id).data.metrics["loss_nats"]
+    assert latest == calibration.history[-1].loss, "the latest metric in MLflow is that of the last step"
     assert run.last_step("loss_nats") == len(calibration.history)
-    assert all(facts["tokens_per_s"] > 0 and 0 <= (facts["eta_s"] or 0) < 7200 for facts in shown)
+    assert all(facts["tokens_per_s"] > 0 and 0 <= (facts["eta_s"] or 0) < 7200 for facts in step_events)

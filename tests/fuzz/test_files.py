@@ -1,4 +1,4 @@
-"""Files and words that people write: fleets, spaces, arenas, sizes, pools. Anything in them is understood or refused."""
+"""Fuzz tests of user input: fleet, space, and arena files, sizes, and pools. Each input is accepted or raises a documented error."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ from tests.support.fuzzing import JSON, fuzz, harmed
 
 ROOT = Path(__file__).parents[2]
 LEVELS = "".join(f"\n    - &b{n} [" + ", ".join([f"*b{n - 1}"] * 9) + "]" for n in range(1, 12))
-NASTY = [  # YAML that parsers, constructors or messages stumble over
+NASTY = [  # YAML that is hard for parsers, constructors, or error messages
     "1" * 5000, "0x" + "f" * 5000, "2020-13-45", "2020-01-01", "!!int x", "!!float x", "!!bool x", "!!timestamp x",
     "!!binary x", "!!python/object/apply:os.system [id]", "!!set {a}", "!!omap [a: 1]", "!!str [a]",
     "!!map a", "!!null x", "!x y", ".inf", "-.inf", ".nan",
@@ -72,7 +72,7 @@ methods: {svd: OPTIONS, asvd: {alpha: 0.5}}
 cpus: CPUS
 KEY: VALUE
 """
-WELL = {  # what stands in the holes of these files
+VALID_VALUES = {  # valid values for the placeholders of these templates
     "NAME": "x", "RECIPE": "demo", "SIZES": "[1.0, 0.5]", "TASKS": "[]", "GPUS": "1", "STOP": "0.4", "EXCLUDE": "[up]", "SEED": "3",
     "KEY": "eval_windows", "VALUE": "2", "STEPS": "10", "LR": "[0.1, 0.2]", "RANK": "[4]", "SEARCH": "random", "SAMPLES": "2",
     "DATA": "package:wikipedia", "OPTIONS": "{}", "CPUS": "1",
@@ -80,16 +80,16 @@ WELL = {  # what stands in the holes of these files
 
 
 @st.composite
-def written(draw: st.DrawFn, template: str) -> bytes:
-    """A file of this kind: one or two holes filled with what does not belong there, or bytes changed in it."""
-    holes = [hole for hole in WELL if hole in template]
-    wrong = draw(st.lists(st.sampled_from(holes), max_size=2))
-    for hole in holes:
-        template = template.replace(hole, draw(RAW) if hole in wrong else WELL[hole], 1)
+def file_content(draw: st.DrawFn, template: str) -> bytes:
+    """Draw a file from a template, with invalid values in one or two placeholders, or with changed bytes."""
+    placeholders = [placeholder for placeholder in VALID_VALUES if placeholder in template]
+    invalid = draw(st.lists(st.sampled_from(placeholders), max_size=2))
+    for placeholder in placeholders:
+        template = template.replace(placeholder, draw(RAW) if placeholder in invalid else VALID_VALUES[placeholder], 1)
     content = template.encode(errors="surrogatepass")
-    if not wrong:
-        at = draw(st.integers(0, len(content)))
-        content = content[:at] + draw(st.binary(max_size=4)) + content[at + draw(st.integers(0, 9)) :]
+    if not invalid:
+        position = draw(st.integers(0, len(content)))
+        content = content[:position] + draw(st.binary(max_size=4)) + content[position + draw(st.integers(0, 9)) :]
     return content
 
 
@@ -100,15 +100,15 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_hub_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm-eval's own tasks: reading their files takes 20 s, once, and none is meant."""
+    """Skip loading the tasks of lm-eval: reading their files takes 20 s, and these tests use none of them."""
     from acip.evaluate import tasks
 
-    own = tasks._manager("", False)
-    monkeypatch.setattr(tasks, "_manager", lambda folder, defaults: own)
+    manager = tasks._manager("", False)
+    monkeypatch.setattr(tasks, "_manager", lambda folder, defaults: manager)
 
 
-def short(error: Exception) -> None:
-    """A message that can be read, and printed."""
+def assert_readable(error: Exception) -> None:
+    """Assert that the message is not empty, is short, and can be encoded."""
     assert 0 < len(str(error).encode()) < 20_000
 
 
@@ -116,7 +116,7 @@ def check_fleet(file: Path) -> None:
     try:
         fleet = Fleet.load(file)
     except FleetError as error:
-        short(error)
+        assert_readable(error)
         return
     assert "/" not in fleet.name and "'" not in fleet.name
     for job in fleet.jobs:
@@ -133,20 +133,21 @@ def check_space(file: Path) -> None:
         space = Space.load(file)
         trials = space.trials(Job("a", "b/c", Recipe(scores="order")))
     except SpaceError as error:
-        short(error)
+        assert_readable(error)
         return
     assert "/" not in space.name and space.name not in (".", "..")
     assert 1 <= len(trials) <= 1000
-    assert trials == space.trials(Job("a", "b/c", Recipe(scores="order"))), "the same every time"
+    assert trials == space.trials(Job("a", "b/c", Recipe(scores="order"))), "draws are deterministic"
 
 
 def check_arena(file: Path) -> None:
     try:
         arena = Arena.load(file)
     except AcipError as error:
-        short(error)
+        assert_readable(error)
         return
-    assert Path("arenas", f"{arena.name}.json").resolve().parent == Path("arenas").resolve(), "its results stay in their folder"
+    results = Path("arenas", f"{arena.name}.json").resolve()
+    assert results.parent == Path("arenas").resolve(), "the name does not lead out of the results folder"
     assert all(len(arena.fingerprint(method)) == 12 for method in arena.methods)
 
 
@@ -154,29 +155,29 @@ KINDS = {"fleet": (FLEET, check_fleet), "space": (SPACE, check_space), "arena": 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_files_are_right_without_harm(file: Path, kind: str) -> None:
-    """Or the tests below would be of files that are refused at once."""
+def test_valid_files_load(file: Path, kind: str) -> None:
+    """The templates with valid values load. Otherwise the tests below would only see rejected files."""
     template, check = KINDS[kind]
-    for hole, value in WELL.items():
-        template = template.replace(hole, value, 1)
+    for placeholder, value in VALID_VALUES.items():
+        template = template.replace(placeholder, value, 1)
     file.write_text(template)
     check(file)
     {"fleet": Fleet, "space": Space, "arena": Arena}[kind].load(file)  # type: ignore[attr-defined]
 
 
-@fuzz(written(FLEET), share=1.5)
+@fuzz(file_content(FLEET), share=1.5)
 def test_fleet_files(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     check_fleet(file)
 
 
-@fuzz(written(SPACE))
+@fuzz(file_content(SPACE))
 def test_space_files(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     check_space(file)
 
 
-@fuzz(written(ARENA))
+@fuzz(file_content(ARENA))
 def test_arena_files(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     check_arena(file)
@@ -190,7 +191,7 @@ EXAMPLES = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @fuzz(st.data(), share=0.5)
-def test_our_own_files_with_anything_anywhere(file: Path, kind: str, data: st.DataObject) -> None:
+def test_example_files_with_random_changes(file: Path, kind: str, data: st.DataObject) -> None:
     content = data.draw(harmed(data.draw(st.sampled_from(EXAMPLES[kind]))))
     file.write_text(yaml.safe_dump(content, allow_unicode=False), encoding="utf-8")
     KINDS[kind][1](file)
@@ -216,22 +217,22 @@ def table(small_artifact: Artifact) -> CutTable:
 
 @fuzz(SIZE, share=2.0)
 def test_sizes(table: CutTable, text: str) -> None:
-    """What is understood is also cut: not above what was asked for."""
+    """A size that parses gives a cut that does not exceed it."""
     try:
         budget = Budget.parse(text)
         cut = table.cut(budget)
     except BudgetError as error:
-        short(error)
+        assert_readable(error)
         return
     assert cut.got <= budget.asked
 
 
 @fuzz(SIZE, SIZE, st.sampled_from(["", "small", "small@", "smal@", "@", "small@fit:8GB@"]))
-def test_models_with_sizes(table: CutTable, size: str, context: str, name: str) -> None:
+def test_model_names_with_sizes(table: CutTable, size: str, context: str, name: str) -> None:
     try:
         found, budget = split_name(f"{name}{size}@{context}" if context else f"{name}{size}", ["small", "small@x", "other"])
     except RequestError as error:
-        short(error)
+        assert_readable(error)
         return
     assert found in ("small", "small@x", "other")
     with contextlib.suppress(BudgetError):

@@ -1,6 +1,6 @@
-"""Requests of any shape to the routes, with a real engine behind them: an answer, or an error of OpenAI's shape that is the client's.
+"""Fuzz tests of the HTTP routes with a real engine: each request gets a response or a client error in OpenAI's format.
 
-Headers and paths hold bytes that no client library would send.
+Headers and paths contain bytes that no client library sends.
 """
 
 import json
@@ -38,11 +38,11 @@ def app(home: Path, small_artifact: Artifact) -> Iterator[Application]:
     app.close()
 
 
-def check(status: int, answered: bytes) -> None:
-    """A real answer, or an error that says whose it is; never ours."""
-    assert status in (200, 202, 204, 400, 401, 404, 405, 408, 413, 415, 429, 431), (status, answered[:500])
+def check(status: int, response: bytes) -> None:
+    """Assert that the response is a success or a well-formed client error, never a server error."""
+    assert status in (200, 202, 204, 400, 401, 404, 405, 408, 413, 415, 429, 431), (status, response[:500])
     if status >= 400:
-        error = json.loads(answered, parse_constant=_no_constant)["error"]
+        error = json.loads(response, parse_constant=_no_constant)["error"]
         assert error.keys() == {"message", "type", "param", "code"}
         assert error["type"] in ("invalid_request_error", "rate_limit_error")
         assert error["message"] and len(error["message"]) < 10_000
@@ -70,24 +70,24 @@ BODIES = {
 }
 
 
-def test_the_bodies_are_answered_without_harm(app: Application) -> None:
+def test_valid_bodies_are_accepted(app: Application) -> None:
     for path, body in BODIES.items():
-        status, answered = app.ask("POST", path, json.dumps(body).encode())
-        assert status == {"/v1/chat/completions": 400, "/v1/materializations": 429}.get(path, 200), (path, answered)
+        status, response = app.ask("POST", path, json.dumps(body).encode())
+        assert status == {"/v1/chat/completions": 400, "/v1/materializations": 429}.get(path, 200), (path, response)
 
 
 def as_json(value: Any) -> bytes:
-    """As a client may write it: lone surrogates escaped or as bytes, NaN and endless numbers among the rest."""
+    """Return the JSON that a lenient client sends: with escaped lone surrogates, NaN, and infinite numbers."""
     return json.dumps(value, default=str).encode()
 
 
 @pytest.mark.parametrize("path", BODIES)
 @fuzz(st.data(), share=0.8)
-def test_bodies_with_anything_anywhere(app: Application, path: str, data: st.DataObject) -> None:
+def test_bodies_with_random_changes(app: Application, path: str, data: st.DataObject) -> None:
     body = data.draw(harmed(BODIES[path]))
     try:
         content = as_json(body)
-    except ValueError:  # an int that Python does not write
+    except ValueError:  # Python refuses to print very long ints
         content = b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}"
     check(*app.ask("POST", path, content))
 
@@ -124,19 +124,19 @@ PATHS = st.text(max_size=30) | st.lists(
     share=2.0,
 )
 def test_paths_methods_and_headers(app: Application, method: str, path: str, query: bytes, headers: Headers) -> None:
-    status, answered = app.ask(method, path, b'{"prompt": "a", "max_tokens": 1}', headers, query)
-    if not path.strip("/"):  # a file, of which ranges may be asked
+    status, response = app.ask(method, path, b'{"prompt": "a", "max_tokens": 1}', headers, query)
+    if not path.strip("/"):  # the page is a file, so clients may request ranges
         assert status in (200, 204, 206, 400, 404, 405, 416)
     elif method != "HEAD":
-        check(status, answered)
+        check(status, response)
 
 
 @fuzz(st.sampled_from(["version", "alias"]), JSON | st.from_regex(r"[a-z0-9'\"\\ %;-]{1,12}", fullmatch=True), share=0.5)
-def test_versions_to_load(app: Application, which: str, value: Any) -> None:
-    check(*app.ask("POST", "/v1/models/small/load", as_json({which: value}) if not _endless(value) else b"{}"))
+def test_versions_to_load(app: Application, field: str, value: Any) -> None:
+    check(*app.ask("POST", "/v1/models/small/load", as_json({field: value}) if not _is_unprintable(value) else b"{}"))
 
 
-def _endless(value: Any) -> bool:
+def _is_unprintable(value: Any) -> bool:
     try:
         json.dumps(value)
     except ValueError:
@@ -145,8 +145,8 @@ def _endless(value: Any) -> bool:
 
 
 @fuzz(st.binary(max_size=60) | st.sampled_from([b"Bearer " + KEY.encode()[:-1], b"Basic " + KEY.encode(), KEY.encode()]), share=0.5)
-def test_no_key_but_the_key_opens(value: bytes) -> None:
+def test_only_the_exact_key_is_accepted(value: bytes) -> None:
     keys = Keys.from_env({"ACIP_API_KEYS": KEY})
-    with pytest.raises(RequestError) as refused:
+    with pytest.raises(RequestError) as caught:
         keys.check(value.decode("latin-1"))
-    assert refused.value.status == 401
+    assert caught.value.status == 401

@@ -1,4 +1,4 @@
-"""What others wrote into the registry: tags, aliases, URIs, and the curves of artifacts that it points at."""
+"""Fuzz tests of registry content: tags, aliases, URIs, and the curves of registered artifacts."""
 
 import contextlib
 import json
@@ -28,20 +28,20 @@ URIS = WORDS | st.builds(
 )  # fmt: skip
 
 
-class Held:
-    """A registry and a store, two versions of `small` that are well, and what the folder around them holds."""
+class RegistryWithVersions:
+    """A registry with two valid versions of `small`, and a store, in one home folder."""
 
     def __init__(self, home: Path, artifact: Artifact) -> None:
         self.home, self.artifact = home, artifact
         settings = Settings.from_env({"ACIP_HOME": str(home)})
         self.registry, self.store = Registry(settings), Store(settings.store, home / "cache")
-        self.registry.client.get_experiment_by_name("Default")  # makes the database
+        self.registry.client.get_experiment_by_name("Default")  # creates the database
         self.first, self.second = (self.registry.register("small", uri, "", {}) for uri in (str(artifact.folder), f"{artifact.folder}/."))
 
 
 @pytest.fixture(scope="module")
-def held(small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Held:
-    return Held(tmp_path_factory.mktemp("registry") / "home", small_artifact)
+def registered(small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> RegistryWithVersions:
+    return RegistryWithVersions(tmp_path_factory.mktemp("registry") / "home", small_artifact)
 
 
 @pytest.fixture
@@ -51,54 +51,54 @@ def s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The working folder, in which nothing may appear."""
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Change to an empty working folder and assert that it stays empty."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     assert not list(tmp_path.iterdir())
 
 
 @fuzz(URIS, share=0.5)
-def test_uris(held: Held, s3: None, outside: Path, uri: str) -> None:
-    """None of these is an artifact, so nothing is opened; most of them are nothing at all."""
+def test_uris(registered: RegistryWithVersions, s3: None, working_folder: Path, uri: str) -> None:
+    """URIs that do not point to an artifact raise an AcipError and write no files."""
     with contextlib.suppress(AcipError):
-        assert not held.store.exists(uri)
-    for method in (held.store.open, held.store.fetch):
+        assert not registered.store.exists(uri)
+    for method in (registered.store.open, registered.store.fetch):
         with contextlib.suppress(AcipError):
-            found = method(uri)
-            assert isinstance(found, Path) and found.is_dir(), "a folder, which only opening tells from an artifact"
-    assert {path.name for path in held.home.iterdir()} <= {"mlflow.db", "cache", "artifacts"}
+            folder = method(uri)
+            assert isinstance(folder, Path) and folder.is_dir(), "fetch returns an existing local folder without opening it"
+    assert {path.name for path in registered.home.iterdir()} <= {"mlflow.db", "cache", "artifacts"}
 
 
 @fuzz(URIS, st.dictionaries(st.sampled_from(["verdict", "fingerprint", "area"]), WORDS, max_size=2), share=0.3)
-def test_a_champion_that_points_anywhere(held: Held, s3: None, outside: Path, uri: str, tags: dict[str, str]) -> None:
-    """The next version is judged all the same, or told what is in the way."""
+def test_champion_with_any_uri(registered: RegistryWithVersions, s3: None, working_folder: Path, uri: str, tags: dict[str, str]) -> None:
+    """The next version gets a verdict or an AcipError, whatever the URI of the champion."""
     try:
-        hostile = held.registry.client.create_model_version("small", uri, "", tags)
-        held.registry.client.set_registered_model_alias("small", CHAMPION, hostile.version)
-    except (MlflowException, ValueError):  # MLflow itself refuses it
+        hostile = registered.registry.client.create_model_version("small", uri, "", tags)
+        registered.registry.client.set_registered_model_alias("small", CHAMPION, hostile.version)
+    except (MlflowException, ValueError):  # MLflow refuses the value
         return
     finally:
-        (outside / "mlflow.db").unlink(missing_ok=True)  # MLflow's client creates its default store for some URIs
+        (working_folder / "mlflow.db").unlink(missing_ok=True)  # MLflow's client creates its default store for some URIs
     with contextlib.suppress(AcipError):
-        assert promote_if_better(held.registry, held.store, held.first, held.artifact).why
-    assert held.registry.versions("small", {})[0].uri == uri
+        assert promote_if_better(registered.registry, registered.store, registered.first, registered.artifact).why
+    assert registered.registry.versions("small", {})[0].uri == uri
 
 
 @fuzz(WORDS | st.from_regex(r"[0-9 ,²٣-]{0,12}", fullmatch=True), WORDS | st.from_regex(r"[0-9²٣]{1,30}", fullmatch=True), share=0.5)
-def test_tags_and_aliases(held: Held, tag: str, which: str) -> None:
-    registry = held.registry
-    with contextlib.suppress(MlflowException, ValueError):  # MLflow itself takes no such tag
+def test_tags_and_aliases(registered: RegistryWithVersions, tag: str, alias: str) -> None:
+    registry = registered.registry
+    with contextlib.suppress(MlflowException, ValueError):  # MLflow refuses the tag
         registry.client.set_registered_model_tag("small", CHAMPIONS, tag)
-    registry.set_alias(held.first)
-    assert registry.champions("small")[-1] == held.first.version
+    registry.set_alias(registered.first)
+    assert registry.champions("small")[-1] == registered.first.version
     with contextlib.suppress(AcipError):
         assert isinstance(registry.back("small"), ModelVersion)
-    for name in ("small", which):
+    for name in ("small", alias):
         with contextlib.suppress(AcipError):
-            assert registry.resolve(name, which).name == name
-    registry.set_champion(held.second)
-    assert registry.resolve("small").version == held.second.version
+            assert registry.resolve(name, alias).name == name
+    registry.set_champion(registered.second)
+    assert registry.resolve("small").version == registered.second.version
 
 
 CURVE = [
@@ -110,10 +110,10 @@ ROWS = harmed(CURVE, st.none() | st.floats() | st.integers() | st.sampled_from([
 
 
 @fuzz(ROWS, ROWS, share=1.5)
-def test_curves(small_artifact: Artifact, ours: Any, theirs: Any) -> None:
-    """Whatever curves two artifacts have that were opened, one of them leads."""
+def test_curves(small_artifact: Artifact, first: Any, second: Any) -> None:
+    """Comparing two curves that pass validation always gives a verdict."""
     manifests = []
-    for curve in (ours, theirs):
+    for curve in (first, second):
         manifests.append({**json.loads(json.dumps(small_artifact.manifest)), "curve": curve})
         try:
             check_manifest(manifests[-1], "here")

@@ -1,4 +1,4 @@
-"""Part 1: on this device, too, the product computes what it promises. On the small trained model of golden/, in float32 and float64."""
+"""Part 1: correctness of the product on this device, with the small trained model of tests/golden, in float32 and float64."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ from acip.layers.targets import find_linears, targets, weight_MN
 from acip.recipe import Recipe
 from acip.sizing.cut_table import Budget
 from acip.sizing.model_sizes import cut_table, set_size
-from tests.gpu.golden import replay, stopped_alike
+from tests.gpu.golden import replay, same_result
 from tests.gpu.report import Report, Row
 from tests.gpu.scale import Scale, random_llama, text_windows
 from tests.support.small import GOLDEN, write_small_base
@@ -41,12 +41,12 @@ RECIPE = Recipe(
 RATIOS = (1.0, 0.8, 0.6, 0.4)
 
 
-class Killed(Exception):  # noqa: N818
-    """A calibration that is stopped on purpose."""
+class KilledError(Exception):
+    """The exception that stops a calibration at a given step."""
 
 
 class Small:
-    """The small model, its text, and one calibration of it on the device, which the checks share."""
+    """The small model and its text on the device, shared by all checks."""
 
     def __init__(self, scale: Scale, folder: Path) -> None:
         self.scale, self.folder = scale, folder
@@ -67,8 +67,8 @@ class Small:
 
     def logits(self, model: Any) -> Tensor:
         with torch.no_grad():
-            found: Tensor = model(input_ids=self.tokens.to(model.device)).logits
-        return found
+            logits: Tensor = model(input_ids=self.tokens.to(model.device)).logits
+        return logits
 
 
 def run(report: Report, scale: Scale) -> None:
@@ -80,26 +80,26 @@ def run(report: Report, scale: Scale) -> None:
         checks: dict[str, Callable[[Row, Small], None]] = {
             "size 1.0 is the base model, bit for bit": full_size,
             "a resumed calibration equals a straight one, bit for bit": resumed,
-            "it never matters when the host looks": host_looks,
-            "cuts are the CPU's, and never above what was asked": cuts,
+            "the sync interval does not change the result": sync_interval,
+            "cuts equal those of the CPU and never exceed the budget": cuts,
             "an artifact saved and loaded": artifact,
-            "plain models of one size compute what the resident one computes": materialized,
-            "mixed sizes equal single sizes": mixed,
+            "materialized models compute the same logits as the resident model": materialized,
+            "mixed sizes equal single sizes": mixed_sizes,
             "gradient checkpointing changes nothing": recomputed,
-            "bases solved in stacks are as good as the CPU's": bases,
-            "8-bit matrices equal the CPU's": eight_bit,
-            "sampled tokens equal the CPU's": sampled,
+            "bases solved in batches are as accurate as on the CPU": bases,
+            "8-bit matrices equal those of the CPU": eight_bit,
+            "sampled tokens equal those of the CPU": sampled,
         }
         for name, check in checks.items():
             with report.row(name) as row:
                 check(row, small)
-    with report.row("a calibration in bfloat16 leaves a finite model") as row, tempfile.TemporaryDirectory() as folder:
+    with report.row("a calibration in bfloat16 gives finite logits") as row, tempfile.TemporaryDirectory() as folder:
         sixteen_bit(row, Small(scale, Path(folder)))
 
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Inside, equal inputs give equal bits: kernels that add in any order are not used."""
+    """Use deterministic kernels in the body, so that equal inputs give equal bits."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with sdpa_kernel(SDPBackend.MATH):
@@ -108,10 +108,10 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def close(row: Row, what: str, ours: Tensor, theirs: Tensor, limit: float) -> None:
-    """Require that two tensors, of any devices, differ by at most `limit` of the largest number."""
-    error = float((ours.double().cpu() - theirs.double().cpu()).abs().max() / theirs.double().abs().max().cpu())
-    if not error <= limit:  # not a number is too much, too
+def close(row: Row, what: str, actual: Tensor, expected: Tensor, limit: float) -> None:
+    """Require that two tensors differ by at most `limit` times the largest absolute value. They may be on different devices."""
+    error = float((actual.double().cpu() - expected.double().cpu()).abs().max() / expected.double().abs().max().cpu())
+    if not error <= limit:  # this also refuses NaN
         row.require(False, f"{what}: {error:.1e}", f"at most {limit:.0e}")
         return
     worst = max(error, row.numbers.get("worst", 0.0))
@@ -128,46 +128,49 @@ def full_size(row: Row, small: Small) -> None:
     for core in targets(base.model).values():
         assert isinstance(core, ElasticLinear)
         core.set_rank(None)
-    row.require(torch.equal(small.logits(base.model), plain), "calibrated, at full rank")
-    any_size = Artifact.save(small.folder / "full", base, calibration, {}).load(small.scale.device)
-    any_size.resize(1.0)
-    row.require(torch.equal(small.logits(any_size.model), plain), "equal")
+    row.require(torch.equal(small.logits(base.model), plain), "the calibrated model at full rank")
+    elastic = Artifact.save(small.folder / "full", base, calibration, {}).load(small.scale.device)
+    elastic.resize(1.0)
+    row.require(torch.equal(small.logits(elastic.model), plain), "equal")
     restore(base.model)
     row.require(torch.equal(small.logits(base.model), plain), "equal: calibrated, loaded from the artifact, restored")
 
 
 def resumed(row: Row, small: Small) -> None:
     _, straight = small.calibrated()
-    for at in (8, straight.stop_step + 6):
-        folder = small.folder / f"state-{at}"
+    for kill_step in (8, straight.stop_step + 6):
+        folder = small.folder / f"state-{kill_step}"
         folder.mkdir()
 
-        def kill(reports: list[StepReport], state: CalibrationState, at: int = at, folder: Path = folder) -> None:
-            if state.step >= at:
+        def kill_at_step(reports: list[StepReport], state: CalibrationState, kill_step: int = kill_step, folder: Path = folder) -> None:
+            if state.step >= kill_step:
                 state.save(folder)
-                raise Killed
+                raise KilledError
 
-        with suppress(Killed):
-            small.calibrated(observe=kill)
+        with suppress(KilledError):
+            small.calibrated(observe=kill_at_step)
         _, again = small.calibrated(resume=folder)
-        alike = stopped_alike(again, straight) and same_adapters(again, straight)
-        first = next((ours.step for ours, theirs in zip(again.history, straight.history, strict=False) if ours != theirs), None)
-        row.require(alike, f"killed at {at} of {len(straight.history)} steps" + ("" if alike else f", parts at step {first}"))
+        equal = same_result(again, straight) and same_adapters(again, straight)
+        first = next((actual.step for actual, expected in zip(again.history, straight.history, strict=False) if actual != expected), None)
+        row.require(equal, f"killed at {kill_step} of {len(straight.history)} steps" + ("" if equal else f", diverges at step {first}"))
 
 
-def host_looks(row: Row, small: Small) -> None:
-    _, often = small.calibrated(look_every=1)
+def sync_interval(row: Row, small: Small) -> None:
+    _, every_step = small.calibrated(look_every=1)
     for every in (2, 4):
-        _, rarely = small.calibrated(look_every=every)
-        row.require(stopped_alike(often, rarely) and same_adapters(often, rarely), f"every 1, 2, 4 steps; stop at {often.stop_step}")
+        _, every_few_steps = small.calibrated(look_every=every)
+        row.require(
+            same_result(every_step, every_few_steps) and same_adapters(every_step, every_few_steps),
+            f"sync every 1, 2, 4 steps; stop at {every_step.stop_step}",
+        )
 
 
-def same_adapters(one: Calibration, other: Calibration) -> bool:
-    theirs = targets(other.model)
+def same_adapters(first_run: Calibration, second_run: Calibration) -> bool:
+    second_layers = targets(second_run.model)
     pairs: list[tuple[LoRA, LoRA]] = [
-        (lora, theirs[name].loras[place]) for name, core in targets(one.model).items() for place, lora in core.loras.items()
+        (lora, second_layers[name].loras[key]) for name, core in targets(first_run.model).items() for key, lora in core.loras.items()
     ]
-    return all(torch.equal(a, b) for ours, his in pairs for a, b in zip(ours.parameters(), his.parameters(), strict=True))
+    return all(torch.equal(a, b) for pair in pairs for a, b in zip(pair[0].parameters(), pair[1].parameters(), strict=True))
 
 
 def cuts(row: Row, small: Small) -> None:
@@ -177,42 +180,42 @@ def cuts(row: Row, small: Small) -> None:
     row.require(torch.equal(scores.removal_order().cpu(), on_cpu.removal_order()), "removal order")
     table = cut_table(base.model, on_cpu, calibration.recipe)
     for ratio in RATIOS:
-        ours, theirs = calibration.table.cut(Budget(ratio)), table.cut(Budget(ratio))
-        row.require(ours == theirs and ours.got <= ratio, f"sizes {', '.join(map(str, RATIOS))}")
+        actual, expected = calibration.table.cut(Budget(ratio)), table.cut(Budget(ratio))
+        row.require(actual == expected and actual.got <= ratio, f"sizes {', '.join(map(str, RATIOS))}")
 
 
 def artifact(row: Row, small: Small) -> None:
     base, calibration = small.calibrated()
     saved = Artifact.save(small.folder / "saved", base, calibration, {})
-    here, on_cpu = saved.load(small.scale.device), saved.load("cpu")
+    on_device, on_cpu = saved.load(small.scale.device), saved.load("cpu")
     for ratio in RATIOS:
-        cut = here.resize(ratio)
+        cut = on_device.resize(ratio)
         on_cpu.resize(ratio)
         set_size(targets(base.model), cut)
-        close(row, f"calibrated and loaded, {ratio}", small.logits(here.model), small.logits(base.model), 1e-4)
-        close(row, f"loaded here and on the CPU, {ratio}", small.logits(here.model), small.logits(on_cpu.model), 1e-4)
-    for (name, ours), theirs in zip(here.model.state_dict().items(), on_cpu.model.state_dict().values(), strict=True):
-        if not torch.equal(ours.cpu(), theirs):
-            row.require(False, f"{name} is not what was saved")
+        close(row, f"calibrated against loaded, {ratio}", small.logits(on_device.model), small.logits(base.model), 1e-4)
+        close(row, f"loaded on the device against the CPU, {ratio}", small.logits(on_device.model), small.logits(on_cpu.model), 1e-4)
+    for (name, actual), expected in zip(on_device.model.state_dict().items(), on_cpu.model.state_dict().values(), strict=True):
+        if not torch.equal(actual.cpu(), expected):
+            row.require(False, f"{name} differs from the saved tensor")
 
 
 def materialized(row: Row, small: Small) -> None:
     for storage in ("pivot", "factors"):
         base, calibration = small.calibrated(replace(RECIPE, storage=storage))
-        any_size = Artifact.save(small.folder / storage, base, calibration, {}).load(small.scale.device)
+        elastic = Artifact.save(small.folder / storage, base, calibration, {}).load(small.scale.device)
         for ratio in RATIOS:
-            any_size.resize(ratio)
-            close(row, f"{storage}, {ratio}", small.logits(any_size.materialize()), small.logits(any_size.model), 1e-3)
+            elastic.resize(ratio)
+            close(row, f"{storage}, {ratio}", small.logits(elastic.materialize()), small.logits(elastic.model), 1e-3)
 
 
-def mixed(row: Row, small: Small) -> None:
+def mixed_sizes(row: Row, small: Small) -> None:
     base, calibration = small.calibrated()
-    any_size = Artifact.save(small.folder / "mixed", base, calibration, {}).load(small.scale.device)
-    cuts = [any_size.table.cut(Budget(ratio)) for ratio in RATIOS]
-    mixer = Mixer(any_size.layers)
+    elastic = Artifact.save(small.folder / "mixed", base, calibration, {}).load(small.scale.device)
+    cuts = [elastic.table.cut(Budget(ratio)) for ratio in RATIOS]
+    mixer = Mixer(elastic.layers)
     for counts in ((1, 1, 1, 1), (3, 1, 20, 2), (40, 1, 1, 30)):
         runs = [(Size(cut.removed, cut.ranks), count) for cut, count in zip(cuts, counts, strict=True)]
-        for name, layer in any_size.layers.items():
+        for name, layer in elastic.layers.items():
             x = torch.randn(1, sum(counts), layer.right.values.shape[1], device=small.scale.device)
             alone, start = [], 0
             mixer.clear()
@@ -231,23 +234,25 @@ def recomputed(row: Row, small: Small) -> None:
     row.require(losses[0] == losses[1], f"loss {losses[0]:.6f} and {losses[1]:.6f}")
     _, kept = small.calibrated()
     _, again = small.calibrated(replace(RECIPE, gradient_checkpointing=True))
-    row.require(stopped_alike(kept, again), f"{len(kept.history)} steps alike")
+    row.require(same_result(kept, again), f"{len(kept.history)} equal steps")
 
 
 def bases(row: Row, small: Small) -> None:
-    """Both in float32; the error above the optimum, a share of a layer's energy at the worst rank, tells how good they are."""
-    hidden, wide = small.scale.basis
-    shape = {"hidden_size": hidden, "intermediate_size": wide, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
+    """Compare bases solved in float32 by their worst error above the optimum, as a fraction of the energy of the layer."""
+    hidden, intermediate = small.scale.basis
+    shape = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
     model = random_llama(shape, replace(small.scale, dtype="float32"))
     linears = find_linears(model)
     C = activation_covariances(model, linears, text_windows(256, 8))
-    here, excess = solve(linears, C), {"device": 0.0, "CPU": 0.0}
-    there = solve({name: linear.to("cpu") for name, linear in linears.items()}, {name: C_nn.cpu() for name, C_nn in C.items()})
-    for side, found in (("device", here), ("CPU", there)):
-        for name, directions in found.items():
+    device_bases, excess = solve(linears, C), {"device": 0.0, "CPU": 0.0}
+    cpu_bases = solve({name: linear.to("cpu") for name, linear in linears.items()}, {name: C_nn.cpu() for name, C_nn in C.items()})
+    for side, solved in (("device", device_bases), ("CPU", cpu_bases)):
+        for name, directions in solved.items():
             result = accuracy(weight_MN(linears[name]), C[name].cpu(), directions.cpu())
             excess[side] = max(excess[side], float(result.excess.max()))
-            row.require(result.orthonormality < 1e-4, f"{side} {name}: off orthonormal by {result.orthonormality:.1e}", "at most 1e-4")
+            row.require(
+                result.orthonormality < 1e-4, f"{side} {name}: deviates from orthonormal by {result.orthonormality:.1e}", "at most 1e-4"
+            )
     limit = max(1e-5, 3 * excess["CPU"])
     row.require(
         excess["device"] <= limit, f"error above the optimum {excess['device']:.1e}, on the CPU {excess['CPU']:.1e}", f"at most {limit:.0e}"
@@ -257,26 +262,26 @@ def bases(row: Row, small: Small) -> None:
 def eight_bit(row: Row, small: Small) -> None:
     model = load_base(small.source, "float32").model
     for linear in find_linears(model).values():
-        there = quantized(linear, "int8").dequantized(torch.float32)
-        here = quantized(linear.to(small.scale.device), "int8").dequantized(torch.float32)
-        close(row, "int8", here, there, 1e-2)  # one step of 127, where rounding to the nearest differs
+        on_cpu = quantized(linear, "int8").dequantized(torch.float32)
+        on_device = quantized(linear.to(small.scale.device), "int8").dequantized(torch.float32)
+        close(row, "int8", on_device, on_cpu, 1e-2)  # allows one step of 127, for different rounding
 
 
 def sampled(row: Row, small: Small) -> None:
     logits = small.logits(load_base(small.source, "float32").model)[0].cpu()
     settings = (SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(top_k=5, logprobs=2))
-    picked = []
+    tokens_by_device = []
     for device in ("cpu", small.scale.device):
         samplers = [Sampler(settings[i % len(settings)], seed=i % len(settings)) for i in range(len(logits))]
-        picked.append([choice.token for choice in sample(logits.to(device), samplers)])
-    alike = sum(a == b for a, b in zip(*picked, strict=True))
-    row.require(alike >= len(logits) - 1, f"{alike} of {len(logits)} tokens alike")  # one may lie on the edge of two
+        tokens_by_device.append([choice.token for choice in sample(logits.to(device), samplers)])
+    equal = sum(a == b for a, b in zip(*tokens_by_device, strict=True))
+    row.require(equal >= len(logits) - 1, f"{equal} of {len(logits)} tokens are equal")  # rounding may change one of them
 
 
 def sixteen_bit(row: Row, small: Small) -> None:
     recipe = replace(RECIPE, dtype="bfloat16", scores="fisher")
     base, calibration = small.calibrated(recipe)
-    any_size = Artifact.save(small.folder / "bfloat16", base, calibration, {}).load(small.scale.device)
+    elastic = Artifact.save(small.folder / "bfloat16", base, calibration, {}).load(small.scale.device)
     for ratio in RATIOS:
-        any_size.resize(ratio)
-        row.require(bool(small.logits(any_size.model).isfinite().all()), f"loss {calibration.history[-1].loss:.3f} at the last step")
+        elastic.resize(ratio)
+        row.require(bool(small.logits(elastic.model).isfinite().all()), f"loss {calibration.history[-1].loss:.3f} at the last step")

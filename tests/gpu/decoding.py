@@ -1,7 +1,7 @@
-"""Part 3: how fast exported models answer. Llama-7B's shape, dense and at 0.6 and 0.4, as factors and as pivots, CUDA graphs on all sides.
+"""Part 3: decoding speed of exported models with Llama-7B's shape: dense, and at 0.6 and 0.4 as factors and pivots, with CUDA graphs.
 
-Tokens/s stand beside the bound that the measured bandwidth sets: a step reads every weight once. `factors of 64` have their ranks rounded
-down to multiples of 64, which tells what ranks that don't fit the tensor cores cost.
+Tokens/s are compared with the bound from the measured bandwidth: a step reads every weight once. `factors of 64` round ranks down to
+multiples of 64, which shows the cost of ranks that do not fit the tensor cores.
 """
 
 import statistics
@@ -21,31 +21,31 @@ def run(report: Report, scale: Scale) -> None:
     per_s = 0.0
     with report.row("bandwidth") as row:
         per_s = bandwidth(scale)
-        row.show(f"{per_s / 1e12:.2f} TB/s", "a copy, bytes read and written", bytes_per_s=per_s)
+        row.show(f"{per_s / 1e12:.2f} TB/s", "bytes read and written by a copy", bytes_per_s=per_s)
     dense = random_llama(scale.llama, scale)
-    for size in SIZES:  # one after the other: all of them and their caches would not fit into 80 GB
+    for size in SIZES:  # one size at a time: all models and their caches do not fit into 80 GB
         models: dict[str, Any] = {"dense": dense}
         for label, (form, multiple) in FORMS.items():
             models[label] = compressed(dense, size, form, multiple if scale.cuda else min(multiple, 8))
         for batch in scale.batches:
-            decoded(report, scale, models, size, batch, per_s)
+            measure_decoding(report, scale, models, size, batch, per_s)
             free(scale)
-        with report.row(f"prefill of {scale.prompt} tokens at {size}") as row:
+        with report.row(f"prefill of {scale.prompt_tokens} tokens at {size}") as row:
             times = {label: prefill(scale, model) for label, model in models.items()}
-            flop = 2 * scale.prompt * sum(p.numel() for p in dense.model.layers.parameters())
+            flop = 2 * scale.prompt_tokens * sum(p.numel() for p in dense.model.layers.parameters())
             found = "; ".join(f"{label} {1000 * taken:.0f} ms" for label, taken in times.items())
             row.show(found, f"dense: {flop / times['dense'] / 1e12:.0f} TFLOP/s", seconds=times)
         del models
         free(scale)
 
 
-def decoded(report: Report, scale: Scale, models: dict[str, Any], size: float, batch: int, per_s: float) -> None:
-    """Record the tokens/s of every model; they take turns. A model whose step can't be recorded as a graph decodes without one."""
-    steps = scale.rounds * scale.decoded + 4
+def measure_decoding(report: Report, scale: Scale, models: dict[str, Any], size: float, batch: int, per_s: float) -> None:
+    """Record the tokens/s of every model, measured in alternating rounds. A model whose graph capture fails decodes without a graph."""
+    steps = scale.rounds * scale.tokens_per_round + 4
     sides: dict[str, Side] = {}
     graphs = dict.fromkeys(models, scale.cuda)
     for label, model in models.items():
-        with report.row(f"{label}, {size}, batch {batch}: a step is recorded") as row:
+        with report.row(f"{label}, {size}, batch {batch}: graph capture") as row:
             try:
                 sides[label] = Side(model, batch, steps, scale.cuda)
             except Exception:
@@ -53,13 +53,13 @@ def decoded(report: Report, scale: Scale, models: dict[str, Any], size: float, b
                 graphs[label] = False
                 sides[label] = Side(model, batch, steps, cuda=False)
                 raise
-            row.show("as a CUDA graph" if scale.cuda else "no: not on CUDA")
+            row.show("captured as a CUDA graph" if scale.cuda else "skipped: not on CUDA")
     taken: dict[str, list[float]] = {label: [] for label in sides}
     for side in sides.values():
         side.seconds(2)
     for _ in range(scale.rounds):
         for label, side in sides.items():
-            taken[label] += timed(scale, side)
+            taken[label] += step_seconds(scale, side)
     base = statistics.median(taken["dense"])
     for label, side in sides.items():
         with report.row(f"{label} at {1.0 if label == 'dense' else size}, batch {batch}") as row:
@@ -72,17 +72,17 @@ def decoded(report: Report, scale: Scale, models: dict[str, Any], size: float, b
             )  # fmt: skip
 
 
-def timed(scale: Scale, side: Side) -> list[float]:
-    """Return the mean seconds of a step, of a round of steps that the host does not wait for."""
+def step_seconds(scale: Scale, side: Side) -> list[float]:
+    """Return the mean seconds per step of one round. The host waits only at its end."""
 
     def steps() -> None:
-        for _ in range(scale.decoded):
+        for _ in range(scale.tokens_per_round):
             side.step()
 
-    return [seconds(scale, steps) / scale.decoded]
+    return [seconds(scale, steps) / scale.tokens_per_round]
 
 
 @torch.no_grad()
 def prefill(scale: Scale, model: Any) -> float:
-    ids = torch.randint(0, model.config.vocab_size, (1, scale.prompt), device=scale.device)
+    ids = torch.randint(0, model.config.vocab_size, (1, scale.prompt_tokens), device=scale.device)
     return min(seconds(scale, lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1)) for _ in range(4))

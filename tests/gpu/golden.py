@@ -1,4 +1,4 @@
-"""Replays of the recorded runs of the published implementation on a device (tests/golden/README.md, tests/support/replay.py)."""
+"""Replay of the recorded runs of the published implementation on a device. See tests/golden/README.md and tests/support/replay.py."""
 
 import tempfile
 from pathlib import Path
@@ -17,15 +17,15 @@ from tests.gpu.scale import Scale
 from tests.support.small import GOLDEN, write_small_base
 
 RECORDED = {"float32": GOLDEN, "float64": GOLDEN.with_name("reference-trace-64")}
-CLOSE = 1e-9  # of logits of about 10 at the recorded ranks, in float64
-SAME_STEPS = 100  # in float32
+MAX_LOGIT_ERROR = 1e-9  # limit for logits of about 10 at the recorded ranks, in float64
+SAME_STEPS = 100  # steps whose losses agree in float32
 SIZES = ("1.0", "0.8", "0.6", "0.4")
 
 
 def replay(row: Row, scale: Scale, dtype: Any) -> None:
-    """Calibrate as it was recorded, from LAPACK's bases, and compare every step, the scores, and the logits at the recorded ranks."""
+    """Repeat the recorded calibration with LAPACK's bases. Compare every step, the scores, and the logits at the recorded ranks."""
     if not (RECORDED[dtype] / "trace.json").is_file():
-        row.require(False, "the recording is not there", str(RECORDED[dtype].name))
+        row.require(False, "the recording is missing", str(RECORDED[dtype].name))
         return
     from tests.support.replay import Recording, assert_same_run, rank_correlation, start_adapters
 
@@ -56,36 +56,44 @@ def replay(row: Row, scale: Scale, dtype: Any) -> None:
     if dtype == "float64":
         l1 = calibration.history[-1].lambda_ * float(calibration.scores.score.clamp(min=0).sum())
         assert_same_run(recording, calibration.history, calibration.stop_step, scores, l1)
-        worst = logits_apart(model, recording)
-        row.require(worst < CLOSE, f"{len(calibration.history)} steps alike, logits differ by {worst:.1e}", f"at most {CLOSE:.0e}")
-    else:  # the runs part where the order of summation decides whether a mask crosses zero
+        error = max_logit_error(model, recording)
+        row.require(
+            error < MAX_LOGIT_ERROR,
+            f"{len(calibration.history)} equal steps, logits differ by {error:.1e}",
+            f"at most {MAX_LOGIT_ERROR:.0e}",
+        )
+    else:  # the runs diverge once the order of summation decides whether a mask crosses zero
         pairs = list(zip(calibration.history, recording.trace, strict=False))
-        losses = max(abs(ours.loss - theirs["loss"]) / theirs["loss"] for ours, theirs in pairs[:SAME_STEPS])
-        live = max(abs(ours.live - theirs["live"]) / theirs["live"] for ours, theirs in pairs[: config["stop_step"] - 3])
-        alike = min(rank_correlation(scores[name], recording.scores[name]) for name in scores)
+        losses = max(abs(step.loss - recorded["loss"]) / recorded["loss"] for step, recorded in pairs[:SAME_STEPS])
+        live = max(abs(step.live - recorded["live"]) / recorded["live"] for step, recorded in pairs[: config["stop_step"] - 3])
+        correlation = min(rank_correlation(scores[name], recording.scores[name]) for name in scores)
         row.require(losses < 1e-3, f"losses of the first {SAME_STEPS} steps differ by {losses:.1e}", "at most 1e-3")
-        row.require(live < 0.02, f"living directions differ by {live:.2%}", "at most 2%")
+        row.require(live < 0.02, f"active directions differ by {live:.2%}", "at most 2%")
         row.require(
             abs(calibration.stop_step - config["stop_step"]) <= 5, f"stop at step {calibration.stop_step}", f"{config['stop_step']}"
         )
-        row.require(alike > 0.97, f"losses to {losses:.0e}, living to {live:.2%}, scores correlate by {alike:.4f}", "at least 0.97")
+        row.require(
+            correlation > 0.97,
+            f"losses differ by {losses:.0e}, active directions by {live:.2%}, score rank correlation {correlation:.4f}",
+            "at least 0.97",
+        )
     row.numbers |= {"losses": [report.loss for report in calibration.history], "live": [report.live for report in calibration.history]}
 
 
-def logits_apart(model: Any, recording: Any) -> float:
+def max_logit_error(model: Any, recording: Any) -> float:
     """Return the largest difference from the recorded logits at the recorded ranks."""
-    tokens, worst = recording.probe["probe"].long().to(model.device), 0.0
+    tokens, error = recording.probe["probe"].long().to(model.device), 0.0
     for size in SIZES:
         ranks, layers = recording.ranks(size), targets(model)
         for shape in layer_shapes(model):
             core: Any = layers[shape.name]
             core.set_rank(ranks[shape.name])
         with torch.no_grad():
-            found = model(input_ids=tokens).logits.cpu()
-        worst = max(worst, float((found - recording.probe[f"logits_{size}"]).abs().max()))
-    return worst
+            logits = model(input_ids=tokens).logits.cpu()
+        error = max(error, float((logits - recording.probe[f"logits_{size}"]).abs().max()))
+    return error
 
 
-def stopped_alike(one: Calibration, other: Calibration) -> bool:
-    """Whether two calibrations took the same steps to the same scores, bit for bit."""
-    return one.history == other.history and torch.equal(one.scores.score, other.scores.score)
+def same_result(first: Calibration, second: Calibration) -> bool:
+    """Return whether two calibrations have the same history and scores, bit for bit."""
+    return first.history == second.history and torch.equal(first.scores.score, second.scores.score)

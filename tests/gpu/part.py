@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-# A plain CUDA image has none of these. They count as missing on every machine, so that the dry run notices who needs them.
-ABSENT = (
+# A plain CUDA image has none of these packages. They are blocked on every machine, so that the dry run fails if a part needs one.
+BLOCKED_PACKAGES = (
     "ray",
     "mlflow",
     "boto3",
@@ -32,17 +32,17 @@ def main() -> int:
     parser.add_argument("--device", required=True)
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
-    cast(dict[str, Any], sys.modules).update(dict.fromkeys(ABSENT))
+    cast(dict[str, Any], sys.modules).update(dict.fromkeys(BLOCKED_PACKAGES))
     import torch
 
     from tests.gpu.report import Report
-    from tests.gpu.scale import DRY, FULL, at
+    from tests.gpu.scale import DRY, FULL, on_device
 
     if args.device == "cuda" and not torch.cuda.is_available():
         print(f"torch {torch.__version__} finds no CUDA device.", file=sys.stderr)
         return 2
     report = Report(args.rows, args.seconds)
-    importlib.import_module(f"tests.gpu.{args.name}").run(report, at(DRY if args.dry else FULL, args.device))
+    importlib.import_module(f"tests.gpu.{args.name}").run(report, on_device(DRY if args.dry else FULL, args.device))
     return 0
 
 

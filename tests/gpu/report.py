@@ -1,6 +1,6 @@
-"""Rows that a part writes while it runs, and the JSON and the Markdown table that check.py makes of them.
+"""Rows that a part writes while it runs, and the JSON file and Markdown table that check.py builds from them.
 
-A part runs in a process of its own and appends one line of JSON per row, so that what was measured is there when the part is cut off.
+Each part runs in its own process and appends one JSON line per row, so a part that is stopped early keeps its finished rows.
 """
 
 import json
@@ -15,45 +15,45 @@ from typing import Any
 
 @dataclass
 class Row:
-    """One thing that was checked or measured. `ok` is None where there is nothing to pass or fail."""
+    """One check or measurement. `ok` is None for a measurement, which can't fail."""
 
     name: str
     value: str = ""
-    beside: str = ""  # the limit, the prediction, or the other side
+    reference: str = ""  # the limit, the prediction, or the value of the other implementation
     ok: bool | None = None
     seconds: float = 0.0
     error: str = ""  # the traceback of a check that failed
-    numbers: dict[str, Any] = field(default_factory=dict)  # for the JSON
+    numbers: dict[str, Any] = field(default_factory=dict)  # for the JSON file
 
-    def require(self, ok: bool, value: str, beside: str = "") -> None:
-        """Record a value and whether it is as required. The first failure of a row stays; later ones are appended to it."""
+    def require(self, ok: bool, value: str, reference: str = "") -> None:
+        """Record a value and whether it meets the requirement. After a failure, only further failures are recorded."""
         if self.ok is False:
             if not ok:
                 self.value += f"; {value}"
             return
-        self.ok, self.value, self.beside = ok, value, beside
+        self.ok, self.value, self.reference = ok, value, reference
 
-    def show(self, value: str, beside: str = "", **numbers: Any) -> None:
+    def show(self, value: str, reference: str = "", **numbers: Any) -> None:
         """Record a measurement."""
-        self.value, self.beside = value, beside
+        self.value, self.reference = value, reference
         self.numbers |= numbers
 
 
 class Report:
-    """Writes rows to a file, one after the other."""
+    """A writer that appends rows to a file."""
 
     def __init__(self, path: Path, seconds: float) -> None:
         self.path, self.deadline = path, time.monotonic() + seconds
 
-    def left(self) -> float:
-        """Return the seconds that are left to this part."""
+    def remaining_s(self) -> float:
+        """Return the seconds until the time limit of this part."""
         return self.deadline - time.monotonic()
 
     @contextmanager
     def row(self, name: str, needs_s: float = 0.0) -> Iterator[Row]:
-        """Record one row. An exception inside fails the row and not the part.
+        """Record one row. An exception in the body fails the row and does not end the part.
 
-        `needs_s` is what the row takes at most: where less is left, the body runs all the same, and the caller may ask `left()` first.
+        `needs_s` is the time that the row takes at most. It is not enforced: callers that need it check `remaining_s()` first.
         """
         row, start = Row(name), time.monotonic()
         try:
@@ -68,24 +68,27 @@ class Report:
         with self.path.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
         verdict = {True: "ok", False: "FAILED", None: ""}[row.ok]
-        print(f"  {row.name}: {row.value}" + (f" ({row.beside})" if row.beside else "") + f"  {verdict} [{row.seconds:.1f} s]", flush=True)
+        print(
+            f"  {row.name}: {row.value}" + (f" ({row.reference})" if row.reference else "") + f"  {verdict} [{row.seconds:.1f} s]",
+            flush=True,
+        )
         if row.error:
             print(row.error, flush=True)
 
 
 @dataclass
 class Part:
-    """What is known of a part."""
+    """The status and the rows of a part."""
 
     name: str
     status: str = "not run"  # not run, running, passed, failed
     seconds: float = 0.0
     limit_s: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
-    log: str = ""  # the end of what it printed, where it failed
+    log: str = ""  # the end of its output, if it failed
 
-    def judge(self, exit_code: int | None) -> None:
-        """Set the status of a part that ended. `exit_code` None means that it was stopped at its time limit."""
+    def set_status(self, exit_code: int | None) -> None:
+        """Set the status of a part that ended. An `exit_code` of None means that it was stopped at its time limit."""
         failed = [row["name"] for row in self.rows if row["ok"] is False]
         if exit_code is None:
             self.status = f"failed: stopped after {self.limit_s:.0f} s, its time limit"
@@ -98,7 +101,7 @@ class Part:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """Return the rows in the file of a part; a last line that is not whole yet is left out."""
+    """Return the rows in the file of a part, without an incomplete last line."""
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -115,15 +118,15 @@ def table(facts: dict[str, Any], parts: list[Part]) -> str:
     for part in parts:
         lines += [f"**{part.name}**: {part.status}, {part.seconds:.0f} s of at most {part.limit_s:.0f}", ""]
         if part.rows:
-            lines += ["| | measured | beside it | | s |", "|---|---|---|---|---|"]
+            lines += ["| | measured | reference | | s |", "|---|---|---|---|---|"]
         for row in part.rows:
             verdict = {True: "ok", False: "**failed**", None: ""}[row["ok"]]
-            cells = (row["name"], row["value"], row["beside"], verdict, f"{row['seconds']:.1f}")
+            cells = (row["name"], row["value"], row["reference"], verdict, f"{row['seconds']:.1f}")
             lines.append("| " + " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in cells) + " |")
         lines.append("")
         for row in part.rows:
             if row["error"]:
                 lines += [f"{row['name']}:", "", *(f"    {line}" for line in row["error"].splitlines()), ""]
         if part.log:
-            lines += ["The end of what it printed:", "", *(f"    {line}" for line in part.log.splitlines()), ""]
+            lines += ["The end of its output:", "", *(f"    {line}" for line in part.log.splitlines()), ""]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The check of one GPU runs on a CPU with tiny shapes, so that nothing in it rots while no GPU is at hand."""
+"""The GPU check runs on a CPU with tiny shapes, so that its code keeps working without a GPU."""
 
 import json
 import os
@@ -13,50 +13,54 @@ import pytest
 from tests.gpu.check import LIMITS_S, ROOT
 from tests.gpu.report import Part, Report, rows_of, table
 
-LOWEST = "5.16.0"  # of transformers; pyproject.toml allows it
+LOWEST = "5.16.0"  # lowest version of transformers that pyproject.toml allows
 
 
 def dry_run(out: Path, *arguments: str, **environment: str) -> dict[str, Any]:
-    """Run the check with tiny shapes on a CPU, and return what it wrote."""
+    """Run the check with tiny shapes on a CPU, and return its results.json."""
     command = [sys.executable, "tests/gpu/check.py", "--dry", "--slow", "8", "--out", str(out), *arguments]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=1800)
-    assert (out / "results.json").is_file(), done.stderr
+    finished = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=1800
+    )
+    assert (out / "results.json").is_file(), finished.stderr
     results: dict[str, Any] = json.loads((out / "results.json").read_text())
-    assert done.returncode == 0, (out / "table.md").read_text()
+    assert finished.returncode == 0, (out / "table.md").read_text()
     return results
 
 
-def assert_whole(results: dict[str, Any], out: Path) -> None:
+def assert_all_passed(results: dict[str, Any], out: Path) -> None:
     assert {part["name"]: part["status"] for part in results["parts"]} == dict.fromkeys(LIMITS_S, "passed")
     shown = (out / "table.md").read_text()
     for part in results["parts"]:
         assert f"**{part['name']}**: passed" in shown
         for row in part["rows"]:
-            assert row["value"], f"{part['name']}: {row['name']} says nothing"
+            assert row["value"], f"{part['name']}: {row['name']} has no value"
             assert f"| {row['name']} |" in shown
 
 
 def test_every_part_passes(tmp_path: Path) -> None:
-    assert_whole(dry_run(tmp_path), tmp_path)
+    assert_all_passed(dry_run(tmp_path), tmp_path)
 
 
 @pytest.mark.slow
 def test_every_part_passes_with_the_lowest_transformers(tmp_path: Path) -> None:
-    """The packages go into a folder that comes before the installed ones."""
+    """A folder with the lowest versions precedes the installed packages on PYTHONPATH."""
     packages = tmp_path / "packages"
-    wanted = [f"transformers=={LOWEST}", "huggingface_hub>=1.5,<2"]
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(packages), *wanted], check=True, timeout=900)
+    requirements = [f"transformers=={LOWEST}", "huggingface_hub>=1.5,<2"]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(packages), *requirements], check=True, timeout=900
+    )
     results = dry_run(tmp_path / "out", PYTHONPATH=str(packages))
     assert results["machine"]["transformers"] == LOWEST
-    assert_whole(results, tmp_path / "out")
+    assert_all_passed(results, tmp_path / "out")
 
 
-def test_the_lowest_transformers_is_what_the_package_asks_for() -> None:
+def test_pyproject_allows_the_lowest_transformers() -> None:
     assert f'"transformers>={LOWEST.removesuffix(".0")},<6"' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_a_part_that_fails_is_recorded_and_the_next_runs(tmp_path: Path) -> None:
-    """A part that is cut off keeps the rows that it has; a row that raises has its traceback, and the rows after it are there."""
+def test_a_failed_part_is_recorded(tmp_path: Path) -> None:
+    """A part that is stopped keeps its rows. A row that raises has a traceback, and later rows are still recorded."""
     report = Report(tmp_path / "rows", 60)
     with report.row("measured") as row:
         row.show("7 tokens/s", "of 9", tokens_per_s=7)
@@ -77,33 +81,33 @@ def test_a_part_that_fails_is_recorded_and_the_next_runs(tmp_path: Path) -> None
         (1, rows[:1], "failed: exit code 1 after 1 rows"), (0, [], "failed: exit code 0 after 0 rows"),
     ):  # fmt: skip
         part = Part("decoding", limit_s=9, rows=rest)
-        part.judge(exit_code)
+        part.set_status(exit_code)
         assert part.status == status
         assert f"**decoding**: {status}" in table({"date": "today"}, [part])
 
 
-def test_time_that_is_up_stops_a_part_and_the_others_still_run(tmp_path: Path) -> None:
-    """Within two seconds nothing can be checked: PyTorch is not even loaded."""
-    parts = ["--only", "correctness", "--only", "serving"]
-    command = [sys.executable, "tests/gpu/check.py", "--dry", "--slow", "0.01", *parts, "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 1
-    found = json.loads((tmp_path / "results.json").read_text())["parts"]
-    assert [part["status"] for part in found] == ["failed: stopped after 1 s, its time limit"] * 2
+def test_a_time_limit_stops_one_part_and_the_next_still_runs(tmp_path: Path) -> None:
+    """Both parts end at their time limits of one second, which is too short to load PyTorch."""
+    options = ["--only", "correctness", "--only", "serving"]
+    command = [sys.executable, "tests/gpu/check.py", "--dry", "--slow", "0.01", *options, "--out", str(tmp_path)]
+    finished = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False, timeout=300)
+    assert finished.returncode == 1
+    parts = json.loads((tmp_path / "results.json").read_text())["parts"]
+    assert [part["status"] for part in parts] == ["failed: stopped after 1 s, its time limit"] * 2
 
 
-def test_without_a_gpu_the_user_is_told(tmp_path: Path) -> None:
-    """Without nvidia-smi on the path, and with it but with a PyTorch for CPUs."""
+def test_a_missing_gpu_is_reported(tmp_path: Path) -> None:
+    """The error names a missing nvidia-smi, or a PyTorch without CUDA."""
     for tool in ("bash", "dirname", "sed", "env"):
         (tmp_path / tool).symlink_to(shutil.which(tool) or "")
     env = {**os.environ, "PATH": str(tmp_path), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     bash = shutil.which("bash") or ""
-    done = subprocess.run([bash, "infra/gpu"], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 1
-    assert "nvidia-smi finds no GPU" in done.stderr
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: a fake one'\n")
+    finished = subprocess.run([bash, "infra/gpu"], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
+    assert finished.returncode == 1
+    assert "nvidia-smi finds no GPU" in finished.stderr
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: fake'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     (tmp_path / "sh").symlink_to(shutil.which("sh") or "")
-    done = subprocess.run([bash, "infra/gpu"], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 1
-    assert "finds no CUDA device" in done.stderr
+    finished = subprocess.run([bash, "infra/gpu"], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
+    assert finished.returncode == 1
+    assert "finds no CUDA device" in finished.stderr

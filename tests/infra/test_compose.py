@@ -1,4 +1,7 @@
-"""infra/compose.yaml and infra/Dockerfile: valid by their own tools, open to this machine alone, and naming only what there is."""
+"""infra/compose.yaml and infra/Dockerfile pass their own validators, expose ports only locally, and refer only to existing things.
+
+Each check is a function that returns complaints: none for the files in the repository, and some for each planted error.
+"""
 
 import copy
 import fnmatch
@@ -29,41 +32,44 @@ def compose() -> Compose:
 
 
 def invalid(compose: Compose) -> list[str]:
-    """By the schema of the Compose specification."""
+    """Return the violations of the Compose specification's schema."""
     schema = json.loads(importlib.resources.files("check_jsonschema").joinpath("builtin_schemas/vendor/compose-spec.json").read_text())
     return [f"{error.json_path}: {error.message}" for error in Draft202012Validator(schema).iter_errors(compose)]
 
 
 def dangling(compose: Compose) -> list[str]:
-    """What services refer to that is not there; files of .secrets are there once infra/secrets has run."""
-    made = {f"../.secrets/{name}" for name in re.findall(r"^put (\S+)", (INFRA / "secrets").read_text(), re.M)}
+    """Return the references of services to missing things. Files in .secrets count as present, because infra/secrets creates them."""
+    secret_files = {f"../.secrets/{name}" for name in re.findall(r"^put (\S+)", (INFRA / "secrets").read_text(), re.M)}
     complaints, services = [], compose["services"]
     for name, service in services.items():
         complaints += [
-            f"{name} waits for {other}" for other in service.get("depends_on", ()) if "healthcheck" not in services.get(other, ())
+            f"{name} waits for {dependency}, which has no healthcheck"
+            for dependency in service.get("depends_on", ())
+            if "healthcheck" not in services.get(dependency, ())
         ]
-        complaints += [f"{name}: no {file}" for file in service.get("env_file", ()) if file not in made]
+        complaints += [f"{name}: no {file}" for file in service.get("env_file", ()) if file not in secret_files]
         complaints += [f"{name}: no secret {secret}" for secret in service.get("secrets", ()) if secret not in compose["secrets"]]
         for source in (volume.split(":")[0] for volume in service.get("volumes", ())):
             if not (INFRA / source).is_file() if source.startswith(".") else source not in compose["volumes"]:
                 complaints.append(f"{name}: no {source}")
-        told = " ".join([*service.get("command", ()), *service.get("environment", {}).values()])
+        texts = " ".join([*service.get("command", ()), *service.get("environment", {}).values()])
         aliases = {alias for each in services.values() for alias in each.get("networks", {}).get("default", {}).get("aliases", ())}
-        hosts = {host for host, _ in re.findall(r"(?:^|//|@|=|,| )([a-z-]+):(\d{4,5})\b", told)} - {"localhost"}
+        hosts = {host for host, _ in re.findall(r"(?:^|//|@|=|,| )([a-z-]+):(\d{4,5})\b", texts)} - {"localhost"}
         complaints += [f"{name}: no host {host}" for host in hosts - services.keys() - aliases]
-    return complaints + [f"no {each['file']}" for each in compose["secrets"].values() if each["file"] not in made]
+    return complaints + [f"no {each['file']}" for each in compose["secrets"].values() if each["file"] not in secret_files]
 
 
 def open_to_the_network(compose: Compose) -> list[str]:
+    """Return the published ports that are not bound to 127.0.0.1."""
     ports = {name: service.get("ports", ()) for name, service in compose["services"].items()}
     return [f"{name}: {port}" for name in ports for port in ports[name] if not port.startswith("127.0.0.1:")]
 
 
 def wrong_commands(compose: Compose) -> list[str]:
-    """Judged by the programs' own parsers."""
+    """Return the options that the parser of each program refuses."""
     complaints = []
     weed = subprocess.run([Path(sys.executable).with_name("weed"), "help", "mini"], capture_output=True, text=True, check=False)
-    known = set(re.findall(r"^\s+-([\w.]+)", weed.stdout + weed.stderr, re.M))
+    options = set(re.findall(r"^\s+-([\w.]+)", weed.stdout + weed.stderr, re.M))
     for name, service in compose["services"].items():
         words = service.get("command", [])
         parser = {("ray", "start"): ray_start, ("mlflow", "server"): mlflow_server}.get(tuple(words[:2]))
@@ -73,7 +79,7 @@ def wrong_commands(compose: Compose) -> list[str]:
             except click.ClickException as error:
                 complaints.append(f"{name}: {error.format_message()}")
         if words[:1] == ["mini"]:
-            complaints += [f"{name}: no {word}" for word in words[1:] if word.lstrip("-").split("=")[0] not in known]
+            complaints += [f"{name}: no {word}" for word in words[1:] if word.lstrip("-").split("=")[0] not in options]
         if "python" in words:
             script = words[words.index("python") + 1 :]
             source = (ROOT / script[0]).read_text()
@@ -87,14 +93,14 @@ CHECKS = (invalid, dangling, open_to_the_network, wrong_commands)
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_the_box_is_right(compose: Compose, check: Callable[[Compose], list[str]]) -> None:
+def test_compose_file_is_valid(compose: Compose, check: Callable[[Compose], list[str]]) -> None:
     assert check(compose) == []
 
 
-def test_gpus_are_on_top_of_it(compose: Compose) -> None:
-    more = yaml.safe_load((INFRA / "compose.gpu.yaml").read_text())
-    assert invalid(more) == []
-    assert more["services"].keys() <= compose["services"].keys()
+def test_gpu_compose_file_is_valid(compose: Compose) -> None:
+    gpu_compose = yaml.safe_load((INFRA / "compose.gpu.yaml").read_text())
+    assert invalid(gpu_compose) == []
+    assert gpu_compose["services"].keys() <= compose["services"].keys()
 
 
 PLANTED: dict[str, tuple[Callable[[Compose], list[str]], Callable[[dict[str, Any]], Any]]] = {
@@ -122,25 +128,25 @@ def test_a_planted_error_is_found(compose: Compose, error: str) -> None:
 
 
 def wrong_image(dockerfile: str, folder: Path) -> list[str]:
-    """What hadolint says; sources that are not there, or that the build does not see; a user who is root or has only a name."""
+    """Return hadolint's findings, missing or ignored COPY sources, a USER that is not a number above 0, and a wrong torch version."""
     (folder / "Dockerfile").write_text(dockerfile)
     command = [str(Path(sys.executable).with_name("hadolint")), "--no-color", str(folder / "Dockerfile")]
     complaints = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
-    seen = [line[1:] for line in (INFRA / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")]
+    included = [line[1:] for line in (INFRA / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")]
     for sources in re.findall(r"^COPY (.+) \S+$", dockerfile, re.M):
         for source in sources.split():
-            if not (ROOT / source).exists() or not any(fnmatch.fnmatch(source, pattern) for pattern in seen):
-                complaints.append(f"COPY {source}: it is not there, or .dockerignore hides it")
+            if not (ROOT / source).exists() or not any(fnmatch.fnmatch(source, pattern) for pattern in included):
+                complaints.append(f"COPY {source}: the file is missing, or .dockerignore excludes it")
     users = re.findall(r"^USER (.+)$", dockerfile, re.M)
     if not users or not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", users[-1]):
-        complaints.append(f"USER {users}: Kubernetes' runAsNonRoot wants a number above 0")
+        complaints.append(f"USER {users}: runAsNonRoot of Kubernetes needs a number above 0")
     (torch,) = re.findall(r"torch==([\d.]+)", (INFRA / "venv").read_text())
     if f"ARG TORCH={torch}\n" not in dockerfile:
-        complaints.append(f"torch is not {torch}, as in infra/venv")
+        complaints.append(f"torch is not {torch}, the version in infra/venv")
     return complaints
 
 
-def test_the_image_is_right(tmp_path: Path) -> None:
+def test_dockerfile_is_valid(tmp_path: Path) -> None:
     assert wrong_image((INFRA / "Dockerfile").read_text(), tmp_path) == []
 
 
@@ -154,5 +160,5 @@ def test_the_image_is_right(tmp_path: Path) -> None:
         ("TORCH=2", "TORCH=1"),
     ],
 )
-def test_an_error_planted_in_the_image_is_found(tmp_path: Path, right: str, wrong: str) -> None:
+def test_a_planted_dockerfile_error_is_found(tmp_path: Path, right: str, wrong: str) -> None:
     assert wrong_image((INFRA / "Dockerfile").read_text().replace(right, wrong), tmp_path)

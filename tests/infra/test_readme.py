@@ -1,4 +1,4 @@
-"""README.md is short, and everything that it tells a reader to type or to open is there."""
+"""README.md is short. The commands, files, and links on all README pages exist."""
 
 import json
 import re
@@ -19,17 +19,17 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> list[list[str]]:
-    """The words of each command in a page's shell blocks, comments left out."""
+    """Return the words of each command in the shell blocks of a page, without comments."""
     lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def test_the_first_page_is_short() -> None:
+def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_link_and_file_of_a_page_is_there(page: str) -> None:
+def test_links_and_files_of_a_page_exist(page: str) -> None:
     text, folder = (ROOT / page).read_text(), (ROOT / page).parent
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     assert all((folder / link).exists() for link in links), links
@@ -38,18 +38,18 @@ def test_every_link_and_file_of_a_page_is_there(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_script_that_is_run_is_there(page: str) -> None:
+def test_scripts_in_commands_exist(page: str) -> None:
     scripts = {word for words in commands(page) for word in words if re.fullmatch(r"(?:jobs|infra|tests)/[\w./-]+", word)}
     assert [script for script in scripts if not (ROOT / script).exists()] == []
 
 
-def test_the_python_example_runs(small_artifact: Artifact, tmp_path: Path) -> None:
+def test_python_example_runs(small_artifact: Artifact, tmp_path: Path) -> None:
     (code,) = blocks("README.md", "python")
     exec(code.replace("path/to/artifact", str(small_artifact.folder)).replace('"folder"', repr(str(tmp_path / "out"))), {})
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_the_example_request_is_one() -> None:
+def test_example_request_is_valid() -> None:
     (request,) = (words for words in commands("README.md") if words[0] == "curl")
     parsed = CompletionRequest.parse(json.loads(request[request.index("-d") + 1]))
     assert (parsed.size_ratio, parsed.max_tokens) == (0.6, 24)

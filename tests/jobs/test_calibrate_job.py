@@ -1,4 +1,4 @@
-"""`python jobs/calibrate_all.py --dry-run`: the whole plan on any machine, and what each model lacks there."""
+"""`python jobs/calibrate_all.py --dry-run` prints the whole plan on any machine, and what each model lacks there."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ LAPTOP = [{"CPU": 4.0}]
 
 @pytest.fixture
 def laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without a GPU and without the hub; no Ray is started."""
+    """Simulate a machine without a GPU, the hub, and Ray."""
     for name in ("ACIP_ARTIFACT_URI", "ACIP_CHECKPOINT_URI", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ACIP_HOME", str(tmp_path / "home"))
@@ -24,37 +24,37 @@ def laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate_all, "connect", lambda _: Cluster(True, ""))
     monkeypatch.setattr(calibrate_all, "nodes", lambda: LAPTOP)
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: "01"))
-    monkeypatch.setattr(calibrate_all, "run_job", lambda *_: pytest.fail("a dry run starts no work"))
+    monkeypatch.setattr(calibrate_all, "run_job", lambda *_: pytest.fail("a dry run started work"))
 
 
-def test_a_plan_has_everything_and_names_what_is_missing(small_base: str, tmp_path: Path, laptop: None) -> None:
+def test_a_plan_is_complete_and_names_missing_inputs(small_base: str, tmp_path: Path, laptop: None) -> None:
     settings = Settings.from_env({"ACIP_HOME": str(tmp_path)})
 
     def facts(**fields: object) -> dict[str, str]:
         job = Job(**{"name": "some", "base": small_base, "data": "package:austen", "sizes": (1.0, 0.5), "eval_context": 64, **fields})  # type: ignore[arg-type]
         return calibrate_all.plan(job, LAPTOP, settings)
 
-    complete = facts()
-    assert complete["resources"] == "0 GPU, 4 CPU"
-    assert (complete["text"], complete["held-out text"]) == ("package:austen", "package:austen")
-    assert complete["curve"] == "sizes 1, 0.5, packed"
-    assert "GB per worker, peak in " in complete["memory"]
-    assert complete["artifact"].startswith(f"{tmp_path}/artifacts/some/some-")
-    for lacks, fields in (
+    complete_plan = facts()
+    assert complete_plan["resources"] == "0 GPU, 4 CPU"
+    assert (complete_plan["text"], complete_plan["held-out text"]) == ("package:austen", "package:austen")
+    assert complete_plan["curve"] == "sizes 1, 0.5, packed"
+    assert "GB per worker, peak in " in complete_plan["memory"]
+    assert complete_plan["artifact"].startswith(f"{tmp_path}/artifacts/some/some-")
+    for expected, fields in (
         ({"memory": "nobody/has-this"}, {"base": "nobody/has-this"}),
         ({"text": "did you mean 'austen'", "held-out text": "did you mean 'austen'"}, {"data": "package:austin"}),
         ({"resources": "1 GPUs"}, {"gpus": 1.0}),
         ({"resources": "1 GPUs", "memory": "nobody/has-this"}, {"gpus": 1.0, "base": "nobody/has-this", "data": "c4"}),
     ):
         missing = {name: fact for name, fact in facts(**fields).items() if fact.startswith(calibrate_all.MISSING)}
-        assert missing.keys() == lacks.keys()
-        assert all(part in missing[name] for name, part in lacks.items()), missing
+        assert missing.keys() == expected.keys()
+        assert all(part in missing[name] for name, part in expected.items()), missing
 
 
-def test_the_papers_fleet_is_planned_without_a_gpu(laptop: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_paper_fleet_is_planned_without_a_gpu(laptop: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert calibrate_all.main(["--fleet", str(FLEETS / "paper.yaml"), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert out.count("\n[") == 2 * 9, "each model is listed, and has a plan"
+    assert out.count("\n[") == 2 * 9, "each model is listed and has a plan"
     assert out.count("resources      MISSING: ") == 9
     assert "9 of 9 models lack something here" in out
     assert calibrate_all.main(["--fleet", str(FLEETS / "paper.yaml"), "--dry-run", "--pool", "8xGPU:1,CPU:14"]) == 0

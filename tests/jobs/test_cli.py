@@ -1,4 +1,4 @@
-"""What all jobs share on the command line: old option names, argument types, exit codes."""
+"""The shared command line of all jobs: old option names, argument types, exit codes."""
 
 import argparse
 import importlib
@@ -10,7 +10,7 @@ from acip_platform import cli
 from acip.errors import AcipError
 from acip.renamed import OPTIONS
 
-pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # of Ray's import
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # raised by the import of Ray
 
 JOBS = ("arena", "calibrate_all", "evaluate", "finetune", "import_published", "materialize", "promote", "report", "serve", "sweep")
 
@@ -23,15 +23,15 @@ def parse(*names: str, argv: list[str], **options: object) -> argparse.Namespace
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_every_job_is_a_function_of_its_arguments(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_job_has_a_main_function_with_arguments(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     job = importlib.import_module(f"jobs.{name}")
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as caught:
         job.main(["--help"])
-    assert stopped.value.code == 0
+    assert caught.value.code == 0
     assert "Exit codes: 0 " in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as caught:
         job.main(["--no-such-option"])
-    assert stopped.value.code == cli.REFUSED
+    assert caught.value.code == cli.REFUSED
 
 
 # ---- old option names
@@ -50,13 +50,13 @@ def test_an_old_option_works_and_names_the_new_one(old: str) -> None:
     ("argv", "new", "value"),
     [(["--distill=0.5"], "--distill-weight", "0.5"), (["--size=any"], "--all-sizes", "on")],
 )
-def test_a_value_may_be_joined_by_an_equals_sign(argv: list[str], new: str, value: str) -> None:
+def test_an_old_option_accepts_an_equals_sign(argv: list[str], new: str, value: str) -> None:
     with pytest.warns(FutureWarning, match=f"is now called {new};"):
         args = parse("--size", new, argv=argv, nargs="?", const="on")
     assert getattr(args, new.removeprefix("--").replace("-", "_")) == value
 
 
-def test_what_is_not_an_old_option_of_this_job_stays() -> None:
+def test_other_arguments_are_not_renamed() -> None:
     parser = cli.parser("A job.")
     parser.add_argument("--size")
     parser.add_argument("--quantize")
@@ -76,10 +76,8 @@ def test_what_is_not_an_old_option_of_this_job_stays() -> None:
         ("materialize", ["x", "--size", "0.5", "--quantise", "int8", "--out", "y"], {"quantize": "int8"}),
     ],
 )
-def test_the_jobs_understand_their_old_options(
-    job: str, argv: list[str], options: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Up to the work: what `run` is called with."""
+def test_jobs_accept_their_old_options(job: str, argv: list[str], options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old options reach `run` under their new names."""
     module, calls = importlib.import_module(f"jobs.{job}"), list[argparse.Namespace]()
     monkeypatch.setattr(module, "run", lambda args, *_: calls.append(args))
     with pytest.warns(FutureWarning, match="is now called"):
@@ -103,12 +101,12 @@ def test_the_jobs_understand_their_old_options(
         (cli.node_pool, "2xGPU:1,CPU:14", [{"GPU": 1.0, "CPU": 14.0}] * 2),
     ],
 )
-def test_types(kind: Callable[[str], object], text: str, value: object) -> None:
+def test_argument_types(kind: Callable[[str], object], text: str, value: object) -> None:
     assert parse("--x", argv=["--x", text], type=kind).x == value
 
 
 @pytest.mark.parametrize(
-    ("kind", "text", "says"),
+    ("kind", "text", "message"),
     [
         (cli.whole_number(1), "0", "'0' is not allowed; give a whole number of at least 1."),
         (cli.whole_number(1), "1.5", "whole number"),
@@ -124,14 +122,16 @@ def test_types(kind: Callable[[str], object], text: str, value: object) -> None:
         (cli.node_pool, "2xTPU:1", "8xGPU:1,CPU:14"),
     ],
 )
-def test_values_out_of_range_are_refused(kind: Callable[[str], object], text: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
+def test_values_out_of_range_are_refused(
+    kind: Callable[[str], object], text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
         parse("--x", argv=[f"--x={text}"], type=kind)
-    assert stopped.value.code == cli.REFUSED
-    assert says in capsys.readouterr().err
+    assert caught.value.code == cli.REFUSED
+    assert message in capsys.readouterr().err
 
 
-def test_a_name_that_is_not_there_is_refused() -> None:
+def test_an_unknown_name_is_refused() -> None:
     cli.check_only(None, ["small"], "fleet")
     cli.check_only(["small"], ["small"], "fleet")
     with pytest.raises(AcipError, match=r"--only names 'smal' \(did you mean 'small'\?\); the fleet has small, large\."):
@@ -149,7 +149,7 @@ def raising(error: BaseException) -> Callable[[], int]:
 
 
 @pytest.mark.parametrize(
-    ("work", "code", "says"),
+    ("work", "code", "message"),
     [
         (lambda: None, 0, ""),
         (lambda: 0, 0, ""),
@@ -160,12 +160,12 @@ def raising(error: BaseException) -> Callable[[], int]:
     ],
 )
 def test_exit_codes(
-    work: Callable[[], int | None], code: int, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    work: Callable[[], int | None], code: int, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ray.shutdown", lambda: print("Ray has ended"))
     assert cli.exit_code(work) == code
     printed = capsys.readouterr()
-    assert printed.err.startswith(says) and (printed.err == "") == (says == "")
+    assert printed.err.startswith(message) and (printed.err == "") == (message == "")
     assert printed.out == "Ray has ended\n"
 
 

@@ -1,4 +1,4 @@
-"""`python jobs/evaluate.py`: sizes as Ray tasks, one of which really dies; a second run makes up for it and repeats nothing."""
+"""`python jobs/evaluate.py` measures sizes as Ray tasks. After a crash, a second run measures only the missing parts."""
 
 import json
 import shutil
@@ -24,24 +24,24 @@ from acip.errors import EvaluationError
 from acip.evaluate import DivergenceOn, PerplexityOn, Samples, Text, evaluate, trade_off
 from acip.sizing.budget import Budget
 from tests.conftest import byte_tokenizer
-from tests.support.words import assert_as_far
+from tests.support.near_ties import assert_close_divergence
 
-MINE = """\
+TASK = """\
 task: mine
 dataset_path: json
 dataset_kwargs: {data_files: {validation: items.jsonl}}
 output_type: multiple_choice
 validation_split: validation
-process_docs: !function utils.once_deadly
+process_docs: !function utils.kill_once
 doc_to_text: "{{question}}"
 doc_to_target: gold
 doc_to_choice: "{{[' yes', ' no']}}"
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
-DEADLY = """\
+KILL_ONCE = """\
 import os, pathlib, signal
 
-def once_deadly(docs):
+def kill_once(docs):
     try:
         pathlib.Path(os.environ["ACIP_HOME"], "died").mkdir()
     except FileExistsError:
@@ -51,7 +51,7 @@ def once_deadly(docs):
 
 
 def with_curve(artifact: Artifact, folder: Path) -> Artifact:
-    """A copy with a measured curve, in a folder of its own."""
+    """Return a copy of the artifact with a measured curve in `folder`."""
     folder.mkdir(parents=True)
     for file in (*artifact.manifest["files"], MANIFEST):
         (folder / file).hardlink_to(artifact.folder / file)
@@ -64,7 +64,7 @@ def with_curve(artifact: Artifact, folder: Path) -> Artifact:
 def command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., tuple[int, str]]]:
-    """The command in this process, in a home of its own; a Ray that it starts goes on for the next one."""
+    """Return a function that runs the job in this process with its own home. Its Ray keeps running for the next call."""
     from jobs import evaluate
 
     for name in ("ACIP_ARTIFACT_URI", "ACIP_CHECKPOINT_URI", "MLFLOW_TRACKING_URI"):
@@ -85,16 +85,16 @@ def command(
         monkeypatch.setattr(evaluate, "connect", start)
         try:
             code = evaluate.main(args)
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        return code, said.out + said.err
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
 
     yield run
     stop()
 
 
-def test_a_crash_costs_one_size_and_a_second_run_only_that(
+def test_a_second_run_measures_only_what_a_crash_lost(
     small_artifact: Artifact, tmp_path: Path, command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, tasks = tmp_path / "home", tmp_path / "tasks"
@@ -103,99 +103,100 @@ def test_a_crash_costs_one_size_and_a_second_run_only_that(
     registry = Registry(settings)
     registry.set_alias(registry.register("small", str(artifact.folder), "", {}))
     tasks.mkdir()
-    (tasks / "mine.yaml").write_text(MINE)
-    (tasks / "utils.py").write_text(DEADLY)
+    (tasks / "mine.yaml").write_text(TASK)
+    (tasks / "utils.py").write_text(KILL_ONCE)
     (tasks / "items.jsonl").write_text("".join(json.dumps({"question": f"Is {i} odd?", "gold": 1 - i % 2}) + "\n" for i in range(6)))
-    asked = ["--model", "small", "--sizes", "1.0", "0.7", "--tasks", "mine", "--task-folder", str(tasks), "--new-tokens", "3",
+    arguments = ["--model", "small", "--sizes", "1.0", "0.7", "--tasks", "mine", "--task-folder", str(tasks), "--new-tokens", "3",
              "--prompt-tokens", "8", "--skip", "samples", "--cpus", "2"]  # fmt: skip
 
-    code, said = command(*asked)
-    assert code == 1, said
-    assert "1 of 2 sizes measured" in said and "FAILED" in said and "Run the same command again" in said
+    code, output = command(*arguments)
+    assert code == 1, output
+    assert "1 of 2 sizes measured" in output and "FAILED" in output and "Run the same command again" in output
     (file,) = (home / "evaluations").glob("small-*.json")
-    (survivor,) = json.loads(file.read_text())
-    assert [one["kind"] for one in survivor["evaluation"]] == ["perplexity", "divergence", "task", "efficiency"]
+    (finished_row,) = json.loads(file.read_text())
+    assert [part["kind"] for part in finished_row["evaluation"]] == ["perplexity", "divergence", "task", "efficiency"]
     parts = {path: path.stat().st_mtime_ns for path in (home / "artifacts" / "evaluations").rglob("part.json")}
-    assert len(parts) == 4 + 2, "what the other size had measured before it died is kept; the curve has the perplexity at 1.0"
+    assert len(parts) == 4 + 2, "parts measured before the crash are kept, and the curve has the perplexity at 1.0"
 
-    code, said = command(*asked)
-    assert code == 0, said
-    assert "2 of 2 sizes measured" in said
+    code, output = command(*arguments)
+    assert code == 0, output
+    assert "2 of 2 sizes measured" in output
     assert {path: path.stat().st_mtime_ns for path in parts} == parts
     rows = json.loads(file.read_text())
     assert [row["asked"] for row in rows] == [1.0, 0.7]
-    assert survivor in rows
-    assert f"[size {survivor['asked']:g}]" not in said, "nothing of it was measured again"
+    assert finished_row in rows
+    assert f"[size {finished_row['asked']:g}]" not in output, "this size was not measured again"
 
     tracking = Tracking(settings, "acip/evaluation")
     (run,) = tracking.client.search_runs([tracking.experiment_id])
     assert run.info.status == "FINISHED"
     for name in ("task/mine/acc", "efficiency/prompt8_new_tokens3/stored_bytes", "divergence/wikipedia_packed_64/kl_nats", "size/params"):
         history = tracking.client.get_metric_history(run.info.run_id, name)
-        assert sorted(metric.step for metric in history) == [70, 100], "each size once"
+        assert sorted(metric.step for metric in history) == [70, 100], "each size is logged once"
     monkeypatch.setattr(Store, "record_curve", lambda *_: (_ for _ in ()).throw(StoreError("read only")))
-    code, said = command(*asked[:2], "--sizes", "0.5", *asked[5:])
-    assert code == 0 and "the curve of the artifact was not changed: read only" in said and "1 of 1 sizes measured" in said
-    assert [row["asked"] for row in json.loads(file.read_text())] == [1.0, 0.7, 0.5], "the rows of other runs that measured the same stay"
+    code, output = command(*arguments[:2], "--sizes", "0.5", *arguments[5:])
+    assert code == 0 and "the curve of the artifact was not changed: read only" in output and "1 of 1 sizes measured" in output
+    assert [row["asked"] for row in json.loads(file.read_text())] == [1.0, 0.7, 0.5], "rows of earlier runs stay"
     assert [row["asked"] for row in Run(tracking.client, run.info.run_id).read_json("evaluation.json")] == [1.0, 0.7, 0.5]
 
     curve = Artifact.open(artifact.folder).curve
-    assert [row["asked"] for row in curve] == [1.0, 0.7, 0.5], "measured on the curve's text, a new size has its place in it"
+    assert [row["asked"] for row in curve] == [1.0, 0.7, 0.5], "a new size measured on the text of the curve is added to it"
     assert [len(row.get("evaluation", [])) for row in curve] == [4, 4, 0]
-    assert next(one for one in curve[0]["evaluation"] if one["kind"] == "divergence")["values"]["kl_nats"] == 0.0
+    assert next(part for part in curve[0]["evaluation"] if part["kind"] == "divergence")["values"]["kl_nats"] == 0.0
 
 
-def test_of_what_is_known_nothing_is_loaded(small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_measurements_load_no_model(small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home")})
     task: Any = _measure
-    inbox = SimpleNamespace(put=SimpleNamespace(remote=lambda said: None))
+    events = SimpleNamespace(put=SimpleNamespace(remote=lambda event: None))
 
-    def measured(model: Model, size: float) -> Any:
-        return task._function(model, size, [Samples(("It was",))], settings, 1, inbox)
+    def measure(model: Model, size: float) -> Any:
+        return task._function(model, size, [Samples(("It was",))], settings, 1, events)
 
     artifact, base = Model(str(small_artifact.folder)), Model(base=small_artifact.manifest["base"]["source"])
-    first = [measured(artifact, 0.6), measured(base, 1.0)]
+    first = [measure(artifact, 0.6), measure(base, 1.0)]
     calibrated = Model(str(with_curve(small_artifact, tmp_path / "with-curve").folder))
     assert [row["asked"] for row in first] == [0.6, 1.0] and all("bytes" in row for row in first)
     for name in ("acip.artifact.artifact.Artifact.load", "acip_platform.evaluation.measure.load_base"):
-        monkeypatch.setattr(name, lambda *_: pytest.fail("loaded"))
-    assert [measured(artifact, 0.6), measured(base, 1.0)] == first
+        monkeypatch.setattr(name, lambda *_: pytest.fail("the model was loaded"))
+    assert [measure(artifact, 0.6), measure(base, 1.0)] == first
 
-    row = task._function(calibrated, 0.5, [PerplexityOn(Text(context=64, windows=4))], settings, 1, inbox)
+    row = task._function(calibrated, 0.5, [PerplexityOn(Text(context=64, windows=4))], settings, 1, events)
     curve_row = Artifact.open(calibrated.uri).curve[-1]
-    assert (row["asked"], row["evaluation"][0]["values"]["perplexity"]) == (0.5, curve_row["perplexity"]), "its curve knows it"
+    perplexity = row["evaluation"][0]["values"]["perplexity"]
+    assert (row["asked"], perplexity) == (0.5, curve_row["perplexity"]), "the perplexity comes from the curve"
     assert {key: row[key] for key in ("got", "params", "bytes")} == {key: curve_row[key] for key in ("got", "params", "bytes")}
 
 
 def test_another_model_is_compared_with_a_reference(small_artifact: Artifact, exported: Path, small_base: str, tmp_path: Path) -> None:
     settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home")})
     task: Any = _measure
-    inbox = SimpleNamespace(put=SimpleNamespace(remote=lambda said: None))
-    what = DivergenceOn(Text("package:austen", context=64, windows=4))
+    events = SimpleNamespace(put=SimpleNamespace(remote=lambda event: None))
+    divergence = DivergenceOn(Text("package:austen", context=64, windows=4))
 
-    def measured(reference: str) -> Any:
-        asked = [replace(what, reference=reference), PerplexityOn(what.text)]
-        return task._function(Model(base=str(exported), dtype="float32"), 1.0, asked, settings, 1, inbox)
+    def measure(reference: str) -> Any:
+        metrics = [replace(divergence, reference=reference), PerplexityOn(divergence.text)]
+        return task._function(Model(base=str(exported), dtype="float32"), 1.0, metrics, settings, 1, events)
 
-    part, alone = measured(small_base)["evaluation"]
+    part, alone = measure(small_base)["evaluation"]
     any_size = small_artifact.load(size=0.6)
-    (expected,) = evaluate(any_size, small_artifact.tokenizer(), [what])["evaluation"]
+    (expected,) = evaluate(any_size, small_artifact.tokenizer(), [divergence])["evaluation"]
     assert part["key"] != expected["key"] and part["values"]["kl_nats"] > 1e-3
-    assert_as_far(part["values"], expected["values"], 1e-3, 4 * 64)
-    again = measured(str(exported))["evaluation"]
-    assert again[0]["values"]["kl_nats"] == 0.0, "another reference is another measurement"
-    assert again[1] == alone, "of which nothing else hangs"
+    assert_close_divergence(part["values"], expected["values"], 1e-3, 4 * 64)
+    again = measure(str(exported))["evaluation"]
+    assert again[0]["values"]["kl_nats"] == 0.0, "another reference gives a new measurement"
+    assert again[1] == alone, "other measurements do not depend on the reference"
     other = tmp_path / "other"
     shutil.copytree(small_base, other)
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["another"])
     tokenizer.save_pretrained(other)
-    assert "has another vocabulary than" in measured(str(other))["error"]
+    assert "has another vocabulary than" in measure(str(other))["error"]
 
 
 @pytest.mark.parametrize(("node", "cpus"), [({"CPU": 2.0}, 3.0), ({"CPU": 2.0, "GPU": 1.0}, 3.0)])
-def test_what_no_node_has_is_refused(node: dict[str, float], cpus: float, tmp_path: Path) -> None:
-    """Two such nodes don't make one: Ray would wait for ever."""
+def test_resources_that_no_node_has_are_refused(node: dict[str, float], cpus: float, tmp_path: Path) -> None:
+    """A request must fit on one node. Two smaller nodes do not help: Ray would wait forever."""
     settings = Settings.from_env({"ACIP_HOME": str(tmp_path)})
     with pytest.raises(EvaluationError, match=r"asks for [01] GPUs and 3 CPUs; no node has them"):
         next(measure_sizes(Model("x"), (1.0, 0.5), [], settings, None, [node, node], cpus))
@@ -219,27 +220,27 @@ def test_parts_and_curves_are_kept_on_s3(
     assert record(store, uri, [row, {**row, "asked": 0.9, "got": 0.9}])[1] == [0.9]
     read = store.open(uri)
     assert [row.get("evaluation") for row in read.curve] == [None, [part]]
-    assert Model(uri).identity(read) == Model(uri).identity(artifact), "a longer curve is no other model"
+    assert Model(uri).identity(read) == Model(uri).identity(artifact), "a longer curve does not change the identity"
 
 
-def test_a_fleet_scores_its_tasks(small_artifact: Artifact, tmp_path: Path) -> None:
+def test_a_fleet_measures_its_tasks(small_artifact: Artifact, tmp_path: Path) -> None:
     settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home")})
     artifact = with_curve(small_artifact, tmp_path / "small")
     run = Tracking(settings, "acip/small").start("small", "small", {})
     job = Job("small", "b/c", sizes=(1.0, 0.5, 0.001), tasks=("package:piqa", "package:piqa"), task_limit=3)
-    heard: list[str] = []
-    for _ in range(2):  # a worker that died after it had measured goes on from here
-        measured = measure_tasks(job, artifact, artifact.load(), str(artifact.folder), run, settings, lambda _, text: heard.append(text))
+    messages: list[str] = []
+    for _ in range(2):  # the second pass is a worker that restarts after all measurements
+        measured = measure_tasks(job, artifact, artifact.load(), str(artifact.folder), run, settings, lambda _, text: messages.append(text))
         assert measured.curve == Artifact.open(artifact.folder).curve
-        assert [[one["label"] for one in row["evaluation"]] for row in measured.curve] == [["task/package_piqa_first3"]] * 2
+        assert [[part["label"] for part in row["evaluation"]] for row in measured.curve] == [["task/package_piqa_first3"]] * 2
         assert [row["evaluation"][0]["items"] for row in measured.curve] == [3, 3]
-    assert len([text for text in heard if text.startswith("task/package_piqa_first3: acc ")]) == 2
+    assert len([text for text in messages if text.startswith("task/package_piqa_first3: acc ")]) == 2
     assert sorted(run.steps("task/package_piqa_first3/acc")) == [50, 100]
     assert measure_tasks(replace(job, tasks=()), artifact, artifact.load(), "", run, settings, lambda _, text: None) is artifact
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (["--tasks", "package:piqua"], "did you mean 'package:piqa'"),
         (["--sizes", "0.5", "0.0001"], "size 0.0001 (linear) can't be reached: the smallest is"),
@@ -253,9 +254,9 @@ def test_a_fleet_scores_its_tasks(small_artifact: Artifact, tmp_path: Path) -> N
         (["--pool", "many"], "the pool is 'many'; it must be like 8xGPU:1,CPU:14"),
     ],
 )
-def test_the_command_refuses_before_it_begins(
-    args: list[str], says: str, small_artifact: Artifact, command: Callable[..., tuple[int, str]]
+def test_invalid_arguments_are_refused_before_work_starts(
+    args: list[str], message: str, small_artifact: Artifact, command: Callable[..., tuple[int, str]]
 ) -> None:
-    code, said = command("--artifact", str(small_artifact.folder), *args)
-    assert code == 2 and says in " ".join(said.split())
+    code, output = command("--artifact", str(small_artifact.folder), *args)
+    assert code == 2 and message in " ".join(output.split())
     assert not ray.is_initialized()

@@ -1,4 +1,4 @@
-"""`python jobs/finetune.py`: a registered version gets a child that is better at one size, and says what it comes from."""
+"""`python jobs/finetune.py` registers a child version that is better at one size and records its parent."""
 
 import contextlib
 import io
@@ -38,16 +38,16 @@ class Command:
     def __call__(self, *args: str) -> tuple[int, str]:
         from jobs import finetune
 
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(output):
             for name in ("ACIP_ARTIFACT_URI", "ACIP_CHECKPOINT_URI", "MLFLOW_TRACKING_URI"):
                 patch.delenv(name, raising=False)
             for name, value in self.env.items():
                 patch.setenv(name, value)
             try:
                 code = finetune.main(args)
-            except SystemExit as end:
-                code = int(end.code or 0)
-        return code, said.getvalue()
+            except SystemExit as stopped:
+                code = int(stopped.code or 0)
+        return code, output.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +59,10 @@ EVALUATION = ("--data", "package:austen", "--eval-context", "64", "--eval-window
 
 
 @pytest.mark.slow
-def test_the_job(command: Command, small_artifact: Artifact) -> None:
-    ask = ("small", "--size", "50%", "--steps", "40", "--lr", "2e-3", "--quantize", "nf4", *EVALUATION)
-    code, said = command(*ask)
-    assert code == 0, said
+def test_finetune_registers_a_better_child(command: Command, small_artifact: Artifact) -> None:
+    arguments = ("small", "--size", "50%", "--steps", "40", "--lr", "2e-3", "--quantize", "nf4", *EVALUATION)
+    code, output = command(*arguments)
+    assert code == 0, output
     child, parent = command.registry.resolve("small", "candidate"), command.registry.resolve("small")
     assert (child.version, parent.version) == ("2", "1")
     lineage = {"from": "1", "at": "0.5", "data": "package:austen", "steps": "40", "quantize": "nf4"}
@@ -81,38 +81,38 @@ def test_the_job(command: Command, small_artifact: Artifact) -> None:
     measured = {metric: run.data.metrics[f"perplexity_{metric}"] for metric in ("before", "after", "before_nf4", "after_nf4")}
     assert measured["after_nf4"] < measured["before"] < measured["before_nf4"] and measured["after"] < measured["before"]
     assert next(row["perplexity"] for row in artifact.curve if row["asked"] == 0.5) == measured["after"]
-    told = " ".join(said.split())
-    assert f"perplexity at 0.5 {measured['before']:.2f} before, {measured['after']:.2f} after" in told
-    assert "[small] trial step at full shape: loss " in told
-    assert f"perplexity in nf4 {measured['before_nf4']:.2f} before, {measured['after_nf4']:.2f} after" in told
+    text = " ".join(output.split())
+    assert f"perplexity at 0.5 {measured['before']:.2f} before, {measured['after']:.2f} after" in text
+    assert "[small] trial step at full shape: loss " in text
+    assert f"perplexity in nf4 {measured['before_nf4']:.2f} before, {measured['after_nf4']:.2f} after" in text
     commands = (
         "jobs/materialize.py small --alias 2 --size 0.5",
         "jobs/serve.py --model small --alias candidate",
     )
-    assert all(each in told for each in commands)
+    assert all(each in text for each in commands)
 
     manifest = json.dumps(artifact.manifest)
-    code, said = command(*ask)
-    assert code == 0 and "already done: version 2" in said and all(each in " ".join(said.split()) for each in commands)
+    code, output = command(*arguments)
+    assert code == 0 and "already done: version 2" in output and all(each in " ".join(output.split()) for each in commands)
     assert json.dumps(Artifact.open(child.uri).manifest) == manifest
-    command.registry.client.delete_model_version_tag("small", "2", "verdict")  # as if it had been killed before it was judged
-    code, said = command(*ask)
-    assert code == 0 and "already done" not in said and "verdict" in command.registry.resolve("small", "2").tags
+    command.registry.client.delete_model_version_tag("small", "2", "verdict")  # as after a kill before promotion
+    code, output = command(*arguments)
+    assert code == 0 and "already done" not in output and "verdict" in command.registry.resolve("small", "2").tags
     with pytest.raises(RegistryError):
         command.registry.resolve("small", "3")
 
 
 @pytest.mark.slow
-def test_a_killed_worker_loses_nothing(small_artifact: Artifact, tmp_path: Path) -> None:
-    """Another goes on from its checkpoint, after Ctrl-C the same command, and the child is the undisturbed one's, bit for bit."""
+def test_interrupted_jobs_give_the_same_child(small_artifact: Artifact, tmp_path: Path) -> None:
+    """After a killed worker or Ctrl-C, the job resumes from its checkpoint and gives the same child, bit for bit."""
     children = []
     for name in ("undisturbed", "killed", "interrupted"):
         command = Command(tmp_path / name, small_artifact)
         log = tmp_path / f"{name}.log"
         with log.open("a") as out, interruptible():
-            ask = ["small", "--size", "0.5", "--steps", "150", "--lr", "2e-3", *EVALUATION]
+            arguments = ["small", "--size", "0.5", "--steps", "150", "--lr", "2e-3", *EVALUATION]
             env = {**os.environ, **command.env, "ACIP_CHECKPOINT_S": "0.3"}
-            command_line = [sys.executable, str(ROOT / "jobs" / "finetune.py"), *ask]
+            command_line = [sys.executable, str(ROOT / "jobs" / "finetune.py"), *arguments]
             job = subprocess.Popen(command_line, env=env, stdout=out, stderr=out)
             try:
                 if name == "interrupted":
@@ -131,13 +131,13 @@ def test_a_killed_worker_loses_nothing(small_artifact: Artifact, tmp_path: Path)
         (run,) = tracking.client.search_runs([tracking.experiment_id])
         assert [metric.step for metric in tracking.client.get_metric_history(run.info.run_id, "loss_nats")] == list(range(1, 151))
         children.append(load_file(Path(command.registry.resolve("small", "candidate").uri) / "factors.safetensors"))
-    ours, *others = children
-    for theirs in others:
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    undisturbed, *others = children
+    for child in others:
+        assert undisturbed.keys() == child.keys() and all(torch.equal(undisturbed[key], child[key]) for key in undisturbed)
 
 
-def test_the_text_is_what_the_calibration_did_not_draw_from(small_artifact: Artifact) -> None:
-    """Also where it stopped early: it drew from all its windows, in random order. And where the parent was tuned itself."""
+def test_fine_tuning_uses_text_after_the_calibration_windows(small_artifact: Artifact) -> None:
+    """The text starts after all windows of the calibration, even if it stopped early, and also if the parent was fine-tuned."""
     recipe = replace(small_artifact.recipe, post_tune_steps=3, batch_size=2, seq_len=48)
     job, calibration = Job("small", "base", recipe, "package:austen"), Job("small", "base", small_artifact.recipe, "package:austen")
     text = token_windows(documents("package:austen", "train"), byte_tokenizer(), 1).flatten()
@@ -145,11 +145,12 @@ def test_the_text_is_what_the_calibration_did_not_draw_from(small_artifact: Arti
     for provenance in ({"job": calibration.to_dict()}, {"job": job.to_dict(), "parent": {"job": calibration.to_dict()}}):
         parent = replace(small_artifact, manifest={**small_artifact.manifest, "provenance": provenance, "steps": 1})
         assert torch.equal(_windows(job, parent, byte_tokenizer()).flatten(), text[first : first + 6 * 48])
-    assert torch.equal(_windows(job, small_artifact, byte_tokenizer()).flatten(), text[: 6 * 48]), "nobody knows what it read"
+    windows = _windows(job, small_artifact, byte_tokenizer())
+    assert torch.equal(windows.flatten(), text[: 6 * 48]), "without provenance the text starts at the beginning"
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (["smal", "--size", "0.5"], "did you mean 'small'?"),
         (["small@7", "--size", "0.5"], "no version or alias '7'"),
@@ -161,7 +162,9 @@ def test_the_text_is_what_the_calibration_did_not_draw_from(small_artifact: Arti
         (["small", "--size", "0.5", "--lr=-1"], "a number above 0"),
     ],
 )
-def test_refusals_come_before_any_work(command: Command, monkeypatch: pytest.MonkeyPatch, args: list[str], says: str) -> None:
+def test_invalid_arguments_are_refused_before_work_starts(
+    command: Command, monkeypatch: pytest.MonkeyPatch, args: list[str], message: str
+) -> None:
     monkeypatch.setattr("jobs.finetune.connect", lambda _: pytest.fail("Ray was started"))
-    code, said = command(*args)
-    assert code == 2 and says in said
+    code, output = command(*args)
+    assert code == 2 and message in output

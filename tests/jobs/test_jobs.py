@@ -1,6 +1,6 @@
-"""The way of a new user, with a small model: the demo's script, `ray job submit`, MLflow, the endpoint over HTTP.
+"""The steps of a new user with a small model: infra/demo, `ray job submit`, MLflow, the endpoint over HTTP.
 
-Everything runs on its own ports and folders and is stopped by pid.
+All processes use their own ports and folders and are stopped by pid.
 """
 
 import json
@@ -30,7 +30,7 @@ from acip.artifact.artifact import Artifact
 from tests.support.waiting import JOB_S, PATIENCE_S, until
 
 ROOT = Path(__file__).parents[2]
-CHANGES = (
+RECIPE_FIELDS = (
     "{sample_windows: 64, adapter_rank: 4, adapter_alpha: 4.0, dtype: float32, batch_size: 4, seq_len: 64, lr: 3.0e-3, "
     "lambda_factor: 1.2, post_tune_steps: 30}"
 )
@@ -42,28 +42,28 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Place:
-    """A home folder and a Ray head for these tests, and the commands of a user in it."""
+class DemoHome:
+    """A home folder and a Ray head for these tests, with the commands of a user."""
 
     def __init__(self, folder: Path, base: str) -> None:
         self.home, self.base = folder / "home", base
         self.fleet = folder / "fleet.yaml"
         self.write_fleet(f"- {{name: tiny, base: {base}}}")
-        self.ray_temp = tempfile.mkdtemp(prefix="r")  # sockets live in it, and their paths may not be long
+        self.ray_temp = tempfile.mkdtemp(prefix="r")  # it holds sockets, whose paths must be short
         self.dashboard = free_port()
-        extra = (
+        options = (
             f"--temp-dir={self.ray_temp} --num-cpus=2 --dashboard-agent-listen-port={free_port()} --ray-client-server-port={free_port()}"
         )
         self.env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
             "ACIP_HOME": str(self.home),
             "ACIP_RAY_PORT": str(free_port()),
             "ACIP_DASHBOARD_PORT": str(self.dashboard),
-            "ACIP_RAY_START": extra,
+            "ACIP_RAY_START": options,
         }
         self.settings = Settings.from_env(self.env)
 
     def write_fleet(self, models: str) -> None:
-        defaults = f"defaults:\n  data: package:wikipedia\n  eval_context: 64\n  eval_windows: 32\n  set: {CHANGES}\n"
+        defaults = f"defaults:\n  data: package:wikipedia\n  eval_context: 64\n  eval_windows: 32\n  set: {RECIPE_FIELDS}\n"
         self.fleet.write_text(f"name: small\n{defaults}models:\n{models}\n")
 
     def demo(self, *args: str) -> subprocess.CompletedProcess[str]:
@@ -72,27 +72,27 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, small_base: str) -> Iterator[Place]:
-    place = Place(tmp_path_factory.mktemp("jobs"), small_base)
-    yield place
-    place.demo("stop")
-    shutil.rmtree(place.ray_temp, ignore_errors=True)
+def demo_home(tmp_path_factory: pytest.TempPathFactory, small_base: str) -> Iterator[DemoHome]:
+    demo_home = DemoHome(tmp_path_factory.mktemp("jobs"), small_base)
+    yield demo_home
+    demo_home.demo("stop")
+    shutil.rmtree(demo_home.ray_temp, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
-def first(place: Place) -> subprocess.CompletedProcess[str]:
-    """The first run of the demo's script."""
-    result = place.demo("--fleet", str(place.fleet))
+def first_run(demo_home: DemoHome) -> subprocess.CompletedProcess[str]:
+    """Return the result of the first run of infra/demo."""
+    result = demo_home.demo("--fleet", str(demo_home.fleet))
     assert result.returncode == 0, result.stdout + result.stderr
     return result
 
 
-def test_the_screens(first: subprocess.CompletedProcess[str], place: Place) -> None:
-    out = " ".join(first.stdout.split())
+def test_screen_output(first_run: subprocess.CompletedProcess[str], demo_home: DemoHome) -> None:
+    out = " ".join(first_run.stdout.split())
     for expected in (
         " job ",
         " dashboard http://",
-        f" artifacts {place.settings.store} ",
+        f" artifacts {demo_home.settings.store} ",
         "run tiny",
         "trial step at full shape: loss",
         "ETA",
@@ -103,38 +103,38 @@ def test_the_screens(first: subprocess.CompletedProcess[str], place: Place) -> N
         assert f"│ {asked} │" in out
     assert "1 of 1 models are calibrated" in out
     assert "jobs/serve.py" in out
-    assert "\x1b[" not in out.split("acip: fleet")[1].split("ask at 0.6")[0], "control characters off a terminal"
+    assert "\x1b[" not in out.split("acip: fleet")[1].split("ask at 0.6")[0], "no control characters without a terminal"
 
 
-def test_its_ray_listens_to_this_machine_alone(first: subprocess.CompletedProcess[str], place: Place) -> None:
-    """It has no token."""
-    family = psutil.Process(int((place.home / "ray.pid").read_text())).children(recursive=True)
-    heard = {each.laddr.ip for process in family for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
-    assert heard
-    assert heard <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+def test_ray_listens_only_on_loopback(first_run: subprocess.CompletedProcess[str], demo_home: DemoHome) -> None:
+    """The Ray of the demo has no token, so it listens only on loopback addresses."""
+    processes = psutil.Process(int((demo_home.home / "ray.pid").read_text())).children(recursive=True)
+    listening = {each.laddr.ip for process in processes for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+    assert listening
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
-def test_a_second_run_repeats_nothing(first: subprocess.CompletedProcess[str], place: Place) -> None:
-    result = place.demo("--fleet", str(place.fleet))
+def test_a_second_run_skips_finished_models(first_run: subprocess.CompletedProcess[str], demo_home: DemoHome) -> None:
+    result = demo_home.demo("--fleet", str(demo_home.fleet))
     assert result.returncode == 0, result.stdout
     assert "already done: version 1 is the champion" in result.stdout
     assert "trial step" not in result.stdout
-    assert Registry(place.settings).resolve("tiny").version == "1"
+    assert Registry(demo_home.settings).resolve("tiny").version == "1"
 
 
-def test_a_failing_model_fails_the_job_but_not_the_others(first: subprocess.CompletedProcess[str], place: Place) -> None:
-    place.write_fleet(f"- {{name: broken, base: /no/such/model}}\n- {{name: tiny, base: {place.base}}}")
-    result = place.demo("--fleet", str(place.fleet))
+def test_a_failed_model_does_not_stop_the_others(first_run: subprocess.CompletedProcess[str], demo_home: DemoHome) -> None:
+    demo_home.write_fleet(f"- {{name: broken, base: /no/such/model}}\n- {{name: tiny, base: {demo_home.base}}}")
+    result = demo_home.demo("--fleet", str(demo_home.fleet))
     assert result.returncode == 1, result.stdout
     assert "[broken] FAILED: base '/no/such/model' is neither a local folder" in result.stdout
     assert "1 of 2 models are calibrated" in result.stdout
-    bad = place.demo("--fleet", str(place.fleet), "--only", "tinny")
+    bad = demo_home.demo("--fleet", str(demo_home.fleet), "--only", "tinny")
     assert bad.returncode != 0
     assert "--only names 'tinny' (did you mean 'tiny'?); the fleet has broken, tiny" in bad.stdout
 
 
-def test_the_run_tells_the_story(first: subprocess.CompletedProcess[str], place: Place) -> None:
-    tracking = Tracking(place.settings, "acip/small")
+def test_mlflow_run_holds_the_results(first_run: subprocess.CompletedProcess[str], demo_home: DemoHome) -> None:
+    tracking = Tracking(demo_home.settings, "acip/small")
     (run,) = tracking.client.search_runs([tracking.experiment_id], "tags.model = 'tiny'")
     assert run.info.status == "FINISHED"
     assert run.data.params["basis"] == "covariance"
@@ -142,7 +142,7 @@ def test_the_run_tells_the_story(first: subprocess.CompletedProcess[str], place:
     assert [metric.step for metric in steps] == list(range(1, len(steps) + 1))
     curve = {metric.step: metric.value for metric in tracking.client.get_metric_history(run.info.run_id, "tradeoff/perplexity")}
     assert set(curve) == {100, 90, 80, 70, 60, 50, 40}
-    version = Registry(place.settings).resolve("tiny")
+    version = Registry(demo_home.settings).resolve("tiny")
     assert run.data.tags["artifact_uri"] == version.uri
     artifact = Artifact.open(version.uri, verify=True)
     assert {round(row["asked"] * 100): row["perplexity"] for row in artifact.curve} == pytest.approx(curve)
@@ -150,31 +150,31 @@ def test_the_run_tells_the_story(first: subprocess.CompletedProcess[str], place:
     assert float(version.tags["ppl_60"]) == pytest.approx(curve[60], rel=1e-3)
     assert f"Version 1 of tiny, {version.tags['verdict']}." in run.data.tags["mlflow.note.content"]
     files = {item.path for item in tracking.client.list_artifacts(run.info.run_id)}
-    shown = {"tradeoff.png", "score_map.png", "kept_ranks_60.png", "tradeoff.json", "samples.json", "adapter_at_40"}
-    assert shown | {"recipe.json", "provenance.json"} <= files
+    expected_files = {"tradeoff.png", "score_map.png", "kept_ranks_60.png", "tradeoff.json", "samples.json", "adapter_at_40"}
+    assert expected_files | {"recipe.json", "provenance.json"} <= files
     folder = tracking.client.download_artifacts(run.info.run_id, "adapter_at_40")
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place.base), folder)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(demo_home.base), folder)
     B = model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight")
     assert torch.count_nonzero(B) > 0
     assert not list(Path(folder).parent.rglob("factors*")), "weights never pass through MLflow"
 
 
-def test_the_endpoint_serves_the_champion(first: subprocess.CompletedProcess[str], place: Place) -> None:
+def test_the_endpoint_serves_the_champion(first_run: subprocess.CompletedProcess[str], demo_home: DemoHome) -> None:
     port = free_port()
-    env = place.env | {"RAY_ADDRESS": f"127.0.0.1:{place.env['ACIP_RAY_PORT']}", "RAY_AUTH_MODE": "disabled"}
-    log = (place.home / "serve.log").open("w")
+    env = demo_home.env | {"RAY_ADDRESS": f"127.0.0.1:{demo_home.env['ACIP_RAY_PORT']}", "RAY_AUTH_MODE": "disabled"}
+    log = (demo_home.home / "serve.log").open("w")
     server = subprocess.Popen([sys.executable, str(ROOT / "jobs" / "serve.py"), "--port", str(port)], env=env, stdout=log, stderr=log)
     try:
         url = f"http://127.0.0.1:{port}"
         models = wait_for(f"{url}/v1/models", server, Path(log.name))
         assert [model["id"] for model in models["data"]] == ["tiny"]
         body: dict[str, Any] = {"model": "tiny", "size_ratio": 0.6, "prompt": "It is a truth", "max_tokens": 12, "temperature": 0}
-        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_S).json()
-        assert answer["size"]["asked"] == 0.6
-        assert 0.55 < answer["size"]["got"] <= 0.6
-        assert answer["usage"]["completion_tokens"] <= 12
-        named = httpx.post(f"{url}/v1/completions", json={**body, "model": "tiny@0.6", "size_ratio": None}, timeout=PATIENCE_S).json()
-        assert named["choices"][0]["text"] == answer["choices"][0]["text"]
+        response = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_S).json()
+        assert response["size"]["asked"] == 0.6
+        assert 0.55 < response["size"]["got"] <= 0.6
+        assert response["usage"]["completion_tokens"] <= 12
+        by_name = httpx.post(f"{url}/v1/completions", json={**body, "model": "tiny@0.6", "size_ratio": None}, timeout=PATIENCE_S).json()
+        assert by_name["choices"][0]["text"] == response["choices"][0]["text"]
         bad = httpx.post(f"{url}/v1/completions", json={**body, "size_ratio": 1.6}, timeout=PATIENCE_S)
         assert bad.status_code == 400
         assert set(bad.json()["error"]) == {"message", "type", "param", "code"}
@@ -190,20 +190,20 @@ def test_the_endpoint_serves_the_champion(first: subprocess.CompletedProcess[str
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> Any:
-    def answer() -> Any:
-        assert server.poll() is None, f"the server ended:\n{log.read_text()}"
+    def get_json() -> Any:
+        assert server.poll() is None, f"the server exited:\n{log.read_text()}"
         with suppress(httpx.TransportError):
             response = httpx.get(url, timeout=PATIENCE_S)
             return response.json() if response.status_code == 200 else None
         return None
 
-    return until(answer, lambda: f"{url} does not answer:\n{log.read_text()}")
+    return until(get_json, lambda: f"{url} does not respond:\n{log.read_text()}")
 
 
-def test_without_a_running_ray(place: Place, first: subprocess.CompletedProcess[str], tmp_path: Path) -> None:
-    """`python jobs/calibrate_all.py` alone; --dry-run says what would be done and does nothing."""
-    command = [sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(place.fleet), "--only", "tiny", "--dry-run"]
-    env = place.env | {"ACIP_HOME": str(tmp_path)}
+def test_dry_run_without_a_running_ray(demo_home: DemoHome, first_run: subprocess.CompletedProcess[str], tmp_path: Path) -> None:
+    """`python jobs/calibrate_all.py --dry-run` works without a running Ray. It prints the plan and writes no artifact."""
+    command = [sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(demo_home.fleet), "--only", "tiny", "--dry-run"]
+    env = demo_home.env | {"ACIP_HOME": str(tmp_path)}
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=JOB_S, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "[tiny]" in result.stdout and "GB per worker" in result.stdout

@@ -1,4 +1,4 @@
-"""`python jobs/materialize.py`: an artifact by name, path or URI becomes a folder of one size, or an error that helps."""
+"""`python jobs/materialize.py` exports one size of an artifact, given by name, path, or URI, or prints a helpful error."""
 
 import json
 import shutil
@@ -27,10 +27,10 @@ class Command:
 
         try:
             code = materialize.main([*map(str, args)])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = self.capsys.readouterr()
-        return code, said.out + said.err
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        captured = self.capsys.readouterr()
+        return code, captured.out + captured.err
 
 
 @pytest.fixture
@@ -39,43 +39,43 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return Command(tmp_path / "home", monkeypatch, capsys)
 
 
-def test_the_command_takes_names_paths_and_uris(
+def test_names_paths_and_uris_are_accepted(
     command: Command, small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "small").mkdir()  # no artifact, so the name is the registry's
+    (tmp_path / "small").mkdir()  # not an artifact, so the name refers to the registry
     settings = Settings.from_env()
     version = Registry(settings).register("small", str(small_artifact.folder), "", {})
     Registry(settings).set_alias(version)
     outputs = []
     for model in ("small", small_artifact.folder, small_artifact.folder.as_uri()):
-        code, said = command(model, "--size", "60%", "--out", tmp_path / "out")
-        assert code == 0, said
-        assert "asked      0.6 (linear)" in said and "got        0.59" in said and "try it\n  " in said and "python -c " in said
+        code, output = command(model, "--size", "60%", "--out", tmp_path / "out")
+        assert code == 0, output
+        assert "asked      0.6 (linear)" in output and "got        0.59" in output and "try it\n  " in output and "python -c " in output
         outputs.append(json.loads((tmp_path / "out" / PROVENANCE).read_text())["weight_bytes"])
-        assert f"weights    {outputs[-1]:,} bytes" in said
+        assert f"weights    {outputs[-1]:,} bytes" in output
     assert len(set(outputs)) == 1
-    code, said = command("small@1", "--size", f"{small_artifact.recipe.stop_ratio}", "--out", tmp_path / "out")
-    assert code == 0 and "where calibration stopped" not in said
-    code, said = command("small", "--alias", "1", "--size", "0.2", "--out", tmp_path / "out")
-    assert code == 0 and f"below {small_artifact.recipe.stop_ratio:g}, where calibration stopped" in said and "shards" not in said
+    code, output = command("small@1", "--size", f"{small_artifact.recipe.stop_ratio}", "--out", tmp_path / "out")
+    assert code == 0 and "where calibration stopped" not in output
+    code, output = command("small", "--alias", "1", "--size", "0.2", "--out", tmp_path / "out")
+    assert code == 0 and f"below {small_artifact.recipe.stop_ratio:g}, where calibration stopped" in output and "shards" not in output
     assert "--fit is '8'; it must be bytes" in command("small", "--fit", "8", "--out", tmp_path / "out")[1]
-    code, said = command("smal", "--size", "0.5", "--out", tmp_path / "out")
-    assert code == 2 and "no model 'smal' in the registry (did you mean 'small'?)" in said
+    code, output = command("smal", "--size", "0.5", "--out", tmp_path / "out")
+    assert code == 2 and "no model 'smal' in the registry (did you mean 'small'?)" in output
 
 
-def test_the_command_fits_bytes_memory_and_bits(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
+def test_fit_to_bytes_quantized_bytes_and_memory(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert command(small_artifact.folder, "--fit", "1MB", "--out", out)[0] == 0
     assert 900_000 < tensor_bytes(out) <= 10**6
     assert command(small_artifact.folder, "--fit", "450KB", "--quantize", "nf4", "--out", out)[0] == 0
     assert 400_000 < tensor_bytes(out) <= 450_000
-    code, said = command(small_artifact.folder, "--fit", "258MB", "--context", "128", "--out", out)
-    assert code == 0 and "MB (memory_mb)" in said
+    code, output = command(small_artifact.folder, "--fit", "258MB", "--context", "128", "--out", out)
+    assert code == 0 and "MB (memory_mb)" in output
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "says"),
+    ("args", "code", "message"),
     [
         (["--size", "0.5", "--fit", "1GB"], 2, "not allowed with"),
         ([], 2, "one of the arguments --size --fit --all-sizes is required"),
@@ -92,66 +92,68 @@ def test_the_command_fits_bytes_memory_and_bits(command: Command, small_artifact
         (["--size", "ppl<=20"], 2, "no curve was measured"),
     ],
 )
-def test_the_command_refuses(command: Command, small_artifact: Artifact, tmp_path: Path, args: list[str], code: int, says: str) -> None:
-    got, said = command(small_artifact.folder, *args, "--out", tmp_path / "out")
-    assert (got, says in said) == (code, True), said
+def test_invalid_arguments_are_refused(
+    command: Command, small_artifact: Artifact, tmp_path: Path, args: list[str], code: int, message: str
+) -> None:
+    actual_code, output = command(small_artifact.folder, *args, "--out", tmp_path / "out")
+    assert (actual_code, message in output) == (code, True), output
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_touches_nothing_of_others(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
+def test_folders_without_an_export_are_not_overwritten(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "mine")
-    assert code == 2 and "not an earlier export" in said
-    code, said = command(tmp_path / "mine", "--size", "0.5", "--out", tmp_path / "out")
-    assert code == 2 and "holds no manifest.json" in said
-    code, said = command(str(tmp_path / "nowhere"), "--size", "0.5", "--out", tmp_path / "out")
-    assert code == 2 and "is not a folder" in said
+    code, output = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "mine")
+    assert code == 2 and "not an earlier export" in output
+    code, output = command(tmp_path / "mine", "--size", "0.5", "--out", tmp_path / "out")
+    assert code == 2 and "holds no manifest.json" in output
+    code, output = command(str(tmp_path / "nowhere"), "--size", "0.5", "--out", tmp_path / "out")
+    assert code == 2 and "is not a folder" in output
 
 
-def test_the_command_pushes(command: Command, small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as a machine without the hub can tell: what is called, and what is said where it fails."""
+def test_push_to_the_hub(command: Command, small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job calls the hub client with the right arguments and refuses a repository with foreign files. The hub is patched."""
     calls: list[Any] = []
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda _, name, **kwargs: calls.append((name, kwargs)))
-    held = [".gitattributes"]
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda _, name: held)
+    hub_files = [".gitattributes"]
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda _, name: hub_files)
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda _, **kwargs: calls.append(kwargs["repo_id"]))
-    code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "out", "--push", "me/small")
-    assert code == 0 and calls == [("me/small", {"exist_ok": True}), "me/small"] and "https://huggingface.co/me/small" in said
-    there = tmp_path / "there"  # what the hub's client has downloaded of it
-    there.mkdir()
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kwargs: str(there))
-    shutil.copyfile(tmp_path / "out" / PROVENANCE, there / PROVENANCE)
-    ours = [path.name for path in (tmp_path / "out").iterdir()]
-    (there / "manifest.json").write_text('{"name": "an app", "version": "1.0"}')
-    for files, says in (
-        ([".gitattributes", *ours], None),
+    code, output = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "out", "--push", "me/small")
+    assert code == 0 and calls == [("me/small", {"exist_ok": True}), "me/small"] and "https://huggingface.co/me/small" in output
+    downloaded = tmp_path / "downloaded"  # the files that the hub client downloaded
+    downloaded.mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kwargs: str(downloaded))
+    shutil.copyfile(tmp_path / "out" / PROVENANCE, downloaded / PROVENANCE)
+    exported = [path.name for path in (tmp_path / "out").iterdir()]
+    (downloaded / "manifest.json").write_text('{"name": "an app", "version": "1.0"}')
+    for files, message in (
+        ([".gitattributes", *exported], None),
         (["thesis.tex"], "thesis.tex"),
-        ([*ours, "thesis.tex"], "thesis.tex"),
+        ([*exported, "thesis.tex"], "thesis.tex"),
         (["manifest.json", "app.js"], "app.js"),
     ):
-        held[:] = files
-        code, said = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "out", "--push", "me/small")
-        assert (code, calls.count("me/small")) == ((0, 2) if says is None else (2, 2)), said
-        assert says is None or f"holds files that acip did not write ({says})" in said
+        hub_files[:] = files
+        code, output = command(small_artifact.folder, "--size", "0.5", "--out", tmp_path / "out", "--push", "me/small")
+        assert (code, calls.count("me/small")) == ((0, 2) if message is None else (2, 2)), output
+        assert message is None or f"holds files that acip did not write ({message})" in output
     monkeypatch.undo()
 
 
-def test_the_command_copies_and_pushes_the_artifact_itself(
+def test_all_sizes_copies_and_pushes_the_artifact(
     command: Command, small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pushed: dict[str, set[str]] = {}
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda _, name, **kwargs: None)
-    held = [".gitattributes", "manifest.json", *small_artifact.manifest["files"]]
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda _, name: held)
+    hub_files = [".gitattributes", "manifest.json", *small_artifact.manifest["files"]]
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda _, name: hub_files)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kwargs: str(small_artifact.folder))
 
     def upload(_: Any, *, repo_id: str, folder_path: Path, **kwargs: Any) -> None:
         pushed[repo_id] = {path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*") if path.is_file()}
 
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
-    code, said = command(small_artifact.folder, "--all-sizes", "--out", tmp_path / "all", "--push", "me/any")
-    assert code == 0 and "https://huggingface.co/me/any" in said
+    code, output = command(small_artifact.folder, "--all-sizes", "--out", tmp_path / "all", "--push", "me/any")
+    assert code == 0 and "https://huggingface.co/me/any" in output
     assert pushed == {"me/any": {"manifest.json", "README.md", *small_artifact.manifest["files"]}}
     copied = Artifact.open(tmp_path / "all", verify=True)
     base = small_artifact.manifest["base"]
@@ -159,8 +161,8 @@ def test_the_command_copies_and_pushes_the_artifact_itself(
     assert copied.load(size=0.5).cut is not None
     card = (tmp_path / "all" / "README.md").read_text()
     assert "library_name: transformers" in card and "prune_model_by_score" in card and str(tmp_path) not in card
-    code, said = command(small_artifact.folder, "--all-sizes", "--out", tmp_path / "all")
-    assert code == 2 and "is not an empty folder" in said
-    code, said = command(small_artifact.folder, "--all-sizes", "--quantize", "nf4", "--out", tmp_path / "q")
-    assert code == 2 and "Leave --quantize out" in said
-    assert {path.name for path in tmp_path.iterdir()} <= {"all", "home"}, "nothing is left of what was refused"
+    code, output = command(small_artifact.folder, "--all-sizes", "--out", tmp_path / "all")
+    assert code == 2 and "is not an empty folder" in output
+    code, output = command(small_artifact.folder, "--all-sizes", "--quantize", "nf4", "--out", tmp_path / "q")
+    assert code == 2 and "Leave --quantize out" in output
+    assert {path.name for path in tmp_path.iterdir()} <= {"all", "home"}, "a refused command leaves no files"

@@ -1,4 +1,4 @@
-"""What `python jobs/serve.py` refuses before it starts anything: with exit code 2."""
+"""`python jobs/serve.py` refuses invalid input with exit code 2 before it starts."""
 
 import importlib.util
 import signal
@@ -14,13 +14,13 @@ from acip_platform.tracking.runs import Tracking
 
 from tests.support.server import JOB
 
-# of Ray's import
+# raised by the import of Ray
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
 
 
 @pytest.fixture
 def job() -> Iterator[ModuleType]:
-    """The job as a module. It takes the signals that end it, and pytest wants them back."""
+    """Return the job as a module, and restore the signal handlers that it replaces."""
     spec = importlib.util.spec_from_file_location("serve_job", JOB)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -32,7 +32,7 @@ def job() -> Iterator[ModuleType]:
 
 
 @pytest.mark.parametrize(
-    ("args", "keys", "says"),
+    ("args", "keys", "message"),
     [
         (["--host", "0.0.0.0"], "", "'0.0.0.0'; without API keys only a loopback address (127.0.0.1) is allowed"),
         (["--port", "70000"], "", "argument --port: '70000' is not allowed; give a whole number from 1 to 65535."),
@@ -40,18 +40,18 @@ def job() -> Iterator[ModuleType]:
         ([], "short", "ACIP_API_KEYS: key 1 has 5 characters; a key has at least 16"),
     ],
 )
-def test_wrong_arguments_are_told(
-    job: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], keys: str, says: str
+def test_invalid_arguments_are_refused(
+    job: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], keys: str, message: str
 ) -> None:
     monkeypatch.setenv("ACIP_API_KEYS", keys)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as caught:
         job.main(args)
-    assert stopped.value.code == 2
-    assert says in capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("case", "says"),
+    ("case", "message"),
     [
         ("nothing registered", "nothing to serve. Calibrate some with `python jobs/calibrate_all.py`"),
         ("unknown model", "no model 'smal' in the registry (did you mean 'small'?)"),
@@ -63,14 +63,14 @@ def test_wrong_arguments_are_told(
         ("port taken", "Address already in use). Stop the program that uses the port, or choose another --port"),
     ],
 )
-def test_what_cannot_be_served_says_why(
+def test_the_error_says_why_a_model_cannot_be_served(
     job: ModuleType,
     served_home: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     case: str,
-    says: str,
+    message: str,
 ) -> None:
     monkeypatch.setenv("ACIP_HOME", str(tmp_path if case in ("nothing registered", "two versions") else served_home))
     args = {
@@ -86,13 +86,13 @@ def test_what_cannot_be_served_says_why(
             Registry(Settings.from_env()).register("small", uri, "", {})
     if case == "artifact gone":
         registry = Registry(Settings.from_env())
-        lost = registry.register("lost", str(tmp_path / "lost"), Tracking(Settings.from_env(), "test").start("lost", "g", {}).run_id, {})
-        registry.set_alias(lost, "lost")
+        version = registry.register("lost", str(tmp_path / "lost"), Tracking(Settings.from_env(), "test").start("lost", "g", {}).run_id, {})
+        registry.set_alias(version, "lost")
         args = ["--model", "lost", "--alias", "lost"]
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        assert job.main(["--port", str(taken.getsockname()[1]), *args]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert says in said
+    with socket.socket() as occupied:
+        occupied.bind(("127.0.0.1", 0))
+        occupied.listen()
+        assert job.main(["--port", str(occupied.getsockname()[1]), *args]) == 2
+    output = capsys.readouterr().err
+    assert output.startswith("error: ")
+    assert message in output

@@ -1,4 +1,4 @@
-"""Tokens to text: with each kind of decoder, the text is what the tokenizer decodes, and its bytes are those of its tokens."""
+"""With each kind of decoder, incremental text equals the decoded text, and token bytes add up to the bytes of the text."""
 
 import random
 from collections.abc import Callable
@@ -19,7 +19,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 EMOJI = "🦙"
 
 
-def fast(core: Tokenizer) -> PreTrainedTokenizerFast:
+def fast_tokenizer(core: Tokenizer) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="<unk>")
     tokenizer.add_tokens([AddedToken("<|tool|>", special=False), AddedToken("Größe", special=False)])
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|end|>", special=True)]})
@@ -38,11 +38,11 @@ def metaspace(scheme: str) -> Any:
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     core.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    return fast(core)
+    return fast_tokenizer(core)
 
 
 def llama() -> Any:
-    """The decoder of Llama 2: Replace, ByteFallback, Fuse, Strip."""
+    """Return a tokenizer with the decoder of Llama 2: Replace, ByteFallback, Fuse, Strip."""
     names = ["<unk>", "<s>", *BYTES, *(f"▁{word}" for word in WORDS), "▁", "e", "s", *"abcdefghi"]
     vocabulary = {name: i for i, name in enumerate(dict.fromkeys(names))}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>", fuse_unk=True))
@@ -50,7 +50,7 @@ def llama() -> Any:
     core.decoder = decoders.Sequence([
         decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1, right=0),
     ])  # fmt: skip
-    return fast(core)
+    return fast_tokenizer(core)
 
 
 def wordpiece() -> Any:
@@ -58,32 +58,32 @@ def wordpiece() -> Any:
     core = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     core.decoder = decoders.WordPiece(prefix="##", cleanup=True)
-    return fast(core)
+    return fast_tokenizer(core)
 
 
-def word_ends() -> Any:
+def end_of_word_suffix() -> Any:
     vocabulary = {name: i for i, name in enumerate(["<unk>", "<s>", *(f"{word}</w>" for word in WORDS), "un", "re"])}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", end_of_word_suffix="</w>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.decoder = decoders.BPEDecoder()
-    return fast(core)
+    return fast_tokenizer(core)
 
 
-def words() -> Any:
+def word_level() -> Any:
     core = Tokenizer(models.WordLevel({name: i for i, name in enumerate(["<unk>", "<s>", *WORDS])}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return fast(core)
+    return fast_tokenizer(core)
 
 
 KINDS: dict[str, Callable[[], Any]] = {
     "byte-level": byte_level, "metaspace, always": lambda: metaspace("always"), "metaspace, never": lambda: metaspace("never"),
-    "byte fallback": llama, "wordpiece": wordpiece, "</w>": word_ends, "words": words, "ByT5": ByT5Tokenizer,
+    "byte fallback": llama, "wordpiece": wordpiece, "</w>": end_of_word_suffix, "words": word_level, "ByT5": ByT5Tokenizer,
 }  # fmt: skip
 
 
-def grown(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
-    text = Detokenizer(tokenizer, prompt, [])
-    return "".join([*(text.add(id) for id in ids), text.end()])
+def detokenized(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
+    detokenizer = Detokenizer(tokenizer, prompt, [])
+    return "".join([*(detokenizer.add(id) for id in ids), detokenizer.end()])
 
 
 def decoded(tokenizer: Any, ids: list[int]) -> str:
@@ -91,87 +91,86 @@ def decoded(tokenizer: Any, ids: list[int]) -> str:
 
 
 def plain_ids(tokenizer: Any) -> list[int]:
-    """Ids that are whole characters and no added tokens."""
+    """Return the ids of tokens that consist of whole characters, without added and special tokens."""
     table = TokenBytes.of(tokenizer)
     ids = [id for id in range(len(tokenizer)) if id not in table.added and id not in table.special]
     return [id for id in ids if table[id].decode(errors="ignore").encode() == table[id]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_that_grows_is_the_text_that_the_tokenizer_decodes(kind: str) -> None:
+def test_incremental_text_equals_decoded_text(kind: str) -> None:
     tokenizer, draw = KINDS[kind](), random.Random(0)
     special = sorted(TokenBytes.of(tokenizer).special)
     for _ in range(60):
         ids = draw.choices(plain_ids(tokenizer), k=draw.randrange(1, 12))
-        if kind != "</w>":  # its decoder puts a space between words where the last token has none to put
-            assert grown(tokenizer, [], ids) == decoded(tokenizer, ids)
+        if kind != "</w>":  # this decoder replaces </w> by a space, except in the last token
+            assert detokenized(tokenizer, [], ids) == decoded(tokenizer, ids)
         middle = draw.randrange(len(ids))
         mixed = [*ids[:middle], draw.choice(special), *ids[middle:]]
-        assert grown(tokenizer, [], mixed) == grown(tokenizer, [], ids), "a special token changes nothing of the text around it"
+        assert detokenized(tokenizer, [], mixed) == detokenized(tokenizer, [], ids), "a special token must not change the text around it"
         if middle:
-            parted = grown(tokenizer, [], ids[:middle]) + grown(tokenizer, ids[:middle], ids[middle:])
-            assert parted == grown(tokenizer, [], ids), "an answer goes on where its prompt ends, spaces included"
+            parted = detokenized(tokenizer, [], ids[:middle]) + detokenized(tokenizer, ids[:middle], ids[middle:])
+            assert parted == detokenized(tokenizer, [], ids), "an answer must continue its prompt, spaces included"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_bytes_of_tokens_are_the_bytes_of_the_text(kind: str) -> None:
+def test_token_bytes_add_up_to_the_text(kind: str) -> None:
     tokenizer, draw = KINDS[kind](), random.Random(1)
     table = TokenBytes.of(tokenizer)
     for _ in range(60):
         ids = draw.choices(plain_ids(tokenizer), k=8)
-        assert b"".join(table[id] for id in ids[1:]).decode() == grown(tokenizer, ids[:1], ids[1:])
+        assert b"".join(table[id] for id in ids[1:]).decode() == detokenized(tokenizer, ids[:1], ids[1:])
 
 
 @pytest.mark.parametrize(("kind", "name"), [("byte-level", "<|tool|>"), ("byte fallback", "Größe"), ("metaspace, never", "Größe")])
-def test_added_tokens_are_their_own_text(kind: str, name: str) -> None:
+def test_bytes_of_an_added_token_are_its_content(kind: str, name: str) -> None:
     tokenizer = KINDS[kind]()
     assert TokenBytes.of(tokenizer)[tokenizer.convert_tokens_to_ids(name)] == name.encode()
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte fallback", "ByT5"])
-def test_a_character_of_several_tokens_is_whole_in_text_and_apart_in_bytes(kind: str) -> None:
+def test_character_of_several_tokens_is_whole_in_text_and_split_in_bytes(kind: str) -> None:
     tokenizer = KINDS[kind]()
     table = TokenBytes.of(tokenizer)
     id_of = {table[id]: id for id in range(300 if kind != "ByT5" else 259) if len(table[id]) == 1 and id not in table.special}
     ids = [id_of[bytes([byte])] for byte in EMOJI.encode()]
-    text = Detokenizer(tokenizer, [], [])
-    assert [text.add(id) for id in ids] == ["", "", "", EMOJI]
+    detokenizer = Detokenizer(tokenizer, [], [])
+    assert [detokenizer.add(id) for id in ids] == ["", "", "", EMOJI]
     assert [table[id] for id in ids] == [bytes([byte]) for byte in EMOJI.encode()]
-    assert grown(tokenizer, ids[:2], ids[2:]) == EMOJI, "a character that begins in the prompt"
-    assert grown(tokenizer, ids[:2], plain_ids(tokenizer)[-1:]) == table[plain_ids(tokenizer)[-1]].decode()
-    assert grown(tokenizer, [], ids[:3]) == "�"
+    assert detokenized(tokenizer, ids[:2], ids[2:]) == EMOJI, "a character may begin in the prompt"
+    assert detokenized(tokenizer, ids[:2], plain_ids(tokenizer)[-1:]) == table[plain_ids(tokenizer)[-1]].decode()
+    assert detokenized(tokenizer, [], ids[:3]) == "�"
 
 
-def test_ids_beyond_the_tokenizer_have_no_text() -> None:
+def test_ids_beyond_the_vocabulary_have_no_text() -> None:
     assert TokenBytes.of(byte_level())[5000] == b""
-    assert grown(byte_level(), [], [97, 5000, 98]) == "ab"
+    assert detokenized(byte_level(), [], [97, 5000, 98]) == "ab"
 
 
 def test_each_token_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half characters, letters and a long stop text that is never complete: the work for a token does not depend on those before."""
+    """The work per token does not grow, for letters, incomplete characters, and a long stop text that never completes."""
     tokenizer = byte_level()
     table = TokenBytes.of(tokenizer)
     assert [table[id] for id in (65, 97, 240)] == [b"A", b"a", b"\xf0"]
-    monkeypatch.setattr(type(tokenizer), "decode", lambda *_, **__: pytest.fail("a text was decoded anew"))
-    monkeypatch.setattr(type(tokenizer), "convert_tokens_to_string", lambda *_: pytest.fail("a text was decoded anew"))
-    text = Detokenizer(tokenizer, [65], ["a" * 5000 + "b"])
-    said = "".join(text.add(97) for _ in range(20_000)) + text.end()
-    assert said == "a" * 20_000
-    half = Detokenizer(tokenizer, [65], [])
-    assert "".join(half.add(240) for _ in range(20_000)) + half.end() == "�" * 20_000
+    monkeypatch.setattr(type(tokenizer), "decode", lambda *_, **__: pytest.fail("a text was decoded again"))
+    monkeypatch.setattr(type(tokenizer), "convert_tokens_to_string", lambda *_: pytest.fail("a text was decoded again"))
+    letters = Detokenizer(tokenizer, [65], ["a" * 5000 + "b"])
+    assert "".join(letters.add(97) for _ in range(20_000)) + letters.end() == "a" * 20_000
+    incomplete = Detokenizer(tokenizer, [65], [])
+    assert "".join(incomplete.add(240) for _ in range(20_000)) + incomplete.end() == "�" * 20_000
 
 
 def until_stop(tokenizer: Any, ids: list[int], *stops: str) -> tuple[str, int | None]:
-    """The text, and after how many tokens it stopped."""
-    text, said = Detokenizer(tokenizer, [65], stops), ""
+    """Return (the text, the number of tokens up to the stop or None)."""
+    detokenizer, text = Detokenizer(tokenizer, [65], stops), ""
     for count, id in enumerate(ids, 1):
-        said += text.add(id)
-        if text.stopped:
-            return said + text.end(), count
-    return said + text.end(), None
+        text += detokenizer.add(id)
+        if detokenizer.stopped:
+            return text + detokenizer.end(), count
+    return text + detokenizer.end(), None
 
 
-def test_stop_texts_find_special_tokens() -> None:
+def test_stop_texts_match_special_tokens() -> None:
     tokenizer = byte_level()
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     a, b, c = b"abc"
@@ -179,28 +178,30 @@ def test_stop_texts_find_special_tokens() -> None:
     assert until_stop(tokenizer, [a, b, end, c], "b<|end|>") == ("a", 3)
     assert until_stop(tokenizer, [a, end, end, b, c], "<|end|>b") == ("a", 4)
     assert until_stop(tokenizer, [a, b, end, c], "c<|end|>") == ("abc", None)
-    assert until_stop(tokenizer, [a, end, b, c], "ab", "c<|end|>") == ("", 3), "no stop text is in the text, hidden tokens or not"
+    assert until_stop(tokenizer, [a, end, b, c], "ab", "c<|end|>") == ("", 3), (
+        "a stop text must not occur in the text, even across a hidden token"
+    )
     assert until_stop(tokenizer, [a, *b"<|en", b], "<|end|>") == ("a<|enb", None)
 
 
-def test_the_stop_text_that_is_complete_first_counts_however_tokens_are_cut() -> None:
+def test_first_complete_stop_text_wins_for_any_token_boundaries() -> None:
     tokenizer = byte_level()
     tool = tokenizer.convert_tokens_to_ids("<|tool|>")
     assert until_stop(tokenizer, [97, tool, 98], "<|tool|>b", "tool") == ("a<|", 2)
     assert until_stop(tokenizer, [97, *b"<|tool|>b"], "<|tool|>b", "tool") == ("a<|", 7)
-    assert until_stop(tokenizer, list(b"aabaabaaac"), "aabaaac") == ("aab", 10), "a beginning within a beginning"
+    assert until_stop(tokenizer, list(b"aabaabaaac"), "aabaaac") == ("aab", 10), "a stop text may begin within a partial match"
 
 
-def test_alternatives_of_one_text_do_not_overwrite_each_other() -> None:
+def test_alternatives_with_the_same_text_do_not_overwrite_each_other() -> None:
     tokenizer = llama()
     table = TokenBytes.of(tokenizer)
     letter, byte = tokenizer.convert_tokens_to_ids("a"), tokenizer.convert_tokens_to_ids("<0x61>")
-    half, other = tokenizer.convert_tokens_to_ids("<0xF0>"), tokenizer.convert_tokens_to_ids("<0x9F>")
-    token = scored(table, ScoredToken(half, -0.5, ((half, -0.5), (letter, -1.0), (byte, -2.0), (other, -3.0))), 3)
-    told = as_completion([token, scored(table, ScoredToken(letter, -4.0, ((half, -0.5),)), 3), scored(table, ScoredToken(1), 0)])
-    assert told["top_logprobs"][0] == {"bytes:\\xf0": -0.5, "a": -1.0, f"token_id:{byte}": -2.0, "bytes:\\x9f": -3.0}
-    assert told["top_logprobs"][1] == {"bytes:\\xf0": -0.5, "a": -4.0}, "the token itself is always told"
-    assert told["top_logprobs"][2] is None and told["token_logprobs"][2] is None
-    assert told["tokens"] == ["bytes:\\xf0", "a", "<s>"]
+    lead, continuation = tokenizer.convert_tokens_to_ids("<0xF0>"), tokenizer.convert_tokens_to_ids("<0x9F>")
+    token = scored(table, ScoredToken(lead, -0.5, ((lead, -0.5), (letter, -1.0), (byte, -2.0), (continuation, -3.0))), 3)
+    completion = as_completion([token, scored(table, ScoredToken(letter, -4.0, ((lead, -0.5),)), 3), scored(table, ScoredToken(1), 0)])
+    assert completion["top_logprobs"][0] == {"bytes:\\xf0": -0.5, "a": -1.0, f"token_id:{byte}": -2.0, "bytes:\\x9f": -3.0}
+    assert completion["top_logprobs"][1] == {"bytes:\\xf0": -0.5, "a": -4.0}, "the token itself is always included"
+    assert completion["top_logprobs"][2] is None and completion["token_logprobs"][2] is None
+    assert completion["tokens"] == ["bytes:\\xf0", "a", "<s>"]
     assert as_chat([token])["content"][0]["bytes"] == [0xF0]
-    assert [one["bytes"] for one in as_chat([token])["content"][0]["top_logprobs"]] == [[0xF0], [97], [97], [0x9F]]
+    assert [top["bytes"] for top in as_chat([token])["content"][0]["top_logprobs"]] == [[0xF0], [97], [97], [0x9F]]

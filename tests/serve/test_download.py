@@ -1,4 +1,4 @@
-"""A materialized size is downloaded as a tar file: whole, in any pieces, and in the same bytes every time."""
+"""A materialized size can be downloaded as a tar file, whole or in byte ranges, with the same bytes every time."""
 
 import hashlib
 import io
@@ -10,7 +10,7 @@ from shutil import copytree
 
 import pytest
 import torch
-from acip_platform.serve.http.download import Archive, wanted
+from acip_platform.serve.http.download import Archive, requested_range
 from acip_platform.serve.http.errors import RequestError
 from acip_platform.storage.store import Store
 from hypothesis import given, settings
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSinc
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of awkward sizes: empty, a byte, a block, a byte more, a name longer than a header holds."""
+    """Write files of edge-case sizes: empty, one byte, one block, one byte more; and a name longer than a tar header holds."""
     folder = tmp_path_factory.mktemp("files")
     for name, size in (("empty", 0), ("byte", 1), ("block", 512), ("more", 513), ("under/" + "long" * 40, 2000)):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -42,7 +42,7 @@ def archive(folder: Path) -> Archive:
     return Archive(*Store("unused", folder).source(str(folder)), "small")
 
 
-def test_it_is_the_folder(archive: Archive, folder: Path) -> None:
+def test_archive_contains_the_files_of_the_folder(archive: Archive, folder: Path) -> None:
     content = b"".join(archive.read(0, archive.size))
     assert len(content) == archive.size
     with tarfile.open(fileobj=io.BytesIO(content)) as opened:
@@ -52,7 +52,7 @@ def test_it_is_the_folder(archive: Archive, folder: Path) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_any_piece_is_that_of_the_whole(archive: Archive, data: st.DataObject) -> None:
+def test_any_byte_range_equals_that_slice_of_the_archive(archive: Archive, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, archive.size))
     stop = data.draw(st.integers(start, archive.size))
     whole = b"".join(archive.read(0, archive.size))
@@ -76,14 +76,14 @@ def test_any_piece_is_that_of_the_whole(archive: Archive, data: st.DataObject) -
         ("bytes=-", None),
     ],
 )
-def test_ranges(header: str | None, expected: tuple[int, int] | None) -> None:
-    assert wanted(header, 100) == expected
+def test_range_header_is_parsed(header: str | None, expected: tuple[int, int] | None) -> None:
+    assert requested_range(header, 100) == expected
 
 
 @pytest.mark.parametrize("header", ["bytes=100-", "bytes=100-200", "bytes=-0"])
-def test_a_range_beyond_the_end_is_refused(header: str) -> None:
+def test_range_beyond_the_end_is_refused(header: str) -> None:
     with pytest.raises(RequestError, match="the archive, which has 100 bytes") as refused:
-        wanted(header, 100)
+        requested_range(header, 100)
     assert refused.value.status == 416
 
 
@@ -97,12 +97,14 @@ def app(small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     app.close()
 
 
-def test_the_route_answers_whole_and_in_pieces(app: Application, exported: Path, heldout_tokens: torch.Tensor, tmp_path: Path) -> None:
-    place = tmp_path / "home" / "artifacts" / "exports" / "small" / "1" / "size-0.6000-0123456789abcdef-01234567"
-    copytree(exported, place)
-    provenance = json.loads((place / PROVENANCE).read_text())
+def test_route_returns_the_archive_whole_and_in_ranges(
+    app: Application, exported: Path, heldout_tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    target = tmp_path / "home" / "artifacts" / "exports" / "small" / "1" / "size-0.6000-0123456789abcdef-01234567"
+    copytree(exported, target)
+    provenance = json.loads((target / PROVENANCE).read_text())
     facts = {"id": "mat-0123456789abcdef", "model": "small", "version": "1", "size": {"ratio": 0.6}, "quantize": None}
-    (place / PROVENANCE).write_text(json.dumps({**provenance, "materialization": facts}))
+    (target / PROVENANCE).write_text(json.dumps({**provenance, "materialization": facts}))
     path = "/v1/materializations/mat-0123456789abcdef/archive"
     status, whole = app.ask("GET", path)
     assert status == 200, whole
@@ -119,14 +121,14 @@ def test_the_route_answers_whole_and_in_pieces(app: Application, exported: Path,
     assert app.ask("GET", path.replace("cdef", "cdee"))[0] == 404
 
 
-def test_a_folder_is_read_from_s3_in_pieces(
+def test_archive_is_read_from_s3_in_ranges(
     folder: Path, archive: Archive, s3_server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
     store = Store(f"s3://models/{tmp_path.name}", tmp_path / "cache")
     uri = store.add(copytree(folder, tmp_path / "copy"), "small", "byte")
-    there = Archive(*store.source(uri), "small")
-    assert not isinstance(there.source, Folder)
-    assert there.size == archive.size
-    assert b"".join(there.read(100, 3000)) == b"".join(archive.read(100, 3000))
+    remote = Archive(*store.source(uri), "small")
+    assert not isinstance(remote.source, Folder)
+    assert remote.size == archive.size
+    assert b"".join(remote.read(100, 3000)) == b"".join(archive.read(100, 3000))

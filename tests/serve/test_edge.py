@@ -1,4 +1,4 @@
-"""What stands around HTTP requests, byte by byte: upgrades, methods, hosts, targets, headers, encodings."""
+"""Raw HTTP requests, sent as bytes: upgrades, methods, hosts, targets, headers and encodings."""
 
 import json
 import socket
@@ -30,24 +30,25 @@ def field(value: bytes) -> bytes:
 
 
 def exchange(server: Server, sent: bytes) -> tuple[int, dict[str, str], bytes]:
-    """(status, headers, body) of the first answer to these bytes."""
+    """Send these bytes and return (status, headers, body) of the response."""
     url = httpx.URL(server.url)
     with socket.create_connection((url.host, url.port), timeout=120) as client:
         client.sendall(sent)
-        read = client.makefile("rb")
-        status = int(read.readline().split()[1])
+        reader = client.makefile("rb")
+        status = int(reader.readline().split()[1])
         headers = {}
-        while line := read.readline().strip():
+        while line := reader.readline().strip():
             name, _, value = line.decode("latin-1").partition(": ")
             headers[name.lower()] = value
         if status == 100:
-            return exchange_rest(read)
+            return after_continue(reader)
         length = int(headers.get("content-length", 0))
-        return status, headers, b"" if sent.startswith(b"HEAD") else read.read(length)
+        return status, headers, b"" if sent.startswith(b"HEAD") else reader.read(length)
 
 
-def exchange_rest(read: Any) -> tuple[int, dict[str, str], bytes]:
-    return int(read.readline().split()[1]), {}, b""
+def after_continue(reader: Any) -> tuple[int, dict[str, str], bytes]:
+    """Return (status, {}, b"") of the response after 100 Continue."""
+    return int(reader.readline().split()[1]), {}, b""
 
 
 ANSWERED = {
@@ -77,14 +78,14 @@ ANSWERED = {
 
 
 @pytest.mark.parametrize("case", ANSWERED)
-def test_it_is_answered(server: Server, case: str) -> None:
+def test_request_is_answered(server: Server, case: str) -> None:
     status, headers, _ = exchange(server, ANSWERED[case])
     assert status in (200, 204)
     if "OPTIONS" in case:
         assert "OPTIONS" in headers["allow"]
 
 
-REFUSED: dict[str, tuple[bytes, int, str, str]] = {  # sent, status, code, what the message says
+REFUSED: dict[str, tuple[bytes, int, str, str]] = {  # sent bytes, status, code, part of the message
     "a WebSocket": (get(b"/v1/completions", HOST + WEBSOCKET + KEY), 400, "upgrade_not_supported", '"stream": true'),
     "a WebSocket without its key": (get(headers=HOST + WEBSOCKET), 400, "upgrade_not_supported", "does not support WebSockets"),
     "a POST that would be a WebSocket": (post(headers=HOST + WEBSOCKET), 400, "upgrade_not_supported", "does not support WebSockets"),
@@ -116,21 +117,21 @@ REFUSED: dict[str, tuple[bytes, int, str, str]] = {  # sent, status, code, what 
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_it_is_refused_in_our_shape(server: Server, case: str) -> None:
-    sent, expected, code, says = REFUSED[case]
+def test_request_is_refused_with_a_json_error(server: Server, case: str) -> None:
+    sent, expected, code, message_part = REFUSED[case]
     status, headers, body = exchange(server, sent)
     assert status == expected
     assert headers["content-type"] == "application/json"
     error = json.loads(body)["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["code"] == code
-    assert says in error["message"]
+    assert message_part in error["message"]
 
 
-def test_what_head_tells_is_what_get_tells(server: Server) -> None:
+def test_head_has_the_status_and_headers_of_get(server: Server) -> None:
     for path in ("/", "/health", "/ready", "/v1/models", "/v1/models/small", "/docs", "/openapi.json", "/v1/nothing"):
-        head, whole = server.client.head(path), server.client.get(path)
-        assert head.status_code == whole.status_code
-        assert head.headers["content-type"] == whole.headers["content-type"]
-        assert head.headers.get("content-length") == whole.headers.get("content-length")
+        head, get_response = server.client.head(path), server.client.get(path)
+        assert head.status_code == get_response.status_code
+        assert head.headers["content-type"] == get_response.headers["content-type"]
+        assert head.headers.get("content-length") == get_response.headers.get("content-length")
         assert head.content == b""

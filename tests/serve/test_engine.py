@@ -1,4 +1,4 @@
-"""The engine in text, without Ray: sizes, texts, limits, seeds, stops; on the small artifact."""
+"""The text engine without Ray, on the small artifact: sizes, texts, limits, seeds and stops."""
 
 import gc
 import re
@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM
 
 from acip.artifact.artifact import Artifact
 from acip.errors import AcipError, BudgetError
+from tests.support.near_ties import assert_greedy_text, same_text
 from tests.support.waiting import PATIENCE_S, until
-from tests.support.words import assert_says, same
 
 PROMPT = "It was a bright cold day and "
 
@@ -47,30 +47,30 @@ def engine(served: ResidentModel) -> Iterator[TextEngine]:
     engine.close()
 
 
-def answered(engine: TextEngine, served: ResidentModel, request: Any) -> dict[str, Any]:
-    """The whole answer, as the HTTP side makes it of the engine's events."""
-    heard: list[TextEvent] = []
+def whole_answer(engine: TextEngine, served: ResidentModel, request: Any) -> dict[str, Any]:
+    """Return the whole answer, built from the engine's events as the HTTP layer builds it."""
+    received: list[TextEvent] = []
     done = threading.Event()
 
-    def hear(events: list[TextEvent]) -> None:
-        heard.extend(events)
-        if heard[-1].kind in ("done", "error"):
+    def collect(events: list[TextEvent]) -> None:
+        received.extend(events)
+        if received[-1].kind in ("done", "error"):
             done.set()
 
-    ticket = engine.submit(served, request, hear)
+    ticket = engine.submit(served, request, collect)
     assert done.wait(PATIENCE_S), "the engine does not answer"
-    if heard[-1].kind == "error":
-        raise RequestError(heard[-1].data["body"]["error"]["message"], status=heard[-1].data["status"])
+    if received[-1].kind == "error":
+        raise RequestError(received[-1].data["body"]["error"]["message"], status=received[-1].data["status"])
     answer = Answer(request)
-    for event in (ticket.head(), *heard):
-        list(answer.hear(event))
+    for event in (ticket.head(), *received):
+        list(answer.add(event))
     return answer.whole()
 
 
 @pytest.fixture(scope="module")
 def ask(engine: TextEngine, served: ResidentModel) -> Ask:
     def complete(**fields: Any) -> dict[str, Any]:
-        return answered(engine, served, CompletionRequest.parse({"prompt": PROMPT, "temperature": 0, **fields}))
+        return whole_answer(engine, served, CompletionRequest.parse({"prompt": PROMPT, "temperature": 0, **fields}))
 
     return complete
 
@@ -80,40 +80,40 @@ def text(answer: dict[str, Any]) -> str:
 
 
 def first_logprob(answer: dict[str, Any]) -> float:
-    """Of an answer with log probabilities: what tells one size from another, whatever the texts are."""
+    """Return the highest log probability at the first token, which differs between sizes even if the texts agree."""
     return max(answer["choices"][0]["logprobs"]["top_logprobs"][0].values())
 
 
 def assert_same_texts(answers: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
-    """Nearly all: a token may be open."""
-    found = [same(one["choices"][0], other["choices"][0]) for one, other in zip(answers, others, strict=True)]
-    assert sum(found) > 0.7 * len(found)
+    """Assert that more than 70 % of the texts agree: others may differ after a near tie."""
+    agreements = [same_text(answer["choices"][0], other["choices"][0]) for answer, other in zip(answers, others, strict=True)]
+    assert sum(agreements) > 0.7 * len(agreements)
 
 
-def test_full_size_is_the_base_model(ask: Ask, small_base: str, served: ResidentModel) -> None:
+def test_full_size_gives_the_text_of_the_base_model(ask: Ask, small_base: str, served: ResidentModel) -> None:
     base = AutoModelForCausalLM.from_pretrained(small_base).eval()
     tokenizer = served.tokenizer
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
-    made = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=2)
+    generated = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=2)
     answer = ask(max_tokens=64, logprobs=2)
-    assert_says(answer, tokenizer.decode(made[0, ids.shape[1] :]))
+    assert_greedy_text(answer, tokenizer.decode(generated[0, ids.shape[1] :]))
     assert answer["size"]["got"] == 1.0
     assert answer["usage"] == {"prompt_tokens": ids.shape[1], "completion_tokens": 64, "total_tokens": ids.shape[1] + 64}
 
 
-def test_a_smaller_size_is_what_materialize_makes(ask: Ask, small_artifact: Artifact) -> None:
+def test_smaller_size_gives_the_text_of_the_materialized_model(ask: Ask, small_artifact: Artifact) -> None:
     any_size = small_artifact.load()
     any_size.resize(0.5)
     plain: Any = any_size.materialize()
     tokenizer = small_artifact.tokenizer()
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
-    made = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False, pad_token_id=2)
+    generated = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False, pad_token_id=2)
     half, whole = (ask(size_ratio=size, max_tokens=32, logprobs=2) for size in (0.5, 1.0))
-    assert_says(half, tokenizer.decode(made[0, ids.shape[1] :]))
+    assert_greedy_text(half, tokenizer.decode(generated[0, ids.shape[1] :]))
     assert first_logprob(half) != first_logprob(whole)
 
 
-def test_the_size_may_be_in_the_name(ask: Ask) -> None:
+def test_size_in_the_name_equals_size_ratio(ask: Ask) -> None:
     named, given, both = ask(model="small@0.6"), ask(model="small", size_ratio=0.6), ask(model="small@0.6", size_ratio=0.6)
     assert text(named) == text(given) == text(both)
     assert named["size"] == given["size"] == both["size"]
@@ -122,7 +122,7 @@ def test_the_size_may_be_in_the_name(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.83, 0.6, 0.4, 0.31])
-def test_got_never_exceeds_asked(ask: Ask, small_artifact: Artifact, ratio: float) -> None:
+def test_actual_size_never_exceeds_the_requested_size(ask: Ask, small_artifact: Artifact, ratio: float) -> None:
     size = ask(size_ratio=ratio, max_tokens=1)["size"]
     assert size["asked"] == ratio
     assert ratio - 0.01 < size["got"] <= ratio
@@ -132,7 +132,7 @@ def test_got_never_exceeds_asked(ask: Ask, small_artifact: Artifact, ratio: floa
     assert size["params"] == round(size["got"] * table.dense_params) + table.rest_params
 
 
-def test_sizes_interleaved_from_threads_give_the_texts_of_one_after_the_other(ask: Ask) -> None:
+def test_concurrent_sizes_give_the_texts_of_sequential_requests(ask: Ask) -> None:
     requests = [
         {"size_ratio": ratio, "max_tokens": 24, "seed": 1, "temperature": t, "logprobs": 3}
         for ratio in (1.0, 0.7, 0.5, 0.3)
@@ -145,7 +145,7 @@ def test_sizes_interleaved_from_threads_give_the_texts_of_one_after_the_other(as
     assert_same_texts(together, one_by_one)
 
 
-def test_the_seed_reproduces(ask: Ask) -> None:
+def test_seed_reproduces_the_text(ask: Ask) -> None:
     first = ask(temperature=1, seed=5, max_tokens=32)
     assert text(ask(temperature=1, seed=5, max_tokens=32)) == text(first)
     assert text(ask(temperature=1, seed=6, max_tokens=32)) != text(first)
@@ -154,9 +154,7 @@ def test_the_seed_reproduces(ask: Ask) -> None:
     assert text(ask(temperature=1, max_tokens=32, seed=drawn["seed"])) == text(drawn)
 
 
-def test_settings_that_are_left_out_are_the_models_own_else_openais(
-    ask: Ask, served: ResidentModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_omitted_settings_default_to_the_models_then_to_openais(ask: Ask, served: ResidentModel, monkeypatch: pytest.MonkeyPatch) -> None:
     own = served.settings.config
     free = {"seed": 3, "max_tokens": 32}
     assert text(ask(**free, temperature=None)) == text(ask(**free, temperature=1, top_p=1))
@@ -168,27 +166,27 @@ def test_settings_that_are_left_out_are_the_models_own_else_openais(
     assert text(ask(temperature=1e-9)) == text(ask(temperature=0))
 
 
-def test_a_list_of_prompts_is_answered_in_order(ask: Ask) -> None:
+def test_list_of_prompts_is_answered_in_order(ask: Ask) -> None:
     answer = ask(prompt=["One ", "Two "], max_tokens=12, logprobs=2)
     assert [choice["index"] for choice in answer["choices"]] == [0, 1]
     for choice, prompt in zip(answer["choices"], ("One ", "Two "), strict=True):
-        assert_says(ask(prompt=prompt, max_tokens=12, logprobs=2), choice["text"])
+        assert_greedy_text(ask(prompt=prompt, max_tokens=12, logprobs=2), choice["text"])
     assert answer["usage"]["completion_tokens"] == 24
     samples = ask(prompt=["One ", "One "], max_tokens=24, temperature=1, seed=4)["choices"]
     assert samples[0]["text"] != samples[1]["text"]
 
 
-def test_a_stop_text_ends_the_answer_before_it(ask: Ask) -> None:
+def test_answer_ends_before_the_stop_text(ask: Ask) -> None:
     whole = text(ask(max_tokens=64))
     stop = whole[20:23]
-    answer = ask(max_tokens=64, stop=["never there", stop])
+    answer = ask(max_tokens=64, stop=["not in the text", stop])
     assert text(answer) == whole[: whole.index(stop)]
     assert answer["choices"][0]["finish_reason"] == "stop"
-    assert answer["usage"]["completion_tokens"] == whole.index(stop) + len(stop)  # a byte a token
+    assert answer["usage"]["completion_tokens"] == whole.index(stop) + len(stop)  # one token per byte
     assert ask(max_tokens=64)["choices"][0]["finish_reason"] == "length"
 
 
-def test_the_end_token_ends_the_answer(ask: Ask, served: ResidentModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_end_token_ends_the_answer(ask: Ask, served: ResidentModel, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = text(ask(max_tokens=32))
     monkeypatch.setattr(served.settings.config, "eos_token_id", ord(whole[9]))
     answer = ask(max_tokens=32)
@@ -198,17 +196,17 @@ def test_the_end_token_ends_the_answer(ask: Ask, served: ResidentModel, monkeypa
     assert text(ask(max_tokens=32, ignore_eos=True)) == whole
 
 
-def test_the_context_may_be_filled_but_not_overrun(ask: Ask) -> None:
+def test_request_may_fill_but_not_exceed_the_context(ask: Ask) -> None:
     assert ask(prompt="a" * 500, max_tokens=12)["usage"]["total_tokens"] == 512
     with pytest.raises(ContextTooLongError, match=r"513.*context of small is 512 tokens: shorten the prompt to 500 tokens, or.*at most 11"):
         ask(prompt="a" * 501, max_tokens=12)
 
 
-def test_an_empty_prompt_starts_from_the_models_first_token(ask: Ask) -> None:
+def test_empty_prompt_is_replaced_by_a_start_token(ask: Ask) -> None:
     assert ask(prompt="")["usage"]["prompt_tokens"] == 1
 
 
-def test_a_size_that_cannot_be_reached_says_what_is_the_smallest(ask: Ask, served: ResidentModel) -> None:
+def test_error_for_an_unreachable_size_names_the_smallest(ask: Ask, served: ResidentModel) -> None:
     smallest = model_card(served)["size"]["smallest"]
     with pytest.raises(BudgetError, match=r"smallest is 0\.\d{4}") as refused:
         ask(size_ratio=smallest / 2)
@@ -217,44 +215,48 @@ def test_a_size_that_cannot_be_reached_says_what_is_the_smallest(ask: Ask, serve
     assert ask(size_ratio=smallest * 1.01)["size"]["got"] <= smallest * 1.01
 
 
-def test_who_is_gone_frees_the_slots_at_the_next_step(engine: TextEngine, served: ResidentModel) -> None:
-    heard: list[TextEvent] = []
+def test_canceled_request_frees_its_slots(engine: TextEngine, served: ResidentModel) -> None:
+    received: list[TextEvent] = []
     ticket = engine.submit(
-        served, CompletionRequest.parse({"prompt": ["a"] * 16, "n": 2, "max_tokens": 511, "ignore_eos": True}), heard.extend
+        served, CompletionRequest.parse({"prompt": ["a"] * 16, "n": 2, "max_tokens": 511, "ignore_eos": True}), received.extend
     )
-    wait_until(lambda: len(served.batch.active) == 32, "not all 32 are being answered")
+    wait_until(lambda: len(served.batch.active) == 32, "fewer than 32 sequences are running")
     engine.cancel(ticket)
     wait_until(lambda: not served.batch and engine.open == 0, "the slots of a canceled request are not free")
-    assert heard[-1].kind == "text"
+    assert received[-1].kind == "text"
     assert not served.batch.cache.keys
 
 
 @pytest.fixture
-def hasty(served: ResidentModel) -> Iterator[TextEngine]:
-    """An engine whose every request is late after its first step."""
+def zero_timeout_engine(served: ResidentModel) -> Iterator[TextEngine]:
+    """Yield an engine in which every request exceeds its deadline after the first step."""
     engine = TextEngine(timeout_s=0.0)
     engine.add(served)
     yield engine
     engine.close()
 
 
-def test_at_the_deadline_what_is_there_is_the_answer(hasty: TextEngine, served: ResidentModel) -> None:
-    answer = answered(hasty, served, CompletionRequest.parse({"prompt": ["a"] * 4, "max_tokens": 500, "ignore_eos": True}))
+def test_deadline_ends_the_answer_with_the_tokens_so_far(zero_timeout_engine: TextEngine, served: ResidentModel) -> None:
+    answer = whole_answer(
+        zero_timeout_engine, served, CompletionRequest.parse({"prompt": ["a"] * 4, "max_tokens": 500, "ignore_eos": True})
+    )
     assert [choice["finish_reason"] for choice in answer["choices"]] == ["length"] * 4
     assert 4 <= answer["usage"]["completion_tokens"] < 4 * 500
     assert answer["timed_out"] is True
     assert answer["max_tokens"] == 500
-    wait_until(lambda: not served.batch, "the slots of an answer that ended at its deadline are not free")
+    wait_until(lambda: not served.batch, "the slots of a request that reached its deadline are not free")
 
 
-def test_without_a_token_at_the_deadline_there_is_no_answer(hasty: TextEngine, served: ResidentModel) -> None:
+def test_deadline_before_the_first_token_is_an_error(zero_timeout_engine: TextEngine, served: ResidentModel) -> None:
     with pytest.raises(RequestError, match=r"no token within 0 s") as caught:
-        answered(hasty, served, CompletionRequest.parse({"prompt": "a" * 400, "max_tokens": 1}))  # read in several steps
+        whole_answer(
+            zero_timeout_engine, served, CompletionRequest.parse({"prompt": "a" * 400, "max_tokens": 1})
+        )  # prefilled in several steps
     assert caught.value.status == 408
-    wait_until(lambda: not served.batch, "the slots of an answer that was given up are not free")
+    wait_until(lambda: not served.batch, "the slots of a request without an answer are not free")
 
 
-def test_a_failing_step_fails_its_requests_and_not_the_next(
+def test_failed_step_fails_only_its_own_requests(
     engine: TextEngine, served: ResidentModel, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = text(ask(max_tokens=8))
@@ -264,36 +266,36 @@ def test_a_failing_step_fails_its_requests_and_not_the_next(
 
     with monkeypatch.context() as patched:
         patched.setattr(served.batch, "_forward", broken)
-        with pytest.raises(RequestError, match="its log says why") as caught:
+        with pytest.raises(RequestError, match="the reason is in its log") as caught:
             ask(max_tokens=8)
     assert caught.value.status == 500
     assert "password" not in str(caught.value)
     assert text(ask(max_tokens=8)) == usual
 
 
-def test_sizes_in_one_batch_give_the_texts_of_each_alone(ask: Ask, served: ResidentModel) -> None:
-    """Thirty-two answers at once, of many sizes and lengths, joining and leaving."""
+def test_sizes_in_one_batch_give_the_texts_of_single_requests(ask: Ask, served: ResidentModel) -> None:
+    """Requests of many sizes and lengths join and leave a batch of up to 32 sequences."""
     kinds = [
         {"size_ratio": size, "max_tokens": 8 + 5 * i, "prompt": PROMPT[: 8 + i], "logprobs": 3}
         for i, size in enumerate((1.0, 0.9, 0.7, 0.5, 0.4, 0.3))
     ]
     alone = [ask(**kind) for kind in kinds]
-    most = 0
+    largest_batch = 0
 
-    def one(i: int) -> dict[str, Any]:
-        nonlocal most
+    def complete(i: int) -> dict[str, Any]:
+        nonlocal largest_batch
         time.sleep(0.01 * (i % 7))
-        got = ask(**kinds[i % len(kinds)])
-        most = max(most, len(served.batch.active))
-        return got
+        answer = ask(**kinds[i % len(kinds)])
+        largest_batch = max(largest_batch, len(served.batch.active))
+        return answer
 
     with ThreadPoolExecutor(40) as pool:
-        together = list(pool.map(one, range(120)))
+        together = list(pool.map(complete, range(120)))
     assert_same_texts(together, [alone[i % len(kinds)] for i in range(120)])
-    assert most > 8
+    assert largest_batch > 8
 
 
-def test_a_long_prompt_delays_the_others_by_pieces(
+def test_long_prompt_is_prefilled_in_chunks_between_decoding_steps(
     ask: Ask, engine: TextEngine, served: ResidentModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts: list[int] = []
@@ -306,86 +308,86 @@ def test_a_long_prompt_delays_the_others_by_pieces(
     monkeypatch.setattr(served.batch, "_forward", counted)
     with ThreadPoolExecutor(2) as pool:
         short = pool.submit(ask, max_tokens=200)
-        wait_until(lambda: len(counts) > 5, "the short request is not being answered")
+        wait_until(lambda: len(counts) > 5, "the short request is not running")
         long = pool.submit(ask, prompt="b" * 490, max_tokens=4)
         assert long.result()["usage"]["prompt_tokens"] == 490
         assert short.result()["usage"]["completion_tokens"] == 200
-    assert max(counts) <= 128 + 1, "a piece of the long prompt, and one token of the other"
-    pieces = [i for i, count in enumerate(counts) if count > 64]
-    assert len(pieces) == 4, "490 tokens in pieces of 128"
+    assert max(counts) <= 128 + 1, "a step has at most one chunk of the long prompt and one token of the short request"
+    chunks = [i for i, count in enumerate(counts) if count > 64]
+    assert len(chunks) == 4, "490 tokens must be read in chunks of 128"
 
 
 @pytest.mark.parametrize("size", [1.0, 0.5])
-def test_a_prompt_in_pieces_is_the_prompt(ask: Ask, monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+def test_prefill_chunk_size_does_not_change_the_text(ask: Ask, monkeypatch: pytest.MonkeyPatch, size: float) -> None:
     prompt = (PROMPT * 20)[:450]
     whole = ask(prompt=prompt, max_tokens=24, size_ratio=size, logprobs=2)
     monkeypatch.setattr("acip_platform.serve.engine.batch.PREFILL_CHUNK_TOKENS", 37)
-    assert_says(whole, text(ask(prompt=prompt, max_tokens=24, size_ratio=size)))
+    assert_greedy_text(whole, text(ask(prompt=prompt, max_tokens=24, size_ratio=size)))
 
 
 def test_memory_for_keys_and_values_is_bounded(small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    tight = ResidentModel(ModelVersion("small", "7", "here", (), {}), small_artifact, kv_tokens=1024)
+    limited = ResidentModel(ModelVersion("small", "7", "here", (), {}), small_artifact, kv_tokens=1024)
     engine = TextEngine()
-    engine.add(tight)
-    seen: list[int] = []
-    step = tight.batch.step
+    engine.add(limited)
+    cached_tokens: list[int] = []
+    step = limited.batch.step
 
-    def watched() -> None:
+    def recorded_step() -> None:
         step()
-        seen.append(tight.batch.cache.count * tight.batch.cache.length)
+        cached_tokens.append(limited.batch.cache.count * limited.batch.cache.length)
 
-    monkeypatch.setattr(tight.batch, "step", watched)
+    monkeypatch.setattr(limited.batch, "step", recorded_step)
     request = CompletionRequest.parse({"prompt": ["a" * 200] * 12, "max_tokens": 50, "ignore_eos": True, "temperature": 0})
-    answer = answered(engine, tight, request)
+    answer = whole_answer(engine, limited, request)
     engine.close()
-    assert max(seen) == 1024
-    assert len({choice["text"] for choice in answer["choices"]}) == 1, "all twelve were answered, four at a time"
+    assert max(cached_tokens) == 1024
+    assert len({choice["text"] for choice in answer["choices"]}) == 1, "all twelve answers, computed four at a time, must be equal"
 
 
-def test_what_one_long_request_needed_is_not_kept_for_many_short_ones(small_artifact: Artifact) -> None:
+def test_cache_of_a_long_request_is_shortened_for_many_short_requests(small_artifact: Artifact) -> None:
     batch = ResidentModel(ModelVersion("small", "7", "here", (), {}), small_artifact).batch
     batch.cache.room(2, 4096)
     batch.cache.room(32, 100)
     assert (batch.cache.count, batch.cache.length) == (32, 128)
 
 
-def test_a_long_stop_text_costs_no_more_than_a_short_one(ask: Ask) -> None:
+def test_long_stop_text_takes_linear_time(ask: Ask) -> None:
     usual = text(ask(max_tokens=32))
     assert text(ask(max_tokens=32, stop="x" * 1_000_000)) == usual  # within PATIENCE_S: quadratic work takes hours
 
 
-def test_an_unloaded_model_is_not_held(small_artifact: Artifact, tmp_path: Path) -> None:
+def test_unloaded_model_is_garbage_collected(small_artifact: Artifact, tmp_path: Path) -> None:
     engine = TextEngine()
     served = ResidentModel(ModelVersion("small", "7", "here", (), {}), small_artifact)
     recorder = Recorder(engine, tmp_path)
     engine.add(served)
     recorder.add(served)
-    answered(engine, served, CompletionRequest.parse({"prompt": "a", "max_tokens": 2}))
-    gone = weakref.ref(served)
-    waiting = [served]
+    whole_answer(engine, served, CompletionRequest.parse({"prompt": "a", "max_tokens": 2}))
+    reference = weakref.ref(served)
+    holder = [served]
     del served
-    wait_until(lambda: engine.remove(waiting[0]), "the model is still in use: it is being recorded")
-    waiting.clear()
-    wait_until(lambda: gc.collect() >= 0 and gone() is None, "the unloaded model is still held")
+    wait_until(lambda: engine.remove(holder[0]), "the recorder still uses the model")
+    holder.clear()
+    wait_until(lambda: gc.collect() >= 0 and reference() is None, "the unloaded model is still referenced")
     engine.close()
 
 
-def test_the_log_probabilities_are_the_models(ask: Ask, small_base: str, served: ResidentModel) -> None:
+def test_log_probabilities_equal_those_of_the_base_model(ask: Ask, small_base: str, served: ResidentModel) -> None:
     answer = ask(max_tokens=6, logprobs=3)
-    told = answer["choices"][0]["logprobs"]
+    logprobs = answer["choices"][0]["logprobs"]
     base = AutoModelForCausalLM.from_pretrained(small_base).eval()
     ids = served.tokenizer(PROMPT + text(answer))["input_ids"]
     with torch.no_grad():
-        logprobs = base(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = base(torch.tensor([ids])).logits[0].log_softmax(-1)
     for i in range(6):
-        at = len(PROMPT) - 1 + i
-        assert told["token_logprobs"][i] == pytest.approx(float(logprobs[at, ids[at + 1]]), abs=1e-4)
-        assert list(told["top_logprobs"][i].values()) == pytest.approx(logprobs[at].topk(3).values.tolist(), abs=1e-4)
-    assert "".join(told["tokens"]) == text(answer)
-    assert told["text_offset"] == list(range(6))
+        position = len(PROMPT) - 1 + i
+        assert logprobs["token_logprobs"][i] == pytest.approx(float(expected[position, ids[position + 1]]), abs=1e-4)
+        assert list(logprobs["top_logprobs"][i].values()) == pytest.approx(expected[position].topk(3).values.tolist(), abs=1e-4)
+    assert "".join(logprobs["tokens"]) == text(answer)
+    assert logprobs["text_offset"] == list(range(6))
 
 
-def test_penalties_and_biases_change_what_is_chosen(ask: Ask) -> None:
+def test_penalties_and_biases_change_the_tokens(ask: Ask) -> None:
     usual = text(ask(max_tokens=48))
     assert text(ask(max_tokens=48, frequency_penalty=2.0)) != usual
     assert text(ask(max_tokens=4, logit_bias={str(ord("Q")): 100})) == "QQQQ"
@@ -394,21 +396,21 @@ def test_penalties_and_biases_change_what_is_chosen(ask: Ask) -> None:
         ask(logit_bias={"999": 1})
 
 
-def test_n_answers_are_drawn_apart(ask: Ask) -> None:
+def test_n_answers_are_sampled_independently(ask: Ask) -> None:
     answer = ask(n=3, temperature=1, seed=4, max_tokens=24, logprobs=3)
     texts = [choice["text"] for choice in answer["choices"]]
     assert len(set(texts)) == 3
-    same(answer["choices"][0], ask(temperature=1, seed=4, max_tokens=24, logprobs=3)["choices"][0])
+    same_text(answer["choices"][0], ask(temperature=1, seed=4, max_tokens=24, logprobs=3)["choices"][0])
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
 
 
-def test_tokens_may_be_given_instead_of_text(ask: Ask) -> None:
+def test_prompt_may_be_token_ids(ask: Ask) -> None:
     assert text(ask(prompt=list(PROMPT.encode()))) == text(ask())
     with pytest.raises(InvalidTokensError, match=r"token 300; small has tokens 0 to 255"):
         ask(prompt=[[1, 300]])
 
 
-def test_a_model_leaves_only_when_nobody_uses_it(engine: TextEngine, served: ResidentModel) -> None:
+def test_model_is_removed_only_if_no_request_uses_it(engine: TextEngine, served: ResidentModel) -> None:
     ticket = engine.submit(served, CompletionRequest.parse({"prompt": "a", "max_tokens": 500, "ignore_eos": True}), lambda _: None)
     assert not engine.remove(served)
     engine.cancel(ticket)
@@ -419,19 +421,19 @@ def test_a_model_leaves_only_when_nobody_uses_it(engine: TextEngine, served: Res
     engine.add(served)
 
 
-def test_a_model_whose_sequences_would_mix_is_refused(small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an architecture that computes its own positions would do."""
+def test_model_that_ignores_position_ids_is_refused(small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of a batch would mix in an architecture that ignores `position_ids`."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    turn = LlamaRotaryEmbedding.forward
+    forward = LlamaRotaryEmbedding.forward
 
-    def own(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        return turn(self, x, torch.arange(position_ids.shape[1])[None])
+    def ignore_positions(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        return forward(self, x, torch.arange(position_ids.shape[1])[None])
 
-    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", own)
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", ignore_positions)
     with pytest.raises(AcipError, match="small: LlamaForCausalLM can't be served: "):
         ResidentModel(ModelVersion("small", "7", "here", (), {}), small_artifact)
 
 
-def wait_until(is_so: Callable[[], bool], otherwise: str) -> None:
-    until(is_so, otherwise, every_s=0.005)
+def wait_until(condition: Callable[[], bool], message: str) -> None:
+    until(condition, message, every_s=0.005)

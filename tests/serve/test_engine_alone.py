@@ -44,14 +44,14 @@ GREEDY = SamplingParams(temperature=0.0)
 NO_END: frozenset[int] = frozenset()
 
 
-def loaded(artifact: Artifact) -> ResidentModel:
+def load_model(artifact: Artifact) -> ResidentModel:
     version: Any = SimpleNamespace(name="small", version="7", uri="here")
     return ResidentModel(version, artifact)
 
 
 @pytest.fixture(scope="module")
 def model(small_artifact: Artifact) -> ResidentModel:
-    return loaded(small_artifact)
+    return load_model(small_artifact)
 
 
 @pytest.fixture(scope="module")
@@ -76,35 +76,38 @@ def generate(engine: Engine, model: ResidentModel, request: GenerationRequest) -
     return tokens, events
 
 
-def of_model(model: Any, prompt: list[int], count: int) -> list[int]:
+def reference_tokens(model: Any, prompt: list[int], count: int) -> list[int]:
     """Return the greedy continuation by transformers."""
     ids = torch.tensor([prompt])
-    made = model.generate(
+    generated = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=None
     )
-    return list(made[0, len(prompt) :].tolist())
+    return list(generated[0, len(prompt) :].tolist())
 
 
-def test_the_engine_imports_nothing_of_a_server() -> None:
+def test_engine_imports_no_server_packages() -> None:
     modules = [f"{package.__name__}.{file.stem}" for file in Path(package.__path__[0]).glob("*.py") if file.stem != "__init__"]
     absent = ("ray", "mlflow", "boto3", "fastapi", "starlette", "pydantic", "llguidance", "jsonschema", "uvicorn")
     code = (
         f"import sys, importlib; sys.modules.update(dict.fromkeys({absent!r}))\n"
         f"for name in {modules!r}: importlib.import_module(name)\n"
-        "above = [name for name in sys.modules if name.startswith('acip_platform.serve.') and '.engine' not in name]\n"
-        "assert not above, above"
+        "outside = [name for name in sys.modules if name.startswith('acip_platform.serve.') and '.engine' not in name]\n"
+        "assert not outside, outside"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_sizes_side_by_side_give_the_tokens_of_each_model(
+def test_concurrent_sizes_give_the_tokens_of_each_model(
     engine: Engine, model: ResidentModel, small_base: str, small_artifact: Artifact
 ) -> None:
     any_size = small_artifact.load()
     any_size.resize(0.5)
     half: Any = any_size.materialize()
-    expected = {1.0: of_model(AutoModelForCausalLM.from_pretrained(small_base).eval(), PROMPT, 12), 0.5: of_model(half, PROMPT, 12)}
+    expected = {
+        1.0: reference_tokens(AutoModelForCausalLM.from_pretrained(small_base).eval(), PROMPT, 12),
+        0.5: reference_tokens(half, PROMPT, 12),
+    }
     events: dict[int, list[TokenEvent]] = {}
     ratios = (1.0, 0.5, 1.0, 0.5)
     for i, ratio in enumerate(ratios):
@@ -114,7 +117,7 @@ def test_sizes_side_by_side_give_the_tokens_of_each_model(
         assert [event.token.token for event in events[i] if isinstance(event, TokenSampled)] == expected[ratio]
 
 
-def test_the_events_of_a_request(engine: Engine, model: ResidentModel) -> None:
+def test_request_emits_its_events_in_order(engine: Engine, model: ResidentModel) -> None:
     request = greedy(PROMPT, PROMPT[:9], choices=2, max_tokens=3)
     tokens, events = generate(engine, model, request)
     assert isinstance(events[0], RequestStarted) and isinstance(events[-1], RequestDone)
@@ -126,18 +129,18 @@ def test_the_events_of_a_request(engine: Engine, model: ResidentModel) -> None:
     assert (done.prompt_tokens, done.completion_tokens, done.timed_out) == (len(PROMPT) + 9, 12, False)
 
 
-def test_seeds(engine: Engine, model: ResidentModel) -> None:
-    def drawn(**fields: Any) -> dict[int, list[int]]:
+def test_seed_determines_the_tokens_of_each_sequence(engine: Engine, model: ResidentModel) -> None:
+    def sampled_tokens(**fields: Any) -> dict[int, list[int]]:
         return generate(engine, model, greedy(sampling=SamplingParams(temperature=1.0), **fields))[0]
 
-    three = drawn(seed=5, choices=3)
-    assert drawn(seed=5, choices=3) == three
-    assert drawn(seed=6)[0] == three[1], "sequence i has seed + i"
+    three = sampled_tokens(seed=5, choices=3)
+    assert sampled_tokens(seed=5, choices=3) == three
+    assert sampled_tokens(seed=6)[0] == three[1], "sequence i has seed + i"
     assert len({tuple(tokens) for tokens in three.values()}) == 3
-    assert drawn() != drawn(), "None is a random seed"
+    assert sampled_tokens() != sampled_tokens(), "None is a random seed"
 
 
-def test_log_probabilities_of_prompt_and_tokens(engine: Engine, model: ResidentModel, small_base: str) -> None:
+def test_log_probabilities_equal_those_of_the_base_model(engine: Engine, model: ResidentModel, small_base: str) -> None:
     request = greedy(max_tokens=2, prompt_logprobs=2, sampling=SamplingParams(temperature=0.0, logprobs=1))
     tokens, events = generate(engine, model, request)
     (prompt,) = [event.tokens for event in events if isinstance(event, PromptScored)]
@@ -147,25 +150,25 @@ def test_log_probabilities_of_prompt_and_tokens(engine: Engine, model: ResidentM
         logprobs = AutoModelForCausalLM.from_pretrained(small_base).eval()(torch.tensor([ids])).logits[0].log_softmax(-1)
     assert [token.token for token in (*prompt, *sampled)] == ids
     assert prompt[0].logprob is None
-    for at, token in enumerate((*prompt[1:], *sampled)):
-        assert token.logprob == pytest.approx(float(logprobs[at, token.token]), abs=1e-3)
-        assert token.top[0][1] == pytest.approx(float(logprobs[at].max()), abs=1e-3)
+    for position, token in enumerate((*prompt[1:], *sampled)):
+        assert token.logprob == pytest.approx(float(logprobs[position, token.token]), abs=1e-3)
+        assert token.top[0][1] == pytest.approx(float(logprobs[position].max()), abs=1e-3)
     only_scored = generate(engine, model, greedy(max_tokens=0, prompt_logprobs=0))[1]
     assert [type(event) for event in only_scored] == [RequestStarted, PromptScored, SequenceEnded, RequestDone]
 
 
-def test_end_tokens(engine: Engine, model: ResidentModel) -> None:
+def test_end_token_ends_the_sequence(engine: Engine, model: ResidentModel) -> None:
     usual = generate(engine, model, greedy())[0][0]
     end = usual[4]
     tokens, events = generate(engine, model, greedy(end_tokens=frozenset({end})))
-    assert tokens[0] == usual[: usual.index(end)], "the end token itself is not an event"
+    assert tokens[0] == usual[: usual.index(end)], "the end token must not be an event"
     assert SequenceEnded(0, "stop") in events
     done = events[-1]
     assert isinstance(done, RequestDone) and done.completion_tokens == len(tokens[0]) + 1
 
 
 class Letters:
-    """A constraint: so many capital letters."""
+    """A constraint that allows a given number of capital letters."""
 
     def __init__(self, count: int, error: Exception | None = None) -> None:
         self.left, self.error = count, error
@@ -182,7 +185,7 @@ class Letters:
         self.left -= 1
 
 
-def test_a_constraint_limits_the_tokens_and_ends_the_sequence(engine: Engine, model: ResidentModel) -> None:
+def test_constraint_limits_the_tokens_and_ends_the_sequence(engine: Engine, model: ResidentModel) -> None:
     tokens, events = generate(engine, model, greedy(choices=2, constraint=lambda: Letters(5)))
     for index in (0, 1):
         assert len(tokens[index]) == 5 and all(ord("A") <= token <= ord("Z") for token in tokens[index])
@@ -192,7 +195,7 @@ def test_a_constraint_limits_the_tokens_and_ends_the_sequence(engine: Engine, mo
 
 
 class StopsAfter:
-    """A consumer that ends its sequence after so many tokens."""
+    """A consumer that ends its sequence after a given number of tokens."""
 
     def __init__(self, count: int) -> None:
         self.count, self.tokens, self.threads = count, list[int](), set[str]()
@@ -203,7 +206,7 @@ class StopsAfter:
         return len(self.tokens) == self.count
 
 
-def test_a_consumer_gets_each_token_in_the_engine_s_thread_and_may_stop(engine: Engine, model: ResidentModel) -> None:
+def test_consumer_receives_each_token_in_the_engine_thread_and_may_stop(engine: Engine, model: ResidentModel) -> None:
     consumers = [StopsAfter(3), StopsAfter(100)]
     tokens, events = generate(engine, model, greedy(choices=2, consumer=consumers.__getitem__))
     assert [consumer.tokens for consumer in consumers] == [tokens[0], tokens[1]]
@@ -212,9 +215,7 @@ def test_a_consumer_gets_each_token_in_the_engine_s_thread_and_may_stop(engine: 
     assert consumers[0].threads == {"engine"}
 
 
-def test_a_step_or_a_consumer_that_fails_ends_its_requests_and_not_the_engine(
-    engine: Engine, model: ResidentModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_step_or_consumer_ends_only_its_requests(engine: Engine, model: ResidentModel, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = generate(engine, model, greedy())[0]
 
     def broken(*_: object, **__: object) -> Any:
@@ -227,11 +228,12 @@ def test_a_step_or_a_consumer_that_fails_ends_its_requests_and_not_the_engine(
         patched.setattr(StopsAfter, "take", broken)
         assert isinstance(failure(engine, model, greedy(consumer=lambda _: StopsAfter(1))), RuntimeError)
     engine.submit(model, greedy(), broken)
-    until(lambda: engine.open == 0 and not model.batch, "the request whose events can't be handed over goes on")
+    until(lambda: engine.open == 0 and not model.batch, "the request whose events can't be delivered is still running")
     assert generate(engine, model, greedy())[0] == usual
 
 
 def failure(engine: Engine, model: ResidentModel, request: GenerationRequest) -> Exception:
+    """Return the error of a request that must fail."""
     last = list(engine.events(model, request))[-1]
     assert isinstance(last, RequestFailed)
     return last.error
@@ -247,8 +249,8 @@ def test_logits_that_are_not_finite_fail_the_request(engine: Engine, model: Resi
         hook.remove()
 
 
-def test_a_deadline(engine: Engine, model: ResidentModel) -> None:
-    long = greedy([97] * 400, timeout_s=0.0)  # takes several steps to read
+def test_deadline_ends_a_request(engine: Engine, model: ResidentModel) -> None:
+    long = greedy([97] * 400, timeout_s=0.0)  # is prefilled in several steps
     assert isinstance(failure(engine, model, long), DeadlineExceededError)
     tokens, events = generate(engine, model, greedy(max_tokens=400, timeout_s=0.0))
     done = events[-1]
@@ -256,7 +258,7 @@ def test_a_deadline(engine: Engine, model: ResidentModel) -> None:
     assert 1 <= len(tokens[0]) < 400 and SequenceEnded(0, "length") in events
 
 
-def test_requests_that_are_not_valid_are_refused_at_once(engine: Engine, model: ResidentModel) -> None:
+def test_invalid_requests_are_refused_on_submission(engine: Engine, model: ResidentModel) -> None:
     for request in (greedy([1, 256]), greedy([-1]), greedy([]), greedy(sampling=SamplingParams(logit_bias={256: 1.0}))):
         with pytest.raises(InvalidTokensError):
             engine.submit(model, request, print)
@@ -268,19 +270,19 @@ def test_requests_that_are_not_valid_are_refused_at_once(engine: Engine, model: 
     assert refused.value.field == "max_tokens"
     with pytest.raises(BudgetError):
         engine.submit(model, greedy(budget=Budget(ratio=0.001)), print)
-    other = loaded(model.artifact)
+    other = load_model(model.artifact)
     with pytest.raises(ModelUnloadedError):
         engine.submit(other, greedy(), print)
     assert engine.open == 0
 
 
-def test_a_request_without_max_tokens_gets_the_default(engine: Engine, model: ResidentModel) -> None:
+def test_request_without_max_tokens_gets_the_default(engine: Engine, model: ResidentModel) -> None:
     assert len(generate(engine, model, greedy(max_tokens=None, default_max_tokens=7))[0][0]) == 7
 
 
-def test_a_canceled_request_leaves_before_the_next_step(engine: Engine, model: ResidentModel) -> None:
+def test_canceled_request_is_dropped(engine: Engine, model: ResidentModel) -> None:
     events = engine.events(model, greedy(max_tokens=400))
     assert isinstance(next(events), RequestStarted)
     assert isinstance(next(events), TokenSampled)
     events.close()  # type: ignore[attr-defined]
-    until(lambda: engine.open == 0 and not model.batch, "the canceled request goes on")
+    until(lambda: engine.open == 0 and not model.batch, "the canceled request is still running")

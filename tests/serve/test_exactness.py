@@ -1,4 +1,4 @@
-"""What is served is what the model computes: caps, sinks, windows, chunks and positions are honored, or the model is refused."""
+"""The engine gives the logits of the model: it honors softcaps, sinks, windows, chunks and positions, or refuses the model."""
 
 import copy
 from dataclasses import replace
@@ -83,8 +83,8 @@ FACTORS: dict[str, Any] = {"type": "longrope", "short_factor": [1.0] * 4, "long_
 LONGROPE = Phi3Config(**{**LONG, "original_max_position_embeddings": 64, "rope_scaling": FACTORS})
 
 
-def checked(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
-    """The model after the check, with no layers of several sizes."""
+def checked_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
+    """Return the model after the check, without layers of several sizes."""
     model = random_model(copy.deepcopy(config)).to(dtype)
     context, _ = served_context(model.config.get_text_config(), 512)
     check("toy", model, {}, (Size(0, {}), Size(1, {})), context)
@@ -93,14 +93,14 @@ def checked(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", sorted(SERVED))
-def test_the_engine_computes(name: str, dtype: torch.dtype) -> None:
-    assert checked(SERVED[name], dtype).config._attn_implementation == kv_cache.ATTENTION
+def test_supported_architecture_passes_the_check(name: str, dtype: torch.dtype) -> None:
+    assert checked_model(SERVED[name], dtype).config._attn_implementation == kv_cache.ATTENTION
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_the_engine_refuses_in_one_line(name: str) -> None:
+def test_unsupported_architecture_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(AcipError, match=r"^toy: \w+ForCausalLM can't be served: .+ Export sizes with jobs/materialize.py\.$") as raised:
-        checked(REFUSED[name])
+        checked_model(REFUSED[name])
     assert "\n" not in str(raised.value)
 
 
@@ -115,34 +115,34 @@ def artifact_of(config: PreTrainedConfig, folder: Path, **recipe: Any) -> Artifa
 
 
 @pytest.mark.parametrize("name", ["capped logits", "windows in some layers", "chunks"])
-def test_an_answer_has_the_logits_of_transformers_generate(name: str, tmp_path: Path) -> None:
-    """Beyond the windows and chunks, alone and beside others."""
+def test_answer_has_the_log_probabilities_of_transformers_generate(name: str, tmp_path: Path) -> None:
+    """The logits agree beyond the windows and chunks, in a batch of several prompts."""
     artifact = artifact_of(SERVED[name], tmp_path, exclude=("experts", "router") if name == "chunks" else ())
     served, engine = ResidentModel(ModelVersion("toy", "1", str(artifact.folder), (), {}), artifact), TextEngine()
     engine.add(served)
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(3, 256, (length,), generator=generator).tolist() for length in (200, 20, 90)]
-    told: dict[int, list[float]] = {0: [], 1: [], 2: []}
+    logprobs: dict[int, list[float]] = {0: [], 1: [], 2: []}
     request = CompletionRequest(prompt=prompts, temperature=0.0, logprobs=0, ignore_eos=True, max_tokens=24)
     for event in engine.events(served, request):
         assert event.kind != "error", event.data
-        told[event.index] += [token["logprob"] for token in event.logprobs or []]
+        logprobs[event.index] += [token["logprob"] for token in event.logprobs or []]
     engine.close()
     for i, prompt in enumerate(prompts):
-        made = model.generate(
+        generated = model.generate(
             torch.tensor([prompt]), max_new_tokens=24, min_new_tokens=24, do_sample=False, eos_token_id=255, pad_token_id=0,
             output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
-        tokens = made.sequences[0, len(prompt) :]
-        expected = [float(step[0].log_softmax(-1)[token]) for step, token in zip(made.logits, tokens, strict=True)]
-        first = next((j for j, token in enumerate(tokens) if made.logits[j][0].argmax() != token), 24)  # what min_new_tokens changed
-        assert told[i][:first] == pytest.approx(expected[:first], abs=1e-3) and first > 4
+        tokens = generated.sequences[0, len(prompt) :]
+        expected = [float(step[0].log_softmax(-1)[token]) for step, token in zip(generated.logits, tokens, strict=True)]
+        changed = next((j for j, token in enumerate(tokens) if generated.logits[j][0].argmax() != token), 24)  # by min_new_tokens
+        assert logprobs[i][:changed] == pytest.approx(expected[:changed], abs=1e-3) and changed > 4
 
 
-def test_longrope_is_served_as_far_as_its_frequencies_are_everybodys(tmp_path: Path) -> None:
+def test_longrope_is_served_up_to_its_original_context(tmp_path: Path) -> None:
     assert served_context(LONGROPE, 512)[0] == 64
-    assert checked(LONGROPE) is not None
+    assert checked_model(LONGROPE) is not None
     artifact = artifact_of(LONGROPE, tmp_path)
     served = ResidentModel(ModelVersion("toy", "1", str(artifact.folder), (), {}), artifact)
     card = model_card(served)
@@ -150,26 +150,26 @@ def test_longrope_is_served_as_far_as_its_frequencies_are_everybodys(tmp_path: P
     assert any("up to 64 of 512 tokens" in note for note in card["notes"])
 
 
-def test_a_wrong_cap_or_window_or_sink_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right, seen = kv_cache.weighted, kv_cache.Rule.seen
+def test_check_detects_a_wrong_softcap_sink_or_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, mask_of = kv_cache.weighted, kv_cache.Rule.mask
     with monkeypatch.context() as patch:
         patch.setattr(kv_cache, "weighted", lambda q, k, v, mask, scaling, softcap, sinks: right(q, k, v, mask, scaling, None, sinks))
         with pytest.raises(AcipError, match="change its logits by"):
-            checked(SERVED["capped logits"])
+            checked_model(SERVED["capped logits"])
     with monkeypatch.context() as patch:
         patch.setattr(kv_cache, "weighted", lambda q, k, v, mask, scaling, softcap, sinks: right(q, k, v, mask, scaling, softcap, None))
         with pytest.raises(AcipError, match="change its logits by"):
-            checked(SERVED["sinks"])
+            checked_model(SERVED["sinks"])
     full = kv_cache.Rule(kv_cache.causal_mask_function, None)
     for name in ("a window of few tokens", "a window of many tokens", "windows in some layers", "chunks"):
         for dtype in (torch.float32, torch.bfloat16):
             with monkeypatch.context() as patch:
-                patch.setattr(kv_cache.Rule, "seen", lambda rule, query, key: seen(full, query, key))
+                patch.setattr(kv_cache.Rule, "mask", lambda rule, query, key: mask_of(full, query, key))
                 with pytest.raises(AcipError, match=r"beyond (sliding_window|attention_chunk_size) = \d+"):
-                    checked(SERVED[name], dtype)
+                    checked_model(SERVED[name], dtype)
 
 
-def test_a_window_of_many_tokens_costs_a_short_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_of_a_long_window_uses_a_short_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, run = [], exactness_check._token_by_token
 
     def counted(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -177,12 +177,12 @@ def test_a_window_of_many_tokens_costs_a_short_prompt(monkeypatch: pytest.Monkey
         return run(model, ids)
 
     monkeypatch.setattr(exactness_check, "_token_by_token", counted)
-    checked(SERVED["a window of many tokens"])
+    checked_model(SERVED["a window of many tokens"])
     assert sum(tokens) < 200
 
 
 @pytest.mark.parametrize("argument", ["position_bias", "head_mask", "indices"])
-def test_an_argument_that_attention_does_not_know_is_refused(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_attention_argument_is_refused(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama.modeling_llama import LlamaAttention
 
     forward: Any = LlamaAttention.forward
@@ -190,28 +190,28 @@ def test_an_argument_that_attention_does_not_know_is_refused(argument: str, monk
         LlamaAttention, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs, **{argument: torch.ones(1, 1, 1, 1)})
     )
     with pytest.raises(AcipError, match=f"toy: LlamaForCausalLM can't be served: the attention of LlamaAttention takes {argument}"):
-        checked(LlamaConfig(**LONG))
+        checked_model(LlamaConfig(**LONG))
 
 
-def test_a_mask_of_the_models_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom_attention_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama import modeling_llama
 
-    def own(**kwargs: Any) -> torch.Tensor:
+    def custom_mask(**kwargs: Any) -> torch.Tensor:
         return torch.full((1, 1, kwargs["inputs_embeds"].shape[1], 64), -torch.inf).triu(1)
 
     model = random_model(LlamaConfig(**LONG))
     model.set_attn_implementation(kv_cache.ATTENTION)
-    monkeypatch.setattr(modeling_llama, "create_causal_mask", own)
-    held = kv_cache.KVCache()
-    held.room(1, 8)
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", custom_mask)
+    cache = kv_cache.KVCache()
+    cache.room(1, 8)
     with (
         pytest.raises(AcipError, match="gets its attention mask from code of its own"),
-        kv_cache.Step.of(held, [kv_cache.CachePiece(0, 0, 0, 8)], torch.device("cpu")) as step,
+        kv_cache.Step.of(cache, [kv_cache.CachePiece(0, 0, 0, 8)], torch.device("cpu")) as step,
     ):
-        model(input_ids=torch.zeros(1, 8, dtype=torch.long), position_ids=step.position[None], past_key_values=held, use_cache=True)
+        model(input_ids=torch.zeros(1, 8, dtype=torch.long), position_ids=step.position[None], past_key_values=cache, use_cache=True)
 
 
-def test_a_model_whose_own_logits_are_not_finite_is_refused() -> None:
+def test_model_with_logits_that_are_not_finite_is_refused() -> None:
     model = random_model(LlamaConfig(**LONG))
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan

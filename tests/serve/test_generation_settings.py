@@ -1,4 +1,4 @@
-"""generation_config.json is honored, or what is not is said; numbers that are not finite are an error of their request alone."""
+"""The engine honors generation_config.json or reports ignored settings; logits that are not finite fail only their request."""
 
 import json
 import logging
@@ -47,14 +47,14 @@ def base(small_base: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(small_base).eval()
 
 
-def state(served: ResidentModel, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
-    """Give the resident model another generation config."""
+def set_generation_config(served: ResidentModel, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+    """Replace the generation config of the resident model."""
     monkeypatch.setattr(served.any_size.model, "generation_config", GenerationConfig(**settings))
     monkeypatch.setattr(served, "settings", GenerationSettings("small", served.any_size.model))
 
 
 def answer(engine: TextEngine, served: ResidentModel, **fields: Any) -> tuple[list[str], dict[str, Any]]:
-    """(the text of each choice, the last event's data)."""
+    """Return (the text of each choice, the data of the last event)."""
     texts: dict[int, str] = {}
     event = TextEvent("")
     for event in engine.events(served, CompletionRequest.parse({"prompt": PROMPT, "max_tokens": 24, **fields})):
@@ -79,28 +79,28 @@ def answer(engine: TextEngine, served: ResidentModel, **fields: Any) -> tuple[li
     ],
     ids="+".join,
 )
-def test_a_stated_setting_is_that_of_transformers_generate(
+def test_setting_has_the_effect_of_transformers_generate(
     settings: dict[str, Any], served: ResidentModel, engine: TextEngine, base: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state(served, monkeypatch, do_sample=False, **{"eos_token_id": 255, **settings})
+    set_generation_config(served, monkeypatch, do_sample=False, **{"eos_token_id": 255, **settings})
     config = GenerationConfig(do_sample=False, max_new_tokens=24, pad_token_id=0, **{"eos_token_id": 255, **settings})
     ids = torch.tensor([PROMPT])
     with torch.no_grad():
-        made = base.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, len(PROMPT) :].tolist()
+        generated = base.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, len(PROMPT) :].tolist()
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    expected = served.tokenizer.decode(made[:-1] if made[-1] in ends else made)
+    expected = served.tokenizer.decode(generated[:-1] if generated[-1] in ends else generated)
     (text,), done = answer(engine, served)
     assert text == expected
-    assert done["usage"]["completion_tokens"] == len(made)
-    beside, _ = answer(engine, served, prompt=[PROMPT, PROMPT[:9], PROMPT])
-    assert beside[0] == beside[2] == expected, "each sequence of a batch has its own"
+    assert done["usage"]["completion_tokens"] == len(generated)
+    batch, _ = answer(engine, served, prompt=[PROMPT, PROMPT[:9], PROMPT])
+    assert batch[0] == batch[2] == expected, "settings must apply to each sequence of a batch"
 
 
 @pytest.mark.parametrize("settings", [{"min_p": 0.3}, {"typical_p": 0.4}, {"epsilon_cutoff": 0.1}, {"eta_cutoff": 0.1}, {"top_h": 0.3}])
-def test_stated_cuts_leave_the_tokens_of_transformers(
+def test_truncation_settings_keep_the_tokens_of_transformers(
     settings: dict[str, Any], served: ResidentModel, base: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state(served, monkeypatch, do_sample=True, **settings)
+    set_generation_config(served, monkeypatch, do_sample=True, **settings)
     with torch.no_grad():
         logits = base(torch.tensor([PROMPT])).logits[:, -1].float()
     config = GenerationConfig(do_sample=True, temperature=1.5, top_k=40, top_p=0.95, **settings)
@@ -108,13 +108,13 @@ def test_stated_cuts_leave_the_tokens_of_transformers(
         torch.tensor([PROMPT]), logits.clone()
     )[0]
     sampler = served.sampler(SamplingParams(temperature=1.5, top_k=40, top_p=0.95), 3, list(PROMPT), 8)
-    drawn = torch.tensor([sample(logits.clone(), [sampler])[0].token for _ in range(600)])
-    found = torch.bincount(drawn, minlength=len(allowed)) / len(drawn)
-    assert not found[allowed == -math.inf].any()
-    assert (found - allowed.softmax(-1)).abs().max() < 0.12
+    sampled = torch.tensor([sample(logits.clone(), [sampler])[0].token for _ in range(600)])
+    frequencies = torch.bincount(sampled, minlength=len(allowed)) / len(sampled)
+    assert not frequencies[allowed == -math.inf].any()
+    assert (frequencies - allowed.softmax(-1)).abs().max() < 0.12
 
 
-def test_top_p_is_a_share_of_what_top_k_leaves() -> None:
+def test_top_p_applies_to_the_tokens_that_top_k_keeps() -> None:
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
     sampler = Sampler(SamplingParams(top_k=2, top_p=0.56))  # 0.4 / 0.7 = 0.571
     assert {sample(logits, [sampler])[0].token for _ in range(50)} == {0}
@@ -122,13 +122,15 @@ def test_top_p_is_a_share_of_what_top_k_leaves() -> None:
     assert {sample(logits, [sampler])[0].token for _ in range(200)} == {0, 1}
 
 
-def test_stated_stop_texts_and_lengths_are_defaults(served: ResidentModel, engine: TextEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_strings_and_lengths_of_the_config_are_defaults(
+    served: ResidentModel, engine: TextEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (plain,), _ = answer(engine, served, temperature=0)
-    state(served, monkeypatch, do_sample=False, stop_strings=[plain[5:7]], max_new_tokens=11)
+    set_generation_config(served, monkeypatch, do_sample=False, stop_strings=[plain[5:7]], max_new_tokens=11)
     (text,), done = answer(engine, served)
     assert text == plain[: plain.index(plain[5:7])] and done["usage"]["completion_tokens"] <= 7
     assert served.answer_tokens([PROMPT], None, 1000) == 11
-    state(served, monkeypatch, max_length=40)
+    set_generation_config(served, monkeypatch, max_length=40)
     assert served.answer_tokens([PROMPT], None, 1000) == 40 - len(PROMPT)
 
 
@@ -142,7 +144,7 @@ def with_config(artifact: Artifact, folder: Path, **fields: Any) -> Artifact:
     return Artifact.open(folder)
 
 
-def test_what_is_not_honored_is_said_once_and_in_the_card(
+def test_ignored_settings_are_logged_once_and_listed_in_the_card(
     small_artifact: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     artifact = with_config(
@@ -168,16 +170,14 @@ def test_what_is_not_honored_is_said_once_and_in_the_card(
         ({"no_repeat_ngram_size": "two"}, "generation_config.json can't be"),
     ],
 )
-def test_a_setting_that_cannot_be_meant_is_refused_at_load(
-    fields: dict[str, Any], reason: str, small_artifact: Artifact, tmp_path: Path
-) -> None:
+def test_invalid_setting_is_refused_at_load(fields: dict[str, Any], reason: str, small_artifact: Artifact, tmp_path: Path) -> None:
     with pytest.raises(AcipError, match=reason) as raised:
         ResidentModel(VERSION, with_config(small_artifact, tmp_path / "a", **fields))
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_not_finite_are_an_error_and_harm_no_neighbor(
+def test_logits_that_are_not_finite_fail_only_their_request(
     wrong: float, served: ResidentModel, engine: TextEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: Any = served.any_size.model
@@ -185,12 +185,12 @@ def test_logits_that_are_not_finite_are_an_error_and_harm_no_neighbor(
     expected = {prompt: answer(engine, served, prompt=prompt, temperature=0)[0] for prompt in (good, long)}
 
     def overflow(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
-        """Stands for a prompt whose numbers leave the dtype: token 1 is in it."""
+        """Simulate an overflow of the dtype for prompts that contain token 1."""
         return out.masked_fill((args[0] == 1)[..., None], wrong)
 
     hook = model.get_input_embeddings().register_forward_hook(overflow)
     try:
-        heard: dict[str, list[TextEvent]] = {}
+        received: dict[str, list[TextEvent]] = {}
         requests: dict[str, dict[str, Any]] = {
             "good": {"prompt": good},
             "bad": {"prompt": [*PROMPT * 4, 1, 2], "n": 2},
@@ -198,26 +198,26 @@ def test_logits_that_are_not_finite_are_an_error_and_harm_no_neighbor(
         }
         for name, fields in requests.items():
             request = CompletionRequest.parse({"max_tokens": 24, "temperature": 0, "logprobs": 2, **fields})
-            engine.submit(served, request, heard.setdefault(name, []).extend)
+            engine.submit(served, request, received.setdefault(name, []).extend)
         deadline = time.monotonic() + 300
         while engine.open:
-            assert time.monotonic() < deadline, "waited for three requests to end"
+            assert time.monotonic() < deadline, "the three requests do not end"
             time.sleep(0.01)
-        errors = [event for event in heard["bad"] if event.kind == "error"]
-        assert len(errors) == 1 and not any(event.text for event in heard["bad"])
+        errors = [event for event in received["bad"] if event.kind == "error"]
+        assert len(errors) == 1 and not any(event.text for event in received["bad"])
         assert errors[0].data["status"] == 500
         error = errors[0].data["body"]["error"]
         assert error["code"] == "not_finite" and "the model's logits are not finite" in error["message"]
         for name, prompt in (("good", good), ("long", long)):
-            assert ["".join(event.text for event in heard[name])] == expected[prompt]
-            assert all(math.isfinite(told["logprob"]) for event in heard[name] for told in event.logprobs or [])
-        for prompt in (long, good):  # in the slots that the failed ones left
+            assert ["".join(event.text for event in received[name])] == expected[prompt]
+            assert all(math.isfinite(token["logprob"]) for event in received[name] for token in event.logprobs or [])
+        for prompt in (long, good):  # in the slots of the failed sequences
             assert answer(engine, served, prompt=[prompt] * 3, temperature=0)[0] == expected[prompt] * 3
     finally:
         hook.remove()
 
 
 def test_settings_that_leave_no_token_are_an_error(served: ResidentModel, engine: TextEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    state(served, monkeypatch, do_sample=False, suppress_tokens=list(range(256)))
+    set_generation_config(served, monkeypatch, do_sample=False, suppress_tokens=list(range(256)))
     texts, last = answer(engine, served)
     assert not any(texts) and last["status"] == 500 and "leave no token" in last["body"]["error"]["message"]

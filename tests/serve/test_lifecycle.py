@@ -1,4 +1,4 @@
-"""The life of a server: full queues, clients that leave or don't read, a killed engine, other versions, Ctrl-C."""
+"""The lifecycle of a server: full queues, clients that disconnect or do not read, a killed engine, other versions, Ctrl-C."""
 
 import asyncio
 import contextlib
@@ -20,19 +20,22 @@ from acip_platform.tracking.runs import Tracking
 from tests.support.server import Server, text
 from tests.support.waiting import PATIENCE_S, until
 
-ASKED, SLOTS = 90, 64  # requests at once, and how many of them the server takes
+REQUESTS, SLOTS = 90, 64  # concurrent requests, and how many of them the server accepts
 LONG: dict[str, Any] = {"model": "small", "prompt": ["a"] * 16, "ignore_eos": True}
 
 
 async def flood(url: str) -> tuple[httpx.Response, list[httpx.Response]]:
-    """More long requests than the server takes, half of them streams: how ready it is, and its first answers; the others leave."""
-    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S, limits=httpx.Limits(max_connections=ASKED + 10)) as client:
-        bodies = [{**LONG, "max_tokens": 500, "stream": i % 2 == 0} for i in range(ASKED)]  # seconds of work each
-        asked = [asyncio.create_task(client.post("/v1/completions", json=body)) for body in bodies]
-        done, waiting = set[Any](), set(asked)
-        while len(done) < ASKED - SLOTS:
+    """Send more long requests than the server accepts, half of them streams.
+
+    Return the response of /ready and the first responses; cancel the other requests.
+    """
+    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S, limits=httpx.Limits(max_connections=REQUESTS + 10)) as client:
+        bodies = [{**LONG, "max_tokens": 500, "stream": i % 2 == 0} for i in range(REQUESTS)]  # seconds of work each
+        tasks = [asyncio.create_task(client.post("/v1/completions", json=body)) for body in bodies]
+        done, waiting = set[Any](), set(tasks)
+        while len(done) < REQUESTS - SLOTS:
             new, waiting = await asyncio.wait(waiting, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
-            assert new, f"waited for {PATIENCE_S:g} s: only {len(done)} of {ASKED} requests were refused"
+            assert new, f"waited for {PATIENCE_S:g} s: only {len(done)} of {REQUESTS} requests were refused"
             done |= new
         ready = await client.get("/ready")
         for task in waiting:
@@ -41,13 +44,13 @@ async def flood(url: str) -> tuple[httpx.Response, list[httpx.Response]]:
         return ready, [task.result() for task in done]
 
 
-def test_a_full_queue_is_429_and_who_leaves_makes_room(server: Server) -> None:
+def test_full_queue_is_429_and_disconnected_clients_make_room(server: Server) -> None:
     before = server.metric("acip_generated_tokens_total")
     ready, first = asyncio.run(flood(server.url))
-    assert ready.status_code == 200, "busy is not broken"
+    assert ready.status_code == 200, "a busy server must stay ready"
     refused = [response for response in first if response.status_code != 200]
-    assert len(first) >= ASKED - SLOTS
-    assert refused, "a place is free only where an answer was whole before the last request came"
+    assert len(first) >= REQUESTS - SLOTS
+    assert refused, "a place is free only if an answer was complete before the last request arrived"
     for response in refused:
         assert response.status_code == 429
         assert int(response.headers["retry-after"]) >= 1
@@ -56,12 +59,14 @@ def test_a_full_queue_is_429_and_who_leaves_makes_room(server: Server) -> None:
             "type": "rate_limit_error", "param": None, "code": "queue_full",
         }  # fmt: skip
     server.ask(max_tokens=1)
-    until(lambda: server.open == 0, "who left is still counted")
-    assert server.metric("acip_generated_tokens_total") - before < SLOTS * 16 * 500 / 2, "the others are gone, and so is their work"
+    until(lambda: server.open == 0, "disconnected clients are still counted")
+    assert server.metric("acip_generated_tokens_total") - before < SLOTS * 16 * 500 / 2, (
+        "the server must not finish the answers of disconnected clients"
+    )
 
 
-def test_who_does_not_read_holds_no_slot(server: Server) -> None:
-    """Ten clients ask for streams and never read a byte: they are answered all the same, and so is who comes after them."""
+def test_clients_that_do_not_read_hold_no_slot(server: Server) -> None:
+    """Ten clients request streams and never read a byte. Their requests complete, and a later request is answered."""
     body = json.dumps({**LONG, "max_tokens": 300, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     url, before = httpx.URL(server.url), server.metric("acip_generated_tokens_total")
@@ -71,13 +76,13 @@ def test_who_does_not_read_holds_no_slot(server: Server) -> None:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect((url.host, url.port))
             client.sendall(head + body)
-        until(lambda: server.open == 10, "not all of them are being answered")
+        until(lambda: server.open == 10, "fewer than ten requests are open")
         server.ask(max_tokens=2, ignore_eos=True)
-        until(lambda: server.open == 0, "who does not read holds a slot")
+        until(lambda: server.open == 0, "a client that does not read holds a slot")
     assert server.metric("acip_generated_tokens_total") == before + 10 * 16 * 300 + 2
 
 
-def test_a_killed_engine_is_replaced_and_its_requests_are_answered_or_told(server: Server) -> None:
+def test_killed_engine_is_replaced_and_its_requests_are_retried_or_fail(server: Server) -> None:
     def engine() -> psutil.Process:
         (found,) = [process for process in server.processes() if "Engine" in process.name() + "".join(process.cmdline())]
         return found
@@ -86,21 +91,21 @@ def test_a_killed_engine_is_replaced_and_its_requests_are_answered_or_told(serve
     with ThreadPoolExecutor(2) as pool:
         whole = pool.submit(server.post, **LONG, max_tokens=250)
         streamed = pool.submit(server.post, **LONG, max_tokens=250, stream=True)
-        until(lambda: server.metric("acip_requests_running") == 2, "not both are being answered")
+        until(lambda: server.metric("acip_requests_running") == 2, "fewer than two requests are running")
         killed.kill()
         *_, last = [line for line in streamed.result().text.split("\n\n") if line]
         error = json.loads(last.removeprefix("data: "))["error"]
-        assert error["type"] == "service_unavailable", "a stream that has begun can't begin again"
+        assert error["type"] == "service_unavailable", "a stream that has begun can't be retried"
         assert "being replaced" in error["message"]
-        assert whole.result().status_code == 200, "asked again of the new engine"
+        assert whole.result().status_code == 200, "the request must be retried on the new engine"
         assert whole.result().json()["usage"]["completion_tokens"] == 16 * 250
     assert engine() != killed
-    assert text(server.ask(size_ratio=0.5)) == before, "the same version"
+    assert text(server.ask(size_ratio=0.5)) == before, "the new engine must serve the same version"
 
 
 @pytest.fixture
 def candidate(server: Server, served_home: Path) -> Iterator[str]:
-    """Another version of `small`, under the alias `candidate`: what `talker` is. Whatever happens, version 1 is served afterwards."""
+    """Register the artifact of `talker` as a version of `small` with the alias `candidate`. Serve version 1 again after the test."""
     settings = Settings.from_env({"ACIP_HOME": str(served_home)})
     run = Tracking(settings, "test").start("again", "g", {})
     new = Registry(settings).register("small", str(served_home / "talker"), run.run_id, {})
@@ -113,28 +118,28 @@ def test_another_version_is_served_without_a_restart(server: Server, served_home
     chat: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
     assert server.post("/v1/chat/completions", **chat).status_code == 400, "version 1 has no template"
     with ThreadPoolExecutor(1) as pool:
-        under_way = pool.submit(server.ask, **LONG, max_tokens=400)
-        until(lambda: server.metric("acip_requests_running") == 1, "it is not being answered")
+        running = pool.submit(server.ask, **LONG, max_tokens=400)
+        until(lambda: server.metric("acip_requests_running") == 1, "the request is not running")
         card = server.client.post("/v1/models/small/load", json={"alias": "candidate"}).json()
         assert (card["id"], card["version"], card["artifact"]) == ("small", candidate, str(served_home / "talker"))
         assert server.ask(max_tokens=2)["version"] == candidate
-        assert under_way.result()["version"] == "1", "an answer keeps its version"
+        assert running.result()["version"] == "1", "a running request must keep its version"
     assert server.client.get("/v1/models/small").json()["version"] == candidate
-    assert server.post("/v1/chat/completions", **chat).json()["version"] == candidate, "its template came with it"
+    assert server.post("/v1/chat/completions", **chat).json()["version"] == candidate, "the new version must bring its template"
     assert server.client.post("/v1/models/small/load", json={"version": "1"}).json()["version"] == "1"
     assert server.ask(max_tokens=2)["version"] == "1"
 
 
-def test_ctrl_c_lets_answers_finish_and_leaves_nothing_behind(server_to_stop: Server) -> None:
-    server, everything = server_to_stop, server_to_stop.processes()
-    assert len(everything) > 5
+def test_ctrl_c_finishes_answers_and_leaves_no_process(server_to_stop: Server) -> None:
+    server, processes = server_to_stop, server_to_stop.processes()
+    assert len(processes) > 5
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(server.ask, **LONG, max_tokens=400)
-        until(lambda: server.metric("acip_requests_running") == 1, "it is not being answered")
+        answer = pool.submit(server.ask, **LONG, max_tokens=400)
+        until(lambda: server.metric("acip_requests_running") == 1, "the request is not running")
         server.process.send_signal(signal.SIGINT)
-        assert asked.result()["usage"]["completion_tokens"] == 16 * 400
+        assert answer.result()["usage"]["completion_tokens"] == 16 * 400
     assert server.process.wait(PATIENCE_S) == 0
-    # Ray's own warnings about the machine may stand between or after
-    said = [line for line in server.log.read_text().splitlines() if line in ("stopped.", "Traceback (most recent call last):")]
-    assert said == ["stopped."]
-    assert psutil.wait_procs(everything, timeout=PATIENCE_S)[1] == []
+    # Ray may log warnings about the machine between these lines or after them
+    lines = [line for line in server.log.read_text().splitlines() if line in ("stopped.", "Traceback (most recent call last):")]
+    assert lines == ["stopped."]
+    assert psutil.wait_procs(processes, timeout=PATIENCE_S)[1] == []

@@ -1,4 +1,4 @@
-"""Sizes exported to the store in the background, on a real Ray: made once, found again, honest about what went wrong."""
+"""Materializations on a real Ray cluster: a size is exported once in the background and found again; a failure is reported."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ from tests.support.waiting import PATIENCE_S, until
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster(s3_server: dict[str, str]) -> Iterator[None]:
-    """A local Ray whose workers reach the S3 server, and which leaves no process behind."""
+    """Start a local Ray cluster whose workers reach the S3 server. It must leave no process behind."""
     before = set(psutil.Process().children(recursive=True))
     with pytest.MonkeyPatch.context() as environment:
         for name, value in s3_server.items():
@@ -51,24 +51,26 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def version(small_artifact: Artifact, tmp_path: Path) -> ModelVersion:
-    """A registered copy of the small artifact, which may be broken."""
+    """Return a version with a copy of the small artifact, which a test may damage."""
     folder = copytree(small_artifact.folder, tmp_path / "artifact")
     return ModelVersion("small", "1", str(folder), ("champion",), {})
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine with a time limit."""
+
     async def limited() -> Any:
         try:
             async with asyncio.timeout(PATIENCE_S):
                 return await work
         except TimeoutError as error:
-            raise AssertionError(f"waited for {PATIENCE_S:g} s: a materialization is neither done nor failed") from error
+            raise AssertionError(f"waited for {PATIENCE_S:g} s: a materialization has neither succeeded nor failed") from error
 
     return asyncio.run(limited())
 
 
-async def done(sizes: Materializations, id: str) -> dict[str, Any]:
-    """The record once it is finished."""
+async def finished_record(sizes: Materializations, id: str) -> dict[str, Any]:
+    """Wait until a materialization is finished and return its record."""
     while (record := await sizes.get(id))["status"] in ("queued", "running"):
         assert record["uri"] is record["sha256"] is record["bytes"] is record["finished"] is record["error"] is None
         await asyncio.sleep(0.02)
@@ -77,30 +79,30 @@ async def done(sizes: Materializations, id: str) -> dict[str, Any]:
 
 
 def check(folder: Path, record: dict[str, Any]) -> None:
-    """As a client would, by the record alone."""
+    """Verify the files of a folder from the record alone, as a client would."""
     raw = (folder / PROVENANCE).read_bytes()
     assert hashlib.sha256(raw).hexdigest() == record["sha256"]
     files = json.loads(raw)["files"]
-    there = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    assert there.keys() == {*files, PROVENANCE}
-    assert all(hashlib.sha256(there[name].read_bytes()).hexdigest() == facts["sha256"] for name, facts in files.items())
-    assert sum(path.stat().st_size for path in there.values()) == record["bytes"]
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    assert paths.keys() == {*files, PROVENANCE}
+    assert all(hashlib.sha256(paths[name].read_bytes()).hexdigest() == facts["sha256"] for name, facts in files.items())
+    assert sum(path.stat().st_size for path in paths.values()) == record["bytes"]
 
 
-def test_a_size_is_made_once(settings: Settings, version: ModelVersion, any_size: ElasticModel, heldout_tokens: torch.Tensor) -> None:
-    async def story() -> dict[str, Any]:
-        sizes, place = Materializations(settings), settings.home / "exporting"
-        place.mkdir(parents=True)
-        with lock(place):  # the task waits for this, so that it is seen running
+def test_size_is_materialized_once(settings: Settings, version: ModelVersion, any_size: ElasticModel, heldout_tokens: torch.Tensor) -> None:
+    async def scenario() -> dict[str, Any]:
+        sizes, workplaces = Materializations(settings), settings.home / "exporting"
+        workplaces.mkdir(parents=True)
+        with lock(workplaces):  # the task waits for this lock, so that the test observes it running
             record = await sizes.start(version, Budget(ratio=0.6))
             assert record["status"] == "queued" and record["object"] == "materialization"
             while (now := await sizes.get(record["id"]))["status"] == "queued":
                 await asyncio.sleep(0.01)
             assert now["status"] == "running", now
-        now = await done(sizes, record["id"])
+        now = await finished_record(sizes, record["id"])
         assert now["status"] == "succeeded", now
 
-        made = (Path(now["uri"]) / PROVENANCE).stat()
+        written = (Path(now["uri"]) / PROVENANCE).stat()
         again = await sizes.start(version, Budget(ratio=0.6))
         percent = await sizes.start(version, Budget.parse("60%"))
         same_cut = await sizes.start(version, Budget(params=now["size"]["params"]))
@@ -108,10 +110,10 @@ def test_a_size_is_made_once(settings: Settings, version: ModelVersion, any_size
         restarted = Materializations(settings)
         assert await restarted.get(now["id"]) == await restarted.start(version, Budget(ratio=0.6)) == now | {"created": now["finished"]}
         assert [record["id"] for record in await restarted.list()] == [now["id"]]
-        assert (Path(now["uri"]) / PROVENANCE).stat() == made, "nothing was written again"
+        assert (Path(now["uri"]) / PROVENANCE).stat() == written, "the files must not be written again"
         return now
 
-    record = run(story())
+    record = run(scenario())
     folder = Path(record["uri"])
     assert folder.parent == Path(settings.store) / "exports" / "small" / "1"
     assert folder.name.startswith("size-") and record["id"].removeprefix("mat-") in folder.name
@@ -127,7 +129,7 @@ def test_a_size_is_made_once(settings: Settings, version: ModelVersion, any_size
     assert (record["model"], record["version"], record["quantize"]) == ("small", "1", None)
 
 
-def test_from_s3_to_s3(
+def test_materialization_from_s3_to_s3(
     s3_server: dict[str, str], tmp_path: Path, small_artifact: Artifact, any_size: ElasticModel, heldout_tokens: torch.Tensor
 ) -> None:
     settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home"), "ACIP_ARTIFACT_URI": f"s3://models/{tmp_path.name}"})
@@ -135,18 +137,18 @@ def test_from_s3_to_s3(
     uri = store.put(copytree(small_artifact.folder, tmp_path / "copy"), "small/1")
     version = ModelVersion("small", "1", uri, (), {})
 
-    async def story() -> tuple[dict[str, Any], dict[str, Any]]:
-        one, two = Materializations(settings), Materializations(settings)  # two servers at once
-        ids = [(await sizes.start(version, Budget(ratio=0.5), "nf4"))["id"] for sizes in (one, two)]
-        return await done(one, ids[0]), await done(two, ids[1])
+    async def scenario() -> tuple[dict[str, Any], dict[str, Any]]:
+        first, second = Materializations(settings), Materializations(settings)  # as on two servers
+        ids = [(await sizes.start(version, Budget(ratio=0.5), "nf4"))["id"] for sizes in (first, second)]
+        return await finished_record(first, ids[0]), await finished_record(second, ids[1])
 
-    record, other = run(story())
+    record, other = run(scenario())
     assert record["status"] == "succeeded", record
     assert {key: record[key] for key in ("id", "uri", "sha256")} == {key: other[key] for key in ("id", "uri", "sha256")}
     prefix = record["uri"].removeprefix("s3://models/")
     assert prefix.startswith(f"{tmp_path.name}/exports/small/1/size-0.") and "-nf4-" in prefix
     listed = s3.list_objects_v2(Bucket="models", Prefix=f"{tmp_path.name}/exports/")["Contents"]
-    assert {item["Key"].rpartition("/")[0] for item in listed} == {prefix}, "one folder, whoever was faster"
+    assert {item["Key"].rpartition("/")[0] for item in listed} == {prefix}, "two exports must give one folder"
     for item in listed:
         target = tmp_path / "down" / item["Key"].removeprefix(prefix + "/")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -159,33 +161,33 @@ def test_from_s3_to_s3(
     s3.delete_object(Bucket="models", Key=f"{prefix}/{PROVENANCE}")
     with pytest.raises(RequestError, match="no materialization 'mat-"):
         run(Materializations(settings).get(record["id"]))
-    s3.put_object(Bucket="models", Key=f"{tmp_path.name}/small/1/factors.safetensors", Body=_spoiled(small_artifact.folder))
+    s3.put_object(Bucket="models", Key=f"{tmp_path.name}/small/1/factors.safetensors", Body=_corrupted(small_artifact.folder))
 
     async def broken() -> dict[str, Any]:
         sizes = Materializations(settings)
-        return await done(sizes, (await sizes.start(version, Budget(ratio=0.7)))["id"])
+        return await finished_record(sizes, (await sizes.start(version, Budget(ratio=0.7)))["id"])
 
     failed = run(broken())
     assert failed["status"] == "failed" and "corrupted" in failed["error"], failed
     assert str(settings.home) not in failed["error"]
 
 
-def _spoiled(artifact: Path) -> bytes:
-    """Factors of the right size, of which a byte in sixteen is wrong."""
+def _corrupted(artifact: Path) -> bytes:
+    """Return the factors with one wrong byte in every sixteen."""
     content = bytearray((artifact / "factors.safetensors").read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
     content[start::16] = bytes(byte ^ 1 for byte in content[start::16])
     return bytes(content)
 
 
-def test_what_failed_says_why_and_may_be_tried_again(settings: Settings, version: ModelVersion) -> None:
+def test_failed_materialization_reports_why_and_can_be_retried(settings: Settings, version: ModelVersion) -> None:
     factors = Path(version.uri) / "factors.safetensors"
 
-    async def story() -> None:
+    async def scenario() -> None:
         sizes = Materializations(settings)
         await sizes.start(version, Budget(ratio=1.0))
         factors.rename(factors.with_suffix(".away"))
-        failed = await done(sizes, (await sizes.start(version, Budget(ratio=0.6)))["id"])
+        failed = await finished_record(sizes, (await sizes.start(version, Budget(ratio=0.6)))["id"])
         assert failed["status"] == "failed" and failed["uri"] is None
         assert f"{factors} is missing" in failed["error"]
         with pytest.raises(RequestError, match="is missing") as unavailable:
@@ -194,29 +196,29 @@ def test_what_failed_says_why_and_may_be_tried_again(settings: Settings, version
         factors.with_suffix(".away").rename(factors)
         again = await sizes.start(version, Budget(ratio=0.6))
         assert again["id"] == failed["id"] and again["error"] is None
-        assert (await done(sizes, again["id"]))["status"] == "succeeded"
+        assert (await finished_record(sizes, again["id"]))["status"] == "succeeded"
 
-    run(story())
+    run(scenario())
 
 
-def test_a_killed_worker_is_a_failure(settings: Settings, version: ModelVersion) -> None:
-    place = settings.home / "exporting"
-    place.mkdir(parents=True)
+def test_killed_worker_fails_the_materialization(settings: Settings, version: ModelVersion) -> None:
+    workplaces = settings.home / "exporting"
+    workplaces.mkdir(parents=True)
 
-    async def story() -> None:
+    async def scenario() -> None:
         sizes = Materializations(settings)
-        with lock(place):  # the task runs, and waits for this
+        with lock(workplaces):  # the task runs and waits for this lock
             record = await sizes.start(version, Budget(ratio=0.6))
             while (await sizes.get(record["id"]))["status"] == "queued":
                 await asyncio.sleep(0.01)
             (task,) = [process for process in psutil.Process().children(recursive=True) if "export_task" in _title(process)]
             task.kill()
-            failed = await done(sizes, record["id"])
+            failed = await finished_record(sizes, record["id"])
         assert failed["status"] == "failed" and "died" in failed["error"]
         again = await sizes.start(version, Budget(ratio=0.6))
-        assert (await done(sizes, again["id"]))["status"] == "succeeded"
+        assert (await finished_record(sizes, again["id"]))["status"] == "succeeded"
 
-    run(story())
+    run(scenario())
 
 
 def _title(process: psutil.Process) -> str:
@@ -225,33 +227,33 @@ def _title(process: psutil.Process) -> str:
     return ""
 
 
-def test_a_bounded_number_waits(settings: Settings, version: ModelVersion) -> None:
-    async def story() -> None:
-        sizes = Materializations(settings, num_cpus=1000, max_queued=1)  # more than there is, so that none begins
+def test_queue_is_bounded(settings: Settings, version: ModelVersion) -> None:
+    async def scenario() -> None:
+        sizes = Materializations(settings, num_cpus=1000, max_queued=1)  # more CPUs than the cluster has, so that no task starts
         first = await sizes.start(version, Budget(ratio=0.6))
         await sizes.start(version, Budget(ratio=0.5))
         with pytest.raises(RequestError, match="2 materializations are queued or running") as full:
             await sizes.start(version, Budget(ratio=0.4))
         assert full.value.status == 429
-        assert await sizes.start(version, Budget(ratio=0.6)) == first, "what is under way may always be asked for"
+        assert await sizes.start(version, Budget(ratio=0.6)) == first, "a full queue must accept a request for a queued size"
         assert {record["status"] for record in await sizes.list()} == {"queued"}
 
-    run(story())
+    run(scenario())
 
 
 def test_finished_records_are_bounded(settings: Settings, version: ModelVersion) -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         sizes = Materializations(settings, keep=1)
-        ids = [(await done(sizes, (await sizes.start(version, Budget(ratio=ratio)))["id"]))["id"] for ratio in (0.4, 0.5, 0.6)]
+        ids = [(await finished_record(sizes, (await sizes.start(version, Budget(ratio=ratio)))["id"]))["id"] for ratio in (0.4, 0.5, 0.6)]
         assert len(await sizes.list()) == 1 and len(set(ids)) == 3
         for ratio in (0.4, 0.5, 0.6):
-            assert (await sizes.start(version, Budget(ratio=ratio)))["status"] == "succeeded", "the store knows them all"
+            assert (await sizes.start(version, Budget(ratio=ratio)))["status"] == "succeeded", "the store must find all of them"
 
-    run(story())
+    run(scenario())
 
 
 @pytest.mark.parametrize(
-    ("ask", "error", "says"),
+    ("ask", "error", "message"),
     [
         (lambda sizes, version: sizes.start(version, Budget(ratio=0.01)), BudgetError, "the smallest is"),
         (lambda sizes, version: sizes.start(version, Budget(ratio=0.6), "int3"), RequestError, "quantize is 'int3'"),
@@ -260,18 +262,18 @@ def test_finished_records_are_bounded(settings: Settings, version: ModelVersion)
         (lambda sizes, version: sizes.get("../etc"), RequestError, "no materialization"),
     ],
 )
-def test_what_is_refused(
-    ask: Callable[[Materializations, ModelVersion], Awaitable[Any]], error: type[Exception], says: str, settings: Settings,
+def test_invalid_requests_are_refused(
+    ask: Callable[[Materializations, ModelVersion], Awaitable[Any]], error: type[Exception], message: str, settings: Settings,
     version: ModelVersion,
 ) -> None:  # fmt: skip
-    async def story() -> None:
-        with pytest.raises(error, match=says):
+    async def scenario() -> None:
+        with pytest.raises(error, match=message):
             await ask(Materializations(settings), version)
 
-    run(story())
+    run(scenario())
 
 
-def test_what_is_not_ours_is_passed_over(settings: Settings) -> None:
+def test_foreign_folders_are_skipped(settings: Settings) -> None:
     for name, content in (("size-0.5-0123456789abcdef-01234567", "{}"), ("size-0.5-0123456789abcdee-01234567", "no JSON"), ("mine", "{}")):
         folder = Path(settings.store) / "exports" / "small" / "1" / name
         folder.mkdir(parents=True)
@@ -279,8 +281,8 @@ def test_what_is_not_ours_is_passed_over(settings: Settings) -> None:
     assert run(Materializations(settings).list()) == []
 
 
-def test_a_canceled_request_leaves_its_task(settings: Settings, version: ModelVersion) -> None:
-    """Serve cancels the Ray task of a request whose client is gone, and with it the Ray tasks that it began."""
+def test_canceled_request_does_not_cancel_its_export(settings: Settings, version: ModelVersion) -> None:
+    """If a client disconnects, Serve cancels the Ray task of its request and the child tasks; the export must continue."""
 
     @ray.remote(num_cpus=0)
     class Server:
@@ -296,24 +298,24 @@ def test_a_canceled_request_leaves_its_task(settings: Settings, version: ModelVe
             return await self.sizes.get(self.id) if self.id else None
 
     server = Server.remote()  # type: ignore[attr-defined]
-    asked = server.ask.remote()
-    until(lambda: ray.get(server.record.remote()), "the request has begun no task")
-    ray.cancel(asked)
+    request = server.ask.remote()
+    until(lambda: ray.get(server.record.remote()), "the request starts no task")
+    ray.cancel(request)
     with pytest.raises(ray.exceptions.TaskCancelledError):
-        ray.get(asked)
+        ray.get(request)
 
-    def ended() -> dict[str, Any] | None:
+    def export_record() -> dict[str, Any] | None:
         record: dict[str, Any] = ray.get(server.record.remote())
         return None if record["status"] in ("queued", "running") else record
 
-    record = until(ended, "the task of the canceled request does not end")
+    record = until(export_record, "the task of the canceled request does not end")
     assert record["status"] == "succeeded", record
     ray.kill(server)
 
 
-def test_workplaces_of_the_living_are_left_alone(tmp_path: Path) -> None:
+def test_workplaces_in_use_are_kept(tmp_path: Path) -> None:
     (tmp_path / "dead").mkdir()
     (tmp_path / "dead" / "model").write_text("")
-    with workplace(tmp_path) as one, workplace(tmp_path) as two:
-        assert sorted(tmp_path.iterdir()) == sorted([one, two])
+    with workplace(tmp_path) as first, workplace(tmp_path) as second:
+        assert sorted(tmp_path.iterdir()) == sorted([first, second])
     assert not list(tmp_path.iterdir())

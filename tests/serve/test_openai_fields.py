@@ -1,4 +1,4 @@
-"""Every field of OpenAI's requests, and messages as clients send them back: honored, accepted where neutral, or refused by name."""
+"""Every field of an OpenAI request, and of messages in its history, is honored, accepted if neutral, or refused by name."""
 
 import json
 import typing
@@ -54,39 +54,39 @@ def complete(app: Application, **fields: Any) -> tuple[int, Any]:
 # ---- history
 
 
-def test_our_own_answer_is_accepted_as_history_by_openais_client(app: Application) -> None:
-    async def talk() -> list[int]:
+def test_official_client_can_send_our_answers_back(app: Application) -> None:
+    async def chat_in_turns() -> list[int]:
         http: Any = httpx.AsyncClient(transport=httpx.ASGITransport(app.app), base_url="http://here", timeout=120)
         client = openai.AsyncOpenAI(base_url="http://here/v1", api_key="none", http_client=http, max_retries=0)
         messages: list[Any] = [HELLO]
-        read = []
+        prompt_tokens = []
         for _ in range(3):
             answer = await client.chat.completions.create(model="small@0.6", messages=messages, max_tokens=3)
             messages += [answer.choices[0].message, answer.choices[0].message.model_dump(), HELLO]
-            read.append(answer.usage.prompt_tokens if answer.usage else 0)
-        return read
+            prompt_tokens.append(answer.usage.prompt_tokens if answer.usage else 0)
+        return prompt_tokens
 
-    read = app.runner.run(talk())
-    assert read[0] < read[1] < read[2], "the whole history is read"
+    prompt_tokens = app.runner.run(chat_in_turns())
+    assert prompt_tokens[0] < prompt_tokens[1] < prompt_tokens[2], "the prompt must contain the whole history"
 
 
-def test_an_answer_sent_back_says_what_it_said(app: Application) -> None:
+def test_all_forms_of_an_answer_give_the_same_prompt(app: Application) -> None:
     plain = chat(app, HELLO, {"role": "assistant", "content": "Hi"}, HELLO)[1]["usage"]["prompt_tokens"]
     as_parts: list[Any] = [{"type": "text", "text": "H", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "i"}]
-    sayings: list[dict[str, Any]] = [
+    forms: list[dict[str, Any]] = [
         {"content": "Hi", "refusal": None, "tool_calls": None, "function_call": None, "audio": None, "annotations": [], "id": "msg-1"},
         {"content": "Hi", "tool_calls": [], "provider_specific_fields": {"refusal": None}, "of_another_server": {"a": [None, ""]}},
         {"content": as_parts},
         {"content": None, "refusal": "Hi"},
         {"content": [{"type": "refusal", "refusal": "Hi"}], "name": "me"},
     ]
-    for said in sayings:
-        status, body = chat(app, HELLO, {"role": "assistant", **said}, HELLO)
+    for form in forms:
+        status, body = chat(app, HELLO, {"role": "assistant", **form}, HELLO)
         assert status == 200, body
         assert body["usage"]["prompt_tokens"] == plain
 
 
-def test_a_developer_is_a_system(app: Application) -> None:
+def test_developer_role_is_treated_as_system(app: Application) -> None:
     tokens = [chat(app, {"role": role, "content": "Be kind."}, HELLO)[1]["usage"]["prompt_tokens"] for role in ("developer", "system")]
     assert tokens[0] == tokens[1]
 
@@ -94,26 +94,26 @@ def test_a_developer_is_a_system(app: Application) -> None:
 @pytest.mark.parametrize("kind", [ChatCompletionMessage, ChatCompletionAssistantMessageParam, ChatCompletionUserMessageParam])
 def test_every_field_of_a_message_may_be_null(kind: Any) -> None:
     fields = dict.fromkeys(getattr(kind, "model_fields", None) or typing.get_type_hints(kind)) | {"role": "assistant", "content": "a"}
-    assert ChatRequest.parse({"messages": [fields]}).told == [{"role": "assistant", "content": "a"}]
+    assert ChatRequest.parse({"messages": [fields]}).template_messages == [{"role": "assistant", "content": "a"}]
 
 
-def test_calls_of_tools_are_told_as_templates_take_them() -> None:
+def test_tool_calls_are_converted_for_the_template() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     result = dict.fromkeys(typing.get_type_hints(ChatCompletionToolMessageParam)) | {"role": "tool", "content": "2", "tool_call_id": "1"}
     request = ChatRequest.parse({"messages": [HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}, result]})
-    assert request.told[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
-    assert request.told[1]["content"] == ""
-    assert request.told[2] == {"role": "tool", "content": "2", "tool_call_id": "1"}
+    assert request.template_messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    assert request.template_messages[1]["content"] == ""
+    assert request.template_messages[2] == {"role": "tool", "content": "2", "tool_call_id": "1"}
     assert request.has_tools
 
 
-def test_a_template_without_tools_takes_no_message_of_tools(app: Application) -> None:
+def test_tool_message_is_refused_if_the_template_has_no_tools(app: Application) -> None:
     status, body = chat(app, HELLO, {"role": "tool", "content": "2", "tool_call_id": "1"})
     assert (status, body["error"]["code"]) == (400, "no_tools")
 
 
 @pytest.mark.parametrize(
-    ("message", "field", "says"),
+    ("message", "field", "error"),
     [
         ({"role": "robot", "content": "a"}, "messages[1].role", "is 'robot'; it must be \"system\""),
         ({"content": "a"}, "messages[1].role", "is missing"),
@@ -128,26 +128,26 @@ def test_a_template_without_tools_takes_no_message_of_tools(app: Application) ->
         ("a", "messages[1]", "is 'a'; it must be an object like"),
     ],
 )
-def test_an_error_names_its_field(message: Any, field: str, says: str) -> None:
+def test_error_names_its_field(message: Any, field: str, error: str) -> None:
     with pytest.raises(RequestError) as refused:
         ChatRequest.parse({"messages": [HELLO, message]})
     assert refused.value.param == field
-    assert says in str(refused.value)
+    assert error in str(refused.value)
 
 
 # ---- fields of the request
 
-OFFERED: dict[str, Any] = {"messages": [HELLO], "prompt": "a", "model": "small"}
+REQUIRED: dict[str, Any] = {"messages": [HELLO], "prompt": "a", "model": "small"}
 KINDS: list[tuple[Any, Any]] = [
     (ChatRequest, chat_create_params.CompletionCreateParamsBase), (CompletionRequest, completion_create_params.CompletionCreateParamsBase),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("ours", "theirs"), KINDS)
-def test_every_field_of_openais_client_is_known_and_may_be_null(ours: Any, theirs: Any) -> None:
+def test_every_field_of_the_official_client_is_known_and_may_be_null(ours: Any, theirs: Any) -> None:
     names = list(typing.get_type_hints(theirs))
     assert len(names) > 15
-    fields = {name: OFFERED.get(name) for name in names} | {"stream": None}
+    fields = {name: REQUIRED.get(name) for name in names} | {"stream": None}
     assert ours.parse(fields).model == "small"
 
 
@@ -175,14 +175,14 @@ def test_neutral_values_are_accepted(app: Application, field: str) -> None:
         ("reasoning_effort", "high"), ("verbosity", "low"), ("moderation", {"model": "a"}), ("top_logprobs", 2),
     ],
 )  # fmt: skip
-def test_what_is_not_offered_is_refused_by_name(app: Application, field: str, value: Any) -> None:
+def test_unsupported_values_are_refused_by_name(app: Application, field: str, value: Any) -> None:
     status, body = chat(app, **{field: value})
     assert status == 400
     assert body["error"]["param"] == field
     assert body["error"]["message"].startswith(f"{field} is ")
 
 
-def test_completions_take_neutral_values_too(app: Application) -> None:
+def test_completions_accept_neutral_values(app: Application) -> None:
     for fields in ({"best_of": 1}, {"best_of": 2, "n": 2}, {"suffix": ""}, {"echo": False}, {"prompt": None}, {"logprobs": 0}):
         status, body = complete(app, **fields)
         assert status == 200, (fields, body)
@@ -190,7 +190,7 @@ def test_completions_take_neutral_values_too(app: Application) -> None:
     assert complete(app, suffix="b")[1]["error"]["param"] == "suffix"
 
 
-def test_unused_fields_travel_no_further() -> None:
+def test_unused_fields_are_dropped() -> None:
     deep: Any = {}
     for _ in range(5000):
         deep = {"a": deep}
@@ -198,7 +198,7 @@ def test_unused_fields_travel_no_further() -> None:
     assert (request.metadata, request.user, request.store) == (None, None, None)
 
 
-def test_many_prompts_are_answered_and_the_limit_is_said(app: Application) -> None:
+def test_number_of_answers_is_limited(app: Application) -> None:
     status, body = complete(app, prompt=["a"] * 20)
     assert status == 200
     assert [choice["index"] for choice in body["choices"]] == list(range(20))
@@ -208,7 +208,7 @@ def test_many_prompts_are_answered_and_the_limit_is_said(app: Application) -> No
     assert complete(app, prompt=["a"] * 65, n=2)[1]["error"]["param"] == "n"
 
 
-def test_a_chat_without_max_tokens_has_a_cap_that_the_answer_tells(app: Application) -> None:
+def test_chat_without_max_tokens_reports_its_default(app: Application) -> None:
     app.replica.engine.default_max_tokens = 5
     try:
         _, body = chat(app, max_tokens=None, ignore_eos=True)
@@ -218,22 +218,22 @@ def test_a_chat_without_max_tokens_has_a_cap_that_the_answer_tells(app: Applicat
         long = {"role": "user", "content": "a" * 460}
         app.replica.engine.default_max_tokens = 1024
         _, body = chat(app, long, max_tokens=None, ignore_eos=True)
-        assert body["usage"]["total_tokens"] == 512, "what is left of the context"
+        assert body["usage"]["total_tokens"] == 512, "the answer may fill the rest of the context"
     finally:
         app.replica.engine.default_max_tokens = 1024
 
 
-def test_the_deadline_ends_a_stream_as_max_tokens_would(app: Application) -> None:
+def test_deadline_ends_a_stream_with_reason_length(app: Application) -> None:
     app.replica.engine.timeout_s = 0.0
     try:
         body = json.dumps({"messages": [HELLO], "max_tokens": 400, "ignore_eos": True, "stream": True}).encode()
 
-        def begun() -> bytes | None:
+        def stream_with_tokens() -> bytes | None:
             """Return the stream; None if the deadline was checked before the first token, as a busy engine may do."""
             status, answered = app.ask("POST", "/v1/chat/completions", body)
             return answered if status == 200 and b"finish_reason" in answered else None
 
-        answered = until(begun, "no stream had a token at its deadline")
+        answered = until(stream_with_tokens, "no stream had a token at its deadline")
     finally:
         app.replica.engine.timeout_s = 60
     assert b'"finish_reason":"length"' in answered

@@ -1,4 +1,4 @@
-"""The reference of the API: OpenAPI tells what the server does, and /docs needs nothing from elsewhere."""
+"""The API reference: the OpenAPI schema describes the server, and /docs loads nothing from other hosts."""
 
 import asyncio
 import re
@@ -28,7 +28,7 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask(method: str, path: str, keys: str = "", origins: Sequence[str] = (), **headers: str) -> httpx.Response:
-    """An answer of the routes, with no engine behind them."""
+    """Return the response of the routes without an engine."""
     version = ModelVersion("small", "1", "here", (), {})
     api = Api(None, [version], 8, Keys.from_env({"ACIP_API_KEYS": keys}), 0, cors_origins=origins)  # type: ignore[arg-type]
 
@@ -40,7 +40,7 @@ def ask(method: str, path: str, keys: str = "", origins: Sequence[str] = (), **h
     return asyncio.run(send())
 
 
-def test_the_reference_needs_nothing_from_elsewhere_and_no_key() -> None:
+def test_docs_load_nothing_from_other_hosts_and_need_no_key() -> None:
     page = ask("GET", "/docs", KEY)
     assert page.status_code == 200
     assert not re.findall(r"(?:src|href|url\()\s*=?\s*[\"']?(?:https?:)?//", page.text)
@@ -51,7 +51,7 @@ def test_the_reference_needs_nothing_from_elsewhere_and_no_key() -> None:
         assert f"<code>{field}</code>" in page.text
 
 
-def test_openapi_tells_errors_keys_bodies_and_streams() -> None:
+def test_openapi_describes_errors_keys_bodies_and_streams() -> None:
     schema: dict[str, Any] = ask("GET", "/openapi.json").json()
     for path, route in schema["paths"].items():
         for operation in route.values():
@@ -69,7 +69,7 @@ def test_openapi_tells_errors_keys_bodies_and_streams() -> None:
         assert body == {"$ref": f"#/components/schemas/{model}"}
 
 
-def test_web_pages_may_ask_where_they_are_allowed_to() -> None:
+def test_only_configured_origins_may_send_requests() -> None:
     preflight = {
         "Origin": "https://app.example",
         "Access-Control-Request-Method": "POST",
@@ -82,13 +82,13 @@ def test_web_pages_may_ask_where_they_are_allowed_to() -> None:
             ask("GET", "/v1/models", KEY, origins, Origin="https://app.example"),
         ):
             assert answer.headers.get("access-control-allow-origin") == allowed
-    allowing = ask("OPTIONS", "/v1/completions", KEY, ["https://app.example"], **preflight)
-    assert allowing.status_code == 200, "a preflight has no key"
-    assert "authorization" in allowing.headers["access-control-allow-headers"]
+    response = ask("OPTIONS", "/v1/completions", KEY, ["https://app.example"], **preflight)
+    assert response.status_code == 200, "a preflight request has no key"
+    assert "authorization" in response.headers["access-control-allow-headers"]
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "says"),
+    ("name", "value", "message"),
     [
         ("default_max_tokens", 0, "a whole number, at least 1"),
         ("max_answers", 1.5, "a whole number, at least 1"),
@@ -99,7 +99,7 @@ def test_web_pages_may_ask_where_they_are_allowed_to() -> None:
         ("cors_origins", ["a.example"], "a list of origins"),
     ],
 )
-def test_settings_that_are_none_are_refused(name: str, value: Any, says: str) -> None:
+def test_invalid_settings_are_refused(name: str, value: Any, message: str) -> None:
     usual: dict[str, Any] = {
         "default_max_tokens": 5,
         "max_answers": 5,
@@ -108,16 +108,16 @@ def test_settings_that_are_none_are_refused(name: str, value: Any, says: str) ->
         "cors_origins": ["https://a:8443", "*"],
     }
     check_limits(**usual)
-    with pytest.raises(AcipError, match=rf"{name} (is|has) .*{says}"):
+    with pytest.raises(AcipError, match=rf"{name} (is|has) .*{message}"):
         check_limits(**(usual | {name: value}))
 
 
-@pytest.mark.slow  # a thousand requests, made from the reference
-def test_the_server_does_what_its_reference_says(server: Server, tmp_path: Path) -> None:
-    """Schemathesis' coverage phase. Not checked: that whatever fits the schema is accepted; a schema can't tell which models there are."""
+@pytest.mark.slow  # sends a thousand generated requests
+def test_server_conforms_to_its_schema(server: Server, tmp_path: Path) -> None:
+    """Run the coverage phase of Schemathesis. Valid data may be refused, because a schema can't list the served models."""
     program = str(Path(sys.executable).with_name("schemathesis"))
     command = [program, "run", f"{server.url}/openapi.json", "--phases=coverage", "--continue-on-failure", "--no-color"]
     command += ["--exclude-checks=positive_data_acceptance", "--request-timeout=120"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1500, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert "Tested: 12" in done.stdout
+    completed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1500, check=False)
+    assert completed.returncode == 0, completed.stdout[-5000:] + completed.stderr[-2000:]
+    assert "Tested: 12" in completed.stdout

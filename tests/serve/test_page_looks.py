@@ -1,4 +1,4 @@
-"""How the page looks, and what it lets in: every width and color scheme, text that is only text, no other origin."""
+"""Layout and security of the page: it is readable in each width and color scheme, shows prompts as text, and loads no other origin."""
 
 import re
 
@@ -9,7 +9,7 @@ from tests.support.browser import LAPTOP, PHONE, SMALL_PHONE, Visit, hash_of, vi
 from tests.support.server import Server
 
 
-def test_a_prompt_is_text_and_nothing_else(visit: Visit) -> None:
+def test_prompt_is_shown_as_text(visit: Visit) -> None:
     prompt = "<img src=x onerror=\"document.title='owned'\"><b>bold</b>"
     page = visit.open(hash_of(prompt=prompt)).done().page
     assert visit.pane("original", ".given").text_content() == prompt
@@ -17,19 +17,19 @@ def test_a_prompt_is_text_and_nothing_else(visit: Visit) -> None:
     assert page.title() == "Compress models like images"
 
 
-def test_the_policy_allows_no_other_origin(visit: Visit) -> None:
+def test_content_policy_blocks_other_origins(visit: Visit) -> None:
     page = visit.open(hash_of()).done().page
     blocked = page.evaluate(
         "new Promise((done) => { addEventListener('securitypolicyviolation', (event) => done(event.effectiveDirective));"
         " fetch('http://127.0.0.1:9/').catch(() => setTimeout(() => done('let through'), 60000)); })"
     )
     assert blocked == "connect-src"
-    assert visit.complaints and all("http://127.0.0.1:9/" in told for told in visit.complaints)
-    visit.complaints.clear()
+    assert visit.console_errors and all("http://127.0.0.1:9/" in message for message in visit.console_errors)
+    visit.console_errors.clear()
     visit.requests = [request for request in visit.requests if request.url != "http://127.0.0.1:9/"]
 
 
-# The color of each text against what is behind it, as WCAG counts it; 4.5 is its AA for small text.
+# The contrast of each text with its background by the formula of WCAG, whose level AA requires 4.5 for small text.
 CONTRASTS = """() => {
   const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
   const parse = (color) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
@@ -56,21 +56,25 @@ CONTRASTS = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_width_and_scheme_can_be_read(browser: Browser, server: Server, scheme: str) -> None:
+def test_page_is_readable_in_every_width_and_scheme(browser: Browser, server: Server, scheme: str) -> None:
     with visiting(browser, server.url, color_scheme=scheme, reduced_motion="reduce") as visit:
         page = visit.open(hash_of(size=0.3)).done().page
         page.click("#advanced summary")
         for size in (LAPTOP, PHONE, SMALL_PHONE):
             page.set_viewport_size(size)
-            page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")  # drawn anew
-            assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), f"{size}: sticks out"
+            page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")  # wait for a redraw
+            assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), (
+                f"{size}: the page is wider than the window"
+            )
             for drawing in ("#curve", "#heat"):
                 parts = page.locator(f"{drawing} :is(line, rect, text)")
                 right = parts.evaluate_all("all => all.map((it) => it.getBoundingClientRect().right)")
-                assert max(right) <= size["width"], f"{size}: {drawing} was drawn for another width"
-            assert (visit.box("#compressed")["y"] > visit.box("#original")["y"]) == (size != LAPTOP), "panes stack where it is narrow"
+                assert max(right) <= size["width"], f"{size}: {drawing} is wider than the window"
+            assert (visit.box("#compressed")["y"] > visit.box("#original")["y"]) == (size != LAPTOP), (
+                "the panes must stack in narrow windows only"
+            )
             contrasts = page.evaluate(CONTRASTS)
             assert len(contrasts) > 30
-            assert [what for what in contrasts if what[0] < 4.5] == []
+            assert [contrast for contrast in contrasts if contrast[0] < 4.5] == []
         red = int(re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[0])
         assert red < 60 if scheme == "dark" else red > 200

@@ -1,4 +1,4 @@
-"""The page where the server does not answer at once: it refuses, is still loading, is busy, or asks for a key."""
+"""The page while the server does not answer: it refuses a request, loads the model, is busy, or requires a key."""
 
 from collections.abc import Iterator
 
@@ -11,19 +11,20 @@ from tests.support.server import Server
 
 @pytest.fixture
 def refused(browser: Browser, server: Server) -> Iterator[Visit]:
+    """Open a tab for requests that the server refuses."""
     with visiting(browser, server.url, refused=True) as visit:
         yield visit
 
 
-def test_the_servers_refusal_is_told_in_its_words(refused: Visit) -> None:
+def test_error_message_of_the_server_is_shown(refused: Visit) -> None:
     refused.open(hash_of(max_tokens=5000))
     for name in ("original", "compressed"):
         expect(refused.pane(name, ".state")).to_contain_text("max_tokens is 5000, together ")
     expect(refused.page.locator("#stop")).to_be_disabled()
 
 
-def test_a_page_opened_before_the_model_says_so_and_goes_on(refused: Visit) -> None:
-    with refused.answering("**/ready", 503, "the model is being loaded."):
+def test_page_waits_until_the_model_is_loaded(refused: Visit) -> None:
+    with refused.replace_response("**/ready", 503, "the model is being loaded."):
         page = refused.open(hash_of()).page
         expect(page.locator("#notice")).to_contain_text("The model is being loaded.")
         expect(page.locator("#size")).to_be_disabled()
@@ -31,15 +32,15 @@ def test_a_page_opened_before_the_model_says_so_and_goes_on(refused: Visit) -> N
     expect(page.locator("#notice")).to_be_hidden()
 
 
-def test_a_busy_server_is_asked_again(refused: Visit) -> None:
-    with refused.answering("**/v1/completions", 429, "the server is busy and its queue is full; try again in a moment."):
+def test_request_to_a_busy_server_is_retried(refused: Visit) -> None:
+    with refused.replace_response("**/v1/completions", 429, "the server is busy and its queue is full; try again in a moment."):
         refused.open(hash_of())
         expect(refused.pane("original", ".state")).to_contain_text("its queue is full; try again in a moment. Trying again in 1 s.")
     refused.done()
-    assert set(refused.asked()) == {"small@1.0", "small@0.6"} and len(refused.asked()) > 2
+    assert set(refused.requested_models()) == {"small@1.0", "small@0.6"} and len(refused.requested_models()) > 2
 
 
-def test_a_key_is_asked_for_and_kept_in_this_tab_only(refused: Visit) -> None:
+def test_key_is_requested_and_kept_in_this_tab_only(refused: Visit) -> None:
     def guard(route: Route) -> None:
         if route.request.headers.get("authorization") == "Bearer sesame":
             route.fallback()
@@ -48,8 +49,8 @@ def test_a_key_is_asked_for_and_kept_in_this_tab_only(refused: Visit) -> None:
 
     refused.page.route("**/v1/**", guard)
     page = refused.open(hash_of()).page
-    for key, says in (("wrong", "This server requires an API key:"), ("sesame", "The server rejected this key. Enter another:")):
-        expect(page.locator("#keysays")).to_have_text(says)
+    for key, label in (("wrong", "This server requires an API key:"), ("sesame", "The server rejected this key. Enter another:")):
+        expect(page.locator("#keysays")).to_have_text(label)
         page.fill("#key", key)
         page.locator("#key").press("Enter")
     refused.done()

@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts: what `echo` with `logprobs` tells is what the base model computes, however the prompt is cut up."""
+"""Log probabilities of prompts: `echo` with `logprobs` returns those of the base model, however the prompt is split into chunks."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from acip.artifact.artifact import Artifact
 from acip.evaluate.measurement import Subject
 from acip.evaluate.tasks import TaskScore, harness
-from tests.serve.test_engine import answered
+from tests.serve.test_engine import whole_answer
 from tests.support.server import Server
 
 PROMPT = "It was a bright cold day and the clocks were striking thirteen. "
-LONG = (PROMPT * 6)[:300]  # longer than a step's piece of a prompt
+LONG = (PROMPT * 6)[:300]  # longer than one prefill chunk
 
 Ask = Callable[..., dict[str, Any]]
 
@@ -41,13 +41,13 @@ def served(small_artifact: Artifact) -> ResidentModel:
 def ask(served: ResidentModel) -> Iterator[Ask]:
     engine = TextEngine()
     engine.add(served)
-    yield lambda **fields: answered(engine, served, CompletionRequest.parse({"temperature": 0, "echo": True, **fields}))
+    yield lambda **fields: whole_answer(engine, served, CompletionRequest.parse({"temperature": 0, "echo": True, **fields}))
     engine.close()
 
 
 @pytest.fixture(scope="module")
 def expected(small_base: str) -> Callable[[list[int]], torch.Tensor]:
-    """[t - 1, V] log-probabilities of the base model for the tokens after the first."""
+    """Return a function from [t] token ids to the base model's [t - 1, V] log probabilities of the tokens after the first."""
     base = AutoModelForCausalLM.from_pretrained(small_base).eval()
 
     @torch.no_grad()
@@ -58,21 +58,22 @@ def expected(small_base: str) -> Callable[[list[int]], torch.Tensor]:
 
 
 def check(choice: dict[str, Any], ids: list[int], logprobs_nV: torch.Tensor, alternatives: int) -> None:
-    told = choice["logprobs"]
+    """Compare the log probabilities of a choice's prompt with the expected ones."""
+    reported = choice["logprobs"]
     count = len(ids)
-    assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
+    assert reported["token_logprobs"][0] is None and reported["top_logprobs"][0] is None
     own = logprobs_nV.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
-    assert told["token_logprobs"][1:count] == pytest.approx(own.tolist(), abs=1e-3)
-    for i, top in enumerate(told["top_logprobs"][1:count]):
+    assert reported["token_logprobs"][1:count] == pytest.approx(own.tolist(), abs=1e-3)
+    for i, top in enumerate(reported["top_logprobs"][1:count]):
         assert alternatives <= len(top) <= alternatives + 1
         best = logprobs_nV[i].topk(alternatives).values.tolist()
         assert sorted(top.values(), reverse=True)[:alternatives] == pytest.approx(best, abs=1e-3)
-        assert told["token_logprobs"][i + 1] in top.values(), "lm-eval compares them exactly"
+        assert reported["token_logprobs"][i + 1] in top.values(), "lm-eval compares these values exactly"
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, LONG, "Größe 🦙!", "a"])
 @pytest.mark.parametrize("max_tokens", [0, 1, 5])
-def test_a_prompt_is_scored_as_the_base_model_scores_it(ask: Ask, expected: Any, prompt: str, max_tokens: int) -> None:
+def test_prompt_logprobs_equal_those_of_the_base_model(ask: Ask, expected: Any, prompt: str, max_tokens: int) -> None:
     ids = list(prompt.encode())
     answer = ask(prompt=prompt, max_tokens=max_tokens, logprobs=3)
     choice = answer["choices"][0]
@@ -81,23 +82,25 @@ def test_a_prompt_is_scored_as_the_base_model_scores_it(ask: Ask, expected: Any,
     assert len(choice["logprobs"]["tokens"]) == len(ids) + max_tokens
     assert choice["finish_reason"] == "length"
     assert answer["usage"] == {"prompt_tokens": len(ids), "completion_tokens": max_tokens, "total_tokens": len(ids) + max_tokens}
-    places = [len(prompt.encode()[:i].decode(errors="ignore")) for i in range(len(ids))]
-    assert choice["logprobs"]["text_offset"][: len(ids)] == places
+    offsets = [len(prompt.encode()[:i].decode(errors="ignore")) for i in range(len(ids))]
+    assert choice["logprobs"]["text_offset"][: len(ids)] == offsets
     if max_tokens == 0:
         assert choice["text"] == prompt
 
 
-def test_what_is_generated_after_an_echo_is_what_is_generated_without(ask: Ask) -> None:
+def test_echo_does_not_change_the_generated_text(ask: Ask) -> None:
     echoed = ask(prompt=LONG, max_tokens=8, logprobs=2)["choices"][0]
     alone = ask(prompt=LONG, max_tokens=8, logprobs=2, echo=False)["choices"][0]
     assert echoed["text"] == LONG + alone["text"]
     assert echoed["logprobs"]["tokens"][-8:] == alone["logprobs"]["tokens"]
     assert echoed["logprobs"]["text_offset"][-8:] == [len(LONG) + offset for offset in alone["logprobs"]["text_offset"]]
     assert ask(prompt=PROMPT, max_tokens=3)["choices"][0]["logprobs"] is None
-    assert ask(prompt=PROMPT, max_tokens=3, stop="bright")["choices"][0]["text"].startswith(PROMPT), "stops are for what is generated"
+    assert ask(prompt=PROMPT, max_tokens=3, stop="bright")["choices"][0]["text"].startswith(PROMPT), (
+        "stop texts must apply only to generated text"
+    )
 
 
-def test_token_ids_and_several_prompts_beside_others(ask: Ask, expected: Any) -> None:
+def test_prompts_of_token_ids_are_scored_beside_other_requests(ask: Ask, expected: Any) -> None:
     prompts = [list(text.encode()) for text in (LONG, PROMPT, "ab")]
     with ThreadPoolExecutor(3) as pool:
         others = [pool.submit(ask, prompt=LONG[:200], max_tokens=40, echo=False, size_ratio=ratio) for ratio in (1.0, 0.5)]
@@ -110,20 +113,20 @@ def test_token_ids_and_several_prompts_beside_others(ask: Ask, expected: Any) ->
         assert choice["text"].startswith(bytes(ids).decode())
 
 
-def test_half_a_character_in_a_prompt_of_ids(ask: Ask) -> None:
-    half = list("🦙".encode())[:3]
-    assert ask(prompt=[97, *half], max_tokens=0)["choices"][0]["text"] == "a�"
+def test_prompt_of_ids_may_end_within_a_character(ask: Ask) -> None:
+    incomplete = list("🦙".encode())[:3]
+    assert ask(prompt=[97, *incomplete], max_tokens=0)["choices"][0]["text"] == "a�"
     bias = {str("🦙".encode()[3]): 100}
-    assert ask(prompt=[97, *half], max_tokens=1, logit_bias=bias)["choices"][0]["text"] == "a🦙"
-    assert ask(prompt=[97, *half], max_tokens=1, logit_bias=bias, echo=False)["choices"][0]["text"] == "🦙"
+    assert ask(prompt=[97, *incomplete], max_tokens=1, logit_bias=bias)["choices"][0]["text"] == "a🦙"
+    assert ask(prompt=[97, *incomplete], max_tokens=1, logit_bias=bias, echo=False)["choices"][0]["text"] == "🦙"
 
 
-def test_nothing_at_all_is_refused(ask: Ask) -> None:
+def test_zero_tokens_without_echo_is_refused(ask: Ask) -> None:
     with pytest.raises(InvalidRequestError, match=r"max_tokens is 0.*echo true"):
         ask(prompt="a", max_tokens=0, echo=False)
 
 
-def test_a_tokenizer_that_changes_texts_echoes_the_prompt_as_it_was_given() -> None:
+def test_echo_is_the_given_prompt_even_if_the_tokenizer_changes_it() -> None:
     core = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "cat": 2, "##s": 3}, unk_token="[UNK]"))
     core.normalizer, core.pre_tokenizer, core.decoder = normalizers.Lowercase(), pre_tokenizers.Whitespace(), decoders.WordPiece()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
@@ -134,12 +137,12 @@ def test_a_tokenizer_that_changes_texts_echoes_the_prompt_as_it_was_given() -> N
     assert Echo(Detokenizer(tokenizer, [], []), tokenizer, ids, None).text == "the cats"
 
 
-def test_the_official_client_streams_an_echo(server: Server) -> None:
+def test_official_client_streams_an_echo(server: Server) -> None:
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
-    asked: Any = {"model": "small@0.5", "prompt": [PROMPT, "ab"], "max_tokens": 2, "logprobs": 2, "echo": True, "temperature": 0}
-    whole = client.completions.create(**asked)
+    fields: Any = {"model": "small@0.5", "prompt": [PROMPT, "ab"], "max_tokens": 2, "logprobs": 2, "echo": True, "temperature": 0}
+    whole = client.completions.create(**fields)
     texts, tokens, offsets = ["", ""], [[], []], [[], []]  # type: tuple[list[str], list[list[str]], list[list[int]]]
-    for chunk in client.completions.create(**asked, stream=True):
+    for chunk in client.completions.create(**fields, stream=True):
         for choice in chunk.choices:
             texts[choice.index] += choice.text
             if choice.logprobs is not None:
@@ -159,7 +162,7 @@ TASK = {
 
 @pytest.fixture
 def task_folder(tmp_path: Path) -> Path:
-    """Which of four continues a text: the small model reads bytes, and knows something of them."""
+    """Write an lm-eval task with 24 documents: choose which of four strings continues a text."""
     text = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="ascii", errors="ignore")
     documents = []
     for i in range(24):
@@ -173,10 +176,10 @@ def task_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_lm_evals_own_client_measures_what_we_measure_in_memory(
+def test_lm_eval_client_agrees_with_measurements_in_memory(
     server: Server, small_artifact: Artifact, task_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A task of several choices through `local-completions`, with prompts as token ids, several at once, at two sizes."""
+    """The task runs through `local-completions` at two sizes, with token ids as prompts and four prompts per request."""
     from lm_eval import simple_evaluate
     from lm_eval.api.instance import Instance
     from lm_eval.tasks import TaskManager
@@ -197,10 +200,12 @@ def test_lm_evals_own_client_measures_what_we_measure_in_memory(
         assert found is not None
         theirs = found["results"]["continuations"]
         for metric in ("acc", "acc_norm"):
-            assert theirs[f"{metric},none"] == pytest.approx(ours[metric], abs=1 / 24 + 1e-6), "at most one choice that is nearly a tie"
+            assert theirs[f"{metric},none"] == pytest.approx(ours[metric], abs=1 / 24 + 1e-6), (
+                "at most one document may differ, by a near tie"
+            )
         samples = found["samples"]["continuations"]
-        asked = [Instance("loglikelihood", sample["doc"], arguments, 0) for sample in samples for arguments in sample["arguments"]]
-        scores = harness(any_size.model, small_artifact.tokenizer()).loglikelihood(asked, disable_tqdm=True)
-        told = [float(answer[0][0]) for sample in samples for answer in sample["resps"]]
-        assert len(told) == 4 * 24
-        assert told == pytest.approx([score for score, _ in scores], abs=1e-2)
+        instances = [Instance("loglikelihood", sample["doc"], arguments, 0) for sample in samples for arguments in sample["arguments"]]
+        scores = harness(any_size.model, small_artifact.tokenizer()).loglikelihood(instances, disable_tqdm=True)
+        logprobs = [float(answer[0][0]) for sample in samples for answer in sample["resps"]]
+        assert len(logprobs) == 4 * 24
+        assert logprobs == pytest.approx([score for score, _ in scores], abs=1e-2)

@@ -1,4 +1,4 @@
-"""Requests that can't be answered: each is told what came and what is allowed, in OpenAI's shape of an error."""
+"""Invalid requests: each gets an error in OpenAI's format, which names the received value and the allowed values."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ Request = tuple[str, str, Any]  # method, path, body
 
 
 def ask(**fields: Any) -> Request:
-    """A completion that could be answered but for these fields."""
+    """Return a completion request that is valid except for these fields."""
     return "POST", "/v1/completions", {"model": "small", "prompt": "a", **fields}
 
 
@@ -29,7 +29,7 @@ def load(**fields: str) -> Request:
 
 VALUE, SIZE, JSON = "invalid_value", "invalid_size", "invalid_json"
 LONG, NO_MODEL, NO_ROUTE = "context_length_exceeded", "model_not_found", "unknown_route"
-# request, status, code, param, what the message says
+# request, status, code, param, parts of the message
 REFUSED: dict[str, tuple[Request, int, str | None, str | None, list[str]]] = {
     "ratio above 1": (ask(size_ratio=1.2), 400, VALUE, "size_ratio", ["1.2", "above 0 and up to 1"]),
     "ratio 0": (ask(size_ratio=0), 400, VALUE, "size_ratio", ["size_ratio is 0", "above 0 and up to 1"]),
@@ -41,7 +41,7 @@ REFUSED: dict[str, tuple[Request, int, str | None, str | None, list[str]]] = {
     "ratio in the name": (ask(model="small@big"), 400, SIZE, "model", ["'big'", "as in small@0.6"]),
     "ratio in the name above 1": (ask(model="small@60"), 400, SIZE, "model", ["'60'", "above 0 and up to 1"]),
     "a context of nothing": (ask(model="small@fit:8GB@much"), 400, SIZE, "model", ["small@fit:8GB@4096 at this context"]),
-    "a size of many digits": (ask(model=f"small@fit:{'9' * 900}GB"), 400, SIZE, "model", ["what must hold it"]),
+    "a size of many digits": (ask(model=f"small@fit:{'9' * 900}GB"), 400, SIZE, "model", ["the memory to fit into"]),
     "a long name": (ask(model="small@" + "9" * 100_000), 400, VALUE, "model", ["the name of a served model"]),
     "two ratios": (ask(model="small@0.5", size_ratio=0.6), 400, "size_twice", "size_ratio", ["0.5", "0.6", "give one"]),
     "no model": (ask(model=None), 400, "model_required", "model", ["several models are served", "small, talker"]),
@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[Request, int, str | None, str | None, list[str]]] = {
     "an image": (
         chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, VALUE, "messages[0].content[0].type", ["text only"]),
     "tools": (chat(model="talker", tools=[{"type": "function", "function": {"name": "f"}}]), 400, "no_tools", "tools", ["has no tools"]),
-    "chat without a template": (chat(), 400, "no_chat", "messages", ["ask POST /v1/completions"]),
+    "chat without a template": (chat(), 400, "no_chat", "messages", ["use POST /v1/completions"]),
     "a strange quantizer": (("POST", "/v1/materializations", {"quantize": "int3"}), 400, VALUE, "quantize", ['"nf4", "fp4", "int8"']),
     "no such materialization": (
         ("GET", "/v1/materializations/mat-1", b""), 404, "materialization_not_found", "id", ["no materialization 'mat-1'"]),
@@ -97,8 +97,8 @@ REFUSED: dict[str, tuple[Request, int, str | None, str | None, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_answered_says_what_is_allowed(server: Server, case: str) -> None:
-    (method, path, body), status, code, param, says = REFUSED[case]
+def test_invalid_request_gets_an_error_with_the_allowed_values(server: Server, case: str) -> None:
+    (method, path, body), status, code, param, parts = REFUSED[case]
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     response = server.client.request(method, path, content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == status, response.text
@@ -106,11 +106,11 @@ def test_what_cannot_be_answered_says_what_is_allowed(server: Server, case: str)
     error = response.json()["error"]
     message = error.pop("message")
     assert error == {"type": "invalid_request_error", "param": param, "code": code}
-    for words in says:
-        assert words in message
+    for part in parts:
+        assert part in message
 
 
-def test_json_without_its_header_is_told_so(server: Server) -> None:
+def test_error_for_a_form_names_the_json_header(server: Server) -> None:
     response = server.client.post("/v1/completions", data={"prompt": "a"})
     assert response.status_code == 400
     assert "Content-Type: application/json" in response.json()["error"]["message"]

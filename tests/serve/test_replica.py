@@ -1,4 +1,4 @@
-"""The deployment that holds the weights, without Serve: which models it loads, and what it tells while it can't."""
+"""The deployment that holds the weights, without Serve: which models it loads, and what it reports if it can't load one."""
 
 import asyncio
 import shutil
@@ -27,68 +27,70 @@ Start = Callable[..., EngineReplica]
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Return a function that starts a replica."""
     monkeypatch.setenv("ACIP_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(replica, "RETRY_S", (0.2, 0.2))
-    began: list[EngineReplica] = []
+    replicas: list[EngineReplica] = []
 
     def make(*versions: ModelVersion) -> EngineReplica:
-        began.append(EngineReplica(list(versions), timeout_s=PATIENCE_S, device="cpu", num_cpus=1, memory_gb=None))
-        return began[-1]
+        replicas.append(EngineReplica(list(versions), timeout_s=PATIENCE_S, device="cpu", num_cpus=1, memory_gb=None))
+        return replicas[-1]
 
     yield make
-    for each in began:
-        each.warm = True  # nothing is tried again
-        each.engine.close()
+    for started in replicas:
+        started.warm = True  # ends the retries
+        started.engine.close()
 
 
 def version(name: str, uri: object) -> ModelVersion:
     return ModelVersion(name, "1", str(uri), ("champion",), {})
 
 
-def settled(engine: EngineReplica, is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+def wait_for_state(engine: EngineReplica, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """Wait until the state of a replica fulfills a condition, and return the state."""
     state: dict[str, Any] = {}
 
-    def look() -> bool:
+    def poll() -> bool:
         state.clear()
         state.update(asyncio.run(engine.ready()))
-        return is_so(state)
+        return condition(state)
 
-    until(look, lambda: f"the engine stays {state}")
+    until(poll, lambda: f"the state of the engine remains {state}")
     return state
 
 
-def test_a_model_that_cannot_be_loaded_leaves_the_others(start: Start, small_artifact: Artifact, tmp_path: Path) -> None:
+def test_model_that_cannot_be_loaded_does_not_affect_others(start: Start, small_artifact: Artifact, tmp_path: Path) -> None:
     engine = start(version("gone", tmp_path / "gone"), version("small", small_artifact.folder))
-    state = settled(engine, lambda state: state["warm"])
+    state = wait_for_state(engine, lambda state: state["warm"])
     assert list(state["failed"]) == ["gone"]
     assert [card["id"] for card in asyncio.run(engine.cards())["body"]] == ["small"]
     refused = asyncio.run(engine.card(version("gone", tmp_path / "gone")))
-    assert refused["status"] == 503, "not the fault of who asks"
+    assert refused["status"] == 503, "the client is not at fault"
     assert "gone" in refused["body"]["error"]["message"]
 
 
-def test_what_comes_back_is_loaded_without_a_restart(start: Start, small_artifact: Artifact, tmp_path: Path) -> None:
-    place = tmp_path / "away"
-    engine = start(version("small", place))
-    state = settled(engine, lambda state: bool(state["failed"]))
+def test_missing_artifact_is_loaded_once_it_exists(start: Start, small_artifact: Artifact, tmp_path: Path) -> None:
+    folder = tmp_path / "away"
+    engine = start(version("small", folder))
+    state = wait_for_state(engine, lambda state: bool(state["failed"]))
     assert not state["warm"]
-    shutil.copytree(small_artifact.folder, place)
-    assert settled(engine, lambda state: state["warm"])["failed"] == {}
+    shutil.copytree(small_artifact.folder, folder)
+    assert wait_for_state(engine, lambda state: state["warm"])["failed"] == {}
 
 
-def test_many_who_wait_for_a_model_load_it_once_in_one_thread(
+def test_concurrent_requests_load_a_model_once(
     start: Start, small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(small_artifact.folder, other)
     engine = start(version("small", small_artifact.folder))
-    settled(engine, lambda state: state["warm"])
-    go, loads = threading.Event(), []
+    wait_for_state(engine, lambda state: state["warm"])
+    release, loads = threading.Event(), []
 
     class Slow(ResidentModel):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             loads.append(threading.current_thread().name)
-            assert go.wait(PATIENCE_S), "nobody let it go on"
+            assert release.wait(PATIENCE_S), "the load was not released"
             super().__init__(*args, **kwargs)
 
     monkeypatch.setattr(model_cache, "ResidentModel", Slow)
@@ -97,55 +99,55 @@ def test_many_who_wait_for_a_model_load_it_once_in_one_thread(
         request = CompletionRequest(model=name, prompt="It was", max_tokens=2, ignore_eos=True)
         return [event.kind async for events in engine.stream(version(name, uri), request) for event in events][-1]
 
-    async def all_of_them() -> tuple[list[str], list[str]]:
+    async def send_all() -> tuple[list[str], list[str]]:
         waiting = [asyncio.create_task(ask("other", other)) for _ in range(40)]
         await asyncio.sleep(0.1)
-        waiting[0].cancel()  # who leaves does not take it from the others
+        waiting[0].cancel()  # a canceled request must not cancel the load
         answered = [await asyncio.wait_for(ask("small", small_artifact.folder), PATIENCE_S) for _ in range(3)]
-        go.set()
+        release.set()
         return answered, await asyncio.gather(*waiting[1:])
 
-    answered, waited = asyncio.run(all_of_them())
+    answered, waited = asyncio.run(send_all())
     assert answered == ["done"] * 3
     assert waited == ["done"] * 39
     assert len(loads) == 1
 
 
-def test_weights_are_packed_where_nobody_has_the_memory(start: Start, small_artifact: Artifact) -> None:
-    there = start(version("small", small_artifact.folder)).models  # which loads it at the same time
+def test_weights_are_packed_only_if_memory_is_free(start: Start, small_artifact: Artifact) -> None:
+    unlimited = start(version("small", small_artifact.folder)).models  # loads the model at the same time
     needs = sum(small_artifact.manifest["files"][file]["bytes"] for file in model_cache.WEIGHTS)
     for limit_bytes, packed in ((needs, False), (2 * needs, True)):
-        tight = model_cache.ModelCache(there.engine, there.store, "cpu", limit_bytes)
-        layers = tight.get(version("small", small_artifact.folder)).any_size.layers.values()
+        limited = model_cache.ModelCache(unlimited.engine, unlimited.store, "cpu", limit_bytes)
+        layers = limited.get(version("small", small_artifact.folder)).any_size.layers.values()
         assert {isinstance(layer.original, PackedLinear) for layer in layers} == {packed and packable(torch.empty(1, 1))}
-        assert tight.used_bytes <= limit_bytes
+        assert limited.used_bytes <= limit_bytes
 
 
-def test_packed_weights_leave_before_any_model(start: Start, small_artifact: Artifact) -> None:
-    there = start(version("small", small_artifact.folder)).models
+def test_packed_weights_are_evicted_before_models(start: Start, small_artifact: Artifact) -> None:
+    unlimited = start(version("small", small_artifact.folder)).models
     needs = sum(small_artifact.manifest["files"][file]["bytes"] for file in model_cache.WEIGHTS)
-    tight = model_cache.ModelCache(there.engine, there.store, "cpu", 2 * needs)
-    first = tight.get(version("first", small_artifact.folder))
+    limited = model_cache.ModelCache(unlimited.engine, unlimited.store, "cpu", 2 * needs)
+    first = limited.get(version("first", small_artifact.folder))
     assert (first.packed_bytes > 0) == packable(torch.empty(1, 1))
-    second = tight.get(version("second", small_artifact.folder))
-    assert tight.resident == [first, second]
+    second = limited.get(version("second", small_artifact.folder))
+    assert limited.resident == [first, second]
     assert first.packed_bytes == second.packed_bytes == 0
-    assert tight.used_bytes == 2 * needs
-    engine: Any = there.engine
+    assert limited.used_bytes == 2 * needs
+    engine: Any = unlimited.engine
     for served in (first, second):
         (*_, last) = engine.events(served, CompletionRequest(prompt="It was", max_tokens=3, ignore_eos=True))
         assert last.data["usage"]["completion_tokens"] == 3
 
 
-def test_a_list_of_models_loads_none(small_artifact: Artifact) -> None:
-    """Whether the engine holds them or not, all are told of."""
+def test_listing_models_loads_none(small_artifact: Artifact) -> None:
+    """The list contains all models, whether the engine holds them or not."""
 
-    class Asked(Api):
-        async def _ask(self, method: str, *args: Any) -> Any:
-            assert method == "cards", "which loads nothing"
+    class CardsOnly(Api):
+        async def _call(self, method: str, *args: Any) -> Any:
+            assert method == "cards", "only `cards` loads no model"
             return [{"id": "small", "version": "1", "curve": []}]
 
-    api = Asked(None, [version("small", "here"), version("other", "there")], 8, Keys(), 0)  # type: ignore[arg-type]
+    api = CardsOnly(None, [version("small", "here"), version("other", "there")], 8, Keys(), 0)  # type: ignore[arg-type]
     small, other = asyncio.run(api.cards())
     assert small == {"id": "small", "version": "1", "curve": []}
     assert {"id": "other", "object": "model", "version": "1"}.items() <= other.items()

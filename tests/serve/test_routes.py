@@ -1,4 +1,4 @@
-"""The routes without an engine behind them: keys, and what fails unexpectedly."""
+"""The routes without an engine: API keys and unexpected failures."""
 
 import asyncio
 from pathlib import Path
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSinc
 KEY = "a-key-of-enough-characters"
 
 
-class Engineless(Api):
-    """Reaches no engine: whatever comes past the guard fails."""
+class ApiWithoutEngine(Api):
+    """Routes without an engine, in which every request that passes the key check fails."""
 
     def __init__(self, keys: Keys) -> None:
         super().__init__(None, [ModelVersion("small", "1", "here", (), {})], 8, keys, 0)  # type: ignore[arg-type]
@@ -42,12 +42,12 @@ def every_route(api: Api) -> list[tuple[str, str]]:
     return [(method, route.path) for route in routes for method in sorted(route.methods or ())]
 
 
-def test_every_route_but_those_that_are_open_asks_for_a_key() -> None:
-    api = Engineless(Keys.from_env({"ACIP_API_KEYS": KEY}))
-    there = every_route(api)
-    assert len([path for _, path in there if path.startswith("/v1/")]) >= 9
-    guarded = [(method, path) for method, path in there if path not in OPEN]
-    assert {path for _, path in there} - {path for _, path in guarded} == {"/", "/docs", "/openapi.json", "/health", "/ready", "/metrics"}
+def test_every_route_except_the_open_ones_requires_a_key() -> None:
+    api = ApiWithoutEngine(Keys.from_env({"ACIP_API_KEYS": KEY}))
+    routes = every_route(api)
+    assert len([path for _, path in routes if path.startswith("/v1/")]) >= 9
+    guarded = [(method, path) for method, path in routes if path not in OPEN]
+    assert {path for _, path in routes} - {path for _, path in guarded} == {"/", "/docs", "/openapi.json", "/health", "/ready", "/metrics"}
     for method, path in guarded:
         for headers in ({}, {"Authorization": "Bearer another-key-of-enough-characters"}, {"Authorization": KEY}):
             response = ask(api, method, path.replace("{model:path}", "small"), headers=headers, json={})
@@ -60,18 +60,20 @@ def test_every_route_but_those_that_are_open_asks_for_a_key() -> None:
         assert allowed.status_code != 401, (method, path)
 
 
-def test_no_path_leads_around_the_guard() -> None:
-    api = Engineless(Keys.from_env({"ACIP_API_KEYS": KEY}))
+def test_no_path_bypasses_the_key_check() -> None:
+    api = ApiWithoutEngine(Keys.from_env({"ACIP_API_KEYS": KEY}))
     for path in ("//v1/models", "/v1//models", "/V1/models", "/./v1/models", "/health/../v1/models", "/%2e/v1/models", "/v1/models/", "/x"):
         assert ask(api, "GET", path).status_code == 401, path
 
 
-def test_without_keys_nobody_is_asked_for_one() -> None:
-    assert ask(Engineless(Keys()), "GET", "/v1/models").status_code == 500, "past the guard, to the engine that is not there"
+def test_no_key_is_required_if_none_is_configured() -> None:
+    assert ask(ApiWithoutEngine(Keys()), "GET", "/v1/models").status_code == 500, (
+        "the request passes the key check and fails at the missing engine"
+    )
 
 
-def test_an_unexpected_failure_is_a_500_that_leaks_nothing() -> None:
-    class Broken(Engineless):
+def test_unexpected_failure_is_a_500_that_leaks_nothing() -> None:
+    class Broken(ApiWithoutEngine):
         async def answer(self, request: Any) -> Any:
             raise RuntimeError("password in /etc")
 

@@ -1,4 +1,4 @@
-"""infra/serve.yaml and the arguments of `build`."""
+"""The keys of infra/serve.yaml and the arguments of `build`."""
 
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSinc
 CONFIG = Path(__file__).parents[2] / "infra" / "serve.yaml"
 
 
-def test_the_config_file_names_only_what_there_is() -> None:
-    """Serve ignores keys that it does not know, so they are compared here."""
+def test_config_file_has_only_known_keys() -> None:
+    """Serve ignores unknown keys, so the test compares them with the schema."""
     config = yaml.safe_load(CONFIG.read_text())
     schema = ServeDeploySchema.model_validate(config)
     assert set(config) <= set(ServeDeploySchema.model_fields)
     (application,) = config["applications"]
     assert set(application) <= set(type(schema.applications[0]).model_fields)
     assert set(application["args"]) == set(BUILD_ARGS)
-    assert config["http_options"]["host"] == "127.0.0.1", "without keys it must not be open to everyone"
+    assert config["http_options"]["host"] == "127.0.0.1", "without API keys only this machine may connect"
 
 
-def test_an_argument_that_is_not_one_is_refused() -> None:
+def test_unknown_argument_is_refused() -> None:
     with pytest.raises(ValueError, match=r"unknown argument 'max_request' \(did you mean 'max_requests'\?\)"):
         build({"max_request": 3})
 
@@ -45,6 +45,6 @@ def test_engines_scale_between_the_bounds(small_artifact: Artifact, tmp_path: Pa
 
 
 def engine(application: Any) -> Any:
-    """The engine's deployment of an application."""
+    """Return the deployment of the engine in an application."""
     (bound,) = [arg for arg in application._bound_deployment.init_args if hasattr(arg, "_bound_deployment")]
     return bound._bound_deployment._deployment_config

@@ -1,6 +1,6 @@
-"""A server that is told to stop: whoever comes meanwhile is told to come back, and a stream that is cut ends with an error.
+"""A server that stops: it refuses new requests with 503, and ends the streams that exceed its drain time with an error.
 
-That answers have their time is shown in test_serve_life.py.
+test_lifecycle.py checks that shorter answers are finished.
 """
 
 import json
@@ -23,7 +23,7 @@ LONG: dict[str, Any] = {"prompt": ["a"] * 16, "n": 8, "max_tokens": 500, "ignore
 
 @pytest.fixture
 def stopping(served_home: Path) -> Iterator[Server]:
-    """A server of its own: it has little time to stop, and stays in it."""
+    """Start a separate server with a short drain time, which the streams exceed."""
     server = Server(served_home, "--drain", str(DRAIN_S))
     try:
         server.wait_until_free()
@@ -33,7 +33,7 @@ def stopping(served_home: Path) -> Iterator[Server]:
 
 
 def ask(server: Server, method: str, path: str) -> httpx.Response | None:
-    """The answer; None where the server does not listen any more."""
+    """Return the response, or None if the server no longer listens."""
     body = {"model": "small", "prompt": "a", "max_tokens": 1} if method == "POST" else None
     try:
         return httpx.request(method, server.url + path, json=body, timeout=60)
@@ -41,21 +41,21 @@ def ask(server: Server, method: str, path: str) -> httpx.Response | None:
         return None
 
 
-def test_whoever_comes_is_told_and_a_stream_that_is_cut_says_so(stopping: Server) -> None:
+def test_stopping_server_refuses_requests_and_ends_streams_with_an_error(stopping: Server) -> None:
     server = stopping
     with ThreadPoolExecutor(STREAMS) as pool:
         streams = [pool.submit(server.post, **LONG) for _ in range(STREAMS)]
-        until(lambda: server.open == STREAMS, "not all are being answered")
+        until(lambda: server.open == STREAMS, "fewer than all streams are open")
         server.process.send_signal(signal.SIGINT)
-        until(lambda: (told := ask(server, "GET", "/health")) is None or told.status_code == 503, "the server does not stop")
+        until(lambda: (response := ask(server, "GET", "/health")) is None or response.status_code == 503, "the server does not stop")
         for method, path in (("GET", "/health"), ("GET", "/ready"), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("HEAD", "/")):
-            told = ask(server, method, path)
-            assert told is not None, "the server ended before what it was answering"
-            assert told.status_code == 503
-            assert int(told.headers["retry-after"]) >= 1
-            assert told.headers["content-type"] == "application/json"
+            response = ask(server, method, path)
+            assert response is not None, "the server exited before its streams ended"
+            assert response.status_code == 503
+            assert int(response.headers["retry-after"]) >= 1
+            assert response.headers["content-type"] == "application/json"
             if method != "HEAD":
-                error = told.json()["error"]
+                error = response.json()["error"]
                 assert (error["type"], error["code"]) == ("service_unavailable", "not_ready")
         for stream in streams:
             assert stream.result().status_code == 200

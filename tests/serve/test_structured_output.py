@@ -1,4 +1,4 @@
-"""Answers in a form: JSON, JSON schemas and calls of tools, through the official client and the routes with a real engine behind them."""
+"""Structured output: JSON, JSON schemas and tool calls, through the official client and the routes with a real engine."""
 
 import json
 import random
@@ -31,11 +31,11 @@ HERMES = """\
 {{ {"name": c.function.name, "arguments": c.function.arguments} | tojson }}
 </tool_call>{% endfor %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
 NO_TOOLS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-ASK: list[Any] = [{"role": "user", "content": "a"}]
+MESSAGES: list[Any] = [{"role": "user", "content": "a"}]
 
 
 class Person(BaseModel):
-    model_config = ConfigDict(extra="forbid")  # else an object may have more members, and small models never stop adding some
+    model_config = ConfigDict(extra="forbid")  # otherwise small models never stop adding members
     name: str = Field(max_length=6)
     age: int = Field(ge=0, le=99)
     kind: Literal["cat", "dog"]
@@ -54,6 +54,7 @@ TOOLS = [
 
 
 def application(small: Artifact, home: Path, template: str) -> Iterator[Application]:
+    """Start an application with a copy of the small artifact that has this chat template."""
     artifact = Artifact.open(copytree(small.folder, home / "model"))
     tokenizer = AutoTokenizer.from_pretrained(artifact.folder)
     tokenizer.chat_template = template
@@ -78,29 +79,29 @@ def plain(small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) ->
     yield from application(small_artifact, tmp_path_factory.mktemp("plain"), NO_TOOLS)
 
 
-def asked(application: Application, ask: Callable[[AsyncOpenAI], Coroutine[Any, Any, Any]]) -> Any:
-    """What the official client gets."""
+def with_client(application: Application, call: Callable[[AsyncOpenAI], Coroutine[Any, Any, Any]]) -> Any:
+    """Return the result of a call of the official client."""
 
     async def go() -> Any:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=application.app), timeout=120) as transport:
             client: Any = transport
-            return await ask(AsyncOpenAI(base_url="http://here/v1", api_key="none", http_client=client, max_retries=0))
+            return await call(AsyncOpenAI(base_url="http://here/v1", api_key="none", http_client=client, max_retries=0))
 
     return application.runner.run(go())
 
 
 def chat(application: Application, **fields: Any) -> Any:
-    fields = {"model": "small", "messages": ASK, "temperature": 0, "max_tokens": 120, **fields}
-    return asked(application, lambda client: client.chat.completions.create(**fields))
+    fields = {"model": "small", "messages": MESSAGES, "temperature": 0, "max_tokens": 120, **fields}
+    return with_client(application, lambda client: client.chat.completions.create(**fields))
 
 
 def chunks(application: Application, **fields: Any) -> list[Any]:
-    fields = {"model": "small", "messages": ASK, "temperature": 0, "max_tokens": 120, **fields}
+    fields = {"model": "small", "messages": MESSAGES, "temperature": 0, "max_tokens": 120, **fields}
 
     async def read(client: AsyncOpenAI) -> list[Any]:
         return [chunk async for chunk in await client.chat.completions.create(**fields, stream=True)]
 
-    return list(asked(application, read))
+    return list(with_client(application, read))
 
 
 def schema_of(schema: Any, name: str = "answer") -> Any:
@@ -108,62 +109,64 @@ def schema_of(schema: Any, name: str = "answer") -> Any:
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.4])
-def test_the_official_client_parses_an_answer_into_a_model(plain: Application, ratio: float) -> None:
+def test_official_client_parses_an_answer_into_a_model(plain: Application, ratio: float) -> None:
     for seed in range(4):
-        fields: Any = {"model": f"small@{ratio}", "messages": ASK, "temperature": 1.5, "seed": seed, "max_tokens": 200, "logprobs": True}
+        sampling = {"temperature": 1.5, "seed": seed, "max_tokens": 200, "logprobs": True}
+        fields: Any = {"model": f"small@{ratio}", "messages": MESSAGES, **sampling}
 
-        def ask(client: AsyncOpenAI, fields: Any = fields) -> Any:
+        def parse(client: AsyncOpenAI, fields: Any = fields) -> Any:
             return client.chat.completions.parse(**fields, response_format=Person)
 
-        got = asked(plain, ask)
-        choice = got.choices[0]
+        answer = with_client(plain, parse)
+        choice = answer.choices[0]
         assert isinstance(choice.message.parsed, Person)
         assert choice.finish_reason == "stop"
-        assert len(choice.logprobs.content) == got.usage.completion_tokens
-        said = bytes(byte for token in choice.logprobs.content for byte in token.bytes)
-        assert said.decode() == choice.message.content
+        assert len(choice.logprobs.content) == answer.usage.completion_tokens
+        content = bytes(byte for token in choice.logprobs.content for byte in token.bytes)
+        assert content.decode() == choice.message.content
 
 
-def test_any_object_ends_where_its_brace_closes(plain: Application) -> None:
-    got = chat(plain, response_format={"type": "json_object"}, logit_bias={str(ord("}")): 100})
-    assert got.choices[0].message.content == "{}"
-    assert got.choices[0].finish_reason == "stop" and got.usage.completion_tokens == 2
+def test_json_object_ends_at_its_closing_brace(plain: Application) -> None:
+    answer = chat(plain, response_format={"type": "json_object"}, logit_bias={str(ord("}")): 100})
+    assert answer.choices[0].message.content == "{}"
+    assert answer.choices[0].finish_reason == "stop" and answer.usage.completion_tokens == 2
     assert chat(plain, response_format={"type": "text"}).choices[0].message.content == chat(plain).choices[0].message.content
 
 
-def test_constrained_answers_beside_free_ones(plain: Application) -> None:
+def test_constrained_and_free_requests_share_a_batch(plain: Application) -> None:
     import asyncio
 
-    free = {"model": "small", "messages": ASK, "temperature": 1, "seed": 5, "max_tokens": 40}
-    bound = free | {"response_format": schema_of(Person.model_json_schema()), "n": 4, "max_tokens": 200}
+    free = {"model": "small", "messages": MESSAGES, "temperature": 1, "seed": 5, "max_tokens": 40}
+    constrained = free | {"response_format": schema_of(Person.model_json_schema()), "n": 4, "max_tokens": 200}
 
     async def together(client: AsyncOpenAI) -> Any:
-        return await asyncio.gather(*(client.chat.completions.create(**fields) for fields in (free, bound, free | {"seed": 6})))  # type: ignore[call-overload]
+        requests: list[Any] = [free, constrained, free | {"seed": 6}]
+        return await asyncio.gather(*(client.chat.completions.create(**fields) for fields in requests))
 
     alone = chat(plain, **free)
-    first, forms, _ = asked(plain, together)
+    first, structured, _ = with_client(plain, together)
     assert first.choices[0].message.content == alone.choices[0].message.content
-    texts = [choice.message.content for choice in forms.choices]
+    texts = [choice.message.content for choice in structured.choices]
     assert len(texts) == 4 and len(set(texts)) > 1
     assert all(Person.model_validate_json(text) for text in texts)
-    streamed = chunks(plain, **bound)
+    streamed = chunks(plain, **constrained)
     for index, text in enumerate(texts):
         assert "".join(c.delta.content or "" for chunk in streamed for c in chunk.choices if c.index == index) == text
 
 
-def test_a_root_that_is_a_number_ends_at_the_end_token(plain: Application) -> None:
-    got = chat(plain, response_format=schema_of({"type": "integer"}), logit_bias={"2": 100, str(ord("7")): 90})
-    assert (got.choices[0].message.content, got.choices[0].finish_reason) == ("7", "stop")
+def test_number_at_the_root_ends_at_the_end_token(plain: Application) -> None:
+    answer = chat(plain, response_format=schema_of({"type": "integer"}), logit_bias={"2": 100, str(ord("7")): 90})
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("7", "stop")
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "sun"}}])
-def test_a_tool_is_called_and_its_answer_goes_back(tooled: Application, choice: Any) -> None:
+def test_tool_is_called_and_its_result_is_accepted(tooled: Application, choice: Any) -> None:
     fields = {"tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False, "temperature": 1, "seed": 3}
-    got = chat(tooled, **fields).choices[0]
-    (call,) = got.message.tool_calls
-    assert got.message.content is None
-    assert got.finish_reason == ("tool_calls" if choice == "required" else "stop")
-    schema = next(one["function"]["parameters"] for one in TOOLS if one["function"]["name"] == call.function.name)
+    answer = chat(tooled, **fields).choices[0]
+    (call,) = answer.message.tool_calls
+    assert answer.message.content is None
+    assert answer.finish_reason == ("tool_calls" if choice == "required" else "stop")
+    schema = next(entry["function"]["parameters"] for entry in TOOLS if entry["function"]["name"] == call.function.name)
     Draft202012Validator(schema).validate(json.loads(call.function.arguments))
     assert choice == "required" or call.function.name == "sun"
 
@@ -172,25 +175,25 @@ def test_a_tool_is_called_and_its_answer_goes_back(tooled: Application, choice: 
     assert not any(c.delta.content for c in streamed)
     assert deltas[0].function.name == call.function.name and deltas[0].id and deltas[0].type == "function"
     assert "".join(delta.function.arguments or "" for delta in deltas) == call.function.arguments
-    assert streamed[-1].finish_reason == got.finish_reason
+    assert streamed[-1].finish_reason == answer.finish_reason
 
-    history = [*ASK, got.message, {"role": "tool", "tool_call_id": call.id, "content": "wet"}]
+    history = [*MESSAGES, answer.message, {"role": "tool", "tool_call_id": call.id, "content": "wet"}]
     assert chat(tooled, messages=history, tools=TOOLS, max_tokens=4).choices[0].message is not None
 
 
-def test_tools_may_be_left_alone(tooled: Application) -> None:
+def test_tool_calls_are_optional(tooled: Application) -> None:
     choices: list[dict[str, Any]] = [{"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "none"}, {}]
     auto, none, without = (chat(tooled, **fields, max_tokens=20).choices[0] for fields in choices)
-    assert none.message.content == without.message.content, "the model is not told of them"
+    assert none.message.content == without.message.content, "the prompt must not contain the tools"
     assert auto.message.content and not auto.message.tool_calls and auto.finish_reason == without.finish_reason
 
 
-def test_tools_and_a_response_format(tooled: Application) -> None:
-    form = {"tools": TOOLS, "response_format": schema_of(Person.model_json_schema())}
-    answer = chat(tooled, **form, logit_bias={str(ord("{")): 100}).choices[0]
+def test_tools_can_be_combined_with_a_response_format(tooled: Application) -> None:
+    fields = {"tools": TOOLS, "response_format": schema_of(Person.model_json_schema())}
+    answer = chat(tooled, **fields, logit_bias={str(ord("{")): 100}).choices[0]
     assert Person.model_validate_json(answer.message.content) and answer.finish_reason == "stop"
-    called = chat(tooled, **form, parallel_tool_calls=False, logit_bias={str(ord("<")): 50}).choices[0]
-    assert called.message.tool_calls and called.finish_reason == "tool_calls"
+    calling = chat(tooled, **fields, parallel_tool_calls=False, logit_bias={str(ord("<")): 50}).choices[0]
+    assert calling.message.tool_calls and calling.finish_reason == "tool_calls"
 
 
 BAD_SCHEMAS: dict[str, tuple[Any, list[str]]] = {
@@ -204,25 +207,25 @@ BAD_SCHEMAS: dict[str, tuple[Any, list[str]]] = {
     "a reference": ({"$ref": "#/$defs/x"}, ["/$defs/x"]),
     "a format": ({"type": "string", "format": "bogus"}, ["bogus"]),
     "a regex": ({"type": "string", "pattern": "(?=a)b"}, ["look"]),
-    "itself": ({"$ref": "#"}, ["nothing fits"]),
+    "itself": ({"$ref": "#"}, ["no text matches"]),
     "required": ({"type": "object", "required": "a"}, ["schema.required"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD_SCHEMAS)
-def test_a_schema_that_cannot_be_followed_is_refused(tooled: Application, case: str) -> None:
-    schema, says = BAD_SCHEMAS[case]
+def test_invalid_or_unsupported_schema_is_refused(tooled: Application, case: str) -> None:
+    schema, parts = BAD_SCHEMAS[case]
     for param, fields in (
         ("response_format", {"response_format": schema_of(schema)}),
         ("tools", {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]}),
     ):
         if param == "tools" and case in ("nothing fits", "a format", "a regex", "not supported", "a reference", "a type", "itself"):
-            continue  # roots of arguments are objects
+            continue  # the root of arguments must be an object
         with pytest.raises(BadRequestError) as refused:
             chat(tooled, **fields)
         assert refused.value.param == param and refused.value.code == "invalid_schema"
-        for words in says:
-            assert words in refused.value.message
+        for part in parts:
+            assert part in refused.value.message
 
 
 REFUSED: dict[str, tuple[Any, str, list[str]]] = {
@@ -239,16 +242,16 @@ REFUSED: dict[str, tuple[Any, str, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_asked_is_told(tooled: Application, case: str) -> None:
-    fields, param, says = REFUSED[case]
+def test_invalid_fields_are_refused(tooled: Application, case: str) -> None:
+    fields, param, parts = REFUSED[case]
     with pytest.raises(BadRequestError) as refused:
         chat(tooled, **fields)
     assert str(refused.value.param).startswith(param)
-    for words in says:
-        assert words in refused.value.message
+    for part in parts:
+        assert part in refused.value.message
 
 
-def test_a_template_without_tools_says_so(plain: Application) -> None:
+def test_tools_are_refused_if_the_template_has_none(plain: Application) -> None:
     with pytest.raises(BadRequestError, match="has no tools") as refused:
         chat(plain, tools=TOOLS)
     assert (refused.value.param, refused.value.code) == ("tools", "no_tools")
@@ -256,7 +259,7 @@ def test_a_template_without_tools_says_so(plain: Application) -> None:
     assert has_tools({"default": NO_TOOLS, "tool_use": HERMES}) and not has_tools(NO_TOOLS)
 
 
-# ---- forms and vocabularies
+# ---- tool formats and vocabularies
 
 
 def bpe() -> Any:
@@ -270,7 +273,7 @@ def bpe() -> Any:
 
 
 @pytest.mark.parametrize("make", [byte_tokenizer, bpe, llama])
-def test_whatever_is_drawn_follows_the_schema_with_each_kind_of_vocabulary(make: Callable[[], Any]) -> None:
+def test_random_allowed_tokens_follow_the_schema_with_each_vocabulary(make: Callable[[], Any]) -> None:
     tokenizer = make()
     size = len(tokenizer) + 7  # embeddings are often padded
     ends = {tokenizer.eos_token_id} - {None}
@@ -302,7 +305,7 @@ LLAMA = """\
 XML = """\
 {{ tools }}{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}<function={{ c.function.name }}>{% for k, v in \
 c.function.arguments.items() %}<{{ k }}>{{ v }}</{{ k }}>{% endfor %}</function>{% endfor %}{% endfor %}"""
-FORMS = {
+TOOL_FORMATS = {
     HERMES: ToolFormat(marker="<tool_call>\n", suffix="\n</tool_call>"),
     MISTRAL: ToolFormat(marker="[TOOL_CALLS] ", open="[", close="]"),
     LLAMA: ToolFormat(between='", "parameters": '),
@@ -320,20 +323,20 @@ def tooled_tokenizer(template: str) -> Any:
     return tokenizer
 
 
-def form_of(tokenizer: Any) -> ToolFormat | None:
+def tool_format_of(tokenizer: Any) -> ToolFormat | None:
     def render(messages: Any, tools: Any, prompt: bool) -> str:
         return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt))
 
     return ToolFormat.of(render, ["[TOOL_CALLS]", "<|eot|>"])
 
 
-@pytest.mark.parametrize("template", FORMS, ids=["hermes", "mistral", "llama", "bare", "xml"])
-def test_calls_are_written_as_the_template_writes_them(template: str) -> None:
-    assert form_of(tooled_tokenizer(template)) == FORMS[template]
+@pytest.mark.parametrize("template", TOOL_FORMATS, ids=["hermes", "mistral", "llama", "bare", "xml"])
+def test_tool_format_is_derived_from_the_template(template: str) -> None:
+    assert tool_format_of(tooled_tokenizer(template)) == TOOL_FORMATS[template]
 
 
 def follows(grammars: Grammars, grammar: str, ids: list[int]) -> bool:
-    """Whether a grammar allows these tokens, and an end after them."""
+    """Return whether a grammar allows these tokens and an end after them."""
     constraint = grammars.constraint(grammar, "tools")
     for id in ids:
         logits = torch.zeros(grammars.vocabulary)
@@ -348,42 +351,45 @@ def follows(grammars: Grammars, grammar: str, ids: list[int]) -> bool:
 
 
 @pytest.mark.parametrize("template", [HERMES, MISTRAL, LLAMA], ids=["hermes", "mistral", "llama"])
-def test_grammar_and_parser_of_each_form(template: str) -> None:
+def test_grammar_and_parser_agree_for_each_tool_format(template: str) -> None:
     tokenizer = tooled_tokenizer(template)
-    form = form_of(tokenizer)
-    assert form is not None
+    tool_format = tool_format_of(tokenizer)
+    assert tool_format is not None
     grammars = Grammars(tokenizer, len(tokenizer), {tokenizer.eos_token_id})
-    tools = [Tool.model_validate(one) for one in TOOLS]
+    tools = [Tool.model_validate(entry) for entry in TOOLS]
     arguments = ['{"town": "Köln", "days": 3}', '{"on": true}']
-    one, two = (f"{form.before}{name}{form.between}{said}{form.after}" for name, said in zip(("rain", "sun"), arguments, strict=True))
-    single = form.marker + form.open + one + form.close + form.suffix
+    rain, sun = (
+        f"{tool_format.before}{name}{tool_format.between}{value}{tool_format.after}"
+        for name, value in zip(("rain", "sun"), arguments, strict=True)
+    )
+    single = tool_format.marker + tool_format.open + rain + tool_format.close + tool_format.suffix
     texts = {"Hello {there}": 0, "": 0, single: 1}
-    if form.open:
-        texts[form.marker + form.open + one + ", " + two + form.close + form.suffix] = 2
-    elif form.marker:
-        texts[single + "\n" + form.marker + two + form.suffix] = 2
-    if form.marker:
+    if tool_format.open:
+        texts[tool_format.marker + tool_format.open + rain + ", " + sun + tool_format.close + tool_format.suffix] = 2
+    elif tool_format.marker:
+        texts[single + "\n" + tool_format.marker + sun + tool_format.suffix] = 2
+    if tool_format.marker:
         texts["Let me see. " + single] = 1
-    auto, required, alone = (form.grammar(grammars, tools, *asked) for asked in ((True, TEXT), (True, None), (False, None)))
+    auto, required, alone = (tool_format.grammar(grammars, tools, *options) for options in ((True, TEXT), (True, None), (False, None)))
     for text, count in texts.items():
         ids = tokenizer(text)["input_ids"]
         assert follows(grammars, auto, ids)
         assert follows(grammars, required, ids) is (count > 0 and not text.startswith("Let"))
         assert follows(grammars, alone, ids) is (count == 1 and not text.startswith("Let"))
         for step in (1, 3, 1000):
-            parser = ToolParser(form)
+            parser = ToolParser(tool_format)
             parts = [parser.add(text[i : i + step]) for i in range(0, len(text), step)]
-            content = "".join(said for said, _ in parts) + parser.end()
+            content = "".join(emitted for emitted, _ in parts) + parser.end()
             deltas = [delta for _, calls in parts for delta in calls]
-            assert content == (text[: text.index(form.marker + form.open + form.before)] if count else text)
+            assert content == (text[: text.index(tool_format.marker + tool_format.open + tool_format.before)] if count else text)
             assert parser.calls == count
             for index in range(count):
-                said = "".join(delta["function"]["arguments"] for delta in deltas if delta["index"] == index)
-                assert said == arguments[index]
+                value = "".join(delta["function"]["arguments"] for delta in deltas if delta["index"] == index)
+                assert value == arguments[index]
     assert not follows(grammars, required, tokenizer(single.replace("3", "0"))["input_ids"])
 
 
-def test_a_schema_without_end_is_refused() -> None:
+def test_deeply_nested_schema_is_refused() -> None:
     schema: Any = {"type": "integer"}
     for _ in range(5000):
         schema = {"type": "array", "items": schema}

@@ -1,5 +1,7 @@
-"""The routes with a real engine behind them, in this process: the engine is asked as Serve's handles are, the routes as a server asks
-an ASGI application. Nothing of Ray runs, so it starts in a second.
+"""The HTTP routes and a real engine in one process.
+
+The routes call the engine through a stand-in for Ray Serve's handle. Tests call the routes as an ASGI application. Ray does not run, so
+the application starts in about a second.
 """
 
 import asyncio
@@ -22,30 +24,34 @@ Headers = list[tuple[bytes, bytes]]
 JSON_TYPE: Headers = [(b"content-type", b"application/json")]
 
 
-class Here:
-    """An engine in this process, with the face of Serve's handle: `engine.method.remote(...)`."""
+class LocalHandle:
+    """An engine in this process with the interface of Serve's handle: `engine.method.remote(...)`."""
 
     def __init__(self, replica: EngineReplica) -> None:
         self.replica = replica
 
-    def options(self, stream: bool) -> "Here":
+    def options(self, stream: bool) -> "LocalHandle":
         assert stream
         return self
 
-    def __getattr__(self, name: str) -> "Method":
-        return Method(getattr(self.replica, name))
+    def __getattr__(self, name: str) -> "LocalMethod":
+        return LocalMethod(getattr(self.replica, name))
 
 
-class Method:
+class LocalMethod:
+    """A method of the engine with the interface of a method of Serve's handle."""
+
     def __init__(self, method: Any) -> None:
         self.method = method
 
     def remote(self, *args: Any) -> Any:
-        made = self.method(*args)
-        return Stream(made) if hasattr(made, "__aiter__") else made
+        result = self.method(*args)
+        return LocalStream(result) if hasattr(result, "__aiter__") else result
 
 
-class Stream:
+class LocalStream:
+    """A stream of items with the interface of Serve's response generator."""
+
     def __init__(self, items: AsyncIterator[Any]) -> None:
         self.items = items
 
@@ -53,11 +59,11 @@ class Stream:
         return self.items
 
     def cancel(self) -> None:
-        """What is read to its end has nothing to cancel."""
+        """Do nothing: a test reads every stream to its end."""
 
 
 class Application:
-    """The routes, and one event loop that they are asked in."""
+    """The routes, and the event loop that runs them."""
 
     def __init__(self, home: Path, artifact: Artifact) -> None:
         settings = Settings.from_env({"ACIP_HOME": str(home)})
@@ -68,17 +74,19 @@ class Application:
         self.start()
 
     def start(self) -> None:
-        """The engine and the routes, as after a restart."""
+        """Create the engine and the routes. A second call acts as a restart."""
         self.replica = EngineReplica([self.version], timeout_s=PATIENCE_S, device="cpu", num_cpus=1, memory_gb=None)
-        api = Api(Here(self.replica), [self.version], 64, Keys(), 0)  # type: ignore[arg-type]
-        api.materializations.most = 0  # all of a request is checked; no Ray task is begun
+        api = Api(LocalHandle(self.replica), [self.version], 64, Keys(), 0)  # type: ignore[arg-type]
+        api.materializations.max_active = 0  # requests are validated, but no Ray task is started
         self.app: Any = api.__serve_build_asgi_app__()
         self.runner = asyncio.Runner()
 
     def ask(self, method: str, path: str, body: bytes = b"", headers: Headers = JSON_TYPE, query: bytes = b"") -> tuple[int, bytes]:
+        """Send a request and return the status and the body of the response."""
         return self.runner.run(self._ask(method, path, body, headers, query))
 
     def post(self, path: str, **fields: Any) -> tuple[int, Any]:
+        """Post `fields` as JSON and return the status and the parsed body."""
         status, body = self.ask("POST", path, json.dumps(fields).encode())
         return status, json.loads(body)
 
@@ -89,21 +97,21 @@ class Application:
             "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8000),
         }  # fmt: skip
         incoming = iter([{"type": "http.request", "body": body[:7], "more_body": True}, {"type": "http.request", "body": body[7:]}])
-        status, answered = 0, b""
+        status, content = 0, b""
 
         async def receive() -> Any:
             for message in incoming:
                 return message
-            return await asyncio.Event().wait()  # the client stays
+            return await asyncio.Event().wait()  # the client stays connected
 
         async def send(message: Any) -> None:
-            nonlocal status, answered
-            status, answered = message.get("status", status), answered + message.get("body", b"")
+            nonlocal status, content
+            status, content = message.get("status", status), content + message.get("body", b"")
 
         await self.app(scope, receive, send)
-        return status, answered
+        return status, content
 
     def close(self) -> None:
         self.runner.close()
-        self.replica.warm = True  # nothing is tried again
+        self.replica.warm = True  # ends the retries of the loading thread
         self.replica.engine.close()

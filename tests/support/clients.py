@@ -1,6 +1,7 @@
-"""Run one of the known clients against a server, with the Python that it is installed in:  python clients.py NAME URL MODEL
+"""Run one of the known client libraries against a server:  python clients.py NAME URL MODEL
 
-Each talks in several turns, its own answer sent back, and streams where it can. An exception ends the program with 1.
+Start it with the Python in which the library is installed. Each client holds a conversation of several turns, in which the model's
+first answer is sent back, and uses streaming if it supports it. An exception ends the program with exit code 1.
 """
 
 import sys
@@ -22,8 +23,8 @@ def pydantic_ai(url: str, model: str) -> list[str]:
     from pydantic_ai.models.openai import OpenAIChatModel
     from pydantic_ai.providers.openai import OpenAIProvider
 
-    known: Any = OpenAIChatModel(model, provider=OpenAIProvider(base_url=url, api_key="none"))
-    agent: Any = Agent(known, model_settings={"max_tokens": 4}, system_prompt="Be kind.")
+    chat: Any = OpenAIChatModel(model, provider=OpenAIProvider(base_url=url, api_key="none"))
+    agent: Any = Agent(chat, model_settings={"max_tokens": 4}, system_prompt="Be kind.")
     first = agent.run_sync("Hello")
     return [first.output, agent.run_sync("More", message_history=first.all_messages()).output]
 
@@ -62,5 +63,5 @@ def haystack(url: str, model: str) -> list[str]:
 
 if __name__ == "__main__":
     name, url, model = sys.argv[1:]
-    said = globals()[name](url, model)
-    assert all(isinstance(text, str) and text for text in said), said
+    answers = globals()[name](url, model)
+    assert all(isinstance(text, str) and text for text in answers), answers

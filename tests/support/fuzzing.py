@@ -1,10 +1,10 @@
-"""Fuzzing: what comes from outside may be anything, and ends in a correct result or in an error of ours, in bounded time.
+"""Fuzzing: any input from outside ends in a correct result or in one of acip's own errors, in bounded time.
 
-    @fuzz(st.text())                     as hypothesis' @given; `share` of the profile's cases, where one case takes long
+    @fuzz(st.text())                     like hypothesis' @given; `share` reduces the number of cases for slow tests
     def test_budgets(text): ...
 
-Profiles: quick (the same cases every time) by default; thorough by `infra/test --all`, i.e. `pytest --hypothesis-profile thorough`.
-How many cases there were is counted as they end, and said at the end of the run.
+Profiles: quick (the same cases every time) is the default. `infra/test --all` uses thorough (`pytest --hypothesis-profile thorough`).
+Passed cases are counted, and the end of the run prints the count.
 """
 
 import functools
@@ -18,54 +18,54 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-CASES: Counter[str] = Counter()  # that came to their end, by test
-LIMIT_S = 30.0  # of one case: the longest takes a second on a quiet machine, but two cores may be shared
+CASES: Counter[str] = Counter()  # passed cases, by test
+LIMIT_S = 30.0  # per case: the longest takes a second on an idle machine, but two cores may be shared
 
 settings.register_profile("quick", max_examples=100, derandomize=True, database=None)
 settings.register_profile("thorough", max_examples=600, print_blob=True)
 
 
 def fuzz(*strategies: Any, share: float = 1.0, **named: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Run a test with drawn arguments; each case has `LIMIT_S`, and is counted when it passed."""
+    """Decorate a test that runs with drawn arguments. Each case has a limit of `LIMIT_S` and is counted if it passes."""
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(test)
         def case(*args: Any, **kwargs: Any) -> None:
-            with bounded():
+            with time_limit():
                 test(*args, **kwargs)
             CASES[f"{test.__module__}.{test.__name__}"] += 1
 
         cases = max(10, round(settings().max_examples * share))
-        unhurried = settings(
+        fuzz_settings = settings(
             max_examples=cases, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
         )
-        fuzzed: Callable[..., None] = unhurried(given(*strategies, **named)(case))
+        fuzzed: Callable[..., None] = fuzz_settings(given(*strategies, **named)(case))
         return fuzzed
 
     return decorate
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
-    """An AssertionError after `LIMIT_S`, even where what runs would swallow it."""
-    late = False
+def time_limit() -> Iterator[None]:
+    """Raise an AssertionError after `LIMIT_S`, and again at the end if the code inside swallowed it."""
+    expired = False
 
-    def ring(_signal: int, _frame: FrameType | None) -> None:
-        nonlocal late
-        late = True
-        raise AssertionError(f"not done after {LIMIT_S} s")
+    def on_alarm(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal expired
+        expired = True
+        raise AssertionError(f"the case still ran after {LIMIT_S} s")
 
-    before = signal.signal(signal.SIGALRM, ring)
+    before = signal.signal(signal.SIGALRM, on_alarm)
     signal.setitimer(signal.ITIMER_REAL, LIMIT_S, LIMIT_S)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert not late, f"not done after {LIMIT_S} s"
+    assert not expired, f"the case still ran after {LIMIT_S} s"
 
 
-# ---- what a file or a body may hold
+# ---- values for files and request bodies
 
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, -1, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**400, 1e308, -1e-308])
 WORDS = st.text(max_size=12) | st.sampled_from(
@@ -78,30 +78,30 @@ JSON = st.recursive(
 )
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every place in nested dicts and lists."""
+def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of every value in nested dicts and lists."""
     yield path
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield from places(inner, (*path, key))
+        yield from paths(inner, (*path, key))
 
 
 @st.composite
 def harmed(draw: st.DrawFn, whole: Any, anything: st.SearchStrategy[Any] = JSON, most: int = 3) -> Any:
-    """A copy of `whole`, nested dicts and lists, with anything in one or some of its places, or keys that don't belong there."""
+    """Draw a copy of `whole`, which is nested dicts and lists, with up to `most` values replaced or removed, or keys added."""
     changed = _copy(whole)
     for _ in range(draw(st.integers(1, most))):
-        path = draw(st.sampled_from(sorted(places(changed), key=repr)))
+        path = draw(st.sampled_from(sorted(paths(changed), key=repr)))
         if not path:
-            if draw(st.integers(0, 9)) == 0:  # the whole: seldom, as little is left then
+            if draw(st.integers(0, 9)) == 0:  # replace the root in few cases, because nothing of the original remains
                 changed = draw(anything)
             continue
         inner = changed
         for key in path[:-1]:
             inner = inner[key]
-        what = draw(st.integers(0, 9))
-        if what == 0:
+        change = draw(st.integers(0, 9))
+        if change == 0:
             del inner[path[-1]]
-        elif what == 1 and isinstance(inner, dict):
+        elif change == 1 and isinstance(inner, dict):
             inner[draw(WORDS)] = draw(anything)
         else:
             inner[path[-1]] = draw(anything)

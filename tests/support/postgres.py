@@ -1,4 +1,7 @@
-"""A PostgreSQL server of Debian's, on a port and in a folder of its own. As root it is run as the user postgres: it refuses root."""
+"""A PostgreSQL server from the Debian package, on a free port and in a temporary folder.
+
+PostgreSQL refuses to run as root, so root runs it as the user postgres.
+"""
 
 import os
 import secrets
@@ -13,25 +16,25 @@ from tests.support.server import free_port
 
 
 def binary(name: str) -> str:
-    """Of the newest version there is; Debian keeps them out of the path."""
+    """Return the path of a program of the newest installed version. Debian does not put them on the PATH."""
     found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda path: int(path.parts[4]))
-    assert found, "there is no PostgreSQL; infra/test installs it: apt-get install postgresql"
+    assert found, "PostgreSQL is not installed; infra/test installs it: apt-get install postgresql"
     return str(found[-1])
 
 
 @contextmanager
 def running() -> Iterator[str]:
-    """Its URI, as MLflow takes it."""
-    folder = Path(tempfile.mkdtemp(prefix="acip-postgres-"))  # not pytest's, which other users can't look into
-    who = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+    """Run a server and yield its URI in MLflow's form."""
+    folder = Path(tempfile.mkdtemp(prefix="acip-postgres-"))  # other users cannot read pytest's temporary folders
+    as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
     password, port = secrets.token_hex(8), free_port()
     (folder / "password").write_text(password)
-    if who:
+    if as_user:
         for path in (folder, folder / "password"):
             shutil.chown(path, "postgres")
 
     def command(*args: str) -> None:
-        done = subprocess.run([*who, *args], cwd=folder, capture_output=True, text=True, check=False)
+        done = subprocess.run([*as_user, *args], cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{args}: {done.stdout}{done.stderr}"
 
     data, control = str(folder / "data"), binary("pg_ctl")

@@ -1,4 +1,4 @@
-"""Replays of the recorded runs of the published implementation: what a replay starts from, and what it is compared with.
+"""The inputs and expected results for replays of the recorded runs of the published implementation.
 
 tests/golden/README.md describes the two recordings. A replay in float64 has to give the same steps on every CPU. A replay in float32
 gives the same steps until the order of summation decides whether a mask crosses zero, and stays close to the recording after that.
@@ -22,7 +22,7 @@ from acip.modeling_acip import set_module
 from tests.support.small import GOLDEN
 
 Precision = Literal["float32", "float64"]
-SAME_STEPS = 190  # of the float32 run; the first mask that crosses zero at another step on another CPU was seen at step 197
+SAME_STEPS = 190  # of the float32 run; on another CPU the first mask that crosses zero at a different step did so at step 197
 MASK = ".base_layer.parametrization.mask"
 
 
@@ -53,23 +53,23 @@ class Recording:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        found: dict[str, Any] = self._json("config.json")
-        return found
+        config: dict[str, Any] = self._json("config.json")
+        return config
 
     @cached_property
     def trace(self) -> list[dict[str, Any]]:
         """One row per step; the loss includes the L1 term, which is constant in post-tuning."""
-        found: list[dict[str, Any]] = self._json("trace.json")
-        return found
+        rows: list[dict[str, Any]] = self._json("trace.json")
+        return rows
 
     @cached_property
     def sizes(self) -> dict[str, Any]:
-        found: dict[str, Any] = self._json("sizes.json")
-        return found
+        sizes: dict[str, Any] = self._json("sizes.json")
+        return sizes
 
     @cached_property
     def scores(self) -> dict[str, Tensor]:
-        """[K] of each layer."""
+        """The final scores [K] of each layer."""
         return {key.removesuffix(MASK): score for key, score in load_file(self.folder / "score_map.safetensors").items()}
 
     @cached_property
@@ -81,14 +81,14 @@ class Recording:
         return load_file(self.folder / "final_adapters.safetensors")
 
     def base(self, folder: str) -> Base:
-        """Load the recorded base model from `folder` in this dtype; in float64 its norms and rotary embedding compute in float64, too."""
+        """Load the recorded base model from `folder` in this dtype; in float64 its norms and rotary embedding also compute in float64."""
         base = load_base(folder, self.dtype)
         if self.dtype == "float64":
             in_float64(base.model)
         return base
 
     def batches(self) -> TokenBatches:
-        """Return the batches in the recorded order; after the last row the first ones follow again."""
+        """Return the batches in the recorded order; the first rows follow again after the last one."""
         rows = load_file(GOLDEN / "batches.safetensors")["batches"].long()
         return TokenBatches(torch.cat([rows, rows[:64]]), self.config["B"], shuffle=False)
 
@@ -105,7 +105,7 @@ def start_adapters(name: str) -> tuple[Tensor, Tensor]:
     return adapters[f"model.{name}.lora_A.default.weight"], adapters[f"model.{name}.lora_B.default.weight"]
 
 
-# ---- a Llama that computes in float64 throughout
+# ---- a Llama that computes entirely in float64
 
 
 class Norm(nn.Module):
@@ -121,7 +121,7 @@ class Norm(nn.Module):
 
 
 class Rotary(nn.Module):
-    """LlamaRotaryEmbedding with everything in float64, the inverse frequencies too."""
+    """LlamaRotaryEmbedding entirely in float64, including the inverse frequencies."""
 
     def __init__(self, rotary: Any) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class Rotary(nn.Module):
 
 
 def in_float64(model: nn.Module) -> None:
-    """Replace the modules of a Llama that cast to float32, in place."""
+    """Replace, in place, the modules of a Llama that cast to float32."""
     for name, module in list(model.named_modules()):
         kind = type(module).__name__
         if kind in ("LlamaRMSNorm", "LlamaRotaryEmbedding"):
@@ -146,43 +146,43 @@ def in_float64(model: nn.Module) -> None:
 
 
 def assert_same_run(recording: Recording, steps: Sequence[Step], stop_step: int, scores: Mapping[str, Tensor], l1: float) -> None:
-    """The float64 run is the recorded one on every CPU: steps and pruned scores exactly, losses and living scores to 1e-12.
+    """Assert that a float64 run equals the recording: steps and pruned scores exactly, losses and remaining scores to 1e-12.
 
-    `l1` is what the losses of `steps` lack of the recorded ones in post-tuning.
+    `l1` is the L1 term that the recorded losses include in post-tuning and the losses of `steps` do not.
     """
     assert stop_step == recording.config["stop_step"]
     assert len(steps) == len(recording.trace)
-    for ours, theirs in zip(steps, recording.trace, strict=True):
-        assert ours.live == theirs["live"], theirs
-        assert ours.size == theirs["size_ratio"], theirs
-        assert ours.lambda_ == pytest.approx(theirs["reg_weight_after"], rel=1e-14), theirs
-        assert ours.loss + l1 * (ours.phase == "post_tune") == pytest.approx(theirs["loss"], rel=1e-12), theirs
+    for step, row in zip(steps, recording.trace, strict=True):
+        assert step.live == row["live"], row
+        assert step.size == row["size_ratio"], row
+        assert step.lambda_ == pytest.approx(row["reg_weight_after"], rel=1e-14), row
+        assert step.loss + l1 * (step.phase == "post_tune") == pytest.approx(row["loss"], rel=1e-12), row
     assert scores.keys() == recording.scores.keys()
-    for name, theirs_K in recording.scores.items():
-        ours_K = scores[name]
-        assert ours_K.dtype == torch.float64
-        assert torch.equal(ours_K > 0, theirs_K > 0), name
-        assert torch.equal(ours_K[theirs_K <= 0], theirs_K[theirs_K <= 0]), name
-        torch.testing.assert_close(ours_K, theirs_K, rtol=0, atol=1e-12)
+    for name, expected_K in recording.scores.items():
+        score_K = scores[name]
+        assert score_K.dtype == torch.float64
+        assert torch.equal(score_K > 0, expected_K > 0), name
+        assert torch.equal(score_K[expected_K <= 0], expected_K[expected_K <= 0]), name
+        torch.testing.assert_close(score_K, expected_K, rtol=0, atol=1e-12)
 
 
 def assert_close_run(recording: Recording, steps: Sequence[Step], stop_step: int, scores: Mapping[str, Tensor]) -> None:
-    """The float32 run is the recorded one for SAME_STEPS steps, and close to it after that."""
-    for ours, theirs in list(zip(steps, recording.trace, strict=False))[:SAME_STEPS]:
-        assert ours.live == theirs["live"], theirs
-        assert ours.size == pytest.approx(theirs["size_ratio"], abs=1e-12), theirs
-        assert ours.loss == pytest.approx(theirs["loss"], rel=1e-5), theirs
+    """Assert that a float32 run equals the recording for SAME_STEPS steps and stays close to it afterwards."""
+    for step, row in list(zip(steps, recording.trace, strict=False))[:SAME_STEPS]:
+        assert step.live == row["live"], row
+        assert step.size == pytest.approx(row["size_ratio"], abs=1e-12), row
+        assert step.loss == pytest.approx(row["loss"], rel=1e-5), row
     assert abs(stop_step - recording.config["stop_step"]) <= 3
     assert len(steps) == stop_step + recording.config["post_tune_steps"]
-    for ours, theirs in zip(steps[:stop_step], recording.trace[: recording.config["stop_step"]], strict=False):
-        assert ours.live == pytest.approx(theirs["live"], rel=0.01), theirs
-        assert ours.lambda_ == pytest.approx(theirs["reg_weight_after"], rel=1e-12), theirs
+    for step, row in zip(steps[:stop_step], recording.trace[: recording.config["stop_step"]], strict=False):
+        assert step.live == pytest.approx(row["live"], rel=0.01), row
+        assert step.lambda_ == pytest.approx(row["reg_weight_after"], rel=1e-12), row
     assert scores.keys() == recording.scores.keys()
-    for name, theirs_K in recording.scores.items():
-        assert rank_correlation(scores[name], theirs_K) >= 0.98, name
+    for name, expected_K in recording.scores.items():
+        assert rank_correlation(scores[name], expected_K) >= 0.98, name
 
 
 def rank_correlation(a_K: Tensor, b_K: Tensor) -> float:
-    """Spearman's; equal scores share the mean of their ranks."""
+    """Return Spearman's rank correlation. Equal scores share the mean of their ranks."""
     ranks = [(x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2 for x in (a_K, b_K)]
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])

@@ -1,6 +1,6 @@
-"""A running `python jobs/serve.py`, as its users start it: one for all tests that ask it, because a start takes 20 seconds.
+"""A running `python jobs/serve.py`, started as users start it. All tests share one server, because a start takes 20 seconds.
 
-served_home -> ACIP_HOME with two models -> Shared.get -> Server: started, its engine well, nobody's request under way
+The fixture `served_home` is an ACIP_HOME with two models. `Shared.get` returns a server that is ready and has no open requests.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from tests.support.waiting import PATIENCE_S, until
 
 JOB = Path(__file__).parents[2] / "jobs" / "serve.py"
 PROMPT = "It was a bright cold day and "
-SIZES = (1.0, 0.8, 0.6, 0.4)  # that the models' curves were measured at
+SIZES = (1.0, 0.8, 0.6, 0.4)  # the sizes in the models' curves
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 
 
 def make_home(home: Path, small: Artifact, tokens: torch.Tensor) -> Path:
-    """An ACIP_HOME with two champions: `small`, and `talker`, which is the same with a chat template. Both have a measured curve."""
+    """Create an ACIP_HOME with two champions, `small` and `talker`, which is `small` with a chat template. Both have a measured curve."""
     from acip_platform.settings import Settings
     from acip_platform.tracking.registry import Registry
     from acip_platform.tracking.runs import Tracking
@@ -49,7 +49,7 @@ def make_home(home: Path, small: Artifact, tokens: torch.Tensor) -> Path:
 
 
 def give_template(artifact: Artifact) -> None:
-    """Give its tokenizer a chat template."""
+    """Add a chat template to the tokenizer of an artifact."""
     tokenizer = AutoTokenizer.from_pretrained(artifact.folder)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(artifact.folder)
@@ -61,7 +61,7 @@ def give_template(artifact: Artifact) -> None:
 
 
 class Server:
-    """A jobs/serve.py that was started in `home`, and its client."""
+    """A process of jobs/serve.py with `home` as ACIP_HOME, and an HTTP client for it."""
 
     def __init__(self, home: Path, *options: str) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
@@ -71,73 +71,76 @@ class Server:
             command = [sys.executable, str(JOB), "--port", self.url.rpartition(":")[2], *options]
             self.process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
-        self._seen: set[psutil.Process] = set()  # its processes: whose parent is gone can't be found any more
+        self._processes: set[psutil.Process] = set()  # its processes; a process whose parent has ended cannot be found later
 
     @property
     def alive(self) -> bool:
         return self.process.poll() is None
 
     def wait_until_free(self) -> None:
-        """Until it has said that it serves, its engine answers, and nobody's request is under way."""
+        """Wait until the log says that it serves, the engine is ready, and no request is open."""
 
         def free() -> bool:
             assert self.alive, f"the server ended:\n{self.log.read_text()}"
             return "stop: Ctrl-C" in self.log.read_text() and self.client.get("/ready").status_code == 200 and not self.open
 
         until(free, lambda: f"the server is not free:\n{self.log.read_text()}")
-        self._seen.update(self.processes())
+        self._processes.update(self.processes())
 
     def post(self, path: str = "/v1/completions", **fields: Any) -> httpx.Response:
         return self.client.post(path, json={"model": "small", **fields})
 
     def ask(self, **fields: Any) -> dict[str, Any]:
+        """Request a completion, greedy by default, and return the parsed response."""
         response = self.post(**{"prompt": PROMPT, "temperature": 0, **fields})
         assert response.status_code == 200, response.text
         return response.json()
 
     def metric(self, name: str, label: str = "") -> float:
-        """The sum of a metric's rows that hold `label`; 0 where nothing was counted yet."""
+        """Return the sum of a metric's rows that contain `label`, or 0 if nothing was counted yet."""
         lines = self.client.get("/metrics").text.splitlines()
-        assert any(name.startswith(line.split()[2]) for line in lines if line.startswith("# TYPE")), f"there is no metric {name}"
+        assert any(name.startswith(line.split()[2]) for line in lines if line.startswith("# TYPE")), f"/metrics has no metric {name}"
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name) and label in line)
 
     @property
     def open(self) -> float:
-        """Requests that are being answered, or wait for it."""
+        """The number of requests that are running or waiting."""
         return self.metric("acip_requests_waiting") + self.metric("acip_requests_running")
 
     def processes(self) -> list[psutil.Process]:
+        """Return the server's process and all its descendants."""
         top = psutil.Process(self.process.pid)
         return [top, *top.children(recursive=True)]
 
     def stop(self) -> None:
-        """Whatever happened to it, none of its processes stays."""
+        """Stop the server and make sure that all its processes end, whatever state it is in."""
         self.client.close()
         if self.alive:
-            self._seen.update(self.processes())
+            self._processes.update(self.processes())
             self.process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(PATIENCE_S)
-        for process in psutil.wait_procs(self._seen, timeout=60)[1]:
+        for process in psutil.wait_procs(self._processes, timeout=60)[1]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
 
 
 class Shared:
-    """At most one server: the first test that asks for it starts it, and so does the first one after a test that stopped it."""
+    """At most one running server. The first use starts it, and so does the first use after a test has stopped it."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
         self._server: Server | None = None
 
     def get(self) -> Server:
+        """Return the server once it is free. Start it if it does not run."""
         if self._server is None or not self._server.alive:
             self.stop()
             self._server = Server(self.home)
         try:
             self._server.wait_until_free()
-        except BaseException:  # one test fails for it, and not each one after it
+        except BaseException:  # only this test fails; the next one starts a new server
             self.stop()
             raise
         return self._server
@@ -153,15 +156,15 @@ def text(answer: dict[str, Any]) -> str:
 
 
 def free_port() -> int:
-    """A free port whose neighbor 10000 above is free, too: SeaweedFS takes both."""
+    """Return a free port `p` such that `p + 10000` is also free, because SeaweedFS uses both."""
     while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = int(one.getsockname()[1])
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
             if port > 55_000:
                 continue
             try:
-                two.bind(("127.0.0.1", port + 10_000))
+                second.bind(("127.0.0.1", port + 10_000))
             except OSError:
                 continue
             return port

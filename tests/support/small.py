@@ -1,4 +1,4 @@
-"""Describe the small byte-level Llama of golden/ for code that must import nothing but acip's own dependencies."""
+"""The small byte-level Llama of golden/, for code that may import only the dependencies of acip."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "reference-trace"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer that golden's model was trained with: a token id is a byte's value."""
+    """Return the tokenizer that golden's model was trained with. A token id is the value of a byte."""
     alphabet = bytes_to_unicode()
     tokenizer = Tokenizer(models.BPE(vocab={char: byte for byte, char in alphabet.items()}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

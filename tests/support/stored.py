@@ -1,9 +1,10 @@
-"""Makes tests/golden/schema-N: an artifact of the present schema, and what was computed from it when it was made.
+"""Write tests/golden/schema-N: an artifact of the current schema, and results computed from it by the current code.
 
-    python -m tests.support.stored        refuses where the folder is there: what was stored stays as it was stored
+    python -m tests.support.stored        fails if the folder exists, because stored artifacts never change
 
-A Llama of two small layers with random weights, calibrated on random bytes; all seeds are 0. expected.json holds what a size
-comes to, expected.safetensors the logits [sizes, T, vocabulary] of `tokens`. tests/acip/artifact/test_stored_schemas.py reads them.
+The model is a Llama of two small layers with random weights, calibrated on random bytes. All seeds are 0. expected.json holds the
+ranks and bytes of each size, expected.safetensors the logits [sizes, T, vocabulary] of `tokens`.
+tests/acip/artifact/test_stored_schemas.py reads both.
 """
 
 import json
@@ -33,7 +34,7 @@ RECIPE = Recipe(sample_windows=8, adapter_rank=2, adapter_alpha=4.0, dtype="floa
 def main() -> None:
     folder = GOLDEN.parent / f"schema-{SCHEMA}"
     if folder.exists():
-        sys.exit(f"{folder} is there. A new schema has a new number; see acip/ARTIFACT.md.")
+        sys.exit(f"{folder} already exists. A new schema needs a new number; see acip/ARTIFACT.md.")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -44,7 +45,7 @@ def main() -> None:
         LlamaForCausalLM(config).save_pretrained(source)
         byte_tokenizer().save_pretrained(source)
         base = load_base(source, RECIPE.dtype)
-        base.source = "stored"  # not a path of the machine it was made on
+        base.source = "stored"  # instead of the path of a temporary folder
         parametrize(base.model, RECIPE, tokens)
         calibration = calibrate(base.model, TokenBatches(tokens, RECIPE.batch_size), RECIPE)
     artifact = Artifact.save(folder / "artifact", base, calibration, {"seed": 0})
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def record(folder: Path, artifact: Artifact, tokens: torch.Tensor) -> None:
-    """What today's code makes of the artifact."""
+    """Write the results that the current code computes from the artifact."""
     any_size, table = artifact.load(), artifact.table()
     expected, logits = [], []
     for size in SIZES:

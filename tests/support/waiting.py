@@ -1,4 +1,7 @@
-"""Waiting in tests: time limits only end what hangs, and say what was awaited. A load of 20 on two cores must not fail a test."""
+"""Wait in tests, with time limits that only end hanging tests and report the awaited condition.
+
+The limits are long, so that a load of 20 on two cores does not fail a test.
+"""
 
 import subprocess
 import time
@@ -11,15 +14,15 @@ JOB_S = 3000.0  # for a whole job: a calibration, a sweep, a fleet
 T = TypeVar("T")
 
 
-def until(look: Callable[[], T | None], otherwise: str | Callable[[], str], within_s: float = PATIENCE_S, every_s: float = 0.1) -> T:
-    """Call `look` until it returns something true, and return that. Fails with `otherwise`, a message or what makes one."""
+def until(condition: Callable[[], T | None], message: str | Callable[[], str], within_s: float = PATIENCE_S, every_s: float = 0.1) -> T:
+    """Call `condition` until it returns a true value, and return that value. After `within_s`, fail with `message` or its result."""
     deadline = time.monotonic() + within_s
-    while not (found := look()):
+    while not (result := condition()):
         if time.monotonic() > deadline:
-            said = otherwise if isinstance(otherwise, str) else otherwise()
-            raise AssertionError(f"waited for {within_s:g} s: {said}")
+            text = message if isinstance(message, str) else message()
+            raise AssertionError(f"waited for {within_s:g} s: {text}")
         time.sleep(every_s)
-    return found
+    return result
 
 
 def exit_code(process: "subprocess.Popen[Any]", log: Path, within_s: float = JOB_S) -> int:
@@ -31,7 +34,7 @@ def exit_code(process: "subprocess.Popen[Any]", log: Path, within_s: float = JOB
 
 
 def stop(process: "subprocess.Popen[Any]") -> None:
-    """End a process that may have ended: ask it to, and kill it where it does not."""
+    """Terminate a process that may still run, and kill it if it does not end within a minute."""
     if process.poll() is None:
         process.terminate()
         try:

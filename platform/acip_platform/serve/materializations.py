@@ -3,7 +3,7 @@
     queued -> running -> succeeded | failed        one Ray task each (export_task), at most `at_once` of them at a time
 
 The id is a hash of the version and its cut, so budgets that result in the same cut share one materialization. The store is the
-authority: an export is a folder `exports/NAME/VERSION/size-0.6000[-KIND]-HASH-CHECKSUM` whose provenance.json is written last. A
+source of truth: an export is a folder `exports/NAME/VERSION/size-0.6000[-KIND]-HASH-CHECKSUM` whose provenance.json is written last. A
 restarted server, or another one, reads the exports from there. Failed and deleted materializations can be requested again.
 
 A record's `sha256` is the hash of the folder's provenance.json, which lists the SHA-256 of every other file, so it covers the whole
@@ -37,8 +37,8 @@ from acip_platform.storage.store import Store, StoreError
 from acip_platform.tracking.registry import ModelVersion
 
 EXPORTS = "exports"  # key in the store
-LOOK_EVERY_S = 30.0  # the shortest interval between two listings of the store
-TABLES = 16  # size of the cache of cut tables, one per version
+REFRESH_INTERVAL_S = 30.0  # the shortest interval between two listings of the store
+MAX_TABLES = 16  # cut tables in the cache, one per version
 
 log = logging.getLogger("ray.serve")
 
@@ -70,7 +70,7 @@ class Record:
         if not self.active:
             self.finished = int(time.time())
 
-    def shown(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         return {"object": "materialization", **asdict(self)}
 
 
@@ -81,10 +81,10 @@ class Materializations:
     """
 
     def __init__(self, settings: Settings, at_once: int = 1, num_cpus: float = 1, max_queued: int = 16, keep: int = 1000) -> None:
-        self.settings, self.keep, self.most = settings, keep, at_once + max_queued
+        self.settings, self.keep, self.max_active = settings, keep, at_once + max_queued
         self.store = Store.of(settings)
         self.task: Any = ray.remote(num_cpus=num_cpus, max_retries=0)(export_task)
-        self._turns, self._looking, self._looked = asyncio.Semaphore(at_once), asyncio.Lock(), -LOOK_EVERY_S
+        self._semaphore, self._refreshing, self._refreshed = asyncio.Semaphore(at_once), asyncio.Lock(), -REFRESH_INTERVAL_S
         self._records: dict[str, Record] = {}
         self._tables: dict[str, tuple[CutTable, int]] = {}  # by artifact: its table, and the number of directions removed at the stop ratio
         self._background: set[asyncio.Task[None]] = set()  # the event loop keeps weak references only
@@ -97,50 +97,51 @@ class Materializations:
         """
         record, work = await asyncio.to_thread(self._plan, version, budget, quantize)
         if (known := self._records.get(record.id)) and known.active:
-            return known.shown()
+            return known.as_json()
         stored = await asyncio.to_thread(self._stored, f"{EXPORTS}/{_name(version)}", {record.id})
         known = self._records.get(record.id)  # read again: another request may have run meanwhile
         if known and (known.active or (stored and known.uri == stored[0].uri)):
-            return known.shown()
+            return known.as_json()
         if stored:
             self._put(stored[0])
-            return stored[0].shown()
-        if sum(other.active for other in self._records.values()) >= self.most:
-            message = f"{self.most} materializations are queued or running, which is the limit. Try again when some have finished."
+            return stored[0].as_json()
+        if sum(other.active for other in self._records.values()) >= self.max_active:
+            message = f"{self.max_active} materializations are queued or running, which is the limit. Try again when some have finished."
             raise RequestError(message, code="queue_full", status=429)
         self._put(record)
         # a separate context: canceling a request cancels the Ray tasks that were started in its context
         running = asyncio.create_task(self._run(record, work), context=contextvars.Context())
         self._background.add(running)
         running.add_done_callback(self._background.discard)
-        return record.shown()
+        return record.as_json()
 
     async def get(self, id: str) -> dict[str, Any]:
+        """Return the record with this id. Raises RequestError 404 if there is none."""
         if id not in self._records and re.fullmatch(r"mat-[0-9a-f]{16}", id):
-            await self._look()
+            await self._refresh()
         if id not in self._records:
             message = f"no materialization {id!r}. GET /v1/materializations lists them; POST starts one."
             raise RequestError(message, "id", "materialization_not_found", 404)
-        return self._records[id].shown()
+        return self._records[id].as_json()
 
     async def list(self) -> Sequence[dict[str, Any]]:
         """Return all records, newest first."""
-        await self._look()
-        return [record.shown() for record in sorted(self._records.values(), key=lambda record: -record.created)]
+        await self._refresh()
+        return [record.as_json() for record in sorted(self._records.values(), key=lambda record: -record.created)]
 
-    async def _look(self) -> None:
-        """Add exports of earlier or other processes from the store, at most every LOOK_EVERY_S seconds."""
-        async with self._looking:
-            if time.monotonic() - self._looked < LOOK_EVERY_S:
+    async def _refresh(self) -> None:
+        """Add exports of earlier or other processes from the store, at most every REFRESH_INTERVAL_S seconds."""
+        async with self._refreshing:
+            if time.monotonic() - self._refreshed < REFRESH_INTERVAL_S:
                 return
             known = {id for id, record in self._records.items() if record.status == "succeeded"}
             for record in await asyncio.to_thread(self._stored, EXPORTS, None, known):
                 if record.id not in self._records or self._records[record.id].status == "failed":
                     self._put(record)
-            self._looked = time.monotonic()
+            self._refreshed = time.monotonic()
 
     async def _run(self, record: Record, work: Work) -> None:
-        async with self._turns:
+        async with self._semaphore:
             try:
                 async for progress in self.task.remote(self.settings, work):
                     record.update(**await progress)
@@ -176,7 +177,7 @@ class Materializations:
             except AcipError as error:
                 raise RequestError(str(error), "model", "artifact_unavailable", 503) from error
             at_stop = table.cut(Budget(ratio=recipe.stop_ratio, convention=recipe.convention)).removed
-            while len(self._tables) >= TABLES:
+            while len(self._tables) >= MAX_TABLES:
                 self._tables.pop(next(iter(self._tables)), None)
             self._tables[uri] = table, at_stop
         return self._tables[uri]

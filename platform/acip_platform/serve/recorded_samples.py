@@ -36,7 +36,7 @@ def examples(model: ResidentModel) -> tuple[str, ...]:
 
 
 class Recorder:
-    """Records each model in a thread of its own, while the engine is idle. The files are in `folder`."""
+    """A recorder of samples. It records each model in a separate thread while the engine is idle. The files are in `folder`."""
 
     def __init__(self, engine: TextEngine, folder: Path) -> None:
         self.engine, self.folder = engine, folder
@@ -44,7 +44,7 @@ class Recorder:
         self._lock = threading.Lock()
 
     def add(self, model: ResidentModel) -> None:
-        """Begin to record a model."""
+        """Start recording a model."""
         with self._lock:
             self._recorded[self._file(model).name] = self._read(model)
         threading.Thread(target=self._record, args=(weakref.ref(model),), daemon=True, name="recording").start()
@@ -72,7 +72,7 @@ class Recorder:
                 continue
             try:
                 texts = self._answers(model, size)
-            except AcipError as error:  # the model does not have this size, or was unloaded
+            except AcipError as error:  # the model does not have this size, or it was unloaded
                 log.info("no recording at %s: %s", size, error)
                 return
             with self._lock:

@@ -32,9 +32,9 @@ from acip_platform.storage.store import Store
 from acip_platform.tracking.registry import ModelVersion
 
 MEMORY_SHARE = 0.8  # of the free memory, if no limit is given
-MESSAGES_PER_S = 50  # to all clients together: each message passes three processes, so many streams share messages
-LOADERS = 4  # models that are loaded at once: they share the disk
-RETRY_S = (5.0, 300.0)  # between attempts to load the first models, doubling
+MESSAGES_PER_S = 50  # to all clients together. A message passes three processes, so events are batched when there are many streams
+LOADERS = 4  # number of models that are loaded at the same time; they share the disk
+RETRY_S = (5.0, 300.0)  # first and longest wait between attempts to load the first models; it doubles
 
 log = logging.getLogger("ray.serve")
 
@@ -54,15 +54,15 @@ class EngineReplica:
         limit = in_bytes(memory_gb, GIGA) if memory_gb else int(MEMORY_SHARE * _free_bytes(device))
         store = Store.of(self.settings)
         self.models = ModelCache(self.engine, store, device, limit, self.recorder.add)
-        self.failed: dict[str, str] = {}  # model -> why it can't be loaded
-        self.warm = False  # a model is loaded and has made a token
+        self.failed: dict[str, str] = {}  # model -> the reason why it cannot be loaded
+        self.warm = False  # whether a model is loaded and has generated a token
         self._loading: dict[Key, asyncio.Future[ResidentModel]] = {}
         self._loaders = ThreadPoolExecutor(LOADERS, "loader")  # loading takes long, so it has threads of its own
         self._trade_offs: weakref.WeakKeyDictionary[ResidentModel, dict[str, Any]] = weakref.WeakKeyDictionary()
         threading.Thread(target=self._load, args=(versions,), daemon=True, name="loading").start()
 
     def _load(self, versions: list[ModelVersion]) -> None:
-        """Load the first models, in a thread, so that the page is served meanwhile. Retry until one is loaded."""
+        """Load the first models in a thread, so that the page is available meanwhile. Retry until one of them is loaded."""
         wait_s, longest_s = RETRY_S
         while True:
             for version in versions:
@@ -80,12 +80,13 @@ class EngineReplica:
             wait_s = min(2 * wait_s, longest_s)
 
     def _warm(self, version: ModelVersion) -> None:
+        """Load a model and generate one token. Raise an AcipError if that fails."""
         for event in self.engine.events(self.models.get(version), CompletionRequest(prompt="a", max_tokens=1, temperature=0.0)):
             if event.kind == "error":
-                raise AcipError(f"{version.name} could not make a token: {event.data['body']['error']['message']}")
+                raise AcipError(f"{version.name} could not generate a token: {event.data['body']['error']['message']}")
 
     async def ready(self) -> dict[str, Any]:
-        """Return whether a model is ready, and why others can't be loaded."""
+        """Return whether a model is ready, and the reasons why others cannot be loaded."""
         return {"warm": self.warm, "failed": self.failed}
 
     async def cards(self) -> dict[str, Any]:
@@ -93,32 +94,33 @@ class EngineReplica:
         return {"body": [model_card(model) for model in self.models.resident]}
 
     async def card(self, version: ModelVersion) -> dict[str, Any]:
-        return await self._answered(model_card, version)
+        """Return the card of a model. It is loaded if it is not in memory."""
+        return await self._result(model_card, version)
 
     async def trade_off(self, version: ModelVersion) -> dict[str, Any]:
         """Return the facts for choosing a size, with the samples that are recorded so far."""
 
-        def answer(model: ResidentModel) -> dict[str, Any]:
+        def facts(model: ResidentModel) -> dict[str, Any]:
             body = self._trade_offs.get(model)
             if body is None:
                 body = self._trade_offs[model] = as_json(trade_off(model))
             return body | {"recorded": self.recorder.of(model)}
 
-        return await self._answered(answer, version)
+        return await self._result(facts, version)
 
     async def size(self, version: ModelVersion, request: ModelSizeRequest) -> dict[str, Any]:
         """Return the facts of a size, without generating anything."""
 
-        def answer(model: ResidentModel) -> dict[str, Any]:
+        def facts(model: ResidentModel) -> dict[str, Any]:
             _, budget = request.name_and_budget([model.name])
             return size_facts(model.cut(budget), model.removed_at_stop)
 
-        return await self._answered(answer, version)
+        return await self._result(facts, version)
 
-    async def _answered(self, answer: Callable[[ResidentModel], Any], version: ModelVersion) -> dict[str, Any]:
-        """Return {"body"}, or {"status", "body"} of an error."""
+    async def _result(self, function: Callable[[ResidentModel], Any], version: ModelVersion) -> dict[str, Any]:
+        """Call a function with the model. Return {"body": its result}, or {"status", "body"} of an error."""
         try:
-            return {"body": await asyncio.to_thread(answer, await self._model(version))}
+            return {"body": await asyncio.to_thread(function, await self._model(version))}
         except Exception as error:
             return _failed(error)
 
@@ -134,7 +136,7 @@ class EngineReplica:
         return await asyncio.shield(self._loading[key])
 
     async def stream(self, version: ModelVersion, request: CompletionRequest | ChatRequest) -> AsyncIterator[list[TextEvent]]:
-        """Yield the events of one request, several at a time: the head first, then the others at once if the client does not stream."""
+        """Yield the events of one request in batches: the head first. Without streaming, the events after the start come in one batch."""
         received = time.monotonic()
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[list[TextEvent]]()
         submitted: TextRequest | None = None
@@ -149,11 +151,11 @@ class EngineReplica:
 
         try:
             try:
-                begun = await asyncio.to_thread(submit, await self._model(version))
+                started = await asyncio.to_thread(submit, await self._model(version))
             except Exception as error:
                 yield [TextEvent("error", data=_failed(error))]
                 return
-            yield [begun.head()]
+            yield [started.head()]
             last, pending, finished = 0.0, list[TextEvent](), False
             while not finished:
                 pending += await queue.get()
@@ -172,6 +174,7 @@ class EngineReplica:
                 self.engine.cancel(submitted)
 
     def check_health(self) -> None:
+        """Raise RuntimeError if the engine's thread has ended. Ray Serve calls this method, and replaces the replica."""
         if not self.engine.alive:
             raise RuntimeError("the engine's thread has ended")
 

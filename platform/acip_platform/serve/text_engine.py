@@ -1,4 +1,4 @@
-"""The engine for requests in text, between HTTP and the engine of tokens.
+"""The engine for requests in text, a layer between HTTP and the token engine.
 
 parsed request -> chat template, tokenizer -> GenerationRequest -> engine
 TokenEvents of the engine -> detokenizers, stop texts -> TextEvents
@@ -38,13 +38,14 @@ log = logging.getLogger("ray.serve")
 
 
 class SequenceText:
-    """The growing text of one sequence: the consumer of its tokens. A stop text ends the sequence at once."""
+    """The text of one sequence, which grows with its tokens. A stop text ends the sequence."""
 
     def __init__(self, detokenizer: Detokenizer, echo: Echo | None) -> None:
         self.detokenizer, self.echo = detokenizer, echo
-        self._added: deque[tuple[str, int]] = deque()  # of tokens whose event has not come: text, and place of the token
+        self._added: deque[tuple[str, int]] = deque()  # text and offset of each token whose event is pending
 
     def take(self, token: SampledToken) -> bool:
+        """Add a sampled token. Return whether a stop text is complete."""
         text = self.detokenizer.add(token.token)
         self._added.append((text, self.detokenizer.offset))
         return self.detokenizer.stopped
@@ -63,11 +64,12 @@ class SequenceText:
             yield TextEvent("text", index, text, logprobs)
 
     def end(self, index: int, reason: str) -> TextEvent:
+        """Return the last event of the sequence, with the text that was held back."""
         return TextEvent("end", index, self.detokenizer.end(), data={"finish_reason": reason})
 
 
 class TextRequest:
-    """A request in text on its way through the engine. `on_event` gets its events in the engine's thread, those of one step together."""
+    """A submitted request in text. `on_event` receives its events in the engine's thread, those of one step together."""
 
     active: ActiveRequest  # set by `TextEngine.submit`
 
@@ -77,7 +79,7 @@ class TextRequest:
         self.on_event = on_event
         text = ModelText.of(model)
         _, budget = request.name_and_budget([model.name])
-        model.cut(budget)  # a size that the model does not have is an error before the prompts are looked at
+        model.cut(budget)  # raises BudgetError for an unavailable size before the prompts are encoded
         echo = wants_echo(request)
         prompts = text.encode(request)
         self.format = text.format_of(request)
@@ -102,7 +104,7 @@ class TextRequest:
             sampling=sampling_params(request),
             seed=request.seed,
             end_tokens=frozenset() if request.ignore_eos else None,
-            prompt_logprobs=request.told_logprobs if echo else None,
+            prompt_logprobs=request.logprob_count if echo else None,
             constraint=self.format.constraint if self.format is not None else None,
             consumer=consumer,
         )
@@ -112,7 +114,7 @@ class TextRequest:
         return Echo(detokenizer, tokenizer, ids, prompt if isinstance(prompt, str) else None)
 
     def head(self) -> TextEvent:
-        """Return what is certain before anything is generated."""
+        """Return the first event, with the facts that are known before generation."""
         model, active = self.active.model, self.active
         return TextEvent("head", data={
             "model": model.name, "version": model.version.version, "seed": active.seed,
@@ -121,10 +123,10 @@ class TextRequest:
         })  # fmt: skip
 
     def on_tokens(self, events: list[TokenEvent]) -> None:
-        """Turn the engine's events into events in text."""
+        """Convert the engine's events to text events, and pass them to `on_event`."""
         try:
             texts = [text for event in events for text in self._texts(event)]
-        except Exception as error:  # the client must get an end
+        except Exception as error:  # the client must receive a last event
             texts = [_failed(error)]
         if texts:
             self.on_event(texts)
@@ -150,7 +152,7 @@ class TextRequest:
 
 
 class TextEngine:
-    """An engine that answers parsed requests in text. `tokens` is the engine of tokens that it uses."""
+    """An engine for parsed requests in text. `tokens` is the token engine that it uses."""
 
     def __init__(self, timeout_s: float = TIMEOUT_S, default_max_tokens: int = DEFAULT_MAX_TOKENS) -> None:
         self.timeout_s, self.default_max_tokens = timeout_s, default_max_tokens
@@ -173,9 +175,9 @@ class TextEngine:
         on_event: Callable[[list[TextEvent]], object],
         received: float | None = None,
     ) -> TextRequest:
-        """Begin to answer. Its timeout counts from `received`, in seconds of time.monotonic; None stands for now.
+        """Submit a request. Its timeout counts from `received`, in seconds of time.monotonic; None stands for now.
 
-        Raise an InvalidRequestError, EngineError or BudgetError for a request that is not valid. Later errors are events.
+        Raise an InvalidRequestError, EngineError or BudgetError for an invalid request. Later errors are events.
         """
         received = time.monotonic() if received is None else received
         text_request = TextRequest(model, request, on_event)
@@ -202,6 +204,7 @@ class TextEngine:
 
 
 def sampling_params(request: CompletionRequest | ChatRequest) -> SamplingParams:
+    """Return the sampling parameters of a request."""
     return SamplingParams(
         temperature=request.temperature,
         top_p=request.top_p,
@@ -209,7 +212,7 @@ def sampling_params(request: CompletionRequest | ChatRequest) -> SamplingParams:
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
         logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
-        logprobs=request.told_logprobs,
+        logprobs=request.logprob_count,
     )
 
 

@@ -9,7 +9,7 @@ from acip.sizing.budget import Budget, as_perplexity
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.size_facts import model_card, size_facts
 
-SMALLEST_PERCENT = 20  # models are of no use below
+SMALLEST_PERCENT = 20  # models are not usable below
 LAYER = re.compile(r"^.*?\.(\d+)\.(.*)$")
 
 

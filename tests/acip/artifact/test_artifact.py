@@ -1,4 +1,4 @@
-"""What is written is what is read; what is broken, foreign or newer is refused with a reason."""
+"""Artifacts are read back exactly as written. Broken, foreign and newer ones are refused with a reason."""
 
 import json
 import re
@@ -36,10 +36,10 @@ def test_size_one_is_the_base_bit_for_bit(small_artifact: Artifact, small_base: 
 
 
 @pytest.mark.parametrize("size", [0.45, 0.6, 0.85])
-def test_every_size_computes_what_was_calibrated(
+def test_every_size_equals_the_calibrated_model(
     calibrated: tuple[Any, Calibration], small_artifact: Artifact, heldout_tokens: torch.Tensor, size: float
 ) -> None:
-    """Masked and adapted in memory, resident from disk, and materialized: one function, three ways."""
+    """The calibrated model with its mask, the model loaded from disk, and the materialized model compute the same function."""
     _, calibration = calibrated
     any_size = small_artifact.load()
     cut = any_size.resize(size)
@@ -56,7 +56,7 @@ def test_every_size_computes_what_was_calibrated(
 
 
 def test_a_size_is_a_prefix_on_disk(small_artifact: Artifact) -> None:
-    """No size needs more rows than are stored, and rows fall in importance: the order on disk is the removal order."""
+    """No size needs more rows than are stored, and resizing copies no rows, because the rows on disk are in order of importance."""
     table = small_artifact.table()
     with safe_open(small_artifact.folder / "factors.safetensors", framework="pt") as factors:
         for layer in table.layers:
@@ -70,7 +70,7 @@ def test_a_size_is_a_prefix_on_disk(small_artifact: Artifact) -> None:
     assert before == {name: layer.right.values.data_ptr() for name, layer in any_size.layers.items()}, "a size is a view, not a copy"
 
 
-def test_generation_and_tokenizer_come_along(small_artifact: Artifact) -> None:
+def test_an_artifact_loads_its_tokenizer_and_generates(small_artifact: Artifact) -> None:
     any_size, tokenizer = small_artifact.load(), small_artifact.tokenizer()
     model: Any = any_size.model
     any_size.resize(0.7)
@@ -80,7 +80,7 @@ def test_generation_and_tokenizer_come_along(small_artifact: Artifact) -> None:
     assert tokenizer.decode(out[0]).startswith("It is a truth universally")
 
 
-def test_a_curve_is_recorded_and_nothing_else_changes(small_artifact: Artifact, tmp_path: Path) -> None:
+def test_recording_a_curve_changes_nothing_else(small_artifact: Artifact, tmp_path: Path) -> None:
     folder = shutil.copytree(small_artifact.folder, tmp_path / "copy")
     changed = Artifact.open(folder).record_curve([{"asked": 1.0, "perplexity": 4.0}])
     assert changed.curve == [{"asked": 1.0, "perplexity": 4.0}]
@@ -105,13 +105,13 @@ def _flip(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "says"),
+    ("harm", "message"),
     [
         (lambda folder: (folder / MANIFEST).unlink(), "holds no manifest.json"),
         (lambda folder: (folder / MANIFEST).write_bytes(b"\x80\x04pickle"), "is not JSON"),
         (lambda folder: (folder / MANIFEST).write_text("[]"), "not an acip manifest"),
         (lambda folder: (folder / "dense.safetensors").unlink(), "is missing"),
-        (lambda folder: (folder / "rest.safetensors").write_bytes(b"short"), "the manifest says"),
+        (lambda folder: (folder / "rest.safetensors").write_bytes(b"short"), "its size in the manifest is"),
         (_flip, "is corrupted"),
         (_edit(lambda m: m.update(schema=99)), "Upgrade acip"),
         (_edit(lambda m: m.pop("layers")), "'layers' is missing"),
@@ -120,22 +120,22 @@ def _flip(folder: Path) -> None:
         (_edit(lambda m: m["layers"][0].update(M="many")), "malformed layer row"),
     ],
 )
-def test_what_is_not_whole_is_refused(small_artifact: Artifact, tmp_path: Path, harm: Callable[[Path], None], says: str) -> None:
+def test_a_damaged_artifact_is_refused(small_artifact: Artifact, tmp_path: Path, harm: Callable[[Path], None], message: str) -> None:
     folder = shutil.copytree(small_artifact.folder, tmp_path / "copy")
     harm(folder)
-    with pytest.raises(ArtifactError, match=says):
+    with pytest.raises(ArtifactError, match=message):
         Artifact.open(folder, verify=True)
 
 
 def test_a_file_is_copied_in_pieces_and_compared(small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("acip.artifact.reader.COPY_CHUNK_BYTES", 1000)
-    file, target = "order.safetensors", tmp_path / "there" / "copy"
+    file, target = "order.safetensors", tmp_path / "folder" / "copy"
     small_artifact.copy(file, target)
     assert target.read_bytes() == (small_artifact.folder / file).read_bytes() and target.stat().st_size % 1000
     facts = {**small_artifact.manifest["files"], file: {**small_artifact.manifest["files"][file], "sha256": "0" * 64}}
     with pytest.raises(ArtifactError, match="is corrupted"):
         replace(small_artifact, manifest={**small_artifact.manifest, "files": facts}).copy(file, tmp_path / "other")
-    assert [path.name for path in tmp_path.rglob("*")] == ["there", "copy"], "and nothing of it is left"
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "copy"], "the failed copy leaves no file"
 
 
 def test_a_table_that_does_not_fit_its_order_is_refused(small_artifact: Artifact, tmp_path: Path) -> None:
@@ -150,18 +150,18 @@ def test_a_crash_while_writing_leaves_no_artifact(
 ) -> None:
     base, calibration = calibrated
 
-    def full(*_: object, **__: object) -> None:
+    def disk_full(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(base.tokenizer, "save_pretrained", full)
+    monkeypatch.setattr(base.tokenizer, "save_pretrained", disk_full)
     with pytest.raises(OSError, match="no space"):
         Artifact.save(tmp_path / "half", base, calibration, {})
     with pytest.raises(ArtifactError, match="cut short"):
         Artifact.open(tmp_path / "half")
 
 
-def test_the_formats_page_is_true(small_artifact: Artifact) -> None:
-    """Its snippet, run as it stands, reads what we read; its rule for ranks gives our ranks."""
+def test_the_code_of_the_format_description_reads_an_artifact(small_artifact: Artifact) -> None:
+    """The snippet of ARTIFACT.md reads the same weights as acip, and its rule for ranks gives the same ranks."""
     page = (Path(acip.__file__).parent / "ARTIFACT.md").read_text()
     snippet: dict[str, Any] = {}
     exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], snippet)
@@ -182,12 +182,12 @@ def test_the_formats_page_is_true(small_artifact: Artifact) -> None:
         if stored() <= 0.6 * dense:
             break
         ranks[index] = max(1, ranks[index] - 1)
-    ours = {row["name"]: None if q == min(row["M"], row["N"]) else q for q, row in zip(ranks, layers, strict=True)}
-    assert ours == dict(cut.ranks)
+    expected = {row["name"]: None if q == min(row["M"], row["N"]) else q for q, row in zip(ranks, layers, strict=True)}
+    assert expected == dict(cut.ranks)
 
 
-def test_what_is_trained_changes_no_other_model(small_artifact: Artifact, heldout_tokens: torch.Tensor) -> None:
-    """Neither one loaded before, nor one loaded after, nor the file."""
+def test_training_a_model_changes_no_other_model(small_artifact: Artifact, heldout_tokens: torch.Tensor) -> None:
+    """Models loaded before and after it, and the files, stay the same."""
     before = small_artifact.load()
     before.resize(0.6)
     expected = logits(before.model, heldout_tokens[:2])

@@ -1,4 +1,4 @@
-"""A size is fetched as its bytes and little more, from a real S3 server and from disk; growing fetches the difference."""
+"""Loading a size reads little more than the bytes of that size, from a real S3 server and from disk. Growing reads the difference."""
 
 import json
 from collections.abc import Sequence
@@ -28,11 +28,11 @@ from acip.sizing.elastic_model import ElasticModel
 from tests.conftest import byte_tokenizer
 
 RECIPE = Recipe(basis="svd", scores="singular_values", adapter_rank=0, post_tune_steps=0)
-ALLOWED = 2_000_000  # bytes beside the size's own: headers, checksums, the removal order, ends of chunks
+ALLOWED = 2_000_000  # bytes read in addition to those of the size: headers, checksums, the removal order, ends of chunks
 
 
-class Counting(Folder):
-    """A folder that counts what is asked of it, and compares it with its checksums as S3's bytes are."""
+class CountingFolder(Folder):
+    """A folder that counts the bytes it reads and verifies their checksums, as the S3 source does."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, checked=True)
@@ -45,7 +45,7 @@ class Counting(Folder):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A random Llama of 60 MB in bfloat16: large enough that a size's bytes outweigh headers and checksums."""
+    """A random Llama of 60 MB in bfloat16, large enough that the bytes of a size outweigh headers and checksums."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256, hidden_size=768, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=12, max_position_embeddings=64
@@ -68,12 +68,12 @@ def remote(s3_server: dict[str, str], wide: Artifact, tmp_path: Path, monkeypatc
 
 
 def needed(any_size: ElasticModel) -> int:
-    """Bytes of factors and dense layers at the present ranks, and of the rest."""
-    own = any_size.table.weights.rest if any_size.table.weights else 0
+    """Return the bytes of the factors and dense layers at the current ranks, plus the rest of the model."""
+    total = any_size.table.weights.rest if any_size.table.weights else 0
     for layer in any_size.layers.values():
         M, N = layer.left.values.shape[1], layer.right.values.shape[1]
-        own += 2 * (M * N if layer.rank is None else layer.rank * (M + N))
-    return own
+        total += 2 * (M * N if layer.rank is None else layer.rank * (M + N))
+    return total
 
 
 def logits(any_size: ElasticModel) -> Tensor:
@@ -83,14 +83,14 @@ def logits(any_size: ElasticModel) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [0.3, 0.6, 0.9, 1.0])
-def test_a_size_is_read_from_s3_as_its_bytes(remote: tuple[Store, str], wide: Artifact, size: float) -> None:
+def test_loading_a_size_reads_only_its_bytes_from_s3(remote: tuple[Store, str], wide: Artifact, size: float) -> None:
     store, uri = remote
     artifact = store.open(uri)
     source = artifact.source
     assert isinstance(source, S3Source)
     any_size = artifact.load(size=size)
     assert source.fetched <= 1.02 * needed(any_size) + ALLOWED
-    assert source.fetched < needed(any_size) + ALLOWED / 2, "what is read beside is far below what is allowed"
+    assert source.fetched < needed(any_size) + ALLOWED / 2, "the additional bytes are far below the limit"
     assert source.requests < 200
     whole = wide.load()
     whole.resize(size)
@@ -110,22 +110,22 @@ def test_growing_fetches_the_difference(remote: tuple[Store, str], wide: Artifac
         any_size.resize(smaller)
         whole.resize(smaller)
         assert torch.equal(logits(any_size), logits(whole))
-    assert source.fetched == grown, "what is there is not fetched again"
+    assert source.fetched == grown, "rows in memory are not fetched again"
     any_size.resize(1.0)
     whole.resize(1.0)
     assert torch.equal(logits(any_size), logits(whole))
 
 
-def test_the_three_lines_fetch_what_they_need(remote: tuple[Store, str], wide: Artifact, tmp_path: Path) -> None:
-    """from_pretrained at 0.4, up to 0.6, compressed: what an export of 0.6 computes."""
+def test_the_api_of_the_paper_fetches_only_what_it_needs(remote: tuple[Store, str], wide: Artifact, tmp_path: Path) -> None:
+    """A model loaded at 0.4, grown to 0.6 and compressed computes the same as the materialized model at 0.6."""
     store, uri = remote
     artifact = store.open(uri)
     source: Any = artifact.source
     model: Any = acip.from_pretrained(artifact, size=0.4)
-    at_first = source.fetched
-    assert at_first < 0.6 * sum(path.stat().st_size for path in wide.folder.rglob("*"))
+    first = source.fetched
+    assert first < 0.6 * sum(path.stat().st_size for path in wide.folder.rglob("*"))
     model.prune_model_by_score(size_ratio=0.6).compress()
-    assert source.fetched > at_first
+    assert source.fetched > first
     whole = wide.load()
     whole.resize(0.6)
     ids = torch.arange(32)[None]
@@ -133,7 +133,7 @@ def test_the_three_lines_fetch_what_they_need(remote: tuple[Store, str], wide: A
         assert torch.equal(model(input_ids=ids).logits, cast(Any, whole.materialize())(input_ids=ids).logits)
 
 
-def test_a_model_of_one_size_can_be_moved_and_cast_and_still_grows(wide: Artifact) -> None:
+def test_a_model_loaded_at_one_size_grows_after_a_move_and_a_cast(wide: Artifact) -> None:
     any_size = Artifact.open(wide.folder).load(size=0.4)
     model: Any = any_size.model
     torch.nn.Module.to(model, "cpu", torch.float32)
@@ -146,24 +146,24 @@ def test_a_model_of_one_size_can_be_moved_and_cast_and_still_grows(wide: Artifac
         torch.testing.assert_close(logits(any_size), logits(whole), rtol=0, atol=1e-4)
 
 
-def test_from_disk_no_more_is_read(wide: Artifact) -> None:
-    source = Counting(wide.folder)
+def test_loading_a_size_reads_only_its_bytes_from_disk(wide: Artifact) -> None:
+    source = CountingFolder(wide.folder)
     any_size = Artifact.open(wide.folder, source).load(size=0.4)
     assert source.fetched <= 1.02 * needed(any_size) + ALLOWED
     assert all(layer.original.weight.is_meta for layer in any_size.layers.values() if layer.rank is not None)
     held = sum(layer.left.values.numel() + layer.right.values.numel() for layer in any_size.layers.values())
-    assert held * 2 < 1.1 * needed(any_size), "and no more is held"
+    assert held * 2 < 1.1 * needed(any_size), "memory holds no more than the size needs"
 
 
-def test_what_is_mapped_is_not_copied(wide: Artifact) -> None:
-    """All replicas of one machine share the pages of one file: loading takes no memory of its own."""
-    own = psutil.Process().memory_full_info().uss
+def test_mapped_weights_are_not_copied(wide: Artifact) -> None:
+    """Loading uses almost no private memory, because all replicas on a machine share the pages of the mapped file."""
+    private = psutil.Process().memory_full_info().uss
     any_size = wide.load()
-    assert psutil.Process().memory_full_info().uss - own < 0.2 * needed(any_size)
+    assert psutil.Process().memory_full_info().uss - private < 0.2 * needed(any_size)
 
 
-def test_a_header_that_lies_about_its_numbers_is_found(remote: tuple[Store, str]) -> None:
-    """BF16 read as F16 has the same bytes, and another meaning."""
+def test_a_wrong_dtype_in_a_header_is_detected(remote: tuple[Store, str]) -> None:
+    """BF16 and F16 have the same number of bytes, so only the checksum reveals the change."""
     store, uri = remote
     key = uri.removeprefix("s3://models/") + "/factors.safetensors"
     client = boto3.client("s3")
@@ -173,7 +173,7 @@ def test_a_header_that_lies_about_its_numbers_is_found(remote: tuple[Store, str]
         store.open(uri).load()
 
 
-def test_what_is_fetched_is_compared(remote: tuple[Store, str]) -> None:
+def test_a_fetched_artifact_is_verified(remote: tuple[Store, str]) -> None:
     store, uri = remote
     key = uri.removeprefix("s3://models/") + "/dense.safetensors"
     client = boto3.client("s3")
@@ -182,17 +182,17 @@ def test_what_is_fetched_is_compared(remote: tuple[Store, str]) -> None:
     client.put_object(Bucket="models", Key=key, Body=bytes(content))
     with pytest.raises(ArtifactError, match="corrupted"):
         store.fetch(uri)
-    assert not list(store.cache.glob("*/*")), "nothing of it stays"
+    assert not list(store.cache.glob("*/*")), "the failed download leaves no file"
 
 
 @pytest.mark.parametrize("file", ["factors", "dense", "rest", "order", "digests"])
-def test_a_flipped_bit_on_s3_is_found(remote: tuple[Store, str], file: str) -> None:
+def test_a_flipped_bit_on_s3_is_detected(remote: tuple[Store, str], file: str) -> None:
     store, uri = remote
     bucket, key = "models", uri.removeprefix("s3://models/") + f"/{file}.safetensors"
     client = boto3.client("s3")
     content = bytearray(client.get_object(Bucket=bucket, Key=key)["Body"].read())
     content[-1 if file == "order" else len(content) // 2] ^= 1
-    if file == "order":  # `layer` alone is read of it
+    if file == "order":  # only its tensor `layer` is read
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         content[-1] ^= 1
         content[8 + int.from_bytes(content[:8], "little") + header["layer"]["data_offsets"][0]] ^= 1
@@ -201,7 +201,7 @@ def test_a_flipped_bit_on_s3_is_found(remote: tuple[Store, str], file: str) -> N
         store.open(uri).load()
 
 
-def test_an_object_replaced_while_it_is_read_is_no_mixture(remote: tuple[Store, str]) -> None:
+def test_an_object_replaced_during_reading_is_an_error(remote: tuple[Store, str]) -> None:
     store, uri = remote
     artifact = store.open(uri)
     any_size = artifact.load(size=0.4)
@@ -209,4 +209,4 @@ def test_an_object_replaced_while_it_is_read_is_no_mixture(remote: tuple[Store, 
     boto3.client("s3").put_object(Bucket="models", Key=key, Body=b"another")
     with pytest.raises(StoreError, match="was replaced while it was being read"):
         any_size.resize(0.6)
-    assert torch.isfinite(logits(any_size)).all(), "the size that was there still is"
+    assert torch.isfinite(logits(any_size)).all(), "the previous size still works"

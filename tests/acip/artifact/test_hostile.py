@@ -1,4 +1,4 @@
-"""Whatever an artifact's files hold, opening them ends in a model or in an error of ours: nothing runs, nothing else is touched."""
+"""Opening an artifact with arbitrary file contents gives a model or one of acip's errors. No code runs and no other file changes."""
 
 import contextlib
 import hashlib
@@ -20,8 +20,8 @@ from acip.errors import AcipError, ArtifactError
 from tests.support.fuzzing import JSON, fuzz, harmed
 
 
-class Held:
-    """Files in memory; those of a folder, some of them replaced."""
+class MemorySource:
+    """A byte source of files in memory, which replace files of the same name in an optional folder."""
 
     where, checked = "memory", False
 
@@ -40,35 +40,36 @@ class Held:
             assert self.folder is not None
             return self.folder.read(file, ranges)
         for start, stop in ranges:
-            assert 0 <= start <= stop <= len(self.files[file]), "never asked for what is not there"
+            assert 0 <= start <= stop <= len(self.files[file]), "a range lies outside of the file"
         return [memoryview(bytearray(self.files[file][start:stop])) for start, stop in ranges]
 
 
-def opened(content: bytes) -> TensorFile | None:
-    """The file, every tensor read; None where it was refused."""
+def open_tensors(content: bytes) -> TensorFile | None:
+    """Open a file and read all its tensors. Return None if it is refused."""
     with contextlib.suppress(ArtifactError):
-        file = TensorFile(Held({"x": content}), "x")
+        file = TensorFile(MemorySource({"x": content}), "x")
         file.read(list(file.entries))
         return file
     return None
 
 
 def packed(header: Any, data: bytes = b"") -> bytes:
+    """Return a safetensors file with this header."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(raw).to_bytes(8, "little") + raw + data
 
 
 @fuzz(st.binary(max_size=64))
-def test_bytes(content: bytes) -> None:
-    opened(content)
-    opened(packed(content))
+def test_any_bytes_are_read_or_refused(content: bytes) -> None:
+    open_tensors(content)
+    open_tensors(packed(content))
 
 
 @fuzz(st.dictionaries(st.text(max_size=4), JSON, max_size=3), st.binary(max_size=16))
-def test_headers(header: dict[str, Any], data: bytes) -> None:
-    with contextlib.suppress(ValueError):  # an int that Python does not write
+def test_any_header_is_read_or_refused(header: dict[str, Any], data: bytes) -> None:
+    with contextlib.suppress(ValueError):  # an int with too many digits for Python to print
         json.dumps(header)
-        opened(packed(header, data))
+        open_tensors(packed(header, data))
 
 
 NUMBERS = st.integers(-2, 9) | st.sampled_from([2**31, 2**62, 2**64, -(2**63)])
@@ -82,13 +83,13 @@ ENTRY = st.fixed_dictionaries(
 
 
 @fuzz(st.dictionaries(st.sampled_from("abc"), ENTRY, max_size=3), st.binary(max_size=40))
-def test_tensors_that_lie_about_their_place(header: dict[str, Any], data: bytes) -> None:
-    if (file := opened(packed(header, data))) is not None:
+def test_accepted_tensors_fill_the_data_exactly(header: dict[str, Any], data: bytes) -> None:
+    if (file := open_tensors(packed(header, data))) is not None:
         assert sum(entry.rows * entry.row_bytes for entry in file.entries.values()) == len(data)
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"", "0 bytes"),
         ((2**62).to_bytes(8, "little") + b"{}", "header would have 4,611,686,018,427,387,904 bytes"),
@@ -104,41 +105,41 @@ def test_tensors_that_lie_about_their_place(header: dict[str, Any], data: bytes)
         ),
     ],
 )
-def test_what_is_said(content: bytes, says: str) -> None:
-    with pytest.raises(ArtifactError, match=says):
-        TensorFile(Held({"x": content}), "x")
+def test_the_reason_of_a_refusal_is_named(content: bytes, message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        TensorFile(MemorySource({"x": content}), "x")
 
 
-def dumped(content: Any) -> bytes:
+def to_json(content: Any) -> bytes:
     try:
         return json.dumps(content).encode()
-    except ValueError:  # an int that Python does not write
+    except ValueError:  # an int with too many digits for Python to print
         return b'{"schema": ' + b"9" * 5000 + b"}"
 
 
-def used(place: Path, files: dict[str, bytes], artifact: Artifact, words: bool) -> None:
-    """Open `artifact` with these files instead of its own, as from elsewhere, and make a model of it; `words`: its tokenizer, too.
+def open_and_load(parent: Path, files: dict[str, bytes], artifact: Artifact, tokenizer: bool) -> None:
+    """Open `artifact` with some files replaced, load a model, and check that no file appears outside of the artifact's folder.
 
-    Into a folder of its own, outside of which nothing appears.
+    `tokenizer`: load and call the tokenizer as well.
     """
     with contextlib.suppress(AcipError):
-        opened = Artifact.open(place / "inside", Held(files, artifact.folder), verify=True)
-        if words:
+        opened = Artifact.open(parent / "inside", MemorySource(files, artifact.folder), verify=True)
+        if tokenizer:
             assert opened.tokenizer()("a")["input_ids"] is not None
         model: Any = opened.load(size=0.6).model
         with torch.no_grad():
             assert model(input_ids=torch.arange(8)[None]).logits.shape[:2] == (1, 8)
-    assert {path.name for path in place.iterdir()} <= {"inside"}
+    assert {path.name for path in parent.iterdir()} <= {"inside"}
 
 
 @fuzz(st.data(), share=0.7)
-def test_a_manifest_with_anything_anywhere(small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_any_manifest_is_read_or_refused(small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     manifest = data.draw(harmed(small_artifact.manifest, most=2))
-    used(tmp_path_factory.mktemp("place"), {MANIFEST: dumped(manifest)}, small_artifact, words=False)
+    open_and_load(tmp_path_factory.mktemp("parent"), {MANIFEST: to_json(manifest)}, small_artifact, tokenizer=False)
 
 
 def sealed(artifact: Artifact, file: str, content: bytes) -> dict[str, bytes]:
-    """A file and a manifest that knows it: who makes an artifact makes its checksums, too."""
+    """Return a file and a manifest with its checksum, because the author of an artifact also writes its checksums."""
     facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     return {file: content, MANIFEST: json.dumps({**artifact.manifest, "files": {**artifact.manifest["files"], file: facts}}).encode()}
 
@@ -148,36 +149,34 @@ SMALL = st.none() | st.booleans() | st.integers(-2, 99) | st.floats() | st.text(
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer_config.json"])
 @fuzz(st.data(), share=0.4)
-def test_what_transformers_reads_with_anything_anywhere(
+def test_any_config_is_read_or_refused(
     small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory, file: str, data: st.DataObject
 ) -> None:
-    """Numbers stay small where they decide how large a model is made: a config may ask for more than there is memory, as any may."""
-    content = dumped(data.draw(harmed(json.loads((small_artifact.folder / file).read_text()), SMALL)))
-    used(tmp_path_factory.mktemp("place"), sealed(small_artifact, file, content), small_artifact, words="tokenizer" in file)
+    """Numbers stay small, because any config can describe a model that is larger than the memory."""
+    content = to_json(data.draw(harmed(json.loads((small_artifact.folder / file).read_text()), SMALL)))
+    open_and_load(tmp_path_factory.mktemp("parent"), sealed(small_artifact, file, content), small_artifact, tokenizer="tokenizer" in file)
 
 
 @fuzz(st.data(), share=0.3)
-def test_a_tokenizer_with_anything_anywhere(
-    small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_any_tokenizer_is_read_or_refused(small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     tokenizer = json.loads((small_artifact.folder / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"] = dict(list(tokenizer["model"]["vocab"].items())[:9])
-    content = dumped(data.draw(harmed(tokenizer, SMALL)))
-    used(tmp_path_factory.mktemp("place"), sealed(small_artifact, "tokenizer.json", content), small_artifact, words=True)
+    content = to_json(data.draw(harmed(tokenizer, SMALL)))
+    open_and_load(tmp_path_factory.mktemp("parent"), sealed(small_artifact, "tokenizer.json", content), small_artifact, tokenizer=True)
 
 
 @pytest.mark.parametrize("name", [".", "", "..", "../x", "/x", "a/../../x", "a\\..\\x", "C:x", "a\0b", "a\nb", "\ud800"])
-def test_names_of_files_that_are_refused(small_artifact: Artifact, tmp_path: Path, name: str) -> None:
+def test_file_names_outside_of_the_folder_are_refused(small_artifact: Artifact, tmp_path: Path, name: str) -> None:
     manifest = {**small_artifact.manifest, "files": {**small_artifact.manifest["files"], name: {"bytes": 0, "sha256": ""}}}
     with pytest.raises(ArtifactError, match="outside its folder"):
-        Artifact.open(tmp_path, Held({MANIFEST: json.dumps(manifest).encode()}, small_artifact.folder))
+        Artifact.open(tmp_path, MemorySource({MANIFEST: json.dumps(manifest).encode()}, small_artifact.folder))
 
 
 @fuzz(st.sampled_from(["factors", "dense", "rest", "order"]), st.integers(0, 10**6), st.integers(0, 255), share=0.5)
-def test_a_byte_changed_in_a_file(small_artifact: Artifact, file: str, place: int, value: int) -> None:
-    """Of headers: the weights themselves have checksums."""
+def test_a_changed_byte_in_a_header_is_read_or_refused(small_artifact: Artifact, file: str, offset: int, value: int) -> None:
+    """Only headers are changed; the weights have checksums."""
     name = f"{file}.safetensors"
     content = bytearray((small_artifact.folder / name).read_bytes())
-    content[place % (8 + int.from_bytes(content[:8], "little"))] = value
+    content[offset % (8 + int.from_bytes(content[:8], "little"))] = value
     with contextlib.suppress(AcipError):
-        Artifact.open(small_artifact.folder, Held({name: bytes(content)}, small_artifact.folder)).load(size=0.6)
+        Artifact.open(small_artifact.folder, MemorySource({name: bytes(content)}, small_artifact.folder)).load(size=0.6)

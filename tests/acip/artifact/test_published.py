@@ -1,6 +1,6 @@
-"""A checkpoint in the published format computes here what was recorded there; what is not one is refused with a reason.
+"""A checkpoint in the published format gives the results that the published implementation recorded.
 
-golden/checkpoint is such a checkpoint, saved by the published implementation, with the logits it gave at each size.
+The published implementation saved golden/reference-trace/checkpoint. Its logits at each size were recorded.
 """
 
 import json
@@ -47,7 +47,7 @@ def elastic(model: nn.Module) -> dict[str, ElasticLinear]:
 
 
 def recorded_ranks(size: str, reset: bool, calibration: Calibration) -> dict[str, int | None]:
-    """`reset`: layers that save nothing are the original ones again (D.3)."""
+    """Return the recorded rank of each layer. With `reset`, layers that save nothing are dense (D.3 of the paper)."""
     ranks: dict[str, int | None] = {}
     for shape in calibration.table.layers:
         rank = SIZES[size]["ranks"][f"{shape.name}.base_layer.parametrization.mask"]
@@ -56,7 +56,7 @@ def recorded_ranks(size: str, reset: bool, calibration: Calibration) -> dict[str
 
 
 def write(folder: Path, change: Callable[[Config, Tensors], object] = lambda config, tensors: None) -> Path:
-    """golden's checkpoint in `folder`, with a change."""
+    """Write golden's checkpoint with a change to `folder`."""
     config, tensors = json.loads((CHECKPOINT / "config.json").read_text()), load_file(CHECKPOINT / WEIGHTS)
     change(config, tensors)
     folder.mkdir(exist_ok=True)
@@ -66,16 +66,16 @@ def write(folder: Path, change: Callable[[Config, Tensors], object] = lambda con
 
 
 def shard(folder: Path) -> Path:
-    """Part a checkpoint's weights in two files and an index."""
+    """Split the weights of a checkpoint into two files and an index."""
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     keys = sorted(tensors)
-    where = {}
+    weight_map = {}
     for i, part in enumerate((keys[::2], keys[1::2]), 1):
         file = f"model-{i:05d}-of-00002.safetensors"
         save_file({key: tensors[key] for key in part}, folder / file)
-        where.update(dict.fromkeys(part, file))
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": where}))
+        weight_map.update(dict.fromkeys(part, file))
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
     return folder
 
 
@@ -89,7 +89,7 @@ def artifact(opened: tuple[Base, Calibration], tmp_path_factory: pytest.TempPath
     return Artifact.save(tmp_path_factory.mktemp("published") / "artifact", *opened, {})
 
 
-# ---- what was recorded there is computed here
+# ---- the recorded results are reproduced
 
 
 @pytest.mark.parametrize("reset", ["", "reset_"])
@@ -102,8 +102,8 @@ def test_logits_at_the_recorded_ranks(opened: tuple[Base, Calibration], size: st
     torch.testing.assert_close(logits(base.model), PROBE[f"logits_{reset}{size}"], rtol=0, atol=1e-3)
 
 
-def test_the_loss_as_calibrated(opened: tuple[Base, Calibration]) -> None:
-    """With the directions that were alive at the end: those with a score above 0."""
+def test_the_loss_after_calibration_is_the_recorded_one(opened: tuple[Base, Calibration]) -> None:
+    """The model with all directions whose final score is above 0 has the recorded loss."""
     base, calibration = opened
     for name, layer in elastic(base.model).items():
         layer.set_rank(int((calibration.scores.of(name) > 0).sum()))
@@ -112,7 +112,7 @@ def test_the_loss_as_calibrated(opened: tuple[Base, Calibration]) -> None:
 
 @pytest.mark.parametrize("size", ["1.0", "0.5", "0.4", "0.3"])
 def test_the_artifact_on_disk_gives_the_recorded_logits(artifact: Artifact, opened: tuple[Base, Calibration], size: str) -> None:
-    """At 1.0 every layer is dense, at these others every layer is factors; between, an artifact counts the adapters too."""
+    """At 1.0 every layer is dense, and at the other sizes no layer is. Between these sizes an artifact also counts the adapters."""
     any_size = artifact.load()
     ranks = recorded_ranks(size, True, opened[1])
     assert {rank is None for rank in ranks.values()} == {size == "1.0"}
@@ -122,14 +122,14 @@ def test_the_artifact_on_disk_gives_the_recorded_logits(artifact: Artifact, open
     torch.testing.assert_close(logits(any_size.materialize()), PROBE[f"logits_reset_{size}"], rtol=0, atol=1e-3)
 
 
-def test_the_artifact_is_one_like_any_other(artifact: Artifact, small_base: str) -> None:
+def test_the_artifact_opens_resizes_and_materializes(artifact: Artifact, small_base: str) -> None:
     Artifact.open(artifact.folder, verify=True)
     any_size = artifact.load()
     cut = any_size.resize(0.45)
     assert 0.44 < cut.got <= 0.45
     assert logits(any_size.materialize()).isfinite().all()
     any_size.resize(1.0)
-    assert torch.equal(logits(any_size.model), logits(load_base(small_base, "float32").model)), "the base, bit for bit"
+    assert torch.equal(logits(any_size.model), logits(load_base(small_base, "float32").model)), "size 1.0 is the base model bit for bit"
 
 
 def test_scores_and_recipe_are_the_recorded_ones(opened: tuple[Base, Calibration]) -> None:
@@ -143,8 +143,8 @@ def test_scores_and_recipe_are_the_recorded_ones(opened: tuple[Base, Calibration
     assert (recipe.mask_scale, recipe.stop_ratio, recipe.dtype) == (config["mask_scale"], config["stop_ratio"], "float32")
 
 
-def test_ties_leave_in_one_order(opened: tuple[Base, Calibration]) -> None:
-    """Many directions share a score; of a layer's equals the weaker singular direction leaves first."""
+def test_equal_scores_are_removed_in_the_order_of_singular_values(opened: tuple[Base, Calibration]) -> None:
+    """Many directions share a score. Within a layer, the direction with the smaller singular value is removed first."""
     scores = opened[1].scores
     ties = 0
     for name, importance in scores.importance().items():
@@ -156,23 +156,23 @@ def test_ties_leave_in_one_order(opened: tuple[Base, Calibration]) -> None:
     assert ties > 50
 
 
-# ---- the forms a checkpoint comes in
+# ---- forms of checkpoints
 
 
-def test_shards_are_the_same(opened: tuple[Base, Calibration], small_base: str, tmp_path: Path) -> None:
+def test_shards_give_the_same_model(opened: tuple[Base, Calibration], small_base: str, tmp_path: Path) -> None:
     _, sharded = open_published(shard(write(tmp_path / "sharded")), small_base)
     assert torch.equal(sharded.scores.score, opened[1].scores.score)
-    theirs = elastic(opened[1].model)
-    assert elastic(sharded.model).keys() == theirs.keys()
+    expected = elastic(opened[1].model)
+    assert elastic(sharded.model).keys() == expected.keys()
     for name, layer in elastic(sharded.model).items():
-        assert torch.equal(layer.left.values, theirs[name].left.values)
-        assert torch.equal(layer.right.values, theirs[name].right.values)
-        assert torch.equal(layer.loras["layer"].A, theirs[name].loras["layer"].A)
-        assert torch.equal(layer.loras["layer"].B, theirs[name].loras["layer"].B)
+        assert torch.equal(layer.left.values, expected[name].left.values)
+        assert torch.equal(layer.right.values, expected[name].right.values)
+        assert torch.equal(layer.loras["layer"].A, expected[name].loras["layer"].A)
+        assert torch.equal(layer.loras["layer"].B, expected[name].loras["layer"].B)
 
 
-def test_without_adapters(small_base: str, tmp_path: Path) -> None:
-    """D.2 of the paper: layers sit in the base model's own places."""
+def test_a_checkpoint_without_adapters_opens(small_base: str, tmp_path: Path) -> None:
+    """Without adapters (D.2 of the paper), layers have the names of the base model."""
 
     def strip(config: Config, tensors: Tensors) -> None:
         config["adapter_config"] = None
@@ -191,7 +191,7 @@ def test_without_adapters(small_base: str, tmp_path: Path) -> None:
 
 
 def qwen(folder: Path, dtype: torch.dtype) -> tuple[Path, Path]:
-    """A base model with biases and tied embeddings, its `up_proj` left out, and its checkpoint in shards: (checkpoint, base)."""
+    """Write a base model with biases and tied embeddings, and its sharded checkpoint without `up_proj`. Return (checkpoint, base)."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=256, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -221,17 +221,17 @@ def qwen(folder: Path, dtype: torch.dtype) -> tuple[Path, Path]:
         if getattr(linear, "bias", None) is not None:
             tensors[f"{at}.ortho.bias"] = tensors.pop(f"model.{name}.bias")
 
-    def change(config: Config, there: Tensors) -> None:
+    def change(config: Config, target: Tensors) -> None:
         config["adapter_config"]["peft_config"]["default"] |= {"r": 4, "lora_alpha": 8}
-        there.clear()
-        there.update({key: tensor.clone() for key, tensor in tensors.items()})
+        target.clear()
+        target.update({key: tensor.clone() for key, tensor in tensors.items()})
 
     return shard(write(folder / "checkpoint", change)), folder / "base"
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-4), (torch.bfloat16, 0.08)])
-def test_biases_tied_embeddings_left_out_layers_and_16_bit(tmp_path: Path, dtype: torch.dtype, atol: float) -> None:
-    """Against dense weights put together from the checkpoint's tensors: s ortho diag(kept) base + alpha / R B A, in float32."""
+def test_biases_tied_embeddings_excluded_layers_and_16_bit(tmp_path: Path, dtype: torch.dtype, atol: float) -> None:
+    """The logits equal those of dense float32 weights computed from the checkpoint: s ortho diag(kept) base + alpha / R B A."""
     folder, source = qwen(tmp_path, dtype)
     base, calibration = open_published(folder, str(source))
     assert calibration.recipe.exclude == ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
@@ -266,13 +266,13 @@ def test_the_base_model_is_the_one_the_checkpoint_names(small_base: str, tmp_pat
     assert base.digest == load_base(small_base, "float32").digest
 
 
-# ---- what is not such a checkpoint, not whole, or not of this base model is refused
+# ---- the job
 
 
 def test_the_job_registers_a_candidate(
     small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Converted, measured, stored, registered; the champion stays; a second time nothing is added; an error says why."""
+    """The job converts, measures, stores and registers the model. The champion stays, and a second run adds nothing."""
     monkeypatch.setenv("ACIP_HOME", str(tmp_path))
     for name in ("ACIP_ARTIFACT_URI", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
@@ -288,16 +288,16 @@ def test_the_job_registers_a_candidate(
     champion = registry.register("tiny", "/somewhere", Tracking(settings, "acip").start("tiny", "f", {}).run_id, {})
     registry.set_alias(champion)
     assert job() == 2
-    assert "error: " in (said := capsys.readouterr().err)
-    assert "not a hub id. Give the base model" in said
+    assert "error: " in (error := capsys.readouterr().err)
+    assert "not a hub id. Give the base model" in error
     with pytest.raises(RegistryError, match="no version or alias 'candidate'"):
         registry.resolve("tiny", "candidate")
 
-    given = ("--base", small_base, "--eval-context", "64", "--eval-windows", "4")
-    assert job(*given) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "│ 0.40 │" in said
-    assert "version 2 of tiny, alias candidate" in said
+    options = ("--base", small_base, "--eval-context", "64", "--eval-windows", "4")
+    assert job(*options) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "│ 0.40 │" in output
+    assert "version 2 of tiny, alias candidate" in output
     version = registry.resolve("tiny", "candidate")
     assert version.tags["base"] == small_base
     artifact = Artifact.open(version.uri, verify=True)
@@ -309,7 +309,7 @@ def test_the_job_registers_a_candidate(
     assert run.data.tags["artifact_uri"] == version.uri
     assert run.data.metrics["tradeoff/perplexity"] > 0
 
-    assert job(*given) == 0
+    assert job(*options) == 0
     assert registry.resolve("tiny", "candidate").version == version.version
     assert registry.resolve("tiny").version == champion.version
     assert len(list(tmp_path.glob("artifacts/tiny/*"))) == 1

@@ -1,4 +1,4 @@
-"""What is no checkpoint in the published format, or another model's, is refused with its reason, and nothing of it is run."""
+"""Folders that are not a checkpoint in the published format, or not of this base model, are refused, and none of their code runs."""
 
 import json
 import pickle
@@ -34,9 +34,9 @@ def _set(*path: str, to: Any) -> Callable[[Config, Tensors], None]:
 
 def _tensor(key: str, make: Callable[[Tensor], Tensor | None]) -> Callable[[Config, Tensors], None]:
     def change(_: Config, tensors: Tensors) -> None:
-        made = make(tensors.pop(key))
-        if made is not None:
-            tensors[key] = made
+        result = make(tensors.pop(key))
+        if result is not None:
+            tensors[key] = result
 
     return change
 
@@ -50,7 +50,7 @@ FACTORY = ("parametrization_config", "module_factory_kwargs")
 
 
 @pytest.mark.parametrize(
-    ("harm", "says"),
+    ("harm", "message"),
     [
         (lambda config, _: config.pop("parametrization_config"), "not a checkpoint in the published ACIP format"),
         (_set("parametrization_config", "module_factory_cls", to="qr"), "only 'svd'"),
@@ -85,13 +85,13 @@ FACTORY = ("parametrization_config", "module_factory_kwargs")
         ),
     ],
 )
-def test_what_is_no_such_checkpoint_is_refused(
-    small_base: str, tmp_path: Path, harm: Callable[[Config, Tensors], object], says: str
+def test_a_malformed_checkpoint_is_refused(
+    small_base: str, tmp_path: Path, harm: Callable[[Config, Tensors], object], message: str
 ) -> None:
-    """And the base model that was given stays as it was."""
+    """The base model that was passed in does not change."""
     folder = write(tmp_path / "bad", harm)
     base = load_base(small_base, "float32")
-    with pytest.raises(ArtifactError, match=says):
+    with pytest.raises(ArtifactError, match=message):
         open_published(folder, base)
     assert digest(base.model) == base.digest
     assert not targets(base.model)
@@ -107,7 +107,7 @@ def _index(**change: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("harm", "says"),
+    ("harm", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "No such file.*not a checkpoint folder"),
         (lambda folder: (folder / "config.json").write_bytes(b"\x80\x04"), "is not JSON"),
@@ -124,12 +124,10 @@ def _index(**change: str) -> Callable[[Path], None]:
         (lambda folder: (shard(folder) / INDEX).write_text('{"weight_map": []}'), "has no 'weight_map'"),
     ],
 )
-def test_files_that_are_not_whole_or_not_safe_are_refused(
-    small_base: str, tmp_path: Path, harm: Callable[[Path], object], says: str
-) -> None:
+def test_damaged_or_unsafe_files_are_refused(small_base: str, tmp_path: Path, harm: Callable[[Path], object], message: str) -> None:
     folder = write(tmp_path / "bad")
     harm(folder)
-    with pytest.raises(ArtifactError, match=says):
+    with pytest.raises(ArtifactError, match=message):
         open_published(folder, small_base)
 
 
@@ -149,7 +147,7 @@ def test_another_base_model_is_refused(small_base: str, tmp_path: Path) -> None:
 
 
 class Trap:
-    """Unpickled, it leaves a trace."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -158,8 +156,8 @@ class Trap:
         return Path.touch, (self.trace,)
 
 
-def test_nothing_in_the_folder_is_run(small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The config points at code beside the weights (`auto_map`), and a pickle lies there too."""
+def test_no_code_of_the_folder_runs(small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder holds a code file, which the config names in `auto_map`, and a pickle."""
     trace = tmp_path / "trace"
     folder = write(tmp_path / "checkpoint")
     (folder / "acip_model.py").write_text(f"open({str(trace)!r}, 'w')")
@@ -172,7 +170,4 @@ def test_nothing_in_the_folder_is_run(small_base: str, tmp_path: Path, monkeypat
     assert not trace.exists()
     assert "acip_model" not in sys.modules
     pickle.loads((folder / "pytorch_model.bin").read_bytes())
-    assert trace.exists(), "the trap works"
-
-
-# ---- the job
+    assert trace.exists(), "unpickling would have created the file"

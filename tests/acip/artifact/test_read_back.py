@@ -1,4 +1,4 @@
-"""What would fail at the end of a calibration, or give a model that nobody trained, is refused before it."""
+"""A base model whose export would fail, or whose weights are incomplete, is refused before the calibration."""
 
 import json
 import math
@@ -35,11 +35,11 @@ def reconfigure(folder: Path, **changes: Any) -> None:
 
 def reweight(folder: Path, change: Callable[[Weights], Weights]) -> None:
     path = folder / "model.safetensors"
-    weights = {name: weight.clone() for name, weight in load_file(path).items()}  # the file is mapped, and about to be replaced
+    weights = {name: weight.clone() for name, weight in load_file(path).items()}  # copied, because the mapped file is replaced below
     save_file(change(weights), path, {"format": "pt"})
 
 
-def lacking(part: str) -> Callable[[Weights], Weights]:
+def without(part: str) -> Callable[[Weights], Weights]:
     return lambda weights: {name: weight for name, weight in weights.items() if part not in name}
 
 
@@ -49,23 +49,23 @@ def with_nan(weights: Weights) -> Weights:
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "name"),
     [
         (lambda weights: {f"module.{name}": weight for name, weight in weights.items()}, "begin with 'module.'"),
         (lambda weights: {f"_orig_mod.{name}": weight for name, weight in weights.items()}, "begin with '_orig_mod.'"),
-        (lacking("layers.1.mlp.up"), "model.layers.1.mlp.up_proj.weight"),
+        (without("layers.1.mlp.up"), "model.layers.1.mlp.up_proj.weight"),
         (lambda weights: weights | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(8)}, "model.layers.0.self_attn.q_proj.bias"),
         (lambda weights: weights | {"model.layers.77.mlp.up_proj.weight": torch.zeros(8, 8)}, "model.layers.77.mlp.up_proj.weight"),
     ],
 )
 @pytest.mark.parametrize("load", [load_base, outline])
 def test_weights_that_do_not_fit_the_model_are_named(
-    folder: Path, load: Callable[[str, str], Base], change: Callable[[Weights], Weights], named: str
+    folder: Path, load: Callable[[str, str], Base], change: Callable[[Weights], Weights], name: str
 ) -> None:
     reweight(folder, change)
     with pytest.raises(BaseModelError) as refused:
         load(str(folder), "float32")
-    assert named in str(refused.value) and str(folder) in str(refused.value)
+    assert name in str(refused.value) and str(folder) in str(refused.value)
 
 
 def test_a_weight_that_is_not_finite_is_named(folder: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_weight_that_is_not_finite_is_named(folder: Path) -> None:
         load_base(str(folder), "float32")
 
 
-def test_weights_that_are_of_another_part_are_only_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_of_another_part_are_only_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     reweight(folder, lambda weights: weights | {"vision_tower.patch.weight": torch.zeros(8, 8)})
     read_back(load_base(str(folder), "float32"), RECIPE)
     assert "vision_tower.patch.weight" in caplog.text
@@ -93,7 +93,7 @@ def test_a_tied_head_is_not_missing(folder: Path, tmp_path: Path) -> None:
     read_back(load_base(str(tmp_path / "tied"), "float32"), RECIPE)
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused_before_the_work_and_in_a_dry_run(folder: Path) -> None:
+def test_a_tokenizer_larger_than_the_model_is_refused_before_calibration_and_in_a_dry_run(folder: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(folder)
@@ -110,7 +110,7 @@ def test_a_special_token_outside_of_the_vocabulary_is_named(folder: Path) -> Non
         read_back(load_base(str(folder), "float32"), RECIPE)
 
 
-def test_code_of_its_own_is_refused(folder: Path) -> None:
+def test_a_model_that_needs_remote_code_is_refused(folder: Path) -> None:
     (folder / "my_lm.py").write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\n\n\nclass MyConfig(LlamaConfig):\n    model_type = 'mylm'\n\n\n"
         "class MyForCausalLM(LlamaForCausalLM):\n    config_class = MyConfig\n"
@@ -125,7 +125,7 @@ def test_code_of_its_own_is_refused(folder: Path) -> None:
         load_base(str(folder), "float32")
 
 
-def test_what_is_no_base_model_is_called_what_it_is(folder: Path, exported: Path) -> None:
+def test_exports_and_adapters_are_refused_as_base_models(folder: Path, exported: Path) -> None:
     with pytest.raises(BaseModelError, match="is already compressed"):
         read_back(load_base(str(exported), "float32"), RECIPE)
     (folder / "adapter_config.json").write_text("{}")
@@ -134,14 +134,14 @@ def test_what_is_no_base_model_is_called_what_it_is(folder: Path, exported: Path
 
 
 @pytest.mark.parametrize("value", [math.nan, {1: 2}, {"a", "b"}, [1, math.nan]])
-def test_a_configuration_that_json_does_not_carry_is_refused(folder: Path, value: Any) -> None:
+def test_a_configuration_that_json_cannot_represent_is_refused(folder: Path, value: Any) -> None:
     base = load_base(str(folder), "float32")
     base.model.config.own_field = value
     with pytest.raises(BaseModelError, match="config"):
         read_back(base, RECIPE)
 
 
-def test_infinity_in_a_configuration_comes_back(folder: Path) -> None:
+def test_infinity_in_a_configuration_is_read_back(folder: Path) -> None:
     base = load_base(str(folder), "float32")
     base.model.config.own_field = [0.0, math.inf]
     read_back(base, RECIPE)
@@ -157,24 +157,24 @@ def test_infinity_in_a_configuration_comes_back(folder: Path) -> None:
     ids=lambda config: config.model_type,
 )
 def test_a_large_architecture_is_read_back_without_its_weights(config: Any) -> None:
-    """Of the size of a real one: only a tiny one of its kind is made."""
+    """The config is that of a real model. The check builds only a tiny model of the same architecture."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     read_back(Base(model, byte_tokenizer(), config.model_type, None, ""), RECIPE)
 
 
-def test_nothing_of_the_base_model_is_changed(folder: Path) -> None:
+def test_the_check_does_not_change_the_base_model(folder: Path) -> None:
     base = load_base(str(folder), "float32")
     before, config = {name: weight.clone() for name, weight in base.model.state_dict().items()}, base.model.config.to_dict()
     state = torch.get_rng_state()
     read_back(base, RECIPE)
     assert all(torch.equal(weight, before[name]) for name, weight in base.model.state_dict().items())
     assert base.model.config.to_dict() == config
-    assert torch.equal(torch.get_rng_state(), state), "a seeded calibration stays what it was"
+    assert torch.equal(torch.get_rng_state(), state), "the random state is unchanged"
 
 
 def test_infinite_limits_of_a_state_space_model_survive(tmp_path: Path) -> None:
-    """transformers writes infinity into JSON by a code of its own, which has to be read by transformers."""
+    """transformers encodes infinity in JSON in its own way, so the artifact reads the config through transformers."""
     from acip.artifact.artifact import Artifact
     from acip.artifact.manifest import CONFIG
 

@@ -1,4 +1,4 @@
-"""Artifacts stored by earlier versions (tests/support/stored.py) are read by today's code and give the results recorded then."""
+"""The current code reads artifacts of earlier versions and reproduces their recorded results (tests/support/stored.py)."""
 
 import json
 import shutil
@@ -15,11 +15,11 @@ from acip.errors import ArtifactError
 from acip.sizing.budget import Budget
 from tests.conftest import GOLDEN, logits
 
-pytestmark = pytest.mark.filterwarnings("ignore:the recipe field")  # they have the old names
+pytestmark = pytest.mark.filterwarnings("ignore:the recipe field")  # stored recipes use old field names
 STORED = sorted(GOLDEN.parent.glob("schema-*"))
 
 
-def test_the_present_schema_is_stored() -> None:
+def test_the_current_schema_is_stored() -> None:
     assert GOLDEN.parent / f"schema-{SCHEMA}" in STORED, "a new schema needs a stored artifact: python -m tests.support.stored"
 
 
@@ -28,7 +28,7 @@ def stored(request: pytest.FixtureRequest) -> Path:
     return Path(request.param)
 
 
-def test_every_size_is_what_it_was(stored: Path) -> None:
+def test_every_size_reproduces_the_recorded_results(stored: Path) -> None:
     artifact = Artifact.open(stored / "artifact", verify=True)
     table, any_size = artifact.table(), artifact.load()
     recorded = load_file(stored / "expected.safetensors")
@@ -40,7 +40,7 @@ def test_every_size_is_what_it_was(stored: Path) -> None:
             torch.testing.assert_close(logits(model.model, recorded["tokens"][None])[0], logits_TV, rtol=0, atol=1e-4)
 
 
-def test_its_words_its_curve_and_its_recipe_are_read(stored: Path) -> None:
+def test_the_tokenizer_the_curve_and_the_recipe_are_read(stored: Path) -> None:
     artifact = Artifact.open(stored / "artifact")
     assert artifact.tokenizer()("any size")["input_ids"] == list(b"any size")
     assert [row["asked"] for row in artifact.curve] == [expected["size"] for expected in json.loads((stored / "expected.json").read_text())]
@@ -56,12 +56,12 @@ def change(stored: Path, tmp_path: Path, **fields: Any) -> Path:
     return folder
 
 
-def test_what_a_later_version_may_add_is_passed_over(stored: Path, tmp_path: Path) -> None:
+def test_additions_of_a_later_version_are_ignored(stored: Path, tmp_path: Path) -> None:
     folder = change(stored, tmp_path, notes={"of": "a later version"})
     (folder / "notes.json").write_text("{}")
     assert Artifact.open(folder).load(size=0.4).table.dense_params > 0
 
 
-def test_a_newer_schema_is_refused_and_says_what_to_do(stored: Path, tmp_path: Path) -> None:
+def test_a_newer_schema_is_refused_with_advice(stored: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=rf"has schema {SCHEMA + 1}; this acip reads 3 to {SCHEMA}. Upgrade acip."):
         Artifact.open(change(stored, tmp_path, schema=SCHEMA + 1))

@@ -1,4 +1,4 @@
-"""The methods of the paper's table: each has the property that defines it, and all keep the same promises."""
+"""Each method of the paper's Table 1 has its defining property, and all methods follow the same rules."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -39,21 +39,21 @@ def linears(base: Base) -> dict[str, nn.Module]:
 
 @pytest.fixture(scope="module")
 def inputs(base: Base, windows: Tensor, linears: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """x [S, N], float64, of two layers of the base model."""
-    return fed(base.model, windows, {name: linears[name] for name in (LAYER, WIDE)})
+    """Return the inputs x [S, N] in float64 of two layers of the base model."""
+    return inputs_of(base.model, windows, {name: linears[name] for name in (LAYER, WIDE)})
 
 
 @torch.no_grad()
-def fed(model: nn.Module, windows: Tensor, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
-    seen: dict[str, Tensor] = {}
-    with hooked(on_inputs(layers, lambda name, x: seen.update({name: x.double()}))):
+def inputs_of(model: nn.Module, windows: Tensor, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    with hooked(on_inputs(layers, lambda name, x: found.update({name: x.double()}))):
         feed_tokens(model, windows)
-    return seen
+    return found
 
 
 @pytest.fixture(scope="module")
 def gpt2() -> Base:
-    """Biases, and weights that are stored the other way round; all random."""
+    """A random model with biases and transposed weights."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=48, n_head=2, n_positions=64, vocab_size=256)).eval().requires_grad_(False)
     for param in model.parameters():
@@ -62,13 +62,13 @@ def gpt2() -> Base:
 
 
 def loss_of(linear: nn.Module, layer: nn.Module, x_SN: Tensor) -> float:
-    """|(W - W') X|^2 of a layer of rank r."""
+    """Return |(W - W') X|^2 of a low-rank layer."""
     assert isinstance(layer, LowRankLinear)
     W_MN = layer.left.weight.double() @ layer.right.weight.double()
     return float((x_SN @ (weight_MN(linear).double() - W_MN).T).square().sum())
 
 
-# ---- what all promise
+# ---- rules for all methods
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -90,7 +90,7 @@ def test_full_size_is_the_base_and_no_size_is_exceeded(name: str, base: Base, wi
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_other_architectures_with_biases(name: str, gpt2: Base, windows: Tensor) -> None:
+def test_layers_with_biases_are_compressed(name: str, gpt2: Base, windows: Tensor) -> None:
     expected = logits(gpt2.model, windows[:2])
     (made,) = compress(name, gpt2, windows, (0.6,), **QUICK.get(name, {}))
     assert 0.5 < made.got <= 0.6
@@ -99,7 +99,7 @@ def test_other_architectures_with_biases(name: str, gpt2: Base, windows: Tensor)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "albert-shared-block"])
-def test_every_architecture(architecture: str, windows: Tensor) -> None:
+def test_every_architecture_is_compressed(architecture: str, windows: Tensor) -> None:
     if architecture in ARCHITECTURES:
         config, exclude = ARCHITECTURES[architecture].config, ARCHITECTURES[architecture].recipe.exclude
         model = random_model(config)
@@ -118,7 +118,7 @@ def test_every_architecture(architecture: str, windows: Tensor) -> None:
     assert torch.equal(logits(model, tokens[:2]), expected)
 
 
-def test_an_abandoned_run_leaves_the_base_as_it_was(base: Base, windows: Tensor) -> None:
+def test_an_abandoned_run_restores_the_base(base: Base, windows: Tensor) -> None:
     linears = find_linears(base.model)
     made = compress("covariance", base, windows, (0.5, 0.4))
     assert next(made).asked == 0.5
@@ -128,8 +128,10 @@ def test_an_abandoned_run_leaves_the_base_as_it_was(base: Base, windows: Tensor)
 
 
 def test_bad_input_is_refused(base: Base, windows: Tensor) -> None:
-    def refuse(error: type[AcipError], says: str, name: str = "svd-llm-w", text: Tensor = windows, size: Any = 0.5, **options: Any) -> None:
-        with pytest.raises(error, match=says):
+    def refuse(
+        error: type[AcipError], message: str, name: str = "svd-llm-w", text: Tensor = windows, size: Any = 0.5, **options: Any
+    ) -> None:
+        with pytest.raises(error, match=message):
             next(compress(name, base, text, (size,), **options))
 
     refuse(RecipeError, "unknown method 'asdv'.*did you mean 'asvd'", "asdv")
@@ -149,7 +151,7 @@ def test_bad_input_is_refused(base: Base, windows: Tensor) -> None:
     assert method("asvd").options == ("exclude", "alpha", "scale_windows", "search_windows", "ratios")
 
 
-def test_what_an_arena_excludes_is_said_in_one_place(base: Base, windows: Tensor) -> None:
+def test_a_recipe_cannot_set_exclude(base: Base, windows: Tensor) -> None:
     with pytest.raises(RecipeError, match="use `exclude` of the arena file"):
         next(compress("acip", base, windows, (0.5,), set={"exclude": ["up_proj"]}))
 
@@ -167,10 +169,10 @@ def test_singular_values_of_all_layers_are_ranked_together(base: Base, windows: 
             U, s, Vh = torch.linalg.svd(weight_MN(linear).double(), full_matrices=False)
             W_MN = layer.left.weight.double() @ layer.right.weight.double()
             torch.testing.assert_close(W_MN, (U * s)[:, : layer.rank] @ Vh[: layer.rank], rtol=1e-4, atol=1e-5)
-            if layer.rank > 1:  # one direction of each layer stays in any case
+            if layer.rank > 1:  # every layer keeps at least one direction
                 kept.append(float(s[layer.rank - 1]))
             dropped.append(float(s[layer.rank]))
-    assert len(kept) > 5 and min(kept) >= max(dropped) * (1 - 1e-5), "up to the errors of float32"
+    assert len(kept) > 5 and min(kept) >= max(dropped) * (1 - 1e-5), "a dropped singular value exceeds a kept one"
 
 
 # ---- ASVD
@@ -182,7 +184,7 @@ def test_asvd_folds_its_scaling_exactly(linears: dict[str, nn.Module], inputs: d
     factors = asvd.scaled_svd(plain_linear(W_MN, None), d_N.double())
     torch.testing.assert_close(factors.left @ factors.right, W_MN, rtol=1e-5, atol=1e-6)
     r = 20
-    dropped = torch.linalg.svdvals(W_MN * d_N)[r:].square().sum()  # Eckart and Young: no matrix of this rank is nearer
+    dropped = torch.linalg.svdvals(W_MN * d_N)[r:].square().sum()  # Eckart-Young: no matrix of this rank is closer
     error = ((W_MN - factors.left[:, :r] @ factors.right[:r]) * d_N).square().sum()
     assert float(error) == pytest.approx(float(dropped), rel=1e-4)
 
@@ -194,7 +196,7 @@ def test_asvd_scales_are_mean_magnitudes(base: Base, windows: Tensor, linears: d
 
 
 @pytest.mark.parametrize("which", ["base", "gpt2"])
-def test_sensitivities_are_losses_with_one_layer_cut(which: str, windows: Tensor, request: pytest.FixtureRequest) -> None:
+def test_sensitivities_are_losses_with_one_compressed_layer(which: str, windows: Tensor, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(which).model
     linears = find_linears(model)
     factors = {name: asvd.scaled_svd(linear, torch.ones(weight_MN(linear).shape[1])) for name, linear in linears.items()}
@@ -208,7 +210,7 @@ def test_sensitivities_are_losses_with_one_layer_cut(which: str, windows: Tensor
     assert [entry.loss for entry in table] == sorted((entry.loss for entry in table), reverse=True)
 
 
-def test_asvd_plans_spare_what_is_sensitive() -> None:
+def test_asvd_plans_compress_sensitive_layers_less() -> None:
     layers: dict[str, nn.Module] = {name: plain_linear(torch.randn(40, 40), None) for name in "abc"}
     losses = {("a", 0.5): 9.0, ("b", 0.5): 5.0, ("c", 0.5): 1.0, ("a", 0.8): 2.0, ("b", 0.8): 0.5, ("c", 0.8): 0.1}
     table = sorted((asvd.Entry(loss, name, ratio) for (name, ratio), loss in losses.items()), key=lambda entry: -entry.loss)
@@ -238,7 +240,7 @@ def test_whitened_truncation_loses_the_dropped_singular_values(
     torch.testing.assert_close(factors.left @ factors.right, W_MN)
 
 
-def test_whitening_of_too_little_text_is_lifted() -> None:
+def test_whitening_of_too_little_text_is_regularized() -> None:
     x_SN = torch.randn(5, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e4
     C_NN = x_SN.T @ x_SN
     S_NN = svdllm.whitening(C_NN)
@@ -248,7 +250,7 @@ def test_whitening_of_too_little_text_is_lifted() -> None:
         svdllm.whitening(C_NN * torch.nan)
 
 
-def test_the_model_is_whitened_by_its_own_inputs(
+def test_each_layer_is_whitened_by_its_inputs(
     base: Base, windows: Tensor, linears: dict[str, nn.Module], inputs: dict[str, Tensor]
 ) -> None:
     few = {name: linears[name] for name in (LAYER, WIDE)}
@@ -262,18 +264,18 @@ def test_the_model_is_whitened_by_its_own_inputs(
             assert loss_of(linears[name], factors[name].at(linears[name], 20), x_SN) == pytest.approx(float(dropped), rel=1e-3)
 
 
-def test_the_update_is_the_least_squares_fit_on_what_the_compressed_model_feeds(
+def test_the_update_is_the_least_squares_fit_on_the_inputs_in_the_compressed_model(
     base: Base, windows: Tensor, linears: dict[str, nn.Module]
 ) -> None:
     ranks = uniform_ranks(linears, 0.4)
     layers = layers_at(linears, dict(svdllm.whitened(base.model, linears, windows)), ranks)
     fitted = svdllm.updated(base.model, linears, layers, windows, lambda done, total: None)
     assert all(base.model.get_submodule(name) is linear for name, linear in linears.items())
-    name = "model.layers.2.self_attn.q_proj"  # the first of its block: fed by compressed blocks only
+    name = "model.layers.2.self_attn.q_proj"  # the first layer of its block, so its inputs come from compressed blocks only
     new, old = fitted[name], layers[name]
     assert isinstance(new, LowRankLinear) and isinstance(old, LowRankLinear)
     with swapped(base.model, fitted):
-        x_SN = fed(base.model, windows, {name: new})[name]
+        x_SN = inputs_of(base.model, windows, {name: new})[name]
     z_Sr = x_SN @ new.right.weight.double().T
     y_SM = x_SN @ weight_MN(linears[name]).double().T
     residual_SM = y_SM - z_Sr @ new.left.weight.double().T
@@ -283,16 +285,16 @@ def test_the_update_is_the_least_squares_fit_on_what_the_compressed_model_feeds(
 
 
 def test_lora_is_merged_into_the_factors(base: Base, windows: Tensor) -> None:
-    def made(lr: float) -> Tensor:
+    def loss(lr: float) -> Tensor:
         options = {**QUICK["svd-llm-lora"], "lora_epochs": 4, "lora_lr": lr}
-        (model,) = (logits(one.model, windows) for one in compress("svd-llm-lora", base, windows, (0.3,), **options))
+        (model,) = (logits(made.model, windows) for made in compress("svd-llm-lora", base, windows, (0.3,), **options))
         return nn.functional.cross_entropy(model[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
 
-    assert made(1e-3) < made(0.0) - 0.05
+    assert loss(1e-3) < loss(0.0) - 0.05
 
 
-def test_merging_adapters_changes_nothing_else(base: Base, windows: Tensor) -> None:
-    """Of both factors: the model after its training is the one that its last step left."""
+def test_merging_adapters_gives_the_model_of_the_last_step(base: Base, windows: Tensor) -> None:
+    """Both factors are trained, and after merging the model computes the same as after its last step."""
     linears = find_linears(base.model)
     layers = layers_at(linears, dict(svdllm.whitened(base.model, linears, windows)), uniform_ranks(linears, 0.4))
     low_rank = {name: layer for name, layer in layers.items() if isinstance(layer, LowRankLinear)}
@@ -315,18 +317,18 @@ def test_merging_adapters_changes_nothing_else(base: Base, windows: Tensor) -> N
 # ---- covariance
 
 
-def test_the_covariance_cut_loses_what_whitened_svd_loses(
+def test_the_covariance_cut_has_the_loss_of_whitened_svd(
     base: Base, windows: Tensor, linears: dict[str, nn.Module], inputs: dict[str, Tensor]
 ) -> None:
     def losses(name: str, **options: Any) -> Iterator[float]:
         for made in compress(name, base, windows, (0.7, 0.3), **options):
             yield from (loss_of(linears[layer], made.model.get_submodule(layer), x_SN) for layer, x_SN in inputs.items())
 
-    ours, whitened = list(losses("covariance")), list(losses("svd-llm-w"))
-    assert ours == pytest.approx(whitened, rel=1e-3)
+    covariance_losses, whitened = list(losses("covariance")), list(losses("svd-llm-w"))
+    assert covariance_losses == pytest.approx(whitened, rel=1e-3)
     d = {layer: x_SN.abs().mean(0).float() for layer, x_SN in inputs.items()}
     ranks = uniform_ranks(linears, 0.3)
-    for (layer, x_SN), loss in zip(inputs.items(), ours[2:], strict=True):
+    for (layer, x_SN), loss in zip(inputs.items(), covariance_losses[2:], strict=True):
         rank = ranks[layer]
         assert rank is not None
         scaled = asvd.scaled_svd(linears[layer], d[layer]).at(linears[layer], rank)
@@ -341,7 +343,7 @@ def test_global_ranks_keep_more_energy_and_respect_the_floor(base: Base, windows
         for i, (name, linear) in enumerate(linears.items())
     }
 
-    def kept(ranks: dict[str, int | None]) -> float:
+    def kept_energy(ranks: dict[str, int | None]) -> float:
         return sum(float(energy[name][: ranks[name]].sum() / energy[name].sum()) for name in linears)
 
     dense = stored_at(linears, dict.fromkeys(linears))
@@ -351,7 +353,7 @@ def test_global_ranks_keep_more_energy_and_respect_the_floor(base: Base, windows
             ranks = covariance.global_ranks(linears, energy, uniform, floor, size)
             assert all((ranks[name] or 10**6) >= round(floor * (rank or 0)) for name, rank in uniform.items())
             assert stored_at(linears, ranks) <= size * dense
-        assert kept(ranks) > kept(uniform)
+        assert kept_energy(ranks) > kept_energy(uniform)
 
 
 def test_energies_are_the_eigenvalues(base: Base, windows: Tensor, linears: dict[str, nn.Module], inputs: dict[str, Tensor]) -> None:

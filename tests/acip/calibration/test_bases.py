@@ -1,4 +1,4 @@
-"""The bases: orthonormal, optimal, the same however they are gathered, and computed once."""
+"""Bases are orthonormal and optimal, do not depend on how the covariances are gathered, and are computed once."""
 
 import logging
 import os
@@ -31,11 +31,11 @@ RECIPE = Recipe(dtype="float32", sample_windows=8)
 Directions = dict[str, torch.Tensor]
 
 
-class Feeding:
-    """feed_tokens, counting its calls."""
+class CountingFeed:
+    """`feed_tokens` with a count of its calls."""
 
     def __init__(self) -> None:
-        self.calls, self.__module__, self.__qualname__ = 0, "tests", "Feeding"
+        self.calls, self.__module__, self.__qualname__ = 0, "tests", "CountingFeed"
 
     def __call__(self, model: nn.Module, ids_BT: torch.Tensor) -> None:
         self.calls += 1
@@ -49,18 +49,18 @@ def model(small_base: str) -> Any:
 
 @pytest.fixture
 def solve_all(model: Any, golden_tokens: torch.Tensor) -> Callable[..., tuple[Directions, int]]:
-    """The bases of the small model, and how many forward passes they took."""
+    """Return a function that computes the bases of the small model and counts the forward passes."""
 
     def run(recipe: Recipe = RECIPE, windows: torch.Tensor = golden_tokens, **options: Any) -> tuple[Directions, int]:
-        feed = Feeding()
-        found = dict(bases(model, find_linears(model, recipe.exclude), recipe, windows, feed=feed, **options))
-        return found, feed.calls
+        feed = CountingFeed()
+        directions = dict(bases(model, find_linears(model, recipe.exclude), recipe, windows, feed=feed, **options))
+        return directions, feed.calls
 
     return run
 
 
-def same(ours: Directions, theirs: Directions) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+def same(first: Directions, second: Directions) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 # ---- one layer
@@ -89,8 +89,8 @@ def test_every_covariance_prefix_is_the_whitening_optimum(M: int, N: int) -> Non
         torch.testing.assert_close(error, dropped[r:].sum(), rtol=1e-4, atol=1e-6)
 
 
-def test_a_covariance_that_rounding_made_indefinite_still_orders_directions() -> None:
-    """Where one direction carries nearly all energy (massive activations), float32 rounding outweighs the others' energy."""
+def test_directions_are_ordered_even_if_rounding_makes_the_covariance_indefinite() -> None:
+    """If one direction carries nearly all energy (massive activations), float32 rounding exceeds the energy of the others."""
     torch.manual_seed(0)
     X, W = torch.randn(600, 256) + 1e3 * torch.randn(256), torch.randn(300, 256)
     C = X.T @ X / len(X)
@@ -101,7 +101,7 @@ def test_a_covariance_that_rounding_made_indefinite_still_orders_directions() ->
 
 
 def correlated(M: int, N: int, samples: int, massive: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(W, C) with energies that fall off as in a trained model, one feature `massive` times the others."""
+    """Return (W, C) with energies that decrease as in a trained model. One feature is scaled by `massive`."""
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(samples, N, generator=generator) @ (torch.randn(N, N, generator=generator) / torch.arange(1, N + 1))
     X[:, 3] *= massive
@@ -111,10 +111,8 @@ def correlated(M: int, N: int, samples: int, massive: float = 1.0) -> tuple[torc
 @pytest.mark.parametrize(("M", "N"), [(192, 192), (320, 128), (128, 320)])
 @pytest.mark.parametrize(("samples", "massive"), [(4000, 1.0), (4000, 1e3), (60, 1.0), (60, 1e3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bases_are_optimal_even_where_the_covariance_is_ill_conditioned(
-    M: int, N: int, samples: int, massive: float, dtype: torch.dtype
-) -> None:
-    """Massive activations, fewer samples than features: of each rank, the error above the optimum."""
+def test_bases_are_optimal_for_ill_conditioned_covariances(M: int, N: int, samples: int, massive: float, dtype: torch.dtype) -> None:
+    """With massive activations or fewer samples than features, the error at each rank stays close to the optimum."""
     W, C = correlated(M, N, samples, massive)
     W = W.to(dtype)
     inputs = basis(W, C)
@@ -122,7 +120,7 @@ def test_bases_are_optimal_even_where_the_covariance_is_ill_conditioned(
     assert inputs.dtype == torch.float32
     assert of_inputs.orthonormality < 1e-5
     assert of_inputs.excess.max() < 2e-6
-    first = min(M, N) // 8  # beside a massive activation they hold a millionth of the energy
+    first = min(M, N) // 8  # with a massive activation, the others hold a millionth of the energy
     assert (of_inputs.excess < 0.05 * of_inputs.optimum)[:first].all()
     if M < N:
         of_outputs = accuracy(W, C, basis(W, (W.double() @ C.double() @ W.double().T).float()).T)
@@ -133,7 +131,7 @@ def test_bases_are_optimal_even_where_the_covariance_is_ill_conditioned(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("M", "N"), [(96, 96), (160, 64), (64, 160)])
-def test_the_svds_basis_is_the_svds(M: int, N: int, dtype: torch.dtype) -> None:
+def test_the_svd_basis_is_that_of_torch(M: int, N: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     W = torch.randn(M, N).to(dtype)
     found = accuracy(W, None, basis(W).T)
@@ -147,7 +145,7 @@ def test_the_svds_basis_is_the_svds(M: int, N: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("covariance", [True, False])
 def test_a_weight_of_any_condition_gets_a_basis(M: int, N: int, dtype: torch.dtype, covariance: bool) -> None:
-    """Of low rank, nearly so, and zero."""
+    """The weights are of low rank, nearly of low rank, and zero."""
     W, C = correlated(M, N, 500)
     low = W[:, :8] @ torch.randn(8, N, generator=torch.Generator().manual_seed(1))
     for weight in (low, low + 1e-3 * W, torch.zeros(M, N)):
@@ -157,21 +155,21 @@ def test_a_weight_of_any_condition_gets_a_basis(M: int, N: int, dtype: torch.dty
             assert accuracy(weight.to(dtype), C if covariance else None, found.T).excess.max() < 2e-6
 
 
-def test_a_stack_of_layers_is_solved_as_each_of_them() -> None:
-    """As on a GPU."""
+def test_a_stack_of_layers_is_solved_like_single_layers() -> None:
+    """GPUs solve stacks of layers."""
     for M, N in ((48, 48), (80, 32), (32, 80)):
         pairs = [correlated(M, N, 500 + i) for i in range(3)]
         for with_c in (True, False):
             W, C = torch.stack([W for W, _ in pairs]), torch.stack([C for _, C in pairs]) if with_c else None
-            for one, (W_MN, C_NN) in zip(basis(W, C), pairs, strict=True):
-                assert accuracy(W_MN, C_NN if with_c else None, one.T).excess.max() < 1e-6
+            for basis_MK, (W_MN, C_NN) in zip(basis(W, C), pairs, strict=True):
+                assert accuracy(W_MN, C_NN if with_c else None, basis_MK.T).excess.max() < 1e-6
 
 
-# ---- gathering
+# ---- gathering covariances
 
 
-def test_layers_that_share_an_input_share_its_second_moment(model: Any, golden_tokens: torch.Tensor) -> None:
-    """Layers with fewer outputs than inputs have that of their outputs instead."""
+def test_layers_with_the_same_input_share_its_covariance(model: Any, golden_tokens: torch.Tensor) -> None:
+    """Layers with fewer outputs than inputs gather the covariance of their outputs instead."""
     linears = find_linears(model)
     C = activation_covariances(model, linears, golden_tokens[:8])
     layer = "model.layers.1."
@@ -179,21 +177,21 @@ def test_layers_that_share_an_input_share_its_second_moment(model: Any, golden_t
     assert (C[layer + "self_attn.q_proj"] is C[layer + "self_attn.k_proj"]) == square
     assert C[layer + "mlp.gate_proj"] is C[layer + "mlp.up_proj"]
     assert C[layer + "self_attn.q_proj"] is not C[layer + "self_attn.o_proj"]
-    seen: dict[str, torch.Tensor] = {}
+    activations: dict[str, torch.Tensor] = {}
     handles = [
-        model.get_submodule(layer + "mlp.up_proj").register_forward_hook(lambda _, args, y: seen.update(up=args[0].flatten(0, 1))),
-        model.get_submodule(layer + "mlp.down_proj").register_forward_hook(lambda _, args, y: seen.update(down=y.flatten(0, 1))),
+        model.get_submodule(layer + "mlp.up_proj").register_forward_hook(lambda _, args, y: activations.update(up=args[0].flatten(0, 1))),
+        model.get_submodule(layer + "mlp.down_proj").register_forward_hook(lambda _, args, y: activations.update(down=y.flatten(0, 1))),
     ]
     with torch.no_grad():
         model(input_ids=golden_tokens[:8])
     for handle in handles:
         handle.remove()
-    for name, X in seen.items():
+    for name, X in activations.items():
         torch.testing.assert_close(C[f"{layer}mlp.{name}_proj"], X.T @ X / len(X), rtol=1e-4, atol=1e-5)
 
 
-def test_a_bias_is_no_part_of_what_is_gathered() -> None:
-    """W C W^T holds for Wx, so a layer with a bias gathers its inputs, however wide."""
+def test_a_layer_with_a_bias_gathers_its_inputs() -> None:
+    """The covariance of the outputs is W C W^T only without a bias, so a layer with a bias gathers its inputs at any width."""
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(12, 4))
     X = torch.randn(100, 12)
@@ -201,7 +199,7 @@ def test_a_bias_is_no_part_of_what_is_gathered() -> None:
     torch.testing.assert_close(C, X.T @ X / X.numel(), rtol=1e-4, atol=1e-6)
 
 
-def test_little_memory_gives_several_groups_and_the_same_bases(solve_all: Callable[..., tuple[Directions, int]]) -> None:
+def test_several_groups_for_little_memory_give_the_same_bases(solve_all: Callable[..., tuple[Directions, int]]) -> None:
     in_one, passes = solve_all()
     in_many, more = solve_all(covariance_bytes=1)
     assert passes == 2, "two batches of four windows"
@@ -218,18 +216,18 @@ def test_groups_stay_within_the_limit_and_count_a_shared_input_once() -> None:
     assert grouped(linears, [], 800) == [["a", "b"], ["c", "d"]]
 
 
-def test_a_pass_ends_with_the_last_layer_that_is_wanted(model: Any, golden_tokens: torch.Tensor) -> None:
+def test_a_pass_ends_after_the_last_requested_layer(model: Any, golden_tokens: torch.Tensor) -> None:
     linears = {name: layer for name, layer in find_linears(model).items() if ".layers.0." in name}
     later: list[int] = []
     handle = model.get_submodule("model.layers.1").register_forward_pre_hook(lambda _, args: later.append(1))
     C = activation_covariances(model, linears, golden_tokens[:12])
     handle.remove()
-    assert len(later) == 1, "the first batch tells which is the last"
-    everything = activation_covariances(model, find_linears(model), golden_tokens[:12])
-    assert all(torch.equal(C[name], everything[name]) for name in linears)
+    assert len(later) == 1, "only the first batch may run past the last requested layer"
+    all_layers = activation_covariances(model, find_linears(model), golden_tokens[:12])
+    assert all(torch.equal(C[name], all_layers[name]) for name in linears)
 
 
-def test_what_is_never_called_is_named(model: Any, golden_tokens: torch.Tensor) -> None:
+def test_layers_that_are_never_called_are_named(model: Any, golden_tokens: torch.Tensor) -> None:
     model.model.layers[0].extra = nn.Linear(8, 8)
     with pytest.raises(BaseModelError, match=r"1 layers are never called.*extra"):
         list(bases(model, find_linears(model), RECIPE, golden_tokens))
@@ -237,7 +235,7 @@ def test_what_is_never_called_is_named(model: Any, golden_tokens: torch.Tensor) 
         list(bases(model, find_linears(model), RECIPE, golden_tokens, covariance_bytes=1))
 
 
-def test_threads_are_put_back(solve_all: Callable[..., tuple[Directions, int]]) -> None:
+def test_the_number_of_threads_is_restored(solve_all: Callable[..., tuple[Directions, int]]) -> None:
     threads = torch.get_num_threads()
     svd = replace(RECIPE, basis="svd")
     alone, _ = solve_all(svd)
@@ -254,7 +252,7 @@ def test_threads_are_put_back(solve_all: Callable[..., tuple[Directions, int]]) 
 
 @pytest.mark.parametrize("kind", ["covariance", "svd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_what_is_cached_is_not_computed_and_the_same(
+def test_cached_bases_are_the_same_and_not_computed_again(
     model: Any, solve_all: Callable[..., tuple[Directions, int]], tmp_path: Path, kind: Any, dtype: torch.dtype
 ) -> None:
     model.to(dtype)
@@ -269,7 +267,7 @@ def test_what_is_cached_is_not_computed_and_the_same(
     assert steps == [(i + 1, len(again)) for i in range(len(again))]
 
 
-def test_a_broken_file_is_computed_anew(solve_all: Callable[..., tuple[Directions, int]], tmp_path: Path) -> None:
+def test_a_broken_cache_file_is_computed_again(solve_all: Callable[..., tuple[Directions, int]], tmp_path: Path) -> None:
     cache = BasisCache(tmp_path)
     first, _ = solve_all(cache=cache)
     truncated, empty, foreign, *_ = sorted(tmp_path.iterdir())
@@ -288,14 +286,14 @@ def test_a_changed_exclude_reuses_the_rest(solve_all: Callable[..., tuple[Direct
     cache = BasisCache(tmp_path)
     some, _ = solve_all(replace(RECIPE, exclude=("layers.0.mlp",)), cache=cache)
     files = {path: path.stat().st_ino for path in tmp_path.iterdir()}
-    everything, passes = solve_all(cache=cache)
+    all_layers, passes = solve_all(cache=cache)
     assert passes == 2
-    assert all(path.stat().st_ino == inode for path, inode in files.items()), "not written again"
-    assert len(list(tmp_path.iterdir())) == len(everything) > len(some)
+    assert all(path.stat().st_ino == inode for path, inode in files.items()), "existing files were written again"
+    assert len(list(tmp_path.iterdir())) == len(all_layers) > len(some)
     assert solve_all(replace(RECIPE, exclude=("layers.1",)), cache=cache)[1] == 0
 
 
-def test_what_decides_a_basis_is_in_its_name(
+def test_the_cache_key_depends_on_all_inputs_of_a_basis(
     model: Any, solve_all: Callable[..., tuple[Directions, int]], golden_tokens: torch.Tensor, tmp_path: Path
 ) -> None:
     cache = BasisCache(tmp_path)
@@ -313,15 +311,15 @@ def test_what_decides_a_basis_is_in_its_name(
     other[0, 0] += 1
     assert misses(windows=other) == layers
     other[8] += 1
-    assert misses(windows=other) == 0, "windows that are not sampled"
+    assert misses(windows=other) == 0, "windows after the sampled ones do not matter"
     assert misses(recipe=replace(svd, sample_windows=9)) == 0
     with torch.no_grad():
         model.get_submodule("model.layers.1.mlp.down_proj").weight[3, 5] += 1e-3
     assert misses(recipe=svd) == 1
-    assert misses() == layers, "other layers' inputs may have changed"
+    assert misses() == layers, "a changed weight may change the inputs of every layer"
 
 
-def test_what_was_used_longest_ago_makes_room(tmp_path: Path) -> None:
+def test_the_least_recently_used_basis_is_evicted(tmp_path: Path) -> None:
     directions = torch.eye(16)
     BasisCache(tmp_path / "one").put("a", directions)
     size = next((tmp_path / "one").iterdir()).stat().st_size
@@ -336,7 +334,7 @@ def test_what_was_used_longest_ago_makes_room(tmp_path: Path) -> None:
     assert not list((tmp_path / "many").iterdir())
 
 
-def test_without_a_place_to_write_it_goes_on(
+def test_an_unwritable_cache_is_only_a_warning(
     solve_all: Callable[..., tuple[Directions, int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -346,7 +344,7 @@ def test_without_a_place_to_write_it_goes_on(
     assert "cannot be written" in caplog.text
 
 
-def test_who_starts_at_the_same_time_waits_and_computes_nothing(tmp_path: Path) -> None:
+def test_concurrent_runs_wait_for_the_first_and_compute_nothing(tmp_path: Path) -> None:
     together, computed = Barrier(4), []
 
     def work(_: int) -> None:
@@ -364,26 +362,26 @@ def test_who_starts_at_the_same_time_waits_and_computes_nothing(tmp_path: Path) 
     assert computed == ["a", "b"]
     (tmp_path / "file").touch()
     with BasisCache(tmp_path / "file").turn(["a"]):
-        pass  # where nothing can be written, nobody waits
+        pass  # does not wait, because the folder cannot be written
 
 
 def test_a_cached_basis_is_mapped_and_outlives_its_file(tmp_path: Path) -> None:
     cache = BasisCache(tmp_path)
     cache.put("a", torch.arange(4.0).view(2, 2))
-    one, other = (cache.get("a", (2, 2), torch.float32) for _ in range(2))
-    assert one is not None and other is not None
+    first, second = (cache.get("a", (2, 2), torch.float32) for _ in range(2))
+    assert first is not None and second is not None
     (tmp_path / "a.safetensors").unlink()
-    one[0, 0] = 5.0
-    assert one[0, 0] == 5.0 and other[0, 0] == 0.0, "each writer has its own copy"
+    first[0, 0] = 5.0
+    assert first[0, 0] == 5.0 and second[0, 0] == 0.0, "a write changed the other mapping"
 
 
-def test_parametrize_keeps_its_bases(small_base: str, golden_tokens: torch.Tensor, tmp_path: Path) -> None:
-    """The same model with and without the cache, adapters included."""
+def test_parametrize_gives_the_same_model_with_and_without_the_cache(small_base: str, golden_tokens: torch.Tensor, tmp_path: Path) -> None:
+    """All parameters and buffers are equal, including the adapters."""
     cache = BasisCache(tmp_path)
     states = []
-    for kept in (None, cache, cache):
+    for used_cache in (None, cache, cache):
         model = load_base(small_base, "float32").model
-        parametrize(model, RECIPE, golden_tokens, cache=kept)
+        parametrize(model, RECIPE, golden_tokens, cache=used_cache)
         states.append([*model.named_parameters(), *model.named_buffers()])
     for state in states[1:]:
         assert all(name == other and torch.equal(a, b) for (name, a), (other, b) in zip(states[0], state, strict=True))
@@ -392,14 +390,14 @@ def test_parametrize_keeps_its_bases(small_base: str, golden_tokens: torch.Tenso
 # ---- several processes
 
 
-def _one_of(rank: int, size: int, folder: str, small_base: str) -> None:
+def _process(rank: int, size: int, folder: str, small_base: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
     model = load_base(small_base, "float32").model
     windows = load_file(GOLDEN / "batches.safetensors")["batches"].long()
     cache = BasisCache(Path(folder) / "cache") if rank == 0 else BasisCache(Path(folder) / "nowhere")
-    feed = Feeding()
-    for turn, exclude in enumerate((("layers.0",), (), ())):  # without a cache, with a part, with all of it
+    feed = CountingFeed()
+    for turn, exclude in enumerate((("layers.0",), (), ())):  # with an empty, a partial and a complete cache
         linears = find_linears(model, exclude)
         found = dict(bases(model, linears, RECIPE, windows, feed, cache, covariance_bytes=10**9 if turn else 1))
         torch.save((found, feed.calls), f"{folder}/{rank}-{turn}.pt")
@@ -411,7 +409,7 @@ def test_processes_share_the_work(model: Any, golden_tokens: torch.Tensor, small
     linears = find_linears(model)
     C = activation_covariances(model, linears, golden_tokens[: RECIPE.sample_windows])
     alone = solve(linears, C)
-    spawn(_one_of, (2, str(tmp_path), small_base), nprocs=2)
+    spawn(_process, (2, str(tmp_path), small_base), nprocs=2)
     assert not (tmp_path / "nowhere").exists()
     turns = [[torch.load(tmp_path / f"{rank}-{turn}.pt") for rank in (0, 1)] for turn in range(3)]
     for turn, ((found, calls), (others, other_calls)) in enumerate(turns):

@@ -1,4 +1,4 @@
-"""float64 is a dtype like the others: nothing on the way from weights to scores, files and exports is rounded to 32 bit."""
+"""float64 works like the other dtypes: no value is rounded to 32 bit between weights, scores, files and exports."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ RECIPE = Recipe(
 
 
 def is_rounded(values: Tensor) -> bool:
-    """Whether float32 could hold these numbers, too."""
+    """Return whether float32 can represent these numbers exactly."""
     return torch.equal(values.float().double(), values)
 
 
@@ -46,20 +46,20 @@ def base(small_base: str) -> Base:
 
 
 @pytest.fixture(scope="module")
-def tensors_seen() -> dict[str, Tensor]:
+def state_tensors() -> dict[str, Tensor]:
     """The state's tensors during pruning and post-tuning, filled by `calibrated_64`."""
     return {}
 
 
 @pytest.fixture(scope="module")
-def calibrated_64(small_base: str, golden_tokens: Tensor, tensors_seen: dict[str, Tensor]) -> tuple[Base, Calibration]:
+def calibrated_64(small_base: str, golden_tokens: Tensor, state_tensors: dict[str, Tensor]) -> tuple[Base, Calibration]:
     def observe(reports: list[StepReport], state: CalibrationState) -> None:
         phase = reports[-1].phase
-        tensors_seen[f"{phase}/score"], tensors_seen[f"{phase}/crossing"] = state.scores.score, state.scores.crossing
+        state_tensors[f"{phase}/score"], state_tensors[f"{phase}/crossing"] = state.scores.score, state.scores.crossing
         for name, param in state.params.items():
-            tensors_seen[f"{phase}/{name}"] = param.detach().clone()
+            state_tensors[f"{phase}/{name}"] = param.detach().clone()
             for key in ("exp_avg", "exp_avg_sq"):
-                tensors_seen[f"{phase}/{name}/{key}"] = state.optimizer.state[param][key].clone()
+                state_tensors[f"{phase}/{name}/{key}"] = state.optimizer.state[param][key].clone()
 
     base = load_base(small_base, "float64")
     parametrize(base.model, RECIPE, golden_tokens)
@@ -82,13 +82,13 @@ def test_sums_of_16_and_32_bit_are_in_float32_and_of_float64_in_float64() -> Non
 
 
 def test_every_tensor_and_loss_of_a_calibration_is_in_float64(
-    calibrated_64: tuple[Base, Calibration], tensors_seen: dict[str, Tensor]
+    calibrated_64: tuple[Base, Calibration], state_tensors: dict[str, Tensor]
 ) -> None:
     _, calibration = calibrated_64
-    assert {name.partition("/")[0] for name in tensors_seen} == {"prune", "post_tune"}
-    assert any(name.endswith("mask/exp_avg") for name in tensors_seen)
-    assert {name for name, tensor in tensors_seen.items() if tensor.dtype != torch.float64} == set()
-    for name, tensor in tensors_seen.items():
+    assert {name.partition("/")[0] for name in state_tensors} == {"prune", "post_tune"}
+    assert any(name.endswith("mask/exp_avg") for name in state_tensors)
+    assert {name for name, tensor in state_tensors.items() if tensor.dtype != torch.float64} == set()
+    for name, tensor in state_tensors.items():
         assert not tensor.any() or not is_rounded(tensor), name
     for values in (report.loss for report in calibration.history), (report.task_loss for report in calibration.history):
         assert not is_rounded(torch.tensor([value for value in values if value is not None], dtype=torch.float64))
@@ -102,10 +102,10 @@ def test_scores_that_need_no_pruning_are_in_float64(small_base: str, golden_toke
     assert score.dtype == torch.float64 and not is_rounded(score)
 
 
-def test_moments_and_bases_are_exact_to_float64(base: Base, golden_tokens: Tensor) -> None:
+def test_covariances_and_bases_are_exact_to_float64(base: Base, golden_tokens: Tensor) -> None:
     linears = find_linears(base.model)
-    found = activation_covariances(base.model, linears, golden_tokens[:4])
-    for name, C in found.items():
+    covariances = activation_covariances(base.model, linears, golden_tokens[:4])
+    for name, C in covariances.items():
         assert C.dtype == torch.float64 and not is_rounded(C), name
         W = weight_MN(linears[name])
         for U in (basis(W, C), basis(W, None)):
@@ -114,29 +114,29 @@ def test_moments_and_bases_are_exact_to_float64(base: Base, golden_tokens: Tenso
             torch.testing.assert_close(core.left.read().T @ core.right.read(), W, rtol=0, atol=1e-12)
 
 
-def test_the_divergence_and_its_gradient() -> None:
+def test_the_divergence_and_its_gradient_are_exact_to_float64() -> None:
     torch.manual_seed(0)
-    ours, theirs = (3 * torch.randn(2, 5, 50, dtype=torch.float64) for _ in range(2))
+    logits_BTV, base_BTV = (3 * torch.randn(2, 5, 50, dtype=torch.float64) for _ in range(2))
     ids = torch.randint(50, (2, 5))
-    one, other = ours.clone().requires_grad_(), ours.clone().requires_grad_()
-    kl, own = losses.Divergence.apply(one, theirs, losses.next_token.labels(ids))  # type: ignore[misc]
-    expected = F.kl_div(other.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="sum") / 10
+    fused, plain = logits_BTV.clone().requires_grad_(), logits_BTV.clone().requires_grad_()
+    kl, task_loss = losses.Divergence.apply(fused, base_BTV, losses.next_token.labels(ids))  # type: ignore[misc]
+    expected = F.kl_div(plain.log_softmax(-1), base_BTV.log_softmax(-1), log_target=True, reduction="sum") / 10
     kl.backward()
     expected.backward()
-    assert kl.dtype == own.dtype == torch.float64
+    assert kl.dtype == task_loss.dtype == torch.float64
     torch.testing.assert_close(kl, expected, rtol=1e-13, atol=0)
-    torch.testing.assert_close(own, losses.next_token.loss(ours, ids), rtol=1e-13, atol=0)
-    torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(task_loss, losses.next_token.loss(logits_BTV, ids), rtol=1e-13, atol=0)
+    torch.testing.assert_close(fused.grad, plain.grad, rtol=1e-12, atol=1e-15)
 
 
-def test_a_calibration_in_4_bit_runs_around_a_float64_model(small_base: str, golden_tokens: Tensor) -> None:
+def test_a_calibration_in_4_bit_runs_with_a_float64_model(small_base: str, golden_tokens: Tensor) -> None:
     base, recipe = load_base(small_base, "float64"), replace(RECIPE, quantize="nf4")
     cores = parametrize(base.model, recipe, golden_tokens)
     assert 0 < trial_step(base.model, TokenBatches(golden_tokens, 4), recipe) < 10
     assert {core.left.dtype for core in cores.values()} == {torch.float64}
 
 
-# ---- its files
+# ---- the artifact
 
 
 def test_size_one_of_the_artifact_is_the_base_bit_for_bit(artifact_64: Artifact, base: Base, heldout_tokens: Tensor) -> None:
@@ -153,7 +153,7 @@ def test_size_one_of_the_artifact_is_the_base_bit_for_bit(artifact_64: Artifact,
 def test_every_form_of_a_size_computes_the_same(
     artifact_64: Artifact, calibrated_64: tuple[Base, Calibration], heldout_tokens: Tensor, tmp_path: Path
 ) -> None:
-    """As calibrated, resident, materialized, exported; and its bytes are those of 8-byte numbers."""
+    """The calibrated, resident, materialized and exported models agree, and the weights take 8 bytes per number."""
     any_size = artifact_64.load()
     cut = any_size.resize(0.5)
     expected = logits(any_size.model, heldout_tokens[:2])
@@ -180,7 +180,7 @@ def test_a_fine_tuned_size_stays_in_float64(artifact_64: Artifact, golden_tokens
         assert {entry.dtype for entry in tuned.tensors(file).entries.values()} == {torch.float64}
 
 
-def test_pivots_and_what_they_are_spread_to_are_exact_to_float64() -> None:
+def test_pivots_and_their_factors_are_exact_to_float64() -> None:
     torch.manual_seed(0)
     left, right, x = (torch.randn(*shape, dtype=torch.float64) for shape in ((40, 8), (8, 30), (5, 30)))
     layer = PivotLinear.of(left, right, None, torch.float64)

@@ -1,8 +1,8 @@
-"""It is ACIP before it is more: the paper's settings replay two recorded runs of the published implementation.
+"""The calibration with the settings of the paper replays two recorded runs of the published implementation.
 
-In float64 the replay is the recorded run step by step, on any CPU, whether the SVD is LAPACK's, which the recording started from, or ours.
-In float32 the first steps are the recorded ones, and the others stay close. The recorded loss includes the L1 term in post-tuning, where
-it is constant; ours does not.
+In float64 the replay equals the recorded run step by step on any CPU, both with the SVD of LAPACK, which the recording used, and with the
+SVD of acip. In float32 the first steps are equal and the others stay close. In post-tuning the recorded loss includes the L1 term, which
+is constant then; the loss of acip does not.
 """
 
 from pathlib import Path
@@ -53,7 +53,7 @@ def lapack_bases(model: Any, recipe: Recipe, folder: Path) -> BasisCache:
 
 
 def replayed(small_base: str, recording: Recording, bases: Path | None) -> Replay:
-    """Calibrate as it was recorded; with LAPACK's SVD where `bases` is a folder for them."""
+    """Calibrate as recorded. If `bases` is a folder, use the SVD of LAPACK and cache its bases there."""
     base, recipe = recording.base(small_base), recipe_of(recording)
     parametrize(base.model, recipe, cache=None if bases is None else lapack_bases(base.model, recipe, bases))
     with torch.no_grad():
@@ -83,8 +83,8 @@ def by_layer(calibration: Calibration) -> dict[str, torch.Tensor]:
     return {name: calibration.scores.of(name) for name in calibration.scores.names}
 
 
-def test_the_directions_of_our_svd_are_the_recorded_ones(small_base: str) -> None:
-    """Up to sign; where singular values lie close together, up to a rotation among them."""
+def test_the_directions_of_the_svd_are_the_recorded_ones(small_base: str) -> None:
+    """Directions are equal up to sign. Those of nearly equal singular values may be rotated among each other."""
     recording = Recording("float32")
     model = load_base(small_base, "float32").model
     parametrize(model, recipe_of(recording))
@@ -106,27 +106,27 @@ def test_every_adapter_is_the_recorded_one(replay: Replay, recorded: Recording) 
     base, _ = replay
     for name, layer in elastic(base.model).items():
         for part in ("A", "B"):
-            ours = getattr(layer.loras["layer"], part).detach()
-            torch.testing.assert_close(ours, recorded.final_adapters[f"model.{name}.lora_{part}.default.weight"], rtol=0, atol=1e-10)
+            adapter = getattr(layer.loras["layer"], part).detach()
+            torch.testing.assert_close(adapter, recorded.final_adapters[f"model.{name}.lora_{part}.default.weight"], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("reset", ["", "reset_"])
 @pytest.mark.parametrize("size", SIZES)
 def test_logits_at_the_recorded_ranks(replay: Replay, recorded: Recording, size: str, reset: str) -> None:
-    """The recorded sizes leave ties whole, so at its ranks the kept directions are the same.
+    """The recorded sizes do not split equal scores, so the kept directions at the recorded ranks are the same.
 
-    `reset_`: layers that save nothing are the original ones again, without adapter (D.3).
+    `reset_`: layers that save nothing are dense and have no adapter (D.3 of the paper).
     """
     base, _ = replay
     ranks, layers = recorded.ranks(size), elastic(base.model)
     for shape in layer_shapes(base.model):
         rank = ranks[shape.name]
         layers[shape.name].set_rank(None if reset and rank * (shape.M + shape.N) >= shape.M * shape.N else rank)
-    theirs = recorded.probe[f"logits_{reset}{size}"]
-    torch.testing.assert_close(logits(base.model, recorded.probe["probe"].long()), theirs, rtol=0, atol=1e-10)
+    expected = recorded.probe[f"logits_{reset}{size}"]
+    torch.testing.assert_close(logits(base.model, recorded.probe["probe"].long()), expected, rtol=0, atol=1e-10)
 
 
-def test_the_loss_as_calibrated_is_the_recorded_one(replay: Replay, recorded: Recording) -> None:
+def test_the_loss_after_calibration_is_the_recorded_one(replay: Replay, recorded: Recording) -> None:
     base, calibration = replay
     for name, layer in elastic(base.model).items():
         layer.set_rank(int((calibration.scores.of(name) > 0).sum()))
@@ -135,7 +135,7 @@ def test_the_loss_as_calibrated_is_the_recorded_one(replay: Replay, recorded: Re
 
 
 def test_the_artifact_of_the_replay_computes_the_same(replay: Replay, recorded: Recording, tmp_path: Path) -> None:
-    """At size 0.4 most layers are factors: what is read from disk computes what the calibrated model computes."""
+    """At size 0.4, where most layers are factors, the model read from disk equals the calibrated one."""
     base, calibration = replay
     any_size = Artifact.save(tmp_path / "paper", base, calibration, {}).load()
     in_float64(any_size.model)
@@ -153,7 +153,7 @@ def test_in_float32_the_run_follows_the_recorded_one(replay_in_float32: Replay) 
 
 
 def test_both_precisions_start_from_the_same_inputs() -> None:
-    one, other = (Recording(dtype) for dtype in get_args(Precision))
-    assert {**one.config, "dtype": "", "steps": 0, "stop_step": 0} == {**other.config, "dtype": "", "steps": 0, "stop_step": 0}
+    first, second = (Recording(dtype) for dtype in get_args(Precision))
+    assert {**first.config, "dtype": "", "steps": 0, "stop_step": 0} == {**second.config, "dtype": "", "steps": 0, "stop_step": 0}
     for key in ("probe", "hold"):
-        assert torch.equal(one.probe[key], other.probe[key])
+        assert torch.equal(first.probe[key], second.probe[key])

@@ -1,4 +1,4 @@
-"""The baseline of the benchmarks is honest: it replays the recorded runs of the published implementation."""
+"""The literal baseline of the benchmarks replays the recorded runs of the published implementation."""
 
 import torch
 
@@ -27,8 +27,8 @@ def replayed(small_base: str, dtype: Precision) -> tuple[Recording, literal.Run]
     return recording, run
 
 
-def test_the_literal_baseline_is_the_recorded_run(small_base: str) -> None:
-    """In float64, where the calibration of this package is the recorded run, too (tests/acip/calibration/test_golden_replay.py)."""
+def test_the_literal_baseline_equals_the_recorded_run(small_base: str) -> None:
+    """The runs are equal in float64, as are those of acip (tests/acip/calibration/test_golden_replay.py)."""
     recording, run = replayed(small_base, "float64")
     assert_same_run(recording, run.history, run.stop_step, run.scores, l1=0.0)
 

@@ -1,4 +1,4 @@
-"""The loop: resumed equals never stopped, scores order, what goes wrong says so."""
+"""The calibration loop resumes bit for bit, orders directions by score, and explains failures."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
 
 
 @pytest.fixture(scope="module")
-def stopped_between_looks(
+def stopped_between_syncs(
     small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor, calibrated: tuple[object, Calibration]
 ) -> Calibration:
     """A run whose stop step is not a multiple of 2, 3 or 4: its stop ratio is the size that `calibrated` first reached at such a step."""
@@ -63,44 +63,44 @@ def stopped_between_looks(
 
 
 @pytest.mark.parametrize("look_every", [2, 3, 4])
-def test_it_never_matters_when_the_host_looks(
-    small_base: str, golden_tokens: torch.Tensor, stopped_between_looks: Calibration, look_every: int
+def test_the_sync_interval_does_not_change_the_result(
+    small_base: str, golden_tokens: torch.Tensor, stopped_between_syncs: Calibration, look_every: int
 ) -> None:
-    """The stop falls between two looks; the steps after it change nothing."""
-    straight, recipe = stopped_between_looks, stopped_between_looks.recipe
-    assert straight.stop_step % look_every, "arranged by the fixture"
+    """Pruning stops between two syncs with the host, and the steps after the stop change nothing."""
+    straight, recipe = stopped_between_syncs, stopped_between_syncs.recipe
+    assert straight.stop_step % look_every, "the fixture ensures this"
     base = load_base(small_base, recipe.dtype)
     parametrize(base.model, recipe, golden_tokens)
     calls = []
     batches = TokenBatches(golden_tokens, recipe.batch_size)
-    rare = calibrate(base.model, batches, recipe, observe=lambda reports, state: calls.append(len(reports)), look_every=look_every)
+    result = calibrate(base.model, batches, recipe, observe=lambda reports, state: calls.append(len(reports)), look_every=look_every)
     assert max(calls) == look_every
-    assert rare.history == straight.history
-    assert torch.equal(rare.scores.score, straight.scores.score)
-    assert torch.equal(rare.scores.crossing, straight.scores.crossing)
-    assert adapters_equal(rare, straight)
+    assert result.history == straight.history
+    assert torch.equal(result.scores.score, straight.scores.score)
+    assert torch.equal(result.scores.crossing, straight.scores.crossing)
+    assert adapters_equal(result, straight)
 
 
-def adapters_equal(one: Calibration, two: Calibration) -> bool:
-    ours, theirs = targets(one.model), targets(two.model)
-    pairs = [(lora, theirs[name].loras[place]) for name, core in ours.items() for place, lora in core.loras.items()]
+def adapters_equal(first: Calibration, second: Calibration) -> bool:
+    others = targets(second.model)
+    pairs = [(lora, others[name].loras[key]) for name, core in targets(first.model).items() for key, lora in core.loras.items()]
     return all(torch.equal(a, b) for lora, other in pairs for a, b in zip(lora.parameters(), other.parameters(), strict=True))
 
 
-def test_recomputed_activations_are_the_same(
+def test_gradient_checkpointing_gives_the_same_result(
     small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor, calibrated: tuple[object, Calibration]
 ) -> None:
     base = load_base(small_base, quick_recipe.dtype)
-    thrifty = Recipe.from_dict({"gradient_checkpointing": True}, quick_recipe)
-    parametrize(base.model, thrifty, golden_tokens)
-    calibration = calibrate(base.model, TokenBatches(golden_tokens, quick_recipe.batch_size), thrifty)
+    checkpointing = Recipe.from_dict({"gradient_checkpointing": True}, quick_recipe)
+    parametrize(base.model, checkpointing, golden_tokens)
+    calibration = calibrate(base.model, TokenBatches(golden_tokens, quick_recipe.batch_size), checkpointing)
     _, straight = calibrated
-    assert calibration.history == straight.history, "dropout included"
+    assert calibration.history == straight.history, "dropout must be the same as well"
     assert adapters_equal(calibration, straight)
     assert "forward" not in vars(base.model.get_submodule("model.layers.1"))
 
 
-def test_another_recipes_checkpoint_is_refused(
+def test_a_checkpoint_of_another_recipe_is_refused(
     small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor, calibrated: tuple[object, Calibration], tmp_path: Path
 ) -> None:
     def keep(reports: list[StepReport], state: CalibrationState) -> None:
@@ -122,7 +122,7 @@ def test_another_recipes_checkpoint_is_refused(
 
 def test_scores_order_by_the_step_and_then_by_the_moment_of_crossing() -> None:
     scores = ScoreMap.start({"a": torch.full((3,), 0.02), "b": torch.full((2,), 0.02)})
-    # step 1: a1 crosses at once, b0 late; step 2: a0 crosses; a2 and b1 live
+    # step 1: a1 crosses early, b0 late; step 2: a0 crosses; a2 and b1 remain
     one = torch.tensor([0.01, -0.03, 0.02, -0.001, 0.03])
     scores.update(torch.full((5,), 0.02), one)
     two = torch.tensor([-0.01, -0.04, 0.01, -0.002, 0.03])
@@ -133,7 +133,7 @@ def test_scores_order_by_the_step_and_then_by_the_moment_of_crossing() -> None:
     assert scores.importance()["b"].tolist() == [1, 0]
 
 
-def test_pruning_stops_in_the_recipes_convention(calibrated: tuple[object, Calibration], quick_recipe: Recipe) -> None:
+def test_pruning_stops_at_the_stop_ratio(calibrated: tuple[object, Calibration], quick_recipe: Recipe) -> None:
     _, calibration = calibrated
     pruning = [report for report in calibration.history if report.phase == "prune"]
     assert len(pruning) == calibration.stop_step
@@ -142,17 +142,17 @@ def test_pruning_stops_in_the_recipes_convention(calibrated: tuple[object, Calib
     assert pruning[-1].live == int((calibration.scores.score > 0).sum())
 
 
-def test_a_small_model_is_better_calibrated_than_cut_blindly(
+def test_calibration_beats_random_directions(
     small_artifact: Artifact,
     small_base: str,
     golden_tokens: torch.Tensor,
     heldout_tokens: torch.Tensor,
     calibrated: tuple[object, Calibration],
 ) -> None:
-    """At 0.6, against the same ranks with random directions: scores and adapters must be worth something."""
+    """At 0.6, the loss increase is clearly smaller than with random directions at the same ranks."""
     any_size = small_artifact.load()
     cut = any_size.resize(0.6)
-    ours = perplexity(any_size.model, heldout_tokens[:64], 16).loss
+    calibrated_loss = perplexity(any_size.model, heldout_tokens[:64], 16).loss
     torch.manual_seed(0)
     for name, layer in any_size.layers.items():
         rank = cut.ranks[name]
@@ -160,9 +160,9 @@ def test_a_small_model_is_better_calibrated_than_cut_blindly(
             keep = torch.randperm(layer.stored_rank)[:rank]
             layer.left.values[:rank] = layer.left.values[keep]
             layer.right.values[:rank] = layer.right.values[keep]
-    blind = perplexity(any_size.model, heldout_tokens[:64], 16).loss
-    base = perplexity(load_base(small_base, "float32").model, heldout_tokens[:64], 16).loss
-    assert ours - base < 0.8 * (blind - base)
+    random_loss = perplexity(any_size.model, heldout_tokens[:64], 16).loss
+    base_loss = perplexity(load_base(small_base, "float32").model, heldout_tokens[:64], 16).loss
+    assert calibrated_loss - base_loss < 0.8 * (random_loss - base_loss)
 
 
 def test_the_trial_step_changes_nothing(small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor) -> None:
@@ -173,7 +173,7 @@ def test_the_trial_step_changes_nothing(small_base: str, quick_recipe: Recipe, g
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in base.model.named_parameters())
 
 
-def test_what_can_go_wrong_says_so(small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor) -> None:
+def test_wrong_use_is_refused_with_a_reason(small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor) -> None:
     base = load_base(small_base, "float32")
     batches = TokenBatches(golden_tokens, 4)
     with pytest.raises(CalibrationError, match="parametrize"):
@@ -190,7 +190,7 @@ def test_what_can_go_wrong_says_so(small_base: str, quick_recipe: Recipe, golden
         calibrate(base.model, batches, slow)
 
 
-def test_a_diverging_run_stops_with_its_reason(small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor) -> None:
+def test_a_diverging_run_stops_with_a_reason(small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor) -> None:
     base = load_base(small_base, "float32")
     wild = Recipe.from_dict({"lr": 1e30}, quick_recipe)
     parametrize(base.model, wild, golden_tokens)
@@ -198,10 +198,10 @@ def test_a_diverging_run_stops_with_its_reason(small_base: str, quick_recipe: Re
         calibrate(base.model, TokenBatches(golden_tokens, 4), wild)
 
 
-def test_no_adapters(
+def test_calibration_works_without_adapters(
     small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor, tmp_path: Path, heldout_tokens: torch.Tensor
 ) -> None:
-    """D.2: masks alone. The artifact holds no adapter, and a size stores none."""
+    """Without adapters (D.2 of the paper), neither the artifact nor a size stores any."""
     base = load_base(small_base, "float32")
     bare = Recipe.from_dict({"adapter_rank": 0, "post_tune_steps": 0}, quick_recipe)
     parametrize(base.model, bare, golden_tokens)

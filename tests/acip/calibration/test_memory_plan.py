@@ -1,4 +1,4 @@
-"""Memory: what is predicted from shapes is what autograd keeps and what tensors take, and a refusal says what would fit."""
+"""The memory predicted from shapes matches what autograd saves and tensors occupy. A refusal names recipes that fit."""
 
 import weakref
 from collections.abc import Callable
@@ -68,13 +68,13 @@ def causal(name: str, dtype: Dtype = "float32", device: str = "cpu") -> nn.Modul
     return model.eval()
 
 
-def kept(model: nn.Module, recipe: Recipe, distill_weight: float) -> int:
-    """Bytes that autograd keeps of a forward pass, weights and the cross-entropy's probabilities apart."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+def saved_bytes(model: nn.Module, recipe: Recipe, distill_weight: float) -> int:
+    """Return the bytes that autograd saves in a forward pass, except weights and the probabilities of the cross-entropy."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     storages: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if (storage := tensor.untyped_storage()).data_ptr() not in own:
+        if (storage := tensor.untyped_storage()).data_ptr() not in weights:
             storages[storage.data_ptr()] = storage
         return tensor
 
@@ -92,32 +92,32 @@ def kept(model: nn.Module, recipe: Recipe, distill_weight: float) -> int:
     [{}, {"adapter_dropout": 0.05}, {"adapter": "layer", "adapter_dropout": 0.05}, {"quantize": "nf4"}],
     ids=["factors", "factors with dropout", "layer with dropout", "nf4"],
 )
-def test_activations_are_what_autograd_keeps(name: str, dtype: Dtype, changes: dict[str, Any]) -> None:
+def test_predicted_activations_match_what_autograd_saves(name: str, dtype: Dtype, changes: dict[str, Any]) -> None:
     model = causal(name, dtype)
     recipes = [
         replace(RECIPE, dtype=dtype, gradient_checkpointing=gradient_checkpointing, **changes) for gradient_checkpointing in (False, True)
     ]
-    said = [_Prediction(model, recipe, True, 1) for recipe in recipes]
+    predictions = [_Prediction(model, recipe, True, 1) for recipe in recipes]
     parametrize(model, recipes[0])
-    for recipe, prediction in zip(recipes, said, strict=True):
-        assert -0.05 < prediction.activations("prune")[0] / kept(model, recipe, 0.5) - 1 < 0.15
+    for recipe, prediction in zip(recipes, predictions, strict=True):
+        assert -0.05 < prediction.activations("prune")[0] / saved_bytes(model, recipe, 0.5) - 1 < 0.15
     state = CalibrationState.start(model, RECIPE)
     state.end_pruning(model, recipes[0])
     for core in state.layers.values():
         assert isinstance(core, ElasticLinear)
         core.train().set_rank(core.stored_rank)
-    for recipe, prediction in zip(recipes, said, strict=True):
-        assert -0.05 < prediction.activations("post-tune")[0] / kept(model, recipe, 1.0) - 1 < 0.15
+    for recipe, prediction in zip(recipes, predictions, strict=True):
+        assert -0.05 < prediction.activations("post-tune")[0] / saved_bytes(model, recipe, 1.0) - 1 < 0.15
 
 
-class Live(TorchDispatchMode):
-    """Bytes of the tensors that are alive, beside those of `model`. It doesn't see into threads, nor into operations."""
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of live tensors, including those of `model`, but not those of other threads or inside of operations."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.here = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
-        self.seen = {id(storage): weakref.ref(storage) for storage in self.here}
-        self.base = self.now = self.peak = sum(storage.nbytes() for storage in self.here)
+        self.weights = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+        self.storages = {id(storage): weakref.ref(storage) for storage in self.weights}
+        self.base = self.now = self.peak = sum(storage.nbytes() for storage in self.weights)
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -127,16 +127,16 @@ class Live(TorchDispatchMode):
 
     def track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if (known := self.seen.get(id(storage))) is None or known() is not storage:
-            self.seen[id(storage)] = weakref.ref(storage)
+        if (known := self.storages.get(id(storage))) is None or known() is not storage:
+            self.storages[id(storage)] = weakref.ref(storage)
             self.now += storage.nbytes()
             weakref.finalize(storage, self.free, storage.nbytes())
 
     def free(self, bytes_: int) -> None:
         self.now -= bytes_
 
-    def of(self, run: Callable[[], Any]) -> int:
-        """The peak while `run` runs."""
+    def peak_of(self, run: Callable[[], Any]) -> int:
+        """Return the peak during `run`."""
         self.peak = self.now
         with self:
             run()
@@ -146,24 +146,24 @@ class Live(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "quantize": "nf4"}], ids=str)
-def test_phases_take_what_was_predicted(name: str, dtype: Dtype, changes: dict[str, Any]) -> None:
+def test_phases_use_the_predicted_memory(name: str, dtype: Dtype, changes: dict[str, Any]) -> None:
     model, recipe = causal(name, dtype), replace(RECIPE, dtype=dtype, adapter_dropout=0.05, **changes)
-    said = {phase.name: phase.total for phase in predict(model, recipe).phases}
-    live = Live(model)
-    live.of(lambda: parametrize(model, recipe))
-    took = {"prune": live.of(lambda: trial_step(model, Batches(), recipe))}
-    took["scores"] = live.of(lambda: calibrate(model, Batches(), replace(recipe, post_tune_steps=0)))
-    for phase, bytes_ in took.items():
-        assert -0.05 < said[phase] / bytes_ - 1 < 0.16, phase
+    predicted = {phase.name: phase.total for phase in predict(model, recipe).phases}
+    live = LiveBytes(model)
+    live.peak_of(lambda: parametrize(model, recipe))
+    measured = {"prune": live.peak_of(lambda: trial_step(model, Batches(), recipe))}
+    measured["scores"] = live.peak_of(lambda: calibrate(model, Batches(), replace(recipe, post_tune_steps=0)))
+    for phase, bytes_ in measured.items():
+        assert -0.05 < predicted[phase] / bytes_ - 1 < 0.16, phase
 
 
 def test_a_prediction_needs_no_weights() -> None:
     for name in CAUSAL:
-        on_meta, here = (causal(name, device=device) for device in ("meta", "cpu"))
-        assert predict(on_meta, RECIPE, "cpu").peak == pytest.approx(predict(here, RECIPE).peak, rel=1e-3)
+        on_meta, on_cpu = (causal(name, device=device) for device in ("meta", "cpu"))
+        assert predict(on_meta, RECIPE, "cpu").peak == pytest.approx(predict(on_cpu, RECIPE).peak, rel=1e-3)
 
 
-def test_parts_of_a_known_model() -> None:
+def test_the_parts_of_llama_7b_are_predicted() -> None:
     config = LlamaConfig(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32
     )
@@ -200,7 +200,7 @@ def test_any_architecture_has_a_prediction() -> None:
         assert memory.worst.activations > 0
 
 
-def test_a_refusal_names_what_would_fit() -> None:
+def test_a_refusal_names_recipes_that_fit() -> None:
     model, recipe = causal("llama", device="meta"), replace(RECIPE, batch_size=4, seq_len=256, adapter_dropout=0.05)
     needed = predict(model, recipe).peak
     assert isinstance(check(model, recipe, 1.1 * needed), Memory)
@@ -225,9 +225,9 @@ def test_more_workers_are_the_last_resort() -> None:
         check(model, Recipe(), 80e9)
 
 
-def test_what_is_there(tmp_path: Path) -> None:
-    here = available(causal("llama"), torch.device("cpu"))
-    assert 1e6 < here < 1e15
+def test_available_memory_respects_control_groups(tmp_path: Path) -> None:
+    free_bytes = available(causal("llama"), torch.device("cpu"))
+    assert 1e6 < free_bytes < 1e15
     assert _control_group(tmp_path, tmp_path / "none") == float("inf")
 
     def group(folder: str, **files: object) -> None:
@@ -236,7 +236,7 @@ def test_what_is_there(tmp_path: Path) -> None:
             (tmp_path / folder / name.replace("__", ".")).write_text(f"{text}\n")
 
     own = tmp_path / "cgroup"
-    group("", memory__max=1000, memory__current=700, memory__stat="anon 5\ninactive_file 100")  # the parent is the tighter one
+    group("", memory__max=1000, memory__current=700, memory__stat="anon 5\ninactive_file 100")  # the limit of the parent is lower
     group("pod/box", memory__max="max", memory__current=1, memory__stat="")
     own.write_text("0::/pod/box\n")
     assert _control_group(tmp_path, own) == 400

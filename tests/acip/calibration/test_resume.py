@@ -1,4 +1,4 @@
-"""A worker is killed in the middle of its calibration: another goes on, and the result is the undisturbed one, bit for bit."""
+"""After a worker is killed during calibration, another one resumes, and the result equals an undisturbed run bit for bit."""
 
 import os
 import signal
@@ -39,19 +39,19 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path, small_base: str) -> None:
     text = log.read_text()
     assert "[killed] resuming from checkpoint" in text
     assert "[undisturbed] resuming" not in text
-    ours, theirs = (Path(Registry(settings).resolve(name).uri) for name in ("killed", "undisturbed"))
+    killed, undisturbed = (Path(Registry(settings).resolve(name).uri) for name in ("killed", "undisturbed"))
     tracking = Tracking(settings, "acip/small")
     for run in tracking.client.search_runs([tracking.experiment_id], "tags.model LIKE '%'"):
         steps = [metric.step for metric in tracking.client.get_metric_history(run.info.run_id, "loss_nats")]
-        assert steps == list(range(1, 151)), f"{run.info.run_name}: every step once"
+        assert steps == list(range(1, 151)), f"{run.info.run_name}: some steps are missing or logged twice"
     for file in ("order", "factors", "adapters"):
-        a, b = load_file(ours / f"{file}.safetensors"), load_file(theirs / f"{file}.safetensors")
+        a, b = load_file(killed / f"{file}.safetensors"), load_file(undisturbed / f"{file}.safetensors")
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a), file
 
 
 def test_ctrl_c_ends_a_fleet_at_once(tmp_path: Path, small_base: str) -> None:
-    """Its worker, too; what it had saved stays."""
+    """The worker ends as well, and the saved checkpoints stay."""
     fleet = write_fleet(
         tmp_path / "fleet.yaml", "lr: 3.0e-3, lambda_factor: 1.2, post_tune_steps: 100000", f"name: long, base: {small_base}"
     )
@@ -65,7 +65,7 @@ def test_ctrl_c_ends_a_fleet_at_once(tmp_path: Path, small_base: str) -> None:
             worker = worker_of("long", job, Path(Settings.from_env(env).runs), log)
             job.send_signal(signal.SIGINT)
             assert exit_code(job, log) == 130, log.read_text()
-            assert psutil.wait_procs([worker], timeout=PATIENCE_S)[1] == [], "its worker still runs"
+            assert psutil.wait_procs([worker], timeout=PATIENCE_S)[1] == [], "the worker still runs"
         finally:
             stop(job)
     assert "interrupted. Finished work is kept" in log.read_text()
@@ -74,7 +74,7 @@ def test_ctrl_c_ends_a_fleet_at_once(tmp_path: Path, small_base: str) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """What is started inside hears Ctrl-C, also where this process was started by a shell in the background, which ignores it."""
+    """Processes started inside handle Ctrl-C, even if a shell started this process in the background, where SIGINT is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -83,18 +83,18 @@ def interruptible() -> Iterator[None]:
 
 
 def worker_of(name: str, job: subprocess.Popen[bytes], runs: Path, log: Path) -> psutil.Process:
-    """The process that calibrates `name`, once it has left a checkpoint that counts."""
-    seen: set[Path] = set()
+    """Wait for a complete checkpoint of `name`, and return the process that calibrates it."""
+    known: set[Path] = set()
 
-    def look() -> psutil.Process | None:
+    def find() -> psutil.Process | None:
         assert job.poll() is None, f"the job ended before {name} had a checkpoint:\n{log.read_text()}"
-        there = set(runs.glob(f"{name}-*/step_*"))
-        gone = seen - there  # the oldest was deleted, so the controller has counted two younger ones
-        seen.update(there)
-        for process in psutil.Process(job.pid).children(recursive=True) if gone else ():
+        current = set(runs.glob(f"{name}-*/step_*"))
+        deleted = known - current  # the controller deletes the oldest checkpoint after it has registered two newer ones
+        known.update(current)
+        for process in psutil.Process(job.pid).children(recursive=True) if deleted else ():
             with suppress(psutil.NoSuchProcess):
                 if "RayTrainWorker" in " ".join(process.cmdline()) and f"{os.sep}{name}-" in process.cwd():
                     return process
         return None
 
-    return until(look, lambda: f"no worker of {name} with a checkpoint:\n{log.read_text()}")
+    return until(find, lambda: f"no worker of {name} with a checkpoint:\n{log.read_text()}")

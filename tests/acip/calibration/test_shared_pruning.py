@@ -1,4 +1,4 @@
-"""One trajectory, all stop ratios: each fork equals the calibration that ran by itself, bit for bit."""
+"""One shared pruning serves several stop ratios: each result equals that of a separate calibration, bit for bit."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ RATIOS = (0.95, 0.9, 0.8, 0.6)
 
 @pytest.fixture(scope="module")
 def hasty(quick_recipe: Recipe) -> Recipe:
-    """Prunes in fewer steps."""
+    """A recipe that prunes in fewer steps."""
     return replace(quick_recipe, sample_windows=16, batch_size=2, lambda_factor=1.4, post_tune_steps=4)
 
 
@@ -31,43 +31,45 @@ def fresh(base: str, recipe: Recipe, tokens: torch.Tensor) -> tuple[torch.nn.Mod
     return model, TokenBatches(tokens, recipe.batch_size)
 
 
-def kept_in(folder: Path) -> "tuple[dict[float, Path], object]":
-    where: dict[float, Path] = {}
+def keep_states(folder: Path) -> "tuple[dict[float, Path], object]":
+    """Return a dict of state folders by stop ratio, and the callback that saves the states and fills the dict."""
+    states: dict[float, Path] = {}
 
     def keep(ratios: list[float], state: CalibrationState) -> None:
-        place = folder / f"{state.step}"
-        place.mkdir(parents=True)
-        state.save(place)
-        where.update(dict.fromkeys(ratios, place))
+        target = folder / f"{state.step}"
+        target.mkdir(parents=True)
+        state.save(target)
+        states.update(dict.fromkeys(ratios, target))
 
-    return where, keep
+    return states, keep
 
 
-def same(one: Calibration, two: Calibration) -> bool:
-    scores = torch.equal(one.scores.score, two.scores.score) and torch.equal(one.scores.crossing, two.scores.crossing)
-    ours, theirs = ([replace(report, progress=0.0) for report in run.history] for run in (one, two))  # towards another stop ratio
-    return scores and adapters_equal(one, two) and one.stop_step == two.stop_step and ours == theirs
+def same(first: Calibration, second: Calibration) -> bool:
+    scores = torch.equal(first.scores.score, second.scores.score) and torch.equal(first.scores.crossing, second.scores.crossing)
+    # progress is relative to the stop ratio, so it differs
+    histories = [[replace(report, progress=0.0) for report in run.history] for run in (first, second)]
+    return scores and adapters_equal(first, second) and first.stop_step == second.stop_step and histories[0] == histories[1]
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {},  # the masks' order, sizes in post-tuning
-        {"scores": "gradient", "post_tune": "stop", "lambda_factor": 2.0},  # several ratios in one step; post-tuned as masks left it
+        {},  # scores in the order of the masks; post-tuning at sampled sizes
+        {"scores": "gradient", "post_tune": "stop", "lambda_factor": 2.0},  # several ratios in one step; post-tuning at the stop
         {"scores_until": 0.95, "total_steps": 45, "adapter": "layer", "convention": "paper", "post_tune_lr": 1e-3},
     ],
     ids=["order", "gradient", "frozen scores"],
 )
-def test_a_fork_equals_the_run_by_itself_bit_for_bit(
+def test_a_fork_equals_a_separate_run_bit_for_bit(
     small_base: str, hasty: Recipe, golden_tokens: torch.Tensor, tmp_path: Path, change: dict[str, object]
 ) -> None:
     recipe = Recipe.from_dict(change, hasty)
-    where, keep = kept_in(tmp_path)
+    states, keep = keep_states(tmp_path)
     prune(*fresh(small_base, recipe, golden_tokens), recipe, RATIOS, keep)  # type: ignore[arg-type]
-    assert set(where) == set(RATIOS)
+    assert set(states) == set(RATIOS)
     for ratio in RATIOS[2:]:
         own = replace(recipe, stop_ratio=ratio)
-        forked = calibrate(*fresh(small_base, own, golden_tokens), own, resume=where[ratio])
+        forked = calibrate(*fresh(small_base, own, golden_tokens), own, resume=states[ratio])
         straight = calibrate(*fresh(small_base, own, golden_tokens), own)
         assert same(forked, straight), ratio
         assert forked.table.order.equal(straight.table.order)
@@ -75,10 +77,10 @@ def test_a_fork_equals_the_run_by_itself_bit_for_bit(
         assert pruned[-1].size <= ratio < pruned[-2].size
 
 
-def test_a_trunk_goes_on_from_its_last_fork(small_base: str, hasty: Recipe, golden_tokens: torch.Tensor, tmp_path: Path) -> None:
-    straight, keep = kept_in(tmp_path / "straight")
+def test_a_shared_pruning_resumes_from_its_last_fork(small_base: str, hasty: Recipe, golden_tokens: torch.Tensor, tmp_path: Path) -> None:
+    straight, keep = keep_states(tmp_path / "straight")
     prune(*fresh(small_base, hasty, golden_tokens), hasty, RATIOS, keep)  # type: ignore[arg-type]
-    resumed, keep = kept_in(tmp_path / "resumed")
+    resumed, keep = keep_states(tmp_path / "resumed")
     prune(*fresh(small_base, hasty, golden_tokens), hasty, RATIOS, keep, resume=straight[0.8])  # type: ignore[arg-type]
     assert set(resumed) == {ratio for ratio in RATIOS if straight[ratio] != straight[0.8] and ratio < 0.8}
     for ratio, folder in resumed.items():
@@ -86,25 +88,25 @@ def test_a_trunk_goes_on_from_its_last_fork(small_base: str, hasty: Recipe, gold
             assert (folder / file).read_bytes() == (straight[ratio] / file).read_bytes(), ratio
 
 
-def test_what_was_reached_is_kept_where_the_rest_is_not(
+def test_reached_ratios_are_kept_when_a_later_ratio_fails(
     small_base: str, hasty: Recipe, golden_tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    whole, keep = kept_in(tmp_path / "whole")
+    whole, keep = keep_states(tmp_path / "whole")
     prune(*fresh(small_base, hasty, golden_tokens), hasty, (0.95,), keep)  # type: ignore[arg-type]
     step = int(whole[0.95].name)
-    where, keep = kept_in(tmp_path / "short")
+    states, keep = keep_states(tmp_path / "short")
     short = replace(hasty, max_prune_steps=step)
     with pytest.raises(CalibrationError, match=rf"stop ratio 0.05 was not reached in max_prune_steps = {step}"):
         prune(*fresh(small_base, short, golden_tokens), short, (0.95, 0.05), keep)  # type: ignore[arg-type]
-    assert set(where) == {0.95}
+    assert set(states) == {0.95}
 
 
-def test_who_shares_a_trunk() -> None:
+def test_recipes_that_differ_only_after_pruning_share_it() -> None:
     recipes = [
         paper(),
         replace(paper(), stop_ratio=0.7),
         replace(paper(), lambda_factor=1.1),
-        Recipe(),  # Fisher scores: nothing is pruned
+        Recipe(),  # Fisher scores: no pruning
         replace(paper(), lambda_factor=1.1, stop_ratio=0.9, post_tune_lr=1e-3, distill_weight=1.0, post_tune="sizes"),
         replace(paper(), post_tune_steps=10),  # reads less text
     ]

@@ -1,4 +1,4 @@
-"""`num_workers: 2` in a fleet file: two Ray Train workers share one base model, with the outcome of one worker."""
+"""With `num_workers: 2` in a fleet file, two Ray Train workers share one base model and give the result of one worker."""
 
 import os
 import subprocess
@@ -34,17 +34,17 @@ def test_two_workers_calibrate_one_model(tmp_path: Path, small_base: str) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     settings = Settings.from_env(env)
     one, two = (Artifact.open(Registry(settings).resolve(name).uri) for name in ("one", "two"))
-    assert list(Path(settings.runs).glob("two-*/step_*")), "its checkpoints count"
+    assert list(Path(settings.runs).glob("two-*/step_*")), "the two workers saved no checkpoint"
     scores = []
     for artifact in (one, two):
         scores.append(torch.argsort(torch.argsort(artifact.tensors("order").read(["score"])["score"])).double())
     assert float(torch.corrcoef(torch.stack(scores))[0, 1]) > 0.999
-    for ours, theirs in zip(two.curve, one.curve, strict=True):
-        assert ours["params"] == theirs["params"]
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=0.01)
+    for row, expected in zip(two.curve, one.curve, strict=True):
+        assert row["params"] == expected["params"]
+        assert row["loss"] == pytest.approx(expected["loss"], abs=0.01)
 
 
-def test_a_number_of_workers_that_cannot_be(tmp_path: Path, small_base: str) -> None:
+def test_an_impossible_number_of_workers_is_refused(tmp_path: Path, small_base: str) -> None:
     file = tmp_path / "fleet.yaml"
     for number in (0, 3):
         with pytest.raises(FleetError, match=r"line 11: num_workers is .; it must be at least 1 and divide batch_size, which is 4"):

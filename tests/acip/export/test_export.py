@@ -1,4 +1,4 @@
-"""An export is the model of its size and nothing less: the same logits, falling bytes, no foreign code, nothing half written."""
+"""An export has the logits and bytes of its size, needs only its own code, and is never written partially."""
 
 import json
 import os
@@ -29,10 +29,10 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.parametrize("storage", ["pivot", "factors"])
 @pytest.mark.parametrize("size", [1.0, 0.85, 0.45])
-def test_an_export_is_what_was_materialized(
+def test_an_export_equals_the_materialized_model(
     small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path: Path, size: float, storage: Any
 ) -> None:
-    """Bit for bit; and its weights take the bytes that the cut counted, not one more."""
+    """The logits are equal bit for bit, and the weights have exactly the bytes of the cut."""
     sizes = small_artifact.load()
     sizes.table = replace(sizes.table, storage=storage, _kept={})
     cut = sizes.resize(size)
@@ -43,10 +43,10 @@ def test_an_export_is_what_was_materialized(
     assert sum(p.numel() for p in loaded.parameters()) == cut.params
     kinds = {type(loaded.get_submodule(name)) for name, rank in cut.ranks.items() if rank is not None}
     assert kinds == (set() if size == 1.0 else {PivotLinear if storage == "pivot" else LowRankLinear})
-    assert all(p.requires_grad for p in loaded.parameters()), "as every loaded model's"
+    assert all(p.requires_grad for p in loaded.parameters()), "parameters of a loaded model must be trainable"
 
 
-def test_bytes_fall_with_the_size(any_size: ElasticModel, small_artifact: Artifact, tmp_path: Path) -> None:
+def test_smaller_sizes_have_smaller_files(any_size: ElasticModel, small_artifact: Artifact, tmp_path: Path) -> None:
     on_disk = []
     for size in (1.0, 0.8, 0.6, 0.4):
         any_size.resize(size)
@@ -55,7 +55,7 @@ def test_bytes_fall_with_the_size(any_size: ElasticModel, small_artifact: Artifa
     assert on_disk == sorted(on_disk, reverse=True) and on_disk[-1] < 0.6 * on_disk[0]
 
 
-def test_shards_hold_the_same(any_size: ElasticModel, small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path: Path) -> None:
+def test_shards_give_the_same_model(any_size: ElasticModel, small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path: Path) -> None:
     cut = any_size.resize(0.6)
     export(any_size, small_artifact, tmp_path / "out", max_shard_size="300KB")
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
@@ -63,7 +63,7 @@ def test_shards_hold_the_same(any_size: ElasticModel, small_artifact: Artifact, 
     assert torch.equal(logits(read(tmp_path / "out"), heldout_tokens[:2]), logits(any_size.materialize(), heldout_tokens[:2]))
 
 
-def test_what_is_in_the_folder(exported: Path, any_size: ElasticModel, small_artifact: Artifact, small_base: str) -> None:
+def test_an_export_holds_the_expected_files(exported: Path, any_size: ElasticModel, small_artifact: Artifact, small_base: str) -> None:
     cut = any_size.resize(0.6)
     config = json.loads((exported / "config.json").read_text())
     assert (config["model_type"], config["base_model_type"], config["architectures"]) == ("acip", "llama", ["AcipLlamaForCausalLM"])
@@ -73,24 +73,24 @@ def test_what_is_in_the_folder(exported: Path, any_size: ElasticModel, small_art
     assert provenance["base"]["source"] == Path(small_base).name and provenance["recipe"] == small_artifact.manifest["recipe"]
     assert provenance["size"]["asked"] == 0.6 >= provenance["size"]["got"]
     for path in exported.iterdir():
-        assert str(Path(small_base).parent).encode() not in path.read_bytes(), "nothing of this machine's paths is published"
-    there = {path.name for path in exported.iterdir()}
-    assert there == {PROVENANCE, *provenance["files"]}
-    assert {"README.md", CODE, "model.safetensors", "tokenizer.json", "generation_config.json"} <= there
+        assert str(Path(small_base).parent).encode() not in path.read_bytes(), f"{path.name} contains a path of this machine"
+    files = {path.name for path in exported.iterdir()}
+    assert files == {PROVENANCE, *provenance["files"]}
+    assert {"README.md", CODE, "model.safetensors", "tokenizer.json", "generation_config.json"} <= files
     assert not {path.name for path in exported.parent.iterdir()} - {exported.name}
-    assert (exported / CODE).read_bytes() == (ROOT / "acip" / CODE).read_bytes(), "one copy of the code"
+    assert (exported / CODE).read_bytes() == (ROOT / "acip" / CODE).read_bytes(), "the code differs from that of acip"
 
 
-def test_a_copy_tells_nothing_of_this_machine(small_artifact: Artifact, tmp_path: Path) -> None:
+def test_a_copy_contains_no_path_of_this_machine(small_artifact: Artifact, tmp_path: Path) -> None:
     part = {"kind": "perplexity", "corpus": "/home/me/text.txt", "what": {"text": {"source": "/home/me/text.txt"}}}
-    said = {"kind": "samples", "samples": [{"prompt": "Where?", "text": "/etc is a folder"}]}
+    samples = {"kind": "samples", "samples": [{"prompt": "Where?", "text": "/etc is a folder"}]}
     manifest = {
         **small_artifact.manifest,
         "provenance": {
             "job": {"base": "/models/llama", "data": "file:///home/me/text.txt", "eval_data": "package:austen"},
             "checkpoint": "s3://bucket/runs/7", "finetuned": {"uri": "s3://bucket/a/small", "code": "https://example.org/code"},
         },
-        "curve": [{"got": 1.0, "loss": 2.0, "corpus": "/home/me/text.txt", "evaluation": [part, said]}],
+        "curve": [{"got": 1.0, "loss": 2.0, "corpus": "/home/me/text.txt", "evaluation": [part, samples]}],
     }  # fmt: skip
     copied = Artifact.open(copy(replace(small_artifact, manifest=manifest), tmp_path / "copy"), verify=True)
     assert copied.manifest["base"] == {**manifest["base"], "source": Path(manifest["base"]["source"]).name}
@@ -100,13 +100,13 @@ def test_a_copy_tells_nothing_of_this_machine(small_artifact: Artifact, tmp_path
     }  # fmt: skip
     (row,) = copied.curve
     assert row["corpus"] == row["evaluation"][0]["corpus"] == row["evaluation"][0]["what"]["text"]["source"] == "text.txt"
-    assert row["evaluation"][1] == said
+    assert row["evaluation"][1] == samples
     for path in copied.folder.iterdir():
-        for told in (str(small_artifact.folder.parent), str(Path(manifest["base"]["source"]).parent), "/home/me", "s3://"):
-            assert told.encode() not in path.read_bytes()
+        for private in (str(small_artifact.folder.parent), str(Path(manifest["base"]["source"]).parent), "/home/me", "s3://"):
+            assert private.encode() not in path.read_bytes()
 
 
-def test_the_card(small_artifact: Artifact, tmp_path: Path) -> None:
+def test_the_card_describes_the_model(small_artifact: Artifact, tmp_path: Path) -> None:
     artifact = Artifact.open(shutil.copytree(small_artifact.folder, tmp_path / "artifact"))
     row = {"got": 1.0, "params": 10, "perplexity": 4.0, "stderr": 0.1, "corpus": "books", "windows": 8, "context": 64}
     artifact.record_curve([{**row, "asked": 1.0}, {**row, "asked": 0.5, "got": 0.4999, "perplexity": 6.0, "extrapolated": True}])
@@ -127,16 +127,16 @@ def test_the_card(small_artifact: Artifact, tmp_path: Path) -> None:
         "| 0.50 | 0.4999 | 10 | 6.00 ± 0.60 | closest to this model, below the calibrated sizes |", "books, held out", "import acip",
     ):  # fmt: skip
         assert expected in card, expected
-    assert str(tmp_path) not in card, "no paths of this machine"
+    assert str(tmp_path) not in card, "the card contains a path of this machine"
 
 
-def elsewhere() -> dict[str, str]:
-    """The environment of another process, which computes with the same instructions and threads as this one."""
+def clean_environment() -> dict[str, str]:
+    """Return an environment without this project, in which a process computes with the same instructions and threads."""
     return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PATH": "/usr/bin", "HF_HUB_OFFLINE": "1"}
 
 
-def test_the_shipped_code_is_enough(exported: Path, any_size: ElasticModel, heldout_tokens: torch.Tensor, tmp_path: Path) -> None:
-    """In a process that can't import acip: loaded with the folder's code, saved again, loaded again."""
+def test_an_export_loads_without_acip(exported: Path, any_size: ElasticModel, heldout_tokens: torch.Tensor, tmp_path: Path) -> None:
+    """A process that cannot import acip loads the export with the code of the folder, saves it and loads it again."""
     any_size.resize(0.6)
     torch.save({"tokens": heldout_tokens[:2], "logits": logits(any_size.materialize(), heldout_tokens[:2])}, tmp_path / "expected.pt")
     script = f"""
@@ -155,7 +155,7 @@ for folder in ({str(exported)!r}, {str(tmp_path / "again")!r}):
     model.save_pretrained({str(tmp_path / "again")!r})
 print(pipeline("text-generation", model={str(exported)!r}, trust_remote_code=True)("It is", max_new_tokens=4)[0]["generated_text"])
 """
-    env = {**elsewhere(), "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path)}
+    env = {**clean_environment(), "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path)}
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=PATIENCE_S, check=False
     )
@@ -163,7 +163,7 @@ print(pipeline("text-generation", model={str(exported)!r}, trust_remote_code=Tru
     assert "refused" in result.stdout and "It is" in result.stdout
 
 
-def test_importing_acip_is_cheap_and_enough(exported: Path) -> None:
+def test_importing_acip_is_fast_and_registers_its_config(exported: Path) -> None:
     script = f"""
 import sys, acip
 assert not {{"torch", "transformers"}} & sys.modules.keys()
@@ -171,13 +171,13 @@ from transformers import AutoConfig
 config = AutoConfig.from_pretrained({str(exported)!r})
 assert type(config).__module__ == "acip.modeling_acip", type(config)
 """
-    env = {**elsewhere(), "PYTHONPATH": str(ROOT)}
+    env = {**clean_environment(), "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=PATIENCE_S, check=False)
     assert result.returncode == 0, result.stderr
 
 
 def test_end_ids_are_kept(small_artifact: Artifact, tmp_path: Path) -> None:
-    """The base stops at 2; its generation config says 7 and 9, too."""
+    """An export keeps the end id 2 of the base model and the ids 7 and 9 of its generation config."""
     folder = shutil.copytree(small_artifact.folder, tmp_path / "artifact")
     any_size = small_artifact.load()
     any_size.model.generation_config = GenerationConfig(eos_token_id=[7, 9])
@@ -187,24 +187,24 @@ def test_end_ids_are_kept(small_artifact: Artifact, tmp_path: Path) -> None:
     assert read(tmp_path / "out").generation_config.eos_token_id == [7, 9, 2]
 
 
-def test_an_end_id_that_would_be_lost_is_told(
+def test_a_lost_end_id_is_an_error(
     any_size: ElasticModel, small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     any_size.resize(0.5)
     write = GenerationConfig.save_pretrained
 
-    def forgetful(self: GenerationConfig, *args: Any, **kwargs: Any) -> None:
+    def save_without_end_ids(self: GenerationConfig, *args: Any, **kwargs: Any) -> None:
         self.eos_token_id = None
         write(self, *args, **kwargs)
 
-    monkeypatch.setattr(GenerationConfig, "save_pretrained", forgetful)
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", save_without_end_ids)
     with pytest.raises(ArtifactError, match=r"end-of-sequence ids \[2\] would be lost"):
         export(any_size, small_artifact, tmp_path / "out")
     assert not list(tmp_path.iterdir())
     any_size.model.generation_config.eos_token_id = 2
 
 
-def test_a_chat_template_comes_along(small_artifact: Artifact, tmp_path: Path) -> None:
+def test_a_chat_template_is_exported(small_artifact: Artifact, tmp_path: Path) -> None:
     folder = shutil.copytree(small_artifact.folder, tmp_path / "artifact")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
@@ -215,20 +215,20 @@ def test_a_chat_template_comes_along(small_artifact: Artifact, tmp_path: Path) -
     assert read_back.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "[user] hi"
 
 
-def test_a_crash_leaves_nothing(
+def test_a_crash_leaves_no_files(
     any_size: ElasticModel, small_artifact: Artifact, exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def full(*_: object, **__: object) -> None:
+    def disk_full(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
     any_size.resize(0.5)
     before = {path.name: path.read_bytes() for path in exported.iterdir()}
-    monkeypatch.setattr("acip.export.folder.card", full)
+    monkeypatch.setattr("acip.export.folder.card", disk_full)
     for folder in (tmp_path / "new", exported):
         with pytest.raises(OSError, match="no space"):
             export(any_size, small_artifact, folder)
     assert not list(tmp_path.iterdir())
-    assert before == {path.name: path.read_bytes() for path in exported.iterdir()}, "the earlier one is whole"
+    assert before == {path.name: path.read_bytes() for path in exported.iterdir()}, "the crash changed the earlier export"
     assert [path.name for path in exported.parent.iterdir()] == [exported.name]
 
 
@@ -236,7 +236,7 @@ def test_only_an_earlier_export_is_replaced(any_size: ElasticModel, small_artifa
     any_size.resize(0.5)
     out = tmp_path / "out"
     out.mkdir()
-    export(any_size, small_artifact, out)  # an empty folder is free
+    export(any_size, small_artifact, out)  # an empty folder is accepted
     any_size.resize(0.7)
     assert export(any_size, small_artifact, out)["size"]["asked"] == 0.7
     (out / "notes.txt").write_text("mine")
@@ -251,17 +251,17 @@ def test_only_an_earlier_export_is_replaced(any_size: ElasticModel, small_artifa
         export(any_size, small_artifact, small_artifact.folder)
 
 
-def test_generate_pipeline_and_saving_again(exported: Path, heldout_tokens: torch.Tensor, tmp_path: Path) -> None:
+def test_an_export_generates_and_is_saved_again(exported: Path, heldout_tokens: torch.Tensor, tmp_path: Path) -> None:
     model, tokenizer = read(exported), AutoTokenizer.from_pretrained(exported)
     ids = tokenizer("It is a truth universally", return_tensors="pt")["input_ids"]
     out = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    said = pipeline("text-generation", model=str(exported))("It is a truth universally", max_new_tokens=8, do_sample=False, pad_token_id=0)
-    assert said[0]["generated_text"] == tokenizer.decode(out[0], skip_special_tokens=True)
+    texts = pipeline("text-generation", model=str(exported))("It is a truth universally", max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert texts[0]["generated_text"] == tokenizer.decode(out[0], skip_special_tokens=True)
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(read(tmp_path / "again"), heldout_tokens[:2]), logits(model, heldout_tokens[:2]))
 
 
-def test_fine_tuning_with_peft(exported: Path, golden_tokens: torch.Tensor, tmp_path: Path) -> None:
+def test_an_export_is_fine_tuned_with_peft(exported: Path, golden_tokens: torch.Tensor, tmp_path: Path) -> None:
     model: Any = get_peft_model(read(exported), LoraConfig(r=4, target_modules="all-linear"))
     assert any(name.endswith("pivots.lora_A.default.weight") for name, _ in model.named_parameters())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -278,8 +278,8 @@ def test_fine_tuning_with_peft(exported: Path, golden_tokens: torch.Tensor, tmp_
     torch.testing.assert_close(logits(read(tmp_path / "tuned"), batch[:2]), logits(merged.eval(), batch[:2]))
 
 
-def test_a_foreign_description_of_layers_is_refused(exported: Path, tmp_path: Path) -> None:
-    for change, says in (
+def test_a_malformed_description_of_layers_is_refused(exported: Path, tmp_path: Path) -> None:
+    for change, message in (
         ({"form": "pivot", "rank": 10**9}, "allowed are form"),
         ({"form": "exec", "rank": 1}, "allowed are form"),
         (None, "does not have"),
@@ -288,5 +288,5 @@ def test_a_foreign_description_of_layers_is_refused(exported: Path, tmp_path: Pa
         config = json.loads((folder / "config.json").read_text())
         config["acip"]["layers"]["model.layers.0.mlp.up_proj" if change else "model.no"] = change or {"form": "pivot", "rank": 1}
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             read(folder)

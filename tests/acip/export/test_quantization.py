@@ -1,4 +1,4 @@
-"""A quantized export is close to the model of its size, and as small as it was counted."""
+"""A quantized export is close to the model of its size and has the predicted bytes."""
 
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ from tests.conftest import logits, read
 
 
 @pytest.mark.parametrize(("kind", "bits", "near"), [("nf4", 4, 0.2), ("fp4", 4, 0.35), ("int8", 8, 0.03)])
-def test_a_quantized_export_is_close_and_as_small_as_counted(
+def test_a_quantized_export_is_close_and_has_the_predicted_bytes(
     any_size: ElasticModel, small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path: Path, kind: Any, bits: Any, near: float
 ) -> None:
     most = {4: 400_000, 8: 500_000}[bits]
@@ -31,8 +31,8 @@ def test_a_quantized_export_is_close_and_as_small_as_counted(
     export(any_size, small_artifact, tmp_path / "out", kind=kind)
     assert cut.bytes is not None and tensor_bytes(tmp_path / "out") == cut.bytes <= most
     loaded = read(tmp_path / "out")
-    whole = sum(p.numel() for p in rounded(compressed_model(any_size, kind)).parameters())
-    assert size_facts(loaded) == {"params": whole, "bytes": cut.bytes}
+    params = sum(p.numel() for p in rounded(compressed_model(any_size, kind)).parameters())
+    assert size_facts(loaded) == {"params": params, "bytes": cut.bytes}
     exact = logits(any_size.materialize(), heldout_tokens[:4])
     assert (logits(loaded, heldout_tokens[:4]) - exact).norm() < near * exact.norm()
     assert LowRankLinear in {type(loaded.get_submodule(name)) for name in cut.ranks} <= {LowRankLinear, QuantLinear}
@@ -42,19 +42,19 @@ def test_a_quantized_export_is_close_and_as_small_as_counted(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_what_quantizing_costs_is_measured_beside_the_curve(any_size: ElasticModel, small_artifact: Artifact, kind: Any) -> None:
-    """As it is exported; the bits that lose least are then chosen by it."""
+def test_the_loss_of_the_quantized_model_is_measured_with_the_curve(any_size: ElasticModel, small_artifact: Artifact, kind: Any) -> None:
+    """The measured model is the exported one. The measurements give a curve for the choice of the best bits."""
     text = Text("package:wikipedia", "packed", 32, 4)
     tokenizer = small_artifact.tokenizer()
     rows = []
     for size in (1.0, 0.5):
         any_size.resize(size)
         rows.append(evaluate(any_size, tokenizer, [PerplexityOn(text), QuantizedOn(text, kind)]))
-        in_own, in_bits = rows[-1]["evaluation"]
+        plain, quantized = rows[-1]["evaluation"]
         model = compressed_model(any_size, kind)
         assert any(isinstance(layer, QuantLinear) for layer in model.modules())
-        assert in_bits["values"]["loss_nats"] == pytest.approx(perplexity(model, text.tokens(tokenizer)).loss, abs=1e-6)
-        assert in_bits["values"]["loss_nats"] != in_own["values"]["loss_nats"]
+        assert quantized["values"]["loss_nats"] == pytest.approx(perplexity(model, text.tokens(tokenizer)).loss, abs=1e-6)
+        assert quantized["values"]["loss_nats"] != plain["values"]["loss_nats"]
     curve, _ = extended([], rows, 0.4)
     bits: Any = {"nf4": 4, "int8": 8}[kind]
     measured = Curve.of(curve, bits)
@@ -63,8 +63,8 @@ def test_what_quantizing_costs_is_measured_beside_the_curve(any_size: ElasticMod
 
 @pytest.mark.parametrize(("M", "N"), [(128, 96), (64, 32), (37, 37), (192, 51), (5, 1), (64, 64)])
 @pytest.mark.parametrize(("kind", "near"), [("nf4", 0.15), ("fp4", 0.25), ("int8", 0.02)])
-def test_quantized_matrices_of_every_shape(M: int, N: int, kind: str, near: float) -> None:
-    """Of rows on very different scales: misplaced blocks would show."""
+def test_matrices_of_every_shape_are_quantized(M: int, N: int, kind: str, near: float) -> None:
+    """The rows have very different scales, so that a misplaced block causes a large error."""
     torch.manual_seed(0)
     W_MN = torch.randn(M, N) * torch.exp(2 * torch.randn(M, 1))
     quantized = as_quantized(plain_linear(W_MN, torch.ones(M)), kind)
@@ -84,7 +84,7 @@ def test_a_cut_in_4_bit_is_exported_in_4_bit(any_size: ElasticModel, small_artif
 
 @pytest.mark.parametrize(("kind", "near"), [("nf4", 0.15), ("fp4", 0.25), ("int8", 0.02)])
 def test_layers_of_pivots_are_quantized_as_factors(kind: str, near: float) -> None:
-    """Directions of falling importance: combinations of pivot rows would magnify what their rounding loses."""
+    """With directions of decreasing importance, the coefficients of pivot rows would amplify rounding errors; factors do not."""
     torch.manual_seed(0)
     left_Mq = torch.linalg.qr(torch.randn(192, 48))[0]
     right_qN = torch.linalg.qr(torch.randn(128, 48))[0].T * torch.logspace(0, -3, 48)[:, None]
@@ -95,20 +95,20 @@ def test_layers_of_pivots_are_quantized_as_factors(kind: str, near: float) -> No
     x = torch.randn(5, 128)
     torch.testing.assert_close(factors(x), pivot(x), atol=1e-4, rtol=0)
 
-    def lost(left: nn.Module, right: nn.Module) -> float:
+    def error(left: nn.Module, right: nn.Module) -> float:
         return float(
             (as_quantized(left, kind).dequantized(torch.float32) @ as_quantized(right, kind).dequantized(torch.float32) - W_MN).norm()
         )
 
-    assert lost(factors.left, factors.right) < near * W_MN.norm()
-    nearly_whole = PivotLinear.of(torch.randn(40, 30), torch.randn(30, 40), None, torch.float32)
-    whole = spread(nearly_whole)
-    assert isinstance(whole, nn.Linear)
-    torch.testing.assert_close(whole(x[:, :40]), nearly_whole(x[:, :40]), atol=1e-3, rtol=0)
+    assert error(factors.left, factors.right) < near * W_MN.norm()
+    nearly_full = PivotLinear.of(torch.randn(40, 30), torch.randn(30, 40), None, torch.float32)
+    dense = spread(nearly_full)
+    assert isinstance(dense, nn.Linear)
+    torch.testing.assert_close(dense(x[:, :40]), nearly_full(x[:, :40]), atol=1e-3, rtol=0)
 
 
 def test_4_bit_without_bitsandbytes_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plain CUDA image does not have it, and needs it for nothing else."""
+    """A plain CUDA image does not contain bitsandbytes, which only 4-bit quantization needs."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(RecipeError, match="needs the package bitsandbytes"):
         four_bit(torch.ones(2, 64), "nf4")

@@ -1,4 +1,4 @@
-"""The layer in its forms: each computes what the one before computes."""
+"""All forms of a layer compute the same function."""
 
 from typing import Any, Literal
 
@@ -46,8 +46,8 @@ def test_full_rank_is_the_base_and_restore_is_exact(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_masks_gradient_is_the_papers(dtype: torch.dtype) -> None:
-    """dL/dp_k = dL/dg_k of y = U' diag(g) V' x with U' V' = U V / s, whatever the dtype; none for the pruned."""
+def test_the_gradient_of_the_mask_is_that_of_the_paper(dtype: torch.dtype) -> None:
+    """dL/dp_k = dL/dg_k of y = U' diag(g) V' x with U' V' = U V / s, in every dtype. Pruned directions have no gradient."""
     torch.manual_seed(0)
     linear = nn.Linear(12, 8, bias=False)
     layer = SVDLinear(linear.to(dtype), linear.weight.detach(), basis(linear.weight.detach(), None), 0.02)
@@ -65,7 +65,7 @@ def test_the_masks_gradient_is_the_papers(dtype: torch.dtype) -> None:
     assert layer.p.grad[3] == 0
 
 
-def test_masks_scores_and_moments_are_float32_in_a_bfloat16_model(small_base: str, golden_tokens: torch.Tensor) -> None:
+def test_masks_scores_and_optimizer_moments_are_float32_in_a_bfloat16_model(small_base: str, golden_tokens: torch.Tensor) -> None:
     base = load_base(small_base, "bfloat16")
     quick = recipe(dtype="bfloat16", lr=3e-3, lambda_factor=1.3, post_tune_steps=2)
     parametrize(base.model, quick, golden_tokens)
@@ -87,7 +87,7 @@ def test_masks_scores_and_moments_are_float32_in_a_bfloat16_model(small_base: st
 def test_masked_packed_sorted_and_materialized_agree(
     small_base: str, golden_tokens: torch.Tensor, heldout_tokens: torch.Tensor, adapter: str, storage: Storage
 ) -> None:
-    """One set of kept directions in four forms: masks, what masks left, a prefix of sorted rows, plain layers."""
+    """Masks, packed rows, a prefix of sorted rows, and plain layers with the same directions compute the same."""
     model = load_base(small_base, "float32").model
     layers = parametrize(model, recipe(adapter=adapter, adapter_dropout=0.0), golden_tokens)
     torch.manual_seed(0)
@@ -128,18 +128,18 @@ def test_masked_packed_sorted_and_materialized_agree(
 
 @pytest.mark.parametrize(("M", "N", "q"), [(6, 5, 0), (96, 96, 60), (256, 96, 40), (96, 256, 95), (40, 8, 1), (8, 40, 7)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_pivot_form_is_the_product_in_fewer_numbers(M: int, N: int, q: int, bias: bool) -> None:
+def test_the_pivot_form_is_the_product_with_fewer_numbers(M: int, N: int, q: int, bias: bool) -> None:
     torch.manual_seed(0)
     left, right, b, x = torch.randn(M, q), torch.randn(q, N), torch.randn(M), torch.randn(5, N)
     layer = PivotLinear.of(left, right, b if bias else None, torch.float32)
     expected = x @ (left @ right).T + (b if bias else 0)
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
     assert sum(p.numel() for p in layer.parameters()) == q * (M + N - q) + M * bias
-    assert (layer.combine.weight.abs() < 10).all(), "rows are small combinations of the pivots"
+    assert (layer.combine.weight.abs() < 10).all(), "the coefficients of the pivot rows are not small"
 
 
 def test_the_pivot_form_is_as_good_in_16_bit_as_two_factors(calibrated: Any) -> None:
-    """Of trained layers at half their rank: the rounding of the pivot form against that of the factors."""
+    """For trained layers at half their rank, the rounding error of the pivot form is similar to that of the factors."""
     _, calibration = calibrated
     for core in targets(calibration.model).values():
         assert isinstance(core, ElasticLinear)
@@ -154,8 +154,8 @@ def test_the_pivot_form_is_as_good_in_16_bit_as_two_factors(calibrated: Any) -> 
         assert error[0] < 3 * error[1] < 0.03
 
 
-def test_adapters_on_the_factors_reach_outside_of_the_kept_directions() -> None:
-    """They cost no rank, and yet the layer's row and column space are free to move."""
+def test_adapters_on_the_factors_leave_the_span_of_the_kept_directions() -> None:
+    """The rank stays the same, but the row and column spaces of the layer change."""
     linear = torch.nn.Linear(12, 8, bias=False)
     W = linear.weight.detach()
     core = SVDLinear(linear, W, basis(W, None), 0.02, {"right": LoRA(12, 8, 2, 1.0), "left": LoRA(8, 8, 2, 1.0)})
@@ -167,11 +167,11 @@ def test_adapters_on_the_factors_reach_outside_of_the_kept_directions() -> None:
     left, right = elastic.folded(3)
     assert torch.linalg.matrix_rank(left.T @ right) == 3
     joint = torch.cat([elastic.left.read(3), left]), torch.cat([elastic.right.read(3), right])
-    assert [int(torch.linalg.matrix_rank(both)) for both in joint] == [5, 5], "two more dimensions on either side"
+    assert [int(torch.linalg.matrix_rank(both)) for both in joint] == [5, 5], "each side spans two more dimensions"
 
 
-def test_a_parametrized_model_can_be_moved(small_base: str, golden_tokens: torch.Tensor, heldout_tokens: torch.Tensor) -> None:
-    """Whatever `model.to` moves or casts, the layers multiply the moved factors."""
+def test_a_parametrized_model_can_be_moved_and_cast(small_base: str, golden_tokens: torch.Tensor, heldout_tokens: torch.Tensor) -> None:
+    """After `model.to`, the layers use the new factors."""
     model = load_base(small_base, "float32").model
     parametrize(model, recipe(adapter_dropout=0.0), golden_tokens)
     before = logits(model, heldout_tokens[:2])
@@ -180,16 +180,16 @@ def test_a_parametrized_model_can_be_moved(small_base: str, golden_tokens: torch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_divergence_and_its_gradient(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against autograd through log-softmax, with chunks that do not divide the rows."""
+def test_the_divergence_and_its_gradient_equal_autograd(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are compared with autograd through log-softmax, with a chunk size that does not divide the rows."""
     monkeypatch.setattr(losses, "CHUNK", 3 * 50)
     torch.manual_seed(0)
     logits, base = (3 * torch.randn(2, 5, 50)).to(dtype).requires_grad_(), (3 * torch.randn(2, 5, 50)).to(dtype)
     ids = torch.randint(50, (2, 5))
-    kl, own = losses.Divergence.apply(logits, base, losses.next_token.labels(ids))  # type: ignore[misc]
+    kl, task_loss = losses.Divergence.apply(logits, base, losses.next_token.labels(ids))  # type: ignore[misc]
     (2 * kl).backward()
-    torch.testing.assert_close(own, losses.next_token.loss(logits.detach(), ids), rtol=1e-5, atol=0)
-    assert not own.requires_grad and losses.Divergence.apply(logits, base)[1].isnan()
+    torch.testing.assert_close(task_loss, losses.next_token.loss(logits.detach(), ids), rtol=1e-5, atol=0)
+    assert not task_loss.requires_grad and losses.Divergence.apply(logits, base)[1].isnan()
     exact = logits.detach().double().requires_grad_()
     expected = F.kl_div(exact.log_softmax(-1), base.double().log_softmax(-1), log_target=True, reduction="sum") / 10
     (2 * expected).backward()
@@ -202,7 +202,7 @@ def test_the_divergence_and_its_gradient(dtype: torch.dtype, monkeypatch: pytest
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("width", [64, 100, 192])
-def test_rows_in_four_bit(kind: Literal["nf4", "fp4"], width: int) -> None:
+def test_rows_in_four_bit_are_small_and_differentiable(kind: Literal["nf4", "fp4"], width: int) -> None:
     torch.manual_seed(0)
     values = torch.randn(20, width)
     rows, full = FourBitDirectionMatrix(values, kind), DirectionMatrix(values.clone())
@@ -211,12 +211,12 @@ def test_rows_in_four_bit(kind: Literal["nf4", "fp4"], width: int) -> None:
     assert 0 < float((rows.read() - values).abs().mean()) < 0.12
     assert torch.equal(rows.read(7), rows.read()[:7])
     x, h = torch.randn(3, width, requires_grad=True), torch.randn(3, 7, requires_grad=True)
-    for ours, theirs, leaf in (
+    for result, reference, leaf in (
         (rows.project(x, 7), x @ rows.read(7).T, x),
         (rows.expand(h, 7, torch.ones(width)), h @ rows.read(7) + 1, h),
     ):
-        torch.testing.assert_close(ours, theirs)
-        got, expected = (torch.autograd.grad(y.square().sum(), leaf)[0] for y in (ours, theirs))
+        torch.testing.assert_close(result, reference)
+        got, expected = (torch.autograd.grad(y.square().sum(), leaf)[0] for y in (result, reference))
         torch.testing.assert_close(got, expected)
     order = torch.randperm(20)
     before = rows.read()
@@ -226,20 +226,20 @@ def test_rows_in_four_bit(kind: Literal["nf4", "fp4"], width: int) -> None:
     assert torch.equal(full.read(), values[order])
 
 
-def test_a_layer_in_four_bit_is_small_and_gives_its_weight_back(small_base: str, golden_tokens: torch.Tensor) -> None:
+def test_a_layer_in_four_bit_is_small_and_restores_its_weight(small_base: str, golden_tokens: torch.Tensor) -> None:
     model = load_base(small_base, "float32").model
     before = {name: p.clone() for name, p in model.named_parameters()}
     full = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if "_proj" in name)
     layers = parametrize(model, recipe(quantize="nf4", adapter_rank=0, post_tune_steps=0), golden_tokens)
     frozen = sum(p.numel() * p.element_size() for core in layers.values() for p in core.parameters() if not p.requires_grad)
-    assert frozen < 0.45 * full, "the layer and its directions together: 32 bit at 2.4 times the numbers would be 2.4"
+    assert frozen < 0.45 * full, "layer and directions have 2.4 times the numbers, which would take 2.4 times the bytes in 32 bit"
     restore(model)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("kept", [0, 3])
-def test_the_pivot_form_of_a_layer_with_less_rank_than_it_keeps(kept: int) -> None:
-    """Layers of zeros are in models that were grown by blocks."""
+def test_the_pivot_form_represents_rank_deficient_layers(kept: int) -> None:
+    """Models that were grown by whole blocks contain all-zero layers."""
     torch.manual_seed(0)
     left, right = torch.randn(12, 6), torch.randn(6, 10)
     left[:, kept:] = 0

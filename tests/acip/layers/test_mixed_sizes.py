@@ -1,4 +1,4 @@
-"""Many sizes in one batch: each row's result is that of its size alone."""
+"""In a batch of several sizes, each row has the result of its own size."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_rows_of_a_batch_are_computed_at_their_own_size(any_size: ElasticModel, 
         mixer.clear()
 
 
-def test_one_size_is_what_resize_makes(any_size: ElasticModel, heldout_tokens: torch.Tensor) -> None:
+def test_a_batch_of_one_size_equals_resize(any_size: ElasticModel, heldout_tokens: torch.Tensor) -> None:
     tokens, mixer = heldout_tokens[:2, :32], Mixer(any_size.layers)
     for ratio in (1.0, 0.7, 0.35):
         mixer.set([(size, 64) for size in sizes(any_size, ratio)])
@@ -47,7 +47,7 @@ def test_one_size_is_what_resize_makes(any_size: ElasticModel, heldout_tokens: t
 
 
 @pytest.mark.parametrize(("bias", "lead"), [(True, 0), (False, 3), (True, 3)])
-def test_biases_and_rows_of_an_adapter_beside_the_layer(bias: bool, lead: int) -> None:
+def test_mixed_sizes_support_biases_and_adapters_beside_the_layer(bias: bool, lead: int) -> None:
     torch.manual_seed(1)
     layer = ElasticLinear(nn.Linear(48, 80, bias=bias), torch.randn(45 + lead, 80), torch.randn(45 + lead, 48), lead=lead)
     ranks = (None, 40, ROW_BLOCK - lead, 7, 1)
@@ -76,20 +76,20 @@ def test_weights_are_not_copied(any_size: ElasticModel) -> None:
     mixer.clear()
 
 
-def test_plans_are_kept_for_few_mixes_and_little_memory(any_size: ElasticModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    two, mixer = sizes(any_size, 0.8, 0.5), Mixer(any_size.layers)
+def test_the_number_and_memory_of_plans_are_limited(any_size: ElasticModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, mixer = sizes(any_size, 0.8, 0.5), Mixer(any_size.layers)
     for rows in range(1, 40):
-        mixer.set([(two[0], rows), (two[1], 1)])
+        mixer.set([(pair[0], rows), (pair[1], 1)])
     assert len(mixer._plans) == 39
     monkeypatch.setattr(mixed_sizes, "PLANS", 20)
-    mixer.set([(two[0], 41), (two[1], 1)])
+    mixer.set([(pair[0], 41), (pair[1], 1)])
     assert len(mixer._plans) == 20
     monkeypatch.setattr(mixed_sizes, "PLANS_BYTES", 3 * max(mixer._bytes.values()))
-    mixer.set([(two[0], 42), (two[1], 1)])
+    mixer.set([(pair[0], 42), (pair[1], 1)])
     assert 1 < len(mixer._plans) < 20
     assert sum(mixer._bytes.values()) <= mixed_sizes.PLANS_BYTES
     assert mixer._bytes.keys() == mixer._plans.keys()
     monkeypatch.setattr(mixed_sizes, "PLANS_BYTES", 0)
-    mixer.set([(two[0], 2), (two[1], 3)])
-    assert len(mixer._plans) == 1, "that of now"
+    mixer.set([(pair[0], 2), (pair[1], 3)])
+    assert len(mixer._plans) == 1, "only the current plan is kept"
     mixer.clear()

@@ -1,4 +1,4 @@
-"""Packed weights multiply as plain ones do."""
+"""Packed weights give the same products as plain weights."""
 
 import copy
 from pathlib import Path
@@ -15,10 +15,10 @@ from acip.layers.packing import PackedLinear, pack, packable
 from tests.conftest import logits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-HERE = [dtype for dtype in DTYPES if packable(torch.empty(1, 1, dtype=dtype))]  # what oneDNN multiplies on this machine
+SUPPORTED = [dtype for dtype in DTYPES if packable(torch.empty(1, 1, dtype=dtype))]  # the dtypes that oneDNN supports on this machine
 
 
-@pytest.mark.parametrize("dtype", HERE)
+@pytest.mark.parametrize("dtype", SUPPORTED)
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_are_those_of_plain_weights(dtype: torch.dtype, bias: bool) -> None:
     torch.manual_seed(0)
@@ -30,7 +30,7 @@ def test_products_are_those_of_plain_weights(dtype: torch.dtype, bias: bool) -> 
         torch.testing.assert_close(packed(x[0]), plain(x[0]))
 
 
-def test_a_packed_model_says_the_same_at_every_size(small_artifact: Artifact, heldout_tokens: torch.Tensor) -> None:
+def test_a_packed_model_gives_the_same_logits_at_every_size(small_artifact: Artifact, heldout_tokens: torch.Tensor) -> None:
     any_size = small_artifact.load()
     model, tokens = any_size.model, heldout_tokens[:2, :32]
     sizes = (1.0, 0.5)
@@ -39,32 +39,32 @@ def test_a_packed_model_says_the_same_at_every_size(small_artifact: Artifact, he
         any_size.resize(size)
         expected.append(logits(model, tokens))
     pack(model)
-    here = torch.float32 in HERE
-    assert {isinstance(layer.original, PackedLinear) for layer in any_size.layers.values()} == {here}
-    assert isinstance(model.get_output_embeddings(), PackedLinear) is here
+    supported = torch.float32 in SUPPORTED
+    assert {isinstance(layer.original, PackedLinear) for layer in any_size.layers.values()} == {supported}
+    assert isinstance(model.get_output_embeddings(), PackedLinear) is supported
     for size, before in zip(sizes, expected, strict=True):
         any_size.resize(size)
         assert torch.allclose(logits(model, tokens), before, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_can_not_be_packed_stays_plain(small_artifact: Artifact, dtype: torch.dtype) -> None:
+def test_unsupported_dtypes_stay_plain(small_artifact: Artifact, dtype: torch.dtype) -> None:
     any_size = small_artifact.load()
     nn.Module.to(any_size.model, dtype)
     pack(any_size.model)
     kinds = {type(layer.original) for layer in any_size.layers.values()} | {type(any_size.model.get_output_embeddings())}
-    assert kinds == {PackedLinear if dtype in HERE else nn.Linear}
+    assert kinds == {PackedLinear if dtype in SUPPORTED else nn.Linear}
 
 
 @pytest.mark.parametrize("size", [1.0, 0.5])
 def test_a_packed_export_is_the_same_model(small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path: Path, size: float) -> None:
-    """It answers, is copied, saved and trained as before."""
+    """Packing changes neither results nor copying, saving and training."""
     model: Any = acip.from_pretrained(small_artifact.folder, size=size).compress()
     tokens = heldout_tokens[:2, :32]
     expected, names, stored = logits(model, tokens), list(model.state_dict()), sum(p.numel() for p in model.parameters())
     acip.pack(model)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    assert all((type(module) is PackedLinear) == (torch.float32 in HERE) for module in linears)
+    assert all((type(module) is PackedLinear) == (torch.float32 in SUPPORTED) for module in linears)
     assert (list(model.state_dict()), sum(p.numel() for p in model.parameters())) == (names, stored)
     assert torch.allclose(logits(model, tokens), expected, atol=1e-4)
     model.save_pretrained(tmp_path / "saved")
@@ -73,4 +73,4 @@ def test_a_packed_export_is_the_same_model(small_artifact: Artifact, heldout_tok
     model.requires_grad_(True)
     model(tokens, labels=tokens).loss.backward()
     assert all(module.weight.grad is not None for module in linears)
-    assert torch.allclose(logits(model.double(), tokens).float(), expected, atol=1e-4), "cast, it is plain"
+    assert torch.allclose(logits(model.double(), tokens).float(), expected, atol=1e-4), "a cast model uses plain weights"

@@ -1,4 +1,4 @@
-"""Budgets in bytes, memory and quality: kept exactly, counted as really stored, and refused with a reason."""
+"""Budgets in bytes, memory and quality are kept exactly, count the bytes that are stored, and are refused with a reason."""
 
 import math
 import random
@@ -27,7 +27,7 @@ from acip.sizing.model_sizes import set_size
 TABLES = [
     (storage, rows, dense_if_no_saving) for storage in ("pivot", "factors") for rows in (0, 8) for dense_if_no_saving in (True, False)
 ]
-BUDGETS = 150  # random ones of each kind and table: 1200 of each kind
+BUDGETS = 150  # random budgets per kind and table: 1200 of each kind
 DECODER = Decoder(layers=3, kv_heads=2, head_dim=16, vocabulary=100, itemsize=2)
 ALL_BITS: tuple[Bits | None, ...] = (None, 8, 4)
 
@@ -52,7 +52,7 @@ def table(index: int) -> CutTable:
 
 
 def matrices(layer: LayerShape, rank: int, adapter_rows: int, storage: Storage) -> tuple[list[tuple[int, int]], int]:
-    """([rows, columns] of what a layer stores, bytes of its row places)."""
+    """Return the shapes [rows, columns] that a layer stores, and the bytes of its row indices."""
     q = rank + adapter_rows
     if storage == "pivot" and q < layer.K:
         return [(q, layer.N), (layer.M - q, q)], 8 * layer.M
@@ -61,7 +61,7 @@ def matrices(layer: LayerShape, rank: int, adapter_rows: int, storage: Storage) 
     return [(layer.M, layer.N)], 0
 
 
-def counted(shape: tuple[int, int], itemsize: int, bits: Bits | None) -> int:
+def matrix_bytes(shape: tuple[int, int], itemsize: int, bits: Bits | None) -> int:
     rows, columns = shape
     if bits == 8:
         return rows * columns + 4 * rows
@@ -72,31 +72,31 @@ def counted(shape: tuple[int, int], itemsize: int, bits: Bits | None) -> int:
 
 @cache
 def counts(index: int) -> dict[str, list[int]]:
-    """What every size stores, counted layer by layer: numbers, and bytes in all bits."""
+    """Count, layer by layer, the numbers and the bytes that every size stores in each number of bits."""
     t = table(index)
     assert t.weights
     ranks = [layer.K for layer in t.layers]
-    found: dict[str, list[int]] = {key: [] for key in ("params", *map(str, ALL_BITS))}
-    for leaves in [None, *t.order.tolist()]:
-        if leaves is not None:
-            ranks[leaves] = max(1, ranks[leaves] - 1)
+    totals: dict[str, list[int]] = {key: [] for key in ("params", *map(str, ALL_BITS))}
+    for removed in [None, *t.order.tolist()]:
+        if removed is not None:
+            ranks[removed] = max(1, ranks[removed] - 1)
         forms, quantized = (
             [matrices(layer, rank, t.adapter_rows, storage) for layer, rank in zip(t.layers, ranks, strict=True)]
             for storage in (t.storage, "factors")
         )
         biases = sum(layer.M for layer in t.layers if layer.bias)
-        found["params"].append(sum(m * n for form, _ in forms for m, n in form) + biases + t.rest_params)
+        totals["params"].append(sum(m * n for form, _ in forms for m, n in form) + biases + t.rest_params)
         for bits in ALL_BITS:
             total = sum(
-                place + sum(counted(shape, itemsize, bits) for shape in form)
-                for (form, place), itemsize in zip(quantized if bits else forms, t.weights.itemsizes, strict=True)
+                index_bytes + sum(matrix_bytes(shape, itemsize, bits) for shape in form)
+                for (form, index_bytes), itemsize in zip(quantized if bits else forms, t.weights.itemsizes, strict=True)
             )
-            found[f"{bits}"].append(total + t.weights.rest)
-    return found
+            totals[f"{bits}"].append(total + t.weights.rest)
+    return totals
 
 
-def exact(index: int, amounts: list[int], allowed: int, scale: int, budget: Budget) -> None:
-    """The first of `amounts` that is `allowed` is what comes out, in units of `scale`; every larger size exceeds it."""
+def assert_exact(index: int, amounts: list[int], allowed: int, scale: int, budget: Budget) -> None:
+    """Assert that the cut is the largest size whose amount is at most `allowed`. `scale` is the unit of the budget in amounts."""
     fits = [n for n, amount in enumerate(amounts) if amount <= allowed]
     if not fits:
         with pytest.raises(BudgetError, match="can't be reached: the smallest is"):
@@ -117,18 +117,18 @@ def test_params_and_bytes_are_kept_exactly(index: int) -> None:
         amounts = counts(index)[f"{bits}"]
         for _ in range(BUDGETS):
             asked = rng.randint(int(0.9 * min(amounts)), int(1.05 * max(amounts)))
-            exact(index, amounts, asked, 1, Budget(stored_bytes=asked, bits=bits))
+            assert_exact(index, amounts, asked, 1, Budget(stored_bytes=asked, bits=bits))
         for asked in rng.sample(amounts, 5):
-            exact(index, amounts, asked, 1, Budget(stored_bytes=asked, bits=bits))
+            assert_exact(index, amounts, asked, 1, Budget(stored_bytes=asked, bits=bits))
     amounts = counts(index)["params"]
     for _ in range(BUDGETS):
         asked = rng.randint(int(0.9 * min(amounts)), int(1.05 * max(amounts)))
-        exact(index, amounts, asked, 1, Budget(params=asked))
+        assert_exact(index, amounts, asked, 1, Budget(params=asked))
 
 
 @pytest.mark.parametrize("index", range(len(TABLES)))
 def test_ratios_are_kept_exactly(index: int) -> None:
-    """As decimals: 0.7 of 10 is 7."""
+    """Ratios are decimals: 0.7 of 10 is 7."""
     t, rng = table(index), random.Random(index)
     for convention, amounts, of in (
         ("model", counts(index)["params"], t.dense_params + t.rest_params),
@@ -137,7 +137,7 @@ def test_ratios_are_kept_exactly(index: int) -> None:
         for _ in range(BUDGETS):
             written = f"{rng.uniform(0.01, 1.0):.{rng.randint(2, 17)}f}"
             budget = Budget(ratio=float(written), convention=convention)  # type: ignore[arg-type]
-            exact(index, amounts, int(Fraction(repr(float(written))) * of), of, budget)
+            assert_exact(index, amounts, int(Fraction(repr(float(written))) * of), of, budget)
 
 
 @pytest.mark.parametrize("index", range(len(TABLES)))
@@ -149,13 +149,13 @@ def test_memory_is_kept_exactly(index: int) -> None:
             beside = 2 * 3 * 2 * 16 * context * batch * 2 + OVERHEAD + 4 * batch * 100
             amounts = [amount + beside for amount in counts(index)[f"{bits}"]]
             allowed = rng.randint(min(amounts) - 1000, max(amounts) + 1000)
-            exact(index, amounts, allowed, 10**6, Budget(memory_mb=allowed / 1e6, context=context, batch=batch, bits=bits))
+            assert_exact(index, amounts, allowed, 10**6, Budget(memory_mb=allowed / 1e6, context=context, batch=batch, bits=bits))
 
 
 @pytest.mark.parametrize("index", range(len(TABLES)))
 @pytest.mark.parametrize("kind", ["max_perplexity", "max_loss_increase"])
 def test_quality_is_kept_exactly(index: int, kind: str) -> None:
-    """The smallest size of those measured whose prediction is within the bound, and the next smaller one is not."""
+    """The cut is the smallest measured size whose predicted loss is within the bound."""
     t = table(index)
     assert t.curve
     rng = random.Random(index)
@@ -175,14 +175,14 @@ def test_quality_is_kept_exactly(index: int, kind: str) -> None:
         assert cut.sizes["linear"] >= 0.5
 
 
-def test_the_whole_plateau_is_as_good_as_its_largest() -> None:
-    """Where smaller sizes were measured no worse, the smallest of them; never below the smallest measured size."""
+def test_the_smallest_size_of_a_plateau_is_chosen() -> None:
+    """Among sizes with equal loss the smallest is chosen, but never one below the smallest measured size."""
     t = table(0)
     assert t.cut(Budget(max_loss_increase=0.01)).sizes["linear"] == pytest.approx(0.71, abs=0.02)
     assert 0.5 <= t.cut(Budget(max_perplexity=1e6)).sizes["linear"] < 0.52
 
 
-def test_a_curve_never_rises_with_size_and_ends_where_it_is_not_finite() -> None:
+def test_a_curve_never_rises_with_size_and_ends_before_a_loss_that_is_not_finite() -> None:
     rows: list[dict[str, Any]] = [
         {"asked": 0.5, "got": 0.5, "loss": 3.0},
         {"asked": 1.0, "got": 1.0, "loss": 2.0},
@@ -197,7 +197,7 @@ def test_a_curve_never_rises_with_size_and_ends_where_it_is_not_finite() -> None
 
 
 def test_bytes_are_those_of_a_materialized_model(small_artifact: Artifact) -> None:
-    """Every tensor that a model of a size saves, a tied one once; in 4 bit, what `FourBitDirectionMatrix` stores."""
+    """The bytes are those of all saved tensors, with tied ones counted once. In 4 bit they are those of `FourBitDirectionMatrix`."""
     any_size = small_artifact.load()
     for size in (1.0, 0.8, 0.5, 0.4):
         cut = any_size.resize(size)
@@ -235,7 +235,7 @@ def test_bytes_are_those_of_materialized_layers(dtype: torch.dtype, storage: Sto
             assert cut.bytes == rest + sum(p.numel() * p.itemsize for p in four)
 
 
-def test_an_artifact_keeps_what_its_curve_predicts(small_artifact: Artifact) -> None:
+def test_a_size_of_an_artifact_has_the_prediction_of_its_curve(small_artifact: Artifact) -> None:
     rows = [{"asked": size, "got": size, "loss": loss} for size, loss in ((1.0, 1.5), (0.8, 1.6), (0.6, 1.9))]
     any_size = Artifact(small_artifact.folder, {**small_artifact.manifest, "curve": rows}, small_artifact.source).load()
     assert any_size.cut and any_size.cut.predicted == {"loss": 1.5, "perplexity": math.exp(1.5)}
@@ -246,7 +246,7 @@ def test_an_artifact_keeps_what_its_curve_predicts(small_artifact: Artifact) -> 
         any_size.resize(Budget(max_perplexity=4))
 
 
-def test_what_a_config_says_of_a_decoder() -> None:
+def test_the_dimensions_of_a_decoder_are_read_from_its_config() -> None:
     small = LlamaConfig(hidden_size=96, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3, vocab_size=50, head_dim=32)
     assert Decoder.of(small, 2) == Decoder(3, 2, 32, 50, 2)
     assert Decoder.of(AutoConfig.for_model("gpt2"), 4) == Decoder(12, 12, 64, 50257, 4)
@@ -259,7 +259,7 @@ BARE = CutTable(shapes(0), table(0).order, 0, 0)
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({}, "exactly one"),
         ({"ratio": 0.5, "stored_bytes": 5}, r"exactly one of .* \(got ratio and stored_bytes\)"),
@@ -278,13 +278,13 @@ BARE = CutTable(shapes(0), table(0).order, 0, 0)
         ({"ratio": 0.5, "bits": "best"}, "use .best. with stored_bytes"),
     ],
 )
-def test_malformed_budgets_say_what_is_allowed(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(BudgetError, match=said):
+def test_malformed_budgets_are_refused_with_advice(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
         Budget(**fields)
 
 
 @pytest.mark.parametrize(
-    ("cut_table", "budget", "said"),
+    ("cut_table", "budget", "message"),
     [
         (BARE, Budget(stored_bytes=10**9), "load the saved artifact"),
         (BARE, Budget(memory_mb=1000, context=1, batch=1), "load the saved artifact"),
@@ -297,12 +297,12 @@ def test_malformed_budgets_say_what_is_allowed(fields: dict[str, Any], said: str
         (table(0), Budget(stored_bytes=10, bits="best"), r"the smallest is [\d,]+ bytes"),
     ],
 )
-def test_what_cannot_be_met_is_refused_with_a_reason(cut_table: CutTable, budget: Budget, said: str) -> None:
-    with pytest.raises(BudgetError, match=said):
+def test_unreachable_budgets_are_refused_with_a_reason(cut_table: CutTable, budget: Budget, message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
         cut_table.cut(budget)
 
 
-def test_a_curve_without_the_base_model_knows_no_increase() -> None:
+def test_a_loss_increase_needs_the_loss_of_the_base_model() -> None:
     t = CutTable(shapes(0), table(0).order, 0, 0, curve=Curve((0.9, 0.5), (2.0, 3.0)))
     assert t.cut(Budget(max_perplexity=8)).sizes["linear"] < 0.9
     with pytest.raises(BudgetError, match=r"starts at size 0\.9000"):
@@ -328,7 +328,7 @@ def test_a_curve_without_the_base_model_knows_no_increase() -> None:
         ("ppl <= 20.5", Budget(max_perplexity=20.5)),
     ],
 )
-def test_budgets_as_people_write_them(text: str, budget: Budget) -> None:
+def test_written_budgets_are_parsed(text: str, budget: Budget) -> None:
     assert Budget.parse(text) == budget
 
 
@@ -336,28 +336,28 @@ def test_budgets_as_people_write_them(text: str, budget: Budget) -> None:
     "text",
     ["", "large", "8", "8B", "8M", "-1", "0%", "120%", "8GBit", "ppl<20", "ppl<=0.5", "0GB", "nan", "1e3", "GB", ".", "9" * 100_000],
 )
-def test_what_is_no_budget_is_refused(text: str) -> None:
+def test_text_that_is_not_a_budget_is_refused(text: str) -> None:
     with pytest.raises(BudgetError, match=r"must be|is not a budget"):
         Budget.parse(text)
 
 
-def test_a_ratio_may_be_counted_in_bits() -> None:
-    """Bits change no size in numbers; what they store is said beside it."""
+def test_bits_do_not_change_the_size_of_a_ratio() -> None:
+    """The number of bits changes only the bytes and the prediction."""
     cuts: list[Cut] = [table(3).cut(Budget(0.7, bits=bits)) for bits in ALL_BITS]
     assert len({cut.removed for cut in cuts}) == 1
     assert len({cut.bytes for cut in cuts}) == 3
     assert cuts[0].predicted and cuts[1].predicted is None
 
 
-def in_bits(index: int) -> CutTable:
-    """A table whose curves in 8 and 4 bit lie above the model's own by 0.02 and by 0.1 to 0.5 nats."""
+def table_with_quantized_curves(index: int) -> CutTable:
+    """Return a table whose losses are higher by 0.02 nats in 8 bit and by 0.1 to 0.5 nats in 4 bit."""
     curves: dict[Bits, Curve] = {8: Curve((1.0, 0.5), (2.02, 2.42)), 4: Curve((1.0, 0.5), (2.1, 2.9))}
     return replace(table(index), quantized=curves)
 
 
 @pytest.mark.parametrize("index", range(len(TABLES)))
-def test_the_best_bits_lose_least_within_bytes(index: int) -> None:
-    t, chosen = in_bits(index), set()
+def test_the_best_bits_have_the_lowest_loss_within_the_bytes(index: int) -> None:
+    t, chosen = table_with_quantized_curves(index), set()
     most, least = int(t.least_bytes()[0]) + t._weights.rest, int(t.least_bytes(4)[-1]) + t._weights.rest
     for asked in random.Random(index).sample(range(least, most + 2), BUDGETS):
         losses = {}
@@ -378,7 +378,7 @@ def test_the_best_bits_lose_least_within_bytes(index: int) -> None:
 
 
 def test_the_best_bits_for_a_perplexity_store_the_fewest_bytes() -> None:
-    t = in_bits(2)
+    t = table_with_quantized_curves(2)
     for asked in (7.4, 7.6, 8.0, 9.0, 11.0):
         cuts = []
         for bits in ALL_BITS:
@@ -389,24 +389,24 @@ def test_the_best_bits_for_a_perplexity_store_the_fewest_bytes() -> None:
         assert best.bytes == min(cut.bytes for cut in cuts if cut.bytes is not None)
 
 
-def test_a_curve_in_bits_comes_from_what_was_measured_on_the_same_text() -> None:
-    about = {"corpus": "a", "protocol": "packed", "context": 64, "windows": 4}
+def test_a_quantized_curve_uses_only_measurements_on_the_same_text() -> None:
+    text = {"corpus": "a", "protocol": "packed", "context": 64, "windows": 4}
 
-    def part(kind: str, loss: float, **other: Any) -> dict[str, Any]:
-        return {"kind": "quantized", "quantize": kind, "values": {"loss_nats": loss}, **about, **other}
+    def part(kind: str, loss: float, **changes: Any) -> dict[str, Any]:
+        return {"kind": "quantized", "quantize": kind, "values": {"loss_nats": loss}, **text, **changes}
 
     rows: list[dict[str, Any]] = [
-        {"got": 1.0, "loss": 2.0, **about, "evaluation": [part("int8", 2.9, corpus="b"), part("nf4", 2.2), part("int8", 2.1)]},
-        {"got": 0.8, "loss": 2.1, **about},
-        {"got": 0.6, "loss": 2.5, **about, "evaluation": [part("int8", 2.6), "odd", {"kind": "quantized"}]},
+        {"got": 1.0, "loss": 2.0, **text, "evaluation": [part("int8", 2.9, corpus="b"), part("nf4", 2.2), part("int8", 2.1)]},
+        {"got": 0.8, "loss": 2.1, **text},
+        {"got": 0.6, "loss": 2.5, **text, "evaluation": [part("int8", 2.6), "odd", {"kind": "quantized"}]},
     ]
     assert Curve.of(rows, 8) == Curve((1.0, 0.6), (2.1, 2.6))
     assert Curve.of(rows, 4) == Curve((1.0,), (2.2,))
     assert Curve.of(rows[1:2], 4) is None
 
 
-def test_bytes_budgets_set_a_model(small_artifact: Artifact) -> None:
-    """A cut by bytes is a size like another: the same removals, the same ranks."""
+def test_a_model_takes_the_size_of_a_budget_in_bytes(small_artifact: Artifact) -> None:
+    """A cut by bytes sets the ranks of the layers like a cut by ratio."""
     any_size = small_artifact.load()
     by_ratio = any_size.resize(0.6)
     assert by_ratio.bytes

@@ -1,4 +1,4 @@
-"""A cut never exceeds its budget, misses it by less than one direction, and sizes nest."""
+"""A cut never exceeds its budget and is less than one direction below it. Smaller sizes are subsets of larger ones."""
 
 import random
 
@@ -26,7 +26,7 @@ def random_table(seed: int) -> CutTable:
 
 
 def stored(table: CutTable, ranks: dict[str, int | None], adapters: bool = True) -> int:
-    """Counted the slow way, layer by layer."""
+    """Count the stored numbers layer by layer."""
     total = 0
     for layer in table.layers:
         rank = ranks[layer.name]
@@ -42,7 +42,7 @@ def stored(table: CutTable, ranks: dict[str, int | None], adapters: bool = True)
 
 @settings(max_examples=1000, deadline=None)
 @given(seed=st.integers(0, 40), ratio=st.floats(0.001, 1.0), convention=st.sampled_from(["linear", "model", "paper"]))
-def test_never_above_and_less_than_one_direction_below(seed: int, ratio: float, convention: str) -> None:
+def test_a_cut_is_at_most_one_direction_below_its_budget(seed: int, ratio: float, convention: str) -> None:
     table = random_table(seed)
     try:
         cut = table.cut(Budget(ratio=ratio, convention=convention))  # type: ignore[arg-type]
@@ -56,13 +56,13 @@ def test_never_above_and_less_than_one_direction_below(seed: int, ratio: float, 
         assert all(rank is None for rank in cut.ranks.values())
         return
     one_direction = max(layer.M + layer.N for layer in table.layers)
-    of = table.dense_params + (table.rest_params if convention == "model" else 0)
-    assert ratio - cut.got < one_direction / of
+    total = table.dense_params + (table.rest_params if convention == "model" else 0)
+    assert ratio - cut.got < one_direction / total
 
 
 @settings(max_examples=200, deadline=None)
 @given(seed=st.integers(0, 40), params=st.integers(1, 400_000))
-def test_absolute_budgets(seed: int, params: int) -> None:
+def test_a_cut_never_exceeds_a_number_of_parameters(seed: int, params: int) -> None:
     table = random_table(seed)
     try:
         cut = table.cut(Budget(params=params))
@@ -74,7 +74,7 @@ def test_absolute_budgets(seed: int, params: int) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(seed=st.integers(0, 40), a=st.floats(0.3, 1.0), b=st.floats(0.3, 1.0))
-def test_sizes_nest(seed: int, a: float, b: float) -> None:
+def test_a_smaller_size_has_no_larger_rank(seed: int, a: float, b: float) -> None:
     table = random_table(seed)
     try:
         small, large = (table.cut(Budget(ratio=size)) for size in sorted((a, b)))
@@ -85,15 +85,15 @@ def test_sizes_nest(seed: int, a: float, b: float) -> None:
         assert R is None or (r is not None and r <= R)
 
 
-def test_the_decimal_that_was_written_counts() -> None:
-    """0.7 of 10 numbers is 7, though 0.7 * 10 in binary is not."""
+def test_ratios_are_decimals() -> None:
+    """0.7 of 10 numbers is 7, although 0.7 * 10 in binary is not."""
     table = CutTable((LayerShape("a", 10, 10, False),), torch.zeros(10, dtype=torch.int32), 0, 0, "factors")
     assert table.cut(Budget(ratio=0.6)).params == 60
     assert table.cut(Budget(ratio=0.8)).params == 80
     assert table.cut(Budget(ratio=1.0)).ranks == {"a": None}
 
 
-def test_every_size_of_a_real_artifact(small_artifact: Artifact) -> None:
+def test_no_size_of_an_artifact_exceeds_its_ratio(small_artifact: Artifact) -> None:
     table = small_artifact.table()
     rng = random.Random(0)
     least = int(table.stored()[-1]) / table.dense_params
@@ -105,12 +105,12 @@ def test_every_size_of_a_real_artifact(small_artifact: Artifact) -> None:
 
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.01, float("nan"), float("inf"), "0.6", True, None])
-def test_bad_ratios_say_what_is_allowed(ratio: object) -> None:
+def test_bad_ratios_are_refused_with_advice(ratio: object) -> None:
     with pytest.raises(BudgetError, match=r"above 0 and at most 1|exactly one"):
         Budget(ratio=ratio)  # type: ignore[arg-type]
 
 
-def test_unreachable_sizes_say_the_smallest(small_artifact: Artifact) -> None:
+def test_the_refusal_of_an_unreachable_size_names_the_smallest(small_artifact: Artifact) -> None:
     with pytest.raises(BudgetError, match=r"can't be reached: the smallest is 0\.\d+"):
         small_artifact.table().cut(Budget(ratio=0.001, convention="model"))
     with pytest.raises(BudgetError, match=r"parameters"):

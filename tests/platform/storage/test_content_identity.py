@@ -1,4 +1,4 @@
-"""What a file or folder holds decides whether work is done; a path means what it means in the submitter's folder."""
+"""Fingerprints depend on the content of files, not on their paths. Relative paths refer to the folder of the submitter."""
 
 import shutil
 import sys
@@ -15,7 +15,7 @@ from acip_platform.tracking.runs import Tracking
 from acip.errors import AcipError
 
 
-def test_equal_content_is_equal_work_wherever_it_lies(small_base: str, tmp_path: Path) -> None:
+def test_fingerprint_depends_on_content_not_location(small_base: str, tmp_path: Path) -> None:
     text, moved = tmp_path / "text.txt", tmp_path / "moved.txt"
     text.write_text("one\n\n\ntwo")
     base = Path(shutil.copytree(small_base, tmp_path / "base"))
@@ -24,7 +24,7 @@ def test_equal_content_is_equal_work_wherever_it_lies(small_base: str, tmp_path:
     text.rename(moved)
     assert Job("small", small_base, data=str(moved)).fingerprint == first
 
-    moved.write_text("one\n\n\nTWO")  # as long as before
+    moved.write_text("one\n\n\nTWO")  # same length as before
     assert Job("small", small_base, data=str(moved)).fingerprint != first
 
     moved.write_text("one\n\n\ntwo")
@@ -34,7 +34,7 @@ def test_equal_content_is_equal_work_wherever_it_lies(small_base: str, tmp_path:
     assert Job("small", str(base), data=str(moved)).fingerprint != first
 
 
-def test_names_stay_names_and_hidden_files_decide_nothing(tmp_path: Path) -> None:
+def test_identity_keeps_hub_names_and_ignores_hidden_files(tmp_path: Path) -> None:
     assert identity("org/name@main") == "org/name@main"
     (tmp_path / "a.txt").write_text("a")
     before = content(tmp_path)
@@ -45,7 +45,7 @@ def test_names_stay_names_and_hidden_files_decide_nothing(tmp_path: Path) -> Non
     assert content(tmp_path) != before
 
 
-def test_a_fingerprint_stays_what_it_was_when_the_job_was_submitted(tmp_path: Path) -> None:
+def test_fingerprint_is_fixed_at_submission(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("one")
     job = Job("small", "org/name", data=str(text))
@@ -55,19 +55,19 @@ def test_a_fingerprint_stays_what_it_was_when_the_job_was_submitted(tmp_path: Pa
     assert Job.from_dict(job.to_dict()).fingerprint != first
 
 
-def test_an_arena_knows_files_by_their_content(tmp_path: Path) -> None:
+def test_arena_fingerprint_depends_on_file_content(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("the same")
     one, other = (Arena("x", "org/name", data=str(tmp_path / name)) for name in ("a.txt", "b.txt"))
     assert one.fingerprint("asvd") == other.fingerprint("asvd")
 
 
-def test_paths_are_the_submitters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_resolve_in_the_folder_of_the_submitter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "base").mkdir()
     (tmp_path / "a b%20c").mkdir()
-    for given, meant in (
+    for path, expected in (
         ("base", tmp_path / "base"),
         ("./base", tmp_path / "base"),
         ("base/../base", tmp_path / "base"),
@@ -75,16 +75,16 @@ def test_paths_are_the_submitters(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("./nowhere", tmp_path / "nowhere"),
         ((tmp_path / "a b%20c").as_uri(), tmp_path / "a b%20c"),
     ):
-        assert resolved(given) == str(meant), given
+        assert resolved(path) == str(expected), path
     for name in ("org/name", "c4", "package:austen", ""):
         assert resolved(name) == name
     (tmp_path / "c4").mkdir()
-    assert resolved("c4") == "c4", "known texts come first, as where they are read"
+    assert resolved("c4") == "c4", "names of known texts take precedence over folders"
     with pytest.raises(AcipError, match="file:///"):
         resolved("file:base")
 
 
-def test_a_fleet_and_an_arena_hold_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fleets_and_arenas_hold_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("base", "text"):
         (tmp_path / name).mkdir()
@@ -99,7 +99,7 @@ def test_a_fleet_and_an_arena_hold_absolute_paths(tmp_path: Path, monkeypatch: p
         Fleet.load("fleet.yaml")
 
 
-def test_settings_are_absolute_and_stay_the_same_on_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_are_absolute_and_equal_on_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = Settings.from_env({"ACIP_HOME": "home", "ACIP_ARTIFACT_URI": "store", "MLFLOW_TRACKING_URI": "sqlite:///my#runs.db"})
     assert settings.store == str(tmp_path / "store")
@@ -107,8 +107,8 @@ def test_settings_are_absolute_and_stay_the_same_on_a_worker(tmp_path: Path, mon
     monkeypatch.chdir("/")
     assert Settings.from_env(settings.worker_env()) == settings
     monkeypatch.chdir(tmp_path)
-    for given in ("runs", "file:runs", "./runs"):
-        assert Settings.from_env({"MLFLOW_TRACKING_URI": given}).tracking_uri == (tmp_path / "runs").as_uri()
+    for path in ("runs", "file:runs", "./runs"):
+        assert Settings.from_env({"MLFLOW_TRACKING_URI": path}).tracking_uri == (tmp_path / "runs").as_uri()
     assert Settings.from_env({"MLFLOW_TRACKING_URI": "http://127.0.0.1:5000"}).tracking_uri == "http://127.0.0.1:5000"
 
 
@@ -142,8 +142,8 @@ def test_a_program_is_quoted_for_the_shell(tmp_path: Path, monkeypatch: pytest.M
         ({"http_proxy": "x", "no_proxy": "*", "NO_PROXY": "*"}, {"no_proxy": "*", "NO_PROXY": "*"}),
     ],
 )
-def test_what_runs_here_is_not_asked_through_a_proxy(before: dict[str, str], after: dict[str, str]) -> None:
+def test_loopback_addresses_bypass_the_proxy(before: dict[str, str], after: dict[str, str]) -> None:
     env = dict(before)
     keep_loopback_direct(env)
-    keep_loopback_direct(env)  # of a worker, too
+    keep_loopback_direct(env)  # the second call is that of a worker
     assert env == before | after

@@ -1,4 +1,4 @@
-"""Settings, store and registry on the embedded defaults."""
+"""Settings, store, and registry with the default backends."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def test_passwords_are_not_shown() -> None:
     assert "user:***@db" in shown
 
 
-def test_places_are_the_same_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_locations_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = Settings.from_env({"ACIP_ARTIFACT_URI": "here/artifacts", "ACIP_CHECKPOINT_URI": "s3://bucket/runs"})
     assert (settings.store, settings.runs) == (str(tmp_path / "here" / "artifacts"), "s3://bucket/runs")
@@ -59,18 +59,18 @@ def test_places_are_the_same_from_everywhere(tmp_path: Path, monkeypatch: pytest
         Store.of(settings).open("http://x/y")
 
 
-def test_secrets_are_not_passed_on(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
-    """Ray shows a job's environment to everyone who sees its dashboard."""
+def test_secrets_are_not_passed_to_workers(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
+    """Worker variables contain no secrets, because the dashboard of Ray shows the environment of a job."""
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, "hunter2")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://s3")
-    passed = settings.worker_env()
-    assert passed["AWS_ENDPOINT_URL"] == "http://s3"
-    assert passed["ACIP_HOME"] == str(settings.home)
-    assert "hunter2" not in passed.values()
+    variables = settings.worker_env()
+    assert variables["AWS_ENDPOINT_URL"] == "http://s3"
+    assert variables["ACIP_HOME"] == str(settings.home)
+    assert "hunter2" not in variables.values()
 
 
-def test_what_could_not_be_registered_is_refused_before_the_work(tmp_path: Path) -> None:
+def test_local_paths_are_refused_for_a_remote_registry(tmp_path: Path) -> None:
     env = {"ACIP_HOME": str(tmp_path), "MLFLOW_TRACKING_URI": "http://me:hunter2@mlflow:5000"}
     with pytest.raises(RegistryError, match=r"http://me:\*\*\*@mlflow:5000 does not register local paths.*Set ACIP_ARTIFACT_URI to s3://"):
         check_registers(Settings.from_env(env))
@@ -78,7 +78,7 @@ def test_what_could_not_be_registered_is_refused_before_the_work(tmp_path: Path)
     check_registers(Settings.from_env({"ACIP_HOME": str(tmp_path)}))
 
 
-def test_store_says_what_is_missing(settings: Settings, small_artifact: Artifact) -> None:
+def test_store_errors_name_the_missing_part(settings: Settings, small_artifact: Artifact) -> None:
     store = Store(settings.store, settings.home / "cache")
     assert store.exists(str(small_artifact.folder))
     assert not store.exists(store.uri("nothing"))
@@ -88,8 +88,8 @@ def test_store_says_what_is_missing(settings: Settings, small_artifact: Artifact
         Store("s3://", Path()).exists("s3://bucket")
 
 
-def test_what_is_added_to_the_store_stays(tmp_path: Path) -> None:
-    """A folder that is complete is not written again, one that is not is not taken for it, and one on its way is not seen."""
+def test_added_folders_are_immutable(tmp_path: Path) -> None:
+    """A complete folder is never overwritten, an incomplete folder is refused, and a folder in transfer is not listed."""
     store = Store(str(tmp_path / "store"), tmp_path / "cache")
 
     def folder(content: str) -> Path:

@@ -1,4 +1,4 @@
-"""Fleets that contend for one model at once: whatever the order of what they do, the best is the champion, and each has a verdict."""
+"""Concurrent promotions of one model: in any order of registry calls, the best version is champion and each has a verdict."""
 
 import threading
 from collections.abc import Iterator
@@ -18,67 +18,67 @@ from tests.platform.tracking.test_promotion import rows
 from tests.support.fuzzing import fuzz
 from tests.support.waiting import PATIENCE_S
 
-RIVALS = 3
+THREADS = 3
 
 
 class Turns:
-    """Threads that do one thing each in the order that is told, and go on alone when the others are done."""
+    """A scheduler that lets threads make one call each in a given order, until all threads have finished."""
 
     def __init__(self, order: Iterator[int]) -> None:
-        self.order, self.changed = order, threading.Condition()
-        self.busy = set(range(RIVALS))
-        self.now = next(order)
+        self.order, self.condition = order, threading.Condition()
+        self.active = set(range(THREADS))
+        self.current = next(order)
 
-    def take(self, who: int, call: Any) -> Any:
-        with self.changed:
-            assert self.changed.wait_for(lambda: self.now == who, PATIENCE_S), f"it is never the turn of {who}"
+    def run_in_turn(self, thread_id: int, call: Any) -> Any:
+        with self.condition:
+            assert self.condition.wait_for(lambda: self.current == thread_id, PATIENCE_S), f"thread {thread_id} never got its turn"
             try:
                 return call()
             finally:
                 self._next()
 
-    def leave(self, who: int) -> None:
-        with self.changed:
-            self.busy.discard(who)
-            if self.now == who:
+    def finish(self, thread_id: int) -> None:
+        with self.condition:
+            self.active.discard(thread_id)
+            if self.current == thread_id:
                 self._next()
 
     def _next(self) -> None:
-        if self.busy:
-            self.now = next(which for which in self.order if which in self.busy)
-        self.changed.notify_all()
+        if self.active:
+            self.current = next(waiting for waiting in self.order if waiting in self.active)
+        self.condition.notify_all()
 
 
-class Taking(Registry):
-    """A registry, each of whose calls waits for its turn."""
+class ScheduledRegistry(Registry):
+    """A registry whose client calls wait for their turn."""
 
-    def __init__(self, settings: Settings, turns: Turns, who: int) -> None:
+    def __init__(self, settings: Settings, turns: Turns, thread_id: int) -> None:
         super().__init__(settings)
         client = self.client
 
         class Client:
             def __getattr__(self, name: str) -> Any:
-                return lambda *args, **more: turns.take(who, lambda: getattr(client, name)(*args, **more))
+                return lambda *args, **kwargs: turns.run_in_turn(thread_id, lambda: getattr(client, name)(*args, **kwargs))
 
         self.client = Client()  # type: ignore[assignment]
 
 
 class Contest:
-    """A registry, and four artifacts of one model with ever better curves."""
+    """A registry, and four artifacts of one model with increasingly better curves."""
 
     def __init__(self, artifact: Artifact, home: Path, tracking_uri: str = "") -> None:
         self.settings = Settings.from_env({"ACIP_HOME": str(home), "MLFLOW_TRACKING_URI": tracking_uri})
         home.mkdir()
         self.registry, self.store = Registry(self.settings), Store(self.settings.store, home / "cache")
-        self.registry.client.get_experiment_by_name("Default")  # makes the database
+        self.registry.client.get_experiment_by_name("Default")  # creates the database
         curves = [rows(2.0, 2.1, 2.2, 2.6 - 0.1 * quality) for quality in range(4)]
         self.artifacts = [
             Artifact.open(copytree(artifact.folder, home / f"artifact-{quality}")).record_curve(curve)
             for quality, curve in enumerate(curves)
         ]
-        self.contests = 0
+        self.count = 0
 
-    def enter(self, name: str, quality: int) -> ModelVersion:
+    def register(self, name: str, quality: int) -> ModelVersion:
         return self.registry.register(name, str(self.artifacts[quality].folder), "", {"quality": str(quality)})
 
 
@@ -87,44 +87,46 @@ def contest(small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) 
     return Contest(small_artifact, tmp_path_factory.mktemp("contest") / "home")
 
 
-MIXED = st.lists(st.integers(0, RIVALS - 1), min_size=60, max_size=60)
-INTERRUPTED = st.integers(0, 14).map(lambda steps: [0] * steps + [1] * 60)  # by another's whole contest
+RANDOM_ORDERS = st.lists(st.integers(0, THREADS - 1), min_size=60, max_size=60)
+ONE_INTERRUPTION = st.integers(0, 14).map(lambda steps: [0] * steps + [1] * 60)  # all calls of thread 1 run between two calls of thread 0
 
 
-@fuzz(st.permutations([0, 1, 2, 3]), st.booleans(), MIXED | INTERRUPTED, share=0.15)
-def test_the_best_is_the_champion_in_any_order(contest: Contest, qualities: list[int], there: bool, order: list[int]) -> None:
-    """`there`: one of the four is the champion before the three others contend."""
-    contest.contests += 1
-    name = f"contest-{contest.contests}"
-    old = [contest.enter(name, qualities[RIVALS])] if there else []
-    for version in old:
-        promote_if_better(contest.registry, contest.store, version, contest.artifacts[qualities[RIVALS]])
-    entered = [contest.enter(name, quality) for quality in qualities[:RIVALS]]
-    turns = Turns(_endless(order))
+@fuzz(st.permutations([0, 1, 2, 3]), st.booleans(), RANDOM_ORDERS | ONE_INTERRUPTION, share=0.15)
+def test_the_best_version_becomes_champion_in_any_order(
+    contest: Contest, qualities: list[int], has_champion: bool, order: list[int]
+) -> None:
+    """The best version becomes champion. With `has_champion`, one of the four versions is champion before the others start."""
+    contest.count += 1
+    name = f"contest-{contest.count}"
+    earlier = [contest.register(name, qualities[THREADS])] if has_champion else []
+    for version in earlier:
+        promote_if_better(contest.registry, contest.store, version, contest.artifacts[qualities[THREADS]])
+    entered = [contest.register(name, quality) for quality in qualities[:THREADS]]
+    turns = Turns(_repeat(order))
 
-    def run(who: int) -> None:
+    def run(thread_id: int) -> None:
         try:
-            registry = Taking(contest.settings, turns, who)
-            promote_if_better(registry, contest.store, entered[who], contest.artifacts[qualities[who]])
+            registry = ScheduledRegistry(contest.settings, turns, thread_id)
+            promote_if_better(registry, contest.store, entered[thread_id], contest.artifacts[qualities[thread_id]])
         finally:
-            turns.leave(who)
+            turns.finish(thread_id)
 
-    threads = [threading.Thread(target=run, args=(who,)) for who in range(RIVALS)]
+    threads = [threading.Thread(target=run, args=(thread_id,)) for thread_id in range(THREADS)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
-    best = max((*old, *entered), key=lambda version: int(version.tags["quality"]))
+    best = max((*earlier, *entered), key=lambda version: int(version.tags["quality"]))
     versions = {version.version: version for version in contest.registry.versions(name, {})}
-    assert len(versions) == RIVALS + len(old)
+    assert len(versions) == THREADS + len(earlier)
     assert CHAMPION in versions[best.version].aliases
     assert CANDIDATE not in versions[best.version].aliases
-    assert all(version.tags["verdict"] for version in versions.values()), "each was told"
+    assert all(version.tags["verdict"] for version in versions.values()), "every version has a verdict"
     assert versions[best.version].tags["verdict"].startswith(CHAMPION)
 
 
-def _endless(order: list[int]) -> Iterator[int]:
+def _repeat(order: list[int]) -> Iterator[int]:
     while True:
         yield from order
-        yield from range(RIVALS)
+        yield from range(THREADS)

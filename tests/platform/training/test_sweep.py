@@ -1,4 +1,4 @@
-"""A sweep is killed and goes on: what was finished isn't repeated, what fails is told, the winner is the candidate."""
+"""Sweeps resume after a kill without repeating finished trials, report failures, and make the winner the candidate."""
 
 import json
 import os
@@ -48,36 +48,36 @@ space:
 """
 
 
-def command(folder: Path, *more: str) -> list[str]:
+def command(folder: Path, *arguments: str) -> list[str]:
     fleet, space = str(folder / "fleet.yaml"), str(folder / "space.yaml")
-    return [sys.executable, str(ROOT / "jobs" / "sweep.py"), "--fleet", fleet, "--space", space, *more]
+    return [sys.executable, str(ROOT / "jobs" / "sweep.py"), "--fleet", fleet, "--space", space, *arguments]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, small_base: str) -> tuple[Path, dict[str, str]]:
-    return prepared(tmp_path_factory.mktemp("sweep"), small_base)
+def sweep_home(tmp_path_factory: pytest.TempPathFactory, small_base: str) -> tuple[Path, dict[str, str]]:
+    return prepare(tmp_path_factory.mktemp("sweep"), small_base)
 
 
-def prepared(folder: Path, small_base: str) -> tuple[Path, dict[str, str]]:
+def prepare(folder: Path, small_base: str) -> tuple[Path, dict[str, str]]:
     write_fleet(folder / "fleet.yaml", "post_tune_steps: 8", f"name: small, base: {small_base}")
     (folder / "space.yaml").write_text(SPACE)
     return folder, {**os.environ, "ACIP_HOME": str(folder / "home"), "RAY_ADDRESS": "local"}
 
 
-def struck_after_a_trial(folder: Path, env: dict[str, str], by: signal.Signals) -> int:
-    """The exit code of a sweep that is killed, workers and all, or interrupted, once Tune has written down that a trial is finished."""
+def stop_after_a_trial(folder: Path, env: dict[str, str], signal_number: signal.Signals) -> int:
+    """Start a sweep, kill it with its workers or interrupt it once Tune has saved a finished trial, and return its exit code."""
     log = folder / "log"
     with log.open("w") as out, interruptible():
         job = subprocess.Popen(command(folder), env=env, stdout=out, stderr=out)
 
-    def look() -> set[str]:
-        assert job.poll() is None, f"the sweep ended before a trial was finished:\n{log.read_text()}"
+    def finished_trials() -> set[str]:
+        assert job.poll() is None, f"the sweep ended before a trial finished:\n{log.read_text()}"
         return finished(folder)
 
     try:
-        until(look, lambda: f"no trial is finished:\n{log.read_text()}", JOB_S)
-        if by == signal.SIGINT:
-            job.send_signal(by)
+        until(finished_trials, lambda: f"no trial has finished:\n{log.read_text()}", JOB_S)
+        if signal_number == signal.SIGINT:
+            job.send_signal(signal_number)
             exit_code(job, log)
     finally:
         if job.poll() is None:
@@ -89,20 +89,20 @@ def struck_after_a_trial(folder: Path, env: dict[str, str], by: signal.Signals) 
 
 
 def finished(folder: Path) -> set[str]:
-    """The trials that Tune's last snapshot knows as finished."""
-    done: set[str] = set()
+    """Return the trials that the last snapshot of Tune marks as finished."""
+    completed: set[str] = set()
     for snapshot in sorted((folder / "home" / "runs").glob("*/trials/experiment_state-*.json")):
-        with suppress(ValueError):  # being written
+        with suppress(ValueError):  # the file is being written
             trials = [json.loads(state) for state, _ in json.loads(snapshot.read_text())["trial_data"]]
-            done |= {trial["relative_logdir"] for trial in trials if trial["status"] == "TERMINATED"}
-    return done
+            completed |= {trial["relative_logdir"] for trial in trials if trial["status"] == "TERMINATED"}
+    return completed
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on(place: tuple[Path, dict[str, str]]) -> None:
-    folder, env = place
+def test_a_killed_sweep_resumes(sweep_home: tuple[Path, dict[str, str]]) -> None:
+    folder, env = sweep_home
     settings = Settings.from_env(env)
-    struck_after_a_trial(folder, env, signal.SIGKILL)
+    stop_after_a_trial(folder, env, signal.SIGKILL)
     before = finished(folder)
     assert before
     second = subprocess.run(command(folder), env=env, capture_output=True, text=True, timeout=JOB_S, check=False)
@@ -132,15 +132,16 @@ def test_a_killed_sweep_goes_on(place: tuple[Path, dict[str, str]]) -> None:
     assert {"curves.png", "trials.json"} <= {item.path for item in tracking.client.list_artifacts(parent.info.run_id)}
 
     assert parent.data.tags["winner_run"] == next(run.info.run_id for run in children if run.data.tags.get("artifact_uri") == version.uri)
-    assert [path.parent for path in Path(settings.store).rglob("manifest.json")] == [Path(version.uri)], "only the winner's is kept"
+    artifacts = [path.parent for path in Path(settings.store).rglob("manifest.json")]
+    assert artifacts == [Path(version.uri)], "only the artifact of the winner is kept"
     states = list((folder / "home" / "runs").glob("*/*/*/checkpoint_*"))
-    assert not states, "nobody needs them"
+    assert not states, "trial checkpoints are removed"
 
 
 @pytest.mark.slow
-def test_an_interrupted_sweep_names_no_winner_and_goes_on(tmp_path: Path, small_base: str) -> None:
-    folder, env = prepared(tmp_path, small_base)
-    assert struck_after_a_trial(folder, env, signal.SIGINT) == 130
+def test_an_interrupted_sweep_has_no_winner_and_resumes(tmp_path: Path, small_base: str) -> None:
+    folder, env = prepare(tmp_path, small_base)
+    assert stop_after_a_trial(folder, env, signal.SIGINT) == 130
     assert "interrupted. Finished work is kept" in (folder / "log").read_text()
     assert Registry(Settings.from_env(env)).models() == []
     before = finished(folder)
@@ -152,39 +153,39 @@ def test_an_interrupted_sweep_names_no_winner_and_goes_on(tmp_path: Path, small_
 
 
 @pytest.mark.slow
-def test_the_winner_equals_a_calibration_by_itself(
-    place: tuple[Path, dict[str, str]], small_base: str, golden_tokens: torch.Tensor
+def test_the_winner_equals_a_separate_calibration(
+    sweep_home: tuple[Path, dict[str, str]], small_base: str, golden_tokens: torch.Tensor
 ) -> None:
-    """Forked, saved by Tune, made into an artifact by another process: the same bits as `calibrate_all` makes of its recipe.
+    """The artifact of the winner equals the artifact of `calibrate_all` with the same recipe, bit for bit.
 
-    It was measured at its rungs, too: that changes nothing.
+    The winner was forked, measured at its rungs, saved by Tune, and written by another process.
     """
-    folder, env = place
+    folder, env = sweep_home
     settings = Settings.from_env(env)
-    ours = Path(Registry(settings).resolve("small", CANDIDATE).uri)
-    recipe = Artifact.open(ours).recipe
+    winner_folder = Path(Registry(settings).resolve("small", CANDIDATE).uri)
+    recipe = Artifact.open(winner_folder).recipe
     changes = {name: value for name, value in recipe.to_dict().items() if value != Recipe().to_dict()[name]}
     (folder / "alone.yaml").write_text(
         f"defaults: {{data: package:wikipedia, eval_context: 64, eval_windows: 8, sizes: [1.0, 0.5], cpus: 1}}\n"
         f"models:\n- {{name: alone, base: {small_base}, set: {json.dumps(changes)}}}\n"
     )
-    alone = [sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(folder / "alone.yaml")]
-    done = subprocess.run(alone, env=env, capture_output=True, text=True, timeout=JOB_S, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    theirs = Path(Registry(settings).resolve("alone").uri)
+    calibrate_command = [sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(folder / "alone.yaml")]
+    completed = subprocess.run(calibrate_command, env=env, capture_output=True, text=True, timeout=JOB_S, check=False)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    reference_folder = Path(Registry(settings).resolve("alone").uri)
     for file in ("order", "factors", "adapters"):
-        a, b = load_file(ours / f"{file}.safetensors"), load_file(theirs / f"{file}.safetensors")
+        a, b = load_file(winner_folder / f"{file}.safetensors"), load_file(reference_folder / f"{file}.safetensors")
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a), file
 
 
-# ---- observing, without Ray
+# ---- rungs, without Ray
 
 
-def test_measuring_at_the_rungs_leaves_the_model_as_it_was(
+def test_measuring_at_rungs_does_not_change_the_model(
     small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor, calibrated: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two steps: the same rank and mode in every layer. In the end: the bits of a calibration that was not observed."""
+    """Measuring keeps the rank and mode of every layer. The result equals an unobserved calibration bit for bit."""
     reports: list[dict[str, Any]] = []
     monkeypatch.setattr(sweep, "_report", lambda metrics, state: reports.append(dict(metrics)))
     base = load_base(small_base, quick_recipe.dtype)
@@ -192,13 +193,13 @@ def test_measuring_at_the_rungs_leaves_the_model_as_it_was(
     job = Job("small", small_base, quick_recipe, data="package:austen", eval_context=64, eval_windows=4, sizes=(1.0, 0.7, 0.4))
     rungs = Rungs(job, base.model, Heldout.of(job, base), lambda reports, state: None, measure_rungs=True)  # type: ignore[arg-type]
 
-    def facts(state: CalibrationState) -> list[Any]:
+    def layer_modes(state: CalibrationState) -> list[Any]:
         return [(getattr(layer, "rank", 0), [module.training for module in layer.modules()]) for layer in state.layers.values()]
 
     def observe(step_reports: list[StepReport], state: CalibrationState) -> None:
-        before = facts(state)
+        before = layer_modes(state)
         rungs(step_reports, state)
-        assert facts(state) == before
+        assert layer_modes(state) == before
 
     calibration = calibrate(base.model, TokenBatches(golden_tokens, quick_recipe.batch_size), quick_recipe, observe=observe)
     assert [report["share"] for report in reports] == [1, 2, 4] and all(report["area"] > 0 for report in reports)
@@ -206,7 +207,7 @@ def test_measuring_at_the_rungs_leaves_the_model_as_it_was(
     assert torch.equal(calibration.scores.score, calibrated[1].scores.score)
 
 
-# ---- choosing, without Ray
+# ---- winner and front, without Ray
 
 
 def outcome(name: str, losses: Sequence[float], share: int = 8, error: str | None = None) -> Outcome:
@@ -214,17 +215,18 @@ def outcome(name: str, losses: Sequence[float], share: int = 8, error: str | Non
     return Outcome(Trial(name, {}, Job("a", "b/c")), rows, share, Cost(1.0, 1.0), error, None)
 
 
-def test_the_winner_and_the_front() -> None:
+def test_winner_and_front() -> None:
     a, b = outcome("a", (2.0, 2.1, 3.0)), outcome("b", (2.0, 2.2, 2.5))
-    worse, early, failed = outcome("worse", (2.0, 2.2, 3.1)), outcome("early", (2.0, 2.0, 2.0), share=4), outcome("failed", (), 0, "no")
-    everyone = [worse, early, failed, a, b]
-    assert winner(everyone) is b
-    assert front(everyone) == [a, b], "what ended early or failed can't win"
-    assert winner([early, failed]) is None
+    worse, failed = outcome("worse", (2.0, 2.2, 3.1)), outcome("failed", (), 0, "no")
+    ended_early = outcome("early", (2.0, 2.0, 2.0), share=4)
+    outcomes = [worse, ended_early, failed, a, b]
+    assert winner(outcomes) is b
+    assert front(outcomes) == [a, b], "trials that ended early or failed are excluded"
+    assert winner([ended_early, failed]) is None
     assert front([a, outcome("equal", (2.0, 2.1, 3.0))])[0] is a
 
 
-def test_what_no_sweep_can_do_is_refused_before(tmp_path: Path) -> None:
+def test_impossible_sweeps_are_refused(tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text("space: {stop_ratio: [0.4, 0.6]}")
     space = Space.load(tmp_path / "space.yaml")
     job = Job("a", "b/c")

@@ -1,4 +1,4 @@
-"""Space files: what is right becomes trials, drawn and checked before the sweep; what is wrong is named with its line."""
+"""Valid space files become trials, which are drawn and checked before the sweep. Errors name the line."""
 
 from pathlib import Path
 
@@ -19,17 +19,17 @@ def load(tmp_path: Path, text: str) -> Space:
     return Space.load(path)
 
 
-def test_the_example_is_three_schedules_by_five_stop_ratios() -> None:
+def test_demo_space_has_three_schedules_and_five_stop_ratios() -> None:
     (job,) = Fleet.load(ROOT / "jobs" / "fleets" / "demo.yaml").jobs
     trials = Space.load(ROOT / "jobs" / "spaces" / "demo.yaml").trials(job)
     assert len(trials) == 15
     assert sorted(map(len, shared_prunings([trial.job.recipe for trial in trials]))) == [5, 5, 5]
-    assert [trial.changes["stop_ratio"] for trial in trials[:3]] == [0.4] * 3, "the best over all sizes first"
+    assert [trial.changes["stop_ratio"] for trial in trials[:3]] == [0.4] * 3, "the best stop ratio over all sizes comes first"
     assert {trial.job.recipe.scores for trial in trials} == {"order"}
     assert len({trial.job.fingerprint for trial in trials}) == 15
 
 
-def test_random_draws_are_the_same_every_time_and_share_trunks(tmp_path: Path) -> None:
+def test_random_draws_are_deterministic_and_share_prunings(tmp_path: Path) -> None:
     text = (
         "space: {lr: {loguniform: [1.0e-4, 1.0e-3]}, adapter_rank: {randint: [4, 6]}, exclude: [[], [up_proj]], "
         "post_tune_lr: {uniform: [1, 2]}, stop_ratio: [0.4, 0.6]}\nsearch: random\nsamples: 20\nseed: SEED"
@@ -39,24 +39,24 @@ def test_random_draws_are_the_same_every_time_and_share_trunks(tmp_path: Path) -
     assert trials != load(tmp_path, text.replace("SEED", "4")).trials(JOB)
     recipes = [trial.job.recipe for trial in trials]
     assert len(recipes) == 40
-    assert sorted(map(len, shared_prunings(recipes))) == [2] * 20, "each draw goes through all stop ratios"
+    assert sorted(map(len, shared_prunings(recipes))) == [2] * 20, "each draw is tried with all stop ratios"
     assert {recipe.adapter_rank for recipe in recipes} == {4, 5, 6}
     assert {recipe.exclude for recipe in recipes} == {(), ("up_proj",)}
     assert all(1e-4 <= recipe.lr <= 1e-3 and 1 <= (recipe.post_tune_lr or 0) <= 2 for recipe in recipes)
 
 
-def test_repeated_draws_are_one_trial(tmp_path: Path) -> None:
+def test_repeated_draws_are_merged(tmp_path: Path) -> None:
     assert len(load(tmp_path, "space: {basis: [svd, covariance]}\nsearch: random\nsamples: 20").trials(JOB)) == 2
 
 
-def test_fields(tmp_path: Path) -> None:
+def test_fields_of_a_space(tmp_path: Path) -> None:
     space = load(tmp_path, "set: {lr: 1}\nspace: {adapter_alpha: {uniform: [1, 2]}}\nsearch: random\nkeep: front\nscheduler: asha")
     assert (space.name, space.set, space.keep, space.scheduler, space.samples) == ("space", {"lr": 1.0}, "front", "asha", 8)
     assert space.fields == {"adapter_alpha": Range("uniform", 1.0, 2.0)}
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "says"),
+    ("text", "line", "message"),
     [
         ("", None, "is empty; it needs space"),
         ("name: a", 1, "'space' is missing"),
@@ -83,15 +83,15 @@ def test_fields(tmp_path: Path) -> None:
         ("space: {lr: [1]}\nscheduler: hyperbnd", 2, "allowed: 'none', 'asha'"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, text: str, line: int | None, says: str) -> None:
+def test_errors_name_the_line(tmp_path: Path, text: str, line: int | None, message: str) -> None:
     with pytest.raises(SpaceError) as caught:
         load(tmp_path, text)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     if line is not None:
         assert f"space.yaml, line {line}:" in str(caught.value)
 
 
-def test_impossible_recipes_are_found_before_the_sweep(tmp_path: Path) -> None:
+def test_invalid_recipes_are_refused_before_the_sweep(tmp_path: Path) -> None:
     space = load(tmp_path, "set: {scores_until: 0.5}\nspace:\n  stop_ratio: [0.4, 0.6]")
     with pytest.raises(SpaceError, match=r"line 1: scores_until is 0.5; it must be in \(stop_ratio, 1\). \(a with stop_ratio 0.6\)"):
         space.trials(JOB)

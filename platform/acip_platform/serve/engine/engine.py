@@ -92,7 +92,7 @@ class ActiveRequest:
         self.emit(TokenSampled(sequence.index, token))
 
     def on_end(self, sequence: Sequence, reason: EndReason) -> None:
-        self.generated += bool(sequence.generated) and sequence.ids[-1] in sequence.end_tokens  # no event tells of an end token
+        self.generated += bool(sequence.generated) and sequence.ids[-1] in sequence.end_tokens  # an end token has no event of its own
         self._end(sequence, reason)
 
     def on_no_token(self, reason: str) -> None:

@@ -58,7 +58,7 @@ class RequestDone:
 
 @dataclass(frozen=True)
 class RequestFailed:
-    """The request ended with an error: an `EngineError`, the error of a constraint, or whatever a forward pass raised."""
+    """The request ended with an error: an `EngineError`, the error of a constraint, or an error of a forward pass."""
 
     error: Exception
 

@@ -1,17 +1,19 @@
-"""Keys and values of many sequences, a slot each, and attention over them in one forward pass.
+"""A KV cache with one slot per sequence, and attention over the sequences of one forward pass.
 
-A step's tokens stand in one row, [1, T]: single tokens of sequences that are being continued, and pieces of prompts.
-Everything in a decoder is computed token by token, but for attention, which finds its sequence here:
+The tokens of a step form one row, [1, T]: single tokens of sequences that are being decoded, and chunks of prompts. A decoder computes
+everything for each token alone, except attention. `attend` computes attention for each sequence:
 
-    single tokens    all at once, as a batch over slots; heads that share keys stand in for query positions, so that nothing
-                     is repeated
-    a prompt's piece its own slot, causally; shared keys in the same way
+    single tokens       in one batch over slots; query heads that share a key head are treated as query positions, so that keys and
+                        values are not repeated
+    a prompt chunk      over its own slot, causally; shared key heads are treated in the same way
 
-transformers calls `attend` by its registered name, with the step in a thread-local variable, as there is no other way in.
+transformers calls `attend` by its registered name. The step is passed in a thread-local variable, because that call has no argument
+for it.
 
-Masks are transformers' own. A model asks the registered `mask_rule` for each kind of layer that it has (full, sliding, chunked, ...), and
-gets the rule itself, a function of two positions, instead of a tensor. `attend` evaluates it at each sequence's own positions. A cap of the
-logits and sinks are computed as transformers' eager attention does. Every other argument that changes the result is an error.
+Masks are those of transformers. A model calls the registered `mask_rule` for each kind of layer (full, sliding, chunked, ...), and
+receives a `Rule`, which holds a function of two positions, instead of a tensor. `attend` evaluates it at the positions of each sequence.
+Soft caps of the logits and attention sinks are computed as in the eager attention of transformers. Any other argument that changes the
+result raises an error.
 """
 
 import threading
@@ -29,18 +31,18 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from acip.errors import AcipError
 
 ATTENTION = "acip_slots"
-LEAST_LENGTH = 128  # tokens that a slot has room for at first; it doubles
-IRRELEVANT = (  # arguments of attention that add nothing: positions are the step's, windows are in the mask
+MIN_SLOT_TOKENS = 128  # initial capacity of a slot; it doubles when needed
+IGNORED_ARGUMENTS = (  # arguments without effect: positions come from the step, and windows from the mask
     "sliding_window", "position_ids", "cache_position", "use_cache", "is_causal", "logits_to_keep", "past_key_values",
     "position_embeddings",
 )  # fmt: skip
 
-_here = threading.local()
+_current = threading.local()
 
 
 @dataclass(frozen=True)
 class CachePiece:
-    """Tokens [start, stop) of the step belong to `slot`, which holds `past` tokens already."""
+    """The tokens [start, stop) of a step. They belong to `slot`, which already holds `past` tokens."""
 
     slot: int
     past: int
@@ -49,7 +51,7 @@ class CachePiece:
 
 
 class KVCache(Cache):
-    """[slots, heads, length, head size] keys and values of each layer. Room is made before a step, in both directions."""
+    """Keys and values of each layer, [slots, heads, length, head size]. Call `room` before a step to extend slots and length."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -58,51 +60,52 @@ class KVCache(Cache):
         self.count, self.length = 0, 0
 
     def room(self, slots: int, length: int) -> None:
-        """At least so many slots of at least so many tokens. What is there stays, but for what is beyond both."""
+        """Make room for at least `slots` slots of at least `length` tokens. Contents that fit the new shape are kept."""
         if slots <= self.count and length <= self.length:
             return
         count, longest = doubled(slots, 1), doubled(length)
-        stay = (slice(min(count, self.count)), slice(None), slice(min(longest, self.length)))
-        for kept in (self.keys, self.values):
-            for layer, old in kept.items():
+        kept = (slice(min(count, self.count)), slice(None), slice(min(longest, self.length)))
+        for tensors in (self.keys, self.values):
+            for layer, old in tensors.items():
                 new = old.new_zeros(count, old.shape[1], longest, old.shape[3])
-                new[stay] = old[stay]
-                kept[layer] = new
+                new[kept] = old[kept]
+                tensors[layer] = new
         self.count, self.length = count, longest
 
     def move(self, source: int, target: int, length: int) -> None:
-        for kept in (self.keys, self.values):
-            for tensor in kept.values():
+        """Copy the first `length` tokens of slot `source` to slot `target`."""
+        for tensors in (self.keys, self.values):
+            for tensor in tensors.values():
                 tensor[target, :, :length] = tensor[source, :, :length]
 
     def wipe(self, slot: int, start: int, stop: int) -> None:
-        """Set positions [start, stop) of a slot to zero: a masked position counts zero times its value, which NaN survives."""
-        for kept in (self.keys, self.values):
-            for tensor in kept.values():
+        """Set positions [start, stop) of a slot to zero. A masked position has weight zero, but zero times NaN is NaN."""
+        for tensors in (self.keys, self.values):
+            for tensor in tensors.values():
                 tensor[slot, :, start:stop] = 0
 
     def free(self) -> None:
-        """Nobody has a slot: give the memory back."""
+        """Release the memory. No sequence may hold a slot."""
         self.keys, self.values = {}, {}
         self.count, self.length = 0, 0
 
     def write(self, layer: int, key_states: Tensor, value_states: Tensor, step: "Step") -> tuple[Tensor, Tensor]:
-        """Put the step's keys and values [1, heads, T, head size] into their slots; returns those of all slots."""
+        """Write the keys and values of a step, [1, heads, T, head size], to their slots. Return those of all slots."""
         if layer not in self.keys:
-            for kept, states in ((self.keys, key_states), (self.values, value_states)):
-                kept[layer] = states.new_zeros(self.count, states.shape[1], self.length, states.shape[3])
-        for kept, states in ((self.keys, key_states), (self.values, value_states)):
-            if step.alone is not None:
-                slot, place = step.alone
-                kept[layer][slot, :, place] = states[0, :, 0]
+            for tensors, states in ((self.keys, key_states), (self.values, value_states)):
+                tensors[layer] = states.new_zeros(self.count, states.shape[1], self.length, states.shape[3])
+        for tensors, states in ((self.keys, key_states), (self.values, value_states)):
+            if step.only_token is not None:
+                slot, position = step.only_token
+                tensors[layer][slot, :, position] = states[0, :, 0]
             else:
-                kept[layer][step.slot, :, step.position] = states[0].transpose(0, 1)
+                tensors[layer][step.slot, :, step.position] = states[0].transpose(0, 1)
         return self.keys[layer], self.values[layer]
 
-    # ---- what transformers calls
+    # ---- the interface of transformers
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The same: `attend` keeps what it is given, which some models (MLA) make of what they hand over here."""
+        """Return the arguments unchanged. `attend` writes to the cache, because some models (MLA) compute keys and values from these."""
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -114,30 +117,30 @@ class KVCache(Cache):
 
 @dataclass
 class Step:
-    """Which slot and position each token of a forward pass has. Entered around the pass."""
+    """The slot and position of each token of a forward pass. The pass runs inside its `with` block."""
 
-    slots: KVCache
+    cache: KVCache
     slot: Tensor  # [T]
     position: Tensor  # [T]
     pieces: Sequence[CachePiece]
-    single_n: Tensor  # tokens that continue a sequence, by their place in the step
+    single_n: Tensor  # indices in the step of the single tokens that continue a sequence
     single_slots: Tensor
-    used: int  # slots [0, used) hold all of those
-    longest: int  # tokens in any of them, this one included
-    alone: tuple[int, int] | None  # slot and position where there is one token only, which needs no tables
+    used: int  # slots [0, used) include all of `single_slots`
+    longest: int  # the largest number of tokens in any of them, with the new token
+    only_token: tuple[int, int] | None  # slot and position, if the step is one single token; it needs no index tensors
     _masks: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, slots: KVCache, pieces: Sequence[CachePiece], device: torch.device, more: int = 0, spare: int = 0) -> "Step":
-        """From the pieces of all sequences, which follow each other; a single token is one that continues.
+    def of(cls, cache: KVCache, pieces: Sequence[CachePiece], device: torch.device, padding: int = 0, padding_slot: int = 0) -> "Step":
+        """Return a step of the consecutive pieces of all sequences. A single token after `past` tokens continues its sequence.
 
-        `more` tokens of nobody follow, in the slot `spare`.
+        `padding` tokens of no sequence follow, in the slot `padding_slot`.
         """
-        slots_T = [piece.slot for piece in pieces for _ in range(piece.start, piece.stop)] + [spare] * more
-        position_T = [piece.past + i for piece in pieces for i in range(piece.stop - piece.start)] + [0] * more
+        slots_T = [piece.slot for piece in pieces for _ in range(piece.start, piece.stop)] + [padding_slot] * padding
+        position_T = [piece.past + i for piece in pieces for i in range(piece.stop - piece.start)] + [0] * padding
         single = [piece for piece in pieces if piece.stop - piece.start == 1 and piece.past]
         return cls(
-            slots, torch.tensor(slots_T, device=device), torch.tensor(position_T, device=device),
+            cache, torch.tensor(slots_T, device=device), torch.tensor(position_T, device=device),
             [piece for piece in pieces if piece.stop - piece.start > 1 or not piece.past],
             torch.tensor([piece.start for piece in single], dtype=torch.long, device=device),
             torch.tensor([piece.slot for piece in single], dtype=torch.long, device=device),
@@ -147,58 +150,64 @@ class Step:
         )  # fmt: skip
 
     def __enter__(self) -> Self:
-        _here.step = self
+        _current.step = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        _here.step = None
+        _current.step = None
 
     def mask(self, rule: "Rule") -> Tensor:
-        """[used, 1, 1, longest] whether the single token of each slot attends to a position. A slot without a token: to its first."""
+        """Return whether the single token of each slot attends to each position, [used, 1, 1, longest].
+
+        A slot without a token attends to its first position, so that no row is empty.
+        """
         if rule not in self._masks:
             last = self.single_n.new_zeros(self.used)
             last[self.single_slots] = self.position[self.single_n]
-            seen = rule.seen(last, torch.arange(self.longest, device=last.device))
-            seen[:, 0] |= ~seen.any(1)
-            self._masks[rule] = seen[:, None, None]
+            mask = rule.mask(last, torch.arange(self.longest, device=last.device))
+            mask[:, 0] |= ~mask.any(1)
+            self._masks[rule] = mask[:, None, None]
         return self._masks[rule]
 
     def causal(self, piece: CachePiece, shared: int, rule: "Rule") -> Tensor:
-        """[shared t, past + t] whether each of the t tokens of a piece attends to a position, for each of the heads that share keys."""
+        """Return whether each of the t tokens of a piece attends to each position, repeated for the heads that share keys.
+
+        The shape is [shared t, past + t].
+        """
         key = (piece, rule)
         if key not in self._masks:
-            place = torch.arange(piece.past + piece.stop - piece.start, device=self.slot.device)
-            self._masks[key] = rule.seen(place[piece.past :], place).repeat(shared, 1)
+            positions = torch.arange(piece.past + piece.stop - piece.start, device=self.slot.device)
+            self._masks[key] = rule.mask(positions[piece.past :], positions).repeat(shared, 1)
         return self._masks[key]
 
-    def recent(self, place: int, rule: "Rule") -> tuple[int, Tensor | None]:
-        """(first position, mask [1, positions] or None) of what a token that is alone attends to."""
+    def recent(self, position: int, rule: "Rule") -> tuple[int, Tensor | None]:
+        """Return the first position that the only token of a step can attend to, and the mask [1, positions] from there, or None."""
         if rule.function is causal_mask_function:
             return 0, None
-        if (rule, place) not in self._masks:
-            first = 0 if rule.reach is None else max(0, place + 1 - rule.reach)
-            positions = torch.arange(first, place + 1, device=self.slot.device)
-            self._masks[rule, place] = (first, rule.seen(positions[-1:], positions))
-        recent: tuple[int, Tensor] = self._masks[rule, place]
+        if (rule, position) not in self._masks:
+            first = 0 if rule.reach is None else max(0, position + 1 - rule.reach)
+            positions = torch.arange(first, position + 1, device=self.slot.device)
+            self._masks[rule, position] = (first, rule.mask(positions[-1:], positions))
+        recent: tuple[int, Tensor] = self._masks[rule, position]
         return recent
 
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """What a layer's tokens attend to: transformers' own function of (batch, head, query position, key position)."""
+    """The attention mask of a kind of layer: a function of transformers of (batch, head, query position, key position)."""
 
     function: Callable[..., Any]
-    reach: int | None  # no token attends to a position that is so far back; None = any
+    reach: int | None  # a token attends to at most so many positions up to its own; None = to any number
 
-    def seen(self, query_q: Tensor, key_k: Tensor) -> Tensor:
-        """[q, k] whether a token at each query position attends to each key position."""
+    def mask(self, query_q: Tensor, key_k: Tensor) -> Tensor:
+        """Return whether a token at each query position attends to each key position, [q, k]."""
         first = query_q.new_zeros(())
-        seen: Tensor = self.function(first, first, query_q[:, None], key_k[None]).expand(len(query_q), len(key_k))
-        return seen.clone() if self.function is causal_mask_function else seen & (key_k <= query_q[:, None])
+        mask: Tensor = self.function(first, first, query_q[:, None], key_k[None]).expand(len(query_q), len(key_k))
+        return mask.clone() if self.function is causal_mask_function else mask & (key_k <= query_q[:, None])
 
 
 def mask_rule(*args: Any, mask_function: Callable[..., Any], local_size: int | None = None, **kwargs: Any) -> Rule:
-    """The mask of one kind of layer in a forward pass, as transformers asks for it."""
+    """Return the mask of one kind of layer in a forward pass. transformers calls this function."""
     return Rule(mask_function, local_size)
 
 
@@ -214,39 +223,42 @@ def attend(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, heads, T, head size] -> [1, T, heads, value size]. AcipError for arguments that would change the result."""
-    step: Step = _here.step
+    """Compute the attention of a step: query [1, heads, T, head size] -> [1, T, heads, value size].
+
+    Raise an AcipError for arguments that would change the result.
+    """
+    step: Step = _current.step
     rule = _checked(module, attention_mask, dropout, kwargs)
-    keys, values = step.slots.write(module.layer_idx, key, value, step)
+    keys, values = step.cache.write(module.layer_idx, key, value, step)
     heads, kv_heads = query.shape[1], keys.shape[1]
     shared = heads // kv_heads
     sinks = None if s_aux is None else s_aux.reshape(1, kv_heads, shared, 1)
-    if step.alone is not None:
-        slot, place = step.alone
-        first, mask = step.recent(place, rule)
-        q, seen_by = query.view(1, kv_heads, shared, -1), (slice(slot, slot + 1), slice(None), slice(first, place + 1))
-        return weighted(q, keys[seen_by], values[seen_by], mask, scaling, softcap, sinks).reshape(1, 1, heads, -1), None
+    if step.only_token is not None:
+        slot, position = step.only_token
+        first, mask = step.recent(position, rule)
+        q, part = query.view(1, kv_heads, shared, -1), (slice(slot, slot + 1), slice(None), slice(first, position + 1))
+        return weighted(q, keys[part], values[part], mask, scaling, softcap, sinks).reshape(1, 1, heads, -1), None
     out_THD = query.new_zeros(query.shape[2], heads, values.shape[3])
     if step.used:
         q_nHD = query[0, :, step.single_n].transpose(0, 1)
         q = q_nHD.new_zeros(step.used, *q_nHD.shape[1:])
         q[step.single_slots] = q_nHD
-        there = (slice(step.used), slice(None), slice(step.longest))
-        seen = weighted(q.unflatten(1, (kv_heads, shared)), keys[there], values[there], step.mask(rule), scaling, softcap, sinks)
-        out_THD[step.single_n] = seen.flatten(1, 2)[step.single_slots]
+        part = (slice(step.used), slice(None), slice(step.longest))
+        out = weighted(q.unflatten(1, (kv_heads, shared)), keys[part], values[part], step.mask(rule), scaling, softcap, sinks)
+        out_THD[step.single_n] = out.flatten(1, 2)[step.single_slots]
     for piece in step.pieces:
         count = piece.stop - piece.start
-        own = (slice(piece.slot, piece.slot + 1), slice(None), slice(piece.past + count))
+        part = (slice(piece.slot, piece.slot + 1), slice(None), slice(piece.past + count))
         q = query[:, :, piece.start : piece.stop].reshape(1, kv_heads, -1, query.shape[3])
-        sinks_of_rows = None if sinks is None else sinks.repeat_interleave(count, 2)
-        seen = weighted(q, keys[own], values[own], step.causal(piece, shared, rule), scaling, softcap, sinks_of_rows)
-        out_THD[piece.start : piece.stop] = seen.view(heads, count, -1).transpose(0, 1)
+        row_sinks = None if sinks is None else sinks.repeat_interleave(count, 2)
+        out = weighted(q, keys[part], values[part], step.causal(piece, shared, rule), scaling, softcap, row_sinks)
+        out_THD[piece.start : piece.stop] = out.view(heads, count, -1).transpose(0, 1)
     return out_THD[None], None
 
 
 def _checked(module: Any, attention_mask: Any, dropout: float, others: dict[str, Any]) -> Rule:
-    """The layer's mask, where nothing else was asked for."""
-    unknown = [name for name, value in others.items() if name not in IRRELEVANT and value is not None and value is not False]
+    """Return the mask of a layer. Raise an AcipError for an argument that the engine does not compute."""
+    unknown = [name for name, value in others.items() if name not in IGNORED_ARGUMENTS and value is not None and value is not False]
     if others.get("is_causal") is False:
         unknown.append("is_causal=False")
     if dropout:
@@ -254,14 +266,17 @@ def _checked(module: Any, attention_mask: Any, dropout: float, others: dict[str,
     if unknown:
         raise AcipError(f"the attention of {type(module).__name__} takes {', '.join(sorted(unknown))}, which the engine does not compute")
     if not isinstance(attention_mask, Rule):
-        raise AcipError(f"{type(module).__name__} gets its attention mask from code of its own, which the engine can't evaluate")
+        raise AcipError(f"{type(module).__name__} gets its attention mask from code of its own, which the engine cannot evaluate")
     return attention_mask
 
 
 def weighted(
     q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Attention [..., q, D] of queries over keys; `mask` is true where they attend, `sinks` are logits of a key without a value."""
+    """Return the attention of queries over keys, [..., q, D].
+
+    `mask` is true where a query attends to a key. `sinks` are logits of an additional key without a value.
+    """
     if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scaling)
     scores = q @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -279,6 +294,6 @@ AttentionInterface.register(ATTENTION, attend)
 AttentionMaskInterface.register(ATTENTION, mask_rule)
 
 
-def doubled(needed: int, least: int = LEAST_LENGTH) -> int:
-    """The room that is made for what is needed: a power of two, as `least` is."""
-    return max(least, 1 << (needed - 1).bit_length())
+def doubled(needed: int, minimum: int = MIN_SLOT_TOKENS) -> int:
+    """Return the capacity for `needed` items: the next power of two, at least `minimum`, which is itself a power of two."""
+    return max(minimum, 1 << (needed - 1).bit_length())

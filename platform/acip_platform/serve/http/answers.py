@@ -1,4 +1,4 @@
-"""Events in text -> OpenAI's bodies: a whole answer, or chunks of a stream; of completions or of a chat."""
+"""Conversion of text events to OpenAI's response bodies: a complete response or the chunks of a stream, for completions and chats."""
 
 import json
 import time
@@ -16,7 +16,7 @@ from acip_platform.serve.text.tools import ToolParser
 
 @dataclass
 class Answer:
-    """One answer on its way. `hear` every event in order; of a stream it returns the chunks to send."""
+    """The response to one request. Pass every event to `add`, in order; send the chunks that it yields if the request streams."""
 
     request: OpenAIRequest
     created: int = field(default_factory=lambda: int(time.time()))
@@ -28,12 +28,12 @@ class Answer:
         self.chat = isinstance(self.request, ChatRequest)
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.kind = "chat.completion" if self.chat else "text_completion"
-        self.greeted: set[int] = set()
+        self.with_role: set[int] = set()
         self.parsers: dict[int, ToolParser] = {}
 
-    def hear(self, event: TextEvent) -> Iterator[dict[str, Any]]:
-        """The chunks that tell of this event."""
-        if event.kind == "head":  # once more if an engine was lost on the way: what it said is forgotten
+    def add(self, event: TextEvent) -> Iterator[dict[str, Any]]:
+        """Add an event, and yield its chunks."""
+        if event.kind == "head":  # a second head follows when an engine was lost: drop the events of the first one
             self.head, self.choices, self.parsers = event.data, {}, {}
             yield self._chunk([self._delta(0, "", None, None)]) | {
                 key: event.data[key] for key in ("size", "version", "seed", "max_tokens")
@@ -53,20 +53,21 @@ class Answer:
             yield self._chunk([self._delta(event.index, text, logprobs, reason, calls)])
         elif event.kind == "done":
             self.done = event.data
-            if self.request.usage_wanted:
+            if self.request.includes_usage:
                 yield self._chunk([]) | event.data
 
     def whole(self) -> dict[str, Any]:
+        """Return the body of a complete response."""
         choices = []
         for index, choice in sorted(self.choices.items()):
-            told = TextEvent("text", index, choice["text"], choice["logprobs"] or None)
-            said: dict[str, Any] = {"text": choice["text"]}
+            logprobs = self._logprobs(TextEvent("text", index, choice["text"], choice["logprobs"] or None))
+            content: dict[str, Any] = {"text": choice["text"]}
             if self.chat:
                 message: dict[str, Any] = {"role": "assistant", "content": choice["text"], "refusal": None}
                 if choice["calls"]:
                     message |= {"content": choice["text"] or None, "tool_calls": choice["calls"]}
-                said = {"message": message}
-            choices.append({"index": index, **said, "logprobs": self._logprobs(told), "finish_reason": choice["finish_reason"]})
+                content = {"message": message}
+            choices.append({"index": index, **content, "logprobs": logprobs, "finish_reason": choice["finish_reason"]})
         return {
             "id": self.id, "object": self.kind, "created": self.created, "model": self.head["model"], "choices": choices,
             **self.done, "size": self.head["size"], "version": self.head["version"], "seed": self.head["seed"],
@@ -76,10 +77,10 @@ class Answer:
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self.chat else self.kind
         chunk = {"id": self.id, "object": kind, "created": self.created, "model": self.head["model"], "choices": choices}
-        return chunk | {"usage": None} if self.request.usage_wanted else chunk
+        return chunk | {"usage": None} if self.request.includes_usage else chunk
 
     def _parsed(self, event: TextEvent) -> tuple[str, list[dict[str, Any]]]:
-        """The event's text, and the calls of tools in it."""
+        """Return the text of an event without tool calls, and the deltas of its tool calls."""
         form = self.head.get("tools")
         if form is None:
             return event.text, []
@@ -93,8 +94,8 @@ class Answer:
         delta: dict[str, Any] = {"content": text} if text or (reason is None and not calls) else {}
         if calls:
             delta["tool_calls"] = calls
-        if index not in self.greeted:
-            self.greeted.add(index)
+        if index not in self.with_role:
+            self.with_role.add(index)
             delta = {"role": "assistant", **delta}
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
@@ -105,7 +106,7 @@ class Answer:
 
 
 def _add_call(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
-    """Put a call together from its deltas."""
+    """Add the delta of a tool call to `calls`."""
     if delta["index"] == len(calls):
         calls.append({"id": delta["id"], "type": "function", "function": dict(delta["function"])})
     else:
@@ -113,6 +114,7 @@ def _add_call(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
 
 
 def sse(body: dict[str, Any] | str) -> bytes:
+    """Return a server-sent event."""
     text = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, separators=(",", ":"))
     return f"data: {text}\n\n".encode()
 
@@ -120,6 +122,6 @@ def sse(body: dict[str, Any] | str) -> bytes:
 DONE = sse("[DONE]")
 
 
-def broken(status: int, message: str, code: str) -> bytes:
-    """The end of a stream that began well."""
+def error_event(status: int, message: str, code: str) -> bytes:
+    """Return the server-sent event that ends an interrupted stream."""
     return sse(error_body(status, message, None, code))

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-WHEN = {
+STATUS_MEANINGS = {
     400: "The request is invalid; the message states what is allowed.",
     401: "The API key is missing or unknown.",
     404: "The model, version, materialization or route does not exist.",
@@ -43,7 +43,7 @@ STYLE = "body{font:15px/1.5 system-ui;max-width:60em;margin:2em auto;padding:0 1
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the OpenAPI descriptions of a route's error responses."""
     schema = {"$ref": "#/components/schemas/Error"}
-    return {status: {"description": WHEN[status], "content": {"application/json": {"schema": schema}}} for status in statuses}
+    return {status: {"description": STATUS_MEANINGS[status], "content": {"application/json": {"schema": schema}}} for status in statuses}
 
 
 def describe(app: FastAPI, open_paths: Collection[str]) -> None:
@@ -70,7 +70,7 @@ def page(schema: dict[str, Any]) -> str:
     out.append(f"<p>{escape(schema['info']['description'])} If the server has API keys, send <code>Authorization: Bearer KEY</code>. ")
     out.append("For programs: <a href=/openapi.json>openapi.json</a>. Every error is <code>")
     out.append(escape(json.dumps({"error": {"message": "", "type": "", "param": None, "code": ""}})) + "</code>.</p>")
-    out += _table(("status", "meaning"), {str(status): meaning for status, meaning in WHEN.items()})
+    out += _table(("status", "meaning"), {str(status): meaning for status, meaning in STATUS_MEANINGS.items()})
     for path, route in schema["paths"].items():
         for method, operation in route.items():
             out.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(operation.get('description', ''))}")

@@ -66,14 +66,14 @@ class Archive:
                 yield bytes(part)
 
 
-def wanted(header: str | None, size: int) -> tuple[int, int] | None:
+def requested_range(header: str | None, size: int) -> tuple[int, int] | None:
     """Return the bytes [start, stop) of a Range header with one range, or None for any other header.
 
-    Raises RequestError (416) if the range starts beyond the end.
+    Raise RequestError (416) if the range starts beyond the end.
     """
     match = re.fullmatch(r"\s*bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", header or "")
     if match is None or not (match[1] or match[2]):
-        return None  # RFC 9110: ignore a header that is not understood
+        return None  # RFC 9110: ignore an invalid header
     start, stop = (int(match[1]), min(int(match[2] or size), size - 1) + 1) if match[1] else (max(0, size - int(match[2])), size)
     if match[1] and match[2] and int(match[2]) < start:
         return None
@@ -84,7 +84,7 @@ def wanted(header: str | None, size: int) -> tuple[int, int] | None:
     return start, stop
 
 
-def named(record: Mapping[str, Any]) -> str:
+def archive_name(record: Mapping[str, Any]) -> str:
     """Return the name of the archive and of the folder in it: MODEL-RATIO[-KIND]."""
     model = re.sub(r"^\.+|[^A-Za-z0-9._-]", "_", record["model"])
     return f"{model}-{record['size']['ratio']:.4f}" + (f"-{record['quantize']}" if record["quantize"] else "")
@@ -100,7 +100,7 @@ def downloads(materializations: Materializations) -> APIRouter:
         if record["status"] != "succeeded":
             message = f"materialization {id} is {record['status']}; it can be downloaded once it has succeeded."
             raise RequestError(message, None, "not_materialized", 409)
-        name = named(record)
+        name = archive_name(record)
         try:
             source, sizes = await run_in_threadpool(materializations.store.source, record["uri"])
         except StoreError as error:
@@ -108,7 +108,7 @@ def downloads(materializations: Materializations) -> APIRouter:
         archive, tag = Archive(source, sizes, name), f'"{record["sha256"]}"'
         headers = {"Accept-Ranges": "bytes", "ETag": tag, "Content-Disposition": f'attachment; filename="{name}.tar"'}
         condition = request.headers.get("if-range")
-        part = wanted(request.headers.get("range"), archive.size) if condition in (None, tag) else None
+        part = requested_range(request.headers.get("range"), archive.size) if condition in (None, tag) else None
         start, stop = part or (0, archive.size)
         headers["Content-Length"] = str(stop - start)
         if part:

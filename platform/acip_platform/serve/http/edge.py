@@ -19,7 +19,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from acip_platform.serve.http.answers import broken
+from acip_platform.serve.http.answers import error_event
 from acip_platform.serve.http.errors import error_body, retry_after
 
 HEADER_LIMIT_BYTES = 64 << 10
@@ -109,7 +109,7 @@ class _Answer:
         elif self.plain is not None:
             await self._replace()
         elif self.streams and not self.head:
-            await self.send({"type": "http.response.body", "body": b"\n\n" + broken(503, LOST, "engine_restarting")})
+            await self.send({"type": "http.response.body", "body": b"\n\n" + error_event(503, LOST, "engine_restarting")})
 
 
 def _refusal(scope: Scope) -> JSONResponse | None:

@@ -1,12 +1,12 @@
-"""The one error shape of the server, OpenAI's: {"error": {"message", "type", "param", "code"}}.
+"""The error format of the server, which is OpenAI's: {"error": {"message", "type", "param", "code"}}.
 
 status    type                    when
-4xx       invalid_request_error   the request can't be answered as asked; the message says what is allowed
-429       rate_limit_error        the queue is full; Retry-After says when to come back
-503       service_unavailable     the server starts or stops, or the engine is being replaced; Retry-After too
-500       server_error            the server failed; details are in its log, never in the answer
+4xx       invalid_request_error   the request is invalid; the message states what is allowed
+429       rate_limit_error        the queue is full; Retry-After is the time to wait
+503       service_unavailable     the server starts or stops, or the engine is being replaced; Retry-After is the time to wait
+500       server_error            the server failed; the details are in its log, never in the response
 
-Errors of the engine have no status of their own: `ENGINE_ERRORS` assigns it.
+Errors of the engine have no HTTP status: `ENGINE_ERRORS` assigns one.
 """
 
 import logging
@@ -18,8 +18,8 @@ from acip_platform.serve.engine import errors as engine
 from acip_platform.serve.text.errors import InvalidRequestError
 
 RETRY_AFTER_S = {429: 2, 503: 10}
-PARAMS = {"prompts": "prompt"}  # fields of the engine's request that have another name in HTTP's
-ENGINE_ERRORS: dict[type[engine.EngineError], tuple[int, str, str | None]] = {  # status, code, field at fault
+PARAMS = {"prompts": "prompt"}  # fields of the engine's request -> their names in the HTTP API
+ENGINE_ERRORS: dict[type[engine.EngineError], tuple[int, str, str | None]] = {  # status, code, invalid field
     engine.InvalidTokensError: (400, "invalid_value", "prompt"),
     engine.ContextTooLongError: (400, "context_length_exceeded", "prompt"),
     engine.DeadlineExceededError: (408, "timeout", None),
@@ -33,7 +33,7 @@ log = logging.getLogger("ray.serve")
 
 
 class RequestError(InvalidRequestError):
-    """A request that cannot be answered, or not now, with its HTTP status."""
+    """A request that cannot be answered, or not at this time, with the HTTP status of the response."""
 
     def __init__(self, message: str, param: str | None = None, code: str = "invalid_value", status: int = 400) -> None:
         super().__init__(message, param, code)
@@ -41,6 +41,7 @@ class RequestError(InvalidRequestError):
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Return the body of an error response."""
     kinds = {429: "rate_limit_error", 500: "server_error", 503: "service_unavailable"}
     return {"error": {"message": message, "type": kinds.get(status, "invalid_request_error"), "param": param, "code": code}}
 
@@ -64,7 +65,7 @@ def as_response(error: Exception, request_id: str) -> tuple[int, dict[str, Any]]
             return status, error_body(status, str(error), PARAMS.get(field, field) if field else param, code)
     if isinstance(error, AcipError):
         return 400, error_body(400, str(error))
-    return 500, error_body(500, f"the server failed on request {request_id}; its log says why.", code="internal_error")
+    return 500, error_body(500, f"the server failed on request {request_id}; the reason is in its log.", code="internal_error")
 
 
 def logged_response(error: Exception) -> tuple[int, dict[str, Any]]:

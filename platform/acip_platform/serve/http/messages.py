@@ -57,7 +57,8 @@ class Part(_Lenient):
         return self
 
     @property
-    def told(self) -> str:
+    def content(self) -> str:
+        """The text of the part, from the field that `type` names."""
         return str(getattr(self, self.type))
 
 
@@ -88,12 +89,12 @@ class Message(_Lenient):
         return self
 
     @property
-    def told(self) -> dict[str, Any]:
+    def for_template(self) -> dict[str, Any]:
         """The message in the format of chat templates. Its content is one text; null becomes an empty text."""
         content = self.content if self.content is not None else self.refusal or ""
         fields: dict[str, Any] = {
             "role": {"developer": "system", "function": "tool"}.get(self.role, self.role),
-            "content": content if isinstance(content, str) else "".join(part.told for part in content),
+            "content": content if isinstance(content, str) else "".join(part.content for part in content),
         }
         if self.tool_calls:
             fields["tool_calls"] = [_decoded(call) for call in self.tool_calls]

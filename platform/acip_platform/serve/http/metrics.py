@@ -34,13 +34,15 @@ class Metrics:
         )
 
     def text(self) -> bytes:
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self.registry)
 
-    def begin(self, model: str) -> "Watched":
-        return Watched(self, model)
+    def begin(self, model: str) -> "RequestMetrics":
+        """Begin the measurements of a request."""
+        return RequestMetrics(self, model)
 
 
-class Watched:
+class RequestMetrics:
     """The measurements of one request, from its arrival to its end."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
@@ -49,7 +51,8 @@ class Watched:
         self._gauge = metrics.waiting
         self._gauge.inc()
 
-    def hear(self, kind: str, data: dict[str, Any]) -> None:
+    def on_event(self, kind: str, data: dict[str, Any]) -> None:
+        """Update the measurements by a text event of the request."""
         if kind == "head":
             self.size = f"{round(data['size']['ratio'] * 20) / 20:.2f}"
         elif kind == "start":
@@ -73,5 +76,6 @@ class Watched:
             self.status = str(data["status"])
 
     def end(self) -> None:
+        """Count the request as finished."""
         self._gauge.dec()
         self.metrics.requests.labels(self.model, self.status).inc()

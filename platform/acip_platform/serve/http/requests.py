@@ -1,13 +1,13 @@
-"""The requests: OpenAI's completions and chats, with `size_ratio`.
+"""The request schemas: OpenAI's completions and chats, with `size_ratio`.
 
-Every field of OpenAI's is in one of three groups:
+Every field of OpenAI's API is in one of three groups:
 
-    honored        it does what OpenAI's reference says
-    unused         it changes no text (`Unused`): any value is accepted and forgotten, so that it travels no further
-    not offered    accepted where it changes nothing (null, or OpenAI's default), else 400
+    supported        it works as in OpenAI's reference
+    unused           it does not change the text (`Unused`): any value is accepted and dropped
+    not supported    only null and OpenAI's default are accepted; other values result in status 400
 
-A null is the same as a field that is left out. A field's description says what it may be, and is the text of the error when it
-is something else. An error names its field with the path to it: messages[1].content[0].type.
+A null is the same as a missing field. The description of a field states its valid values, and is part of the error message for an
+invalid value. An error names its field by path: messages[1].content[0].type.
 
     model      NAME, NAME@0.6, NAME@60%, NAME@fit:8GB (bytes of the weights), NAME@fit:8GB@4096 (memory at this context)
 """
@@ -30,10 +30,11 @@ from acip_platform.serve.text.structured_output import ResponseFormat
 from acip_platform.serve.text.tools import NamedTool, ToolChoice, Tools
 
 MAX_CHOICES = 16
-DEFAULT_MAX_TOKENS = 16  # OpenAI's, of completions
+DEFAULT_MAX_TOKENS = 16  # of completions, as in OpenAI's API
 
 
 def _tokens(bias: dict[str, float]) -> dict[str, float]:
+    """Return logit biases. Raise ValueError if a key is not a token id or a bias is out of range."""
     if not all(key.isdecimal() and key.isascii() and len(key) < 10 and -100 <= value <= 100 for key, value in bias.items()):
         raise ValueError
     return bias
@@ -53,7 +54,7 @@ class StreamOptions(BaseModel):
 
 
 class ModelSizeRequest(BaseModel):
-    """Which model, at which size."""
+    """A model and a size."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -65,10 +66,10 @@ class ModelSizeRequest(BaseModel):
     # fmt: on
 
     def name_and_budget(self, names: Sequence[str]) -> tuple[str, Budget]:
-        """Which of the served models, and how large: `size_ratio`, what is behind the @ in the name, or 1.0."""
+        """Return the name of the served model, and the size: `size_ratio`, the size after the @ in the name, or 1.0."""
         name, budget = split_name(self.model, names)
         if budget is not None and self.size_ratio is not None and budget.ratio != self.size_ratio:
-            message = f"model {self.model!r} asks for one size and size_ratio for {self.size_ratio}; give one of them."
+            message = f"model {self.model!r} and size_ratio {self.size_ratio} are different sizes; give one of them."
             raise RequestError(message, "size_ratio", "size_twice")
         return name, budget or Budget(ratio=self.size_ratio or 1.0)
 
@@ -80,7 +81,7 @@ class MaterializationRequest(ModelSizeRequest):
 
 
 class OpenAIRequest(ModelSizeRequest):
-    """What both ways to generate have in common."""
+    """The common fields of completions and chats."""
 
     # fmt: off
     temperature: float | None = Field(default=None, ge=0, le=2, description="a number from 0 (greedy) to 2")
@@ -96,7 +97,7 @@ class OpenAIRequest(ModelSizeRequest):
         description="an object of up to 300 token ids with biases from -100 to 100")
     stream: bool | None = Field(default=None, description="true or false")
     stream_options: StreamOptions | None = Field(default=None, description='an object like {"include_usage": true}')
-    ignore_eos: bool | None = Field(default=None, description="true (generate max_tokens whatever comes) or false")
+    ignore_eos: bool | None = Field(default=None, description="true (generate max_tokens tokens, also after an end token) or false")
     # fmt: on
 
     user: Unused = None
@@ -110,15 +111,16 @@ class OpenAIRequest(ModelSizeRequest):
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> Any:
+        """Return the request with these fields. Raise a RequestError if one is invalid."""
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            found = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
-            raise explain(found, fields, cls) from error
+            located = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+            raise explain(located, fields, cls) from error
 
     @property
     def named_tool(self) -> bool:
-        """Whether the answer must be a call of one tool. OpenAI's finish_reason is "stop" there, and "tool_calls" elsewhere."""
+        """Whether the answer must be a call of one given tool. Its finish_reason is then "stop" in OpenAI's API, else "tool_calls"."""
         return isinstance(getattr(self, "tool_choice", None), NamedTool)
 
     @property
@@ -126,7 +128,7 @@ class OpenAIRequest(ModelSizeRequest):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
-    def usage_wanted(self) -> bool:
+    def includes_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
@@ -136,33 +138,33 @@ class CompletionRequest(OpenAIRequest):
         description="a text, a list of texts, or token ids instead of texts; null or an empty text = the start of a text")
     max_tokens: int | None = Field(default=None, ge=0,
         description=f"a whole number of tokens, at least 1 (default {DEFAULT_MAX_TOKENS}), or 0 with echo true")
-    logprobs: int | None = Field(default=None, ge=0, le=5, description="how many of the most likely tokens are told with each, 0 to 5")
+    logprobs: int | None = Field(default=None, ge=0, le=5, description="the number of most likely tokens to return with each token, 0 to 5")
 
     echo: bool | None = Field(default=None, description="true (the prompt is repeated, and scored with logprobs) or false")
 
-    # not offered: the neutral value only
-    best_of: int | None = Field(default=None, ge=1, description="left out, 1 or n: this server returns all of what it generates")
-    suffix: Literal[""] | None = Field(default=None, description="left out: text is only continued, not filled in")
+    # not supported: only the default is accepted
+    best_of: int | None = Field(default=None, ge=1, description="left out, 1 or n: this server returns every generated completion")
+    suffix: Literal[""] | None = Field(default=None, description="left out: filling in text is not supported")
     # fmt: on
 
     @field_validator("best_of")
     @classmethod
-    def _all_of_them(cls, best_of: int | None, info: ValidationInfo) -> int | None:
+    def _check_best_of(cls, best_of: int | None, info: ValidationInfo) -> int | None:
         return best_of if best_of in (None, 1, info.data.get("n")) else _refuse()
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         if self.prompt is None:
             return [""]
-        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if one else self.prompt  # type: ignore[return-value]
+        single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if single else self.prompt  # type: ignore[return-value]
 
     @property
     def limit(self) -> int | None:
         return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
     @property
-    def told_logprobs(self) -> int | None:
+    def logprob_count(self) -> int | None:
         return self.logprobs
 
 
@@ -184,28 +186,28 @@ class ChatRequest(OpenAIRequest):
         description='{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"name": "a", "schema": {...}}}')
     prediction: Unused = None
 
-    # not offered: the neutral value only
-    functions: Annotated[list[Any], Field(max_length=0)] | None = Field(default=None, description="left out: functions are not offered")
-    function_call: Literal["none", "auto"] | None = Field(default=None, description='left out, "none" or "auto": functions are not offered')
+    # not supported: only the default is accepted
+    functions: Annotated[list[Any], Field(max_length=0)] | None = Field(default=None, description="left out: functions are unsupported")
+    function_call: Literal["none", "auto"] | None = Field(default=None, description='left out, "none" or "auto": functions are unsupported')
     reasoning_effort: Literal["none", "medium"] | None = Field(default=None,
-        description='left out, "none" or "medium": this server sets no effort')
-    verbosity: Literal["medium"] | None = Field(default=None, description='left out or "medium": this server sets no verbosity')
+        description='left out, "none" or "medium": other efforts are not supported')
+    verbosity: Literal["medium"] | None = Field(default=None, description='left out or "medium": other verbosities are not supported')
     modalities: Annotated[list[Literal["text"]], Field(min_length=1)] | None = Field(default=None,
         description='left out or ["text"]: answers are text')
     audio: None = Field(default=None, description="left out: answers are text")
-    moderation: None = Field(default=None, description="left out: nothing is moderated")
-    web_search_options: None = Field(default=None, description="left out: this server searches nothing")
+    moderation: None = Field(default=None, description="left out: moderation is not supported")
+    web_search_options: None = Field(default=None, description="left out: web search is not supported")
     # fmt: on
 
     @field_validator("top_logprobs")
     @classmethod
-    def _with_logprobs(cls, top: int | None, info: ValidationInfo) -> int | None:
+    def _check_top_logprobs(cls, top: int | None, info: ValidationInfo) -> int | None:
         return top if not top or info.data.get("logprobs") else _refuse()
 
     @property
-    def told(self) -> list[dict[str, Any]]:
-        """The messages as chat templates take them."""
-        return [message.told for message in self.messages]
+    def template_messages(self) -> list[dict[str, Any]]:
+        """The messages in the format of chat templates."""
+        return [message.for_template for message in self.messages]
 
     @property
     def has_tools(self) -> bool:
@@ -217,50 +219,55 @@ class ChatRequest(OpenAIRequest):
         return self.max_completion_tokens or self.max_tokens
 
     @property
-    def told_logprobs(self) -> int | None:
+    def logprob_count(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
 def split_name(model: str | None, names: Sequence[str]) -> tuple[str, Budget | None]:
-    """(served name, budget or None) of "NAME" or "NAME@SIZE"; None is the only model there is."""
-    have = ", ".join(names)
+    """Return the served name and the budget of "NAME" or "NAME@SIZE". The budget of "NAME" is None.
+
+    A model of None stands for the only served model.
+    """
+    served = ", ".join(names)
     if model is None:
         if len(names) == 1:
             return names[0], None
-        raise RequestError(f"several models are served, so model must be given: {have}.", "model", "model_required")
+        raise RequestError(f"several models are served, so model must be given: {served}.", "model", "model_required")
     if model in names:
         return model, None
     name = max((name for name in names if model.startswith(f"{name}@")), key=len, default=None)
     if name is None:
         guess = did_you_mean(model.partition("@")[0], list(names))
-        message = f"no model {cited(model)}{guess}; served: {have}, each at any size, as NAME@RATIO."
+        message = f"no model {cited(model)}{guess}; served: {served}, each at any size, as NAME@RATIO."
         raise RequestError(message, "model", "model_not_found", 404)
     return name, size_of(name, model[len(name) + 1 :])
 
 
 def size_of(name: str, written: str) -> Budget:
-    """What is behind the @."""
-    allowed = f"a ratio above 0 and up to 1, as in {name}@0.6, or what must hold it: {name}@fit:8GB, {name}@fit:8GB@4096 at this context."
+    """Return the budget that follows the @ in a model's name."""
+    allowed = (
+        f"a ratio above 0 and up to 1, as in {name}@0.6, or the memory to fit into: {name}@fit:8GB, {name}@fit:8GB@4096 at this context."
+    )
     budget, _, context = written.partition("@")
     try:
-        asked = Budget.parse(budget)
+        parsed = Budget.parse(budget)
         if not context:
-            return asked
+            return parsed
         tokens = re.fullmatch(r"(\d{1,9})([kK]?)", context)
-        if tokens is None or asked.stored_bytes is None:
+        if tokens is None or parsed.stored_bytes is None:
             raise BudgetError("")
-        return Budget(memory_mb=asked.stored_bytes / MEGA, context=int(tokens[1]) * (1024 if tokens[2] else 1), batch=1)
-    except (BudgetError, ValueError, OverflowError) as error:  # numbers of thousands of digits are neither
+        return Budget(memory_mb=parsed.stored_bytes / MEGA, context=int(tokens[1]) * (1024 if tokens[2] else 1), batch=1)
+    except (BudgetError, ValueError, OverflowError) as error:  # ValueError and OverflowError: numbers of thousands of digits
         raise RequestError(f"the size behind {name}@ is {cited(written)}; it must be {allowed}", "model", "invalid_size") from error
 
 
 def _refuse() -> Any:
-    """For a value that is fine alone, but not beside the other fields."""
+    """Raise the error for a value that is invalid in combination with the other fields."""
     raise PydanticCustomError("refused", "refused")
 
 
 def explain(errors: Sequence[Any], fields: Any, kind: type[BaseModel]) -> RequestError:
-    """The first of pydantic's errors in our words. `loc` of each begins with "body", as FastAPI's do."""
+    """Convert the first error of pydantic to a RequestError. The `loc` of every error begins with "body", as in FastAPI."""
     first = errors[0]
     if first["type"] == "json_invalid":
         reason, at = first.get("ctx", {}).get("error", ""), first["loc"][-1]
@@ -272,32 +279,30 @@ def explain(errors: Sequence[Any], fields: Any, kind: type[BaseModel]) -> Reques
             example = {"messages": [{"role": "user", "content": "Hello"}]}  # type: ignore[dict-item]
         shown = json.dumps({**example, "size_ratio": 0.6})
         return RequestError(f"send a JSON object like {shown}, with the header 'Content-Type: application/json'.", code="invalid_json")
-    # of a value that may be one of several kinds, the error that is deepest in it is the one about the kind that was meant
+    # a value of a union has an error for each type; the deepest one belongs to the type that the client most likely meant
     error: Any = max((error for error in errors if error["loc"][1] == first["loc"][1]), key=lambda error: len(_place(error, fields)))
     place = _place(error, fields)
-    if place[0] != "messages":  # its description is of all of it
+    if place[0] != "messages":  # other fields have one description for the complete value
         place = place[:1]
-    name, where = str(place[-1]), _written(place)
+    name, path = str(place[-1]), _written(place)
     if error["type"] == "extra_forbidden":
         known = Message.model_fields if len(place) > 1 else kind.model_fields
-        return RequestError(
-            f"unknown field {where!r}{did_you_mean(name, list(known))}. Allowed: {', '.join(known)}.", where, "unknown_field"
-        )
+        return RequestError(f"unknown field {path!r}{did_you_mean(name, list(known))}. Allowed: {', '.join(known)}.", path, "unknown_field")
     models = (Message, Part) if len(place) > 1 else (kind,)
     allowed = next((model.model_fields[name].description for model in models if name in model.model_fields), None)
     if isinstance(place[-1], int):
         object_like = {"type": "text", "text": "Hello"} if "content" in place else {"role": "user", "content": "Hello"}
         allowed = f"an object like {json.dumps(object_like)}"
     if error["type"] == "missing":
-        return RequestError(f"{where} is missing; it must be {allowed or 'left out'}.", where, "missing_field")
+        return RequestError(f"{path} is missing; it must be {allowed or 'left out'}.", path, "missing_field")
     value: Any = fields
     for part in place:
         value = value[part]
-    return RequestError(f"{where} is {reprlib.repr(value)}; it must be {allowed or 'left out'}.", where)
+    return RequestError(f"{path} is {reprlib.repr(value)}; it must be {allowed or 'left out'}.", path)
 
 
 def _place(error: Any, fields: Any) -> list[str | int]:
-    """The path to what an error is about, without pydantic's names for the kinds that a value may be of."""
+    """Return the path to the value of an error, without the names that pydantic adds for the types of a union."""
     place: list[str | int] = []
     inside = fields
     parts = list(error["loc"][1:])
@@ -312,4 +317,5 @@ def _place(error: Any, fields: Any) -> list[str | int]:
 
 
 def _written(place: Sequence[str | int]) -> str:
+    """Return a path as text, for example messages[1].content."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")

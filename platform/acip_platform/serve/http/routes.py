@@ -33,7 +33,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from acip_platform.serve.http.answers import DONE, Answer, broken, sse
+from acip_platform.serve.http.answers import DONE, Answer, error_event, sse
 from acip_platform.serve.http.api_reference import STREAM, describe, errors, page
 from acip_platform.serve.http.body import JsonRoute
 from acip_platform.serve.http.download import downloads
@@ -58,7 +58,7 @@ PAGE = Path(__file__).parents[1] / "page" / "index.html"
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 log = logging.getLogger("ray.serve")
-Answered = AsyncIterator[list[TextEvent]]
+EventStream = AsyncIterator[list[TextEvent]]
 
 
 class Endpoint(Protocol):
@@ -70,12 +70,12 @@ class Endpoint(Protocol):
     def names(self) -> list[str]: ...
     async def cards(self) -> list[dict[str, Any]]: ...
     async def card(self, name: str) -> dict[str, Any]: ...
-    async def size(self, name: str, asked: ModelSizeRequest) -> dict[str, Any]: ...
+    async def size(self, name: str, request: ModelSizeRequest) -> dict[str, Any]: ...
     async def trade_off(self, name: str) -> dict[str, Any]: ...
     async def load(self, name: str, which: str) -> dict[str, Any]: ...
     async def materialize(self, request: MaterializationRequest) -> dict[str, Any]: ...
     async def ready(self) -> list[str]: ...
-    async def answer(self, request: CompletionRequest | ChatRequest) -> Answered: ...
+    async def answer(self, request: CompletionRequest | ChatRequest) -> EventStream: ...
 
 
 class LoadRequest(BaseModel):
@@ -172,7 +172,7 @@ def routes(endpoint: Endpoint, cors_origins: Sequence[str] = ()) -> FastAPI:
         async for event in _one_by_one(first, events):
             if event.kind == "error":
                 return answer(event.data["status"], event.data["body"])
-            for _ in response.hear(event):
+            for _ in response.add(event):
                 pass
         return answer(200, response.whole())
 
@@ -269,7 +269,7 @@ def _takes(route: Route, method: str, path: str) -> bool:
     return method in (route.methods or ()) and route.path_regex.match(path) is not None
 
 
-async def _one_by_one(first: list[TextEvent], events: Answered) -> AsyncIterator[TextEvent]:
+async def _one_by_one(first: list[TextEvent], events: EventStream) -> AsyncIterator[TextEvent]:
     for event in first:
         yield event
     async for more in events:
@@ -277,7 +277,7 @@ async def _one_by_one(first: list[TextEvent], events: Answered) -> AsyncIterator
             yield event
 
 
-async def _stream(response: Answer, first: list[TextEvent], events: Answered) -> AsyncIterator[bytes]:
+async def _stream(response: Answer, first: list[TextEvent], events: EventStream) -> AsyncIterator[bytes]:
     """Yield the chunks of a stream; events that arrive together are sent together. Errors become events of the stream."""
     try:
         yield _chunks(response, first)
@@ -290,7 +290,7 @@ async def _stream(response: Answer, first: list[TextEvent], events: Answered) ->
         status, body = as_response(error, request_id := uuid4().hex)
         if status >= 500:
             log.error("request %s failed", request_id, exc_info=error)
-        yield broken(status, body["error"]["message"], body["error"]["code"])
+        yield error_event(status, body["error"]["message"], body["error"]["code"])
 
 
 def _chunks(response: Answer, events: list[TextEvent]) -> bytes:
@@ -298,8 +298,8 @@ def _chunks(response: Answer, events: list[TextEvent]) -> bytes:
     for event in events:
         if event.kind == "error":
             error = event.data["body"]["error"]
-            out.append(broken(event.data["status"], error["message"], error["code"]))
-        out += [sse(chunk) for chunk in response.hear(event)]
+            out.append(error_event(event.data["status"], error["message"], error["code"]))
+        out += [sse(chunk) for chunk in response.add(event)]
     return b"".join(out)
 
 

@@ -1,6 +1,6 @@
-"""Between text and tokens: detokenizer, token bytes, chat templates, grammars, tools, log-probabilities.
+"""Conversion between text and tokens: detokenizer, token bytes, chat templates, grammars, tools, log-probabilities.
 
-It uses the engine, and has no notion of HTTP; `InvalidRequestError` is its error.
+It uses the engine and is independent of HTTP. Its error is `InvalidRequestError`.
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
-"""Token ids -> text as it grows: whole characters only, and nothing of a stop text.
+"""Incremental conversion of token ids to text: only complete characters, and no part of a stop text.
 
-    token -> its bytes (`TokenBytes`) -> whole characters -> what no stop text can take back
+    token -> its bytes (`TokenBytes`) -> complete characters -> characters that cannot belong to a stop text
 
-Each token is looked at once, so the work is linear in the length of the text. Special tokens are left out of the text, but stop
-texts find them.
+Each token is processed once, so the work is linear in the length of the text. Special tokens are not part of the text, but stop texts
+can contain them.
 """
 
 import codecs
@@ -13,14 +13,14 @@ from typing import Any
 
 from acip_platform.serve.text.token_bytes import TokenBytes
 
-MOST_BYTES = 4  # of a character in UTF-8
+MAX_CHARACTER_BYTES = 4  # in UTF-8
 
 
 class Detokenizer:
-    """The growing answer of one sequence.
+    """The text of the answer of one sequence, which grows with its tokens.
 
-    `prompt` are the tokens before: what they leave incomplete is completed, and if there is text in them, the answer does not begin
-    one. Special tokens in `shown` are part of the text, as they are for those who parse it.
+    `prompt` are the tokens before the answer. The answer completes a character that they leave incomplete. If they contain text, the
+    first token of the answer does not count as the beginning of a text. Special tokens in `shown` are part of the text, for parsers.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str], shown: Collection[int] = ()) -> None:
@@ -29,18 +29,18 @@ class Detokenizer:
         specials = [self.bytes[id].decode(errors="replace") for id in self.bytes.special if id not in shown] if stops else []
         self.stops = StopTexts(stops, [stop for stop in stops if any(special and special in stop for special in specials)])
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.length = 0  # characters of the text so far, said or held back
-        self.offset = 0  # of them before the last token
-        self.unfinished = b""  # of a character that begins in the prompt
-        self.started = False  # whether any text came before
-        self._look_back(prompt)
+        self.length = 0  # characters of the text so far, including those held back
+        self.offset = 0  # characters before the last token
+        self.unfinished = b""  # the first bytes of a character that begins in the prompt
+        self.started = False  # whether there is text before the next token
+        self._read_context(prompt)
 
     @property
     def stopped(self) -> bool:
         return self.stops.found
 
     def add(self, token: int) -> str:
-        """Return what became certain with this token. After `stopped`, nothing more."""
+        """Return the text that became certain with this token. It is empty once `stopped` is true."""
         self.offset = self.length
         if token in self.bytes.special and token not in self.shown:
             return self.stops.add(self.bytes[token].decode(errors="replace"), hidden=True) if self.stops.marked else ""
@@ -49,37 +49,37 @@ class Detokenizer:
         if value and self.unfinished:
             value = self.unfinished + value if value[0] & 0xC0 == 0x80 else value
             self.unfinished = b""
-        return self._say(self.utf8.decode(value))
+        return self._emit(self.utf8.decode(value))
 
     def read(self, prompt: Sequence[int]) -> tuple[str, list[int]]:
-        """Return the text of a prompt that the answer repeats, and where each token begins. No stop text is looked for in it.
+        """Return the text of a prompt that the answer repeats, and the offset of each token. Stop texts in it are ignored.
 
-        The tokens that are added later continue it.
+        Tokens that are added later continue this text.
         """
         stops, self.stops = self.stops, StopTexts([])
-        said, offsets = [], []
+        texts, offsets = [], []
         for token in prompt:
-            said.append(self.add(token))
+            texts.append(self.add(token))
             offsets.append(self.offset)
         self.stops = stops
-        return "".join(said), offsets
+        return "".join(texts), offsets
 
     def end(self) -> str:
-        """Return what was held back, when no more tokens come. Half a character at the end becomes U+FFFD."""
+        """Return the text that was held back, after the last token. An incomplete character at the end becomes U+FFFD."""
         if self.stopped:
             return ""
-        return self._say(self.utf8.decode(b"", final=True)) + self.stops.end()
+        return self._emit(self.utf8.decode(b"", final=True)) + self.stops.end()
 
-    def _say(self, new: str) -> str:
+    def _emit(self, new: str) -> str:
         self.length += len(new)
         return self.stops.add(new) if new else ""
 
-    def _look_back(self, prompt: Sequence[int]) -> None:
+    def _read_context(self, prompt: Sequence[int]) -> None:
         tail = b""
         for token in reversed(prompt):
             if token not in self.bytes.special or token in self.shown:
                 tail = self.bytes[token] + tail
-            if len(tail) >= MOST_BYTES:
+            if len(tail) >= MAX_CHARACTER_BYTES:
                 break
         self.started = bool(tail)
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -88,25 +88,25 @@ class Detokenizer:
 
 
 class StopTexts:
-    """Finds the first of several texts in a stream of characters, by Knuth, Morris and Pratt: no character is compared twice.
+    """A search for the first of several texts in a stream of characters, by the Knuth-Morris-Pratt algorithm.
 
-    `marked` are those that hold a special token. They are looked for in the stream with hidden characters, which are never said;
-    all are looked for in the stream without.
+    Hidden characters are those of special tokens; they are never returned. Every stop text is searched for in the stream without them.
+    The stop texts in `marked` contain a special token, so they are searched for in the stream with hidden characters too.
     """
 
     def __init__(self, stops: Sequence[str], marked: Sequence[str] = ()) -> None:
         self.plain, self.marked = [_Matcher(stop) for stop in stops], [_Matcher(stop) for stop in marked]
         self.found = False
         self._held: deque[str] = deque()
-        # how many characters were visible before each of the last ones of the stream with hidden ones
+        # the number of visible characters before each of the last characters of the stream with hidden ones
         self._visible: deque[int] = deque(maxlen=max((len(stop) for stop in marked), default=0))
         self._count = 0  # of visible characters
 
     def add(self, text: str, hidden: bool = False) -> str:
-        """Return what is certain not to be part of a stop text. Nothing after one was found."""
+        """Return the characters that cannot be part of a stop text. It is empty once a stop text was found."""
         if self.found or not self.plain:
             return "" if self.found or hidden else text
-        said = []
+        certain = []
         for character in text:
             if self.marked:
                 self._visible.append(self._count)
@@ -123,28 +123,28 @@ class StopTexts:
                 first = min(first, self._visible[-marked])
             ends = [self._count - matcher.matched for matcher in self.plain if matcher.complete]
             ends += [self._visible[-matcher.matched] for matcher in self.marked if matcher.complete]
-            begin = self._count - len(self._held)  # of what is held
+            begin = self._count - len(self._held)  # position of the first character held back
             if ends:
                 self.found = True
-                said += [self._held.popleft() for _ in range(min(ends) - begin)]
+                certain += [self._held.popleft() for _ in range(min(ends) - begin)]
                 self._held.clear()
                 break
-            said += [self._held.popleft() for _ in range(first - begin)]
-        return "".join(said)
+            certain += [self._held.popleft() for _ in range(first - begin)]
+        return "".join(certain)
 
     def end(self) -> str:
-        """Return what was held back."""
+        """Return the characters that were held back."""
         held = "".join(self._held)
         self._held.clear()
         return held
 
 
 class _Matcher:
-    """How much of the beginning of a text the stream ends with."""
+    """The longest beginning of a text with which the stream ends."""
 
     def __init__(self, text: str) -> None:
         self.text, self.matched = text, 0
-        self.shorter = [0] * (len(text) + 1)  # the longest beginning that also ends the first n characters
+        self.shorter = [0] * (len(text) + 1)  # by n: the longest proper beginning of the first n characters that is also their end
         length = 0
         for n in range(1, len(text)):
             length = self._after(length, text[n])

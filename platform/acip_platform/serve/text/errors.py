@@ -1,10 +1,10 @@
-"""The error of requests that cannot be answered as they are written."""
+"""The error for invalid requests."""
 
 from acip.errors import AcipError
 
 
 class InvalidRequestError(AcipError):
-    """A request that the client has to change. `param` is the field at fault, `code` a name for programs."""
+    """An invalid request. `param` is the name of the invalid field, and `code` identifies the kind of error for programs."""
 
     def __init__(self, message: str, param: str | None = None, code: str = "invalid_value") -> None:
         super().__init__(message)

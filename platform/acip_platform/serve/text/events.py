@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TextEvent:
-    """An event of kind "head", "start" (the first slot), "text" or "end" (of one choice), and at last "done" or "error"."""
+    """An event of kind "head", "start" (the first token), "text" or "end" (of one choice). The last event is "done" or "error"."""
 
     kind: str
     index: int = 0  # of the choice

@@ -1,9 +1,9 @@
-"""Grammars that constrain what is generated: which tokens may come next, by llguidance.
+"""Grammars that constrain the generated tokens, with llguidance.
 
     JSON schema -> checked -> Lark grammar -> compiled once for a vocabulary (`Grammars`) -> a state per sequence (`Constraint`)
 
-A constraint sees the bytes of tokens (`TokenBytes`), which are those of the text that clients get. Everything here but `Constraint`
-runs before a request joins the engine's batch, in its caller's thread.
+A constraint works on the bytes of tokens (`TokenBytes`), which are the bytes of the text that clients receive. All code here except
+`Constraint` runs before a request joins the engine's batch, in the thread of the caller.
 """
 
 import json
@@ -23,45 +23,48 @@ from acip.utils.coerce import did_you_mean
 from acip_platform.serve.text.errors import InvalidRequestError
 from acip_platform.serve.text.token_bytes import TokenBytes
 
-KEPT = 64  # compiled grammars of a model
+MAX_COMPILED = 64  # grammars of one model in the cache
 MAX_SCHEMA_DEPTH = 60
 MAX_SCHEMA_CHARACTERS = 200_000
-LAYOUT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "lenient": False}  # no endless white space
+LAYOUT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "lenient": False}  # bounded white space
 ANY_OBJECT = {"type": "object"}
-ONE = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames", "unevaluatedItems",
-       "unevaluatedProperties", "additionalItems", "contentSchema")  # fmt: skip
-MANY = ("anyOf", "allOf", "oneOf", "prefixItems", "items")
-NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-OTHER = (
+# keywords by the kind of their value: a schema, a list of schemas, an object of schemas, or another value
+SCHEMA_VALUED = (
+    "items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames", "unevaluatedItems",
+    "unevaluatedProperties", "additionalItems", "contentSchema",
+)  # fmt: skip
+SCHEMA_LISTS = ("anyOf", "allOf", "oneOf", "prefixItems", "items")
+SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+OTHER_KEYWORDS = (
     "$anchor", "$comment", "$dynamicAnchor", "$dynamicRef", "$id", "$ref", "$schema", "$vocabulary", "const", "contentEncoding",
     "contentMediaType", "default", "dependencies", "dependentRequired", "deprecated", "description", "discriminator", "enum", "example",
     "examples", "exclusiveMaximum", "exclusiveMinimum", "format", "maxContains", "maxItems", "maxLength", "maxProperties", "maximum",
     "minContains", "minItems", "minLength", "minProperties", "minimum", "multipleOf", "nullable", "pattern", "readOnly", "required",
     "title", "type", "uniqueItems", "writeOnly",
 )  # fmt: skip
-KEYWORDS = sorted({*ONE, *MANY, *NAMED, *OTHER})
+KEYWORDS = sorted({*SCHEMA_VALUED, *SCHEMA_LISTS, *SCHEMA_MAPS, *OTHER_KEYWORDS})
 
 
 class Constraint:
-    """What one sequence may still say. Used in the engine's thread."""
+    """The state of a grammar for one sequence. Use it in the engine's thread."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
 
     @property
     def done(self) -> bool:
-        """Whether nothing can follow."""
+        """Whether the text is complete, so that no token can follow."""
         return bool(self._matcher.is_stopped())
 
     @property
     def error(self) -> AcipError | None:
-        """Why the grammar can't be followed any more: it needs more memory or time than a token may take."""
+        """The error if a token needs more memory or time than llguidance allows, else None."""
         if not self._matcher.is_error():
             return None
-        return InvalidRequestError(f"the schema is too complex to follow: {_short(self._matcher.get_error())}", code="invalid_schema")
+        return InvalidRequestError(f"the schema is too complex: {_short(self._matcher.get_error())}", code="invalid_schema")
 
     def limit(self, logits_V: torch.Tensor) -> None:
-        """Forbid, in place, the tokens that can't come next."""
+        """Set the logits of the tokens that the grammar does not allow next to -inf, in place."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
             return
@@ -70,6 +73,7 @@ class Constraint:
         logits_V[: len(allowed)].masked_fill_(~allowed.to(logits_V.device), -torch.inf)
 
     def take(self, token: int) -> None:
+        """Advance the state by a token."""
         self._matcher.consume_token(token)
 
 
@@ -81,29 +85,29 @@ class Grammars:
         self._tokenizer, self._ends = tokenizer, sorted(ends)
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
-        self._words: LLTokenizer | None = None
+        self._ll_tokenizer: LLTokenizer | None = None
 
     def constraint(self, grammar: str, param: str) -> Constraint:
-        """Return a new state of a Lark grammar. Raise an InvalidRequestError where llguidance can't compile it."""
+        """Return a new state of a Lark grammar. Raise an InvalidRequestError if llguidance cannot compile it."""
         with self._lock:
             matcher: LLMatcher | None
             if grammar not in self._compiled:
-                if self._words is None:
-                    self._words = _words(self.table, self._tokenizer, self.vocabulary, self._ends)
-                matcher = LLMatcher(self._words, LLMatcher.grammar_from_lark(grammar), log_level=0)
+                if self._ll_tokenizer is None:
+                    self._ll_tokenizer = _ll_tokenizer(self.table, self._tokenizer, self.vocabulary, self._ends)
+                matcher = LLMatcher(self._ll_tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0)
                 probe = matcher.deep_copy()
                 probe.compute_bitmask()
-                reason = "nothing fits it" if probe.is_stopped() and not matcher.is_error() else matcher.get_error()
+                reason = "no text matches it" if probe.is_stopped() and not matcher.is_error() else matcher.get_error()
                 if reason:
-                    raise InvalidRequestError(f"{param} has a schema that can't be followed: {_short(reason)}", param, "invalid_schema")
+                    raise InvalidRequestError(f"{param} has a schema that cannot be used: {_short(reason)}", param, "invalid_schema")
                 self._compiled[grammar] = matcher
-                while len(self._compiled) > KEPT:
+                while len(self._compiled) > MAX_COMPILED:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(grammar)
             return Constraint(self._compiled[grammar].deep_copy())
 
     def literal(self, text: str) -> str:
-        """Return a Lark expression of a text, special tokens in it as tokens."""
+        """Return a Lark expression of a text. Special tokens in the text become tokens of the grammar."""
         found, rest = [], text
         special = {self.table[id].decode(errors="replace"): id for id in self.table.special if len(self.table[id]) > 1}
         while rest:
@@ -115,17 +119,15 @@ class Grammars:
 
 
 def json_rule(schema: Mapping[str, Any], param: str) -> str:
-    """Return a Lark expression of a JSON schema. Raise an InvalidRequestError that names what is wrong with it, or not supported."""
+    """Return a Lark expression of a JSON schema. Raise an InvalidRequestError if the schema is invalid or not supported."""
     try:
         written = json.dumps(schema)
         if len(written) > MAX_SCHEMA_CHARACTERS:
-            message = f"{param} has a schema of {len(written):,} characters; the most are {MAX_SCHEMA_CHARACTERS:,}."
+            message = f"{param} has a schema of {len(written):,} characters; at most {MAX_SCHEMA_CHARACTERS:,} are allowed."
             raise InvalidRequestError(message, param, "invalid_schema")
         for where, keyword in _unknown(schema, "schema", 0, param):
             message = f"{param} has a schema with the unknown keyword {keyword!r} at {where}{did_you_mean(keyword, KEYWORDS)}"
-            raise InvalidRequestError(
-                f"{message}. Notes may be in description, or in keywords that begin with x-.", param, "invalid_schema"
-            )
+            raise InvalidRequestError(f"{message}. Put notes in description, or in keywords that begin with x-.", param, "invalid_schema")
         Draft202012Validator.check_schema(schema)
     except InvalidRequestError:
         raise
@@ -145,7 +147,7 @@ def quoted(text: str) -> str:
 
 
 def _unknown(schema: Any, where: str, depth: int, param: str) -> Iterator[tuple[str, str]]:
-    """Yield the keywords that JSON Schema does not have, with their places. llguidance would pass over them, typos included."""
+    """Yield the place and name of keywords that JSON Schema does not have. llguidance would ignore them, including misspelled ones."""
     if depth > MAX_SCHEMA_DEPTH:
         raise InvalidRequestError(f"{param} has a schema that is nested deeper than {MAX_SCHEMA_DEPTH} levels.", param, "invalid_schema")
     if not isinstance(schema, dict):
@@ -153,25 +155,25 @@ def _unknown(schema: Any, where: str, depth: int, param: str) -> Iterator[tuple[
     for key, value in schema.items():
         if key == "x-guidance" or (key not in KEYWORDS and not key.startswith("x-")):
             yield where, key
-        elif key in NAMED and isinstance(value, dict):
+        elif key in SCHEMA_MAPS and isinstance(value, dict):
             for name, inner in value.items():
                 yield from _unknown(inner, f"{where}.{key}.{name}", depth + 1, param)
-        elif key in MANY and isinstance(value, list):
+        elif key in SCHEMA_LISTS and isinstance(value, list):
             for i, inner in enumerate(value):
                 yield from _unknown(inner, f"{where}.{key}[{i}]", depth + 1, param)
-        elif key in ONE:
+        elif key in SCHEMA_VALUED:
             yield from _unknown(value, f"{where}.{key}", depth + 1, param)
 
 
-def _words(table: TokenBytes, tokenizer: Any, vocabulary: int, ends: list[int]) -> LLTokenizer:
-    """llguidance's view of a vocabulary. Without an end token there is one more, which the model can't choose."""
+def _ll_tokenizer(table: TokenBytes, tokenizer: Any, vocabulary: int, ends: list[int]) -> LLTokenizer:
+    """Return a vocabulary for llguidance. If the model has no end token, add one that it cannot generate, as llguidance needs one."""
     size = vocabulary if ends else vocabulary + 1
-    words: Any = _Words(table, tokenizer, size, ends or [vocabulary])
-    return LLTokenizer(words, n_vocab=size, eos_token=ends or [vocabulary])
+    wrapper: Any = _Vocabulary(table, tokenizer, size, ends or [vocabulary])
+    return LLTokenizer(wrapper, n_vocab=size, eos_token=ends or [vocabulary])
 
 
-class _Words:
-    """What llguidance asks a tokenizer for."""
+class _Vocabulary:
+    """The tokenizer interface that llguidance requires."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -193,7 +195,7 @@ class _Words:
                 return ids
         except UnicodeDecodeError:
             pass
-        ids = []  # a tokenizer that puts spaces before texts: the longest tokens instead
+        ids = []  # the tokenizer adds spaces before a text, so use the longest matching tokens instead
         while value:
             part = next((value[:n] for n in range(min(self._longest, len(value)), 0, -1) if value[:n] in self._id_of), None)
             if part is None:
@@ -204,6 +206,6 @@ class _Words:
 
 
 def _short(reason: str) -> str:
-    """The first lines of an error, without the grammar that llguidance appends."""
+    """Return the beginning of an error message, without the grammar that llguidance appends."""
     text = " ".join(reason.split("\n<state>", maxsplit=1)[0].split())
     return text if len(text) <= 300 else text[:300] + "..."

@@ -1,4 +1,4 @@
-"""The text side of a resident model: its tokenizer, its chat template, its stop texts and its answer formats."""
+"""Text processing of a resident model: its tokenizer, chat template, stop texts and answer formats."""
 
 import functools
 import threading
@@ -9,23 +9,23 @@ from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.text.errors import InvalidRequestError
 from acip_platform.serve.text.structured_output import AnswerFormat, AnswerFormats
 
-_known: "weakref.WeakKeyDictionary[ResidentModel, ModelText]" = weakref.WeakKeyDictionary()
+_by_model: "weakref.WeakKeyDictionary[ResidentModel, ModelText]" = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
 class ModelText:
-    """Turns the requests of one model into tokens. Use `ModelText.of`, which makes one object per model."""
+    """The conversion of the requests of one model to tokens. Use `ModelText.of`, which makes one object per model."""
 
     def __init__(self, name: str, tokenizer: Any, vocabulary: int, end_tokens: frozenset[int]) -> None:
         self.name, self.tokenizer, self.vocabulary, self.end_tokens = name, tokenizer, vocabulary, end_tokens
 
     @classmethod
     def of(cls, model: ResidentModel) -> "ModelText":
-        """Return the text side of this model. It holds no reference to the model, so that the model can leave memory."""
+        """Return the text processing of this model. It holds no reference to the model, so that the model can leave memory."""
         with _lock:
-            if model not in _known:
-                _known[model] = cls(model.name, model.tokenizer, model.vocabulary, model.end_tokens)
-            return _known[model]
+            if model not in _by_model:
+                _by_model[model] = cls(model.name, model.tokenizer, model.vocabulary, model.end_tokens)
+            return _by_model[model]
 
     @property
     def chat(self) -> bool:
@@ -51,26 +51,28 @@ class ModelText:
             if not ids and self.tokenizer.bos_token_id is not None:
                 ids = [self.tokenizer.bos_token_id]
             if not ids:
-                message = "the prompt is empty, and this model has no token to start from; give at least one character."
+                message = "the prompt is empty, and this model has no start token; give at least one character."
                 raise InvalidRequestError(message, "prompt")
             encoded.append(ids)
         return encoded
 
     def _encode_chat(self, request: Any) -> list[int]:
         if not self.chat:
-            message = f"{self.name} has no chat template; ask POST /v1/completions with a prompt."
+            message = f"{self.name} has no chat template; use POST /v1/completions with a prompt."
             raise InvalidRequestError(message, "messages", "no_chat")
         if request.has_tools and "tool" not in str(self.tokenizer.chat_template):
-            message = f"the chat template of {self.name} has no tools, so it can't take messages of tools; leave them out."
+            message = f"the chat template of {self.name} has no tools, so it does not accept messages of tools; leave them out."
             raise InvalidRequestError(message, "messages", "no_tools")
         tools = [tool.model_dump(exclude_none=True) for tool in self.formats.tools(request) or ()] or None
         try:
-            text = self.tokenizer.apply_chat_template(request.told, tools=tools, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(request.template_messages, tools=tools, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template may raise anything
-            raise InvalidRequestError(f"the chat template of {self.name} refuses these messages: {error}", "messages") from error
+            raise InvalidRequestError(f"the chat template of {self.name} rejects these messages: {error}", "messages") from error
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
-            raise InvalidRequestError("the chat template makes nothing of these messages; say something.", "messages")
+            raise InvalidRequestError(
+                "the chat template returns an empty text for these messages; send a message with content.", "messages"
+            )
         if max(ids) >= self.vocabulary:
             message = f"messages holds token {max(ids)}; {self.name} has tokens 0 to {self.vocabulary - 1}."
             raise InvalidRequestError(message, "messages")

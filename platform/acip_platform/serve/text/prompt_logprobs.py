@@ -16,7 +16,7 @@ from acip_platform.serve.text.token_logprobs import scored
 
 
 class Echo:
-    """The prompt of one sequence, as its answer repeats it. `prompt` is its text if the request has one."""
+    """The prompt of one sequence for an answer that repeats it. `prompt` is the text in the request, or None for token ids."""
 
     def __init__(self, detokenizer: Detokenizer, tokenizer: Any, ids: Sequence[int], prompt: str | None) -> None:
         self.table = detokenizer.bytes

@@ -1,8 +1,8 @@
-"""Answers that follow a form: `response_format`, and `tools` with `tool_choice`.
+"""Structured answers: `response_format`, and `tools` with `tool_choice`.
 
-    request -> Form: a grammar, and how calls of tools are parsed from the text -> Constraint of each sequence
+    request -> AnswerFormat: a grammar, and a parser of tool calls -> Constraint of each sequence
 
-A form is made and compiled before the request joins the engine's batch.
+The grammar is compiled before the request joins the engine's batch.
 """
 
 import functools
@@ -31,7 +31,7 @@ class ResponseFormat(BaseModel):
 
     @property
     def rule(self) -> str | None:
-        """The Lark expression of the answer; None: any text."""
+        """The Lark expression of the answer, or None if any text is allowed."""
         if self.type == "text":
             return None
         if self.type == "json_object":
@@ -46,7 +46,7 @@ class ResponseFormat(BaseModel):
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """What an answer must be like. `shown`: special tokens that are part of its text, for the parser of tools."""
+    """The format of an answer. `shown` are special tokens that are part of its text, because the parser of tool calls needs them."""
 
     grammars: Grammars
     grammar: str
@@ -59,25 +59,25 @@ class AnswerFormat:
 
 
 class AnswerFormats:
-    """The forms that one model can answer in."""
+    """The answer formats of one model."""
 
     def __init__(self, name: str, tokenizer: Any, vocabulary: int, ends: frozenset[int]) -> None:
         self.name, self.tokenizer = name, tokenizer
         self.grammars = Grammars(tokenizer, vocabulary, ends)
 
     def tools(self, request: Any) -> list[Tool] | None:
-        """The tools that the template shows the model; None without. Raise an InvalidRequestError where the template can't."""
+        """Return the tools that the chat template receives, or None. Raise an InvalidRequestError if they are invalid or not supported."""
         choice = request.tool_choice
         if not request.tools:
             if choice not in (None, "none", "auto"):
-                raise InvalidRequestError("tool_choice asks for a tool, and tools has none.", "tool_choice")
+                raise InvalidRequestError("tool_choice requires a tool, but tools has none.", "tool_choice")
             return None
         if choice == "none":
             return None
         if not has_tools(self.tokenizer.chat_template):
             message = (
-                f"the chat template of {self.name} has no tools, so the model can't be told of any; leave tools out, or ask for JSON "
-                "with response_format."
+                f"the chat template of {self.name} has no tools, so the model cannot use any; leave tools out, or set response_format "
+                "to get JSON."
             )
             raise InvalidRequestError(message, "tools", "no_tools")
         names = [tool.function.name for tool in request.tools]
@@ -86,32 +86,33 @@ class AnswerFormats:
         if other := [tool.function.name for tool in request.tools if parameters(tool)["type"] != "object"]:
             raise InvalidRequestError(f"the parameters of {other[0]} are of another type than object.", "tools", "invalid_schema")
         if isinstance(choice, NamedTool) and choice.function.name not in names:
-            message = f"tool_choice names {choice.function.name!r}; the tools are {', '.join(names)}."
+            message = f"tool_choice names {choice.function.name!r}, which is not in tools; they are {', '.join(names)}."
             raise InvalidRequestError(message, "tool_choice")
         return list(request.tools)
 
     def of(self, request: Any) -> AnswerFormat | None:
-        """The form of a request's answers; None: any text. Raise an InvalidRequestError where it can't be had."""
-        wanted = getattr(request, "response_format", None)
-        rule = wanted.rule if wanted is not None else None
+        """Return the format of a request's answers, or None if any text is allowed. Raise an InvalidRequestError if it is not possible."""
+        response_format = getattr(request, "response_format", None)
+        rule = response_format.rule if response_format is not None else None
         tools = self.tools(request) if hasattr(request, "tools") else None
         if rule is None and tools is None:
             return None
         if request.ignore_eos:
             raise InvalidRequestError(
-                "ignore_eos can't be true beside response_format or tools: an answer ends where its form does.", "ignore_eos"
+                "ignore_eos can't be true together with response_format or tools, which determine where an answer ends.", "ignore_eos"
             )
         if tools is None:
             return AnswerFormat(self.grammars, f"%llguidance {{}}\nstart: {rule}", "response_format")
-        choice, form = request.tool_choice, self._format
+        choice, form = request.tool_choice, self._tool_format
         optional = choice in (None, "auto")
         if optional and form is None:
-            message = f'the chat template of {self.name} writes calls of tools in a form that is not JSON; set tool_choice to "required".'
+            message = f'the chat template of {self.name} writes tool calls in a form that is not JSON; set tool_choice to "required".'
             raise InvalidRequestError(message, "tool_choice", "no_tools")
         form = form or ToolFormat()
         if optional and rule is not None and not form.marker:
             message = (
-                f"{self.name} does not mark calls of tools, so response_format can't be told from them; set tool_choice or leave one out."
+                f"{self.name} does not mark tool calls, so they cannot be distinguished from response_format; set tool_choice, or leave "
+                "one of tools and response_format out."
             )
             raise InvalidRequestError(message, "response_format")
         if isinstance(choice, NamedTool):
@@ -124,7 +125,7 @@ class AnswerFormats:
         return AnswerFormat(self.grammars, grammar, "tools", replace(form, always=not optional), shown)
 
     @functools.cached_property
-    def _format(self) -> ToolFormat | None:
+    def _tool_format(self) -> ToolFormat | None:
         def render(messages: list[dict[str, Any]], tools: list[Any], prompt: bool) -> str:
             return str(self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt))
 

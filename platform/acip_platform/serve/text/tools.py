@@ -1,9 +1,9 @@
-"""Tools of a chat: what clients may define, how a model's chat template writes a call, and calls parsed from the text as it grows.
+"""Tools of a chat: their schemas, the format of calls in a model's chat template, and a streaming parser of calls.
 
-    chat template, rendered with a made-up call -> ToolFormat -> grammar of the answer
+    chat template, rendered with an example call -> ToolFormat -> grammar of the answer
     text that follows the grammar -> ToolParser -> content and tool_calls
 
-The model writes a call in the form that its template shows it, as far as that is JSON: {"name": ..., "arguments": {...}}.
+The model writes a call in the format of its chat template if that is JSON: {"name": ..., "arguments": {...}}.
 """
 
 import re
@@ -19,8 +19,8 @@ from acip_platform.serve.text.detokenizer import StopTexts
 from acip_platform.serve.text.grammar import Grammars, json_rule, quoted
 
 NAME = r"^[a-zA-Z0-9_-]{1,64}$"
-MOST_TOOLS = 128
-MADE_UP, ARGUMENT = "made_up_tool", "made_up_argument"
+MAX_TOOLS = 128
+EXAMPLE_TOOL, EXAMPLE_ARGUMENT = "made_up_tool", "made_up_argument"
 
 
 class Function(BaseModel):
@@ -48,16 +48,16 @@ class NamedTool(BaseModel):
     function: NamedFunction = Field(description='an object like {"name": "f"}')
 
 
-Tools = Annotated[list[Tool], Field(max_length=MOST_TOOLS)]
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How calls are written: marker open {before NAME between ARGUMENTS after} close suffix. `always`: there is nothing but calls."""
+    """The format of calls: marker open {before NAME between ARGUMENTS after} close suffix. If `always`, the answer has calls only."""
 
     marker: str = ""
-    open: str = ""  # of a list of calls
+    open: str = ""  # begins a list of calls
     before: str = '{"name": "'
     between: str = '", "arguments": '
     after: str = "}"
@@ -67,28 +67,28 @@ class ToolFormat:
 
     @classmethod
     def of(cls, render: Callable[..., str], special: Sequence[str]) -> "ToolFormat | None":
-        """Find the form of a template; `render` applies it. None: it writes calls in a form that is not JSON."""
-        asks = [{"role": "user", "content": "a"}]
-        call = {"id": "abcdefghi", "type": "function", "function": {"name": MADE_UP, "arguments": {ARGUMENT: 1}}}
+        """Return the format of calls of a chat template, which `render` applies, or None if that format is not JSON."""
+        question = [{"role": "user", "content": "a"}]
+        call = {"id": "abcdefghi", "type": "function", "function": {"name": EXAMPLE_TOOL, "arguments": {EXAMPLE_ARGUMENT: 1}}}
         other = {"name": "other_tool", "description": "", "parameters": {"type": "object", "properties": {}}}
         tools = [{"type": "function", "function": other}]
         try:
-            whole = render([*asks, {"role": "assistant", "content": "", "tool_calls": [call]}], tools, False)
-            prompt = render(asks, tools, True)
-        except Exception:  # a template that does not know calls
+            whole = render([*question, {"role": "assistant", "content": "", "tool_calls": [call]}], tools, False)
+            prompt = render(question, tools, True)
+        except Exception:  # the template does not support calls
             return cls()
-        same = next((i for i, (one, other) in enumerate(zip(whole, prompt, strict=False)) if one != other), min(len(whole), len(prompt)))
-        said = whole[same:]
-        if MADE_UP not in said or ARGUMENT not in said:
+        common = next((i for i, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), min(len(whole), len(prompt)))
+        written = whole[common:]
+        if EXAMPLE_TOOL not in written or EXAMPLE_ARGUMENT not in written:
             return cls()
         form = re.search(
-            rf'(?P<open>\[\s*)?(?P<before>\{{\s*"name"\s*:\s*"){MADE_UP}(?P<between>"\s*,\s*"(?:arguments|parameters)"\s*:\s*)'
-            rf'\{{\s*"{ARGUMENT}"\s*:\s*1\s*\}}(?P<after>\s*\}})(?P<close>\s*\])?(?P<suffix>.*)',
-            said.replace('\\"', '"'), re.DOTALL,
+            rf'(?P<open>\[\s*)?(?P<before>\{{\s*"name"\s*:\s*"){EXAMPLE_TOOL}(?P<between>"\s*,\s*"(?:arguments|parameters)"\s*:\s*)'
+            rf'\{{\s*"{EXAMPLE_ARGUMENT}"\s*:\s*1\s*\}}(?P<after>\s*\}})(?P<close>\s*\])?(?P<suffix>.*)',
+            written.replace('\\"', '"'), re.DOTALL,
         )  # fmt: skip
         if form is None:
             return None
-        marker = re.search(r"(<[^<>\s]+>|\[[A-Z_]+\])\s*$", said[: form.start()])
+        marker = re.search(r"(<[^<>\s]+>|\[[A-Z_]+\])\s*$", written[: form.start()])
         suffix = form["suffix"]
         for name in special:
             suffix = suffix.partition(name)[0]
@@ -99,7 +99,7 @@ class ToolFormat:
         )  # fmt: skip
 
     def grammar(self, grammars: Grammars, tools: Sequence[Tool], parallel: bool, otherwise: str | None) -> str:
-        """Return the Lark grammar of answers with these tools. `otherwise`: what may be said instead of a call; None: calls only."""
+        """Return the Lark grammar of answers with these tools. `otherwise` is the alternative to a call; None allows calls only."""
         literal = grammars.literal
         objects = " | ".join(f"call_{i}" for i in range(len(tools)))
         rules = [
@@ -130,7 +130,7 @@ class ToolFormat:
         return asdict(self)
 
 
-TEXT = "text"  # anything may be said
+TEXT = "text"  # any text
 
 
 def parameters(tool: Tool) -> dict[str, Any]:
@@ -138,19 +138,19 @@ def parameters(tool: Tool) -> dict[str, Any]:
 
 
 def has_tools(template: Any) -> bool:
-    """Whether a chat template, or one of several, shows the tools to the model."""
+    """Return whether a chat template, or one of several, uses tools."""
     for source in template.values() if isinstance(template, dict) else [template or ""]:
         try:
             if "tools" in meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)):  # noqa: S701
                 return True
-        except TemplateError:  # an extension of transformers' own, {% generation %}
+        except TemplateError:  # an extension of transformers, {% generation %}
             if re.search(r"\btools\b", source):
                 return True
     return False
 
 
 class ToolParser:
-    """Takes the text of an answer as it grows, and tells what of it is content and what are calls. The grammar is believed in."""
+    """A streaming parser that splits the text of an answer into content and calls. It assumes that the text follows the grammar."""
 
     def __init__(self, form: ToolFormat) -> None:
         self.form = form
@@ -162,7 +162,7 @@ class ToolParser:
         self._decided = bool(form.marker)
 
     def add(self, text: str) -> tuple[str, list[dict[str, Any]]]:
-        """Return (content, deltas of tool calls) that this text adds."""
+        """Return the content and the deltas of tool calls that this text adds."""
         content, deltas = "", list[dict[str, Any]]()
         for character in text:
             if self._state == "text":
@@ -189,10 +189,10 @@ class ToolParser:
             if character == "{":
                 self._state = "head"
                 return ""
-        said = self._marker.add(character)
+        content = self._marker.add(character)
         if self._marker.found:
             self._marker, self._state = StopTexts([self.form.marker]), "head"
-        return "" if self.calls else said
+        return "" if self.calls else content
 
     def _head(self, character: str) -> list[dict[str, Any]]:
         self._buffer += character
@@ -225,6 +225,7 @@ class ToolParser:
 
 
 def _joined(deltas: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the deltas with one more, merged into the last if both belong to the same call."""
     if deltas and deltas[-1]["index"] == new["index"]:
         deltas[-1]["function"]["arguments"] += new["function"]["arguments"]
         return deltas
@@ -232,4 +233,5 @@ def _joined(deltas: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str,
 
 
 def _in_regex(text: str) -> str:
+    """Return the text escaped for a regular expression of Lark."""
     return re.sub(r"([.^$*+?()\[\]{}|\\/])", r"\\\1", text).replace("\n", "\\n")
