@@ -1,1 +1,12 @@
-"""Weights as codes of few bits."""
+"""Weights as codes of few bits: any number of bytes from one model.
+
+    statistics.py         which inputs and outputs of each layer matter: second moments, weighted by the gradients of the loss
+    step_sizes.py         one step size per row, so that a bit buys the same loss everywhere
+    error_feedback.py     codes with the least error at the layer's outputs
+    codes.py              codes in memory (8 bits) and on disk (Huffman codes)
+    byte_order.py         which layer is read in which version, for any number of bytes
+    coded_model.py        all of it, for a whole model
+
+A layer is coded in several versions, from coarse to fine. One order over all layers and versions, by saved loss per byte, gives the
+best model for every number of bytes.
+"""

@@ -1,0 +1,91 @@
+"""Which inputs and which outputs of a layer matter for the loss: second moments of inputs and gradients, from one pass over text.
+
+The loss is the negative log likelihood of tokens that are drawn from the model's own predictions. The expected outer product of its
+gradients is the Fisher information, and a change dW of a layer moves the model's predictions, to second order, by
+
+    KL = 1/2 mean over tokens of (g^T dW x)^2 nats per token
+
+with the input x and the gradient g at the output of the layer. Per row of dW, and with the approximation that |g| decides how much a
+token matters and the row's importance how much a row matters:
+
+    KL ~ 1/2 sum over rows m of importance_m  dW_m H dW_m^T
+    importance_m = mean of g_m^2,   H = mean of |g|^2 x x^T / mean of |g|^2
+
+Legend: M = out features, N = in features, S = tokens.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acip.errors import CalibrationError
+from acip.layers.targets import hooked, weight_MN
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """The second moments of one layer, in float32."""
+
+    metric: Tensor  # [N, N]: H
+    importance: Tensor  # [M]
+
+
+def layer_statistics(
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    windows: Tensor,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, LayerStatistics]:
+    """Return the statistics of each layer from token ids [n, T]. `model` maps input_ids to an object with `logits`.
+
+    The model is in evaluation mode, and its parameters need no gradients. Raises CalibrationError if the loss does not depend on a layer.
+    """
+    sums = {name: _Sums(layer) for name, layer in linears.items()}
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    with hooked(layer.register_forward_hook(sums[name].hook) for name, layer in linears.items()), torch.enable_grad():
+        for done, window in enumerate(windows):
+            logits_SV = model(input_ids=window[None].long().to(device)).logits[0].float()
+            drawn_S = torch.multinomial(logits_SV.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+            F.cross_entropy(logits_SV, drawn_S.to(device), reduction="sum").backward()
+            progress(done + 1, len(windows))
+    if unreached := [name for name, each in sums.items() if not each.tokens]:
+        raise CalibrationError(
+            f"the loss does not depend on {len(unreached)} layers, for example {unreached[0]}, so they cannot be coded. "
+            "Add a part of their names to exclude."
+        )
+    return {name: each.statistics() for name, each in sums.items()}
+
+
+class _Sums:
+    """The sums of one layer over tokens."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        M, N = weight_MN(layer).shape
+        device = weight_MN(layer).device
+        self.weighted_NN = torch.zeros(N, N, device=device)  # sum of |g|^2 x x^T
+        self.squares_M = torch.zeros(M, device=device)  # sum of g^2
+        self.tokens = 0
+
+    def hook(self, _layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        x_SN = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+
+        def add(grad: Tensor) -> None:
+            g_SM = grad.reshape(-1, grad.shape[-1]).float()
+            squares_SM = g_SM.square()
+            self.weighted_NN.addmm_((x_SN * squares_SM.sum(1, keepdim=True)).T, x_SN)
+            self.squares_M.add_(squares_SM.sum(0))
+            self.tokens += len(g_SM)
+
+        if not out.requires_grad:  # the first layer of a frozen model
+            out.requires_grad_()
+        out.register_hook(add)
+
+    def statistics(self) -> LayerStatistics:
+        total = self.squares_M.sum().clamp_min(torch.finfo(torch.float32).tiny)
+        return LayerStatistics(self.weighted_NN / total, self.squares_M / self.tokens)
