@@ -8,6 +8,7 @@ number of steps, no other choice of hull versions with as many bytes has a lower
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from heapq import merge
 from itertools import pairwise
 
 from acip.errors import BudgetError
@@ -38,17 +39,20 @@ class ByteOrder:
         """`versions[name]` are the versions of a layer, from the fewest bytes to the most."""
         hulls = {name: hull(each) for name, each in versions.items()}
         steps = [
-            Step(
-                name,
-                finer,
-                versions[name][finer].bytes - versions[name][coarser].bytes,
-                versions[name][coarser].loss - versions[name][finer].loss,
-            )
+            [
+                Step(
+                    name,
+                    finer,
+                    versions[name][finer].bytes - versions[name][coarser].bytes,
+                    versions[name][coarser].loss - versions[name][finer].loss,
+                )
+                for coarser, finer in pairwise(kept)
+            ]
             for name, kept in hulls.items()
-            for coarser, finer in pairwise(kept)
         ]
         self.first = {name: kept[0] for name, kept in hulls.items()}
-        self.steps = sorted(steps, key=lambda step: -step.saved / step.bytes)  # stable: equal steps in the order of the layers
+        # a merge, not a sort: rounding may swap almost equal savings of a layer, whose steps must keep their order
+        self.steps = list(merge(*steps, key=lambda step: -step.saved / step.bytes))  # equal steps in the order of the layers
         self.totals = [sum(versions[name][first].bytes for name, first in self.first.items())]  # bytes after 0, 1, ... steps
         self.losses = [sum(versions[name][first].loss for name, first in self.first.items())]
         for step in self.steps:
