@@ -2,11 +2,11 @@
 
     w_mn = t_m c_mn,    c = -127 ... 127
 
-On disk, the codes of a matrix are one stream of Huffman codes (raw deflate without matches, one symbol per code). For normally distributed
-weights it takes 0.03 to 0.06 bits per code more than their entropy from 2.3 bits on. At 1.5 bits it takes 0.17 bits more, because every code
-has at least one bit. With entropy coding, a uniform grid is close to optimal at every rate: it needs 0.25 bits more than any quantizer of the
-same error, where fixed-length codes need 0.3 to 0.6 bits more than that for normally distributed weights. It needs no scales of groups,
-because rare large weights get long codes.
+On disk, the codes of a matrix are one stream of Huffman codes (raw deflate without matches, one symbol per code). For normally
+distributed weights it takes 0.03 to 0.06 bits per code more than their entropy from 2.3 bits on. At 1.5 bits it takes 0.17 bits more,
+because every code has at least one bit. With entropy coding, a uniform grid is close to optimal at every rate: it needs 0.25 bits more
+than any quantizer of the same error, where fixed-length codes need 0.3 to 0.6 bits more than that for normally distributed weights. It
+needs no scales of groups, because rare large weights get long codes.
 
 In memory, a code takes 8 bits. This is the layout of int8 kernels with one scale per row.
 
