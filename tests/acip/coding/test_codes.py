@@ -122,7 +122,7 @@ def test_extended_streams_raise(codes: Tensor, more: bytes) -> None:
 
 @fuzz(matrices(), st.integers(1, 24), st.integers(1, 24))
 def test_streams_of_other_layers_raise(codes: Tensor, M: int, N: int) -> None:
-    assume(M * N != codes.numel())
+    assume(codes.numel() != M * N)
     with pytest.raises(ArtifactError, match=f"does not hold the {M * N} codes"):
         decompress(compress(codes), (M, N))
 
