@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from acip.coding.byte_order import ByteOrder, Version
 from acip.coding.codes import PackedCodes
-from acip.coding.error_feedback import code, damped, row_errors
+from acip.coding.error_feedback import code_versions, damped, row_errors
 from acip.coding.statistics import LayerStatistics
 from acip.coding.step_sizes import RowScales, scale_for
 from acip.errors import RecipeError
@@ -63,12 +63,9 @@ def code_model(
     measured: dict[str, list[Version]] = {}
     for done, (name, layer) in enumerate(linears.items()):
         W_MN, importance_M = weight_MN(layer).float(), statistics[name].importance
-        versions[name], measured[name] = [], []
-        for scale in scales:
-            codes = code(W_MN, metrics[name], rows[name].at(scale))
-            packed = codes.pack()
-            loss = 0.5 * float(importance_M @ row_errors(W_MN, codes.decode(), metrics[name]))
-            versions[name].append(packed)
-            measured[name].append(Version(packed.bytes, loss))
+        coded = code_versions(W_MN, metrics[name], [rows[name].at(scale) for scale in scales])
+        versions[name] = [codes.pack() for codes in coded]
+        losses = [0.5 * float(importance_M @ row_errors(W_MN, codes.decode(), metrics[name])) for codes in coded]
+        measured[name] = [Version(packed.bytes, loss) for packed, loss in zip(versions[name], losses, strict=True)]
         progress(done + 1, len(linears))
     return CodedModel(versions, ByteOrder(measured))

@@ -14,6 +14,9 @@ All rows of a matrix are coded at the same time, and do not depend on each other
 Legend: M = out features, N = in features.
 """
 
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
 import torch
 from torch import Tensor
 
@@ -21,6 +24,7 @@ from acip.coding.codes import TOP, Codes, stored_steps
 
 DAMPING = 0.01  # share of the mean of diag H that is added to it
 BLOCK = 128  # columns whose updates of the columns behind the block are applied together
+AT_ONCE = 2**25  # numbers of all versions of a layer that are coded together
 REFIT = (0.5, 2.0)  # a refitted step is at least and at most this multiple of the given one
 
 
@@ -31,16 +35,29 @@ def code(weight_MN: Tensor, metric_NN: Tensor, steps_M: Tensor, sweeps: int = 1)
     `metric_NN` is symmetric and positive definite, for example from `damped`. Weights beyond 127 steps are clipped. The refitted steps
     are close to `steps_M`.
     """
+    return code_versions(weight_MN, metric_NN, [steps_M], sweeps)[0]
+
+
+@torch.no_grad()
+def code_versions(weight_MN: Tensor, metric_NN: Tensor, steps: Sequence[Tensor], sweeps: int = 1) -> list[Codes]:
+    """Return the codes of a weight matrix for each of several `steps` [M]: `code` for each, computed together where memory allows."""
+    M, N = weight_MN.shape
     order_N = torch.argsort(metric_NN.diagonal(), descending=True, stable=True)
     H_NN = metric_NN.float()[order_N][:, order_N]
-    W_NM = (weight_MN.float() / steps_M[:, None]).T[order_N]
-    codes_NM = _feedback(W_NM, H_NN)
-    for _ in range(sweeps):
-        codes_NM = _descent(W_NM / _refit(W_NM, H_NN, codes_NM), H_NN, codes_NM)
-    steps_M = steps_M * _refit(W_NM, H_NN, codes_NM)
-    codes_MN = torch.empty_like(codes_NM.T)
-    codes_MN[:, order_N] = codes_NM.T
-    return Codes(codes_MN.to(torch.int8).contiguous(), stored_steps(steps_M))
+    U_NN = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H_NN)), upper=True)
+    W_NM = weight_MN.float().T[order_N]
+    coded: list[Codes] = []
+    for some in _parts(steps, max(1, AT_ONCE // (M * N))):
+        units_NR = torch.cat([W_NM / steps_M for steps_M in some], dim=1)  # the rows of all versions, in units of their steps
+        codes_NR = _feedback(units_NR, U_NN)
+        for _ in range(sweeps):
+            codes_NR = _descent(units_NR / _refit(units_NR, H_NN, codes_NR), H_NN, codes_NR)
+        refitted_R = torch.cat(some) * _refit(units_NR, H_NN, codes_NR)
+        for codes_NM, steps_M in zip(codes_NR.split(M, dim=1), refitted_R.split(M), strict=True):
+            codes_MN = torch.empty_like(codes_NM.T, memory_format=torch.contiguous_format)
+            codes_MN[:, order_N] = codes_NM.T
+            coded.append(Codes(codes_MN.to(torch.int8), stored_steps(steps_M)))
+    return coded
 
 
 def damped(metric_NN: Tensor) -> Tensor:
@@ -57,10 +74,9 @@ def row_errors(weight_MN: Tensor, coded_MN: Tensor, metric_NN: Tensor) -> Tensor
     return ((E_MN @ metric_NN) * E_MN).sum(1)
 
 
-def _feedback(W_NM: Tensor, H_NN: Tensor) -> Tensor:
-    """Return codes [N, M] after one pass of rounding with error feedback."""
-    N = len(H_NN)
-    U_NN = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H_NN)), upper=True)
+def _feedback(W_NM: Tensor, U_NN: Tensor) -> Tensor:
+    """Return codes [N, M] after one pass of rounding with error feedback. U is the upper Cholesky factor of the inverse of H."""
+    N = len(U_NN)
     rest_NM = W_NM.clone()  # what the columns have to represent, with the errors of earlier ones
     codes_NM = torch.empty_like(rest_NM)
     for start in range(0, N, BLOCK):
@@ -95,3 +111,10 @@ def _refit(W_NM: Tensor, H_NN: Tensor, codes_NM: Tensor) -> Tensor:
     moved_NM = H_NN @ codes_NM
     best_M = (moved_NM * W_NM).sum(0) / (moved_NM * codes_NM).sum(0)
     return torch.where(best_M.isfinite(), best_M, 1.0).clamp(*REFIT)
+
+
+def _parts(steps: Sequence[Tensor], count: int) -> Iterator[list[Tensor]]:
+    """Yield `steps` in lists of at most `count`."""
+    rest = iter(steps)
+    while some := list(islice(rest, count)):
+        yield some
