@@ -103,9 +103,10 @@ def test_every_layer_has_a_version_per_rate_from_coarse_to_fine(subject: Subject
 
 
 def test_mean_rates_are_near_the_given_rates(subject: Subject) -> None:
+    """The versions take more than the rate: it leaves out the steps and the excess of Huffman codes, and error feedback widens codes."""
     weights = sum(weight_MN(layer).numel() for layer in subject.linears.values())
     for i, rate in enumerate(RATES[:-1]):  # the last one is limited by 8 bits
-        assert 8 * sum(layer[i].bytes for layer in subject.coded.versions.values()) / weights == pytest.approx(rate, abs=0.7)
+        assert rate < 8 * sum(layer[i].bytes for layer in subject.coded.versions.values()) / weights < rate + 1
 
 
 def test_kl_falls_as_bytes_grow(subject: Subject) -> None:
