@@ -11,10 +11,14 @@ token matters and the row's importance how much a row matters:
     KL ~ 1/2 sum over rows m of importance_m  dW_m H dW_m^T
     importance_m = mean of g_m^2,   H = mean of |g|^2 x x^T / mean of |g|^2
 
+All means are over the tokens of the text. A layer that is called for some of the tokens, such as an expert, has zeros for the others, and
+the calls of a layer that is called several times are summed.
+
 Legend: M = out features, N = in features, S = tokens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,23 +47,39 @@ def layer_statistics(
 ) -> dict[str, LayerStatistics]:
     """Return the statistics of each layer from token ids [n, T]. `model` maps input_ids to an object with `logits`.
 
-    The model is in evaluation mode, and its parameters need no gradients. Raises CalibrationError if the loss does not depend on a layer.
+    The model is in evaluation mode. Its parameters get no gradients. Raises CalibrationError if the loss does not depend on a layer.
     """
     sums = {name: _Sums(layer) for name, layer in linears.items()}
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    with hooked(layer.register_forward_hook(sums[name].hook) for name, layer in linears.items()), torch.enable_grad():
+    hooks = hooked(layer.register_forward_hook(sums[name].hook) for name, layer in linears.items())
+    with frozen(model), hooks, torch.enable_grad():
         for done, window in enumerate(windows):
             logits_SV = model(input_ids=window[None].long().to(device)).logits[0].float()
             drawn_S = torch.multinomial(logits_SV.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-            F.cross_entropy(logits_SV, drawn_S.to(device), reduction="sum").backward()
+            loss = F.cross_entropy(logits_SV, drawn_S.to(device), reduction="sum")
+            if loss.requires_grad:  # false if no layer was called
+                loss.backward()
             progress(done + 1, len(windows))
-    if unreached := [name for name, each in sums.items() if not each.tokens]:
+    if unreached := [name for name, each in sums.items() if not each.reached]:
         raise CalibrationError(
             f"the loss does not depend on {len(unreached)} layers, for example {unreached[0]}, so they cannot be coded. "
             "Add a part of their names to exclude."
         )
-    return {name: each.statistics() for name, each in sums.items()}
+    return {name: each.statistics(windows.numel()) for name, each in sums.items()}
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Compute no gradients of the model's parameters inside the block."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 class _Sums:
@@ -70,7 +90,7 @@ class _Sums:
         device = weight_MN(layer).device
         self.weighted_NN = torch.zeros(N, N, device=device)  # sum of |g|^2 x x^T
         self.squares_M = torch.zeros(M, device=device)  # sum of g^2
-        self.tokens = 0
+        self.reached = False  # by the loss
 
     def hook(self, _layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         x_SN = args[0].detach().reshape(-1, args[0].shape[-1]).float()
@@ -80,12 +100,13 @@ class _Sums:
             squares_SM = g_SM.square()
             self.weighted_NN.addmm_((x_SN * squares_SM.sum(1, keepdim=True)).T, x_SN)
             self.squares_M.add_(squares_SM.sum(0))
-            self.tokens += len(g_SM)
+            self.reached |= len(g_SM) > 0
 
-        if not out.requires_grad:  # the first layer of a frozen model
+        if not out.requires_grad:  # the first layers, because the parameters are frozen
             out.requires_grad_()
         out.register_hook(add)
 
-    def statistics(self) -> LayerStatistics:
+    def statistics(self, tokens: int) -> LayerStatistics:
+        """Return the means over this number of tokens."""
         total = self.squares_M.sum().clamp_min(torch.finfo(torch.float32).tiny)
-        return LayerStatistics(self.weighted_NN / total, self.squares_M / self.tokens)
+        return LayerStatistics(self.weighted_NN / total, self.squares_M / tokens)

@@ -36,7 +36,7 @@ def rotate(model: Any, seed: int = 0) -> None:
         layer.weight.data = weight.bfloat16().to(layer.weight.dtype)
 
     def folded(norm: nn.Module) -> Tensor:
-        weight_H = norm.weight.double()
+        weight_H = norm.weight.double().clone()
         norm.weight.data.fill_(1)
         return weight_H
 

