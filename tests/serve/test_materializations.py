@@ -116,7 +116,7 @@ def test_a_size_is_made_once(settings: Settings, version: ModelVersion, any_size
     assert folder.parent == Path(settings.store) / "exports" / "small" / "1"
     assert folder.name.startswith("size-") and record["id"].removeprefix("mat-") in folder.name
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-    assert not list((settings.home / "exporting").iterdir())
+    assert not list((settings.home / "exporting").glob("*/"))
     check(folder, record)
     cut = any_size.resize(0.6)
     assert torch.equal(logits(read(folder), heldout_tokens[:4]), logits(any_size.materialize(), heldout_tokens[:4]))
@@ -315,5 +315,5 @@ def test_workplaces_of_the_living_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "dead").mkdir()
     (tmp_path / "dead" / "model").write_text("")
     with workplace(tmp_path) as one, workplace(tmp_path) as two:
-        assert sorted(tmp_path.iterdir()) == sorted([one, two])
-    assert not list(tmp_path.iterdir())
+        assert sorted(tmp_path.glob("*/")) == sorted([one, two])
+    assert not list(tmp_path.glob("*/"))
