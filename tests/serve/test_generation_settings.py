@@ -206,8 +206,7 @@ def test_logits_that_are_not_finite_are_an_error_and_harm_no_neighbor(
         errors = [event for event in heard["bad"] if event.kind == "error"]
         assert len(errors) == 1 and not any(event.text for event in heard["bad"])
         assert errors[0].data["status"] == 500
-        error = errors[0].data["body"]["error"]
-        assert error["code"] == "not_finite" and "the model's logits are not finite" in error["message"]
+        assert errors[0].data["body"]["error"]["code"] == "not_finite"
         for name, prompt in (("good", good), ("long", long)):
             assert ["".join(event.text for event in heard[name])] == expected[prompt]
             assert all(math.isfinite(told["logprob"]) for event in heard[name] for told in event.logprobs or [])

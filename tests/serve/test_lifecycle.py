@@ -90,8 +90,7 @@ def test_a_killed_engine_is_replaced_and_its_requests_are_answered_or_told(serve
         killed.kill()
         *_, last = [line for line in streamed.result().text.split("\n\n") if line]
         error = json.loads(last.removeprefix("data: "))["error"]
-        assert error["type"] == "service_unavailable", "a stream that has begun can't begin again"
-        assert "being replaced" in error["message"]
+        assert error["code"] == "engine_restarting", "a stream that has begun can't begin again"
         assert whole.result().status_code == 200, "asked again of the new engine"
         assert whole.result().json()["usage"]["completion_tokens"] == 16 * 250
     assert engine() != killed

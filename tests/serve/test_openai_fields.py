@@ -179,7 +179,6 @@ def test_what_is_not_offered_is_refused_by_name(app: Application, field: str, va
     status, body = chat(app, **{field: value})
     assert status == 400
     assert body["error"]["param"] == field
-    assert body["error"]["message"].startswith(f"{field} is ")
 
 
 def test_completions_take_neutral_values_too(app: Application) -> None:
@@ -204,7 +203,7 @@ def test_many_prompts_are_answered_and_the_limit_is_said(app: Application) -> No
     assert [choice["index"] for choice in body["choices"]] == list(range(20))
     status, body = complete(app, prompt=["a"] * 129)
     assert (status, body["error"]["param"]) == (400, "prompt")
-    assert "more than 128 answers" in body["error"]["message"]
+    assert complete(app, prompt=["a"] * 128, max_tokens=1)[0] == 200
     assert complete(app, prompt=["a"] * 65, n=2)[1]["error"]["param"] == "n"
 
 

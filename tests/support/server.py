@@ -154,7 +154,7 @@ def text(answer: dict[str, Any]) -> str:
 
 def free_port() -> int:
     """A free port whose neighbor 10000 above is free, too: SeaweedFS takes both."""
-    while True:
+    for _ in range(1000):
         with socket.socket() as one, socket.socket() as two:
             one.bind(("127.0.0.1", 0))
             port = int(one.getsockname()[1])
@@ -165,3 +165,4 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
+    raise AssertionError("of 1000 free ports, none has a free neighbor")
