@@ -35,19 +35,6 @@ PROMPT = "It was a bright cold day and "
 Ask = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
-def served(small_artifact: Artifact) -> ResidentModel:
-    return ResidentModel(ModelVersion("small", "7", str(small_artifact.folder), ("champion",), {}), small_artifact)
-
-
-@pytest.fixture(scope="module")
-def engine(served: ResidentModel) -> Iterator[TextEngine]:
-    engine = TextEngine()
-    engine.add(served)
-    yield engine
-    engine.close()
-
-
 def answered(engine: TextEngine, served: ResidentModel, request: Any) -> dict[str, Any]:
     """The whole answer, as the HTTP side makes it of the engine's events."""
     heard: list[TextEvent] = []

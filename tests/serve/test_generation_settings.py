@@ -5,7 +5,6 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,6 @@ from acip.utils.checksums import sha256
 
 PROMPT = list(b"the cat and the cat and the ")
 VERSION = ModelVersion("small", "7", "here", (), {})
-
-
-@pytest.fixture(scope="module")
-def served(small_artifact: Artifact) -> ResidentModel:
-    return ResidentModel(VERSION, small_artifact)
-
-
-@pytest.fixture(scope="module")
-def engine(served: ResidentModel) -> Iterator[TextEngine]:
-    engine = TextEngine()
-    engine.add(served)
-    yield engine
-    engine.close()
 
 
 @pytest.fixture(scope="module")

@@ -48,10 +48,10 @@ def make_home(home: Path, small: Artifact, tokens: torch.Tensor) -> Path:
     return home
 
 
-def give_template(artifact: Artifact) -> None:
-    """Give its tokenizer a chat template."""
+def give_template(artifact: Artifact, template: str = CHAT) -> None:
+    """Give the artifact's tokenizer a chat template."""
     tokenizer = AutoTokenizer.from_pretrained(artifact.folder)
-    tokenizer.chat_template = CHAT
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(artifact.folder)
     manifest = artifact.folder / "manifest.json"
     content = json.loads(manifest.read_text())
