@@ -80,10 +80,10 @@ class BasisCache:
         names = sorted(keys)
         with ExitStack() as stack:
             if not self._all(names):
-                with suppress(OSError):  # a folder that cannot be written or locked: every process computes the bases itself
+                with suppress(OSError, NotImplementedError):  # the folder cannot be written or locked: every process computes the bases
                     self.folder.mkdir(parents=True, exist_ok=True)
                     path = self.folder / f"{hashlib.sha256(repr(names).encode()).hexdigest()}.lock"
-                    lock = stack.enter_context(FileLock(path, fallback_to_soft=False))
+                    lock = stack.enter_context(FileLock(path))
                     if self._all(names):
                         lock.release()
             yield

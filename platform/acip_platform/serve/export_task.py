@@ -89,7 +89,7 @@ def workplace(parent: Path) -> Iterator[Path]:
     with contextlib.ExitStack() as held:
         with lock(parent):  # no other task removes the new folder before it is locked
             for left in parent.glob("*/"):
-                with contextlib.suppress(Timeout, FileNotFoundError), lock(left, blocking=False):  # locked, or removed by its task
+                with contextlib.suppress(Timeout, FileNotFoundError), lock(left).acquire(blocking=False):  # locked, or removed by its task
                     shutil.rmtree(left)
             folder = Path(tempfile.mkdtemp(dir=parent))
             held.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -97,6 +97,6 @@ def workplace(parent: Path) -> Iterator[Path]:
         yield folder
 
 
-def lock(folder: Path, blocking: bool = True) -> FileLock:
-    """Return the lock of a folder. The kernel releases it when the process dies. Without `blocking`, a held lock raises Timeout."""
-    return FileLock(folder / ".lock", blocking=blocking, thread_local=False, fallback_to_soft=False)
+def lock(folder: Path) -> FileLock:
+    """Return the lock of a folder. The kernel releases it when the process dies."""
+    return FileLock(folder / ".lock", thread_local=False)
