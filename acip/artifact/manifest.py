@@ -31,7 +31,7 @@ from acip.utils.atomic import atomic_file
 
 SCHEMA = 5  # with codes
 UNCODED_SCHEMA = 4  # without codes, otherwise equal
-READABLE = (3, SCHEMA)  # in schema 3, config.json is the unchanged configuration of the base model
+READABLE = range(3, SCHEMA + 1)  # in schema 3, config.json is the unchanged configuration of the base model
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
 DIGESTS = "digests"

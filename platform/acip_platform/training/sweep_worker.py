@@ -40,7 +40,7 @@ from acip_platform.tracking.registry import CANDIDATE
 from acip_platform.tracking.runs import Run
 from acip_platform.training.completion import Heldout, finish, stored
 from acip_platform.training.sweep_space import Trial
-from acip_platform.training.worker import Observer, Read, prepare, read_once
+from acip_platform.training.worker import Observer, Read, coded, prepare, read_once
 
 SMALLEST = 0.4  # the smallest size of the area that the winner is chosen by
 RUNGS = (1, 2, 4, 8)  # in eighths of the post-tuning
@@ -223,9 +223,10 @@ def _artifact(trial: Trial, state: tune.Checkpoint | None, settings: Settings, r
     heldout = Heldout.of(job, base)
     if not store.exists(store.uri(key)):
         torch.nn.Module.to(base.model, device)
+        codes = coded(job, base, run, emit, device)
         batches = prepare(job, base, settings, emit, device)
         with _from(state) as folder:
             calibration = calibrate(base.model, batches, job.recipe, resume=folder)
         origin = provenance(job) | {"attempt": key, "mlflow_run": run.run_id}
-        stored(settings, key, lambda folder: Artifact.save(folder, base, calibration, origin))
+        stored(settings, key, lambda folder: Artifact.save(folder, base, calibration, origin, codes))
     return finish(job, store.uri(key), run, settings, heldout, device, emit, alias=CANDIDATE)
