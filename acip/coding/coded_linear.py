@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from acip.coding.codes import Codes
 
 FEW_ROWS = 8  # up to which the kernel of torch is faster than a conversion with oneDNN's product, measured on one core with AVX-512
-KERNEL_SIDE = 64  # the kernel reads beyond weights whose sides are not multiples of its blocks
-HALF_SHIFT = 2.0**-7  # of codes in float16, so that sums of products stay below 65,504
+KERNEL_SIDE = 64  # torch's kernel reads beyond the ends of weights whose sides are not multiples of its blocks, and may crash
 
 
 class CodedLinear(nn.Module):
@@ -40,12 +39,11 @@ class CodedLinear(nn.Module):
 
 
 def integer_product(x: Tensor, codes_MN: Tensor) -> Tensor:
-    """Return x C^T [..., M], rounded to the dtype of `x`; in float32 for float16, because it may be beyond that dtype's range."""
+    """Return x C^T [..., M] in the dtype of `x`; in float32 for float16, whose range is too small for the product."""
     if _has_kernel(x, codes_MN):
-        y_SM = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), codes_MN, x.new_ones(len(codes_MN)))
-        return y_SM.view(*x.shape[:-1], len(codes_MN))
-    if x.dtype == torch.float16:
-        return F.linear(x, codes_MN.to(x.dtype) * HALF_SHIFT).float() / HALF_SHIFT
+        x_SN = x.reshape(-1, x.shape[-1]).contiguous()
+        return torch._weight_int8pack_mm(x_SN, codes_MN, x.new_ones(len(codes_MN))).view(*x.shape[:-1], len(codes_MN))
+    x = x.float() if x.dtype == torch.float16 else x
     return F.linear(x, codes_MN.to(x.dtype))
 
 
