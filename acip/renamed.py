@@ -116,7 +116,7 @@ MODULES: dict[str, str | tuple[str, ...]] = {  # a tuple where the old module wa
     "acip_platform.space": "acip_platform.training.sweep_space",
     "acip_platform.store": "acip_platform.storage.store",
     "acip_platform.story": "acip_platform.tracking.run_descriptions",
-    "acip_platform.sweep": "acip_platform.training.sweep",
+    "acip_platform.sweep": ("acip_platform.training.sweep", "acip_platform.training.sweep_worker"),
     "acip_platform.sweep_report": "acip_platform.training.sweep_report",
     "acip_platform.train": "acip_platform.training.worker",
 }

@@ -3,6 +3,7 @@
     Artifact.save(folder, base, calibration, provenance)     write it (writer.py)
     artifact = Artifact.open(folder)                         check it (manifest.py, reader.py)
     artifact.load(size=0.6)                                  an ElasticModel; reads only the bytes that the size needs (loading.py)
+    artifact.load_bytes(limit_bytes)                         a model with coded layers, of any number of bytes (coded_loading.py)
     artifact.record_curve(rows)                              store a measured trade-off curve
 
 ARTIFACT.md specifies the format.
@@ -14,12 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from acip.artifact import manifest, writer
+from acip.artifact import coded_loading, manifest, writer
+from acip.artifact.codes_file import open_codes
 from acip.artifact.loading import ModelLoader
 from acip.artifact.reader import ArtifactReader
 from acip.base import Base
 from acip.calibration.result import Calibration
+from acip.coding.coded_model import CodedModel
 from acip.errors import ArtifactError
 from acip.sizing.budget import Budget
 from acip.sizing.elastic_model import ElasticModel
@@ -29,9 +33,14 @@ class Artifact(ArtifactReader):
     """An opened artifact, and the functions that write one."""
 
     @classmethod
-    def save(cls, folder: str | Path, base: Base, calibration: Calibration, provenance: Mapping[str, Any]) -> "Artifact":
-        """Write a calibrated model to `folder`, and open it. Files of an earlier, interrupted attempt are overwritten."""
-        writer.write_artifact(Path(folder), base, calibration, provenance)
+    def save(
+        cls, folder: str | Path, base: Base, calibration: Calibration, provenance: Mapping[str, Any], codes: CodedModel | None = None
+    ) -> "Artifact":
+        """Write a calibrated model to `folder`, and open it. Files of an earlier, interrupted attempt are overwritten.
+
+        `codes` are coded versions of the target layers of the base model. `load_bytes` needs them.
+        """
+        writer.write_artifact(Path(folder), base, calibration, provenance, codes)
         return cls.open(folder)
 
     def tuned(
@@ -39,8 +48,9 @@ class Artifact(ArtifactReader):
     ) -> "Artifact":
         """Write a copy of this artifact with other factors and adapters to the empty folder `folder`, and open it.
 
-        `factors` holds new first rows by tensor name, `adapters` whole tensors. The other rows, the order, and all other files
-        stay bit for bit the same. The curve is left empty, because it must be measured again.
+        `factors` holds new first rows by tensor name, `adapters` whole tensors. The other rows, the order, and all other files stay
+        bit for bit the same, coded layers included: they are those of the base model. The curve is left empty, because it must be
+        measured again.
         """
         writer.write_tuned(self, Path(folder), factors, adapters, provenance)
         return self.open(folder)
@@ -72,3 +82,17 @@ class Artifact(ArtifactReader):
             loader.load_missing(any_size.layers, loader.all_stored_ranks(), dense=True)
         any_size.resize(1.0 if size is None else size)
         return any_size
+
+    def coded(self) -> CodedModel:
+        """Return the coded versions of the target layers. They are read from the file when they are used.
+
+        Raise ArtifactError if the artifact has none.
+        """
+        return open_codes(self)
+
+    def load_bytes(self, limit_bytes: int, device: str | torch.device = "cpu") -> tuple[PreTrainedModel, int]:
+        """Return the best model whose stored bytes are at most `limit_bytes`, and its stored bytes. Only these bytes are read.
+
+        The target layers are coded. If the base model fits, it is returned, bit for bit. Raise BudgetError if no model is as small.
+        """
+        return coded_loading.load_bytes(self, limit_bytes, device)

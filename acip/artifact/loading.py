@@ -5,7 +5,7 @@ larger size reads only the difference.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -50,8 +50,13 @@ class ModelLoader:
         """Pickle the artifact and the device; opened files are opened again."""
         return ModelLoader, (self.artifact, self.device)
 
-    def model(self) -> PreTrainedModel:
-        """Return the model with everything loaded except the target layers, which hold no rows and no weight yet."""
+    def model(self, target: Callable[[str, Any], nn.Module] | None = None) -> PreTrainedModel:
+        """Return the model with everything loaded except the target layers.
+
+        `target` returns the layer in the place of a target layer, from its name and the layer of the base model, whose weight is on the
+        device meta. By default, it is an ElasticLinear that holds no rows and no weight yet.
+        """
+        target = target or self._empty_elastic_linear
         where = self.artifact.source.where
         model = self._base_without_targets()
         modules = dict(model.named_modules())
@@ -59,9 +64,7 @@ class ModelLoader:
             name, original = row["name"], modules.get(row["name"])
             if not isinstance(original, nn.Linear | Conv1D) or weight_MN(original).shape != (row["M"], row["N"]):
                 raise ArtifactError(f"{where}: the model of config.json has no linear layer {name} of {row['M']} x {row['N']}.")
-            dtype = self.factors.entry(f"{name}.left").dtype
-            left, right = (torch.empty(0, row[side], dtype=dtype, device=self.device) for side in ("M", "N"))
-            set_module(model, name, ElasticLinear(original, left, right, lead=self.lead))
+            set_module(model, name, target(name, original))
         model.tie_weights()
         targets = {f"{name}.original.weight" for name in self.stored_ranks}
         tensors = (*model.named_parameters(), *model.named_buffers())
@@ -79,6 +82,11 @@ class ModelLoader:
             parent, _, child = buffer_name.rpartition(".")
             model.get_submodule(parent)._buffers[child] = buffer.to(self.device)
         return model.eval()
+
+    def _empty_elastic_linear(self, name: str, original: nn.Module) -> ElasticLinear:
+        sides = (self.factors.entry(f"{name}.{side}") for side in ("left", "right"))
+        left, right = (torch.empty(0, *entry.shape[1:], dtype=entry.dtype, device=self.device) for entry in sides)
+        return ElasticLinear(original, left, right, lead=self.lead)
 
     def _base_without_targets(self) -> PreTrainedModel:
         """Return the base model with the tensors of rest.safetensors; all other parameters are on the device meta."""

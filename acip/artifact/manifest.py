@@ -11,6 +11,7 @@ dense.safetensors     `NAME.weight` [M, N]: the dense weights, for the layers th
 rest.safetensors      every other tensor of the base model (embeddings, norms, biases, head)
 order.safetensors     `layer` [D]: the layer that loses a direction at each removal, in the order of removal; `score`,
                       `crossing`; `direction`: the basis indices of each layer in the order of importance
+codes.safetensors     if the target layers are coded: several versions of each, as integer codes (codes_file.py)
 digests.safetensors   `FILE/TENSOR` [chunks, 32]: sha256 of each chunk of rows (safetensors_ranges.py) of the files above
 adapters.safetensors  the adapters alone, for PEFT: `NAME.PLACE.A` and `NAME.PLACE.B` (scaled). Places are right (A [R, N],
                       B [S, R]) and left (A [R, S], B [M, R]), or layer (A [R, N], B [M, R]). No size reads this file
@@ -28,12 +29,15 @@ from typing import Any
 from acip.errors import ArtifactError
 from acip.utils.atomic import atomic_file
 
-SCHEMA = 4
-READABLE = (3, SCHEMA)  # in schema 3, config.json is the unchanged configuration of the base model
+SCHEMA = 5  # with codes
+UNCODED_SCHEMA = 4  # without codes, otherwise equal
+READABLE = range(3, SCHEMA + 1)  # in schema 3, config.json is the unchanged configuration of the base model
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
 DIGESTS = "digests"
-DIGESTED = ("factors", "dense", "rest", "order", "adapters")
+TENSOR_FILES = ("factors", "dense", "rest", "order", "adapters")  # of every artifact
+CODES = "codes"  # file and field of the manifest, if the target layers are coded
+DIGESTED = (*TENSOR_FILES, CODES)
 
 
 def check_manifest(manifest: Any, where: str) -> None:
@@ -68,6 +72,7 @@ def check_manifest(manifest: Any, where: str) -> None:
     names = {row["name"] for row in manifest["layers"]}
     if not names or len(names) < len(manifest["layers"]) or not _is_count(manifest["rest_params"]):
         raise ArtifactError(f"{where}/{MANIFEST}: the layer table is empty or has duplicate names, or 'rest_params' is not a count.")
+    _check_codes(manifest, names, where)
     if not all(_is_curve_row(row) for row in manifest["curve"]):
         raise ArtifactError(f"{where}/{MANIFEST}: malformed row of the curve.")
     if not all(isinstance(manifest["base"].get(key), str) for key in ("source", "digest")):
@@ -82,6 +87,29 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**48
+
+
+def _check_codes(manifest: Mapping[str, Any], names: set[str], where: str) -> None:
+    """Raise ArtifactError unless schema 5, and no other, gives bytes and loss of at least one version of each layer in `codes`."""
+    if (manifest["schema"] == SCHEMA) != (CODES in manifest):
+        raise ArtifactError(f"{where}/{MANIFEST}: {CODES!r} is a field of schema {SCHEMA} and of no other. Fetch the artifact again.")
+    if CODES not in manifest:
+        return
+    layers = manifest[CODES].get("layers") if isinstance(manifest[CODES], dict) else None
+    if (
+        not isinstance(layers, dict)
+        or layers.keys() != names
+        or not all(isinstance(versions, list) and versions and all(map(_is_version, versions)) for versions in layers.values())
+    ):
+        raise ArtifactError(
+            f"{where}/{MANIFEST}: {CODES!r} does not list [bytes, loss] of the versions of each layer. Fetch the artifact again."
+        )
+
+
+def _is_version(version: Any) -> bool:
+    if not isinstance(version, list) or len(version) != 2 or not _is_count(version[0]):
+        return False
+    return _is_count(version[1]) or (isinstance(version[1], float) and math.isfinite(version[1]))
 
 
 def _is_curve_row(row: Any) -> bool:

@@ -14,11 +14,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acip.artifact.byte_sources import Folder
-from acip.artifact.manifest import CONFIG, DIGESTED, DIGESTS, MANIFEST, SCHEMA, write_manifest
+from acip.artifact.codes_file import write_codes
+from acip.artifact.manifest import (
+    CODES,
+    CONFIG,
+    DIGESTED,
+    DIGESTS,
+    MANIFEST,
+    SCHEMA,
+    TENSOR_FILES,
+    UNCODED_SCHEMA,
+    write_manifest,
+)
 from acip.artifact.reader import ArtifactReader
 from acip.artifact.safetensors_ranges import TensorFile, chunk_digests
 from acip.base import Base
 from acip.calibration.result import Calibration
+from acip.coding.coded_model import CodedModel
+from acip.errors import ArtifactError
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import targets, weight_MN
 from acip.modeling_acip import artifact_config, classes
@@ -26,20 +39,27 @@ from acip.utils.atomic import SUFFIX
 from acip.utils.checksums import sha256
 
 
-def write_artifact(folder: Path, base: Base, calibration: Calibration, provenance: Mapping[str, Any]) -> None:
-    """Write a calibrated model to `folder`. Files of an earlier, interrupted attempt are overwritten."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
-    for partial in folder.glob(f".{MANIFEST}.*{SUFFIX}"):
-        partial.unlink()
+def write_artifact(
+    folder: Path, base: Base, calibration: Calibration, provenance: Mapping[str, Any], codes: CodedModel | None = None
+) -> None:
+    """Write a calibrated model to `folder`, with coded versions of its target layers if they are given.
+
+    Files of an earlier, interrupted attempt are overwritten. Raise ArtifactError if `codes` are of other layers.
+    """
     recipe, layers = calibration.recipe, calibration.table.layers
+    if codes is not None and codes.versions.keys() != {shape.name for shape in layers}:
+        raise ArtifactError("the coded layers are not the target layers of the calibration. Code the layers of the same recipe.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in (folder / MANIFEST, folder / f"{CODES}.safetensors", *folder.glob(f".{MANIFEST}.*{SUFFIX}")):
+        left.unlink(missing_ok=True)
     stored = {shape.name: shape.stored_rank(recipe.adapter_rows, recipe.storage, recipe.dense_if_no_saving) for shape in layers}
     factors, dense, adapters = _target_tensors(calibration, stored)
-    for file, tensors in zip(DIGESTED, (factors, dense, _rest(calibration), _order(calibration), adapters), strict=True):
+    for file, tensors in zip(TENSOR_FILES, (factors, dense, _rest(calibration), _order(calibration), adapters), strict=True):
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, folder / f"{file}.safetensors")
+    coded = {} if codes is None else {CODES: write_codes(folder / f"{CODES}.safetensors", codes)}
     _write_base_files(folder, base)
     seal(folder, {
-        "schema": SCHEMA,
+        "schema": SCHEMA if coded else UNCODED_SCHEMA,
         "base": {"source": base.source, "revision": base.revision, "digest": base.digest},
         "recipe": recipe.to_dict(),
         "provenance": dict(provenance),
@@ -49,6 +69,7 @@ def write_artifact(folder: Path, base: Base, calibration: Calibration, provenanc
             {"name": shape.name, "M": shape.M, "N": shape.N, "bias": shape.bias, "stored_rank": stored[shape.name]} for shape in layers
         ],
         "rest_params": calibration.table.rest_params,
+        **coded,
     })  # fmt: skip
 
 
@@ -58,7 +79,8 @@ def write_tuned(
     """Write a copy of `artifact` with other factors and adapters to the empty folder `folder`.
 
     `factors` holds new first rows by tensor name, `adapters` whole tensors. The other rows, the order, and all other files stay
-    bit for bit the same. The curve is left empty, because it must be measured again.
+    bit for bit the same, coded layers included: they are those of the base model. The curve is left empty, because it must be
+    measured again.
     """
     rewritten = {f"{file}.safetensors" for file in ("factors", "adapters", DIGESTS)}
     for file in artifact.manifest["files"]:
@@ -143,6 +165,8 @@ def _write_base_files(folder: Path, base: Base) -> None:
 
 def _digests(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for file in DIGESTED:
+        if not (folder / f"{file}.safetensors").is_file():  # an artifact without codes
+            continue
         written = TensorFile(Folder(folder), f"{file}.safetensors")
         for name, entry in written.entries.items():
             (content,) = written.source.read(written.file, [(entry.start, entry.start + entry.rows * entry.row_bytes)])

@@ -1,6 +1,5 @@
 """A cache of bases on disk, keyed by the content they are computed from, for restarts, sweeps and transfers on one node."""
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -73,17 +73,19 @@ class BasisCache:
 
     @contextmanager
     def turn(self, keys: Iterable[str]) -> Iterator[None]:
-        """Hold a lock while any of `keys` is missing, so that only one process of this node computes them."""
+        """Hold a lock while any of `keys` is missing, so that only one process of this node computes them.
+
+        The kernel releases the lock of a process that dies.
+        """
         names = sorted(keys)
         with ExitStack() as stack:
             if not self._all(names):
-                with suppress(OSError):  # a folder that cannot be written or locked: every process computes the bases itself
+                with suppress(OSError, NotImplementedError):  # the folder cannot be written or locked: every process computes the bases
                     self.folder.mkdir(parents=True, exist_ok=True)
                     path = self.folder / f"{hashlib.sha256(repr(names).encode()).hexdigest()}.lock"
-                    lock = stack.enter_context(path.open("w"))
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    lock = stack.enter_context(FileLock(path))
                     if self._all(names):
-                        lock.close()
+                        lock.release()
             yield
 
     def _all(self, names: list[str]) -> bool:

@@ -37,6 +37,7 @@ class ByteOrder:
 
     def __init__(self, versions: Mapping[str, Sequence[Version]]) -> None:
         """`versions[name]` are the versions of a layer, from the fewest bytes to the most."""
+        self.versions = {name: tuple(each) for name, each in versions.items()}
         hulls = {name: hull(each) for name, each in versions.items()}
         steps = [
             [

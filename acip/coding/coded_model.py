@@ -32,7 +32,7 @@ class CodedModel:
     @property
     def bytes(self) -> int:
         """The bytes of all versions together."""
-        return sum(packed.bytes for each in self.versions.values() for packed in each)
+        return sum(version.bytes for each in self.order.versions.values() for version in each)
 
     def weights(self, limit: int) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, weight [M, N]) of each layer, in float32, for the best model whose layers take at most `limit` bytes on disk.

@@ -39,7 +39,7 @@ class Codes:
 
     def pack(self) -> "PackedCodes":
         """Return the matrix as it is stored."""
-        return PackedCodes(compress(self.codes), self.steps, self.codes.shape[1])
+        return PackedCodes(compress(self.codes), self.steps.cpu(), self.codes.shape[1])
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,25 @@ class PackedCodes:
 
 def stored_steps(steps_M: Tensor) -> Tensor:
     """Return step sizes as they are read back: the largest as a float32, the others as float16 shares of it."""
+    unit, shares_M = as_shares(steps_M)
+    return from_shares(unit, shares_M)
+
+
+def as_shares(steps_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Return step sizes as they are stored: the largest as a float32 scalar, and all as float16 shares [M] of it."""
     unit = steps_M.float().max()
-    return (steps_M / unit).half().clamp_min(2.0**-24).float() * unit
+    return unit, (steps_M / unit).half().clamp_min(2.0**-24)
+
+
+def from_shares(unit: Tensor, shares_M: Tensor) -> Tensor:
+    """Return the step sizes [M] of stored shares, in float32. Stored steps keep their values: the largest share is 1."""
+    return shares_M.float() * unit
 
 
 def compress(codes: Tensor) -> bytes:
     """Return int8 codes as a stream of Huffman codes."""
     coder = zlib.compressobj(level=9, method=zlib.DEFLATED, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
-    return coder.compress(codes.contiguous().numpy().tobytes()) + coder.flush()
+    return coder.compress(codes.cpu().contiguous().numpy().tobytes()) + coder.flush()
 
 
 def decompress(stream: bytes, shape: tuple[int, int]) -> Tensor:

@@ -117,15 +117,15 @@ def check_fleet(file: Path) -> None:
         fleet = Fleet.load(file)
     except FleetError as error:
         assert_readable(error)
-        return
-    assert "/" not in fleet.name and "'" not in fleet.name
-    for job in fleet.jobs:
-        assert Job.from_dict(job.to_dict()) == job
-        assert len(job.fingerprint) == 12 and len(job.name) < 200
-        assert all(math.isfinite(value) for value in job.recipe.to_dict().values() if isinstance(value, float))
-        assert 0 < job.windows < 2**100
-        with contextlib.suppress(FleetError):
-            assert resources_of(job, [{"CPU": 4.0, "GPU": 1.0}]).cpus <= 4
+    else:
+        assert "/" not in fleet.name and "'" not in fleet.name
+        for job in fleet.jobs:
+            assert Job.from_dict(job.to_dict()) == job
+            assert len(job.fingerprint) == 12 and len(job.name) < 200
+            assert all(math.isfinite(value) for value in job.recipe.to_dict().values() if isinstance(value, float))
+            assert 0 < job.windows < 2**100
+            with contextlib.suppress(FleetError):
+                assert resources_of(job, [{"CPU": 4.0, "GPU": 1.0}]).cpus <= 4
 
 
 def check_space(file: Path) -> None:
@@ -134,10 +134,10 @@ def check_space(file: Path) -> None:
         trials = space.trials(Job("a", "b/c", Recipe(scores="order")))
     except SpaceError as error:
         assert_readable(error)
-        return
-    assert "/" not in space.name and space.name not in (".", "..")
-    assert 1 <= len(trials) <= 1000
-    assert trials == space.trials(Job("a", "b/c", Recipe(scores="order"))), "draws are deterministic"
+    else:
+        assert "/" not in space.name and space.name not in (".", "..")
+        assert 1 <= len(trials) <= 1000
+        assert trials == space.trials(Job("a", "b/c", Recipe(scores="order"))), "draws are deterministic"
 
 
 def check_arena(file: Path) -> None:
@@ -145,10 +145,10 @@ def check_arena(file: Path) -> None:
         arena = Arena.load(file)
     except AcipError as error:
         assert_readable(error)
-        return
-    results = Path("arenas", f"{arena.name}.json").resolve()
-    assert results.parent == Path("arenas").resolve(), "the name does not lead out of the results folder"
-    assert all(len(arena.fingerprint(method)) == 12 for method in arena.methods)
+    else:
+        results = Path("arenas", f"{arena.name}.json").resolve()
+        assert results.parent == Path("arenas").resolve(), "the name does not lead out of the results folder"
+        assert all(len(arena.fingerprint(method)) == 12 for method in arena.methods)
 
 
 KINDS = {"fleet": (FLEET, check_fleet), "space": (SPACE, check_space), "arena": (ARENA, check_arena)}
@@ -223,8 +223,8 @@ def test_sizes(table: CutTable, text: str) -> None:
         cut = table.cut(budget)
     except BudgetError as error:
         assert_readable(error)
-        return
-    assert cut.got <= budget.asked
+    else:
+        assert cut.got <= budget.asked
 
 
 @fuzz(SIZE, SIZE, st.sampled_from(["", "small", "small@", "smal@", "@", "small@fit:8GB@"]))
@@ -233,10 +233,10 @@ def test_model_names_with_sizes(table: CutTable, size: str, context: str, name: 
         found, budget = split_name(f"{name}{size}@{context}" if context else f"{name}{size}", ["small", "small@x", "other"])
     except RequestError as error:
         assert_readable(error)
-        return
-    assert found in ("small", "small@x", "other")
-    with contextlib.suppress(BudgetError):
-        table.cut(budget or Budget(ratio=1.0))
+    else:
+        assert found in ("small", "small@x", "other")
+        with contextlib.suppress(BudgetError):
+            table.cut(budget or Budget(ratio=1.0))
 
 
 @fuzz(st.text(max_size=20) | st.from_regex(r"[0-9]{1,5}x(GPU|CPU|TPU):[0-9]{1,400}(,CPU:[0-9]{1,9})?", fullmatch=True), share=0.5)

@@ -249,7 +249,7 @@ def test_a_fleet_measures_its_tasks(small_artifact: Artifact, tmp_path: Path) ->
         (["--data", "c4"], "c4 can't be fetched from the hub"),
         (["--protocol", "feild"], "did you mean 'field'"),
         (["--sizes", "8GB"], "'8GB' is not a size ratio"),
-        (["--all-documents"], "--all-documents needs a text by --data"),
+        (["--all-documents"], "--all-documents needs --data"),
         (["--out", "."], "Is a directory"),
         (["--pool", "many"], "the pool is 'many'; it must be like 8xGPU:1,CPU:14"),
     ],

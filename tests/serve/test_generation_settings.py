@@ -5,7 +5,6 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,6 @@ from acip.utils.checksums import sha256
 
 PROMPT = list(b"the cat and the cat and the ")
 VERSION = ModelVersion("small", "7", "here", (), {})
-
-
-@pytest.fixture(scope="module")
-def served(small_artifact: Artifact) -> ResidentModel:
-    return ResidentModel(VERSION, small_artifact)
-
-
-@pytest.fixture(scope="module")
-def engine(served: ResidentModel) -> Iterator[TextEngine]:
-    engine = TextEngine()
-    engine.add(served)
-    yield engine
-    engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +192,7 @@ def test_logits_that_are_not_finite_fail_only_their_request(
         errors = [event for event in received["bad"] if event.kind == "error"]
         assert len(errors) == 1 and not any(event.text for event in received["bad"])
         assert errors[0].data["status"] == 500
-        error = errors[0].data["body"]["error"]
-        assert error["code"] == "not_finite" and "the model's logits are not finite" in error["message"]
+        assert errors[0].data["body"]["error"]["code"] == "not_finite"
         for name, prompt in (("good", good), ("long", long)):
             assert ["".join(event.text for event in received[name])] == expected[prompt]
             assert all(math.isfinite(token["logprob"]) for event in received[name] for token in event.logprobs or [])

@@ -118,7 +118,7 @@ def test_size_is_materialized_once(settings: Settings, version: ModelVersion, an
     assert folder.parent == Path(settings.store) / "exports" / "small" / "1"
     assert folder.name.startswith("size-") and record["id"].removeprefix("mat-") in folder.name
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-    assert not list((settings.home / "exporting").iterdir())
+    assert not list((settings.home / "exporting").glob("*/"))
     check(folder, record)
     cut = any_size.resize(0.6)
     assert torch.equal(logits(read(folder), heldout_tokens[:4]), logits(any_size.materialize(), heldout_tokens[:4]))
@@ -317,5 +317,5 @@ def test_workplaces_in_use_are_kept(tmp_path: Path) -> None:
     (tmp_path / "dead").mkdir()
     (tmp_path / "dead" / "model").write_text("")
     with workplace(tmp_path) as first, workplace(tmp_path) as second:
-        assert sorted(tmp_path.iterdir()) == sorted([first, second])
-    assert not list(tmp_path.iterdir())
+        assert sorted(tmp_path.glob("*/")) == sorted([first, second])
+    assert not list(tmp_path.glob("*/"))

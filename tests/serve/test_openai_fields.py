@@ -179,7 +179,6 @@ def test_unsupported_values_are_refused_by_name(app: Application, field: str, va
     status, body = chat(app, **{field: value})
     assert status == 400
     assert body["error"]["param"] == field
-    assert body["error"]["message"].startswith(f"{field} is ")
 
 
 def test_completions_accept_neutral_values(app: Application) -> None:
@@ -204,7 +203,7 @@ def test_number_of_answers_is_limited(app: Application) -> None:
     assert [choice["index"] for choice in body["choices"]] == list(range(20))
     status, body = complete(app, prompt=["a"] * 129)
     assert (status, body["error"]["param"]) == (400, "prompt")
-    assert "more than 128 answers" in body["error"]["message"]
+    assert complete(app, prompt=["a"] * 128, max_tokens=1)[0] == 200
     assert complete(app, prompt=["a"] * 65, n=2)[1]["error"]["param"] == "n"
 
 

@@ -1,7 +1,7 @@
 """Log probabilities of prompts: `echo` with `logprobs` returns those of the base model, however the prompt is split into chunks."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from acip_platform.serve.text.detokenizer import Detokenizer
 from acip_platform.serve.text.errors import InvalidRequestError
 from acip_platform.serve.text.prompt_logprobs import Echo
 from acip_platform.serve.text_engine import TextEngine
-from acip_platform.tracking.registry import ModelVersion
 from openai import OpenAI
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -33,16 +32,8 @@ Ask = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def served(small_artifact: Artifact) -> ResidentModel:
-    return ResidentModel(ModelVersion("small", "7", str(small_artifact.folder), ("champion",), {}), small_artifact)
-
-
-@pytest.fixture(scope="module")
-def ask(served: ResidentModel) -> Iterator[Ask]:
-    engine = TextEngine()
-    engine.add(served)
-    yield lambda **fields: whole_answer(engine, served, CompletionRequest.parse({"temperature": 0, "echo": True, **fields}))
-    engine.close()
+def ask(engine: TextEngine, served: ResidentModel) -> Ask:
+    return lambda **fields: whole_answer(engine, served, CompletionRequest.parse({"temperature": 0, "echo": True, **fields}))
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,13 @@ from jsonschema import Draft202012Validator
 from openai import AsyncOpenAI, BadRequestError
 from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from acip.artifact.artifact import Artifact
-from acip.utils.checksums import sha256
 from tests.conftest import byte_tokenizer
 from tests.serve.test_detokenizer import llama
 from tests.support.application import Application
+from tests.support.server import give_template
 
 HERMES = """\
 {% if tools %}{% for t in tools %}[{{ t.function.name }}]{% endfor %}{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}\
@@ -56,14 +56,7 @@ TOOLS = [
 def application(small: Artifact, home: Path, template: str) -> Iterator[Application]:
     """Start an application with a copy of the small artifact that has this chat template."""
     artifact = Artifact.open(copytree(small.folder, home / "model"))
-    tokenizer = AutoTokenizer.from_pretrained(artifact.folder)
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(artifact.folder)
-    manifest = artifact.folder / "manifest.json"
-    content = json.loads(manifest.read_text())
-    for file, facts in content["files"].items():
-        facts |= {"bytes": (artifact.folder / file).stat().st_size, "sha256": sha256(artifact.folder / file)}
-    manifest.write_text(json.dumps(content))
+    give_template(artifact, template)
     running = Application(home, artifact)
     yield running
     running.close()

@@ -48,10 +48,10 @@ def make_home(home: Path, small: Artifact, tokens: torch.Tensor) -> Path:
     return home
 
 
-def give_template(artifact: Artifact) -> None:
+def give_template(artifact: Artifact, template: str = CHAT) -> None:
     """Add a chat template to the tokenizer of an artifact."""
     tokenizer = AutoTokenizer.from_pretrained(artifact.folder)
-    tokenizer.chat_template = CHAT
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(artifact.folder)
     manifest = artifact.folder / "manifest.json"
     content = json.loads(manifest.read_text())
@@ -157,7 +157,7 @@ def text(answer: dict[str, Any]) -> str:
 
 def free_port() -> int:
     """Return a free port `p` such that `p + 10000` is also free, because SeaweedFS uses both."""
-    while True:
+    for _ in range(1000):
         with socket.socket() as first, socket.socket() as second:
             first.bind(("127.0.0.1", 0))
             port = int(first.getsockname()[1])
@@ -168,3 +168,4 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
+    raise AssertionError("none of 1000 free ports p has a free port p + 10000")

@@ -3,7 +3,8 @@
     python -m tests.support.stored        fails if the folder exists, because stored artifacts never change
 
 The model is a Llama of two small layers with random weights, calibrated on random bytes. All seeds are 0. expected.json holds the
-ranks and bytes of each size, expected.safetensors the logits [sizes, T, vocabulary] of `tokens`.
+ranks and bytes of each size, expected.safetensors the logits [sizes, T, vocabulary] of `tokens`. From schema 5 on, `coded_bytes` are
+the stored bytes of three models with coded layers, and `coded_logits` their logits.
 tests/acip/artifact/test_stored_schemas.py reads both.
 """
 
@@ -21,14 +22,20 @@ from acip.artifact.manifest import SCHEMA
 from acip.base import load_base
 from acip.calibration.loop import calibrate
 from acip.calibration.parametrize import parametrize
+from acip.coding.coded_model import code_model
+from acip.coding.statistics import layer_statistics
 from acip.data import TokenBatches
 from acip.evaluate import trade_off
+from acip.layers.targets import find_linears
 from acip.recipe import Recipe
 from acip.sizing.budget import Budget
 from tests.conftest import GOLDEN, byte_tokenizer
 
 SIZES = (1.0, 0.8, 0.6, 0.4)
-RECIPE = Recipe(sample_windows=8, adapter_rank=2, adapter_alpha=4.0, dtype="float32", batch_size=4, seq_len=16, lr=1e-2, post_tune_steps=8)
+RATES = (2.0, 4.0, 7.0)
+RECIPE = Recipe(
+    sample_windows=8, adapter_rank=2, adapter_alpha=4.0, dtype="float32", batch_size=4, seq_len=16, lr=1e-2, post_tune_steps=8, code="both",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -46,9 +53,12 @@ def main() -> None:
         byte_tokenizer().save_pretrained(source)
         base = load_base(source, RECIPE.dtype)
         base.source = "stored"  # instead of the path of a temporary folder
+        base.model.requires_grad_(False)
+        linears = find_linears(base.model)
+        codes = code_model(linears, layer_statistics(base.model, linears, tokens[:8]), RATES)
         parametrize(base.model, RECIPE, tokens)
         calibration = calibrate(base.model, TokenBatches(tokens, RECIPE.batch_size), RECIPE)
-    artifact = Artifact.save(folder / "artifact", base, calibration, {"seed": 0})
+    artifact = Artifact.save(folder / "artifact", base, calibration, {"seed": 0}, codes)
     artifact = artifact.record_curve(list(trade_off(artifact.load(), tokens[:8], "random bytes", SIZES, RECIPE.stop_ratio)))
     record(folder, artifact, tokens[0, :8])
 
@@ -64,7 +74,11 @@ def record(folder: Path, artifact: Artifact, tokens: torch.Tensor) -> None:
             logits.append(any_size.model(input_ids=tokens[None]).logits[0])
         expected.append({"size": size, "got": cut.got, "params": cut.params, "bytes": cut.bytes, "ranks": cut.ranks})
     (folder / "expected.json").write_text(json.dumps(expected, indent=1))
-    save_file({"logits": torch.stack(logits), "tokens": tokens.clone()}, folder / "expected.safetensors")
+    totals, rest = artifact.coded().order.totals, artifact.tensors("rest").data_bytes
+    coded_bytes = [rest + totals[i] for i in (0, len(totals) // 2, -1)]
+    coded_logits = [artifact.load_bytes(limit)[0](input_ids=tokens[None]).logits[0] for limit in coded_bytes]
+    results = {"logits": logits, "coded_logits": coded_logits, "coded_bytes": [torch.tensor(limit) for limit in coded_bytes]}
+    save_file({name: torch.stack(each) for name, each in results.items()} | {"tokens": tokens.clone()}, folder / "expected.safetensors")
 
 
 if __name__ == "__main__":

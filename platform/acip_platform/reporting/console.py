@@ -95,6 +95,9 @@ class Watch:
             self.tasks[name] = self.bars.add_task(name, total=1.0, text="")
         if kind == "parametrize":
             self.bars.update(self.tasks[name], completed=event["done"] / event["total"], text=f"basis {event['done']}/{event['total']}")
+        elif kind == "code":
+            counted = f"{event['what']} {event['done']}/{event['total']}"
+            self.bars.update(self.tasks[name], completed=event["done"] / event["total"], text=counted)
         else:
             self.bars.update(self.tasks[name], completed=event["progress"], text=step_line(event))
 

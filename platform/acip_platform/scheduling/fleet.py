@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from acip import recipe as recipes
-from acip.artifact.manifest import SCHEMA
+from acip.artifact.manifest import UNCODED_SCHEMA
 from acip.data import WINDOWS_VERSION
 from acip.errors import AcipError
 from acip.evaluate.heldout_text import Protocol, Text
@@ -65,7 +65,10 @@ class Job:
         Local files count by their content, not by their paths. It is read once, at the first access.
         """
         recipe = {name: value for name, value in self.recipe.to_dict().items() if name != "gradient_checkpointing"}
-        inputs = {"base": identity(self.base), "recipe": recipe, "data": identity(self.data), "schema": SCHEMA, "windows": WINDOWS_VERSION}
+        if recipe["code"] == Recipe.code:  # so that calibrations from before this field stay finished
+            del recipe["code"]
+        texts = {"data": identity(self.data), "windows": WINDOWS_VERSION}
+        inputs = {"base": identity(self.base), "recipe": recipe, "schema": UNCODED_SCHEMA, **texts}
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -156,18 +159,24 @@ class _Reader(YamlFile):
         self.check(node, fields, recipe)
         return Job(recipe=recipe, **fields)
 
-    def check(self, node: yaml.Node, fields: dict[str, Any], recipe: Recipe) -> None:
-        for required in ("name", "base"):
-            if required not in fields:
-                raise self.fail(node, f"a model needs a {required!r}.")
-        self.name(node, fields["name"])
-        if (n := fields.get("num_workers", 1)) < 1 or recipe.batch_size % n:
+    def workers(self, node: yaml.Node, n: int, recipe: Recipe) -> None:
+        """Check that `n` workers can share a model."""
+        if n < 1 or recipe.batch_size % n:
             raise self.fail(node, f"num_workers is {n}; it must be at least 1 and divide batch_size, which is {recipe.batch_size}.")
         if n > 1 and recipe.quantize != "none":
             raise self.fail(
                 node,
                 f"num_workers is {n} and quantize {recipe.quantize!r}: 4-bit weights can't be sharded. Change one of them.",
             )
+        if n > 1 and recipe.code != "ranks":
+            raise self.fail(node, f"num_workers is {n} and code {recipe.code!r}: one worker codes all layers. Change one of them.")
+
+    def check(self, node: yaml.Node, fields: dict[str, Any], recipe: Recipe) -> None:
+        for required in ("name", "base"):
+            if required not in fields:
+                raise self.fail(node, f"a model needs a {required!r}.")
+        self.name(node, fields["name"])
+        self.workers(node, fields.get("num_workers", 1), recipe)
         if tasks := fields.get("tasks"):
             self.checked(node, check_tasks, expand(tasks))
         for key, least, what in (

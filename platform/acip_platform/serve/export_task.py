@@ -4,17 +4,17 @@ The task yields its progress and its result as plain values, because an exceptio
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from acip.errors import AcipError, ArtifactError
 from acip.sizing.budget import Budget
@@ -88,8 +88,8 @@ def workplace(parent: Path) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         with lock(parent):  # no other task removes the new folder before it is locked
-            for left in parent.iterdir():
-                with contextlib.suppress(BlockingIOError), lock(left, fcntl.LOCK_NB):
+            for left in parent.glob("*/"):
+                with contextlib.suppress(Timeout, FileNotFoundError), lock(left).acquire(blocking=False):  # locked, or removed by its task
                     shutil.rmtree(left)
             folder = Path(tempfile.mkdtemp(dir=parent))
             held.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -97,12 +97,6 @@ def workplace(parent: Path) -> Iterator[Path]:
         yield folder
 
 
-@contextlib.contextmanager
-def lock(folder: Path, more: int = 0) -> Iterator[None]:
-    """Lock a folder. The kernel releases the lock when the process dies. `more` adds flags, for example LOCK_NB."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | more)
-        yield
-    finally:
-        os.close(opened)
+def lock(folder: Path) -> FileLock:
+    """Return the lock of a folder. The kernel releases it when the process dies."""
+    return FileLock(folder / ".lock", thread_local=False)

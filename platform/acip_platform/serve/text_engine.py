@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from queue import SimpleQueue
 from typing import Any
 
 from acip_platform.serve.engine.engine import TIMEOUT_S, ActiveRequest, Engine
@@ -21,6 +20,7 @@ from acip_platform.serve.engine.events import (
     SequenceEnded,
     TokenEvent,
     TokenSampled,
+    stream,
 )
 from acip_platform.serve.engine.request import DEFAULT_MAX_TOKENS, GenerationRequest
 from acip_platform.serve.engine.resident_model import ResidentModel
@@ -191,16 +191,7 @@ class TextEngine:
 
     def events(self, model: ResidentModel, request: CompletionRequest | ChatRequest) -> Iterator[TextEvent]:
         """Submit a request, and yield its events until the last. Closing the iterator cancels the request."""
-        queue: SimpleQueue[list[TextEvent]] = SimpleQueue()
-        text_request = self.submit(model, request, queue.put)
-        try:
-            while True:
-                for event in queue.get():
-                    yield event
-                    if event.kind in ("done", "error"):
-                        return
-        finally:
-            self.cancel(text_request)
+        return stream(lambda on_event: self.submit(model, request, on_event), self.cancel, lambda event: event.kind in ("done", "error"))
 
 
 def sampling_params(request: CompletionRequest | ChatRequest) -> SamplingParams:

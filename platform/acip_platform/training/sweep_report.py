@@ -6,8 +6,9 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from acip_platform.reporting.console import duration
-from acip_platform.training.sweep import RUNGS, Outcome, front, winner
+from acip_platform.training.sweep import Outcome, front, winner
 from acip_platform.training.sweep_space import shown
+from acip_platform.training.sweep_worker import RUNGS
 
 
 def status(outcome: Outcome) -> str:

@@ -1,6 +1,6 @@
 """Calibrate one base model with Ray Train: `run_job` starts the workers, and each runs `calibrate_one`.
 
-    load -> parametrize -> trial step -> calibrate (checkpoints, resume) -> artifact -> curve -> registry
+    load -> code, if the recipe says so -> parametrize -> trial step -> calibrate (checkpoints, resume) -> artifact -> curve -> registry
 
 The artifact is saved before it is measured, and the saved copy is measured. A worker that dies resumes from its last checkpoint. A
 worker whose node is about to be removed writes a checkpoint at once. A job with a complete artifact is not calibrated again.
@@ -33,6 +33,7 @@ from acip.calibration.basis_cache import BasisCache
 from acip.calibration.loop import calibrate, trial_step
 from acip.calibration.parametrize import parametrize
 from acip.calibration.state import CalibrationState, StepReport, history
+from acip.coding.coded_model import CodedModel
 from acip.data import TokenBatches, documents, token_windows
 from acip.errors import AcipError, CalibrationError, lacks_memory
 from acip.layers import sharding
@@ -49,6 +50,7 @@ from acip_platform.tracking.provenance import provenance
 from acip_platform.tracking.registry import few_retries
 from acip_platform.tracking.runs import Run
 from acip_platform.training.completion import Heldout, finish, stored
+from acip_platform.training.layer_codes import code_layers
 
 REPORT_EVERY_S = 10.0
 MLFLOW_REST_S = 60.0  # between attempts while MLflow is down
@@ -145,8 +147,12 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
 def _calibrate(
     job: Job, base: Base, run: Run, settings: Settings, key: str, checkpoints: Checkpoints, emit: Emit, device: torch.device
 ) -> "Observer":
-    """Parametrize and calibrate, from the last checkpoint if there is one; rank 0 stores the artifact."""
+    """Code, parametrize and calibrate, from the last checkpoint if there is one; rank 0 stores the artifact.
+
+    Codes are not in the checkpoints: a resumed calibration computes the same ones again.
+    """
     recipe = job.recipe
+    codes = coded(job, base, run, emit, device)
     batches = prepare(job, base, settings, emit, device)
     run_trial_step(base.model, batches, recipe, emit)
     observer = Observer(job, run, emit, device, checkpoints)
@@ -157,7 +163,7 @@ def _calibrate(
     sharding.gather(base.model)
     if sharding.rank() == 0:
         origin = provenance(job) | {"attempt": key, "mlflow_run": run.run_id}
-        uri = stored(settings, key, lambda folder: Artifact.save(folder, base, calibration, origin))
+        uri = stored(settings, key, lambda folder: Artifact.save(folder, base, calibration, origin, codes))
         emit("stage", text=f"artifact saved: {uri}")
     return observer
 
@@ -176,13 +182,27 @@ def read_once(request: Read) -> Any:
     return request.read()
 
 
+def calibration_windows(job: Job, base: Base) -> torch.Tensor:
+    """Return the windows of the calibration text, token ids [n, T], in the order of the recipe's seed."""
+    seq_len = job.recipe.seq_len
+    # a run that takes more steps than expected reads the windows again in another order
+    key = (job.base, job.data, seq_len, job.windows)
+    windows = read_once(Read(key, lambda: token_windows(documents(job.data, "train"), base.tokenizer, seq_len, job.windows)))
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(job.recipe.seed))]
+
+
+def coded(job: Job, base: Base, run: Run, emit: Emit, device: torch.device) -> CodedModel | None:
+    """Return coded versions of the target layers, or None if the recipe has none. `prepare` must not have changed the model yet."""
+    if job.recipe.code == "ranks":
+        return None
+    _check_memory(job, base, device, lambda kind, **facts: None)  # before the work; `prepare` reports it
+    return code_layers(job, base, calibration_windows(job, base), run, emit)
+
+
 def prepare(job: Job, base: Base, settings: Settings, emit: Emit, device: torch.device) -> TokenBatches:
     """Parametrize `base` in place and return the batches of the calibration text; CalibrationError if memory is too small."""
     recipe = job.recipe
-    # a run that takes more steps than expected reads the windows again in another order
-    key = (job.base, job.data, recipe.seq_len, job.windows)
-    windows = read_once(Read(key, lambda: token_windows(documents(job.data, "train"), base.tokenizer, recipe.seq_len, job.windows)))
-    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))]
+    windows = calibration_windows(job, base)
     batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
 
     _check_memory(job, base, device, emit)

@@ -40,6 +40,19 @@ def test_every_size_reproduces_the_recorded_results(stored: Path) -> None:
             torch.testing.assert_close(logits(model.model, recorded["tokens"][None])[0], logits_TV, rtol=0, atol=1e-4)
 
 
+def test_models_of_any_bytes_reproduce_the_recorded_results(stored: Path) -> None:
+    artifact = Artifact.open(stored / "artifact")
+    recorded = load_file(stored / "expected.safetensors")
+    if artifact.manifest["schema"] < 5:
+        assert "coded_bytes" not in recorded
+        with pytest.raises(ArtifactError, match="code: both"):
+            artifact.coded()
+    for limit, logits_TV in zip(recorded.get("coded_bytes", ()), recorded.get("coded_logits", ()), strict=True):
+        model, stored_bytes = artifact.load_bytes(int(limit))
+        assert stored_bytes == limit
+        torch.testing.assert_close(logits(model, recorded["tokens"][None])[0], logits_TV, rtol=0, atol=1e-4)
+
+
 def test_the_tokenizer_the_curve_and_the_recipe_are_read(stored: Path) -> None:
     artifact = Artifact.open(stored / "artifact")
     assert artifact.tokenizer()("any size")["input_ids"] == list(b"any size")

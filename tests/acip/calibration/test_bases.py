@@ -2,6 +2,8 @@
 
 import logging
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import nn
 from torch.multiprocessing import spawn
@@ -26,6 +29,7 @@ from acip.errors import BaseModelError
 from acip.layers.targets import find_linears, weight_MN
 from acip.recipe import Recipe
 from tests.conftest import GOLDEN
+from tests.support.waiting import PATIENCE_S
 
 RECIPE = Recipe(dtype="float32", sample_windows=8)
 Directions = dict[str, torch.Tensor]
@@ -363,6 +367,28 @@ def test_concurrent_runs_wait_for_the_first_and_compute_nothing(tmp_path: Path) 
     (tmp_path / "file").touch()
     with BasisCache(tmp_path / "file").turn(["a"]):
         pass  # does not wait, because the folder cannot be written
+
+
+def test_a_killed_process_releases_its_lock(tmp_path: Path) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from acip.calibration.basis_cache import BasisCache
+
+with BasisCache(Path({str(tmp_path)!r})).turn(["a"]):
+    print("locked", flush=True)
+    time.sleep({PATIENCE_S})
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "locked\n"
+            (lock,) = tmp_path.glob("*.lock")
+            with pytest.raises(Timeout):
+                FileLock(lock).acquire(blocking=False)
+        finally:
+            process.kill()
+    with FileLock(lock, timeout=PATIENCE_S):
+        pass
 
 
 def test_a_cached_basis_is_mapped_and_outlives_its_file(tmp_path: Path) -> None:

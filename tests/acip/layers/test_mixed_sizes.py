@@ -1,12 +1,15 @@
 """In a batch of several sizes, each row has the result of its own size."""
 
+from itertools import takewhile
+from operator import is_
+
 import pytest
 import torch
 from torch import nn
 
 from acip.layers import mixed_sizes
 from acip.layers.elastic_linear import ElasticLinear
-from acip.layers.mixed_sizes import ROW_BLOCK, SHORT, Mixer, Size
+from acip.layers.mixed_sizes import ROW_BLOCK, SHORT, Group, Mixer, Size
 from acip.sizing.budget import Budget
 from acip.sizing.elastic_model import ElasticModel
 from tests.conftest import logits
@@ -76,20 +79,27 @@ def test_weights_are_not_copied(any_size: ElasticModel) -> None:
     mixer.clear()
 
 
-def test_the_number_and_memory_of_plans_are_limited(any_size: ElasticModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def kept_plans(any_size: ElasticModel) -> list[int]:
+    """Set 39 mixes of two sizes, then the same mixes again, newest first. Return the mask bytes of each plan that is still cached."""
     pair, mixer = sizes(any_size, 0.8, 0.5), Mixer(any_size.layers)
-    for rows in range(1, 40):
+
+    def plan(rows: int) -> list[tuple[Group, ...]]:
         mixer.set([(pair[0], rows), (pair[1], 1)])
-    assert len(mixer._plans) == 39
-    monkeypatch.setattr(mixed_sizes, "PLANS", 20)
-    mixer.set([(pair[0], 41), (pair[1], 1)])
-    assert len(mixer._plans) == 20
-    monkeypatch.setattr(mixed_sizes, "PLANS_BYTES", 3 * max(mixer._bytes.values()))
-    mixer.set([(pair[0], 42), (pair[1], 1)])
-    assert 1 < len(mixer._plans) < 20
-    assert sum(mixer._bytes.values()) <= mixed_sizes.PLANS_BYTES
-    assert mixer._bytes.keys() == mixer._plans.keys()
-    monkeypatch.setattr(mixed_sizes, "PLANS_BYTES", 0)
-    mixer.set([(pair[0], 2), (pair[1], 3)])
-    assert len(mixer._plans) == 1, "only the current plan is kept"
+        return [layer.groups for layer in any_size.layers.values() if layer.groups is not None]
+
+    plans = {rows: plan(rows) for rows in range(1, 40)}
+    kept = list(takewhile(lambda rows: all(map(is_, plan(rows), plans[rows])), reversed(plans)))
     mixer.clear()
+    return [sum(group.mask.nbytes for groups in plans[rows] for group in groups if group.mask is not None) for rows in kept]
+
+
+def test_the_number_and_memory_of_plans_are_limited(any_size: ElasticModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_bytes = kept_plans(any_size)
+    assert len(plan_bytes) == 39
+    monkeypatch.setattr(mixed_sizes, "PLANS", 20)
+    assert kept_plans(any_size) == plan_bytes[:20]
+    for plans in (1, 3, 19):
+        monkeypatch.setattr(mixed_sizes, "PLANS_BYTES", sum(plan_bytes[:plans]))
+        assert kept_plans(any_size) == plan_bytes[:plans]
+    monkeypatch.setattr(mixed_sizes, "PLANS_BYTES", 0)
+    assert len(kept_plans(any_size)) == 1, "the current plan is always kept"

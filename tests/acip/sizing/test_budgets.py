@@ -101,13 +101,13 @@ def assert_exact(index: int, amounts: list[int], allowed: int, scale: int, budge
     if not fits:
         with pytest.raises(BudgetError, match="can't be reached: the smallest is"):
             table(index).cut(budget)
-        return
-    cut = table(index).cut(budget)
-    assert cut.removed == fits[0]
-    assert cut.got == (amounts[fits[0]] if scale == 1 else amounts[fits[0]] / scale)
-    assert cut.got <= cut.asked == budget.asked
-    assert cut.params == counts(index)["params"][fits[0]]
-    assert cut.bytes == counts(index)[f"{budget.bits}"][fits[0]]
+    else:
+        cut = table(index).cut(budget)
+        assert cut.removed == fits[0]
+        assert cut.got == (amounts[fits[0]] if scale == 1 else amounts[fits[0]] / scale)
+        assert cut.got <= cut.asked == budget.asked
+        assert cut.params == counts(index)["params"][fits[0]]
+        assert cut.bytes == counts(index)[f"{budget.bits}"][fits[0]]
 
 
 @pytest.mark.parametrize("index", range(len(TABLES)))
@@ -358,7 +358,8 @@ def table_with_quantized_curves(index: int) -> CutTable:
 @pytest.mark.parametrize("index", range(len(TABLES)))
 def test_the_best_bits_have_the_lowest_loss_within_the_bytes(index: int) -> None:
     t, chosen = table_with_quantized_curves(index), set()
-    most, least = int(t.least_bytes()[0]) + t._weights.rest, int(t.least_bytes(4)[-1]) + t._weights.rest
+    assert t.weights is not None
+    most, least = int(t.least_bytes()[0]) + t.weights.rest, int(t.least_bytes(4)[-1]) + t.weights.rest
     for asked in random.Random(index).sample(range(least, most + 2), BUDGETS):
         losses = {}
         for bits in ALL_BITS:

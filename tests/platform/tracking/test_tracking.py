@@ -27,6 +27,7 @@ from acip.calibration.state import CalibrationState, StepReport
 from acip.data import TokenBatches
 from acip.evaluate import Samples, evaluate
 from acip.evaluate.samples import PROMPTS
+from acip.layers.svd_linear import SVDLinear
 from acip.recipe import Recipe
 from acip.sizing.elastic_model import ElasticModel
 from acip.sizing.score_map import ScoreMap
@@ -46,10 +47,18 @@ def observer(run: Run, recipe: Recipe | None = None, messages: list[str] | None 
     return Observer(Job("small", "base", recipe or Recipe()), run, emit, torch.device("cpu"))
 
 
-def state(values: list[float]) -> CalibrationState:
-    """Return a state of two layers without weights."""
+def state(values: list[float], pruning: bool = False) -> CalibrationState:
+    """Return a state with the scores of two layers. With `pruning`, the layers have masks with the same values."""
     masks = {"blocks.0.q_proj": torch.tensor(values), "blocks.1.down_proj": torch.tensor([*values, 0.5])}
-    return CalibrationState({}, ScoreMap.start(masks), {}, None, 0.0, torch.zeros(1))  # type: ignore[arg-type]
+    layers = {name: masked_layer(mask) for name, mask in masks.items()} if pruning else {}
+    return CalibrationState(layers, ScoreMap.start(masks), {}, None, 0.0, torch.zeros(1))  # type: ignore[arg-type]
+
+
+def masked_layer(mask: torch.Tensor) -> SVDLinear:
+    size = len(mask)
+    layer = SVDLinear(torch.nn.Linear(size, size), torch.eye(size), torch.eye(size), mask_scale=0.02)
+    layer.p.data = mask.clone()
+    return layer
 
 
 def report(step: int, phase: str = "post_tune", size: float = 0.7) -> StepReport:
@@ -183,21 +192,17 @@ def test_mask_samples_equal_the_masks(observed_run: tuple[Run, list[list[float]]
 
 def test_only_new_mask_samples_are_sent(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
     run, sent_steps = tracking.start("small", "sent", {}), list[int]()
-    monkeypatch.setattr(CalibrationState, "masks", [1])
-    monkeypatch.setattr(CalibrationState, "flat_masks", lambda state: state.scores.score)
     monkeypatch.setattr(Run, "json", lambda run, content, name: sent_steps.append(content["steps"][-1]))
     live_observer = observer(run)
     for step, phase in ((1, "prune"), (2, "prune"), (3, "post_tune"), (4, "post_tune")):
-        live_observer([report(step, phase)], state([0.3, 0.2]))
+        live_observer([report(step, phase)], state([0.3, 0.2], pruning=phase == "prune"))
         live_observer.flush()
     assert sent_steps == [1, 2] and history(run, "loss_nats") == [1, 2, 3, 4]
 
 
 def test_long_prunings_keep_fewer_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("acip_platform.reporting.mask_samples.ROWS", 10)
-    monkeypatch.setattr(CalibrationState, "masks", [1])
-    monkeypatch.setattr(CalibrationState, "flat_masks", lambda state: state.scores.score)
-    last_state = state([0.3, 0.2])
+    last_state = state([0.3, 0.2], pruning=True)
     samples = MaskSamples.of(last_state.scores)
     for step in range(1, 101):
         samples.take(last_state, step)

@@ -19,10 +19,11 @@ from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.tracking.registry import CANDIDATE, Registry
 from acip_platform.tracking.runs import Tracking
-from acip_platform.training import sweep
+from acip_platform.training import sweep_worker
 from acip_platform.training.completion import Heldout
-from acip_platform.training.sweep import Cost, Outcome, Rungs, Sweep, front, winner
+from acip_platform.training.sweep import Cost, Outcome, Sweep, front, winner
 from acip_platform.training.sweep_space import Space, Trial
+from acip_platform.training.sweep_worker import Rungs
 from safetensors.torch import load_file
 
 from acip.artifact.artifact import Artifact
@@ -187,7 +188,7 @@ def test_measuring_at_rungs_does_not_change_the_model(
 ) -> None:
     """Measuring keeps the rank and mode of every layer. The result equals an unobserved calibration bit for bit."""
     reports: list[dict[str, Any]] = []
-    monkeypatch.setattr(sweep, "_report", lambda metrics, state: reports.append(dict(metrics)))
+    monkeypatch.setattr(sweep_worker, "report", lambda metrics, state: reports.append(dict(metrics)))
     base = load_base(small_base, quick_recipe.dtype)
     parametrize(base.model, quick_recipe, golden_tokens)
     job = Job("small", small_base, quick_recipe, data="package:austen", eval_context=64, eval_windows=4, sizes=(1.0, 0.7, 0.4))

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 from secrets import randbits
 
 from acip.layers.mixed_sizes import Size
@@ -27,6 +26,7 @@ from acip_platform.serve.engine.events import (
     SequenceEnded,
     TokenEvent,
     TokenSampled,
+    stream,
 )
 from acip_platform.serve.engine.request import GenerationRequest
 from acip_platform.serve.engine.resident_model import ResidentModel
@@ -212,16 +212,11 @@ class Engine:
 
     def events(self, model: ResidentModel, request: GenerationRequest) -> Iterator[TokenEvent]:
         """Submit a request, and yield its events until the last. Closing the iterator cancels the request."""
-        queue: SimpleQueue[list[TokenEvent]] = SimpleQueue()
-        active = self.submit(model, request, queue.put)
-        try:
-            while True:
-                for event in queue.get():
-                    yield event
-                    if isinstance(event, RequestDone | RequestFailed):
-                        return
-        finally:
-            self.cancel(active)
+        return stream(
+            lambda on_event: self.submit(model, request, on_event),
+            self.cancel,
+            lambda event: isinstance(event, RequestDone | RequestFailed),
+        )
 
     def close(self) -> None:
         with self._changed:

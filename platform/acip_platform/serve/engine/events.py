@@ -5,12 +5,16 @@
 `RequestFailed` may take the place of any of them; nothing follows it or `RequestDone`. Events of different sequences are interleaved.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from queue import SimpleQueue
+from typing import Literal, TypeVar
 
 from acip_platform.serve.engine.sampling import SampledToken, ScoredToken
 
 EndReason = Literal["stop", "length"]
+Request = TypeVar("Request")
+Event = TypeVar("Event")
 
 
 @dataclass(frozen=True)
@@ -64,3 +68,19 @@ class RequestFailed:
 
 
 TokenEvent = RequestStarted | PromptScored | TokenSampled | SequenceEnded | RequestDone | RequestFailed
+
+
+def stream(
+    submit: Callable[[Callable[[list[Event]], object]], Request], cancel: Callable[[Request], object], is_last: Callable[[Event], bool]
+) -> Iterator[Event]:
+    """Submit a request, and yield its events until the last. Closing the iterator cancels the request."""
+    queue: SimpleQueue[list[Event]] = SimpleQueue()
+    request = submit(queue.put)
+    try:
+        while True:
+            for event in queue.get():
+                yield event
+                if is_last(event):
+                    return
+    finally:
+        cancel(request)
