@@ -1,4 +1,4 @@
-"""Calibrate every model of a fleet file, each with Ray Train on as many workers as the file says.
+"""Calibrate every model of a fleet file, each with Ray Train on as many workers as the file sets.
 
     ray job submit -- python jobs/calibrate_all.py                 the embedded demo fleet, on a running Ray
     python jobs/calibrate_all.py                                   the same, on a Ray that ends with this process

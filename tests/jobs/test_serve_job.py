@@ -57,7 +57,7 @@ def test_invalid_arguments_are_refused(
         ("unknown model", "no model 'smal' in the registry (did you mean 'small'?)"),
         ("unknown alias", "has no version or alias 'winner'"),
         ("alias of nobody", "has the alias 'winner': there is nothing to serve. Choose another --alias (small has champion"),
-        ("two versions", "small is asked for at versions 1 and 2; choose one."),
+        ("two versions", "small is requested at versions 1 and 2; choose one."),
         ("a bad setting", "ACIP_LEASE_S is 'soon'; it must be a number of seconds above 0."),
         ("artifact gone", "where there is no artifact. Was it moved or deleted?"),
         ("port taken", "Address already in use). Stop the program that uses the port, or choose another --port"),

@@ -45,7 +45,7 @@ def test_key_is_requested_and_kept_in_this_tab_only(refused: Visit) -> None:
         if route.request.headers.get("authorization") == "Bearer sesame":
             route.fallback()
         else:
-            route.fulfill(status=401, json={"error": {"message": "this server asks for an API key."}})
+            route.fulfill(status=401, json={"error": {"message": "this server requires an API key."}})
 
     refused.page.route("**/v1/**", guard)
     page = refused.open(hash_of()).page

@@ -126,7 +126,7 @@ def measure_sizes(
     shared_cpus = cpus or (exclusive.cpus if exclusive.gpus else max(1.0, exclusive.cpus // len(sizes)))
     if not fits([Resources(exclusive.gpus, shared_cpus)], nodes):
         raise EvaluationError(
-            f"a size asks for {exclusive.gpus:g} GPUs and {shared_cpus:g} CPUs; no node has them. Lower --cpus, or list the nodes that an "
+            f"a size needs {exclusive.gpus:g} GPUs and {shared_cpus:g} CPUs; no node has them. Lower --cpus, or list the nodes that an "
             "autoscaler may start with --pool."
         )
     waves = [(list(measurements), shared_cpus)]

@@ -70,7 +70,7 @@ def resources_of(job: Job, nodes: Nodes) -> Resources:
         workers = f"{resources.workers} workers with " if resources.workers > 1 else ""
         available = [sum(node.get(kind, 0) for node in nodes) for kind in ("GPU", "CPU")]
         raise FleetError(
-            f"{job.name} asks for {workers}{gpus:g} GPUs and {cpus:g} CPUs; the cluster has {available[0]:g} and {available[1]:g}"
+            f"{job.name} needs {workers}{gpus:g} GPUs and {cpus:g} CPUs; the cluster has {available[0]:g} and {available[1]:g}"
             f"{f' on {len(nodes)} nodes' if len(nodes) > 1 else ''}. Lower num_workers, gpus or cpus, add nodes, or list the "
             "nodes that an autoscaler may start with --pool."
         )

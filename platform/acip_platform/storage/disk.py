@@ -18,7 +18,7 @@ NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # erro
 
 
 class StoreError(AcipError):
-    """A URI can't be read or written. The message names it and says what to check."""
+    """A URI can't be read or written. The message names the URI and what to check."""
 
 
 class MissingError(StoreError):

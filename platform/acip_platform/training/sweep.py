@@ -211,7 +211,7 @@ def front(outcomes: Sequence[Outcome]) -> list[Outcome]:
 def keep(
     sweep: Sweep, outcomes: Sequence[Outcome], share: Resources, settings: Settings, runs: Mapping[str, Run], events: Any
 ) -> dict[str, dict[str, Any]]:
-    """Make the artifacts that the space file asks for, register them with the winner as candidate, and delete the saved states.
+    """Make the artifacts that the space file requests, register them with the winner as candidate, and delete the saved states.
 
     Returns the summary of `finish` by trial, the winner last. AcipError if an artifact cannot be made.
     """
