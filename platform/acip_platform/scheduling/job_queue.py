@@ -78,7 +78,7 @@ def resources_of(job: Job, nodes: Nodes) -> Resources:
 
 
 def fits(requests: Sequence[Resources], nodes: Nodes) -> bool:
-    """Whether all workers of `requests` fit at the same time. First-fit decreasing: the largest first, on the first node with room."""
+    """Return whether all workers of `requests` fit at the same time. First-fit decreasing."""
     free = sorted([node.get("GPU", 0.0), node.get("CPU", 0.0)] for node in nodes)  # nodes without GPUs first, for workers that need none
     for gpus, cpus in sorted(((each.gpus, each.cpus) for each in requests for _ in range(each.workers)), reverse=True):
         for node in free:

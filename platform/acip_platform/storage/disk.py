@@ -37,7 +37,7 @@ class Disk:
     """Operations on local files and folders. They raise StoreError."""
 
     def has(self, uri: str) -> bool:
-        """Whether there is a file at `uri`."""
+        """Return whether there is a file at `uri`."""
         return path_of(uri).is_file()
 
     def listed(self, uri: str) -> dict[str, Item]:

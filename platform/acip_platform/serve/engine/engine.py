@@ -107,7 +107,7 @@ class ActiveRequest:
     def stop_at_deadline(self) -> None:
         """End the sequences as if max_tokens were reached. It is an error if there is no token, or a prompt that is not scored yet."""
         if not self.generated or any(sequence.scores_prompt for sequence in self.sequences):
-            message = f"no token within {self.timeout_s:g} s, waiting included; send fewer prompts or a smaller max_tokens, or try again later."
+            message = f"no token within {self.timeout_s:g} s, waiting included; send fewer prompts, lower max_tokens, or try again later."
             self.on_error(DeadlineExceededError(message))
             return
         self.timed_out = True
