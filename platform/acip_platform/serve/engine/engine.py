@@ -59,7 +59,7 @@ class ActiveRequest:
     events: list[TokenEvent] = field(default_factory=list)  # that have not been handed over
 
     @property
-    def gone(self) -> bool:
+    def done(self) -> bool:
         return self.canceled or self.finished
 
     @property
@@ -80,7 +80,7 @@ class ActiveRequest:
             log.exception("a request is canceled because its on_event failed")
             self.canceled = True
 
-    # ---- what a sequence reports
+    # ---- events of a sequence
 
     def on_prompt(self, sequence: Sequence) -> None:
         self._start(sequence)
@@ -247,14 +247,14 @@ class Engine:
             del ready, model  # references would keep a removed model in memory while this thread waits
 
     def _after_step(self) -> None:
-        """Apply deadlines, hand over events, and forget requests that are gone."""
+        """Apply deadlines, hand over events, and drop requests that are done."""
         now = time.monotonic()
         with self._changed:
             requests = list(self._requests)
         for request in requests:
-            if now > request.deadline and not request.gone:
+            if now > request.deadline and not request.done:
                 request.stop_at_deadline()
             request.flush()
-            if request.gone:
+            if request.done:
                 with self._changed:
                     self._requests.discard(request)
