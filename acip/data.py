@@ -10,12 +10,12 @@ Every eighth document of local and included texts is held out. Data sets of the 
 
 A window begins with the tokens that the tokenizer puts before every text (`start_tokens`), if any. They count towards the length of
 the window, and the first of them is not predicted. Consecutive tokens of the documents follow, without padding. Each document ends
-with the end token (`eos_token_id`) if the tokenizer has one, so that the model learns to end a text. Other tokens that the tokenizer
+with the end token (`eos_token_id`) if the tokenizer has one, so that the model is trained to end a text. Other tokens that the tokenizer
 puts after a text are omitted. The start tokens are not repeated between documents inside a window. If a chat template writes the
 start tokens itself, they are kept, and a window that begins with them gets no second copy.
 
-Documents of up to PIECE characters are tokenized as a whole. Longer ones are tokenized in pieces, so that memory and time depend on
-the number of tokens that are needed. A cut is made where the tokens on both sides equal those of the uncut text. If there is no such
+Documents of up to `PIECE_CHARACTERS` are tokenized as a whole. Longer ones are tokenized in pieces, so that memory and time depend
+on the number of tokens that are needed. A cut is made where the tokens on both sides equal those of the uncut text. If there is no such
 place (for example with a tokenizer that puts a space before every text), the cut is at white space, and the first token after the cut
 may differ from that of the uncut text.
 """
@@ -41,7 +41,7 @@ from acip.utils.coerce import did_you_mean
 Split = Literal["train", "heldout", "all"]
 HELDOUT_EVERY = 8  # of local documents, one in this many is held out
 WINDOWS_VERSION = 2  # version of this conversion, part of fingerprints; 2 = windows have the tokenizer's start tokens
-PIECE = text_files.LONG  # characters tokenized in one call
+PIECE_CHARACTERS = text_files.LONG_TEXT_CHARACTERS  # tokenized in one call
 AROUND = 256  # characters on each side of a cut whose tokens are compared with those of the uncut text
 CUTS = 16  # candidates of each kind for a cut
 
@@ -171,11 +171,11 @@ def blocks_of(doc: Document, tokenizer: Any) -> Iterator[str]:
         yield from doc
         return
     text = doc if isinstance(doc, str) else chat_text(doc, tokenizer)
-    for at in range(0, len(text), PIECE):
-        yield text[at : at + PIECE]
+    for at in range(0, len(text), PIECE_CHARACTERS):
+        yield text[at : at + PIECE_CHARACTERS]
 
 
-def pieces(blocks: Iterable[str], tokenizer: Any, most: int = PIECE) -> Iterator[str]:
+def pieces(blocks: Iterable[str], tokenizer: Any, most: int = PIECE_CHARACTERS) -> Iterator[str]:
     """Yield a text, given in blocks, in pieces to tokenize: at most `most` characters each, and AROUND more in the last.
 
     The cuts depend on the text and the tokenizer, not on the blocks.

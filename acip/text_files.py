@@ -10,7 +10,7 @@ Text is UTF-8; a byte order mark is skipped. The formats of the first three line
 Empty documents and blank lines are skipped. A folder is searched for files with these names, except hidden ones; a pattern
 (`data/*.jsonl`) is expanded. Files are read in the order of their sorted paths. Errors name the file, and the line or row.
 
-A text longer than LONG characters is returned as a `LongText`, so that it is never in memory as a whole.
+A text longer than `LONG_TEXT_CHARACTERS` is returned as a `LongText`, so that it is never in memory as a whole.
 """
 
 import codecs
@@ -25,8 +25,8 @@ from typing import Any, BinaryIO
 
 from acip.errors import DataError
 
-LONG = 2**18  # characters; longer documents are read in blocks
-BLOCK = 2**20  # bytes per read
+LONG_TEXT_CHARACTERS = 2**18  # longer documents are read in blocks
+READ_BYTES = 2**20  # per read
 LONGEST_LINE = 2**26  # characters of a JSON line or a CSV field, which must be in memory as a whole
 BATCH_ROWS = 64  # rows of a column file in memory at once
 
@@ -126,7 +126,7 @@ def _blocks(raw: BinaryIO, file: Path) -> Iterator[str]:
     first = True
     while True:
         try:
-            data = raw.read(BLOCK)
+            data = raw.read(READ_BYTES)
         except OSError as error:  # a compressed file is truncated or damaged
             raise DataError(f"{file}, after line {line}, can't be read: {error}") from error
         if first and (actual := next((kind for magic, kind in MAGIC.items() if data.startswith(magic)), "")):
@@ -177,7 +177,7 @@ def parted(blocks: Iterable[str]) -> Iterator[str | LongText]:
                 break
             held.append(piece)
             size += len(piece)
-            if size > LONG:
+            if size > LONG_TEXT_CHARACTERS:
                 rest = _until_end(held, pieces)
                 yield LongText(rest)
                 for _ in rest:  # skip what the caller did not read
@@ -187,7 +187,7 @@ def parted(blocks: Iterable[str]) -> Iterator[str | LongText]:
             if held:
                 yield "".join(held)
             return
-        if 0 < size <= LONG:
+        if 0 < size <= LONG_TEXT_CHARACTERS:
             yield "".join(held)
 
 
@@ -217,9 +217,9 @@ def _pieces(blocks: Iterable[str]) -> Iterator[str | None]:
             if ends:
                 fresh = True
                 yield None
-        if len(tail) > LONG:  # long white space is not kept in memory
+        if len(tail) > LONG_TEXT_CHARACTERS:  # long white space is not kept in memory
             ends_here = "\n\n\n" in tail
-            tail = "\n\n\n" if ends_here or fresh else tail[:LONG]
+            tail = "\n\n\n" if ends_here or fresh else tail[:LONG_TEXT_CHARACTERS]
 
 
 # ---- lines

@@ -1,4 +1,4 @@
-"""Calibrate every model of a fleet file, each with Ray Train on as many workers as the file says.
+"""Calibrate every model of a fleet file, each with Ray Train on as many workers as the file sets.
 
     ray job submit -- python jobs/calibrate_all.py                 the embedded demo fleet, on a running Ray
     python jobs/calibrate_all.py                                   the same, on a Ray that ends with this process
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
     os.environ.setdefault("ACIP_COMMIT", commit())  # workers may have the code without its git history
     cluster = connect(settings)
-    tracking, registry, store = Tracking(settings, f"acip/{fleet.name}"), Registry(settings), Store.of(settings)
+    registry, store = Registry(settings), Store.of(settings)
     done = {} if args.force else finished_jobs(jobs, registry, store)
 
     def available_nodes() -> Nodes:
@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         first_screen(out, settings, fleet, jobs, done, cluster)
         print_plan([job for job in jobs if job.name not in done], available_nodes(), settings, out)
         return 0
+    tracking = Tracking(settings, f"acip/{fleet.name}")
     shares = {job.name: resources_of(job, available_nodes()) for job in jobs}
     attempts = {job.name: attempt_of(job, args.force) for job in jobs}
     with Leases(store, settings.lease_s, functools.partial(give_up, out)) as leases:

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     champion = registry.champion(args.name)
     previous = f"version {champion.version}" if champion else "none"
     if args.rollback:
-        version = registry.back(args.name)
+        version = registry.roll_back(args.name)
     else:
         version = registry.resolve(args.name, args.version)
         if not Store.of(settings).exists(version.uri):

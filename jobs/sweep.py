@@ -74,7 +74,7 @@ def sweep_one(args: argparse.Namespace) -> int:
             ends.enter_context(trial_run.ending(partial(ended.__getitem__, name)))
         events = open_event_queue()
         with Watch(out, events):
-            outcomes, trunks = run(sweep, part, settings, runs, events)
+            outcomes, prunings = run(sweep, part, settings, runs, events)
             summaries = keep(sweep, outcomes, part, settings, runs, events)
         for outcome in outcomes:
             runs[outcome.trial.name].tags({"state": sweep_report.status(outcome)})
@@ -82,12 +82,12 @@ def sweep_one(args: argparse.Namespace) -> int:
         parent.table(dict(sweep_report.columns(outcomes)), "trials.json")
         parent.figure(sweep_report.curves(outcomes, sweep.job.name), "curves.png")
         best = winner(outcomes)
-        seconds = sum(cost.seconds for cost in (*trunks.values(), *(outcome.cost for outcome in outcomes)))
+        seconds = sum(cost.seconds for cost in (*prunings.values(), *(outcome.cost for outcome in outcomes)))
         if best is not None:
             parent.metrics([(0, {"area_under_excess_nats": best.area, "seconds": seconds})])
             parent.tags({"winner": best.trial.name, "winner_run": runs[best.trial.name].run_id})
     took = time.monotonic() - began
-    code = last_screen(out, settings, sweep, outcomes, [cost.seconds for cost in trunks.values()], summaries, took)
+    code = last_screen(out, settings, sweep, outcomes, [cost.seconds for cost in prunings.values()], summaries, took)
     lines(out, {"table of runs": runs_page(settings, tracking.experiment_id)})
     return code
 
@@ -109,11 +109,12 @@ def start_runs(tracking: Tracking, fleet: Fleet, sweep: Sweep) -> tuple[Run, dic
     parent.params({"base": sweep.job.base, "search": space.search, "scheduler": space.scheduler, "keep": space.keep, "set": space.set})
     parent.params({f"space.{field}": values for field, values in space.fields.items()})
     runs = {}
-    for name, trials in sweep.trunks.items():
+    for name, trials in sweep.shared_prunings.items():
         runs[name] = tracking.start(name, f"{sweep.key}/{name}", {**tags, "trials": ", ".join(trial.name for trial in trials)}, parent)
     for trial in sweep.trials:
-        trunk = next((runs[name].run_id for name, trials in sweep.trunks.items() if trial in trials), "")
-        runs[trial.name] = tracking.start(f"{trial.name}: {trial.label}", f"{sweep.key}/{trial.name}", {**tags, "trunk_run": trunk}, parent)
+        pruning = next((runs[name].run_id for name, trials in sweep.shared_prunings.items() if trial in trials), "")
+        run_tags = {**tags, "trunk_run": pruning}  # the stored name of the tag
+        runs[trial.name] = tracking.start(f"{trial.name}: {trial.label}", f"{sweep.key}/{trial.name}", run_tags, parent)
         runs[trial.name].params({**trial.job.recipe.to_dict(), "base": trial.job.base, "data": trial.job.data})
     return parent, runs
 
@@ -122,10 +123,8 @@ def first_screen(
     out: Any, settings: Settings, fleet: Fleet, sweep: Sweep, part: Resources, cluster: Cluster, parent: Run | None = None
 ) -> None:
     """Print the trials and the storage locations."""
-    trials, trunks = len(sweep.trials), len(sweep.trunks)
-    out.print(
-        f"acip: sweep {sweep.space.name} of {sweep.job.name} in fleet {fleet.name}: {trials} trials, {trunks} shared prunings", markup=False
-    )
+    counts = f"{len(sweep.trials)} trials, {len(sweep.shared_prunings)} shared prunings"
+    out.print(f"acip: sweep {sweep.space.name} of {sweep.job.name} in fleet {fleet.name}: {counts}", markup=False)
     lines(out, {
         "job": ray.get_runtime_context().get_job_id() + (" on a Ray of this process" if cluster.own else ""),
         "dashboard": cluster.dashboard or "none",
@@ -144,13 +143,13 @@ def last_screen(
     settings: Settings,
     sweep: Sweep,
     outcomes: list[Outcome],
-    trunk_seconds: list[float],
+    pruning_seconds: list[float],
     summaries: dict[str, dict[str, Any]],
     seconds: float,
 ) -> int:
     """Print the table of trials, the winner and the next command. Returns the exit code."""
     out.print()
-    out.print(sweep_report.table(outcomes, trunk_seconds))
+    out.print(sweep_report.table(outcomes, pruning_seconds))
     out.print()
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:

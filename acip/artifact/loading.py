@@ -110,7 +110,7 @@ class ModelLoader:
         return dict(self.stored_ranks)
 
     def load_missing(self, layers: Mapping[str, ElasticLinear], ranks: Mapping[str, int | None], dense: bool = False) -> None:
-        """Read what `ranks` need and `layers` lack.
+        """Read the rows and dense weights that `ranks` need and `layers` do not hold yet.
 
         For a rank, these are rows of both factors; for None, it is the dense weight. With `dense`, all layers in `ranks` get their
         dense weights.

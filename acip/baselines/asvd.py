@@ -138,7 +138,7 @@ def sensitivities(
             next_token(model, ids_1T)
         before: dict[str, Any] = {}
         for block, block_outputs in outputs.items():
-            with returning(model, before):
+            with fixed_outputs(model, before):
                 for name, ratio in product(blocks[block], ratios):
                     rank = ranks[ratio][name]
                     assert rank is not None
@@ -156,8 +156,8 @@ def _append_to(outputs: list[Any]) -> Callable[..., None]:
 
 
 @contextmanager
-def returning(model: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
-    """Let the blocks named in `outputs` return these outputs for any input, inside the context."""
+def fixed_outputs(model: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
+    """Make the blocks named in `outputs` return these outputs for any input, inside the context."""
     blocks = {model.get_submodule(name): output for name, output in outputs.items()}
     for block, output in blocks.items():
         block.forward = lambda *_args, output=output, **_kwargs: output

@@ -71,8 +71,8 @@ def run(
             raise RecipeError(f"{option} is {value}; it must be at least {least}.")
     model, windows = base.model, windows[:sample_windows]
     linears = find_linears(model, exclude)
-    places = {name: Place(linear, windows.shape[1]) for name, linear in linears.items()}
-    needed = max(place.windows for place in places.values())
+    scales = {name: RankScale(linear, windows.shape[1]) for name, linear in linears.items()}
+    needed = max(scale.windows for scale in scales.values())
     if len(windows) < needed and min(sizes) < 1:
         raise DataError(
             f"{len(windows)} windows of {windows.shape[1]} tokens have too few directions for the largest layer. "
@@ -83,15 +83,15 @@ def run(
             yield size, model
             continue
         start = uniform_ranks(linears, size)
-        gammas = {name: place.gamma(start[name] or 0) for name, place in places.items()}
-        gammas = learned(model, linears, places, gammas, windows, size, progress, epochs, accumulate, (lr, lr_end), penalty)
-        ranks = within(linears, places, gammas, size)
-        factors = rebuilt(model, linears, places, gammas, ranks, windows, progress)
+        gammas = {name: scale.gamma(start[name] or 0) for name, scale in scales.items()}
+        gammas = learned(model, linears, scales, gammas, windows, size, progress, epochs, accumulate, (lr, lr_end), penalty)
+        ranks = within(linears, scales, gammas, size)
+        factors = rebuilt(model, linears, scales, gammas, ranks, windows, progress)
         with swapped(model, layers_at(linears, factors, ranks)):
             yield size, model
 
 
-class Place:
+class RankScale:
     """The relation of gamma, rank and storage of a layer, for windows of T tokens."""
 
     def __init__(self, linear: nn.Module, T: int) -> None:
@@ -157,7 +157,7 @@ def leading(A: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def exactly_leading(A: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same without random projection, which can miss some of many nearly equal values."""
+    """Return what `leading` returns, without random projection, which can miss some of many nearly equal values."""
     if A.shape[-2] > A.shape[-1]:
         U, s, V = exactly_leading(A.mT, q)
         return V, s, U
@@ -203,7 +203,7 @@ def truncating(linears: Mapping[str, nn.Module], gammas: Mapping[str, Tensor]) -
 def learned(
     model: nn.Module,
     linears: Mapping[str, nn.Module],
-    places: Mapping[str, Place],
+    scales: Mapping[str, RankScale],
     start: Mapping[str, float],
     windows: Tensor,
     size: float,
@@ -230,7 +230,7 @@ def learned(
             total = 0.0
             for i in range(accumulate):
                 loss = next_token(model, batches[step * accumulate + i].to(device)).exp()
-                loss = (loss + constraint(gammas, places, size, penalty)) / accumulate
+                loss = (loss + constraint(gammas, scales, size, penalty)) / accumulate
                 loss.backward()
                 total += float(loss.detach())
             if not math.isfinite(total):
@@ -245,29 +245,29 @@ def learned(
     return best_gammas
 
 
-def constraint(gammas: Mapping[str, Tensor], places: Mapping[str, Place], size: float, penalty: float) -> Tensor:
+def constraint(gammas: Mapping[str, Tensor], scales: Mapping[str, RankScale], size: float, penalty: float) -> Tensor:
     """Return penalty * |R - size|, plus the squared excess of each gamma below 0 or above T'."""
-    stored = torch.stack([place.numbers(gammas[name]).clamp_max(place.M * place.N) for name, place in places.items()]).sum()
+    stored = torch.stack([scale.numbers(gammas[name]).clamp_max(scale.M * scale.N) for name, scale in scales.items()]).sum()
     outside = torch.stack(
-        [gammas[name].neg().relu().square() + (gammas[name] - place.most).relu().square() for name, place in places.items()]
+        [gammas[name].neg().relu().square() + (gammas[name] - scale.most).relu().square() for name, scale in scales.items()]
     )
-    return penalty * (stored / sum(place.M * place.N for place in places.values()) - size).abs() + outside.sum()
+    return penalty * (stored / sum(scale.M * scale.N for scale in scales.values()) - size).abs() + outside.sum()
 
 
 def within(
-    linears: Mapping[str, nn.Module], places: Mapping[str, Place], gammas: Mapping[str, float], size: float
+    linears: Mapping[str, nn.Module], scales: Mapping[str, RankScale], gammas: Mapping[str, float], size: float
 ) -> dict[str, int | None]:
     """Return the ranks of the gammas, scaled by the largest common factor that fits the size; None = dense, if factors save nothing."""
 
     def ranks(factor: float) -> dict[str, int | None]:
         kept: dict[str, int | None] = {}
-        for name, place in places.items():
-            rank = max(1, min(place.K, int(factor * gammas[name] * place.K / place.most)))
-            kept[name] = None if rank * (place.M + place.N) >= place.M * place.N else rank
+        for name, scale in scales.items():
+            rank = max(1, min(scale.K, int(factor * gammas[name] * scale.K / scale.most)))
+            kept[name] = None if rank * (scale.M + scale.N) >= scale.M * scale.N else rank
         return kept
 
     most = allowed(size, stored_at(linears, dict.fromkeys(linears)))
-    low, high = 0.0, 2.0 * max(place.most for place in places.values())
+    low, high = 0.0, 2.0 * max(scale.most for scale in scales.values())
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if stored_at(linears, ranks(middle)) <= most else (low, middle)
@@ -304,7 +304,7 @@ class IncrementalPCA:
 def rebuilt(
     model: nn.Module,
     linears: Mapping[str, nn.Module],
-    places: Mapping[str, Place],
+    scales: Mapping[str, RankScale],
     gammas: Mapping[str, float],
     ranks: Mapping[str, int | None],
     windows: Tensor,
@@ -315,14 +315,14 @@ def rebuilt(
     waiting: dict[str, list[Tensor]] = {name: [] for name in pca}
 
     def hook(name: str) -> Callable[..., Tensor]:
-        place, kept = places[name], max(1, min(places[name].most, math.ceil(gammas[name])))
+        scale, kept = scales[name], max(1, min(scales[name].most, math.ceil(gammas[name])))
 
         def truncate(linear: nn.Module, _args: Any, y: Tensor) -> Tensor:
             bias_M = bias_of(linear)
             A = widened((y if bias_M is None else y - bias_M).flatten(0, -2))
             U, s, V_Mq = leading(A, kept + EXTRA)
             waiting[name].append(V_Mq[:, :kept].T)
-            if len(waiting[name]) == place.windows:
+            if len(waiting[name]) == scale.windows:
                 pca[name].fit(torch.cat(waiting[name]))
                 waiting[name].clear()
             out = ((U * (s * gate(torch.tensor(gammas[name], device=A.device), len(s)))) @ V_Mq.T).view_as(y).to(y.dtype)

@@ -72,7 +72,7 @@ class BasisCache:
             log.warning("%s cannot be written, so bases are no longer cached: %s", self.folder, error)
 
     @contextmanager
-    def turn(self, keys: Iterable[str]) -> Iterator[None]:
+    def exclusive(self, keys: Iterable[str]) -> Iterator[None]:
         """Hold a lock while any of `keys` is missing, so that only one process of this node computes them.
 
         The kernel releases the lock of a process that dies.

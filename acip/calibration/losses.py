@@ -49,7 +49,7 @@ next_token = Task(_next_token_logits, _next_token_loss, _next_token_labels)  # m
 
 @contextmanager
 def as_base(layers: Mapping[str, Compressible]) -> Iterator[None]:
-    """Let every layer compute what it computes in the base model, inside the context."""
+    """Make every layer compute the output of the base model's layer, inside the context."""
     for core in layers.values():
         core.bypass = True
     try:

@@ -53,10 +53,10 @@ def parametrize(
             sharding.shard(linear)
         nn.Module.to(model, device)
     cores: dict[str, SVDLinear] = {}
-    with cache.turn(keys.values()) if cache and keys else nullcontext():
+    with cache.exclusive(keys.values()) if cache and keys else nullcontext():
         for name, directions_KM in bases(model, linears, recipe, windows, feed, cache, keys, progress):
             linear = linears[name]
-            with sharding.whole(linear):
+            with sharding.gathered_parameters(linear):
                 cores[name] = SVDLinear(linear, weight_MN(linear), directions_KM.T, recipe.mask_scale, loras[name], recipe.quantize)
             for rows in (cores[name].left, cores[name].right):
                 sharding.shard(rows)

@@ -101,11 +101,11 @@ def evaluate(
     what: Sequence[Measurement],
     base: PreTrainedModel | None = None,
     known: Known | None = None,
-    say: Callable[[Part], None] = lambda part: None,
+    on_part: Callable[[Part], None] = lambda part: None,
 ) -> dict[str, Any]:
     """Measure `model` at its present size. Return a row. `base` is the base model for KL, if `model` does not contain it.
 
-    Parts whose key is in `known` are taken from there; new parts are stored there at once, and `say(part)` is called for each of them.
+    Parts whose key is in `known` are taken from there; new parts are stored there at once, and `on_part(part)` is called for each of them.
     """
     parts_by_key: Known = {} if known is None else known
     subject = Subject(model.model, tokenizer, model) if isinstance(model, ElasticModel) else Subject(model, tokenizer, reference=base)
@@ -118,7 +118,7 @@ def evaluate(
             start = time.perf_counter()
             part = part_of(measurement, measurement.measure(subject))
             parts_by_key[key] = part | {"seconds": round(time.perf_counter() - start, 3)}
-            say(parts_by_key[key])
+            on_part(parts_by_key[key])
         parts.append(parts_by_key[key])
     subject.model.train(was_training)
     return {**size_facts(model), "evaluation": parts}

@@ -45,7 +45,7 @@ def shard(module: nn.Module) -> None:
 
 
 @contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
+def gathered_parameters(module: nn.Module) -> Iterator[None]:
     """Gather the parameters of a sharded `module` inside the block."""
     if not isinstance(module, FSDPModule):
         yield

@@ -4,5 +4,5 @@ import logging
 
 from acip import renamed
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it says at import is not for the readers of a job's log
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its messages at import do not belong in the log of a job
 renamed.install("acip_platform")

@@ -110,7 +110,7 @@ def _address_of_ray_start() -> str:
 
 
 def _is_on_loopback_only(address: str) -> bool:
-    """Whether Ray listens at 127.0.0.1, but not at this machine's network address."""
+    """Return whether Ray listens at 127.0.0.1, but not at this machine's network address."""
     from ray._private.services import node_ip_address_from_perspective
 
     host, _, port = address.rpartition(":")
@@ -120,7 +120,7 @@ def _is_on_loopback_only(address: str) -> bool:
 
 
 def _is_http_server(address: str) -> bool:
-    """Whether an HTTP/1 server listens at `address`. A Ray cluster speaks only HTTP/2: it waits, or closes the connection."""
+    """Return whether an HTTP/1 server listens at `address`. A Ray cluster speaks only HTTP/2: it waits, or closes the connection."""
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as connection:

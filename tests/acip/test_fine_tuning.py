@@ -194,12 +194,12 @@ def test_tuning_in_4_bit_by_distillation_and_with_less_memory(
 
 
 def test_impossible_tunings_are_refused(small_artifact: Artifact, literal_artifact: Artifact, golden_tokens: torch.Tensor) -> None:
-    for size, error, says in (
+    for size, error, message in (
         (1.0, BudgetError, "there is nothing to tune"),
         (0.001, BudgetError, "can't be reached: the smallest is"),
         (1.5, BudgetError, "size ratio is 1.5"),
     ):
-        with pytest.raises(error, match=says):
+        with pytest.raises(error, match=message):
             tuning(small_artifact, size)
     with pytest.raises(RecipeError, match="must be at least 1"):
         tuning(small_artifact, SIZE, post_tune_steps=0)

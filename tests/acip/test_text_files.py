@@ -18,7 +18,7 @@ from acip import text_files
 from acip.data import documents, token_windows
 from acip.errors import DataError
 from acip.evaluate.heldout_text import content
-from acip.text_files import LONG, LongText, parted
+from acip.text_files import LONG_TEXT_CHARACTERS, LongText, parted
 from tests.conftest import byte_tokenizer
 
 DOCS = [f"Document {i}." for i in range(16)]
@@ -199,7 +199,7 @@ def test_documents_are_split_independently_of_the_block_size(size: int) -> None:
 
 
 def test_a_long_document_is_read_in_blocks(tmp_path: Path) -> None:
-    long = "Any size. " * (LONG // 5)
+    long = "Any size. " * (LONG_TEXT_CHARACTERS // 5)
     docs = ["one", long.strip(), "three", long.strip() + "!"]
     (tmp_path / "a.txt").write_text(" \n\n\n\n".join(docs))
     assert [type(doc) for doc in documents(str(tmp_path / "a.txt"), "all")] == [
@@ -216,13 +216,13 @@ def test_an_endless_document_is_read_only_as_far_as_needed() -> None:
     line = "It was a bright cold day, and the clocks were striking. " * 40_000
     windows = token_windows(parted(cycle([line])), byte_tokenizer(), 64, 8)
     assert bytes(windows.flatten().tolist()).decode() == line[: 64 * 8]
-    spaces: Iterator[str] = (" \n\n\n" * LONG if i < 40 else line for i in cycle(range(41)))
+    spaces: Iterator[str] = (" \n\n\n" * LONG_TEXT_CHARACTERS if i < 40 else line for i in cycle(range(41)))
     assert token_windows(parted(spaces), byte_tokenizer(), 64, 2).flatten().tolist() == list(line[: 64 * 2].encode())
 
 
 def test_a_json_line_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_files, "LONGEST_LINE", 1000)
-    monkeypatch.setattr(text_files, "BLOCK", 100)
+    monkeypatch.setattr(text_files, "READ_BYTES", 100)
     (tmp_path / "a.jsonl").write_text('{"text": "short"}\n' + json.dumps({"text": "x" * 2000}) + "\n")
     with pytest.raises(DataError, match=r"a\.jsonl, line 2, is longer than 1,000 characters"):
         read_all(tmp_path / "a.jsonl")

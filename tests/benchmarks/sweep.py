@@ -6,7 +6,7 @@
 
 All sides run the code of jobs/sweep.py on one Ray, two trials at a time, and start with an empty cache of bases. A single calibration runs
 one of the three schedules to the smallest stop ratio, with full post-tuning and a measured curve. Costs are the CPU seconds of trials
-and trunks (shared prunings), from loading the model to the measured curve. CPU seconds are comparable on a busy machine. The sweep is
+and shared prunings, from loading the model to the measured curve. CPU seconds are comparable on a busy machine. The sweep is
 measured twice:
 
     asha    as in jobs/spaces/demo.yaml: trials worse than the median at 1/8, 1/4 or 1/2 of their post-tuning are ended there
@@ -59,20 +59,20 @@ def recipe(quick: bool) -> Recipe:
 
 
 def side(folder: Path, name: str, base: str, job: Recipe, space: str) -> tuple[list[Outcome], list[float], float]:
-    """Run one side in an ACIP_HOME of its own. Return the outcomes, the CPU seconds of the trunks, and the wall time."""
+    """Run one side in an ACIP_HOME of its own. Return the outcomes, the CPU seconds of the shared prunings, and the wall time."""
     home = folder / name
     settings = Settings(home, str(home / "artifacts"), str(home / "runs"), f"sqlite:///{home}/mlflow.db")
     (folder / f"{name}.yaml").write_text(space)
     small = Job("small", base, job, "package:austen", eval_context=job.seq_len, eval_windows=16, cpus=1)
     sweep = Sweep.plan(small, Space.load(folder / f"{name}.yaml"))
     tracking = Tracking(settings, name)
-    names = [*sweep.trunks, *(trial.name for trial in sweep.trials)]
+    names = [*sweep.shared_prunings, *(trial.name for trial in sweep.trials)]
     runs: dict[str, Run] = {name: tracking.start(name, name, {}) for name in names}
     start = time.perf_counter()
-    outcomes, trunks = run(sweep, resources_of(small, nodes()), settings, runs, open_event_queue())
+    outcomes, prunings = run(sweep, resources_of(small, nodes()), settings, runs, open_event_queue())
     errors = [outcome.error for outcome in outcomes if outcome.error]
     assert not errors, errors[0]
-    return outcomes, [cost.cpu_seconds for cost in trunks.values()], time.perf_counter() - start
+    return outcomes, [cost.cpu_seconds for cost in prunings.values()], time.perf_counter() - start
 
 
 def basis_seconds(folder: Path, base: str, job: Recipe) -> list[float]:
@@ -87,14 +87,14 @@ def basis_seconds(folder: Path, base: str, job: Recipe) -> list[float]:
     return seconds
 
 
-def print_row(label: str, outcomes: list[Outcome], trunks: list[float], wall: float, singles: float) -> float:
+def print_row(label: str, outcomes: list[Outcome], prunings: list[float], wall: float, singles: float) -> float:
     trials = sum(outcome.cost.cpu_seconds for outcome in outcomes)
     best = winner(outcomes)
     assert best is not None
     ended = sum(not outcome.finished for outcome in outcomes)
-    ratio = (trials + sum(trunks)) / singles
+    ratio = (trials + sum(prunings)) / singles
     print(
-        f"| {label} | {len(outcomes)} | {ended} | {sum(trunks):.0f} | {trials:.0f} | {wall:.0f} | {ratio:.2f} | "
+        f"| {label} | {len(outcomes)} | {ended} | {sum(prunings):.0f} | {trials:.0f} | {wall:.0f} | {ratio:.2f} | "
         f"{best.trial.label or 'stop_ratio 0.4'} | {best.area:.4f} |",
         flush=True,
     )
@@ -120,13 +120,13 @@ def main() -> int:
         singles, _, wall = side(folder, "singles", base, job, f"space: {{{fields}}}")
         cost = sum(outcome.cost.cpu_seconds for outcome in singles)
         print(f"post-tuning: {job.post_tune_steps} steps of {job.batch_size} x {job.seq_len} tokens\n")
-        print("| side | trials | ended early | trunks, CPU s | trials, CPU s | wall, s | x 3 singles | winner | its area |")
+        print("| side | trials | ended early | shared prunings, CPU s | trials, CPU s | wall, s | x 3 singles | winner | its area |")
         print("|---|---|---|---|---|---|---|---|---|")
         print_row("3 single calibrations", singles, [], wall, cost)
         ratios = {}
         for name, more in (("asha", "\nscheduler: asha"), ("full", "")):
-            outcomes, trunks, wall = side(folder, name, base, job, f"space: {{{fields}, {stops}}}{more}")
-            ratios[name] = print_row(f"sweep, {name}", outcomes, trunks, wall, cost)
+            outcomes, prunings, wall = side(folder, name, base, job, f"space: {{{fields}, {stops}}}{more}")
+            ratios[name] = print_row(f"sweep, {name}", outcomes, prunings, wall, cost)
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)

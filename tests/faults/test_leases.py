@@ -1,4 +1,4 @@
-"""Two submissions at once: one holds the lease, the other says who; a dead holder is replaced by one, whatever the clocks say."""
+"""Concurrent submissions: one process holds a lease, the others get its owner's name, and one of them replaces a dead owner."""
 
 import json
 import threading
@@ -12,7 +12,7 @@ from acip_platform.storage.store import Store
 from tests.support.faulty import proxy
 from tests.support.waiting import until
 
-LEASE_S = 2.4  # on disk: a busy machine may stop a thread for a second
+LEASE_S = 2.4  # on disk, because a busy machine may stop a thread for a second
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -25,7 +25,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 class Process(Leases):
-    """One of several in this process."""
+    """The leases of one submission. A test runs several of them in its own process."""
 
     def __init__(self, store: Store, name: str) -> None:
         self.losses: list[tuple[str, str]] = []
@@ -35,29 +35,29 @@ class Process(Leases):
         self.owner = name
 
 
-def test_who_comes_second_is_told_who_was_first(store: Store) -> None:
+def test_second_claim_returns_the_owner(store: Store) -> None:
     with Process(store, "ann") as ann, Process(store, "bob") as bob:
         assert ann.claim(["a", "b"]) == {}
-        heard: list[tuple[str, str]] = []
-        assert bob.claim(["b", "c"], lambda *told: heard.append(told)) == {"b": "ann"}
-        assert heard == [("b", "ann")] and set(bob.held) == {"c"}
+        waits: list[tuple[str, str]] = []
+        assert bob.claim(["b", "c"], lambda *wait: waits.append(wait)) == {"b": "ann"}
+        assert waits == [("b", "ann")] and set(bob.held) == {"c"}
         time.sleep(1.5 * ann.lease_s)
-        assert bob.claim(["a"]) == {"a": "ann"}, "ann's is as fresh as ever"
-        bob.release("b")  # not bob's: nothing happens
+        assert bob.claim(["a"]) == {"a": "ann"}, "heartbeats renew a lease"
+        bob.release("b")  # has no effect, because ann holds it
         ann.release("b")
-        assert bob.claim(["b"], lambda *told: heard.append(told)) == {} and len(heard) == 1, "it is free at once; ann goes on with a"
+        assert bob.claim(["b"], lambda *wait: waits.append(wait)) == {} and len(waits) == 1, "a released lease is free at once"
         time.sleep(ann.lease_s / 2)
         assert set(ann.held) == {"a"} and set(bob.held) == {"b", "c"}
     assert not ann.losses and not bob.losses
     with Process(store, "eve") as eve:
-        assert eve.claim(["a", "b", "c"], lambda *told: heard.append(told)) == {}
-        assert len(heard) == 1, "what was given back is free at once"
+        assert eve.claim(["a", "b", "c"], lambda *wait: waits.append(wait)) == {}
+        assert len(waits) == 1, "the end of the block releases all leases"
 
 
-def test_of_many_at_once_one_gets_it(store: Store) -> None:
-    """Free, and then as a dead one's."""
+def test_one_of_several_concurrent_claims_succeeds(store: Store) -> None:
+    """Three processes claim a lease that is free, and then one of a dead owner."""
     dead = Process(store, "dead")
-    dead.claim(["b"])  # and no beats
+    dead.claim(["b"])  # sends no heartbeats
     for attempt, least_s in (("a", 0.0), ("b", LEASE_S)):
         processes = [Process(store, f"p{i}") for i in range(3)]
         results: dict[str, dict[str, str]] = {}
@@ -79,22 +79,22 @@ def test_of_many_at_once_one_gets_it(store: Store) -> None:
             process.__exit__()
 
 
-def test_who_was_only_stopped_learns_that_it_was_replaced(store: Store) -> None:
+def test_a_suspended_owner_notices_its_replacement(store: Store) -> None:
     ann, bob = Process(store, "ann"), Process(store, "bob")
-    ann.claim(["a"])  # stopped: no beats
+    ann.claim(["a"])  # suspended: sends no heartbeats
     with bob:
         assert bob.claim(["a"]) == {}
-        with ann:  # and on
-            until(lambda: ann.losses, "who was replaced does not learn of it")
+        with ann:  # resumes
+            until(lambda: ann.losses, "the former owner does not notice its replacement")
         assert ann.losses == [("a", "bob")] and not ann.held
         time.sleep(bob.lease_s / 2)
         assert not bob.losses
         assert set(store.small(f"{FOLDER}/a")) >= {"2"}
 
 
-@pytest.mark.parametrize("store", ["disk"], indirect=True)  # S3's requests are dated
-def test_clocks_decide_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A year forward, and back: the living keep theirs, the dead lose theirs."""
+@pytest.mark.parametrize("store", ["disk"], indirect=True)  # S3 refuses requests with a wrong date
+def test_clocks_do_not_affect_leases(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With clocks a year ahead or behind, live owners keep their leases and dead ones lose them."""
     real = time.time
     with Process(store, "ann") as ann, Process(store, "bob") as bob:
         ann.claim(["a"])
@@ -106,8 +106,8 @@ def test_clocks_decide_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) ->
     assert not ann.losses
 
 
-def test_while_s3_is_away_nobody_is_taken_for_dead(s3_server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The owner's beats fail for longer than a lease; it goes on, and who looks meanwhile gets an error, not the lease."""
+def test_an_s3_outage_expires_no_lease(s3_server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The heartbeats fail for longer than the lease lasts. Afterwards the owner still holds it."""
     with proxy(s3_server["AWS_ENDPOINT_URL"]) as server:
         for name, value in {**s3_server, "AWS_ENDPOINT_URL": server.url, "AWS_MAX_ATTEMPTS": "1"}.items():
             monkeypatch.setenv(name, value)
@@ -118,7 +118,7 @@ def test_while_s3_is_away_nobody_is_taken_for_dead(s3_server: dict[str, str], tm
             server.choose = lambda method, path, before: "reset"
             time.sleep(1.5 * ann.lease_s)
             server.choose = lambda method, path, before: ""
-            until(lambda: beat_of(store) > beats, "the owner beats no more since S3 is back")
+            until(lambda: beat_of(store) > beats, "no heartbeat after the outage")
             assert Process(store, "bob").claim(["a"]) == {"a": "ann"}
         assert not ann.losses
 

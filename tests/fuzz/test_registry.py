@@ -93,7 +93,7 @@ def test_tags_and_aliases(registered: RegistryWithVersions, tag: str, alias: str
     registry.set_alias(registered.first)
     assert registry.champions("small")[-1] == registered.first.version
     with contextlib.suppress(AcipError):
-        assert isinstance(registry.back("small"), ModelVersion)
+        assert isinstance(registry.roll_back("small"), ModelVersion)
     for name in ("small", alias):
         with contextlib.suppress(AcipError):
             assert registry.resolve(name, alias).name == name

@@ -105,7 +105,7 @@ def test_dashboard_shows_every_metric_of_the_endpoint(dashboard: dict[str, Any],
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "says"),
+    ("right", "wrong", "complaint"),
     [
         ("acip_requests_running", "acip_request_running", "no metric acip_request_running"),
         ("acip_generated_tokens_total", "acip_generated_tokens", "no metric acip_generated_tokens"),
@@ -120,7 +120,7 @@ def test_dashboard_shows_every_metric_of_the_endpoint(dashboard: dict[str, Any],
         ("acip-prometheus", "prometheus", "another data source"),
     ],
 )
-def test_a_planted_error_is_found(dashboard: dict[str, Any], exported: dict[str, set[str]], right: str, wrong: str, says: str) -> None:
+def test_a_planted_error_is_found(dashboard: dict[str, Any], exported: dict[str, set[str]], right: str, wrong: str, complaint: str) -> None:
     text = json.dumps(dashboard)
     assert right in text
-    assert says in "; ".join(complaints(json.loads(text.replace(right, wrong)), exported))
+    assert complaint in "; ".join(complaints(json.loads(text.replace(right, wrong)), exported))

@@ -43,6 +43,16 @@ def test_scripts_in_commands_exist(page: str) -> None:
     assert [script for script in scripts if not (ROOT / script).exists()] == []
 
 
+def test_each_fault_names_its_tests() -> None:
+    """Each `-k` expression in infra/FAULTS.md selects a test of its file."""
+    selections = re.findall(r"`([\w/]+/test_\w+\.py)(?: -k ('[^']+'|\w+))?`", (ROOT / "infra/FAULTS.md").read_text())
+    assert len(selections) > 20
+    for file, expression in selections:
+        names = re.findall(r"def (test_\w+)", (ROOT / "tests" / file).read_text())
+        words = [word for word in re.findall(r"\w+", expression) if word != "or"]
+        assert all(any(word in name for name in names) for word in words), (file, expression)
+
+
 def test_python_example_runs(small_artifact: Artifact, tmp_path: Path) -> None:
     (code,) = blocks("README.md", "python")
     exec(code.replace("path/to/artifact", str(small_artifact.folder)).replace('"folder"', repr(str(tmp_path / "out"))), {})

@@ -198,7 +198,7 @@ def test_another_model_is_compared_with_a_reference(small_artifact: Artifact, ex
 def test_resources_that_no_node_has_are_refused(node: dict[str, float], cpus: float, tmp_path: Path) -> None:
     """A request must fit on one node. Two smaller nodes do not help: Ray would wait forever."""
     settings = Settings.from_env({"ACIP_HOME": str(tmp_path)})
-    with pytest.raises(EvaluationError, match=r"asks for [01] GPUs and 3 CPUs; no node has them"):
+    with pytest.raises(EvaluationError, match=r"needs [01] GPUs and 3 CPUs; no node has them"):
         next(measure_sizes(Model("x"), (1.0, 0.5), [], settings, None, [node, node], cpus))
 
 

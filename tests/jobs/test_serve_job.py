@@ -56,14 +56,14 @@ def test_invalid_arguments_are_refused(
         ("nothing registered", "nothing to serve. Calibrate some with `python jobs/calibrate_all.py`"),
         ("unknown model", "no model 'smal' in the registry (did you mean 'small'?)"),
         ("unknown alias", "has no version or alias 'winner'"),
-        ("alias of nobody", "has the alias 'winner': there is nothing to serve. Choose another --alias (small has champion"),
-        ("two versions", "small is asked for at versions 1 and 2; choose one."),
+        ("unused alias", "has the alias 'winner': there is nothing to serve. Choose another --alias (small has champion"),
+        ("two versions", "small is requested at versions 1 and 2; choose one."),
         ("a bad setting", "ACIP_LEASE_S is 'soon'; it must be a number of seconds above 0."),
         ("artifact gone", "where there is no artifact. Was it moved or deleted?"),
         ("port taken", "Address already in use). Stop the program that uses the port, or choose another --port"),
     ],
 )
-def test_the_error_says_why_a_model_cannot_be_served(
+def test_the_error_states_why_a_model_cannot_be_served(
     job: ModuleType,
     served_home: Path,
     tmp_path: Path,
@@ -76,7 +76,7 @@ def test_the_error_says_why_a_model_cannot_be_served(
     args = {
         "unknown model": ["--model", "smal"],
         "unknown alias": ["--model", "small", "--alias", "winner"],
-        "alias of nobody": ["--alias", "winner"],
+        "unused alias": ["--alias", "winner"],
         "two versions": ["--model", "small@1", "--model", "small@2"],
     }.get(case, [])
     if case == "a bad setting":

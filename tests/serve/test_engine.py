@@ -52,7 +52,7 @@ def whole_answer(engine: TextEngine, served: ResidentModel, request: Any) -> dic
     answer = Answer(request)
     for event in (ticket.head(), *received):
         list(answer.add(event))
-    return answer.whole()
+    return answer.complete_body()
 
 
 @pytest.fixture(scope="module")

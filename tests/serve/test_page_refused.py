@@ -45,12 +45,12 @@ def test_key_is_requested_and_kept_in_this_tab_only(refused: Visit) -> None:
         if route.request.headers.get("authorization") == "Bearer sesame":
             route.fallback()
         else:
-            route.fulfill(status=401, json={"error": {"message": "this server asks for an API key."}})
+            route.fulfill(status=401, json={"error": {"message": "this server requires an API key."}})
 
     refused.page.route("**/v1/**", guard)
     page = refused.open(hash_of()).page
     for key, label in (("wrong", "This server requires an API key:"), ("sesame", "The server rejected this key. Enter another:")):
-        expect(page.locator("#keysays")).to_have_text(label)
+        expect(page.locator("#key-message")).to_have_text(label)
         page.fill("#key", key)
         page.locator("#key").press("Enter")
     refused.done()

@@ -126,7 +126,7 @@ def measure_sizes(
     shared_cpus = cpus or (exclusive.cpus if exclusive.gpus else max(1.0, exclusive.cpus // len(sizes)))
     if not fits([Resources(exclusive.gpus, shared_cpus)], nodes):
         raise EvaluationError(
-            f"a size asks for {exclusive.gpus:g} GPUs and {shared_cpus:g} CPUs; no node has them. Lower --cpus, or list the nodes that an "
+            f"a size needs {exclusive.gpus:g} GPUs and {shared_cpus:g} CPUs; no node has them. Lower --cpus, or list the nodes that an "
             "autoscaler may start with --pool."
         )
     waves = [(list(measurements), shared_cpus)]
@@ -178,7 +178,7 @@ def _measure(model: Model, size: float, measurements: list[Measurement], setting
             row = {"got": 1.0, **evaluate(base.model, base.tokenizer, measurements, reference, known, emit)}
         else:
             artifact = Artifact.open(Store.of(settings).fetch(model.uri))  # one copy on the node's disk, mapped by all tasks
-            row = evaluate(artifact.load(device, size=size), artifact.tokenizer(), measurements, known=known, say=emit)
+            row = evaluate(artifact.load(device, size=size), artifact.tokenizer(), measurements, known=known, on_part=emit)
         if SIZE not in known:
             known[SIZE] = {key: value for key, value in row.items() if key not in ("asked", "evaluation")}
         return {"asked": size, **row}
@@ -238,7 +238,7 @@ def measure_tasks(
             continue
         emit("stage", text=f"size {size:.2f}: {len(measurements)} tasks")
         known = Parts.of(settings, Model(uri), artifact, cut)
-        rows.append(evaluate(any_size, artifact.tokenizer(), measurements, known=known, say=emit_part))
+        rows.append(evaluate(any_size, artifact.tokenizer(), measurements, known=known, on_part=emit_part))
     if not rows:
         return artifact
     log_rows(run, rows)

@@ -204,7 +204,7 @@ def hold(arena: Arena, results: Results, events: Any, nodes: Nodes, emit: Callab
     gpus, cpus = float(any(node.get("GPU", 0) >= 1 for node in nodes)), arena.cpus
     if not fits([Resources(gpus, cpus)], nodes):
         raise ArenaError(
-            f"an entry asks for {gpus:g} GPUs and {cpus:g} CPUs; no node has them. Lower cpus in the arena file, or list the nodes "
+            f"an entry needs {gpus:g} GPUs and {cpus:g} CPUs; no node has them. Lower cpus in the arena file, or list the nodes "
             "that an autoscaler may start with --pool."
         )
     task = run_entry.options(num_cpus=cpus, num_gpus=gpus)

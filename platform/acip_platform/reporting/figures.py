@@ -157,7 +157,7 @@ def _finite(rows: CurveRows) -> list[Mapping[str, Any]]:
 
 
 def _is_number(value: float | None) -> bool:
-    """Whether `value` is finite. In JSON, other values are null."""
+    """Return whether `value` is finite. In JSON, other values are null."""
     return value is not None and math.isfinite(value)
 
 

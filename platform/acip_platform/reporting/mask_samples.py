@@ -1,6 +1,6 @@
 """Samples of the masks during L1 pruning (Figure 3 of the paper): a few directions of a few layers over the steps.
 
-They are only drawn. Samples that are lost in a crash are not restored.
+They are used only for a figure. Samples that are lost in a crash are not restored.
 """
 
 from dataclasses import dataclass, field

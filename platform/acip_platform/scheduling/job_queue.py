@@ -70,7 +70,7 @@ def resources_of(job: Job, nodes: Nodes) -> Resources:
         workers = f"{resources.workers} workers with " if resources.workers > 1 else ""
         available = [sum(node.get(kind, 0) for node in nodes) for kind in ("GPU", "CPU")]
         raise FleetError(
-            f"{job.name} asks for {workers}{gpus:g} GPUs and {cpus:g} CPUs; the cluster has {available[0]:g} and {available[1]:g}"
+            f"{job.name} needs {workers}{gpus:g} GPUs and {cpus:g} CPUs; the cluster has {available[0]:g} and {available[1]:g}"
             f"{f' on {len(nodes)} nodes' if len(nodes) > 1 else ''}. Lower num_workers, gpus or cpus, add nodes, or list the "
             "nodes that an autoscaler may start with --pool."
         )
@@ -78,7 +78,7 @@ def resources_of(job: Job, nodes: Nodes) -> Resources:
 
 
 def fits(requests: Sequence[Resources], nodes: Nodes) -> bool:
-    """Whether all workers of `requests` fit at the same time. First-fit decreasing: the largest first, on the first node with room."""
+    """Return whether all workers of `requests` fit at the same time. First-fit decreasing."""
     free = sorted([node.get("GPU", 0.0), node.get("CPU", 0.0)] for node in nodes)  # nodes without GPUs first, for workers that need none
     for gpus, cpus in sorted(((each.gpus, each.cpus) for each in requests for _ in range(each.workers)), reverse=True):
         for node in free:

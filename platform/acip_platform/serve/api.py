@@ -317,7 +317,7 @@ def _chosen(settings: Settings, names: list[str] | None, alias: str) -> list[Mod
         for version in (registry.named(name, alias) for name in dict.fromkeys(names)):
             if other := next((known for known in versions if known.name == version.name), None):
                 if other.version != version.version:
-                    raise RegistryError(f"{version.name} is asked for at versions {other.version} and {version.version}; choose one.")
+                    raise RegistryError(f"{version.name} is requested at versions {other.version} and {version.version}; choose one.")
                 continue
             versions.append(version)
     elif registry is not None:

@@ -18,7 +18,7 @@ NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # erro
 
 
 class StoreError(AcipError):
-    """A URI can't be read or written. The message names it and says what to check."""
+    """A URI can't be read or written. The message names the URI and what to check."""
 
 
 class MissingError(StoreError):
@@ -37,7 +37,7 @@ class Disk:
     """Operations on local files and folders. They raise StoreError."""
 
     def has(self, uri: str) -> bool:
-        """Whether there is a file at `uri`."""
+        """Return whether there is a file at `uri`."""
         return path_of(uri).is_file()
 
     def listed(self, uri: str) -> dict[str, Item]:

@@ -64,7 +64,7 @@ class S3:
 
     @_store_errors
     def has(self, uri: str) -> bool:
-        """Whether there is an object at `uri`."""
+        """Return whether there is an object at `uri`."""
         bucket, key = split(uri)
         page = client().list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)  # the object itself is the first with this prefix
         return any(item["Key"] == key for item in page.get("Contents", []))

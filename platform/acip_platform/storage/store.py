@@ -49,7 +49,7 @@ class Store:
     # ---- folders
 
     def exists(self, uri: str, last: str = MANIFEST) -> bool:
-        """Whether there is a complete folder at `uri`: one that holds the file `last`. By default the folder is an artifact."""
+        """Return whether there is a complete folder at `uri`: one that holds the file `last`. By default the folder is an artifact."""
         return _backend(uri).has(f"{uri}/{last}")
 
     def complete(self, under: str, last: str) -> dict[str, float]:

@@ -132,7 +132,7 @@ class Registry:
         if CANDIDATE in self.resolve(version.name, version.version).aliases:
             self.client.delete_registered_model_alias(version.name, CANDIDATE)
 
-    def back(self, name: str) -> ModelVersion:
+    def roll_back(self, name: str) -> ModelVersion:
         """Roll back to the previous champion and return it. Deleted versions are skipped."""
         current = self.resolve(name)
         past = self.champions(name)[:-1]

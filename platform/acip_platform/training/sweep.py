@@ -1,11 +1,11 @@
-"""Run the calibrations of a sweep with Ray Tune: first its shared prunings ("trunks"), then its trials.
+"""Run the calibrations of a sweep with Ray Tune: first its shared prunings, then its trials.
 
-    trunk     one pruning that several trials share; it saves a state for each stop ratio (acip.calibration.shared_pruning)
-    trial     one recipe: it starts from the state of its trunk, post-tunes, and measures its curve
-    rung      a point of the post-tuning at which a trial is saved, and under asha measured and compared
-    winner    the finished trial with the smallest area under excess loss (acip.sizing.excess_loss_area); its state becomes an artifact
+    shared pruning   one pruning for several trials; it saves a state for each stop ratio (acip.calibration.shared_pruning)
+    trial            one recipe: it starts from the state of its shared pruning, if any, post-tunes, and measures its curve
+    rung             a point of the post-tuning at which a trial is saved, and under asha measured and compared
+    winner           the finished trial with the smallest area under excess loss (acip.sizing.excess_loss_area), which becomes an artifact
 
-Tune starts, retries and resumes trunks and trials. A sweep with the same name and trials resumes. The trials on a node share the
+Tune starts, retries and resumes both. A sweep with the same name and trials resumes. The trials on a node share the
 bases of the layers (BasisCache: one process computes them, all map them).
 
 asha ends a trial at 1/8, 1/4 or 1/2 of its post-tuning if its area under excess loss is worse than the median of the trials that
@@ -39,9 +39,10 @@ from acip_platform.scheduling.job_queue import Resources, root_cause
 from acip_platform.settings import Settings
 from acip_platform.tracking.runs import Run
 from acip_platform.training.sweep_space import Space, Trial
-from acip_platform.training.sweep_worker import RUNGS, SMALLEST, artifact_or_error, file_system, run_trial, run_trunk
+from acip_platform.training.sweep_worker import RUNGS, SMALLEST, artifact_or_error, file_system, run_shared_pruning, run_trial
 
 RETRIES = 2  # of a trial whose process died
+SHARED_PRUNING, SHARED_PRUNINGS = "trunk", "trunks"  # stored names: the prefix of their runs, and their folder
 TUNE = {  # environment variables that Ray Tune reads while it runs
     "TUNE_GLOBAL_CHECKPOINT_S": "2",  # between snapshots; the default of 10 s or more would repeat trials that finished before a kill
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",  # no warning that snapshots are frequent
@@ -68,10 +69,10 @@ class Sweep:
         return cls(job, space, space.trials(job))
 
     @functools.cached_property
-    def trunks(self) -> dict[str, list[Trial]]:
-        """The trials of each pruning that several share, by name. A trial that shares with no other prunes by itself."""
+    def shared_prunings(self) -> dict[str, list[Trial]]:
+        """The trials of each shared pruning, by its name. A trial that shares with no other is in none, and prunes by itself."""
         groups = (group for group in shared_pruning.shared_prunings([trial.job.recipe for trial in self.trials]) if len(group) > 1)
-        return {f"trunk{n}": [self.trials[i] for i in group] for n, group in enumerate(groups)}
+        return {f"{SHARED_PRUNING}{n}": [self.trials[i] for i in group] for n, group in enumerate(groups)}
 
     @functools.cached_property
     def key(self) -> str:
@@ -82,7 +83,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Cost:
-    """The time of a trial or trunk, from loading the model to its last report. CPU time is comparable on a busy machine."""
+    """The time of a trial or a shared pruning, from loading the model to its last report. CPU time is comparable on a busy machine."""
 
     seconds: float
     cpu_seconds: float  # of its process, since the last interruption
@@ -115,7 +116,7 @@ class Outcome:
 
 
 def run(sweep: Sweep, share: Resources, settings: Settings, runs: Mapping[str, Run], events: Any) -> tuple[list[Outcome], dict[str, Cost]]:
-    """Run or resume all trunks and trials. Returns the outcomes of the trials and the costs of the trunks by name."""
+    """Run or resume a sweep. Returns the outcomes of the trials, and the costs of the shared prunings by name."""
     jobs = {trial.name: trial.job.to_dict() for trial in sweep.trials}
     context = {
         "settings": settings,
@@ -124,8 +125,11 @@ def run(sweep: Sweep, share: Resources, settings: Settings, runs: Mapping[str, R
         "threads": max(1, int(share.cpus)),
         "events": events,
     }
-    sharing = {name: [trial.name for trial in group] for name, group in sweep.trunks.items()}
-    pruned = _fit(sweep.key, "trunks", run_trunk, list(sharing), {**context, "trunks": sharing}, share, settings) if sharing else {}
+    sharing = {name: [trial.name for trial in group] for name, group in sweep.shared_prunings.items()}
+    pruned: Mapping[str, Any] = {}
+    if sharing:
+        pruning_context = {**context, "shared_prunings": sharing}
+        pruned = _fit(sweep.key, SHARED_PRUNINGS, run_shared_pruning, list(sharing), pruning_context, share, settings)
     forks: dict[str, tune.Checkpoint | Exception] = {}
     for name, group in sharing.items():
         result = pruned[name]
@@ -146,7 +150,7 @@ def run(sweep: Sweep, share: Resources, settings: Settings, runs: Mapping[str, R
         error = metrics.get("error") or (root_cause(result.error) if result.error else None)
         rows = json.loads(metrics.get("curve", "[]"))
         outcomes.append(Outcome(trial, rows, metrics.get("share", 0), Cost.of(metrics), error, result.checkpoint))
-    if not any(result.error for result in (*pruned.values(), *results.values())):  # else the next attempt needs the states of the trunks
+    if not any(result.error for result in (*pruned.values(), *results.values())):  # else the next attempt needs these states
         _delete(chain.from_iterable((c for c, _ in result.best_checkpoints or []) for result in pruned.values()))
     return outcomes, {name: Cost.of(result.metrics or {}) for name, result in pruned.items()}
 
@@ -183,7 +187,7 @@ def _fit(
                 name=name,
                 storage_path=folder,
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=None if name == "trunks" else 1),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=None if name == SHARED_PRUNINGS else 1),
                 verbose=0,
             ),
         )
@@ -211,7 +215,7 @@ def front(outcomes: Sequence[Outcome]) -> list[Outcome]:
 def keep(
     sweep: Sweep, outcomes: Sequence[Outcome], share: Resources, settings: Settings, runs: Mapping[str, Run], events: Any
 ) -> dict[str, dict[str, Any]]:
-    """Make the artifacts that the space file asks for, register them with the winner as candidate, and delete the saved states.
+    """Make the artifacts that the space file requests, register them with the winner as candidate, and delete the saved states.
 
     Returns the summary of `finish` by trial, the winner last. AcipError if an artifact cannot be made.
     """

@@ -41,14 +41,14 @@ def _excess(outcome: Outcome, size: float) -> str:
     return f"{losses[size] - losses[1.0]:+.3f}" if size in losses else ""
 
 
-def table(outcomes: Sequence[Outcome], trunk_seconds: Sequence[float]) -> Table:
+def table(outcomes: Sequence[Outcome], pruning_seconds: Sequence[float]) -> Table:
     """Return a table of the trials, smallest area first. The title names the text that they share."""
     outcomes = sorted(outcomes, key=lambda outcome: (not outcome.finished, outcome.area))
     rows = next((outcome.rows for outcome in outcomes if outcome.rows), None)
     corpus = f" on {rows[0]['corpus']}, held out, {rows[0]['windows']} x {rows[0]['context']} tokens" if rows else ""
     title = f"Loss above the base model's at each size, nats per token{corpus}."
-    if trunk_seconds:
-        title += f" Shared pruning took {duration(sum(trunk_seconds))}."
+    if pruning_seconds:
+        title += f" Shared pruning took {duration(sum(pruning_seconds))}."
     result = Table(title=title, title_justify="left", title_style="bold")
     cells = columns(outcomes)
     for heading in cells:

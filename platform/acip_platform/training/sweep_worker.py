@@ -1,4 +1,4 @@
-"""The processes of a sweep, which Ray Tune runs: the trunks and the trials, and the task that makes the artifact of a trial.
+"""The processes of a sweep, which Ray Tune runs: the shared prunings and the trials, and the task that makes the artifact of a trial.
 
 acip_platform.training.sweep defines the terms and the order in which they run.
 """
@@ -63,9 +63,9 @@ def _users_errors_reported(work: Callable[..., None]) -> Callable[..., None]:
 
 
 @_users_errors_reported
-def run_trunk(name: str, context: Mapping[str, Any]) -> None:
-    """Prune once, and report a state for each trial of this trunk (a Tune trainable)."""
-    jobs = {trial: Job.from_dict(context["jobs"][trial]) for trial in context["trunks"][name]}
+def run_shared_pruning(name: str, context: Mapping[str, Any]) -> None:
+    """Prune once, and report a state for each trial that shares this pruning (a Tune trainable)."""
+    jobs = {trial: Job.from_dict(context["jobs"][trial]) for trial in context["shared_prunings"][name]}
     job = min(jobs.values(), key=lambda job: job.recipe.stop_ratio)
     base, batches, observer = _start(name, context, job)
 
@@ -80,7 +80,7 @@ def run_trunk(name: str, context: Mapping[str, Any]) -> None:
 
 @_users_errors_reported
 def run_trial(name: str, context: Mapping[str, Any]) -> None:
-    """Calibrate from the state of the trunk or of the last rung, and measure the curve (a Tune trainable)."""
+    """Calibrate from the state of the shared pruning or of the last rung, and measure the curve (a Tune trainable)."""
     job, fork = Job.from_dict(context["jobs"][name]), context["forks"].get(name)
     if isinstance(fork, Exception):
         raise fork
@@ -94,7 +94,7 @@ def run_trial(name: str, context: Mapping[str, Any]) -> None:
 
 
 def _start(name: str, context: Mapping[str, Any], job: Job) -> tuple[Base, TokenBatches, Observer]:
-    """Return what trunks and trials start with: the parametrized base, its batches, and the observer."""
+    """Return the parametrized base, its batches, and the observer: the start of a shared pruning or a trial."""
     settings: Settings = context["settings"]
 
     def emit(kind: str, **facts: Any) -> None:

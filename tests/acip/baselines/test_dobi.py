@@ -116,12 +116,12 @@ def test_components_of_nearly_equal_values_are_found() -> None:
 def test_every_window_contributes(base: Base, windows: Tensor) -> None:
     """Windows of an incomplete last batch also change the result."""
     name, linear = next(iter(find_linears(base.model).items()))
-    place = dobi.Place(linear, T := 24)
-    assert place.windows > 1
-    few = windows[: place.windows + 1, :T]
+    scale = dobi.RankScale(linear, T := 24)
+    assert scale.windows > 1
+    few = windows[: scale.windows + 1, :T]
     other = torch.cat([few[:-1], windows[-1:, :T]])
     found = [
-        dobi.rebuilt(base.model, {name: linear}, {name: place}, {name: 5.0}, {name: 8}, ids, lambda *_: None)[name].left
+        dobi.rebuilt(base.model, {name: linear}, {name: scale}, {name: 5.0}, {name: 8}, ids, lambda *_: None)[name].left
         for ids in (few, other, few[:-1])
     ]
     assert not any(torch.allclose(a @ a.T, b @ b.T, atol=1e-4) for a, b in combinations(found, 2))
@@ -129,17 +129,17 @@ def test_every_window_contributes(base: Base, windows: Tensor) -> None:
 
 def test_the_penalty_moves_the_ranks_to_the_size(base: Base, windows: Tensor) -> None:
     linears = find_linears(base.model)
-    places = {name: dobi.Place(linear, windows.shape[1]) for name, linear in linears.items()}
-    start = {name: places[name].gamma(rank or 0) for name, rank in uniform_ranks(linears, 0.8).items()}
+    scales = {name: dobi.RankScale(linear, windows.shape[1]) for name, linear in linears.items()}
+    start = {name: scales[name].gamma(rank or 0) for name, rank in uniform_ranks(linears, 0.8).items()}
 
     def size(gammas: dict[str, float]) -> float:
-        return sum(places[name].numbers(gamma) for name, gamma in gammas.items()) / sum(place.M * place.N for place in places.values())
+        return sum(scales[name].numbers(gamma) for name, gamma in gammas.items()) / sum(scale.M * scale.N for scale in scales.values())
 
     learned = dobi.learned(
-        base.model, linears, places, start, windows[:4], 0.5, lambda *_: None, epochs=6, accumulate=2, lr=(1.0, 1.0), penalty=1e3
+        base.model, linears, scales, start, windows[:4], 0.5, lambda *_: None, epochs=6, accumulate=2, lr=(1.0, 1.0), penalty=1e3
     )
     assert size(start) == pytest.approx(0.8, abs=0.02)
     assert abs(size(learned) - 0.5) < 0.15
     for asked in (0.5, 0.3):
-        ranks = dobi.within(linears, places, learned, asked)
+        ranks = dobi.within(linears, scales, learned, asked)
         assert asked - 0.05 < stored_at(linears, ranks) / stored_at(linears, dict.fromkeys(linears)) <= asked

@@ -354,7 +354,7 @@ def test_concurrent_runs_wait_for_the_first_and_compute_nothing(tmp_path: Path) 
     def work(_: int) -> None:
         cache = BasisCache(tmp_path)
         together.wait()
-        with cache.turn(["a", "b"]):
+        with cache.exclusive(["a", "b"]):
             for key in ("a", "b"):
                 if cache.get(key, (2, 2), torch.float32) is None:
                     computed.append(key)
@@ -365,7 +365,7 @@ def test_concurrent_runs_wait_for_the_first_and_compute_nothing(tmp_path: Path) 
         list(pool.map(work, range(4)))
     assert computed == ["a", "b"]
     (tmp_path / "file").touch()
-    with BasisCache(tmp_path / "file").turn(["a"]):
+    with BasisCache(tmp_path / "file").exclusive(["a"]):
         pass  # does not wait, because the folder cannot be written
 
 
@@ -375,7 +375,7 @@ import time
 from pathlib import Path
 from acip.calibration.basis_cache import BasisCache
 
-with BasisCache(Path({str(tmp_path)!r})).turn(["a"]):
+with BasisCache(Path({str(tmp_path)!r})).exclusive(["a"]):
     print("locked", flush=True)
     time.sleep({PATIENCE_S})
 """

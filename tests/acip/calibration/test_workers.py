@@ -53,5 +53,5 @@ def test_an_impossible_number_of_workers_is_refused(tmp_path: Path, small_base: 
         Fleet.load(fleet(file, small_base, ", quantize: nf4"))
     _, two = Fleet.load(fleet(file, small_base)).jobs
     assert resources_of(two, [{"CPU": 4.0}]).workers == 2
-    with pytest.raises(FleetError, match="asks for 2 workers with 0 GPUs and 1 CPUs; the cluster has 0 and 1"):
+    with pytest.raises(FleetError, match="needs 2 workers with 0 GPUs and 1 CPUs; the cluster has 0 and 1"):
         resources_of(two, [{"CPU": 1.0}])

@@ -339,8 +339,9 @@ def test_known_measurements_are_not_repeated(any_size: ElasticModel, small_artif
         return read_tokens(text, tokenizer)
 
     any_size.resize(0.5)
-    first = evaluate(any_size, tokenizer, [Counted(), Samples(("It is",), 3)], known=known, say=lambda part: events.append(part["kind"]))
-    again = evaluate(any_size, tokenizer, [Counted(), Counted("b")], known=known, say=lambda part: events.append(part["label"]))
+    measurements = [Counted(), Samples(("It is",), 3)]
+    first = evaluate(any_size, tokenizer, measurements, known=known, on_part=lambda part: events.append(part["kind"]))
+    again = evaluate(any_size, tokenizer, [Counted(), Counted("b")], known=known, on_part=lambda part: events.append(part["label"]))
     monkeypatch.setattr(Text, "tokens", tokens)
     evaluate(any_size, tokenizer, [PerplexityOn(TEXT), DivergenceOn(TEXT), QuantizedOn(TEXT)])
     assert texts == [TEXT], "the text was read more than once"

@@ -154,7 +154,7 @@ def test_shared_work_counts_once() -> None:
 
 def test_an_entry_that_fits_no_node_is_refused(arena: Arena, tmp_path: Path) -> None:
     """A request for three CPUs does not fit on nodes of two CPUs: Ray would wait forever."""
-    with pytest.raises(ArenaError, match="asks for 0 GPUs and 3 CPUs; no node has them"):
+    with pytest.raises(ArenaError, match="needs 0 GPUs and 3 CPUs; no node has them"):
         hold(Arena(**{**vars(arena), "cpus": 3.0}), Results(tmp_path / "x.json"), None, [{"CPU": 2.0}, {"CPU": 2.0}], print)
 
 

@@ -25,9 +25,9 @@ def test_resources_depend_on_the_nodes() -> None:
     assert resources_of(single, [{"CPU": 2.0}, {"CPU": 6.0}]).cpus == 6, "a worker uses one node"
     three = resources_of(job("a", num_workers=3), [{"CPU": 2.0}, {"CPU": 6.0}])
     assert three.cpus == 2, "two workers on the large node and one on the small node"
-    with pytest.raises(FleetError, match="asks for 1 GPUs and 1 CPUs; the cluster has 0 and 2"):
+    with pytest.raises(FleetError, match="needs 1 GPUs and 1 CPUs; the cluster has 0 and 2"):
         resources_of(job("a", gpus=1), [{"CPU": 2.0}])
-    with pytest.raises(FleetError, match="asks for 2 GPUs and 4 CPUs; the cluster has 4 and 32 on 4 nodes"):
+    with pytest.raises(FleetError, match="needs 2 GPUs and 4 CPUs; the cluster has 4 and 32 on 4 nodes"):
         resources_of(job("a", gpus=2, cpus=4), [{"CPU": 8.0, "GPU": 1.0}] * 4)
 
 

@@ -231,7 +231,7 @@ def test_impossible_sweeps_are_refused(tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text("space: {stop_ratio: [0.4, 0.6]}")
     space = Space.load(tmp_path / "space.yaml")
     job = Job("a", "b/c")
-    assert Sweep.plan(job, space).trunks == {}, "Fisher scores prune nothing"
+    assert Sweep.plan(job, space).shared_prunings == {}, "Fisher scores prune nothing"
     with pytest.raises(AcipError, match="num_workers 2"):
         Sweep.plan(replace(job, num_workers=2), space)
     with pytest.raises(AcipError, match=r"needs 1\.0"):

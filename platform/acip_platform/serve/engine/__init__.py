@@ -1,9 +1,9 @@
 """The engine: token ids in, token ids out.
 
-It continues sequences of token ids with resident models, at any size. It has no notion of text, of HTTP or of status codes:
+It continues sequences of token ids with resident models, at any size. It contains no code for text, HTTP or status codes:
 
-    request.py              GenerationRequest: what a caller submits, and what it may plug in
-    events.py, errors.py    what comes back
+    request.py              GenerationRequest, with the hooks that a caller may add
+    events.py, errors.py    the events and errors of a request
     engine.py               the thread that steps the models
     resident_model.py       one model in memory at all sizes; model_cache.py: which models are in memory
     batch.py, kv_cache.py, sampling.py    one step

@@ -29,7 +29,7 @@ class Owner(Protocol):
     """The request that a sequence belongs to."""
 
     @property
-    def gone(self) -> bool: ...  # canceled or finished: its sequences leave before the next step
+    def done(self) -> bool: ...  # canceled or finished: its sequences are removed before the next step
     def on_prompt(self, sequence: "Sequence") -> None: ...  # the prompt has been processed; called before the first token
     def on_token(self, sequence: "Sequence", token: SampledToken) -> None: ...
     def on_end(self, sequence: "Sequence", reason: EndReason) -> None: ...
@@ -88,8 +88,8 @@ class Batch:
     @torch.inference_mode()
     def step(self) -> None:
         """Run one forward pass, and sample a token for every sequence whose tokens have all been processed."""
-        self._leave([sequence for sequence in self.active if sequence.owner.gone])
-        self._join()
+        self._remove([sequence for sequence in self.active if sequence.owner.done])
+        self._admit()
         if not self.active:
             return
         pieces: list[CachePiece] = []
@@ -125,7 +125,7 @@ class Batch:
             rows_nV = logits_nV[[row for _, row in last]] if prompts else logits_nV
             for sequence, token in zip(sequences, sample(rows_nV, [sequence.sampler for sequence in sequences]), strict=True):
                 self._take(sequence, token)
-            self._leave([sequence for sequence in sequences if sequence.ended])
+            self._remove([sequence for sequence in sequences if sequence.ended])
 
     def clear(self) -> None:
         """Drop all sequences, as after a step that failed."""
@@ -134,9 +134,9 @@ class Batch:
         self.cache.free()
         self.mixer.clear()
 
-    def _join(self) -> None:
+    def _admit(self) -> None:
         while self.waiting and len(self.active) < MAX_SEQUENCES:
-            if self.waiting[0].owner.gone:
+            if self.waiting[0].owner.done:
                 self.waiting.popleft()
                 continue
             longest = max(sequence.longest for sequence in (*self.active, self.waiting[0]))
@@ -202,7 +202,7 @@ class Batch:
         else:
             sequence.ended = False
 
-    def _leave(self, leaving: Iterable[Sequence]) -> None:
+    def _remove(self, leaving: Iterable[Sequence]) -> None:
         """Free the slots of `leaving`. The last slot moves into a free one, so that those in use are always the first."""
         for sequence in leaving:
             mover, hole = self.active[-1], sequence.slot

@@ -59,7 +59,7 @@ class ActiveRequest:
     events: list[TokenEvent] = field(default_factory=list)  # that have not been handed over
 
     @property
-    def gone(self) -> bool:
+    def done(self) -> bool:
         return self.canceled or self.finished
 
     @property
@@ -80,7 +80,7 @@ class ActiveRequest:
             log.exception("a request is canceled because its on_event failed")
             self.canceled = True
 
-    # ---- what a sequence reports
+    # ---- events of a sequence
 
     def on_prompt(self, sequence: Sequence) -> None:
         self._start(sequence)
@@ -107,7 +107,7 @@ class ActiveRequest:
     def stop_at_deadline(self) -> None:
         """End the sequences as if max_tokens were reached. It is an error if there is no token, or a prompt that is not scored yet."""
         if not self.generated or any(sequence.scores_prompt for sequence in self.sequences):
-            message = f"no token within {self.timeout_s:g} s, waiting included; ask for fewer max_tokens or prompts, or later."
+            message = f"no token within {self.timeout_s:g} s, waiting included; send fewer prompts, lower max_tokens, or try again later."
             self.on_error(DeadlineExceededError(message))
             return
         self.timed_out = True
@@ -198,7 +198,7 @@ class Engine:
         active.sequences = list(sequences)
         with self._changed:
             if model not in self._models:
-                raise ModelUnloadedError(f"{model.name} was unloaded; ask again.")
+                raise ModelUnloadedError(f"{model.name} was unloaded; send the request again.")
             self._requests.add(active)
             model.batch.waiting.extend(sequences)
             self._changed.notify()
@@ -247,14 +247,14 @@ class Engine:
             del ready, model  # references would keep a removed model in memory while this thread waits
 
     def _after_step(self) -> None:
-        """Apply deadlines, hand over events, and forget requests that are gone."""
+        """Apply deadlines, hand over events, and drop requests that are done."""
         now = time.monotonic()
         with self._changed:
             requests = list(self._requests)
         for request in requests:
-            if now > request.deadline and not request.gone:
+            if now > request.deadline and not request.done:
                 request.stop_at_deadline()
             request.flush()
-            if request.gone:
+            if request.done:
                 with self._changed:
                     self._requests.discard(request)

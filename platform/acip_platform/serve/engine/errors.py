@@ -20,7 +20,7 @@ class ContextTooLongError(EngineError):
 
     def __init__(self, name: str, prompt_tokens: int, max_tokens: int, context: int) -> None:
         room = context - max_tokens
-        advice = f"shorten the prompt to {room} tokens" if room > 0 else f"ask for at most {context - 1} tokens"
+        advice = f"shorten the prompt to {room} tokens" if room > 0 else f"set max_tokens to at most {context - 1} tokens"
         if room > 0 and context > prompt_tokens:
             advice += f", or set max_tokens to at most {context - prompt_tokens}"
         super().__init__(

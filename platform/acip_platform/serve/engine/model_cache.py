@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # they import boto3 and MLflow
 
 WEIGHTS = ("factors.safetensors", "dense.safetensors", "rest.safetensors")
 COPIED = ("dense.safetensors", "rest.safetensors")  # the most that packing copies, on a CPU
-WAIT_S = 60.0  # for the end of requests that use a model which has to leave
+WAIT_S = 60.0  # for the requests of a model that must be removed
 
 _building = threading.Lock()  # accelerate's empty parameters affect all threads at once
 

@@ -1,4 +1,4 @@
-"""A request to the engine: prompts of token ids, a budget, sampling parameters, and what the caller plugs into each sequence."""
+"""A request to the engine: prompts of token ids, a budget, sampling parameters, and the caller's hooks for each sequence."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field

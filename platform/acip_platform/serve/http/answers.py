@@ -56,7 +56,7 @@ class Answer:
             if self.request.includes_usage:
                 yield self._chunk([]) | event.data
 
-    def whole(self) -> dict[str, Any]:
+    def complete_body(self) -> dict[str, Any]:
         """Return the body of a complete response."""
         choices = []
         for index, choice in sorted(self.choices.items()):

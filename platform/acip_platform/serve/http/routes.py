@@ -174,7 +174,7 @@ def routes(endpoint: Endpoint, cors_origins: Sequence[str] = ()) -> FastAPI:
                 return answer(event.data["status"], event.data["body"])
             for _ in response.add(event):
                 pass
-        return answer(200, response.whole())
+        return answer(200, response.complete_body())
 
     app.include_router(downloads(endpoint.materializations))
     _answer_errors(app)
