@@ -21,7 +21,7 @@ def weight_and_sensitivity(M: int = 6, N: int = 576) -> tuple[Tensor, Tensor]:
 
 
 def weighted_error_M(weight: Tensor, sensitivity: Tensor, codes: NestedCodes, bits: int) -> Tensor:
-    return (sensitivity * (codes.decode(bits).weight_MN - weight).square()).sum(1)
+    return (sensitivity * (codes.decode(bits).weight - weight).square()).sum(1)
 
 
 def least_error(values: Tensor, masses: Tensor, K: int) -> float:
@@ -40,7 +40,7 @@ def least_error(values: Tensor, masses: Tensor, K: int) -> float:
 def test_clusters_of_more_bits_are_parts_of_clusters_of_fewer_bits() -> None:
     codes = code(*weight_and_sensitivity())
     for bits in WIDTHS:
-        decoded_MN = codes.decode(bits).weight_MN
+        decoded_MN = codes.decode(bits).weight
         for r, row in enumerate(codes.codes >> (8 - bits)):
             assert all(len(decoded_MN[r][row == cluster].unique()) == 1 for cluster in row.unique())
 
@@ -51,7 +51,7 @@ def test_codes_of_fewer_bits_are_prefixes_of_codes_of_more_bits() -> None:
     for bits in WIDTHS:
         fewer = code(weight, sensitivity, bits=bits)
         assert torch.equal(fewer.codes, codes.codes >> (8 - bits))
-        assert torch.equal(fewer.decode(bits).weight_MN, codes.decode(bits).weight_MN)
+        assert torch.equal(fewer.decode(bits).weight, codes.decode(bits).weight)
 
 
 def test_weighted_error_falls_with_each_bit() -> None:
@@ -82,7 +82,7 @@ def test_seed_is_almost_the_optimum() -> None:
 def test_splits_are_optimal() -> None:
     weight, sensitivity = weight_and_sensitivity(M=2)
     codes = code(weight, sensitivity, bits=4)
-    for w, s, row, decoded in zip(weight, sensitivity, codes.codes, codes.decode(4).weight_MN, strict=True):
+    for w, s, row, decoded in zip(weight, sensitivity, codes.codes, codes.decode(4).weight, strict=True):
         for cluster in range(8):
             members = row >> 1 == cluster
             error = float((s * (decoded - w).square())[members].sum())
@@ -95,7 +95,7 @@ def test_few_distinct_values_are_exact_and_equal_values_share_a_code() -> None:
     weight[4] = 0.5
     for sensitivity in (torch.ones_like(weight), torch.zeros_like(weight)):
         codes = code(weight, sensitivity)
-        assert all(torch.equal(codes.decode(bits).weight_MN, weight) for bits in WIDTHS)
+        assert all(torch.equal(codes.decode(bits).weight, weight) for bits in WIDTHS)
         for w, row in zip(weight, codes.codes, strict=True):
             assert all(len(row[w == value].unique()) == 1 for value in w.unique())
 

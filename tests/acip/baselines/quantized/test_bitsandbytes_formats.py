@@ -18,20 +18,20 @@ def weight(shape: tuple[int, ...]) -> Tensor:
 def test_int8_equals_bitsandbytes(shape: tuple[int, int]) -> None:
     W = weight(shape)
     codes, absmax, _ = bnb.int8_vectorwise_quant(W.half())
-    torch.testing.assert_close(formats.int8(W).weight_MN, bnb.int8_vectorwise_dequant(codes, absmax))
+    torch.testing.assert_close(formats.int8(W).weight, bnb.int8_vectorwise_dequant(codes, absmax))
 
 
 @pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_nf4_equals_bitsandbytes(shape: tuple[int, int], block: int) -> None:
     W = weight(shape)
-    torch.testing.assert_close(formats.nf4(W, block, double_quantization=False).weight_MN, nf4_of_bitsandbytes(W, block, False))
+    torch.testing.assert_close(formats.nf4(W, block, double_quantization=False).weight, nf4_of_bitsandbytes(W, block, False))
 
 
 def test_double_quantization_equals_bitsandbytes_and_is_nearest() -> None:
     """On a CPU, bitsandbytes codes a few scales per thousand with a level next to the nearest one."""
     W = weight((1300, 576))
-    ours, theirs = formats.nf4(W).weight_MN, nf4_of_bitsandbytes(W, 64, True)
+    ours, theirs = formats.nf4(W).weight, nf4_of_bitsandbytes(W, 64, True)
     same = torch.isclose(ours, theirs, rtol=1e-5, atol=0).view(-1, 64).all(1)
     assert same.float().mean() > 0.99
     absmax = W.view(-1, 64).abs().amax(1)
@@ -59,5 +59,5 @@ def test_bytes_are_exact() -> None:
 
 def test_zeros_stay_zeros() -> None:
     W = torch.zeros(2, 64)
-    assert not formats.int8(W).weight_MN.any()
-    assert not formats.nf4(W).weight_MN.any()
+    assert not formats.int8(W).weight.any()
+    assert not formats.nf4(W).weight.any()

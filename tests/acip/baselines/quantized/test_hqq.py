@@ -60,15 +60,15 @@ def test_bytes_are_codes_scales_and_zeros(bits: int, expected: int) -> None:
 def test_padding_of_the_last_group_is_stored_but_not_returned() -> None:
     weight_MN = heavy_tailed(10, 130)
     coded = hqq.hqq(weight_MN, 4)
-    assert coded.weight_MN.shape == (10, 130)
+    assert coded.weight.shape == (10, 130)
     assert coded.bytes == 10 * 3 * (32 + 4)
-    torch.testing.assert_close(coded.weight_MN[:, 128:], weight_MN[:, 128:], atol=5e-3, rtol=0)  # the padding does not widen the range
+    torch.testing.assert_close(coded.weight[:, 128:], weight_MN[:, 128:], atol=5e-3, rtol=0)  # the padding does not widen the range
 
 
 @pytest.mark.parametrize("bits", hqq.BITS)
 def test_a_group_has_at_most_two_to_the_bits_values(bits: int) -> None:
     coded = hqq.hqq(heavy_tailed(8, 256), bits, group=128)
-    assert all(len(group.unique()) <= 2**bits for group in coded.weight_MN.reshape(-1, 128))
+    assert all(len(group.unique()) <= 2**bits for group in coded.weight.reshape(-1, 128))
 
 
 def test_groups_lie_along_the_input_dimension() -> None:
@@ -76,7 +76,7 @@ def test_groups_lie_along_the_input_dimension() -> None:
     weight_MN = heavy_tailed(4, 192)
     changed_MN = weight_MN.clone()
     changed_MN[2, 70] = 5.0
-    differs_MN = hqq.hqq(weight_MN, 4).weight_MN != hqq.hqq(changed_MN, 4).weight_MN
+    differs_MN = hqq.hqq(weight_MN, 4).weight != hqq.hqq(changed_MN, 4).weight
     assert differs_MN[2, 64:128].any()
     differs_MN[2, 64:128] = False
     assert not differs_MN.any()
@@ -84,18 +84,18 @@ def test_groups_lie_along_the_input_dimension() -> None:
 
 def test_more_bits_lower_the_error() -> None:
     weight_MN = heavy_tailed(32, 128)
-    errors = [(hqq.hqq(weight_MN, bits).weight_MN - weight_MN).norm() for bits in hqq.BITS]
+    errors = [(hqq.hqq(weight_MN, bits).weight - weight_MN).norm() for bits in hqq.BITS]
     assert all(more < fewer for fewer, more in pairwise(errors))
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-7, -0.3, 1000.0, -1000.0])
 def test_constant_groups_are_finite_and_close(value: float) -> None:
     weight_MN = torch.full((2, 64), value)
-    torch.testing.assert_close(hqq.hqq(weight_MN, 2).weight_MN, weight_MN, rtol=2e-3, atol=hqq.MIN_SCALE)
+    torch.testing.assert_close(hqq.hqq(weight_MN, 2).weight, weight_MN, rtol=2e-3, atol=hqq.MIN_SCALE)
 
 
 def test_weights_in_16_bit_give_float32() -> None:
-    assert hqq.hqq(heavy_tailed(4, 64).bfloat16(), 4).weight_MN.dtype == torch.float32
+    assert hqq.hqq(heavy_tailed(4, 64).bfloat16(), 4).weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("bits", "group"), [(5, 64), (0, 64), (4, 0)])
