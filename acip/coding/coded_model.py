@@ -56,16 +56,18 @@ def code_model(
     """
     if not rates or any(not 0 < rate <= 8 for rate in rates) or list(rates) != sorted(set(rates)):
         raise RecipeError(f"rates are {list(rates)}; they must be at least one number, rising, above 0 and at most 8 bits per weight.")
-    metrics = {name: damped(statistics[name].metric) for name in linears}
-    rows = {name: RowScales.of(weight_MN(layer), metrics[name], statistics[name].importance) for name, layer in linears.items()}
+    rows = {
+        name: RowScales.of(weight_MN(layer), damped(statistics[name].metric), statistics[name].importance)
+        for name, layer in linears.items()
+    }
     scales = [scale_for(rows, rate) for rate in rates]
     versions: dict[str, list[PackedCodes]] = {}
     measured: dict[str, list[Version]] = {}
     for done, (name, layer) in enumerate(linears.items()):
-        W_MN, importance_M = weight_MN(layer).float(), statistics[name].importance
-        coded = code_versions(W_MN, metrics[name], [rows[name].at(scale) for scale in scales])
+        W_MN, metric_NN, importance_M = weight_MN(layer).float(), damped(statistics[name].metric), statistics[name].importance
+        coded = code_versions(W_MN, metric_NN, [rows[name].at(scale) for scale in scales])
         versions[name] = [codes.pack() for codes in coded]
-        losses = [0.5 * float(importance_M @ row_errors(W_MN, codes.decode(), metrics[name])) for codes in coded]
+        losses = [0.5 * float(importance_M @ row_errors(W_MN, codes.decode(), metric_NN)) for codes in coded]
         measured[name] = [Version(packed.bytes, loss) for packed, loss in zip(versions[name], losses, strict=True)]
         progress(done + 1, len(linears))
     return CodedModel(versions, ByteOrder(measured))
