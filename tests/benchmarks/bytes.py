@@ -55,11 +55,10 @@ class Subject:
     model: Any
     train: Tensor  # [n, T]
     heldout: dict[str, Tensor]  # by domain; KL is measured on the first
-    group: int = 64
 
     def __post_init__(self) -> None:
         self.model.requires_grad_(False)
-        self.linears = find_linears(self.model)
+        self.linears: dict[str, Any] = dict(find_linears(self.model))
         self.weights = {name: layer.weight.detach().clone() for name, layer in self.linears.items()}
         coded = sum(weight.numel() for weight in self.weights.values())
         tensors = {id(each): each for each in self.model.parameters()}
@@ -238,7 +237,7 @@ def main() -> int:
         print(line(row, subject), flush=True)
         if args.out:
             write(args.out, subject, base, rows, [])
-    budgets = [
+    budgets: list[dict[str, Any]] = [
         {"title": "ours", "asked": share, **at_bytes(subject, coded, int(share * subject.base_bytes) - subject.rest_bytes)}
         for share in BUDGETS
         if share * subject.base_bytes - subject.rest_bytes >= coded.order.totals[0]
@@ -248,14 +247,14 @@ def main() -> int:
         print(line(row, subject))
     if args.out:
         write(args.out, subject, base, rows, budgets)
-    failures = []
+    failures: list[float] = []
     if not args.quick:
         for share, (rival, bound) in GOALS.items():
-            kl = next(row["kl"] for row in budgets if row["asked"] == share)
+            kl: float = next(row["kl"] for row in budgets if row["asked"] == share)
             limit = bound * next((row["kl"] for row in rows if row["title"] == rival), 1.0)
             print(f"goal at {share:.0%}: KL {kl:.4f}, at most {limit:.4f}{f' = {bound:g} x {rival}' if rival else ''}")
             failures += [share] if kl > limit else []
-    ratios = {row["title"]: row["ours"]["kl"] / row["kl"] for row in rows if "ours" in row}
+    ratios: dict[str, float] = {row["title"]: row["ours"]["kl"] / row["kl"] for row in rows if "ours" in row}
     worst = max(ratios, key=lambda title: ratios[title])
     print(f"at equal bytes, ours has at most {ratios[worst]:.2f} x the KL divergence of any other row ({worst})")
     return int(args.check and (ratios[worst] > 1 or bool(failures)))

@@ -32,10 +32,10 @@ def rotate(model: Any, seed: int = 0) -> None:
     hidden = model.config.hidden_size
     Q_HH = torch.linalg.qr(torch.randn(hidden, hidden, generator=generator, dtype=torch.float64))[0]
 
-    def set_weight(layer: nn.Module, weight: Tensor) -> None:
+    def set_weight(layer: Any, weight: Tensor) -> None:
         layer.weight.data = weight.bfloat16().to(layer.weight.dtype)
 
-    def folded(norm: nn.Module) -> Tensor:
+    def folded(norm: Any) -> Tensor:
         weight_H = norm.weight.double().clone()
         norm.weight.data.fill_(1)
         return weight_H

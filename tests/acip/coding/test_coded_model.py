@@ -26,7 +26,7 @@ class Subject:
     """The trained Llama of golden/, its layers, and their codes."""
 
     model: Any
-    linears: dict[str, nn.Module]
+    linears: dict[str, Any]
     statistics: dict[str, LayerStatistics]
     coded: CodedModel
     windows: Tensor  # held-out

@@ -38,9 +38,14 @@ def entropy(codes: Tensor) -> float:
     return float(-(shares * shares.log2()).sum())
 
 
+def shape_of(codes: Tensor) -> tuple[int, int]:
+    M, N = codes.shape
+    return M, N
+
+
 @fuzz(matrices())
 def test_codes_survive_compression(codes: Tensor) -> None:
-    decoded = decompress(compress(codes), tuple(codes.shape))
+    decoded = decompress(compress(codes), shape_of(codes))
     assert decoded.dtype == torch.int8
     assert torch.equal(decoded, codes)
 
@@ -48,7 +53,7 @@ def test_codes_survive_compression(codes: Tensor) -> None:
 @fuzz(matrices())
 def test_transposed_codes_survive_compression(codes: Tensor) -> None:
     """A matrix that is not contiguous is stored in the order of its rows."""
-    assert torch.equal(decompress(compress(codes.T), tuple(codes.T.shape)), codes.T)
+    assert torch.equal(decompress(compress(codes.T), shape_of(codes.T)), codes.T)
 
 
 @fuzz(matrices(), st.floats(1e-6, 1e3))
@@ -92,7 +97,7 @@ def test_damaged_streams_raise_or_keep_the_shape(codes: Tensor, data: st.DataObj
     position = data.draw(st.integers(0, 8 * len(stream) - 1))
     stream[position // 8] ^= 1 << position % 8
     try:
-        decoded = decompress(bytes(stream), tuple(codes.shape))
+        decoded = decompress(bytes(stream), shape_of(codes))
     except ArtifactError:
         return
     assert decoded.shape == codes.shape
@@ -111,13 +116,13 @@ def test_truncated_streams_raise(codes: Tensor, data: st.DataObject) -> None:
     stream = compress(codes)
     kept = data.draw(st.integers(0, len(stream) - 1))
     with pytest.raises(ArtifactError, match="Fetch the artifact again"):
-        decompress(stream[:kept], tuple(codes.shape))
+        decompress(stream[:kept], shape_of(codes))
 
 
 @fuzz(matrices(), st.binary(min_size=1, max_size=20))
 def test_extended_streams_raise(codes: Tensor, more: bytes) -> None:
     with pytest.raises(ArtifactError, match="does not hold the"):
-        decompress(compress(codes) + more, tuple(codes.shape))
+        decompress(compress(codes) + more, shape_of(codes))
 
 
 @fuzz(matrices(), st.integers(1, 24), st.integers(1, 24))

@@ -115,7 +115,7 @@ def predicted(statistics: LayerStatistics, change_MN: Tensor) -> float:
 def measured(model: Any, changes: dict[str, Tensor], windows: Tensor) -> float:
     """Return the KL divergence in nats per token after the changes. The model is restored afterwards."""
     before = model(input_ids=windows).logits.double().log_softmax(-1)
-    linears = find_linears(model)
+    linears: dict[str, Any] = dict(find_linears(model))
     copies = {name: linears[name].weight.clone() for name in changes}
     for name, change in changes.items():
         linears[name].weight += change
@@ -125,7 +125,7 @@ def measured(model: Any, changes: dict[str, Tensor], windows: Tensor) -> float:
     return float((before.exp() * (before - after)).sum(-1).mean())
 
 
-def random_change(layer: nn.Module, share: float, seed: int) -> Tensor:
+def random_change(layer: Any, share: float, seed: int) -> Tensor:
     weight = layer.weight
     return share * weight.norm() / weight.numel() ** 0.5 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
 
