@@ -80,7 +80,9 @@ class BasisCache:
         names = sorted(keys)
         with ExitStack() as stack:
             if not self._all(names):
-                with suppress(OSError, NotImplementedError):  # the folder cannot be written or locked: every process computes the bases
+                # If the folder cannot be written or locked, every process computes the bases. Some versions of filelock raise
+                # NotImplementedError for a file system without locks.
+                with suppress(OSError, NotImplementedError):
                     self.folder.mkdir(parents=True, exist_ok=True)
                     path = self.folder / f"{hashlib.sha256(repr(names).encode()).hexdigest()}.lock"
                     lock = stack.enter_context(FileLock(path))
