@@ -6,6 +6,7 @@
     codes.py              codes in memory (8 bits) and on disk (Huffman codes)
     byte_order.py         which layer is read in which version, for any number of bytes
     coded_model.py        all of it, for a whole model
+    coded_linear.py       a layer that computes with its codes
 
 A layer is coded in several versions, from coarse to fine. One order over all layers and versions, by saved loss per byte, gives the
 best model for every number of bytes.

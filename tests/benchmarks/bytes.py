@@ -31,9 +31,9 @@ from transformers import AutoModelForCausalLM
 
 from acip.base import load_base
 from acip.baselines.quantized import any_precision, bitsandbytes_formats, bitstack, gptq, hqq
+from acip.baselines.quantized.coded_weight import CodedWeight
 from acip.calibration.activation_covariance import activation_covariances
 from acip.coding.coded_model import CodedModel, code_model
-from acip.coding.coded_weight import CodedWeight
 from acip.coding.statistics import layer_statistics
 from acip.data import documents, token_windows
 from acip.evaluate.heldout_text import Text

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from acip.coding.coded_weight import CodedWeight
+from acip.baselines.quantized.coded_weight import CodedWeight
 from acip.errors import CalibrationError, RecipeError
 
 CHUNK = 2**18  # numbers coded at a time: the temporaries fit in a CPU's cache

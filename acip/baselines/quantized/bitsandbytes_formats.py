@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from acip.coding.coded_weight import CodedWeight
+from acip.baselines.quantized.coded_weight import CodedWeight
 from acip.modeling_acip import LEVELS
 
 SCALES_PER_BLOCK = 256  # scales that share a float32 in double quantization

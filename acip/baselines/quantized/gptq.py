@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from acip.coding.coded_weight import CodedWeight
+from acip.baselines.quantized.coded_weight import CodedWeight
 
 
 @torch.no_grad()

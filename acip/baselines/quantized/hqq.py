@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acip.coding.coded_weight import CodedWeight
+from acip.baselines.quantized.coded_weight import CodedWeight
 from acip.errors import RecipeError
 
 BITS = (2, 3, 4, 8)
