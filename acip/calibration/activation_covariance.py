@@ -30,7 +30,7 @@ def feed_tokens(model: nn.Module, ids_BT: Tensor) -> None:
 
 
 def of_outputs(layer: nn.Module, inputs_only: bool = False) -> bool:
-    """Return whether the second moment of a layer is that of its outputs: they are fewer than its inputs, and there is no bias."""
+    """Return whether the second moment of a layer's outputs is used: the layer has fewer outputs than inputs, and no bias."""
     M, N = weight_MN(layer).shape
     return not inputs_only and M < N and getattr(layer, "bias", None) is None
 
