@@ -293,7 +293,8 @@ class CutTable:
         if n == len(sums):
             name = budget.convention if budget.ratio is not None else budget.kind
             least = self._smallest(budget, int(sums[-1]) + constant, scale)
-            raise BudgetError(f"size {budget.asked!r} ({name}) can't be reached: the smallest is {least}.")
+            only = "" if len(self.order) else " This artifact holds codes only (code: bits): give a budget of bytes."
+            raise BudgetError(f"size {budget.asked!r} ({name}) can't be reached: the smallest is {least}.{only}")
         return n, got(n)
 
     def _amount(self, budget: Budget) -> tuple[Tensor, int, int]:
