@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +119,8 @@ class TensorFile:
             spans.append((name, first, end))
             ranges.append(entry.stored_range(first, end))
         contents = self.source.read(self.file, ranges)
-        return [self._tensor(name, first, last, content) for (name, first, last), content in zip(spans, contents, strict=True)]
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # zlib and hashlib run in parallel
+            return list(pool.map(lambda span, content: self._tensor(*span, content), spans, contents))
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Return whole tensors by name."""

@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import re
 import struct
 import zlib
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
