@@ -4,7 +4,6 @@
     Artifact.save_coded(folder, base, recipe, codes, ...)    write one that holds codes only
     artifact = Artifact.open(folder)                         check it (manifest.py, reader.py)
     artifact.load(size=0.6)                                  an ElasticModel; reads only the bytes that the size needs (loading.py)
-    artifact.load_bytes(limit_bytes)                         a model with coded layers, of any number of bytes (coded_loading.py)
     artifact.record_curve(rows)                              store a measured trade-off curve
 
 ARTIFACT.md specifies the format.
@@ -16,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from acip.artifact import coded_loading, manifest, writer
+from acip.artifact import manifest, writer
 from acip.artifact.codes_file import open_codes
 from acip.artifact.loading import ModelLoader
 from acip.artifact.reader import ArtifactReader
@@ -40,7 +38,7 @@ class Artifact(ArtifactReader):
     ) -> "Artifact":
         """Write a calibrated model to `folder`, and open it. Files of an earlier, interrupted attempt are overwritten.
 
-        `codes` are coded versions of the target layers of the base model. `load_bytes` needs them.
+        `codes` are coded versions of the target layers of the base model, for sizes in bytes.
         """
         writer.write_artifact(Path(folder), base, calibration, provenance, codes)
         return cls.open(folder)
@@ -49,7 +47,7 @@ class Artifact(ArtifactReader):
     def save_coded(cls, folder: str | Path, base: Base, recipe: Recipe, codes: CodedModel, provenance: Mapping[str, Any]) -> "Artifact":
         """Write coded versions of the target layers of `base`, and no directions, to `folder`, and open it.
 
-        `recipe.code` is "bits". The only size in ranks is 1.0, the base model; `load_bytes` gives every other size. Files of an earlier,
+        `recipe.code` is "bits". The only size in ranks is 1.0, the base model; all others are budgets of bytes. Files of an earlier,
         interrupted attempt are overwritten. Raise ArtifactError if `codes` are of other layers.
         """
         writer.write_coded(Path(folder), base, recipe, codes, provenance)
@@ -89,7 +87,7 @@ class Artifact(ArtifactReader):
         that it needs are read; a later `resize` to a larger size reads the difference.
         """
         loader = ModelLoader(self, device)
-        any_size = ElasticModel(loader.model(), self.table(), loader.load_missing)
+        any_size = ElasticModel(loader.model(), self.table(), loader.load_size)
         if size is None:
             loader.load_missing(any_size.layers, loader.all_stored_ranks(), dense=True)
         any_size.resize(1.0 if size is None else size)
@@ -101,10 +99,3 @@ class Artifact(ArtifactReader):
         Raise ArtifactError if the artifact has none.
         """
         return open_codes(self)
-
-    def load_bytes(self, limit_bytes: int, device: str | torch.device = "cpu") -> tuple[PreTrainedModel, int]:
-        """Return the best model whose stored bytes are at most `limit_bytes`, and its stored bytes. Only these bytes are read.
-
-        The target layers are coded. If the base model fits, it is returned, bit for bit. Raise BudgetError if no model is as small.
-        """
-        return coded_loading.load_bytes(self, limit_bytes, device)
