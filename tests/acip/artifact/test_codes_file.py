@@ -438,3 +438,25 @@ def test_a_removal_order_without_directions_is_refused(bits_only: tuple[PreTrain
         changed = Artifact.open(of.folder, edited(of, lambda m, code=code: m["recipe"].update(code=code)))  # type: ignore[misc]
         with pytest.raises(ArtifactError, match="removal order does not fit"):
             changed.table()
+
+
+@pytest.mark.parametrize("file", ["dense", "rest", "factors"])
+def test_a_flipped_bit_of_a_lossless_tensor_is_detected_by_its_checksum(wide: Artifact, tmp_path: Path, file: str) -> None:
+    folder = copytree(wide.folder, tmp_path / "copy")
+    content = bytearray((folder / f"{file}.safetensors").read_bytes())
+    entry = max(wide.tensors(file).entries.values(), key=lambda entry: entry.bytes)
+    assert entry.coded is not None
+    content[entry.start] ^= 1  # a mantissa: it decodes to another number
+    (folder / f"{file}.safetensors").write_bytes(content)
+    with pytest.raises(ArtifactError, match="corrupted"):
+        Artifact.open(folder, CountingFolder(folder)).load()
+
+
+def test_directions_are_read_by_the_rows_that_a_size_needs(wide: Artifact) -> None:
+    """Coded chunks of rows are read separately, and give the same model as the whole artifact."""
+    counted = CountingFolder(wide.folder)
+    small = Artifact.open(wide.folder, counted).load(size=0.3)
+    assert counted.fetched < 0.6 * wide.tensors("factors").data_bytes + wide.tensors("rest").data_bytes
+    whole = wide.load()
+    whole.resize(0.3)
+    assert torch.equal(logits(small.model, IDS), logits(whole.model, IDS))
