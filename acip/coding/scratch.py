@@ -1,0 +1,62 @@
+"""A temporary file for what does not have to stay in memory: statistics of layers, and finished codes."""
+
+import mmap
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from acip.errors import CalibrationError
+
+
+class Scratch:
+    """A temporary file in `folder`. It has no name, so the operating system frees it when the process ends, even if it is killed.
+
+    What is added to it is read through memory mappings: its pages are in memory only while there is room for them. Mappings stay valid
+    after this object is gone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.end = 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def add(self, parts: Sequence[bytes | memoryview]) -> list[memoryview]:
+        """Append `parts` and return them as mapped parts of the file. Raises CalibrationError if the file cannot be written."""
+        sizes = [len(part) for part in parts]
+        total = sum(sizes)
+        if not total:
+            return [memoryview(b"") for _ in parts]
+        try:
+            self.file.seek(self.end)
+            for part in parts:
+                self.file.write(part)
+            self.file.flush()
+            mapped = memoryview(mmap.mmap(self.file.fileno(), total, offset=self.end))
+        except OSError as error:
+            raise self._failed(error, total) from error
+        self.end += -(-total // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY  # where a mapping may begin
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return [mapped[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+    def add_tensors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Append tensors, and return them as mapped tensors on the CPU."""
+        on_cpu = [tensor.detach().cpu().contiguous() for tensor in tensors]
+        mapped = self.add([memoryview(tensor.view(-1).view(torch.uint8).numpy()) for tensor in on_cpu])
+        return [
+            torch.frombuffer(part, dtype=tensor.dtype).view(tensor.shape) if tensor.numel() else tensor
+            for part, tensor in zip(mapped, on_cpu, strict=True)
+        ]
+
+    def _failed(self, error: OSError, more: int = 0) -> CalibrationError:
+        size = f" of {(self.end + more) / 1e9:.2f} GB" if more else ""
+        return CalibrationError(
+            f"a temporary file{size} cannot be written in {self.folder}: {error.strerror}. "
+            "Free space on its disk, or set ACIP_HOME to a folder on a larger one."
+        )
