@@ -67,15 +67,11 @@ def layer_statistics(
     windows; None = draw them with `seed`. Raises CalibrationError if the loss does not depend on a layer.
     """
     sums = {name: _Sums(layer) for name, layer in linears.items()}
-    device = next(model.parameters()).device
     drawn = drawn or DrawnTokens(seed)
     hooks = hooked(layer.register_forward_hook(sums[name].hook) for name, layer in linears.items())
     with frozen(model), hooks, torch.enable_grad():
         for done, window in enumerate(windows):
-            logits_SV = model(input_ids=window[None].long().to(device)).logits[0].float()
-            loss = F.cross_entropy(logits_SV, drawn.of(done, logits_SV), reduction="sum")
-            if loss.requires_grad:  # false if no layer was called
-                loss.backward()
+            _differentiate(model, window, lambda logits_SV, done=done: drawn.of(done, logits_SV))
             progress(done + 1, len(windows))
     if unreached := [name for name, each in sums.items() if not each.reached]:
         raise CalibrationError(
@@ -83,6 +79,15 @@ def layer_statistics(
             "Add a part of their names to exclude."
         )
     return {name: each.statistics(windows.numel()) for name, each in sums.items()}
+
+
+def _differentiate(model: nn.Module, window: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
+    """Run the backward pass of one window. On return, nothing of it is in memory."""
+    device = next(model.parameters()).device
+    logits_SV = model(input_ids=window[None].long().to(device)).logits[0].float()
+    loss = F.cross_entropy(logits_SV, draw(logits_SV), reduction="sum")
+    if loss.requires_grad:  # false if no layer was called
+        loss.backward()
 
 
 @contextmanager
