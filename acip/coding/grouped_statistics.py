@@ -44,7 +44,7 @@ def grouped_statistics(
 ) -> dict[str, LayerStatistics]:
     """Return what `layer_statistics` returns, with at most `limit` bytes of statistics in memory.
 
-    If they all fit, they stay in the memory of the model's device after one pass. Otherwise they are in the file `scratch`, and on the CPU.
+    If they all fit, they stay in the memory of the model's device after one pass. Otherwise the metrics are in the file `scratch`.
     The drawn tokens are those of one pass. Raises CalibrationError if the loss does not depend on a layer, or if the file cannot be
     written.
     """
@@ -58,5 +58,5 @@ def grouped_statistics(
             return gathered
         for name in part:  # one by one, so that the memory of a layer is free before the next is copied
             each = gathered.pop(name)
-            statistics[name] = LayerStatistics(*scratch.add_tensors([each.metric, each.importance]))
+            statistics[name] = LayerStatistics(scratch.add_tensor(each.metric), each.importance.cpu())
     return statistics

@@ -45,14 +45,10 @@ class Scratch:
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return [mapped[start : start + size] for start, size in zip(starts, sizes, strict=True)]
 
-    def add_tensors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Append tensors, and return them as mapped tensors on the CPU."""
-        on_cpu = [tensor.detach().cpu().contiguous() for tensor in tensors]
-        mapped = self.add([memoryview(tensor.view(-1).view(torch.uint8).numpy()) for tensor in on_cpu])
-        return [
-            torch.frombuffer(part, dtype=tensor.dtype).view(tensor.shape) if tensor.numel() else tensor
-            for part, tensor in zip(mapped, on_cpu, strict=True)
-        ]
+    def add_tensor(self, tensor: Tensor) -> Tensor:
+        """Append a tensor that is not empty, and return it as a mapped tensor on the CPU."""
+        (mapped,) = self.add([memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())])
+        return torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape)
 
     def _failed(self, error: OSError, more: int = 0) -> CalibrationError:
         size = f" of {(self.end + more) / 1e9:.2f} GB" if more else ""
