@@ -76,7 +76,7 @@ class Recipe:
     storage: Storage = "pivot"  # storage form of a compressed layer, which sets the cost of a rank; see acip.sizing.cut_table
     dense_if_no_saving: bool = True  # a layer that saves nothing becomes the original one, without adapter (D.3)
     # ranks: the artifact holds ranks only; both: coded versions of the layers, too, for models of any number of bytes (acip.coding, ours),
-    # which take 2.2 times the bytes of the layers in 16 bit, and need the Fisher statistics of all layers in memory
+    # which take 2.2 times the bytes of the layers in 16 bit
     code: Code = "ranks"
 
     def __post_init__(self) -> None:
