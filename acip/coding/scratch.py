@@ -3,6 +3,7 @@
 import mmap
 import tempfile
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -42,8 +43,7 @@ class Scratch:
         except OSError as error:
             raise self._failed(error, total) from error
         self.end += -(-total // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY  # where a mapping may begin
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        return [mapped[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+        return [mapped[end - size : end] for end, size in zip(accumulate(sizes), sizes, strict=True)]
 
     def add_tensor(self, tensor: Tensor) -> Tensor:
         """Append a tensor that is not empty, and return it as a mapped tensor on the CPU."""
