@@ -1,5 +1,7 @@
 """Statistics that are gathered in groups of layers equal those of one pass, and take at most the given memory."""
 
+import resource
+import signal
 from itertools import pairwise
 from pathlib import Path
 
@@ -86,6 +88,31 @@ class TestScratch:
         del scratch
         assert [[bytes(part) for part in some] for some in mapped] == [parts, [], [b""], [b"later"]]
         assert all(torch.equal(read, tensor) for read, tensor in zip(mapped_tensors, tensors, strict=True))
+
+    def test_contents_fill_several_segments(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("acip.coding.scratch.SEGMENT", 4096)
+        scratch = Scratch(tmp_path)
+        contents = [[bytes([i]) * (700 * i), bytes([i]) * 3] for i in range(20)]
+        mapped = [scratch.add(parts) for parts in contents]
+        assert [[bytes(part) for part in parts] for parts in mapped] == contents
+
+    def test_many_contents_need_few_open_files(self, tmp_path: Path) -> None:
+        """A mapping takes an open file, of which a process may have 1024 only."""
+        scratch = Scratch(tmp_path)
+        mapped = [scratch.add([i.to_bytes(4, "little")]) for i in range(5000)]
+        assert [int.from_bytes(part, "little") for (part,) in mapped] == list(range(5000))
+
+    def test_a_full_disk_is_reported(self, tmp_path: Path) -> None:
+        """The process may write 1 MB to a file; the operating system's error is that of a file that is too large."""
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
+        try:
+            with pytest.raises(CalibrationError, match=r"a temporary file of 0.01 GB cannot be written in .*: File too large"):
+                Scratch(tmp_path).add([bytes(10**7)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
 
     def test_a_transposed_tensor_keeps_its_values(self, tmp_path: Path) -> None:
         tensor: Tensor = torch.arange(12.0).view(3, 4).T
