@@ -52,7 +52,7 @@ class Scratch:
 
     def add_tensor(self, tensor: Tensor) -> Tensor:
         """Append a tensor that is not empty, and return it as a mapped tensor on the CPU."""
-        (mapped,) = self.add([memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())])
+        (mapped,) = self.add([tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data])
         return torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape)
 
     def _map(self, size: int) -> None:
