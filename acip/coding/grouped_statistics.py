@@ -50,10 +50,13 @@ def grouped_statistics(
     """
     parts = groups(linears, limit)
     drawn, statistics = DrawnTokens(seed), dict[str, LayerStatistics]()
-    for i, part in enumerate(parts):
-        gathered = layer_statistics(
-            model, part, windows, progress=lambda done, total, i=i: progress(i * total + done, len(parts) * total), drawn=drawn
-        )
+    passes = 0  # finished
+
+    def within_pass(done: int, total: int) -> None:
+        progress(passes * total + done, len(parts) * total)
+
+    for passes, part in enumerate(parts):
+        gathered = layer_statistics(model, part, windows, progress=within_pass, drawn=drawn)
         if len(parts) == 1:
             return gathered
         for name in part:  # one by one, so that the memory of a layer is free before the next is copied

@@ -20,6 +20,7 @@ Legend: M = out features, N = in features, S = tokens.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def layer_statistics(
     hooks = hooked(layer.register_forward_hook(sums[name].hook) for name, layer in linears.items())
     with frozen(model), hooks, torch.enable_grad():
         for done, window in enumerate(windows):
-            _differentiate(model, window, lambda logits_SV, done=done: drawn.of(done, logits_SV))
+            _differentiate(model, window, partial(drawn.of, done))
             progress(done + 1, len(windows))
     if unreached := [name for name, each in sums.items() if not each.reached]:
         raise CalibrationError(

@@ -2,6 +2,7 @@
 
 import resource
 import signal
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from acip.coding.grouped_statistics import grouped_statistics, groups
 from acip.coding.scratch import Scratch
 from acip.coding.statistics import DrawnTokens, layer_statistics
 from acip.errors import CalibrationError
-from acip.layers.targets import find_linears
+from acip.layers.targets import find_linears, weight_MN
 from tests.acip.layers.test_architectures import GROUPED, random_model
 
 WINDOWS = torch.randint(3, 256, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -26,8 +27,8 @@ def llama() -> nn.Module:
     return random_model(LlamaConfig(**GROUPED)).requires_grad_(False)
 
 
-def bytes_of(linears: dict[str, nn.Module]) -> int:
-    return sum(statistics_bytes(layer.out_features, layer.in_features) for layer in linears.values())  # type: ignore[arg-type]
+def bytes_of(linears: Mapping[str, nn.Module]) -> int:
+    return sum(statistics_bytes(*weight_MN(layer).shape) for layer in linears.values())
 
 
 def test_groups_are_the_fewest_of_consecutive_layers_within_the_limit() -> None:
