@@ -7,6 +7,7 @@ begins after the last pass. The temporary file makes one pass per group enough.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -50,13 +51,12 @@ def grouped_statistics(
     """
     parts = groups(linears, limit)
     drawn, statistics = DrawnTokens(seed), dict[str, LayerStatistics]()
-    passes = 0  # finished
 
-    def within_pass(done: int, total: int) -> None:
+    def within(passes: int, done: int, total: int) -> None:
         progress(passes * total + done, len(parts) * total)
 
-    for passes, part in enumerate(parts):
-        gathered = layer_statistics(model, part, windows, progress=within_pass, drawn=drawn)
+    for i, part in enumerate(parts):
+        gathered = layer_statistics(model, part, windows, progress=partial(within, i), drawn=drawn)
         if len(parts) == 1:
             return gathered
         for name in part:  # one by one, so that the memory of a layer is free before the next is copied
