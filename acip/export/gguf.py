@@ -33,7 +33,7 @@ from acip.data import start_tokens
 from acip.errors import ArtifactError, BudgetError
 from acip.export.card import gguf_card
 from acip.export.folder import SCHEMA, check_target, public, replaced, versions, write_provenance
-from acip.export.ggml_types import EXACT, TYPES, dequantized, exactly, fits, llama_cpp, quantized, stored_bytes
+from acip.export.ggml_types import EXACT, TYPES, dequantized, exactly, load_llama_cpp, quantized, stored_bytes
 from acip.layers.targets import find_linears, hooked
 
 FILE = "model.gguf"
@@ -45,7 +45,8 @@ ARCHITECTURES = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
 ROPES = ("default", "linear", "llama3")
-PRE_TOKENIZERS = ("llama-bpe", "qwen2", "smollm", "gpt-2", "llama4", "deepseek-llm", "tekken", "stablelm2", "falcon", "starcoder", "refact")
+# in the order in which they are tried: the kinds that split more finely come first
+PRE_TOKENIZERS = ("qwen2", "llama-bpe", "smollm", "gpt-2", "llama4", "deepseek-llm", "tekken", "stablelm2", "falcon", "starcoder", "refact")
 SAMPLE = (
     "Hello, world! It's 2024: don't\n\n\n  stop\t\t at 3 33 333 3333 33333.5 items...  \r\n"
     "\u00dcber \u4f60\u597d\u4e16\u754c \u041f\u0440\u0438\u0432\u0435\u0442 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \U0001f680 "
@@ -76,7 +77,7 @@ def export_gguf(
     """
     folder = check_target(folder)
     check_model(artifact.config)
-    llama_cpp()
+    load_llama_cpp()
     model = artifact.load().materialize()
     tensors = weights_of(model)
     file = GGUFFile(model.config, artifact.tokenizer(), tensors)
@@ -146,8 +147,15 @@ def weight_statistics(
 
 
 def candidates(weight: Tensor) -> list[GGMLType]:
-    """Return the types of a weight matrix: those that its rows fit in, and the exact one."""
-    return [each for each in (*TYPES, EXACT[weight.dtype]) if fits(each, weight.shape[1])]
+    """Return the types of a weight matrix, from the fewest bytes to the exact one.
+
+    Raise ArtifactError if its rows fit in no blocks.
+    """
+    columns = weight.shape[1]
+    of_rows = [types for size, types in TYPES.items() if columns % size == 0]
+    if not of_rows:
+        raise ArtifactError(f"a GGUF file can't be written: rows of {columns} numbers are not a multiple of {min(TYPES)}.")
+    return [*of_rows[0], EXACT[weight.dtype]]
 
 
 def losses(
@@ -356,7 +364,7 @@ class GGUFFile:
                 for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_ti_data_to_file):
                     step()
                 writer.close()
-                model = llama_cpp().Llama(str(path), vocab_only=True, verbose=False)
+                model = load_llama_cpp().Llama(str(path), vocab_only=True, verbose=False)
                 if model.tokenize(SAMPLE.encode(), add_bos=False, special=True) == expected:
                     return name
         raise ArtifactError(

@@ -18,7 +18,6 @@ import argparse
 import ctypes
 import json
 import os
-import pickle
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -38,7 +37,7 @@ from acip.calibration.activation_covariance import activation_covariances
 from acip.coding.coded_model import CodedModel, code_model
 from acip.coding.error_feedback import damped
 from acip.coding.statistics import LayerStatistics
-from acip.export.ggml_types import dequantized, llama_cpp, quantized
+from acip.export.ggml_types import dequantized, load_llama_cpp, quantized
 from acip.export.gguf import EXACT, GGUFFile, losses, plan, weight_statistics, weights_of
 from tests.benchmarks.bytes import Subject, small, smollm2
 from tests.support.small import byte_tokenizer
@@ -63,7 +62,7 @@ class Files:
 
     def mix(self, name: str, squares: Mapping[str, np.ndarray[Any, Any]]) -> Path:
         """Return the model as llama.cpp quantizes it. `squares` [N] are the mean squares of each layer's inputs."""
-        llama = llama_cpp().llama_cpp
+        llama = load_llama_cpp().llama_cpp
         entries = [(self.file.names[f"{layer}.weight"].encode(), np.ascontiguousarray(each, np.float32)) for layer, each in squares.items()]
         matrix = (llama.llama_model_imatrix_data * (len(entries) + 1))(
             *((name, data.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), len(data)) for name, data in entries)
