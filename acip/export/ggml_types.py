@@ -51,7 +51,7 @@ TYPES = {  # by the numbers that rows are a multiple of
     32: tuple(GGMLType[name] for name in ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0")),
 }
 SWEEPS = 1
-INSTALL = "pip install llama-cpp-python (it compiles llama.cpp: cmake and a C++ compiler are needed)"
+INSTALL = "pip install 'acip[gguf]' (it compiles llama.cpp, which needs a C++ compiler)"
 
 
 def load_llama_cpp() -> Any:
@@ -59,7 +59,7 @@ def load_llama_cpp() -> Any:
     try:
         import llama_cpp
     except ImportError as error:
-        raise ArtifactError(f"GGUF files need llama.cpp's quantizer: {INSTALL}.") from error
+        raise ArtifactError(f"GGUF files need llama.cpp: {INSTALL}.") from error
     return llama_cpp
 
 

@@ -1,6 +1,6 @@
 """Export a number of bytes as a GGUF file for llama.cpp: each weight in the type that saves the most loss per byte.
 
-    statistics of inputs and gradients -> loss of each weight in each type -> one order (acip.coding.byte_order) -> the file
+    statistics of inputs and gradients -> loss of each weight in each type -> one order (acip.sizing.byte_order) -> the file
 
 model.gguf         the whole file has at most the requested bytes
 README.md          the model card
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from acip.artifact.artifact import Artifact
-from acip.coding.byte_order import ByteOrder, Version
 from acip.coding.error_feedback import damped, row_errors
 from acip.coding.statistics import LayerStatistics, layer_statistics
 from acip.data import start_tokens
@@ -35,6 +34,7 @@ from acip.export.card import gguf_card
 from acip.export.folder import SCHEMA, check_target, public, replaced, versions, write_provenance
 from acip.export.ggml_types import EXACT, TYPES, dequantized, exactly, load_llama_cpp, quantized, stored_bytes
 from acip.layers.targets import find_linears, hooked
+from acip.sizing.byte_order import ByteOrder, Version
 
 FILE = "model.gguf"
 SENTENCEPIECE = "sentencepiece"
@@ -158,6 +158,17 @@ def candidates(weight: Tensor) -> list[GGMLType]:
     return [*of_rows[0], EXACT[weight.dtype]]
 
 
+def version(weight: Tensor, statistics: LayerStatistics, ggml_type: GGMLType) -> tuple[np.ndarray[Any, Any], Version]:
+    """Return a weight matrix as it is stored in a type, with its bytes in the file and its predicted loss."""
+    if ggml_type == EXACT[weight.dtype]:
+        stored, loss = exactly(weight), 0.0
+    else:
+        W_MN, metric_NN = weight.float(), damped(statistics.metric)
+        stored = quantized(W_MN, metric_NN, ggml_type)
+        loss = 0.5 * float(statistics.importance @ row_errors(W_MN, dequantized(stored, ggml_type), metric_NN))
+    return stored, Version(_padded(stored.nbytes), loss)
+
+
 def losses(
     tensors: Mapping[str, Tensor],
     statistics: Mapping[str, LayerStatistics],
@@ -166,14 +177,7 @@ def losses(
     """Return the bytes and the predicted loss of each weight in each of its types."""
     facts: dict[str, dict[GGMLType, Version]] = {}
     for done, (name, each) in enumerate(statistics.items()):
-        W_MN, metric_NN = tensors[name].float(), damped(each.metric)
-        facts[name] = {}
-        for ggml_type in candidates(tensors[name]):
-            loss = 0.0
-            if ggml_type != EXACT[tensors[name].dtype]:
-                V_MN = dequantized(quantized(W_MN, metric_NN, ggml_type), ggml_type)
-                loss = 0.5 * float(each.importance @ row_errors(W_MN, V_MN, metric_NN))
-            facts[name][ggml_type] = Version(_padded(stored_bytes(ggml_type, W_MN.shape)), loss)
+        facts[name] = {ggml_type: version(tensors[name], each, ggml_type)[1] for ggml_type in candidates(tensors[name])}
         progress(done + 1, len(statistics))
     return facts
 
@@ -217,8 +221,8 @@ def check_model(config: PreTrainedConfig) -> None:
     else:
         return
     raise ArtifactError(
-        f"a GGUF file can't be written: {problem}. Supported are {', '.join(ARCHITECTURES)} with positions of the types {', '.join(ROPES)}, "
-        "silu and full attention. For other models, export a transformers folder, and convert it with llama.cpp's convert_hf_to_gguf.py."
+        f"a GGUF file can't be written: {problem}. Supported are {', '.join(ARCHITECTURES)} with silu, full attention, and positions of the "
+        f"types {', '.join(ROPES)}. For others, export a transformers folder, and convert it with llama.cpp's convert_hf_to_gguf.py."
     )
 
 
@@ -254,10 +258,10 @@ class GGUFFile:
             step()
         for name, tensor in self.tensors.items():
             ggml_type = self._type(name, types)
-            if ggml_type in EXACT.values():
-                stored = exactly(tensor if tensor.ndim > 1 else tensor.float())
+            if name in types:
+                stored = version(tensor, statistics[name], ggml_type)[0]
             else:
-                stored = quantized(tensor.float(), damped(statistics[name].metric), ggml_type)
+                stored = exactly(tensor if tensor.ndim > 1 else tensor.float())
             writer.write_tensor_data(self.rows_in_llama_cpp(name, stored))
         if (factors := self._rope_factors()) is not None:
             writer.write_tensor_data(factors)
@@ -368,8 +372,8 @@ class GGUFFile:
                 if model.tokenize(SAMPLE.encode(), add_bos=False, special=True) == expected:
                     return name
         raise ArtifactError(
-            "a GGUF file can't be written: llama.cpp does not split text as this tokenizer does. Supported are byte-level BPE tokenizers of "
-            f"the kinds {', '.join(PRE_TOKENIZERS)}, and SentencePiece's BPE."
+            "a GGUF file can't be written: llama.cpp does not split text as this tokenizer does. Supported are byte-level BPE "
+            f"tokenizers of the kinds {', '.join(PRE_TOKENIZERS)}, and SentencePiece's BPE."
         )
 
 

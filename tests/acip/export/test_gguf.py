@@ -25,12 +25,12 @@ from transformers import (
 
 from acip.artifact.artifact import Artifact
 from acip.base import Base
-from acip.coding.byte_order import Version
 from acip.coding.error_feedback import damped, row_errors
 from acip.errors import ArtifactError, BudgetError
 from acip.export.folder import PROVENANCE, check_target
 from acip.export.ggml_types import CODES, TYPES, Layout, dequantized, quantized, quantized_alone, stored_bytes
 from acip.export.gguf import FILE, GGUFFile, check_model, export_gguf, losses, plan, weight_statistics, weights_of
+from acip.sizing.byte_order import Version
 from tests.conftest import byte_tokenizer, logits
 
 SHAPE: dict[str, Any] = {
@@ -52,16 +52,18 @@ LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0
 @pytest.mark.parametrize("ggml_type", CODES)
 def test_the_codes_of_every_type_are_written_where_they_are_read(ggml_type: GGMLType) -> None:
     block, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
-    stored = np.random.default_rng(0).integers(0, 2**7, (50, block_bytes), np.uint8)  # scales are finite
-    layout = Layout.of(ggml_type)
+    random = np.random.default_rng(0)
+    stored = random.integers(0x31, 0x40, (50, block_bytes), np.uint8)  # scales are finite and not 0
+    stored[:, CODES[ggml_type]] = random.integers(0, 256, stored[:, CODES[ggml_type]].shape)
+    if ggml_type == GGMLType.Q8_0:
+        stored[stored == 0x80] = 0x81  # -128 is never written
+    layout, wanted = Layout.of(ggml_type), dequantized(stored, ggml_type)
     scale, offset = (each.T for each in layout.scales(stored))
-    wanted = dequantized(stored, ggml_type)
-    assert torch.allclose(layout.nearest(wanted, scale, offset), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
     cleared = stored.copy()
     cleared[:, CODES[ggml_type]] = 0
-    again = layout.with_values(cleared, wanted, scale, offset)
-    assert again.shape == stored.shape and wanted.shape == (50, block)
-    assert torch.equal(dequantized(again, ggml_type), wanted)
+    assert np.array_equal(layout.with_values(cleared, wanted, scale, offset), stored)
+    torch.testing.assert_close(layout.nearest(wanted, scale, offset), wanted)
+    assert wanted.shape == (50, block)
 
 
 def test_types_are_chosen_by_saved_loss_per_byte_within_the_limit() -> None:
@@ -91,7 +93,7 @@ def test_models_that_llama_cpp_would_compute_differently_are_refused(config: Any
 
 def test_a_missing_llama_cpp_is_a_clear_error(small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(ArtifactError, match="pip install llama-cpp-python"):
+    with pytest.raises(ArtifactError, match="pip install 'acip\\[gguf\\]'"):
         export_gguf(small_artifact, tmp_path / "out", 400_000, torch.zeros(1, 8, dtype=torch.long))
     assert not (tmp_path / "out").exists()
 
