@@ -11,7 +11,8 @@ of acip.coding in mind:
                    scales are chosen by llama.cpp when its first column is reached
     2. descent     every code is chosen again, given all others; repeated `sweeps` times
 
-Types whose numbers come from a table of vectors (IQ2, IQ3) are left out: quantized by llama.cpp, they have more error than Q2_K and Q3_K here.
+Types whose numbers come from a table of vectors (IQ2, IQ3) are left out: quantized by llama.cpp, they have more error than Q2_K and
+Q3_K here.
 
 Legend: M = out features, N = in features, B = numbers of a block.
 """
@@ -51,6 +52,7 @@ TYPES = {  # by the numbers that rows are a multiple of
     32: tuple(GGMLType[name] for name in ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0")),
 }
 SWEEPS = 1
+Array = np.ndarray[Any, Any]
 INSTALL = "pip install 'acip[gguf]' (it compiles llama.cpp, which needs a C++ compiler)"
 
 
@@ -69,14 +71,19 @@ def stored_bytes(ggml_type: GGMLType, shape: tuple[int, ...]) -> int:
     return int(np.prod(shape)) // block * block_bytes
 
 
-def exactly(weight: Tensor) -> np.ndarray[Any, Any]:
+def padded(size: int) -> int:
+    """Return the bytes that a tensor of `size` bytes takes in a file."""
+    return gguf.GGUFWriter.ggml_pad(size, gguf.GGUF_DEFAULT_ALIGNMENT)
+
+
+def exactly(weight: Tensor) -> Array:
     """Return a tensor as it is stored in the type of its dtype (EXACT)."""
     weight = weight.detach().cpu().contiguous()
     return weight.view(torch.uint8).numpy() if weight.dtype == torch.bfloat16 else weight.numpy()
 
 
 @torch.no_grad()
-def quantized(weight_MN: Tensor, metric_NN: Tensor, ggml_type: GGMLType, sweeps: int = SWEEPS) -> np.ndarray[Any, Any]:
+def quantized(weight_MN: Tensor, metric_NN: Tensor, ggml_type: GGMLType, sweeps: int = SWEEPS) -> Array:
     """Return a weight matrix in a type, as uint8 [M, bytes of a row], with little error in the metric H.
 
     `metric_NN` is symmetric and positive definite (`acip.coding.error_feedback.damped`).
@@ -127,8 +134,8 @@ class Layout:
     ggml_type: GGMLType
     levels: Tensor  # [codes], rising
     codes: Tensor  # int64 [codes]: the code of each level
-    element: np.ndarray[Any, Any]  # [bits of a block's codes]: the number that a bit belongs to
-    bit: np.ndarray[Any, Any]  # [bits of a block's codes]: which bit of its code it is
+    element: Array  # [bits of a block's codes]: the number that a bit belongs to
+    bit: Array  # [bits of a block's codes]: which bit of its code it is
 
     @classmethod
     @cache
@@ -158,7 +165,7 @@ class Layout:
         lowest = 1 if ggml_type == GGMLType.Q8_0 else 0  # kernels do not expect -128
         return cls(ggml_type, kept.values[lowest:], kept.indices[lowest:], element.numpy(), bit.numpy())
 
-    def scales(self, stored: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
+    def scales(self, stored: Array) -> tuple[Tensor, Tensor]:
         """Return scale and offset of every number [B, M] of stored blocks [M, bytes]."""
         ends = []
         for byte in (0x00, 0xFF):
@@ -173,7 +180,7 @@ class Layout:
         """Return the numbers of the type that are nearest to `wanted`."""
         return scale * self.levels[self._index(wanted, scale, offset)] + offset
 
-    def with_values(self, stored: np.ndarray[Any, Any], values: Tensor, scale: Tensor, offset: Tensor) -> np.ndarray[Any, Any]:
+    def with_values(self, stored: Array, values: Tensor, scale: Tensor, offset: Tensor) -> Array:
         """Return stored blocks [..., bytes] with the codes of numbers [..., B] of the type."""
         codes = self.codes[self._index(values, scale, offset)].numpy()
         stored = stored.copy()
@@ -186,12 +193,12 @@ class Layout:
         return torch.bucketize(((wanted - offset) / scale).nan_to_num().contiguous(), middles)
 
 
-def dequantized(stored: np.ndarray[Any, Any], ggml_type: GGMLType) -> Tensor:
+def dequantized(stored: Array, ggml_type: GGMLType) -> Tensor:
     """Return the numbers of stored rows in float32."""
     return torch.from_numpy(gguf.quants.dequantize(np.ascontiguousarray(stored), ggml_type))
 
 
-def quantized_alone(weight_MN: Tensor, importance_N: Tensor, ggml_type: GGMLType) -> np.ndarray[Any, Any]:
+def quantized_alone(weight_MN: Tensor, importance_N: Tensor, ggml_type: GGMLType) -> Array:
     """Return rows in a type as uint8 [M, bytes of a row], by llama.cpp's quantizer: each block alone, weighted by `importance_N`."""
     rows = np.ascontiguousarray(weight_MN.numpy(), np.float32)
     importance = np.ascontiguousarray(importance_N.numpy(), np.float32)

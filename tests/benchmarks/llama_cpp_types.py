@@ -39,7 +39,8 @@ from acip.calibration.activation_covariance import activation_covariances
 from acip.coding.coded_model import CodedModel, code_model
 from acip.coding.statistics import LayerStatistics
 from acip.export.ggml_types import EXACT, dequantized, load_llama_cpp
-from acip.export.gguf import GGUFFile, candidates, plan, version, weight_statistics, weights_of
+from acip.export.gguf import candidates, plan, version, weight_statistics, weights_of
+from acip.export.gguf_file import GGUFFile
 from acip.sizing.byte_order import Version
 from tests.benchmarks.bytes import Subject, small, smollm2
 from tests.support.small import byte_tokenizer
@@ -62,7 +63,7 @@ class Files:
         }
         self.file = GGUFFile(subject.model.config, tokenizer, self.tensors)
         self.exact = folder / "exact.gguf"
-        self.file.write(self.exact, {}, {})
+        self.file.write(self.exact)
 
     def mix(self, name: str, squares: Mapping[str, np.ndarray[Any, Any]]) -> Path:
         """Return the model as llama.cpp quantizes it. `squares` [N] are the mean squares of each layer's inputs."""

@@ -29,7 +29,8 @@ from acip.coding.error_feedback import damped, row_errors
 from acip.errors import ArtifactError, BudgetError
 from acip.export.folder import PROVENANCE, check_target
 from acip.export.ggml_types import CODES, TYPES, Layout, dequantized, quantized, quantized_alone, stored_bytes
-from acip.export.gguf import FILE, GGUFFile, check_model, export_gguf, losses, plan, weight_statistics, weights_of
+from acip.export.gguf import FILE, export_gguf, losses, plan, weight_statistics, weights_of
+from acip.export.gguf_file import GGUFFile, check_model
 from acip.sizing.byte_order import Version
 from tests.conftest import byte_tokenizer, logits
 
@@ -184,7 +185,7 @@ def test_a_byte_size_is_opened_by_llama_cpp_and_computes_the_same(
 def test_every_supported_architecture_computes_the_same(llama_cpp: Any, config: Any, tmp_path: Path) -> None:
     model = random_model(config)
     tokens = torch.randint(256, (60,))
-    GGUFFile(config, byte_tokenizer(), weights_of(model)).write(tmp_path / FILE, {}, {})
+    GGUFFile(config, byte_tokenizer(), weights_of(model)).write(tmp_path / FILE)
     assert near(in_llama_cpp(llama_cpp, tmp_path / FILE, tokens), logits(model, tokens[None])[0]) < 0.005  # its KV cache has 16 bits
 
 
@@ -251,7 +252,7 @@ TOKENIZERS = {
 def test_llama_cpp_splits_text_as_the_tokenizer_does(llama_cpp: Any, kind: str, tmp_path: Path) -> None:
     tokenizer = trained(*TOKENIZERS[kind])
     model = random_model(LlamaConfig(**{**SHAPE, "vocab_size": len(tokenizer) + 5}))  # more embeddings than tokens
-    GGUFFile(model.config, tokenizer, weights_of(model)).write(tmp_path / FILE, {}, {})
+    GGUFFile(model.config, tokenizer, weights_of(model)).write(tmp_path / FILE)
     text = (Path(__file__).parents[3] / "acip" / "corpora" / "wikipedia.txt").read_text(encoding="utf-8")[:50_000]
     opened = llama_cpp.Llama(str(tmp_path / FILE), vocab_only=True, verbose=False)
     assert opened.tokenize(text.encode(), add_bos=False, special=True) == tokenizer.encode(text, add_special_tokens=False)
