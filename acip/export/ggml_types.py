@@ -30,7 +30,7 @@ import torch
 from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
-from acip.coding.error_feedback import BLOCK
+from acip.coding.error_feedback import AT_ONCE, BLOCK
 from acip.errors import ArtifactError
 
 EXACT = {torch.float32: GGMLType.F32, torch.float16: GGMLType.F16, torch.bfloat16: GGMLType.BF16}
@@ -88,10 +88,16 @@ def quantized(weight_MN: Tensor, metric_NN: Tensor, ggml_type: GGMLType, sweeps:
 
     `metric_NN` is symmetric and positive definite (`acip.coding.error_feedback.damped`).
     """
+    U_NN = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(metric_NN)), upper=True)
+    parts = weight_MN.split(max(1, AT_ONCE // len(U_NN)))
+    return np.concatenate([_quantized(part_MN, metric_NN, U_NN, ggml_type, sweeps) for part_MN in parts])
+
+
+def _quantized(weight_MN: Tensor, metric_NN: Tensor, U_NN: Tensor, ggml_type: GGMLType, sweeps: int) -> Array:
+    """Return rows of a weight matrix in a type."""
     B, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
     M, N = weight_MN.shape
     layout = Layout.of(ggml_type)
-    U_NN = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(metric_NN)), upper=True)
     rest_NM = weight_MN.float().T.contiguous()  # what the columns have to represent, with the errors of earlier ones
     V_NM, scale_NM, offset_NM = (torch.empty_like(rest_NM) for _ in range(3))
     stored = np.empty((M, N // B, block_bytes), np.uint8)
@@ -182,9 +188,9 @@ class Layout:
 
     def with_values(self, stored: Array, values: Tensor, scale: Tensor, offset: Tensor) -> Array:
         """Return stored blocks [..., bytes] with the codes of numbers [..., B] of the type."""
-        codes = self.codes[self._index(values, scale, offset)].numpy()
+        codes = self.codes.to(torch.uint8)[self._index(values, scale, offset)].numpy()
         stored = stored.copy()
-        bits = (codes[..., self.element] >> self.bit & 1).astype(np.uint8)
+        bits = codes[..., self.element] >> self.bit.astype(np.uint8) & 1
         stored[..., CODES[self.ggml_type]] = np.packbits(bits, axis=-1, bitorder="little")
         return stored
 
