@@ -18,7 +18,7 @@ Legend: M = out features, N = in features, B = numbers of a block.
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -65,7 +65,7 @@ def load_llama_cpp() -> Any:
     return llama_cpp
 
 
-def stored_bytes(ggml_type: GGMLType, shape: tuple[int, ...]) -> int:
+def stored_bytes(ggml_type: GGMLType, shape: Sequence[int]) -> int:
     """Return the bytes of a tensor in a type."""
     block, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
     return int(np.prod(shape)) // block * block_bytes

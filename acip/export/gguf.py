@@ -28,7 +28,7 @@ from acip.coding.statistics import LayerStatistics, layer_statistics
 from acip.errors import ArtifactError, BudgetError
 from acip.export.card import gguf_card
 from acip.export.folder import SCHEMA, check_target, public, replaced, versions, write_provenance
-from acip.export.ggml_types import EXACT, TYPES, Array, dequantized, exactly, load_llama_cpp, padded, quantized
+from acip.export.ggml_types import EXACT, TYPES, Array, dequantized, exactly, load_llama_cpp, padded, quantized, stored_bytes
 from acip.export.gguf_file import GGUFFile, check_model
 from acip.layers.targets import find_linears, hooked
 from acip.sizing.byte_order import ByteOrder, Version
@@ -62,10 +62,14 @@ def export_gguf(
     load_llama_cpp()
     model = artifact.load().materialize()
     tensors = weights_of(model)
+    matrices = {name: tensor for name, tensor in tensors.items() if tensor.ndim > 1}
     file = GGUFFile(model.config, artifact.tokenizer(), tensors)
+    overhead = file.overhead(matrices)
+    if limit_bytes < (smallest := overhead + sum(padded(stored_bytes(candidates(each)[0], each.shape)) for each in matrices.values())):
+        raise BudgetError(f"{limit_bytes:,} bytes are too few: the smallest GGUF file of this model takes {smallest:,} bytes.")
     statistics = weight_statistics(model, windows, lambda done, total: progress("statistics", done, total))
     facts = losses(tensors, statistics, lambda done, total: progress("types", done, total))
-    chosen = plan(facts, limit_bytes, file.overhead(statistics))
+    chosen = plan(facts, limit_bytes, overhead)
     with replaced(folder) as partial:
         file.write(partial / FILE, chosen.types, lambda name: version(tensors[name], statistics[name], chosen.types[name])[0])
         written = (partial / FILE).stat().st_size
@@ -175,8 +179,6 @@ def plan(facts: Mapping[str, Mapping[GGMLType, Version]], limit: int, overhead: 
     Raise BudgetError if no types are as small.
     """
     order = ByteOrder({name: list(each.values()) for name, each in facts.items()})
-    if limit < (smallest := overhead + order.totals[0]):
-        raise BudgetError(f"{limit:,} bytes are too few: the smallest GGUF file of this model takes {smallest:,} bytes.")
     count = order.within(limit - overhead)
     types = {name: list(facts[name])[version] for name, version in order.at(count).items()}
     return Plan(types, overhead + order.totals[count], order.losses[count])

@@ -74,7 +74,7 @@ def test_types_are_chosen_by_saved_loss_per_byte_within_the_limit() -> None:
     assert plan(facts, 350, 50).types == {"a": Q8, "b": Q4}
     chosen = plan(facts, 10**6, 50)
     assert (chosen.types, chosen.bytes, chosen.loss) == ({"a": Q8, "b": Q8}, 450, 0.0)
-    with pytest.raises(BudgetError, match="249 bytes are too few: the smallest GGUF file of this model takes 250 bytes"):
+    with pytest.raises(BudgetError, match="too few"):
         plan(facts, 249, 50)
 
 
@@ -160,7 +160,7 @@ def test_a_byte_size_is_opened_by_llama_cpp_and_computes_the_same(
     names = {other: name for name, other in file.names.items()}
     for tensor in gguf.GGUFReader(path).tensors:
         values = file.rows_in_transformers(names[tensor.name], gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        model.get_parameter(names[tensor.name]).copy_(torch.from_numpy(values))
+        model.get_parameter(names[tensor.name]).copy_(torch.tensor(values))
     expected = logits(model, heldout_tokens[:1])[0]
     got = in_llama_cpp(llama_cpp, path, heldout_tokens[0])
     assert near(got, expected) < 0.03  # llama.cpp rounds activations to 8 bit
