@@ -1,13 +1,16 @@
-"""Write one size of a calibrated model as a folder that transformers loads.
+"""Write one size of a calibrated model as a folder that transformers loads, or as a GGUF file for llama.cpp.
 
     python jobs/materialize.py smollm2-135m --size 0.6 --out small                        a name in the registry
     python jobs/materialize.py s3://bucket/artifacts/... --fit 8GB --out small            an artifact by its URI or path
     python jobs/materialize.py llama-2-7b --fit 8GB --context 4096 --batch 1 --quantize nf4 --out small
+    python jobs/materialize.py smollm2-135m --fit 90MB --format gguf --out small          a GGUF file of at most 90 MB, for llama.cpp
     python jobs/materialize.py smollm2-135m --all-sizes --out all --push me/any-size      the artifact itself and its card, to the hub
 
 --fit alone limits the bytes of the weights. With --context it limits weights, KV cache and the overhead of serving together.
 With --quantize, the size or budget counts matrices in that many bits. `--quantize best` selects the bits with the smallest measured loss at
 this budget (jobs/evaluate.py --quantize measures the curves).
+With --format gguf, the size is the bytes of the whole file, or their share of the base model's plain 16-bit bytes. Each weight gets the type
+of llama.cpp that saves the most loss per byte, measured on --text. This needs llama-cpp-python.
 
 Exit codes: 0 the folder is written, 2 wrong arguments or a size that cannot be reached, 130 interrupted.
 """
@@ -40,6 +43,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quantize", choices=KINDS, help="store the compressed layers' matrices in 4 or 8 bit; best = selected by the measured curves"
     )
+    parser.add_argument("--format", choices=("transformers", "gguf"), default="transformers", help="what to write (default: %(default)s)")
+    parser.add_argument("--text", help="text on which the types of a GGUF file are chosen (default: package:wikipedia)")
     parser.add_argument("--alias", default="champion", help="alias or version number in the registry (default: %(default)s)")
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: %(default)s)")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; an earlier export there is replaced")
@@ -51,6 +56,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--batch needs --context, the tokens of each sequence.")
     if args.all_sizes and args.quantize:
         parser.error("--all-sizes copies the artifact, which is not quantized; only its sizes are. Leave --quantize out.")
+    if args.format == "gguf" and (args.all_sizes or args.quantize or args.context is not None):
+        parser.error("--format gguf writes one size, whose types are chosen by itself. Leave --all-sizes, --quantize and --context out.")
+    if args.format != "gguf" and args.text is not None:
+        parser.error("--text is for --format gguf.")
     if args.push and not re.fullmatch(HUB_ID, args.push):
         parser.error(f"--push is {args.push!r}; it must be OWNER/NAME.")
     if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", args.max_shard_size):
@@ -102,6 +111,10 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         print(f"written    {folder}: {len(artifact.manifest['files'])} files, every size")
         push_and_show(folder, args.push)
         return
+    if args.format == "gguf":
+        write_gguf(artifact, args.budget, args.text or "package:wikipedia", folder)
+        push(folder, args.push)
+        return
     table = artifact.table()
     cut = table.cut(args.budget)  # before reading the weights, so that an impossible size fails at once
     unit = "" if cut.unit == "ratio" else f" {cut.unit}"
@@ -122,12 +135,39 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     push_and_show(folder, args.push)
 
 
-def push_and_show(folder: Path, repository: str | None) -> None:
-    """Upload the folder to the hub if a repository is given, and print a command that uses it."""
+def write_gguf(artifact: Any, budget: Any, text: str, folder: Path) -> None:
+    """Write a GGUF file of the size that the budget describes, and print what it is."""
+    from acip.data import documents, token_windows
+    from acip.errors import BudgetError
+    from acip.export.gguf import export_gguf
+    from acip.sizing.budget import Budget
+
+    if budget.ratio is None and budget.stored_bytes is None:
+        raise BudgetError(f"--format gguf needs a size in bytes, not {budget.kind}: --fit 90MB, or --size 0.4 of the base model's bytes.")
+    base_bytes = 2 * artifact.table().cut(Budget(ratio=1.0)).params
+    limit_bytes = budget.stored_bytes or int(budget.ratio * base_bytes)
+    recipe = artifact.recipe
+    windows = token_windows(documents(text, "train"), artifact.tokenizer(), recipe.seq_len, recipe.sample_windows)
+    print(f"asked      {limit_bytes:,} bytes, {limit_bytes / base_bytes:.4f} of the base model in 16 bit", flush=True)
+    provenance = export_gguf(artifact, folder, limit_bytes, windows)
+    size = provenance["size"]
+    print(f"got        {size['got']:,} bytes, {size['got'] / base_bytes:.4f} of the base model in 16 bit")
+    print(f"types      {', '.join(f'{count} {name}' for name, count in provenance['types'].items())}")
+    print(f"predicted  {size['predicted_loss_increase']:.4f} nats per token above the base model's loss")
+    print(f"written    {folder}")
+
+
+def push(folder: Path, repository: str | None) -> None:
+    """Upload the folder to the hub if a repository is given."""
     from acip.export.hub import push_to_hub
 
     if repository:
         print(f"pushed     {push_to_hub(folder, repository)}")
+
+
+def push_and_show(folder: Path, repository: str | None) -> None:
+    """Upload the folder to the hub if a repository is given, and print a command that uses it."""
+    push(folder, repository)
     print(f"\ntry it\n  {this_python()} -c {example(repository or str(folder))}\n")
 
 

@@ -50,6 +50,34 @@ def card(provenance: dict[str, Any], artifact: Artifact, name: str) -> str:
     ])  # fmt: skip
 
 
+def gguf_card(provenance: dict[str, Any], artifact: Artifact, name: str) -> str:
+    """Return the README.md of a GGUF file named `name`."""
+    source, size = artifact.manifest["base"]["source"], provenance["size"]
+    hub_id = source.partition("@")[0] if _is_hub_id(source) else None
+    license = license_of(source)
+    linked = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"`{shown(source)}`"
+    head = [
+        *([f"license: {license}"] if license else []),
+        *([f"base_model: {hub_id}", "base_model_relation: quantized"] if hub_id else []),
+        "pipeline_tag: text-generation", "tags:", "- acip", "- gguf", "- quantized",
+    ]  # fmt: skip
+    facts = {
+        "base model": linked + (f" at `{provenance['base']['revision']}`" if provenance["base"].get("revision") else ""),
+        "requested size": f"{size['asked']:,} bytes",
+        "actual size": f"{size['got']:,} bytes",
+        "predicted loss": f"{size['predicted_loss_increase']:.4f} nats per token above the base model's",
+        "weights": ", ".join(f"{count} {kind}" for kind, count in provenance["types"].items()),
+    }
+    return "\n".join([
+        "---", *head, "---", "",
+        f"# {name}", "",
+        f"{linked} for llama.cpp. The type of each weight is the one that saves the most loss per byte.", "",
+        "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), "",
+        "## Use", "", "```bash", 'llama-cli -m model.gguf -p "The capital of France is"', "```", "",
+        "## Limits", "", *(f"* {limit}" for limit in _limits({**provenance, "quantize": None, "recipe": {}}, license, linked)), "",
+    ])  # fmt: skip
+
+
 def artifact_card(artifact: Artifact, name: str) -> str:
     """Return the README.md of an artifact named `name`."""
     source = artifact.manifest["base"]["source"]

@@ -17,7 +17,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -132,11 +133,7 @@ def write(
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the export of a model that `compressed_model` made, and return its provenance."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    partial, earlier = temporary / "new", temporary / "earlier"
-    try:
-        partial.mkdir()
+    with replaced(folder) as partial:
         ends = _keep_ends(model, artifact)
         with quiet_progress():
             CompressedModel.save_pretrained(model, partial, max_shard_size=max_shard_size)  # type: ignore[arg-type]
@@ -145,11 +142,19 @@ def write(
         _check(partial, tokenizer, ends)
         provenance = {**(facts or {}), **_provenance(model, cut, artifact, partial)}
         (partial / "README.md").write_text(card(provenance, artifact, folder.name), encoding="utf-8")
-        provenance["files"] = _files(partial)
-        with (partial / PROVENANCE).open("w", encoding="utf-8") as file:
-            json.dump(provenance, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        write_provenance(partial, provenance)
+    return provenance
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that replaces `folder` at the end of the block, unless the block raises."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    partial, earlier = temporary / "new", temporary / "earlier"
+    try:
+        partial.mkdir()
+        yield partial
         if folder.exists():
             folder.rename(earlier)
         try:
@@ -160,7 +165,15 @@ def write(
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return provenance
+
+
+def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
+    """Add all files in `folder` to the provenance, and write it there."""
+    provenance["files"] = _files(folder)
+    with (folder / PROVENANCE).open("w", encoding="utf-8") as file:
+        json.dump(provenance, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def check_target(folder: str | Path) -> Path:
@@ -248,7 +261,7 @@ def _provenance(model: PreTrainedModel, cut: Cut, artifact: Artifact, folder: Pa
         "storage": _forms(model.config.acip["layers"]),
         "weight_bytes": tensor_bytes(folder),
         "curve": manifest["curve"],
-        "packages": {name: _version(name) for name in ("acip", "torch", "transformers", "safetensors")},
+        "packages": versions("acip", "torch", "transformers", "safetensors"),
     }
 
 
@@ -285,11 +298,13 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def versions(*packages: str) -> dict[str, str | None]:
+    """Return the installed version of each package; None if it is not installed as a package."""
+    found: dict[str, str | None] = dict.fromkeys(packages)
+    for package in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _some(names: set[str]) -> str:
