@@ -1,6 +1,6 @@
 """Export a number of bytes as a GGUF file for llama.cpp: each weight in the type that saves the most loss per byte.
 
-    statistics of inputs and gradients -> loss of each weight in each type -> one order (acip.coding.byte_order) -> the file
+    statistics of inputs and gradients -> loss of each weight in each type -> one order (acip.sizing.byte_order) -> the file
 
 model.gguf         the whole file has at most the requested bytes
 README.md          the model card
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from acip.artifact.artifact import Artifact
-from acip.coding.byte_order import ByteOrder, Version
 from acip.coding.error_feedback import damped, row_errors
 from acip.coding.statistics import LayerStatistics, layer_statistics
 from acip.data import start_tokens
@@ -35,6 +34,7 @@ from acip.export.card import gguf_card
 from acip.export.folder import SCHEMA, check_target, public, replaced, versions, write_provenance
 from acip.export.ggml_types import EXACT, TYPES, dequantized, exactly, fits, llama_cpp, quantized, stored_bytes
 from acip.layers.targets import find_linears, hooked
+from acip.sizing.byte_order import ByteOrder, Version
 
 FILE = "model.gguf"
 SENTENCEPIECE = "sentencepiece"

@@ -18,7 +18,6 @@ import argparse
 import ctypes
 import json
 import os
-import pickle
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
