@@ -46,8 +46,8 @@ def export_compressed_tensors(
     assert cut is not None, "resize first"
     if cut.versions is None:
         raise ArtifactError(
-            "compressed-tensors stores coded layers, but this size has none: calibrate with code: both or code: bits, and ask for a size in "
-            "bytes below that of the base model."
+            "compressed-tensors stores coded layers, but this size has none. Calibrate with code: both or code: bits, and ask for fewer "
+            "bytes than the base model's."
         )
     if other := next((name for name, layer in any_size.layers.items() if not isinstance(layer.original, nn.Linear)), None):
         raise ArtifactError(f"{other} is a {type(any_size.layers[other].original).__name__}; compressed-tensors stores nn.Linear only.")

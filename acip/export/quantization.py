@@ -114,7 +114,7 @@ def kind_of(cut: Cut, kind: Kind | Literal["best"] | None) -> Kind | None:
         _check_kind(kind)
     if kind is not None and cut.versions is not None:
         raise ArtifactError(
-            f"this size is stored in codes of {cut.bits_per_weight:.2f} bits per weight, which can't be quantized to {kind}. Omit the kind, "
+            f"this size is stored in codes of {cut.bits_per_weight:.2f} bits per weight, and can't be quantized to {kind}. Omit the kind, "
             'or ask for a size of ranks, such as Budget(ratio=0.6, convention="linear").'
         )
     if cut.bits is None:

