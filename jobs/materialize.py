@@ -12,8 +12,8 @@ selects another count. A size in bytes is written in these bytes; --format compr
 --fit alone limits the bytes of the weights. With --context it limits weights, KV cache and the overhead of serving together.
 With --quantize, the size or budget counts matrices in that many bits. `--quantize best` selects the bits with the smallest measured loss at
 this budget (jobs/evaluate.py --quantize measures the curves).
-With --format gguf, the size is the bytes of the whole file, or their share of the base model's plain 16-bit bytes. Each weight gets the
-type of llama.cpp that saves the most loss per byte, measured on --text. This needs llama-cpp-python.
+With --format gguf, the size is the bytes of the whole file, or their share of the base model's bytes. Each weight gets the type of llama.cpp
+that saves the most loss per byte, measured on --text. This needs llama-cpp-python.
 
 Exit codes: 0 the folder is written, 2 wrong arguments or a size that cannot be reached, 130 interrupted.
 """
@@ -184,18 +184,17 @@ def write_gguf(artifact: Any, budget: Any, text: str, folder: Path) -> None:
     from acip.data import documents, token_windows
     from acip.errors import BudgetError
     from acip.export.gguf import export_gguf
-    from acip.sizing.budget import Budget
 
     if budget.ratio is None and budget.stored_bytes is None:
         raise BudgetError(f"--format gguf needs a size in bytes, not {budget.kind}: --fit 90MB, or --size 0.4 of the base model's bytes.")
-    base_bytes = 2 * artifact.table().cut(Budget(ratio=1.0)).params
+    base_bytes = artifact.table().base_bytes
     limit_bytes = budget.stored_bytes or int(budget.ratio * base_bytes)
     recipe = artifact.recipe
     windows = token_windows(documents(text, "train"), artifact.tokenizer(), recipe.seq_len, recipe.sample_windows)
-    print(f"asked      {limit_bytes:,} bytes, {limit_bytes / base_bytes:.4f} of the base model in 16 bit", flush=True)
+    print(f"asked      {limit_bytes:,} bytes, {limit_bytes / base_bytes:.4f} of the base model", flush=True)
     provenance = export_gguf(artifact, folder, limit_bytes, windows)
     size = provenance["size"]
-    print(f"got        {size['got']:,} bytes, {size['got'] / base_bytes:.4f} of the base model in 16 bit")
+    print(f"got        {size['got']:,} bytes, {size['got'] / base_bytes:.4f} of the base model")
     print(f"types      {', '.join(f'{count} {name}' for name, count in provenance['types'].items())}")
     print(f"predicted  {size['predicted_loss_increase']:.4f} nats per token above the base model's loss")
     print(f"written    {folder}")

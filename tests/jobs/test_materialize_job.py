@@ -117,6 +117,9 @@ def test_sizes_of_an_artifact_with_codes_are_bytes_by_default(command: Command, 
         (["--size", "0.5", "--quantize", "int3"], 2, "invalid choice"),
         (["--size", "0.5", "--push", "nobody"], 2, "must be OWNER/NAME"),
         (["--size", "0.5", "--max-shard-size", "5"], 2, "must be like"),
+        (["--size", "0.5", "--format", "gguf", "--quantize", "nf4"], 2, "Leave --all-sizes, --quantize and --context out"),
+        (["--size", "0.5", "--text", "package:austen"], 2, "--text is for --format gguf"),
+        (["--size", "800K params", "--format", "gguf"], 2, "needs a size in bytes, not params"),
         (["--fit", "1KB"], 2, "can't be reached: the smallest is"),
         (["--size", "ppl<=20"], 2, "no curve was measured"),
     ],
@@ -127,6 +130,20 @@ def test_invalid_arguments_are_refused(
     actual_code, output = command(small_artifact.folder, *args, "--out", tmp_path / "out")
     assert (actual_code, message in output) == (code, True), output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_gguf_file_of_a_number_of_bytes(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (pip install llama-cpp-python compiles it)")
+    out = tmp_path / "out"
+    for size, most in (("--fit", "450KB"), 450_000), (("--size", "0.25"), small_artifact.table().base_bytes // 4):
+        code, output = command(small_artifact.folder, *size, "--format", "gguf", "--out", out)
+        assert code == 0, output
+        written = (out / "model.gguf").stat().st_size
+        assert 0.95 * most < written <= most
+        assert f"asked      {most:,} bytes" in output and f"got        {written:,} bytes" in output
+    code, output = command(small_artifact.folder, "--fit", "1KB", "--format", "gguf", "--out", out)
+    assert code == 2 and "1,000 bytes are too few: the smallest GGUF file" in output
 
 
 def test_folders_without_an_export_are_not_overwritten(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
