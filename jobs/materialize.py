@@ -12,8 +12,8 @@ selects another count. A size in bytes is written in these bytes; --format compr
 --fit alone limits the bytes of the weights. With --context it limits weights, KV cache and the overhead of serving together.
 With --quantize, the size or budget counts matrices in that many bits. `--quantize best` selects the bits with the smallest measured loss at
 this budget (jobs/evaluate.py --quantize measures the curves).
-With --format gguf, the size is the bytes of the whole file, or their share of the base model's bytes. Each weight gets the type of llama.cpp
-that saves the most loss per byte, measured on --text. This needs llama-cpp-python.
+With --format gguf, the size is the bytes of the whole file, or their share of the base model's bytes. Each weight gets
+the type of llama.cpp that saves the most loss per byte, measured on --text. This needs llama-cpp-python.
 
 Exit codes: 0 the folder is written, 2 wrong arguments or a size that cannot be reached, 130 interrupted.
 """
