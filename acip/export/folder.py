@@ -1,6 +1,6 @@
 """Export one size of an artifact as a folder for transformers: a plain model in its smallest form, with tokenizer and metadata.
 
-model*.safetensors       the weights of this size, in shards; their bytes are those of the cut
+model*.safetensors       the weights of this size, in shards; their bytes are those of the cut, coded layers as Huffman codes
 config.json              the base model's config, and the form and rank of each target layer (acip/modeling_acip.py)
 modeling_acip.py         the code of these layers, for machines without acip
 tokenizer files          with the chat template
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from acip.artifact.artifact import Artifact
@@ -35,8 +35,8 @@ from acip.base import quiet_progress
 from acip.errors import ArtifactError
 from acip.export.card import card, shown
 from acip.export.quantization import Kind, kind_of, quantize_in_place
-from acip.modeling_acip import CompressedModel, LowRankLinear, PivotLinear, classes
-from acip.sizing.cut_table import Cut
+from acip.modeling_acip import CodedLinear, CompressedModel, LowRankLinear, PivotLinear, classes
+from acip.sizing.cut_table import Cut, CutTable
 from acip.sizing.elastic_model import ElasticModel
 from acip.utils.checksums import sha256
 
@@ -68,11 +68,20 @@ def compressed_model(any_size: ElasticModel, kind: Kind | None = None) -> PreTra
     plain = any_size.materialize()
     model = empty_model(plain)
     model.config.acip["layers"] = {name: _row(model.get_submodule(name), plain.get_submodule(name)) for name in any_size.layers}
+    assert any_size.cut is not None
+    if stored_in_fewer_bytes(any_size.cut, any_size.table):
+        model.config.acip["bfloat16"] = {}
     move_modules(model, plain)
     model.requires_grad_(True)
     if kind is not None:
         quantize_in_place(model, kind)
     return model
+
+
+def stored_in_fewer_bytes(cut: Cut, table: CutTable) -> bool:
+    """Return whether the bytes of a cut are those of encoded tensors: coded layers, or the base model within a budget of bytes."""
+    base = cut.bits is None and not any(cut.ranks.values())
+    return cut.versions is not None or (base and cut.bytes is not None and cut.bytes < table.base_bytes)
 
 
 def empty_model(plain: PreTrainedModel, mixin: type | None = None) -> PreTrainedModel:
@@ -131,12 +140,19 @@ def write(
     folder: Path,
     max_shard_size: str | int = "5GB",
     facts: Mapping[str, Any] | None = None,
+    tensors: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Write the export of a model that `compressed_model` made, and return its provenance."""
+    """Write the export of a model that `compressed_model` made, and return its provenance.
+
+    Give `tensors` for a model of a class of transformers whose files hold other tensors than it does in memory.
+    """
     with replaced(folder) as partial:
         ends = _keep_ends(model, artifact)
         with quiet_progress():
-            CompressedModel.save_pretrained(model, partial, max_shard_size=max_shard_size)  # type: ignore[arg-type]
+            if tensors is None:
+                CompressedModel.save_pretrained(model, partial, max_shard_size=max_shard_size)  # type: ignore[arg-type]
+            else:
+                model.save_pretrained(partial, state_dict=tensors, max_shard_size=max_shard_size)
         tokenizer = artifact.tokenizer()
         tokenizer.save_pretrained(partial)
         _check(partial, tokenizer, ends)
@@ -206,6 +222,8 @@ def files_of(folder: Path) -> set[str]:
 
 def _row(original: nn.Module, layer: nn.Module) -> dict[str, Any]:
     """Return the entry of a layer in the config: its form and rank."""
+    if isinstance(layer, CodedLinear):
+        return {"form": "codes", "rank": None}
     if isinstance(layer, PivotLinear):
         return {"form": "pivot", "rank": layer.rank}
     if isinstance(layer, LowRankLinear):
@@ -248,7 +266,7 @@ def _check(folder: Path, tokenizer: Any, ends: list[int]) -> None:
 
 
 def _provenance(model: PreTrainedModel, cut: Cut, artifact: Artifact, folder: Path) -> dict[str, Any]:
-    facts = {key: value for key, value in asdict(cut).items() if key != "ranks"}
+    facts = {key: value for key, value in asdict(cut).items() if key not in ("ranks", "versions")}
     manifest = public(artifact.manifest)
     return {
         "acip_export": SCHEMA,
@@ -256,9 +274,8 @@ def _provenance(model: PreTrainedModel, cut: Cut, artifact: Artifact, folder: Pa
         "recipe": manifest["recipe"],
         "artifact": manifest["provenance"],
         "size": {**facts, "unit": cut.unit},
-        "quantize": model.config.acip["quantize"],
+        **_stored_as(model.config),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "storage": _forms(model.config.acip["layers"]),
         "weight_bytes": tensor_bytes(folder),
         "curve": manifest["curve"],
         "packages": versions("acip", "torch", "transformers", "safetensors"),
@@ -286,10 +303,20 @@ def tensor_bytes(folder: str | Path) -> int:
     return sum(TensorFile(Folder(path.parent), path.name).data_bytes for path in Path(folder).glob("*.safetensors"))
 
 
-def _forms(layers: Mapping[str, Any]) -> dict[str, int]:
-    """Return how many layers have each form."""
-    forms = [row["form"] for row in layers.values()]
-    return {form: forms.count(form) for form in sorted(set(forms))}
+def _stored_as(config: Any) -> dict[str, Any]:
+    """Return the format of an export, its quantization, and how many layers have each form."""
+    acip = getattr(config, "acip", None)
+    if acip is None:
+        groups = config.quantization_config["config_groups"].values()
+        storage = {f"{group['weights']['num_bits']} bit": len(group["targets"]) for group in groups}
+        return {"format": config.quantization_config["quant_method"], "quantize": None, "encoded": False, "storage": storage}
+    forms = [row["form"] for row in acip["layers"].values()]
+    return {
+        "format": "transformers",
+        "quantize": acip["quantize"],
+        "encoded": acip.get("bfloat16") is not None,
+        "storage": {form: forms.count(form) for form in sorted(set(forms))},
+    }
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
