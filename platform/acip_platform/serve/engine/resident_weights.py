@@ -5,7 +5,7 @@
     the base model   the dense weights of all layers
 
 A request holds its size from `hold` to `release`. The codes of held sizes stay. Others leave when all codes together take more than
-`codes_limit`, the least recently used first. Factors and dense weights stay.
+`codes_limit`, the least recently used first. Factors and dense weights leave only if `memory` is short and no request needs them.
 
 Weights are read and decoded in the thread of the request, never in a step of the engine.
 """
@@ -16,10 +16,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
+from torch import nn
+
 from acip.artifact.loading import ModelLoader
 from acip.artifact.safetensors_ranges import Entry
 from acip.layers.coded_linear import CodedLinear
-from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.mixed_sizes import Mixer
 from acip.layers.packing import PackedLinear, unpacked
 from acip.modeling_acip import set_module
@@ -70,11 +72,12 @@ class ResidentWeights:
     ) -> None:
         self.loader, self.model, self.layers, self.mixer, self.memory = loader, any_size.model, any_size.layers, mixer, memory
         self.packed, self.closed = packed, False
+        self._has_codes = any_size.table.byte_sizes is not None
         self._code_bytes = {layer.name: layer.M * layer.N + STEP_SIZE_BYTES * layer.M for layer in any_size.table.layers}
         self.codes_limit = code_copies * sum(self._code_bytes.values())
         self.code_bytes = 0  # of all codes in memory
         self._used: dict[Coded, float] = {}  # versions in memory: when they were last requested, in seconds of time.monotonic
-        self._cuts: dict[tuple[int, int], Cut] = {}  # coded sizes that were requested and whose versions are in memory or being loaded
+        self._cuts: dict[tuple[int, int], Cut] = {}  # sizes that were requested and whose weights are in memory or being loaded
         self._held: Counter[tuple[int, int]] = Counter()  # sizes, by the requests that hold them
         self._lock = threading.Lock()  # of these fields and of the modules of the model; held for a short time
         self._loading = threading.Lock()
@@ -88,9 +91,8 @@ class ResidentWeights:
             if self.closed:
                 raise ModelUnloadedError("the model was unloaded; send the request again.")
             self._held[cut.key] += 1
-            if cut.versions is not None:
-                self._cuts[cut.key] = cut
-                self._used.update((each, time.monotonic()) for each in cut.versions.items() if each in self._used)
+            self._cuts[cut.key] = cut
+            self._used.update((each, time.monotonic()) for each in (cut.versions or {}).items() if each in self._used)
             complete = self._is_loaded(cut)
         try:
             if not complete:
@@ -127,9 +129,11 @@ class ResidentWeights:
             return self.closed
 
     def drop_unused(self) -> None:
-        """Drop all codes that no request holds."""
+        """Drop all codes that no request holds, and, if the model has codes, other weights that none holds. Packed copies must be gone."""
         with self._lock:
             self._drop(self.code_bytes)
+            if self._has_codes:
+                self._drop_ranks()
 
     def pack(self) -> None:
         """Add packed copies of the linear layers in memory, if there is room for all of them."""
@@ -198,7 +202,7 @@ class ResidentWeights:
         """Drop codes that no request holds, the least recently used first, until `surplus` bytes are free. The lock must be held."""
         if surplus <= 0:
             return
-        kept = {each for key in self._held if key in self._cuts for each in (self._cuts[key].versions or {}).items()}
+        kept = {each for key in self._held for each in (self._cuts[key].versions or {}).items()}
         freed = 0
         dropped = set[Coded]()
         for each in sorted((each for each in self._used if each not in kept), key=self._used.__getitem__):
@@ -221,22 +225,41 @@ class ResidentWeights:
         """Load the factors of all layers if a layer has a rank, and the dense weights of the others; with `dense`, of all layers."""
         stored = self.loader.stored_ranks
         with_factors = any(rank is not None for rank in ranks.values())
+        missing: list[tuple[str, int | None, int]] = []  # layer, rank or None = its dense weight, bytes
         for name, rank in ranks.items():
-            layer = self.layers[name]
-            if (rank is None or dense) and layer.original.weight.is_meta:
-                self._read(layer, {name: None}, _bytes(self.loader.dense.entry(f"{name}.weight")))
-            if with_factors and layer.stored_rank < stored[name]:
+            if (rank is None or dense) and self.layers[name].original.weight.is_meta:
+                missing.append((name, None, _bytes(self.loader.dense.entry(f"{name}.weight"))))
+            if with_factors and self.layers[name].stored_rank < stored[name]:
                 sides = (self.loader.factors.entry(f"{name}.{side}") for side in ("left", "right"))
-                self._read(layer, {name: stored[name]}, sum(map(_bytes, sides)))
-
-    def _read(self, layer: ElasticLinear, ranks: dict[str, int | None], bytes: int) -> None:
-        self.memory.reserve(bytes)
+                missing.append((name, stored[name], sum(map(_bytes, sides))))
+        needed = sum(bytes for *_, bytes in missing)
+        self.memory.reserve(needed)
         try:
-            with building:
-                self.loader.load_missing(dict.fromkeys(ranks, layer), ranks)
-        except BaseException:
-            self.memory.release(bytes)
-            raise
+            for name, rank, bytes in missing:
+                with building:
+                    self.loader.load_missing({name: self.layers[name]}, {name: rank})
+                needed -= bytes
+        finally:
+            self.memory.release(needed)
+
+    def _drop_ranks(self) -> None:
+        """Drop the factors and dense weights of all layers unless a request holds such a size. The lock must be held."""
+        if any(self._cuts[key].versions is None for key in self._held):
+            return
+        keys = [key for key, cut in self._cuts.items() if cut.versions is None]
+        self.mixer.forget(keys)
+        for key in keys:
+            del self._cuts[key]
+        freed = 0
+        for layer in self.layers.values():
+            original, weight = layer.original, layer.original.weight
+            if not weight.is_meta:
+                freed += weight.nbytes
+                original._parameters["weight"] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+            for side in (layer.left, layer.right):
+                freed += side.values.nbytes
+                side._parameters["values"] = nn.Parameter(side.values[:0].clone(), requires_grad=False)
+        self.memory.release(freed)
 
 
 def _bytes(entry: Entry) -> int:
