@@ -6,7 +6,7 @@
     codes.py              codes in memory (8 bits) and on disk (Huffman codes)
     coded_model.py        all of it, for a whole model
 
-A layer computes with its codes in acip/layers/coded_linear.py. A number of bytes becomes a version of each layer in
+A layer computes with its codes in acip/modeling_acip.py (`CodedLinear`). A number of bytes becomes a version of each layer in
 acip/sizing/byte_order.py.
 
 A layer is coded in several versions, from coarse to fine. One order over all layers and versions, by saved loss per byte, gives the

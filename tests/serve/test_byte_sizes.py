@@ -73,7 +73,7 @@ def layer_bytes(model: ResidentModel) -> int:
 
 
 def rest_bytes(artifact: Artifact) -> int:
-    return sum(entry.rows * entry.row_bytes for entry in artifact.tensors("rest").entries.values())
+    return artifact.tensors("rest").decoded_bytes
 
 
 @pytest.fixture

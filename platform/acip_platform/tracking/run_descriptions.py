@@ -107,6 +107,8 @@ def of_fleet(outcomes: Sequence[Outcome]) -> str:
 
 
 def _area(rows: Sequence[Mapping[str, Any]]) -> str:
+    if len(rows) == 1:
+        return "unknown: one size"
     return f"{excess_loss_area(rows):.5g}" if any(row["got"] == 1.0 for row in rows) else "unknown: no size 1.0"
 
 

@@ -139,7 +139,7 @@ def log_artifact(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
         run.table(samples, "samples.json")
     run.json({key: manifest[key] for key in ("base", "recipe", "provenance", "stop_step", "steps")}, "provenance.json")
     log_figures(job, artifact, run)
-    if job.recipe.adapter_rank:
+    if job.recipe.adapter_rank and job.recipe.code != "bits":
         with tempfile.TemporaryDirectory() as folder:
             cut = table.cut(Budget(job.recipe.stop_ratio, job.recipe.convention))
             save_peft(artifact, folder, cut, job.base)
@@ -150,7 +150,8 @@ def log_figures(job: Job, artifact: Artifact, run: Run) -> None:
     """Plot the curve, the scores, the kept ranks at three sizes, and the masks over the steps if they were sampled."""
     table = artifact.table()
     run.figure(figures.curves({job.name: artifact.curve}), "tradeoff.png")
-    run.figure(figures.score_map(table), "score_map.png")
+    if scores := figures.score_map(table):
+        run.figure(scores, "score_map.png")
     for size in (0.8, 0.6, 0.4):
         figure = figures.kept_ranks(table, size)
         if figure is not None:

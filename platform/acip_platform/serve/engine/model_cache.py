@@ -206,5 +206,4 @@ def _first_bytes(artifact: Artifact) -> int:
     codes = artifact.table().byte_sizes
     if codes is not None:
         return codes.memory
-    files = (artifact.tensors(name) for name in ("factors", "dense", "rest"))
-    return sum(entry.rows * entry.row_bytes for file in files for entry in file.entries.values())
+    return sum(artifact.tensors(name).decoded_bytes for name in ("factors", "dense", "rest"))

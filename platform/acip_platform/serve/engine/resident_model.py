@@ -60,7 +60,7 @@ class ResidentModel:
         self.version, self.artifact = version, artifact
         self.created = int((artifact.folder / MANIFEST).stat().st_mtime)
         memory = memory or UnlimitedMemory()
-        memory.reserve(sum(entry.rows * entry.row_bytes for entry in artifact.tensors("rest").entries.values()))
+        memory.reserve(artifact.tensors("rest").decoded_bytes)
         loader = ModelLoader(artifact, device)
         with building:
             self.any_size = ElasticModel(loader.model(), artifact.table(), loader.load_size)

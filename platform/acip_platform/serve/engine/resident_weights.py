@@ -20,11 +20,9 @@ import torch
 from torch import nn
 
 from acip.artifact.loading import ModelLoader
-from acip.artifact.safetensors_ranges import Entry
-from acip.layers.coded_linear import CodedLinear
 from acip.layers.mixed_sizes import Mixer
 from acip.layers.packing import PackedLinear, unpacked
-from acip.modeling_acip import set_module
+from acip.modeling_acip import CodedLinear, set_module
 from acip.sizing.cut_table import Cut
 from acip.sizing.elastic_model import ElasticModel
 from acip_platform.serve.engine.errors import ModelUnloadedError
@@ -228,10 +226,10 @@ class ResidentWeights:
         missing: list[tuple[str, int | None, int]] = []  # layer, rank or None = its dense weight, bytes
         for name, rank in ranks.items():
             if (rank is None or dense) and self.layers[name].original.weight.is_meta:
-                missing.append((name, None, _bytes(self.loader.dense.entry(f"{name}.weight"))))
+                missing.append((name, None, self.loader.dense.entry(f"{name}.weight").bytes))
             if with_factors and self.layers[name].stored_rank < stored[name]:
                 sides = (self.loader.factors.entry(f"{name}.{side}") for side in ("left", "right"))
-                missing.append((name, stored[name], sum(map(_bytes, sides))))
+                missing.append((name, stored[name], sum(side.bytes for side in sides)))
         needed = sum(bytes for *_, bytes in missing)
         self.memory.reserve(needed)
         try:
@@ -260,8 +258,3 @@ class ResidentWeights:
                 freed += side.values.nbytes
                 side._parameters["values"] = nn.Parameter(side.values[:0].clone(), requires_grad=False)
         self.memory.release(freed)
-
-
-def _bytes(entry: Entry) -> int:
-    """Return the bytes of a tensor in memory."""
-    return entry.rows * entry.row_bytes
