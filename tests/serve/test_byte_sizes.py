@@ -4,7 +4,6 @@ import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,45 +20,20 @@ from acip_platform.serve.engine.sampling import SamplingParams
 
 from acip.artifact.artifact import Artifact
 from acip.errors import AcipError
-from acip.sizing.budget import BITS_PER_WEIGHT, Budget
-from acip.sizing.cut_table import Cut
-from tests.acip.artifact.test_codes_file import calibrated_with_codes, llama
+from acip.sizing.budget import Budget
+from tests.serve.conftest import in_bytes, save_with_codes
 from tests.support.application import Application
 from tests.support.waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
 PROMPT = list(b"It was a bright cold day and ")
 GREEDY = SamplingParams(temperature=0.0)
-LARGEST = (3, 7, 15, 31, 63, 127)
-
-
-def coded_artifact(folder: Path, width: int, dtype: torch.dtype) -> Artifact:
-    torch.manual_seed(0)
-    base, calibration, codes = calibrated_with_codes(llama(width, dtype=dtype), LARGEST)
-    return Artifact.save(folder / "artifact", base, calibration, {}, codes)
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """An artifact in float32 with ranks and codes, and a curve over both."""
-    artifact = coded_artifact(tmp_path_factory.mktemp("coded"), 64, torch.float32)
-    table = artifact.table()
-    rows: list[dict[str, Any]] = [{"asked": 1.0, "got": 1.0, "loss": 2.0, "perplexity": 7.389}]
-    rows += [{"asked": size, "got": table.cut(Budget(ratio=size)).got, "loss": 2.0 + 4 * (1 - size)} for size in (0.8, 0.6)]
-    for share, loss in ((0.44, 2.1), (0.36, 2.4)):
-        cut = in_bytes(table, share)
-        rows.append({"asked": share, "got": cut.got, "loss": loss, BITS_PER_WEIGHT: cut.bits_per_weight})
-    return artifact.record_curve(rows)
 
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """An artifact in bfloat16, as most models are."""
-    return coded_artifact(tmp_path_factory.mktemp("narrow"), 128, torch.bfloat16)
-
-
-def in_bytes(table: Any, share: float) -> Cut:
-    return table.cut(Budget(ratio=share, convention="bytes"))
+    return save_with_codes(tmp_path_factory.mktemp("narrow"), 128, torch.bfloat16)
 
 
 def resident(artifact: Artifact, **options: Any) -> ResidentModel:
@@ -125,8 +99,8 @@ def test_sizes_share_versions_and_unused_ones_leave(narrow: Artifact) -> None:
     assert generous.weights.is_loaded(small) and generous.weights.is_loaded(large)
 
 
-def test_a_size_in_use_is_never_dropped(artifact: Artifact, engine: Engine) -> None:
-    model = resident(artifact)
+def test_a_size_in_use_is_never_dropped(coded_artifact: Artifact, engine: Engine) -> None:
+    model = resident(coded_artifact)
     engine.add(model)
     budgets = [Budget(ratio=share, convention="bytes") for share in (0.36, 0.44, 0.38, 0.42, 0.4, 0.44)]
     alone = [tokens(engine, model, budget, 30) for budget in budgets]
@@ -138,8 +112,8 @@ def test_a_size_in_use_is_never_dropped(artifact: Artifact, engine: Engine) -> N
     assert model.weights.code_bytes <= model.weights.codes_limit
 
 
-def test_loading_a_size_does_not_stop_other_requests(artifact: Artifact, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = resident(artifact)
+def test_loading_a_size_does_not_stop_other_requests(coded_artifact: Artifact, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = resident(coded_artifact)
     engine.add(model)
     budget = Budget(ratio=0.44, convention="bytes")
     tokens(engine, model, budget)
@@ -162,9 +136,9 @@ def test_loading_a_size_does_not_stop_other_requests(artifact: Artifact, engine:
 
 
 def test_a_damaged_version_fails_one_request_and_is_not_counted(
-    artifact: Artifact, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    coded_artifact: Artifact, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = resident(artifact)
+    model = resident(coded_artifact)
     engine.add(model)
     before = model.bytes
 
@@ -235,15 +209,15 @@ def test_a_model_with_codes_is_refused_if_one_size_exceeds_the_memory(narrow: Ar
 # ---- tokens
 
 
-def test_mixed_sizes_give_the_tokens_of_each_alone(artifact: Artifact, engine: Engine) -> None:
-    model = resident(artifact)
+def test_mixed_sizes_give_the_tokens_of_each_alone(coded_artifact: Artifact, engine: Engine) -> None:
+    model = resident(coded_artifact)
     engine.add(model)
     budgets = [
         Budget(ratio=1.0), Budget(ratio=0.6), *(Budget(ratio=share, convention="bytes") for share in (0.44, 0.4, 0.36)),
     ]  # fmt: skip
     expected = []
     for budget in budgets:
-        plain: Any = artifact.load(size=budget).materialize()
+        plain: Any = coded_artifact.load(size=budget).materialize()
         ids = torch.tensor([PROMPT])
         whole = plain.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None
@@ -263,11 +237,11 @@ def test_mixed_sizes_give_the_tokens_of_each_alone(artifact: Artifact, engine: E
 
 
 @pytest.fixture(scope="module")
-def application(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
+def application(coded_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
     with pytest.MonkeyPatch.context() as environment:
         home = tmp_path_factory.mktemp("home")
         environment.setenv("ACIP_HOME", str(home))
-        application = Application(home, artifact)
+        application = Application(home, coded_artifact)
         yield application
         application.close()
 
@@ -278,8 +252,8 @@ def ask(application: Application, **fields: Any) -> dict[str, Any]:
     return body["size"]
 
 
-def test_a_ratio_counts_bytes_unless_the_request_says_otherwise(application: Application, artifact: Artifact) -> None:
-    table = artifact.table()
+def test_a_ratio_counts_bytes_unless_the_request_says_otherwise(application: Application, coded_artifact: Artifact) -> None:
+    table = coded_artifact.table()
     cut = in_bytes(table, 0.4)
     sizes = [ask(application, size_ratio=0.4), ask(application, model="small@0.4"), ask(application, model="small@40%")]
     assert sizes == [sizes[0]] * 3
@@ -305,9 +279,9 @@ def test_a_ratio_counts_bytes_unless_the_request_says_otherwise(application: App
         {"params": 100_000},
     ],
 )
-def test_every_kind_of_budget_is_a_field(application: Application, artifact: Artifact, fields: dict[str, Any]) -> None:
+def test_every_kind_of_budget_is_a_field(application: Application, coded_artifact: Artifact, fields: dict[str, Any]) -> None:
     kind = next(iter(fields))
-    cut = artifact.table().cut(Budget(**fields, **({"batch": 1} if kind == "memory_mb" else {})))
+    cut = coded_artifact.table().cut(Budget(**fields, **({"batch": 1} if kind == "memory_mb" else {})))
     size = ask(application, **fields)
     assert (size["convention"], size["asked"], size["got"], size["bytes"]) == (kind, fields[kind], cut.got, cut.bytes)
     assert (size["bits_per_weight"] is None) == (cut.versions is None)
@@ -343,8 +317,8 @@ def get(application: Application, path: str) -> Any:
     return json.loads(body)
 
 
-def test_card_and_trade_off_describe_sizes_in_bytes(application: Application, artifact: Artifact) -> None:
-    table = artifact.table()
+def test_card_and_trade_off_describe_sizes_in_bytes(application: Application, coded_artifact: Artifact) -> None:
+    table = coded_artifact.table()
     codes = table.byte_sizes
     assert codes is not None
     card, body = get(application, "/v1/models/small"), get(application, "/v1/models/small/tradeoff")
