@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from acip_platform.serve.text_engine import TextEngine
 from acip_platform.tracking.registry import ModelVersion
 
 from acip.artifact.artifact import Artifact
+from acip.base import Base
+from acip.layers.targets import find_linears
 from acip.sizing.budget import BITS_PER_WEIGHT, Budget
 from acip.sizing.cut_table import Cut, CutTable
-from tests.acip.artifact.test_codes_file import calibrated_with_codes, llama
+from tests.acip.artifact.test_codes_file import RECIPE, calibrated_with_codes, llama
+from tests.conftest import byte_tokenizer
+from tests.support.coded import rounded
 
 LARGEST = (3, 7, 15, 31, 63, 127)  # the largest code of each version
 
@@ -37,6 +42,15 @@ def save_with_codes(folder: Path, width: int, dtype: torch.dtype) -> Artifact:
     torch.manual_seed(0)
     base, calibration, codes = calibrated_with_codes(llama(width, dtype=dtype), LARGEST)
     return Artifact.save(folder / "artifact", base, calibration, {}, codes)
+
+
+def save_codes_only(folder: Path) -> Artifact:
+    """Save an artifact in bfloat16 that has codes and no ranks."""
+    torch.manual_seed(0)
+    model = llama(64, dtype=torch.bfloat16)
+    base = Base(model, byte_tokenizer(), "random", None, "0" * 12)
+    recipe = replace(RECIPE, code="bits", dtype="bfloat16")
+    return Artifact.save_coded(folder / "artifact", base, recipe, rounded(find_linears(model), LARGEST), {})
 
 
 def in_bytes(table: CutTable, share: float) -> Cut:

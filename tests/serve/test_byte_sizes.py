@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,11 +18,14 @@ from acip_platform.serve.engine.model_cache import ModelCache
 from acip_platform.serve.engine.request import GenerationRequest
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.engine.sampling import SamplingParams
+from acip_platform.serve.http.requests import CompletionRequest
+from acip_platform.serve.text_engine import TextEngine
+from acip_platform.serve.tradeoff import trade_off
 
 from acip.artifact.artifact import Artifact
-from acip.errors import AcipError
+from acip.errors import AcipError, BudgetError
 from acip.sizing.budget import Budget
-from tests.serve.conftest import in_bytes, save_with_codes
+from tests.serve.conftest import in_bytes, save_codes_only, save_with_codes
 from tests.support.application import Application
 from tests.support.waiting import PATIENCE_S, until
 
@@ -231,6 +235,37 @@ def test_mixed_sizes_give_the_tokens_of_each_alone(coded_artifact: Artifact, eng
     until(lambda: all(events and isinstance(events[-1], RequestDone) for events in collected), "the requests do not end")
     found = [[event.token.token for event in events if isinstance(event, TokenSampled)] for events in collected]
     assert found == expected * 2
+
+
+def test_a_model_of_codes_only_is_served_in_bytes(tmp_path: Path, engine: Engine) -> None:
+    artifact = save_codes_only(tmp_path)
+    model = resident(artifact)
+    engine.add(model)
+    codes = model.any_size.table.byte_sizes
+    assert codes is not None
+    for share in (codes.share(0), 1.0):
+        assert len(tokens(engine, model, Budget(ratio=share, convention="bytes"))) == 8
+    assert codes.share(None) < 1.0, "the base model is stored in fewer bytes"
+    body = trade_off(model)
+    assert (body["size"]["convention"], body["size"]["ranks"], body["ranks"]) == ("bytes", None, None)
+    base = [row for row in body["sizes"] if row["bits_per_weight"] is None]
+    assert {row["bytes"] for row in base} == {codes.exact}
+    assert {row["memory_bytes"] for row in base} == {codes.base}
+    assert base[-1]["asked"] - codes.share(None) < 0.01
+    assert set(body["heatmap"]["full"][0]) == {16}
+    with pytest.raises(BudgetError, match="holds codes only"):
+        engine.submit(model, GenerationRequest([PROMPT], Budget(ratio=0.8)), lambda events: None)
+
+
+def test_requests_without_a_size_get_the_default_size(coded_artifact: Artifact) -> None:
+    model = resident(coded_artifact)
+    engine = TextEngine(default_size="40%")
+    engine.add(model)
+    text = engine.submit(model, CompletionRequest(prompt="a", max_tokens=1), lambda events: None)
+    assert (text.active.cut.asked, text.active.cut.convention) == (0.4, "bytes")
+    named = engine.submit(model, CompletionRequest(prompt="a", max_tokens=1, convention="linear"), lambda events: None)
+    assert (named.active.cut.asked, named.active.cut.convention) == (0.4, "linear")
+    engine.close()
 
 
 # ---- HTTP
