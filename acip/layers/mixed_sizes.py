@@ -69,7 +69,7 @@ class Mixer:
         self._plans: OrderedDict[Runs, list[tuple[Group, ...]]] = OrderedDict()
         self._bytes: dict[Runs, int] = {}
         self._now: Runs | None = None
-        self._lock = threading.Lock()  # `forget` is called from other threads
+        self._lock = threading.Lock()  # `keep` is called from other threads
 
     def set(self, runs: Sequence[tuple[Size, int]]) -> None:
         """Prepare the layers for a batch with these runs of rows, in order of falling size."""
@@ -92,12 +92,12 @@ class Mixer:
             layer.groups = groups
         self._now = key
 
-    def forget(self, sizes: Collection[tuple[int, int]]) -> None:
-        """Drop the plans of these sizes, given by their keys, because they hold codes in memory. No batch may be running with them."""
+    def keep(self, sizes: Collection[tuple[int, int]]) -> None:
+        """Drop the plans of all other sizes, given by their keys: plans hold weights in memory. No batch may be running with others."""
         with self._lock:
-            for runs in [runs for runs in self._plans if any(key in sizes for key, _ in runs)]:
+            for runs in [runs for runs in self._plans if any(key not in sizes for key, _ in runs)]:
                 del self._plans[runs], self._bytes[runs]
-            if self._now is not None and any(key in sizes for key, _ in self._now):
+            if self._now is not None and any(key not in sizes for key, _ in self._now):
                 self._clear()
 
     def clear(self) -> None:

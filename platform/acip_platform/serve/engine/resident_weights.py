@@ -75,8 +75,8 @@ class ResidentWeights:
         self.codes_limit = code_copies * sum(self._code_bytes.values())
         self.code_bytes = 0  # of all codes in memory
         self._used: dict[Coded, float] = {}  # versions in memory: when they were last requested, in seconds of time.monotonic
-        self._cuts: dict[tuple[int, int], Cut] = {}  # sizes that were requested and whose weights are in memory or being loaded
-        self._held: Counter[tuple[int, int]] = Counter()  # sizes, by the requests that hold them
+        self._held: dict[tuple[int, int], Cut] = {}  # the sizes that requests hold
+        self._holders: Counter[tuple[int, int]] = Counter()  # the number of requests that hold each
         self._lock = threading.Lock()  # of these fields and of the modules of the model; held for a short time
         self._loading = threading.Lock()
 
@@ -88,8 +88,8 @@ class ResidentWeights:
         with self._lock:
             if self.closed:
                 raise ModelUnloadedError("the model was unloaded; send the request again.")
-            self._held[cut.key] += 1
-            self._cuts[cut.key] = cut
+            self._held[cut.key] = cut
+            self._holders[cut.key] += 1
             self._used.update((each, time.monotonic()) for each in (cut.versions or {}).items() if each in self._used)
             complete = self._is_loaded(cut)
         try:
@@ -107,7 +107,9 @@ class ResidentWeights:
     def release(self, cut: Cut) -> None:
         """End a `hold`. Codes that no request uses leave if there are too many."""
         with self._lock:
-            self._held -= Counter([cut.key])
+            self._holders[cut.key] -= 1
+            if not self._holders[cut.key]:
+                del self._holders[cut.key], self._held[cut.key]
             self._drop(self.code_bytes - self.codes_limit)
 
     def is_loaded(self, cut: Cut) -> bool:
@@ -200,7 +202,7 @@ class ResidentWeights:
         """Drop codes that no request holds, the least recently used first, until `surplus` bytes are free. The lock must be held."""
         if surplus <= 0:
             return
-        kept = {each for key in self._held for each in (self._cuts[key].versions or {}).items()}
+        kept = {each for cut in self._held.values() for each in (cut.versions or {}).items()}
         freed = 0
         dropped = set[Coded]()
         for each in sorted((each for each in self._used if each not in kept), key=self._used.__getitem__):
@@ -208,10 +210,7 @@ class ResidentWeights:
                 break
             freed += self._code_bytes[each[0]]
             dropped.add(each)
-        incomplete = [key for key, cut in self._cuts.items() if not dropped.isdisjoint((cut.versions or {}).items())]
-        self.mixer.forget(incomplete)
-        for key in incomplete:
-            del self._cuts[key]
+        self.mixer.keep(self._held)
         for name, version in dropped:
             del self.layers[name].coded[str(version)], self._used[name, version]
         self.code_bytes -= freed
@@ -242,12 +241,9 @@ class ResidentWeights:
 
     def _drop_ranks(self) -> None:
         """Drop the factors and dense weights of all layers unless a request holds such a size. The lock must be held."""
-        if any(self._cuts[key].versions is None for key in self._held):
+        if any(cut.versions is None for cut in self._held.values()):
             return
-        keys = [key for key, cut in self._cuts.items() if cut.versions is None]
-        self.mixer.forget(keys)
-        for key in keys:
-            del self._cuts[key]
+        self.mixer.keep(self._held)
         freed = 0
         for layer in self.layers.values():
             original, weight = layer.original, layer.original.weight
