@@ -52,6 +52,7 @@ from acip.errors import AcipError
 
 ROOT = Path(__file__).resolve().parents[1]
 TAKEN_OVER = 3  # exit code
+BYTE_SIZE, RANK_SIZE = 0.4, 0.6  # in the commands of the last screen, with and without coded layers
 MISSING = "MISSING: "  # in a dry run, marks a requirement that is not met
 
 
@@ -122,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
                 finish_fleet(parent, outcomes)
             except Exception as error:  # of MLflow or its file store: the models are registered already
                 out.print(f"the end of the fleet's run could not be recorded: {error}", markup=False)
-    return last_screen(out, settings, outcomes, done, time.monotonic() - began, runs_page(settings, tracking.experiment_id))
+    page = runs_page(settings, tracking.experiment_id)
+    return last_screen(out, settings, jobs, outcomes, done, time.monotonic() - began, page)
 
 
 def print_plan(jobs: list[Job], cluster: Nodes, settings: Settings, out: Any) -> None:
@@ -168,7 +170,8 @@ def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
         "resources": fact(resources),
         "text": fact(lambda: text(job.data, "train")),
         "held-out text": fact(lambda: text(job.heldout.source, "heldout")),
-        "curve": f"sizes {', '.join(f'{size:g}' for size in job.sizes)}, {job.eval_protocol}",
+        "curve": f"sizes {', '.join(f'{size:g}' for size in job.sizes)}, {job.eval_protocol}"
+        + (f"; of the bytes {', '.join(f'{size:g}' for size in job.byte_sizes)}" if job.recipe.code != "ranks" else ""),
         "memory": fact(memory),
         "checkpoints": f"{masked(settings.runs)}/{attempt_of(job, force=False)}",
         "artifact": f"{masked(settings.store)}/{job.name}/{attempt_of(job, force=False)}",
@@ -226,7 +229,9 @@ def finish_fleet(parent: Run, outcomes: list[Outcome]) -> None:
         if parent.last_step(f"excess_loss_nats/{name}") == 0:
             parent.metrics(run_descriptions.excess(name, rows))
     if good:
-        parent.figure(figures.curves(good, excess=True), "tradeoffs.png")
+        for over, file in (("ranks", "tradeoffs.png"), ("bytes", "tradeoffs_over_bytes.png")):
+            if (figure := figures.curves(good, over=over, quantity="excess")) is not None:  # type: ignore[arg-type]
+                parent.figure(figure, file)
     parent.describe(run_descriptions.of_fleet(outcomes))
     parent.finish("FINISHED" if len(good) == len(outcomes) else "FAILED")
 
@@ -281,7 +286,9 @@ def first_screen(
         out.print(text, markup=False)
 
 
-def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dict[str, ModelVersion], seconds: float, page: str) -> int:
+def last_screen(
+    out: Any, settings: Settings, jobs: list[Job], outcomes: list[Outcome], done: dict[str, ModelVersion], seconds: float, page: str
+) -> int:
     """Print the curves, the failures and the next commands. Returns the exit code."""
     for outcome in outcomes:
         if outcome.error is None:
@@ -298,7 +305,9 @@ def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dic
     if good:
         run = shell(settings)
         mlflow = this_program("mlflow")
-        body = json.dumps({"model": good[0], "size_ratio": 0.6, "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0})
+        job = next(job for job in jobs if job.name == good[0])
+        size = BYTE_SIZE if job.recipe.code != "ranks" else RANK_SIZE
+        body = json.dumps({"model": good[0], "size_ratio": size, "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0})
         local = settings.tracking_uri.startswith("sqlite:")
         server = f"{mlflow} server --backend-store-uri {shlex.quote(settings.tracking_uri)} --port 5000 --workers 1"
         out.print("\nNext:", markup=False)
@@ -307,8 +316,8 @@ def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dic
             "table of runs": page,
             "serve": f"{run} jobs/serve.py",
             "move the slider": "http://127.0.0.1:8000/, when the server is ready",
-            "ask at 0.6": f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",
-            "export 0.6": f"{run} jobs/materialize.py {good[0]} --size 0.6 --out {good[0]}-60",
+            f"ask at {size:g}": f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",
+            f"export {size:g}": f"{run} jobs/materialize.py {good[0]} --size {size:g} --out {good[0]}-{round(size * 100)}",
             "report": f"{run} jobs/report.py {good[0]} --out report.html",
         })  # fmt: skip
     return cli.FAILED if failed else 0
