@@ -31,7 +31,7 @@ import ray
 from acip_platform import cli
 from acip_platform.cluster import Cluster, connect
 from acip_platform.reporting import figures
-from acip_platform.reporting.console import Watch, console, duration, lines, shell, trade_off_table
+from acip_platform.reporting.console import Watch, console, duration, example_size, lines, shell, trade_off_table
 from acip_platform.scheduling.events import open_event_queue
 from acip_platform.scheduling.fleet import Fleet, Job
 from acip_platform.scheduling.job_queue import Nodes, Outcome, Resources, nodes, resources_of, run_all
@@ -52,7 +52,6 @@ from acip.errors import AcipError
 
 ROOT = Path(__file__).resolve().parents[1]
 TAKEN_OVER = 3  # exit code
-BYTE_SIZE, RANK_SIZE = 0.4, 0.6  # in the commands of the last screen, with and without coded layers
 MISSING = "MISSING: "  # in a dry run, marks a requirement that is not met
 
 
@@ -123,8 +122,7 @@ def run(args: argparse.Namespace) -> int:
                 finish_fleet(parent, outcomes)
             except Exception as error:  # of MLflow or its file store: the models are registered already
                 out.print(f"the end of the fleet's run could not be recorded: {error}", markup=False)
-    page = runs_page(settings, tracking.experiment_id)
-    return last_screen(out, settings, jobs, outcomes, done, time.monotonic() - began, page)
+    return last_screen(out, settings, outcomes, done, time.monotonic() - began, runs_page(settings, tracking.experiment_id))
 
 
 def print_plan(jobs: list[Job], cluster: Nodes, settings: Settings, out: Any) -> None:
@@ -286,9 +284,7 @@ def first_screen(
         out.print(text, markup=False)
 
 
-def last_screen(
-    out: Any, settings: Settings, jobs: list[Job], outcomes: list[Outcome], done: dict[str, ModelVersion], seconds: float, page: str
-) -> int:
+def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dict[str, ModelVersion], seconds: float, page: str) -> int:
     """Print the curves, the failures and the next commands. Returns the exit code."""
     for outcome in outcomes:
         if outcome.error is None:
@@ -305,8 +301,8 @@ def last_screen(
     if good:
         run = shell(settings)
         mlflow = this_program("mlflow")
-        job = next(job for job in jobs if job.name == good[0])
-        size = BYTE_SIZE if job.recipe.code != "ranks" else RANK_SIZE
+        summaries = {outcome.job.name: outcome.summary for outcome in outcomes if outcome.summary is not None}
+        size = example_size(summaries[good[0]]["curve"] if good[0] in summaries else Store.of(settings).open(done[good[0]].uri).curve)
         body = json.dumps({"model": good[0], "size_ratio": size, "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0})
         local = settings.tracking_uri.startswith("sqlite:")
         server = f"{mlflow} server --backend-store-uri {shlex.quote(settings.tracking_uri)} --port 5000 --workers 1"

@@ -19,6 +19,7 @@ from acip.evaluate.heldout_text import cut_by
 from acip.sizing.budget import MEGA, as_perplexity, is_coded
 from acip_platform.scheduling.job_queue import Outcome
 from acip_platform.settings import Settings, this_python
+from acip_platform.tracking.run_descriptions import CLOSE_KL
 
 POLL_S = 0.5  # between two looks at the event queue
 
@@ -138,6 +139,17 @@ def curve_tables(title: str, rows: Sequence[Mapping[str, Any]], stop_ratio: floa
             size = f"{row['asked']:.2f}", f"{row['got']:.4f}", flops, f"{row['params']:,}", f"{row['bytes'] / MEGA:.1f}"
             tables[-1].add_row(*size, *_quality(row, base), f"below the stop ratio {stop_ratio}" if row["extrapolated"] else "")
     return Group(*tables)
+
+
+def example_size(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Return a size for the commands of a screen.
+
+    For a model with coded layers, it is the smallest measured size in bytes that is close to the base model, else the largest one. For a
+    model without, it is 0.6.
+    """
+    coded = [row for row in rows if is_coded(row)]
+    close = [row["asked"] for row in coded if divergence_of(row).get("kl_nats", math.inf) <= CLOSE_KL]
+    return min(close, default=max((row["asked"] for row in coded), default=0.6))
 
 
 def _trade_off_table(title: str, size: Sequence[str], rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> Table:

@@ -27,6 +27,7 @@ from acip.sizing.budget import as_perplexity, is_coded
 from acip.sizing.cut_table import CutTable
 from acip.sizing.excess_loss_area import excess_loss_area
 from acip_platform.reporting import figures
+from acip_platform.reporting.console import example_size
 from acip_platform.reporting.text_samples import side_by_side, size_label
 from acip_platform.tracking.provenance import commit
 from acip_platform.tracking.registry import ModelVersion
@@ -154,22 +155,22 @@ def _measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 def _commands(subject: Subject) -> dict[str, str]:
     """Return the shell commands to use the model: description -> command."""
-    version = subject.version
+    version, size = subject.version, example_size(subject.artifact.curve)
     uri = shlex.quote(subject.uri)
     if version is None:
         return {
             "measure speed and memory": f"python jobs/evaluate.py --artifact {uri} --skip perplexity divergence samples",
-            "keep one size": f"python jobs/materialize.py {uri} --size 0.6 --out small",
+            "keep one size": f"python jobs/materialize.py {uri} --size {size:g} --out small",
             "fit a budget": f"python jobs/materialize.py {uri} --fit 8GB --context {CONTEXT} --batch 1 --out small",
         }
     name = shlex.quote(version.name)
-    body = json.dumps({"model": f"{version.name}@0.6", "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0})
+    body = json.dumps({"model": f"{version.name}@{size:g}", "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0})
     request = f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     return {
         "serve": f"python jobs/serve.py --model {name} --alias {version.version}",
-        "ask at 0.6": request,
+        f"ask at {size:g}": request,
         "measure speed and memory": f"python jobs/evaluate.py --model {name}@{version.version} --skip perplexity divergence samples",
-        "keep one size": f"python jobs/materialize.py {name} --alias {version.version} --size 0.6 --out small",
+        "keep one size": f"python jobs/materialize.py {name} --alias {version.version} --size {size:g} --out small",
         "make it the champion": f"python jobs/promote.py {name} {version.version}",
     }
 
