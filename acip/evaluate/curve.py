@@ -42,8 +42,8 @@ def trade_off(
     """Measure a model that was calibrated down to `stop_ratio`. Return one row per size: those of ranks, largest first, then coded ones.
 
     A number in `sizes` is a `linear` ratio. Sizes that the model does not have are left out, and so are coded sizes with the same codes as
-    a smaller one. `windows` are token ids, [T] each. If `divergence` is given (it names the text), rows also contain the divergence from the
-    base model. `on_row(row)` is called after each size, while the model has that size. `start` (`Text.start`) is recorded in the rows.
+    a smaller one. `windows` are token ids, [T] each. If `divergence` is given (it names the text), rows also contain the divergence from
+    the base model. `on_row(row)` is called after each size, while the model has that size. `start` (`Text.start`) is recorded in the rows.
 
     Every window is read at all sizes of ranks before the next one, so that the base model reads it once. Coded sizes follow one after the
     other, because a coded model is slow to load. For them, the logits of the base model are kept up to `KEPT_LOGITS_BYTES`.
