@@ -43,6 +43,7 @@ def recipe_name(job: Job) -> str:
 def measured(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the results in a row of the curve as metrics."""
     values = {key: value for key, value in row.items() if key not in DESCRIPTIVE_FIELDS and isinstance(value, int | float)}
+    values |= {"kl_nats": divergence["kl_nats"]} if (divergence := divergence_of(row)) else {}
     return {f"tradeoff/{NAMES.get(key, key)}": float(value) for key, value in values.items()}
 
 

@@ -20,6 +20,7 @@ from acip.artifact.artifact import Artifact
 from acip.base import load_base
 from acip.data import WINDOWS_VERSION
 from acip.errors import RecipeError
+from acip.evaluate import divergence_of
 from acip.layers.targets import find_linears, weight_MN
 from acip.recipe import Recipe
 from acip.sizing.budget import Budget, is_coded
@@ -77,6 +78,8 @@ def test_a_calibration_job_stores_the_codes(small_base: str, tmp_path: Path, hel
         round(1000 * row["asked"]) for row in coded_rows[:-1]
     }
     assert step == round(1000 * smallest["asked"])
+    (kl,) = (metric.value for metric in run.client.get_metric_history(run.run_id, "bytes/tradeoff/kl_nats") if metric.step == step)
+    assert kl == divergence_of(smallest)["kl_nats"]
     version = Registry(settings).resolve("small")
     assert version.tags[f"ppl_bytes_{step}"] == f"{smallest['perplexity']:.4g}"
     cut = artifact.table().cut(Budget(max_kl=0.05))
