@@ -22,6 +22,7 @@ from acip_platform.settings import Settings
 from acip_platform.storage.checkpoints import Checkpoints
 from acip_platform.storage.code_checkpoints import FILE
 from acip_platform.storage.store import StoreError
+from acip_platform.tracking.registry import Registry
 from acip_platform.tracking.runs import Run, Tracking
 from acip_platform.training.layer_codes import code_layers
 from acip_platform.training.worker import calibrate_one
@@ -32,9 +33,10 @@ from acip.calibration.state import SUMS
 from acip.coding.coded_model import CodedModel
 from acip.data import WINDOWS_VERSION
 from acip.errors import BudgetError, RecipeError
+from acip.evaluate import divergence_of
 from acip.layers.targets import find_linears, weight_MN
 from acip.recipe import Recipe
-from acip.sizing.budget import Budget
+from acip.sizing.budget import Budget, is_coded
 from tests.conftest import logits, write_fleet
 from tests.support.coded import load_bytes
 
@@ -65,7 +67,12 @@ def test_a_calibration_job_stores_the_codes(small_base: str, tmp_path: Path, hel
     artifact = Artifact.open(summary["uri"].removeprefix("file://"), verify=True)
     assert artifact.manifest["schema"] == 5
     assert artifact.recipe.code == "both"
-    assert [row["asked"] for row in artifact.curve] == [1.0, 0.5]
+    ranks, coded_rows = ([row for row in artifact.curve if is_coded(row) is kind] for kind in (False, True))
+    assert [row["asked"] for row in ranks] == [1.0, 0.5]
+    sizes = artifact.table().byte_sizes
+    assert sizes is not None and sizes.loss is not None and sizes.kl is not None, "budgets of a loss choose codes"
+    assert {row["asked"] for row in coded_rows} <= set(job.byte_sizes) and coded_rows
+    assert all(row["got"] <= row["asked"] for row in coded_rows)
     whole, rest = artifact.load(), artifact.tensors("rest").data_bytes
     divergences = []
     for total in (artifact.coded().order.totals[0], artifact.coded().order.totals[-1]):
@@ -79,6 +86,22 @@ def test_a_calibration_job_stores_the_codes(small_base: str, tmp_path: Path, hel
     (stage,) = (event["text"] for event in events if event["kind"] == "stage" and event["text"].startswith("codes of"))
     assert f"{artifact.coded().bytes / 1e6:.1f} MB" in stage
     assert not list(Path(settings.runs).glob("first/codes_*")), "the artifact holds the codes, so they are not kept beside the checkpoints"
+    smallest = coded_rows[-1]
+    assert f"size {smallest['asked']:g} of the bytes: perplexity {smallest['perplexity']:.2f}" in [event.get("text") for event in events]
+    (step,) = {metric.step for metric in run.client.get_metric_history(run.run_id, "bytes/tradeoff/perplexity")} - {
+        round(1000 * row["asked"]) for row in coded_rows[:-1]
+    }
+    assert step == round(1000 * smallest["asked"])
+    (kl,) = (metric.value for metric in run.client.get_metric_history(run.run_id, "bytes/tradeoff/kl_nats") if metric.step == step)
+    assert kl == divergence_of(smallest)["kl_nats"]
+    version = Registry(settings).resolve("small")
+    assert version.tags[f"ppl_bytes_{step}"] == f"{smallest['perplexity']:.4g}"
+    cut = artifact.table().cut(Budget(max_kl=0.05))
+    assert version.tags["close_to_base"] == f"{cut.sizes['bytes']:.3f} of the bytes, {(cut.bytes or 0) / 1e6:.1f} MB"
+    page = run.client.get_model_version("small", version.version).description
+    assert "| of the bytes |" in page and version.tags["close_to_base"] in page
+    files = {item.path for item in run.client.list_artifacts(run.run_id)}
+    assert {"tradeoff.json", "perplexity_over_bytes.png", "kl_over_bytes.png", "perplexity_over_flops.png"} <= files
     metrics = run.client.get_run(run.run_id).data.metrics
     assert metrics["coding_seconds"] > 0
     assert metrics["codes_mb"] == pytest.approx(artifact.coded().bytes / 1e6)
