@@ -73,7 +73,7 @@ WITH_TASKS = (
 )
 BITSTACK_RANK = 4  # better on layers of this size than the authors' 16
 BITSTACK_BLOCKS = 4
-BITSTACK_SORT_TOKENS = 256
+BITSTACK_SORT_TOKENS = 128
 
 Weights = Mapping[str, CodedWeight]
 Facts = dict[str, Any]
