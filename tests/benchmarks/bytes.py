@@ -16,6 +16,7 @@ share a folder.
 """
 
 import argparse
+import copy
 import hashlib
 import inspect
 import json
@@ -136,10 +137,11 @@ class Subject:
         return values
 
     def accuracy(self, weights: Mapping[str, Tensor], task: str) -> dict[str, float]:
-        """Return the accuracy and its standard error in a task, of the model with these weights."""
+        """Return the accuracy and its standard error in a task, of the model with these weights, in bfloat16."""
         self.install(weights)
-        part = tasks.TaskScore(f"package:{task}", limit=ITEMS).measure(measurement.Subject(self.model, self.tokenizer))
+        model = copy.deepcopy(self.model).bfloat16()  # twice as fast as float32
         self.restore()
+        part = tasks.TaskScore(f"package:{task}", limit=ITEMS).measure(measurement.Subject(model, self.tokenizer))
         return {"accuracy": part["values"]["acc"], "error": part["values"]["acc_stderr"]}
 
 
