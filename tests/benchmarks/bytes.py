@@ -383,7 +383,8 @@ def measured(subject: Subject, results: Results, row: Row) -> Facts:
     def text() -> Facts:
         coded = weights()
         values = subject.measure({name: each.weight for name, each in coded.items()})
-        return {**values, "bytes": sum(each.bytes for each in coded.values()) + subject.rest_bytes}
+        stored = sum(each.bytes for each in coded.values()) + subject.rest_bytes
+        return {**values, "bytes": stored, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
 
     def accuracy(task: str) -> Facts:
         return subject.accuracy({name: each.weight for name, each in weights().items()}, task)
@@ -400,8 +401,7 @@ def measured(subject: Subject, results: Results, row: Row) -> Facts:
 def compare(subject: Subject, results: Results, quick: bool, only: str = "") -> Facts:
     """Measure all rows whose titles match `only`, and return the facts of the page."""
     facts: Facts = {
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "device": f"{torch.get_num_threads()} threads of a CPU ({machine()}, {torch.backends.cpu.get_cpu_capability()})",
+        "device": f"{torch.get_num_threads()} CPU thread(s) ({machine()}, {torch.backends.cpu.get_cpu_capability()})",
         "base_bytes": subject.base_bytes,
         "domains": list(subject.heldout),
         "rows": [],
@@ -455,11 +455,10 @@ def goals(facts: Facts, bounds: Mapping[float, tuple[str, float]]) -> dict[str, 
     reached = {}
     for share, (rival, bound) in bounds.items():
         mine, limit = kl[f"ours at {share:g}"], bound * kl.get(rival, 1.0)
-        known = mine <= limit
-        reached[
-            f"At {share:.0%} of the bytes, KL {mine:.4f}: {'reached' if known else 'missed'}, the goal is {limit:.4f}"
-            f"{f' = {bound:g} x {rival}' if rival else ''}."
-        ] = known
+        text = f"{limit:.4f} = {bound:g} x {rival}" if rival else f"{limit:.4f}"
+        reached[f"Goal at {share:.0%} of the bytes: KL of at most {text}. {'Reached' if mine <= limit else 'Missed'}: {mine:.4f}."] = (
+            mine <= limit
+        )
     ratios = {title: kl[f"ours beside {title}"] / kl[title] for title in kl if f"ours beside {title}" in kl}
     worst = max(ratios, key=lambda title: ratios[title])
     reached[f"At equal bytes, ours has at most {ratios[worst]:.2f} x the KL of any of {len(ratios)} other rows ({worst})."] = (
@@ -506,9 +505,10 @@ def task_table(facts: Facts) -> str:
 
 def result(facts: Facts) -> str:
     """Return the section of the page that holds the result."""
+    dates = sorted({row["date"] for row in facts["rows"]})
     return "\n\n".join(
         [
-            f"Measured on {facts['date']} by `python tests/benchmarks/bytes.py --publish`, {facts['device']}. "
+            f"Measured by `python tests/benchmarks/bytes.py --publish`, {' to '.join(sorted({dates[0], dates[-1]}))}, with {facts['device']}. "
             f"All versions of ours together: {facts['all_versions_bytes'] / 1e6:.0f} MB.",
             text_table(facts),
             f"Accuracy on {ITEMS} items of each task, zero-shot:",
