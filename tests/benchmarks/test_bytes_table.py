@@ -1,6 +1,7 @@
 """The tables of BYTES.md, and the results that the comparison at equal bytes keeps."""
 
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 
@@ -32,12 +33,19 @@ def test_recorded_rows_are_complete(facts: benchmark.Facts) -> None:
 
 
 def test_goals_compare_with_the_recorded_rows() -> None:
-    """A goal is a bound of our KL, or of our KL divided by that of a row; the last sentence is about all rows."""
-    rows = [{"title": "ours at 0.5", "kl": 0.1}, {"title": "GPTQ", "kl": 0.3}, {"title": "ours beside GPTQ", "kl": 0.2}]
-    for bounds, reached in (({}, []), ({0.5: ("", 0.2)}, [True]), ({0.5: ("", 0.05)}, [False]), ({0.5: ("GPTQ", 0.3)}, [False])):
-        assert list(goals({"rows": rows}, bounds).values()) == [*reached, True]
-    rows[2]["kl"] = 0.4
-    assert list(goals({"rows": rows}, {}).values()) == [False]
+    """A goal bounds our KL, or KL and excess loss as multiples of those of another row. The last sentence compares KL in all rows."""
+
+    def reached(kl: float, loss: float, beside: float, bounds: dict[float, tuple[str, float]]) -> list[bool]:
+        rows = {"base": (0.0, 3.0), "ours at 0.5": (kl, loss), "GPTQ": (0.3, 3.2), "ours beside GPTQ": (beside, 3.1)}
+        facts = {"domains": ["text"], "rows": [{"title": title, "kl": kl, "text": math.exp(loss)} for title, (kl, loss) in rows.items()]}
+        return list(goals(facts, bounds).values())
+
+    assert reached(0.1, 3.05, 0.2, {0.5: ("", 0.2)}) == [True, True]
+    assert reached(0.1, 3.05, 0.2, {0.5: ("", 0.05)}) == [False, True]
+    assert reached(0.1, 3.05, 0.2, {0.5: ("GPTQ", 0.4)}) == [True, True]
+    assert reached(0.15, 3.05, 0.2, {0.5: ("GPTQ", 0.4)}) == [False, True]
+    assert reached(0.1, 3.15, 0.2, {0.5: ("GPTQ", 0.4)}) == [False, True]
+    assert reached(0.1, 3.05, 0.4, {}) == [False]
 
 
 def test_finished_results_are_not_computed_again(tmp_path: Path) -> None:
