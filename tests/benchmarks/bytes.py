@@ -129,7 +129,7 @@ class Subject:
                 log_TV = self._log_probs(window_T)
                 nll -= float(log_TV[:-1].gather(-1, window_T[1:, None].long()).sum())
                 if base_TV is not None:
-                    kl += float((base_TV.float().exp() * (base_TV.float() - log_TV)).sum())
+                    kl += float(nn.functional.kl_div(log_TV, base_TV.float(), reduction="sum", log_target=True))
             values[domain] = math.exp(nll / (windows.numel() - len(windows)))
             if i == 0:
                 values["kl"] = kl / windows.numel()
