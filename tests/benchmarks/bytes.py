@@ -247,13 +247,13 @@ def rivals(subject: Subject, results: Results, quick: bool) -> Iterator[Row]:
 
         return dict(results.tensors("codes of Any-Precision", (any_precision,), compute))
 
-    yield Row("int8, bitsandbytes", (bitsandbytes_formats,), each(lambda _, weight: bitsandbytes_formats.int8(weight)))
-    yield Row("nf4, bitsandbytes", (bitsandbytes_formats,), each(lambda _, weight: bitsandbytes_formats.nf4(weight)))
-    for bits in (8, 7, 6, 5, 4, 3, 2):
+    for bits in (4, 3, 2, 6, 5, 8, 7):  # those of the goals first
         coder = partial(gptq.gptq, bits=bits)
         yield Row(
             f"GPTQ {bits} bit", (gptq, activation_covariance), each(lambda name, weight, coder=coder: coder(weight, covariances()[name]))
         )
+    yield Row("int8, bitsandbytes", (bitsandbytes_formats,), each(lambda _, weight: bitsandbytes_formats.int8(weight)))
+    yield Row("nf4, bitsandbytes", (bitsandbytes_formats,), each(lambda _, weight: bitsandbytes_formats.nf4(weight)))
     for bits in hqq.BITS[::-1]:
         yield Row(f"HQQ {bits} bit", (hqq,), each(lambda _, weight, bits=bits: hqq.hqq(weight, bits)))  # type: ignore[misc]
     for bits in (6, 5, 4, 3):
@@ -377,25 +377,26 @@ def our_row(title: str, coded: CodedModel, limit: int) -> Row:
 
 
 def measured(subject: Subject, results: Results, row: Row) -> Facts:
-    """Return the title of a row, its bytes, KL and perplexities, and its accuracies in tasks."""
-    weights = cache(row.weights)
+    """Return the title of a row, its KL, its perplexities and its bytes."""
 
-    def text() -> Facts:
-        coded = weights()
+    def compute() -> Facts:
+        coded = row.weights()
         values = subject.measure({name: each.weight for name, each in coded.items()})
         stored = sum(each.bytes for each in coded.values()) + subject.rest_bytes
         return {**values, "bytes": stored, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
 
-    def accuracy(task: str) -> Facts:
-        return subject.accuracy({name: each.weight for name, each in weights().items()}, task)
+    return {"title": row.title, **results.values(row.title, row.code, compute, **row.settings)}
 
-    facts = {"title": row.title, **results.values(row.title, row.code, text, **row.settings)}
-    if subject.tokenizer and row.title in WITH_TASKS:
-        facts["tasks"] = {
-            task: results.values(f"{row.title}, {task}", row.code, lambda task=task: accuracy(task), items=ITEMS, **row.settings)
-            for task in TASKS
-        }
-    return facts
+
+def accuracies(subject: Subject, results: Results, row: Row) -> Facts:
+    """Return the accuracy of a row in each task."""
+    weights = cache(lambda: {name: each.weight for name, each in row.weights().items()})
+    return {
+        task: results.values(
+            f"{row.title}, {task}", row.code, lambda task=task: subject.accuracy(weights(), task), items=ITEMS, **row.settings
+        )
+        for task in TASKS
+    }
 
 
 def compare(subject: Subject, results: Results, quick: bool, only: str = "") -> Facts:
@@ -404,25 +405,28 @@ def compare(subject: Subject, results: Results, quick: bool, only: str = "") -> 
         "device": f"{torch.get_num_threads()} CPU thread(s) ({machine()}, {torch.backends.cpu.get_cpu_capability()})",
         "base_bytes": subject.base_bytes,
         "domains": list(subject.heldout),
-        "rows": [],
     }
+    rows: dict[str, tuple[Row, Facts]] = {}
 
     def add(row: Row) -> None:
-        facts["rows"].append(measured(subject, results, row))
-        print(line(facts["rows"][-1], facts), flush=True)
+        if re.search(only, row.title):
+            rows[row.title] = row, measured(subject, results, row)
+            print(line(rows[row.title][1], facts), flush=True)
 
     for row in (base_row(subject), *rivals(subject, results, quick)):
-        if re.search(only, row.title):
-            add(row)
-    limits = {f"ours beside {row['title']}": row["bytes"] - subject.rest_bytes for row in facts["rows"] if row["title"] != "base"}
-    limits |= {f"ours at {share:g}": int(share * subject.base_bytes) - subject.rest_bytes for share in BUDGETS}
-    if wanted := {title: limit for title, limit in limits.items() if re.search(only, title)}:
+        add(row)
+    limits = {f"ours at {share:g}": int(share * subject.base_bytes) - subject.rest_bytes for share in BUDGETS}
+    limits |= {f"ours beside {title}": values["bytes"] - subject.rest_bytes for title, (_, values) in rows.items() if title != "base"}
+    if any(re.search(only, title) for title in limits):
         coded = ours(subject, results)
         facts["all_versions_bytes"] = coded.bytes
-        for title, limit in wanted.items():
+        for title, limit in limits.items():
             if limit >= coded.order.totals[0]:
                 add(our_row(title, coded, limit))
-    return facts
+    for title in WITH_TASKS if subject.tokenizer else ():
+        if title in rows:
+            rows[title][1]["tasks"] = accuracies(subject, results, rows[title][0])
+    return {**facts, "rows": [values for _, values in rows.values()]}
 
 
 def main() -> int:
