@@ -48,7 +48,8 @@ from acip.baselines.quantized import any_precision, bitsandbytes_formats, bitsta
 from acip.baselines.quantized.coded_weight import CodedWeight
 from acip.calibration import activation_covariance
 from acip.coding import statistics
-from acip.coding.coded_model import CodedModel, code_model
+from acip.coding.byte_order import ByteOrder
+from acip.coding.coded_model import RATES, CodedModel, code_model
 from acip.data import documents, token_windows
 from acip.evaluate import measurement, tasks
 from acip.evaluate.heldout_text import Text
@@ -75,6 +76,7 @@ WITH_TASKS = (
 BITSTACK_RANK = 4  # better on layers of this size than the authors' 16
 BITSTACK_BLOCKS = 4
 BITSTACK_SORT_TOKENS = 128
+RATES_OF_A_PART = 3
 
 Weights = Mapping[str, CodedWeight]
 Facts = dict[str, Any]
@@ -356,14 +358,24 @@ class BitStack:
 
 
 def ours(subject: Subject, results: Results) -> CodedModel:
-    def compute() -> CodedModel:
-        collected = results.tensors(
-            "statistics", (statistics,), lambda: statistics.layer_statistics(subject.model, subject.linears, subject.train)
-        )
-        return code_model(subject.linears, collected)
+    """Return the model in all versions, coded in parts of RATES_OF_A_PART rates, so that an interrupted run goes on."""
 
-    coded: CodedModel = results.tensors("codes of ours", (acip.coding,), compute)
-    return coded
+    @cache
+    def collected() -> dict[str, statistics.LayerStatistics]:
+        def compute() -> dict[str, statistics.LayerStatistics]:
+            return statistics.layer_statistics(subject.model, subject.linears, subject.train)
+
+        return dict(results.tensors("statistics", (statistics,), compute))
+
+    def part(rates: tuple[float, ...]) -> CodedModel:
+        coded: CodedModel = results.tensors(
+            f"codes of ours {rates}", (acip.coding,), lambda: code_model(subject.linears, collected(), rates), rates=rates
+        )
+        return coded
+
+    parts = [part(RATES[i : i + RATES_OF_A_PART]) for i in range(0, len(RATES), RATES_OF_A_PART)]
+    order = ByteOrder({name: [version for each in parts for version in each.order.versions[name]] for name in subject.linears})
+    return CodedModel({name: [codes for each in parts for codes in each.versions[name]] for name in subject.linears}, order)
 
 
 def our_row(title: str, coded: CodedModel, limit: int) -> Row:
