@@ -42,18 +42,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-import acip.coding
 from acip.base import load_base
 from acip.baselines.quantized import any_precision, bitsandbytes_formats, bitstack, gptq, hqq
 from acip.baselines.quantized.coded_weight import CodedWeight
 from acip.calibration import activation_covariance
-from acip.coding import statistics
-from acip.coding.byte_order import ByteOrder
+from acip.coding import coded_model, codes, error_feedback, statistics, step_sizes
 from acip.coding.coded_model import RATES, CodedModel, code_model
 from acip.data import documents, token_windows
 from acip.evaluate import measurement, tasks
 from acip.evaluate.heldout_text import Text
 from acip.layers.targets import find_linears, hooked
+from acip.sizing.byte_order import ByteOrder
 from acip.utils.atomic import atomic_file
 from tests.benchmarks.rotation import rotate
 
@@ -77,6 +76,8 @@ BITSTACK_RANK = 4  # better on layers of this size than the authors' 16
 BITSTACK_BLOCKS = 4
 BITSTACK_SORT_TOKENS = 128
 RATES_OF_A_PART = 3
+
+CODING = (coded_model, codes, error_feedback, statistics, step_sizes)
 
 Weights = Mapping[str, CodedWeight]
 Facts = dict[str, Any]
@@ -155,7 +156,7 @@ class Results:
     common: Facts
 
     def _path(self, what: str, code: tuple[ModuleType, ...], settings: Facts, suffix: str) -> Path:
-        source = [path.read_text("utf-8") for module in code for path in _files(module)]
+        source = [inspect.getsource(module) for module in code]
         facts = {"what": what, "source": source, "settings": settings, **self.common}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         return self.folder / f"{re.sub('[^a-z0-9]+', '-', what.lower())}-{digest[:16]}{suffix}"
@@ -179,12 +180,6 @@ class Results:
             with atomic_file(path) as file:
                 torch.save(result, file)
         return torch.load(path, weights_only=False)
-
-
-def _files(module: ModuleType) -> list[Path]:
-    """Return the source files of a module, or of all modules of a package."""
-    path = Path(inspect.getfile(module))
-    return sorted(path.parent.glob("*.py")) if path.name == "__init__.py" else [path]
 
 
 def small() -> Subject:
@@ -369,7 +364,7 @@ def ours(subject: Subject, results: Results) -> CodedModel:
 
     def part(rates: tuple[float, ...]) -> CodedModel:
         coded: CodedModel = results.tensors(
-            f"codes of ours {rates}", (acip.coding,), lambda: code_model(subject.linears, collected(), rates), rates=rates
+            f"codes of ours {rates}", CODING, lambda: code_model(subject.linears, collected(), rates), rates=rates
         )
         return coded
 
@@ -385,7 +380,7 @@ def our_row(title: str, coded: CodedModel, limit: int) -> Row:
         packed = ((name, coded.versions[name][version]) for name, version in coded.order.at(coded.order.within(limit)).items())
         return {name: CodedWeight(each.unpack().decode(), each.bytes) for name, each in packed}
 
-    return Row(title, (acip.coding,), weights, {"limit": limit})
+    return Row(title, CODING, weights, {"limit": limit})
 
 
 def measured(subject: Subject, results: Results, row: Row) -> Facts:
