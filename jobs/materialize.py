@@ -192,7 +192,12 @@ def write_gguf(artifact: Any, budget: Any, text: str, folder: Path) -> None:
     recipe = artifact.recipe
     windows = token_windows(documents(text, "train"), artifact.tokenizer(), recipe.seq_len, recipe.sample_windows)
     print(f"asked      {limit_bytes:,} bytes, {limit_bytes / base_bytes:.4f} of the base model", flush=True)
-    provenance = export_gguf(artifact, folder, limit_bytes, windows)
+
+    def progress(what: str, done: int, total: int) -> None:
+        if done * 4 // total > (done - 1) * 4 // total:  # four lines of each kind
+            print(f"{what:<10} {done} of {total}", flush=True)
+
+    provenance = export_gguf(artifact, folder, limit_bytes, windows, progress)
     size = provenance["size"]
     print(f"got        {size['got']:,} bytes, {size['got'] / base_bytes:.4f} of the base model")
     print(f"types      {', '.join(f'{count} {name}' for name, count in provenance['types'].items())}")

@@ -30,7 +30,7 @@ import torch
 from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
-from acip.coding.error_feedback import AT_ONCE, BLOCK
+from acip.coding.error_feedback import BLOCK
 from acip.errors import ArtifactError
 
 EXACT = {torch.float32: GGMLType.F32, torch.float16: GGMLType.F16, torch.bfloat16: GGMLType.BF16}
@@ -52,6 +52,7 @@ TYPES = {  # by the numbers that rows are a multiple of
     32: tuple(GGMLType[name] for name in ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0")),
 }
 SWEEPS = 1
+AT_ONCE = 2**25  # numbers of a matrix that are quantized together
 Array = np.ndarray[Any, Any]
 INSTALL = "pip install 'acip[gguf]' (it compiles llama.cpp, which needs a C++ compiler)"
 

@@ -4,8 +4,10 @@ The names of tensors and fields are those of gguf-py. llama.cpp splits text in w
 found by trial.
 """
 
+import importlib.resources
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,18 @@ EXACTLY: Mapping[str, GGMLType] = {}  # no weight has another type than that of 
 ROPES = ("default", "linear", "llama3")
 # in the order in which they are tried: the kinds that split more finely come first
 PRE_TOKENIZERS = ("qwen2", "llama-bpe", "smollm", "gpt-2", "llama4", "deepseek-llm", "tekken", "stablelm2", "falcon", "starcoder", "refact")
-SAMPLE = (
-    "Hello, world! It's 2024: don't\n\n\n  stop\t\t at 3 33 333 3333 33333.5 items...  \r\n"
-    "\u00dcber \u4f60\u597d\u4e16\u754c \u041f\u0440\u0438\u0432\u0435\u0442 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \U0001f680 "
-    "camelCase x_1 = {'a': [1, 2]};  \n    return I'VE WE'LL ====---- \"\"\"'''"
-)  # text that llama.cpp must split into the same tokens as the tokenizer
+SAMPLE_CHARACTERS = 20_000
+UNUSUAL = (
+    "\n\n\n  stop\t\t at 3 33 333 3333 33333.5 items...  \r\n\u00dcber \u4f60\u597d\u4e16\u754c \u041f\u0440\u0438\u0432\u0435\u0442 "
+    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \U0001f680 camelCase x_1 = {'a': [1, 2]};  \n    return I'VE WE'LL don't ====---- \"\"\"'''"
+)
+
+
+@cache
+def sample() -> str:
+    """Return text that llama.cpp must split into the same tokens as the tokenizer."""
+    text = importlib.resources.files("acip").joinpath("corpora", "wikipedia.txt").read_text(encoding="utf-8")
+    return text[:SAMPLE_CHARACTERS] + UNUSUAL
 
 
 def check_model(config: PreTrainedConfig) -> None:
@@ -180,9 +189,9 @@ class GGUFFile:
     def _pre_tokenizer(self) -> str:
         """Return llama.cpp's name of the way in which the tokenizer splits text.
 
-        Found by trial: llama.cpp splits a sample of text into the same tokens as the tokenizer. Raise ArtifactError if it never does.
+        Found by trial: llama.cpp splits `sample` into the same tokens as the tokenizer. Raise ArtifactError if it never does.
         """
-        expected = self.tokenizer.encode(SAMPLE, add_special_tokens=False)
+        expected = self.tokenizer.encode(sample(), add_special_tokens=False)
         byte_level = "ByteLevel" in str(self.tokenizer.backend_tokenizer.decoder)
         with tempfile.TemporaryDirectory() as folder:
             for name in PRE_TOKENIZERS if byte_level else (SENTENCEPIECE,):
@@ -191,7 +200,7 @@ class GGUFFile:
                 _begin(writer)
                 writer.close()
                 model = load_llama_cpp().Llama(str(path), vocab_only=True, verbose=False)
-                if model.tokenize(SAMPLE.encode(), add_bos=False, special=True) == expected:
+                if model.tokenize(sample().encode(), add_bos=False, special=True) == expected:
                     return name
         raise ArtifactError(
             "a GGUF file can't be written: llama.cpp does not split text as this tokenizer does. Supported are byte-level BPE "

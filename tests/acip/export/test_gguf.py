@@ -253,7 +253,7 @@ def test_llama_cpp_splits_text_as_the_tokenizer_does(llama_cpp: Any, kind: str, 
     tokenizer = trained(*TOKENIZERS[kind])
     model = random_model(LlamaConfig(**{**SHAPE, "vocab_size": len(tokenizer) + 5}))  # more embeddings than tokens
     GGUFFile(model.config, tokenizer, weights_of(model)).write(tmp_path / FILE)
-    text = (Path(__file__).parents[3] / "acip" / "corpora" / "wikipedia.txt").read_text(encoding="utf-8")[:50_000]
+    text = (Path(__file__).parents[3] / "acip" / "corpora" / "wikipedia.txt").read_text(encoding="utf-8")[50_000:100_000]
     opened = llama_cpp.Llama(str(tmp_path / FILE), vocab_only=True, verbose=False)
     assert opened.tokenize(text.encode(), add_bos=False, special=True) == tokenizer.encode(text, add_special_tokens=False)
     assert opened.tokenize(b"text", add_bos=True)[0] == tokenizer.encode("text")[0]  # bos only if the tokenizer writes it
