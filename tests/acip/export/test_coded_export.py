@@ -45,6 +45,13 @@ def middle(artifact: Artifact) -> Budget:
     return Budget(stored_bytes=sizes.bytes(len(sizes.order.steps) // 2) + 1)
 
 
+def assert_same_model(model: Any, other: Any) -> None:
+    """The tensors are equal bit for bit. The logits of a model in bfloat16 may depend on the addresses of its tensors."""
+    state, expected = model.state_dict(), other.state_dict()
+    assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
+    torch.testing.assert_close(logits(model, TOKENS), logits(other, TOKENS), rtol=0.02, atol=0.01)
+
+
 @pytest.mark.parametrize("position", [0.0, 0.5, 1.0, None])
 def test_an_export_has_the_bytes_and_logits_of_its_size(artifact: Artifact, tmp_path: Path, position: float | None) -> None:
     """None is the base model, whose bfloat16 tensors take fewer bytes, too."""
@@ -56,7 +63,8 @@ def test_an_export_has_the_bytes_and_logits_of_its_size(artifact: Artifact, tmp_
     assert any_size.cut is not None
     assert tensor_bytes(tmp_path / "out") == any_size.cut.bytes == provenance["weight_bytes"] == sizes.bytes(steps)
     loaded = read(tmp_path / "out")
-    assert torch.equal(logits(loaded, TOKENS), logits(any_size.model, TOKENS))
+    assert_same_model(loaded, any_size.materialize())
+    torch.testing.assert_close(logits(loaded, TOKENS), logits(any_size.model, TOKENS), rtol=0.02, atol=0.01)
     assert isinstance(loaded.get_submodule(any_size.table.layers[0].name), CodedLinear) == (steps is not None)
     assert (loaded.dtype, loaded.name_or_path) == (any_size.model.dtype, str(tmp_path / "out"))
     assert loaded.generation_config.eos_token_id == any_size.model.generation_config.eos_token_id
@@ -71,7 +79,7 @@ def test_a_loaded_export_is_saved_with_the_same_tensors_in_shards(any_size: Elas
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert len(parts) > 2 and again.keys() == stored.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in stored.items())
-    assert torch.equal(logits(read(tmp_path / "again"), TOKENS), logits(loaded, TOKENS))
+    assert_same_model(read(tmp_path / "again"), loaded)
     with pytest.raises(ValueError, match="leave state_dict out"):
         loaded.save_pretrained(tmp_path / "third", state_dict=loaded.state_dict())
 
@@ -98,7 +106,8 @@ for folder in ({str(tmp_path / "out")!r}, {str(tmp_path / "again")!r}):
     model, report = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"], report
     with torch.no_grad():
-        assert torch.equal(model(input_ids=torch.arange(16)[None]).logits, torch.load({str(tmp_path / "expected.pt")!r}))
+        expected = torch.load({str(tmp_path / "expected.pt")!r})
+        torch.testing.assert_close(model(input_ids=torch.arange(16)[None]).logits, expected, rtol=0.02, atol=0.01)
     model.save_pretrained({str(tmp_path / "again")!r})
 print(pipeline("text-generation", model={str(tmp_path / "out")!r}, trust_remote_code=True)("It is", max_new_tokens=4)[0]["generated_text"])
 """
@@ -134,24 +143,24 @@ def test_damaged_exports_are_refused(any_size: ElasticModel, artifact: Artifact,
 def test_an_elastic_model_is_compressed_saved_and_resized_at_sizes_in_bytes(artifact: Artifact, tmp_path: Path) -> None:
     budget = middle(artifact)
     model: Any = acip.from_pretrained(artifact, size=f"{budget.stored_bytes} bytes")
-    expected = logits(model, TOKENS)
     assert model.cut.versions is not None
     model.save_pretrained(tmp_path / "resident")
     with pytest.raises(ArtifactError, match=r"codes of .* bits per weight, and can't be quantized to nf4"):
         model.quantize()
     assert model.any_size is not None, "a refused call changes nothing"
     model.compress().save_pretrained(tmp_path / "compressed")
-    assert torch.equal(logits(model, TOKENS), expected)
+    expected = artifact.load(size=budget).materialize()
+    assert_same_model(model, expected)
     for folder in (tmp_path / "resident", tmp_path / "compressed"):
         assert tensor_bytes(folder) == model.cut.bytes
-        assert torch.equal(logits(acip.from_pretrained(folder), TOKENS), expected)
+        assert_same_model(acip.from_pretrained(folder), expected)
     model.resize(0.6).compress()
     name = artifact.manifest["layers"][0]["name"]
     assert (model.cut.convention, model.cut.versions) == ("linear", None), "a number is a ratio of ranks"
     assert isinstance(model.get_submodule(name), PivotLinear | LowRankLinear | torch.nn.Linear)
     model.save_pretrained(tmp_path / "ranks")
     assert tensor_bytes(tmp_path / "ranks") == model.cut.bytes
-    assert torch.equal(logits(model.resize(budget).compress(), TOKENS), expected)
+    assert_same_model(model.resize(budget).compress(), expected)
 
 
 def test_coded_layers_are_not_fine_tuned(any_size: ElasticModel, artifact: Artifact) -> None:

@@ -27,13 +27,14 @@ TOKENS = torch.arange(16)[None]
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
 def any_size(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ElasticModel, Artifact]:
-    """A size at which some layers have small codes, and others large ones."""
+    """A size at which one layer has codes up to 100, and all others up to 5."""
     torch.manual_seed(0)
-    base, calibration, codes = calibrated_with_codes(llama(64, dtype=request.param))
+    base, calibration, codes = calibrated_with_codes(llama(64, dtype=request.param), (2, 5, 100))
     artifact = Artifact.save(tmp_path_factory.mktemp("coded") / "artifact", base, calibration, {}, codes)
     sizes = artifact.table().byte_sizes
     assert sizes is not None
-    return artifact.load(size=Budget(stored_bytes=sizes.bytes(len(sizes.order.steps) // 2))), artifact
+    steps = next(steps for steps in range(len(sizes.order.steps)) if 2 in sizes.order.at(steps).values())
+    return artifact.load(size=Budget(stored_bytes=sizes.bytes(steps))), artifact
 
 
 @pytest.mark.parametrize("bits", [4, 8])
