@@ -28,6 +28,7 @@ and the field gives the other encoded tensors, {NAME: [shape, bytes of each chun
 """
 
 import json
+import math
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -457,7 +458,7 @@ def decoded_tensors(stored: dict[str, Tensor], acip: Mapping[str, Any]) -> dict[
 
     def numbers(name: str) -> dict[str, Tensor]:
         shape, sizes = acip["bfloat16"][name]
-        row = int(np.prod(shape[1:]))
+        row = math.prod(shape[1:])
         step = chunk_rows(shape[0], 2 * row)
         counts = [min(step, shape[0] - first) * row for first in range(0, shape[0], step)]
         content = stored.pop(name)
@@ -471,7 +472,7 @@ def decoded_tensors(stored: dict[str, Tensor], acip: Mapping[str, Any]) -> dict[
             return decode(name)
         except KeyError as error:
             raise ValueError(f"the files of this model lack {error}. Export it again, or fetch the whole folder.") from error
-        except (TypeError, ValueError) as error:
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"the stored tensor of {name} {error}. Export the model again, or fetch the whole folder.") from error
 
     jobs = [(codes, name) for name, row in acip["layers"].items() if row["form"] == "codes"]

@@ -12,8 +12,8 @@ selects another count. A size in bytes is written in these bytes; --format compr
 --fit alone limits the bytes of the weights. With --context it limits weights, KV cache and the overhead of serving together.
 With --quantize, the size or budget counts matrices in that many bits. `--quantize best` selects the bits with the smallest measured loss at
 this budget (jobs/evaluate.py --quantize measures the curves).
-With --format gguf, the size is the bytes of the whole file, or their share of the base model's plain 16-bit bytes. Each weight gets the type
-of llama.cpp that saves the most loss per byte, measured on --text. This needs llama-cpp-python.
+With --format gguf, the size is the bytes of the whole file, or their share of the base model's bytes. Each weight gets
+the type of llama.cpp that saves the most loss per byte, measured on --text. This needs llama-cpp-python.
 
 Exit codes: 0 the folder is written, 2 wrong arguments or a size that cannot be reached, 130 interrupted.
 """
@@ -44,8 +44,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     size.add_argument("--size", help='"0.6", "60%%", "800M params" or "ppl<=20"')
     parser.add_argument(
         "--convention", choices=CONVENTIONS,
-        help="count of a ratio: bytes of the model; or numbers of the layers (linear), of the layers without adapters (paper), of the model "
-        "(default: bytes if the artifact has coded layers, else linear)",
+        help="count of a ratio: bytes of the model; or numbers of the layers (linear), of the layers without adapters (paper), of the "
+        "model (default: bytes if the artifact has coded layers, else linear)",
     )  # fmt: skip
     size.add_argument("--fit", metavar="BYTES", help='"8GB" or "8GiB" of weights; with --context, of memory')
     size.add_argument("--all-sizes", action="store_true", help="copy the artifact itself, which holds every size")
@@ -159,10 +159,8 @@ def print_size(artifact: Any, budget: Any) -> None:
     if cut.versions is None:
         print(f"size       {cut.sizes['linear']:.4f} of the layers, {cut.sizes['model']:.4f} of the model, {cut.params:,} parameters")
     else:
-        print(
-            f"size       {cut.bytes:,} stored bytes, {cut.sizes['bytes']:.4f} of the base model's {table.base_bytes:,}, embeddings and head "
-            f"included; {cut.bits_per_weight:.2f} bits per weight of the coded layers"
-        )
+        share = f"{cut.sizes['bytes']:.4f} of the base model's {table.base_bytes:,}"
+        print(f"size       {cut.bytes:,} stored bytes with embeddings, {share}; {cut.bits_per_weight:.2f} bits per weight of the layers")
     if cut.predicted and "perplexity" in cut.predicted:
         print(f"predicted  perplexity {cut.predicted['perplexity']:.2f} by the measured curve")
     recipe = artifact.recipe
@@ -174,9 +172,9 @@ def print_size(artifact: Any, budget: Any) -> None:
 def stored_as(provenance: dict[str, Any]) -> str:
     """Describe how the weights of an export are stored."""
     if provenance["size"]["bits_per_weight"] is None:
-        return str(provenance["quantize"] or provenance["dtype"])
+        return (provenance["quantize"] or provenance["dtype"]) + (", encoded without loss" if provenance["encoded"] else "")
     if provenance["format"] == "transformers":
-        return "codes as Huffman codes"
+        return "codes and bfloat16 numbers encoded without loss"
     layers = ", ".join(f"{count} layers in {bits}" for bits, count in provenance["storage"].items())
     return f"{layers}, others in {provenance['dtype']}; {provenance['size']['bytes']:,} in the artifact"
 
@@ -186,18 +184,22 @@ def write_gguf(artifact: Any, budget: Any, text: str, folder: Path) -> None:
     from acip.data import documents, token_windows
     from acip.errors import BudgetError
     from acip.export.gguf import export_gguf
-    from acip.sizing.budget import Budget
 
     if budget.ratio is None and budget.stored_bytes is None:
         raise BudgetError(f"--format gguf needs a size in bytes, not {budget.kind}: --fit 90MB, or --size 0.4 of the base model's bytes.")
-    base_bytes = 2 * artifact.table().cut(Budget(ratio=1.0)).params
+    base_bytes = artifact.table().base_bytes
     limit_bytes = budget.stored_bytes or int(budget.ratio * base_bytes)
     recipe = artifact.recipe
     windows = token_windows(documents(text, "train"), artifact.tokenizer(), recipe.seq_len, recipe.sample_windows)
-    print(f"asked      {limit_bytes:,} bytes, {limit_bytes / base_bytes:.4f} of the base model in 16 bit", flush=True)
-    provenance = export_gguf(artifact, folder, limit_bytes, windows)
+    print(f"asked      {limit_bytes:,} bytes, {limit_bytes / base_bytes:.4f} of the base model", flush=True)
+
+    def progress(what: str, done: int, total: int) -> None:
+        if done * 4 // total > (done - 1) * 4 // total:  # four lines of each kind
+            print(f"{what:<10} {done} of {total}", flush=True)
+
+    provenance = export_gguf(artifact, folder, limit_bytes, windows, progress)
     size = provenance["size"]
-    print(f"got        {size['got']:,} bytes, {size['got'] / base_bytes:.4f} of the base model in 16 bit")
+    print(f"got        {size['got']:,} bytes, {size['got'] / base_bytes:.4f} of the base model")
     print(f"types      {', '.join(f'{count} {name}' for name, count in provenance['types'].items())}")
     print(f"predicted  {size['predicted_loss_increase']:.4f} nats per token above the base model's loss")
     print(f"written    {folder}")

@@ -119,7 +119,7 @@ class TensorFile:
             ranges.append(entry.stored_range(first, end))
         contents = self.source.read(self.file, ranges)
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # zlib and hashlib run in parallel
-            return list(pool.map(lambda span, content: self._tensor(*span, content), spans, contents))
+            return list(pool.map(self._tensor, *zip(*spans, strict=True), contents)) if spans else []
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Return whole tensors by name."""

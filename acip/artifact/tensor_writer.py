@@ -14,7 +14,7 @@ from acip.modeling_acip import MIN_CHUNK_BYTES
 
 
 def save_coded(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors to `path`. Only one chunk of rows is in memory besides them.
+    """Write tensors to `path`. A copy of one of them at most is in memory at once.
 
     bfloat16 tensors of at least `MIN_CHUNK_BYTES` are coded, the others are written as they are. These come first, with the largest
     numbers at the start, so that all are aligned.

@@ -1,6 +1,8 @@
 """Weights as codes of few bits: any number of bytes from one model.
 
     statistics.py         which inputs and outputs of each layer matter: second moments, weighted by the gradients of the loss
+    grouped_statistics.py the same within a limit on memory: one pass per group of layers
+    scratch.py            a temporary file for what does not have to be in memory
     step_sizes.py         one step size per row, so that a bit buys the same loss everywhere
     error_feedback.py     codes with the least error at the layer's outputs
     codes.py              codes in memory (8 bits) and on disk (Huffman codes)

@@ -46,7 +46,7 @@ class Codes:
 class PackedCodes:
     """A coded matrix as it is stored."""
 
-    stream: bytes  # Huffman codes
+    stream: bytes | memoryview  # Huffman codes
     steps: Tensor  # float32 [M]
     inputs: int  # N
 
@@ -71,7 +71,7 @@ def compress(codes: Tensor) -> bytes:
     return huffman(codes.cpu().contiguous().numpy().tobytes())
 
 
-def decompress(stream: bytes, shape: tuple[int, int]) -> Tensor:
+def decompress(stream: bytes | memoryview, shape: tuple[int, int]) -> Tensor:
     """Return the int8 codes [M, N] of a stream. Raises ArtifactError if it is damaged or holds another number of codes."""
     try:
         codes = from_huffman(stream, shape[0] * shape[1])

@@ -46,10 +46,10 @@ def card(provenance: dict[str, Any], artifact: Artifact, name: str) -> str:
         "---", *head, "---", "",
         f"# {name}", "",
         f"{linked}, compressed to {ratio:.0%} by [ACIP](https://arxiv.org/abs/2502.01717). The size was chosen after calibration; "
-        f"{_training(provenance['artifact'])}.", "",
+        f"{_training({} if coded else provenance['artifact'])}.", "",
         "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), "",
         "## Use", "", "```python", *_usage(not quantized and not coded, stock), "```", "",
-        "Requires the package `compressed-tensors`. vLLM opens the folder, too." if stock else
+        "Requires the package `compressed-tensors`. The format is one of those that vLLM reads." if stock else
         "Without the package `acip`, pass `trust_remote_code=True`; transformers then runs `modeling_acip.py` from this folder. "
         "Requires transformers 5 or newer.", "",
         "## Measured", "", *(_coded_curve(artifact.curve, ratio) if coded else _curve(artifact.curve, ratio, quantized)), "",
@@ -154,9 +154,8 @@ def _training(artifact: dict[str, Any]) -> str:
 def _coded_facts(provenance: dict[str, Any]) -> dict[str, str]:
     """Return the facts on the bytes of a size of coded layers."""
     size, here = provenance["size"], f"{provenance['weight_bytes']:,} bytes"
-    stored = (
-        f"{size['bytes']:,} bytes, {size['sizes']['bytes']:.4f} of the base model's; {size['bits_per_weight']:.2f} bits per coded weight"
-    )
+    share = f"{size['sizes']['bytes']:.4f} of the base model's"
+    stored = f"{size['bytes']:,} bytes, {share}; {size['bits_per_weight']:.2f} bits per weight of the coded layers"
     if provenance["format"] == COMPRESSED_TENSORS:
         return {"stored size in the artifact": stored, "weights in this folder": f"{here}: fixed widths, without Huffman codes"}
     return {"stored size": stored, "weights in this folder": here}
@@ -253,8 +252,8 @@ def _limits(provenance: dict[str, Any], license: str | None, linked: str, facts:
         )
     if provenance["size"].get("bits_per_weight") is not None and provenance["format"] == COMPRESSED_TENSORS:
         limits.append(
-            "Codes are exact. Step sizes are float32 in the files, and are converted to the dtype in which the model is loaded, which scales "
-            "each row of a bfloat16 model by up to 1 ± 2^-9."
+            "Codes are exact. Step sizes are float32 in the files. They are converted to the dtype in which the model is loaded: each row "
+            "of a bfloat16 model is scaled by up to 1 ± 2^-9."
         )
     elif provenance["size"].get("bits_per_weight") is not None:
         limits.append("Codes take one byte per weight in memory. Coded layers can't be trained, with or without LoRA.")

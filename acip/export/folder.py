@@ -309,9 +309,14 @@ def _stored_as(config: Any) -> dict[str, Any]:
     if acip is None:
         groups = config.quantization_config["config_groups"].values()
         storage = {f"{group['weights']['num_bits']} bit": len(group["targets"]) for group in groups}
-        return {"format": config.quantization_config["quant_method"], "quantize": None, "storage": storage}
+        return {"format": config.quantization_config["quant_method"], "quantize": None, "encoded": False, "storage": storage}
     forms = [row["form"] for row in acip["layers"].values()]
-    return {"format": "transformers", "quantize": acip["quantize"], "storage": {form: forms.count(form) for form in sorted(set(forms))}}
+    return {
+        "format": "transformers",
+        "quantize": acip["quantize"],
+        "encoded": acip.get("bfloat16") is not None,
+        "storage": {form: forms.count(form) for form in sorted(set(forms))},
+    }
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -134,8 +134,12 @@ def rows(
     squares: Mapping[str, np.ndarray[Any, Any]],
     coded: CodedModel,
     mixes: Sequence[str] = MIXES,
+    budgets: Sequence[float] = BUDGETS,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row per mix: its measurement, and those of the others at the same bytes. `squares` [N] are those of `Files.mix`."""
+    """Yield one row per mix: its measurement, and those of the others at the same bytes; then our choice of types at other `budgets`.
+
+    `squares` [N] are those of `Files.mix`.
+    """
     overhead = files.file.overhead(facts)
     base = {name: tensor.float() for name, tensor in files.tensors.items() if tensor.ndim > 1}
     measured = Measured(subject, base)
@@ -171,7 +175,7 @@ def rows(
             "mix, 16 bit": measured({name: weights[name] for name in layers}, size + growth),
             "codes, 16 bit": codes(size + growth, {}, rest + growth),
         }
-    for share in BUDGETS:
+    for share in budgets:
         if (row := types(int(share * files.exact.stat().st_size))) is not None:
             yield {"title": f"{share:.3g} of the exact file", "types": row}
 
@@ -195,6 +199,7 @@ def mean_squares(subject: Subject) -> dict[str, np.ndarray[Any, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a mix is better than our choice of types at its own bytes")
     parser.add_argument("--mixes", nargs="+", default=MIXES)
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     args = parser.parse_args()
@@ -207,12 +212,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         files = Files(subject, tokenizer, Path(folder))
         stored, facts = every_type(files.tensors, statistics)
-        write(rows(subject, files, stored, facts, squares, coded, args.mixes), files, args.out)
-    return 0
+        done = written(rows(subject, files, stored, facts, squares, coded, args.mixes), files, args.out)
+    ratios = {row["title"]: row["types"]["kl"] / row["mix"]["kl"] for row in done if "mix" in row and row["types"]}
+    worst = max(ratios, key=lambda title: ratios[title])
+    print(f"at equal bytes, our choice of types has at most {ratios[worst]:.2f} x the KL divergence of llama.cpp's mix ({worst})")
+    return int(args.check and ratios[worst] > 1)
 
 
-def write(rows: Iterable[dict[str, Any]], files: Files, out: Path | None) -> None:
-    """Print each row when it is measured, and write all to `out` as JSON."""
+def written(rows: Iterable[dict[str, Any]], files: Files, out: Path | None) -> list[dict[str, Any]]:
+    """Print each row when it is measured, write all to `out` as JSON, and return them."""
     done = []
     for row in rows:
         for title, values in row.items():
@@ -221,6 +229,7 @@ def write(rows: Iterable[dict[str, Any]], files: Files, out: Path | None) -> Non
         done.append(row)
         if out:
             out.write_text(json.dumps({"exact_bytes": files.exact.stat().st_size, "rows": done}, indent=1), encoding="utf-8")
+    return done
 
 
 if __name__ == "__main__":
