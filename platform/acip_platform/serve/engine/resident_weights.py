@@ -15,10 +15,10 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from acip.artifact.loading import ModelLoader
 from acip.coding.codes import Codes
@@ -253,7 +253,8 @@ class ResidentWeights:
         self.mixer.keep(self._held)
         freed = 0
         for layer in self.layers.values():
-            original, weight = layer.original, layer.original.weight
+            original: Any = layer.original
+            weight: Tensor = original.weight
             if not weight.is_meta:
                 freed += weight.nbytes
                 original._parameters["weight"] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
