@@ -69,7 +69,7 @@ def unpacked(model: nn.Module) -> list[tuple[str, Any]]:
     return [
         (name, module)
         for name, module in model.named_modules()
-        if (type(module) is nn.Linear or type(module).__name__ == "Conv1D") and packable(module.weight)  # type: ignore[arg-type]
+        if (type(module) is nn.Linear or type(module).__name__ == "Conv1D") and packable(module.weight)
     ]
 
 

@@ -61,6 +61,7 @@ def state(**fields: Any) -> str:
 def test_the_slider_moves_over_bytes(visit_bytes: Visit, facts: dict[str, Any]) -> None:
     page = visit_bytes.open(state()).done().page
     slider, smallest = page.locator("#size"), facts["sizes"][-1]["asked"]
+    expect(page.locator("#counted")).to_have_text("Size in bytes")
     slider.focus()
     for key, size in (("ArrowLeft", 0.43), ("Home", smallest), ("ArrowRight", round(smallest + 0.01, 2))):
         slider.press(key)
@@ -108,6 +109,7 @@ def test_a_switch_leads_to_ranks_and_back(visit_bytes: Visit, facts: dict[str, A
     page.evaluate("setSize(0.6)")
     page.check("#by")
     expect(page.locator("#heat-title")).to_have_text("Rank kept in each layer")
+    expect(page.locator("#counted")).to_have_text("Size in ranks")
     visit_bytes.done(0.6)
     body = visit_bytes.bodies()[-1]
     assert (body["model"], body["convention"]) == ("small@0.6", "linear")

@@ -6,6 +6,7 @@ A model with coded layers has sizes in bytes; if it also has ranks, their facts 
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from acip.errors import BudgetError
@@ -109,7 +110,7 @@ def heatmap(model: ResidentModel, cuts: Mapping[int, Cut]) -> dict[str, Any]:
         rank = cut.ranks[name]
         return full[name] if rank is None else rank
 
-    grids = {str(percent / 100): grid(lambda name, cut=cut: kept(cut, name)) for percent, cut in cuts.items()}  # type: ignore[misc]
+    grids = {str(percent / 100): grid(partial(kept, cut)) for percent, cut in cuts.items()}
     if codes is not None:  # all sizes above are the base model
         base = [at for at, cut in zip(grids, cuts.values(), strict=True) if cut.versions is None]
         grids = {at: rows for at, rows in grids.items() if at not in base[:-1]}

@@ -1,5 +1,7 @@
 """In a batch of several sizes, each row has the result of its own size."""
 
+import gc
+import weakref
 from itertools import takewhile
 from operator import is_
 
@@ -47,6 +49,27 @@ def test_a_batch_of_one_size_equals_resize(any_size: ElasticModel, heldout_token
         mixer.clear()
         any_size.resize(ratio)
         assert torch.allclose(mixed, logits(any_size.model, tokens), atol=1e-4)
+
+
+def test_only_the_kept_sizes_hold_weights(any_size: ElasticModel, heldout_tokens: torch.Tensor) -> None:
+    tokens, mixer = heldout_tokens[:2, :32], Mixer(any_size.layers)
+    large, small = sizes(any_size, 0.7, 0.35)
+    plans, expected = {}, {}
+    for size in (large, small):
+        mixer.set([(size, 64)])
+        expected[size.key] = logits(any_size.model, tokens)
+        groups = next(iter(any_size.layers.values())).groups
+        assert groups is not None
+        plans[size.key] = weakref.ref(groups[0])
+    del groups
+    mixer.keep([large.key])
+    gc.collect()
+    assert plans[large.key]() is not None
+    assert plans[small.key]() is None
+    for size in (small, large):
+        mixer.set([(size, 64)])
+        assert torch.equal(logits(any_size.model, tokens), expected[size.key])
+    mixer.clear()
 
 
 @pytest.mark.parametrize(("bias", "lead"), [(True, 0), (False, 3), (True, 3)])

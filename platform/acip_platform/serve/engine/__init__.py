@@ -5,7 +5,8 @@ It continues sequences of token ids with resident models, at any size. It contai
     request.py              GenerationRequest, with the hooks that a caller may add
     events.py, errors.py    the events and errors of a request
     engine.py               the thread that steps the models
-    resident_model.py       one model in memory at all sizes; model_cache.py: which models are in memory
+    resident_model.py       one model in memory; resident_weights.py: the weights of the sizes that are requested
+    model_cache.py          which models are in memory
     batch.py, kv_cache.py, sampling.py    one step
 
 Use it as a library:

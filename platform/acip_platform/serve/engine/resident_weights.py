@@ -14,12 +14,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from typing import Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from acip.artifact.loading import ModelLoader
+from acip.coding.codes import Codes
 from acip.layers.mixed_sizes import Mixer
 from acip.layers.packing import PackedLinear, unpacked
 from acip.modeling_acip import CodedLinear, set_module
@@ -184,19 +186,24 @@ class ResidentWeights:
             needed = sum(self._code_bytes[name] for name, _ in missing)
             self._drop(self.code_bytes + needed - self.codes_limit)
         self.memory.reserve(needed)
+        threads = max(1, torch.get_num_threads() // 2)  # of decoding; the engine's steps run meanwhile
         try:
-            for name, version in missing:
-                codes = self.loader.codes.read({name: version})[name].unpack()
-                layer, device = self.layers[name], self.loader.device
-                with building:
-                    coded = CodedLinear(codes.codes.to(device), codes.steps.to(device), layer.bias)
-                with self._lock:
-                    layer.coded[str(version)] = coded
-                    self._used[name, version] = time.monotonic()
-                    self.code_bytes += self._code_bytes[name]
-                needed -= self._code_bytes[name]
+            with ThreadPoolExecutor(threads, "codes") as pool:
+                for (name, version), codes in zip(missing, pool.map(self._decoded, missing), strict=True):
+                    layer, device = self.layers[name], self.loader.device
+                    with building:
+                        coded = CodedLinear(codes.codes.to(device), codes.steps.to(device), layer.bias)
+                    with self._lock:
+                        layer.coded[str(version)] = coded
+                        self._used[name, version] = time.monotonic()
+                        self.code_bytes += self._code_bytes[name]
+                    needed -= self._code_bytes[name]
         finally:
             self.memory.release(needed)
+
+    def _decoded(self, coded: Coded) -> Codes:
+        name, version = coded
+        return self.loader.codes.read({name: version})[name].unpack()
 
     def _drop(self, surplus: float) -> None:
         """Drop codes that no request holds, the least recently used first, until `surplus` bytes are free. The lock must be held."""
@@ -246,7 +253,8 @@ class ResidentWeights:
         self.mixer.keep(self._held)
         freed = 0
         for layer in self.layers.values():
-            original, weight = layer.original, layer.original.weight
+            original: Any = layer.original
+            weight: Tensor = original.weight
             if not weight.is_meta:
                 freed += weight.nbytes
                 original._parameters["weight"] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)

@@ -7,7 +7,7 @@ GET  /ready                   200 once a model is loaded and has generated a tok
 GET  /metrics                 metrics for Prometheus
 GET  /v1/models               the served models: version, context, sizes, measured curve
 GET  /v1/models/{id}          one model; {id} may be NAME@0.6 or NAME@fit:8GB, and the response then describes that size
-GET  /v1/models/{id}/tradeoff every size with its bytes and quality, ranks by layer, recorded samples
+GET  /v1/models/{id}/tradeoff every size with its bytes and quality, ranks or bits by layer, recorded samples
 POST /v1/models/{id}/load     serve another version from the registry
 POST /v1/completions          complete a text at a size
 POST /v1/chat/completions     answer a chat at a size, for models with a chat template
@@ -115,7 +115,7 @@ def routes(endpoint: Endpoint, cors_origins: Sequence[str] = ()) -> FastAPI:
 
     @app.get("/v1/models/{model:path}/tradeoff", responses=errors(404, 429))
     async def trade_off(model: str) -> dict[str, Any]:
-        """Return every size of a model with its bytes and quality, its ranks by layer, and recorded samples."""
+        """Return every size of a model with its bytes and quality, its ranks or bits by layer, and recorded samples."""
         name, _ = split_name(model, endpoint.names)
         return await endpoint.trade_off(name)
 
