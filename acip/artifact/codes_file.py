@@ -78,7 +78,9 @@ class StoredVersions(Mapping[str, Sequence[PackedCodes]]):
     def __init__(self, artifact: ArtifactReader) -> None:
         self.where = f"{artifact.source.where}/{CODES}.safetensors"
         if CODES not in artifact.manifest:
-            raise ArtifactError(f"{artifact.source.where} holds no coded layers. Set code: both in the recipe, and calibrate again.")
+            raise ArtifactError(
+                f"{artifact.source.where} holds no coded layers. Set code: both or code: bits in the recipe, and calibrate again."
+            )
         self.file = artifact.tensors(CODES)
         self.shapes = {row["name"]: (row["M"], row["N"]) for row in artifact.manifest["layers"]}
         self.facts = {name: [Version(*each) for each in versions] for name, versions in artifact.manifest[CODES]["layers"].items()}

@@ -79,18 +79,31 @@ def from_shares(unit: Tensor, shares_M: Tensor) -> Tensor:
 
 def compress(codes: Tensor) -> bytes:
     """Return int8 codes as a stream of Huffman codes."""
-    coder = zlib.compressobj(level=9, method=zlib.DEFLATED, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
-    return coder.compress(codes.cpu().contiguous().numpy().tobytes()) + coder.flush()
+    return huffman(codes.cpu().contiguous().numpy().tobytes())
 
 
 def decompress(stream: bytes, shape: tuple[int, int]) -> Tensor:
     """Return the int8 codes [M, N] of a stream. Raises ArtifactError if it is damaged or holds another number of codes."""
-    count = shape[0] * shape[1]
+    try:
+        codes = from_huffman(stream, shape[0] * shape[1])
+    except ValueError as error:
+        raise ArtifactError(f"a stream of codes {error}. Fetch the artifact again.") from error
+    return torch.frombuffer(bytearray(codes), dtype=torch.int8).reshape(shape)
+
+
+def huffman(content: bytes) -> bytes:
+    """Return bytes as a stream of Huffman codes."""
+    coder = zlib.compressobj(level=9, method=zlib.DEFLATED, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
+    return coder.compress(content) + coder.flush()
+
+
+def from_huffman(stream: bytes | memoryview, count: int) -> bytes:
+    """Return the bytes of a stream. Raises ValueError if it is damaged or does not hold `count` bytes."""
     decoder = zlib.decompressobj(wbits=-15)
     try:
-        codes = decoder.decompress(stream, count + 1)  # a damaged stream cannot fill the memory
+        content = decoder.decompress(stream, count + 1)  # a damaged stream cannot fill the memory
     except zlib.error as error:
-        raise ArtifactError(f"a stream of codes is damaged: {error}. Fetch the artifact again.") from error
-    if len(codes) != count or not decoder.eof or decoder.unused_data:
-        raise ArtifactError(f"a stream of codes does not hold the {count:,} codes of its layer. Fetch the artifact again.")
-    return torch.frombuffer(bytearray(codes), dtype=torch.int8).reshape(shape)
+        raise ValueError(f"is damaged: {error}") from error
+    if len(content) != count or not decoder.eof or decoder.unused_data:
+        raise ValueError(f"does not hold the {count:,} codes of its layer")
+    return content

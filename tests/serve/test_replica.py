@@ -114,7 +114,7 @@ def test_concurrent_requests_load_a_model_once(
 
 def test_weights_are_packed_only_if_memory_is_free(start: Start, small_artifact: Artifact) -> None:
     unlimited = start(version("small", small_artifact.folder)).models  # loads the model at the same time
-    needs = sum(small_artifact.manifest["files"][file]["bytes"] for file in model_cache.WEIGHTS)
+    needs = sum(small_artifact.tensors(file).decoded_bytes for file in model_cache.WEIGHTS)
     for limit_bytes, packed in ((needs, False), (2 * needs, True)):
         limited = model_cache.ModelCache(unlimited.engine, unlimited.store, "cpu", limit_bytes)
         layers = limited.get(version("small", small_artifact.folder)).any_size.layers.values()
@@ -124,7 +124,7 @@ def test_weights_are_packed_only_if_memory_is_free(start: Start, small_artifact:
 
 def test_packed_weights_are_evicted_before_models(start: Start, small_artifact: Artifact) -> None:
     unlimited = start(version("small", small_artifact.folder)).models
-    needs = sum(small_artifact.manifest["files"][file]["bytes"] for file in model_cache.WEIGHTS)
+    needs = sum(small_artifact.tensors(file).decoded_bytes for file in model_cache.WEIGHTS)
     limited = model_cache.ModelCache(unlimited.engine, unlimited.store, "cpu", 2 * needs)
     first = limited.get(version("first", small_artifact.folder))
     assert (first.packed_bytes > 0) == packable(torch.empty(1, 1))

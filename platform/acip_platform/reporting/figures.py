@@ -50,11 +50,13 @@ def short(name: str) -> str:
     return ".".join([part for part in parts if part.isdigit()][-1:] + parts[-1:])
 
 
-def score_map(table: CutTable) -> Figure:
+def score_map(table: CutTable) -> Figure | None:
     """Draw the removal order: a line for each layer, grouped by kind, with its directions from most to least important.
 
-    The color is the share of all directions that are removed earlier.
+    The color is the share of all directions that are removed earlier. None if no direction can be removed.
     """
+    if not len(table.order):
+        return None
     kinds = list(dict.fromkeys(_kind(layer.name) for layer in table.layers))
     line_of = np.argsort(np.argsort([kinds.index(_kind(layer.name)) for layer in table.layers], kind="stable"))
     picture = np.full((len(table.layers), max(layer.K for layer in table.layers)), np.nan)

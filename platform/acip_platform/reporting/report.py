@@ -109,7 +109,7 @@ def baseline_rows(path: Path, corpus: str = "") -> dict[str, list[dict[str, Any]
 
 def _model(subject: Subject) -> dict[str, Any]:
     artifact, version = subject.artifact, subject.version
-    manifest, table = artifact.manifest, artifact.table()
+    manifest, table, curve = artifact.manifest, artifact.table(), artifact.curve
     recipe, changes = nearest(artifact.recipe)
     base = manifest["base"]
     return {
@@ -123,7 +123,7 @@ def _model(subject: Subject) -> dict[str, Any]:
         "recipe": {"name": recipe, "changes": changes, "fields": manifest["recipe"]},
         "stop_ratio": artifact.recipe.stop_ratio,
         "steps": manifest.get("steps"),
-        "area": excess_loss_area(artifact.curve) if any(row["got"] == 1.0 for row in artifact.curve) else None,
+        "area": excess_loss_area(curve) if len(curve) > 1 and any(row["got"] == 1.0 for row in curve) else None,
         "context": CONTEXT,
         "close_to_base": {"kl": CLOSE_KL, "size": close_to_base(artifact)},
         "curve": [_row(row, table) for row in artifact.curve],

@@ -136,7 +136,7 @@ def log_artifact(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
         run.table(samples, "samples.json")
     run.json({key: manifest[key] for key in ("base", "recipe", "provenance", "stop_step", "steps")}, "provenance.json")
     log_figures(job, artifact, run)
-    if job.recipe.adapter_rank:
+    if job.recipe.adapter_rank and job.recipe.code != "bits":
         with tempfile.TemporaryDirectory() as folder:
             cut = table.cut(Budget(job.recipe.stop_ratio, job.recipe.convention))
             save_peft(artifact, folder, cut, job.base)
@@ -151,10 +151,10 @@ def log_figures(job: Job, artifact: Artifact, run: Run) -> None:
         ("perplexity_over_bytes", figures.curves({job.name: artifact.curve}, over="bytes")),
         ("kl_over_bytes", figures.curves({job.name: artifact.curve}, over="bytes", quantity="kl")),
         ("perplexity_over_flops", figures.curves({job.name: artifact.curve}, over="flops")),
+        ("score_map", figures.score_map(table)),
     ):
         if figure is not None:
             run.figure(figure, f"{name}.png")
-    run.figure(figures.score_map(table), "score_map.png")
     for size in (0.8, 0.6, 0.4):
         figure = figures.kept_ranks(table, size)
         if figure is not None:

@@ -149,20 +149,26 @@ def _calibrate(
 ) -> "Observer":
     """Code, parametrize and calibrate, from the last checkpoint if there is one; rank 0 stores the artifact.
 
+    With `code: bits`, the layers are coded only.
     Codes are not in the checkpoints: a resumed calibration computes the same ones again.
     """
     recipe = job.recipe
     codes = coded(job, base, run, emit, device)
+    observer = Observer(job, run, emit, device, checkpoints)
+    origin = provenance(job) | {"attempt": key, "mlflow_run": run.run_id}
+    if recipe.code == "bits":
+        assert codes is not None
+        uri = stored(settings, key, lambda folder: Artifact.save_coded(folder, base, recipe, codes, origin))
+        emit("stage", text=f"artifact saved: {uri}")
+        return observer
     batches = prepare(job, base, settings, emit, device)
     run_trial_step(base.model, batches, recipe, emit)
-    observer = Observer(job, run, emit, device, checkpoints)
     with run.system_metrics() if sharding.rank() == 0 else nullcontext(), checkpoints.newest() as folder:
         if folder is not None:
             emit("stage", text=f"resuming from checkpoint {folder.name}")
         calibration = calibrate(base.model, batches, recipe, resume=folder, observe=observer)
     sharding.gather(base.model)
     if sharding.rank() == 0:
-        origin = provenance(job) | {"attempt": key, "mlflow_run": run.run_id}
         uri = stored(settings, key, lambda folder: Artifact.save(folder, base, calibration, origin, codes))
         emit("stage", text=f"artifact saved: {uri}")
     return observer
@@ -195,7 +201,8 @@ def coded(job: Job, base: Base, run: Run, emit: Emit, device: torch.device) -> C
     """Return coded versions of the target layers, or None if the recipe has none. `prepare` must not have changed the model yet."""
     if job.recipe.code == "ranks":
         return None
-    _check_memory(job, base, device, lambda kind, **facts: None)  # before the work; `prepare` reports it
+    if job.recipe.code == "both":
+        _check_memory(job, base, device, lambda kind, **facts: None)  # before the work; `prepare` reports it
     return code_layers(job, base, calibration_windows(job, base), run, emit)
 
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:  # they import boto3 and MLflow
     from acip_platform.storage.store import Store
     from acip_platform.tracking.registry import ModelVersion
 
-WEIGHTS = ("factors.safetensors", "dense.safetensors", "rest.safetensors")
-COPIED = ("dense.safetensors", "rest.safetensors")  # the most that packing copies, on a CPU
+WEIGHTS = ("factors", "dense", "rest")
+COPIED = ("dense", "rest")  # the most that packing copies, on a CPU
 WAIT_S = 60.0  # for the requests of a model that must be removed
 
 _building = threading.Lock()  # accelerate's empty parameters affect all threads at once
@@ -48,6 +48,11 @@ class CacheEntry:
     @property
     def total_bytes(self) -> int:
         return self.weight_bytes + self.copy_bytes
+
+
+def _memory_bytes(artifact: Artifact, files: Sequence[str]) -> int:
+    """Return the bytes that the tensors of an artifact take in memory. They may be stored in fewer."""
+    return sum(artifact.tensors(file).decoded_bytes for file in files)
 
 
 class ModelCache:
@@ -100,14 +105,14 @@ class ModelCache:
             artifact = Artifact.open(self.store.fetch(version.uri))
         except AcipError as error:
             raise ModelUnavailableError(str(error)) from error
-        weight_bytes = sum(artifact.manifest["files"][file]["bytes"] for file in WEIGHTS)
+        weight_bytes = _memory_bytes(artifact, WEIGHTS)
         if weight_bytes > self.limit_bytes:
             raise AcipError(
                 f"{version.name} needs {weight_bytes:,} bytes of memory for all its sizes; this server may use {self.limit_bytes:,}. "
                 "Raise memory_gb, or export one size with jobs/materialize.py."
             )
         self._make_room(weight_bytes, entry)
-        copy_bytes = sum(artifact.manifest["files"][file]["bytes"] for file in COPIED)
+        copy_bytes = _memory_bytes(artifact, COPIED)
         with _building:
             packed = self.device == "cpu" and self._reserve_copies(copy_bytes, entry)
             model = ResidentModel(version, artifact, self.device, packed=packed)
