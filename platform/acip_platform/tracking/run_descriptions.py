@@ -152,7 +152,8 @@ def _summary(job: Job, artifact: Artifact) -> list[str]:
     coded = f"coded for any number of bytes with the statistics of {recipe.sample_windows * recipe.seq_len:,} tokens"
     done = {"ranks": [calibrated], "bits": [coded], "both": [coded, calibrated]}[recipe.code]
     return [
-        f"{shown(job.base)}, {' and '.join(done)} of {job.data}. Recipe: {recipe_name(job)}. Code: {origin.get('commit', 'unknown')}, on {origin.get('device', 'unknown')}."
+        f"{shown(job.base)}, {' and '.join(done)} of {job.data}. Recipe: {recipe_name(job)}. "
+        f"Code: {origin.get('commit', 'unknown')}, on {origin.get('device', 'unknown')}."
     ]
 
 
