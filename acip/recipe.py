@@ -76,7 +76,7 @@ class Recipe:
     storage: Storage = "pivot"  # storage form of a compressed layer, which sets the cost of a rank; see acip.sizing.cut_table
     dense_if_no_saving: bool = True  # a layer that saves nothing becomes the original one, without adapter (D.3)
     # what the artifact holds: ranks; coded versions of the layers, for models of any number of bytes (bits: acip.coding, ours); or both.
-    # With bits alone, nothing is parametrized, scored or trained. Codes need the Fisher statistics of all layers in memory.
+    # With bits alone, nothing is parametrized, scored or trained.
     code: Code = "ranks"
 
     def __post_init__(self) -> None:

@@ -23,8 +23,9 @@ from acip.artifact.manifest import CODES
 from acip.artifact.reader import ArtifactReader
 from acip.artifact.safetensors_ranges import DTYPES, Entry
 from acip.coding.coded_model import CodedModel
-from acip.coding.codes import STEP_BYTES, UNIT_BYTES, PackedCodes, as_shares, from_shares
+from acip.coding.codes import STEP_BYTES, UNIT_BYTES, PackedCodes
 from acip.errors import ArtifactError
+from acip.modeling_acip import as_shares, from_shares
 from acip.sizing.byte_order import ByteOrder, Version
 
 PARTS = ("unit", "steps", "stream")

@@ -6,45 +6,19 @@ information. Signs and mantissas have none to spare. A number is therefore rotat
     high    the exponent, as Huffman codes
     low     the mantissa and, as the last bit, the sign, as they are
 
-A chunk of rows is the low bytes of its numbers, followed by the stream of the high bytes (acip.coding.codes). Chunks are decoded
+A chunk of rows is the low bytes of its numbers, followed by the stream of the high bytes (acip/modeling_acip.py). Chunks are decoded
 separately, so that ranges of rows can be read. The header of the file has the entry `NAME.bfloat16` in its metadata:
 "[shape, bytes of each chunk]"; for other readers, the tensor is uint8 [bytes].
 
 Tensors of other dtypes, and small ones, are stored as they are.
 """
 
-from collections.abc import Sequence
+from acip.modeling_acip import decode_bfloat16 as decode
+from acip.modeling_acip import encode_bfloat16 as encode
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from acip.coding.codes import from_huffman, huffman
+__all__ = ["ITEMSIZE", "decode", "encode", "least_bytes", "most_bytes"]
 
 ITEMSIZE = 2  # bytes of a bfloat16 number
-
-
-def encode(numbers: Tensor) -> bytes:
-    """Return bfloat16 numbers as one chunk."""
-    bits = numbers.contiguous().view(torch.int16).numpy().view(np.uint16).ravel()
-    rotated = (bits << 1) | (bits >> 15)
-    return rotated.astype(np.uint8).tobytes() + huffman((rotated >> 8).astype(np.uint8).tobytes())
-
-
-def decode(content: memoryview, sizes: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """Return the bfloat16 numbers of chunks, in one dimension. A chunk has `sizes` bytes and `counts` numbers.
-
-    Raise ValueError if a chunk is damaged, or holds another number of numbers.
-    """
-    bits = np.empty(sum(counts), np.uint16)
-    start = done = 0
-    for size, count in zip(sizes, counts, strict=True):
-        low = np.frombuffer(content, np.uint8, count, start)
-        high = np.frombuffer(from_huffman(content[start + count : start + size], count), np.uint8)
-        rotated = (high.astype(np.uint16) << 8) | low
-        bits[done : done + count] = (rotated >> 1) | (rotated << 15)
-        start, done = start + size, done + count
-    return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
 
 
 def most_bytes(size: int) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 from acip.artifact import lossless
 from acip.artifact.byte_sources import Range, Source
 from acip.errors import ArtifactError
+from acip.modeling_acip import chunk_rows
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -30,8 +31,6 @@ DTYPES = {
 METADATA = "__metadata__"
 CODED = ".bfloat16"  # NAME.bfloat16 in the metadata: "[shape, bytes of each chunk]" of a coded tensor
 MAX_HEADER_BYTES = 64 << 20  # a model of 100,000 tensors has a header of 10 MB
-MIN_CHUNK_BYTES = 8 << 10  # so that small tensors have few chunks
-MAX_CHUNKS = 128  # per tensor
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Entry:
     @property
     def chunk_rows(self) -> int:
         """The rows of one chunk, the unit of reading, of coding and of checksums."""
-        return max(1, -(-self.rows // MAX_CHUNKS), MIN_CHUNK_BYTES // max(1, self.row_bytes))
+        return chunk_rows(self.rows, self.row_bytes)
 
     def stored_chunks(self, first: int, last: int) -> list[int]:
         """Return the stored bytes of the chunks of rows [first, last). `first` is the start of a chunk, `last` the end of one."""

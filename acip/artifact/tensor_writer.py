@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from acip.artifact import lossless
-from acip.artifact.safetensors_ranges import CODED, DTYPES, METADATA, MIN_CHUNK_BYTES, Entry
+from acip.artifact.safetensors_ranges import CODED, DTYPES, METADATA, Entry
+from acip.modeling_acip import MIN_CHUNK_BYTES
 
 
 def save_coded(tensors: Mapping[str, Tensor], path: Path) -> None:

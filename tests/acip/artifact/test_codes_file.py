@@ -27,9 +27,8 @@ from acip.calibration.result import Calibration
 from acip.coding.coded_model import CodedModel
 from acip.data import TokenBatches
 from acip.errors import AcipError, ArtifactError, BudgetError
-from acip.layers.coded_linear import CodedLinear
 from acip.layers.targets import find_linears
-from acip.modeling_acip import weight_MN
+from acip.modeling_acip import CodedLinear, weight_MN
 from acip.recipe import Recipe
 from acip.sizing.budget import Budget
 from tests.acip.artifact.test_fetch import ALLOWED, CountingFolder

@@ -1,7 +1,14 @@
-"""With `code: both` or `code: bits` in the recipe, a calibration job codes the layers of the base model and stores them in the artifact."""
+"""With `code: both` or `code: bits` in the recipe, a calibration job codes the layers of the base model and stores them in the artifact.
+
+A job that was killed while it coded reads the finished layers back, and its codes are the same as without the kill.
+"""
 
 import hashlib
 import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +19,9 @@ import torch
 from acip_platform.reporting.report import Subject, facts, page
 from acip_platform.scheduling.fleet import Fleet, FleetError, Job
 from acip_platform.settings import Settings
+from acip_platform.storage.checkpoints import Checkpoints
+from acip_platform.storage.code_checkpoints import FILE
+from acip_platform.storage.store import StoreError
 from acip_platform.tracking.registry import Registry
 from acip_platform.tracking.runs import Run, Tracking
 from acip_platform.training.layer_codes import code_layers
@@ -19,6 +29,8 @@ from acip_platform.training.worker import calibrate_one
 
 from acip.artifact.artifact import Artifact
 from acip.base import load_base
+from acip.calibration.state import SUMS
+from acip.coding.coded_model import CodedModel
 from acip.data import WINDOWS_VERSION
 from acip.errors import BudgetError, RecipeError
 from acip.evaluate import divergence_of
@@ -74,6 +86,7 @@ def test_a_calibration_job_stores_the_codes(small_base: str, tmp_path: Path, hel
     assert coded == {"statistics", "codes"}
     (stage,) = (event["text"] for event in events if event["kind"] == "stage" and event["text"].startswith("codes of"))
     assert f"{artifact.coded().bytes / 1e6:.1f} MB" in stage
+    assert not list(Path(settings.runs).glob("first/codes_*")), "the artifact holds the codes, so they are not kept beside the checkpoints"
     smallest = coded_rows[-1]
     assert f"size {smallest['asked']:g} of the bytes: perplexity {smallest['perplexity']:.2f}" in [event.get("text") for event in events]
     (step,) = {metric.step for metric in run.client.get_metric_history(run.run_id, "bytes/tradeoff/perplexity")} - {
@@ -95,29 +108,36 @@ def test_a_calibration_job_stores_the_codes(small_base: str, tmp_path: Path, hel
     assert metrics["codes_mb"] == pytest.approx(artifact.coded().bytes / 1e6)
 
 
+def settings_of(home: Path, checkpoint_s: float = 60.0) -> Settings:
+    return Settings.from_env({"ACIP_HOME": str(home), "ACIP_CHECKPOINT_S": str(checkpoint_s)})
+
+
 class Unused:
     """A run that must not be used."""
 
 
-def test_the_default_recipe_codes_nothing(small_base: str) -> None:
+def test_the_default_recipe_codes_nothing(small_base: str, tmp_path: Path) -> None:
     base = load_base(small_base, "float32")
     job = replace(job_of(small_base), recipe=replace(RECIPE, code="ranks"))
-    assert code_layers(job, base, torch.zeros(0, 64), cast(Run, Unused()), lambda kind, **facts: pytest.fail(kind)) is None
+    checkpoints = Checkpoints(settings_of(tmp_path), "small")
+    assert code_layers(job, base, torch.zeros(0, 64), cast(Run, Unused()), lambda kind, **facts: pytest.fail(kind), checkpoints) is None
 
 
 def test_several_workers_are_refused(small_base: str, tmp_path: Path) -> None:
     base = load_base(small_base, "float32")
+    job, checkpoints = job_of(small_base, num_workers=2), Checkpoints(settings_of(tmp_path), "small")
     with pytest.raises(RecipeError, match="code is 'both' and num_workers is 2"):
-        code_layers(job_of(small_base, num_workers=2), base, torch.zeros(4, 64), cast(Run, Unused()), lambda kind, **facts: None)
+        code_layers(job, base, torch.zeros(4, 64), cast(Run, Unused()), lambda kind, **facts: None, checkpoints)
     fleet = write_fleet(tmp_path / "fleet.yaml", "code: both, post_tune_steps: 1", f"name: small, base: {small_base}, num_workers: 2")
     with pytest.raises(FleetError, match="num_workers is 2 and code 'both'"):
         Fleet.load(fleet)
 
 
-def test_coding_does_not_change_the_model(small_base: str, golden_tokens: torch.Tensor) -> None:
+def test_coding_does_not_change_the_model(small_base: str, golden_tokens: torch.Tensor, tmp_path: Path) -> None:
     base, unchanged = load_base(small_base, "float32"), load_base(small_base, "float32").model
     run = SimpleNamespace(metrics=lambda rows: None)
-    coded = code_layers(job_of(small_base), base, golden_tokens[:8], cast(Run, run), lambda kind, **facts: None)
+    checkpoints = Checkpoints(settings_of(tmp_path), "small")
+    coded = code_layers(job_of(small_base), base, golden_tokens[:8], cast(Run, run), lambda kind, **facts: None, checkpoints)
     assert coded is not None
     assert list(coded.versions) == list(find_linears(base.model))
     for name, linear in find_linears(base.model).items():
@@ -175,3 +195,135 @@ def test_a_job_with_bits_alone_stores_codes_and_no_directions(small_base: str, t
     assert (again["uri"], again["version"], again["curve"]) == (summary["uri"], summary["version"], artifact.curve)
     subjects = [Subject(job.name, summary["uri"], artifact)]
     assert "holds codes" not in page(facts(subjects, {}, "bits"), subjects)
+
+
+# ---- resume
+
+
+LAYERS = 28  # of the small model
+FINISHED = 5  # layers before the kill
+
+
+class KilledError(Exception):
+    """The error that stops a job."""
+
+
+def code(
+    base: str, home: Path, kill: Callable[[], Any] = lambda: None, checkpoint_s: float = 1e-9, **recipe: Any
+) -> tuple[CodedModel, list[dict[str, Any]]]:
+    """Code the layers of the small model, and return the codes and the events. `kill` is called after FINISHED layers.
+
+    By default, every layer is stored as soon as it is finished.
+    """
+    events: list[dict[str, Any]] = []
+
+    def emit(kind: str, **facts: Any) -> None:
+        events.append({"kind": kind, **facts})
+        if facts.get("what") == "codes" and facts["done"] == FINISHED + 1:  # which is not stored yet
+            kill()
+
+    torch.set_num_threads(1)
+    job = replace(job_of(base), recipe=replace(RECIPE, **recipe))
+    windows = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
+    run = SimpleNamespace(metrics=lambda rows: None)
+    checkpoints = Checkpoints(settings_of(home, checkpoint_s), "small", emit)
+    coded = code_layers(job, load_base(base, "float32"), windows, cast(Run, run), emit, checkpoints)
+    assert coded is not None
+    return coded, events
+
+
+def code_until_killed(base: str, home: Path) -> None:
+    code(base, home, kill=lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def stop() -> None:
+    raise KilledError
+
+
+def stages(events: list[dict[str, Any]]) -> str:
+    return "\n".join(event["text"] for event in events if event["kind"] == "stage")
+
+
+def done(events: list[dict[str, Any]], what: str) -> list[int]:
+    return [event["done"] for event in events if event.get("what") == what]
+
+
+def assert_same_codes(coded: CodedModel, expected: CodedModel) -> None:
+    assert list(coded.versions) == list(expected.versions)
+    assert coded.order.versions == expected.order.versions
+    assert coded.order.steps == expected.order.steps
+    for name, versions in coded.versions.items():
+        for version, other in zip(versions, expected.versions[name], strict=True):
+            assert version.stream == other.stream
+            assert torch.equal(version.steps, other.steps)
+            assert version.inputs == other.inputs
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_base: str, tmp_path_factory: pytest.TempPathFactory) -> CodedModel:
+    coded, events = code(small_base, tmp_path_factory.mktemp("home"))
+    assert len(coded.versions) == LAYERS
+    assert "read back" not in stages(events)
+    assert done(events, "codes") == list(range(1, LAYERS + 1))
+    return coded
+
+
+def test_a_killed_process_codes_only_the_missing_layers(small_base: str, tmp_path: Path, uninterrupted: CodedModel) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=code_until_killed, args=(small_base, tmp_path))
+    process.start()
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL
+    coded, events = code(small_base, tmp_path)
+    assert f"read back the codes of {FINISHED} of {LAYERS} layers" in stages(events)
+    assert done(events, "codes") == list(range(FINISHED + 1, LAYERS + 1))
+    assert_same_codes(coded, uninterrupted)
+
+
+def test_a_job_that_has_coded_all_layers_reads_them_back_without_the_text(
+    small_base: str, tmp_path: Path, uninterrupted: CodedModel
+) -> None:
+    """So a calibration that resumes at a later stage does not gather statistics again."""
+    code(small_base, tmp_path, checkpoint_s=60.0)
+    assert len(list((tmp_path / "runs" / "small").iterdir())) == 1, "one write after the last layer"
+    coded, events = code(small_base, tmp_path)
+    assert f"read back the codes of {LAYERS} of {LAYERS} layers" in stages(events)
+    assert done(events, "statistics") == done(events, "codes") == []
+    assert_same_codes(coded, uninterrupted)
+
+
+@pytest.mark.parametrize("how", ["changed", "cut", "no checksum"])
+def test_damaged_codes_are_coded_again(small_base: str, tmp_path: Path, uninterrupted: CodedModel, how: str) -> None:
+    with pytest.raises(KilledError):
+        code(small_base, tmp_path, kill=stop)
+    folders = sorted((tmp_path / "runs" / "small").iterdir())
+    assert len(folders) == FINISHED
+    file = folders[0] / FILE
+    if how == "no checksum":
+        (folders[0] / SUMS).write_text("")
+    else:
+        file.write_bytes(file.read_bytes()[:-3] + (b"abc" if how == "changed" else b""))
+    for damaged in (1, 1):  # it is reported again, as it stays there
+        coded, events = code(small_base, tmp_path)
+        assert stages(events).count("are damaged") == damaged
+        assert_same_codes(coded, uninterrupted)
+    assert done(events, "codes") == [], "the layer was stored again"
+
+
+def test_codes_of_other_settings_are_not_used(small_base: str, tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        code(small_base, tmp_path, kill=stop)
+    for recipe in ({"seed": 1}, {"sample_windows": 3}, {"exclude": ("q_proj",)}):
+        _, events = code(small_base, tmp_path, checkpoint_s=60.0, **recipe)
+        assert "read back" not in stages(events)
+
+
+def test_a_store_that_cannot_be_written_does_not_stop_the_job(
+    small_base: str, tmp_path: Path, uninterrupted: CodedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise StoreError("can't write: no space")
+
+    monkeypatch.setattr("acip_platform.storage.store.Store.add", fail)
+    coded, events = code(small_base, tmp_path)
+    assert "could not write the codes of 1 layers: can't write: no space" in stages(events)
+    assert_same_codes(coded, uninterrupted)
