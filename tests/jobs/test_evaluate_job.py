@@ -260,9 +260,10 @@ def test_a_number_is_a_share_of_the_bytes_of_an_artifact_with_codes(
     arguments = ["--artifact", str(folder), "--new-tokens", "3", "--prompt-tokens", "8", "--skip", "samples"]
     code, output = command(*arguments, "--sizes", "1.0", "0.54")
     assert code == 0, output
+    assert "sizes 1 (bytes), 0.54 (bytes)" in " ".join(output.split())
     code, output = command(*arguments, "--sizes", "0.54", "--convention", "linear")
     assert code == 0, output
-    assert "sizes 0.54 (bytes)" not in " ".join(output.split())
+    assert "sizes 0.54 measured" in " ".join(output.split())
     (file,) = (tmp_path / "home" / "evaluations").glob("coded-*.json")
     base, ranks, coded = json.loads(file.read_text())
     table = coded_artifact.table()
