@@ -275,13 +275,15 @@ def first_screen(
         r = job.recipe
         part = shares.get(job.name)
         steps = f"{r.total_steps} steps in total" if r.total_steps else f"{r.post_tune_steps} steps of post-tuning"
-        text = (
-            f"[{job.name}] {job.base} on {job.data}: {r.basis} basis, {r.scores} scores, "
-            f"sizes down to {r.stop_ratio} ({r.convention}), {steps}; "
-            f"{r.batch_size * r.gradient_accumulation_steps} x {r.seq_len} tokens per step"
-            + (f"; {part.gpus:g} GPU, {part.cpus:g} CPU" if part else "")
-        )
-        out.print(text, markup=False)
+        facts = [
+            *(["codes for any number of bytes"] if r.code != "ranks" else []),
+            *([
+                f"{r.basis} basis, {r.scores} scores, sizes down to {r.stop_ratio} ({r.convention}), {steps}",
+                f"{r.batch_size * r.gradient_accumulation_steps} x {r.seq_len} tokens per step",
+            ] if r.code != "bits" else []),
+            *([f"{part.gpus:g} GPU, {part.cpus:g} CPU"] if part else []),
+        ]  # fmt: skip
+        out.print(f"[{job.name}] {job.base} on {job.data}: {'; '.join(facts)}", markup=False)
 
 
 def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dict[str, ModelVersion], seconds: float, page: str) -> int:

@@ -21,6 +21,7 @@ from acip_platform.reporting.console import console, lines
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store, StoreError
 from acip_platform.tracking.registry import CHAMPION, Registry, reached
+from acip_platform.tracking.run_descriptions import CLOSE_KL
 from rich.table import Table
 
 
@@ -68,10 +69,11 @@ def overview(registry: Registry, name: str) -> Table:
     if name not in registry.models():
         registry.resolve(name)  # raises an error that lists the models
     table = Table(title=f"{name} (champions so far: {', '.join(registry.champions(name)) or 'none'})", title_justify="left")
-    for heading in ("version", "aliases", "area", "recipe", "verdict"):
+    tags = {"area": "area", f"KL of {CLOSE_KL} at": "close_to_base", "recipe": "recipe", "verdict": "verdict"}
+    for heading in ("version", "aliases", *tags):
         table.add_column(heading)
     for version in registry.versions(name, {}):
-        table.add_row(version.version, ", ".join(version.aliases), *(version.tags.get(key, "") for key in ("area", "recipe", "verdict")))
+        table.add_row(version.version, ", ".join(version.aliases), *(version.tags.get(tag, "") for tag in tags.values()))
     return table
 
 

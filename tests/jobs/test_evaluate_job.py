@@ -249,7 +249,7 @@ def coded_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     base, calibration, codes = calibrated_with_codes(llama())
     artifact = Artifact.save(tmp_path_factory.mktemp("coded") / "coded", base, calibration, {}, codes)
     windows = token_windows(documents("package:wikipedia", "heldout"), byte_tokenizer(), 32, 4)
-    sizes = [1.0, 0.5, *(Budget(size, "bytes") for size in (0.7, 0.6))]
+    sizes = [1.0, 0.5, *(Budget(size, "bytes") for size in (0.56, 0.52))]
     return artifact.record_curve(trade_off(artifact.load(), windows, "package:wikipedia", sizes, artifact.recipe.stop_ratio))
 
 
@@ -258,16 +258,17 @@ def test_a_number_is_a_share_of_the_bytes_of_an_artifact_with_codes(
 ) -> None:
     folder = shutil.copytree(coded_artifact.folder, tmp_path / "coded")
     arguments = ["--artifact", str(folder), "--new-tokens", "3", "--prompt-tokens", "8", "--skip", "samples"]
-    code, output = command(*arguments, "--sizes", "1.0", "0.65")
+    code, output = command(*arguments, "--sizes", "1.0", "0.54")
     assert code == 0, output
-    code, output = command(*arguments, "--sizes", "0.65", "--convention", "linear")
+    assert "sizes 1 (bytes), 0.54 (bytes)" in " ".join(output.split())
+    code, output = command(*arguments, "--sizes", "0.54", "--convention", "linear")
     assert code == 0, output
-    assert "sizes 0.65 (bytes)" not in " ".join(output.split())
+    assert "sizes 0.54 measured" in " ".join(output.split())
     (file,) = (tmp_path / "home" / "evaluations").glob("coded-*.json")
     base, ranks, coded = json.loads(file.read_text())
     table = coded_artifact.table()
-    assert coded["got"] == table.cut(Budget(0.65, "bytes")).sizes["bytes"]
-    assert ranks["got"] == table.cut(Budget(0.65)).sizes["linear"]
+    assert coded["got"] == table.cut(Budget(0.54, "bytes")).sizes["bytes"]
+    assert ranks["got"] == table.cut(Budget(0.54)).sizes["linear"]
     assert base["got"] == 1.0
     values = {row["got"]: {part["kind"]: part["values"] for part in row["evaluation"]} for row in (ranks, coded)}
     assert values[coded["got"]]["efficiency"]["stored_bytes"] == coded["bytes"]
@@ -276,21 +277,21 @@ def test_a_number_is_a_share_of_the_bytes_of_an_artifact_with_codes(
     curve = Artifact.open(folder).curve
     assert [(row["asked"], is_coded(row)) for row in curve] == [
         (1.0, False),
-        (0.65, False),
+        (0.54, False),
         (0.5, False),
-        (0.7, True),
-        (0.65, True),
-        (0.6, True),
+        (0.56, True),
+        (0.54, True),
+        (0.52, True),
     ]
     tracking = Tracking(Settings.from_env(), "acip/evaluation")
     (run,) = tracking.client.search_runs([tracking.experiment_id])
-    for name, step in (("size/got", {100, 65}), ("bytes/size/got", {650})):
+    for name, step in (("size/got", {100, 54}), ("bytes/size/got", {540})):
         assert {metric.step for metric in tracking.client.get_metric_history(run.info.run_id, name)} == step
 
 
 def test_the_sizes_of_a_curve_are_measured_in_their_conventions(coded_artifact: Artifact) -> None:
     args = evaluate_job.arguments(["--artifact", str(coded_artifact.folder)])
-    expected = [Budget(1.0), Budget(0.5), Budget(0.7, "bytes"), Budget(0.6, "bytes")]
+    expected = [Budget(1.0), Budget(0.5), Budget(0.56, "bytes"), Budget(0.52, "bytes")]
     assert evaluate_job.sizes_of(args, coded_artifact) == expected
     args = evaluate_job.arguments(["--artifact", str(coded_artifact.folder), "--sizes", "0.6", "--convention", "paper"])
     assert evaluate_job.sizes_of(args, coded_artifact) == [Budget(0.6, "paper")]
@@ -302,7 +303,7 @@ def test_a_coded_size_is_known_from_the_curve(coded_artifact: Artifact, tmp_path
     for row in coded_artifact.curve:
         parts = Parts.of(settings, model, coded_artifact, table.cut(Budget(row["asked"], row["convention"])))
         assert parts["size"] == {key: row[key] for key in SIZE_FACTS if key in row}
-    places = {Parts.of(settings, model, coded_artifact, table.cut(Budget(size, "bytes"))).place for size in (0.6, 0.7)}
+    places = {Parts.of(settings, model, coded_artifact, table.cut(Budget(size, "bytes"))).place for size in (0.52, 0.56)}
     assert len(places | {Parts.of(settings, model, coded_artifact, table.cut(Budget(1.0))).place}) == 3
 
 

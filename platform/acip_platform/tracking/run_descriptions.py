@@ -148,9 +148,11 @@ def _summary(job: Job, artifact: Artifact) -> list[str]:
     recipe, steps = job.recipe, artifact.manifest["steps"]
     tokens = recipe.batch_size * recipe.gradient_accumulation_steps * recipe.seq_len
     origin = artifact.manifest["provenance"]
+    calibrated = f"calibrated for every size down to {recipe.stop_ratio} ({recipe.convention}) in {steps} steps of {tokens:,} tokens"
+    coded = f"coded for any number of bytes with the statistics of {recipe.sample_windows * recipe.seq_len:,} tokens"
+    done = {"ranks": [calibrated], "bits": [coded], "both": [coded, calibrated]}[recipe.code]
     return [
-        f"{shown(job.base)}, calibrated for every size down to {recipe.stop_ratio} ({recipe.convention}) in {steps} steps of "
-        f"{tokens:,} tokens of {job.data}. Recipe: {recipe_name(job)}. "
+        f"{shown(job.base)}, {' and '.join(done)} of {job.data}. Recipe: {recipe_name(job)}. "
         f"Code: {origin.get('commit', 'unknown')}, on {origin.get('device', 'unknown')}."
     ]
 

@@ -151,11 +151,10 @@ def log_figures(job: Job, artifact: Artifact, run: Run) -> None:
         ("perplexity_over_bytes", figures.curves({job.name: artifact.curve}, over="bytes")),
         ("kl_over_bytes", figures.curves({job.name: artifact.curve}, over="bytes", quantity="kl")),
         ("perplexity_over_flops", figures.curves({job.name: artifact.curve}, over="flops")),
+        ("score_map", figures.score_map(table)),
     ):
         if figure is not None:
             run.figure(figure, f"{name}.png")
-    if scores := figures.score_map(table):
-        run.figure(scores, "score_map.png")
     for size in (0.8, 0.6, 0.4):
         figure = figures.kept_ranks(table, size)
         if figure is not None:
