@@ -47,12 +47,11 @@ from acip.baselines.quantized import any_precision, bitsandbytes_formats, bitsta
 from acip.baselines.quantized.coded_weight import CodedWeight
 from acip.calibration import activation_covariance
 from acip.coding import coded_model, codes, error_feedback, statistics, step_sizes
-from acip.coding.coded_model import RATES, CodedModel, code_model
+from acip.coding.coded_model import CodedModel, code_model
 from acip.data import documents, token_windows
 from acip.evaluate import measurement, tasks
 from acip.evaluate.heldout_text import Text
 from acip.layers.targets import find_linears, hooked
-from acip.sizing.byte_order import ByteOrder
 from acip.utils.atomic import atomic_file
 from tests.benchmarks.rotation import rotate
 
@@ -75,7 +74,6 @@ WITH_TASKS = (
 BITSTACK_RANK = 4  # better on layers of this size than the authors' 16
 BITSTACK_BLOCKS = 4
 BITSTACK_SORT_TOKENS = 128
-RATES_OF_A_PART = 3
 
 CODING = (coded_model, codes, error_feedback, statistics, step_sizes)
 
@@ -353,24 +351,14 @@ class BitStack:
 
 
 def ours(subject: Subject, results: Results) -> CodedModel:
-    """Return the model in all versions, coded in parts of RATES_OF_A_PART rates, so that an interrupted run goes on."""
+    """Return the model in all versions."""
 
-    @cache
     def collected() -> dict[str, statistics.LayerStatistics]:
-        def compute() -> dict[str, statistics.LayerStatistics]:
-            return statistics.layer_statistics(subject.model, subject.linears, subject.train)
-
+        compute = partial(statistics.layer_statistics, subject.model, subject.linears, subject.train)
         return dict(results.tensors("statistics", (statistics,), compute))
 
-    def part(rates: tuple[float, ...]) -> CodedModel:
-        coded: CodedModel = results.tensors(
-            f"codes of ours {rates}", CODING, lambda: code_model(subject.linears, collected(), rates), rates=rates
-        )
-        return coded
-
-    parts = [part(RATES[i : i + RATES_OF_A_PART]) for i in range(0, len(RATES), RATES_OF_A_PART)]
-    order = ByteOrder({name: [version for each in parts for version in each.order.versions[name]] for name in subject.linears})
-    return CodedModel({name: [codes for each in parts for codes in each.versions[name]] for name in subject.linears}, order)
+    coded: CodedModel = results.tensors("codes of ours", CODING, lambda: code_model(subject.linears, collected()))
+    return coded
 
 
 def our_row(title: str, coded: CodedModel, limit: int) -> Row:
