@@ -29,8 +29,7 @@ from acip.export.folder import ELASTIC, check_target, compressed_model, elastic_
 from acip.export.hub import snapshot
 from acip.export.quantization import BEST, Kind, counted, kind_of, quantize_in_place
 from acip.modeling_acip import MODEL_TYPE, set_module
-from acip.recipe import Convention
-from acip.sizing.budget import Budget
+from acip.sizing.budget import Budget, Convention
 from acip.sizing.cut_table import Cut
 from acip.sizing.elastic_model import ElasticModel
 from acip.utils.hub_ids import HUB_ID

@@ -3,7 +3,6 @@
     Artifact.save(folder, base, calibration, provenance)     write it (writer.py)
     artifact = Artifact.open(folder)                         check it (manifest.py, reader.py)
     artifact.load(size=0.6)                                  an ElasticModel; reads only the bytes that the size needs (loading.py)
-    artifact.load_bytes(limit_bytes)                         a model with coded layers, of any number of bytes (coded_loading.py)
     artifact.record_curve(rows)                              store a measured trade-off curve
 
 ARTIFACT.md specifies the format.
@@ -15,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from acip.artifact import coded_loading, manifest, writer
+from acip.artifact import manifest, writer
 from acip.artifact.codes_file import open_codes
 from acip.artifact.loading import ModelLoader
 from acip.artifact.reader import ArtifactReader
@@ -38,7 +36,7 @@ class Artifact(ArtifactReader):
     ) -> "Artifact":
         """Write a calibrated model to `folder`, and open it. Files of an earlier, interrupted attempt are overwritten.
 
-        `codes` are coded versions of the target layers of the base model. `load_bytes` needs them.
+        `codes` are coded versions of the target layers of the base model, for sizes in bytes.
         """
         writer.write_artifact(Path(folder), base, calibration, provenance, codes)
         return cls.open(folder)
@@ -77,7 +75,7 @@ class Artifact(ArtifactReader):
         that it needs are read; a later `resize` to a larger size reads the difference.
         """
         loader = ModelLoader(self, device)
-        any_size = ElasticModel(loader.model(), self.table(), loader.load_missing)
+        any_size = ElasticModel(loader.model(), self.table(), loader.load_size)
         if size is None:
             loader.load_missing(any_size.layers, loader.all_stored_ranks(), dense=True)
         any_size.resize(1.0 if size is None else size)
@@ -89,10 +87,3 @@ class Artifact(ArtifactReader):
         Raise ArtifactError if the artifact has none.
         """
         return open_codes(self)
-
-    def load_bytes(self, limit_bytes: int, device: str | torch.device = "cpu") -> tuple[PreTrainedModel, int]:
-        """Return the best model whose stored bytes are at most `limit_bytes`, and its stored bytes. Only these bytes are read.
-
-        The target layers are coded. If the base model fits, it is returned, bit for bit. Raise BudgetError if no model is as small.
-        """
-        return coded_loading.load_bytes(self, limit_bytes, device)

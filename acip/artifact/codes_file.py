@@ -22,10 +22,10 @@ from torch import Tensor
 from acip.artifact.manifest import CODES
 from acip.artifact.reader import ArtifactReader
 from acip.artifact.safetensors_ranges import DTYPES, Entry
-from acip.coding.byte_order import ByteOrder, Version
 from acip.coding.coded_model import CodedModel
 from acip.coding.codes import STEP_BYTES, UNIT_BYTES, PackedCodes, as_shares, from_shares
 from acip.errors import ArtifactError
+from acip.sizing.byte_order import ByteOrder, Version
 
 PARTS = ("unit", "steps", "stream")
 

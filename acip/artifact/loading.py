@@ -1,11 +1,12 @@
 """Load a model from an artifact, reading only the bytes that a size needs (paper 2.2.3; ARTIFACT.md describes the format).
 
-A layer at rank r needs the rows [0, r) of its factors; a dense layer needs its weight. Loaded rows stay in memory, so a later,
-larger size reads only the difference.
+A layer at rank r needs the rows [0, r) of its factors, a dense layer its weight, a coded layer one version of its codes. Loaded rows
+stay in memory, so a later, larger size reads only the difference.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from acip.artifact.codes_file import StoredVersions
 from acip.artifact.reader import ArtifactReader
 from acip.errors import ArtifactError
+from acip.layers.coded_linear import CodedLinear
 from acip.layers.directions import DirectionMatrix
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import weight_MN
 from acip.modeling_acip import set_module
+from acip.sizing.cut_table import Cut
 
 
 class ModelLoader:
@@ -50,13 +54,8 @@ class ModelLoader:
         """Pickle the artifact and the device; opened files are opened again."""
         return ModelLoader, (self.artifact, self.device)
 
-    def model(self, target: Callable[[str, Any], nn.Module] | None = None) -> PreTrainedModel:
-        """Return the model with everything loaded except the target layers.
-
-        `target` returns the layer in the place of a target layer, from its name and the layer of the base model, whose weight is on the
-        device meta. By default, it is an ElasticLinear that holds no rows and no weight yet.
-        """
-        target = target or self._empty_elastic_linear
+    def model(self) -> PreTrainedModel:
+        """Return the model with everything loaded except the target layers, which are ElasticLinear and hold no rows and no weight yet."""
         where = self.artifact.source.where
         model = self._base_without_targets()
         modules = dict(model.named_modules())
@@ -64,7 +63,7 @@ class ModelLoader:
             name, original = row["name"], modules.get(row["name"])
             if not isinstance(original, nn.Linear | Conv1D) or weight_MN(original).shape != (row["M"], row["N"]):
                 raise ArtifactError(f"{where}: the model of config.json has no linear layer {name} of {row['M']} x {row['N']}.")
-            set_module(model, name, target(name, original))
+            set_module(model, name, self._empty_elastic_linear(name, original))
         model.tie_weights()
         targets = {f"{name}.original.weight" for name in self.stored_ranks}
         tensors = (*model.named_parameters(), *model.named_buffers())
@@ -108,6 +107,27 @@ class ModelLoader:
     def all_stored_ranks(self) -> dict[str, int | None]:
         """Return the stored rank of each target layer."""
         return dict(self.stored_ranks)
+
+    def load_size(self, layers: Mapping[str, ElasticLinear], cut: Cut) -> None:
+        """Read everything that a size needs and `layers` do not hold yet."""
+        if cut.versions is None:
+            self.load_missing(layers, cut.ranks)
+        else:
+            self.load_codes(layers, cut.versions)
+
+    def load_codes(self, layers: Mapping[str, ElasticLinear], versions: Mapping[str, int]) -> None:
+        """Read the versions of codes that `layers` do not hold yet."""
+        missing = {name: version for name, version in versions.items() if str(version) not in layers[name].coded}
+        packed = self.codes.read(missing) if missing else {}
+        for name, version in missing.items():
+            codes = packed.pop(name).unpack()
+            layer = layers[name]
+            layer.coded[str(version)] = CodedLinear(codes.codes.to(self.device), codes.steps.to(self.device), layer.bias)
+
+    @cached_property
+    def codes(self) -> StoredVersions:
+        """The coded versions of the target layers, in the artifact's file."""
+        return StoredVersions(self.artifact)
 
     def load_missing(self, layers: Mapping[str, ElasticLinear], ranks: Mapping[str, int | None], dense: bool = False) -> None:
         """Read the rows and dense weights that `ranks` need and `layers` do not hold yet.

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from acip.artifact.byte_sources import Folder, Source
-from acip.artifact.manifest import CONFIG, DIGESTS, MANIFEST, check_manifest
+from acip.artifact.manifest import CODES, CONFIG, DIGESTS, MANIFEST, check_manifest
 from acip.artifact.safetensors_ranges import TensorFile
 from acip.errors import ArtifactError
 from acip.modeling_acip import MODEL_TYPE, base_config
 from acip.recipe import Recipe
 from acip.sizing.budget import Bits, Curve, Decoder
+from acip.sizing.byte_order import ByteOrder, Version
+from acip.sizing.byte_sizes import ByteSizes
 from acip.sizing.cut_table import CutTable, LayerShape, Weights
 from acip.utils.atomic import atomic_file
 
@@ -125,12 +127,29 @@ class ArtifactReader:
             raise misfit
         dense, recipe = self.tensors("dense"), self.recipe
         itemsizes = tuple(dense.entry(f"{layer.name}.weight").dtype.itemsize for layer in layers)
+        weights = Weights(itemsizes, self.tensors("rest").data_bytes)
         return CutTable(
             layers, order, recipe.adapter_rows, self.manifest["rest_params"], recipe.storage, recipe.dense_if_no_saving,
-            weights=Weights(itemsizes, self.tensors("rest").data_bytes),
+            weights=weights,
             decoder=Decoder.of(self.config, max(itemsizes)),
             curve=Curve.of(self.curve),
+            kl=Curve.of(self.curve, value="kl"),
+            byte_sizes=self._byte_sizes(layers, weights) if CODES in self.manifest else None,
             quantized={bits: curve for bits in get_args(Bits) if (curve := Curve.of(self.curve, bits))},
+        )  # fmt: skip
+
+    def _byte_sizes(self, layers: Sequence[LayerShape], weights: Weights) -> ByteSizes:
+        versions = self.manifest[CODES]["layers"]
+        numbers = sum(layer.M * layer.N for layer in layers)
+        base = weights.rest + sum(layer.M * layer.N * size for layer, size in zip(layers, weights.itemsizes, strict=True))
+        rest = self.tensors("rest").data_bytes
+        exact = rest + self.tensors("dense").data_bytes
+        return ByteSizes(
+            order=ByteOrder({name: [Version(*each) for each in of_layer] for name, of_layer in versions.items()}),
+            weights=numbers, rest=rest, exact=exact, base=base,
+            memory=weights.rest + numbers + 4 * sum(layer.M for layer in layers),
+            loss=Curve.over_bytes(self.curve, exact / base),
+            kl=Curve.over_bytes(self.curve, exact / base, value="kl"),
         )  # fmt: skip
 
     @cached_property

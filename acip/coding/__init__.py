@@ -4,9 +4,10 @@
     step_sizes.py         one step size per row, so that a bit buys the same loss everywhere
     error_feedback.py     codes with the least error at the layer's outputs
     codes.py              codes in memory (8 bits) and on disk (Huffman codes)
-    byte_order.py         which layer is read in which version, for any number of bytes
     coded_model.py        all of it, for a whole model
-    coded_linear.py       a layer that computes with its codes
+
+A layer computes with its codes in acip/layers/coded_linear.py. A number of bytes becomes a version of each layer in
+acip/sizing/byte_order.py.
 
 A layer is coded in several versions, from coarse to fine. One order over all layers and versions, by saved loss per byte, gives the
 best model for every number of bytes.

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from acip.coding.byte_order import ByteOrder, Version
 from acip.coding.codes import PackedCodes
 from acip.coding.error_feedback import code_versions, damped, row_errors
 from acip.coding.statistics import LayerStatistics
 from acip.coding.step_sizes import RowScales, scale_for
 from acip.errors import RecipeError
 from acip.layers.targets import weight_MN
+from acip.sizing.byte_order import ByteOrder, Version
 
 RATES = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.5)  # mean bits per weight of the versions
 

@@ -54,8 +54,7 @@ class Subject:
         """Yield the base model, valid only in the context: an ElasticModel uses the same modules. EvaluationError if there is none."""
         if self.any_size is not None:
             layers = self.any_size.layers
-            if self.any_size.load_missing is not None:
-                self.any_size.load_missing(layers, dict.fromkeys(layers))  # read dense weights that are not loaded yet
+            self.any_size.load_base()
             with as_base(layers):
                 yield self.model
         elif self.reference is not None:

@@ -1,4 +1,4 @@
-"""A linear layer of any rank. Changing the size of a model sets one integer per layer."""
+"""A linear layer of any size: of any rank, or in any version of its codes. Changing the size of a model sets one integer per layer."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from acip.layers.adapters import LoRA
+from acip.layers.coded_linear import CodedLinear
 from acip.layers.compressible import Compressible
 from acip.layers.directions import DirectionMatrix, product
 from acip.modeling_acip import LowRankLinear, PivotLinear, plain_linear, widened
@@ -14,11 +15,12 @@ from acip.recipe import Storage
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of a batch that a layer multiplies together, by a prefix of its directions or by its dense weight."""
+    """Rows of a batch that a layer multiplies together, by a prefix of its directions, by its codes, or by its dense weight."""
 
     rows: slice  # rows of the batch to multiply
     wanted: slice  # rows of that product to keep
-    factors: tuple[Tensor, Tensor] | None = None  # right [r, N], left [M, r]; None = the dense weight
+    coded: nn.Module | None = None
+    factors: tuple[Tensor, Tensor] | None = None  # right [r, N], left [M, r]; without codes, None = the dense weight
     mask: Tensor | None = None  # [rows, r] zeros the directions beyond a row's own rank; [1, r] for all rows alike
 
 
@@ -27,7 +29,8 @@ class ElasticLinear(Compressible):
 
     Rank r is the prefix [:r] of the rows. `rank = None` computes the original dense layer, bit for bit. The layer may hold fewer
     than K rows, because ranks that cost more than W are never used. The first `lead` rows belong to every rank: they are a
-    folded adapter beside the layer. `groups` of rows with their own ranks override `rank` (`acip.layers.mixed_sizes`).
+    folded adapter beside the layer. `coded` holds versions of the layer's codes; if `version` is one of them, it is computed instead
+    of a rank. `groups` of rows with their own sizes override both (`acip.layers.mixed_sizes`).
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class ElasticLinear(Compressible):
         sides = [side if isinstance(side, DirectionMatrix) else DirectionMatrix(side) for side in (left, right)]
         super().__init__(original, sides[0], sides[1], loras)
         self.rank: int | None = None
+        self.version: int | None = None
+        self.coded: dict[str, CodedLinear] = nn.ModuleDict()  # type: ignore[assignment]
         self.groups: tuple[Group, ...] | None = None
         self.lead = lead
 
@@ -56,7 +61,16 @@ class ElasticLinear(Compressible):
 
     def set_rank(self, rank: int | None) -> None:
         assert rank is None or 0 <= rank <= self.stored_rank, f"rank {rank} of {self.stored_rank} stored"
-        self.rank = rank
+        self.rank, self.version = rank, None
+
+    def set_version(self, version: int) -> None:
+        assert str(version) in self.coded, f"version {version} is not loaded"
+        self.version = version
+
+    def forget_versions(self) -> None:
+        """Free the memory of all versions except the one that is set."""
+        for key in [key for key in self.coded if key != str(self.version)]:
+            del self.coded[key]
 
     def forward(self, x_BTN: Tensor) -> Tensor:
         if self.groups is not None:
@@ -65,6 +79,8 @@ class ElasticLinear(Compressible):
             x_TN = x_BTN.flatten(0, -2)  # the product of a 3-D slice would run as a batched product, with copies of the weight
             y_TM = torch.cat([self._grouped(x_TN[group.rows], group)[group.wanted] for group in self.groups])
             return y_TM.unflatten(0, x_BTN.shape[:-1])
+        if self.version is not None and not self.bypass:
+            return self.coded[str(self.version)](x_BTN)
         if self.rank is None or self.bypass:
             return self.original(x_BTN)
         h_BTr = self.right.project(x_BTN, self.kept)
@@ -77,12 +93,20 @@ class ElasticLinear(Compressible):
             y_BTM = y_BTM + self.loras["layer"](x_BTN)
         return y_BTM
 
-    def group(self, rows: slice, wanted: slice, kept: int | None, mask: Tensor | None = None) -> Group:
-        """Return a group that is multiplied by the first `kept` rows (None = by the dense weight). Adapters must be folded in."""
+    def group(self, rows: slice, wanted: slice, kept: int | None, mask: Tensor | None = None, version: int | None = None) -> Group:
+        """Return a group that is multiplied by a version of the codes, or else by the first `kept` rows (None = by the dense weight).
+
+        Adapters must be folded in.
+        """
         assert not self.loras
-        return Group(rows, wanted) if kept is None else Group(rows, wanted, (self.right.read(kept), self.left.read(kept).T), mask)
+        if version is not None:
+            return Group(rows, wanted, self.coded[str(version)])
+        factors = None if kept is None else (self.right.read(kept), self.left.read(kept).T)
+        return Group(rows, wanted, factors=factors, mask=mask)
 
     def _grouped(self, x: Tensor, group: Group) -> Tensor:
+        if group.coded is not None:
+            return group.coded(x)
         if group.factors is None:
             return self.original(x)
         right_rN, left_Mr = group.factors
@@ -107,7 +131,9 @@ class ElasticLinear(Compressible):
         return left, right
 
     def materialize(self, storage: Storage) -> nn.Module:
-        """Return the layer at its current rank in its smallest form, as a plain module. It may share weights with this layer."""
+        """Return the layer at its current size in its smallest form, as a plain module. It may share weights with this layer."""
+        if self.version is not None:
+            return self.coded[str(self.version)]
         if self.rank is None:
             return self.original
         left_qM, right_qN = self.folded(self.rank)

@@ -1,9 +1,10 @@
 """Compute several sizes in one forward pass, each row of a batch at the ranks of its own size.
 
-The rows of a batch form runs of one size, in order of falling size. Sizes nest. Therefore, in every layer, the dense runs come first
-and the ranks of the other runs fall. A layer multiplies
+The rows of a batch form runs of one size, in order of falling size, ranks before codes. Ranks nest. Therefore, in every layer, the
+dense runs come first and the ranks of the following runs fall. A layer multiplies
 
     dense runs              by its dense weight
+    runs of codes           by their version of its codes; neighboring runs of the same version together
     a long run (a prompt)   by the prefix of its own rank, so that it costs no more than its size needs
     short runs together     by the prefix of the largest rank among them, with the directions beyond each row's own rank set to zero:
                             with few rows, reading the weights takes most of the time, and one product is faster than many
@@ -41,13 +42,22 @@ def padded(rows: int) -> int:
 
 @dataclass(frozen=True)
 class Size:
-    """A size: the number of `removed` directions of the global order, and the rank of each layer (None = dense)."""
+    """A size: its `key`, which rises with falling size (`Cut.key`), and the form of each layer.
 
-    removed: int
+    This is the version of its codes, or, without `versions`, its rank (None = dense).
+    """
+
+    key: tuple[int, int]
     ranks: Mapping[str, int | None]
+    versions: Mapping[str, int] | None = None
+
+    def form(self, name: str) -> "Form":
+        """Return the form of a layer."""
+        return (None if self.versions is None else self.versions[name], self.ranks[name])
 
 
-Runs = tuple[tuple[int, int], ...]  # (removed, rows)
+Form = tuple[int | None, int | None]  # version of the codes or None, rank or None
+Runs = tuple[tuple[tuple[int, int], int], ...]  # (key of the size, rows)
 
 
 class Mixer:
@@ -61,14 +71,14 @@ class Mixer:
 
     def set(self, runs: Sequence[tuple[Size, int]]) -> None:
         """Prepare the layers for a batch with these runs of rows, in order of falling size."""
-        key = tuple((size.removed, rows) for size, rows in runs)
+        key = tuple((size.key, rows) for size, rows in runs)
         if len(key) == 1:  # one size: the number of rows does not matter
             key = ((key[0][0], -1),)
         if key == self._now:
             return
         if key not in self._plans:
-            ranks = [(size.ranks, 1 if len(key) == 1 else rows) for size, rows in runs]  # one row of a mask is broadcast to all rows
-            self._plans[key] = [_groups([(of[name], rows) for of, rows in ranks], layer) for name, layer in self.layers.items()]
+            sizes = [(size, 1 if len(key) == 1 else rows) for size, rows in runs]  # one row of a mask is broadcast to all rows
+            self._plans[key] = [_groups([(size.form(name), rows) for size, rows in sizes], layer) for name, layer in self.layers.items()]
             self._bytes[key] = sum(group.mask.nbytes for groups in self._plans[key] for group in groups if group.mask is not None)
             while len(self._plans) > 1 and (len(self._plans) > PLANS or sum(self._bytes.values()) > PLANS_BYTES):
                 del self._bytes[self._plans.popitem(last=False)[0]]
@@ -84,18 +94,18 @@ class Mixer:
         self._now = None
 
 
-def _groups(runs: Sequence[tuple[int | None, int]], layer: ElasticLinear) -> tuple[Group, ...]:
-    """Return the groups of one layer for runs of (rank, rows)."""
-    parts: list[list[tuple[int | None, int]]] = []
-    for rank, rows in runs:
+def _groups(runs: Sequence[tuple[Form, int]], layer: ElasticLinear) -> tuple[Group, ...]:
+    """Return the groups of one layer for runs of (form, rows)."""
+    parts: list[list[tuple[Form, int]]] = []
+    for form, rows in runs:
         last = parts[-1] if parts else None
         together = last is not None and (
-            last[-1][0] == rank or (rank is not None and last[-1][0] is not None and rows <= SHORT and all(n <= SHORT for _, n in last))
+            last[-1][0] == form or (_is_rank(form) and _is_rank(last[-1][0]) and rows <= SHORT and all(n <= SHORT for _, n in last))
         )
         if together and last is not None:
-            last.append((rank, rows))
+            last.append((form, rows))
         else:
-            parts.append([(rank, rows)])
+            parts.append([(form, rows)])
     groups, start = [], 0
     total = sum(rows for part in parts for _, rows in part)
     for part in parts:
@@ -103,19 +113,27 @@ def _groups(runs: Sequence[tuple[int | None, int]], layer: ElasticLinear) -> tup
         taken = min(padded(stop - start), total)
         first = min(start, total - taken)
         kept, mask = None, None
-        if (top := part[0][0]) is not None:
+        version, top = part[0][0]
+        if version is None and top is not None:
             kept = min(-(-(layer.lead + top) // ROW_BLOCK) * ROW_BLOCK, len(layer.right))
-            mask = _mask(part, layer, kept) if any(layer.lead + (rank or 0) < kept for rank, _ in part) else None
+            ranks = [(rank or 0, rows) for (_, rank), rows in part]
+            mask = _mask(ranks, layer, kept) if any(layer.lead + rank < kept for rank, _ in ranks) else None
             if mask is not None and 1 < len(mask) < taken:
                 mask = F.pad(mask, (0, 0, start - first, first + taken - stop))
-        groups.append(layer.group(slice(first, first + taken), slice(start - first, stop - first), kept, mask))
+        groups.append(layer.group(slice(first, first + taken), slice(start - first, stop - first), kept, mask, version))
         start = stop
     return tuple(groups)
 
 
-def _mask(part: Sequence[tuple[int | None, int]], layer: ElasticLinear, multiplied: int) -> Tensor:
-    """Return [rows, multiplied], 1 where a row keeps a direction; [1, multiplied] if all rows keep the same."""
+def _is_rank(form: Form) -> bool:
+    """Return whether a layer of this form is multiplied by a prefix of its directions."""
+    version, rank = form
+    return version is None and rank is not None
+
+
+def _mask(part: Sequence[tuple[int, int]], layer: ElasticLinear, multiplied: int) -> Tensor:
+    """Return [rows, multiplied], 1 where a row keeps a direction; [1, multiplied] if all rows keep the same. `part` has (rank, rows)."""
     same = len({rank for rank, _ in part}) == 1  # one row of the mask suffices
     ranks = [part[0][0]] if same else [rank for rank, rows in part for _ in range(rows)]
-    kept = torch.tensor([layer.lead + (rank or 0) for rank in ranks], device=layer.left.values.device)
+    kept = torch.tensor([layer.lead + rank for rank in ranks], device=layer.left.values.device)
     return (torch.arange(multiplied, device=kept.device) < kept[:, None]).to(layer.left.dtype)

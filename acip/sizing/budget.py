@@ -7,8 +7,13 @@
     memory_mb, context, batch   MB (1e6 bytes)             weights, KV cache and overhead while serving (`Decoder`)
     max_perplexity              perplexity                 perplexity that the measured curve predicts (`Curve`)
     max_loss_increase           nats per token             predicted loss minus the base model's loss
+    max_kl                      nats per token             predicted KL divergence from the base model
+    max_flops                   FLOPs per token            products of the linear layers and the output head, without attention
 
-`bits` is a second axis: the matrices of all target layers, dense ones included, in 8 or 4 bit, and the rest in the model's dtype.
+If the model has coded layers (`acip.coding`), a size ratio in the convention `bytes`, and budgets of bytes, memory or a loss choose the
+codes of the layers; all others choose ranks. A budget of a loss needs a curve over bytes for that. Without codes, all choose ranks.
+
+`bits` is another axis, for ranks: the matrices of all target layers, dense ones included, in 8 or 4 bit, and the rest in the model's dtype.
 Only curves measured in 8 and 4 bit (jobs/evaluate.py --quantize) show whether more directions or more bits are better. With such
 curves, "best" chooses the bits: the smallest predicted loss within bytes or memory, or the fewest bytes for a loss.
 """
@@ -23,13 +28,15 @@ from fractions import Fraction
 from typing import Any, Literal, get_args
 
 from acip.errors import BudgetError
-from acip.recipe import Convention
 
+Convention = Literal["linear", "paper", "model", "bytes"]  # of a size ratio (`acip.sizing.cut_table`)
 Bits = Literal[8, 4]
 ALL_BITS: tuple[Bits | None, ...] = (None, 8, 4)  # None = the model's own dtype
 MEGA, GIGA = 10**6, 10**9
 OVERHEAD = 256 * MEGA  # bytes, an estimate: workspaces of kernels and fragmentation of allocators
 
+BITS_PER_WEIGHT = "bits_per_weight"  # field of a curve's row that only the sizes of coded layers have
+DIVERGENCE = "divergence"  # kind of a measurement (acip.evaluate.divergence)
 QUANTIZED = "quantized"  # kind of a measurement (acip.evaluate.perplexity)
 QUANTISED = ("quantised", "quantise")  # the kind and its field in curves of version 0.1
 Kind = Literal["nf4", "fp4", "int8"]  # number format of quantized matrices
@@ -57,6 +64,8 @@ UNITS = {
     "memory_mb": "MB",
     "max_perplexity": "perplexity",
     "max_loss_increase": "nats per token",
+    "max_kl": "nats per token",
+    "max_flops": "FLOPs per token",
 }
 PREFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 LONGEST = 200  # characters of a budget that is parsed
@@ -76,6 +85,8 @@ class Budget:
     batch: int | None = None  # concurrent sequences
     max_perplexity: float | None = None
     max_loss_increase: float | None = None
+    max_kl: float | None = None
+    max_flops: int | None = None
     bits: Bits | Literal["best"] | None = None  # bits per number of the target layers; None = the model's dtype
 
     def __post_init__(self) -> None:
@@ -86,7 +97,9 @@ class Budget:
             raise BudgetError(f"unknown convention {self.convention!r}; allowed: {', '.join(get_args(Convention))}.")
         if self.ratio is not None and not (_is_number(self.ratio) and 0 < self.ratio <= 1):
             raise BudgetError(f"size ratio is {self.ratio!r}; it must be above 0 and at most 1 (1.0 = the base model).")
-        for kind, noun in (("params", "parameters"), ("stored_bytes", "bytes"), ("context", "tokens"), ("batch", "sequences")):
+        for kind, noun in (
+            ("params", "parameters"), ("stored_bytes", "bytes"), ("context", "tokens"), ("batch", "sequences"), ("max_flops", "FLOPs"),
+        ):  # fmt: skip
             value = getattr(self, kind)
             if value is not None and not (_is_number(value) and isinstance(value, int) and value >= 1):
                 raise BudgetError(f"{kind} is {value!r}; it must be a whole number of {noun}, at least 1.")
@@ -99,11 +112,13 @@ class Budget:
             )
         if self.max_perplexity is not None and not (_is_number(self.max_perplexity) and 1 <= self.max_perplexity < math.inf):
             raise BudgetError(f"max_perplexity is {self.max_perplexity!r}; it must be a number of at least 1.")
-        if self.max_loss_increase is not None and not (_is_number(self.max_loss_increase) and 0 <= self.max_loss_increase < math.inf):
-            raise BudgetError(f"max_loss_increase is {self.max_loss_increase!r}; it must be a number of nats per token, at least 0.")
+        for kind in ("max_loss_increase", "max_kl"):
+            value = getattr(self, kind)
+            if value is not None and not (_is_number(value) and 0 <= value < math.inf):
+                raise BudgetError(f"{kind} is {value!r}; it must be a number of nats per token, at least 0.")
         if self.bits not in (None, "best") and not (_is_number(self.bits) and self.bits in get_args(Bits)):
             raise BudgetError(f"bits is {self.bits!r}; it must be 8, 4, 'best' or None (the model's own dtype).")
-        if self.bits == "best" and (self.ratio is not None or self.params is not None):
+        if self.bits == "best" and (self.ratio is not None or self.params is not None or self.max_flops is not None):
             raise BudgetError(f"bits is 'best' and {self.kind} does not depend on bits; use 'best' with stored_bytes, memory_mb or a loss.")
 
     @property
@@ -116,7 +131,13 @@ class Budget:
 
     @property
     def by_curve(self) -> bool:
-        return self.max_perplexity is not None or self.max_loss_increase is not None
+        return self.max_perplexity is not None or self.max_loss_increase is not None or self.max_kl is not None
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether the coded layers, if the model has them, are what this budget chooses."""
+        counts_bytes = self.convention == "bytes" if self.ratio is not None else self.params is None and self.max_flops is None
+        return counts_bytes and self.bits is None
 
     @property
     def exact_bits(self) -> Bits | None:
@@ -124,24 +145,28 @@ class Budget:
         return self.bits
 
     @classmethod
-    def parse(cls, text: str) -> "Budget":
-        """Parse a budget: "0.6" or "60%"; "800M params"; "8GB", "8 GiB" or "fit:8GB" (stored bytes); "ppl<=20".
+    def parse(cls, text: str, convention: Convention = "linear") -> "Budget":
+        """Parse a budget: "0.6" or "60%"; "800M params"; "8GB", "8 GiB" or "fit:8GB" (stored bytes); "ppl<=20"; "kl<=0.05"; "200M flops".
 
-        G is 1e9 and Gi is 2^30. Case does not matter. Raises BudgetError for other text.
+        `convention` is that of a ratio. G is 1e9 and Gi is 2^30. Case does not matter. Raises BudgetError for other text.
         """
         written = text.strip().upper().removeprefix("FIT:").strip() if len(text) <= LONGEST else ""
         if match := re.fullmatch(NUMBER + r"\s*(%?)", written):
             # parse the decimal as written: 70% is exactly float("0.7"), but 70 / 100 may not be
-            return cls(ratio=float(f"{match[1]}e-2") if match[2] else float(match[1]))
+            return cls(ratio=float(f"{match[1]}e-2") if match[2] else float(match[1]), convention=convention)
         if match := re.fullmatch(r"PPL\s*<=\s*" + NUMBER, written):
             return cls(max_perplexity=float(match[1]))
+        if match := re.fullmatch(r"KL\s*<=\s*" + NUMBER, written):
+            return cls(max_kl=float(match[1]))
+        if match := re.fullmatch(NUMBER + r"\s*([KMGT]?)\s*FLOPS?", written):
+            return cls(max_flops=_whole(match[1], PREFIXES[match[2]]))
         if match := re.fullmatch(NUMBER + r"\s*([KMGTB]?)\s*PARAM(?:ETER)?S?", written):
             return cls(params=_whole(match[1], PREFIXES["G" if match[2] == "B" else match[2]]))
         if match := re.fullmatch(NUMBER + r"\s*(?:([KMGT]I?)B|BYTES?)", written):
             return cls(stored_bytes=_whole(match[1], PREFIXES[match[2] or ""]))
         raise BudgetError(
             f"{reprlib.repr(text)} is not a budget; allowed are a ratio (0.6 or 60%), parameters (800M params), bytes (8GB, 8GiB or "
-            "fit:8GB) and a perplexity (ppl<=20)."
+            "fit:8GB), a perplexity (ppl<=20), a KL divergence (kl<=0.05) and FLOPs per token (200M flops)."
         )
 
 
@@ -185,6 +210,7 @@ class Decoder:
     kv_heads: int
     head_dim: int
     vocabulary: int
+    hidden: int  # inputs of the output head
     itemsize: int  # bytes per number
 
     @classmethod
@@ -200,11 +226,16 @@ class Decoder:
             return None
         # keys, values or single layers may have different sizes; the largest counts
         stated = [getattr(text, key, None) or 0 for key in ("head_dim", "global_head_dim", "qk_head_dim", "v_head_dim")]
-        return cls(layers, kv_heads, max(stated) or -(-hidden // heads), vocabulary, itemsize)
+        return cls(layers, kv_heads, max(stated) or -(-hidden // heads), vocabulary, hidden, itemsize)
 
     def cache(self, context: int, batch: int) -> int:
         """Return the bytes of the keys and values of `batch` sequences of `context` tokens."""
         return 2 * self.layers * self.kv_heads * self.head_dim * context * batch * self.itemsize
+
+    @property
+    def head_params(self) -> int:
+        """The numbers of the output head."""
+        return self.hidden * self.vocabulary
 
     def overhead(self, batch: int) -> int:
         return OVERHEAD + 4 * batch * self.vocabulary
@@ -212,24 +243,37 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Curve:
-    """A measured trade-off curve: falling `linear` size ratios and losses (nats per token) that never fall with them.
+    """A measured trade-off curve: falling size ratios and losses (nats per token) that never fall with them.
 
-    If a smaller size was measured better than a larger one, the difference is noise, and the larger size's loss is used for both.
-    Between sizes the curve is linear.
+    Sizes are `linear` ratios, or, for coded layers, shares of the base model's bytes. Losses are held-out losses or KL divergences. If a
+    smaller size was measured better than a larger one, the difference is noise, and the larger size's loss is used for both. Between
+    sizes the curve is linear.
     """
 
     sizes: tuple[float, ...]
     losses: tuple[float, ...]
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, Any]], bits: Bits | None = None) -> "Curve | None":
-        """Return the curve of measured rows, which have `got` (else `asked`) and `loss`, or a loss measured in `bits`.
+    def of(cls, rows: Sequence[Mapping[str, Any]], bits: Bits | None = None, value: Literal["loss", "kl"] = "loss") -> "Curve | None":
+        """Return the curve over ranks of measured rows, which have `got` (else `asked`) and `loss`, or a loss measured in `bits`.
 
         The curve ends before the first loss that is not finite. Return None if it has no points.
         """
-        measured: list[tuple[Any, Any]] = [(row.get("got", row.get("asked")), _loss(row, bits)) for row in rows]
-        if bits is not None:  # skip sizes that were not measured in these bits
+        over_ranks = [row for row in rows if BITS_PER_WEIGHT not in row]
+        measured: list[tuple[Any, Any]] = [(row.get("got", row.get("asked")), _measured(row, bits, value)) for row in over_ranks]
+        if bits is not None or value == "kl":  # skip sizes that were not measured so
             measured = [(size, loss) for size, loss in measured if loss is not None]
+        return cls._of(measured)
+
+    @classmethod
+    def over_bytes(cls, rows: Sequence[Mapping[str, Any]], exact: float, value: Literal["loss", "kl"] = "loss") -> "Curve | None":
+        """Return the curve over bytes of the rows of coded sizes, and of the base model, which takes the share `exact` of its bytes."""
+        measured = [(row.get("got"), _measured(row, None, value)) for row in rows if BITS_PER_WEIGHT in row]
+        base = [(exact, _measured(row, None, value)) for row in rows if BITS_PER_WEIGHT not in row and row.get("got") == 1.0]
+        return cls._of([point for point in (*base, *measured) if point[1] is not None]) if measured else None
+
+    @classmethod
+    def _of(cls, measured: Sequence[tuple[Any, Any]]) -> "Curve | None":
         sizes: list[float] = []
         losses: list[float] = []
         for size, loss in sorted((point for point in measured if _is_number(point[0])), key=lambda point: -point[0]):
@@ -251,18 +295,19 @@ class Curve:
         return self.losses[-1]
 
 
-def _loss(row: Mapping[str, Any], bits: Bits | None) -> Any:
-    """Return the loss of a row of a curve, or the loss measured in `bits` on the same text."""
-    if bits is None:
+def _measured(row: Mapping[str, Any], bits: Bits | None, value: Literal["loss", "kl"]) -> Any:
+    """Return the loss or the KL divergence of a row of a curve, or the loss measured in `bits`, on the same text."""
+    if bits is None and value == "loss":
         return row.get("loss")
     parts = row.get("evaluation")
     for part in parts if isinstance(parts, list) else ():
         if isinstance(part, dict) and part.get("kind") == QUANTISED[0]:
             part = {**part, "kind": QUANTIZED, "quantize": part.get(QUANTISED[1])}  # noqa: PLW2901
-        if isinstance(part, dict) and (part.get("kind"), part.get("quantize")) == (QUANTIZED, KIND_OF_BITS[bits]):
+        wanted = (DIVERGENCE, None) if bits is None else (QUANTIZED, KIND_OF_BITS[bits])
+        if isinstance(part, dict) and (part.get("kind"), part.get("quantize")) == wanted:
             values = part.get("values")
             if measured_on(part) == measured_on(row) and isinstance(values, dict):
-                return values.get("loss_nats")
+                return values.get("kl_nats" if value == "kl" else "loss_nats")
     return None
 
 

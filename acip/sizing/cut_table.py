@@ -16,8 +16,11 @@ is the product as one dense matrix. The pivot form saves numbers at every q < K.
     linear       stored numbers of the target layers             their dense numbers     (default)
     paper        min(MN, r(M + N)), without adapters             their dense numbers     (the paper's tables)
     model        all stored numbers of the model                 the base model's
+    bytes        stored bytes of the model                       the base model's bytes in its dtype
 
-Bytes are those of the tensors that a materialized model saves; tied tensors count once:
+If the layers are also stored as codes, budgets of bytes choose versions of codes instead of ranks (`acip.sizing.byte_sizes`).
+
+Bytes of ranks are those of the tensors that a materialized model saves; tied tensors count once:
 
     target layers' matrices   per row of n numbers: n in the model's dtype; n + 4 in 8 bit (with a float32 scale);
                               36 per block of up to 64 numbers in 4 bit (with a float32 absmax)
@@ -38,7 +41,8 @@ from torch import Tensor
 from acip.errors import BudgetError
 from acip.modeling_acip import QUANT_BLOCK
 from acip.recipe import Storage
-from acip.sizing.budget import ALL_BITS, MEGA, UNITS, Bits, Budget, Curve, Decoder, as_perplexity, rounded_up
+from acip.sizing.budget import ALL_BITS, MEGA, UNITS, Bits, Budget, Convention, Curve, Decoder, as_perplexity, rounded_up
+from acip.sizing.byte_sizes import ByteSizes
 
 PLACE = 8  # bytes of a row's place in the pivot form (int64)
 
@@ -83,11 +87,18 @@ class Cut:
     params: int  # all stored numbers of the model
     bits: Bits | None = None  # bits of the target layers' matrices that the budget counted
     bytes: int | None = None  # stored bytes of the model in these bits; None if the table has no `weights`
-    predicted: Mapping[str, float] | None = None  # loss (nats per token) and perplexity by the curve, within its sizes
+    predicted: Mapping[str, float] | None = None  # loss (nats per token), perplexity and KL by the curve, within its sizes
+    versions: Mapping[str, int] | None = None  # the version of each layer's codes; None = the layers have ranks
+    bits_per_weight: float | None = None  # the mean of coded layers
 
     @property
     def unit(self) -> str:
         return UNITS.get(self.convention, "ratio")
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """An identifier of the model, equal for budgets with the same result. It rises with falling size, first ranks, then codes."""
+        return (0, self.removed) if self.versions is None else (1, -(self.bytes or 0))
 
 
 @dataclass(frozen=True)
@@ -142,7 +153,9 @@ class CutTable:
     weights: Weights | None = None
     decoder: Decoder | None = None
     curve: Curve | None = None
+    kl: Curve | None = None  # measured KL divergences from the base model
     quantized: Mapping[Bits, Curve] = field(default_factory=dict)  # measured curves by bits
+    byte_sizes: ByteSizes | None = None  # if the layers are also stored as codes
     _kept: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # cache of running sums
 
     def _shape(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,8 +194,7 @@ class CutTable:
         key = "linear" if adapters else "paper"
         if key not in self._kept:
             R, storage = (self.adapter_rows, self.storage) if adapters else (0, "factors")
-            bias = sum(layer.M for layer in self.layers if layer.bias)
-            self._kept[key] = self._running(lambda _, M, N, ranks: stored_params(M, N, ranks, R, storage)) + bias
+            self._kept[key] = self._running(lambda _, M, N, ranks: stored_params(M, N, ranks, R, storage)) + self._biases
         return self._kept[key]
 
     def least_bytes(self, bits: Bits | None = None) -> Tensor:
@@ -207,6 +219,27 @@ class CutTable:
     def dense_params(self) -> int:
         return sum(layer.dense_params for layer in self.layers)
 
+    @property
+    def base_bytes(self) -> int:
+        """The bytes of the base model's tensors in its dtype."""
+        weights = self._weights
+        return weights.rest + sum(layer.M * layer.N * size for layer, size in zip(self.layers, weights.itemsizes, strict=True))
+
+    @property
+    def convention(self) -> Convention:
+        """The convention in which sizes of this model are shown, and asked for where none is named."""
+        return "linear" if self.byte_sizes is None else "bytes"
+
+    def flops(self, removed: int) -> int:
+        """Return the floating-point operations per token of the linear layers and the output head, without attention, after removals."""
+        if self.decoder is None:
+            raise BudgetError("max_flops needs a config that describes a decoder; this model's does not. Use params instead.")
+        return 2 * (int(self.stored()[removed]) - self._biases + self.decoder.head_params)
+
+    @property
+    def _biases(self) -> int:
+        return sum(layer.M for layer in self.layers if layer.bias)
+
     def ranks(self, removed: int) -> dict[str, int | None]:
         ranks: dict[str, int | None] = {}
         for layer, lost in zip(self.layers, self._lost(removed).tolist(), strict=True):
@@ -221,22 +254,45 @@ class CutTable:
         For bits "best", compare the cuts in all bits that have a curve: return the one with the smallest predicted loss, or, for a
         budget that limits a loss, with the fewest bytes. Raises BudgetError if the budget can't be met.
         """
+        coded = self.byte_sizes
+        if coded is not None and budget.in_bytes and not (budget.by_curve and coded.curve(budget) is None):
+            return self._coded(budget, coded)
         if budget.bits == "best":
             return self._in_best_bits(budget)
         n, got = self._by_curve(budget) if budget.by_curve else self._by_amount(budget)
+        return self._of_ranks(n, budget, got)
+
+    def _of_ranks(self, n: int, budget: Budget, got: float) -> Cut:
+        """Return the size after n removals."""
         linear = int(self.stored()[n])
         params = linear + self.rest_params
+        size_bytes = self._bytes(n, budget.exact_bits)
         sizes = {
             "linear": linear / self.dense_params,
             "paper": int(self.stored(adapters=False)[n]) / self.dense_params,
             "model": params / (self.dense_params + self.rest_params),
-        }
+        } | ({} if size_bytes is None else {"bytes": size_bytes / self.base_bytes})
         curve = self._curve(budget.exact_bits)
-        loss = curve.loss(sizes["linear"]) if curve else None
+        predicted = {}
+        if (loss := curve.loss(sizes["linear"]) if curve else None) is not None:
+            predicted = {"loss": loss, "perplexity": as_perplexity(loss)}
+        if (kl := self.kl.loss(sizes["linear"]) if self.kl and budget.bits is None else None) is not None:
+            predicted["kl"] = kl
         return Cut(
             ranks=self.ranks(n), removed=n, asked=budget.asked, convention=budget.convention if budget.ratio is not None else budget.kind,
-            got=got, sizes=sizes, params=params, bits=budget.exact_bits, bytes=self._bytes(n, budget.exact_bits),
-            predicted=None if loss is None else {"loss": loss, "perplexity": as_perplexity(loss)},
+            got=got, sizes=sizes, params=params, bits=budget.exact_bits, bytes=size_bytes, predicted=predicted or None,
+        )  # fmt: skip
+
+    def _coded(self, budget: Budget, byte_sizes: ByteSizes) -> Cut:
+        """Return the best size in bytes: coded layers, or the base model."""
+        steps, got = byte_sizes.choose(budget, sum(self._beside(budget)) if budget.memory_mb is not None else 0)
+        base = self._of_ranks(0, budget, got)
+        share, predicted = byte_sizes.share(steps), byte_sizes.predicted(steps)
+        base = replace(base, ranks=dict.fromkeys(base.ranks), bytes=byte_sizes.bytes(steps), sizes=base.sizes | {"bytes": share})
+        if steps is None:
+            return replace(base, predicted=predicted or base.predicted)
+        return replace(
+            base, predicted=predicted, versions=byte_sizes.order.at(steps), bits_per_weight=byte_sizes.bits_per_weight(steps)
         )  # fmt: skip
 
     def _in_best_bits(self, budget: Budget) -> Cut:
@@ -265,7 +321,7 @@ class CutTable:
         return self.curve if bits is None else self.quantized.get(bits)
 
     def _curve_in(self, budget: Budget, bits: Bits | None) -> Curve:
-        if (curve := self._curve(bits)) is None:
+        if (curve := self.kl if budget.max_kl is not None else self._curve(bits)) is None:
             where, measure = ("", "acip.evaluate.trade_off") if bits is None else (f" in {bits} bit", "jobs/evaluate.py --quantize")
             raise BudgetError(f"no curve was measured{where}, so {budget.kind} can't be used. Measure it ({measure}), or use a ratio.")
         return curve
@@ -304,6 +360,10 @@ class CutTable:
             return self.least_bytes(budget.exact_bits), self._weights.rest, 1
         if budget.memory_mb is not None:
             return self.least_bytes(budget.exact_bits), self._weights.rest + sum(self._beside(budget)), MEGA
+        if budget.max_flops is not None:
+            return 2 * self.stored(), self.flops(0) - 2 * int(self.stored()[0]), 1
+        if budget.convention == "bytes":
+            return self.least_bytes(budget.exact_bits), self._weights.rest, self.base_bytes
         if budget.convention == "model":
             return self.stored(), self.rest_params, self.dense_params + self.rest_params
         return self.stored(adapters=budget.convention != "paper"), 0, self.dense_params
@@ -320,6 +380,8 @@ class CutTable:
     def _smallest(self, budget: Budget, least: int, scale: int) -> str:
         if budget.params is not None:
             return f"{least:,} parameters"
+        if budget.max_flops is not None:
+            return f"{least:,} FLOPs per token"
         bits = "" if budget.bits is None else f" in {budget.bits} bit"
         if budget.stored_bytes is not None:
             return f"{least:,} bytes{bits}"
@@ -332,14 +394,19 @@ class CutTable:
     def _by_curve(self, budget: Budget) -> tuple[int, float]:
         """Return (directions removed, predicted value) of the smallest size on the curve that meets the budget."""
         linear, dense, curve = self.stored(), self.dense_params, self._curve_in(budget, budget.exact_bits)
-        base = self._curve_in(budget, None)  # in the model's dtype: the reference of an increase
+        base = curve if budget.max_kl is not None else self._curve_in(budget, None)  # in the model's dtype: the reference of an increase
         if budget.max_loss_increase is not None and base.sizes[0] != 1.0:
             raise BudgetError(f"the curve starts at size {base.sizes[0]:.4f}, so the base model's loss is unknown. Use max_perplexity.")
+
+        def value(loss: float) -> float:
+            if budget.max_kl is not None:
+                return loss
+            return as_perplexity(loss) if budget.max_perplexity is not None else loss - base.losses[0]
 
         def got(n: int) -> float:
             loss = curve.loss(int(linear[n]) / dense)
             assert loss is not None
-            return as_perplexity(loss) if budget.max_perplexity is not None else loss - base.losses[0]
+            return value(loss)
 
         # removals [first, last) are on the curve, where predictions never fall with n
         first = bisect_left(range(len(linear)), True, key=lambda n: int(linear[n]) / dense <= curve.sizes[0])
@@ -349,9 +416,8 @@ class CutTable:
         n = bisect_right(range(last), budget.asked, lo=first, key=got) - 1
         if n < first:
             best = "the base model" if curve.sizes[0] == 1.0 else f"the largest measured size, {curve.sizes[0]:.4f},"
-            limit = (
-                f"{best} has perplexity {rounded_up(as_perplexity(curve.losses[0]), 6)}{f' in {budget.bits} bit' if budget.bits else ''}"
-            )
+            quantity, least = ("KL", curve.losses[0]) if budget.max_kl is not None else ("perplexity", as_perplexity(curve.losses[0]))
+            limit = f"{best} has {quantity} {rounded_up(least, 6)}{f' in {budget.bits} bit' if budget.bits else ''}"
             raise BudgetError(f"{budget.kind} {budget.asked!r} can't be reached: {limit}.")
         # the first of several removals with the same size
         n = bisect_left(range(n), True, key=lambda m: int(linear[m]) <= int(linear[n]))

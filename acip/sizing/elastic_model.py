@@ -1,7 +1,8 @@
 """A model that changes its size in place, and plain models of one size (paper 2.2.3).
 
 `ElasticModel` holds one copy of every layer's dense weight and sorted factors, with the adapters folded in. Changing the size sets one
-integer per layer. `materialize` returns a plain transformers model that shares no memory with it.
+integer per layer. Of coded layers, it holds the versions of the present size; another size reads the versions that differ.
+`materialize` returns a plain transformers model that shares no memory with it.
 """
 
 import copy
@@ -23,7 +24,7 @@ class ElasticModel:
 
     model: PreTrainedModel  # with an ElasticLinear in the place of every target layer
     table: CutTable
-    load_missing: Callable[[Mapping[str, ElasticLinear], Mapping[str, int | None]], None] | None = None  # loads what a size needs
+    load_missing: Callable[[Mapping[str, ElasticLinear], Cut], None] | None = None  # loads what a size needs
     cut: Cut | None = None
 
     @property
@@ -34,19 +35,26 @@ class ElasticModel:
         """Set the largest size within `budget` (a number is a `linear` size ratio).
 
         No weights are copied. Weights that the size needs and that are not loaded yet are loaded. Budgets of bytes and memory refer
-        to the plain model that `materialize` returns; this model keeps everything it has loaded. Raises BudgetError if no size is
-        within the budget.
+        to the plain model that `materialize` returns; this model keeps the factors and dense weights that it has loaded, and the codes
+        of the present size. Raises BudgetError if no size is within the budget.
         """
         cut = self.table.cut(budget if isinstance(budget, Budget) else Budget(ratio=budget))
         if self.load_missing is not None:
-            self.load_missing(self.layers, cut.ranks)
-        if self.cut is None or cut.removed != self.cut.removed:
+            self.load_missing(self.layers, cut)
+        if self.cut is None or cut.key != self.cut.key:
             set_size(self.layers, cut)
+            for layer in self.layers.values():
+                layer.forget_versions()
         self.cut = cut
         return cut
 
+    def load_base(self) -> None:
+        """Load the dense weights that are not loaded yet. The size does not change."""
+        if self.load_missing is not None:
+            self.load_missing(self.layers, self.table.cut(Budget(ratio=1.0)))
+
     def materialize(self) -> PreTrainedModel:
-        """Return the current size as a plain model: every target layer in its smallest form, with adapters folded in.
+        """Return the current size as a plain model: every target layer in its smallest form, with adapters folded in, or coded.
 
         The result is in the model's dtype, even if the cut counted 8 or 4 bit; quantization is a separate step.
         """

@@ -42,10 +42,12 @@ def sort_layers(model: nn.Module, scores: ScoreMap) -> dict[str, SVDLinear | Ela
 
 
 def set_size(layers: Mapping[str, Compressible], cut: Cut) -> None:
-    """Set every layer to its rank in `cut`."""
+    """Set every layer to its rank in `cut`, or to the version of its codes, which is loaded."""
     for name, core in layers.items():
         assert isinstance(core, ElasticLinear)
         core.set_rank(cut.ranks[name])
+        if cut.versions is not None:
+            core.set_version(cut.versions[name])
 
 
 def live_ranks(values: Tensor, scores: ScoreMap) -> Tensor:

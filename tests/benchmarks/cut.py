@@ -31,7 +31,7 @@ def main() -> int:
     order = layer_of_direction[torch.randperm(len(layer_of_direction), generator=torch.Generator().manual_seed(0))]
     weights = Weights((2,) * len(layers), 500_000_000)
     table = CutTable(
-        layers, order, 0, 262_000_000, weights=weights, decoder=Decoder(32, 32, 128, 32000, 2),
+        layers, order, 0, 262_000_000, weights=weights, decoder=Decoder(32, 32, 128, 32000, 4096, 2),
         curve=Curve((1.0, 0.8, 0.6, 0.4), (1.7, 1.72, 1.8, 2.2)),
     )  # fmt: skip
     kinds = {

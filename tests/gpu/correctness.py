@@ -214,7 +214,7 @@ def mixed_sizes(row: Row, small: Small) -> None:
     cuts = [elastic.table.cut(Budget(ratio)) for ratio in RATIOS]
     mixer = Mixer(elastic.layers)
     for counts in ((1, 1, 1, 1), (3, 1, 20, 2), (40, 1, 1, 30)):
-        runs = [(Size(cut.removed, cut.ranks), count) for cut, count in zip(cuts, counts, strict=True)]
+        runs = [(Size(cut.key, cut.ranks), count) for cut, count in zip(cuts, counts, strict=True)]
         for name, layer in elastic.layers.items():
             x = torch.randn(1, sum(counts), layer.right.values.shape[1], device=small.scale.device)
             alone, start = [], 0

@@ -87,7 +87,7 @@ def checked_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) 
     """Return the model after the check, without layers of several sizes."""
     model = random_model(copy.deepcopy(config)).to(dtype)
     context, _ = served_context(model.config.get_text_config(), 512)
-    check("toy", model, {}, (Size(0, {}), Size(1, {})), context)
+    check("toy", model, {}, (Size((0, 0), {}), Size((0, 1), {})), context)
     return model
 
 
@@ -216,4 +216,4 @@ def test_model_with_logits_that_are_not_finite_is_refused() -> None:
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
     with pytest.raises(AcipError, match="toy: LlamaForCausalLM can't be served: its own logits are not finite in float32"):
-        check("toy", model, {}, (Size(0, {}), Size(1, {})), 512)
+        check("toy", model, {}, (Size((0, 0), {}), Size((0, 1), {})), 512)

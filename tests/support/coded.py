@@ -3,11 +3,14 @@
 from collections.abc import Mapping, Sequence
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from acip.coding.byte_order import ByteOrder, Version
+from acip.artifact.artifact import Artifact
 from acip.coding.coded_model import CodedModel
 from acip.coding.codes import Codes, PackedCodes, stored_steps
 from acip.modeling_acip import weight_MN
+from acip.sizing.budget import Budget
+from acip.sizing.byte_order import ByteOrder, Version
 
 LARGEST = (2, 9, 100)  # the largest code of each version
 
@@ -26,3 +29,11 @@ def rounded(linears: Mapping[str, nn.Module], largest: Sequence[int] = LARGEST) 
             versions[name].append(codes.pack())
             facts[name].append(Version(versions[name][-1].bytes, float((codes.decode() - W_MN).square().sum())))
     return CodedModel(versions, ByteOrder(facts))
+
+
+def load_bytes(artifact: Artifact, limit_bytes: int) -> tuple[PreTrainedModel, int]:
+    """Return the best model of an artifact within a number of stored bytes, and its stored bytes."""
+    any_size = artifact.load(size=Budget(stored_bytes=limit_bytes))
+    assert any_size.cut is not None
+    assert any_size.cut.bytes is not None
+    return any_size.materialize(), any_size.cut.bytes

@@ -30,6 +30,7 @@ from acip.layers.targets import find_linears
 from acip.recipe import Recipe
 from acip.sizing.budget import Budget
 from tests.conftest import GOLDEN, byte_tokenizer
+from tests.support.coded import load_bytes
 
 SIZES = (1.0, 0.8, 0.6, 0.4)
 RATES = (2.0, 4.0, 7.0)
@@ -76,7 +77,7 @@ def record(folder: Path, artifact: Artifact, tokens: torch.Tensor) -> None:
     (folder / "expected.json").write_text(json.dumps(expected, indent=1))
     totals, rest = artifact.coded().order.totals, artifact.tensors("rest").data_bytes
     coded_bytes = [rest + totals[i] for i in (0, len(totals) // 2, -1)]
-    coded_logits = [artifact.load_bytes(limit)[0](input_ids=tokens[None]).logits[0] for limit in coded_bytes]
+    coded_logits = [load_bytes(artifact, limit)[0](input_ids=tokens[None]).logits[0] for limit in coded_bytes]
     results = {"logits": logits, "coded_logits": coded_logits, "coded_bytes": [torch.tensor(limit) for limit in coded_bytes]}
     save_file({name: torch.stack(each) for name, each in results.items()} | {"tokens": tokens.clone()}, folder / "expected.safetensors")
 

@@ -14,6 +14,7 @@ from acip.artifact.manifest import MANIFEST, SCHEMA
 from acip.errors import ArtifactError
 from acip.sizing.budget import Budget
 from tests.conftest import GOLDEN, logits
+from tests.support.coded import load_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:the recipe field")  # stored recipes use old field names
 STORED = sorted(GOLDEN.parent.glob("schema-*"))
@@ -48,7 +49,7 @@ def test_models_of_any_bytes_reproduce_the_recorded_results(stored: Path) -> Non
         with pytest.raises(ArtifactError, match="code: both"):
             artifact.coded()
     for limit, logits_TV in zip(recorded.get("coded_bytes", ()), recorded.get("coded_logits", ()), strict=True):
-        model, stored_bytes = artifact.load_bytes(int(limit))
+        model, stored_bytes = load_bytes(artifact, int(limit))
         assert stored_bytes == limit
         torch.testing.assert_close(logits(model, recorded["tokens"][None])[0], logits_TV, rtol=0, atol=1e-4)
 

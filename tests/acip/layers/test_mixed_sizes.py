@@ -17,7 +17,7 @@ from tests.conftest import logits
 
 def sizes(any_size: ElasticModel, *ratios: float) -> list[Size]:
     cuts = [any_size.table.cut(Budget(ratio=ratio)) for ratio in ratios]
-    return [Size(cut.removed, cut.ranks) for cut in cuts]
+    return [Size(cut.key, cut.ranks, cut.versions) for cut in cuts]
 
 
 @pytest.mark.parametrize("counts", [(1, 1, 1, 1), (3, 1, 20, 2), (40, 1, 1, 1), (SHORT, SHORT + 1, 1, 30), (2, 64, 64, 3)])
@@ -54,7 +54,7 @@ def test_mixed_sizes_support_biases_and_adapters_beside_the_layer(bias: bool, le
     torch.manual_seed(1)
     layer = ElasticLinear(nn.Linear(48, 80, bias=bias), torch.randn(45 + lead, 80), torch.randn(45 + lead, 48), lead=lead)
     ranks = (None, 40, ROW_BLOCK - lead, 7, 1)
-    runs = [(Size(removed, {"layer": rank}), 2) for removed, rank in enumerate(ranks)]
+    runs = [(Size((0, removed), {"layer": rank}), 2) for removed, rank in enumerate(ranks)]
     x = torch.randn(10, 48)
     alone = []
     for i, rank in enumerate(ranks):

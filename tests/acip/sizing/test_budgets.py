@@ -28,7 +28,7 @@ TABLES = [
     (storage, rows, dense_if_no_saving) for storage in ("pivot", "factors") for rows in (0, 8) for dense_if_no_saving in (True, False)
 ]
 BUDGETS = 150  # random budgets per kind and table: 1200 of each kind
-DECODER = Decoder(layers=3, kv_heads=2, head_dim=16, vocabulary=100, itemsize=2)
+DECODER = Decoder(layers=3, kv_heads=2, head_dim=16, vocabulary=100, hidden=64, itemsize=2)
 ALL_BITS: tuple[Bits | None, ...] = (None, 8, 4)
 
 
@@ -248,8 +248,8 @@ def test_a_size_of_an_artifact_has_the_prediction_of_its_curve(small_artifact: A
 
 def test_the_dimensions_of_a_decoder_are_read_from_its_config() -> None:
     small = LlamaConfig(hidden_size=96, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3, vocab_size=50, head_dim=32)
-    assert Decoder.of(small, 2) == Decoder(3, 2, 32, 50, 2)
-    assert Decoder.of(AutoConfig.for_model("gpt2"), 4) == Decoder(12, 12, 64, 50257, 4)
+    assert Decoder.of(small, 2) == Decoder(3, 2, 32, 50, 96, 2)
+    assert Decoder.of(AutoConfig.for_model("gpt2"), 4) == Decoder(12, 12, 64, 50257, 768, 4)
     assert Decoder.of(AutoConfig.for_model("deepseek_v3"), 2).head_dim == 192  # type: ignore[union-attr]
     assert Decoder.of(AutoConfig.for_model("gemma3"), 2) is not None
     assert Decoder.of(T5Config(), 2) is None

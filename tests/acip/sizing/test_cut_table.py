@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from acip.artifact.artifact import Artifact
 from acip.errors import BudgetError
-from acip.recipe import Convention, Storage
+from acip.recipe import Storage
+from acip.sizing.budget import Convention
 from acip.sizing.cut_table import Budget, CutTable, LayerShape
 
 STORAGES: tuple[Storage, ...] = ("pivot", "factors")

@@ -30,7 +30,7 @@ def table() -> CutTable:
     order = torch.tensor([i for i, layer in enumerate(layers) for _ in range(layer.K)], dtype=torch.int32)
     mixed = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(0))]
     curve = Curve((1.0, 0.5), (2.0123456, 2.9))
-    return CutTable(layers, mixed, 0, 4321, "factors", True, Weights((4, 2, 4), 999), Decoder(3, 2, 16, 100, 2), curve)
+    return CutTable(layers, mixed, 0, 4321, "factors", True, Weights((4, 2, 4), 999), Decoder(3, 2, 16, 100, 64, 2), curve)
 
 
 @many
@@ -47,7 +47,7 @@ def test_amounts_in_units_are_exact_decimals(amount: int) -> None:
 @given(removed=st.integers(0, 190), context=st.integers(1, 10**6), batch=st.integers(1, 64))
 def test_exactly_enough_memory_is_accepted(removed: int, context: int, batch: int) -> None:
     t = table()
-    other_bytes = 2 * 3 * 2 * 16 * context * batch * 2 + Decoder(3, 2, 16, 100, 2).overhead(batch)
+    other_bytes = 2 * 3 * 2 * 16 * context * batch * 2 + Decoder(3, 2, 16, 100, 64, 2).overhead(batch)
     needed = int(t.least_bytes()[removed]) + 999 + other_bytes
     for memory_mb in (needed / MEGA, float(decimal(needed, MEGA)), in_bytes(needed / GIGA, GIGA) / MEGA):
         cut = t.cut(Budget(memory_mb=memory_mb, context=context, batch=batch))

@@ -22,6 +22,7 @@ from acip.errors import RecipeError
 from acip.layers.targets import find_linears, weight_MN
 from acip.recipe import Recipe
 from tests.conftest import logits, write_fleet
+from tests.support.coded import load_bytes
 
 RECIPE = Recipe(
     basis="svd", scores="singular_values", adapter_rank=0, post_tune_steps=0, sample_windows=4, batch_size=4, seq_len=64, dtype="float32",
@@ -54,7 +55,7 @@ def test_a_calibration_job_stores_the_codes(small_base: str, tmp_path: Path, hel
     whole, rest = artifact.load(), artifact.tensors("rest").data_bytes
     divergences = []
     for total in (artifact.coded().order.totals[0], artifact.coded().order.totals[-1]):
-        model, stored_bytes = artifact.load_bytes(rest + total)
+        model, stored_bytes = load_bytes(artifact, rest + total)
         assert stored_bytes == rest + total
         base_TV, coded_TV = (logits(each, heldout_tokens[:4]).log_softmax(-1) for each in (whole.model, model))
         divergences.append(float((base_TV.exp() * (base_TV - coded_TV)).sum(-1).mean()))

@@ -103,7 +103,7 @@ class Batch:
             pieces.append(CachePiece(sequence.slot, sequence.cached, start, start + count))
             ids += sequence.ids[sequence.cached : sequence.cached + count]
             start += count
-            if runs and runs[-1][0].removed == sequence.size.removed:
+            if runs and runs[-1][0].key == sequence.size.key:
                 runs[-1] = (runs[-1][0], runs[-1][1] + count)
             else:
                 runs.append((sequence.size, count))
@@ -156,7 +156,7 @@ class Batch:
                 room -= count
             if count:
                 parts.append((sequence, count))
-        return sorted(parts, key=lambda part: part[0].size.removed)
+        return sorted(parts, key=lambda part: part[0].size.key)
 
     def _forward(self, ids: list[int], pieces: list[CachePiece], runs: list[tuple[Size, int]], keep: list[int]) -> torch.Tensor:
         """Return the logits [n, V] of the tokens `keep`."""

@@ -186,7 +186,7 @@ class Engine:
         seed = randbits(63) if request.seed is None else request.seed
         timeout_s = self.timeout_s if request.timeout_s is None else request.timeout_s
         active = ActiveRequest(model, cut, seed, max_tokens, sum(map(len, prompts)), timeout_s, received, on_event)
-        size = Size(cut.removed, cut.ranks)
+        size = Size(cut.key, cut.ranks, cut.versions)
         end_tokens = model.end_tokens if request.end_tokens is None else request.end_tokens
         sequences = []
         for index in range(len(prompts) * request.choices):

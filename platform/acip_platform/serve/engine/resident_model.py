@@ -56,7 +56,7 @@ class ResidentModel:
         self.cut = functools.lru_cache(maxsize=256)(table.cut)
         if packed:
             pack(self.any_size.model)
-        sizes = [Size(removed, table.ranks(removed)) for removed in (0, max(self.removed_at_stop, 1))]
+        sizes = [Size((0, removed), table.ranks(removed)) for removed in (0, max(self.removed_at_stop, 1))]
         check(version.name, self.any_size.model, self.any_size.layers, (sizes[0], sizes[1]), self.context)
         self.notes = [
             *([shorter] if shorter else []),

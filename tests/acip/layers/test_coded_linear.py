@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from acip.coding import coded_linear
-from acip.coding.coded_linear import CodedLinear
-from acip.coding.codes import Codes, stored_steps
+from acip.coding.codes import stored_steps
+from acip.layers import coded_linear
+from acip.layers.coded_linear import CodedLinear
 
 SHAPES = [(128, 192), (64, 64), (7, 5), (65, 64), (64, 48), (1, 1)]  # the kernel of torch takes the first two
 
 
 def layer_of(M: int, N: int, bias: bool = True) -> CodedLinear:
     codes = torch.randint(-127, 128, (M, N), dtype=torch.int8)
-    return CodedLinear(Codes(codes, stored_steps(0.001 + 0.01 * torch.rand(M))), torch.randn(M) if bias else None)
+    return CodedLinear(codes, stored_steps(0.001 + 0.01 * torch.rand(M)), torch.randn(M) if bias else None)
 
 
 def exact(layer: CodedLinear, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ def test_inputs_with_strides_are_read_in_order() -> None:
 
 
 def test_float16_sums_do_not_overflow() -> None:
-    layer = CodedLinear(Codes(torch.full((4, 1024), 127, dtype=torch.int8), torch.full((4,), 1e-4)), None)
+    layer = CodedLinear(torch.full((4, 1024), 127, dtype=torch.int8), torch.full((4,), 1e-4), None)
     y = layer(torch.full((2, 1024), 1000.0, dtype=torch.float16))
     torch.testing.assert_close(y, torch.full((2, 4), 127 * 1000 * 1024 * 1e-4).half(), rtol=1e-2, atol=0)
 

@@ -8,11 +8,12 @@ reads 8-bit weights, a product converts the codes of its layer to the dtype of t
 Legend: M = out features, N = in features, S = rows of the input.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from acip.coding.codes import Codes
 
 FEW_ROWS = 8  # up to which the kernel of torch is faster than a conversion with oneDNN's product, measured on one core with AVX-512
 KERNEL_SIDE = 64  # torch's kernel reads beyond the ends of weights whose sides are not multiples of its blocks, and may crash
@@ -21,11 +22,11 @@ KERNEL_SIDE = 64  # torch's kernel reads beyond the ends of weights whose sides 
 class CodedLinear(nn.Module):
     """y = diag(t) C x + b with integer codes C."""
 
-    def __init__(self, codes: Codes, bias_M: Tensor | None) -> None:
+    def __init__(self, codes_MN: Tensor, steps_M: Tensor, bias_M: Tensor | None) -> None:
         super().__init__()
-        self.out_features, self.in_features = codes.codes.shape
-        self.register_buffer("codes", codes.codes)
-        self.register_buffer("steps", codes.steps.float())
+        self.out_features, self.in_features = codes_MN.shape
+        self.register_buffer("codes", codes_MN)
+        self.register_buffer("steps", steps_M.float())
         self.codes: Tensor  # int8 [M, N]
         self.steps: Tensor  # float32 [M]
         self.bias = None if bias_M is None else nn.Parameter(bias_M.detach(), requires_grad=False)
@@ -33,6 +34,13 @@ class CodedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = integer_product(x, self.codes) * self.steps
         return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "CodedLinear":
+        """Move or cast the layer. Step sizes are moved, but stay in float32."""
+        steps_M = self.steps
+        super()._apply(fn, recurse)
+        self.steps = steps_M.to(self.codes.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

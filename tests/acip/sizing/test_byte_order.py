@@ -6,8 +6,8 @@ import pytest
 from hypothesis import assume, example
 from hypothesis import strategies as st
 
-from acip.coding.byte_order import ByteOrder, Version, hull
 from acip.errors import BudgetError
+from acip.sizing.byte_order import ByteOrder, Version, hull
 from tests.support.fuzzing import fuzz
 
 Versions = dict[str, list[Version]]
