@@ -78,6 +78,7 @@ class Recipe:
     # ranks: the artifact holds ranks only; both: coded versions of the layers, too, for models of any number of bytes (acip.coding, ours),
     # which take 2.2 times the bytes of the layers in 16 bit, and need the Fisher statistics of all layers in memory
     code: Code = "ranks"
+    code_tune_steps: int = 100  # training steps, of one window each, for the step sizes of the codes (ours); >= 0
 
     def __post_init__(self) -> None:
         for name, rule, ok in (
@@ -100,6 +101,7 @@ class Recipe:
             ("post_tune_lr", "> 0", self.post_tune_lr is None or self.post_tune_lr > 0),
             ("prune_distill_weight", "in [0, 1)", 0 <= self.prune_distill_weight < 1),
             ("distill_weight", "in [0, 1]", 0 <= self.distill_weight <= 1),
+            ("code_tune_steps", ">= 0", self.code_tune_steps >= 0),
             ("scores_until", "in (stop_ratio, 1)", self.scores_until is None or self.stop_ratio < self.scores_until < 1),
         ):
             if not ok:

@@ -3,7 +3,9 @@
 Coding chooses the steps of each layer alone, with exact inputs. At a small size the inputs of a layer are wrong, too, and its steps can
 compensate for a part of that. The codes are not changed, so that every size keeps its bytes.
 
-    step t_m of each row of each version -> t_m exp(g_m),    g = 0 at the start
+    step t_m of each row of each version -> t_m exp(a_m / s_m),    a = 0 at the start,    s_m = root mean square of the row's codes
+
+A change of `a` by 1 moves the weights of a row by about one step, so that one learning rate serves coarse and fine versions.
 
 Each training step draws a size, and reduces the KL divergence from the base model to the model of that size. A version serves many sizes,
 so its steps are trained at all of them. Versions that occur only in sizes above MAX_RATE are not trained: little is left to gain there.
@@ -21,14 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from acip.calibration.losses import Divergence
-from acip.coding.coded_linear import CodedLinear
 from acip.coding.coded_model import CodedModel
 from acip.coding.codes import PackedCodes, stored_steps
 from acip.coding.statistics import frozen
 from acip.errors import CalibrationError, RecipeError
+from acip.layers.coded_linear import CodedLinear
 from acip.modeling_acip import bias_of, weight_MN
 
-LR = 2e-3  # of Adam, for the logarithm of a step
+LR = 5e-3  # of Adam, for the changes `a`
+MIN_SPREAD = 0.1  # lower bound of s
 MAX_RATE = 5.0  # mean bits per weight of the largest size that is drawn
 SIZE_WEIGHT_EXPONENT = 0.75  # gradients are divided by divergence ** this, or the smallest sizes would dominate
 MIN_DIVERGENCE_NATS = 1e-3  # lower bound of the divergence in that weight
@@ -57,7 +60,7 @@ def tune_steps(
             f"steps is {steps}, lr is {lr}, and there are {len(windows)} windows; steps must be at least 0, lr above 0, windows at least 1."
         )
     layers = {name: _TunedLayer(layer, list(coded.versions[name])) for name, layer in linears.items()}
-    optimizer = torch.optim.Adam([gain for layer in layers.values() for gain in layer.log_gains], lr=lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam([change for layer in layers.values() for change in layer.changes], lr=lr, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     draw, device = random.Random(seed), next(model.parameters()).device
     weights = sum(weight_MN(layer).numel() for layer in linears.values())
@@ -69,7 +72,7 @@ def tune_steps(
             for name, version in coded.order.at(coded.order.within(limit)).items():
                 layers[name].use(version)
             loss = _divergence(model, linears, layers, ids_1T)
-            if not math.isfinite(loss):
+            if not math.isfinite(loss.item()):
                 raise CalibrationError(
                     f"the KL divergence at {limit:,} bytes is {loss.item()} in training step {step}; it must be finite. "
                     "Use dtype float32 or bfloat16, or set code_tune_steps to 0."
@@ -106,28 +109,34 @@ def _computing(linears: Mapping[str, nn.Module], layers: Mapping[str, "_TunedLay
 
 
 class _TunedLayer:
-    """The versions of a layer, the trained factors of their steps, and the version in use."""
+    """The versions of a layer, the trained changes of their steps, and the version in use."""
 
     def __init__(self, linear: nn.Module, versions: list[PackedCodes]) -> None:
         self.linear, self.versions, self.device = linear, versions, weight_MN(linear).device
-        self.log_gains = [torch.zeros(len(each.steps), device=self.device, requires_grad=True) for each in versions]
+        self.changes = [torch.zeros(len(each.steps), device=self.device, requires_grad=True) for each in versions]
         self.version = -1
 
     def use(self, version: int) -> None:
         if version != self.version:
             self.version = version
-            self.coded = CodedLinear(self.versions[version].unpack(), bias_of(self.linear)).to(self.device)
-            self.steps_M = self.coded.steps
+            codes = self.versions[version].unpack()
+            self.coded = CodedLinear(codes.codes, codes.steps, bias_of(self.linear)).to(self.device)
+            self.steps_M, self.spread_M = self.coded.steps, _spread(self.coded.codes)
 
     def forward(self) -> Callable[[Tensor], Tensor]:
         """Return the function that the layer computes in its version."""
-        self.coded.steps = self.steps_M * self.log_gains[self.version].exp()
+        self.coded.steps = self.steps_M * (self.changes[self.version] / self.spread_M).exp()
         return self.coded.forward
 
     @torch.no_grad()
     def tuned(self) -> list[PackedCodes]:
         """Return all versions with their trained steps, rounded as they are stored. Untrained versions are unchanged."""
         return [
-            replace(each, steps=stored_steps(each.steps * gain.exp().cpu())) if gain.any() else each
-            for each, gain in zip(self.versions, self.log_gains, strict=True)
+            replace(each, steps=stored_steps(each.steps * (change.cpu() / _spread(each.unpack().codes)).exp())) if change.any() else each
+            for each, change in zip(self.versions, self.changes, strict=True)
         ]
+
+
+def _spread(codes_MN: Tensor) -> Tensor:
+    """Return the root mean square of the codes of each row [M]."""
+    return codes_MN.float().square().mean(1).sqrt().clamp_min(MIN_SPREAD)

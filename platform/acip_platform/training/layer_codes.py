@@ -1,14 +1,16 @@
 """Code the target layers of a base model before its calibration, if the recipe's field `code` says so."""
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 
 from mlflow.exceptions import MlflowException
-from torch import Tensor
+from torch import Tensor, nn
 
 from acip.base import Base
 from acip.coding.coded_model import CodedModel, code_model
 from acip.coding.statistics import layer_statistics
+from acip.coding.step_tuning import tune_steps
 from acip.errors import RecipeError
 from acip.layers.targets import find_linears
 from acip.sizing.budget import MEGA
@@ -45,4 +47,21 @@ def code_layers(job: Job, base: Base, windows: Tensor, run: Run, emit: Emit) -> 
     )
     with suppress(MlflowException), few_retries():  # two metrics must not stop a calibration while MLflow is down
         run.metrics([(0, {"coding_seconds": ended - began, "codes_mb": coded.bytes / MEGA})])
+    return tuned(job, base, linears, coded, windows, run, emit)
+
+
+def tuned(job: Job, base: Base, linears: Mapping[str, nn.Module], coded: CodedModel, windows: Tensor, run: Run, emit: Emit) -> CodedModel:
+    """Return `coded` with trained step sizes, if `recipe.code_tune_steps` is not 0. Seconds are logged to the run."""
+    recipe = job.recipe
+    if not recipe.code_tune_steps:
+        return coded
+    began = time.monotonic()
+    coded = tune_steps(
+        base.model, linears, coded, windows, recipe.code_tune_steps, seed=recipe.seed,
+        progress=lambda done, total: emit("code", what="step sizes", done=done, total=total),
+    )  # fmt: skip
+    seconds = time.monotonic() - began
+    emit("stage", text=f"trained the step sizes of the codes in {recipe.code_tune_steps} steps: {seconds:.0f} s")
+    with suppress(MlflowException), few_retries():
+        run.metrics([(0, {"code_tuning_seconds": seconds})])
     return coded
