@@ -79,8 +79,12 @@ def tuning(artifact: Artifact, size: float, **changes: Any) -> Recipe:
 def attach(any_size: ElasticModel, recipe: Recipe) -> None:
     """Add trainable adapters to `any_size` at its current size, in place, and quantize it to 4 bit if the recipe requires it.
 
-    The model can't be resized afterwards.
+    The model can't be resized afterwards. Raise BudgetError for a size of coded layers.
     """
+    if any_size.cut is not None and any_size.cut.versions is not None:
+        raise BudgetError(
+            "a size of coded layers can't be fine-tuned: adapters belong to directions. Load a size of ranks, such as 0.6 (linear)."
+        )
     torch.manual_seed(recipe.seed)  # for the initial adapters
     any_size.load_missing = None
     for name, layer in any_size.layers.items():

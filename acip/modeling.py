@@ -4,7 +4,7 @@
     model = AutoModelForCausalLM.from_pretrained("path")           the same, after `import acip`; also from the hub
     model.prune_model_by_score(size_ratio=0.5)                     change the size, as often as you like
     model.compress()                                               make plain layers with the adapters folded in; frees memory
-    model.quantize("nf4")                                          store their matrices in 4 bit
+    model.quantize("nf4")                                          store their matrices in 4 bit; not for a size of coded layers
     model.save_pretrained("folder")                                write an export (acip/export/folder.py)
 
 `prune_model_by_score`, `compress` and `quantize` change the model in place and return it. A size that is set after `compress` reads
@@ -211,9 +211,11 @@ class ElasticCausalLM:
     def quantize(self, kind: Kind | None = None) -> "ElasticCausalLM":
         """Compress, then store the matrices of the compressed layers in 4 bit (nf4, fp4) or 8 bit (int8).
 
-        The default is the kind in which the budget was counted, or nf4. Raise ArtifactError for more bits than that.
+        The default is the kind in which the budget was counted, or nf4. Raise ArtifactError for more bits than that, and for a size of
+        coded layers.
         """
-        kind = kind_of(self.cut, kind) or "nf4"
+        kind = kind_of(self.cut, kind) or kind_of(self.cut, "nf4")
+        assert kind is not None
         self.compress()
         quantize_in_place(cast(PreTrainedModel, self), kind)
         return self

@@ -14,21 +14,35 @@ config.json is the base model's, with model_type "acip", `base_model_type`, and 
     factors   right.weight [q, N], left.weight [M, q]    two nn.Linear
     pivot     pivots.weight [q, N], combine.weight       q rows of W, and every other row as a combination of them;
               [M - q, q], place [M], bias                place[i] is the index of row i of W in [pivots, rest]
+    codes     stream, steps [M], unit, bias              integer codes with one step size per row (`CodedLinear`)
 
 In a quantized model (nf4, fp4, int8), each of these weights is stored as `codes` and `absmax` (`QuantLinear`).
+
+A model with the field "bfloat16" in "acip" is stored in fewer bytes and decoded when it is loaded. Its tensors of the form codes are
+
+    stream    uint8 [bytes]     the codes [M, N], row by row, one byte each, as Huffman codes (raw deflate without matches)
+    steps     float16 [M]       the step sizes, as shares of the unit
+    unit      float32 []        the largest step size
+
+and the field gives the other encoded tensors, {NAME: [shape, bytes of each chunk]}, whose bytes `encode_bfloat16` describes.
 """
 
+import json
+import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 MODEL_TYPE = "acip"
 CODE = "modeling_acip.py"
@@ -45,6 +59,13 @@ LEVELS = {  # the values of the 16 codes in bitsandbytes, before they are multip
     ),
 }  # fmt: skip
 KINDS = ("nf4", "fp4", "int8")
+WEIGHTS = "model.safetensors"
+PARTS = ("stream", "steps", "unit")  # of a coded layer in a file
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+MIN_CHUNK_BYTES = 8 << 10  # so that small tensors have few chunks
+MAX_CHUNKS = 128  # per tensor
+FEW_ROWS = 8  # up to which the kernel of torch is faster than a conversion with oneDNN's product, measured on one core with AVX-512
+KERNEL_SIDE = 64  # torch's kernel reads beyond the ends of weights whose sides are not multiples of its blocks, and may crash
 
 # The function that loads a model of any size from an artifact. acip.auto sets it; in the copy inside an export it stays None.
 # It is a hook and not an import, because transformers refuses a copied file that imports a package which is not installed.
@@ -220,6 +241,60 @@ def _pairs(kind: str, device: torch.device) -> Tensor:
     return torch.cartesian_prod(levels, levels).to(device)
 
 
+class CodedLinear(nn.Module):
+    """y_m = t_m sum over n of c_mn x_n + b_m: a layer that computes with its integer codes.
+
+    In memory, it takes M N bytes of codes and 4 M bytes of step sizes. Codes are exact in every floating point dtype. Where no kernel
+    reads 8-bit weights, a product converts the codes of its layer to the dtype of the input, and frees them afterwards.
+    """
+
+    def __init__(self, codes_MN: Tensor, steps_M: Tensor, bias_M: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = codes_MN.shape
+        self.register_buffer("codes", codes_MN)
+        self.register_buffer("steps", steps_M.float())
+        self.codes: Tensor  # int8 [M, N]
+        self.steps: Tensor  # float32 [M]
+        self.bias = None if bias_M is None else nn.Parameter(bias_M.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = integer_product(x, self.codes) * self.steps
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "CodedLinear":
+        """Move or cast the layer. Step sizes are moved, but stay in float32."""
+        steps_M = self.steps
+        super()._apply(fn, recurse)
+        self.steps = steps_M.to(self.codes.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def integer_product(x: Tensor, codes_MN: Tensor) -> Tensor:
+    """Return x C^T [..., M] in the dtype of `x`; in float32 for float16, whose range is too small for the product."""
+    if _has_kernel(x, codes_MN):
+        x_SN = x.reshape(-1, x.shape[-1]).contiguous()
+        return torch._weight_int8pack_mm(x_SN, codes_MN, x.new_ones(len(codes_MN))).view(*x.shape[:-1], len(codes_MN))
+    x = x.float() if x.dtype == torch.float16 else x
+    return F.linear(x, codes_MN.to(x.dtype))
+
+
+def _has_kernel(x: Tensor, codes_MN: Tensor) -> bool:
+    """Return whether torch's kernel for 8-bit weights computes this product, and is faster."""
+    return (
+        hasattr(torch, "_weight_int8pack_mm")
+        and x.device.type == "cpu"
+        and x.dtype == torch.bfloat16
+        and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+        and not any(side % KERNEL_SIDE for side in codes_MN.shape)
+        and codes_MN.is_contiguous()
+        and not (torch.is_grad_enabled() and x.requires_grad)  # the kernel has no derivative
+        and not torch.compiler.is_compiling()
+    )
+
+
 def swap_linears(model: nn.Module, layers: Mapping[str, Any], make: Callable[[nn.Module], nn.Module]) -> None:
     """Replace every linear layer among the modules named in `layers`, or inside them, by `make(linear)`."""
     for name in layers:
@@ -242,15 +317,19 @@ def shrink(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
         form, q = row.get("form"), row.get("rank", 0)
         if form == "dense":
             continue
-        if form not in ("linear", "factors", "pivot") or (form != "linear" and not (isinstance(q, int) and 0 <= q <= min(M, N))):
+        ranked = form in ("factors", "pivot")
+        if not (form in ("linear", "codes") or (ranked and isinstance(q, int) and 0 <= q <= min(M, N))):
             raise ValueError(
-                f"config.json describes layer {name!r} [{M}, {N}] as {dict(row)!r}; allowed are form dense, linear, factors or pivot, "
-                f"the last two with a rank from 0 to {min(M, N)}. Export the model again."
+                f"config.json describes layer {name!r} [{M}, {N}] as {dict(row)!r}; allowed are form dense, linear, codes, factors or "
+                f"pivot, the last two with a rank from 0 to {min(M, N)}. Export the model again."
             )
         empty: Any = {"dtype": weight.dtype, "device": weight.device}
         new: nn.Module
         if form == "linear":
             new = plain_linear(torch.zeros(M, N, **empty), bias_of(original))
+        elif form == "codes":
+            codes_MN = torch.zeros(M, N, dtype=torch.int8, device=weight.device)
+            new = CodedLinear(codes_MN, torch.zeros(M, device=weight.device), bias_of(original))
         elif form == "factors":
             new = LowRankLinear(torch.zeros(M, q, **empty), torch.zeros(q, N, **empty), bias_of(original))
         else:
@@ -277,6 +356,140 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` into `model` under the dotted name `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+# ---- tensors in files
+
+
+def huffman(content: bytes) -> bytes:
+    """Return bytes as a stream of Huffman codes."""
+    coder = zlib.compressobj(level=9, method=zlib.DEFLATED, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
+    return coder.compress(content) + coder.flush()
+
+
+def from_huffman(stream: bytes | memoryview, count: int | None = None) -> bytes:
+    """Return the bytes of a stream. Raises ValueError if it is damaged or does not hold `count` bytes (None = any number)."""
+    decoder = zlib.decompressobj(wbits=-15)
+    most = 8 * len(stream) if count is None else count  # a code takes at least one bit
+    try:
+        content = decoder.decompress(stream, most + 1)  # a damaged stream cannot fill the memory
+    except zlib.error as error:
+        raise ValueError(f"is damaged: {error}") from error
+    if len(content) > most or (count is not None and len(content) != count) or not decoder.eof or decoder.unused_data:
+        raise ValueError("is damaged" if count is None else f"does not hold the {count:,} codes of its layer")
+    return content
+
+
+def as_shares(steps_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Return step sizes as they are stored: the largest as a float32 scalar, and all as float16 shares [M] of it."""
+    unit = steps_M.float().max()
+    return unit, (steps_M / unit).half().clamp_min(2.0**-24)
+
+
+def from_shares(unit: Tensor, shares_M: Tensor) -> Tensor:
+    """Return the step sizes [M] of stored shares, in float32. Stored steps keep their values: the largest share is 1."""
+    return shares_M.float() * unit
+
+
+def chunk_rows(rows: int, row_bytes: int) -> int:
+    """Return the rows of one chunk, the unit in which a tensor is read and encoded."""
+    return max(1, -(-rows // MAX_CHUNKS), MIN_CHUNK_BYTES // max(1, row_bytes))
+
+
+def encode_bfloat16(numbers: Tensor) -> bytes:
+    """Return bfloat16 numbers as one chunk: low bytes as they are, then high bytes as Huffman codes.
+
+    A number is rotated to the left by one bit, so that its high byte is the exponent, and its low byte mantissa and sign.
+    """
+    bits = numbers.contiguous().view(torch.int16).numpy().view(np.uint16).ravel()
+    rotated = (bits << 1) | (bits >> 15)
+    return rotated.astype(np.uint8).tobytes() + huffman((rotated >> 8).astype(np.uint8).tobytes())
+
+
+def decode_bfloat16(content: memoryview, sizes: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """Return the bfloat16 numbers of chunks, in one dimension. A chunk has `sizes` bytes and `counts` numbers.
+
+    Raise ValueError if a chunk is damaged, or holds another number of numbers.
+    """
+    bits = np.empty(sum(counts), np.uint16)
+    start = done = 0
+    for size, count in zip(sizes, counts, strict=True):
+        low = np.frombuffer(content, np.uint8, count, start)
+        high = np.frombuffer(from_huffman(content[start + count : start + size], count), np.uint8)
+        rotated = (high.astype(np.uint16) << 8) | low
+        bits[done : done + count] = (rotated >> 1) | (rotated << 15)
+        start, done = start + size, done + count
+    return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+
+
+def encoded_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a model as they are stored in fewer bytes, tied ones once, and the field "bfloat16" of its config."""
+    coded = {f"{name}.codes": layer for name, layer in model.named_modules() if isinstance(layer, CodedLinear)}
+    skipped = {f"{key.removesuffix('.codes')}.steps" for key in coded}
+    stored: dict[str, Tensor] = {}
+    chunks: dict[str, Any] = {}
+    seen = set()
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if key in coded:
+            stored |= {f"{key.removesuffix('codes')}{part}": value for part, value in _packed(coded[key]).items()}
+        elif key not in skipped and id(tensor) not in seen:
+            seen.add(id(tensor))
+            stored[key] = tensor.detach().cpu()
+            if tensor.dtype == torch.bfloat16 and tensor.nbytes >= MIN_CHUNK_BYTES:
+                parts = [encode_bfloat16(rows) for rows in stored[key].split(chunk_rows(len(tensor), tensor[0].nbytes))]
+                stored[key] = _bytes(b"".join(parts))
+                chunks[key] = [list(tensor.shape), [len(part) for part in parts]]
+    return stored, chunks
+
+
+def decoded_tensors(stored: dict[str, Tensor], acip: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a model from those of its files. `acip` is the field of its config; `stored` is emptied.
+
+    Raise ValueError if tensors are missing or damaged.
+    """
+
+    def codes(name: str) -> dict[str, Tensor]:
+        stream, shares_M, unit = (stored.pop(f"{name}.{part}") for part in PARTS)
+        M = len(shares_M)
+        flat = torch.frombuffer(bytearray(from_huffman(stream.numpy().tobytes())), dtype=torch.int8)
+        if not M or len(flat) % M:
+            raise ValueError(f"does not hold the codes of {M:,} rows")
+        return {f"{name}.codes": flat.view(M, -1), f"{name}.steps": from_shares(unit, shares_M)}
+
+    def numbers(name: str) -> dict[str, Tensor]:
+        shape, sizes = acip["bfloat16"][name]
+        row = math.prod(shape[1:])
+        step = chunk_rows(shape[0], 2 * row)
+        counts = [min(step, shape[0] - first) * row for first in range(0, shape[0], step)]
+        content = stored.pop(name)
+        if sum(sizes) != len(content) or any(8 * (size - count) < count for size, count in zip(sizes, counts, strict=True)):
+            raise ValueError(f"does not hold {sum(counts):,} numbers")
+        return {name: decode_bfloat16(memoryview(content.numpy()), sizes, counts).view(shape)}
+
+    def decoded(job: tuple[Callable[[str], dict[str, Tensor]], str]) -> dict[str, Tensor]:
+        decode, name = job
+        try:
+            return decode(name)
+        except KeyError as error:
+            raise ValueError(f"the files of this model lack {error}. Export it again, or fetch the whole folder.") from error
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"the stored tensor of {name} {error}. Export the model again, or fetch the whole folder.") from error
+
+    jobs = [(codes, name) for name, row in acip["layers"].items() if row["form"] == "codes"]
+    jobs += [(numbers, name) for name in acip["bfloat16"]]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # zlib runs in parallel
+        tensors = {key: tensor for part in pool.map(decoded, jobs) for key, tensor in part.items()}
+    return tensors | stored
+
+
+def _packed(layer: "CodedLinear") -> dict[str, Tensor]:
+    """Return the tensors of a coded layer as they are stored."""
+    unit, shares_M = as_shares(layer.steps.cpu())
+    return {"stream": _bytes(huffman(layer.codes.cpu().contiguous().numpy().tobytes())), "steps": shares_M, "unit": unit}
+
+
+def _bytes(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 # ---- the classes for transformers
@@ -338,7 +551,7 @@ class CompressedConfig:
 class CompressedModel:
     """A mixin for the base model's class. Before weights are loaded, its layers get the forms and ranks of the config."""
 
-    _keep_in_fp32_modules_strict = ("absmax",)
+    _keep_in_fp32_modules_strict = ("absmax", "steps")
 
     def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:
         super().__init__(config, *inputs, **kwargs)  # type: ignore[call-arg]
@@ -354,22 +567,50 @@ class CompressedModel:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """Load an export, or a model of any size from an artifact (acip.modeling.load_artifact).
 
-        Raise ImportError for an artifact if acip is not imported.
+        Raise ImportError for an artifact if acip is not imported, and ValueError for an export that is damaged.
         """
-        if config is None or not getattr(config, "acip", {}).get("artifact"):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)  # type: ignore[misc]
-        if load_artifact is None:
-            raise ImportError("this folder is an artifact, which only acip can load: install acip, and import it first.")
-        attention = kwargs.pop("attn_implementation", None) or config._attn_implementation_internal  # set there by transformers
-        return load_artifact(pretrained_model_name_or_path, attn_implementation=attention, **kwargs)
+        where, hub = pretrained_model_name_or_path, {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        known = config if isinstance(config, PreTrainedConfig) or where is None else AcipConfig.from_pretrained(config or where, **hub)
+        acip = getattr(known, "acip", {})
+        if acip.get("artifact"):
+            if load_artifact is None:
+                raise ImportError("this folder is an artifact, which only acip can load: install acip, and import it first.")
+            attention = kwargs.pop("attn_implementation", None) or known._attn_implementation_internal  # set there by transformers
+            return load_artifact(where, attn_implementation=attention, **kwargs)
+        if where is None or acip.get("bfloat16") is None:
+            return super().from_pretrained(where, *args, config=config, **kwargs)  # type: ignore[misc]
+        tensors = decoded_tensors(read_tensors(where, hub), acip)
+        others = {key: value for key, value in kwargs.items() if key not in hub}
+        loaded = super().from_pretrained(None, *args, config=known, state_dict=tensors, **others)  # type: ignore[misc]
+        model: Any = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info
+        model.config.name_or_path = model.name_or_path = str(where)
+        if kwargs.get("generation_config") is None:
+            with suppress(OSError):  # there is none
+                model.generation_config = GenerationConfig.from_pretrained(where, **hub)
+        return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Save the model as transformers does, and this file with it."""
+        """Save the model as transformers does, and this file with it. Raise ValueError for `state_dict` if layers are coded."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        target = Path(save_directory) / CODE
+        target, model = Path(save_directory) / CODE, cast(Any, self)
         if not target.exists():
             shutil.copyfile(__file__, target)
+        if model.config.acip.get("bfloat16") is not None and not getattr(self, "_hf_peft_config_loaded", False):
+            if kwargs.get("state_dict") is not None:
+                raise ValueError("the tensors of a model with coded layers are encoded when it is saved: leave state_dict out.")
+            tensors, model.config.acip["bfloat16"] = encoded_tensors(model)
+            kwargs |= {"state_dict": tensors, "save_original_format": False}
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+def read_tensors(where: Any, hub: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return all stored tensors of an export: a folder, or a repository of the hub with the arguments `hub`."""
+    from safetensors.torch import load_file
+    from transformers.utils import cached_file
+
+    index = cached_file(where, f"{WEIGHTS}.index.json", _raise_exceptions_for_missing_entries=False, **hub)
+    files = [WEIGHTS] if index is None else sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    return {name: tensor for file in files for name, tensor in load_file(str(cached_file(where, file, **hub))).items()}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ Storage = Literal["pivot", "factors"]
 Convention = Literal["linear", "paper", "model"]
 PostTune = Literal["stop", "sizes"]
 Quantize = Literal["none", "nf4", "fp4"]
-Code = Literal["ranks", "both"]
+Code = Literal["ranks", "both", "bits"]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
@@ -75,8 +75,8 @@ class Recipe:
     # Any size (2.2.3)
     storage: Storage = "pivot"  # storage form of a compressed layer, which sets the cost of a rank; see acip.sizing.cut_table
     dense_if_no_saving: bool = True  # a layer that saves nothing becomes the original one, without adapter (D.3)
-    # ranks: the artifact holds ranks only; both: coded versions of the layers, too, for models of any number of bytes (acip.coding, ours),
-    # which take 2.2 times the bytes of the layers in 16 bit, and need the Fisher statistics of all layers in memory
+    # what the artifact holds: ranks; coded versions of the layers, for models of any number of bytes (bits: acip.coding, ours); or both.
+    # With bits alone, nothing is parametrized or scored.
     code: Code = "ranks"
     code_tune_steps: int = 100  # training steps, of one window each, for the step sizes of the codes (ours); >= 0
 
@@ -125,7 +125,7 @@ class Recipe:
     @property
     def adapter_rows(self) -> int:
         """The number of directions that a layer's adapter adds at every size."""
-        return self.adapter_rank if self.adapter == "layer" else 0
+        return self.adapter_rank if self.adapter == "layer" and self.code != "bits" else 0
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))

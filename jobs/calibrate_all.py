@@ -31,7 +31,7 @@ import ray
 from acip_platform import cli
 from acip_platform.cluster import Cluster, connect
 from acip_platform.reporting import figures
-from acip_platform.reporting.console import Watch, console, duration, lines, shell, trade_off_table
+from acip_platform.reporting.console import Watch, console, duration, example_size, lines, shell, trade_off_table
 from acip_platform.scheduling.events import open_event_queue
 from acip_platform.scheduling.fleet import Fleet, Job
 from acip_platform.scheduling.job_queue import Nodes, Outcome, Resources, nodes, resources_of, run_all
@@ -168,7 +168,8 @@ def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
         "resources": fact(resources),
         "text": fact(lambda: text(job.data, "train")),
         "held-out text": fact(lambda: text(job.heldout.source, "heldout")),
-        "curve": f"sizes {', '.join(f'{size:g}' for size in job.sizes)}, {job.eval_protocol}",
+        "curve": f"sizes {', '.join(f'{size:g}' for size in job.sizes)}, {job.eval_protocol}"
+        + (f"; of the bytes {', '.join(f'{size:g}' for size in job.byte_sizes)}" if job.recipe.code != "ranks" else ""),
         "memory": fact(memory),
         "checkpoints": f"{masked(settings.runs)}/{attempt_of(job, force=False)}",
         "artifact": f"{masked(settings.store)}/{job.name}/{attempt_of(job, force=False)}",
@@ -226,7 +227,9 @@ def finish_fleet(parent: Run, outcomes: list[Outcome]) -> None:
         if parent.last_step(f"excess_loss_nats/{name}") == 0:
             parent.metrics(run_descriptions.excess(name, rows))
     if good:
-        parent.figure(figures.curves(good, excess=True), "tradeoffs.png")
+        for over, file in (("ranks", "tradeoffs.png"), ("bytes", "tradeoffs_over_bytes.png")):
+            if (figure := figures.curves(good, over=over, quantity="excess")) is not None:  # type: ignore[arg-type]
+                parent.figure(figure, file)
     parent.describe(run_descriptions.of_fleet(outcomes))
     parent.finish("FINISHED" if len(good) == len(outcomes) else "FAILED")
 
@@ -298,7 +301,9 @@ def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dic
     if good:
         run = shell(settings)
         mlflow = this_program("mlflow")
-        body = json.dumps({"model": good[0], "size_ratio": 0.6, "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0})
+        summaries = {outcome.job.name: outcome.summary for outcome in outcomes if outcome.summary is not None}
+        size = example_size(summaries[good[0]]["curve"] if good[0] in summaries else Store.of(settings).open(done[good[0]].uri).curve)
+        body = json.dumps({"model": good[0], "size_ratio": size, "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0})
         local = settings.tracking_uri.startswith("sqlite:")
         server = f"{mlflow} server --backend-store-uri {shlex.quote(settings.tracking_uri)} --port 5000 --workers 1"
         out.print("\nNext:", markup=False)
@@ -307,8 +312,8 @@ def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dic
             "table of runs": page,
             "serve": f"{run} jobs/serve.py",
             "move the slider": "http://127.0.0.1:8000/, when the server is ready",
-            "ask at 0.6": f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",
-            "export 0.6": f"{run} jobs/materialize.py {good[0]} --size 0.6 --out {good[0]}-60",
+            f"ask at {size:g}": f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",
+            f"export {size:g}": f"{run} jobs/materialize.py {good[0]} --size {size:g} --out {good[0]}-{round(size * 100)}",
             "report": f"{run} jobs/report.py {good[0]} --out report.html",
         })  # fmt: skip
     return cli.FAILED if failed else 0

@@ -26,7 +26,7 @@ import ray
 import torch
 from acip_platform import cli
 from acip_platform.cluster import connect
-from acip_platform.evaluation.measure import Model, Row, log_rows, measure_sizes, record
+from acip_platform.evaluation.measure import Model, Row, log_rows, measure_sizes, record, shown
 from acip_platform.reporting.console import Watch, console, duration, evaluation_table, lines
 from acip_platform.scheduling.events import open_event_queue
 from acip_platform.scheduling.job_queue import Nodes, nodes
@@ -47,7 +47,7 @@ from acip.evaluate.efficiency import device_name
 from acip.evaluate.samples import PROMPTS
 from acip.evaluate.tasks import check, expand
 from acip.recipe import Dtype
-from acip.sizing.budget import Budget
+from acip.sizing.budget import Budget, Convention, is_coded
 
 KINDS = ("perplexity", "divergence", "efficiency", "samples")
 NO_REFERENCE = " (divergence from another model with --reference)"
@@ -63,6 +63,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--reference", metavar="ID", help="model that --base is compared with (KL, equal top tokens): hub id, folder, ...")
     parser.add_argument(
         "--sizes", nargs="+", type=cli.ratio, help="size ratios, 0.6 or 60%% (default: those of the curve, else 1.0 0.8 0.6 0.4)"
+    )
+    parser.add_argument(
+        "--convention", choices=get_args(Convention), help="what --sizes count (default: bytes if the artifact has codes, else linear)"
     )
     text = parser.add_argument_group("text (default: that of the curve, else package:wikipedia)")
     text.add_argument("--data", nargs="+", metavar="SOURCE", help="package:wikipedia, package:austen, wikitext2, c4, or local text")
@@ -100,6 +103,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--limit, --shots and --task-folder need --tasks.")
     if args.dtype and not args.base:
         parser.error("--dtype needs --base; an artifact has its own dtype.")
+    if args.convention and not args.sizes:
+        parser.error("--convention needs --sizes.")
     if args.reference and not args.base:
         parser.error("--reference needs --base; an artifact is compared with its own base model.")
     return args
@@ -127,19 +132,19 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     check_writable(file)
     lines(out, {
         "model": name + (f" at {masked(model.uri)}" if model.uri else ""),
-        "sizes": ", ".join(f"{size:g}" for size in sizes),
+        "sizes": ", ".join(map(shown, sizes)),
         "measured": ", ".join(dict.fromkeys(part.kind for part in what)) + ("" if artifact or args.reference else NO_REFERENCE),
         "run": f"{mlflow_run.run_id} in experiment {mlflow_run.experiment_id} of {masked(settings.tracking_uri)}",
     })  # fmt: skip
     events = open_event_queue()
-    rows, errors, notes = list[dict[str, Any]](), dict[float, str | None](), list[str]()
+    rows, errors, notes = list[dict[str, Any]](), dict[str, str | None](), list[str]()
     with mlflow_run.ending(lambda: "FAILED" if errors else "FINISHED"), Watch(out, events):
         for outcome in measure_sizes(model, sizes, what, settings, events, cluster, args.cpus):
             if outcome.row is None:
-                errors[outcome.size] = outcome.error
+                errors[shown(outcome.size)] = outcome.error
                 continue
             rows.append(outcome.row)
-            rows.sort(key=lambda row: -row["asked"])
+            rows.sort(key=_order)
             with FileLock(f"{file}.lock"):  # another evaluation may measure other sizes
                 kept = merged(read(file, out), rows)
                 for each in dict.fromkeys((file, args.out or file)):
@@ -170,8 +175,12 @@ def read(file: Path, out: Any) -> list[Row]:
 
 
 def merged(before: list[Row], rows: list[Row]) -> list[Row]:
-    """Return the newest row of each size, largest size first. `before` are rows of other runs with the same measurements."""
-    return sorted({row["asked"]: row for row in (*before, *rows)}.values(), key=lambda row: -row["asked"])
+    """Return the newest row of each size: ranks, then codes, the largest first. `before` are rows of other runs with these measurements."""
+    return sorted({_order(row): row for row in (*before, *rows)}.values(), key=_order)
+
+
+def _order(row: Row) -> tuple[bool, float]:
+    return is_coded(row), -row["asked"]
 
 
 def recorded(store: Store, uri: str, rows: list[Row]) -> list[str]:
@@ -200,17 +209,20 @@ def model_of(args: argparse.Namespace, settings: Settings) -> tuple[str, Model, 
     return name or uri.rstrip("/").rpartition("/")[2], Model(uri), artifact
 
 
-def sizes_of(args: argparse.Namespace, artifact: Artifact | None) -> list[float]:
-    """Return the sizes, largest first; BudgetError for a size that the model cannot have."""
+def sizes_of(args: argparse.Namespace, artifact: Artifact | None) -> list[Budget]:
+    """Return the sizes; BudgetError for a size that the model cannot have."""
     if artifact is None:
         if args.sizes and args.sizes != [1.0]:
             raise BudgetError("--base has size 1.0 only. Calibrate it to have other sizes, and give --model.")
-        return [1.0]
-    sizes = args.sizes or [row["asked"] for row in artifact.curve] or SIZES
+        return [Budget(1.0)]
     table = artifact.table()
+    if args.sizes or not artifact.curve:
+        sizes = [Budget(size, args.convention or table.convention) for size in sorted(args.sizes or SIZES, reverse=True)]
+    else:
+        sizes = [Budget(row["asked"], row.get("convention", "linear")) for row in artifact.curve]
     for size in sizes:
-        table.cut(Budget(ratio=size))
-    return sorted(set(sizes), reverse=True)
+        table.cut(size)
+    return list(dict.fromkeys(sizes))
 
 
 def texts_of(args: argparse.Namespace, artifact: Artifact | None) -> list[Text]:
@@ -279,14 +291,12 @@ def start_run(settings: Settings, name: str, model: Model, artifact: Artifact | 
     return run, identity
 
 
-def last_screen(
-    out: Any, name: str, rows: list[Row], errors: dict[float, str | None], notes: list[str], file: Path, seconds: float
-) -> None:
+def last_screen(out: Any, name: str, rows: list[Row], errors: dict[str, str | None], notes: list[str], file: Path, seconds: float) -> None:
     if rows:
         out.print()
         out.print(evaluation_table(name, rows))
-    for size, error in sorted(errors.items(), reverse=True):
-        out.print(f"size {size:g} FAILED: {error}", markup=False)
+    for size, error in errors.items():
+        out.print(f"size {size} FAILED: {error}", markup=False)
     for note in notes:
         out.print(note, markup=False)
     if rows:

@@ -154,8 +154,9 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
 def next_commands(out: Any, settings: Settings, version: ModelVersion, size: float) -> None:
     """Print the commands that use the new version."""
     name, number, run = version.name, version.version, shell(settings)
+    tuned = f"--size {size:g} --convention linear --out {name}-{size * 100:g}-tuned"
     lines(out, {
-        "export it": f"{run} jobs/materialize.py {name} --alias {number} --size {size:g} --out {name}-{size * 100:g}-tuned",
+        "export it": f"{run} jobs/materialize.py {name} --alias {number} {tuned}",
         "serve it": f"{run} jobs/serve.py --model {name} --alias {CANDIDATE if CANDIDATE in version.aliases else number}",
     })  # fmt: skip
 

@@ -6,7 +6,8 @@
     python jobs/report.py --sweep RUN_ID --out report.html                     all runs below the MLflow run of a sweep or a fleet
     python jobs/report.py smollm2-135m --baselines rows.json --out report.html rows [{method, got, perplexity}, ...] as dashed curves
 
-The file opens offline and prints well; report.json is written beside it. Only the small files of the artifacts are read.
+The curves are also printed. The file opens offline and prints well; report.json is written beside it.
+Only the small files of the artifacts are read.
 
 Exit codes: 0 the report is written, 2 wrong arguments or no such model, 130 interrupted.
 """
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from acip_platform import cli
+from acip_platform.reporting.console import console, curve_tables, lines
 from acip_platform.reporting.report import Subject, baseline_rows, facts, page
 from acip_platform.settings import Settings
 from acip_platform.storage.inputs import placed
@@ -53,7 +55,11 @@ def run(args: argparse.Namespace) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page(content, subjects), encoding="utf-8")
     data.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    print(f"report  {args.out}\ndata    {data}")
+    out = console()
+    for subject in subjects:
+        if subject.artifact.curve:
+            out.print(curve_tables(subject.label, subject.artifact.curve, subject.artifact.recipe.stop_ratio))
+    lines(out, {"report": str(args.out), "data": str(data)})
 
 
 @reached()

@@ -1,6 +1,7 @@
 """`Artifact`: a folder from which a model of any size is loaded.
 
     Artifact.save(folder, base, calibration, provenance)     write it (writer.py)
+    Artifact.save_coded(folder, base, recipe, codes, ...)    write one that holds codes only
     artifact = Artifact.open(folder)                         check it (manifest.py, reader.py)
     artifact.load(size=0.6)                                  an ElasticModel; reads only the bytes that the size needs (loading.py)
     artifact.record_curve(rows)                              store a measured trade-off curve
@@ -23,6 +24,7 @@ from acip.base import Base
 from acip.calibration.result import Calibration
 from acip.coding.coded_model import CodedModel
 from acip.errors import ArtifactError
+from acip.recipe import Recipe
 from acip.sizing.budget import Budget
 from acip.sizing.elastic_model import ElasticModel
 
@@ -39,6 +41,16 @@ class Artifact(ArtifactReader):
         `codes` are coded versions of the target layers of the base model, for sizes in bytes.
         """
         writer.write_artifact(Path(folder), base, calibration, provenance, codes)
+        return cls.open(folder)
+
+    @classmethod
+    def save_coded(cls, folder: str | Path, base: Base, recipe: Recipe, codes: CodedModel, provenance: Mapping[str, Any]) -> "Artifact":
+        """Write coded versions of the target layers of `base`, and no directions, to `folder`, and open it.
+
+        `recipe.code` is "bits". The only size in ranks is 1.0, the base model; all others are budgets of bytes. Files of an earlier,
+        interrupted attempt are overwritten. Raise ArtifactError if `codes` are of other layers.
+        """
+        writer.write_coded(Path(folder), base, recipe, codes, provenance)
         return cls.open(folder)
 
     def tuned(

@@ -23,8 +23,9 @@ from acip.artifact.manifest import CODES
 from acip.artifact.reader import ArtifactReader
 from acip.artifact.safetensors_ranges import DTYPES, Entry
 from acip.coding.coded_model import CodedModel
-from acip.coding.codes import STEP_BYTES, UNIT_BYTES, PackedCodes, as_shares, from_shares
+from acip.coding.codes import STEP_BYTES, UNIT_BYTES, PackedCodes
 from acip.errors import ArtifactError
+from acip.modeling_acip import as_shares, from_shares
 from acip.sizing.byte_order import ByteOrder, Version
 
 PARTS = ("unit", "steps", "stream")
@@ -78,7 +79,9 @@ class StoredVersions(Mapping[str, Sequence[PackedCodes]]):
     def __init__(self, artifact: ArtifactReader) -> None:
         self.where = f"{artifact.source.where}/{CODES}.safetensors"
         if CODES not in artifact.manifest:
-            raise ArtifactError(f"{artifact.source.where} holds no coded layers. Set code: both in the recipe, and calibrate again.")
+            raise ArtifactError(
+                f"{artifact.source.where} holds no coded layers. Set code: both or code: bits in the recipe, and calibrate again."
+            )
         self.file = artifact.tensors(CODES)
         self.shapes = {row["name"]: (row["M"], row["N"]) for row in artifact.manifest["layers"]}
         self.facts = {name: [Version(*each) for each in versions] for name, versions in artifact.manifest[CODES]["layers"].items()}

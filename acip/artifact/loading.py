@@ -19,11 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from acip.artifact.codes_file import StoredVersions
 from acip.artifact.reader import ArtifactReader
 from acip.errors import ArtifactError
-from acip.layers.coded_linear import CodedLinear
 from acip.layers.directions import DirectionMatrix
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import weight_MN
-from acip.modeling_acip import set_module
+from acip.modeling_acip import CodedLinear, set_module
 from acip.sizing.cut_table import Cut
 
 

@@ -29,8 +29,8 @@ from typing import Any
 from acip.errors import ArtifactError
 from acip.utils.atomic import atomic_file
 
-SCHEMA = 5  # with codes
-UNCODED_SCHEMA = 4  # without codes, otherwise equal
+SCHEMA = 5  # with codes, and bfloat16 tensors in fewer bytes (lossless.py)
+UNCODED_SCHEMA = 4  # without both, otherwise equal
 READABLE = range(3, SCHEMA + 1)  # in schema 3, config.json is the unchanged configuration of the base model
 MANIFEST = "manifest.json"
 CONFIG = "config.json"

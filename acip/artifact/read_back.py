@@ -83,7 +83,7 @@ def _differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str,
 
 def _try_tiny(base: Base, recipe: Recipe) -> None:
     """Save, open, resize and run the artifact of a tiny model of the same class, with random weights and random scores."""
-    recipe = replace(recipe, dtype="float32", adapter_rank=0, post_tune_steps=0, total_steps=None, quantize="none")
+    recipe = replace(recipe, dtype="float32", adapter_rank=0, post_tune_steps=0, total_steps=None, quantize="none", code="ranks")
     tiny = _tiny(base.model, recipe.exclude)
     if tiny is None:
         return

@@ -121,15 +121,16 @@ class ArtifactReader:
         layers = tuple(LayerShape(row["name"], row["M"], row["N"], row["bias"]) for row in self.manifest["layers"])
         order = self.tensors("order").read(["layer"])["layer"]
         misfit = ArtifactError(f"{self.source.where}: the removal order does not fit the layer table. Fetch the artifact again.")
-        if order.dtype != torch.int32 or order.ndim != 1 or not len(order) or not 0 <= int(order.min()) <= int(order.max()) < len(layers):
+        if order.dtype != torch.int32 or order.ndim != 1 or not bool(((order >= 0) & (order < len(layers))).all()):
             raise misfit
-        if torch.bincount(order.long(), minlength=len(layers)).tolist() != [layer.K for layer in layers]:
+        codes_only = self.recipe.code == "bits"  # no direction can be removed
+        if torch.bincount(order.long(), minlength=len(layers)).tolist() != [0 if codes_only else layer.K for layer in layers]:
             raise misfit
         dense, recipe = self.tensors("dense"), self.recipe
         itemsizes = tuple(dense.entry(f"{layer.name}.weight").dtype.itemsize for layer in layers)
-        weights = Weights(itemsizes, self.tensors("rest").data_bytes)
+        weights = Weights(itemsizes, self.tensors("rest").decoded_bytes)
         return CutTable(
-            layers, order, recipe.adapter_rows, self.manifest["rest_params"], recipe.storage, recipe.dense_if_no_saving,
+            layers, order, recipe.adapter_rows, self.manifest["rest_params"], recipe.storage, recipe.dense_if_no_saving or codes_only,
             weights=weights,
             decoder=Decoder.of(self.config, max(itemsizes)),
             curve=Curve.of(self.curve),

@@ -1,17 +1,17 @@
-"""Write an artifact: from a calibration, or from another artifact with fine-tuned factors.
+"""Write an artifact: from a calibration, from codes alone, or from another artifact with fine-tuned factors.
 
 Every function writes the manifest last. A folder whose writing was interrupted has no manifest, so it is not an artifact.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from acip.artifact.byte_sources import Folder
 from acip.artifact.codes_file import write_codes
@@ -28,13 +28,15 @@ from acip.artifact.manifest import (
 )
 from acip.artifact.reader import ArtifactReader
 from acip.artifact.safetensors_ranges import TensorFile, chunk_digests
+from acip.artifact.tensor_writer import save_coded
 from acip.base import Base
 from acip.calibration.result import Calibration
 from acip.coding.coded_model import CodedModel
 from acip.errors import ArtifactError
 from acip.layers.elastic_linear import ElasticLinear
-from acip.layers.targets import targets, weight_MN
+from acip.layers.targets import find_linears, targets, weight_MN
 from acip.modeling_acip import artifact_config, classes
+from acip.recipe import Recipe
 from acip.utils.atomic import SUFFIX
 from acip.utils.checksums import sha256
 
@@ -47,15 +49,64 @@ def write_artifact(
     Files of an earlier, interrupted attempt are overwritten. Raise ArtifactError if `codes` are of other layers.
     """
     recipe, layers = calibration.recipe, calibration.table.layers
-    if codes is not None and codes.versions.keys() != {shape.name for shape in layers}:
+    stored = {shape.name: shape.stored_rank(recipe.adapter_rows, recipe.storage, recipe.dense_if_no_saving) for shape in layers}
+    factors, dense, adapters = _target_tensors(calibration, stored)
+    contents = (factors, dense, _rest(calibration.model, targets(calibration.model)), _order(calibration), adapters)
+    _write(folder, base, recipe, provenance, codes, contents, {
+        "stop_step": calibration.stop_step,
+        "steps": len(calibration.history),
+        "layers": [
+            {"name": shape.name, "M": shape.M, "N": shape.N, "bias": shape.bias, "stored_rank": stored[shape.name]} for shape in layers
+        ],
+        "rest_params": calibration.table.rest_params,
+    })  # fmt: skip
+
+
+def write_coded(folder: Path, base: Base, recipe: Recipe, codes: CodedModel, provenance: Mapping[str, Any]) -> None:
+    """Write an artifact that holds codes and the base model, and no directions, to `folder`.
+
+    Files of an earlier, interrupted attempt are overwritten. Raise ArtifactError if `codes` are of other layers.
+    """
+    linears = find_linears(base.model, recipe.exclude)
+    weights = {name: weight_MN(linear) for name, linear in linears.items()}
+    sides = {name: {"left": W_MN.shape[0], "right": W_MN.shape[1]} for name, W_MN in weights.items()}
+    factors = {
+        f"{name}.{side}": torch.empty(0, length, dtype=weights[name].dtype) for name in weights for side, length in sides[name].items()
+    }
+    dense = {f"{name}.weight": W_MN for name, W_MN in weights.items()}
+    rest = _rest(base.model, linears)
+    order = {"score": torch.float32, "crossing": torch.float32, "layer": torch.int32, "direction": torch.int32}
+    empty = {name: torch.empty(0, dtype=dtype) for name, dtype in order.items()}
+    biases = {id(linear.bias) for linear in linears.values()}
+    _write(folder, base, recipe, provenance, codes, (factors, dense, rest, empty, {}), {
+        "stop_step": 0,
+        "steps": 0,
+        "layers": [
+            {"name": name, "M": sides["left"], "N": sides["right"], "bias": linears[name].bias is not None, "stored_rank": 0}
+            for name, sides in sides.items()
+        ],
+        "rest_params": sum(p.numel() for p in rest.values() if isinstance(p, nn.Parameter) and id(p) not in biases),
+    })  # fmt: skip
+
+
+def _write(
+    folder: Path,
+    base: Base,
+    recipe: Recipe,
+    provenance: Mapping[str, Any],
+    codes: CodedModel | None,
+    contents: Sequence[Mapping[str, Tensor]],
+    facts: Mapping[str, Any],
+) -> None:
+    """Write an artifact with these `contents` of TENSOR_FILES and these facts in its manifest."""
+    if codes is not None and codes.versions.keys() != {row["name"] for row in facts["layers"]}:
         raise ArtifactError("the coded layers are not the target layers of the calibration. Code the layers of the same recipe.")
     folder.mkdir(parents=True, exist_ok=True)
     for left in (folder / MANIFEST, folder / f"{CODES}.safetensors", *folder.glob(f".{MANIFEST}.*{SUFFIX}")):
         left.unlink(missing_ok=True)
-    stored = {shape.name: shape.stored_rank(recipe.adapter_rows, recipe.storage, recipe.dense_if_no_saving) for shape in layers}
-    factors, dense, adapters = _target_tensors(calibration, stored)
-    for file, tensors in zip(TENSOR_FILES, (factors, dense, _rest(calibration), _order(calibration), adapters), strict=True):
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, folder / f"{file}.safetensors")
+    save = _save_plain if codes is None else save_coded
+    for file, tensors in zip(TENSOR_FILES, contents, strict=True):
+        save(tensors, folder / f"{file}.safetensors")
     coded = {} if codes is None else {CODES: write_codes(folder / f"{CODES}.safetensors", codes)}
     _write_base_files(folder, base)
     seal(folder, {
@@ -63,12 +114,7 @@ def write_artifact(
         "base": {"source": base.source, "revision": base.revision, "digest": base.digest},
         "recipe": recipe.to_dict(),
         "provenance": dict(provenance),
-        "stop_step": calibration.stop_step,
-        "steps": len(calibration.history),
-        "layers": [
-            {"name": shape.name, "M": shape.M, "N": shape.N, "bias": shape.bias, "stored_rank": stored[shape.name]} for shape in layers
-        ],
-        "rest_params": calibration.table.rest_params,
+        **facts,
         **coded,
     })  # fmt: skip
 
@@ -90,10 +136,10 @@ def write_tuned(
     for name, rows in artifact.tensors("factors").read(list(artifact.tensors("factors").entries)).items():
         first = factors.get(name, rows[:0])
         new_factors[name] = torch.cat([first.to(rows), rows[len(first) :]])
-    save_file(new_factors, folder / "factors.safetensors")
+    save = save_coded if CODES in artifact.manifest else _save_plain
+    save(new_factors, folder / "factors.safetensors")
     unchanged = artifact.tensors("adapters").read([name for name in artifact.tensors("adapters").entries if name not in adapters])
-    changed = {name: matrix.cpu().contiguous() for name, matrix in adapters.items()}
-    save_file({**unchanged, **changed}, folder / "adapters.safetensors")
+    save({**unchanged, **adapters}, folder / "adapters.safetensors")
     seal(folder, {**artifact.manifest, "provenance": dict(provenance)})
 
 
@@ -103,6 +149,11 @@ def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     facts = {file: {"bytes": (folder / file).stat().st_size, "sha256": sha256(folder / file)} for file in files}
     write_manifest(folder, {**manifest, "curve": [], "files": facts})
+
+
+def _save_plain(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as they are."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def _target_tensors(calibration: Calibration, stored: Mapping[str, int]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -123,10 +174,9 @@ def _target_tensors(calibration: Calibration, stored: Mapping[str, int]) -> tupl
     return factors, dense, adapters
 
 
-def _rest(calibration: Calibration) -> dict[str, Tensor]:
+def _rest(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Return every tensor of the base model that is not part of a target layer; tied tensors once, biases included."""
-    model = calibration.model
-    skipped = {id(tensor) for layer in targets(model).values() for tensor in layer.parameters() if tensor is not layer.bias}
+    skipped = {id(tensor) for layer in layers.values() for tensor in layer.parameters() if tensor is not layer.bias}
     persistent = model.state_dict(keep_vars=True)
     buffers = [(name, tensor) for name, tensor in model.named_buffers() if name in persistent]
     rest: dict[str, Tensor] = {}
@@ -169,5 +219,5 @@ def _digests(folder: Path) -> Iterator[tuple[str, Tensor]]:
             continue
         written = TensorFile(Folder(folder), f"{file}.safetensors")
         for name, entry in written.entries.items():
-            (content,) = written.source.read(written.file, [(entry.start, entry.start + entry.rows * entry.row_bytes)])
-            yield f"{file}/{name}", chunk_digests(content, entry)
+            (content,) = written.source.read(written.file, [entry.stored_range(0, entry.rows)])
+            yield f"{file}/{name}", chunk_digests(content, entry, 0, entry.rows)

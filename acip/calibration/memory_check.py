@@ -109,6 +109,7 @@ def _ways(model: nn.Module, recipe: Recipe, available: float, device: Any, worke
         *tried(*to_four_bit),
         *tried(*({"adapter_rank": recipe.adapter_rank >> i} for i in range(1, 4) if recipe.adapter_rank >> i)),
         *tried(*([{"dtype": "bfloat16"}] if recipe.dtype in ("float32", "float64") else [])),
+        *tried(*([{"code": "ranks"}] if recipe.code != "ranks" else [])),
     ]
     return single or [*tried(least, *(way | bits for way in (lean, least) for bits in to_four_bit)), *tried(*more)]
 

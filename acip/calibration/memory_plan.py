@@ -2,6 +2,7 @@
 
 A calibration has phases. The peak of each phase is a sum of parts:
 
+    code          statistics of layer inputs, and codes of one layer, if the recipe asks for codes (acip.coding)
     parametrize   second moments of layer inputs, and eigenvectors
     scores        Fisher scores: forward and backward pass through the base model
     prune         a step with masks; every calibration takes at least one, the trial step
@@ -33,6 +34,11 @@ from acip.modeling_acip import accumulation_dtype
 from acip.recipe import Recipe
 
 COVARIANCES = 8 << 30  # bytes of covariances that `acip.calibration.bases` holds at once, at most
+STATISTICS = 8 << 30  # bytes of statistics that `acip.coding.grouped_statistics` gathers in one pass, at most, or one layer
+CODED_AT_ONCE = 2**25  # numbers of all versions of a layer that `acip.coding.error_feedback` codes together, at most, or one version
+VERSIONS = 10  # of a coded layer, at most
+CODED_BYTES = 0.5  # of a version per weight, in the mean
+UNSAVED_CODES = 1 << 27  # bytes of finished codes that a job holds in memory, at most, and one layer
 SAMPLE_BATCH = 4  # windows per forward pass for the covariances
 KERNELS = 0.5e9  # bytes of code that oneDNN compiles for 16-bit products on a CPU, for each shape, and each rank is a shape
 FOUR_BIT = 0.5 + 4 / QUANT_BLOCK  # bytes per number, scales included
@@ -49,6 +55,7 @@ class Phase:
     name: str
     rest: float = 0.0  # embeddings, head, norms, layers that are not compressed
     originals: float = 0.0  # the weights of the target layers
+    statistics: float = 0.0  # of the layers to be coded
     directions: float = 0.0  # their left and right rows
     trainable: float = 0.0  # masks and adapters, in the accumulation dtype
     optimizer: float = 0.0  # AdamW's two moments of the trainable parts
@@ -251,11 +258,24 @@ class _Prediction:
         scored.last_norm = self.last_norm / self.tokens * scored.tokens
         return scored
 
+    @property
+    def coded(self) -> "_Prediction":
+        """Return this prediction for one window at a time, as the statistics of codes are gathered, without gradient checkpointing."""
+        coded = copy.copy(self)
+        coded.recipe = replace(self.recipe, gradient_checkpointing=False)
+        coded.tokens = self.recipe.seq_len
+        coded.logits = self.logits // self.tokens * coded.tokens
+        coded.last_norm = self.last_norm / self.tokens * coded.tokens
+        return coded
+
     def memory(self) -> Memory:
         """Return the phases of the calibration."""
         recipe, masks, A, B = self.recipe, self.masks, self.A, self.B
         start = masks + A + B
-        phases = [self.parametrize()]
+        phases = [self.coded.code()] if recipe.code != "ranks" else []
+        if recipe.code == "bits":  # nothing is parametrized
+            return Memory(tuple(phases))
+        phases.append(self.parametrize())
         if recipe.scores == "fisher":
             phases.append(self.scored.step("scores", 0.0, start, 0.0, 0.0))
         phases.append(self.step("prune", recipe.prune_distill_weight, start, start, 2 * start * recipe.prunes))
@@ -276,6 +296,35 @@ class _Prediction:
         return {"rest": self.rest, "originals": originals / self.workers, "directions": directions / self.workers}
 
     # moments
+
+    def code(self) -> Phase:
+        """Return the peak of coding: at the loss or in the backward pass of a window, or while one layer is coded."""
+        each = [statistics_bytes(layer.M, layer.N) for layer in self.layers]
+        gathered = min(sum(each), max(STATISTICS, *each))
+        s, L = self.s, self.logits
+        widened = 4 * (s != 4)  # bytes of a float32 copy
+        at_loss, _ = self.activations("scores")  # the inputs of the layers, and what the other operations of the base model keep
+        flow = max((2 * s + 4 + widened) * (layer.M + layer.N) for layer in self.layers) * self.tokens
+        start = Phase("code", self.rest, self.dense, statistics=gathered)
+        coding = replace(start, statistics=sum(each) if sum(each) <= STATISTICS else 0.0)  # else they are in a file
+        moments = (
+            replace(start, activations=at_loss, loss=float((s + widened + 12) * L)),
+            replace(start, activations=at_loss, loss=float((2 * s + widened) * L), transient=flow),
+            replace(coding, transient=max(self.coding(layer) for layer in self.layers) + self.cpu * self.unsaved()),
+        )
+        return max(moments, key=lambda phase: phase.total)
+
+    def coding(self, layer: _Layer) -> float:
+        """Return the bytes to code one layer (`acip.coding.coded_model.code_layer`)."""
+        MN, NN = layer.M * layer.N, layer.N**2
+        together = MN * min(VERSIONS, max(1, CODED_AT_ONCE // MN))
+        weights = MN * (1 + (self.s != 4))  # in float32, and in the order of coding
+        return 4.0 * max(4 * NN + MN, 3 * NN + weights + max(6 * together, 2 * together + 5.25 * MN))
+
+    def unsaved(self) -> float:
+        """Return the bytes of finished codes in memory."""
+        each = [VERSIONS * CODED_BYTES * layer.M * layer.N for layer in self.layers]
+        return min(sum(each), UNSAVED_CODES + max(each))
 
     def parametrize(self) -> Phase:
         """Return the peak of parametrization: summing moments, solving layers, or the end, when 4-bit layers also exist in full."""
@@ -382,6 +431,11 @@ class _Prediction:
         if recipe.storage == "factors":
             return size * M * N / (M + N)
         return (M + N - math.sqrt((M + N) ** 2 - 4 * size * M * N)) / 2
+
+
+def statistics_bytes(M: int, N: int) -> int:
+    """Return the bytes of the statistics of a layer M x N (`acip.coding.statistics.LayerStatistics`)."""
+    return 4 * (N**2 + M)
 
 
 def _block_names(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[str]:

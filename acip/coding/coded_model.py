@@ -1,8 +1,9 @@
 """All linear layers of a model, coded in several versions, and the best choice of versions for any number of bytes.
 
-    statistics -> step sizes at each rate -> codes, layer by layer -> losses and bytes -> one order
+    statistics -> one scale of the step sizes per rate -> codes, layer by layer -> losses and bytes -> one order
 
-Only one layer is in memory as floating point numbers besides the model itself; the versions are kept as they are stored.
+Only one layer is in memory as floating point numbers besides the model itself; the versions are kept as they are stored. The scales
+depend on all layers. Given the scales, each layer is coded independently of the others.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from acip.errors import RecipeError
 from acip.layers.targets import weight_MN
 from acip.sizing.byte_order import ByteOrder, Version
 
-RATES = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.5)  # mean bits per weight of the versions
+RATES = (2.1, 3.0, 3.75, 4.7, 6.0)  # mean bits per weight of the versions; tests/benchmarks/BYTES.md has the choice
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,24 @@ class CodedModel:
             yield name, self.versions[name][version].unpack().decode()
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class CodedLayer:
+    """The versions of one layer, from coarse to fine."""
+
+    versions: Sequence[PackedCodes]
+    losses: Sequence[float]  # predicted, in nats per token
+
+    @property
+    def facts(self) -> list[Version]:
+        """The bytes and the loss of each version."""
+        return [Version(packed.bytes, loss) for packed, loss in zip(self.versions, self.losses, strict=True)]
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all versions together."""
+        return sum(packed.bytes for packed in self.versions)
+
+
 def code_model(
     linears: Mapping[str, nn.Module],
     statistics: Mapping[str, LayerStatistics],
@@ -54,20 +72,48 @@ def code_model(
 
     Raises RecipeError for other rates.
     """
+    scales = step_scales(linears, statistics, rates)
+    coded: dict[str, CodedLayer] = {}
+    for done, (name, layer) in enumerate(linears.items()):
+        coded[name] = code_layer(layer, statistics[name], scales)
+        progress(done + 1, len(linears))
+    return assembled(coded)
+
+
+@torch.no_grad()
+def step_scales(linears: Mapping[str, nn.Module], statistics: Mapping[str, LayerStatistics], rates: Sequence[float] = RATES) -> list[float]:
+    """Return the scale of the step sizes at each rate, from the weights and statistics of all layers. See `code_model`."""
     if not rates or any(not 0 < rate <= 8 for rate in rates) or list(rates) != sorted(set(rates)):
         raise RecipeError(f"rates are {list(rates)}; they must be at least one number, rising, above 0 and at most 8 bits per weight.")
-    rows = {
-        name: RowScales.of(weight_MN(layer), damped(statistics[name].metric), statistics[name].importance)
-        for name, layer in linears.items()
-    }
-    scales = [scale_for(rows, rate) for rate in rates]
-    versions: dict[str, list[PackedCodes]] = {}
-    measured: dict[str, list[Version]] = {}
-    for done, (name, layer) in enumerate(linears.items()):
-        W_MN, metric_NN, importance_M = weight_MN(layer).float(), damped(statistics[name].metric), statistics[name].importance
-        coded = code_versions(W_MN, metric_NN, [rows[name].at(scale) for scale in scales])
-        versions[name] = [codes.pack() for codes in coded]
-        losses = [0.5 * float(importance_M @ row_errors(W_MN, codes.decode(), metric_NN)) for codes in coded]
-        measured[name] = [Version(packed.bytes, loss) for packed, loss in zip(versions[name], losses, strict=True)]
-        progress(done + 1, len(linears))
-    return CodedModel(versions, ByteOrder(measured))
+    rows = {name: _rows(layer, *_on_device(layer, statistics[name])) for name, layer in linears.items()}
+    rows = {name: each.cpu() for name, each in rows.items()}  # a bisection reads many numbers from each
+    return [scale_for(rows, rate) for rate in rates]
+
+
+@torch.no_grad()
+def code_layer(layer: nn.Module, statistics: LayerStatistics, scales: Sequence[float]) -> CodedLayer:
+    """Return the versions of a layer at rising rates, computed on its device. `scales` are those of `step_scales`, which fall."""
+    metric_NN, importance_M = _on_device(layer, statistics)
+    rows = _rows(layer, metric_NN, importance_M)
+    W_MN = weight_MN(layer).float()
+    versions: list[PackedCodes] = []
+    losses: list[float] = []
+    for codes in code_versions(W_MN, metric_NN, [rows.at(scale) for scale in scales]):
+        versions.append(codes.pack())
+        losses.append(0.5 * float(importance_M @ row_errors(W_MN, codes.decode(), metric_NN)))
+    return CodedLayer(versions, losses)
+
+
+def assembled(coded: Mapping[str, CodedLayer]) -> CodedModel:
+    """Return the model of coded layers."""
+    return CodedModel({name: each.versions for name, each in coded.items()}, ByteOrder({name: each.facts for name, each in coded.items()}))
+
+
+def _on_device(layer: nn.Module, statistics: LayerStatistics) -> tuple[Tensor, Tensor]:
+    """Return the damped metric [N, N] and the importance [M] on the device of the layer's weight."""
+    device = weight_MN(layer).device
+    return damped(statistics.metric.to(device)), statistics.importance.to(device)
+
+
+def _rows(layer: nn.Module, metric_NN: Tensor, importance_M: Tensor) -> RowScales:
+    return RowScales.of(weight_MN(layer), metric_NN, importance_M)

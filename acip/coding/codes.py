@@ -13,13 +13,13 @@ In memory, a code takes 8 bits. This is the layout of int8 kernels with one scal
 Legend: M = out features, N = in features.
 """
 
-import zlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from acip.errors import ArtifactError
+from acip.modeling_acip import as_shares, from_huffman, from_shares, huffman
 
 TOP = 127  # the largest code
 STEP_BYTES = 2  # of a row's step size, stored as a float16
@@ -46,7 +46,7 @@ class Codes:
 class PackedCodes:
     """A coded matrix as it is stored."""
 
-    stream: bytes  # Huffman codes
+    stream: bytes | memoryview  # Huffman codes
     steps: Tensor  # float32 [M]
     inputs: int  # N
 
@@ -66,31 +66,15 @@ def stored_steps(steps_M: Tensor) -> Tensor:
     return from_shares(unit, shares_M)
 
 
-def as_shares(steps_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Return step sizes as they are stored: the largest as a float32 scalar, and all as float16 shares [M] of it."""
-    unit = steps_M.float().max()
-    return unit, (steps_M / unit).half().clamp_min(2.0**-24)
-
-
-def from_shares(unit: Tensor, shares_M: Tensor) -> Tensor:
-    """Return the step sizes [M] of stored shares, in float32. Stored steps keep their values: the largest share is 1."""
-    return shares_M.float() * unit
-
-
 def compress(codes: Tensor) -> bytes:
     """Return int8 codes as a stream of Huffman codes."""
-    coder = zlib.compressobj(level=9, method=zlib.DEFLATED, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
-    return coder.compress(codes.cpu().contiguous().numpy().tobytes()) + coder.flush()
+    return huffman(codes.cpu().contiguous().numpy().tobytes())
 
 
-def decompress(stream: bytes, shape: tuple[int, int]) -> Tensor:
+def decompress(stream: bytes | memoryview, shape: tuple[int, int]) -> Tensor:
     """Return the int8 codes [M, N] of a stream. Raises ArtifactError if it is damaged or holds another number of codes."""
-    count = shape[0] * shape[1]
-    decoder = zlib.decompressobj(wbits=-15)
     try:
-        codes = decoder.decompress(stream, count + 1)  # a damaged stream cannot fill the memory
-    except zlib.error as error:
-        raise ArtifactError(f"a stream of codes is damaged: {error}. Fetch the artifact again.") from error
-    if len(codes) != count or not decoder.eof or decoder.unused_data:
-        raise ArtifactError(f"a stream of codes does not hold the {count:,} codes of its layer. Fetch the artifact again.")
+        codes = from_huffman(stream, shape[0] * shape[1])
+    except ValueError as error:
+        raise ArtifactError(f"a stream of codes {error}. Fetch the artifact again.") from error
     return torch.frombuffer(bytearray(codes), dtype=torch.int8).reshape(shape)

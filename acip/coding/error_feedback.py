@@ -20,11 +20,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from acip.calibration.memory_plan import CODED_AT_ONCE
 from acip.coding.codes import TOP, Codes, stored_steps
 
 DAMPING = 0.01  # share of the mean of diag H that is added to it
 BLOCK = 128  # columns whose updates of the columns behind the block are applied together
-AT_ONCE = 2**25  # numbers of all versions of a layer that are coded together
 REFIT = (0.5, 2.0)  # a refitted step is at least and at most this multiple of the given one
 
 
@@ -35,19 +35,18 @@ def code(weight_MN: Tensor, metric_NN: Tensor, steps_M: Tensor, sweeps: int = 1)
     `metric_NN` is symmetric and positive definite, for example from `damped`. Weights beyond 127 steps are clipped. The refitted steps
     are close to `steps_M`.
     """
-    return code_versions(weight_MN, metric_NN, [steps_M], sweeps)[0]
+    return next(code_versions(weight_MN, metric_NN, [steps_M], sweeps))
 
 
 @torch.no_grad()
-def code_versions(weight_MN: Tensor, metric_NN: Tensor, steps: Sequence[Tensor], sweeps: int = 1) -> list[Codes]:
-    """Return the codes of a weight matrix for each of several `steps` [M]: `code` for each, computed together where memory allows."""
+def code_versions(weight_MN: Tensor, metric_NN: Tensor, steps: Sequence[Tensor], sweeps: int = 1) -> Iterator[Codes]:
+    """Yield the codes of a weight matrix for each of several `steps` [M]: `code` for each, computed together where memory allows."""
     M, N = weight_MN.shape
     order_N = torch.argsort(metric_NN.diagonal(), descending=True, stable=True)
     H_NN = metric_NN.float()[order_N][:, order_N]
     U_NN = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H_NN)), upper=True)
     W_NM = weight_MN.float().T[order_N]
-    coded: list[Codes] = []
-    for some in _parts(steps, max(1, AT_ONCE // (M * N))):
+    for some in _parts(steps, max(1, CODED_AT_ONCE // (M * N))):
         units_NR = torch.cat([W_NM / steps_M for steps_M in some], dim=1)  # the rows of all versions, in units of their steps
         codes_NR = _feedback(units_NR, U_NN)
         for _ in range(sweeps):
@@ -56,16 +55,17 @@ def code_versions(weight_MN: Tensor, metric_NN: Tensor, steps: Sequence[Tensor],
         for codes_NM, steps_M in zip(codes_NR.split(M, dim=1), refitted_R.split(M), strict=True):
             codes_MN = torch.empty_like(codes_NM.T, memory_format=torch.contiguous_format)
             codes_MN[:, order_N] = codes_NM.T
-            coded.append(Codes(codes_MN.to(torch.int8), stored_steps(steps_M)))
-    return coded
+            yield Codes(codes_MN.to(torch.int8), stored_steps(steps_M))
 
 
 def damped(metric_NN: Tensor) -> Tensor:
     """Return H in float32 with a small multiple of the identity added; the identity if H is 0."""
-    H_NN = metric_NN.float()
+    H_NN = metric_NN.to(torch.float32, copy=True)
     mean = H_NN.diagonal().mean()
-    one_NN = torch.eye(len(H_NN), device=H_NN.device)
-    return H_NN + DAMPING * mean * one_NN if mean > 0 else one_NN
+    if mean > 0:
+        H_NN.diagonal().add_(DAMPING * mean)
+        return H_NN
+    return torch.eye(len(H_NN), device=H_NN.device)
 
 
 def row_errors(weight_MN: Tensor, coded_MN: Tensor, metric_NN: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ Legend: M = out features, N = in features, S = tokens.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,28 +39,40 @@ class LayerStatistics:
     importance: Tensor  # [M]
 
 
+class DrawnTokens:
+    """The tokens that are drawn from the model's predictions. Those of a window are drawn once, so that all passes use the same."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.windows: list[Tensor] = []
+
+    def of(self, window: int, logits_SV: Tensor) -> Tensor:
+        """Return the tokens [S] of a window. The first call is for window 0, and each later one for a known window or the next."""
+        if window == len(self.windows):
+            probabilities_SV = logits_SV.detach().softmax(-1).cpu()
+            self.windows.append(torch.multinomial(probabilities_SV, 1, generator=self.generator)[:, 0])
+        return self.windows[window].to(logits_SV.device)
+
+
 def layer_statistics(
     model: nn.Module,
     linears: Mapping[str, nn.Module],
     windows: Tensor,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    drawn: DrawnTokens | None = None,
 ) -> dict[str, LayerStatistics]:
     """Return the statistics of each layer from token ids [n, T]. `model` maps input_ids to an object with `logits`.
 
-    The model is in evaluation mode. Its parameters get no gradients. Raises CalibrationError if the loss does not depend on a layer.
+    The model is in evaluation mode. Its parameters get no gradients. `drawn` are the drawn tokens of an earlier pass over the same
+    windows; None = draw them with `seed`. Raises CalibrationError if the loss does not depend on a layer.
     """
     sums = {name: _Sums(layer) for name, layer in linears.items()}
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
+    drawn = drawn or DrawnTokens(seed)
     hooks = hooked(layer.register_forward_hook(sums[name].hook) for name, layer in linears.items())
     with frozen(model), hooks, torch.enable_grad():
         for done, window in enumerate(windows):
-            logits_SV = model(input_ids=window[None].long().to(device)).logits[0].float()
-            drawn_S = torch.multinomial(logits_SV.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-            loss = F.cross_entropy(logits_SV, drawn_S.to(device), reduction="sum")
-            if loss.requires_grad:  # false if no layer was called
-                loss.backward()
+            _differentiate(model, window, partial(drawn.of, done))
             progress(done + 1, len(windows))
     if unreached := [name for name, each in sums.items() if not each.reached]:
         raise CalibrationError(
@@ -67,6 +80,15 @@ def layer_statistics(
             "Add a part of their names to exclude."
         )
     return {name: each.statistics(windows.numel()) for name, each in sums.items()}
+
+
+def _differentiate(model: nn.Module, window: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
+    """Run the backward pass of one window. On return, nothing of it is in memory."""
+    device = next(model.parameters()).device
+    logits_SV = model(input_ids=window[None].long().to(device)).logits[0].float()
+    loss = F.cross_entropy(logits_SV, draw(logits_SV), reduction="sum")
+    if loss.requires_grad:  # false if no layer was called
+        loss.backward()
 
 
 @contextmanager
@@ -93,9 +115,10 @@ class _Sums:
         self.reached = False  # by the loss
 
     def hook(self, _layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        x_SN = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+        inputs_SN = args[0].detach().reshape(-1, args[0].shape[-1])  # kept until the backward pass, shared by layers of equal input
 
         def add(grad: Tensor) -> None:
+            x_SN = inputs_SN.float()
             g_SM = grad.reshape(-1, grad.shape[-1]).float()
             squares_SM = g_SM.square()
             self.weighted_NN.addmm_((x_SN * squares_SM.sum(1, keepdim=True)).T, x_SN)
@@ -107,6 +130,6 @@ class _Sums:
         out.register_hook(add)
 
     def statistics(self, tokens: int) -> LayerStatistics:
-        """Return the means over this number of tokens."""
+        """Turn the sums into means over this number of tokens, in place, and return them."""
         total = self.squares_M.sum().clamp_min(torch.finfo(torch.float32).tiny)
-        return LayerStatistics(self.weighted_NN / total, self.squares_M / tokens)
+        return LayerStatistics(self.weighted_NN.div_(total), self.squares_M.div_(tokens))

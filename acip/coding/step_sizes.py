@@ -46,6 +46,10 @@ class RowScales:
         steps_M = (importance_M.clamp_min(floor).log() + log_D).mul(-0.5).exp()
         return cls(steps_M, W_MN.square().mean(1).sqrt(), W_MN.abs().amax(1), W_MN.shape[1])
 
+    def cpu(self) -> "RowScales":
+        """Return these scales in the memory of the CPU."""
+        return RowScales(self.steps.cpu(), self.spread.cpu(), self.largest.cpu(), self.inputs)
+
     def at(self, scale: float) -> Tensor:
         """Return the step sizes [M]: at least 1/126 of the row's largest weight, which is beyond 8 bits otherwise, and never 0."""
         return (scale * self.steps).maximum(self.largest / (TOP - 1)).clamp_min(1e-30)

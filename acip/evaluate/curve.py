@@ -1,4 +1,8 @@
-"""The trade-off curve of an artifact: one row per size, all measured by one protocol, with further measurements of these sizes."""
+"""The trade-off curve of an artifact: one row per size, all measured by one protocol, with further measurements of these sizes.
+
+The rows of coded sizes have the field `bits_per_weight`, and their `got` is a share of the base model's bytes. All other rows are of
+ranks, and their `got` is a `linear` ratio. The two kinds of sizes must not be compared by `got`; `bytes` and `flops` are common to both.
+"""
 
 import math
 import warnings
@@ -14,9 +18,11 @@ from acip.evaluate.divergence import DivergenceOn, distance
 from acip.evaluate.heldout_text import Protocol, Text, content, cut_by, join_ids
 from acip.evaluate.measurement import Part, Subject, part_of, size_facts
 from acip.evaluate.perplexity import PerplexityOn, lost_windows, mean_and_stderr
-from acip.sizing.budget import COMPARABLE_FIELDS, as_perplexity, measured_on
-from acip.sizing.cut_table import Budget
+from acip.sizing.budget import COMPARABLE_FIELDS, as_perplexity, is_coded, measured_on
+from acip.sizing.cut_table import Budget, CutTable
 from acip.sizing.elastic_model import ElasticModel
+
+KEPT_LOGITS_BYTES = 2**30
 
 Row = dict[str, Any]
 
@@ -24,61 +30,99 @@ Row = dict[str, Any]
 @torch.no_grad()
 def trade_off(
     any_size: ElasticModel,
-    windows: Iterable[Tensor],
+    windows: Sequence[Tensor] | Tensor,
     corpus: str,
-    sizes: tuple[float, ...],
+    sizes: Sequence[Budget | float],
     stop_ratio: float,
     protocol: Protocol = "packed",
     divergence: DivergenceOn | None = None,
-    progress: Callable[[int], None] = lambda windows: None,
+    on_row: Callable[[Row], None] = lambda row: None,
     start: Sequence[int] = (),
 ) -> list[Row]:
-    """Measure a model that was calibrated down to `stop_ratio`. Return one row per size, largest first, without unreachable sizes.
+    """Measure a model that was calibrated down to `stop_ratio`. Return one row per size: those of ranks, largest first, then coded ones.
 
-    `windows` are [T] token ids each. If `divergence` is given (it names the text), rows also contain the divergence from the base model.
-    Every window is read at all sizes before the next one, so that the logits of the base model are computed once per window.
-    `progress(windows)` is called after each window. `start` (`Text.start`) is recorded in the rows.
+    A number in `sizes` is a `linear` ratio. Sizes that the model does not have are left out, and so are coded sizes with the same codes as
+    a smaller one. `windows` are token ids, [T] each. If `divergence` is given (it names the text), rows also contain the divergence from
+    the base model. `on_row(row)` is called after each size, while the model has that size. `start` (`Text.start`) is recorded in the rows.
 
-    A loss that is not finite becomes nan in the row, with a warning. Raises EvaluationError if this happens at the largest size.
+    Every window is read at all sizes of ranks before the next one, so that the base model reads it once. Coded sizes follow one after the
+    other, because a coded model is slow to load. For them, the logits of the base model are kept up to `KEPT_LOGITS_BYTES`.
+
+    A loss that is not finite becomes nan in the row, with a warning. Raises EvaluationError if this happens at the first size.
     """
-    facts: dict[float, Row] = {}
-    for asked in sorted(sizes, reverse=True):
+    passes = _passes(any_size.table, sizes)
+    device = next(any_size.model.parameters()).device
+    base = _BaseLogits(Subject(any_size.model, None, any_size), KEPT_LOGITS_BYTES if len(passes) > 1 else 0)
+    about = {"corpus": corpus, "protocol": protocol, "context": max(map(len, windows), default=0), "windows": len(windows)}
+    about |= {"start": join_ids(start)} if start else {}
+    rows: list[Row] = []
+    for together in passes:
+        losses: list[list[float]] = [[] for _ in together]
+        distances: list[list[tuple[float, float]]] = [[] for _ in together]
+        for number, window in enumerate(windows):
+            ids_1T = window[None].long().to(device)
+            base_TV = None if divergence is None else base.read(number, ids_1T)
+            for i, budget in enumerate(together):
+                any_size.resize(budget)
+                logits_1TV = next_token.logits(any_size.model, ids_1T)
+                losses[i].append(float(next_token.loss(logits_1TV, ids_1T)))
+                if base_TV is not None:
+                    distances[i].append(distance(logits_1TV[0], base_TV))
+        for i, budget in enumerate(together):
+            any_size.resize(budget)
+            measured = _measured(losses[i], budget, first=not rows)
+            extrapolated = budget.asked < stop_ratio and not any_size.cut.versions  # type: ignore[union-attr]
+            parts = {} if divergence is None else {"evaluation": [part_of(divergence, divergence.outcome(distances[i]))]}
+            rows.append({**size_facts(any_size), **measured, **about, "extrapolated": extrapolated, **parts})
+            on_row(rows[-1])
+    return rows
+
+
+def _passes(table: CutTable, sizes: Sequence[Budget | float]) -> list[list[Budget]]:
+    """Return the sizes that the model has in the groups in which they are measured: all sizes of ranks, then every coded size alone."""
+    ranks: list[Budget] = []
+    coded: dict[tuple[int, int], Budget] = {}
+    budgets = (size if isinstance(size, Budget) else Budget(ratio=size) for size in sizes)
+    for budget in sorted(budgets, key=lambda budget: -budget.asked):
         try:
-            any_size.resize(Budget(ratio=asked))
+            cut = table.cut(budget)
         except BudgetError:
             continue
-        facts[asked] = size_facts(any_size)
-    subject, device = Subject(any_size.model, None, any_size), next(any_size.model.parameters()).device
-    losses: dict[float, list[float]] = {asked: [] for asked in facts}
-    distances: dict[float, list[tuple[float, float]]] = {asked: [] for asked in facts}
-    context = done = 0
-    for done, window in enumerate(windows, 1):
-        ids_1T = window[None].long().to(device)
-        context = max(context, ids_1T.shape[1])
-        base_TV = None
-        if divergence is not None:
-            with subject.base() as base:
-                base_TV = next_token.logits(base, ids_1T)[0]
-        for asked in facts:
-            any_size.resize(Budget(ratio=asked))
-            logits_1TV = next_token.logits(any_size.model, ids_1T)
-            losses[asked].append(float(next_token.loss(logits_1TV, ids_1T)))
-            if base_TV is not None:
-                distances[asked].append(distance(logits_1TV[0], base_TV))
-        progress(done)
-    rows = []
-    for asked, size in facts.items():
-        if lost := lost_windows(losses[asked]):
-            if asked == max(facts):
-                raise EvaluationError(f"the curve cannot be measured: at size {asked:g}, {lost}. Load the base model in a wider dtype.")
-            warnings.warn(f"size {asked:g} has no perplexity: {lost}.", stacklevel=2)
-        loss, stderr = (math.nan, math.nan) if lost else mean_and_stderr(losses[asked])
-        measured = {"loss": loss, "stderr": stderr, "perplexity": as_perplexity(loss)}
-        about = {"corpus": corpus, "protocol": protocol, "context": context, "windows": done, "extrapolated": asked < stop_ratio}
-        about |= {"start": join_ids(start)} if start else {}
-        parts = {} if divergence is None else {"evaluation": [part_of(divergence, divergence.outcome(distances[asked]))]}
-        rows.append({**size, **measured, **about, **parts})
-    return rows
+        if cut.versions is not None:
+            coded[cut.key] = budget
+        elif table.byte_sizes is None or not budget.in_bytes:  # else the base model, which a ratio of 1.0 asks for
+            ranks.append(budget)
+    return [group for group in (ranks, *([budget] for budget in coded.values())) if group]
+
+
+class _BaseLogits:
+    """The logits of the base model on each window, of which the first `keep_bytes` are kept."""
+
+    def __init__(self, subject: Subject, keep_bytes: int) -> None:
+        self.subject, self.free_bytes = subject, keep_bytes
+        self.kept: dict[int, Tensor] = {}
+
+    def read(self, number: int, ids_1T: Tensor) -> Tensor:
+        """Return the logits [T, V] on window `number`."""
+        if number in self.kept:
+            return self.kept[number]
+        with self.subject.base() as base:
+            logits_TV = next_token.logits(base, ids_1T)[0]
+        if logits_TV.nbytes <= self.free_bytes:
+            self.kept[number] = logits_TV
+            self.free_bytes -= logits_TV.nbytes
+        return logits_TV
+
+
+def _measured(losses: list[float], budget: Budget, first: bool) -> Row:
+    """Return loss, standard error and perplexity of the losses of all windows."""
+    if lost := lost_windows(losses):
+        if first:
+            raise EvaluationError(f"the curve cannot be measured: at size {budget.asked:g}, {lost}. Load the base model in a wider dtype.")
+        warnings.warn(f"size {budget.asked:g} has no perplexity: {lost}.", stacklevel=3)
+        return {"loss": math.nan, "stderr": math.nan, "perplexity": math.nan}
+    loss, stderr = mean_and_stderr(losses)
+    return {"loss": loss, "stderr": stderr, "perplexity": as_perplexity(loss)}
 
 
 def extended(curve: Sequence[Row], rows: Sequence[Row], stop_ratio: float) -> tuple[list[Row], list[float]]:
@@ -88,21 +132,32 @@ def extended(curve: Sequence[Row], rows: Sequence[Row], stop_ratio: float) -> tu
     perplexity was measured like that of the curve, since losses on other text are not comparable. An empty curve takes the first
     perplexity of the first row as its measure.
     """
-    known = {row["got"]: dict(row) for row in curve}
+    known = {place_of(row): dict(row) for row in curve}
     left_out = []
     for row in sorted(rows, key=lambda row: -row["asked"]):
-        if row["got"] not in known:
+        if place_of(row) not in known:
             common = next((measured_on(known_row) for known_row in known.values()), None)
             measure = _measure(row["evaluation"], common)
             if measure is None:
                 left_out.append(row["asked"])
                 continue
             facts = {key: value for key, value in row.items() if key != "evaluation"}
-            known[row["got"]] = {**facts, **measure, "extrapolated": row["asked"] < stop_ratio}
-        place = known[row["got"]]
+            known[place_of(row)] = {**facts, **measure, "extrapolated": row["asked"] < stop_ratio and not is_coded(row)}
+        place = known[place_of(row)]
         parts = {part["key"]: part for part in (*place.get("evaluation", []), *row["evaluation"])}
         place["evaluation"] = list(parts.values())
-    return sorted(known.values(), key=lambda row: -row["got"]), left_out
+    return sorted(known.values(), key=place_of), left_out
+
+
+def place_of(row: Mapping[str, Any]) -> tuple[bool, float]:
+    """Return what identifies the size of a row in its curve. In the order of these places, sizes of ranks come first, the largest first."""
+    return is_coded(row), -row["got"]
+
+
+def divergence_of(row: Mapping[str, Any]) -> Mapping[str, float]:
+    """Return the divergence from the base model in a row of a curve, measured on the text of the row; {} if there is none."""
+    parts = (part for part in row.get("evaluation", ()) if part["kind"] == DivergenceOn.kind and measured_on(part) == measured_on(row))
+    return next((part["values"] for part in parts), {})
 
 
 def recorded(row: Mapping[str, Any]) -> dict[str, Part]:
@@ -122,23 +177,24 @@ def improbable(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
     `rows` are rows of a curve or of `evaluate`. If this holds for several pairs of sizes, the warning names the largest difference.
     """
-    curves: dict[str, list[tuple[float, float, float]]] = {}  # text -> (size, loss, standard error)
+    curves: dict[tuple[str, str], list[tuple[float, float, float]]] = {}  # (text, kind of size) -> (size, loss, standard error)
     for row in rows:
         parts = [part for part in row.get("evaluation", ()) if part["kind"] == PerplexityOn.kind]
         numbers = {_text_of(part): (part["values"]["loss_nats"], part["values"]["loss_stderr_nats"]) for part in parts}
         if "loss" in row:
             numbers[_text_of(row)] = (row["loss"], row["stderr"])
         for text, (loss, stderr) in numbers.items():
-            curves.setdefault(text, []).append((row.get("got", row["asked"]), loss, stderr))
+            kind = " of the bytes" if is_coded(row) else ""
+            curves.setdefault((text, kind), []).append((row.get("got", row["asked"]), loss, stderr))
     warnings = []
-    for text, curve in curves.items():
+    for (text, kind), curve in curves.items():
         pairs = [(large, small) for large in curve for small in curve if small[0] < large[0] and large[1] - small[1] > small[2]]
         if pairs:
             large, small = max(pairs, key=lambda pair: pair[0][1] - pair[1][1])
             larger_perplexity, perplexity = as_perplexity(large[1]), as_perplexity(small[1])
             warnings.append(
-                f"Warning: size {small[0]:.2f} has perplexity {perplexity:.2f}, below the {larger_perplexity:.2f} of the larger size "
-                f"{large[0]:.2f} by more than its standard error ({perplexity * small[2]:.2f}), on {text}. A smaller size should not "
+                f"Warning: size {small[0]:.2f}{kind} has perplexity {perplexity:.2f}, below the {larger_perplexity:.2f} of the larger size "
+                f"{large[0]:.2f}{kind} by more than its standard error ({perplexity * small[2]:.2f}), on {text}. A smaller size should not "
                 "be better. Check the start token, the dtype and the text; fine-tuning at the smaller size may also cause this."
             )
     return warnings

@@ -1,7 +1,8 @@
 """The cost of a model (paper D.1, Table A5): bytes, peak memory, latency, tokens/s, FLOPs.
 
-The model is measured in its exported form (`ElasticModel.materialize`). It decodes `batch` equal prompts greedily, after a warm-up;
-times are medians over `repeats`. They depend on the device, its other load, and `batch`; FLOPs and bytes do not.
+The model is measured in its exported form (`ElasticModel.materialize`). Coded layers take fewer bytes on disk than in memory. The model
+decodes `batch` equal prompts greedily, after a warm-up; times are medians over `repeats`. They depend on the device, its other load, and
+`batch`; FLOPs and bytes do not.
 
     the paper's settings: batch 64, 64 new tokens, FLOPs of 512 tokens. Its GigaFLOPs are multiply-adds / 2^30: half of these FLOPs
 """
@@ -45,7 +46,7 @@ class Efficiency(Measurement):
 
     @torch.no_grad()
     def measure(self, subject: Subject) -> Part:
-        model = subject.plain()
+        model, cut = subject.plain(), subject.any_size and subject.any_size.cut
         weights, vocabulary = stored_bytes(model), model.config.get_text_config().vocab_size
         prompt_BT = torch.arange(self.batch * self.prompt, device=model.device).view(self.batch, -1) % vocabulary
         with rise(model.device) as peak:  # also the warm-up; later, the allocator of a CPU already holds the memory
@@ -53,7 +54,8 @@ class Efficiency(Measurement):
         times = [decode(model, prompt_BT, self.new_tokens) for _ in range(self.repeats)]
         prefill_s, decode_s = (statistics.median(column) for column in zip(*times, strict=True))
         values = {
-            "stored_bytes": weights,
+            "stored_bytes": weights if cut is None or cut.versions is None else cut.bytes,
+            "resident_bytes": weights,
             "latency_s": statistics.median(sum(pair) for pair in times),
             "prefill_tokens_per_s": self.batch * self.prompt / prefill_s,
             "decode_tokens_per_s": self.batch * (self.new_tokens - 1) / decode_s,

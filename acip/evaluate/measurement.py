@@ -26,6 +26,7 @@ from acip.calibration.losses import as_base
 from acip.errors import EvaluationError
 from acip.evaluate.heldout_text import Text
 from acip.modeling_acip import QuantLinear
+from acip.sizing.budget import BITS_PER_WEIGHT
 from acip.sizing.elastic_model import ElasticModel
 
 Part = dict[str, Any]
@@ -133,7 +134,8 @@ def size_facts(model: PreTrainedModel | ElasticModel) -> dict[str, Any]:
     """Return the size of a model in the fields of a trade-off curve's row.
 
     Bytes are those of the saved files. For an ElasticModel that is not from an artifact, they are those of the parameters, up to 1 % less.
-    A quantized matrix [M, N] counts as M N parameters.
+    A quantized matrix [M, N] counts as M N parameters. `got` is a share of the base model's bytes for a coded size, else a `linear`
+    ratio. `flops` are those of a token, without attention (`CutTable.flops`).
     """
     if not isinstance(model, ElasticModel):
         matrices = (layer for layer in model.modules() if isinstance(layer, QuantLinear))  # their codes are buffers, not parameters
@@ -141,14 +143,16 @@ def size_facts(model: PreTrainedModel | ElasticModel) -> dict[str, Any]:
         return {"params": params, "bytes": stored_bytes(model)}
     cut = model.cut
     assert cut is not None, "resize first"
+    if cut.bits_per_weight is not None:
+        got = {"got": cut.sizes["bytes"], "convention": "bytes", BITS_PER_WEIGHT: cut.bits_per_weight}
+    else:
+        got = {"got": cut.sizes["linear"], "convention": cut.convention, "got_paper": cut.sizes["paper"], "got_model": cut.sizes["model"]}
     return {
         "asked": cut.asked,
-        "got": cut.sizes["linear"],
-        "convention": cut.convention,
-        "got_paper": cut.sizes["paper"],
-        "got_model": cut.sizes["model"],
+        **got,
         "params": cut.params,
         "bytes": cut.params * model.model.dtype.itemsize if cut.bytes is None else cut.bytes,
+        **({} if model.table.decoder is None else {"flops": model.table.flops(cut.removed)}),
     }
 
 

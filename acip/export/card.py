@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from acip.artifact.artifact import Artifact
+from acip.sizing.budget import BITS_PER_WEIGHT
 from acip.utils.hub_ids import HUB_ID, REVISION
 
+COMPRESSED_TENSORS = "compressed-tensors"
 HEAD = ("library_name: transformers", "pipeline_tag: text-generation", "tags:")
 
 
@@ -16,37 +18,70 @@ def card(provenance: dict[str, Any], artifact: Artifact, name: str) -> str:
     source, size, quantized = artifact.manifest["base"]["source"], provenance["size"], provenance["quantize"]
     hub_id = source.partition("@")[0] if _is_hub_id(source) else None
     license = license_of(source)
-    tags = ["acip", "compressed", "low-rank", *([quantized, "quantized"] if quantized else [])]
+    coded, stock = size["bits_per_weight"] is not None, provenance["format"] == COMPRESSED_TENSORS
+    kinds = [quantized, "quantized"] if quantized else ["quantized"] if coded else []
+    tags = ["acip", "compressed", *([] if coded else ["low-rank"]), *([COMPRESSED_TENSORS] if stock else []), *kinds]
     head = [
         *([f"license: {license}"] if license else []),
         *([f"base_model: {hub_id}"] if hub_id else []),
-        *(["base_model_relation: quantized"] if hub_id and quantized else []),
+        *(["base_model_relation: quantized"] if hub_id and kinds else []),
         *HEAD,
         *(f"- {tag}" for tag in tags),
     ]
-    ratio = size["sizes"]["linear"]
+    ratio = size["sizes"]["bytes" if coded else "linear"]
     forms = ", ".join(f"{count} {form}" for form, count in provenance["storage"].items())
     linked = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"`{shown(source)}`"
     facts = {
         "base model": linked + (f" at `{provenance['base']['revision']}`" if provenance["base"].get("revision") else ""),
         "requested size": _amount(size["asked"], size["convention"], size["unit"]),
         "actual size": _amount(size["got"], size["convention"], size["unit"]),
-        "size of the compressed layers": f"{ratio:.4f} of the numbers that the base model stores",
-        "parameters": f"{size['params']:,}",
-        "weights": f"{provenance['weight_bytes']:,} bytes, {quantized or provenance['dtype']}",
+        **(_coded_facts(provenance) if coded else {
+            "size of the compressed layers": f"{ratio:.4f} of the numbers that the base model stores",
+            "parameters": f"{size['params']:,}",
+            "weights": f"{provenance['weight_bytes']:,} bytes, {quantized or provenance['dtype']}",
+        }),
         "layers": forms,
-    }
+    }  # fmt: skip
     return "\n".join([
         "---", *head, "---", "",
         f"# {name}", "",
         f"{linked}, compressed to {ratio:.0%} by [ACIP](https://arxiv.org/abs/2502.01717). The size was chosen after calibration; "
-        f"{_training(provenance['artifact'])}.", "",
+        f"{_training({} if coded else provenance['artifact'])}.", "",
         "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), "",
-        "## Use", "", "```python", *_usage(quantized), "```", "",
+        "## Use", "", "```python", *_usage(not quantized and not coded, stock), "```", "",
+        "Requires the package `compressed-tensors`. The format is one of those that vLLM reads." if stock else
         "Without the package `acip`, pass `trust_remote_code=True`; transformers then runs `modeling_acip.py` from this folder. "
         "Requires transformers 5 or newer.", "",
-        "## Measured", "", *_curve(artifact.curve, ratio, quantized), "",
+        "## Measured", "", *(_coded_curve(artifact.curve, ratio) if coded else _curve(artifact.curve, ratio, quantized)), "",
         "## Limits", "", *(f"* {limit}" for limit in _limits(provenance, license, linked)), "",
+    ])  # fmt: skip
+
+
+def gguf_card(provenance: dict[str, Any], artifact: Artifact, name: str) -> str:
+    """Return the README.md of a GGUF file named `name`."""
+    source, size = artifact.manifest["base"]["source"], provenance["size"]
+    hub_id = source.partition("@")[0] if _is_hub_id(source) else None
+    license = license_of(source)
+    linked = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"`{shown(source)}`"
+    head = [
+        *([f"license: {license}"] if license else []),
+        *([f"base_model: {hub_id}", "base_model_relation: quantized"] if hub_id else []),
+        "pipeline_tag: text-generation", "tags:", "- acip", "- gguf", "- quantized",
+    ]  # fmt: skip
+    facts = {
+        "base model": linked + (f" at `{provenance['base']['revision']}`" if provenance["base"].get("revision") else ""),
+        "requested size": f"{size['asked']:,} bytes",
+        "actual size": f"{size['got']:,} bytes",
+        "predicted loss": f"{size['predicted_loss_increase']:.4f} nats per token above the base model's",
+        "weights": ", ".join(f"{count} {kind}" for kind, count in provenance["types"].items()),
+    }
+    return "\n".join([
+        "---", *head, "---", "",
+        f"# {name}", "",
+        f"{linked} for llama.cpp. The type of each weight is the one that saves the most loss per byte.", "",
+        "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), "",
+        "## Use", "", "```bash", 'llama-cli -m model.gguf -p "The capital of France is"', "```", "",
+        "## Limits", "", *(f"* {limit}" for limit in _limits({**provenance, "quantize": None, "recipe": {}}, license, linked)), "",
     ])  # fmt: skip
 
 
@@ -59,6 +94,7 @@ def artifact_card(artifact: Artifact, name: str) -> str:
     head = [*([f"license: {license}"] if license else []), *([f"base_model: {hub_id}"] if hub_id else []), *HEAD, *(f"- {t}" for t in tags)]
     provenance = {
         "recipe": artifact.manifest["recipe"],
+        "format": "artifact",
         "quantize": None,
         "base": artifact.manifest["base"],
         "size": {"sizes": {"linear": 1.0}},
@@ -70,6 +106,7 @@ def artifact_card(artifact: Artifact, name: str) -> str:
         "## Use", "", "```python", *_any_size_usage(), "```", "",
         "Requires the package `acip`, whose `ARTIFACT.md` documents the format. No code from this folder is executed.", "",
         "## Measured", "", *_curve(artifact.curve, None, None), "",
+        *([*_coded_curve(artifact.curve, None), ""] if any(BITS_PER_WEIGHT in row for row in artifact.curve) else []),
         "## Limits", "", *(f"* {limit}" for limit in _limits(provenance, license, linked, "manifest.json")), "",
     ])  # fmt: skip
 
@@ -114,16 +151,26 @@ def _training(artifact: dict[str, Any]) -> str:
     return f"the model was fine-tuned at size {tuned['size']:g} ({tuned['steps']:,} steps on {shown(tuned['data'])})"
 
 
-def _usage(quantized: str | None) -> list[str]:
+def _coded_facts(provenance: dict[str, Any]) -> dict[str, str]:
+    """Return the facts on the bytes of a size of coded layers."""
+    size, here = provenance["size"], f"{provenance['weight_bytes']:,} bytes"
+    share = f"{size['sizes']['bytes']:.4f} of the base model's"
+    stored = f"{size['bytes']:,} bytes, {share}; {size['bits_per_weight']:.2f} bits per weight of the coded layers"
+    if provenance["format"] == COMPRESSED_TENSORS:
+        return {"stored size in the artifact": stored, "weights in this folder": f"{here}: fixed widths, without Huffman codes"}
+    return {"stored size": stored, "weights in this folder": here}
+
+
+def _usage(trainable: bool, stock: bool) -> list[str]:
     return [
-        "import acip  # registers these layers in transformers; no code from this folder is executed",
+        *([] if stock else ["import acip  # registers these layers in transformers; no code from this folder is executed"]),
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'model = AutoModelForCausalLM.from_pretrained("path/or/repo")',
         'tokenizer = AutoTokenizer.from_pretrained("path/or/repo")',
         'inputs = tokenizer("The capital of France is", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=24)[0]))",
-        *([] if quantized else ["", '# to fine-tune with LoRA: peft.LoraConfig(target_modules="all-linear")']),
+        *([] if not trainable else ["", '# to fine-tune with LoRA: peft.LoraConfig(target_modules="all-linear")']),
     ]
 
 
@@ -140,19 +187,14 @@ def _any_size_usage() -> list[str]:
 
 
 def _curve(rows: list[dict[str, Any]], ratio: float | None, quantized: str | None) -> list[str]:
-    measured = [row for row in rows if isinstance(row.get("perplexity"), int | float)]
+    measured = [row for row in rows if isinstance(row.get("perplexity"), int | float) and BITS_PER_WEIGHT not in row]
     if not measured:
         return ["No trade-off curve was measured for this model."]
-    first = measured[0]
-    setup = [f"{shown(first['corpus'])}, held out"] if "corpus" in first else []
-    if {"windows", "context"} <= first.keys():
-        setup.append(f"{first['windows']} windows of {first['context']} tokens, {first.get('protocol', 'packed')}")
-    table = ["All measured sizes of this calibration" + (f" ({'; '.join(setup)})" if setup else "") + ", without quantization:", ""]
+    table = [f"All measured sizes of this calibration{_setup(measured[0])}, without quantization:", ""]
     table += ["| requested | actual | parameters | perplexity | |", "|---|---|---|---|---|"]
-    nearest = None if ratio is None else min(measured, key=lambda row: abs(row.get("got", row.get("asked", 0)) - ratio))
+    nearest = _nearest(measured, ratio)
     for row in measured:
-        actual = row.get("got", row.get("asked"))
-        error = f" ± {row['perplexity'] * row['stderr']:.2f}" if isinstance(row.get("stderr"), int | float) else ""
+        actual, error = row.get("got", row.get("asked")), _error(row)
         params = f"{row['params']:,}" if "params" in row else ""
         notes = ["closest to this model"] if row is nearest else []
         notes += ["below the calibrated sizes"] if row.get("extrapolated") else []
@@ -160,6 +202,39 @@ def _curve(rows: list[dict[str, Any]], ratio: float | None, quantized: str | Non
     return table + (
         ["", f"This model is quantized ({quantized}). The table does not include the loss that this causes."] if quantized else []
     )
+
+
+def _coded_curve(rows: list[dict[str, Any]], ratio: float | None) -> list[str]:
+    """Return the table of the measured sizes of coded layers. `ratio` is the share of the base model's bytes of this model."""
+    measured = [row for row in rows if isinstance(row.get("perplexity"), int | float) and BITS_PER_WEIGHT in row]
+    if not measured:
+        return ["No trade-off curve over bytes was measured for this model."]
+    table = [f"Measured sizes of coded layers{_setup(measured[0])}, as shares of the base model's bytes:", ""]
+    table += ["| actual | bytes | bits per weight | perplexity | |", "|---|---|---|---|---|"]
+    nearest = _nearest(measured, ratio)
+    base = [row for row in rows if row.get("got") == 1.0 and BITS_PER_WEIGHT not in row and isinstance(row.get("perplexity"), int | float)]
+    for row in base[:1] + measured:
+        size = f"{row['bytes']:,}" if isinstance(row.get("bytes"), int) else ""
+        bits = f"{row[BITS_PER_WEIGHT]:.2f}" if BITS_PER_WEIGHT in row else ""
+        note = "closest to this model" if row is nearest else "base model" if row not in measured else ""
+        table.append(f"| {row['got']:.4f} | {size} | {bits} | {row['perplexity']:.2f}{_error(row)} | {note} |")
+    return table
+
+
+def _setup(row: dict[str, Any]) -> str:
+    """Return on which text a row was measured, in parentheses."""
+    setup = [f"{shown(row['corpus'])}, held out"] if "corpus" in row else []
+    if {"windows", "context"} <= row.keys():
+        setup.append(f"{row['windows']} windows of {row['context']} tokens, {row.get('protocol', 'packed')}")
+    return f" ({'; '.join(setup)})" if setup else ""
+
+
+def _nearest(rows: list[dict[str, Any]], ratio: float | None) -> dict[str, Any] | None:
+    return None if ratio is None else min(rows, key=lambda row: abs(row.get("got", row.get("asked", 0)) - ratio))
+
+
+def _error(row: dict[str, Any]) -> str:
+    return f" ± {row['perplexity'] * row['stderr']:.2f}" if isinstance(row.get("stderr"), int | float) else ""
 
 
 def _limits(provenance: dict[str, Any], license: str | None, linked: str, facts: str = "provenance.json") -> list[str]:
@@ -175,6 +250,13 @@ def _limits(provenance: dict[str, Any], license: str | None, linked: str, facts:
             "Quantized matrices are dequantized for each product, which saves memory but is not faster. To fine-tune, export without "
             "quantization."
         )
+    if provenance["size"].get("bits_per_weight") is not None and provenance["format"] == COMPRESSED_TENSORS:
+        limits.append(
+            "Codes are exact. Step sizes are float32 in the files. They are converted to the dtype in which the model is loaded: each row "
+            "of a bfloat16 model is scaled by up to 1 ± 2^-9."
+        )
+    elif provenance["size"].get("bits_per_weight") is not None:
+        limits.append("Codes take one byte per weight in memory. Coded layers can't be trained, with or without LoRA.")
     limits.append(
         f"License: {license}, that of the base model." if license else "License: that of the base model, which was not found. Check it."
     )

@@ -1,6 +1,6 @@
 """Export one size of an artifact as a folder for transformers: a plain model in its smallest form, with tokenizer and metadata.
 
-model*.safetensors       the weights of this size, in shards; their bytes are those of the cut
+model*.safetensors       the weights of this size, in shards; their bytes are those of the cut, coded layers as Huffman codes
 config.json              the base model's config, and the form and rank of each target layer (acip/modeling_acip.py)
 modeling_acip.py         the code of these layers, for machines without acip
 tokenizer files          with the chat template
@@ -17,14 +17,15 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from acip.artifact.artifact import Artifact
@@ -34,8 +35,8 @@ from acip.base import quiet_progress
 from acip.errors import ArtifactError
 from acip.export.card import card, shown
 from acip.export.quantization import Kind, kind_of, quantize_in_place
-from acip.modeling_acip import CompressedModel, LowRankLinear, PivotLinear, classes
-from acip.sizing.cut_table import Cut
+from acip.modeling_acip import CodedLinear, CompressedModel, LowRankLinear, PivotLinear, classes
+from acip.sizing.cut_table import Cut, CutTable
 from acip.sizing.elastic_model import ElasticModel
 from acip.utils.checksums import sha256
 
@@ -67,11 +68,20 @@ def compressed_model(any_size: ElasticModel, kind: Kind | None = None) -> PreTra
     plain = any_size.materialize()
     model = empty_model(plain)
     model.config.acip["layers"] = {name: _row(model.get_submodule(name), plain.get_submodule(name)) for name in any_size.layers}
+    assert any_size.cut is not None
+    if stored_in_fewer_bytes(any_size.cut, any_size.table):
+        model.config.acip["bfloat16"] = {}
     move_modules(model, plain)
     model.requires_grad_(True)
     if kind is not None:
         quantize_in_place(model, kind)
     return model
+
+
+def stored_in_fewer_bytes(cut: Cut, table: CutTable) -> bool:
+    """Return whether the bytes of a cut are those of encoded tensors: coded layers, or the base model within a budget of bytes."""
+    base = cut.bits is None and not any(cut.ranks.values())
+    return cut.versions is not None or (base and cut.bytes is not None and cut.bytes < table.base_bytes)
 
 
 def empty_model(plain: PreTrainedModel, mixin: type | None = None) -> PreTrainedModel:
@@ -130,26 +140,37 @@ def write(
     folder: Path,
     max_shard_size: str | int = "5GB",
     facts: Mapping[str, Any] | None = None,
+    tensors: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Write the export of a model that `compressed_model` made, and return its provenance."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    partial, earlier = temporary / "new", temporary / "earlier"
-    try:
-        partial.mkdir()
+    """Write the export of a model that `compressed_model` made, and return its provenance.
+
+    Give `tensors` for a model of a class of transformers whose files hold other tensors than it does in memory.
+    """
+    with replaced(folder) as partial:
         ends = _keep_ends(model, artifact)
         with quiet_progress():
-            CompressedModel.save_pretrained(model, partial, max_shard_size=max_shard_size)  # type: ignore[arg-type]
+            if tensors is None:
+                CompressedModel.save_pretrained(model, partial, max_shard_size=max_shard_size)  # type: ignore[arg-type]
+            else:
+                model.save_pretrained(partial, state_dict=tensors, max_shard_size=max_shard_size)
         tokenizer = artifact.tokenizer()
         tokenizer.save_pretrained(partial)
         _check(partial, tokenizer, ends)
         provenance = {**(facts or {}), **_provenance(model, cut, artifact, partial)}
         (partial / "README.md").write_text(card(provenance, artifact, folder.name), encoding="utf-8")
-        provenance["files"] = _files(partial)
-        with (partial / PROVENANCE).open("w", encoding="utf-8") as file:
-            json.dump(provenance, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        write_provenance(partial, provenance)
+    return provenance
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that replaces `folder` at the end of the block, unless the block raises."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    partial, earlier = temporary / "new", temporary / "earlier"
+    try:
+        partial.mkdir()
+        yield partial
         if folder.exists():
             folder.rename(earlier)
         try:
@@ -160,7 +181,15 @@ def write(
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return provenance
+
+
+def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
+    """Add all files in `folder` to the provenance, and write it there."""
+    provenance["files"] = _files(folder)
+    with (folder / PROVENANCE).open("w", encoding="utf-8") as file:
+        json.dump(provenance, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def check_target(folder: str | Path) -> Path:
@@ -193,6 +222,8 @@ def files_of(folder: Path) -> set[str]:
 
 def _row(original: nn.Module, layer: nn.Module) -> dict[str, Any]:
     """Return the entry of a layer in the config: its form and rank."""
+    if isinstance(layer, CodedLinear):
+        return {"form": "codes", "rank": None}
     if isinstance(layer, PivotLinear):
         return {"form": "pivot", "rank": layer.rank}
     if isinstance(layer, LowRankLinear):
@@ -235,7 +266,7 @@ def _check(folder: Path, tokenizer: Any, ends: list[int]) -> None:
 
 
 def _provenance(model: PreTrainedModel, cut: Cut, artifact: Artifact, folder: Path) -> dict[str, Any]:
-    facts = {key: value for key, value in asdict(cut).items() if key != "ranks"}
+    facts = {key: value for key, value in asdict(cut).items() if key not in ("ranks", "versions")}
     manifest = public(artifact.manifest)
     return {
         "acip_export": SCHEMA,
@@ -243,12 +274,11 @@ def _provenance(model: PreTrainedModel, cut: Cut, artifact: Artifact, folder: Pa
         "recipe": manifest["recipe"],
         "artifact": manifest["provenance"],
         "size": {**facts, "unit": cut.unit},
-        "quantize": model.config.acip["quantize"],
+        **_stored_as(model.config),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "storage": _forms(model.config.acip["layers"]),
         "weight_bytes": tensor_bytes(folder),
         "curve": manifest["curve"],
-        "packages": {name: _version(name) for name in ("acip", "torch", "transformers", "safetensors")},
+        "packages": versions("acip", "torch", "transformers", "safetensors"),
     }
 
 
@@ -273,10 +303,20 @@ def tensor_bytes(folder: str | Path) -> int:
     return sum(TensorFile(Folder(path.parent), path.name).data_bytes for path in Path(folder).glob("*.safetensors"))
 
 
-def _forms(layers: Mapping[str, Any]) -> dict[str, int]:
-    """Return how many layers have each form."""
-    forms = [row["form"] for row in layers.values()]
-    return {form: forms.count(form) for form in sorted(set(forms))}
+def _stored_as(config: Any) -> dict[str, Any]:
+    """Return the format of an export, its quantization, and how many layers have each form."""
+    acip = getattr(config, "acip", None)
+    if acip is None:
+        groups = config.quantization_config["config_groups"].values()
+        storage = {f"{group['weights']['num_bits']} bit": len(group["targets"]) for group in groups}
+        return {"format": config.quantization_config["quant_method"], "quantize": None, "encoded": False, "storage": storage}
+    forms = [row["form"] for row in acip["layers"].values()]
+    return {
+        "format": "transformers",
+        "quantize": acip["quantize"],
+        "encoded": acip.get("bfloat16") is not None,
+        "storage": {form: forms.count(form) for form in sorted(set(forms))},
+    }
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -285,11 +325,13 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def versions(*packages: str) -> dict[str, str | None]:
+    """Return the installed version of each package; None if it is not installed as a package."""
+    found: dict[str, str | None] = dict.fromkeys(packages)
+    for package in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _some(names: set[str]) -> str:

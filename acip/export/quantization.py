@@ -105,12 +105,18 @@ def counted(budget: Budget, kind: Kind | Literal["best"] | None) -> Budget:
 def kind_of(cut: Cut, kind: Kind | Literal["best"] | None) -> Kind | None:
     """Return the kind to quantize a cut to, if `kind` is requested; None for no quantization.
 
-    A cut whose budget was counted in 8 or 4 bit is quantized by default. Raise ArtifactError for a `kind` with more bits than that.
+    A cut whose budget was counted in 8 or 4 bit is quantized by default. Raise ArtifactError for a `kind` with more bits than that, and
+    for coded layers.
     """
     if kind == BEST:
         kind = None
     if kind is not None:
         _check_kind(kind)
+    if kind is not None and cut.versions is not None:
+        raise ArtifactError(
+            f"this size is stored in codes of {cut.bits_per_weight:.2f} bits per weight, and can't be quantized to {kind}. Omit the kind, "
+            'or ask for a size of ranks, such as Budget(ratio=0.6, convention="linear").'
+        )
     if cut.bits is None:
         return kind
     if kind is None:

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from acip.layers.adapters import LoRA
-from acip.layers.coded_linear import CodedLinear
 from acip.layers.compressible import Compressible
 from acip.layers.directions import DirectionMatrix, product
-from acip.modeling_acip import LowRankLinear, PivotLinear, plain_linear, widened
+from acip.modeling_acip import CodedLinear, LowRankLinear, PivotLinear, plain_linear, widened
 from acip.recipe import Storage
 
 

@@ -17,8 +17,9 @@ neighbors and discards their results.
 Each row's result equals that of its size alone, except for rounding differences between shapes.
 """
 
+import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,14 +69,18 @@ class Mixer:
         self._plans: OrderedDict[Runs, list[tuple[Group, ...]]] = OrderedDict()
         self._bytes: dict[Runs, int] = {}
         self._now: Runs | None = None
+        self._lock = threading.Lock()  # `keep` is called from other threads
 
     def set(self, runs: Sequence[tuple[Size, int]]) -> None:
         """Prepare the layers for a batch with these runs of rows, in order of falling size."""
         key = tuple((size.key, rows) for size, rows in runs)
         if len(key) == 1:  # one size: the number of rows does not matter
             key = ((key[0][0], -1),)
-        if key == self._now:
-            return
+        with self._lock:
+            if key != self._now:
+                self._set(key, runs)
+
+    def _set(self, key: Runs, runs: Sequence[tuple[Size, int]]) -> None:
         if key not in self._plans:
             sizes = [(size, 1 if len(key) == 1 else rows) for size, rows in runs]  # one row of a mask is broadcast to all rows
             self._plans[key] = [_groups([(size.form(name), rows) for size, rows in sizes], layer) for name, layer in self.layers.items()]
@@ -87,8 +92,20 @@ class Mixer:
             layer.groups = groups
         self._now = key
 
+    def keep(self, sizes: Collection[tuple[int, int]]) -> None:
+        """Drop the plans of all other sizes, given by their keys: plans hold weights in memory. No batch may be running with others."""
+        with self._lock:
+            for runs in [runs for runs in self._plans if any(key not in sizes for key, _ in runs)]:
+                del self._plans[runs], self._bytes[runs]
+            if self._now is not None and any(key not in sizes for key, _ in self._now):
+                self._clear()
+
     def clear(self) -> None:
         """Return to one size for all rows. The caller must set it afterwards."""
+        with self._lock:
+            self._clear()
+
+    def _clear(self) -> None:
         for layer in self.layers.values():
             layer.groups = None
         self._now = None

@@ -60,9 +60,17 @@ def pack(model: nn.Module) -> None:
 
     The copies take as many bytes as the weights. Use it for models that generate on a CPU: an export or an any-size model.
     """
-    for name, module in list(model.named_modules()):
-        if (type(module) is nn.Linear or type(module).__name__ == "Conv1D") and packable(module.weight):
-            set_module(model, name, PackedLinear(module))
+    for name, module in unpacked(model):
+        set_module(model, name, PackedLinear(module))
+
+
+def unpacked(model: nn.Module) -> list[tuple[str, Any]]:
+    """Return (name, layer) of the linear layers of `model` that `pack` replaces."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or type(module).__name__ == "Conv1D") and packable(module.weight)  # type: ignore[arg-type]
+    ]
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

@@ -57,6 +57,11 @@ def measured_on(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: row.get(key, default) for key, default in COMPARABLE_FIELDS.items()}
 
 
+def is_coded(row: Mapping[str, Any]) -> bool:
+    """Return whether a row of a curve is of a coded size. Its `got` is a share of the base model's bytes; else it is a `linear` ratio."""
+    return BITS_PER_WEIGHT in row
+
+
 UNITS = {
     "ratio": "ratio",
     "params": "parameters",
@@ -259,7 +264,7 @@ class Curve:
 
         The curve ends before the first loss that is not finite. Return None if it has no points.
         """
-        over_ranks = [row for row in rows if BITS_PER_WEIGHT not in row]
+        over_ranks = [row for row in rows if not is_coded(row)]
         measured: list[tuple[Any, Any]] = [(row.get("got", row.get("asked")), _measured(row, bits, value)) for row in over_ranks]
         if bits is not None or value == "kl":  # skip sizes that were not measured so
             measured = [(size, loss) for size, loss in measured if loss is not None]
@@ -268,8 +273,8 @@ class Curve:
     @classmethod
     def over_bytes(cls, rows: Sequence[Mapping[str, Any]], exact: float, value: Literal["loss", "kl"] = "loss") -> "Curve | None":
         """Return the curve over bytes of the rows of coded sizes, and of the base model, which takes the share `exact` of its bytes."""
-        measured = [(row.get("got"), _measured(row, None, value)) for row in rows if BITS_PER_WEIGHT in row]
-        base = [(exact, _measured(row, None, value)) for row in rows if BITS_PER_WEIGHT not in row and row.get("got") == 1.0]
+        measured = [(row.get("got"), _measured(row, None, value)) for row in rows if is_coded(row)]
+        base = [(exact, _measured(row, None, value)) for row in rows if not is_coded(row) and row.get("got") == 1.0]
         return cls._of([point for point in (*base, *measured) if point[1] is not None]) if measured else None
 
     @classmethod

@@ -44,6 +44,7 @@ from acip.recipe import Storage
 from acip.sizing.budget import ALL_BITS, MEGA, UNITS, Bits, Budget, Convention, Curve, Decoder, as_perplexity, rounded_up
 from acip.sizing.byte_sizes import ByteSizes
 
+CODED_BUDGETS = "a ratio in the convention bytes, stored_bytes, memory_mb, max_perplexity, max_loss_increase or max_kl"
 PLACE = 8  # bytes of a row's place in the pivot form (int64)
 
 
@@ -349,7 +350,8 @@ class CutTable:
         if n == len(sums):
             name = budget.convention if budget.ratio is not None else budget.kind
             least = self._smallest(budget, int(sums[-1]) + constant, scale)
-            raise BudgetError(f"size {budget.asked!r} ({name}) can't be reached: the smallest is {least}.")
+            only = "" if len(self.order) else f" This artifact holds codes only: give {CODED_BUDGETS}."
+            raise BudgetError(f"size {budget.asked!r} ({name}) can't be reached: the smallest is {least}.{only}")
         return n, got(n)
 
     def _amount(self, budget: Budget) -> tuple[Tensor, int, int]:

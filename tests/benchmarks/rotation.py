@@ -19,7 +19,9 @@ class RotatedNorm(nn.Module):
 
     def __init__(self, norm: nn.Module, matrix_HH: Tensor) -> None:
         super().__init__()
-        self.norm, self.matrix_HH = norm, matrix_HH
+        self.norm = norm
+        self.register_buffer("matrix_HH", matrix_HH, persistent=False)
+        self.matrix_HH: Tensor
 
     def forward(self, x_BTH: Tensor) -> Tensor:
         return self.norm(x_BTH) @ self.matrix_HH

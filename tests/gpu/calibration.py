@@ -23,6 +23,8 @@ from acip.calibration.losses import next_token
 from acip.calibration.memory_plan import Memory, predict
 from acip.calibration.parametrize import parametrize
 from acip.calibration.state import CalibrationState, StepReport
+from acip.coding.coded_model import code_layer, step_scales
+from acip.coding.statistics import layer_statistics
 from acip.data import TokenBatches
 from acip.layers.targets import find_linears, targets, weight_MN
 from acip.recipe import Recipe
@@ -91,6 +93,9 @@ def run(report: Report, scale: Scale) -> None:
         with report.row("13B's shape with gradient checkpointing") as row:
             larger(row, report, benchmark)
         free(scale)
+    with report.row("codes of two layers, all versions") as row:
+        codes(row, report, recipe, windows, scale)
+    free(scale)
     with report.row("SVD of one layer, float32") as row:
         svd(row, report, benchmark, block_s[0])
 
@@ -297,6 +302,29 @@ def larger(row: Row, report: Report, benchmark: CalibrationBenchmark) -> None:
     taken = seconds_now(scale) - start_times[0]
     row.show(f"{taken / len(calibration.history):.2f} s a step, {benchmark.tokens * len(calibration.history) / taken:,.0f} tokens/s")
     add_memory(row, memory, "post-tune", peak(scale))
+
+
+def codes(row: Row, report: Report, recipe: Recipe, windows: Tensor, scale: Scale) -> None:
+    """Time the statistics of one block, and the codes of its first and its widest layer, and compare the peak with its prediction."""
+    if scale.cuda and report.remaining_s() < 60:
+        row.show(f"skipped: only {report.remaining_s():.0f} s are left")
+        return
+    model = random_llama({**scale.llama, "num_hidden_layers": 1}, scale)
+    memory, linears = predict(model, replace(recipe, code="both"), scale.device), find_linears(model)
+    free(scale)
+    reset_peak(scale)
+    start = seconds_now(scale)
+    statistics = layer_statistics(model, linears, windows[:4])
+    gathered = seconds_now(scale)
+    chosen = {name: linears[name] for name in linears if name.endswith(("q_proj", "down_proj"))}
+    scales = step_scales(chosen, statistics)
+    taken = []
+    for name, linear in chosen.items():
+        began = seconds_now(scale)
+        code_layer(linear, statistics[name], scales)
+        taken.append(f"{seconds_now(scale) - began:.1f} s for {' x '.join(map(str, weight_MN(linear).shape))}")
+    row.show(", ".join(taken), f"statistics of a block: {(gathered - start) / 4:.2f} s a window", statistics_s=gathered - start)
+    add_memory(row, memory, "code", peak(scale))
 
 
 def svd(row: Row, report: Report, benchmark: CalibrationBenchmark, block_s: float) -> None:

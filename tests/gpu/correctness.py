@@ -18,8 +18,12 @@ from acip.base import Base, load_base
 from acip.calibration.activation_covariance import activation_covariances
 from acip.calibration.bases import accuracy, solve
 from acip.calibration.loop import Calibration, calibrate, trial_step
+from acip.calibration.memory_plan import statistics_bytes
 from acip.calibration.parametrize import parametrize, restore
 from acip.calibration.state import CalibrationState, StepReport
+from acip.coding.coded_model import code_layer, step_scales
+from acip.coding.grouped_statistics import grouped_statistics
+from acip.coding.scratch import Scratch
 from acip.data import TokenBatches
 from acip.export.quantization import quantized
 from acip.layers.adapters import LoRA
@@ -88,6 +92,7 @@ def run(report: Report, scale: Scale) -> None:
             "gradient checkpointing changes nothing": recomputed,
             "bases solved in batches are as accurate as on the CPU": bases,
             "8-bit matrices equal those of the CPU": eight_bit,
+            "codes are as good as those of the CPU": codes,
             "sampled tokens equal those of the CPU": sampled,
         }
         for name, check in checks.items():
@@ -265,6 +270,33 @@ def eight_bit(row: Row, small: Small) -> None:
         on_cpu = quantized(linear, "int8").dequantized(torch.float32)
         on_device = quantized(linear.to(small.scale.device), "int8").dequantized(torch.float32)
         close(row, "int8", on_device, on_cpu, 1e-2)  # allows one step of 127, for different rounding
+
+
+def codes(row: Row, small: Small) -> None:
+    """Compare statistics that are gathered in several passes, and the bytes and predicted losses of codes."""
+    rates = (2.0, 4.0, 6.0)
+    sides = []
+    for device in ("cpu", small.scale.device):
+        model = load_base(small.source, "float32").model.requires_grad_(False)
+        model.to(device)  # type: ignore[arg-type]
+        linears = find_linears(model)
+        limit = sum(statistics_bytes(*weight_MN(linear).shape) for linear in linears.values()) / 3
+        statistics = grouped_statistics(model, linears, small.windows[:8], Scratch(small.folder), limit)
+        scales = step_scales(linears, statistics, rates)
+        sides.append((statistics, {name: code_layer(linear, statistics[name], scales) for name, linear in linears.items()}))
+    (expected_statistics, expected), (statistics, coded) = sides
+    worst = {"bytes": 0.0, "loss": 0.0}
+    for name, layer in coded.items():
+        close(row, f"metric of {name}", statistics[name].metric, expected_statistics[name].metric, 1e-3)
+        close(row, f"importance of {name}", statistics[name].importance, expected_statistics[name].importance, 1e-3)
+        for actual, reference in zip(layer.facts, expected[name].facts, strict=True):
+            worst["bytes"] = max(worst["bytes"], abs(actual.bytes / reference.bytes - 1))
+            worst["loss"] = max(worst["loss"], abs(actual.loss / reference.loss - 1))
+    row.numbers |= {f"worst_{name}": value for name, value in worst.items()}
+    # a code at the boundary of two steps may be rounded the other way, which changes the codes after it in its row
+    row.require(
+        worst["bytes"] < 0.01 and worst["loss"] < 0.05, f"bytes differ by {worst['bytes']:.1%}, losses by {worst['loss']:.1%}", "1% and 5%"
+    )
 
 
 def sampled(row: Row, small: Small) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import ray
-from acip_platform.evaluation.measure import Model, Parts, _measure, measure_sizes, measure_tasks, record
+import torch
+from acip_platform.evaluation.measure import SIZE_FACTS, Model, Parts, _measure, measure_sizes, measure_tasks, record
 from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store, StoreError
@@ -22,7 +23,9 @@ from acip.artifact.manifest import MANIFEST
 from acip.data import documents, token_windows
 from acip.errors import EvaluationError
 from acip.evaluate import DivergenceOn, PerplexityOn, Samples, Text, evaluate, trade_off
-from acip.sizing.budget import Budget
+from acip.sizing.budget import Budget, is_coded
+from jobs import evaluate as evaluate_job
+from tests.acip.artifact.test_codes_file import calibrated_with_codes, llama
 from tests.conftest import byte_tokenizer
 from tests.support.near_ties import assert_close_divergence
 
@@ -151,7 +154,7 @@ def test_known_measurements_load_no_model(small_artifact: Artifact, tmp_path: Pa
     events = SimpleNamespace(put=SimpleNamespace(remote=lambda event: None))
 
     def measure(model: Model, size: float) -> Any:
-        return task._function(model, size, [Samples(("It was",))], settings, 1, events)
+        return task._function(model, Budget(size), [Samples(("It was",))], settings, 1, events)
 
     artifact, base = Model(str(small_artifact.folder)), Model(base=small_artifact.manifest["base"]["source"])
     first = [measure(artifact, 0.6), measure(base, 1.0)]
@@ -161,7 +164,7 @@ def test_known_measurements_load_no_model(small_artifact: Artifact, tmp_path: Pa
         monkeypatch.setattr(name, lambda *_: pytest.fail("the model was loaded"))
     assert [measure(artifact, 0.6), measure(base, 1.0)] == first
 
-    row = task._function(calibrated, 0.5, [PerplexityOn(Text(context=64, windows=4))], settings, 1, events)
+    row = task._function(calibrated, Budget(0.5), [PerplexityOn(Text(context=64, windows=4))], settings, 1, events)
     curve_row = Artifact.open(calibrated.uri).curve[-1]
     perplexity = row["evaluation"][0]["values"]["perplexity"]
     assert (row["asked"], perplexity) == (0.5, curve_row["perplexity"]), "the perplexity comes from the curve"
@@ -176,7 +179,7 @@ def test_another_model_is_compared_with_a_reference(small_artifact: Artifact, ex
 
     def measure(reference: str) -> Any:
         metrics = [replace(divergence, reference=reference), PerplexityOn(divergence.text)]
-        return task._function(Model(base=str(exported), dtype="float32"), 1.0, metrics, settings, 1, events)
+        return task._function(Model(base=str(exported), dtype="float32"), Budget(1.0), metrics, settings, 1, events)
 
     part, alone = measure(small_base)["evaluation"]
     any_size = small_artifact.load(size=0.6)
@@ -199,7 +202,7 @@ def test_resources_that_no_node_has_are_refused(node: dict[str, float], cpus: fl
     """A request must fit on one node. Two smaller nodes do not help: Ray would wait forever."""
     settings = Settings.from_env({"ACIP_HOME": str(tmp_path)})
     with pytest.raises(EvaluationError, match=r"needs [01] GPUs and 3 CPUs; no node has them"):
-        next(measure_sizes(Model("x"), (1.0, 0.5), [], settings, None, [node, node], cpus))
+        next(measure_sizes(Model("x"), (Budget(1.0), Budget(0.5)), [], settings, None, [node, node], cpus))
 
 
 def test_parts_and_curves_are_kept_on_s3(
@@ -239,6 +242,70 @@ def test_a_fleet_measures_its_tasks(small_artifact: Artifact, tmp_path: Path) ->
     assert measure_tasks(replace(job, tasks=()), artifact, artifact.load(), "", run, settings, lambda _, text: None) is artifact
 
 
+@pytest.fixture(scope="module")
+def coded_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Return an artifact whose layers are also coded, with a curve over ranks and over bytes."""
+    torch.manual_seed(0)
+    base, calibration, codes = calibrated_with_codes(llama())
+    artifact = Artifact.save(tmp_path_factory.mktemp("coded") / "coded", base, calibration, {}, codes)
+    windows = token_windows(documents("package:wikipedia", "heldout"), byte_tokenizer(), 32, 4)
+    sizes = [1.0, 0.5, *(Budget(size, "bytes") for size in (0.7, 0.6))]
+    return artifact.record_curve(trade_off(artifact.load(), windows, "package:wikipedia", sizes, artifact.recipe.stop_ratio))
+
+
+def test_a_number_is_a_share_of_the_bytes_of_an_artifact_with_codes(
+    coded_artifact: Artifact, tmp_path: Path, command: Callable[..., tuple[int, str]]
+) -> None:
+    folder = shutil.copytree(coded_artifact.folder, tmp_path / "coded")
+    arguments = ["--artifact", str(folder), "--new-tokens", "3", "--prompt-tokens", "8", "--skip", "samples"]
+    code, output = command(*arguments, "--sizes", "1.0", "0.65")
+    assert code == 0, output
+    code, output = command(*arguments, "--sizes", "0.65", "--convention", "linear")
+    assert code == 0, output
+    assert "sizes 0.65 (bytes)" not in " ".join(output.split())
+    (file,) = (tmp_path / "home" / "evaluations").glob("coded-*.json")
+    base, ranks, coded = json.loads(file.read_text())
+    table = coded_artifact.table()
+    assert coded["got"] == table.cut(Budget(0.65, "bytes")).sizes["bytes"]
+    assert ranks["got"] == table.cut(Budget(0.65)).sizes["linear"]
+    assert base["got"] == 1.0
+    values = {row["got"]: {part["kind"]: part["values"] for part in row["evaluation"]} for row in (ranks, coded)}
+    assert values[coded["got"]]["efficiency"]["stored_bytes"] == coded["bytes"]
+    assert values[coded["got"]]["divergence"] != values[ranks["got"]]["divergence"], "parts of different models have different places"
+
+    curve = Artifact.open(folder).curve
+    assert [(row["asked"], is_coded(row)) for row in curve] == [
+        (1.0, False),
+        (0.65, False),
+        (0.5, False),
+        (0.7, True),
+        (0.65, True),
+        (0.6, True),
+    ]
+    tracking = Tracking(Settings.from_env(), "acip/evaluation")
+    (run,) = tracking.client.search_runs([tracking.experiment_id])
+    for name, step in (("size/got", {100, 65}), ("bytes/size/got", {650})):
+        assert {metric.step for metric in tracking.client.get_metric_history(run.info.run_id, name)} == step
+
+
+def test_the_sizes_of_a_curve_are_measured_in_their_conventions(coded_artifact: Artifact) -> None:
+    args = evaluate_job.arguments(["--artifact", str(coded_artifact.folder)])
+    expected = [Budget(1.0), Budget(0.5), Budget(0.7, "bytes"), Budget(0.6, "bytes")]
+    assert evaluate_job.sizes_of(args, coded_artifact) == expected
+    args = evaluate_job.arguments(["--artifact", str(coded_artifact.folder), "--sizes", "0.6", "--convention", "paper"])
+    assert evaluate_job.sizes_of(args, coded_artifact) == [Budget(0.6, "paper")]
+
+
+def test_a_coded_size_is_known_from_the_curve(coded_artifact: Artifact, tmp_path: Path) -> None:
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home")})
+    model, table = Model(str(coded_artifact.folder)), coded_artifact.table()
+    for row in coded_artifact.curve:
+        parts = Parts.of(settings, model, coded_artifact, table.cut(Budget(row["asked"], row["convention"])))
+        assert parts["size"] == {key: row[key] for key in SIZE_FACTS if key in row}
+    places = {Parts.of(settings, model, coded_artifact, table.cut(Budget(size, "bytes"))).place for size in (0.6, 0.7)}
+    assert len(places | {Parts.of(settings, model, coded_artifact, table.cut(Budget(1.0))).place}) == 3
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -249,6 +316,7 @@ def test_a_fleet_measures_its_tasks(small_artifact: Artifact, tmp_path: Path) ->
         (["--data", "c4"], "c4 can't be fetched from the hub"),
         (["--protocol", "feild"], "did you mean 'field'"),
         (["--sizes", "8GB"], "'8GB' is not a size ratio"),
+        (["--convention", "bytes"], "--convention needs --sizes"),
         (["--all-documents"], "--all-documents needs --data"),
         (["--out", "."], "Is a directory"),
         (["--pool", "many"], "the pool is 'many'; it must be like 8xGPU:1,CPU:14"),

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from acip_platform.settings import Settings
 from acip_platform.tracking.registry import Registry
 
 from acip.artifact.artifact import Artifact
 from acip.export.folder import PROVENANCE, tensor_bytes
+from tests.acip.artifact.test_codes_file import calibrated_with_codes, llama
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,9 +76,36 @@ def test_fit_to_bytes_quantized_bytes_and_memory(command: Command, small_artifac
     assert code == 0 and "MB (memory_mb)" in output
 
 
+def test_sizes_of_an_artifact_with_codes_are_bytes_by_default(command: Command, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, calibration, codes = calibrated_with_codes(llama(64, dtype=torch.bfloat16))
+    artifact = Artifact.save(tmp_path / "artifact", base, calibration, {}, codes)
+    base_bytes = artifact.table().base_bytes
+    code, output = command(artifact.folder, "--size", "0.5", "--out", tmp_path / "out")
+    assert code == 0, output
+    provenance = json.loads((tmp_path / "out" / PROVENANCE).read_text())
+    stored, bits = provenance["size"]["bytes"], provenance["size"]["bits_per_weight"]
+    assert 0.4 * base_bytes < stored == tensor_bytes(tmp_path / "out") <= 0.5 * base_bytes
+    assert (
+        "asked      0.5 (bytes)" in output and f"size       {stored:,} stored bytes" in output and f"{bits:.2f} bits per weight" in output
+    )
+    assert f"weights    {stored:,} bytes (codes and" in output and "import acip" in output and "where calibration stopped" not in output
+    code, output = command(artifact.folder, "--size", "0.5", "--convention", "linear", "--out", tmp_path / "out")
+    assert code == 0 and "asked      0.5 (linear)" in output and "of the layers" in output, output
+    code, output = command(artifact.folder, "--size", "1.0", "--out", tmp_path / "out")
+    assert code == 0 and "(bfloat16, encoded without loss)" in output, output
+    code, output = command(artifact.folder, "--size", "0.5", "--format", "compressed-tensors", "--out", tmp_path / "out")
+    assert code == 0 and f"others in bfloat16; {stored:,} in the artifact" in output and "import acip" not in output, output
+    assert tensor_bytes(tmp_path / "out") > stored
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
+        (["--fit", "1MB", "--convention", "model"], 2, "--convention is the count of a ratio"),
+        (["--size", "0.5", "--format", "compressed-tensors"], 2, "this size has none"),
+        (["--size", "0.5", "--format", "compressed-tensors", "--quantize", "nf4"], 2, "Leave --all-sizes and --quantize out"),
+        (["--size", "0.5", "--format", "gguf", "--convention", "linear"], 2, "--format gguf counts bytes"),
         (["--size", "0.5", "--fit", "1GB"], 2, "not allowed with"),
         ([], 2, "one of the arguments --size --fit --all-sizes is required"),
         (["--size", "big"], 2, "is not a budget"),
@@ -88,6 +117,9 @@ def test_fit_to_bytes_quantized_bytes_and_memory(command: Command, small_artifac
         (["--size", "0.5", "--quantize", "int3"], 2, "invalid choice"),
         (["--size", "0.5", "--push", "nobody"], 2, "must be OWNER/NAME"),
         (["--size", "0.5", "--max-shard-size", "5"], 2, "must be like"),
+        (["--size", "0.5", "--format", "gguf", "--quantize", "nf4"], 2, "Leave --all-sizes, --quantize and --context out"),
+        (["--size", "0.5", "--text", "package:austen"], 2, "--text is for --format gguf"),
+        (["--size", "800K params", "--format", "gguf"], 2, "needs a size in bytes, not params"),
         (["--fit", "1KB"], 2, "can't be reached: the smallest is"),
         (["--size", "ppl<=20"], 2, "no curve was measured"),
     ],
@@ -98,6 +130,20 @@ def test_invalid_arguments_are_refused(
     actual_code, output = command(small_artifact.folder, *args, "--out", tmp_path / "out")
     assert (actual_code, message in output) == (code, True), output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_gguf_file_of_a_number_of_bytes(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (pip install llama-cpp-python compiles it)")
+    out = tmp_path / "out"
+    for size, most in (("--fit", "450KB"), 450_000), (("--size", "0.25"), small_artifact.table().base_bytes // 4):
+        code, output = command(small_artifact.folder, *size, "--format", "gguf", "--out", out)
+        assert code == 0, output
+        written = (out / "model.gguf").stat().st_size
+        assert 0.95 * most < written <= most
+        assert f"asked      {most:,} bytes" in output and f"got        {written:,} bytes" in output
+    code, output = command(small_artifact.folder, "--fit", "1KB", "--format", "gguf", "--out", out)
+    assert code == 2 and "1,000 bytes are too few: the smallest GGUF file" in output
 
 
 def test_folders_without_an_export_are_not_overwritten(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from shutil import copytree
@@ -124,9 +125,36 @@ def test_size_is_materialized_once(settings: Settings, version: ModelVersion, an
     assert torch.equal(logits(read(folder), heldout_tokens[:4]), logits(any_size.materialize(), heldout_tokens[:4]))
     assert record["size"] == {
         "unit": "ratio", "ratio": record["size"]["got"],
-        "asked": 0.6, "got": cut.got, "convention": "linear", "params": cut.params, "bytes": tensor_bytes(folder), "extrapolated": False,
+        "asked": 0.6, "got": cut.got, "convention": "linear", "params": cut.params, "bytes": tensor_bytes(folder),
+        "bits_per_weight": None, "extrapolated": False,
     }  # fmt: skip
     assert (record["model"], record["version"], record["quantize"]) == ("small", "1", None)
+
+
+def test_a_coded_size_is_materialized_once(settings: Settings, coded_artifact: Artifact, heldout_tokens: torch.Tensor) -> None:
+    version = ModelVersion("coded", "1", str(coded_artifact.folder), ("champion",), {})
+    table, budget = coded_artifact.table(), Budget(ratio=0.4, convention="bytes")
+    cut = table.cut(budget)
+
+    async def scenario() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        sizes = Materializations(settings)
+        assert await sizes.convention(version) == "bytes"
+        record = await finished_record(sizes, (await sizes.start(version, budget))["id"])
+        same = await sizes.start(version, Budget(stored_bytes=cut.bytes))
+        base = await finished_record(sizes, (await sizes.start(version, Budget(ratio=1.0)))["id"])
+        return record, same, base
+
+    record, same, base = run(scenario())
+    assert record["status"] == base["status"] == "succeeded", (record, base)
+    assert same == record
+    assert base["id"] != record["id"]
+    folder = Path(record["uri"])
+    assert re.match(r"size-0\.\d{4}-bytes-", folder.name)
+    check(folder, record)
+    assert (record["size"]["convention"], record["size"]["got"], record["size"]["bytes"]) == ("bytes", cut.got, cut.bytes)
+    assert record["size"]["bits_per_weight"] == cut.bits_per_weight
+    tokens = heldout_tokens[:2, :32]
+    assert torch.equal(logits(read(folder), tokens), logits(coded_artifact.load(size=budget).materialize(), tokens))
 
 
 def test_materialization_from_s3_to_s3(

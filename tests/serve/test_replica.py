@@ -46,6 +46,11 @@ def version(name: str, uri: object) -> ModelVersion:
     return ModelVersion(name, "1", str(uri), ("champion",), {})
 
 
+def weight_bytes(artifact: Artifact) -> int:
+    """Return the bytes of all weights of an artifact without codes in memory."""
+    return sum(artifact.tensors(file).decoded_bytes for file in ("factors", "dense", "rest"))
+
+
 def wait_for_state(engine: EngineReplica, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """Wait until the state of a replica fulfills a condition, and return the state."""
     state: dict[str, Any] = {}
@@ -114,7 +119,7 @@ def test_concurrent_requests_load_a_model_once(
 
 def test_weights_are_packed_only_if_memory_is_free(start: Start, small_artifact: Artifact) -> None:
     unlimited = start(version("small", small_artifact.folder)).models  # loads the model at the same time
-    needs = sum(small_artifact.manifest["files"][file]["bytes"] for file in model_cache.WEIGHTS)
+    needs = weight_bytes(small_artifact)
     for limit_bytes, packed in ((needs, False), (2 * needs, True)):
         limited = model_cache.ModelCache(unlimited.engine, unlimited.store, "cpu", limit_bytes)
         layers = limited.get(version("small", small_artifact.folder)).any_size.layers.values()
@@ -124,13 +129,13 @@ def test_weights_are_packed_only_if_memory_is_free(start: Start, small_artifact:
 
 def test_packed_weights_are_evicted_before_models(start: Start, small_artifact: Artifact) -> None:
     unlimited = start(version("small", small_artifact.folder)).models
-    needs = sum(small_artifact.manifest["files"][file]["bytes"] for file in model_cache.WEIGHTS)
+    needs = weight_bytes(small_artifact)
     limited = model_cache.ModelCache(unlimited.engine, unlimited.store, "cpu", 2 * needs)
     first = limited.get(version("first", small_artifact.folder))
-    assert (first.packed_bytes > 0) == packable(torch.empty(1, 1))
+    assert (first.weights.packed_bytes > 0) == packable(torch.empty(1, 1))
     second = limited.get(version("second", small_artifact.folder))
     assert limited.resident == [first, second]
-    assert first.packed_bytes == second.packed_bytes == 0
+    assert first.weights.packed_bytes == second.weights.packed_bytes == 0
     assert limited.used_bytes == 2 * needs
     engine: Any = unlimited.engine
     for served in (first, second):

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from acip.baselines.quantized.coded_weight import CodedWeight
 
+BLOCK = 128  # columns whose updates of the columns behind the block are applied together
+
 
 @torch.no_grad()
 def gptq(
@@ -33,10 +35,14 @@ def gptq(
     scale_NM, zero_NM = (each_MG.repeat_interleave(group, 1)[:, :N].T[order_N] for each_MG in (scale_MG, zero_MG))
     rest_NM = W_MN.T[order_N].contiguous()
     decoded_NM = torch.empty_like(rest_NM)
-    for n in range(N):
-        decoded_NM[n] = ((rest_NM[n] / scale_NM[n] + zero_NM[n]).round().clamp(0, top) - zero_NM[n]) * scale_NM[n]
-        error_M = (rest_NM[n] - decoded_NM[n]) / U_NN[n, n]
-        rest_NM[n + 1 :].addr_(U_NN[n, n + 1 :], error_M, alpha=-1)
+    for start in range(0, N, BLOCK):
+        end = min(start + BLOCK, N)
+        errors_NM = torch.empty_like(rest_NM[start:end])
+        for n in range(start, end):
+            decoded_NM[n] = ((rest_NM[n] / scale_NM[n] + zero_NM[n]).round().clamp(0, top) - zero_NM[n]) * scale_NM[n]
+            errors_NM[n - start] = (rest_NM[n] - decoded_NM[n]) / U_NN[n, n]
+            rest_NM[n + 1 : end].addr_(U_NN[n, n + 1 : end], errors_NM[n - start], alpha=-1)
+        rest_NM[end:].addmm_(U_NN[start:end, end:].T, errors_NM, alpha=-1)
     weight = torch.empty(M, N)
     weight[:, order_N] = decoded_NM.T
     return CodedWeight(weight, math.ceil(M * N * bits / 8) + 2 * scale_MG.numel() + math.ceil(zero_MG.numel() * bits / 8))

@@ -19,7 +19,7 @@ stored, in 16 bit; the authors round both at the end. The stopping test measures
 The best z is returned, the authors return the last. For 4 bit, the authors start at an integer z. On Gaussian and Student's t values,
 the first three change the mean absolute error by less than 0.1 % (8 bit: -0.2 %), and the fourth lowers it by 0.7 to 2 %.
 
-3-bit codes are counted without padding bits. The authors store 10 of them in 32 bit.
+Codes of 3, 5 and 6 bits are counted without padding bits. The authors store ten 3-bit codes in 32 bit.
 
 Legend: M = out features, N = in features, g = values of a group, G = groups of the matrix = M ceil(N / g).
 """
@@ -33,7 +33,7 @@ from torch import Tensor
 from acip.baselines.quantized.coded_weight import CodedWeight
 from acip.errors import RecipeError
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 NORM = 0.7  # p
 BETA = 10.0
 KAPPA = 1.01

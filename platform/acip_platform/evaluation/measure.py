@@ -22,22 +22,23 @@ import torch
 
 from acip.artifact.artifact import Artifact
 from acip.base import check_tokenizer, load_base, tokenizer_of
-from acip.errors import AcipError, BudgetError, EvaluationError
-from acip.evaluate import DivergenceOn, Efficiency, Measurement, Part, TaskScore, evaluate, extended, metrics, recorded
+from acip.errors import AcipError, EvaluationError
+from acip.evaluate import DivergenceOn, Efficiency, Measurement, Part, TaskScore, evaluate, extended, metrics, place_of, recorded
 from acip.evaluate.tasks import expand
-from acip.sizing.budget import Budget
+from acip.sizing.budget import BITS_PER_WEIGHT, Budget
 from acip.sizing.cut_table import Cut
 from acip.sizing.elastic_model import ElasticModel
+from acip_platform.reporting.text_samples import size_label
 from acip_platform.scheduling.fleet import Job
 from acip_platform.scheduling.job_queue import Nodes, Resources, fits, resources_of, root_cause
 from acip_platform.settings import Settings
 from acip_platform.storage.inputs import identity
 from acip_platform.storage.store import Store
-from acip_platform.tracking.runs import Run
+from acip_platform.tracking.runs import BYTES, Run, at_size
 
 PART = "part.json"
 SIZE = "size"  # key of the part that describes the size itself
-SIZE_FACTS = ("got", "convention", "got_paper", "got_model", "params", "bytes")
+SIZE_FACTS = ("got", "convention", BITS_PER_WEIGHT, "got_paper", "got_model", "params", "bytes", "flops")
 Row = dict[str, Any]
 
 
@@ -72,13 +73,15 @@ class Parts:
     @classmethod
     def of(cls, settings: Settings, model: Model, artifact: Artifact | None, cut: Cut | None) -> "Parts":
         """Return the parts of `model` at the size of `cut`; `artifact` and `cut` are None for a base model."""
-        removed, curve = 0, dict[str, Part]()
+        size, curve = "0", dict[str, Part]()
         if artifact is not None and cut is not None:
-            removed = cut.removed
+            coded, number = cut.key
+            size = f"codes{-number}" if coded else str(number)
+            place = (bool(coded), -cut.sizes["bytes" if coded else "linear"])
             for row in artifact.curve:
-                if row["got"] == cut.sizes["linear"]:
+                if place_of(row) == place:
                     curve = {**recorded(row), SIZE: {key: row[key] for key in SIZE_FACTS if key in row}}
-        return cls(Store.of(settings), f"evaluations/{model.identity(artifact)}/{removed}", curve)
+        return cls(Store.of(settings), f"evaluations/{model.identity(artifact)}/{size}", curve)
 
     def __contains__(self, key: object) -> bool:
         return key in self.curve or self.store.exists(self._uri(key), PART)
@@ -103,14 +106,14 @@ class Parts:
 class Outcome:
     """The result of measuring one size: its row, or an error."""
 
-    size: float
+    size: Budget
     row: Row | None
     error: str | None
 
 
 def measure_sizes(
     model: Model,
-    sizes: Sequence[float],
+    sizes: Sequence[Budget],
     measurements: Sequence[Measurement],
     settings: Settings,
     events: Any,
@@ -133,8 +136,8 @@ def measure_sizes(
     if not exclusive.gpus:
         quality, speed = ([each for each in measurements if isinstance(each, Efficiency) == fast] for fast in (False, True))
         waves = [(part, cpus) for part, cpus in ((quality, shared_cpus), (speed, exclusive.cpus)) if part]
-    failed: set[float] = set()
-    rows: dict[float, Row] = {}
+    failed: set[Budget] = set()
+    rows: dict[Budget, Row] = {}
     for i, (part, threads) in enumerate(waves):
         options = {"num_cpus": threads, "num_gpus": exclusive.gpus}
         todo = [size for size in sizes if size not in failed]
@@ -156,20 +159,20 @@ def measure_sizes(
 
 
 @ray.remote(max_retries=0)
-def _measure(model: Model, size: float, measurements: list[Measurement], settings: Settings, threads: int, events: Any) -> Row:
+def _measure(model: Model, size: Budget, measurements: list[Measurement], settings: Settings, threads: int, events: Any) -> Row:
     """Measure one size. A user's error is returned as a value, because Ray would wrap an exception in a long traceback."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def emit(part: Part) -> None:
-        events.put.remote({"model": f"size {size:g}", "kind": "stage", "text": part_line(part)})
+        events.put.remote({"model": f"size {shown(size)}", "kind": "stage", "text": part_line(part)})
 
     try:
         artifact = Store.of(settings).open(model.uri) if model.uri else None
-        known = Parts.of(settings, model, artifact, artifact.table().cut(Budget(ratio=size)) if artifact else None)
+        known = Parts.of(settings, model, artifact, artifact.table().cut(size) if artifact else None)
         measurements = model.reads(artifact, measurements)
         if SIZE in known and all(each.key in known for each in measurements):
-            return {"asked": size, **known[SIZE], "evaluation": [known[each.key] for each in measurements]}
+            return {"asked": size.asked, **known[SIZE], "evaluation": [known[each.key] for each in measurements]}
         if artifact is None:
             base = load_base(model.base, model.dtype, model.trust_remote_code)  # type: ignore[arg-type]
             check_tokenizer(base)
@@ -181,7 +184,7 @@ def _measure(model: Model, size: float, measurements: list[Measurement], setting
             row = evaluate(artifact.load(device, size=size), artifact.tokenizer(), measurements, known=known, on_part=emit)
         if SIZE not in known:
             known[SIZE] = {key: value for key, value in row.items() if key not in ("asked", "evaluation")}
-        return {"asked": size, **row}
+        return {"asked": size.asked, **row}
     except AcipError as error:
         return {"error": str(error)}
 
@@ -197,6 +200,11 @@ def _reference(model: Model, measurements: Sequence[Measurement], tokenizer: Any
     return torch.nn.Module.to(reference.model, device)
 
 
+def shown(size: Budget) -> str:
+    """Return a size ratio as text, with its convention if that is not `linear`."""
+    return f"{size.asked:g}" + ("" if size.convention == "linear" else f" ({size.convention})")
+
+
 def part_line(part: Part) -> str:
     """Return a part as one line: its label, values and duration."""
     shown = [f"{name} {value:.6g}" for name, value in part["values"].items() if "stderr" not in name]
@@ -204,13 +212,13 @@ def part_line(part: Part) -> str:
 
 
 def log_rows(run: Run, rows: Sequence[Row]) -> None:
-    """Log rows as metrics over the size in percent, unless they are logged already, and as a JSON file."""
-    logged = run.steps("size/got")
+    """Log rows as metrics over their size (`at_size`), unless they are logged already, and as a JSON file."""
     points = []
     for row in rows:
         size = {f"size/{key}": float(row[key]) for key in ("got", "params", "bytes")}
-        points.append((round(row["asked"] * 100), {**metrics(row), **size}))
-    run.metrics([(step, values) for step, values in points if step not in logged])
+        points.append(at_size(row, {**metrics(row), **size}))
+    logged = {name: run.steps(name) for name in ("size/got", f"{BYTES}size/got")}
+    run.metrics([(step, values) for step, values in points if not any(step in logged[name] for name in logged if name in values)])
     run.json(list(rows), "evaluation.json")
 
 
@@ -231,12 +239,9 @@ def measure_tasks(
 
     measurements = [TaskScore(task, limit=job.task_limit) for task in expand(job.tasks)]
     rows = []
-    for size in job.sizes if measurements else ():
-        try:
-            cut = any_size.resize(Budget(ratio=size))
-        except BudgetError:
-            continue
-        emit("stage", text=f"size {size:.2f}: {len(measurements)} tasks")
+    for row in artifact.curve if measurements else ():
+        cut = any_size.resize(Budget(row["asked"], row.get("convention", "linear")))
+        emit("stage", text=f"size {size_label(row)}: {len(measurements)} tasks")
         known = Parts.of(settings, Model(uri), artifact, cut)
         rows.append(evaluate(any_size, artifact.tokenizer(), measurements, known=known, on_part=emit_part))
     if not rows:

@@ -1,5 +1,6 @@
 """The console output of jobs: a first screen, progress lines or bars, and a last screen with commands to copy."""
 
+import math
 import os
 import shlex
 import sys
@@ -8,16 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import ray
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from acip.evaluate import DivergenceOn, improbable
+from acip.evaluate import divergence_of, improbable
 from acip.evaluate.heldout_text import cut_by
-from acip.sizing.budget import as_perplexity
+from acip.sizing.budget import MEGA, as_perplexity, is_coded
 from acip_platform.scheduling.job_queue import Outcome
 from acip_platform.settings import Settings, this_python
+from acip_platform.tracking.run_descriptions import CLOSE_KL
 
 POLL_S = 0.5  # between two looks at the event queue
 
@@ -108,32 +110,68 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]], width: int | None = No
     return Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left", width=width)
 
 
-def trade_off_table(outcome: Outcome) -> Table:
-    """Return the trade-off curve of one model: requested and achieved size, storage and quality."""
-    assert outcome.summary is not None
-    rows = outcome.summary["curve"]
+def trade_off_table(outcome: Outcome) -> Group:
+    """Return the trade-off curve of a finished job (`curve_tables`)."""
+    summary = outcome.summary
+    assert summary is not None
+    return curve_tables(f"{outcome.job.name}, version {summary['version']}", summary["curve"], summary["stop_ratio"])
+
+
+def curve_tables(title: str, rows: Sequence[Mapping[str, Any]], stop_ratio: float) -> Group:
+    """Return the trade-off curve of one model as tables: coded sizes over bytes, if there are any, and sizes of ranks over FLOPs."""
     first = rows[0]
     corpus = f"perplexity on {first['corpus']}, held out, {first['windows']} x {first['context']} tokens, {cut_by(first)}"
-    title = f"{outcome.job.name}, version {outcome.summary['version']} ({corpus})"
+    coded, over_ranks = ([row for row in rows if is_coded(row) is kind] for kind in (True, False))
+    base = next((row for row in over_ranks if row["got"] == 1.0), {})
+    tables = []
+    if coded:
+        tables.append(_trade_off_table(f"{title}: bytes ({corpus})", ("of the bytes", "got", "MB stored", "bits/weight"), coded))
+        for row in ([base] if base else []) + coded:
+            cells = (
+                (f"{row['asked']:.3g}", f"{row['got']:.4f}", f"{row['bits_per_weight']:.2f}") if row is not base else ("base", "1.0000", "")
+            )
+            tables[-1].add_row(*cells[:2], f"{row['bytes'] / MEGA:.1f}", cells[2], *_quality(row, base))
+    if len(over_ranks) > 1 or not coded:
+        subject = f"{title}: ranks, in 16 bit" if coded else f"{title} ({corpus})"
+        tables.append(_trade_off_table(subject, ("asked", "got", "FLOPs", "parameters", "MB stored"), over_ranks, ("",)))
+        for row in over_ranks:
+            flops = f"{row['flops'] / base['flops']:.4f}" if "flops" in row and "flops" in base else ""
+            size = f"{row['asked']:.2f}", f"{row['got']:.4f}", flops, f"{row['params']:,}", f"{row['bytes'] / MEGA:.1f}"
+            tables[-1].add_row(*size, *_quality(row, base), f"below the stop ratio {stop_ratio}" if row["extrapolated"] else "")
+    return Group(*tables)
+
+
+def example_size(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Return a size for the commands of a screen.
+
+    For a model with coded layers, it is the smallest measured size in bytes that is close to the base model, else the largest one. For a
+    model without, it is 0.6.
+    """
+    coded = [row for row in rows if is_coded(row)]
+    close = [row["asked"] for row in coded if divergence_of(row).get("kl_nats", math.inf) <= CLOSE_KL]
+    return min(close, default=max((row["asked"] for row in coded), default=0.6))
+
+
+def _trade_off_table(title: str, size: Sequence[str], rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> Table:
+    """Return a table without rows for sizes of one kind."""
     table = _table(title, rows, width=130)
-    for heading in ("asked", "got", "parameters", "MB stored", "perplexity", "x base", "KL to base", "same top", ""):
+    for heading in (*size, "perplexity", "x base", "KL to base", "same top", *notes):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for row in rows:
-        below = f"below the stop ratio {outcome.summary['stop_ratio']}" if row["extrapolated"] else ""
-        ratio = row["perplexity"] / first["perplexity"] if first["asked"] == 1.0 else float("nan")
-        error = row["perplexity"] * row["stderr"]
-        divergence = next((part["values"] for part in row.get("evaluation", ()) if part["kind"] == DivergenceOn.kind), None)
-        table.add_row(
-            f"{row['asked']:.2f}", f"{row['got']:.4f}", f"{row['params']:,}", f"{row['bytes'] / 1e6:.1f}",
-            f"{row['perplexity']:.2f} ± {error:.2f}", f"{ratio:.2f}",
-            *(("", "") if divergence is None else (f"{divergence['kl_nats']:.3f}", f"{divergence['same_top_share']:.1%}")), below,
-        )  # fmt: skip
     return table
+
+
+def _quality(row: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Return the cells perplexity, its ratio to the base model's, KL divergence and equal top tokens."""
+    divergence = divergence_of(row)
+    ratio = row["perplexity"] / base["perplexity"] if base else math.nan
+    close = (f"{divergence['kl_nats']:.4f}", f"{divergence['same_top_share']:.1%}") if divergence else ("", "")
+    return f"{row['perplexity']:.2f} ± {row['perplexity'] * row['stderr']:.2f}", f"{ratio:.2f}", *close
 
 
 SHOWN = {  # name of a measured value: (heading, format)
     "perplexity": ("ppl", "{:.2f}"), "kl_nats": ("KL", "{:.4f}"), "same_top_share": ("same top", "{:.1%}"), "acc": ("acc", "{:.3f}"),
-    "stored_bytes": ("bytes", "{:,.0f}"), "peak_memory_bytes": ("peak bytes", "{:,.0f}"), "flops": ("FLOPs", "{:.3g}"),
+    "stored_bytes": ("bytes", "{:,.0f}"), "resident_bytes": ("bytes in memory", "{:,.0f}"),
+    "peak_memory_bytes": ("peak bytes", "{:,.0f}"), "flops": ("FLOPs", "{:.3g}"),
     "latency_s": ("latency s", "{:.2f}"), "prefill_tokens_per_s": ("prefill tok/s", "{:.0f}"),
     "decode_tokens_per_s": ("decode tok/s", "{:.1f}"),
 }  # fmt: skip
@@ -144,9 +182,12 @@ def evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     table = _table(title, rows)
     table.add_column("measured")
     for row in rows:
-        table.add_column(f"{row['asked']:g}", justify="right", no_wrap=True)
+        table.add_column(f"{row['asked']:g}" + " of the bytes" * is_coded(row), justify="right", no_wrap=True)
     table.add_row("got", *(f"{row['got']:.4f}" for row in rows))
     table.add_row("parameters", *(f"{row['params']:,}" for row in rows))
+    table.add_row("MB stored", *(f"{row['bytes'] / MEGA:.1f}" for row in rows))
+    if any(map(is_coded, rows)):
+        table.add_row("bits per weight", *(f"{row['bits_per_weight']:.2f}" if is_coded(row) else "" for row in rows))
     machines = [{f"{part['device']}, {part['threads']} threads" for part in row["evaluation"] if "device" in part} for row in rows]
     if any(machines):
         table.add_row("speed on", *(" / ".join(sorted(names)) for names in machines))

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -17,13 +17,27 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from acip.errors import BudgetError
-from acip.sizing.budget import as_perplexity
+from acip.evaluate import divergence_of
+from acip.sizing.budget import as_perplexity, is_coded
 from acip.sizing.cut_table import Budget, CutTable
 from acip_platform.reporting.mask_samples import MaskSamples
 
 mpl.rcParams["text.parse_math"] = False  # names of models and texts may contain dollar signs
 
 CurveRows = Sequence[Mapping[str, Any]]
+Points = list[tuple[float, Mapping[str, Any]]]
+Axis = Literal["ranks", "bytes", "flops"]
+Quantity = Literal["perplexity", "excess", "kl"]
+AXES: dict[Axis, str] = {
+    "ranks": "size: numbers stored by the target layers, relative to dense (achieved)",
+    "bytes": "stored bytes of the model, relative to the base model in 16 bit",
+    "flops": "FLOPs of a token without attention, relative to the base model",
+}
+QUANTITIES: dict[Quantity, str] = {
+    "perplexity": "perplexity",
+    "excess": "excess loss over the base model, nats per token",
+    "kl": "KL divergence from the base model, nats per token",
+}
 # placeholder colors in an SVG -> CSS variables of the page, which has a light and a dark theme
 THEME = {"#010203": "var(--ink)", "#020304": "var(--soft)", "#030405": "var(--line)", "#040506": "var(--accent)"}
 INK, SOFT, LINE, ACCENT = THEME
@@ -36,11 +50,13 @@ def short(name: str) -> str:
     return ".".join([part for part in parts if part.isdigit()][-1:] + parts[-1:])
 
 
-def score_map(table: CutTable) -> Figure:
+def score_map(table: CutTable) -> Figure | None:
     """Draw the removal order: a line for each layer, grouped by kind, with its directions from most to least important.
 
-    The color is the share of all directions that are removed earlier.
+    The color is the share of all directions that are removed earlier. None if no direction can be removed.
     """
+    if not len(table.order):
+        return None
     kinds = list(dict.fromkeys(_kind(layer.name) for layer in table.layers))
     line_of = np.argsort(np.argsort([kinds.index(_kind(layer.name)) for layer in table.layers], kind="stable"))
     picture = np.full((len(table.layers), max(layer.K for layer in table.layers)), np.nan)
@@ -112,48 +128,85 @@ def mask_shrinkage(samples: MaskSamples) -> Figure:
     return figure
 
 
-def curves(named: Mapping[str, CurveRows], baselines: Mapping[str, CurveRows] | None = None, excess: bool = False) -> Figure:
-    """Draw trade-off curves in one panel: held-out perplexity, or with `excess` the loss above that of each curve's base model.
+def curves(
+    named: Mapping[str, CurveRows],
+    baselines: Mapping[str, CurveRows] | None = None,
+    over: Axis = "ranks",
+    quantity: Quantity = "perplexity",
+) -> Figure | None:
+    """Draw trade-off curves in one panel, or return None if there is nothing to draw.
 
-    Baselines are dashed. Hollow points lie below the stop ratio. Bars are standard errors. Rows without a finite loss are left out.
+    `over` is the cost: `ranks` draws sizes of ranks over their stored numbers, `flops` over their FLOPs, and `bytes` draws both kinds of
+    sizes over the stored bytes, if there are coded sizes. `quantity` is the held-out perplexity, the `excess` of its loss over that of each
+    curve's base model, or the `kl` divergence from the base model.
+
+    Baselines are dashed; those with the convention `bytes` are drawn over bytes only. Hollow points lie below the stop ratio. Bars are
+    standard errors. Rows without a finite value are left out.
     """
+    series = [(label, points, "-") for name, rows in named.items() for label, points in _series(name, rows, over).items()]
+    for name, rows in (baselines or {}).items():  # a baseline may have a model's name
+        of_axis = [(row["got"], row) for row in rows if (row.get("convention") == "bytes") is (over == "bytes")]
+        series.append((name, [] if over == "flops" else of_axis, "--"))
+    drawn = [(label, kept, dash) for label, points, dash in series if (kept := _finite(points, quantity))]
+    if not drawn or (over == "bytes" and not any(is_coded(row) or dash == "--" for _, points, dash in drawn for _, row in points)):
+        return None
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    drawn = [(name, _finite(rows), "-") for name, rows in named.items()]
-    drawn += [(name, _finite(rows), "--") for name, rows in (baselines or {}).items()]  # a baseline may have a model's name
     heights: list[float] = []
-    for i, (name, rows, dash) in enumerate(drawn):
-        base = rows[-1]["loss"] if rows and excess else 0.0
-        value = (lambda loss, base=base: loss - base) if excess else as_perplexity
-        y = [value(row["loss"]) for row in rows]
+    for i, (label, points, dash) in enumerate(drawn):
+        base = points[-1][1]["loss"] if quantity == "excess" else 0.0
+        value = as_perplexity if quantity == "perplexity" else lambda loss, base=base: loss - base
+        y = [value(_loss(row, quantity)) for _, row in points]
         heights += y
         style = (dash, f"C{i}")
-        for (a, b), line in zip(pairwise(rows), pairwise(y), strict=True):
-            axes.plot([a["got"], b["got"]], line, ":" if a.get("extrapolated") else style[0], color=style[1])
-        for row, at in zip(rows, y, strict=True):
-            has_error = not excess and _is_number(row.get("stderr"))  # it does not apply to a difference on the same text
+        for ((left, row), (right, _)), line in zip(pairwise(points), pairwise(y), strict=True):
+            axes.plot([left, right], line, ":" if row.get("extrapolated") else style[0], color=style[1])
+        for (x, row), at in zip(points, y, strict=True):
+            has_error = quantity == "perplexity" and _is_number(row.get("stderr"))  # it does not apply to a difference on the same text
             error = row["stderr"] if has_error else 0.0
             filled = "none" if row.get("extrapolated") else style[1]
-            spread = [[at - value(row["loss"] - error)], [value(row["loss"] + error) - at]]
-            axes.errorbar([row["got"]], [at], spread, fmt="o", color=style[1], mfc=filled, capsize=2)
-        axes.plot([], [], style[0], color=style[1], label=name)
-    logarithmic = not excess and bool(heights) and max(heights) > 10 * min(heights)
+            spread = [[at - value(_loss(row, quantity) - error)], [value(_loss(row, quantity) + error) - at]]
+            axes.errorbar([x], [at], spread, fmt="o", color=style[1], mfc=filled, capsize=2)
+        axes.plot([], [], style[0], color=style[1], label=label)
+    logarithmic = quantity == "kl" or (quantity == "perplexity" and max(heights) > 10 * min(heights))
     if logarithmic:
         axes.set_yscale("log")
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             which(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-    first: Mapping[str, Any] = next((rows[0] for _, rows, _ in drawn if rows), {})
-    quantity = "excess loss over the base model, nats per token" if excess else "perplexity" + " (log scale)" * logarithmic
-    axes.set_ylabel(f"{quantity}\n{first.get('corpus', 'unknown text')}, {first.get('context', '?')} tokens")
-    axes.set_xlabel("size: numbers stored by the target layers, relative to dense (achieved)")
+    first: Mapping[str, Any] = drawn[0][1][0][1]
+    scale = " (log scale)" * logarithmic
+    axes.set_ylabel(f"{QUANTITIES[quantity]}{scale}\n{first.get('corpus', 'unknown text')}, {first.get('context', '?')} tokens")
+    axes.set_xlabel(AXES[over])
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
 
 
-def _finite(rows: CurveRows) -> list[Mapping[str, Any]]:
-    """Return the rows with a finite loss, by increasing size."""
-    return sorted((row for row in rows if _is_number(row["loss"])), key=lambda row: row["got"])
+def _series(name: str, rows: CurveRows, over: Axis) -> dict[str, Points]:
+    """Return the lines of one model by label: points (x, row)."""
+    over_ranks, coded = ([row for row in rows if is_coded(row) is kind] for kind in (False, True))
+    base = next((row for row in over_ranks if row["got"] == 1.0), None)
+    if over == "ranks":
+        return {name: [(row["got"], row) for row in over_ranks]}
+    if over == "flops":
+        known = [row for row in over_ranks if "flops" in row]
+        return {name: [(row["flops"] / base["flops"], row) for row in known]} if base is not None and base in known else {}
+    base_bytes = coded[0]["bytes"] / coded[0]["got"] if coded else base and base.get("bytes")
+    if not base_bytes:
+        return {}
+    lines = {f"{name}, codes": [*coded, *([base] if base else [])] if coded else [], f"{name}, ranks in 16 bit": over_ranks}
+    return {label: [(row["bytes"] / base_bytes, row) for row in line if row.get("bytes")] for label, line in lines.items()}
+
+
+def _loss(row: Mapping[str, Any], quantity: Quantity) -> float:
+    return divergence_of(row).get("kl_nats", math.nan) if quantity == "kl" else row["loss"]
+
+
+def _finite(points: Points, quantity: Quantity) -> Points:
+    """Return the points with a finite value, which must be above 0 for a divergence, by increasing x."""
+    values = ((x, row, _loss(row, quantity)) for x, row in points)
+    kept = [(x, row) for x, row, value in values if _is_number(value) and (quantity != "kl" or value > 0)]
+    return sorted(kept, key=lambda point: point[0])
 
 
 def _is_number(value: float | None) -> bool:

@@ -20,16 +20,18 @@ from markupsafe import Markup
 
 from acip.artifact.artifact import Artifact
 from acip.errors import AcipError
-from acip.evaluate import Samples
+from acip.evaluate import Samples, divergence_of
 from acip.export.card import license_of, shown
 from acip.recipe import nearest
-from acip.sizing.budget import as_perplexity
+from acip.sizing.budget import as_perplexity, is_coded
 from acip.sizing.cut_table import CutTable
 from acip.sizing.excess_loss_area import excess_loss_area
 from acip_platform.reporting import figures
-from acip_platform.reporting.text_samples import side_by_side
+from acip_platform.reporting.console import example_size
+from acip_platform.reporting.text_samples import side_by_side, size_label
 from acip_platform.tracking.provenance import commit
 from acip_platform.tracking.registry import ModelVersion
+from acip_platform.tracking.run_descriptions import CLOSE_KL, close_to_base
 
 TEMPLATE = Path(__file__).with_name("report.html")
 CONTEXT = 4096  # tokens of the KV cache in the memory estimate, at batch size 1
@@ -60,6 +62,7 @@ def page(content: Mapping[str, Any], subjects: Sequence[Subject]) -> str:
     first = content["models"][0]
     table = next(subject for subject in subjects if subject.uri == first["uri"]).artifact.table()
     curves = {model["label"]: model["curve"] for model in content["models"] if model["curve"]}
+    charts = [figures.svg(partial(figures.curves, curves, content["baselines"], over)) for over in ("bytes", "flops", "ranks")]
     kept = [figures.svg(partial(figures.kept_ranks, table, size)) for size in KEPT_AT]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.tests["ending"] = str.endswith
@@ -67,7 +70,9 @@ def page(content: Mapping[str, Any], subjects: Sequence[Subject]) -> str:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         content=content, first=first, speed=SPEED, memory=MEMORY,
         # matplotlib escapes the text in the figures
-        curve=Markup(figures.svg(lambda: figures.curves(curves, content["baselines"]))) if curves or content["baselines"] else "",  # noqa: S704
+        charts=[Markup(chart) for chart in charts if chart],  # noqa: S704
+        coded=[row for row in first["curve"] if is_coded(row)],
+        over_ranks=[row for row in first["curve"] if not is_coded(row)],
         kept=[Markup(figure) for figure in kept if figure],  # noqa: S704
         score_map=Markup(figures.svg(lambda: figures.score_map(table))),  # noqa: S704
     )  # fmt: skip
@@ -104,7 +109,7 @@ def baseline_rows(path: Path, corpus: str = "") -> dict[str, list[dict[str, Any]
 
 def _model(subject: Subject) -> dict[str, Any]:
     artifact, version = subject.artifact, subject.version
-    manifest, table = artifact.manifest, artifact.table()
+    manifest, table, curve = artifact.manifest, artifact.table(), artifact.curve
     recipe, changes = nearest(artifact.recipe)
     base = manifest["base"]
     return {
@@ -118,8 +123,9 @@ def _model(subject: Subject) -> dict[str, Any]:
         "recipe": {"name": recipe, "changes": changes, "fields": manifest["recipe"]},
         "stop_ratio": artifact.recipe.stop_ratio,
         "steps": manifest.get("steps"),
-        "area": excess_loss_area(artifact.curve) if any(row["got"] == 1.0 for row in artifact.curve) else None,
+        "area": excess_loss_area(curve) if len(curve) > 1 and any(row["got"] == 1.0 for row in curve) else None,
         "context": CONTEXT,
+        "close_to_base": {"kl": CLOSE_KL, "size": close_to_base(artifact)},
         "curve": [_row(row, table) for row in artifact.curve],
         "measured": _measured(artifact.curve),
         "samples": side_by_side(artifact.curve),
@@ -130,9 +136,11 @@ def _model(subject: Subject) -> dict[str, Any]:
 
 def _row(row: Mapping[str, Any], table: CutTable) -> dict[str, Any]:
     """Return a row of the curve with the memory that serving it needs, which is computed."""
-    decoder, weights = table.decoder, row["bytes"]
+    decoder = table.decoder
+    weights = table.byte_sizes.memory if is_coded(row) and table.byte_sizes else row["bytes"]
     memory = None if weights is None or decoder is None else weights + decoder.cache(CONTEXT, 1) + decoder.overhead(1)
-    return {key: value for key, value in row.items() if key != "evaluation"} | {"memory_bytes": memory}
+    kl = divergence_of(row).get("kl_nats")
+    return {key: value for key, value in row.items() if key != "evaluation"} | {"memory_bytes": memory, "kl": kl, "label": size_label(row)}
 
 
 def _measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -141,28 +149,28 @@ def _measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     for row in rows:
         for part in row.get("evaluation", ()):
             for name, value in part["values"].items() if part["kind"] != Samples.kind else ():
-                values.setdefault(f"{part['label']}/{name}", {})[str(row["asked"])] = value
+                values.setdefault(f"{part['label']}/{name}", {})[size_label(row)] = value
     return values
 
 
 def _commands(subject: Subject) -> dict[str, str]:
     """Return the shell commands to use the model: description -> command."""
-    version = subject.version
+    version, size = subject.version, example_size(subject.artifact.curve)
     uri = shlex.quote(subject.uri)
     if version is None:
         return {
             "measure speed and memory": f"python jobs/evaluate.py --artifact {uri} --skip perplexity divergence samples",
-            "keep one size": f"python jobs/materialize.py {uri} --size 0.6 --out small",
+            "keep one size": f"python jobs/materialize.py {uri} --size {size:g} --out small",
             "fit a budget": f"python jobs/materialize.py {uri} --fit 8GB --context {CONTEXT} --batch 1 --out small",
         }
     name = shlex.quote(version.name)
-    body = json.dumps({"model": f"{version.name}@0.6", "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0})
+    body = json.dumps({"model": f"{version.name}@{size:g}", "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0})
     request = f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     return {
         "serve": f"python jobs/serve.py --model {name} --alias {version.version}",
-        "ask at 0.6": request,
+        f"ask at {size:g}": request,
         "measure speed and memory": f"python jobs/evaluate.py --model {name}@{version.version} --skip perplexity divergence samples",
-        "keep one size": f"python jobs/materialize.py {name} --alias {version.version} --size 0.6 --out small",
+        "keep one size": f"python jobs/materialize.py {name} --alias {version.version} --size {size:g} --out small",
         "make it the champion": f"python jobs/promote.py {name} {version.version}",
     }
 

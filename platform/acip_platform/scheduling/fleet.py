@@ -50,7 +50,9 @@ class Job:
     eval_context: int = 2048  # tokens per window of held-out text
     eval_windows: int = 0  # most windows of held-out text; 0 = all
     eval_protocol: Protocol = "packed"  # how it is cut into windows, see acip.evaluate.heldout_text
-    sizes: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the trade-off curve
+    sizes: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of ranks, of the trade-off curve
+    # coded sizes of the curve, in shares of the base model's bytes, if the layers are coded; those that the model lacks are left out
+    byte_sizes: tuple[float, ...] = (0.6, 0.5, 0.45, 0.42, 0.4, 0.37, 0.33, 0.3)
     tasks: tuple[str, ...] = ()  # tasks of acip.evaluate.tasks, scored at the same sizes
     task_limit: int = 0  # most items of each task; 0 = all
     num_workers: int = 1  # workers that share this model: weights are sharded, batches are split
@@ -93,7 +95,7 @@ class Job:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Job":
         """Return the job whose `to_dict` is `fields`."""
-        tuples = {key: tuple(fields[key]) for key in ("sizes", "tasks")}
+        tuples = {key: tuple(fields[key]) for key in ("sizes", "byte_sizes", "tasks") if key in fields}
         return cls(**{**fields, "recipe": Recipe.from_dict(fields["recipe"]), **tuples})
 
 
@@ -191,6 +193,7 @@ class _Reader(YamlFile):
                 raise self.fail(node, f"{key} is {value:g}; it must be at least 0, or -1 to leave it to the cluster.")
         if not fields.get("sizes", Job.sizes):
             raise self.fail(node, "sizes is empty; list the sizes of the curve, including 1.0.")
-        for size in fields.get("sizes", ()):
-            if not 0 < size <= 1:
-                raise self.fail(node, f"sizes contains {size!r}; each must be above 0 and at most 1.")
+        for key in ("sizes", "byte_sizes"):
+            for size in fields.get(key, ()):
+                if not 0 < size <= 1:
+                    raise self.fail(node, f"{key} contains {size!r}; each must be above 0 and at most 1.")

@@ -23,12 +23,20 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from acip.errors import AcipError
+from acip.sizing.budget import Budget
 from acip.utils.coerce import did_you_mean
 from acip_platform.serve.engine.request import DEFAULT_MAX_TOKENS
 from acip_platform.serve.http.errors import RequestError
 from acip_platform.serve.http.keys import Keys
 from acip_platform.serve.http.metrics import Metrics
-from acip_platform.serve.http.requests import ChatRequest, CompletionRequest, MaterializationRequest, ModelSizeRequest
+from acip_platform.serve.http.requests import (
+    DEFAULT_SIZE,
+    ChatRequest,
+    CompletionRequest,
+    MaterializationRequest,
+    ModelSizeRequest,
+    split_name,
+)
 from acip_platform.serve.http.routes import EventStream, routes
 from acip_platform.serve.materializations import Materializations
 from acip_platform.serve.replica import EngineReplica
@@ -43,6 +51,8 @@ BUILD_ARGS: dict[str, Any] = {
     "memory_gb": None,  # limit for the weights in each engine; None = most of the free memory
     "timeout_s": 300.0,  # of a request, including waiting; it then ends with the text so far and finish_reason "length"
     "default_max_tokens": DEFAULT_MAX_TOKENS,  # of a chat without max_tokens
+    "default_size": DEFAULT_SIZE,  # of requests that name none, as after the @ of a name: "0.4", "8GB", ...; also of the first token
+    "code_copies": 1.0,  # limit for the coded layers in memory, in units of 8 bits per weight; sizes in use may exceed it
     "max_answers": 128,  # limit for prompts times n of a request
     "drain_s": 30.0,  # time for running requests to end after the server received a signal to stop
     "cors_origins": [],  # origins of web pages that may send requests from a browser: ["https://host"], or ["*"] for all
@@ -69,10 +79,10 @@ class Api:
 
     def __init__(
         self, engine: "DeploymentHandle[Any]", versions: list[ModelVersion], capacity: int, keys: Keys, export_cpus: float,
-        max_answers: int = BUILD_ARGS["max_answers"], cors_origins: Sequence[str] = (),
+        max_answers: int = BUILD_ARGS["max_answers"], cors_origins: Sequence[str] = (), default_size: str = DEFAULT_SIZE,
     ) -> None:  # fmt: skip
         self.engine, self.capacity, self.keys = engine, capacity, keys
-        self.max_answers, self.cors_origins = max_answers, cors_origins
+        self.max_answers, self.cors_origins, self.default_size = max_answers, cors_origins, default_size
         self.materializations = Materializations(Settings.from_env(), num_cpus=export_cpus)
         self.versions = {version.name: version for version in versions}
         self.metrics = Metrics()
@@ -124,7 +134,9 @@ class Api:
         return card
 
     async def materialize(self, request: MaterializationRequest) -> dict[str, Any]:
-        name, budget = request.name_and_budget(self.names)
+        name, _ = split_name(request.model, self.names)
+        convention = await self.materializations.convention(self.versions[name])
+        _, budget = request.name_and_budget(self.names, convention, self.default_size)
         return await self.materializations.start(self.versions[name], budget, request.quantize)
 
     async def ready(self) -> list[str]:
@@ -143,7 +155,7 @@ class Api:
 
     async def answer(self, request: CompletionRequest | ChatRequest) -> EventStream:
         """Return the events of one request, in batches. The first event is the head or an error."""
-        name, _ = request.name_and_budget(self.names)
+        name, _ = request.name_and_budget(self.names)  # the size is known where the model is
         prompts, n = len(request.prompts) if isinstance(request, CompletionRequest) else 1, request.n or 1
         if prompts * n > self.max_answers:
             message = f"{prompts} prompts times n = {n} is more than {self.max_answers} answers; request fewer at once."
@@ -251,13 +263,15 @@ def application(
     min_replicas: int | None,
     export_cpus: float,
     default_max_tokens: int,
+    default_size: str,
+    code_copies: float,
     max_answers: int,
     drain_s: float,
     cors_origins: Sequence[str],
     keys: Keys,
 ) -> serve.Application:
     """Return the application that serves these versions. `BUILD_ARGS` describes the arguments."""
-    check_limits(default_max_tokens, max_answers, timeout_s, drain_s, cors_origins)
+    check_limits(default_max_tokens, max_answers, timeout_s, drain_s, cors_origins, default_size, code_copies)
     scaling: dict[str, Any] = {"num_replicas": replicas}
     if min_replicas is not None and min_replicas < replicas:
         target = max(1, max_requests // 2)
@@ -282,18 +296,30 @@ def application(
         graceful_shutdown_timeout_s=drain_s + STREAM_END_S,
     )(serve.ingress()(Api))
     threads = max(1, int(num_cpus))
-    bound = engine.bind(versions, timeout_s, "cuda" if num_gpus else "cpu", threads, memory_gb, default_max_tokens)
-    return api.bind(bound, versions, max_requests * replicas, keys, export_cpus, max_answers, cors_origins)
+    device = "cuda" if num_gpus else "cpu"
+    bound = engine.bind(versions, timeout_s, device, threads, memory_gb, default_max_tokens, default_size, code_copies)
+    return api.bind(bound, versions, max_requests * replicas, keys, export_cpus, max_answers, cors_origins, default_size)
 
 
-def check_limits(default_max_tokens: int, max_answers: int, timeout_s: float, drain_s: float, cors_origins: Sequence[str]) -> None:
+def check_limits(
+    default_max_tokens: int,
+    max_answers: int,
+    timeout_s: float,
+    drain_s: float,
+    cors_origins: Sequence[str],
+    default_size: str = DEFAULT_SIZE,
+    code_copies: float = 1.0,
+) -> None:
     """Raise an AcipError if an argument of `build` is invalid."""
+    Budget.parse(str(default_size))
     for name, count in (("default_max_tokens", default_max_tokens), ("max_answers", max_answers)):
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise AcipError(f"{name} is {count!r}; it must be a whole number, at least 1.")
-    for name, seconds, minimum in (("timeout_s", timeout_s, 1), ("drain_s", drain_s, 0)):
-        if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not minimum <= seconds < float("inf"):
-            raise AcipError(f"{name} is {seconds!r}; it must be a number of seconds, at least {minimum}.")
+    for name, value, unit, minimum in (
+        ("timeout_s", timeout_s, " of seconds", 1), ("drain_s", drain_s, " of seconds", 0), ("code_copies", code_copies, "", 0),
+    ):  # fmt: skip
+        if not isinstance(value, int | float) or isinstance(value, bool) or not minimum <= value < float("inf"):
+            raise AcipError(f"{name} is {value!r}; it must be a number{unit}, at least {minimum}.")
     for origin in [cors_origins] if isinstance(cors_origins, str) else cors_origins:
         if isinstance(cors_origins, str) or not re.fullmatch(r"\*|https?://[^/\s]+", str(origin)):
             raise AcipError(f'cors_origins has {origin!r}; it must be a list of origins like ["https://host:8443"], or ["*"] for all.')

@@ -29,7 +29,7 @@ class Work:
 
     artifact: str  # URI
     budget: Budget
-    removed: int  # number of directions that the cut removes
+    cut: tuple[int, int]  # `Cut.key` of the size
     quantize: Any  # a Kind or None
     title: str
     key: str  # key of the folder in the store; a checksum of the content is appended
@@ -56,7 +56,7 @@ def _export(settings: Settings, work: Work, folder: Path) -> dict[str, Any]:
     store = Store.of(settings)
     artifact = store.open(work.artifact)
     any_size = artifact.load(size=work.budget)
-    if any_size.cut is None or any_size.cut.removed != work.removed:
+    if any_size.cut is None or any_size.cut.key != work.cut:
         raise ArtifactError(f"{work.artifact} was replaced by another artifact. Try again.")
     export(any_size, artifact, folder / work.title, work.quantize, facts={"materialization": work.facts})
     raw = (folder / work.title / PROVENANCE).read_bytes()

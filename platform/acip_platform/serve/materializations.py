@@ -2,9 +2,9 @@
 
     queued -> running -> succeeded | failed        one Ray task each (export_task), at most `at_once` of them at a time
 
-The id is a hash of the version and its cut, so budgets that result in the same cut share one materialization. The store is the
-source of truth: an export is a folder `exports/NAME/VERSION/size-0.6000[-KIND]-HASH-CHECKSUM` whose provenance.json is written last. A
-restarted server, or another one, reads the exports from there. Failed and deleted materializations can be requested again.
+The id is a hash of the version and its cut (`Cut.key`), so budgets that result in the same cut share one materialization. The store is the
+source of truth: an export is a folder `exports/NAME/VERSION/size-0.6000[-bytes][-KIND]-HASH-CHECKSUM` whose provenance.json is written
+last. A restarted server, or another one, reads the exports from there. Failed and deleted materializations can be requested again.
 
 A record's `sha256` is the hash of the folder's provenance.json, which lists the SHA-256 of every other file, so it covers the whole
 folder. `bytes` is the total of all its files.
@@ -27,10 +27,12 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, WorkerCras
 from acip.errors import AcipError, ArtifactError
 from acip.export.folder import PROVENANCE
 from acip.export.quantization import Kind, counted, kind_of
-from acip.sizing.budget import Budget
+from acip.sizing.budget import Budget, Convention
 from acip.sizing.cut_table import CutTable
+from acip_platform.serve.engine.resident_model import removed_at_stop
 from acip_platform.serve.export_task import Work, export_task, sums
 from acip_platform.serve.http.errors import RequestError
+from acip_platform.serve.http.requests import naming_field
 from acip_platform.serve.size_facts import size_facts
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store, StoreError
@@ -115,6 +117,10 @@ class Materializations:
         running.add_done_callback(self._background.discard)
         return record.as_json()
 
+    async def convention(self, version: ModelVersion) -> Convention:
+        """Return the convention of sizes of a version that are requested without one."""
+        return (await asyncio.to_thread(self._table, version.uri))[0].convention
+
     async def get(self, id: str) -> dict[str, Any]:
         """Return the record with this id. Raises RequestError 404 if there is none."""
         if id not in self._records and re.fullmatch(r"mat-[0-9a-f]{16}", id):
@@ -156,18 +162,21 @@ class Materializations:
         kind = _kind(quantize)
         table, at_stop = self._table(version.uri)
         budget = counted(budget, kind)
-        cut = table.cut(budget)
+        with naming_field(budget):
+            cut = table.cut(budget)
         try:
             kind = kind_of(cut, kind)
         except ArtifactError as error:
             raise RequestError(str(error), "quantize") from error
-        code = hashlib.sha256(json.dumps([version.name, version.version, version.uri, cut.removed, kind]).encode()).hexdigest()[:16]
+        identity = cut.removed if cut.versions is None else cut.key  # the ids of ranks are those of version 0.1
+        code = hashlib.sha256(json.dumps([version.name, version.version, version.uri, identity, kind]).encode()).hexdigest()[:16]
         record = Record(f"mat-{code}", version.name, version.version, size_facts(cut, at_stop), kind, int(time.time()))
-        size = f"{cut.sizes['linear']:.4f}" + (f"-{kind}" if kind else "")
+        size = f"{cut.sizes['linear']:.4f}" if cut.versions is None else f"{cut.sizes['bytes']:.4f}-bytes"
+        size += f"-{kind}" if kind else ""
         facts = {key: getattr(record, key) for key in ("id", "model", "version", "size", "quantize")}
         title = f"{_name(version).partition('/')[0]}-{size}"
         key = f"{EXPORTS}/{_name(version)}/size-{size}-{code}"
-        return record, Work(version.uri, budget, cut.removed, kind, title, key, facts)
+        return record, Work(version.uri, budget, cut.key, kind, title, key, facts)
 
     def _table(self, uri: str) -> tuple[CutTable, int]:
         if uri not in self._tables:
@@ -176,7 +185,7 @@ class Materializations:
                 table, recipe = artifact.table(), artifact.recipe
             except AcipError as error:
                 raise RequestError(str(error), "model", "artifact_unavailable", 503) from error
-            at_stop = table.cut(Budget(ratio=recipe.stop_ratio, convention=recipe.convention)).removed
+            at_stop = removed_at_stop(table, recipe)
             while len(self._tables) >= MAX_TABLES:
                 self._tables.pop(next(iter(self._tables)), None)
             self._tables[uri] = table, at_stop

@@ -1,6 +1,7 @@
 """Completions of a few example prompts at a grid of sizes, for the slider of the page.
 
-This server's model generates them greedily while no request runs. A file keeps them for the next start.
+This server's model generates them greedily while no request runs. A file keeps them for the next start. Of a model with coded layers, the
+base model is recorded only once a request has loaded it, because it takes twice the memory of a coded size.
 """
 
 import hashlib
@@ -9,18 +10,23 @@ import logging
 import threading
 import time
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from acip.errors import AcipError
+from acip.errors import AcipError, BudgetError
 from acip.evaluate.samples import PROMPTS
+from acip.sizing.budget import Budget, Convention
 from acip.utils.atomic import atomic_file
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.http.requests import ChatRequest, CompletionRequest
 from acip_platform.serve.text.model_text import ModelText
 from acip_platform.serve.text_engine import TextEngine
 
-SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+SIZES: dict[Convention, tuple[float, ...]] = {
+    "linear": (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3),
+    "bytes": (0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 1.0),
+}
 MAX_TOKENS = 48
 # For models with a chat template. The demo's base model (SmolLM2 135M) answers each of them well.
 QUESTIONS = ("What is the capital of France?", "Give me three tips for a good night's sleep.", "What is photosynthesis?")
@@ -63,22 +69,40 @@ class Recorder:
         ]  # fmt: skip
 
     def _record(self, reference: "weakref.ref[ResidentModel]") -> None:
-        for size in SIZES:
-            self._wait_until_idle()
-            model = reference()
+        model = reference()
+        sizes = SIZES[model.convention] if model is not None else ()
+        for size in sizes:
+            del model  # while this thread waits, it must not keep the model in memory
+            model = self._when_ready(reference, size)
             if model is None:
                 return
             if size in self._recorded[self._file(model).name]:
                 continue
             try:
                 texts = self._answers(model, size)
-            except AcipError as error:  # the model does not have this size, or it was unloaded
+            except BudgetError as error:
+                log.info("no recording at %s: %s", size, error)
+                continue
+            except AcipError as error:  # the model was unloaded
                 log.info("no recording at %s: %s", size, error)
                 return
             with self._lock:
                 self._recorded[self._file(model).name][size] = texts
             self._write(model)
-            del model
+
+    def _when_ready(self, reference: "weakref.ref[ResidentModel]", size: float) -> ResidentModel | None:
+        """Wait until no request runs and the model can be recorded at a size. Return the model, or None if it was unloaded."""
+        while True:
+            self._wait_until_idle()
+            model = reference()
+            if model is None:
+                return None
+            with suppress(BudgetError):
+                cut = model.cut(Budget(ratio=size, convention=model.convention))
+                if cut.versions is None and not model.weights.is_loaded(cut):
+                    del model
+                    continue
+            return model
 
     def _answers(self, model: ResidentModel, size: float) -> list[str]:
         """Return the text for each example prompt: from one request, or from one per chat."""
@@ -105,9 +129,8 @@ class Recorder:
 
     def _file(self, model: ResidentModel) -> Path:
         """Return the file of a model's samples. Its name is a hash of all that they depend on."""
-        content = json.dumps(
-            [model.artifact.manifest["files"], model.version.uri, examples(model), MAX_TOKENS, str(model.any_size.model.device)]
-        )
+        place = [model.version.uri, str(model.any_size.model.device), model.convention]
+        content = json.dumps([model.artifact.manifest["files"], examples(model), MAX_TOKENS, *place])
         return self.folder / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
 
     def _read(self, model: ResidentModel) -> dict[float, list[str]]:

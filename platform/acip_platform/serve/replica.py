@@ -21,7 +21,7 @@ from acip_platform.serve.engine.model_cache import Key, ModelCache, key_of
 from acip_platform.serve.engine.request import DEFAULT_MAX_TOKENS
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.http.errors import logged_response
-from acip_platform.serve.http.requests import ChatRequest, CompletionRequest, ModelSizeRequest
+from acip_platform.serve.http.requests import DEFAULT_SIZE, ChatRequest, CompletionRequest, ModelSizeRequest, naming_field
 from acip_platform.serve.recorded_samples import Recorder
 from acip_platform.serve.size_facts import as_json, model_card, size_facts
 from acip_platform.serve.text.events import TextEvent
@@ -34,6 +34,7 @@ from acip_platform.tracking.registry import ModelVersion
 MEMORY_SHARE = 0.8  # of the free memory, if no limit is given
 MESSAGES_PER_S = 50  # to all clients together. A message passes three processes, so events are batched when there are many streams
 LOADERS = 4  # number of models that are loaded at the same time; they share the disk
+SUBMITTERS = 64  # threads that encode prompts and load sizes
 RETRY_S = (5.0, 300.0)  # first and longest wait between attempts to load the first models; it doubles
 
 log = logging.getLogger("ray.serve")
@@ -44,20 +45,21 @@ class EngineReplica:
 
     def __init__(
         self, versions: list[ModelVersion], timeout_s: float, device: str, num_cpus: int, memory_gb: float | None,
-        default_max_tokens: int = DEFAULT_MAX_TOKENS,
+        default_max_tokens: int = DEFAULT_MAX_TOKENS, default_size: str = DEFAULT_SIZE, code_copies: float = 1.0,
     ) -> None:  # fmt: skip
         if device == "cpu":
             torch.set_num_threads(max(1, num_cpus))
         self.settings = Settings.from_env()
-        self.engine = TextEngine(timeout_s, default_max_tokens)
+        self.engine = TextEngine(timeout_s, default_max_tokens, default_size)
         self.recorder = Recorder(self.engine, self.settings.home / "cache" / "recorded")
         limit = in_bytes(memory_gb, GIGA) if memory_gb else int(MEMORY_SHARE * _free_bytes(device))
         store = Store.of(self.settings)
-        self.models = ModelCache(self.engine, store, device, limit, self.recorder.add)
+        self.models = ModelCache(self.engine, store, device, limit, self.recorder.add, code_copies)
         self.failed: dict[str, str] = {}  # model -> the reason why it cannot be loaded
         self.warm = False  # whether a model is loaded and has generated a token
         self._loading: dict[Key, asyncio.Future[ResidentModel]] = {}
         self._loaders = ThreadPoolExecutor(LOADERS, "loader")  # loading takes long, so it has threads of its own
+        self._submitters = ThreadPoolExecutor(SUBMITTERS, "submitter")  # a request may load the weights of its size
         self._trade_offs: weakref.WeakKeyDictionary[ResidentModel, dict[str, Any]] = weakref.WeakKeyDictionary()
         threading.Thread(target=self._load, args=(versions,), daemon=True, name="loading").start()
 
@@ -104,7 +106,7 @@ class EngineReplica:
             body = self._trade_offs.get(model)
             if body is None:
                 body = self._trade_offs[model] = as_json(trade_off(model))
-            return body | {"recorded": self.recorder.of(model)}
+            return body | {"resident_bytes": model.bytes, "recorded": self.recorder.of(model)}
 
         return await self._result(facts, version)
 
@@ -112,8 +114,9 @@ class EngineReplica:
         """Return the facts of a size, without generating anything."""
 
         def facts(model: ResidentModel) -> dict[str, Any]:
-            _, budget = request.name_and_budget([model.name])
-            return size_facts(model.cut(budget), model.removed_at_stop)
+            _, budget = request.name_and_budget([model.name], model.convention, self.engine.default_size)
+            with naming_field(budget):
+                return size_facts(model.cut(budget), model.removed_at_stop)
 
         return await self._result(facts, version)
 
@@ -151,7 +154,7 @@ class EngineReplica:
 
         try:
             try:
-                started = await asyncio.to_thread(submit, await self._model(version))
+                started = await loop.run_in_executor(self._submitters, submit, await self._model(version))
             except Exception as error:
                 yield [TextEvent("error", data=_failed(error))]
                 return

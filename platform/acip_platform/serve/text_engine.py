@@ -26,7 +26,7 @@ from acip_platform.serve.engine.request import DEFAULT_MAX_TOKENS, GenerationReq
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.engine.sampling import SampledToken, SamplingParams
 from acip_platform.serve.http.errors import logged_response
-from acip_platform.serve.http.requests import ChatRequest, CompletionRequest
+from acip_platform.serve.http.requests import DEFAULT_SIZE, ChatRequest, CompletionRequest, naming_field
 from acip_platform.serve.size_facts import size_facts
 from acip_platform.serve.text.detokenizer import Detokenizer
 from acip_platform.serve.text.events import TextEvent
@@ -74,12 +74,17 @@ class TextRequest:
     active: ActiveRequest  # set by `TextEngine.submit`
 
     def __init__(
-        self, model: ResidentModel, request: CompletionRequest | ChatRequest, on_event: Callable[[list[TextEvent]], object]
+        self,
+        model: ResidentModel,
+        request: CompletionRequest | ChatRequest,
+        on_event: Callable[[list[TextEvent]], object],
+        default_size: str = DEFAULT_SIZE,
     ) -> None:
         self.on_event = on_event
         text = ModelText.of(model)
-        _, budget = request.name_and_budget([model.name])
-        model.cut(budget)  # raises BudgetError for an unavailable size before the prompts are encoded
+        _, budget = request.name_and_budget([model.name], model.convention, default_size)
+        with naming_field(budget):
+            model.cut(budget)  # raises BudgetError for an unavailable size before the prompts are encoded
         echo = wants_echo(request)
         prompts = text.encode(request)
         self.format = text.format_of(request)
@@ -154,8 +159,10 @@ class TextRequest:
 class TextEngine:
     """An engine for parsed requests in text. `tokens` is the token engine that it uses."""
 
-    def __init__(self, timeout_s: float = TIMEOUT_S, default_max_tokens: int = DEFAULT_MAX_TOKENS) -> None:
-        self.timeout_s, self.default_max_tokens = timeout_s, default_max_tokens
+    def __init__(
+        self, timeout_s: float = TIMEOUT_S, default_max_tokens: int = DEFAULT_MAX_TOKENS, default_size: str = DEFAULT_SIZE
+    ) -> None:
+        self.timeout_s, self.default_max_tokens, self.default_size = timeout_s, default_max_tokens, default_size
         self.tokens = Engine(timeout_s)
         self.add, self.remove, self.close = self.tokens.add, self.tokens.remove, self.tokens.close
 
@@ -180,7 +187,7 @@ class TextEngine:
         Raise an InvalidRequestError, EngineError or BudgetError for an invalid request. Later errors are events.
         """
         received = time.monotonic() if received is None else received
-        text_request = TextRequest(model, request, on_event)
+        text_request = TextRequest(model, request, on_event, self.default_size)
         generation = replace(text_request.generation, timeout_s=self.timeout_s, default_max_tokens=self.default_max_tokens)
         text_request.active = self.tokens.submit(model, generation, text_request.on_tokens, received)
         return text_request

@@ -1,7 +1,8 @@
 """Promotion: a new version becomes the champion only if its trade-off curve is better.
 
 The measure is the area under the excess loss (acip.sizing.excess_loss_area), from the smallest size that both curves reach to 1.0;
-a smaller area is better. Curves are comparable only if they were measured on the same base model, held-out text, context and windows.
+a smaller area is better. It is over sizes of ranks. If one of the two artifacts has no ranks, it is over shares of the base model's bytes
+for both. Curves are comparable only if they were measured on the same base model, held-out text, context and windows.
 A version that is not comparable or not better becomes the candidate, and a person can promote it with `jobs/promote.py`.
 
 Several fleets may promote at once, and MLflow moves an alias unconditionally. Each version is therefore tagged before it gets the
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from acip.artifact.artifact import Artifact
-from acip.sizing.budget import COMPARABLE_FIELDS
-from acip.sizing.excess_loss_area import excess_loss_area
+from acip.sizing.budget import COMPARABLE_FIELDS, is_coded
+from acip.sizing.excess_loss_area import excess_loss_area, rows_of_area
 from acip_platform.storage.store import Store
 from acip_platform.tracking.registry import CANDIDATE, CHAMPION, ModelVersion, Registry
 
@@ -87,7 +88,7 @@ def _compare_versions(store: Store, new: ModelVersion, old: ModelVersion) -> Ver
 
 def compare(new: Mapping[str, Any], old: Mapping[str, Any], rival: str) -> Verdict:
     """Return the verdict on `new` against `old`, two artifacts' manifests. `rival` names `old` in the reason."""
-    new_rows, old_rows = new["curve"], old["curve"]
+    (new_rows, old_rows), unit = _of_one_kind(new["curve"], old["curve"])
     if new["base"]["digest"] != old["base"]["digest"]:
         return Verdict(False, f"not comparable with {rival}: another base model")
     for rows, curve in ((new_rows, "its own curve"), (old_rows, f"the curve of {rival},")):
@@ -104,8 +105,16 @@ def compare(new: Mapping[str, Any], old: Mapping[str, Any], rival: str) -> Verdi
     least = max(min(row["got"] for row in rows) for rows in (new_rows, old_rows))
     new_area, old_area = excess_loss_area(new_rows, least), excess_loss_area(old_rows, least)
     change = f", {new_area / old_area - 1:+.1%}" if old_area > 0 else ""
-    compared = f"area {new_area:.5g} against {old_area:.5g} of {rival} ({least:.2f} to 1.00{change})"
+    compared = f"area {new_area:.5g} against {old_area:.5g} of {rival} ({least:.2f} to 1.00{unit}{change})"
     return Verdict(True, f"better, {compared}") if new_area < old_area else Verdict(False, f"not better, {compared}")
+
+
+def _of_one_kind(*curves: CurveRows) -> tuple[list[CurveRows], str]:
+    """Return the rows of two curves that are compared, and the unit of their sizes."""
+    chosen: list[CurveRows] = [rows_of_area(rows) for rows in curves]
+    if not any(is_coded(row) for rows in chosen for row in rows):
+        return chosen, ""
+    return [[row for row in rows if is_coded(row) or row.get("got") == 1.0] for rows in curves], " of the bytes"
 
 
 def _listed(values: set[Any]) -> str:

@@ -5,20 +5,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from acip.artifact.artifact import Artifact
-from acip.evaluate import improbable, metrics
+from acip.errors import BudgetError
+from acip.evaluate import divergence_of, improbable, metrics
 from acip.evaluate.heldout_text import cut_by
 from acip.export.card import shown
 from acip.recipe import nearest
+from acip.sizing.budget import MEGA, Budget, is_coded
 from acip.sizing.excess_loss_area import excess_loss_area
 from acip_platform.scheduling.fleet import Job
 from acip_platform.scheduling.job_queue import Outcome
-from acip_platform.tracking.runs import AXES
+from acip_platform.tracking.runs import AXES, at_size
 
 # fields of a curve's row that describe the size and the measurement; all other numbers are results
 DESCRIPTIVE_FIELDS = (
     "asked", "got", "got_paper", "got_model", "convention", "params", "stderr", "corpus", "context", "windows", "extrapolated",
 )  # fmt: skip
-NAMES = {"loss": "loss_nats", "bytes": "stored_bytes"}
+NAMES = {"loss": "loss_nats", "bytes": "stored_bytes", "flops": "flops_per_token"}
+CLOSE_KL = 0.05  # nats per token; with less, a model is called close to its base model
 CELL_PADDING = "&emsp;"  # MLflow draws tables without space between the columns
 
 
@@ -40,24 +43,43 @@ def recipe_name(job: Job) -> str:
 def measured(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the results in a row of the curve as metrics."""
     values = {key: value for key, value in row.items() if key not in DESCRIPTIVE_FIELDS and isinstance(value, int | float)}
+    values |= {"kl_nats": divergence["kl_nats"]} if (divergence := divergence_of(row)) else {}
     return {f"tradeoff/{NAMES.get(key, key)}": float(value) for key, value in values.items()}
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, float]]]:
-    """Return a model's curve as metrics of its run: (size in percent, metrics)."""
-    return [(round(row["asked"] * 100), measured(row) | metrics({"evaluation": [], **row})) for row in rows]
+    """Return a model's curve as metrics of its run: (size in percent, or in thousandths of the bytes, metrics)."""
+    return [at_size(row, measured(row) | metrics({"evaluation": [], **row})) for row in rows]
 
 
 def choosing(job: Job, artifact: Artifact) -> dict[str, str]:
-    """Return the tags by which a person chooses a version. `ppl_60` is the perplexity at size 0.6; MLflow's columns are narrow."""
-    quality = {f"ppl_{round(row['asked'] * 100)}": f"{row['perplexity']:.4g}" for row in artifact.curve if math.isfinite(row["perplexity"])}
-    origin, warnings = artifact.manifest["provenance"], improbable(artifact.curve)
+    """Return the tags by which a person chooses a version. `ppl_60` is the perplexity at size 0.6, `ppl_bytes_420` at 42 % of the bytes.
+
+    MLflow's columns are narrow.
+    """
+    quality = {_tag(row): f"{row['perplexity']:.4g}" for row in artifact.curve if math.isfinite(row["perplexity"])}
+    origin, warnings, close = artifact.manifest["provenance"], improbable(artifact.curve), close_to_base(artifact)
     return {
         **quality, **({"curve_warning": " ".join(warnings)} if warnings else {}),
+        **({"close_to_base": close} if close else {}),
         "area": _area(artifact.curve), "base": job.base, "recipe": recipe_name(job), "stop_ratio": str(job.recipe.stop_ratio),
         "steps": str(artifact.manifest["steps"]), "data": job.data, "measured_on": job.eval_data or job.data,
         "commit": str(origin.get("commit", "unknown")),
     }  # fmt: skip
+
+
+def _tag(row: Mapping[str, Any]) -> str:
+    return f"ppl_bytes_{round(row['asked'] * 1000)}" if is_coded(row) else f"ppl_{round(row['asked'] * 100)}"
+
+
+def close_to_base(artifact: Artifact) -> str:
+    """Return the smallest size whose KL divergence is at most `CLOSE_KL` by the measured curve, with its bytes; "" if there is none."""
+    try:
+        cut = artifact.table().cut(Budget(max_kl=CLOSE_KL))
+    except BudgetError:
+        return ""
+    share = f"{cut.sizes['bytes']:.3f} of the bytes" if cut.versions is not None else f"size {cut.sizes['linear']:.3f}"
+    return f"{share}, {(cut.bytes or 0) / MEGA:.1f} MB"
 
 
 def of_model(job: Job) -> str:
@@ -65,32 +87,42 @@ def of_model(job: Job) -> str:
     return (
         f"{shown(job.base)} at any size. Each version is the result of one calibration: a folder from which every size can be read. The "
         "`champion` is served. A `candidate` was not better than the champion, or not comparable with it. Choose a version by its tags: "
-        "`ppl_60` is the perplexity at size 0.6, and so on; `area` is the area under the excess loss (nats per token) over all sizes, and "
-        f"less is better. `python jobs/promote.py {job.name} VERSION` makes a version the champion; `--rollback` restores the previous one."
+        "`ppl_60` is the perplexity at size 0.6, and so on; `ppl_bytes_420` is the perplexity at 42 % of the bytes; `close_to_base` is the "
+        f"smallest size with a KL divergence of at most {CLOSE_KL} nats per token; `area` is the area under the excess loss (nats per "
+        f"token) over all sizes, and less is better. `python jobs/promote.py {job.name} VERSION` makes a version the champion; "
+        "`--rollback` restores the previous one."
     )
 
 
 def of_version(job: Job, artifact: Artifact, uri: str) -> str:
     """Return the description of a version."""
-    return "\n\n".join([*_summary(job, artifact), _table(artifact.curve), *improbable(artifact.curve), f"Artifact: `{uri}`"])
+    return "\n\n".join([*_about(job, artifact), f"Artifact: `{uri}`"])
+
+
+def _about(job: Job, artifact: Artifact) -> list[str]:
+    """Return the paragraphs on the calibration, its smallest good size and its curve."""
+    close = close_to_base(artifact)
+    smallest = [f"Smallest size with a KL divergence of at most {CLOSE_KL} nats per token: **{close}**."] if close else []
+    return [*_summary(job, artifact), *smallest, *_tables(artifact.curve), *improbable(artifact.curve)]
 
 
 def of_run(job: Job, artifact: Artifact, uri: str, outcome: str) -> str:
     """Return the description of a run: its settings, its outcome, the curve, and the list of the files in it."""
     masks = ", `masks.png` (masks during L1 pruning)" if job.recipe.prunes else ""
     return "\n\n".join([
-        outcome, *_summary(job, artifact), _table(artifact.curve), *improbable(artifact.curve), f"Artifact: `{uri}`",
+        outcome, *_about(job, artifact), f"Artifact: `{uri}`",
         f"**Model metrics**. {AXES}",
         "**Artifacts**: `samples.json` "
-        "(text generated at each size), `tradeoff.png`, `score_map.png`, `kept_ranks_*.png`" + masks + ", the adapter for PEFT, "
+        "(text generated at each size), `tradeoff.json` (the curve), `tradeoff.png`, `perplexity_over_flops.png`, with coded sizes "
+        "`perplexity_over_bytes.png` and `kl_over_bytes.png`, `score_map.png`, `kept_ranks_*.png`" + masks + ", the adapter for PEFT, "
         "`provenance.json`.",
     ])  # fmt: skip
 
 
 def excess(name: str, rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, float]]]:
-    """Return one model's curve as metrics of the fleet's run: (size in percent, excess loss). Empty if size 1.0 was not measured."""
+    """Return one model's curve as metrics of the fleet's run, excess losses (`at_size`). Empty if size 1.0 was not measured."""
     base = next((row["loss"] for row in rows if row["got"] == 1.0), None)
-    return [] if base is None else [(round(row["asked"] * 100), {f"excess_loss_nats/{name}": row["loss"] - base}) for row in rows]
+    return [] if base is None else [at_size(row, {f"excess_loss_nats/{name}": row["loss"] - base}) for row in rows]
 
 
 def of_fleet(outcomes: Sequence[Outcome]) -> str:
@@ -107,6 +139,8 @@ def of_fleet(outcomes: Sequence[Outcome]) -> str:
 
 
 def _area(rows: Sequence[Mapping[str, Any]]) -> str:
+    if len(rows) == 1:
+        return "unknown: one size"
     return f"{excess_loss_area(rows):.5g}" if any(row["got"] == 1.0 for row in rows) else "unknown: no size 1.0"
 
 
@@ -121,14 +155,32 @@ def _summary(job: Job, artifact: Artifact) -> list[str]:
     ]
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the curve as tables: coded sizes over bytes, if there are any, then sizes of ranks."""
     first = rows[0]
-    lines = ["| asked | got | parameters | MB | perplexity | |", "|:--|:--|:--|:--|:--|:--|"]
-    for row in rows:
-        error = row["perplexity"] * row["stderr"]
-        below = "below the stop ratio" if row["extrapolated"] else ""
-        quality = f"{row['perplexity']:.2f} ± {error:.2f}"
-        cells = (f"{row['asked']:.2f}", f"{row['got']:.4f}", f"{row['params']:,}", f"{row['bytes'] / 1e6:.1f}", quality, below)
-        lines.append(f"| {' | '.join(cell + CELL_PADDING for cell in cells)} |")
+    coded, over_ranks = ([row for row in rows if is_coded(row) is kind] for kind in (True, False))
+    tables = []
+    if coded:
+        cells = [(f"{row['asked']:.3g}", f"{row['got']:.4f}", f"{row['bits_per_weight']:.2f}", *_quality(row)) for row in coded]
+        tables.append(_table(("of the bytes", "got", "bits per weight", "MB", "perplexity", "KL"), cells))
+    if over_ranks:
+        below = ("below the stop ratio" if row["extrapolated"] else "" for row in over_ranks)
+        cells = [
+            (f"{row['asked']:.2f}", f"{row['got']:.4f}", f"{row['params']:,}", *_quality(row), note)
+            for row, note in zip(over_ranks, below, strict=True)
+        ]
+        tables.append(_table(("asked", "got", "parameters", "MB", "perplexity", "KL", ""), cells))
     cut = f"{first['windows']} windows of {first['context']} tokens ({cut_by(first)})"
-    return "\n".join(lines) + f"\n\nPerplexity on {first['corpus']}, held out, {cut}."
+    return [*tables, f"Perplexity on {first['corpus']}, held out, {cut}. KL: divergence from the base model in nats per token."]
+
+
+def _quality(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return the cells MB, perplexity and KL divergence."""
+    kl = divergence_of(row).get("kl_nats")
+    error = row["perplexity"] * row["stderr"]
+    return f"{row['bytes'] / MEGA:.1f}", f"{row['perplexity']:.2f} ± {error:.2f}", "" if kl is None else f"{kl:.4f}"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(headings)} |", f"|{':--|' * len(headings)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(cell + CELL_PADDING for cell in cells)} |" for cells in rows)])

@@ -23,6 +23,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
+from acip.sizing.budget import is_coded
 from acip_platform.settings import Settings, masked, sqlite_path
 from acip_platform.tracking.provenance import commit
 from acip_platform.tracking.registry import RegistryError
@@ -35,13 +36,22 @@ EXPERIMENT_NOTE = "mlflow.note.content"  # tag of an experiment: its description
 AXES = (
     'The x axis of each metric, which MLflow always labels "Step": for `tradeoff/*`, `divergence/*`, `perplexity/*`, `task/*`, '
     "`efficiency/*`, `quantized/*`, `size/*` and `excess_loss_nats/*` it is the size of the model in percent of the original, with 100 "
-    "at the right; for all other metrics it is the optimizer step."
+    "at the right. For `bytes/*` it is the size of a coded model in thousandths of the bytes of the original. For all other metrics it is "
+    "the optimizer step."
 )
 LOCAL_SERVER = "http://127.0.0.1:5000"  # default address of `mlflow server`
 RUNS_TABLE = "runs?workflowType=machine_learning"  # MLflow 3 opens an experiment in its GenAI view, which does not show these metrics
 BATCH = 1000  # most metrics in one request
+BYTES = "bytes/"  # beginning of the names of a coded size's metrics
 
 log = logging.getLogger(__name__)
+
+
+def at_size(row: Mapping[str, Any], values: Mapping[str, float]) -> tuple[int, dict[str, float]]:
+    """Return (step, metrics) of the size of a curve's row: percent for sizes of ranks, thousandths of the bytes for coded sizes."""
+    if is_coded(row):
+        return round(row["asked"] * 1000), {f"{BYTES}{name}": value for name, value in values.items()}
+    return round(row["asked"] * 100), dict(values)
 
 
 class Monitor(SystemMetricsMonitor):

@@ -17,14 +17,14 @@ from safetensors import SafetensorError
 
 from acip.artifact.artifact import Artifact
 from acip.base import Base
-from acip.evaluate import DivergenceOn, Samples, Text, evaluate, trade_off
+from acip.evaluate import DivergenceOn, Samples, Text, divergence_of, evaluate, trade_off
 from acip.export.peft import save_peft
 from acip.sizing.cut_table import Budget
 from acip.sizing.elastic_model import ElasticModel
 from acip_platform.evaluation.measure import measure_tasks
 from acip_platform.reporting import figures
 from acip_platform.reporting.mask_samples import FILE, MaskSamples
-from acip_platform.reporting.text_samples import side_by_side
+from acip_platform.reporting.text_samples import side_by_side, size_label
 from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.storage.checkpoints import Emit
@@ -105,20 +105,16 @@ def finish(
 
 def measured_curve(job: Job, artifact: Artifact, model: ElasticModel, heldout: Heldout, emit: Emit) -> list[dict[str, Any]]:
     """Measure the loss, the divergence from the base model and text samples at each size of the job."""
-    text, tokenizer, count = heldout.text, artifact.tokenizer(), len(heldout.windows)
+    text, tokenizer = heldout.text, artifact.tokenizer()
 
-    def progress(done: int) -> None:
-        if done % max(1, count // 4) == 0:
-            emit("stage", text=f"{len(job.sizes)} sizes measured on {done} of {count} windows of {text.source}")
-
-    rows = trade_off(
-        model, heldout.windows, text.source, job.sizes, artifact.recipe.stop_ratio, text.protocol, DivergenceOn(text), progress, text.start
-    )
-    for row in rows:
-        model.resize(Budget(ratio=row["asked"]))
+    def add_samples(row: dict[str, Any]) -> None:
         row["evaluation"] += evaluate(model, tokenizer, [Samples()])["evaluation"]
-        emit("stage", text=f"size {row['asked']:.2f}: perplexity {row['perplexity']:.2f}")
-    return rows
+        emit("stage", text=f"size {size_label(row)}: perplexity {row['perplexity']:.2f}")
+
+    emit("stage", text=f"measuring the curve on {len(heldout.windows)} windows of {text.source}")
+    sizes = [*map(Budget, job.sizes), *(Budget(size, "bytes") for size in job.byte_sizes if model.table.byte_sizes)]
+    stop, divergence = artifact.recipe.stop_ratio, DivergenceOn(text)
+    return trade_off(model, heldout.windows, text.source, sizes, stop, text.protocol, divergence, add_samples, text.start)
 
 
 def registered_version(job: Job, artifact: Artifact, uri: str, run: Run, registry: Registry, fingerprint: str) -> ModelVersion:
@@ -134,12 +130,13 @@ def log_artifact(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
     run.tags({"artifact_uri": uri, "base": job.base, "stop_step": str(manifest["stop_step"])})
     if run.last_step("tradeoff/perplexity") == 0:
         run.metrics(run_descriptions.curve(artifact.curve))
-    run.table({key: [row[key] for row in artifact.curve] for key in artifact.curve[0] if key != "evaluation"}, "tradeoff.json")
+    rows = [{key: value for key, value in row.items() if key != "evaluation"} | divergence_of(row) for row in artifact.curve]
+    run.table({key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}, "tradeoff.json")
     if samples := side_by_side(artifact.curve):
         run.table(samples, "samples.json")
     run.json({key: manifest[key] for key in ("base", "recipe", "provenance", "stop_step", "steps")}, "provenance.json")
     log_figures(job, artifact, run)
-    if job.recipe.adapter_rank:
+    if job.recipe.adapter_rank and job.recipe.code != "bits":
         with tempfile.TemporaryDirectory() as folder:
             cut = table.cut(Budget(job.recipe.stop_ratio, job.recipe.convention))
             save_peft(artifact, folder, cut, job.base)
@@ -147,10 +144,18 @@ def log_artifact(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
 
 
 def log_figures(job: Job, artifact: Artifact, run: Run) -> None:
-    """Plot the curve, the scores, the kept ranks at three sizes, and the masks over the steps if they were sampled."""
+    """Plot the curves, the scores, the kept ranks at three sizes, and the masks over the steps if they were sampled."""
     table = artifact.table()
-    run.figure(figures.curves({job.name: artifact.curve}), "tradeoff.png")
-    run.figure(figures.score_map(table), "score_map.png")
+    for name, figure in (
+        ("tradeoff", figures.curves({job.name: artifact.curve})),
+        ("perplexity_over_bytes", figures.curves({job.name: artifact.curve}, over="bytes")),
+        ("kl_over_bytes", figures.curves({job.name: artifact.curve}, over="bytes", quantity="kl")),
+        ("perplexity_over_flops", figures.curves({job.name: artifact.curve}, over="flops")),
+    ):
+        if figure is not None:
+            run.figure(figure, f"{name}.png")
+    if scores := figures.score_map(table):
+        run.figure(scores, "score_map.png")
     for size in (0.8, 0.6, 0.4):
         figure = figures.kept_ranks(table, size)
         if figure is not None:

@@ -20,6 +20,7 @@ from acip.data import TokenBatches, documents, start_tokens, token_windows
 from acip.evaluate import perplexity
 from acip.finetune import attach, finetune, save, scores_of
 from acip.recipe import Recipe
+from acip.sizing.budget import is_coded
 from acip.sizing.elastic_model import ElasticModel
 from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
@@ -86,7 +87,7 @@ def tune_one(config: dict[str, Any]) -> dict[str, Any]:
     summary = finish(job, store.uri(key), run, settings, heldout, device, emit, config["fingerprint"], CANDIDATE)
     registry.tag(registry.resolve(job.name, summary["version"]), lineage(job, version))
     facts = store.open(summary["uri"]).manifest["provenance"]["finetuned"]
-    facts["perplexity"]["after"] = next(row["perplexity"] for row in summary["curve"] if row["asked"] == size)
+    facts["perplexity"]["after"] = next(row["perplexity"] for row in summary["curve"] if row["asked"] == size and not is_coded(row))
     run.metrics([(job.recipe.post_tune_steps, {f"perplexity_{when}": value for when, value in facts["perplexity"].items()})])
     return {**summary, "stop_ratio": parent.recipe.stop_ratio, "finetuned": facts}
 

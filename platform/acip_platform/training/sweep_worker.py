@@ -33,6 +33,8 @@ from acip.sizing.excess_loss_area import excess_loss_area
 from acip.sizing.model_sizes import cut_table
 from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
+from acip_platform.storage.checkpoints import Checkpoints
+from acip_platform.storage.code_checkpoints import remove_codes
 from acip_platform.storage.store import Store
 from acip_platform.tracking import run_descriptions
 from acip_platform.tracking.provenance import provenance
@@ -223,10 +225,13 @@ def _artifact(trial: Trial, state: tune.Checkpoint | None, settings: Settings, r
     heldout = Heldout.of(job, base)
     if not store.exists(store.uri(key)):
         torch.nn.Module.to(base.model, device)
-        codes = coded(job, base, run, emit, device)
+        checkpoints = Checkpoints(settings, f"{job.name}-{job.fingerprint}", emit)
+        codes = coded(job, base, run, emit, device, checkpoints)
         batches = prepare(job, base, settings, emit, device)
         with _from(state) as folder:
             calibration = calibrate(base.model, batches, job.recipe, resume=folder)
         origin = provenance(job) | {"attempt": key, "mlflow_run": run.run_id}
         stored(settings, key, lambda folder: Artifact.save(folder, base, calibration, origin, codes))
+        if codes is not None:
+            remove_codes(checkpoints)
     return finish(job, store.uri(key), run, settings, heldout, device, emit, alias=CANDIDATE)

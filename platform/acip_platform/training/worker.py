@@ -45,6 +45,7 @@ from acip_platform.scheduling.fleet import Job
 from acip_platform.scheduling.job_queue import Resources
 from acip_platform.settings import Settings
 from acip_platform.storage.checkpoints import Checkpoints, Emit
+from acip_platform.storage.code_checkpoints import remove_codes
 from acip_platform.storage.store import Store
 from acip_platform.tracking.provenance import provenance
 from acip_platform.tracking.registry import few_retries
@@ -149,22 +150,31 @@ def _calibrate(
 ) -> "Observer":
     """Code, parametrize and calibrate, from the last checkpoint if there is one; rank 0 stores the artifact.
 
-    Codes are not in the checkpoints: a resumed calibration computes the same ones again.
+    With `code: bits`, the layers are coded only.
+    Finished codes are stored beside the checkpoints until the artifact holds them.
     """
     recipe = job.recipe
-    codes = coded(job, base, run, emit, device)
+    codes = coded(job, base, run, emit, device, checkpoints)
+    observer = Observer(job, run, emit, device, checkpoints)
+    origin = provenance(job) | {"attempt": key, "mlflow_run": run.run_id}
+    if recipe.code == "bits":
+        assert codes is not None
+        uri = stored(settings, key, lambda folder: Artifact.save_coded(folder, base, recipe, codes, origin))
+        emit("stage", text=f"artifact saved: {uri}")
+        remove_codes(checkpoints)
+        return observer
     batches = prepare(job, base, settings, emit, device)
     run_trial_step(base.model, batches, recipe, emit)
-    observer = Observer(job, run, emit, device, checkpoints)
     with run.system_metrics() if sharding.rank() == 0 else nullcontext(), checkpoints.newest() as folder:
         if folder is not None:
             emit("stage", text=f"resuming from checkpoint {folder.name}")
         calibration = calibrate(base.model, batches, recipe, resume=folder, observe=observer)
     sharding.gather(base.model)
     if sharding.rank() == 0:
-        origin = provenance(job) | {"attempt": key, "mlflow_run": run.run_id}
         uri = stored(settings, key, lambda folder: Artifact.save(folder, base, calibration, origin, codes))
         emit("stage", text=f"artifact saved: {uri}")
+        if codes is not None:
+            remove_codes(checkpoints)
     return observer
 
 
@@ -191,12 +201,13 @@ def calibration_windows(job: Job, base: Base) -> torch.Tensor:
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(job.recipe.seed))]
 
 
-def coded(job: Job, base: Base, run: Run, emit: Emit, device: torch.device) -> CodedModel | None:
+def coded(job: Job, base: Base, run: Run, emit: Emit, device: torch.device, checkpoints: Checkpoints) -> CodedModel | None:
     """Return coded versions of the target layers, or None if the recipe has none. `prepare` must not have changed the model yet."""
     if job.recipe.code == "ranks":
         return None
-    _check_memory(job, base, device, lambda kind, **facts: None)  # before the work; `prepare` reports it
-    return code_layers(job, base, calibration_windows(job, base), run, emit)
+    silent: Emit = lambda kind, **facts: None  # noqa: E731  (before the work; `prepare` reports the memory)
+    _check_memory(job, base, device, emit if job.recipe.code == "bits" else silent)
+    return code_layers(job, base, calibration_windows(job, base), run, emit, checkpoints)
 
 
 def prepare(job: Job, base: Base, settings: Settings, emit: Emit, device: torch.device) -> TokenBatches:

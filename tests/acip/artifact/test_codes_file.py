@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from acip.artifact.artifact import Artifact
 from acip.artifact.byte_sources import Range
 from acip.artifact.codes_file import StoredVersions
-from acip.artifact.manifest import MANIFEST
+from acip.artifact.manifest import MANIFEST, TENSOR_FILES
 from acip.base import Base
 from acip.calibration.loop import calibrate
 from acip.calibration.parametrize import parametrize
@@ -27,10 +27,10 @@ from acip.calibration.result import Calibration
 from acip.coding.coded_model import CodedModel
 from acip.data import TokenBatches
 from acip.errors import AcipError, ArtifactError, BudgetError
-from acip.layers.coded_linear import CodedLinear
 from acip.layers.targets import find_linears
-from acip.modeling_acip import weight_MN
+from acip.modeling_acip import CodedLinear, weight_MN
 from acip.recipe import Recipe
+from acip.sizing.budget import Budget
 from tests.acip.artifact.test_fetch import ALLOWED, CountingFolder
 from tests.acip.artifact.test_hostile import MemorySource, sealed, to_json
 from tests.conftest import byte_tokenizer, logits
@@ -212,9 +212,10 @@ def test_an_artifact_without_codes_has_schema_4(coded: tuple[Base, Calibration, 
     assert (artifact.manifest["schema"], uncoded.manifest["schema"]) == (5, 4)
     assert "codes" not in uncoded.manifest
     assert not (folder / "codes.safetensors").exists() and "codes.safetensors" not in uncoded.manifest["files"]
-    same = {file: facts for file, facts in artifact.manifest["files"].items() if file.split(".")[0] not in {"codes", "digests"}}
-    assert same.items() <= uncoded.manifest["files"].items()
-    with pytest.raises(ArtifactError, match=r"holds no coded layers. Set code: both in the recipe"):
+    for file in TENSOR_FILES:
+        one, other = (each.tensors(file).read(list(each.tensors(file).entries)) for each in (artifact, uncoded))
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(ArtifactError, match=r"holds no coded layers\. Set code: both or code: bits in the recipe"):
         uncoded.coded()
 
 
@@ -380,3 +381,81 @@ def test_more_bytes_give_less_predicted_loss(artifact: Artifact, coded: tuple[Ba
         for name, version in codes.order.at(count).items():
             assert torch.equal(decoded(model, name), codes.versions[name][version].unpack().decode())
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+
+
+# ---- artifacts that hold codes only
+
+
+@pytest.fixture(scope="module", params=[llama, gpt2], ids=["llama", "gpt2"])
+def bits_only(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, CodedModel, Artifact]:
+    model = request.param().to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    codes = rounded(find_linears(model))
+    recipe = replace(RECIPE, code="bits", dtype="bfloat16", dense_if_no_saving=False)
+    base = Base(model, byte_tokenizer(), "random", None, "0" * 12)
+    return model, codes, Artifact.save_coded(tmp_path_factory.mktemp("bits") / "artifact", base, recipe, codes, {"job": "x"})
+
+
+def test_an_artifact_of_codes_only_holds_the_base_bit_for_bit(bits_only: tuple[PreTrainedModel, CodedModel, Artifact]) -> None:
+    model, _, artifact = bits_only
+    whole = Artifact.open(artifact.folder, CountingFolder(artifact.folder)).load()
+    plain = sum(p.nbytes for p in model.parameters())
+    dense, stored_bytes = load_bytes(artifact, plain)
+    state, loaded = model.state_dict(), dense.state_dict()
+    assert state.keys() == loaded.keys() and all(torch.equal(state[name], loaded[name]) for name in state)
+    assert torch.equal(logits(dense, IDS), logits(whole.model, IDS))
+    assert stored_bytes == artifact.tensors("dense").data_bytes + rest_bytes(artifact) < plain
+    assert whole.cut is not None and whole.cut.bytes == plain, "a size in ranks counts the bytes of the plain model"
+    assert whole.table.dense_params + whole.table.rest_params == model.num_parameters()
+    for coded_limit in limits(artifact):
+        small, stored_bytes = load_bytes(artifact, coded_limit)
+        assert stored_bytes == coded_limit and logits(small, IDS).isfinite().all()
+
+
+def test_the_only_size_in_ranks_of_an_artifact_of_codes_only_is_the_base(bits_only: tuple[PreTrainedModel, CodedModel, Artifact]) -> None:
+    *_, artifact = bits_only
+    for budget in (Budget(ratio=0.99), Budget(ratio=0.5, convention="model"), Budget(params=100), Budget(max_flops=100)):
+        with pytest.raises(BudgetError, match=r"holds codes only.*give a ratio in the convention bytes, stored_bytes, memory_mb"):
+            artifact.table().cut(budget)
+    assert set(artifact.load(size=1.0).table.cut(Budget(ratio=1.0)).ranks.values()) == {None}
+
+
+def test_codes_of_other_layers_are_refused_without_directions(
+    bits_only: tuple[PreTrainedModel, CodedModel, Artifact], tmp_path: Path
+) -> None:
+    model, codes, artifact = bits_only
+    fewer = dict(list(codes.versions.items())[1:])
+    base = Base(model, byte_tokenizer(), "random", None, "0" * 12)
+    with pytest.raises(ArtifactError, match="not the target layers"):
+        Artifact.save_coded(tmp_path / "other", base, artifact.recipe, replace(codes, versions=fewer), {})
+
+
+def test_a_removal_order_without_directions_is_refused(bits_only: tuple[PreTrainedModel, CodedModel, Artifact], artifact: Artifact) -> None:
+    """An order of no removals belongs to `code: bits`, and to no other artifact."""
+    *_, codes_only = bits_only
+    for of, code in ((codes_only, "both"), (artifact, "bits")):
+        changed = Artifact.open(of.folder, edited(of, lambda m, code=code: m["recipe"].update(code=code)))  # type: ignore[misc]
+        with pytest.raises(ArtifactError, match="removal order does not fit"):
+            changed.table()
+
+
+@pytest.mark.parametrize("file", ["dense", "rest", "factors"])
+def test_a_flipped_bit_of_a_lossless_tensor_is_detected_by_its_checksum(wide: Artifact, tmp_path: Path, file: str) -> None:
+    folder = copytree(wide.folder, tmp_path / "copy")
+    content = bytearray((folder / f"{file}.safetensors").read_bytes())
+    entry = max(wide.tensors(file).entries.values(), key=lambda entry: entry.bytes)
+    assert entry.coded is not None
+    content[entry.start] ^= 1  # a mantissa: it decodes to another number
+    (folder / f"{file}.safetensors").write_bytes(content)
+    with pytest.raises(ArtifactError, match="corrupted"):
+        Artifact.open(folder, CountingFolder(folder)).load()
+
+
+def test_directions_are_read_by_the_rows_that_a_size_needs(wide: Artifact) -> None:
+    """Coded chunks of rows are read separately, and give the same model as the whole artifact."""
+    counted = CountingFolder(wide.folder)
+    small = Artifact.open(wide.folder, counted).load(size=0.3)
+    assert counted.fetched < 0.6 * wide.tensors("factors").data_bytes + wide.tensors("rest").data_bytes
+    whole = wide.load()
+    whole.resize(0.3)
+    assert torch.equal(logits(small.model, IDS), logits(whole.model, IDS))

@@ -28,15 +28,20 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from acip.calibration import memory_plan
 from acip.calibration.loop import calibrate, recomputing, trial_step
 from acip.calibration.losses import next_token, objective
 from acip.calibration.memory_check import _control_group, available, check, fits
-from acip.calibration.memory_plan import Memory, _Prediction, predict
+from acip.calibration.memory_plan import CODED_BYTES, STATISTICS, VERSIONS, Memory, _Prediction, predict, statistics_bytes
 from acip.calibration.parametrize import parametrize
 from acip.calibration.state import CalibrationState
+from acip.coding.coded_model import RATES, code_layer, code_model, step_scales
+from acip.coding.grouped_statistics import grouped_statistics
+from acip.coding.scratch import Scratch
+from acip.coding.statistics import LayerStatistics, layer_statistics
 from acip.errors import CalibrationError
 from acip.layers.elastic_linear import ElasticLinear
-from acip.layers.targets import targets
+from acip.layers.targets import find_linears, targets, weight_MN
 from acip.recipe import Dtype, Recipe
 
 IDS: dict[str, Any] = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -157,6 +162,60 @@ def test_phases_use_the_predicted_memory(name: str, dtype: Dtype, changes: dict[
         assert -0.05 < predicted[phase] / bytes_ - 1 < 0.16, phase
 
 
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_coding_uses_the_predicted_memory(name: str, dtype: Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured are one pass over the text, and the coding of all layers, without the memory of the finished codes."""
+    monkeypatch.setattr(memory_plan, "VERSIONS", 3)
+    model = causal(name, dtype).requires_grad_(False)
+    linears, statistics, live = find_linears(model), dict[str, LayerStatistics](), LiveBytes(model)
+    prediction = _Prediction(model, replace(RECIPE, dtype=dtype, code="both"), False, 1).coded
+    gathering = live.peak_of(lambda: statistics.update(layer_statistics(model, linears, IDS_BT[:2])))
+    scales = step_scales(linears, statistics, [2.0, 3.0, 4.0])
+    coding = live.peak_of(lambda: [code_layer(layer, statistics[name], scales) for name, layer in linears.items()])
+    assert -0.05 < prediction.code().total / max(gathering, coding) - 1 < 0.05
+    monkeypatch.setattr(_Prediction, "coding", lambda self, layer: 0.0)
+    assert -0.05 < prediction.code().total / gathering - 1 < 0.05
+
+
+def test_statistics_in_groups_use_the_predicted_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of the statistics of all layers, at most the limit is in memory at any time."""
+    model = causal("llama").requires_grad_(False)
+    linears, live, statistics = find_linears(model), LiveBytes(model), dict[str, LayerStatistics]()
+    total = sum(statistics_bytes(*weight_MN(layer).shape) for layer in linears.values())
+    monkeypatch.setattr(memory_plan, "STATISTICS", total // 3)
+    monkeypatch.setattr(_Prediction, "coding", lambda self, layer: 0.0)
+    phase = _Prediction(model, replace(RECIPE, code="both"), False, 1).coded.code()
+    assert phase.statistics == total // 3
+    gathering = live.peak_of(lambda: statistics.update(grouped_statistics(model, linears, IDS_BT[:2], Scratch(tmp_path), total // 3)))
+    assert statistics.keys() == linears.keys()
+    assert -0.05 < phase.total / gathering - 1 < 0.25  # the last layers of the model, which need fewer activations, are a group
+
+
+def test_the_plan_counts_enough_versions_and_bytes(small_base: str, golden_tokens: Tensor) -> None:
+    assert len(RATES) <= VERSIONS
+    model = AutoModelForCausalLM.from_pretrained(small_base, dtype=torch.float32).eval().requires_grad_(False)
+    linears = dict(list(find_linears(model).items())[:7])
+    coded = code_model(linears, layer_statistics(model, linears, golden_tokens[:4]))
+    weights = sum(weight_MN(layer).numel() for layer in linears.values())
+    assert coded.bytes < VERSIONS * CODED_BYTES * weights * 1.3  # small layers have relatively many step sizes
+
+
+def test_only_recipes_with_codes_have_the_phase_of_coding() -> None:
+    model = causal("llama", device="meta")
+    names = [[phase.name for phase in predict(model, replace(RECIPE, code=code)).phases] for code in ("ranks", "both")]
+    assert names[1] == ["code", *names[0]]
+
+
+def test_a_refusal_because_of_codes_names_a_recipe_without_them() -> None:
+    model = causal("gpt2", device="meta")
+    coded, plain = (predict(model, replace(RECIPE, code=code, seq_len=16, batch_size=1), "cpu") for code in ("both", "ranks"))
+    assert coded.worst.name == "code"
+    assert coded.peak > 1.1 * plain.peak
+    with pytest.raises(CalibrationError, match=r"peak is in code: .*code: ranks \("):
+        check(model, replace(RECIPE, code="both", seq_len=16, batch_size=1), 1.06 * plain.peak, "cpu")
+
+
 def test_a_prediction_needs_no_weights() -> None:
     for name in CAUSAL:
         on_meta, on_cpu = (causal(name, device=device) for device in ("meta", "cpu"))
@@ -176,6 +235,9 @@ def test_the_parts_of_llama_7b_are_predicted() -> None:
     assert phases["prune"].directions == 2 * 32 * (4 * 2 * 4096**2 + 3 * 4096 * (4096 + 11008))
     assert phases["post-tune"].optimizer == 2 * phases["post-tune"].trainable
     assert memory.worst.name == "prune" and "activations" in str(memory)
+    code = predict(llama_7b, Recipe(code="both")).phases[0]
+    assert code.name == "code" and code.total < phases["prune"].total
+    assert code.statistics == STATISTICS < 32 * statistics_bytes(4096, 11008)
     four_bit = predict(llama_7b, Recipe(quantize="nf4"))
     assert {phase.name: phase for phase in four_bit.phases}["prune"].originals == pytest.approx(0.5625 / 2 * phases["prune"].originals)
     half = {phase.name: phase for phase in predict(llama_7b, Recipe(), workers=2).phases}["prune"]

@@ -356,12 +356,17 @@ def test_known_measurements_are_not_repeated(any_size: ElasticModel, small_artif
 
 def test_the_curve_equals_separate_measurements(any_size: ElasticModel, small_artifact: Artifact) -> None:
     """The curve measures all sizes window by window and the base model once, with the same results as for each size alone."""
-    tokenizer, events = small_artifact.tokenizer(), list[int]()
+    tokenizer, present = small_artifact.tokenizer(), list[tuple[float, float]]()
+
+    def on_row(row: dict[str, Any]) -> None:
+        assert any_size.cut
+        present.append((row["got"], any_size.cut.got))
+
     divergence = DivergenceOn(TEXT)
     sizes = (0.5, 1.0, 1e-9, 0.7)  # the unreachable size is omitted
-    curve = trade_off(any_size, TEXT.tokens(tokenizer), TEXT.source, sizes, 0.6, divergence=divergence, progress=events.append)
+    curve = trade_off(any_size, TEXT.tokens(tokenizer), TEXT.source, sizes, 0.6, divergence=divergence, on_row=on_row)
     assert ([row["asked"] for row in curve], [row["extrapolated"] for row in curve]) == ([1.0, 0.7, 0.5], [False, False, True])
-    assert events == [1, 2, 3, 4]
+    assert present == [(row["got"], row["got"]) for row in curve], "each row is reported while the model has its size"
     for row in curve:
         any_size.resize(row["asked"])
         alone = evaluate(any_size, tokenizer, [PerplexityOn(TEXT), divergence])

@@ -59,6 +59,13 @@ def test_a_size_that_beats_a_larger_one_is_named(losses: dict[float, float], siz
     assert ("Warning: size" in parts) == (sizes is not None)
 
 
+def test_sizes_in_bytes_are_compared_with_each_other_only() -> None:
+    coded = {"bits_per_weight": 3.0}
+    assert improbable([row(1.0, 3.0), row(0.8, 3.5), row(0.4, 3.1, **coded), row(0.3, 3.2, **coded)]) == []
+    (warning,) = improbable([row(1.0, 3.0), row(0.4, 3.5, **coded), row(0.3, 3.1, **coded)])
+    assert "size 0.30 of the bytes has perplexity" in warning and "larger size 0.40 of the bytes" in warning
+
+
 def test_only_equal_measurements_are_compared() -> None:
     assert improbable([row(1.0, 3.0), row(0.8, 2.0, start="2")]) == []
     assert improbable([row(1.0, 3.0), row(0.8, 2.0, corpus="c4")]) == []

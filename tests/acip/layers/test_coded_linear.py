@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from acip import modeling_acip
 from acip.coding.codes import stored_steps
-from acip.layers import coded_linear
-from acip.layers.coded_linear import CodedLinear
+from acip.modeling_acip import CodedLinear
 
 SHAPES = [(128, 192), (64, 64), (7, 5), (65, 64), (64, 48), (1, 1)]  # the kernel of torch takes the first two
 
@@ -41,11 +41,11 @@ def test_the_output_is_the_product_with_the_decoded_weights(shape: tuple[int, in
 def test_the_kernel_equals_the_plain_path_within_rounding(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = layer_of(128, 192), torch.randn(rows, 192).bfloat16()
     with torch.no_grad():
-        assert coded_linear._has_kernel(x, layer.codes) == hasattr(torch, "_weight_int8pack_mm")
-        fast = coded_linear.integer_product(x, layer.codes)
-        monkeypatch.setattr(coded_linear, "FEW_ROWS", 0)
-        assert not coded_linear._has_kernel(x, layer.codes)
-        plain = coded_linear.integer_product(x, layer.codes)
+        assert modeling_acip._has_kernel(x, layer.codes) == hasattr(torch, "_weight_int8pack_mm")
+        fast = modeling_acip.integer_product(x, layer.codes)
+        monkeypatch.setattr(modeling_acip, "FEW_ROWS", 0)
+        assert not modeling_acip._has_kernel(x, layer.codes)
+        plain = modeling_acip.integer_product(x, layer.codes)
     terms = x.float().abs() @ layer.codes.float().abs().T
     assert ((fast.float() - plain.float()).abs() <= 2**-7 * plain.float().abs() + 1e-4 * terms).all()
 

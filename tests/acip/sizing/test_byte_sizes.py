@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from acip.artifact.artifact import Artifact
 from acip.errors import BudgetError
-from acip.layers.coded_linear import CodedLinear
 from acip.layers.mixed_sizes import Mixer, Size
+from acip.modeling_acip import CodedLinear
 from acip.sizing.budget import OVERHEAD, Budget, Curve
 from acip.sizing.byte_order import ByteOrder, Version
 from acip.sizing.byte_sizes import ByteSizes

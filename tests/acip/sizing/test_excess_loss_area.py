@@ -5,7 +5,7 @@ import math
 import pytest
 
 from acip.errors import BudgetError
-from acip.sizing.excess_loss_area import excess_loss_area
+from acip.sizing.excess_loss_area import excess_loss_area, rows_of_area
 
 
 def rows(*points: tuple[float, float]) -> list[dict[str, float]]:
@@ -25,6 +25,15 @@ def test_the_area_under_excess_loss_equals_values_by_hand() -> None:
     assert excess_loss_area(rows((1.0, 2.0))) == 0
     assert math.isnan(excess_loss_area(rows((1.0, 2.0), (0.6, math.nan))))
     assert excess_loss_area(rows((1.0, 2.0), (0.6, 1.5), (0.4, 1.5))) < 0, "losses below that of the base model count as negative"
+
+
+def test_the_area_is_over_ranks_or_over_bytes_of_a_model_without_ranks() -> None:
+    base, *ranks = rows((1.0, 2.0), (0.6, 2.4), (0.2, 2.8))
+    coded = [{**row, "bits_per_weight": 3.0} for row in rows((0.5, 2.1), (0.4, 2.3))]
+    assert excess_loss_area([base, *ranks, *coded]) == excess_loss_area([base, *ranks])
+    assert rows_of_area([base, *ranks, *coded]) == [base, *ranks]
+    assert excess_loss_area([base, *coded]) == pytest.approx(0.5 * 0.05 + 0.1 * 0.2)
+    assert excess_loss_area([base, *coded], 0.5) == pytest.approx(0.5 * 0.05)
 
 
 def test_excess_loss_needs_the_base_model() -> None:

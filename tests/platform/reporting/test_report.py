@@ -17,10 +17,12 @@ from playwright.sync_api import Browser
 
 from acip.artifact.artifact import Artifact
 from acip.errors import AcipError
+from acip.evaluate import DivergenceOn, Text, divergence_of, trade_off
 from acip.evaluate.samples import PROMPTS
 from acip.sizing.budget import Budget
 from acip.sizing.excess_loss_area import excess_loss_area
 from jobs import report
+from tests.acip.artifact.test_codes_file import calibrated_with_codes, llama
 from tests.support.browser import LAPTOP, PHONE, launched
 
 MARKUP = '</script><script>alert(1)</script><img src=x onerror="alert(2)"> $x_{'
@@ -100,7 +102,7 @@ def test_the_report_shows_the_numbers_of_the_artifact(
 
     content = json.loads(out.with_suffix(".json").read_text())
     (model,) = content["models"]
-    assert [{key: row[key] for key in row if key != "memory_bytes"} for row in model["curve"]] == [
+    assert [{key: row[key] for key in row if key not in ("memory_bytes", "kl", "label")} for row in model["curve"]] == [
         {key: value for key, value in row.items() if key != "evaluation"} for row in artifact.curve
     ]
     assert model["area"] == pytest.approx(excess_loss_area(artifact.curve))
@@ -132,6 +134,37 @@ def test_the_report_shows_the_numbers_of_the_artifact(
     )
     assert light != dark, "figures use the colors of the page"
     assert not re.search(r"https?://(?!www\.w3\.org|127\.0\.0\.1)", out.read_text()), "no links to other sites"
+
+
+def test_bytes_come_first_in_the_report_of_coded_layers(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, calibration, codes = calibrated_with_codes(llama())
+    artifact = Artifact.save(tmp_path / "coded", base, calibration, {}, codes)
+    text = Text("package:austen", context=32, windows=2)
+    sizes = [1.0, 0.5, *(Budget(size, "bytes") for size in (0.7, 0.6))]
+    artifact = artifact.record_curve(trade_off(artifact.load(), text.tokens(artifact.tokenizer()), text.source, sizes, 0.4,
+                                               divergence=DivergenceOn(text)))  # fmt: skip
+    rivals, out = tmp_path / "rivals.json", tmp_path / "report.html"
+    rivals.write_text(json.dumps([{"method": "rival in bytes", "got": 0.65, "loss": 5.0, "convention": "bytes"}]))
+    assert run_report(monkeypatch, tmp_path / "home", "--artifact", str(artifact.folder), "--baselines", rivals, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("of the bytes") < printed.index("ranks, in 16 bit")
+    report_page = ReportPage(browser, out)
+    charts = [" ".join(chart.split()) for chart in report_page.tab.locator("#curve svg").all_text_contents()]
+    assert [[name in chart for name in ("coded, codes", "rival in bytes", "FLOPs of a token")] for chart in charts] == [
+        [True, True, False], [False, False, True], [False, False, False],
+    ]  # fmt: skip
+    cells, sizes_in_bytes = report_page.cells("byte-sizes"), artifact.table().byte_sizes
+    assert sizes_in_bytes is not None
+    for row, shown in zip(artifact.curve[2:], cells, strict=True):
+        kl = divergence_of(row)["kl_nats"]
+        assert shown[:4] == [f"{row['asked']:.3g}", f"{row['got']:.4f}", f"{row['bits_per_weight']:.2f}", f"{row['bytes'] / 1e6:,.1f}"]
+        assert float(shown[4].replace(",", "")) > sizes_in_bytes.memory / 1e6
+        assert shown[6] == f"{kl:.4f}"
+        assert [line for line in printed.splitlines() if f"{row['got']:.4f}" in line and f"{row['bits_per_weight']:.2f}" in line]
+    assert [shown[0] for shown in report_page.cells("rank-sizes")] == ["1.00", "0.50"]
+    assert not report_page.overflows()
 
 
 def test_markup_in_names_and_texts_is_escaped(browser: Browser, make: Make, tmp_path: Path) -> None:

@@ -68,6 +68,39 @@ def test_comparison_rule(new: list[dict[str, Any]], old: list[dict[str, Any]], l
     assert message in verdict.why
 
 
+def coded(*losses: float, sizes: Sequence[float] = (0.5, 0.4), **more: Any) -> list[dict[str, Any]]:
+    return rows(*losses, sizes=sizes, bits_per_weight=3.0, **more)
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "leads", "message"),
+    [
+        (
+            [*BETTER, *coded(2.2, 2.3)],
+            [*WORSE, *coded(2.0, 2.0)],
+            True,
+            "better, area 0.09 against 0.12 of version 7 (0.40 to 1.00, -25.0%)",
+        ),
+        (
+            [*BETTER[:1], *coded(2.1, 2.2)],
+            [*BETTER[:1], *coded(2.1, 2.4)],
+            True,
+            "area 0.04 against 0.05 of version 7 (0.40 to 1.00 of the",
+        ),
+        ([*WORSE, *coded(2.1, 2.2)], [*BETTER[:1], *coded(2.1, 2.4)], True, "better, area 0.04 against 0.05 of version 7"),
+        ([*BETTER[:1], *coded(2.1, 2.5)], [*WORSE, *coded(2.1, 2.4)], False, "not better, area 0.055 against 0.05 of version 7"),
+        (BETTER, [*BETTER[:1], *coded(2.1, 2.4)], False, "not comparable with version 7: its own curve has no size 1.0, or none below it"),
+        ([*BETTER[:1], *coded(2.1, math.nan)], [*BETTER[:1], *coded(2.1, 2.4)], False, "its loss is not a finite number at size 0.40"),
+    ],
+)
+def test_artifacts_without_ranks_are_compared_over_bytes(
+    new: list[dict[str, Any]], old: list[dict[str, Any]], leads: bool, message: str
+) -> None:
+    verdict = compare(manifest(new), manifest(old), "version 7")
+    assert message in verdict.why
+    assert verdict.leads is leads
+
+
 def test_other_base_models_are_not_comparable() -> None:
     assert compare(manifest(BETTER), manifest(WORSE, "another"), "version 7") == Verdict(
         False, "not comparable with version 7: another base model"

@@ -240,13 +240,39 @@ def plotted_values(figure: Any) -> list[float]:
 
 def test_curve_figures() -> None:
     assert plotted_values(figures.curves({"a": curve(1.0, 1.5)})) == pytest.approx([np.exp(1.5), np.exp(1.0)])
-    assert plotted_values(figures.curves({"a": curve(1.0, 1.5), "b": curve(2.0, 2.1)}, excess=True)) == pytest.approx([0.5, 0.0, 0.1, 0.0])
+    assert plotted_values(figures.curves({"a": curve(1.0, 1.5), "b": curve(2.0, 2.1)}, quantity="excess")) == pytest.approx(
+        [0.5, 0.0, 0.1, 0.0]
+    )
     assert len(plotted_values(figures.curves({"a": curve(1.0, np.nan, 1.5)}))) == 2
     wide = figures.curves({"a": curve(1.0, 1.5)}, {"svd": curve(1.0, 9.0)}).axes[0]
     assert wide.get_yscale() == "log" and "log scale" in wide.get_ylabel()
     assert "text, 64 tokens" in wide.get_ylabel()
     same_name = figures.curves({"acip": curve(1.0, 1.5)}, {"acip": curve(1.0, 2.0)})
     assert len(plotted_values(same_name)) == 4, "a baseline may have the same name as a model"
+    assert figures.curves({}) is None
+
+
+def test_curves_are_drawn_over_bytes_and_flops() -> None:
+    ranks = [{**row, "bytes": 1000 - 100 * i, "flops": 50 - 10 * i} for i, row in enumerate(curve(1.0, 1.5))]
+    kl = {"kind": "divergence", "corpus": "text", "context": 64, "values": {"kl_nats": 0.25}}
+    coded = {**ranks[0], "got": 0.4, "bytes": 400, "loss": 1.1, "bits_per_weight": 3.0, "evaluation": [kl]}
+    rows, rival = [*ranks, coded], {"got": 0.3, "loss": 2.0, "convention": "bytes"}
+
+    def points(figure: Any) -> list[tuple[float, float]]:
+        lines = [container.lines[0] for container in figure.axes[0].containers]
+        return [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in lines]
+
+    over_bytes = figures.curves({"a": rows}, {"rival": [rival, {"got": 0.9, "loss": 2.0}]}, "bytes", "excess")
+    expected = [(0.4, 0.1), (1.0, 0.0), (0.9, 0.5), (1.0, 0.0), (0.3, 0.0)]
+    assert points(over_bytes) == [pytest.approx(point) for point in expected], "codes, ranks, and the baseline in bytes"
+    assert [text.get_text() for text in over_bytes.axes[0].get_legend().get_texts()] == ["a, codes", "a, ranks in 16 bit", "rival"]
+    assert points(figures.curves({"a": rows}, over="bytes", quantity="kl")) == [pytest.approx((0.4, 0.25))]
+    assert points(figures.curves({"a": rows}, over="flops", quantity="excess")) == [pytest.approx((0.8, 0.5)), pytest.approx((1.0, 0.0))]
+    assert points(figures.curves({"a": rows}, {"rival": [rival]}, quantity="excess")) == points(
+        figures.curves({"a": ranks}, quantity="excess")
+    )
+    assert figures.curves({"a": ranks}, over="bytes") is None, "there are no coded sizes"
+    assert figures.curves({"a": curve(1.0, 1.5)}, over="flops") is None, "FLOPs of older curves are unknown"
 
 
 def test_svg_uses_page_colors_and_escapes_text() -> None:
@@ -266,7 +292,7 @@ def test_samples_are_greedy_continuations(any_size: ElasticModel, small_artifact
         any_size.resize(size)
         rows.append({"asked": size, "evaluation": evaluate(any_size, tokenizer, [Samples()])["evaluation"]})
     table = side_by_side(rows)
-    assert list(table) == ["size", *PROMPTS] and table["size"] == [1.0, 0.5]
+    assert list(table) == ["size", *PROMPTS] and table["size"] == ["1.00", "0.50"]
     ids = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
     any_size.resize(1.0)
     expected: list[int] = []
@@ -284,6 +310,13 @@ def test_row_metrics_have_units() -> None:
     assert run_descriptions.measured(row) == {"tradeoff/stored_bytes": 14.0, "tradeoff/loss_nats": 2.0, "tradeoff/perplexity": 7.4}
     assert run_descriptions.excess("a", [{**row, "asked": 1.0, "got": 1.0, "loss": 1.5}, row])[1] == (60, {"excess_loss_nats/a": 0.5})
     assert run_descriptions.excess("a", [row]) == []
+    coded = {**row, "asked": 0.425, "bits_per_weight": 3.0, "flops": 9}
+    assert run_descriptions.curve([coded]) == [
+        (425, {"bytes/tradeoff/stored_bytes": 14.0, "bytes/tradeoff/loss_nats": 2.0, "bytes/tradeoff/perplexity": 7.4,
+               "bytes/tradeoff/bits_per_weight": 3.0, "bytes/tradeoff/flops_per_token": 9.0})
+    ]  # fmt: skip
+    base = {**row, "asked": 1.0, "got": 1.0, "loss": 1.5}
+    assert run_descriptions.excess("a", [base, coded])[1] == (425, {"bytes/excess_loss_nats/a": 0.5})
 
 
 def test_fleet_description_names_failed_models() -> None:

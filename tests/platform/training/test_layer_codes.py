@@ -1,7 +1,14 @@
-"""With `code: both` in the recipe, a calibration job codes the layers of the base model and stores them in the artifact."""
+"""With `code: both` or `code: bits` in the recipe, a calibration job codes the layers of the base model and stores them in the artifact.
+
+A job that was killed while it coded reads the finished layers back, and its codes are the same as without the kill.
+"""
 
 import hashlib
 import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,18 +16,27 @@ from typing import Any, cast
 
 import pytest
 import torch
+from acip_platform.reporting.report import Subject, facts, page
 from acip_platform.scheduling.fleet import Fleet, FleetError, Job
 from acip_platform.settings import Settings
+from acip_platform.storage.checkpoints import Checkpoints
+from acip_platform.storage.code_checkpoints import FILE
+from acip_platform.storage.store import StoreError
+from acip_platform.tracking.registry import Registry
 from acip_platform.tracking.runs import Run, Tracking
 from acip_platform.training.layer_codes import code_layers
 from acip_platform.training.worker import calibrate_one
 
 from acip.artifact.artifact import Artifact
 from acip.base import load_base
+from acip.calibration.state import SUMS
+from acip.coding.coded_model import CodedModel
 from acip.data import WINDOWS_VERSION
-from acip.errors import RecipeError
+from acip.errors import BudgetError, RecipeError
+from acip.evaluate import divergence_of
 from acip.layers.targets import find_linears, weight_MN
 from acip.recipe import Recipe
+from acip.sizing.budget import Budget, is_coded
 from tests.conftest import logits, write_fleet
 from tests.support.coded import load_bytes
 
@@ -51,7 +67,12 @@ def test_a_calibration_job_stores_the_codes(small_base: str, tmp_path: Path, hel
     artifact = Artifact.open(summary["uri"].removeprefix("file://"), verify=True)
     assert artifact.manifest["schema"] == 5
     assert artifact.recipe.code == "both"
-    assert [row["asked"] for row in artifact.curve] == [1.0, 0.5]
+    ranks, coded_rows = ([row for row in artifact.curve if is_coded(row) is kind] for kind in (False, True))
+    assert [row["asked"] for row in ranks] == [1.0, 0.5]
+    sizes = artifact.table().byte_sizes
+    assert sizes is not None and sizes.loss is not None and sizes.kl is not None, "budgets of a loss choose codes"
+    assert {row["asked"] for row in coded_rows} <= set(job.byte_sizes) and coded_rows
+    assert all(row["got"] <= row["asked"] for row in coded_rows)
     whole, rest = artifact.load(), artifact.tensors("rest").data_bytes
     divergences = []
     for total in (artifact.coded().order.totals[0], artifact.coded().order.totals[-1]):
@@ -59,40 +80,64 @@ def test_a_calibration_job_stores_the_codes(small_base: str, tmp_path: Path, hel
         assert stored_bytes == rest + total
         base_TV, coded_TV = (logits(each, heldout_tokens[:4]).log_softmax(-1) for each in (whole.model, model))
         divergences.append(float((base_TV.exp() * (base_TV - coded_TV)).sum(-1).mean()))
-    assert divergences[1] < 1e-3 < divergences[0] < 1, "nats per token, at 7.5 and at 1.5 bits per weight"
+    assert divergences[1] < 1e-3 < divergences[0] < 1, "nats per token, at 6 and at 2.1 bits per weight"
     coded = {event["what"] for event in events if event["kind"] == "code"}
     assert coded == {"statistics", "codes", "step sizes"}
     (stage,) = (event["text"] for event in events if event["kind"] == "stage" and event["text"].startswith("codes of"))
     assert f"{artifact.coded().bytes / 1e6:.1f} MB" in stage
+    assert not list(Path(settings.runs).glob("first/codes_*")), "the artifact holds the codes, so they are not kept beside the checkpoints"
+    smallest = coded_rows[-1]
+    assert f"size {smallest['asked']:g} of the bytes: perplexity {smallest['perplexity']:.2f}" in [event.get("text") for event in events]
+    (step,) = {metric.step for metric in run.client.get_metric_history(run.run_id, "bytes/tradeoff/perplexity")} - {
+        round(1000 * row["asked"]) for row in coded_rows[:-1]
+    }
+    assert step == round(1000 * smallest["asked"])
+    (kl,) = (metric.value for metric in run.client.get_metric_history(run.run_id, "bytes/tradeoff/kl_nats") if metric.step == step)
+    assert kl == divergence_of(smallest)["kl_nats"]
+    version = Registry(settings).resolve("small")
+    assert version.tags[f"ppl_bytes_{step}"] == f"{smallest['perplexity']:.4g}"
+    cut = artifact.table().cut(Budget(max_kl=0.05))
+    assert version.tags["close_to_base"] == f"{cut.sizes['bytes']:.3f} of the bytes, {(cut.bytes or 0) / 1e6:.1f} MB"
+    page = run.client.get_model_version("small", version.version).description
+    assert "| of the bytes |" in page and version.tags["close_to_base"] in page
+    files = {item.path for item in run.client.list_artifacts(run.run_id)}
+    assert {"tradeoff.json", "perplexity_over_bytes.png", "kl_over_bytes.png", "perplexity_over_flops.png"} <= files
     metrics = run.client.get_run(run.run_id).data.metrics
     assert metrics["coding_seconds"] > 0
     assert metrics["code_tuning_seconds"] > 0
     assert metrics["codes_mb"] == pytest.approx(artifact.coded().bytes / 1e6)
 
 
+def settings_of(home: Path, checkpoint_s: float = 60.0) -> Settings:
+    return Settings.from_env({"ACIP_HOME": str(home), "ACIP_CHECKPOINT_S": str(checkpoint_s)})
+
+
 class Unused:
     """A run that must not be used."""
 
 
-def test_the_default_recipe_codes_nothing(small_base: str) -> None:
+def test_the_default_recipe_codes_nothing(small_base: str, tmp_path: Path) -> None:
     base = load_base(small_base, "float32")
     job = replace(job_of(small_base), recipe=replace(RECIPE, code="ranks"))
-    assert code_layers(job, base, torch.zeros(0, 64), cast(Run, Unused()), lambda kind, **facts: pytest.fail(kind)) is None
+    checkpoints = Checkpoints(settings_of(tmp_path), "small")
+    assert code_layers(job, base, torch.zeros(0, 64), cast(Run, Unused()), lambda kind, **facts: pytest.fail(kind), checkpoints) is None
 
 
 def test_several_workers_are_refused(small_base: str, tmp_path: Path) -> None:
     base = load_base(small_base, "float32")
+    job, checkpoints = job_of(small_base, num_workers=2), Checkpoints(settings_of(tmp_path), "small")
     with pytest.raises(RecipeError, match="code is 'both' and num_workers is 2"):
-        code_layers(job_of(small_base, num_workers=2), base, torch.zeros(4, 64), cast(Run, Unused()), lambda kind, **facts: None)
+        code_layers(job, base, torch.zeros(4, 64), cast(Run, Unused()), lambda kind, **facts: None, checkpoints)
     fleet = write_fleet(tmp_path / "fleet.yaml", "code: both, post_tune_steps: 1", f"name: small, base: {small_base}, num_workers: 2")
     with pytest.raises(FleetError, match="num_workers is 2 and code 'both'"):
         Fleet.load(fleet)
 
 
-def test_coding_does_not_change_the_model(small_base: str, golden_tokens: torch.Tensor) -> None:
+def test_coding_does_not_change_the_model(small_base: str, golden_tokens: torch.Tensor, tmp_path: Path) -> None:
     base, unchanged = load_base(small_base, "float32"), load_base(small_base, "float32").model
     run = SimpleNamespace(metrics=lambda rows: None)
-    coded = code_layers(job_of(small_base), base, golden_tokens[:8], cast(Run, run), lambda kind, **facts: None)
+    checkpoints = Checkpoints(settings_of(tmp_path), "small")
+    coded = code_layers(job_of(small_base), base, golden_tokens[:8], cast(Run, run), lambda kind, **facts: None, checkpoints)
     assert coded is not None
     assert list(coded.versions) == list(find_linears(base.model))
     for name, linear in find_linears(base.model).items():
@@ -101,21 +146,23 @@ def test_coding_does_not_change_the_model(small_base: str, golden_tokens: torch.
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in base.model.parameters())
 
 
-def test_step_sizes_are_trained_as_the_recipe_says(small_base: str, golden_tokens: torch.Tensor) -> None:
-    """Training changes the step sizes of the coarsest versions, and no stream."""
-    run = SimpleNamespace(metrics=lambda rows: None)
+def test_step_sizes_are_trained_as_the_recipe_says(small_base: str, golden_tokens: torch.Tensor, checkpoints: Checkpoints) -> None:
+    """Training changes step sizes, and no stream."""
+    base, run = load_base(small_base, "float32"), SimpleNamespace(metrics=lambda rows: None)
     untrained, trained = (
         code_layers(
-            replace(job, recipe=replace(RECIPE, code_tune_steps=steps)), load_base(small_base, "float32"), golden_tokens[:8],
-            cast(Run, run), lambda kind, **facts: None,
+            replace(job_of(small_base), recipe=replace(RECIPE, code_tune_steps=steps)), base, golden_tokens[:8], cast(Run, run),
+            lambda kind, **facts: None, checkpoints,
         )
-        for job, steps in ((job_of(small_base), 0), (job_of(small_base), 3))
+        for steps in (0, 3)
     )  # fmt: skip
     assert untrained is not None and trained is not None
-    for name, version in untrained.order.first.items():
-        before, after = untrained.versions[name][version], trained.versions[name][version]
-        assert before.stream == after.stream
-        assert not torch.equal(before.steps, after.steps)
+    changed = set()
+    for name, versions in untrained.versions.items():
+        for before, after in zip(versions, trained.versions[name], strict=True):
+            assert bytes(before.stream) == bytes(after.stream)
+            changed |= set() if torch.equal(before.steps, after.steps) else {name}
+    assert changed == set(untrained.versions)
 
 
 def test_calibrations_from_before_the_fields_stay_finished() -> None:
@@ -129,3 +176,173 @@ def test_calibrations_from_before_the_fields_stay_finished() -> None:
     with_codes = replace(job, recipe=replace(job.recipe, code="both"))
     assert with_codes.fingerprint != job.fingerprint
     assert replace(with_codes, recipe=replace(with_codes.recipe, code_tune_steps=7)).fingerprint != with_codes.fingerprint
+
+
+def test_a_job_with_bits_alone_stores_codes_and_no_directions(small_base: str, tmp_path: Path, heldout_tokens: torch.Tensor) -> None:
+    """Nothing is parametrized or trained. The curve holds size 1.0, the base model bit for bit, and sizes in bytes."""
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home")})
+    job = replace(job_of(small_base), recipe=replace(RECIPE, code="bits", dtype="bfloat16", adapter_rank=4, adapter="layer"))
+    run = Tracking(settings, "test").start(job.name, job.fingerprint, {})
+    events: list[dict[str, Any]] = []
+    queue = SimpleNamespace(put=SimpleNamespace(remote=events.append))
+    config = {
+        "job": job.to_dict(), "settings": settings, "run": run.run_id, "attempt": "first", "threads": 1, "events": queue,
+        "fingerprint": job.fingerprint,
+    }  # fmt: skip
+    summary = calibrate_one(config)
+    assert not {"parametrize", "step"} & {event["kind"] for event in events}
+    artifact = Artifact.open(summary["uri"].removeprefix("file://"), verify=True)
+    assert (artifact.recipe.code, artifact.manifest["steps"], artifact.manifest["stop_step"]) == ("bits", 0, 0)
+    assert {row["stored_rank"] for row in artifact.manifest["layers"]} == {0}
+    assert [row["asked"] for row in artifact.curve if not is_coded(row)] == [1.0]
+    assert all(row["got"] <= row["asked"] for row in artifact.curve if is_coded(row))
+    assert any(is_coded(row) for row in artifact.curve)
+
+    base = load_base(small_base, "bfloat16")
+    whole = artifact.load()
+    assert torch.equal(logits(whole.model, heldout_tokens[:2]), logits(base.model, heldout_tokens[:2]))
+    assert whole.cut is not None and set(whole.cut.ranks.values()) == {None}
+    assert whole.table.dense_params + whole.table.rest_params == base.model.num_parameters()
+    for budget in (0.9, Budget(ratio=0.9, convention="paper"), Budget(params=1000)):
+        with pytest.raises(BudgetError, match="holds codes only"):
+            whole.resize(budget)
+    codes, rest = artifact.coded(), artifact.tensors("rest").data_bytes
+    model, stored_bytes = load_bytes(artifact, rest + codes.order.totals[-1])
+    assert stored_bytes == rest + codes.order.totals[-1] < artifact.tensors("rest").decoded_bytes + artifact.tensors("dense").decoded_bytes
+    assert logits(model, heldout_tokens[:2]).isfinite().all()
+    again = calibrate_one(config)
+    assert (again["uri"], again["version"], again["curve"]) == (summary["uri"], summary["version"], artifact.curve)
+    subjects = [Subject(job.name, summary["uri"], artifact)]
+    assert "holds codes" not in page(facts(subjects, {}, "bits"), subjects)
+
+
+# ---- resume
+
+
+LAYERS = 28  # of the small model
+FINISHED = 5  # layers before the kill
+
+
+class KilledError(Exception):
+    """The error that stops a job."""
+
+
+def code(
+    base: str, home: Path, kill: Callable[[], Any] = lambda: None, checkpoint_s: float = 1e-9, **recipe: Any
+) -> tuple[CodedModel, list[dict[str, Any]]]:
+    """Code the layers of the small model, and return the codes and the events. `kill` is called after FINISHED layers.
+
+    By default, every layer is stored as soon as it is finished.
+    """
+    events: list[dict[str, Any]] = []
+
+    def emit(kind: str, **facts: Any) -> None:
+        events.append({"kind": kind, **facts})
+        if facts.get("what") == "codes" and facts["done"] == FINISHED + 1:  # which is not stored yet
+            kill()
+
+    torch.set_num_threads(1)
+    job = replace(job_of(base), recipe=replace(RECIPE, **recipe))
+    windows = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
+    run = SimpleNamespace(metrics=lambda rows: None)
+    checkpoints = Checkpoints(settings_of(home, checkpoint_s), "small", emit)
+    coded = code_layers(job, load_base(base, "float32"), windows, cast(Run, run), emit, checkpoints)
+    assert coded is not None
+    return coded, events
+
+
+def code_until_killed(base: str, home: Path) -> None:
+    code(base, home, kill=lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def stop() -> None:
+    raise KilledError
+
+
+def stages(events: list[dict[str, Any]]) -> str:
+    return "\n".join(event["text"] for event in events if event["kind"] == "stage")
+
+
+def done(events: list[dict[str, Any]], what: str) -> list[int]:
+    return [event["done"] for event in events if event.get("what") == what]
+
+
+def assert_same_codes(coded: CodedModel, expected: CodedModel) -> None:
+    assert list(coded.versions) == list(expected.versions)
+    assert coded.order.versions == expected.order.versions
+    assert coded.order.steps == expected.order.steps
+    for name, versions in coded.versions.items():
+        for version, other in zip(versions, expected.versions[name], strict=True):
+            assert version.stream == other.stream
+            assert torch.equal(version.steps, other.steps)
+            assert version.inputs == other.inputs
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_base: str, tmp_path_factory: pytest.TempPathFactory) -> CodedModel:
+    coded, events = code(small_base, tmp_path_factory.mktemp("home"))
+    assert len(coded.versions) == LAYERS
+    assert "read back" not in stages(events)
+    assert done(events, "codes") == list(range(1, LAYERS + 1))
+    return coded
+
+
+def test_a_killed_process_codes_only_the_missing_layers(small_base: str, tmp_path: Path, uninterrupted: CodedModel) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=code_until_killed, args=(small_base, tmp_path))
+    process.start()
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL
+    coded, events = code(small_base, tmp_path)
+    assert f"read back the codes of {FINISHED} of {LAYERS} layers" in stages(events)
+    assert done(events, "codes") == list(range(FINISHED + 1, LAYERS + 1))
+    assert_same_codes(coded, uninterrupted)
+
+
+def test_a_job_that_has_coded_all_layers_reads_them_back_without_the_text(
+    small_base: str, tmp_path: Path, uninterrupted: CodedModel
+) -> None:
+    """So a calibration that resumes at a later stage does not gather statistics again."""
+    code(small_base, tmp_path, checkpoint_s=60.0)
+    assert len(list((tmp_path / "runs" / "small").iterdir())) == 1, "one write after the last layer"
+    coded, events = code(small_base, tmp_path)
+    assert f"read back the codes of {LAYERS} of {LAYERS} layers" in stages(events)
+    assert done(events, "statistics") == done(events, "codes") == []
+    assert_same_codes(coded, uninterrupted)
+
+
+@pytest.mark.parametrize("how", ["changed", "cut", "no checksum"])
+def test_damaged_codes_are_coded_again(small_base: str, tmp_path: Path, uninterrupted: CodedModel, how: str) -> None:
+    with pytest.raises(KilledError):
+        code(small_base, tmp_path, kill=stop)
+    folders = sorted((tmp_path / "runs" / "small").iterdir())
+    assert len(folders) == FINISHED
+    file = folders[0] / FILE
+    if how == "no checksum":
+        (folders[0] / SUMS).write_text("")
+    else:
+        file.write_bytes(file.read_bytes()[:-3] + (b"abc" if how == "changed" else b""))
+    for damaged in (1, 1):  # it is reported again, as it stays there
+        coded, events = code(small_base, tmp_path)
+        assert stages(events).count("are damaged") == damaged
+        assert_same_codes(coded, uninterrupted)
+    assert done(events, "codes") == [], "the layer was stored again"
+
+
+def test_codes_of_other_settings_are_not_used(small_base: str, tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        code(small_base, tmp_path, kill=stop)
+    for recipe in ({"seed": 1}, {"sample_windows": 3}, {"exclude": ("q_proj",)}):
+        _, events = code(small_base, tmp_path, checkpoint_s=60.0, **recipe)
+        assert "read back" not in stages(events)
+
+
+def test_a_store_that_cannot_be_written_does_not_stop_the_job(
+    small_base: str, tmp_path: Path, uninterrupted: CodedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise StoreError("can't write: no space")
+
+    monkeypatch.setattr("acip_platform.storage.store.Store.add", fail)
+    coded, events = code(small_base, tmp_path)
+    assert "could not write the codes of 1 layers: can't write: no space" in stages(events)
+    assert_same_codes(coded, uninterrupted)

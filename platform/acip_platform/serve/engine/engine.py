@@ -2,8 +2,8 @@
 
     GenerationRequest -> sequences in the model's batch -> [thread: step, step, ...] -> TokenEvents, as they happen
 
-Every size of a model is served from one copy of its sorted factors, and sizes share a step (`acip.layers.mixed_sizes`), so nothing is
-loaded, moved or switched between requests. Models take turns, one step each.
+Sizes of a model share a step (`acip.layers.mixed_sizes`), and nothing is moved or switched between requests. Weights that a request is the
+first to need are loaded in the thread that submits it (`resident_weights`). Models take turns, one step each.
 """
 
 import logging
@@ -96,8 +96,8 @@ class ActiveRequest:
         self._end(sequence, reason)
 
     def on_no_token(self, reason: str) -> None:
-        size = self.cut.sizes["linear"]
-        self.on_error(NotFiniteError(f"{self.model.name} gave no token at size {size:.4g}: {reason}."))
+        size = f"{self.cut.asked:g} ({self.cut.convention})"
+        self.on_error(NotFiniteError(f"{self.model.name} gave no token at size {size}: {reason}."))
 
     def on_error(self, error: Exception) -> None:
         if not self.finished:
@@ -174,9 +174,10 @@ class Engine:
         on_event: Callable[[list[TokenEvent]], object],
         received: float | None = None,
     ) -> ActiveRequest:
-        """Begin a request. Its timeout counts from `received`, in seconds of time.monotonic; None stands for now.
+        """Begin a request, and load the weights of its size if necessary. That may take seconds.
 
-        Raise an EngineError or BudgetError for a request that is not valid. Later errors are events.
+        Its timeout counts from `received`, in seconds of time.monotonic; None stands for now. Raise an EngineError or BudgetError for
+        a request that is not valid, and an AcipError for weights that can't be loaded. Later errors are events.
         """
         received = time.monotonic() if received is None else received
         cut = model.cut(request.budget)
@@ -196,12 +197,17 @@ class Engine:
             consumer = request.consumer(index) if request.consumer is not None else None
             sequences.append(Sequence(ids, size, sampler, max_tokens, end_tokens, active, index, consumer, request.prompt_logprobs))
         active.sequences = list(sequences)
-        with self._changed:
-            if model not in self._models:
-                raise ModelUnloadedError(f"{model.name} was unloaded; send the request again.")
-            self._requests.add(active)
-            model.batch.waiting.extend(sequences)
-            self._changed.notify()
+        model.weights.hold(cut)  # until the request leaves `_requests`
+        try:
+            with self._changed:
+                if model not in self._models:
+                    raise ModelUnloadedError(f"{model.name} was unloaded; send the request again.")
+                self._requests.add(active)
+                model.batch.waiting.extend(sequences)
+                self._changed.notify()
+        except BaseException:
+            model.weights.release(cut)
+            raise
         return active
 
     def cancel(self, request: ActiveRequest) -> None:
@@ -258,3 +264,4 @@ class Engine:
             if request.done:
                 with self._changed:
                     self._requests.discard(request)
+                request.model.weights.release(request.cut)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from acip.artifact.artifact import Artifact
+from acip.artifact.manifest import CODES
 from acip.errors import AcipError
 from acip_platform.serve.engine.errors import MemoryFullError, ModelUnavailableError
 from acip_platform.serve.engine.resident_model import ResidentModel
@@ -15,11 +16,7 @@ if TYPE_CHECKING:  # they import boto3 and MLflow
     from acip_platform.storage.store import Store
     from acip_platform.tracking.registry import ModelVersion
 
-WEIGHTS = ("factors.safetensors", "dense.safetensors", "rest.safetensors")
-COPIED = ("dense.safetensors", "rest.safetensors")  # the most that packing copies, on a CPU
 WAIT_S = 60.0  # for the requests of a model that must be removed
-
-_building = threading.Lock()  # accelerate's empty parameters affect all threads at once
 
 Key = tuple[str, str, str]  # name, version, URI
 
@@ -41,22 +38,61 @@ class CacheEntry:
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     model: ResidentModel | None = None
-    weight_bytes: int = 0
-    copy_bytes: int = 0  # of packed copies of weights, which are freed before any model leaves
+    memory: "ModelMemory | None" = None  # of this model
     used: float = 0.0  # seconds of time.monotonic
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.copy_bytes
+        return 0 if self.memory is None else self.memory.weight_bytes + self.memory.copy_bytes
+
+
+class ModelMemory:
+    """The memory of one model, as a `Memory` for its weights. `advance_bytes` are reserved for the weights that it loads first."""
+
+    def __init__(self, cache: "ModelCache", name: str, advance_bytes: int) -> None:
+        self.cache, self.name, self.advance_bytes = cache, name, advance_bytes
+        self.weight_bytes = 0  # reserved; the model holds them or is reading them
+        self.copy_bytes = 0  # of packed copies of weights, which are freed before anything else
+        self._lock = threading.Lock()  # of the counts; nothing else is locked while it is held
+
+    def reserve(self, bytes: int) -> None:
+        with self._lock:
+            advance = min(bytes, self.advance_bytes)
+            self.advance_bytes -= advance
+        if bytes > advance:
+            self.cache.make_room(bytes - advance, self)
+
+    def release(self, bytes: int) -> None:
+        self.add(-bytes)
+
+    def add(self, bytes: int) -> None:
+        with self._lock:
+            self.weight_bytes += bytes
+
+    def end_advance(self) -> None:
+        """Give back what was reserved in advance and not used."""
+        with self._lock:
+            self.weight_bytes -= self.advance_bytes
+            self.advance_bytes = 0
+
+    def reserve_copies(self, bytes: int) -> bool:
+        return self.cache.reserve_copies(bytes, self)
 
 
 class ModelCache:
     """Models by version. `on_load` is called with each model once it is loaded."""
 
     def __init__(
-        self, engine: Host, store: "Store", device: str, limit_bytes: int, on_load: Callable[[ResidentModel], None] = lambda _: None
+        self,
+        engine: Host,
+        store: "Store",
+        device: str,
+        limit_bytes: int,
+        on_load: Callable[[ResidentModel], None] = lambda _: None,
+        code_copies: float = 1.0,
     ) -> None:
         self.engine, self.store, self.device, self.limit_bytes, self.on_load = engine, store, device, limit_bytes, on_load
+        self.code_copies = code_copies
         self._entries: dict[Key, CacheEntry] = {}
         self._lock = threading.Lock()
 
@@ -66,6 +102,7 @@ class ModelCache:
 
     @property
     def used_bytes(self) -> int:
+        """The bytes of all weights and packed copies in memory, and of those that are being loaded."""
         return sum(entry.total_bytes for entry in list(self._entries.values()))
 
     def find(self, version: "ModelVersion") -> ResidentModel | None:
@@ -90,7 +127,7 @@ class ModelCache:
                 try:
                     model = entry.model = self._load(version, entry)
                 except BaseException:
-                    entry.weight_bytes = entry.copy_bytes = 0
+                    entry.memory = None
                     raise
                 self.on_load(model)
             return model
@@ -100,46 +137,73 @@ class ModelCache:
             artifact = Artifact.open(self.store.fetch(version.uri))
         except AcipError as error:
             raise ModelUnavailableError(str(error)) from error
-        weight_bytes = sum(artifact.manifest["files"][file]["bytes"] for file in WEIGHTS)
-        if weight_bytes > self.limit_bytes:
+        least_bytes = _first_bytes(artifact)
+        if least_bytes > self.limit_bytes:
+            sizes = "a coded size" if CODES in artifact.manifest else "all its sizes"
             raise AcipError(
-                f"{version.name} needs {weight_bytes:,} bytes of memory for all its sizes; this server may use {self.limit_bytes:,}. "
+                f"{version.name} needs {least_bytes:,} bytes of memory for {sizes}; this server may use {self.limit_bytes:,}. "
                 "Raise memory_gb, or export one size with jobs/materialize.py."
             )
-        self._make_room(weight_bytes, entry)
-        copy_bytes = sum(artifact.manifest["files"][file]["bytes"] for file in COPIED)
-        with _building:
-            packed = self.device == "cpu" and self._reserve_copies(copy_bytes, entry)
-            model = ResidentModel(version, artifact, self.device, packed=packed)
-        entry.copy_bytes = model.packed_bytes
+        memory = entry.memory = ModelMemory(self, version.name, least_bytes)
+        self.make_room(least_bytes, memory)
+        packed = self.device == "cpu"
+        model = ResidentModel(version, artifact, self.device, packed=packed, memory=memory, code_copies=self.code_copies)
+        memory.end_advance()
         self.engine.add(model)
         return model
 
-    def _reserve_copies(self, copy_bytes: int, entry: CacheEntry) -> bool:
+    def reserve_copies(self, copy_bytes: int, memory: ModelMemory) -> bool:
         """Reserve memory for packed copies. Return whether there is enough that is free."""
         with self._lock:
-            free = self.limit_bytes - self.used_bytes
-            entry.copy_bytes = copy_bytes if copy_bytes <= free else 0
-            return copy_bytes <= free
+            if self.used_bytes + copy_bytes > self.limit_bytes:
+                return False
+            memory.copy_bytes += copy_bytes
+            return True
 
-    def _make_room(self, weight_bytes: int, coming: CacheEntry) -> None:
-        """Reserve memory for weights: free packed copies first, then models that no request uses. Wait if all are in use."""
+    def make_room(self, weight_bytes: int, memory: ModelMemory) -> None:
+        """Reserve memory for weights: free packed copies first, then codes and models that no request uses. Wait if all are in use.
+
+        Raise an AcipError if the model exceeds the limit alone, and a MemoryFullError if the others remain in use.
+        """
         deadline = time.monotonic() + WAIT_S
         while True:
             with self._lock:
-                entries = sorted((entry for entry in self._entries.values() if entry.weight_bytes), key=lambda entry: entry.used)
-                for entry in entries:
-                    if self.used_bytes + weight_bytes > self.limit_bytes and entry.copy_bytes and entry.model is not None:
-                        entry.model.unpack()
-                        entry.copy_bytes = 0
-                if self.used_bytes + weight_bytes <= self.limit_bytes:
-                    coming.weight_bytes = weight_bytes
+                if self._free(weight_bytes, memory):
+                    memory.add(weight_bytes)
                     return
-                for entry in entries:
-                    if entry.model is not None and self.engine.remove(entry.model):
-                        entry.model, entry.weight_bytes, entry.copy_bytes = None, 0, 0
-                        break
-                else:
-                    if time.monotonic() > deadline:
-                        raise MemoryFullError("every model in memory is in use; try again in a moment.")
+                if memory.weight_bytes + weight_bytes > self.limit_bytes:
+                    raise MemoryFullError(
+                        f"{memory.name} needs {memory.weight_bytes + weight_bytes:,} bytes of memory for this size and the others in use; "
+                        f"this server may use {self.limit_bytes:,}. Request a smaller size, or raise memory_gb."
+                    )
+                if time.monotonic() > deadline:
+                    raise MemoryFullError("every model in memory is in use; try again in a moment.")
             time.sleep(0.1)
+
+    def _free(self, weight_bytes: int, memory: ModelMemory) -> bool:
+        """Free memory until `weight_bytes` fit. Return whether they do."""
+
+        def fits() -> bool:
+            return self.used_bytes + weight_bytes <= self.limit_bytes
+
+        entries = sorted((entry for entry in self._entries.values() if entry.memory is not None), key=lambda entry: entry.used)
+        for entry in entries:
+            if not fits() and entry.memory is not None and entry.model is not None:
+                entry.model.weights.unpack()
+                entry.memory.copy_bytes = 0
+        for entry in entries:
+            if not fits() and entry.model is not None:
+                entry.model.weights.drop_unused()
+        for entry in entries:
+            if not fits() and entry.model is not None and entry.memory is not memory and entry.model.weights.close():
+                self.engine.remove(entry.model)
+                entry.model, entry.memory = None, None
+        return fits()
+
+
+def _first_bytes(artifact: Artifact) -> int:
+    """Return the bytes of the weights that are loaded first: those of one coded size, or, without codes, all."""
+    codes = artifact.table().byte_sizes
+    if codes is not None:
+        return codes.memory
+    return sum(artifact.tensors(name).decoded_bytes for name in ("factors", "dense", "rest"))

@@ -1,23 +1,28 @@
-"""A model of the registry in memory: one copy of its sorted factors, its batch, and its limits."""
+"""A model of the registry in memory: the weights of the sizes that are requested, its batch, and its limits."""
 
 import functools
 import logging
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from acip.artifact.artifact import Artifact
+from acip.artifact.loading import ModelLoader
 from acip.artifact.manifest import MANIFEST
 from acip.layers.mixed_sizes import Mixer, Size
-from acip.layers.packing import PackedLinear, pack
-from acip.sizing.budget import Budget
+from acip.recipe import Recipe
+from acip.sizing.budget import Budget, Convention
+from acip.sizing.cut_table import Cut, CutTable
 from acip.sizing.elastic_model import ElasticModel
 from acip_platform.serve.engine.batch import Batch
 from acip_platform.serve.engine.errors import ContextTooLongError, InvalidTokensError
 from acip_platform.serve.engine.exactness_check import check, served_context
 from acip_platform.serve.engine.generation_settings import GenerationSettings
+from acip_platform.serve.engine.resident_weights import Memory, ResidentWeights, UnlimitedMemory, building
 from acip_platform.serve.engine.sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:  # it imports MLflow, which the engine does not need
@@ -28,11 +33,18 @@ MAX_CONTEXT = 1 << 17  # tokens, if neither config nor tokenizer states a contex
 log = logging.getLogger("ray.serve")
 
 
+def removed_at_stop(table: CutTable, recipe: Recipe) -> int:
+    """Return the number of directions that the smallest calibrated size lacks; 0 if no direction can be removed."""
+    return table.cut(Budget(ratio=recipe.stop_ratio, convention=recipe.convention)).removed if len(table.order) else 0
+
+
 class ResidentModel:
     """One registered version of a model, resident at every size.
 
+    Without codes, the artifact is loaded whole. With codes, weights are loaded when a size is first requested (`ResidentWeights`, which
+    explains `memory`, `code_copies` and `packed`).
     `tokenizer` is kept for `serve/text`; the engine reads only its end token and its context. `kv_tokens` bounds the memory for keys
-    and values. With `packed`, dense weights have copies that are faster on a CPU (`acip.layers.packing`).
+    and values.
     """
 
     def __init__(
@@ -42,29 +54,54 @@ class ResidentModel:
         device: str | torch.device = "cpu",
         kv_tokens: int = 1 << 17,
         packed: bool = True,
+        memory: Memory | None = None,
+        code_copies: float = 1.0,
     ) -> None:
         self.version, self.artifact = version, artifact
         self.created = int((artifact.folder / MANIFEST).stat().st_mtime)
-        self.any_size: ElasticModel = artifact.load(device)
+        memory = memory or UnlimitedMemory()
+        memory.reserve(artifact.tensors("rest").decoded_bytes)
+        loader = ModelLoader(artifact, device)
+        with building:
+            self.any_size = ElasticModel(loader.model(), artifact.table(), loader.load_size)
+        table = self.any_size.table
+        mixer = Mixer(self.any_size.layers)
+        self.weights = ResidentWeights(loader, self.any_size, mixer, memory, code_copies, packed)
         self.tokenizer = artifact.tokenizer()
         self.settings = GenerationSettings(version.name, self.any_size.model)
-        recipe, table = artifact.recipe, self.any_size.table
-        self.removed_at_stop = table.cut(Budget(ratio=recipe.stop_ratio, convention=recipe.convention)).removed
+        self.removed_at_stop = removed_at_stop(table, artifact.recipe)
         config = self.any_size.model.config.get_text_config()
         self.context, shorter = served_context(config, min(self.tokenizer.model_max_length, MAX_CONTEXT))
         self.vocabulary = int(config.vocab_size)
         self.cut = functools.lru_cache(maxsize=256)(table.cut)
-        if packed:
-            pack(self.any_size.model)
-        sizes = [Size((0, removed), table.ranks(removed)) for removed in (0, max(self.removed_at_stop, 1))]
-        check(version.name, self.any_size.model, self.any_size.layers, (sizes[0], sizes[1]), self.context)
+        if table.byte_sizes is None:
+            self.weights.load_ranks(loader.stored_ranks, dense=True)
+        self.weights.pack()
+        self._check()
         self.notes = [
             *([shorter] if shorter else []),
             *(f"{left} of generation_config.json is not honored" for left in self.settings.not_honored),
         ]
         for note in self.notes:
             log.warning("%s: %s", version.name, note)
-        self.batch = Batch(self.any_size.model, Mixer(self.any_size.layers), kv_tokens)
+        self.batch = Batch(self.any_size.model, mixer, kv_tokens)
+
+    def _check(self) -> None:
+        """Compare the engine with the model itself at two sizes: the base model and the stop ratio, or else the largest coded sizes."""
+        table, coded = self.any_size.table, self.any_size.table.byte_sizes
+        held: list[Cut] = []
+        if coded is None:
+            sizes = [Size((0, removed), table.ranks(removed)) for removed in (0, max(self.removed_at_stop, 1))]
+        else:
+            largest = table.cut(Budget(stored_bytes=coded.exact - 1))
+            smaller = table.cut(Budget(stored_bytes=max((largest.bytes or 0) - 1, coded.bytes(0))))
+            held = [largest, smaller]
+            sizes = [Size(cut.key, cut.ranks, cut.versions) for cut in held]
+        with ExitStack() as holding:
+            for cut in held:
+                holding.enter_context(self.holding(cut))
+            with building:
+                check(self.name, self.any_size.model, self.any_size.layers, (sizes[0], sizes[1]), self.context)
 
     @property
     def name(self) -> str:
@@ -72,21 +109,22 @@ class ResidentModel:
 
     @property
     def bytes(self) -> int:
-        """The size of the resident weights: factors, dense weights and the rest, with packed copies."""
-        plain = {id(tensor): tensor.nbytes for tensor in self.any_size.model.state_dict(keep_vars=True).values()}
-        return sum(plain.values()) + self.packed_bytes
+        """The bytes of the weights in memory: codes, factors, dense weights and the rest, with packed copies."""
+        return self.weights.bytes + self.weights.packed_bytes
 
     @property
-    def packed_bytes(self) -> int:
-        return sum(module.packed_bytes for module in self._packed())
+    def convention(self) -> Convention:
+        """The convention of sizes that are requested without one."""
+        return self.any_size.table.convention
 
-    def unpack(self) -> None:
-        """Free the memory of the packed copies."""
-        for module in self._packed():
-            module.unpack()
-
-    def _packed(self) -> list[PackedLinear]:
-        return [module for module in self.any_size.model.modules() if isinstance(module, PackedLinear)]
+    @contextmanager
+    def holding(self, cut: Cut) -> Iterator[None]:
+        """Keep the weights of a size in memory within the context. They are loaded first if necessary."""
+        self.weights.hold(cut)
+        try:
+            yield
+        finally:
+            self.weights.release(cut)
 
     # ---- limits and defaults of a request
 

@@ -58,7 +58,7 @@ def as_response(error: Exception, request_id: str) -> tuple[int, dict[str, Any]]
     if isinstance(error, InvalidRequestError):
         return 400, error_body(400, str(error), error.param, error.code)
     if isinstance(error, BudgetError):
-        return 400, error_body(400, str(error), "size_ratio", "invalid_size")
+        return 400, error_body(400, str(error), getattr(error, "field", "size_ratio"), "invalid_size")
     for kind, (status, code, param) in ENGINE_ERRORS.items():
         if isinstance(error, kind):
             field = getattr(error, "field", None)

@@ -10,19 +10,23 @@ A null is the same as a missing field. The description of a field states its val
 invalid value. An error names its field by path: messages[1].content[0].type.
 
     model      NAME, NAME@0.6, NAME@60%, NAME@fit:8GB (bytes of the weights), NAME@fit:8GB@4096 (memory at this context)
+
+A size ratio without `convention` is in the convention of the model (`CutTable.convention`): bytes, or, for a model without coded layers,
+linear. Therefore a request becomes a budget only where the model is known (`name_and_budget`).
 """
 
 import json
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from acip.errors import BudgetError, cited
-from acip.sizing.budget import MEGA, Budget
+from acip.sizing.budget import MEGA, UNITS, Budget, Convention
 from acip.utils.coerce import did_you_mean
 from acip_platform.serve.http.errors import RequestError
 from acip_platform.serve.http.messages import Message, Part, Text, Unused
@@ -30,6 +34,7 @@ from acip_platform.serve.text.structured_output import ResponseFormat
 from acip_platform.serve.text.tools import NamedTool, ToolChoice, Tools
 
 MAX_CHOICES = 16
+DEFAULT_SIZE = "1.0"
 DEFAULT_MAX_TOKENS = 16  # of completions, as in OpenAI's API
 
 
@@ -63,15 +68,78 @@ class ModelSizeRequest(BaseModel):
         description="the name of a served model, NAME@RATIO or NAME@fit:8GB; not needed if only one is served")
     size_ratio: float | None = Field(default=None, gt=0, le=1,
         description="a number above 0 and up to 1 (1.0 = the base model, the default)")
+    convention: Convention | None = Field(default=None,
+        description='what a size ratio counts: "bytes" (stored bytes; the default for a model with coded layers), "linear" (numbers of the '
+        'compressed layers; the default for others), "model" (all numbers) or "paper" (numbers without adapters)')
+    stored_bytes: int | None = Field(default=None, ge=1,
+        description="instead of size_ratio: a whole number of bytes that the stored weights may take")
+    params: int | None = Field(default=None, ge=1, description="instead of size_ratio: a whole number of parameters")
+    memory_mb: float | None = Field(default=None, gt=0,
+        description="instead of size_ratio: the memory in MB (1e6 bytes) for weights and the cache of `context` tokens")
+    context: int | None = Field(default=None, ge=1, description="with memory_mb: a whole number of tokens per sequence")
+    batch: int | None = Field(default=None, ge=1, description="with memory_mb: a whole number of sequences at a time (default 1)")
+    max_perplexity: float | None = Field(default=None, ge=1,
+        description="instead of size_ratio: the largest perplexity, a number of at least 1, by the model's measured curve")
+    max_loss_increase: float | None = Field(default=None, ge=0,
+        description="instead of size_ratio: the largest increase of the loss in nats per token, by the model's measured curve")
+    max_kl: float | None = Field(default=None, ge=0,
+        description="instead of size_ratio: the largest KL divergence from the base model in nats per token, by the model's measured curve")
+    max_flops: int | None = Field(default=None, ge=1,
+        description="instead of size_ratio: a whole number of floating-point operations per token, without attention")
     # fmt: on
 
-    def name_and_budget(self, names: Sequence[str]) -> tuple[str, Budget]:
-        """Return the name of the served model, and the size: `size_ratio`, the size after the @ in the name, or 1.0."""
-        name, budget = split_name(self.model, names)
-        if budget is not None and self.size_ratio is not None and budget.ratio != self.size_ratio:
-            message = f"model {self.model!r} and size_ratio {self.size_ratio} are different sizes; give one of them."
-            raise RequestError(message, "size_ratio", "size_twice")
-        return name, budget or Budget(ratio=self.size_ratio or 1.0)
+    def name_and_budget(self, names: Sequence[str], convention: Convention = "linear", default: str = DEFAULT_SIZE) -> tuple[str, Budget]:
+        """Return the name of the served model, and the size: a field, the size after the @ in the name, or `default`.
+
+        `convention` is that of a ratio if the request names none. Raise a RequestError if the size is given twice.
+        """
+        convention = self.convention or convention
+        name, written = split_name(self.model, names, convention)
+        given = [kind for kind in UNITS if self._limit(kind) is not None]
+        if len(given) > 1:
+            raise RequestError(f"{' and '.join(map(_field, given))} are different sizes; give one of them.", _field(given[1]), "size_twice")
+        with_memory = self.memory_mb is not None
+        if not with_memory and (self.context or self.batch):
+            raise RequestError("context and batch belong to memory_mb; give it, or leave them out.", "memory_mb")
+        if with_memory and self.context is None:
+            raise RequestError("memory_mb needs context, the number of tokens per sequence.", "context", "missing_field")
+        budget = written
+        if given:
+            beside: dict[str, Any] = {"context": self.context, "batch": self.batch or 1} if with_memory else {}
+            beside |= {"convention": convention} if given == ["ratio"] else {}
+            budget = Budget(**{given[0]: self._limit(given[0])}, **beside)
+            if written is not None and written != budget:
+                message = f"model {self.model!r} and {_field(given[0])} {self._limit(given[0])} are different sizes; give one of them."
+                raise RequestError(message, _field(given[0]), "size_twice")
+        budget = budget or Budget.parse(default, convention)
+        if self.convention is not None and budget.ratio is None:
+            raise RequestError(f"convention says what a size ratio counts; leave it out with {budget.kind}.", "convention")
+        return name, budget
+
+    def _limit(self, kind: str) -> Any:
+        return getattr(self, _field(kind))
+
+
+def _field(kind: str) -> str:
+    """Return the field of a request for a kind of budget."""
+    return "size_ratio" if kind == "ratio" else kind
+
+
+class UnavailableSizeError(BudgetError):
+    """A size that the model does not have. `field` is the field of the request."""
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@contextmanager
+def naming_field(budget: Budget) -> Iterator[None]:
+    """Add the field of the request to a BudgetError for `budget`."""
+    try:
+        yield
+    except BudgetError as error:
+        raise UnavailableSizeError(str(error), _field(budget.kind)) from error
 
 
 class MaterializationRequest(ModelSizeRequest):
@@ -223,10 +291,10 @@ class ChatRequest(OpenAIRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def split_name(model: str | None, names: Sequence[str]) -> tuple[str, Budget | None]:
+def split_name(model: str | None, names: Sequence[str], convention: Convention = "linear") -> tuple[str, Budget | None]:
     """Return the served name and the budget of "NAME" or "NAME@SIZE". The budget of "NAME" is None.
 
-    A model of None stands for the only served model.
+    A model of None stands for the only served model. `convention` is that of a ratio.
     """
     served = ", ".join(names)
     if model is None:
@@ -240,17 +308,17 @@ def split_name(model: str | None, names: Sequence[str]) -> tuple[str, Budget | N
         guess = did_you_mean(model.partition("@")[0], list(names))
         message = f"no model {cited(model)}{guess}; served: {served}, each at any size, as NAME@RATIO."
         raise RequestError(message, "model", "model_not_found", 404)
-    return name, size_of(name, model[len(name) + 1 :])
+    return name, size_of(name, model[len(name) + 1 :], convention)
 
 
-def size_of(name: str, written: str) -> Budget:
+def size_of(name: str, written: str, convention: Convention = "linear") -> Budget:
     """Return the budget that follows the @ in a model's name."""
     allowed = (
         f"a ratio above 0 and up to 1, as in {name}@0.6, or the memory to fit into: {name}@fit:8GB, {name}@fit:8GB@4096 at this context."
     )
     budget, _, context = written.partition("@")
     try:
-        parsed = Budget.parse(budget)
+        parsed = Budget.parse(budget, convention)
         if not context:
             return parsed
         tokens = re.fullmatch(r"(\d{1,9})([kK]?)", context)

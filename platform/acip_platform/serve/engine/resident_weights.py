@@ -1,0 +1,256 @@
+"""The weights of one model in memory: those that its requests need, loaded when a size is first requested.
+
+    a coded size     one version of the codes of each layer. Sizes share versions; each is held once, 8 bits per weight
+    a size in ranks  the factors of all layers, whole, and the dense weights of the layers that are dense at this size
+    the base model   the dense weights of all layers
+
+A request holds its size from `hold` to `release`. The codes of held sizes stay. Others leave when all codes together take more than
+`codes_limit`, the least recently used first. Factors and dense weights leave only if `memory` is short and no request needs them.
+
+Weights are read and decoded in the thread of the request, never in a step of the engine.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from acip.artifact.loading import ModelLoader
+from acip.layers.mixed_sizes import Mixer
+from acip.layers.packing import PackedLinear, unpacked
+from acip.modeling_acip import CodedLinear, set_module
+from acip.sizing.cut_table import Cut
+from acip.sizing.elastic_model import ElasticModel
+from acip_platform.serve.engine.errors import ModelUnloadedError
+
+STEP_SIZE_BYTES = 4  # of a row of a coded layer
+
+building = threading.RLock()  # accelerate's empty parameters affect all threads at once, so no other thread may create parameters
+
+Coded = tuple[str, int]  # name of a layer, version of its codes
+
+
+class Memory(Protocol):
+    """The memory that a model may use."""
+
+    def reserve(self, bytes: int) -> None:
+        """Reserve memory for weights. Wait until there is room, or raise an AcipError."""
+
+    def release(self, bytes: int) -> None:
+        """Give memory for weights back."""
+
+    def reserve_copies(self, bytes: int) -> bool:
+        """Reserve memory for packed copies if it is free. Return whether it is."""
+
+
+class UnlimitedMemory:
+    """Memory without a limit."""
+
+    def reserve(self, bytes: int) -> None: ...
+
+    def release(self, bytes: int) -> None: ...
+
+    def reserve_copies(self, bytes: int) -> bool:
+        return True
+
+
+class ResidentWeights:
+    """The target layers of one model. `memory` was asked for everything that they hold.
+
+    With `packed`, linear layers get copies that are faster on a CPU (`acip.layers.packing`), if `memory` has room.
+    `code_copies` sets the limit for codes, in units of the codes of one size.
+    """
+
+    def __init__(
+        self, loader: ModelLoader, any_size: ElasticModel, mixer: Mixer, memory: Memory, code_copies: float = 1.0, packed: bool = True
+    ) -> None:
+        self.loader, self.model, self.layers, self.mixer, self.memory = loader, any_size.model, any_size.layers, mixer, memory
+        self.packed, self.closed = packed, False
+        self._has_codes = any_size.table.byte_sizes is not None
+        self._code_bytes = {layer.name: layer.M * layer.N + STEP_SIZE_BYTES * layer.M for layer in any_size.table.layers}
+        self.codes_limit = code_copies * sum(self._code_bytes.values())
+        self.code_bytes = 0  # of all codes in memory
+        self._used: dict[Coded, float] = {}  # versions in memory: when they were last requested, in seconds of time.monotonic
+        self._held: dict[tuple[int, int], Cut] = {}  # the sizes that requests hold
+        self._holders: Counter[tuple[int, int]] = Counter()  # the number of requests that hold each
+        self._lock = threading.Lock()  # of these fields and of the modules of the model; held for a short time
+        self._loading = threading.Lock()
+
+    def hold(self, cut: Cut) -> None:
+        """Load what a size needs, and keep it until `release`. It may take seconds.
+
+        Raise a ModelUnloadedError if the model has left memory, or an AcipError if there is no room or the artifact is damaged.
+        """
+        with self._lock:
+            if self.closed:
+                raise ModelUnloadedError("the model was unloaded; send the request again.")
+            self._held[cut.key] = cut
+            self._holders[cut.key] += 1
+            self._used.update((each, time.monotonic()) for each in (cut.versions or {}).items() if each in self._used)
+            complete = self._is_loaded(cut)
+        try:
+            if not complete:
+                with self._loading:
+                    if cut.versions is not None:
+                        self._load_codes(cut.versions)
+                    else:
+                        self.load_ranks(cut.ranks)
+                        self.pack()
+        except BaseException:
+            self.release(cut)
+            raise
+
+    def release(self, cut: Cut) -> None:
+        """End a `hold`. Codes that no request uses leave if there are too many."""
+        with self._lock:
+            self._holders[cut.key] -= 1
+            if not self._holders[cut.key]:
+                del self._holders[cut.key], self._held[cut.key]
+            self._drop(self.code_bytes - self.codes_limit)
+
+    def is_loaded(self, cut: Cut) -> bool:
+        """Return whether everything that a size needs is in memory."""
+        with self._lock:
+            return self._is_loaded(cut)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a request holds a size."""
+        return bool(self._held)
+
+    def close(self) -> bool:
+        """Accept no more requests. Return False, and change nothing, if one holds a size."""
+        with self._lock:
+            self.closed = not self._held
+            return self.closed
+
+    def drop_unused(self) -> None:
+        """Drop all codes that no request holds, and, if the model has codes, other weights that none holds. Packed copies must be gone."""
+        with self._lock:
+            self._drop(self.code_bytes)
+            if self._has_codes:
+                self._drop_ranks()
+
+    def pack(self) -> None:
+        """Add packed copies of the linear layers in memory, if there is room for all of them."""
+        with self._lock:
+            linears = unpacked(self.model) if self.packed else []
+        if not self.memory.reserve_copies(sum(linear.weight.nbytes for _, linear in linears)):
+            return
+        for name, linear in linears:
+            with building:
+                packed = PackedLinear(linear)
+            with self._lock:
+                if self.packed:
+                    set_module(self.model, name, packed)
+
+    def unpack(self) -> None:
+        """Free the memory of the packed copies. There will be no others."""
+        with self._lock:
+            self.packed = False
+            for module in self.model.modules():
+                if isinstance(module, PackedLinear):
+                    module.unpack()
+
+    @property
+    def packed_bytes(self) -> int:
+        with self._lock:
+            return sum(module.packed_bytes for module in self.model.modules() if isinstance(module, PackedLinear))
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of the model's tensors, without packed copies."""
+        with self._lock:
+            tensors = [tensor for tensor in self.model.state_dict(keep_vars=True).values() if not tensor.is_meta]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+    # ---- codes
+
+    def _is_loaded(self, cut: Cut) -> bool:
+        if cut.versions is not None:
+            return all(each in self._used for each in cut.versions.items())
+        layers = self.layers
+        return not any(
+            layers[name].original.weight.is_meta if rank is None else layers[name].stored_rank < rank for name, rank in cut.ranks.items()
+        )
+
+    def _load_codes(self, versions: Mapping[str, int]) -> None:
+        with self._lock:
+            missing = [each for each in versions.items() if each not in self._used]
+            needed = sum(self._code_bytes[name] for name, _ in missing)
+            self._drop(self.code_bytes + needed - self.codes_limit)
+        self.memory.reserve(needed)
+        try:
+            for name, version in missing:
+                codes = self.loader.codes.read({name: version})[name].unpack()
+                layer, device = self.layers[name], self.loader.device
+                with building:
+                    coded = CodedLinear(codes.codes.to(device), codes.steps.to(device), layer.bias)
+                with self._lock:
+                    layer.coded[str(version)] = coded
+                    self._used[name, version] = time.monotonic()
+                    self.code_bytes += self._code_bytes[name]
+                needed -= self._code_bytes[name]
+        finally:
+            self.memory.release(needed)
+
+    def _drop(self, surplus: float) -> None:
+        """Drop codes that no request holds, the least recently used first, until `surplus` bytes are free. The lock must be held."""
+        if surplus <= 0:
+            return
+        kept = {each for cut in self._held.values() for each in (cut.versions or {}).items()}
+        freed = 0
+        dropped = set[Coded]()
+        for each in sorted((each for each in self._used if each not in kept), key=self._used.__getitem__):
+            if freed >= surplus:
+                break
+            freed += self._code_bytes[each[0]]
+            dropped.add(each)
+        self.mixer.keep(self._held)
+        for name, version in dropped:
+            del self.layers[name].coded[str(version)], self._used[name, version]
+        self.code_bytes -= freed
+        self.memory.release(freed)
+
+    # ---- ranks and dense weights
+
+    def load_ranks(self, ranks: Mapping[str, int | None], dense: bool = False) -> None:
+        """Load the factors of all layers if a layer has a rank, and the dense weights of the others; with `dense`, of all layers."""
+        stored = self.loader.stored_ranks
+        with_factors = any(rank is not None for rank in ranks.values())
+        missing: list[tuple[str, int | None, int]] = []  # layer, rank or None = its dense weight, bytes
+        for name, rank in ranks.items():
+            if (rank is None or dense) and self.layers[name].original.weight.is_meta:
+                missing.append((name, None, self.loader.dense.entry(f"{name}.weight").bytes))
+            if with_factors and self.layers[name].stored_rank < stored[name]:
+                sides = (self.loader.factors.entry(f"{name}.{side}") for side in ("left", "right"))
+                missing.append((name, stored[name], sum(side.bytes for side in sides)))
+        needed = sum(bytes for *_, bytes in missing)
+        self.memory.reserve(needed)
+        try:
+            for name, rank, bytes in missing:
+                with building:
+                    self.loader.load_missing({name: self.layers[name]}, {name: rank})
+                needed -= bytes
+        finally:
+            self.memory.release(needed)
+
+    def _drop_ranks(self) -> None:
+        """Drop the factors and dense weights of all layers unless a request holds such a size. The lock must be held."""
+        if any(cut.versions is None for cut in self._held.values()):
+            return
+        self.mixer.keep(self._held)
+        freed = 0
+        for layer in self.layers.values():
+            original, weight = layer.original, layer.original.weight
+            if not weight.is_meta:
+                freed += weight.nbytes
+                original._parameters["weight"] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+            for side in (layer.left, layer.right):
+                freed += side.values.nbytes
+                side._parameters["values"] = nn.Parameter(side.values[:0].clone(), requires_grad=False)
+        self.memory.release(freed)

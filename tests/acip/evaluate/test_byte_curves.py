@@ -1,0 +1,116 @@
+"""The curve of an artifact with coded layers: sizes of ranks and sizes in bytes are measured alike, and never mixed up."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from acip.artifact.artifact import Artifact
+from acip.evaluate import (
+    DivergenceOn,
+    Efficiency,
+    Perplexity,
+    PerplexityOn,
+    Text,
+    curve,
+    divergence_of,
+    evaluate,
+    extended,
+    place_of,
+    trade_off,
+)
+from acip.sizing.budget import Budget, Curve, is_coded
+from tests.acip.artifact.test_codes_file import calibrated_with_codes, llama
+from tests.support.near_ties import assert_close_divergence
+
+TEXT = Text("package:austen", context=32, windows=3)
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    torch.manual_seed(0)
+    base, calibration, codes = calibrated_with_codes(llama())
+    return Artifact.save(tmp_path_factory.mktemp("coded") / "artifact", base, calibration, {}, codes)
+
+
+def byte_budgets(artifact: Artifact) -> list[Budget]:
+    """Return the smallest, a middle and the largest coded size."""
+    sizes = artifact.table().byte_sizes
+    assert sizes is not None
+    last = len(sizes.order.steps)
+    return [Budget(sizes.share(steps), "bytes") for steps in (0, last // 2, last)]
+
+
+def measured(artifact: Artifact, *more: Budget | float) -> list[Row]:
+    sizes = [0.5, *byte_budgets(artifact), 1.0, *more]
+    return trade_off(artifact.load(), TEXT.tokens(artifact.tokenizer()), TEXT.source, sizes, 0.9, divergence=DivergenceOn(TEXT))
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 32 * 256 * 4, 2**30])
+def test_coded_sizes_are_measured_like_each_size_alone(artifact: Artifact, keep_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of the base model are the same whether none, those of one window, or all are kept."""
+    monkeypatch.setattr(curve, "KEPT_LOGITS_BYTES", keep_bytes)
+    any_size, rows = artifact.load(), measured(artifact)
+    assert [is_coded(row) for row in rows] == [False, False, True, True, True], "ranks come first"
+    assert rows == sorted(rows, key=place_of), "the largest come first"
+    for row in rows:
+        any_size.resize(Budget(row["asked"], row["convention"]))
+        perplexity, divergence = evaluate(any_size, artifact.tokenizer(), [PerplexityOn(TEXT), DivergenceOn(TEXT)])["evaluation"]
+        assert row["loss"] == pytest.approx(perplexity["values"]["loss_nats"], rel=1e-6)
+        assert_close_divergence(dict(divergence_of(row)), divergence["values"], 1e-5, TEXT.windows * TEXT.context)
+
+
+def test_rows_state_what_a_size_counts(artifact: Artifact) -> None:
+    table, rows = artifact.table(), measured(artifact)
+    for row in rows:
+        cut = table.cut(Budget(row["asked"], row["convention"]))
+        assert (row["bytes"], row["params"], row["flops"]) == (cut.bytes, cut.params, table.flops(cut.removed))
+        if is_coded(row):
+            assert (row["got"], row["bits_per_weight"]) == (cut.sizes["bytes"], cut.bits_per_weight)
+            assert row["flops"] == rows[0]["flops"], "codes change no shapes"
+        else:
+            assert row["got"] == cut.sizes["linear"]
+    assert [row["extrapolated"] for row in rows] == [False, True, False, False, False], "a calibration does not limit coded sizes"
+
+
+def test_sizes_with_the_same_model_are_measured_once(artifact: Artifact) -> None:
+    """Above the finest codes, a size in bytes is the finest codes or the base model, which the curve has already."""
+    rows = measured(artifact, Budget(1.0, "bytes"), Budget(0.01, "bytes"))
+    assert [row["asked"] for row in rows] == [row["asked"] for row in measured(artifact)]
+    finest = byte_budgets(artifact)[-1].asked
+    again = measured(artifact, Budget(finest + 1e-6, "bytes"))
+    assert [row["asked"] for row in again] == [row["asked"] for row in rows], "the smallest ratio with the same codes stays"
+
+
+def test_a_curve_with_both_kinds_predicts_each_from_its_own_rows(artifact: Artifact) -> None:
+    rows = measured(artifact)
+    kinds = [[row for row in rows if is_coded(row) is kind] for kind in (False, True)]
+    assert Curve.of(rows) == Curve.of(kinds[0])
+    over_bytes = Curve.over_bytes(rows, 1.0)
+    assert over_bytes is not None and over_bytes.sizes == (1.0, *(row["got"] for row in kinds[1]))
+
+
+def test_a_coded_size_is_added_beside_ranks_with_the_same_number(artifact: Artifact) -> None:
+    coded, ranks = byte_budgets(artifact)[1], artifact.load()
+    rows = measured(artifact)
+    before = [row for row in rows if row["asked"] != coded.asked]
+    ranks.resize(coded)
+    row = evaluate(ranks, artifact.tokenizer(), [PerplexityOn(TEXT)])
+    twin = {**before[1], "got": row["got"]}  # of ranks
+    grown, left_out = extended([before[0], twin, *before[2:]], [row], 0.9)
+    assert left_out == []
+    assert [place_of(each) for each in grown] == [place_of(each) for each in [before[0], twin, *rows[2:]]]
+    assert not grown[3]["extrapolated"] and grown[3]["bits_per_weight"] == rows[3]["bits_per_weight"]
+    assert Perplexity(grown[3]["loss"], 0.0, 1, 1).perplexity == grown[3]["perplexity"]
+    assert grown[1] == twin
+
+
+def test_efficiency_tells_stored_bytes_from_memory(artifact: Artifact) -> None:
+    any_size = artifact.load()
+    cut = any_size.resize(byte_budgets(artifact)[0])
+    (part,) = evaluate(any_size, artifact.tokenizer(), [Efficiency(prompt=4, new_tokens=2, flop_tokens=4, repeats=1)])["evaluation"]
+    assert part["values"]["stored_bytes"] == cut.bytes
+    sizes = any_size.table.byte_sizes
+    assert sizes is not None and part["values"]["resident_bytes"] == sizes.memory
+    assert sizes.memory > (cut.bytes or 0)
