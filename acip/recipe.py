@@ -76,8 +76,9 @@ class Recipe:
     storage: Storage = "pivot"  # storage form of a compressed layer, which sets the cost of a rank; see acip.sizing.cut_table
     dense_if_no_saving: bool = True  # a layer that saves nothing becomes the original one, without adapter (D.3)
     # what the artifact holds: ranks; coded versions of the layers, for models of any number of bytes (bits: acip.coding, ours); or both.
-    # With bits alone, nothing is parametrized, scored or trained.
+    # With bits alone, nothing is parametrized or scored.
     code: Code = "ranks"
+    code_tune_steps: int = 100  # training steps, of one window each, for the step sizes of the codes (ours); >= 0
 
     def __post_init__(self) -> None:
         for name, rule, ok in (
@@ -100,6 +101,7 @@ class Recipe:
             ("post_tune_lr", "> 0", self.post_tune_lr is None or self.post_tune_lr > 0),
             ("prune_distill_weight", "in [0, 1)", 0 <= self.prune_distill_weight < 1),
             ("distill_weight", "in [0, 1]", 0 <= self.distill_weight <= 1),
+            ("code_tune_steps", ">= 0", self.code_tune_steps >= 0),
             ("scores_until", "in (stop_ratio, 1)", self.scores_until is None or self.stop_ratio < self.scores_until < 1),
         ):
             if not ok:

@@ -7,6 +7,7 @@
     error_feedback.py     codes with the least error at the layer's outputs
     codes.py              codes in memory (8 bits) and on disk (Huffman codes)
     coded_model.py        all of it, for a whole model
+    step_tuning.py        step sizes that are trained against the base model, all layers together
 
 A layer computes with its codes in acip/modeling_acip.py (`CodedLinear`). A number of bytes becomes a version of each layer in
 acip/sizing/byte_order.py.

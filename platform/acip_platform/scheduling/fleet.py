@@ -67,8 +67,8 @@ class Job:
         Local files count by their content, not by their paths. It is read once, at the first access.
         """
         recipe = {name: value for name, value in self.recipe.to_dict().items() if name != "gradient_checkpointing"}
-        if recipe["code"] == Recipe.code:  # so that calibrations from before this field stay finished
-            del recipe["code"]
+        if recipe["code"] == Recipe.code:  # so that calibrations from before these fields stay finished
+            del recipe["code"], recipe["code_tune_steps"]
         texts = {"data": identity(self.data), "windows": WINDOWS_VERSION}
         inputs = {"base": identity(self.base), "recipe": recipe, "schema": UNCODED_SCHEMA, **texts}
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]

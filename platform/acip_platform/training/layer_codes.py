@@ -20,6 +20,7 @@ from acip.calibration.memory_plan import UNSAVED_CODES
 from acip.coding.coded_model import RATES, CodedLayer, CodedModel, assembled, code_layer, step_scales
 from acip.coding.grouped_statistics import grouped_statistics, groups
 from acip.coding.scratch import Scratch
+from acip.coding.step_tuning import tune_steps
 from acip.errors import RecipeError
 from acip.layers.targets import find_linears
 from acip.recipe import Recipe
@@ -77,7 +78,24 @@ def code_layers(job: Job, base: Base, windows: Tensor, run: Run, emit: Emit, che
     )
     with suppress(MlflowException), few_retries():  # two metrics must not stop a calibration while MLflow is down
         run.metrics([(0, {"coding_seconds": ended - began, "codes_mb": model.bytes / MEGA})])
-    return model
+    return tuned(job, base, linears, model, windows, run, emit)
+
+
+def tuned(job: Job, base: Base, linears: Mapping[str, nn.Module], coded: CodedModel, windows: Tensor, run: Run, emit: Emit) -> CodedModel:
+    """Return `coded` with trained step sizes, if `recipe.code_tune_steps` is not 0. Seconds are logged to the run."""
+    recipe = job.recipe
+    if not recipe.code_tune_steps:
+        return coded
+    began = time.monotonic()
+    coded = tune_steps(
+        base.model, linears, coded, windows, recipe.code_tune_steps, seed=recipe.seed,
+        progress=lambda done, total: emit("code", what="step sizes", done=done, total=total),
+    )  # fmt: skip
+    seconds = time.monotonic() - began
+    emit("stage", text=f"trained the step sizes of the codes in {recipe.code_tune_steps} steps: {seconds:.0f} s")
+    with suppress(MlflowException), few_retries():
+        run.metrics([(0, {"code_tuning_seconds": seconds})])
+    return coded
 
 
 def identity_of(base: Base, recipe: Recipe, text: Tensor) -> str:

@@ -43,7 +43,7 @@ from tests.support.coded import load_bytes
 
 RECIPE = Recipe(
     basis="svd", scores="singular_values", adapter_rank=0, post_tune_steps=0, sample_windows=4, batch_size=4, seq_len=64, dtype="float32",
-    code="both",
+    code="both", code_tune_steps=2,
 )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_a_calibration_job_stores_the_codes(small_base: str, tmp_path: Path, hel
         divergences.append(float((base_TV.exp() * (base_TV - coded_TV)).sum(-1).mean()))
     assert divergences[1] < 1e-3 < divergences[0] < 1, "nats per token, at 6 and at 2.1 bits per weight"
     coded = {event["what"] for event in events if event["kind"] == "code"}
-    assert coded == {"statistics", "codes"}
+    assert coded == {"statistics", "codes", "step sizes"}
     (stage,) = (event["text"] for event in events if event["kind"] == "stage" and event["text"].startswith("codes of"))
     assert f"{artifact.coded().bytes / 1e6:.1f} MB" in stage
     assert not list(Path(settings.runs).glob("first/codes_*")), "the artifact holds the codes, so they are not kept beside the checkpoints"
@@ -105,6 +105,7 @@ def test_a_calibration_job_stores_the_codes(small_base: str, tmp_path: Path, hel
     assert {"tradeoff.json", "perplexity_over_bytes.png", "kl_over_bytes.png", "perplexity_over_flops.png"} <= files
     metrics = run.client.get_run(run.run_id).data.metrics
     assert metrics["coding_seconds"] > 0
+    assert metrics["code_tuning_seconds"] > 0
     assert metrics["codes_mb"] == pytest.approx(artifact.coded().bytes / 1e6)
 
 
@@ -146,14 +147,36 @@ def test_coding_does_not_change_the_model(small_base: str, golden_tokens: torch.
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in base.model.parameters())
 
 
-def test_calibrations_from_before_the_field_stay_finished() -> None:
-    """The default value is not part of the fingerprint, which was recorded before the field existed."""
+def test_step_sizes_are_trained_as_the_recipe_says(small_base: str, golden_tokens: torch.Tensor, checkpoints: Checkpoints) -> None:
+    """Training changes step sizes, and no stream."""
+    base, run = load_base(small_base, "float32"), SimpleNamespace(metrics=lambda rows: None)
+    untrained, trained = (
+        code_layers(
+            replace(job_of(small_base), recipe=replace(RECIPE, code_tune_steps=steps)), base, golden_tokens[:8], cast(Run, run),
+            lambda kind, **facts: None, checkpoints,
+        )
+        for steps in (0, 3)
+    )  # fmt: skip
+    assert untrained is not None and trained is not None
+    changed = set()
+    for name, versions in untrained.versions.items():
+        for before, after in zip(versions, trained.versions[name], strict=True):
+            assert bytes(before.stream) == bytes(after.stream)
+            changed |= set() if torch.equal(before.steps, after.steps) else {name}
+    assert changed == set(untrained.versions)
+
+
+def test_calibrations_from_before_the_fields_stay_finished() -> None:
+    """The fields for codes are not part of the fingerprint of a recipe without codes, which was recorded before they existed."""
     job = Job("a", "b/c")
-    recipe = {name: value for name, value in job.recipe.to_dict().items() if name not in {"code", "gradient_checkpointing"}}
+    recipe = {
+        name: value for name, value in job.recipe.to_dict().items() if name not in {"code", "code_tune_steps", "gradient_checkpointing"}
+    }
     inputs = {"base": "b/c", "recipe": recipe, "data": "c4", "schema": 4, "windows": WINDOWS_VERSION}
     assert job.fingerprint == hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
     with_codes = replace(job, recipe=replace(job.recipe, code="both"))
     assert with_codes.fingerprint != job.fingerprint
+    assert replace(with_codes, recipe=replace(with_codes.recipe, code_tune_steps=7)).fingerprint != with_codes.fingerprint
 
 
 def test_a_job_with_bits_alone_stores_codes_and_no_directions(small_base: str, tmp_path: Path, heldout_tokens: torch.Tensor) -> None:
