@@ -464,7 +464,7 @@ def decoded_tensors(stored: dict[str, Tensor], acip: Mapping[str, Any]) -> dict[
         content = stored.pop(name)
         if sum(sizes) != len(content) or any(8 * (size - count) < count for size, count in zip(sizes, counts, strict=True)):
             raise ValueError(f"does not hold {sum(counts):,} numbers")
-        return {name: decode_bfloat16(memoryview(content.numpy()), sizes, counts).view(shape)}
+        return {name: decode_bfloat16(content.numpy().data, sizes, counts).view(shape)}
 
     def decoded(job: tuple[Callable[[str], dict[str, Tensor]], str]) -> dict[str, Tensor]:
         decode, name = job

@@ -27,8 +27,7 @@ from acip.coding.coded_model import CodedModel
 from acip.coding.codes import PackedCodes, stored_steps
 from acip.coding.statistics import frozen
 from acip.errors import CalibrationError, RecipeError
-from acip.layers.coded_linear import CodedLinear
-from acip.modeling_acip import bias_of, weight_MN
+from acip.modeling_acip import CodedLinear, bias_of, weight_MN
 
 LR = 5e-3  # of Adam, for the changes `a`
 MIN_SPREAD = 0.1  # lower bound of s

@@ -46,7 +46,7 @@ class Efficiency(Measurement):
 
     @torch.no_grad()
     def measure(self, subject: Subject) -> Part:
-        model, cut = subject.plain(), subject.any_size and subject.any_size.cut
+        model, cut = subject.plain(), None if subject.any_size is None else subject.any_size.cut
         weights, vocabulary = stored_bytes(model), model.config.get_text_config().vocab_size
         prompt_BT = torch.arange(self.batch * self.prompt, device=model.device).view(self.batch, -1) % vocabulary
         with rise(model.device) as peak:  # also the warm-up; later, the allocator of a CPU already holds the memory

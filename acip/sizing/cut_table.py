@@ -289,7 +289,7 @@ class CutTable:
         steps, got = byte_sizes.choose(budget, sum(self._beside(budget)) if budget.memory_mb is not None else 0)
         base = self._of_ranks(0, budget, got)
         share, predicted = byte_sizes.share(steps), byte_sizes.predicted(steps)
-        base = replace(base, ranks=dict.fromkeys(base.ranks), bytes=byte_sizes.bytes(steps), sizes=base.sizes | {"bytes": share})
+        base = replace(base, ranks=dict.fromkeys(base.ranks), bytes=byte_sizes.bytes(steps), sizes={**base.sizes, "bytes": share})
         if steps is None:
             return replace(base, predicted=predicted or base.predicted)
         return replace(

@@ -242,11 +242,11 @@ def rivals(subject: Subject, results: Results, quick: bool) -> Iterator[Row]:
 
         return dict(results.tensors("codes of Any-Precision", (any_precision,), compute))
 
+    def with_gptq(bits: int, name: str, weight: Tensor) -> CodedWeight:
+        return gptq.gptq(weight, covariances()[name], bits=bits)
+
     for bits in (4, 3, 2, 6, 5, 8, 7):  # those of the goals first
-        coder = partial(gptq.gptq, bits=bits)
-        yield Row(
-            f"GPTQ {bits} bit", (gptq, activation_covariance), each(lambda name, weight, coder=coder: coder(weight, covariances()[name]))
-        )
+        yield Row(f"GPTQ {bits} bit", (gptq, activation_covariance), each(partial(with_gptq, bits)))
     yield Row("int8, bitsandbytes", (bitsandbytes_formats,), each(lambda _, weight: bitsandbytes_formats.int8(weight)))
     yield Row("nf4, bitsandbytes", (bitsandbytes_formats,), each(lambda _, weight: bitsandbytes_formats.nf4(weight)))
     for bits in hqq.BITS[::-1]:
@@ -300,7 +300,7 @@ class BitStack:
             level: results.values(
                 f"BitStack losses of level {level}",
                 (bitstack,),
-                lambda level=level: self._losses(level),
+                partial(self._losses, level),
                 sort=BITSTACK_SORT_TOKENS,
                 **settings,
             )
@@ -386,12 +386,11 @@ def measured(subject: Subject, results: Results, row: Row) -> Facts:
 def accuracies(subject: Subject, results: Results, row: Row) -> Facts:
     """Return the accuracy of a row in each task."""
     weights = cache(lambda: {name: each.weight for name, each in row.weights().items()})
-    return {
-        task: results.values(
-            f"{row.title}, {task}", row.code, lambda task=task: subject.accuracy(weights(), task), items=ITEMS, **row.settings
-        )
-        for task in TASKS
-    }
+
+    def accuracy(task: str) -> Facts:
+        return subject.accuracy(weights(), task)
+
+    return {task: results.values(f"{row.title}, {task}", row.code, partial(accuracy, task), items=ITEMS, **row.settings) for task in TASKS}
 
 
 def compare(subject: Subject, results: Results, quick: bool, only: str = "") -> Facts:

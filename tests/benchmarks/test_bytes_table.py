@@ -50,7 +50,7 @@ def test_goals_compare_with_the_recorded_rows() -> None:
 
 def test_finished_results_are_not_computed_again(tmp_path: Path) -> None:
     """A result is computed once for each title, model, setting and source code."""
-    calls = []
+    calls: list[None] = []
 
     def compute() -> benchmark.Facts:
         calls.append(None)

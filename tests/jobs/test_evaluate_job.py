@@ -249,7 +249,7 @@ def coded_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     base, calibration, codes = calibrated_with_codes(llama())
     artifact = Artifact.save(tmp_path_factory.mktemp("coded") / "coded", base, calibration, {}, codes)
     windows = token_windows(documents("package:wikipedia", "heldout"), byte_tokenizer(), 32, 4)
-    sizes = [1.0, 0.5, *(Budget(size, "bytes") for size in (0.56, 0.52))]
+    sizes: list[Budget | float] = [1.0, 0.5, *(Budget(size, "bytes") for size in (0.56, 0.52))]
     return artifact.record_curve(trade_off(artifact.load(), windows, "package:wikipedia", sizes, artifact.recipe.stop_ratio))
 
 

@@ -316,7 +316,7 @@ def test_a_ratio_counts_bytes_unless_the_request_says_otherwise(application: App
 )
 def test_every_kind_of_budget_is_a_field(application: Application, coded_artifact: Artifact, fields: dict[str, Any]) -> None:
     kind = next(iter(fields))
-    cut = coded_artifact.table().cut(Budget(**fields, **({"batch": 1} if kind == "memory_mb" else {})))
+    cut = coded_artifact.table().cut(Budget(**(fields | ({"batch": 1} if kind == "memory_mb" else {}))))
     size = ask(application, **fields)
     assert (size["convention"], size["asked"], size["got"], size["bytes"]) == (kind, fields[kind], cut.got, cut.bytes)
     assert (size["bits_per_weight"] is None) == (cut.versions is None)

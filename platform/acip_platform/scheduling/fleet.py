@@ -96,7 +96,8 @@ class Job:
     def from_dict(cls, fields: dict[str, Any]) -> "Job":
         """Return the job whose `to_dict` is `fields`."""
         tuples = {key: tuple(fields[key]) for key in ("sizes", "byte_sizes", "tasks") if key in fields}
-        return cls(**{**fields, "recipe": Recipe.from_dict(fields["recipe"]), **tuples})
+        values: dict[str, Any] = {**fields, "recipe": Recipe.from_dict(fields["recipe"]), **tuples}
+        return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ A model with coded layers has sizes in bytes; if it also has ranks, their facts 
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -62,7 +62,7 @@ def _is_measured_in(row: Mapping[str, Any], convention: Convention) -> bool:
     return (BITS_PER_WEIGHT in row) == (convention == "bytes") or row.get("got") == 1.0
 
 
-def _size(model: ResidentModel, cut: Cut, measured: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _size(model: ResidentModel, cut: Cut, measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the facts of one size, with its measured or predicted perplexity and KL divergence."""
     size, table = size_facts(cut, model.removed_at_stop), model.any_size.table
     predicted = cut.predicted or {}

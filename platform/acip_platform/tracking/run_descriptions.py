@@ -163,8 +163,8 @@ def _tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     coded, over_ranks = ([row for row in rows if is_coded(row) is kind] for kind in (True, False))
     tables = []
     if coded:
-        cells = [(f"{row['asked']:.3g}", f"{row['got']:.4f}", f"{row['bits_per_weight']:.2f}", *_quality(row)) for row in coded]
-        tables.append(_table(("of the bytes", "got", "bits per weight", "MB", "perplexity", "KL"), cells))
+        in_bytes = [(f"{row['asked']:.3g}", f"{row['got']:.4f}", f"{row['bits_per_weight']:.2f}", *_quality(row)) for row in coded]
+        tables.append(_table(("of the bytes", "got", "bits per weight", "MB", "perplexity", "KL"), in_bytes))
     if over_ranks:
         below = ("below the stop ratio" if row["extrapolated"] else "" for row in over_ranks)
         cells = [

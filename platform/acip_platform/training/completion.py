@@ -130,7 +130,7 @@ def log_artifact(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
     run.tags({"artifact_uri": uri, "base": job.base, "stop_step": str(manifest["stop_step"])})
     if run.last_step("tradeoff/perplexity") == 0:
         run.metrics(run_descriptions.curve(artifact.curve))
-    rows = [{key: value for key, value in row.items() if key != "evaluation"} | divergence_of(row) for row in artifact.curve]
+    rows = [{**{key: value for key, value in row.items() if key != "evaluation"}, **divergence_of(row)} for row in artifact.curve]
     run.table({key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}, "tradeoff.json")
     if samples := side_by_side(artifact.curve):
         run.table(samples, "samples.json")

@@ -69,10 +69,10 @@ def test_a_loss_is_met_by_the_fewest_bytes_on_the_curve() -> None:
     curve = Curve((1.0, 0.4, 0.3, 0.2, 0.1), (2.0, 2.1, 2.2, 2.4, 3.0))
     kl = Curve((1.0, 0.4, 0.1), (0.0, 0.06, 0.6))
     sizes = ByteSizes(order, 400, rest=0, exact=700, base=1000, memory=400, loss=curve, kl=kl)
-    assert sizes.choose(Budget(max_loss_increase=0.21)) == (2, pytest.approx(0.2))
-    assert sizes.choose(Budget(max_loss_increase=0.11)) == (3, pytest.approx(0.1))
+    assert sizes.choose(Budget(max_loss_increase=0.21)) == pytest.approx((2, 0.2))
+    assert sizes.choose(Budget(max_loss_increase=0.11)) == pytest.approx((3, 0.1))
     assert sizes.choose(Budget(max_loss_increase=0.06))[0] is None
-    assert sizes.choose(Budget(max_kl=0.061)) == (3, pytest.approx(0.06))
+    assert sizes.choose(Budget(max_kl=0.061)) == pytest.approx((3, 0.06))
     assert sizes.predicted(3) == {"loss": 2.1, "perplexity": pytest.approx(8.166, abs=1e-3), "kl": pytest.approx(0.06)}
     with pytest.raises(BudgetError, match=r"max_perplexity 1.0 can't be reached: the base model has 7\.7\d+"):
         sizes.choose(Budget(max_perplexity=1.0))

@@ -142,7 +142,7 @@ def test_bytes_come_first_in_the_report_of_coded_layers(
     base, calibration, codes = calibrated_with_codes(llama())
     artifact = Artifact.save(tmp_path / "coded", base, calibration, {}, codes)
     text = Text("package:austen", context=32, windows=2)
-    sizes = [1.0, 0.5, *(Budget(size, "bytes") for size in (0.56, 0.52))]
+    sizes: list[Budget | float] = [1.0, 0.5, *(Budget(size, "bytes") for size in (0.56, 0.52))]
     artifact = artifact.record_curve(trade_off(artifact.load(), text.tokens(artifact.tokenizer()), text.source, sizes, 0.4,
                                                divergence=DivergenceOn(text)))  # fmt: skip
     rivals, out = tmp_path / "rivals.json", tmp_path / "report.html"

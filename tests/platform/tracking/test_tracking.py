@@ -216,7 +216,8 @@ def test_long_prunings_keep_fewer_samples(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_figures_show_the_numbers_of_the_artifact(small_artifact: Artifact) -> None:
     table = small_artifact.table()
-    image: Any = figures.score_map(table).axes[0].images[0].get_array()
+    score_map: Any = figures.score_map(table)
+    image: Any = score_map.axes[0].images[0].get_array()
     assert image.shape == (len(table.layers), max(layer.K for layer in table.layers))
     assert sorted(image.compressed() * len(table.order)) == pytest.approx(range(len(table.order))), "every direction appears once"
     assert all(np.all(np.diff(line.compressed()) < 0) for line in image), "in each layer, the most important direction is removed last"
@@ -244,7 +245,8 @@ def test_curve_figures() -> None:
         [0.5, 0.0, 0.1, 0.0]
     )
     assert len(plotted_values(figures.curves({"a": curve(1.0, np.nan, 1.5)}))) == 2
-    wide = figures.curves({"a": curve(1.0, 1.5)}, {"svd": curve(1.0, 9.0)}).axes[0]
+    figure: Any = figures.curves({"a": curve(1.0, 1.5)}, {"svd": curve(1.0, 9.0)})
+    wide = figure.axes[0]
     assert wide.get_yscale() == "log" and "log scale" in wide.get_ylabel()
     assert "text, 64 tokens" in wide.get_ylabel()
     same_name = figures.curves({"acip": curve(1.0, 1.5)}, {"acip": curve(1.0, 2.0)})
@@ -262,7 +264,7 @@ def test_curves_are_drawn_over_bytes_and_flops() -> None:
         lines = [container.lines[0] for container in figure.axes[0].containers]
         return [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in lines]
 
-    over_bytes = figures.curves({"a": rows}, {"rival": [rival, {"got": 0.9, "loss": 2.0}]}, "bytes", "excess")
+    over_bytes: Any = figures.curves({"a": rows}, {"rival": [rival, {"got": 0.9, "loss": 2.0}]}, "bytes", "excess")
     expected = [(0.4, 0.1), (1.0, 0.0), (0.9, 0.5), (1.0, 0.0), (0.3, 0.0)]
     assert points(over_bytes) == [pytest.approx(point) for point in expected], "codes, ranks, and the baseline in bytes"
     assert [text.get_text() for text in over_bytes.axes[0].get_legend().get_texts()] == ["a, codes", "a, ranks in 16 bit", "rival"]

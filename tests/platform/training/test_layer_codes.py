@@ -100,7 +100,7 @@ def test_a_calibration_job_stores_the_codes(small_base: str, tmp_path: Path, hel
     cut = artifact.table().cut(Budget(max_kl=0.05))
     assert version.tags["close_to_base"] == f"{cut.sizes['bytes']:.3f} of the bytes, {(cut.bytes or 0) / 1e6:.1f} MB"
     page = run.client.get_model_version("small", version.version).description
-    assert "| of the bytes |" in page and version.tags["close_to_base"] in page
+    assert page is not None and "| of the bytes |" in page and version.tags["close_to_base"] in page
     files = {item.path for item in run.client.list_artifacts(run.run_id)}
     assert {"tradeoff.json", "perplexity_over_bytes.png", "kl_over_bytes.png", "perplexity_over_flops.png"} <= files
     metrics = run.client.get_run(run.run_id).data.metrics
@@ -147,13 +147,13 @@ def test_coding_does_not_change_the_model(small_base: str, golden_tokens: torch.
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in base.model.parameters())
 
 
-def test_step_sizes_are_trained_as_the_recipe_says(small_base: str, golden_tokens: torch.Tensor, checkpoints: Checkpoints) -> None:
+def test_step_sizes_are_trained_as_the_recipe_says(small_base: str, golden_tokens: torch.Tensor, tmp_path: Path) -> None:
     """Training changes step sizes, and no stream."""
     base, run = load_base(small_base, "float32"), SimpleNamespace(metrics=lambda rows: None)
     untrained, trained = (
         code_layers(
             replace(job_of(small_base), recipe=replace(RECIPE, code_tune_steps=steps)), base, golden_tokens[:8], cast(Run, run),
-            lambda kind, **facts: None, checkpoints,
+            lambda kind, **facts: None, Checkpoints(settings_of(tmp_path / str(steps)), "small"),
         )
         for steps in (0, 3)
     )  # fmt: skip
