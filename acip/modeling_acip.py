@@ -224,7 +224,7 @@ class QuantLinear(nn.Module):
         if self.kind == "int8":
             return (self.codes * (absmax / 127)).to(dtype)
         pairs = _pairs(self.kind, self.codes.device)[self.codes.int()]  # [M, bytes, 2]
-        W = pairs.reshape(len(pairs), -1, QUANT_BLOCK) * absmax[..., None]
+        W = pairs.reshape(*absmax.shape, QUANT_BLOCK) * absmax[..., None]
         return W.flatten(1)[:, : self.in_features].to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
