@@ -19,7 +19,7 @@ Choice = Callable[[int, str, int], dict[str, Any]]  # number, name and smaller s
 def mixed(number: int, name: str, side: int) -> dict[str, Any]:
     """Give neighbors different forms and ranks, among them none and all directions."""
     del name
-    rank = (0, side // 5, side // 2 + 1, side)[number % 4]
+    rank = (side // 2 + 1, 0, side // 5, side)[number % 4]
     form = ("pivot", "dense", "factors", "pivot", "factors")[number % 5]
     return {"form": form, "rank": None if form == "dense" else rank}
 
@@ -39,7 +39,7 @@ def write_export(
     folder: Path, base: PreTrainedConfig, choose: Choice, kind: str | None = None, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """Write an export of a model with random weights, and return the model. `choose` gives the forms; with codes, it is encoded."""
-    base_class = next(name for name in (base.architectures or []))
+    (base_class,) = base.architectures or ()
     config_class, model_class = classes(base.model_type, base_class)
     fields = {key: value for key, value in base.to_dict().items() if key not in ("model_type", "architectures")}
 

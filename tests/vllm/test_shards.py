@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from acip_vllm.product import FusedProduct
+from acip_vllm.shards import StoredLayer, local_rows, stored_layers
 from torch import Tensor, nn
 
 from acip.export.quantization import quantized
 from acip.modeling_acip import CodedLinear, LowRankLinear, PivotLinear, plain_linear
-from acip_vllm.product import FusedProduct
-from acip_vllm.shards import StoredLayer, local_rows, stored_layers
 
 N = 80  # inputs, of which 1, 2 or 4 workers get equal shares
 HEAD = 4  # rows of a head

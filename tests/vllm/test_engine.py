@@ -1,0 +1,163 @@
+"""vLLM gives an export's answers as transformers does: the same greedy tokens, and log-probabilities within 1e-4 in float32.
+
+The plugin is found by its entry point, so acip must be installed. Run these tests with `pytest -m vllm tests/vllm`.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from acip.artifact.artifact import Artifact
+from acip.export.folder import export
+from acip.sizing.budget import Budget
+from tests.acip.artifact.test_codes_file import calibrated_with_codes, llama
+from tests.support.exports import Choice, half_coded, mixed, of_form, write_export
+from tests.support.near_ties import assert_greedy_ids
+from tests.support.server import free_port
+from tests.support.waiting import stop, until
+
+pytestmark = pytest.mark.vllm
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "hidden_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "intermediate_size": 192,
+}  # fmt: skip
+WIDE = SMALL | {"head_dim": 64}  # vLLM has kernels for heads of 32 and more
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True, architectures=["LlamaForCausalLM"]),
+    "llama-tied": LlamaConfig(**WIDE, tie_word_embeddings=True, architectures=["LlamaForCausalLM"]),
+    "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=True, architectures=["Qwen2ForCausalLM"]),
+    "qwen3": Qwen3Config(**WIDE, architectures=["Qwen3ForCausalLM"]),
+    "gemma3": Gemma3TextConfig(
+        **WIDE, sliding_window=32, query_pre_attn_scalar=64, layer_types=["sliding_attention", "full_attention"],
+        architectures=["Gemma3ForCausalLM"],
+    ),
+    "phi3": Phi3Config(**SMALL, architectures=["Phi3ForCausalLM"]),
+}  # fmt: skip
+FORMS: dict[str, tuple[Choice, str | None]] = {
+    "mixed": (mixed, None),
+    "factors": (of_form("factors"), None),
+    "pivot": (of_form("pivot"), None),
+    "dense": (of_form("dense"), None),
+    "int8": (mixed, "int8"),
+    "nf4": (mixed, "nf4"),
+    "fp4": (of_form("factors"), "fp4"),
+    "codes": (of_form("codes"), None),
+    "half-coded": (half_coded, None),
+}
+PROMPTS = [[(7 * i * i + 3 * i * j + j) % 256 for i in range(3, 3 + length)] for j, length in enumerate((5, 17, 40))]
+NEW_TOKENS = 16
+NATS = 1e-4
+
+
+def assert_same_answers(folder: Path) -> None:
+    """Assert that vLLM's greedy answers and log-probabilities, also of the prompts, are those of transformers."""
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    engine = LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=4, disable_log_stats=True)
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=5, prompt_logprobs=1)
+    answers = engine.generate([TokensPrompt(prompt_token_ids=ids) for ids in PROMPTS], params, use_tqdm=False)
+    engine.llm_engine.engine_core.shutdown()
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = [*prompt, *answer.outputs[0].token_ids]
+        with torch.no_grad():
+            logprobs_TV = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        assert len(ids) == len(prompt) + NEW_TOKENS and logprobs_TV.std() > 0.1
+        greedy = [*prompt, *logprobs_TV[len(prompt) - 1 : -1].argmax(-1).tolist()]
+        assert_greedy_ids(logprobs_TV, greedy, ids, len(prompt))
+        for position, found in enumerate([*answer.prompt_logprobs[1:], *answer.outputs[0].logprobs]):
+            expected = [float(logprobs_TV[position, token]) for token in found]
+            assert [entry.logprob for entry in found.values()] == pytest.approx(expected, abs=NATS), f"after {ids[: position + 1]}"
+
+
+def test_the_plugin_is_found() -> None:
+    assert [point.value for point in entry_points(group="vllm.general_plugins", name="acip")] == ["acip_vllm:register"]
+
+
+@pytest.mark.parametrize("form", ["mixed", "half-coded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_architecture_with_layers_of_several_forms(family: str, form: str, tmp_path: Path) -> None:
+    """Query, key and value, and gate and up, have different forms and ranks. Files with codes also have encoded bfloat16 tensors."""
+    choose, kind = FORMS[form]
+    write_export(tmp_path, FAMILIES[family], choose, kind, torch.bfloat16 if form == "half-coded" else torch.float32)
+    assert_same_answers(tmp_path)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("mixed", "half-coded")])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_every_form(family: str, form: str, tmp_path: Path) -> None:
+    write_export(tmp_path, FAMILIES[family], *FORMS[form])
+    assert_same_answers(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """An artifact with codes, from a calibration."""
+    torch.manual_seed(0)
+    base, calibration, codes = calibrated_with_codes(llama(128))
+    base.model.config.architectures = ["LlamaForCausalLM"]
+    return Artifact.save(tmp_path_factory.mktemp("coded") / "artifact", base, calibration, {}, codes)
+
+
+@pytest.mark.parametrize("size", ["0.9 linear", "0.4 linear", "0.3 bytes", "0.5 bytes", "nf4"])
+def test_sizes_of_an_artifact(artifact: Artifact, size: str, tmp_path: Path) -> None:
+    budget = Budget(ratio=0.6, convention="linear") if size == "nf4" else Budget(ratio=float(size[:3]), convention=size[4:])  # type: ignore[arg-type]
+    export(artifact.load(size=budget), artifact, tmp_path / "out", "nf4" if size == "nf4" else None)
+    assert_same_answers(tmp_path / "out")
+
+
+def test_an_artifact_is_refused_with_what_to_do(artifact: Artifact) -> None:
+    from vllm import LLM
+
+    with pytest.raises(ValueError, match="Export one size of it"):
+        LLM(str(artifact.folder), enforce_eager=True)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, vllm_settings: dict[str, str]) -> Iterator[tuple[Path, str]]:
+    """Start `vllm serve FOLDER` as users do, with its engine in a process of its own, and yield the folder and the URL."""
+    folder, log = tmp_path_factory.mktemp("served") / "export", tmp_path_factory.mktemp("log") / "log"
+    write_export(folder, FAMILIES["llama"], half_coded, dtype=torch.bfloat16)
+    port = free_port()
+    command = ["-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command, "--max-model-len", "128", "--max-num-seqs", "4"],
+            stdout=output, stderr=output, env=os.environ | vllm_settings | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+
+    def is_ready() -> bool:
+        assert process.poll() is None, f"vLLM exited:\n{log.read_text()[-8000:]}"
+        try:
+            return httpx.get(f"{url}/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        until(is_ready, lambda: f"vLLM is not ready:\n{log.read_text()[-8000:]}", every_s=1)
+        yield folder, url
+    finally:
+        stop(process)
+
+
+def test_vllm_serve_answers_over_http(served: tuple[Path, str]) -> None:
+    folder, url = served
+    body = {"model": str(folder), "prompt": PROMPTS[1], "max_tokens": NEW_TOKENS, "temperature": 0, "return_token_ids": True}
+    choice = httpx.post(f"{url}/v1/completions", json=body | {"ignore_eos": True}, timeout=600).raise_for_status().json()["choices"][0]
+    ids = [*PROMPTS[1], *choice["token_ids"]]
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits_TV = model(input_ids=torch.tensor([ids])).logits[0]
+    assert len(ids) == len(PROMPTS[1]) + NEW_TOKENS
+    assert_greedy_ids(logits_TV, [*PROMPTS[1], *logits_TV[len(PROMPTS[1]) - 1 : -1].argmax(-1).tolist()], ids, len(PROMPTS[1]))
