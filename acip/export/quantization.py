@@ -40,11 +40,11 @@ def quantized(layer: nn.Module, kind: str) -> QuantLinear:
     """Return a linear layer in 8 or 4 bit."""
     W_MN = weight_MN(layer).float()
     N, bias_M = W_MN.shape[1], bias_of(layer)
+    if not W_MN.numel():
+        return QuantLinear.blank(layer, kind)
     if kind == "int8":
         absmax = W_MN.abs().amax(1, keepdim=True)
         return QuantLinear((W_MN * (127 / absmax.clamp_min(1e-30))).round().to(torch.int8), absmax, N, kind, bias_M)
-    if not W_MN.numel():
-        return QuantLinear.blank(layer, kind)
     codes, absmax, _ = four_bit(W_MN, kind)
     return QuantLinear(codes, absmax, N, kind, bias_M)
 

