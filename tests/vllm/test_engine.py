@@ -145,7 +145,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, vllm_settings: dict[str, st
     ]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, *command, "--max-model-len", "64", "--max-num-seqs", "4"],
+            [sys.executable, *command, "--enforce-eager", "--max-model-len", "64", "--max-num-seqs", "4"],
             stdout=output, stderr=output, env=os.environ | vllm_settings | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
