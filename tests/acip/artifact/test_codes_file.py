@@ -146,8 +146,9 @@ def test_from_the_bytes_of_the_dense_model_on_it_is_the_base_bit_for_bit(
         assert torch.equal(logits(model, IDS), logits(whole.model, IDS))
         assert all(type(model.get_submodule(name)) is nn.Linear for name in codes.versions)
     below, stored_bytes = load_bytes(artifact, dense_bytes - 1)
-    assert stored_bytes == limits(artifact)[-1]
-    assert isinstance(below.get_submodule(next(iter(codes.versions))), CodedLinear)
+    assert stored_bytes < dense_bytes
+    coded_layers = [isinstance(below.get_submodule(name), CodedLinear) for name in codes.versions]
+    assert any(coded_layers) and not all(coded_layers), "the sizes next to the base model have exact layers"
 
 
 def test_too_few_bytes_are_refused_with_the_smallest_number(artifact: Artifact) -> None:
