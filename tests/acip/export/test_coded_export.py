@@ -18,7 +18,7 @@ from acip.finetune import attach, tuning
 from acip.modeling_acip import CodedLinear, LowRankLinear, PivotLinear
 from acip.sizing.budget import BITS_PER_WEIGHT, Budget
 from acip.sizing.elastic_model import ElasticModel
-from tests.acip.artifact.test_codes_file import calibrated_with_codes, llama
+from tests.acip.artifact.test_codes_file import calibrated_with_codes, gpt2, llama
 from tests.acip.export.test_export import clean_environment
 from tests.conftest import logits, read
 from tests.support.waiting import PATIENCE_S
@@ -68,6 +68,21 @@ def test_an_export_has_the_bytes_and_logits_of_its_size(artifact: Artifact, tmp_
     assert isinstance(loaded.get_submodule(any_size.table.layers[0].name), CodedLinear) == (steps is not None)
     assert (loaded.dtype, loaded.name_or_path) == (any_size.model.dtype, str(tmp_path / "out"))
     assert loaded.generation_config.eos_token_id == any_size.model.generation_config.eos_token_id
+
+
+def test_transposed_weights_take_the_bytes_of_the_artifact(tmp_path: Path) -> None:
+    """The weights of GPT-2's layers are [in, out] in the model, and [out, in] in the artifact."""
+    base, calibration, codes = calibrated_with_codes(gpt2(64, torch.bfloat16))
+    artifact = Artifact.save(tmp_path / "artifact", base, calibration, {}, codes)
+    any_size = artifact.load(size=Budget(ratio=1.0, convention="bytes"))
+    export(any_size, artifact, tmp_path / "out")
+    assert any_size.cut is not None
+    assert tensor_bytes(tmp_path / "out") == any_size.cut.bytes
+    loaded = read(tmp_path / "out")
+    assert_same_model(loaded, any_size.materialize())
+    loaded.save_pretrained(tmp_path / "again")
+    assert tensor_bytes(tmp_path / "again") == any_size.cut.bytes
+    assert_same_model(read(tmp_path / "again"), loaded)
 
 
 def test_a_loaded_export_is_saved_with_the_same_tensors_in_shards(any_size: ElasticModel, artifact: Artifact, tmp_path: Path) -> None:
