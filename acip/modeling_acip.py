@@ -24,8 +24,8 @@ A model with the field "bfloat16" in "acip" is stored in fewer bytes and decoded
     steps     float16 [M]       the step sizes, as shares of the unit
     unit      float32 []        the largest step size
 
-and the field gives the other encoded tensors, {NAME: [shape, bytes of each chunk]}, whose bytes `encode_bfloat16` describes. The weight of a
-Conv1D layer is encoded as [out, in], as in the artifact: its entry is [[out, in], bytes of each chunk, "transposed"].
+and the field gives the other encoded tensors, {NAME: [shape, bytes of each chunk]}, whose bytes `encode_bfloat16` describes. The weight of
+a Conv1D layer is encoded as [out, in], as in the artifact: its entry is [[out, in], bytes of each chunk, "transposed"].
 """
 
 import json

@@ -418,6 +418,8 @@ def test_the_only_size_in_ranks_of_an_artifact_of_codes_only_is_the_base(bits_on
     for budget in (Budget(ratio=0.99), Budget(ratio=0.5, convention="model"), Budget(params=100), Budget(max_flops=100)):
         with pytest.raises(BudgetError, match=r"holds codes only.*give a ratio in the convention bytes, stored_bytes, memory_mb"):
             artifact.table().cut(budget)
+    with pytest.raises(BudgetError, match=r"the smallest is .* bytes in 8 bit\. .*holds codes only.*without bits \(--quantize\)"):
+        artifact.table().cut(Budget(stored_bytes=100, bits=8))
     assert set(artifact.load(size=1.0).table.cut(Budget(ratio=1.0)).ranks.values()) == {None}
 
 
