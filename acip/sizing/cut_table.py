@@ -351,7 +351,11 @@ class CutTable:
         if n == len(sums):
             name = budget.convention if budget.ratio is not None else budget.kind
             least = self._smallest(budget, int(sums[-1]) + constant, scale)
-            only = "" if len(self.order) else f" This artifact holds codes only: give {CODED_BUDGETS}."
+            only, bits = (
+                f" This artifact holds codes only: give {CODED_BUDGETS}",
+                "" if budget.bits is None else ", without bits (--quantize)",
+            )
+            only = "" if len(self.order) else f"{only}{bits}."
             raise BudgetError(f"size {budget.asked!r} ({name}) can't be reached: the smallest is {least}.{only}")
         return n, got(n)
 
