@@ -52,6 +52,12 @@ class ByteSizes:
         """Return the stored bytes of a size."""
         return self.exact if steps is None else self.rest + self.order.totals[steps]
 
+    @property
+    def all_coded(self) -> int:
+        """The largest number of steps after which no layer is exact."""
+        exact = (i for i, step in enumerate(self.order.steps) if step.version == len(self.order.versions[step.name]) - 1)
+        return next(exact, len(self.order.steps))
+
     def versions(self, steps: int | None) -> dict[str, int]:
         """Return the version of each coded layer of a size. The other layers are exact."""
         at = {} if steps is None else self.order.at(steps)

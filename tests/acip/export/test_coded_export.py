@@ -48,8 +48,7 @@ def middle(artifact: Artifact) -> Budget:
     """A budget of bytes in the middle of the sizes without exact layers."""
     sizes = artifact.table().byte_sizes
     assert sizes is not None
-    coded = sum(len(sizes.versions(steps)) == len(sizes.layers) for steps in range(len(sizes.order.steps)))
-    return Budget(stored_bytes=sizes.bytes(coded // 2) + 1)
+    return Budget(stored_bytes=sizes.bytes(sizes.all_coded // 2) + 1)
 
 
 def assert_same_model(model: Any, other: Any) -> None:

@@ -71,6 +71,8 @@ def test_sizes_end_at_the_base_model(seed: int) -> None:
     last = len(sizes.order.steps)
     assert sizes.bytes(last) == sizes.bytes(None) == sizes.exact
     assert sizes.versions(last) == sizes.versions(None) == {}
+    complete = [steps for steps in range(last + 1) if len(sizes.versions(steps)) == len(sizes.layers)]
+    assert complete == list(range(sizes.all_coded + 1))
     held = [sizes.memory(sizes.versions(steps)) for steps in range(last + 1)]
     assert held == sorted(held)
     assert held[-1] == 500 + 2000 * len(sizes.layers)
