@@ -87,7 +87,7 @@ class ResidentModel:
         self.batch = Batch(self.any_size.model, mixer, kv_tokens)
 
     def _check(self) -> None:
-        """Compare the engine with the model itself at two sizes: the base model and the stop ratio, or else the largest sizes without exact layers."""
+        """Compare the engine with the model itself at two sizes: the base model and the stop ratio, or the largest coded ones."""
         table, coded = self.any_size.table, self.any_size.table.byte_sizes
         held: list[Cut] = []
         if coded is None:
