@@ -55,8 +55,13 @@ def tuning(artifact: Artifact, size: float, **changes: Any) -> Recipe:
     """Return the recipe of a fine-tuning at the `linear` size ratio `size`: the calibration's recipe with `changes`.
 
     The loss is the next-token loss, and the seed differs from the calibration's. Raises BudgetError if the size can't be reached or
-    is the base model, and RecipeError if a change is not allowed.
+    is the base model or if the artifact holds codes only, and RecipeError if a change is not allowed.
     """
+    if artifact.recipe.code == "bits":
+        raise BudgetError(
+            "this artifact holds codes only, which can't be fine-tuned: adapters belong to directions. Calibrate with code: both, and "
+            "fine-tune a size of ranks."
+        )
     if not any(artifact.table().cut(Budget(size)).ranks.values()):
         raise BudgetError(f"at size {size} every layer is the base model's own, so there is nothing to tune. Use a smaller size.")
     calibration = artifact.recipe

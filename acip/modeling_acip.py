@@ -24,7 +24,8 @@ A model with the field "bfloat16" in "acip" is stored in fewer bytes and decoded
     steps     float16 [M]       the step sizes, as shares of the unit
     unit      float32 []        the largest step size
 
-and the field gives the other encoded tensors, {NAME: [shape, bytes of each chunk]}, whose bytes `encode_bfloat16` describes.
+and the field gives the other encoded tensors, {NAME: [shape, bytes of each chunk]}, whose bytes `encode_bfloat16` describes. The weight of
+a Conv1D layer is encoded as [out, in], as in the artifact: its entry is [[out, in], bytes of each chunk, "transposed"].
 """
 
 import json
@@ -426,6 +427,8 @@ def encoded_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]
     """Return the tensors of a model as they are stored in fewer bytes, tied ones once, and the field "bfloat16" of its config."""
     coded = {f"{name}.codes": layer for name, layer in model.named_modules() if isinstance(layer, CodedLinear)}
     skipped = {f"{key.removesuffix('.codes')}.steps" for key in coded}
+    targets = {f"{name}.weight": model.get_submodule(name) for name in cast(Any, model).config.acip["layers"]}
+    transposed = {key for key, layer in targets.items() if type(layer).__name__ == "Conv1D"}
     stored: dict[str, Tensor] = {}
     chunks: dict[str, Any] = {}
     seen = set()
@@ -436,9 +439,10 @@ def encoded_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]
             seen.add(id(tensor))
             stored[key] = tensor.detach().cpu()
             if tensor.dtype == torch.bfloat16 and tensor.nbytes >= MIN_CHUNK_BYTES:
-                parts = [encode_bfloat16(rows) for rows in stored[key].split(chunk_rows(len(tensor), tensor[0].nbytes))]
+                plain = stored[key].T if key in transposed else stored[key]
+                parts = [encode_bfloat16(rows) for rows in plain.split(chunk_rows(len(plain), plain[0].nbytes))]
                 stored[key] = _bytes(b"".join(parts))
-                chunks[key] = [list(tensor.shape), [len(part) for part in parts]]
+                chunks[key] = [list(plain.shape), [len(part) for part in parts], *(["transposed"] if key in transposed else [])]
     return stored, chunks
 
 
@@ -457,14 +461,15 @@ def decoded_tensors(stored: dict[str, Tensor], acip: Mapping[str, Any]) -> dict[
         return {f"{name}.codes": flat.view(M, -1), f"{name}.steps": from_shares(unit, shares_M)}
 
     def numbers(name: str) -> dict[str, Tensor]:
-        shape, sizes = acip["bfloat16"][name]
+        shape, sizes, *transposed = acip["bfloat16"][name]
         row = math.prod(shape[1:])
         step = chunk_rows(shape[0], 2 * row)
         counts = [min(step, shape[0] - first) * row for first in range(0, shape[0], step)]
         content = stored.pop(name)
         if sum(sizes) != len(content) or any(8 * (size - count) < count for size, count in zip(sizes, counts, strict=True)):
             raise ValueError(f"does not hold {sum(counts):,} numbers")
-        return {name: decode_bfloat16(content.numpy().data, sizes, counts).view(shape)}
+        decoded = decode_bfloat16(content.numpy().data, sizes, counts).view(shape)
+        return {name: decoded.T.contiguous() if transposed else decoded}
 
     def decoded(job: tuple[Callable[[str], dict[str, Tensor]], str]) -> dict[str, Tensor]:
         decode, name = job

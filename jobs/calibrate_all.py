@@ -168,7 +168,7 @@ def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
         "resources": fact(resources),
         "text": fact(lambda: text(job.data, "train")),
         "held-out text": fact(lambda: text(job.heldout.source, "heldout")),
-        "curve": f"sizes {', '.join(f'{size:g}' for size in job.sizes)}, {job.eval_protocol}"
+        "curve": f"sizes {', '.join(f'{size:g}' for size in job.sizes if size == 1 or job.recipe.code != 'bits')}, {job.eval_protocol}"
         + (f"; of the bytes {', '.join(f'{size:g}' for size in job.byte_sizes)}" if job.recipe.code != "ranks" else ""),
         "memory": fact(memory),
         "checkpoints": f"{masked(settings.runs)}/{attempt_of(job, force=False)}",

@@ -65,7 +65,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--sizes", nargs="+", type=cli.ratio, help="size ratios, 0.6 or 60%% (default: those of the curve, else 1.0 0.8 0.6 0.4)"
     )
     parser.add_argument(
-        "--convention", choices=get_args(Convention), help="what --sizes count (default: bytes if the artifact has codes, else linear)"
+        "--convention",
+        choices=get_args(Convention),
+        help="what --sizes count (default: bytes if the artifact has codes, else linear; linear with --quantize)",
     )
     text = parser.add_argument_group("text (default: that of the curve, else package:wikipedia)")
     text.add_argument("--data", nargs="+", metavar="SOURCE", help="package:wikipedia, package:austen, wikitext2, c4, or local text")
@@ -217,11 +219,15 @@ def sizes_of(args: argparse.Namespace, artifact: Artifact | None) -> list[Budget
         return [Budget(1.0)]
     table = artifact.table()
     if args.sizes or not artifact.curve:
-        sizes = [Budget(size, args.convention or table.convention) for size in sorted(args.sizes or SIZES, reverse=True)]
+        convention = args.convention or ("linear" if args.quantize else table.convention)  # codes are not quantized
+        sizes = [Budget(size, convention) for size in sorted(args.sizes or SIZES, reverse=True)]
     else:
-        sizes = [Budget(row["asked"], row.get("convention", "linear")) for row in artifact.curve]
+        sizes = [Budget(row["asked"], row.get("convention", "linear")) for row in artifact.curve if not (args.quantize and is_coded(row))]
     for size in sizes:
-        table.cut(size)
+        if table.cut(size).versions is not None and args.quantize:
+            raise BudgetError(
+                f"--quantize is for sizes of ranks, but size {shown(size)} is stored in codes. Use --convention linear, or leave it out."
+            )
     return list(dict.fromkeys(sizes))
 
 

@@ -5,7 +5,8 @@
     python jobs/finetune.py llama-2-7b --size 0.5 --quantize nf4            with the directions in 4 bit during training
 
 The result is a new version of the same model with the alias `candidate`. It still has every size, and is best at this one. The
-champion does not change. A finished fine-tuning is skipped (--force repeats it), an interrupted one resumes.
+champion does not change. Coded layers stay those of the base model: only sizes of ranks are trained. A finished fine-tuning is
+skipped (--force repeats it), an interrupted one resumes.
 
 Exit codes: 0 the version is registered, 1 the training failed, 2 wrong arguments or no such version, 130 interrupted.
 """
@@ -35,6 +36,8 @@ from acip_platform.training.worker import run_job
 from acip.data import HUB, documents
 from acip.evaluate.heldout_text import Protocol
 from acip.finetune import LR, STEPS, tuning
+
+CODES_UNCHANGED = "those of the base model, as before: sizes in bytes are not trained, only sizes of ranks"
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -120,7 +123,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         "text": f"{job.data}, {recipe.post_tune_steps} steps of "
         f"{recipe.batch_size * recipe.gradient_accumulation_steps} x {recipe.seq_len} tokens",
         "worker": f"{part.gpus:g} GPU, {part.cpus:g} CPU",
-    })  # fmt: skip
+    } | ({"codes": CODES_UNCHANGED} if artifact.table().byte_sizes else {}))  # fmt: skip
 
     events = open_event_queue()
     facts = {"version": dataclasses.asdict(version), "fingerprint": identity}

@@ -7,7 +7,7 @@
     python jobs/materialize.py smollm2-135m --fit 90MB --format gguf --out small          a GGUF file of at most 90 MB, for llama.cpp
     python jobs/materialize.py smollm2-135m --all-sizes --out all --push me/any-size      the artifact itself and its card, to the hub
 
---size 0.4 is a share of the base model's 16-bit bytes if the artifact has coded layers, and of the layers' numbers otherwise; --convention
+--size 0.4 is a share of the base model's bytes if the artifact has coded layers, and of the layers' numbers otherwise; --convention
 selects another count. A size in bytes is written in these bytes; --format compressed-tensors takes 8 or 4 bits per weight instead.
 --fit alone limits the bytes of the weights. With --context it limits weights, KV cache and the overhead of serving together.
 With --quantize, the size or budget counts matrices in that many bits. `--quantize best` selects the bits with the smallest measured loss at
@@ -65,6 +65,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--context needs --fit, the memory that serving at this context may take.")
     if args.batch is not None and args.context is None:
         parser.error("--batch needs --context, the tokens of each sequence.")
+    if args.all_sizes and args.convention is not None:
+        parser.error(f"--all-sizes copies the artifact, which has every size; --convention {args.convention} counts one. Leave it out.")
     if args.all_sizes and args.quantize:
         parser.error("--all-sizes copies the artifact, which is not quantized; only its sizes are. Leave --quantize out.")
     if args.format == "gguf" and (args.all_sizes or args.quantize or args.context is not None):
@@ -174,7 +176,8 @@ def stored_as(provenance: dict[str, Any]) -> str:
     if provenance["size"]["bits_per_weight"] is None:
         return (provenance["quantize"] or provenance["dtype"]) + (", encoded without loss" if provenance["encoded"] else "")
     if provenance["format"] == "transformers":
-        return "codes and bfloat16 numbers encoded without loss"
+        others = f"others in {provenance['dtype']}"
+        return f"codes; {others}" + (", encoded without loss" if provenance["dtype"] == "bfloat16" else "")
     layers = ", ".join(f"{count} layers in {bits}" for bits, count in provenance["storage"].items())
     return f"{layers}, others in {provenance['dtype']}; {provenance['size']['bytes']:,} in the artifact"
 

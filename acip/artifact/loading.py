@@ -109,10 +109,9 @@ class ModelLoader:
 
     def load_size(self, layers: Mapping[str, ElasticLinear], cut: Cut) -> None:
         """Read everything that a size needs and `layers` do not hold yet."""
-        if cut.versions is None:
-            self.load_missing(layers, cut.ranks)
-        else:
-            self.load_codes(layers, cut.versions)
+        coded = cut.versions or {}
+        self.load_codes(layers, coded)
+        self.load_missing(layers, {name: rank for name, rank in cut.ranks.items() if name not in coded})
 
     def load_codes(self, layers: Mapping[str, ElasticLinear], versions: Mapping[str, int]) -> None:
         """Read the versions of codes that `layers` do not hold yet."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -20,8 +20,8 @@ from acip.errors import ArtifactError
 from acip.modeling_acip import MODEL_TYPE, base_config
 from acip.recipe import Recipe
 from acip.sizing.budget import Bits, Curve, Decoder
-from acip.sizing.byte_order import ByteOrder, Version
-from acip.sizing.byte_sizes import ByteSizes
+from acip.sizing.byte_order import Version
+from acip.sizing.byte_sizes import ByteSizes, LayerBytes, with_exact
 from acip.sizing.cut_table import CutTable, LayerShape, Weights
 from acip.utils.atomic import atomic_file
 
@@ -140,18 +140,18 @@ class ArtifactReader:
         )  # fmt: skip
 
     def _byte_sizes(self, layers: Sequence[LayerShape], weights: Weights) -> ByteSizes:
-        versions = self.manifest[CODES]["layers"]
-        numbers = sum(layer.M * layer.N for layer in layers)
-        base = weights.rest + sum(layer.M * layer.N * size for layer, size in zip(layers, weights.itemsizes, strict=True))
-        rest = self.tensors("rest").data_bytes
-        exact = rest + self.tensors("dense").data_bytes
-        return ByteSizes(
-            order=ByteOrder({name: [Version(*each) for each in of_layer] for name, of_layer in versions.items()}),
-            weights=numbers, rest=rest, exact=exact, base=base,
-            memory=weights.rest + numbers + 4 * sum(layer.M for layer in layers),
-            loss=Curve.over_bytes(self.curve, exact / base),
-            kl=Curve.over_bytes(self.curve, exact / base, value="kl"),
+        coded = {name: [Version(*each) for each in versions] for name, versions in self.manifest[CODES]["layers"].items()}
+        dense = {layer.name: self.tensors("dense").entry(f"{layer.name}.weight") for layer in layers}
+        in_memory = {
+            layer.name: LayerBytes(layer.M * layer.N, layer.M * layer.N + 4 * layer.M, dense[layer.name].bytes) for layer in layers
+        }
+        sizes = ByteSizes(
+            order=with_exact(coded, {name: sum(entry.stored_chunks(0, entry.rows)) for name, entry in dense.items()}),
+            layers=in_memory, rest=self.tensors("rest").data_bytes, rest_memory=weights.rest,
+            base=weights.rest + sum(layer.exact for layer in in_memory.values()),
         )  # fmt: skip
+        share = sizes.share(None)
+        return replace(sizes, loss=Curve.over_bytes(self.curve, share), kl=Curve.over_bytes(self.curve, share, value="kl"))
 
     @cached_property
     def config(self) -> PreTrainedConfig:

@@ -15,7 +15,7 @@ from acip.errors import EvaluationError
 from acip.evaluate.heldout_text import Text, content, join_ids
 from acip.evaluate.measurement import Measurement, Part, Subject, label
 from acip.export.folder import compressed_model
-from acip.export.quantization import Kind, rounded
+from acip.export.quantization import Kind, kind_of, rounded
 from acip.sizing.budget import QUANTIZED, as_perplexity
 
 
@@ -130,7 +130,8 @@ class QuantizedOn(OnText):
     def measure(self, subject: Subject) -> Part:
         if subject.any_size is None:
             raise EvaluationError("the perplexity of a quantized size needs an artifact. Give --model or --artifact.")
-        model = rounded(compressed_model(subject.any_size, self.quantize))
+        assert subject.any_size.cut is not None, "resize first"
+        model = rounded(compressed_model(subject.any_size, kind_of(subject.any_size.cut, self.quantize)))
         result = perplexity(model, self.windows(subject))
         facts = self.facts(result.windows)
         return {**facts, "label": f"{facts['label']}_{self.quantize}", "quantize": self.quantize, "values": result.values}

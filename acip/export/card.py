@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from acip.artifact.artifact import Artifact
+from acip.artifact.manifest import CODES
 from acip.sizing.budget import BITS_PER_WEIGHT
 from acip.utils.hub_ids import HUB_ID, REVISION
 
@@ -89,7 +90,8 @@ def artifact_card(artifact: Artifact, name: str) -> str:
     """Return the README.md of an artifact named `name`."""
     source = artifact.manifest["base"]["source"]
     hub_id = source.partition("@")[0] if _is_hub_id(source) else None
-    license, tags = license_of(source), ["acip", "compressed", "low-rank", "any-size"]
+    has_ranks, coded = artifact.recipe.code != "bits", CODES in artifact.manifest
+    license, tags = license_of(source), ["acip", "compressed", *(["low-rank"] if has_ranks else []), "any-size"]
     linked = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"`{shown(source)}`"
     head = [*([f"license: {license}"] if license else []), *([f"base_model: {hub_id}"] if hub_id else []), *HEAD, *(f"- {t}" for t in tags)]
     provenance = {
@@ -103,10 +105,10 @@ def artifact_card(artifact: Artifact, name: str) -> str:
         "---", *head, "---", "",
         f"# {name}", "",
         f"{linked} at any size, by [ACIP](https://arxiv.org/abs/2502.01717). Choose the size when you load the model.", "",
-        "## Use", "", "```python", *_any_size_usage(), "```", "",
+        "## Use", "", "```python", *_any_size_usage(has_ranks, coded), "```", "",
         "Requires the package `acip`, whose `ARTIFACT.md` documents the format. No code from this folder is executed.", "",
-        "## Measured", "", *_curve(artifact.curve, None, None), "",
-        *([*_coded_curve(artifact.curve, None), ""] if any(BITS_PER_WEIGHT in row for row in artifact.curve) else []),
+        "## Measured", "", *([*_curve(artifact.curve, None, None), ""] if has_ranks else []),
+        *([*_coded_curve(artifact.curve, None), ""] if coded else []),
         "## Limits", "", *(f"* {limit}" for limit in _limits(provenance, license, linked, "manifest.json")), "",
     ])  # fmt: skip
 
@@ -174,15 +176,18 @@ def _usage(trainable: bool, stock: bool) -> list[str]:
     ]
 
 
-def _any_size_usage() -> list[str]:
+def _any_size_usage(has_ranks: bool, coded: bool) -> list[str]:
+    in_bytes = 'model.prune_model_by_score(size_ratio=0.4, convention="bytes")  # integer codes in 40 % of the base model\'s bytes'
+    budget = 'can be repeated; model.resize("8GB") sets a budget in bytes'
     return [
         "import acip",
         "from transformers import AutoModelForCausalLM",
         "",
         'model = AutoModelForCausalLM.from_pretrained("path/or/repo")',
-        'model.prune_model_by_score(size_ratio=0.5)  # can be repeated; model.resize("8GB") sets a budget in bytes',
+        *([in_bytes if has_ranks else f"{in_bytes}; {budget}"] if coded else []),
+        *([f"model.prune_model_by_score(size_ratio=0.5)  # half of the layers' numbers; {budget}"] if has_ranks else []),
         "model.compress()  # makes plain layers and frees memory",
-        'model.quantize("nf4")  # optional',
+        *(['model.quantize("nf4")  # optional'] if has_ranks else []),
     ]
 
 

@@ -13,7 +13,7 @@ Codes are exact. transformers converts step sizes to the dtype in which it loads
 scaled by up to 1 + 2^-9, and rounds the products to this dtype; with dtype=torch.float32, the model is the coded one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def export_compressed_tensors(
         tensors[f"{name}.weight_packed"] = packed(layer.codes, bits[name])
         tensors[f"{name}.weight_scale"] = layer.steps[:, None]
         tensors[f"{name}.weight_shape"] = torch.tensor(layer.codes.shape)
-    model.config.quantization_config = quantization_config(bits)
+    model.config.quantization_config = quantization_config(bits, [name for name in any_size.layers if name not in layers])
     return write(model, cut, artifact, folder, max_shard_size, facts, tensors)
 
 
@@ -83,14 +83,14 @@ def packed(codes_MN: Tensor, bits: int) -> Tensor:
     return unsigned.view(torch.int32)
 
 
-def quantization_config(bits: Mapping[str, int]) -> dict[str, Any]:
-    """Return the field quantization_config of config.json for layers with codes of so many bits."""
+def quantization_config(bits: Mapping[str, int], exact: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the field quantization_config of config.json for layers with codes of so many bits, and exact layers."""
     groups = {width: [name for name in bits if bits[name] == width] for width in sorted(set(bits.values()))}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *exact],
         "config_groups": {
             f"group_{i}": {
                 "targets": names,

@@ -45,7 +45,7 @@ def padded(rows: int) -> int:
 class Size:
     """A size: its `key`, which rises with falling size (`Cut.key`), and the form of each layer.
 
-    This is the version of its codes, or, without `versions`, its rank (None = dense).
+    This is the version of its codes if it is in `versions`, else its rank (None = dense).
     """
 
     key: tuple[int, int]
@@ -54,7 +54,7 @@ class Size:
 
     def form(self, name: str) -> "Form":
         """Return the form of a layer."""
-        return (None if self.versions is None else self.versions[name], self.ranks[name])
+        return (self.versions or {}).get(name), self.ranks[name]
 
 
 Form = tuple[int | None, int | None]  # version of the codes or None, rank or None

@@ -3,34 +3,69 @@
     size 1.0 ... exact share     the base model, bit for bit; its weights are stored losslessly in `exact` bytes
     below                        the model after the largest number of steps whose bytes are within the budget
 
-The stored bytes of a size are those that are read from an artifact. They are divided by `base`, the bytes of the base model's tensors. In
-memory, every code takes one byte, at all coded sizes.
+The finest version of every layer is the exact one, its losslessly stored weight: the sizes next to the base model have a part of their
+layers exact. The stored bytes of a size are those that are read from an artifact. They are divided by `base`, the bytes of the base model's
+tensors. In memory, a code takes one byte, and an exact weight the bytes of its dtype.
 """
 
 from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from acip.errors import BudgetError
 from acip.sizing.budget import MEGA, Budget, Curve, as_perplexity, rounded_up
-from acip.sizing.byte_order import ByteOrder
+from acip.sizing.byte_order import ByteOrder, Version
+
+
+def with_exact(coded: Mapping[str, Sequence[Version]], exact_bytes: Mapping[str, int]) -> ByteOrder:
+    """Return the order of the coded versions of each layer and of its exact weight, which comes last and takes `exact_bytes`."""
+    return ByteOrder({name: [*versions, Version(exact_bytes[name], 0.0)] for name, versions in coded.items()})
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """A layer in memory."""
+
+    weights: int  # numbers
+    coded: int  # bytes of the codes and the step sizes
+    exact: int  # bytes of the exact weight
 
 
 @dataclass(frozen=True)
 class ByteSizes:
     """The sizes of a model, by the number of steps of its byte order; None is the base model."""
 
-    order: ByteOrder
-    weights: int  # numbers of the coded layers
+    order: ByteOrder  # the last version of each layer is the exact one
+    layers: Mapping[str, LayerBytes]
     rest: int  # stored bytes of all other tensors
-    exact: int  # stored bytes of the base model
+    rest_memory: int  # their bytes in memory
     base: int  # bytes of the base model in its dtype
-    memory: int  # bytes of the weights of a coded size in memory
     loss: Curve | None = None  # measured, over shares of `base`
     kl: Curve | None = None
+
+    @property
+    def exact(self) -> int:
+        """The stored bytes of the base model."""
+        return self.rest + sum(versions[-1].bytes for versions in self.order.versions.values())
 
     def bytes(self, steps: int | None) -> int:
         """Return the stored bytes of a size."""
         return self.exact if steps is None else self.rest + self.order.totals[steps]
+
+    @property
+    def all_coded(self) -> int:
+        """The largest number of steps after which no layer is exact."""
+        exact = (i for i, step in enumerate(self.order.steps) if step.version == len(self.order.versions[step.name]) - 1)
+        return next(exact, len(self.order.steps))
+
+    def versions(self, steps: int | None) -> dict[str, int]:
+        """Return the version of each coded layer of a size. The other layers are exact."""
+        at = {} if steps is None else self.order.at(steps)
+        return {name: version for name, version in at.items() if version < len(self.order.versions[name]) - 1}
+
+    def memory(self, versions: Mapping[str, int]) -> int:
+        """Return the bytes of a model in memory whose coded layers are those in `versions`."""
+        return self.rest_memory + sum(layer.coded if name in versions else layer.exact for name, layer in self.layers.items())
 
     def share(self, steps: int | None) -> float:
         """Return the stored bytes of a size as a share of the base model's bytes."""
@@ -38,7 +73,7 @@ class ByteSizes:
 
     def bits_per_weight(self, steps: int) -> float:
         """Return the mean bits of a weight of the coded layers."""
-        return 8 * self.order.totals[steps] / self.weights
+        return 8 * self.order.totals[steps] / sum(layer.weights for layer in self.layers.values())
 
     def curve(self, budget: Budget) -> Curve | None:
         """Return the measured curve of the quantity that `budget` limits, a loss or a KL divergence."""
@@ -53,13 +88,13 @@ class ByteSizes:
         if budget.by_curve:
             return self._by_curve(budget)
         if budget.memory_mb is not None:
-            for steps, weights in ((None, self.base), (len(self.order.steps), self.memory)):
-                if (weights + beside) / MEGA <= budget.memory_mb:
-                    return steps, (weights + beside) / MEGA
-            least = min(self.base, self.memory) + beside
+            for steps in (None, *range(len(self.order.steps), -1, -1)):
+                held = (self.memory(self.versions(steps)) + beside) / MEGA
+                if held <= budget.memory_mb:
+                    return steps, held
             raise BudgetError(
-                f"memory of {budget.memory_mb!r} MB can't be reached: the smallest is {rounded_up(least / MEGA, 6)} MB, of which the "
-                f"weights take {(least - beside) / MEGA:,.1f} at every coded size, and KV cache and overhead {beside / MEGA:,.1f}."
+                f"memory of {budget.memory_mb!r} MB can't be reached: the smallest is {rounded_up(held, 6)} MB, of which the weights take "
+                f"{held - beside / MEGA:,.1f} at every size without exact layers, and KV cache and overhead {beside / MEGA:,.1f}."
             )
         scale = self.base if budget.ratio is not None else 1
 
@@ -98,7 +133,7 @@ class ByteSizes:
         first = bisect_left(range(len(sizes)), True, key=lambda i: self.share(sizes[i]) >= curve.sizes[-1])
         for steps in sizes[first:]:
             if (value := got(steps)) is not None and value <= budget.asked:
-                return steps, value
+                return steps if self.versions(steps) else None, value
         best = got(None)
         raise BudgetError(
             f"{budget.kind} {budget.asked!r} can't be reached: "

@@ -89,8 +89,9 @@ class Cut:
     bits: Bits | None = None  # bits of the target layers' matrices that the budget counted
     bytes: int | None = None  # stored bytes of the model in these bits; None if the table has no `weights`
     predicted: Mapping[str, float] | None = None  # loss (nats per token), perplexity and KL by the curve, within its sizes
-    versions: Mapping[str, int] | None = None  # the version of each layer's codes; None = the layers have ranks
-    bits_per_weight: float | None = None  # the mean of coded layers
+    # the version of the codes of each coded layer, at a size in bytes; its other layers are exact. None = the layers have ranks
+    versions: Mapping[str, int] | None = None
+    bits_per_weight: float | None = None  # the mean of the layers at a size in bytes
 
     @property
     def unit(self) -> str:
@@ -293,7 +294,7 @@ class CutTable:
         if steps is None:
             return replace(base, predicted=predicted or base.predicted)
         return replace(
-            base, predicted=predicted, versions=byte_sizes.order.at(steps), bits_per_weight=byte_sizes.bits_per_weight(steps)
+            base, predicted=predicted, versions=byte_sizes.versions(steps), bits_per_weight=byte_sizes.bits_per_weight(steps)
         )  # fmt: skip
 
     def _in_best_bits(self, budget: Budget) -> Cut:
@@ -350,7 +351,11 @@ class CutTable:
         if n == len(sums):
             name = budget.convention if budget.ratio is not None else budget.kind
             least = self._smallest(budget, int(sums[-1]) + constant, scale)
-            only = "" if len(self.order) else f" This artifact holds codes only: give {CODED_BUDGETS}."
+            only, bits = (
+                f" This artifact holds codes only: give {CODED_BUDGETS}",
+                "" if budget.bits is None else ", without bits (--quantize)",
+            )
+            only = "" if len(self.order) else f"{only}{bits}."
             raise BudgetError(f"size {budget.asked!r} ({name}) can't be reached: the smallest is {least}.{only}")
         return n, got(n)
 

@@ -46,8 +46,8 @@ def set_size(layers: Mapping[str, Compressible], cut: Cut) -> None:
     for name, core in layers.items():
         assert isinstance(core, ElasticLinear)
         core.set_rank(cut.ranks[name])
-        if cut.versions is not None:
-            core.set_version(cut.versions[name])
+        if name in (cut.versions or {}):
+            core.set_version(cut.versions[name])  # type: ignore[index]
 
 
 def live_ranks(values: Tensor, scores: ScoreMap) -> Tensor:

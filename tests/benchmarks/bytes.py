@@ -52,6 +52,10 @@ from acip.data import documents, token_windows
 from acip.evaluate import measurement, tasks
 from acip.evaluate.heldout_text import Text
 from acip.layers.targets import find_linears, hooked
+from acip.modeling_acip import encode_bfloat16
+from acip.sizing import byte_sizes
+from acip.sizing.byte_order import ByteOrder
+from acip.sizing.byte_sizes import with_exact
 from acip.utils.atomic import atomic_file
 from tests.benchmarks.rotation import rotate
 
@@ -361,14 +365,32 @@ def ours(subject: Subject, results: Results) -> CodedModel:
     return coded
 
 
-def our_row(title: str, coded: CodedModel, limit: int) -> Row:
-    """Return the row of our model of at most `limit` bytes of coded layers."""
+def our_order(subject: Subject, coded: CodedModel) -> ByteOrder:
+    """Return the order of our versions. The finest version of a layer is its exact weight."""
+    return with_exact(coded.order.versions, {name: exact_bytes(weight) for name, weight in subject.weights.items()})
 
-    def weights() -> Weights:
-        packed = ((name, coded.versions[name][version]) for name, version in coded.order.at(coded.order.within(limit)).items())
-        return {name: CodedWeight(each.unpack().decode(), each.bytes) for name, each in packed}
 
-    return Row(title, CODING, weights, {"limit": limit})
+def exact_bytes(weight: Tensor) -> int:
+    """Return the bytes of a weight that is stored without loss; in float32 if its numbers are not those of bfloat16."""
+    rounded = weight.bfloat16()
+    return len(encode_bfloat16(rounded)) if torch.equal(rounded.float(), weight.float()) else 4 * weight.numel()
+
+
+def our_row(title: str, subject: Subject, coded: CodedModel, order: ByteOrder, limit: int) -> Row:
+    """Return the row of our model whose layers take at most `limit` bytes."""
+
+    def weight(name: str, version: int) -> CodedWeight:
+        if version == len(coded.versions[name]):
+            return CodedWeight(subject.weights[name], order.versions[name][version].bytes)
+        packed = coded.versions[name][version]
+        return CodedWeight(packed.unpack().decode(), packed.bytes)
+
+    return Row(
+        title,
+        (*CODING, byte_sizes),
+        lambda: {name: weight(name, version) for name, version in order.at(order.within(limit)).items()},
+        {"limit": limit},
+    )
 
 
 def measured(subject: Subject, results: Results, row: Row) -> Facts:
@@ -413,10 +435,11 @@ def compare(subject: Subject, results: Results, quick: bool, only: str = "") -> 
     limits |= {f"ours beside {title}": values["bytes"] - subject.rest_bytes for title, (_, values) in rows.items() if title != "base"}
     if any(re.search(only, title) for title in limits):
         coded = ours(subject, results)
+        order = our_order(subject, coded)
         facts["all_versions_bytes"] = coded.bytes
         for title, limit in limits.items():
-            if limit >= coded.order.totals[0]:
-                add(our_row(title, coded, limit))
+            if limit >= order.totals[0]:
+                add(our_row(title, subject, coded, order, limit))
     for title in WITH_TASKS if subject.tokenizer else ():
         if title in rows:
             rows[title][1]["tasks"] = accuracies(subject, results, rows[title][0])

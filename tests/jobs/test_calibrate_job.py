@@ -8,6 +8,7 @@ from acip_platform.cluster import Cluster
 from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
 
+from acip.recipe import Recipe
 from jobs import calibrate_all
 
 FLEETS = Path(__file__).parents[2] / "jobs" / "fleets"
@@ -38,6 +39,8 @@ def test_a_plan_is_complete_and_names_missing_inputs(small_base: str, tmp_path: 
     assert complete_plan["resources"] == "0 GPU, 4 CPU"
     assert (complete_plan["text"], complete_plan["held-out text"]) == ("package:austen", "package:austen")
     assert complete_plan["curve"] == "sizes 1, 0.5, packed"
+    coded = facts(recipe=Recipe(code="bits"), byte_sizes=(0.5,))
+    assert coded["curve"] == "sizes 1, packed; of the bytes 0.5", "without directions, the base model is the only size of ranks"
     assert "GB per worker, peak in " in complete_plan["memory"]
     assert complete_plan["artifact"].startswith(f"{tmp_path}/artifacts/some/some-")
     for expected, fields in (

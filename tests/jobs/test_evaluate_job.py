@@ -21,8 +21,8 @@ from acip_platform.tracking.runs import Run, Tracking
 from acip.artifact.artifact import Artifact
 from acip.artifact.manifest import MANIFEST
 from acip.data import documents, token_windows
-from acip.errors import EvaluationError
-from acip.evaluate import DivergenceOn, PerplexityOn, Samples, Text, evaluate, trade_off
+from acip.errors import ArtifactError, BudgetError, EvaluationError
+from acip.evaluate import DivergenceOn, PerplexityOn, QuantizedOn, Samples, Text, evaluate, trade_off
 from acip.sizing.budget import Budget, is_coded
 from jobs import evaluate as evaluate_job
 from tests.acip.artifact.test_codes_file import calibrated_with_codes, llama
@@ -295,6 +295,21 @@ def test_the_sizes_of_a_curve_are_measured_in_their_conventions(coded_artifact: 
     assert evaluate_job.sizes_of(args, coded_artifact) == expected
     args = evaluate_job.arguments(["--artifact", str(coded_artifact.folder), "--sizes", "0.6", "--convention", "paper"])
     assert evaluate_job.sizes_of(args, coded_artifact) == [Budget(0.6, "paper")]
+
+
+def test_only_sizes_of_ranks_are_quantized(coded_artifact: Artifact) -> None:
+    def sizes(*options: str) -> list[Budget]:
+        arguments = evaluate_job.arguments(["--artifact", str(coded_artifact.folder), "--quantize", "nf4", *options])
+        return evaluate_job.sizes_of(arguments, coded_artifact)
+
+    assert sizes() == [Budget(1.0), Budget(0.5)], "the coded sizes of the curve are left out"
+    assert sizes("--sizes", "0.6") == [Budget(0.6)]
+    with pytest.raises(BudgetError, match=r"size 0\.56 \(bytes\) is stored in codes"):
+        sizes("--sizes", "0.56", "--convention", "bytes")
+    windows = Text("package:wikipedia", context=32, windows=1)
+    any_size = coded_artifact.load(size=Budget(0.56, "bytes"))
+    with pytest.raises(ArtifactError, match="can't be quantized to nf4"):
+        evaluate(any_size, byte_tokenizer(), [QuantizedOn(windows)])
 
 
 def test_a_coded_size_is_known_from_the_curve(coded_artifact: Artifact, tmp_path: Path) -> None:

@@ -15,13 +15,14 @@ import torch
 from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store
-from acip_platform.tracking.registry import Registry, RegistryError
+from acip_platform.tracking.registry import ModelVersion, Registry, RegistryError
 from acip_platform.tracking.runs import Tracking
-from acip_platform.training.fine_tuning import _windows
+from acip_platform.training.fine_tuning import _windows, tuning_job
 from safetensors.torch import load_file
 
 from acip.artifact.artifact import Artifact
 from acip.data import documents, token_windows
+from acip.finetune import tuning
 from acip.sizing.cut_table import Budget
 from tests.acip.calibration.test_resume import ROOT, interruptible, worker_of
 from tests.conftest import byte_tokenizer
@@ -134,6 +135,13 @@ def test_interrupted_jobs_give_the_same_child(small_artifact: Artifact, tmp_path
     undisturbed, *others = children
     for child in others:
         assert undisturbed.keys() == child.keys() and all(torch.equal(undisturbed[key], child[key]) for key in undisturbed)
+
+
+def test_fine_tuning_measures_the_sizes_of_the_calibration(small_artifact: Artifact) -> None:
+    provenance = {"job": {"sizes": [1.0, 0.7], "byte_sizes": [0.5, 0.4]}}
+    artifact = Artifact(small_artifact.folder, {**small_artifact.manifest, "provenance": provenance}, small_artifact.source)
+    job = tuning_job(ModelVersion("small", "1", "", (), {}), artifact, tuning(artifact, 0.5), {})
+    assert (job.sizes, job.byte_sizes) == ((1.0, 0.7, 0.5), (0.5, 0.4))
 
 
 def test_fine_tuning_uses_text_after_the_calibration_windows(small_artifact: Artifact) -> None:

@@ -89,7 +89,11 @@ def test_sizes_of_an_artifact_with_codes_are_bytes_by_default(command: Command, 
     assert (
         "asked      0.5 (bytes)" in output and f"size       {stored:,} stored bytes" in output and f"{bits:.2f} bits per weight" in output
     )
-    assert f"weights    {stored:,} bytes (codes and" in output and "import acip" in output and "where calibration stopped" not in output
+    assert (
+        f"weights    {stored:,} bytes (codes; others in bfloat16, encoded without loss)" in output
+        and "import acip" in output
+        and "where calibration stopped" not in output
+    )
     code, output = command(artifact.folder, "--size", "0.5", "--convention", "linear", "--out", tmp_path / "out")
     assert code == 0 and "asked      0.5 (linear)" in output and "of the layers" in output, output
     code, output = command(artifact.folder, "--size", "1.0", "--out", tmp_path / "out")
@@ -211,4 +215,6 @@ def test_all_sizes_copies_and_pushes_the_artifact(
     assert code == 2 and "is not an empty folder" in output
     code, output = command(small_artifact.folder, "--all-sizes", "--quantize", "nf4", "--out", tmp_path / "q")
     assert code == 2 and "Leave --quantize out" in output
+    code, output = command(small_artifact.folder, "--all-sizes", "--convention", "bytes", "--out", tmp_path / "q")
+    assert code == 2 and "--convention bytes counts one. Leave it out." in output
     assert {path.name for path in tmp_path.iterdir()} <= {"all", "home"}, "a refused command leaves no files"

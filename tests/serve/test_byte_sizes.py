@@ -176,7 +176,7 @@ def test_the_cache_counts_what_is_held(narrow: Artifact, engine: Engine) -> None
 def test_a_size_that_does_not_fit_into_memory_is_refused(narrow: Artifact, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = narrow.table().byte_sizes
     assert codes is not None
-    models, model = cache(engine, narrow, int(1.3 * codes.memory))
+    models, model = cache(engine, narrow, int(1.3 * codes.memory(codes.versions(0))))
     assert len(tokens(engine, model, Budget(ratio=0.4, convention="bytes"))) == 8
     until(lambda: not model.weights.in_use, "the request keeps its size")
     with pytest.raises(MemoryFullError, match=r"small needs .* bytes of memory .* may use .* Request a smaller size, or raise memory_gb"):
@@ -367,7 +367,7 @@ def test_card_and_trade_off_describe_sizes_in_bytes(application: Application, co
     for row in body["sizes"]:
         cut = in_bytes(table, row["asked"])
         assert (row["bytes"], row["bits_per_weight"], row["got"]) == (cut.bytes, cut.bits_per_weight, cut.got)
-        assert row["memory_bytes"] == (table.base_bytes if cut.versions is None else codes.memory)
+        assert row["memory_bytes"] == codes.memory(cut.versions or {})
     at = {row["asked"]: row for row in body["sizes"]}
     assert (at[0.44]["perplexity"], at[0.44]["predicted"]) == (pytest.approx(8.166, abs=1e-3), False)
     assert at[0.4]["predicted"] and at[0.44]["perplexity"] < at[0.4]["perplexity"] < at[0.36]["perplexity"]

@@ -135,6 +135,14 @@ def test_error_names_its_field(message: Any, field: str, error: str) -> None:
     assert error in str(refused.value)
 
 
+@pytest.mark.parametrize("field", ["stored_bytes", "params", "memory_mb", "max_perplexity", "max_loss_increase", "max_kl", "max_flops"])
+def test_error_of_a_size_says_what_is_allowed(field: str) -> None:
+    with pytest.raises(
+        RequestError, match=rf"^{field} is -1; it must be (a whole number|the memory|the largest) .*\(instead of size_ratio\)"
+    ):
+        ChatRequest.parse({"messages": [HELLO], field: -1})
+
+
 # ---- fields of the request
 
 REQUIRED: dict[str, Any] = {"messages": [HELLO], "prompt": "a", "model": "small"}

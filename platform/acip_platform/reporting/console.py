@@ -132,7 +132,7 @@ def curve_tables(title: str, rows: Sequence[Mapping[str, Any]], stop_ratio: floa
             )
             tables[-1].add_row(*cells[:2], f"{row['bytes'] / MEGA:.1f}", cells[2], *_quality(row, base))
     if len(over_ranks) > 1 or not coded:
-        subject = f"{title}: ranks, in 16 bit" if coded else f"{title} ({corpus})"
+        subject = f"{title}: ranks" if coded else f"{title} ({corpus})"
         tables.append(_trade_off_table(subject, ("asked", "got", "FLOPs", "parameters", "MB stored"), over_ranks, ("",)))
         for row in over_ranks:
             flops = f"{row['flops'] / base['flops']:.4f}" if "flops" in row and "flops" in base else ""

@@ -30,7 +30,7 @@ Axis = Literal["ranks", "bytes", "flops"]
 Quantity = Literal["perplexity", "excess", "kl"]
 AXES: dict[Axis, str] = {
     "ranks": "size: numbers stored by the target layers, relative to dense (achieved)",
-    "bytes": "stored bytes of the model, relative to the base model in 16 bit",
+    "bytes": "stored bytes of the model, relative to the base model",
     "flops": "FLOPs of a token without attention, relative to the base model",
 }
 QUANTITIES: dict[Quantity, str] = {
@@ -194,7 +194,7 @@ def _series(name: str, rows: CurveRows, over: Axis) -> dict[str, Points]:
     base_bytes = coded[0]["bytes"] / coded[0]["got"] if coded else base and base.get("bytes")
     if not base_bytes:
         return {}
-    lines = {f"{name}, codes": [*coded, *([base] if base else [])] if coded else [], f"{name}, ranks in 16 bit": over_ranks}
+    lines = {f"{name}, codes": [*coded, *([base] if base else [])] if coded else [], f"{name}, ranks": over_ranks}
     return {label: [(row["bytes"] / base_bytes, row) for row in line if row.get("bytes")] for label, line in lines.items()}
 
 

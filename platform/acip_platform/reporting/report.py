@@ -23,7 +23,7 @@ from acip.errors import AcipError
 from acip.evaluate import Samples, divergence_of
 from acip.export.card import license_of, shown
 from acip.recipe import nearest
-from acip.sizing.budget import as_perplexity, is_coded
+from acip.sizing.budget import Budget, as_perplexity, is_coded
 from acip.sizing.cut_table import CutTable
 from acip.sizing.excess_loss_area import excess_loss_area
 from acip_platform.reporting import figures
@@ -137,7 +137,9 @@ def _model(subject: Subject) -> dict[str, Any]:
 def _row(row: Mapping[str, Any], table: CutTable) -> dict[str, Any]:
     """Return a row of the curve with the memory that serving it needs, which is computed."""
     decoder = table.decoder
-    weights = table.byte_sizes.memory if is_coded(row) and table.byte_sizes else row["bytes"]
+    weights = row["bytes"]
+    if is_coded(row) and table.byte_sizes is not None:
+        weights = table.byte_sizes.memory(table.cut(Budget(stored_bytes=row["bytes"])).versions or {})
     memory = None if weights is None or decoder is None else weights + decoder.cache(CONTEXT, 1) + decoder.overhead(1)
     kl = divergence_of(row).get("kl_nats")
     return {key: value for key, value in row.items() if key != "evaluation"} | {"memory_bytes": memory, "kl": kl, "label": size_label(row)}

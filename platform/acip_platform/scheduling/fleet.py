@@ -95,8 +95,8 @@ class Job:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Job":
         """Return the job whose `to_dict` is `fields`."""
-        tuples = {key: tuple(fields[key]) for key in ("sizes", "byte_sizes", "tasks") if key in fields}
-        values: dict[str, Any] = {**fields, "recipe": Recipe.from_dict(fields["recipe"]), **tuples}
+        tuples: dict[str, Any] = {key: tuple(fields[key]) for key in ("sizes", "byte_sizes", "tasks") if key in fields}
+        values = {**fields, "recipe": Recipe.from_dict(fields["recipe"]), **tuples}
         return cls(**values)
 
 

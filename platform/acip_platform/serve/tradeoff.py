@@ -73,7 +73,7 @@ def _size(model: ResidentModel, cut: Cut, measured: Sequence[Mapping[str, Any]])
         perplexity = as_perplexity(rows[0]["loss"])
     memory = cut.bytes
     if table.byte_sizes is not None and (is_base or cut.versions is not None):
-        memory = table.base_bytes if is_base else table.byte_sizes.memory
+        memory = table.byte_sizes.memory(cut.versions or {})
     keys = ("asked", "got", "params", "bytes", "bits_per_weight", "extrapolated")
     return {key: size[key] for key in keys} | {
         "memory_bytes": memory, "perplexity": perplexity, "kl": predicted.get("kl"), "predicted": perplexity is not None and not rows,
@@ -105,8 +105,8 @@ def heatmap(model: ResidentModel, cuts: Mapping[int, Cut]) -> dict[str, Any]:
     numbers = {layer.name: layer.M * layer.N for layer in table.layers}
 
     def kept(cut: Cut, name: str) -> float:
-        if codes is not None and cut.versions is not None:
-            return round(8 * codes.order.versions[name][cut.versions[name]].bytes / numbers[name], 3)
+        if codes is not None and name in (cut.versions or {}):
+            return round(8 * codes.order.versions[name][cut.versions[name]].bytes / numbers[name], 3)  # type: ignore[index]
         rank = cut.ranks[name]
         return full[name] if rank is None else rank
 

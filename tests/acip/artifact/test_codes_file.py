@@ -50,10 +50,11 @@ def llama(width: int = 32, layers: int = 2, dtype: torch.dtype = torch.float32) 
     return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)  # type: ignore[arg-type]
 
 
-def gpt2() -> PreTrainedModel:
+def gpt2(width: int = 32, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model whose linear layers are Conv1D, with transposed weights."""
-    config = GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
-    return GPT2LMHeadModel(config).eval().requires_grad_(False)
+    config = GPT2Config(vocab_size=256, n_embd=width, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+    config.dtype = dtype
+    return GPT2LMHeadModel(config).to(dtype).eval().requires_grad_(False)  # type: ignore[arg-type]
 
 
 def calibrated_with_codes(model: PreTrainedModel, largest: Sequence[int] = LARGEST) -> tuple[Base, Calibration, CodedModel]:
@@ -146,8 +147,9 @@ def test_from_the_bytes_of_the_dense_model_on_it_is_the_base_bit_for_bit(
         assert torch.equal(logits(model, IDS), logits(whole.model, IDS))
         assert all(type(model.get_submodule(name)) is nn.Linear for name in codes.versions)
     below, stored_bytes = load_bytes(artifact, dense_bytes - 1)
-    assert stored_bytes == limits(artifact)[-1]
-    assert isinstance(below.get_submodule(next(iter(codes.versions))), CodedLinear)
+    assert stored_bytes < dense_bytes
+    coded_layers = [isinstance(below.get_submodule(name), CodedLinear) for name in codes.versions]
+    assert any(coded_layers) and not all(coded_layers), "the sizes next to the base model have exact layers"
 
 
 def test_too_few_bytes_are_refused_with_the_smallest_number(artifact: Artifact) -> None:
@@ -417,6 +419,8 @@ def test_the_only_size_in_ranks_of_an_artifact_of_codes_only_is_the_base(bits_on
     for budget in (Budget(ratio=0.99), Budget(ratio=0.5, convention="model"), Budget(params=100), Budget(max_flops=100)):
         with pytest.raises(BudgetError, match=r"holds codes only.*give a ratio in the convention bytes, stored_bytes, memory_mb"):
             artifact.table().cut(budget)
+    with pytest.raises(BudgetError, match=r"the smallest is .* bytes in 8 bit\. .*holds codes only.*without bits \(--quantize\)"):
+        artifact.table().cut(Budget(stored_bytes=100, bits=8))
     assert set(artifact.load(size=1.0).table.cut(Budget(ratio=1.0)).ranks.values()) == {None}
 
 

@@ -12,15 +12,21 @@ from safetensors.torch import load_file, save_file
 
 import acip
 from acip.artifact.artifact import Artifact
+from acip.base import Base
 from acip.errors import ArtifactError, BudgetError
+from acip.export.card import artifact_card
 from acip.export.folder import PROVENANCE, export, tensor_bytes
 from acip.finetune import attach, tuning
+from acip.layers.targets import find_linears
 from acip.modeling_acip import CodedLinear, LowRankLinear, PivotLinear
+from acip.recipe import Recipe
 from acip.sizing.budget import BITS_PER_WEIGHT, Budget
 from acip.sizing.elastic_model import ElasticModel
-from tests.acip.artifact.test_codes_file import calibrated_with_codes, llama
+from tests.acip.artifact.test_codes_file import calibrated_with_codes, gpt2, llama
 from tests.acip.export.test_export import clean_environment
 from tests.conftest import logits, read
+from tests.support.coded import rounded
+from tests.support.small import byte_tokenizer
 from tests.support.waiting import PATIENCE_S
 
 TOKENS = torch.arange(16)[None]
@@ -39,10 +45,10 @@ def any_size(artifact: Artifact) -> ElasticModel:
 
 
 def middle(artifact: Artifact) -> Budget:
-    """A budget of bytes between the smallest and the largest size of coded layers."""
+    """A budget of bytes in the middle of the sizes without exact layers."""
     sizes = artifact.table().byte_sizes
     assert sizes is not None
-    return Budget(stored_bytes=sizes.bytes(len(sizes.order.steps) // 2) + 1)
+    return Budget(stored_bytes=sizes.bytes(sizes.all_coded // 2) + 1)
 
 
 def assert_same_model(model: Any, other: Any) -> None:
@@ -54,10 +60,10 @@ def assert_same_model(model: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("position", [0.0, 0.5, 1.0, None])
 def test_an_export_has_the_bytes_and_logits_of_its_size(artifact: Artifact, tmp_path: Path, position: float | None) -> None:
-    """None is the base model, whose bfloat16 tensors take fewer bytes, too."""
+    """None is the base model, whose bfloat16 tensors take fewer bytes, too. The sizes next to it have exact layers."""
     sizes = artifact.table().byte_sizes
     assert sizes is not None
-    steps = None if position is None else int(position * len(sizes.order.steps))
+    steps = None if position is None else int(position * (len(sizes.order.steps) - 1))
     any_size = artifact.load(size=Budget(stored_bytes=sizes.bytes(steps)))
     provenance = export(any_size, artifact, tmp_path / "out")
     assert any_size.cut is not None
@@ -65,9 +71,25 @@ def test_an_export_has_the_bytes_and_logits_of_its_size(artifact: Artifact, tmp_
     loaded = read(tmp_path / "out")
     assert_same_model(loaded, any_size.materialize())
     torch.testing.assert_close(logits(loaded, TOKENS), logits(any_size.model, TOKENS), rtol=0.02, atol=0.01)
-    assert isinstance(loaded.get_submodule(any_size.table.layers[0].name), CodedLinear) == (steps is not None)
+    coded = {name for name in any_size.layers if isinstance(loaded.get_submodule(name), CodedLinear)}
+    assert coded == set(sizes.versions(steps))
     assert (loaded.dtype, loaded.name_or_path) == (any_size.model.dtype, str(tmp_path / "out"))
     assert loaded.generation_config.eos_token_id == any_size.model.generation_config.eos_token_id
+
+
+def test_transposed_weights_take_the_bytes_of_the_artifact(tmp_path: Path) -> None:
+    """The weights of GPT-2's layers are [in, out] in the model, and [out, in] in the artifact."""
+    base, calibration, codes = calibrated_with_codes(gpt2(64, torch.bfloat16))
+    artifact = Artifact.save(tmp_path / "artifact", base, calibration, {}, codes)
+    any_size = artifact.load(size=Budget(ratio=1.0, convention="bytes"))
+    export(any_size, artifact, tmp_path / "out")
+    assert any_size.cut is not None
+    assert tensor_bytes(tmp_path / "out") == any_size.cut.bytes
+    loaded = read(tmp_path / "out")
+    assert_same_model(loaded, any_size.materialize())
+    loaded.save_pretrained(tmp_path / "again")
+    assert tensor_bytes(tmp_path / "again") == any_size.cut.bytes
+    assert_same_model(read(tmp_path / "again"), loaded)
 
 
 def test_a_loaded_export_is_saved_with_the_same_tensors_in_shards(any_size: ElasticModel, artifact: Artifact, tmp_path: Path) -> None:
@@ -166,6 +188,19 @@ def test_an_elastic_model_is_compressed_saved_and_resized_at_sizes_in_bytes(arti
 def test_coded_layers_are_not_fine_tuned(any_size: ElasticModel, artifact: Artifact) -> None:
     with pytest.raises(BudgetError, match="a size of coded layers can't be fine-tuned"):
         attach(any_size, tuning(artifact, 0.5))
+
+
+def test_the_card_of_an_artifact_of_codes_only_offers_what_it_has(tmp_path: Path) -> None:
+    """The artifact has no sizes of ranks: none to choose, to quantize, or to fine-tune."""
+    model = llama(64, dtype=torch.bfloat16)
+    base, recipe = Base(model, byte_tokenizer(), "random", None, "0" * 12), Recipe(dtype="bfloat16", code="bits")
+    artifact = Artifact.save_coded(tmp_path / "artifact", base, recipe, rounded(find_linears(model)), {})
+    card = artifact_card(artifact, "some")
+    assert 'convention="bytes"' in card and "low-rank" not in card and "quantize" not in card
+    usage = card.partition("```python\n")[2].partition("```")[0].replace("path/or/repo", str(artifact.folder))
+    exec(usage, {})
+    with pytest.raises(BudgetError, match="holds codes only, which can't be fine-tuned"):
+        tuning(artifact, 0.5)
 
 
 def test_the_card_and_the_provenance_describe_the_bytes(artifact: Artifact, tmp_path: Path) -> None:

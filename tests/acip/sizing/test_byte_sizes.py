@@ -13,8 +13,8 @@ from acip.errors import BudgetError
 from acip.layers.mixed_sizes import Mixer, Size
 from acip.modeling_acip import CodedLinear
 from acip.sizing.budget import OVERHEAD, Budget, Curve
-from acip.sizing.byte_order import ByteOrder, Version
-from acip.sizing.byte_sizes import ByteSizes
+from acip.sizing.byte_order import Version
+from acip.sizing.byte_sizes import ByteSizes, LayerBytes, with_exact
 from acip.sizing.elastic_model import ElasticModel
 from tests.acip.artifact.test_codes_file import calibrated_with_codes, llama
 from tests.conftest import logits
@@ -40,9 +40,9 @@ def random_sizes(seed: int) -> ByteSizes:
         for _ in range(rng.randint(1, 5)):
             facts.append((facts[-1][0] + rng.randint(1, 500), facts[-1][1] * rng.uniform(0.1, 0.9)))
         versions[f"layer{i}"] = [Version(*each) for each in facts[1:]]
-    order = ByteOrder(versions)
-    rest = rng.randint(0, 500)
-    return ByteSizes(order, 1000, rest, exact=rest + order.totals[-1] + rng.randint(1, 500), base=8000, memory=2000)
+    order = with_exact(versions, {name: each[-1].bytes + rng.randint(1, 500) for name, each in versions.items()})
+    layers = {name: LayerBytes(1000, 1000, 2000) for name in versions}
+    return ByteSizes(order, layers, rest=rng.randint(0, 500), rest_memory=500, base=20_000)
 
 
 @given(st.integers(0, 10_000), st.floats(0.001, 1.0))
@@ -59,16 +59,32 @@ def test_a_size_is_the_largest_within_its_budget(seed: int, ratio: float) -> Non
     if steps is None:
         assert ratio >= sizes.exact / sizes.base
     else:
-        larger = sizes.share(steps + 1) if steps < len(sizes.order.steps) else sizes.share(None)
-        assert larger > ratio
+        assert sizes.share(steps + 1) > ratio
     assert sizes.choose(Budget(stored_bytes=sizes.bytes(steps))) == (steps, sizes.bytes(steps))
 
 
+@given(st.integers(0, 10_000))
+@settings(max_examples=50, deadline=None)
+def test_sizes_end_at_the_base_model(seed: int) -> None:
+    """After all steps every layer is exact. Memory never falls with the size."""
+    sizes = random_sizes(seed)
+    last = len(sizes.order.steps)
+    assert sizes.bytes(last) == sizes.bytes(None) == sizes.exact
+    assert sizes.versions(last) == sizes.versions(None) == {}
+    complete = [steps for steps in range(last + 1) if len(sizes.versions(steps)) == len(sizes.layers)]
+    assert complete == list(range(sizes.all_coded + 1))
+    held = [sizes.memory(sizes.versions(steps)) for steps in range(last + 1)]
+    assert held == sorted(held)
+    assert held[-1] == 500 + 2000 * len(sizes.layers)
+
+
 def test_a_loss_is_met_by_the_fewest_bytes_on_the_curve() -> None:
-    order = ByteOrder({"layer": [Version(bytes_, loss) for bytes_, loss in ((100, 1.0), (200, 0.5), (300, 0.25), (400, 0.125))]})
+    order = with_exact(
+        {"layer": [Version(size, loss) for size, loss in ((100, 1.0), (200, 0.5), (300, 0.25), (400, 0.125))]}, {"layer": 700}
+    )
     curve = Curve((1.0, 0.4, 0.3, 0.2, 0.1), (2.0, 2.1, 2.2, 2.4, 3.0))
     kl = Curve((1.0, 0.4, 0.1), (0.0, 0.06, 0.6))
-    sizes = ByteSizes(order, 400, rest=0, exact=700, base=1000, memory=400, loss=curve, kl=kl)
+    sizes = ByteSizes(order, {"layer": LayerBytes(400, 400, 800)}, rest=0, rest_memory=0, base=1000, loss=curve, kl=kl)
     assert sizes.choose(Budget(max_loss_increase=0.21)) == pytest.approx((2, 0.2))
     assert sizes.choose(Budget(max_loss_increase=0.11)) == pytest.approx((3, 0.1))
     assert sizes.choose(Budget(max_loss_increase=0.06))[0] is None
@@ -78,16 +94,19 @@ def test_a_loss_is_met_by_the_fewest_bytes_on_the_curve() -> None:
         sizes.choose(Budget(max_perplexity=1.0))
 
 
-def test_memory_is_the_same_at_every_coded_size(artifact: Artifact) -> None:
+def test_memory_chooses_the_largest_size_that_fits(artifact: Artifact) -> None:
     table = artifact.table()
-    assert table.byte_sizes is not None
-    assert table.decoder is not None
-    beside = table.decoder.cache(16, 1) + table.decoder.overhead(1)
-    weights = {None: table.base_bytes, "coded": table.byte_sizes.memory}
-    whole = table.cut(Budget(memory_mb=(weights[None] + beside) / 1e6, context=16, batch=1))
+    sizes, decoder = table.byte_sizes, table.decoder
+    assert sizes is not None
+    assert decoder is not None
+    beside = decoder.cache(16, 1) + decoder.overhead(1)
+    whole = table.cut(Budget(memory_mb=(table.base_bytes + beside) / 1e6, context=16, batch=1))
     assert (whole.versions, whole.ranks) == (None, dict.fromkeys(whole.ranks))
-    coded = table.cut(Budget(memory_mb=(weights["coded"] + beside) / 1e6, context=16, batch=1))
-    assert coded.versions == table.byte_sizes.order.at(len(table.byte_sizes.order.steps))
+    least = sizes.memory(sizes.versions(0))
+    coded = table.cut(Budget(memory_mb=(least + beside) / 1e6, context=16, batch=1))
+    assert coded.versions is not None and coded.versions.keys() == sizes.layers.keys()
+    half = table.cut(Budget(memory_mb=((table.base_bytes + least) / 2 + beside) / 1e6, context=16, batch=1))
+    assert half.versions is not None and 0 < len(half.versions) < len(sizes.layers), "a part of the layers is exact"
     with pytest.raises(BudgetError, match=r"can't be reached: the smallest is .* MB, of which the weights take"):
         table.cut(Budget(memory_mb=OVERHEAD / 1e6, context=16, batch=1))
 

@@ -267,7 +267,7 @@ def test_curves_are_drawn_over_bytes_and_flops() -> None:
     over_bytes: Any = figures.curves({"a": rows}, {"rival": [rival, {"got": 0.9, "loss": 2.0}]}, "bytes", "excess")
     expected = [(0.4, 0.1), (1.0, 0.0), (0.9, 0.5), (1.0, 0.0), (0.3, 0.0)]
     assert points(over_bytes) == [pytest.approx(point) for point in expected], "codes, ranks, and the baseline in bytes"
-    assert [text.get_text() for text in over_bytes.axes[0].get_legend().get_texts()] == ["a, codes", "a, ranks in 16 bit", "rival"]
+    assert [text.get_text() for text in over_bytes.axes[0].get_legend().get_texts()] == ["a, codes", "a, ranks", "rival"]
     assert points(figures.curves({"a": rows}, over="bytes", quantity="kl")) == [pytest.approx((0.4, 0.25))]
     assert points(figures.curves({"a": rows}, over="flops", quantity="excess")) == [pytest.approx((0.8, 0.5)), pytest.approx((1.0, 0.0))]
     assert points(figures.curves({"a": rows}, {"rival": [rival]}, quantity="excess")) == points(

@@ -205,5 +205,5 @@ def _first_bytes(artifact: Artifact) -> int:
     """Return the bytes of the weights that are loaded first: those of one coded size, or, without codes, all."""
     codes = artifact.table().byte_sizes
     if codes is not None:
-        return codes.memory
+        return codes.memory(codes.versions(0))
     return sum(artifact.tensors(name).decoded_bytes for name in ("factors", "dense", "rest"))

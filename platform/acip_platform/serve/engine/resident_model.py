@@ -87,13 +87,13 @@ class ResidentModel:
         self.batch = Batch(self.any_size.model, mixer, kv_tokens)
 
     def _check(self) -> None:
-        """Compare the engine with the model itself at two sizes: the base model and the stop ratio, or else the largest coded sizes."""
+        """Compare the engine with the model itself at two sizes: the base model and the stop ratio, or the largest coded ones."""
         table, coded = self.any_size.table, self.any_size.table.byte_sizes
         held: list[Cut] = []
         if coded is None:
             sizes = [Size((0, removed), table.ranks(removed)) for removed in (0, max(self.removed_at_stop, 1))]
         else:
-            largest = table.cut(Budget(stored_bytes=coded.exact - 1))
+            largest = table.cut(Budget(stored_bytes=coded.bytes(coded.all_coded)))
             smaller = table.cut(Budget(stored_bytes=max((largest.bytes or 0) - 1, coded.bytes(0))))
             held = [largest, smaller]
             sizes = [Size(cut.key, cut.ranks, cut.versions) for cut in held]

@@ -1,6 +1,6 @@
 """The weights of one model in memory: those that its requests need, loaded when a size is first requested.
 
-    a coded size     one version of the codes of each layer. Sizes share versions; each is held once, 8 bits per weight
+    a coded size     one version of the codes of each layer, or its dense weight. Sizes share versions; each is held once, 8 bits per weight
     a size in ranks  the factors of all layers, whole, and the dense weights of the layers that are dense at this size
     the base model   the dense weights of all layers
 
@@ -97,10 +97,11 @@ class ResidentWeights:
         try:
             if not complete:
                 with self._loading:
-                    if cut.versions is not None:
-                        self._load_codes(cut.versions)
-                    else:
-                        self.load_ranks(cut.ranks)
+                    coded = cut.versions or {}
+                    if coded:
+                        self._load_codes(coded)
+                    if others := {name: rank for name, rank in cut.ranks.items() if name not in coded}:
+                        self.load_ranks(others)
                         self.pack()
         except BaseException:
             self.release(cut)
@@ -173,11 +174,11 @@ class ResidentWeights:
     # ---- codes
 
     def _is_loaded(self, cut: Cut) -> bool:
-        if cut.versions is not None:
-            return all(each in self._used for each in cut.versions.items())
-        layers = self.layers
-        return not any(
-            layers[name].original.weight.is_meta if rank is None else layers[name].stored_rank < rank for name, rank in cut.ranks.items()
+        layers, coded = self.layers, cut.versions or {}
+        return all(each in self._used for each in coded.items()) and not any(
+            layers[name].original.weight.is_meta if rank is None else layers[name].stored_rank < rank
+            for name, rank in cut.ranks.items()
+            if name not in coded
         )
 
     def _load_codes(self, versions: Mapping[str, int]) -> None:
@@ -248,7 +249,7 @@ class ResidentWeights:
 
     def _drop_ranks(self) -> None:
         """Drop the factors and dense weights of all layers unless a request holds such a size. The lock must be held."""
-        if any(cut.versions is None for cut in self._held.values()):
+        if any(len(cut.versions or {}) < len(self.layers) for cut in self._held.values()):
             return
         self.mixer.keep(self._held)
         freed = 0

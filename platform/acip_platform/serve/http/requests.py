@@ -72,20 +72,20 @@ class ModelSizeRequest(BaseModel):
         description='what a size ratio counts: "bytes" (stored bytes; the default for a model with coded layers), "linear" (numbers of the '
         'compressed layers; the default for others), "model" (all numbers) or "paper" (numbers without adapters)')
     stored_bytes: int | None = Field(default=None, ge=1,
-        description="instead of size_ratio: a whole number of bytes that the stored weights may take")
-    params: int | None = Field(default=None, ge=1, description="instead of size_ratio: a whole number of parameters")
+        description="a whole number of bytes that the stored weights may take, at least 1 (instead of size_ratio)")
+    params: int | None = Field(default=None, ge=1, description="a whole number of parameters, at least 1 (instead of size_ratio)")
     memory_mb: float | None = Field(default=None, gt=0,
-        description="instead of size_ratio: the memory in MB (1e6 bytes) for weights and the cache of `context` tokens")
+        description="the memory in MB (1e6 bytes) for weights and the cache of `context` tokens (instead of size_ratio)")
     context: int | None = Field(default=None, ge=1, description="with memory_mb: a whole number of tokens per sequence")
     batch: int | None = Field(default=None, ge=1, description="with memory_mb: a whole number of sequences at a time (default 1)")
     max_perplexity: float | None = Field(default=None, ge=1,
-        description="instead of size_ratio: the largest perplexity, a number of at least 1, by the model's measured curve")
+        description="the largest perplexity, a number of at least 1, by the model's measured curve (instead of size_ratio)")
     max_loss_increase: float | None = Field(default=None, ge=0,
-        description="instead of size_ratio: the largest increase of the loss in nats per token, by the model's measured curve")
+        description="the largest increase of the loss in nats per token, at least 0, by the model's measured curve (instead of size_ratio)")
     max_kl: float | None = Field(default=None, ge=0,
-        description="instead of size_ratio: the largest KL divergence from the base model in nats per token, by the model's measured curve")
+        description="the largest KL divergence from the base model in nats, at least 0, by the measured curve (instead of size_ratio)")
     max_flops: int | None = Field(default=None, ge=1,
-        description="instead of size_ratio: a whole number of floating-point operations per token, without attention")
+        description="a whole number of floating-point operations per token, without attention, at least 1 (instead of size_ratio)")
     # fmt: on
 
     def name_and_budget(self, names: Sequence[str], convention: Convention = "linear", default: str = DEFAULT_SIZE) -> tuple[str, Budget]:

@@ -98,7 +98,7 @@ def test_weights_in_16_bit_give_float32() -> None:
     assert hqq.hqq(heavy_tailed(4, 64).bfloat16(), 4).weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("bits", "group"), [(5, 64), (0, 64), (4, 0)])
+@pytest.mark.parametrize(("bits", "group"), [(7, 64), (0, 64), (4, 0)])
 def test_invalid_options_raise(bits: int, group: int) -> None:
-    with pytest.raises(RecipeError, match="bits must be one of 2, 3, 4, 8"):
+    with pytest.raises(RecipeError, match="bits must be one of 2, 3, 4, 5, 6, 8"):
         hqq.hqq(torch.ones(2, 64), bits, group)
