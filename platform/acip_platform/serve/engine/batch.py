@@ -70,6 +70,46 @@ class Sequence:
     def scores_prompt(self) -> bool:
         return self.prompt_logprobs is not None and not self.generated
 
+    def take(self, token: SampledToken) -> None:
+        """Append a sampled token, and end the sequence if nothing may follow."""
+        constraint = self.sampler.constraint
+        self.ended = True
+        if token.error is not None:
+            self.owner.on_no_token(token.error)
+            return
+        if not self.generated:
+            self.owner.on_prompt(self)
+        if not self.max_tokens:
+            self.owner.on_end(self, "length")
+            return
+        self.ids.append(token.token)
+        self.generated += 1
+        if token.token in self.end_tokens:
+            self.owner.on_end(self, "stop")
+            return
+        stopped = self.consumer is not None and self.consumer.take(token)
+        self.owner.on_token(self, token)
+        if stopped:
+            self.owner.on_end(self, "stop")
+        elif constraint is not None and constraint.error is not None:
+            self.owner.on_error(constraint.error)
+        elif constraint is not None and constraint.done:
+            self.owner.on_end(self, "stop")
+        elif self.generated >= self.max_tokens:
+            self.owner.on_end(self, "length")
+        else:
+            self.ended = False
+
+
+class SteppedBatch(Protocol):
+    """The sequences of one model, stepped by the engine's thread: `Batch`, or another engine's batch."""
+
+    waiting: deque[Sequence]  # the engine appends to it from any thread
+
+    def __bool__(self) -> bool: ...  # whether there are sequences
+    def step(self) -> None: ...  # give each sequence that runs its next token, or part of its prompt
+    def clear(self) -> None: ...  # drop all sequences
+
 
 @dataclass
 class Batch:
@@ -124,7 +164,7 @@ class Batch:
             sequences = [sequence for sequence, _ in last]
             rows_nV = logits_nV[[row for _, row in last]] if prompts else logits_nV
             for sequence, token in zip(sequences, sample(rows_nV, [sequence.sampler for sequence in sequences]), strict=True):
-                self._take(sequence, token)
+                sequence.take(token)
             self._remove([sequence for sequence in sequences if sequence.ended])
 
     def clear(self) -> None:
@@ -171,36 +211,6 @@ class Batch:
                 past_key_values=self.cache, use_cache=True, logits_to_keep=torch.tensor(keep, device=device),
             )  # fmt: skip
         return out.logits[0]
-
-    def _take(self, sequence: Sequence, token: SampledToken) -> None:
-        """Append a token to its sequence, and end the sequence if nothing may follow."""
-        owner, constraint = sequence.owner, sequence.sampler.constraint
-        sequence.ended = True
-        if token.error is not None:
-            owner.on_no_token(token.error)
-            return
-        if not sequence.generated:
-            owner.on_prompt(sequence)
-        if not sequence.max_tokens:
-            owner.on_end(sequence, "length")
-            return
-        sequence.ids.append(token.token)
-        sequence.generated += 1
-        if token.token in sequence.end_tokens:
-            owner.on_end(sequence, "stop")
-            return
-        stopped = sequence.consumer is not None and sequence.consumer.take(token)
-        owner.on_token(sequence, token)
-        if stopped:
-            owner.on_end(sequence, "stop")
-        elif constraint is not None and constraint.error is not None:
-            owner.on_error(constraint.error)
-        elif constraint is not None and constraint.done:
-            owner.on_end(sequence, "stop")
-        elif sequence.generated >= sequence.max_tokens:
-            owner.on_end(sequence, "length")
-        else:
-            sequence.ended = False
 
     def _remove(self, leaving: Iterable[Sequence]) -> None:
         """Free the slots of `leaving`. The last slot moves into a free one, so that those in use are always the first."""

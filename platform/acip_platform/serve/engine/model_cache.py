@@ -90,7 +90,9 @@ class ModelCache:
         limit_bytes: int,
         on_load: Callable[[ResidentModel], None] = lambda _: None,
         code_copies: float = 1.0,
+        kind: type[ResidentModel] = ResidentModel,
     ) -> None:
+        self.kind = kind
         self.engine, self.store, self.device, self.limit_bytes, self.on_load = engine, store, device, limit_bytes, on_load
         self.code_copies = code_copies
         self._entries: dict[Key, CacheEntry] = {}
@@ -147,7 +149,7 @@ class ModelCache:
         memory = entry.memory = ModelMemory(self, version.name, least_bytes)
         self.make_room(least_bytes, memory)
         packed = self.device == "cpu"
-        model = ResidentModel(version, artifact, self.device, packed=packed, memory=memory, code_copies=self.code_copies)
+        model = self.kind(version, artifact, self.device, packed=packed, memory=memory, code_copies=self.code_copies)
         memory.end_advance()
         self.engine.add(model)
         return model

@@ -4,7 +4,7 @@ import functools
 import logging
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from acip.recipe import Recipe
 from acip.sizing.budget import Budget, Convention
 from acip.sizing.cut_table import Cut, CutTable
 from acip.sizing.elastic_model import ElasticModel
-from acip_platform.serve.engine.batch import Batch
+from acip_platform.serve.engine.batch import Batch, SteppedBatch
 from acip_platform.serve.engine.errors import ContextTooLongError, InvalidTokensError
 from acip_platform.serve.engine.exactness_check import check, served_context
 from acip_platform.serve.engine.generation_settings import GenerationSettings
@@ -84,24 +84,30 @@ class ResidentModel:
         ]
         for note in self.notes:
             log.warning("%s: %s", version.name, note)
-        self.batch = Batch(self.any_size.model, mixer, kv_tokens)
+        self.batch = self._batch(mixer, kv_tokens)
+
+    def _batch(self, mixer: Mixer, kv_tokens: int) -> SteppedBatch:
+        """Return the batch that computes this model."""
+        return Batch(self.any_size.model, mixer, kv_tokens)
 
     def _check(self) -> None:
-        """Compare the engine with the model itself at two sizes: the base model and the stop ratio, or the largest coded ones."""
+        """Compare the engine with the model itself at two sizes."""
+        with self._two_sizes() as sizes, building:
+            check(self.name, self.any_size.model, self.any_size.layers, sizes, self.context)
+
+    @contextmanager
+    def _two_sizes(self) -> Iterator[tuple[Size, Size]]:
+        """Hold two sizes to check: the base model and the stop ratio, or the largest coded ones."""
         table, coded = self.any_size.table, self.any_size.table.byte_sizes
-        held: list[Cut] = []
         if coded is None:
-            sizes = [Size((0, removed), table.ranks(removed)) for removed in (0, max(self.removed_at_stop, 1))]
-        else:
-            largest = table.cut(Budget(stored_bytes=coded.bytes(coded.all_coded)))
-            smaller = table.cut(Budget(stored_bytes=max((largest.bytes or 0) - 1, coded.bytes(0))))
-            held = [largest, smaller]
-            sizes = [Size(cut.key, cut.ranks, cut.versions) for cut in held]
-        with ExitStack() as holding:
-            for cut in held:
-                holding.enter_context(self.holding(cut))
-            with building:
-                check(self.name, self.any_size.model, self.any_size.layers, (sizes[0], sizes[1]), self.context)
+            first, second = (Size((0, removed), table.ranks(removed)) for removed in (0, max(self.removed_at_stop, 1)))
+            yield first, second
+            return
+        largest = table.cut(Budget(stored_bytes=coded.bytes(coded.all_coded)))
+        smaller = table.cut(Budget(stored_bytes=max((largest.bytes or 0) - 1, coded.bytes(0))))
+        with self.holding(largest), self.holding(smaller):
+            first, second = (Size(cut.key, cut.ranks, cut.versions) for cut in (largest, smaller))
+            yield first, second
 
     @property
     def name(self) -> str:

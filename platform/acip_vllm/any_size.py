@@ -1,0 +1,162 @@
+"""Layers of any size in vLLM's models: each row of a batch is computed at the size of its own sequence.
+
+A `ServedLayers` holds the layers of one resident model (`acip.layers.elastic_linear`), which are not vLLM's: vLLM's linear layers, fused
+or not, pass their inputs to them. Before the first layer of each step, the rows of the batch are put in the order of falling size that
+`acip.layers.mixed_sizes` needs; every layer permutes its inputs and outputs accordingly.
+
+vLLM's model, and this module, run in the process that created the `ServedLayers`, so that weights can be loaded between steps.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from acip.layers.mixed_sizes import Mixer, Size, padded
+from acip.modeling_acip import onednn
+
+METHOD = "acip-any-size"  # the name of the quantization method in vLLM
+
+
+class Rows(Protocol):
+    """The rows of the step that vLLM computes now."""
+
+    def __call__(self) -> list[tuple[Size, int]]:
+        """Return the size and the number of rows of each sequence, in the order of the batch."""
+        ...
+
+
+class ServedLayers:
+    """The layers of one resident model, and the order of the rows of the present step."""
+
+    def __init__(self, model: nn.Module, targets: set[str], stored: Mapping[str, Tensor], mixer: Mixer) -> None:
+        self.model, self.targets, self.mixer = model, targets, mixer
+        self.stored = dict(stored)  # all other tensors of the model, for vLLM to load
+        self.rows: Rows = list
+        self._step: object = None
+        self._order: tuple[Tensor, Tensor] | None = None  # rows of the batch by falling size, and where each row of the batch is then
+        self._rows = 0  # that have a sequence; vLLM may add others
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors that vLLM computes with. The modules that `parts` has returned keep theirs."""
+        yield from self.stored.items()
+
+    def parts(self, names: list[str]) -> list[nn.Module]:
+        """Return the layers whose outputs a fused layer of vLLM puts one after another; none if no part has sizes."""
+        if not self.targets.intersection(names):
+            return []
+        for name in names:
+            self.stored.pop(f"{name}.weight", None)
+        return [self.model.get_submodule(name) for name in names]
+
+    def compute(self, parts: list[nn.Module], x_TN: Tensor) -> Tensor:
+        """Return the outputs [T, M] of the layers `parts`, one after another."""
+        step = get_forward_context()
+        if step is not self._step:
+            self._prepare(x_TN)
+            self._step = step
+        if not self._rows:  # vLLM measures its memory
+            return torch.cat([x_TN.new_zeros(len(x_TN), part.out_features) for part in parts], -1)  # type: ignore[arg-type]
+        if self._order is not None:
+            x_TN = x_TN[self._order[0]]
+        elif len(x_TN) != self._rows:
+            x_TN = x_TN[: self._rows]
+        with onednn(len(x_TN) > 1):
+            y_TM = parts[0](x_TN) if len(parts) == 1 else torch.cat([part(x_TN) for part in parts], -1)
+        return y_TM if self._order is None else y_TM[self._order[1]]
+
+    def _prepare(self, x_TN: Tensor) -> None:
+        rows = self.rows()
+        self._rows, self._order = sum(count for _, count in rows), None
+        if not rows:
+            return
+        by_size = sorted(range(len(rows)), key=lambda i: rows[i][0].key)
+        same = groupby(by_size, key=lambda i: rows[i][0].key)
+        runs = [(rows[members[0]][0], sum(rows[i][1] for i in members)) for _, group in same if (members := list(group))]
+        starts = [0]
+        for _, count in rows:
+            starts.append(starts[-1] + count)
+        total = len(x_TN)
+        missing = total - self._rows
+        want = max(padded(self._rows), total)
+        if len(runs) > 1 or want != total or missing:
+            # rows that belong to no sequence repeat the last one
+            order = [row for i in by_size for row in range(starts[i], starts[i + 1])]
+            runs[-1] = (runs[-1][0], runs[-1][1] + want - self._rows)
+            index = torch.tensor(order + order[-1:] * (want - self._rows), device=x_TN.device)
+            back = torch.zeros(total, dtype=torch.int64, device=x_TN.device)
+            back[index[: self._rows]] = torch.arange(self._rows, device=x_TN.device)
+            self._order = (index, back)
+        self.mixer.set(runs)
+
+
+SERVED: dict[str, ServedLayers] = {}  # by the folder that vLLM is given as the model
+
+
+class AnySizeConfig(QuantizationConfig):
+    """The quantization of a model whose layers are in `SERVED`."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.served = SERVED[folder]
+        self.names: dict[str, str] = {name: name for name, module in self.served.model.named_modules()}  # vLLM's name -> ours
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "AnySizeConfig":
+        """Return the layers that the config of `acip_vllm.resident_model` names."""
+        return cls(config["folder"])
+
+    def get_name(self) -> str:
+        """Return the name of this method."""
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Return the dtypes that layers can compute in."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Return the least compute capability of a GPU times ten: no special kernels are used."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Return no names: everything is in config.json."""
+        return []
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Rename the layers as a model of vLLM does."""
+        self.names = hf_to_vllm_mapper.apply_dict(self.names)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Return the method that computes a layer; vLLM's own if no part of the layer has sizes."""
+        parent, dot, last = prefix.rpartition(".")
+        names = [self.names.get(f"{parent}{dot}{part}", "") for part in self.packed_modules_mapping.get(last, [last])]
+        parts = self.served.parts(names)
+        if isinstance(layer, LinearBase):
+            return AnySizeLinearMethod(self.served, parts) if parts else UnquantizedLinearMethod()
+        if parts:
+            raise ValueError(f"layer {prefix} has sizes, but vLLM computes it with {type(layer).__name__}, which is not a linear layer.")
+        return None
+
+
+class AnySizeLinearMethod(LinearMethodBase):
+    """Compute a linear layer of vLLM with the layers of the resident model."""
+
+    def __init__(self, served: ServedLayers, parts: list[nn.Module]) -> None:
+        self.served, self.layers = served, parts
+
+    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Create nothing: the resident model has the weights. Raise ValueError if the layer is split between workers."""
+        if cast(Any, layer).tp_size > 1:
+            raise ValueError("a resident model of any size is not split between workers. Export one size for tensor parallelism.")
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the outputs [..., M] for inputs [..., N]. The layers of the resident model add their own biases."""
+        y_TM = self.served.compute(self.layers, x.flatten(0, -2))
+        return y_TM.unflatten(0, x.shape[:-1])

@@ -1,0 +1,162 @@
+"""vLLM computes the sequences of one resident model: it schedules them, runs its own model, and holds keys and values in pages.
+
+    waiting --step--> vLLM's queue --[prefix cache, chunks of the prompt]--> logits --our sampler--> token --> Sequence.take
+
+Tokens are sampled by `acip_platform.serve.engine.sampling` from vLLM's logits, so that seeds, penalties, grammars and log-probabilities
+are the same as in the embedded engine. vLLM then "chooses" the token whose logit alone is finite.
+"""
+
+import shutil
+import time
+import weakref
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import EngineArgs, TokensPrompt
+from vllm import SamplingParams as VllmParams
+from vllm.config import VllmConfig
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+
+from acip.layers.mixed_sizes import Size
+from acip_platform.serve.engine.batch import Sequence
+from acip_platform.serve.engine.sampling import SampledToken, ScoredToken, sample
+from acip_vllm.any_size import SERVED, ServedLayers
+
+BATCHES: "weakref.WeakValueDictionary[str, VllmBatch]" = weakref.WeakValueDictionary()  # by the folder that vLLM is given as the model
+
+
+class VllmBatch:
+    """The sequences of one model in an engine of vLLM, which runs in this process."""
+
+    def __init__(self, folder: str, served: ServedLayers, **arguments: Any) -> None:
+        """Start the engine. `arguments` are those of vLLM's EngineArgs; `folder` has the config, and is removed at the end."""
+        self.waiting: deque[Sequence] = deque()
+        self.running: dict[str, Sequence] = {}  # by vLLM's id of the request
+        self.sampled: dict[str, SampledToken] = {}  # the tokens of the present step
+        self._keys: dict[str, str] = {}  # our id of a request -> vLLM's
+        self._count = 0
+        BATCHES[folder], SERVED[folder] = self, served
+        served.rows = self._rows
+        self.engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=folder, skip_tokenizer_init=True, generation_config="vllm", async_scheduling=False, max_logprobs=-1,
+                logits_processors=[EngineSampler], enforce_eager=True, disable_log_stats=True, **arguments,
+            )
+        )  # fmt: skip
+        core: Any = self.engine.engine_core
+        self._runner: Any = core.engine_core.model_executor.driver_worker.worker.model_runner
+        weakref.finalize(self, _shut_down, core, folder)
+
+    def __bool__(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def step(self) -> None:
+        """Run one step of vLLM, and hand over the tokens."""
+        self._abort([key for key, sequence in self.running.items() if sequence.owner.done])
+        while self.waiting:
+            sequence = self.waiting.popleft()
+            if not sequence.owner.done:
+                self._add(sequence)
+        if not self.running:
+            return
+        self.sampled.clear()
+        outputs = self.engine.step()
+        ended = []
+        for output in outputs:
+            key = self._keys[output.request_id]
+            sequence, scores = self.running[key], getattr(output, "prompt_logprobs", None)
+            if sequence.scores_prompt and scores:
+                sequence.prompt_scores = _scores(sequence, scores)
+        for key, token in self.sampled.items():
+            sequence = self.running[key]
+            sequence.take(token)
+            if sequence.ended:
+                ended.append(key)
+        self._abort(ended)
+
+    def clear(self) -> None:
+        """Drop all sequences, as after a step that failed."""
+        self.waiting.clear()
+        self._abort(list(self.running))
+
+    def _add(self, sequence: Sequence) -> None:
+        self._count += 1
+        params = VllmParams(
+            temperature=0.0, max_tokens=sequence.max_tokens or 1, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA,
+            prompt_logprobs=sequence.prompt_logprobs,
+        )  # fmt: skip
+        prompt = TokensPrompt(prompt_token_ids=list(sequence.ids), cache_salt=f"{sequence.size.key}")  # keys and values differ by size
+        name = str(self._count)
+        key = self.engine.add_request(name, prompt, params)
+        self._keys[name] = key
+        self.running[key] = sequence
+
+    def _abort(self, keys: list[str]) -> None:
+        """End the requests of vLLM that are not wanted any more. vLLM ignores those that it has ended itself."""
+        if keys:
+            self.engine.abort_request(keys, internal=True)
+        for key in keys:
+            del self.running[key]
+
+    def _rows(self) -> list[tuple[Size, int]]:
+        runner = getattr(self, "_runner", None)
+        if runner is None:
+            return []
+        starts = runner.query_start_loc.np
+        rows = []
+        for i, key in enumerate(runner.input_batch.req_ids):
+            sequence = self.running[key]
+            sequence.started = sequence.started or time.monotonic()
+            rows.append((sequence.size, int(starts[i + 1] - starts[i])))
+        return rows
+
+    def sample(self, logits_nV: Tensor) -> Tensor:
+        """Sample a token for each row whose tokens have all been computed. Return logits of which only that token's is finite."""
+        keys = self._runner.input_batch.req_ids
+        complete = [i for i in range(len(keys)) if not self._runner.discard_request_mask.np[i]]
+        if not complete:
+            return logits_nV
+        tokens = sample(logits_nV[complete], [self.running[keys[i]].sampler for i in complete])
+        self.sampled.update((keys[i], token) for i, token in zip(complete, tokens, strict=True))
+        chosen = torch.tensor([max(token.token, 0) for token in tokens], device=logits_nV.device)
+        rows = torch.tensor(complete, device=logits_nV.device)
+        logits_nV[rows] = -torch.inf
+        logits_nV[rows, chosen] = 0.0
+        return logits_nV
+
+
+class EngineSampler(LogitsProcessor):
+    """vLLM's interface to `VllmBatch.sample`."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self.folder = vllm_config.model_config.model
+
+    def is_argmax_invariant(self) -> bool:
+        """Return False: it chooses the token."""
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Do nothing: the batch knows its sequences."""
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Return logits of which only the sampled token's is finite."""
+        return BATCHES[self.folder].sample(logits)
+
+
+def _scores(sequence: Sequence, scores: list[Any]) -> list[ScoredToken]:
+    """Return vLLM's log-probabilities of a prompt in the form of ours."""
+    found = [ScoredToken(sequence.ids[0])]
+    for token, entries in zip(sequence.ids[1:], scores[1:], strict=False):
+        top = sorted(entries.items(), key=lambda entry: entry[1].rank)[: sequence.prompt_logprobs or 0]
+        found.append(ScoredToken(token, entries[token].logprob, tuple((other, entry.logprob) for other, entry in top)))
+    return found
+
+
+def _shut_down(core: Any, folder: str) -> None:
+    core.shutdown()
+    SERVED.pop(folder, None)
+    shutil.rmtree(folder, ignore_errors=True)
