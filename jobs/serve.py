@@ -3,6 +3,7 @@
     python jobs/serve.py                                        every model that has a champion
     python jobs/serve.py --model smollm2-135m                   one model; repeat --model for more
     python jobs/serve.py --model smollm2-135m@3 --port 8080     version 3, on another port
+    python jobs/serve.py --engine vllm                          vLLM computes, at every size (pip install "acip[vllm]")
 
 It listens on this machine only. With API keys (ACIP_API_KEYS or ACIP_API_KEYS_FILE) other addresses are allowed (--host).
 
@@ -31,6 +32,7 @@ from acip_platform.cluster import ClusterError, connect
 from acip_platform.serve.api import BUILD_ARGS, application, check_limits, choose
 from acip_platform.serve.http.edge import PROXY_ENV
 from acip_platform.serve.http.keys import Keys
+from acip_platform.serve.replica import ENGINES, model_kind
 from acip_platform.settings import Settings, masked
 from acip_platform.storage.store import Store, StoreError
 from acip_platform.tracking.registry import CHAMPION, ModelVersion
@@ -63,12 +65,17 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         help="origin whose web pages may send requests, like https://host, or *; may be repeated (default: the server's own page only)",
     )
+    parser.add_argument(
+        "--engine", choices=ENGINES, default="acip",
+        help="acip: the embedded engine; vllm: vLLM, for GPUs and many requests (default: %(default)s)",
+    )  # fmt: skip
     for name, (kind, meaning) in LIMITS.items():
         option = f"--{name.removesuffix('_s').replace('_', '-')}"
         parser.add_argument(option, dest=name, type=kind, default=BUILD_ARGS[name], help=f"{meaning} (default: %(default)s)")
     args = cli.parse(parser, argv)
     try:
         check_limits(args.default_max_tokens, args.max_answers, args.timeout_s, args.drain_s, args.cors_origin, args.default_size)
+        model_kind(args.engine)
         args.keys = Keys.from_env()
     except AcipError as error:
         parser.error(str(error))
@@ -120,7 +127,7 @@ def _serve(versions: list[ModelVersion], args: argparse.Namespace, own: bool) ->
     try:
         resources = ray.cluster_resources()
         options = {key: value for key, value in BUILD_ARGS.items() if key not in ("models", "alias")}
-        options |= {name: getattr(args, name) for name in LIMITS} | {"cors_origins": args.cors_origin}
+        options |= {name: getattr(args, name) for name in LIMITS} | {"cors_origins": args.cors_origin, "engine": args.engine}
         options["num_gpus"] = min(1, resources.get("GPU", 0))
         if own:  # no other program uses this Ray
             options["num_cpus"] = max(1, min(MAX_CPUS, resources["CPU"] - 1))  # one core is for HTTP, or for an export

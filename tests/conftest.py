@@ -33,6 +33,7 @@ from acip.recipe import Recipe
 from acip.sizing.elastic_model import ElasticModel
 from tests.support import fuzzing
 from tests.support.browser import Visit, launched, visiting
+from tests.support.engines import ENGINE, write_wide_base
 from tests.support.server import Server, Shared, free_port, make_home
 from tests.support.small import GOLDEN, byte_tokenizer, write_small_base  # noqa: F401  (other tests import these names from here)
 from tests.support.waiting import stop, until
@@ -100,7 +101,8 @@ def heldout_tokens() -> torch.Tensor:
 @pytest.fixture(scope="session")
 def small_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Write the model of golden/ and its tokenizer to a folder in the format of transformers."""
-    return str(write_small_base(tmp_path_factory.mktemp("base") / "small"))
+    write = write_small_base if ENGINE == "acip" else write_wide_base
+    return str(write(tmp_path_factory.mktemp("base") / "small"))
 
 
 @pytest.fixture(scope="session")

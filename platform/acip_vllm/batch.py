@@ -13,6 +13,8 @@ from collections import deque
 from typing import Any
 
 import torch
+from acip_platform.serve.engine.batch import Sequence
+from acip_platform.serve.engine.sampling import SampledToken, ScoredToken, sample
 from torch import Tensor
 from vllm import EngineArgs, TokensPrompt
 from vllm import SamplingParams as VllmParams
@@ -22,8 +24,6 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
 from acip.layers.mixed_sizes import Size
-from acip_platform.serve.engine.batch import Sequence
-from acip_platform.serve.engine.sampling import SampledToken, ScoredToken, sample
 from acip_vllm.any_size import SERVED, ServedLayers
 
 BATCHES: "weakref.WeakValueDictionary[str, VllmBatch]" = weakref.WeakValueDictionary()  # by the folder that vLLM is given as the model

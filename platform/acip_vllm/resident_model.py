@@ -7,24 +7,21 @@ everything between the compressed layers, attention included.
 import json
 import os
 import tempfile
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
-
-from acip.errors import AcipError
-from acip.layers.mixed_sizes import Mixer
-from acip.modeling_acip import set_module
 from acip_platform.serve.engine.batch import Sequence, SteppedBatch
 from acip_platform.serve.engine.events import EndReason
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.engine.resident_weights import building
 from acip_platform.serve.engine.sampling import SampledToken, Sampler
+from torch import Tensor, nn
+
+from acip.errors import AcipError
+from acip.layers.mixed_sizes import Mixer
 
 SETTINGS = {  # of vLLM. Its engine must run in this process, where weights can be loaded between steps
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -20,13 +20,15 @@ from acip.sizing.cut_table import Cut, CutTable
 from tests.acip.artifact.test_codes_file import RECIPE, calibrated_with_codes, llama
 from tests.conftest import byte_tokenizer
 from tests.support.coded import rounded
+from tests.support.engines import ENGINE, HEAD_DIM, Resident
 
+HEAD = None if ENGINE == "acip" else HEAD_DIM  # numbers per head of attention; None = a fourth of the width
 LARGEST = (3, 7, 15, 31, 63, 127)  # the largest code of each version
 
 
 @pytest.fixture(scope="module")
 def served(small_artifact: Artifact) -> ResidentModel:
-    return ResidentModel(ModelVersion("small", "7", str(small_artifact.folder), ("champion",), {}), small_artifact)
+    return Resident(ModelVersion("small", "7", str(small_artifact.folder), ("champion",), {}), small_artifact)
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +42,14 @@ def engine(served: ResidentModel) -> Iterator[TextEngine]:
 def save_with_codes(folder: Path, width: int, dtype: torch.dtype) -> Artifact:
     """Save an artifact of a small Llama with random weights, with ranks and codes."""
     torch.manual_seed(0)
-    base, calibration, codes = calibrated_with_codes(llama(width, dtype=dtype), LARGEST)
+    base, calibration, codes = calibrated_with_codes(llama(width, dtype=dtype, head_dim=HEAD), LARGEST)
     return Artifact.save(folder / "artifact", base, calibration, {}, codes)
 
 
 def save_codes_only(folder: Path) -> Artifact:
     """Save an artifact in bfloat16 that has codes and no ranks."""
     torch.manual_seed(0)
-    model = llama(64, dtype=torch.bfloat16)
+    model = llama(64, dtype=torch.bfloat16, head_dim=HEAD)
     base = Base(model, byte_tokenizer(), "random", None, "0" * 12)
     recipe = replace(RECIPE, code="bits", dtype="bfloat16")
     return Artifact.save_coded(folder / "artifact", base, recipe, rounded(find_linears(model), LARGEST), {})

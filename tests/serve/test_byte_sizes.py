@@ -27,6 +27,7 @@ from acip.errors import AcipError, BudgetError
 from acip.sizing.budget import Budget
 from tests.serve.conftest import in_bytes, save_codes_only, save_with_codes
 from tests.support.application import Application
+from tests.support.engines import Resident
 from tests.support.waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
@@ -42,7 +43,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 def resident(artifact: Artifact, **options: Any) -> ResidentModel:
     version: Any = SimpleNamespace(name="small", version="7", uri=str(artifact.folder))
-    return ResidentModel(version, artifact, **{"packed": False, **options})
+    return Resident(version, artifact, **{"packed": False, **options})
 
 
 def layer_bytes(model: ResidentModel) -> int:
@@ -160,7 +161,7 @@ def test_a_damaged_version_fails_one_request_and_is_not_counted(
 
 def cache(engine: Engine, artifact: Artifact, limit_bytes: int) -> tuple[ModelCache, ResidentModel]:
     store: Any = SimpleNamespace(fetch=lambda uri: artifact.folder)
-    models = ModelCache(engine, store, "cpu", limit_bytes)
+    models = ModelCache(engine, store, "cpu", limit_bytes, kind=Resident)
     version: Any = SimpleNamespace(name="small", version="7", uri=str(artifact.folder))
     return models, models.get(version)
 

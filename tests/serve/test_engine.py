@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from acip.artifact.artifact import Artifact
 from acip.errors import AcipError, BudgetError
 from acip.layers.mixed_sizes import padded
+from tests.support.engines import Resident
 from tests.support.near_ties import assert_greedy_text, same_text
 from tests.support.waiting import PATIENCE_S, until
 
@@ -311,7 +312,7 @@ def test_prefill_chunk_size_does_not_change_the_text(ask: Ask, monkeypatch: pyte
 
 
 def test_memory_for_keys_and_values_is_bounded(small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    limited = ResidentModel(ModelVersion("small", "7", "here", (), {}), small_artifact, kv_tokens=1024)
+    limited = Resident(ModelVersion("small", "7", "here", (), {}), small_artifact, kv_tokens=1024)
     engine = TextEngine()
     engine.add(limited)
     cached_tokens: list[int] = []
@@ -330,7 +331,7 @@ def test_memory_for_keys_and_values_is_bounded(small_artifact: Artifact, monkeyp
 
 
 def test_cache_of_a_long_request_is_shortened_for_many_short_requests(small_artifact: Artifact) -> None:
-    batch = ResidentModel(ModelVersion("small", "7", "here", (), {}), small_artifact).batch
+    batch = Resident(ModelVersion("small", "7", "here", (), {}), small_artifact).batch
     batch.cache.room(2, 4096)
     batch.cache.room(32, 100)
     assert (batch.cache.count, batch.cache.length) == (32, 128)
@@ -343,7 +344,7 @@ def test_long_stop_text_takes_linear_time(ask: Ask) -> None:
 
 def test_unloaded_model_is_garbage_collected(small_artifact: Artifact, tmp_path: Path) -> None:
     engine = TextEngine()
-    served = ResidentModel(ModelVersion("small", "7", "here", (), {}), small_artifact)
+    served = Resident(ModelVersion("small", "7", "here", (), {}), small_artifact)
     recorder = Recorder(engine, tmp_path)
     engine.add(served)
     recorder.add(served)
@@ -417,7 +418,7 @@ def test_model_that_ignores_position_ids_is_refused(small_artifact: Artifact, mo
 
     monkeypatch.setattr(LlamaRotaryEmbedding, "forward", ignore_positions)
     with pytest.raises(AcipError, match="small: LlamaForCausalLM can't be served: "):
-        ResidentModel(ModelVersion("small", "7", "here", (), {}), small_artifact)
+        Resident(ModelVersion("small", "7", "here", (), {}), small_artifact)
 
 
 def wait_until(condition: Callable[[], bool], message: str) -> None:

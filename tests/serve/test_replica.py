@@ -20,6 +20,7 @@ from acip_platform.tracking.registry import ModelVersion
 
 from acip.artifact.artifact import Artifact
 from acip.layers.packing import PackedLinear, packable
+from tests.support.engines import ENGINE, Resident
 from tests.support.waiting import PATIENCE_S, until
 
 Start = Callable[..., EngineReplica]
@@ -33,7 +34,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     replicas: list[EngineReplica] = []
 
     def make(*versions: ModelVersion) -> EngineReplica:
-        replicas.append(EngineReplica(list(versions), timeout_s=PATIENCE_S, device="cpu", num_cpus=1, memory_gb=None))
+        replicas.append(EngineReplica(list(versions), timeout_s=PATIENCE_S, device="cpu", num_cpus=1, memory_gb=None, engine=ENGINE))
         return replicas[-1]
 
     yield make
@@ -121,7 +122,7 @@ def test_weights_are_packed_only_if_memory_is_free(start: Start, small_artifact:
     unlimited = start(version("small", small_artifact.folder)).models  # loads the model at the same time
     needs = weight_bytes(small_artifact)
     for limit_bytes, packed in ((needs, False), (2 * needs, True)):
-        limited = model_cache.ModelCache(unlimited.engine, unlimited.store, "cpu", limit_bytes)
+        limited = model_cache.ModelCache(unlimited.engine, unlimited.store, "cpu", limit_bytes, kind=Resident)
         layers = limited.get(version("small", small_artifact.folder)).any_size.layers.values()
         assert {isinstance(layer.original, PackedLinear) for layer in layers} == {packed and packable(torch.empty(1, 1))}
         assert limited.used_bytes <= limit_bytes
@@ -130,7 +131,7 @@ def test_weights_are_packed_only_if_memory_is_free(start: Start, small_artifact:
 def test_packed_weights_are_evicted_before_models(start: Start, small_artifact: Artifact) -> None:
     unlimited = start(version("small", small_artifact.folder)).models
     needs = weight_bytes(small_artifact)
-    limited = model_cache.ModelCache(unlimited.engine, unlimited.store, "cpu", 2 * needs)
+    limited = model_cache.ModelCache(unlimited.engine, unlimited.store, "cpu", 2 * needs, kind=Resident)
     first = limited.get(version("first", small_artifact.folder))
     assert (first.weights.packed_bytes > 0) == packable(torch.empty(1, 1))
     second = limited.get(version("second", small_artifact.folder))

@@ -18,6 +18,7 @@ from acip_platform.tracking.registry import Registry
 from acip_platform.tracking.runs import Tracking
 
 from acip.artifact.artifact import Artifact
+from tests.support.engines import ENGINE
 from tests.support.waiting import PATIENCE_S
 
 Headers = list[tuple[bytes, bytes]]
@@ -75,7 +76,7 @@ class Application:
 
     def start(self) -> None:
         """Create the engine and the routes. A second call acts as a restart."""
-        self.replica = EngineReplica([self.version], timeout_s=PATIENCE_S, device="cpu", num_cpus=1, memory_gb=None)
+        self.replica = EngineReplica([self.version], timeout_s=PATIENCE_S, device="cpu", num_cpus=1, memory_gb=None, engine=ENGINE)
         api = Api(LocalHandle(self.replica), [self.version], 64, Keys(), 0)  # type: ignore[arg-type]
         api.materializations.max_active = 0  # requests are validated, but no Ray task is started
         self.app: Any = api.__serve_build_asgi_app__()

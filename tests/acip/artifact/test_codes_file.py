@@ -41,10 +41,10 @@ RECIPE = Recipe(basis="svd", scores="singular_values", adapter_rank=0, post_tune
 IDS = torch.arange(16)[None]
 
 
-def llama(width: int = 32, layers: int = 2, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def llama(width: int = 32, layers: int = 2, dtype: torch.dtype = torch.float32, head_dim: int | None = None) -> PreTrainedModel:
     config = LlamaConfig(
         vocab_size=256, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
-        max_position_embeddings=64, attention_bias=True,
+        max_position_embeddings=64, attention_bias=True, head_dim=head_dim or width // 4,
     )  # fmt: skip
     config.dtype = dtype
     return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)  # type: ignore[arg-type]
