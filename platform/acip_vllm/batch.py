@@ -7,6 +7,7 @@ are the same as in the embedded engine. vLLM then "chooses" the token whose logi
 """
 
 import shutil
+import threading
 import time
 import weakref
 from collections import deque
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from acip_platform.serve.engine.batch import Sequence
+from acip_platform.serve.engine.errors import BrokenEngineError
 from acip_platform.serve.engine.sampling import SampledToken, ScoredToken, sample
 from torch import Tensor
 from vllm import EngineArgs, TokensPrompt
@@ -39,6 +41,8 @@ class VllmBatch:
         self.sampled: dict[str, SampledToken] = {}  # the tokens of the present step
         self._keys: dict[str, str] = {}  # our id of a request -> vLLM's
         self._count = 0
+        self._stepping = threading.Lock()  # vLLM's engine is not safe for several threads
+        self.broken: str | None = None  # why no step is possible any more
         BATCHES[folder], SERVED[folder] = self, served
         served.rows = self._rows
         self.engine = LLMEngine.from_engine_args(
@@ -54,8 +58,26 @@ class VllmBatch:
     def __bool__(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def active(self) -> list[Sequence]:
+        """The sequences that vLLM has, those in its queue included."""
+        return list(self.running.values())
+
     def step(self) -> None:
-        """Run one step of vLLM, and hand over the tokens."""
+        """Run one step of vLLM, and hand over the tokens.
+
+        A step that raises leaves vLLM in an unknown state, so that all later ones raise a BrokenEngineError.
+        """
+        with self._stepping:
+            if self.broken is not None:
+                raise BrokenEngineError(f"vLLM can't go on after {self.broken}; the replica is being replaced. Try again in a moment.")
+            try:
+                self._step()
+            except Exception as error:
+                self.broken = type(error).__name__
+                raise
+
+    def _step(self) -> None:
         self._abort([key for key, sequence in self.running.items() if sequence.owner.done])
         while self.waiting:
             sequence = self.waiting.popleft()
@@ -80,8 +102,11 @@ class VllmBatch:
 
     def clear(self) -> None:
         """Drop all sequences, as after a step that failed."""
-        self.waiting.clear()
-        self._abort(list(self.running))
+        with self._stepping:
+            self.waiting.clear()
+            if self.broken is None:
+                self._abort(list(self.running))
+            self.running.clear()
 
     def _add(self, sequence: Sequence) -> None:
         self._count += 1
@@ -101,6 +126,7 @@ class VllmBatch:
             self.engine.abort_request(keys, internal=True)
         for key in keys:
             del self.running[key]
+            del self._keys[key.rpartition("-")[0]]
 
     def _rows(self) -> list[tuple[Size, int]]:
         runner = getattr(self, "_runner", None)

@@ -62,4 +62,4 @@ def test_python_example_runs(small_artifact: Artifact, tmp_path: Path) -> None:
 def test_example_request_is_valid() -> None:
     (request,) = (words for words in commands("README.md") if words[0] == "curl")
     parsed = CompletionRequest.parse(json.loads(request[request.index("-d") + 1]))
-    assert (parsed.size_ratio, parsed.max_tokens) == (0.6, 24)
+    assert (parsed.size_ratio, parsed.max_tokens) == (0.42, 24)

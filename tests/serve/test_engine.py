@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from acip.artifact.artifact import Artifact
 from acip.errors import AcipError, BudgetError
 from acip.layers.mixed_sizes import padded
-from tests.support.engines import Resident
+from tests.support.engines import ENGINE, Resident, embedded_only
 from tests.support.near_ties import assert_greedy_text, same_text
 from tests.support.waiting import PATIENCE_S, until
 
@@ -213,7 +213,7 @@ def test_canceled_request_frees_its_slots(engine: TextEngine, served: ResidentMo
     engine.cancel(ticket)
     wait_until(lambda: not served.batch and engine.open == 0, "the slots of a canceled request are not free")
     assert received[-1].kind == "text"
-    assert not served.batch.cache.keys
+    assert ENGINE != "acip" or not served.batch.cache.keys
 
 
 @pytest.fixture
@@ -236,6 +236,7 @@ def test_deadline_ends_the_answer_with_the_tokens_so_far(zero_timeout_engine: Te
     wait_until(lambda: not served.batch, "the slots of a request that reached its deadline are not free")
 
 
+@embedded_only
 def test_deadline_before_the_first_token_is_an_error(zero_timeout_engine: TextEngine, served: ResidentModel) -> None:
     with pytest.raises(RequestError, match=r"no token within 0 s") as caught:
         whole_answer(
@@ -245,6 +246,7 @@ def test_deadline_before_the_first_token_is_an_error(zero_timeout_engine: TextEn
     wait_until(lambda: not served.batch, "the slots of a request without an answer are not free")
 
 
+@embedded_only
 def test_failed_step_fails_only_its_own_requests(
     engine: TextEngine, served: ResidentModel, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +286,7 @@ def test_sizes_in_one_batch_give_the_texts_of_single_requests(ask: Ask, served: 
     assert largest_batch > 8
 
 
+@embedded_only
 def test_long_prompt_is_prefilled_in_chunks_between_decoding_steps(ask: Ask, engine: TextEngine, served: ResidentModel) -> None:
     counts: list[int] = []  # tokens of each forward pass, with padding
 
@@ -311,6 +314,7 @@ def test_prefill_chunk_size_does_not_change_the_text(ask: Ask, monkeypatch: pyte
     assert_greedy_text(whole, text(ask(prompt=prompt, max_tokens=24, size_ratio=size)))
 
 
+@embedded_only
 def test_memory_for_keys_and_values_is_bounded(small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     limited = Resident(ModelVersion("small", "7", "here", (), {}), small_artifact, kv_tokens=1024)
     engine = TextEngine()
@@ -330,6 +334,7 @@ def test_memory_for_keys_and_values_is_bounded(small_artifact: Artifact, monkeyp
     assert len({choice["text"] for choice in answer["choices"]}) == 1, "all twelve answers, computed four at a time, must be equal"
 
 
+@embedded_only
 def test_cache_of_a_long_request_is_shortened_for_many_short_requests(small_artifact: Artifact) -> None:
     batch = Resident(ModelVersion("small", "7", "here", (), {}), small_artifact).batch
     batch.cache.room(2, 4096)
@@ -407,6 +412,7 @@ def test_model_is_removed_only_if_no_request_uses_it(engine: TextEngine, served:
     engine.add(served)
 
 
+@embedded_only
 def test_model_that_ignores_position_ids_is_refused(small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences of a batch would mix in an architecture that ignores `position_ids`."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

@@ -194,9 +194,9 @@ class EngineReplica:
                 self.engine.cancel(submitted)
 
     def check_health(self) -> None:
-        """Raise RuntimeError if the engine's thread has ended. Ray Serve calls this method, and replaces the replica."""
+        """Raise RuntimeError if the engine cannot go on. Ray Serve calls this method, and replaces the replica."""
         if not self.engine.alive:
-            raise RuntimeError("the engine's thread has ended")
+            raise RuntimeError("the engine's thread has ended, or a step has failed in a way that it cannot recover from")
 
 
 def merged(events: list[TextEvent]) -> list[TextEvent]:

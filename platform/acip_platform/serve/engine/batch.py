@@ -105,6 +105,7 @@ class SteppedBatch(Protocol):
     """The sequences of one model, stepped by the engine's thread: `Batch`, or another engine's batch."""
 
     waiting: deque[Sequence]  # the engine appends to it from any thread
+    broken: str | None  # why no step is possible any more, or None
 
     def __bool__(self) -> bool: ...  # whether there are sequences
     def step(self) -> None: ...  # give each sequence that runs its next token, or part of its prompt
@@ -121,6 +122,7 @@ class Batch:
     waiting: deque[Sequence] = field(default_factory=deque)
     active: list[Sequence] = field(default_factory=list)  # by slot
     cache: KVCache = field(default_factory=KVCache)
+    broken: str | None = None
 
     def __bool__(self) -> bool:
         return bool(self.waiting or self.active)

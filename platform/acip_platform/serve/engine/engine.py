@@ -165,7 +165,8 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        """Whether it can step its models."""
+        return self._thread.is_alive() and all(model.batch.broken is None for model in self._models)
 
     def submit(
         self,

@@ -48,3 +48,7 @@ class ModelUnavailableError(EngineError):
 
 class MemoryFullError(EngineError):
     """A model that cannot be loaded now, because every other model in memory is in use."""
+
+
+class BrokenEngineError(EngineError):
+    """An engine that cannot compute any more, and will be replaced."""

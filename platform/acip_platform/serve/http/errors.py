@@ -27,6 +27,7 @@ ENGINE_ERRORS: dict[type[engine.EngineError], tuple[int, str, str | None]] = {  
     engine.ModelUnloadedError: (503, "unloaded", "model"),
     engine.ModelUnavailableError: (503, "artifact_unavailable", "model"),
     engine.MemoryFullError: (503, "memory_full", "model"),
+    engine.BrokenEngineError: (503, "engine_restarting", None),
 }
 
 log = logging.getLogger("ray.serve")
