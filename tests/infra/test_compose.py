@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,9 @@ def dangling(compose: Compose) -> list[str]:
             for dependency in service.get("depends_on", ())
             if "healthcheck" not in services.get(dependency, ())
         ]
+        if "build" in service:
+            dockerfile = (INFRA.parent / service["build"]["dockerfile"]).read_text()
+            complaints += [f"{name}: no ARG {arg}" for arg in service["build"]["args"] if f"\nARG {arg}=" not in dockerfile]
         complaints += [f"{name}: no {file}" for file in service.get("env_file", ()) if file not in secret_files]
         complaints += [f"{name}: no secret {secret}" for secret in service.get("secrets", ()) if secret not in compose["secrets"]]
         for source in (volume.split(":")[0] for volume in service.get("volumes", ())):
@@ -109,6 +113,7 @@ PLANTED: dict[str, tuple[Callable[[Compose], list[str]], Callable[[dict[str, Any
     "a service that is not there": (dangling, lambda s: s["mlflow"]["depends_on"].update(postgresql={"condition": "service_healthy"})),
     "a file that is not there": (dangling, lambda s: s["grafana"]["volumes"].append("./monitoring/dash.json:/x:ro")),
     "a host that is not there": (dangling, lambda s: s["ray-worker"]["environment"].update(AWS_ENDPOINT_URL="http://minio:9000")),
+    "a build argument that is not there": (dangling, lambda s: s["ray-head"]["build"]["args"].update(VLM="yes")),
     "a port for everyone": (open_to_the_network, lambda s: s["ray-head"]["ports"].append("8265:8265")),
     "no option of ray's": (wrong_commands, lambda s: s["ray-head"]["command"].append("--gpus=1")),
     "no option of mlflow's": (wrong_commands, lambda s: s["mlflow"]["command"].append("--no-serve-artefacts")),
@@ -128,7 +133,7 @@ def test_a_planted_error_is_found(compose: Compose, error: str) -> None:
 
 
 def wrong_image(dockerfile: str, folder: Path) -> list[str]:
-    """Return hadolint's findings, missing or ignored COPY sources, a USER that is not a number above 0, and a wrong torch version."""
+    """Return hadolint's findings, missing or ignored COPY sources, a USER that is not a number above 0, a wrong torch, unknown extras."""
     (folder / "Dockerfile").write_text(dockerfile)
     command = [str(Path(sys.executable).with_name("hadolint")), "--no-color", str(folder / "Dockerfile")]
     complaints = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
@@ -143,7 +148,9 @@ def wrong_image(dockerfile: str, folder: Path) -> list[str]:
     (torch,) = re.findall(r"torch==([\d.]+)", (INFRA / "venv").read_text())
     if f"ARG TORCH={torch}\n" not in dockerfile:
         complaints.append(f"torch is not {torch}, the version in infra/venv")
-    return complaints
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (extras,) = re.findall(r'"\.\[(.+)\]"', dockerfile)
+    return complaints + [f"no extra {extra}" for extra in re.sub(r"\${VLLM:\+(.+)}", r"\1", extras).split(",") if extra not in known]
 
 
 def test_dockerfile_is_valid(tmp_path: Path) -> None:
@@ -158,6 +165,7 @@ def test_dockerfile_is_valid(tmp_path: Path) -> None:
         ("USER 1000:1000", "USER acip"),
         ("USER 1000:1000\n", ""),
         ("TORCH=2", "TORCH=1"),
+        (",vllm}", ",vlm}"),
     ],
 )
 def test_a_planted_dockerfile_error_is_found(tmp_path: Path, right: str, wrong: str) -> None:

