@@ -45,7 +45,7 @@ class VllmBatch:
         self.broken: str | None = None  # why no step is possible any more
         BATCHES[folder], SERVED[folder] = self, served
         itself = weakref.proxy(self)  # `SERVED` is global, and must not keep the engine
-        served.rows = lambda: itself._rows()
+        served.rows = lambda: itself._rows()  # noqa: PLW0108  (a bound method of the proxy would hold the object)
         with IN_USE:
             self.engine = LLMEngine.from_engine_args(
                 EngineArgs(
