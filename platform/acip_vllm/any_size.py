@@ -18,6 +18,7 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from acip.layers.mixed_sizes import Mixer, Size, padded
+from acip.layers.targets import weight_MN
 from acip.modeling_acip import onednn
 
 METHOD = "acip-any-size"  # the name of the quantization method in vLLM
@@ -61,7 +62,8 @@ class ServedLayers:
             self._prepare(x_TN)
             self._step = step
         if not self._rows:  # vLLM measures its memory
-            return torch.cat([x_TN.new_zeros(len(x_TN), part.out_features) for part in parts], -1)  # type: ignore[arg-type]
+            rows_M = sum(len(weight_MN(cast(Any, getattr(part, "original", part)))) for part in parts)
+            return x_TN.new_zeros(len(x_TN), rows_M)
         if self._order is not None:
             x_TN = x_TN[self._order[0]]
         elif len(x_TN) != self._rows:

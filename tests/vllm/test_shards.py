@@ -36,7 +36,7 @@ def layer(form: str, M: int, rank: int = 0) -> Layer:
 LAYERS: dict[str, Callable[[int], Layer]] = {
     "dense": lambda M: layer("dense", M),
     "codes": lambda M: layer("codes", M),
-    **{f"{form}-{rank}": (lambda M, form=form, rank=rank: layer(form, M, rank)) for form, ranks in RANKS.items() for rank in ranks},
+    **{f"{form}-{rank}": partial(layer, form, rank=rank) for form, ranks in RANKS.items() for rank in ranks},
 }
 
 
