@@ -28,6 +28,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from acip.layers.mixed_sizes import Size
 from acip_vllm.any_size import SERVED, ServedLayers
 
+IN_USE = threading.Lock()  # vLLM keeps the present step in global variables, so only one thread may start or step an engine
 BATCHES: "weakref.WeakValueDictionary[str, VllmBatch]" = weakref.WeakValueDictionary()  # by the folder that vLLM is given as the model
 
 
@@ -41,16 +42,17 @@ class VllmBatch:
         self.sampled: dict[str, SampledToken] = {}  # the tokens of the present step
         self._keys: dict[str, str] = {}  # our id of a request -> vLLM's
         self._count = 0
-        self._stepping = threading.Lock()  # vLLM's engine is not safe for several threads
         self.broken: str | None = None  # why no step is possible any more
         BATCHES[folder], SERVED[folder] = self, served
-        served.rows = self._rows
-        self.engine = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=folder, skip_tokenizer_init=True, generation_config="vllm", async_scheduling=False, max_logprobs=-1,
-                logits_processors=[EngineSampler], enforce_eager=True, disable_log_stats=True, **arguments,
-            )
-        )  # fmt: skip
+        itself = weakref.proxy(self)  # `SERVED` is global, and must not keep the engine
+        served.rows = lambda: itself._rows()  # noqa: PLW0108  (a bound method of the proxy would hold the object)
+        with IN_USE:
+            self.engine = LLMEngine.from_engine_args(
+                EngineArgs(
+                    model=folder, skip_tokenizer_init=True, generation_config="vllm", async_scheduling=False, max_logprobs=-1,
+                    logits_processors=[EngineSampler], enforce_eager=True, disable_log_stats=True, **arguments,
+                )
+            )  # fmt: skip
         core: Any = self.engine.engine_core
         self._runner: Any = core.engine_core.model_executor.driver_worker.worker.model_runner
         weakref.finalize(self, _shut_down, core, folder)
@@ -68,7 +70,7 @@ class VllmBatch:
 
         A step that raises leaves vLLM in an unknown state, so that all later ones raise a BrokenEngineError.
         """
-        with self._stepping:
+        with IN_USE:
             if self.broken is not None:
                 raise BrokenEngineError(f"vLLM can't go on after {self.broken}; the replica is being replaced. Try again in a moment.")
             try:
@@ -102,7 +104,7 @@ class VllmBatch:
 
     def clear(self) -> None:
         """Drop all sequences, as after a step that failed."""
-        with self._stepping:
+        with IN_USE:
             self.waiting.clear()
             if self.broken is None:
                 self._abort(list(self.running))
