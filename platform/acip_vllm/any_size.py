@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.platforms import current_platform
 
 from acip.layers.mixed_sizes import Mixer, Size, padded
 from acip.layers.targets import weight_MN
 from acip.modeling_acip import onednn
-
-METHOD = "acip-any-size"  # the name of the quantization method in vLLM
+from acip_vllm.export_config import ANY_SIZE
 
 
 class Rows(Protocol):
@@ -44,8 +44,16 @@ class ServedLayers:
         self._rows = 0  # that have a sequence; vLLM may add others
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors that vLLM computes with. The modules that `parts` has returned keep theirs."""
+        """Yield the tensors that vLLM computes with, and free them. The modules that `parts` has returned keep theirs."""
         yield from self.stored.items()
+        for name in self.stored:
+            owner, _, last = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            for tensors in (module._parameters, module._buffers):
+                if (tensor := tensors.get(last)) is not None:
+                    empty = tensor.new_empty(0)
+                    tensors[last] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty  # type: ignore[assignment]
+        self.stored.clear()
 
     def parts(self, names: list[str]) -> list[nn.Module]:
         """Return the layers whose outputs a fused layer of vLLM puts one after another; none if no part has sizes."""
@@ -105,6 +113,10 @@ class AnySizeConfig(QuantizationConfig):
 
     def __init__(self, folder: str) -> None:
         super().__init__()
+        if folder not in SERVED:  # an artifact that vLLM itself serves
+            from acip_vllm.native import served_layers
+
+            served_layers(folder, torch.device(current_platform.device_type))
         self.served = SERVED[folder]
         self.names: dict[str, str] = {name: name for name, module in self.served.model.named_modules()}  # vLLM's name -> ours
 
@@ -115,7 +127,7 @@ class AnySizeConfig(QuantizationConfig):
 
     def get_name(self) -> str:
         """Return the name of this method."""
-        return METHOD
+        return ANY_SIZE
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """Return the dtypes that layers can compute in."""
