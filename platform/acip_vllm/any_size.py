@@ -8,6 +8,7 @@ vLLM's model, and this module, run in the process that created the `ServedLayers
 """
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from itertools import groupby
 from typing import Any, Protocol, cast
 
@@ -113,12 +114,23 @@ class AnySizeConfig(QuantizationConfig):
 
     def __init__(self, folder: str) -> None:
         super().__init__()
-        if folder not in SERVED:  # an artifact that vLLM itself serves
+        self.folder = folder
+        self.mapper: Any = None
+
+    @property
+    def served(self) -> ServedLayers:
+        """The layers in this process. vLLM passes the config between processes, without them."""
+        if self.folder not in SERVED:  # an artifact that vLLM itself serves
             from acip_vllm.native import served_layers
 
-            served_layers(folder, torch.device(current_platform.device_type))
-        self.served = SERVED[folder]
-        self.names: dict[str, str] = {name: name for name, module in self.served.model.named_modules()}  # vLLM's name -> ours
+            return served_layers(self.folder, torch.device(current_platform.device_type))
+        return SERVED[self.folder]
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """The names of the modules in the resident model, by their names in vLLM's."""
+        names = {name: name for name, _ in self.served.model.named_modules()}
+        return names if self.mapper is None else self.mapper.apply_dict(names)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "AnySizeConfig":
@@ -145,7 +157,7 @@ class AnySizeConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the layers as a model of vLLM does."""
-        self.names = hf_to_vllm_mapper.apply_dict(self.names)
+        self.mapper = hf_to_vllm_mapper
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return the method that computes a layer; vLLM's own if no part of the layer has sizes."""

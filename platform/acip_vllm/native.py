@@ -123,7 +123,7 @@ class SizeTracker(LogitsProcessor):
     """Tells the resident model of an artifact which size each slot of the batch has. Without such a model it does nothing."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        self.model = _models.get(vllm_config.model_config.model)
+        self.folder = vllm_config.model_config.model
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -145,14 +145,15 @@ class SizeTracker(LogitsProcessor):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow the requests from slot to slot."""
-        if self.model is None or batch_update is None:
+        model = _models.get(self.folder)  # it is loaded after this object is made
+        if model is None or batch_update is None:
             return
         for slot in batch_update.removed:
-            self.model.remove(slot)
+            model.remove(slot)
         for slot, params, *_ in batch_update.added:
-            self.model.add(slot, size_of(params))
+            model.add(slot, size_of(params))
         for source, target, direction in batch_update.moved:
-            self.model.move(source, target, direction is MoveDirectionality.SWAP)
+            model.move(source, target, direction is MoveDirectionality.SWAP)
 
 
 def size_of(params: SamplingParams) -> str:

@@ -149,7 +149,7 @@ def test_an_artifact_answers_at_the_size_of_each_request(artifact: Artifact) -> 
         greedy = [*prompt, *logprobs_TV[len(prompt) - 1 : -1].argmax(-1).tolist()]
         assert_greedy_ids(logprobs_TV, greedy, ids, len(prompt))
         found = [entries[token].logprob for token, entries in zip(prompt[1:], answer.prompt_logprobs[1:], strict=True)]
-        assert found == pytest.approx([float(logprobs_TV[i, token]) for i, token in enumerate(prompt[1:])], abs=NATS)
+        assert found == pytest.approx([float(logprobs_TV[i, token]) for i, token in enumerate(prompt[1:])], abs=NATS), size
 
 
 @contextmanager
@@ -224,7 +224,7 @@ def test_vllm_serve_takes_a_size_with_each_request(artifact: Artifact, vllm_sett
     body: dict[str, Any] = {"model": str(artifact.folder), "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
     with serving(artifact.folder, tmp_path / "log", vllm_settings) as url:
         for size in (1.0, 0.5, 0.4):
-            fields = body | {"return_token_ids": True, "vllm_xargs": {"size": size}}
+            fields = body | {"return_token_ids": True, "logprobs": 1, "vllm_xargs": {"size": size}}
             answer = httpx.post(f"{url}/v1/completions", json=fields, timeout=PATIENCE_S).raise_for_status().json()
             ids = [*prompt, *answer["choices"][0]["token_ids"]]
             with torch.no_grad():
@@ -232,6 +232,8 @@ def test_vllm_serve_takes_a_size_with_each_request(artifact: Artifact, vllm_sett
                 logprobs_TV = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
             greedy = [*prompt, *logprobs_TV[len(prompt) - 1 : -1].argmax(-1).tolist()]
             assert_greedy_ids(logprobs_TV, greedy, ids, len(prompt))
+            expected = [float(logprobs_TV[i, token]) for i, token in enumerate(ids[len(prompt) :], len(prompt) - 1)]
+            assert answer["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(expected, abs=NATS)
         refused = httpx.post(f"{url}/v1/completions", json=body | {"vllm_xargs": {"size": "0.01"}}, timeout=PATIENCE_S)
         assert refused.status_code == 400
         assert "vllm_xargs.size" in refused.text and "smallest" in refused.text
