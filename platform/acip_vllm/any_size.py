@@ -7,7 +7,7 @@ or not, pass their inputs to them. Before the first layer of each step, the rows
 vLLM's model, and this module, run in the process that created the `ServedLayers`, so that weights can be loaded between steps.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from itertools import groupby
 from typing import Any, Protocol, cast
@@ -107,6 +107,7 @@ class ServedLayers:
 
 
 SERVED: dict[str, ServedLayers] = {}  # by the folder that vLLM is given as the model
+LOADERS: list[Callable[[str, torch.device], ServedLayers]] = []  # loads an artifact that vLLM itself serves (acip_vllm.native)
 
 
 class AnySizeConfig(QuantizationConfig):
@@ -120,10 +121,8 @@ class AnySizeConfig(QuantizationConfig):
     @property
     def served(self) -> ServedLayers:
         """The layers in this process. vLLM passes the config between processes, without them."""
-        if self.folder not in SERVED:  # an artifact that vLLM itself serves
-            from acip_vllm.native import served_layers
-
-            return served_layers(self.folder, torch.device(current_platform.device_type))
+        if self.folder not in SERVED:
+            SERVED[self.folder] = LOADERS[0](self.folder, torch.device(current_platform.device_type))
         return SERVED[self.folder]
 
     @cached_property

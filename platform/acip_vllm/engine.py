@@ -30,6 +30,7 @@ def register_with_vllm() -> None:
     """Register the classes below. The entries of vLLM's tables are set directly, because its functions warn about replaced ones."""
     register_quantization_config(METHOD)(AcipQuantizationConfig)
     register_quantization_config(any_size.ANY_SIZE)(any_size.AnySizeConfig)
+    any_size.LOADERS[:] = [native.served_layers]
     _CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] = ExportConfigParser
     for load_format, loader in _LOAD_FORMAT_TO_MODEL_LOADER.items():
         if loader is DefaultModelLoader:

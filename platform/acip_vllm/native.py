@@ -28,7 +28,7 @@ from acip.layers.mixed_sizes import Mixer, Size
 from acip.sizing.budget import Budget
 from acip.sizing.cut_table import Cut, CutTable
 from acip.sizing.elastic_model import ElasticModel
-from acip_vllm.any_size import SERVED, ServedLayers
+from acip_vllm.any_size import ServedLayers
 
 BASE = "1.0"  # the size of requests that name none
 FIELD = "size"  # of vllm_xargs
@@ -115,7 +115,6 @@ def served_layers(folder: str, device: torch.device) -> ServedLayers:
     """Return the layers of an artifact, whose resident model this process holds from now on."""
     if folder not in _models:
         _models[folder] = NativeModel(folder, device)
-        SERVED[folder] = _models[folder].served
     return _models[folder].served
 
 
