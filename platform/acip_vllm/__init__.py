@@ -1,11 +1,17 @@
-"""A plugin for vLLM: vLLM's own models run exports of any size and form, with `vllm serve FOLDER` or `vllm.LLM(FOLDER)`.
+"""A plugin for vLLM: vLLM's own models run exports and artifacts, with `vllm serve FOLDER`, `vllm.LLM(FOLDER)` or `jobs/serve.py`.
 
 ```
-shards.py          the matrices of a compressed layer, and the part of them that one worker of tensor parallelism computes with
-product.py         the product of a layer whose parts have different forms and ranks, such as fused query, key and value
-export_config.py   config.json of an export -> the config of its base model, with the forms of its layers as a quantization
-decoding.py        encoded tensors are decoded while weights are loaded
-engine.py          the classes that vLLM calls; the only module that imports vLLM
+exports, one size each:
+  shards.py          the matrices of a compressed layer, and the part of them that one worker of tensor parallelism computes with
+  product.py         the product of a layer whose parts have different forms and ranks, such as fused query, key and value
+  export_config.py   config.json of an export or artifact -> the config of its base model, with the forms of its layers as a quantization
+  decoding.py        encoded tensors are decoded while weights are loaded
+  engine.py          the classes that vLLM calls
+artifacts, all sizes at once:
+  any_size.py        layers of any size in vLLM's models: each row of a batch is computed at the size of its own sequence
+  native.py          `vllm serve ARTIFACT`: a size with each request
+  batch.py           vLLM computes the sequences of a resident model of acip_platform
+  resident_model.py  such a model: its weights and sampling are acip_platform's
 ```
 
 vLLM finds `register` by its entry point in the group vllm.general_plugins, and calls it in each of its processes.

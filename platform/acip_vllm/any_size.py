@@ -110,8 +110,39 @@ SERVED: dict[str, ServedLayers] = {}  # by the folder that vLLM is given as the 
 LOADERS: list[Callable[[str, torch.device], ServedLayers]] = []  # loads an artifact that vLLM itself serves (acip_vllm.native)
 
 
-class AnySizeConfig(QuantizationConfig):
+class PlainQuantization(QuantizationConfig):
+    """A quantization, in vLLM's sense, that needs no special kernels, and no files beside config.json."""
+
+    method: str
+
+    def get_name(self) -> str:
+        """Return the name of this method."""
+        return self.method
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Return the dtypes that layers can compute in."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Return the least compute capability of a GPU times ten: no special kernels are used."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Return no names: everything is in config.json."""
+        return []
+
+    def part_names(self, prefix: str) -> list[str]:
+        """Return the names of the layers that vLLM fuses into one under the name `prefix`, in vLLM's spelling."""
+        parent, dot, last = prefix.rpartition(".")
+        return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(last, [last])]
+
+
+class AnySizeConfig(PlainQuantization):
     """The quantization of a model whose layers are in `SERVED`."""
+
+    method = ANY_SIZE
 
     def __init__(self, folder: str) -> None:
         super().__init__()
@@ -136,33 +167,13 @@ class AnySizeConfig(QuantizationConfig):
         """Return the layers that the config of `acip_vllm.resident_model` names."""
         return cls(config["folder"])
 
-    def get_name(self) -> str:
-        """Return the name of this method."""
-        return ANY_SIZE
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Return the dtypes that layers can compute in."""
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Return the least compute capability of a GPU times ten: no special kernels are used."""
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """Return no names: everything is in config.json."""
-        return []
-
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the layers as a model of vLLM does."""
         self.mapper = hf_to_vllm_mapper
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return the method that computes a layer; vLLM's own if no part of the layer has sizes."""
-        parent, dot, last = prefix.rpartition(".")
-        names = [self.names.get(f"{parent}{dot}{part}", "") for part in self.packed_modules_mapping.get(last, [last])]
-        parts = self.served.parts(names)
+        parts = self.served.parts([self.names.get(name, "") for name in self.part_names(prefix)])
         if isinstance(layer, LinearBase):
             return AnySizeLinearMethod(self.served, parts) if parts else UnquantizedLinearMethod()
         if parts:

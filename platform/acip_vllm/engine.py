@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, DefaultModelLoader
 from vllm.model_executor.utils import set_weight_attrs
@@ -66,8 +66,10 @@ class ExportLoader(DefaultModelLoader):
         yield from decoded(weights, quantization) if export else weights  # type: ignore[arg-type]
 
 
-class AcipQuantizationConfig(QuantizationConfig):
+class AcipQuantizationConfig(any_size.PlainQuantization):
     """The forms of the layers of an export."""
+
+    method = METHOD
 
     def __init__(self, layers: dict[str, Any], kind: str | None) -> None:
         super().__init__()
@@ -77,24 +79,6 @@ class AcipQuantizationConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> "AcipQuantizationConfig":
         """Return the forms that a `served_config` gives."""
         return cls(config["layers"], config["quantize"])
-
-    def get_name(self) -> str:
-        """Return the name of this method."""
-        return METHOD
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Return the dtypes that layers can compute in."""
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Return the least compute capability of a GPU times ten: no special kernels are used."""
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """Return no names: everything is in config.json."""
-        return []
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the layers as a model of vLLM does."""
@@ -115,9 +99,7 @@ class AcipQuantizationConfig(QuantizationConfig):
 
     def entries(self, prefix: str) -> list[tuple[str, Any]]:
         """Return names and config entries of the stored layers that vLLM fuses into one under the name `prefix`."""
-        parent, dot, last = prefix.rpartition(".")
-        names = [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(last, [last])]
-        entries = [(name, self.layers.get(name)) for name in names]
+        entries = [(name, self.layers.get(name)) for name in self.part_names(prefix)]
         return [(name, row if row is None or self.kind or row["form"] != "linear" else {**row, "form": "dense"}) for name, row in entries]
 
 
