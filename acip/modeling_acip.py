@@ -339,6 +339,14 @@ def shrink(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
         set_module(model, name, new.requires_grad_(True))
 
 
+def attention_of(config: Any) -> dict[str, str]:
+    """Return the argument `attn_implementation` for models that cap the logits of their attention (Gemma 2), and nothing for others.
+
+    PyTorch's sdpa has no cap, and versions of transformers before 5.20 use it for these models without a warning.
+    """
+    return {"attn_implementation": "eager"} if getattr(config.get_text_config(), "attn_logit_softcapping", None) else {}
+
+
 def weight_MN(layer: nn.Module) -> Tensor:
     """Return the weight of a linear layer as [out, in]. GPT-2's Conv1D stores it as [in, out]."""
     weight = layer.weight
@@ -582,6 +590,8 @@ class CompressedModel:
                 raise ImportError("this folder is an artifact, which only acip can load: install acip, and import it first.")
             attention = kwargs.pop("attn_implementation", None) or known._attn_implementation_internal  # set there by transformers
             return load_artifact(where, attn_implementation=attention, **kwargs)
+        if isinstance(known, PreTrainedConfig) and known._attn_implementation_internal is None:
+            kwargs = attention_of(known) | kwargs
         if where is None or acip.get("bfloat16") is None:
             return super().from_pretrained(where, *args, config=config, **kwargs)  # type: ignore[misc]
         tensors = decoded_tensors(read_tensors(where, hub), acip)

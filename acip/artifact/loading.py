@@ -22,7 +22,7 @@ from acip.errors import ArtifactError
 from acip.layers.directions import DirectionMatrix
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import weight_MN
-from acip.modeling_acip import CodedLinear, set_module
+from acip.modeling_acip import CodedLinear, attention_of, set_module
 from acip.sizing.cut_table import Cut
 
 
@@ -92,7 +92,7 @@ class ModelLoader:
         rest = self.artifact.tensors("rest")
         try:
             with init_empty_weights(include_buffers=False):
-                model: PreTrainedModel = _model_class(config)._from_config(config, dtype=config.dtype)
+                model: PreTrainedModel = _model_class(config)._from_config(config, dtype=config.dtype, **attention_of(config))
             tensors = {name: tensor.to(self.device) for name, tensor in rest.read(list(rest.entries)).items()}
             model.load_state_dict(tensors, strict=False, assign=True)
         except ArtifactError:

@@ -7,7 +7,8 @@ or not, pass their inputs to them. Before the first layer of each step, the rows
 vLLM's model, and this module, run in the process that created the `ServedLayers`, so that weights can be loaded between steps.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from itertools import groupby
 from typing import Any, Protocol, cast
 
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.platforms import current_platform
 
 from acip.layers.mixed_sizes import Mixer, Size, padded
+from acip.layers.targets import weight_MN
 from acip.modeling_acip import onednn
-
-METHOD = "acip-any-size"  # the name of the quantization method in vLLM
+from acip_vllm.export_config import ANY_SIZE
 
 
 class Rows(Protocol):
@@ -43,8 +45,16 @@ class ServedLayers:
         self._rows = 0  # that have a sequence; vLLM may add others
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors that vLLM computes with. The modules that `parts` has returned keep theirs."""
+        """Yield the tensors that vLLM computes with, and free them. The modules that `parts` has returned keep theirs."""
         yield from self.stored.items()
+        for name in self.stored:
+            owner, _, last = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            for tensors in (module._parameters, module._buffers):
+                if (tensor := tensors.get(last)) is not None:
+                    empty = tensor.new_empty(0)
+                    tensors[last] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty  # type: ignore[assignment]
+        self.stored.clear()
 
     def parts(self, names: list[str]) -> list[nn.Module]:
         """Return the layers whose outputs a fused layer of vLLM puts one after another; none if no part has sizes."""
@@ -61,7 +71,8 @@ class ServedLayers:
             self._prepare(x_TN)
             self._step = step
         if not self._rows:  # vLLM measures its memory
-            return torch.cat([x_TN.new_zeros(len(x_TN), part.out_features) for part in parts], -1)  # type: ignore[arg-type]
+            rows_M = sum(len(weight_MN(cast(Any, getattr(part, "original", part)))) for part in parts)
+            return x_TN.new_zeros(len(x_TN), rows_M)
         if self._order is not None:
             x_TN = x_TN[self._order[0]]
         elif len(x_TN) != self._rows:
@@ -96,6 +107,7 @@ class ServedLayers:
 
 
 SERVED: dict[str, ServedLayers] = {}  # by the folder that vLLM is given as the model
+LOADERS: list[Callable[[str, torch.device], ServedLayers]] = []  # loads an artifact that vLLM itself serves (acip_vllm.native)
 
 
 class AnySizeConfig(QuantizationConfig):
@@ -103,8 +115,21 @@ class AnySizeConfig(QuantizationConfig):
 
     def __init__(self, folder: str) -> None:
         super().__init__()
-        self.served = SERVED[folder]
-        self.names: dict[str, str] = {name: name for name, module in self.served.model.named_modules()}  # vLLM's name -> ours
+        self.folder = folder
+        self.mapper: Any = None
+
+    @property
+    def served(self) -> ServedLayers:
+        """The layers in this process. vLLM passes the config between processes, without them."""
+        if self.folder not in SERVED:
+            SERVED[self.folder] = LOADERS[0](self.folder, torch.device(current_platform.device_type))
+        return SERVED[self.folder]
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """The names of the modules in the resident model, by their names in vLLM's."""
+        names = {name: name for name, _ in self.served.model.named_modules()}
+        return names if self.mapper is None else self.mapper.apply_dict(names)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "AnySizeConfig":
@@ -113,7 +138,7 @@ class AnySizeConfig(QuantizationConfig):
 
     def get_name(self) -> str:
         """Return the name of this method."""
-        return METHOD
+        return ANY_SIZE
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """Return the dtypes that layers can compute in."""
@@ -131,7 +156,7 @@ class AnySizeConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the layers as a model of vLLM does."""
-        self.names = hf_to_vllm_mapper.apply_dict(self.names)
+        self.mapper = hf_to_vllm_mapper
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return the method that computes a layer; vLLM's own if no part of the layer has sizes."""

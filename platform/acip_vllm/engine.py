@@ -16,7 +16,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.transformers_utils.config import _CONFIG_FORMAT_TO_CONFIG_PARSER, HFConfigParser
 
 import acip  # noqa: F401  (registers model_type "acip" in transformers)
-from acip_vllm import any_size
+from acip_vllm import any_size, native
 from acip_vllm.decoding import decoded
 from acip_vllm.export_config import METHOD, served_config
 from acip_vllm.product import FusedProduct
@@ -29,7 +29,8 @@ DTYPES = {"place": torch.int64, "steps": torch.float32, "absmax": torch.float32,
 def register_with_vllm() -> None:
     """Register the classes below. The entries of vLLM's tables are set directly, because its functions warn about replaced ones."""
     register_quantization_config(METHOD)(AcipQuantizationConfig)
-    register_quantization_config(any_size.METHOD)(any_size.AnySizeConfig)
+    register_quantization_config(any_size.ANY_SIZE)(any_size.AnySizeConfig)
+    any_size.LOADERS[:] = [native.served_layers]
     _CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] = ExportConfigParser
     for load_format, loader in _LOAD_FORMAT_TO_MODEL_LOADER.items():
         if loader is DefaultModelLoader:
@@ -44,7 +45,9 @@ class ExportConfigParser(HFConfigParser):
         fields, config = super().parse(*args, **kwargs)
         if getattr(config, "acip", None) is None:
             return fields, config
-        served = served_config(fields)
+        served = served_config(fields, str(args[0] if args else kwargs["model"]))
+        if served.quantization_config["quant_method"] == any_size.ANY_SIZE:
+            native.use(served.quantization_config["folder"])
         served.name_or_path = config.name_or_path
         return fields, served
 
@@ -55,7 +58,7 @@ class ExportLoader(DefaultModelLoader):
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Yield all weights of a model by the names in its files."""
         quantization = getattr(model_config.hf_config, "quantization_config", None)
-        if isinstance(quantization, dict) and quantization.get("quant_method") == any_size.METHOD:
+        if isinstance(quantization, dict) and quantization.get("quant_method") == any_size.ANY_SIZE:
             yield from any_size.SERVED[quantization["folder"]].weights()
             return
         weights: Iterable[tuple[str, Tensor]] = super().get_all_weights(model_config, model)

@@ -7,22 +7,21 @@ from transformers import PreTrainedConfig
 
 from acip.modeling_acip import MODEL_TYPE, base_config
 
-METHOD = MODEL_TYPE  # the name of the quantization method in vLLM
+METHOD = MODEL_TYPE  # the name of the quantization method of exports in vLLM
+ANY_SIZE = "acip-any-size"  # that of artifacts, and of the resident models of acip_platform
 
 
-def served_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
-    """Return the config that vLLM loads an export with, from the fields of its config.json.
+def served_config(fields: Mapping[str, Any], folder: str) -> PreTrainedConfig:
+    """Return the config that vLLM loads an export or an artifact with, from the fields of its config.json.
 
-    It is the base model's config, with its class and the quantization `{"quant_method": "acip", "layers", "quantize", "bfloat16"}`.
-    Raise ValueError for an artifact, which holds all sizes.
+    It is the base model's config, with its class and a quantization: `{"quant_method": "acip", "layers", "quantize", "bfloat16"}` for an
+    export, `{"quant_method": "acip-any-size", "folder"}` for an artifact.
     """
     acip = fields["acip"]
-    if acip.get("artifact"):
-        raise ValueError(
-            "this folder is an artifact, which holds all sizes of a model. Export one size of it, for example with "
-            "`python jobs/materialize.py`, and give vLLM the folder of the export."
-        )
     config = base_config({key: value for key, value in fields.items() if key != "auto_map"})
+    if acip.get("artifact"):
+        config.quantization_config = {"quant_method": ANY_SIZE, "folder": folder}
+        return config
     kind = acip.get("quantize", acip.get("quantise"))  # the spelling of exports before version 0.1
     config.quantization_config = {
         "quant_method": METHOD,

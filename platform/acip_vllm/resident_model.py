@@ -18,7 +18,7 @@ from acip_platform.serve.engine.events import EndReason
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.engine.resident_weights import building
 from acip_platform.serve.engine.sampling import SampledToken, Sampler
-from torch import Tensor, nn
+from torch import Tensor
 
 from acip.errors import AcipError
 from acip.layers.mixed_sizes import Mixer
@@ -51,7 +51,7 @@ class VllmModel(ResidentModel):
         import vllm
 
         from acip_vllm import check_version, register
-        from acip_vllm.any_size import METHOD, ServedLayers
+        from acip_vllm.any_size import ANY_SIZE, ServedLayers
         from acip_vllm.batch import VllmBatch
 
         check_version(vllm.__version__)
@@ -61,7 +61,7 @@ class VllmModel(ResidentModel):
         rest = set(self.artifact.tensors("rest").entries)
         folder = Path(tempfile.mkdtemp(prefix="acip-vllm-"))
         fields = model.config.to_dict() | {"architectures": [type(model).__name__]}
-        fields["quantization_config"] = {"quant_method": METHOD, "folder": str(folder)}
+        fields["quantization_config"] = {"quant_method": ANY_SIZE, "folder": str(folder)}
         (folder / "config.json").write_text(json.dumps(fields))
         stored = {name: tensor for name, tensor in model.state_dict().items() if name in rest}
         served = ServedLayers(model, targets, stored, mixer)
@@ -87,7 +87,6 @@ class VllmModel(ResidentModel):
             except Exception as error:  # vLLM raises many kinds
                 reason = " ".join(str(error).split())[:600]
                 raise AcipError(f"{self.name}: vLLM can't serve {type(model).__name__}: {reason}") from error
-            _free(model, served.stored)
             probes = [_Probe() for _ in prompts]
             for size, ids, probe in zip(sizes, prompts, probes, strict=True):
                 batch.waiting.append(Sequence(list(ids), size, Sampler(), 0, frozenset(), probe, prompt_logprobs=0))
@@ -142,15 +141,3 @@ class _Probe:
 
     def on_error(self, error: Exception) -> None:
         self.error = str(error)
-
-
-def _free(model: nn.Module, stored: dict[str, Tensor]) -> None:
-    """Free the tensors of the model that vLLM has copied."""
-    for name in stored:
-        owner, _, last = name.rpartition(".")
-        module = model.get_submodule(owner)
-        for tensors in (module._parameters, module._buffers):
-            if (tensor := tensors.get(last)) is not None:
-                empty = tensor.new_empty(0)
-                tensors[last] = nn.Parameter(empty, requires_grad=False) if tensors is module._parameters else empty  # type: ignore[assignment]
-    stored.clear()

@@ -124,12 +124,12 @@ def serve_arguments(ray_service: Manifest) -> dict[str, Any]:
 
 
 def gpus_of_an_engine(manifests: list[Manifest]) -> list[str]:
-    """Return the differences between the GPUs of an engine, its workers of tensor parallelism, and the GPUs of a pod."""
+    """Return the differences between the GPUs of an engine and those of a pod, and between the numbers of engines and pods."""
     service = find(manifests, "RayService", "endpoint")
     arguments = serve_arguments(service)
     (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     gpus = int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
-    expected = {"num_gpus": gpus, "tensor_parallel": gpus, "replicas": group["maxReplicas"]}
+    expected = {"num_gpus": gpus, "replicas": group["maxReplicas"]}
     return [f"{name} is {arguments[name]}, not {value}" for name, value in expected.items() if arguments[name] != value]
 
 
@@ -352,7 +352,7 @@ PLANTED: dict[str, tuple[Callable[[list[Manifest]], list[str]], Callable[[list[M
     "a misspelt field of Kubernetes'": (invalid, lambda m: at(m, *MLFLOW, "containers", 0).update(readinesProbe={})),
     "another Serve config": (unlike_serve_yaml, lambda m: change_serve_config(m, "champion", "newest")),
     "vLLM in an image without it": (unpinned, lambda m: change_serve_config(m, "engine: acip", "engine: vllm")),
-    "more GPUs than a pod has": (gpus_of_an_engine, lambda m: change_serve_config(m, "tensor_parallel: 1", "tensor_parallel: 2")),
+    "more GPUs than a pod has": (gpus_of_an_engine, lambda m: change_serve_config(m, "num_gpus: 1", "num_gpus: 2")),
     "a pool of another size": (pool_is_not_the_worker_group, lambda m: at(m, *WORKERS).update(maxReplicas=4)),
     "an option that is not one": (
         pool_is_not_the_worker_group,

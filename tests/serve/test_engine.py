@@ -56,6 +56,11 @@ def whole_answer(engine: TextEngine, served: ResidentModel, request: Any) -> dic
     return answer.complete_body()
 
 
+def batch_of(model: ResidentModel) -> Any:
+    """Return the batch of a model. Its attributes depend on the engine."""
+    return model.batch
+
+
 @pytest.fixture(scope="module")
 def ask(engine: TextEngine, served: ResidentModel) -> Ask:
     def complete(**fields: Any) -> dict[str, Any]:
@@ -209,11 +214,11 @@ def test_canceled_request_frees_its_slots(engine: TextEngine, served: ResidentMo
     ticket = engine.submit(
         served, CompletionRequest.parse({"prompt": ["a"] * 16, "n": 2, "max_tokens": 511, "ignore_eos": True}), received.extend
     )
-    wait_until(lambda: len(served.batch.active) == 32, "fewer than 32 sequences are running")
+    wait_until(lambda: len(batch_of(served).active) == 32, "fewer than 32 sequences are running")
     engine.cancel(ticket)
     wait_until(lambda: not served.batch and engine.open == 0, "the slots of a canceled request are not free")
     assert received[-1].kind == "text"
-    assert ENGINE != "acip" or not served.batch.cache.keys
+    assert ENGINE != "acip" or not batch_of(served).cache.keys
 
 
 @pytest.fixture
@@ -277,7 +282,7 @@ def test_sizes_in_one_batch_give_the_texts_of_single_requests(ask: Ask, served: 
         nonlocal largest_batch
         time.sleep(0.01 * (i % 7))
         answer = ask(**kinds[i % len(kinds)])
-        largest_batch = max(largest_batch, len(served.batch.active))
+        largest_batch = max(largest_batch, len(batch_of(served).active))
         return answer
 
     with ThreadPoolExecutor(40) as pool:
@@ -293,7 +298,7 @@ def test_long_prompt_is_prefilled_in_chunks_between_decoding_steps(ask: Ask, eng
     def count(_module: torch.nn.Module, _args: Any, fields: dict[str, Any]) -> None:
         counts.append(fields["input_ids"].shape[1])
 
-    hook = served.batch.model.register_forward_pre_hook(count, with_kwargs=True)
+    hook = batch_of(served).model.register_forward_pre_hook(count, with_kwargs=True)
     with ThreadPoolExecutor(2) as pool:
         short = pool.submit(ask, max_tokens=200)
         wait_until(lambda: len(counts) > 5, "the short request is not running")
@@ -324,7 +329,7 @@ def test_memory_for_keys_and_values_is_bounded(small_artifact: Artifact, monkeyp
 
     def recorded_step() -> None:
         step()
-        cached_tokens.append(limited.batch.cache.count * limited.batch.cache.length)
+        cached_tokens.append(batch_of(limited).cache.count * batch_of(limited).cache.length)
 
     monkeypatch.setattr(limited.batch, "step", recorded_step)
     request = CompletionRequest.parse({"prompt": ["a" * 200] * 12, "max_tokens": 50, "ignore_eos": True, "temperature": 0})
@@ -336,7 +341,7 @@ def test_memory_for_keys_and_values_is_bounded(small_artifact: Artifact, monkeyp
 
 @embedded_only
 def test_cache_of_a_long_request_is_shortened_for_many_short_requests(small_artifact: Artifact) -> None:
-    batch = Resident(ModelVersion("small", "7", "here", (), {}), small_artifact).batch
+    batch = batch_of(Resident(ModelVersion("small", "7", "here", (), {}), small_artifact))
     batch.cache.room(2, 4096)
     batch.cache.room(32, 100)
     assert (batch.cache.count, batch.cache.length) == (32, 128)

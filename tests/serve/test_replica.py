@@ -12,7 +12,6 @@ import torch
 from acip_platform.serve import replica
 from acip_platform.serve.api import Api
 from acip_platform.serve.engine import model_cache
-from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.http.keys import Keys
 from acip_platform.serve.http.requests import CompletionRequest
 from acip_platform.serve.replica import EngineReplica
@@ -92,13 +91,13 @@ def test_concurrent_requests_load_a_model_once(
     wait_for_state(engine, lambda state: state["warm"])
     release, loads = threading.Event(), []
 
-    class Slow(ResidentModel):
+    class Slow(Resident):  # type: ignore[valid-type,misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             loads.append(threading.current_thread().name)
             assert release.wait(PATIENCE_S), "the load was not released"
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(model_cache, "ResidentModel", Slow)
+    monkeypatch.setattr(engine.models, "kind", Slow)
 
     async def ask(name: str, uri: object) -> str:
         request = CompletionRequest(model=name, prompt="It was", max_tokens=2, ignore_eos=True)

@@ -39,7 +39,7 @@ def write_export(
     folder: Path, base: PreTrainedConfig, choose: Choice, kind: str | None = None, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """Write an export of a model with random weights, and return the model. `choose` gives the forms; with codes, it is encoded."""
-    (base_class,) = base.architectures or ()
+    (base_class,) = list(base.architectures or [])
     config_class, model_class = classes(base.model_type, base_class)
     fields = {key: value for key, value in base.to_dict().items() if key not in ("model_type", "architectures")}
 

@@ -75,8 +75,9 @@ def record(folder: Path, artifact: Artifact, tokens: torch.Tensor) -> None:
             logits.append(any_size.model(input_ids=tokens[None]).logits[0])
         expected.append({"size": size, "got": cut.got, "params": cut.params, "bytes": cut.bytes, "ranks": cut.ranks})
     (folder / "expected.json").write_text(json.dumps(expected, indent=1))
-    totals, rest = artifact.coded().order.totals, artifact.tensors("rest").data_bytes
-    coded_bytes = [rest + totals[i] for i in (0, len(totals) // 2, -1)]
+    coded = table.byte_sizes
+    assert coded is not None
+    coded_bytes = [coded.bytes(steps) for steps in (0, coded.all_coded // 2, coded.all_coded)]
     coded_logits = [load_bytes(artifact, limit)[0](input_ids=tokens[None]).logits[0] for limit in coded_bytes]
     results = {"logits": logits, "coded_logits": coded_logits, "coded_bytes": [torch.tensor(limit) for limit in coded_bytes]}
     save_file({name: torch.stack(each) for name, each in results.items()} | {"tokens": tokens.clone()}, folder / "expected.safetensors")

@@ -99,6 +99,22 @@ def test_every_architecture_at_mixed_sizes(family: str, tmp_path: Path) -> None:
     assert_same_answers(save(tmp_path, FAMILIES[family]))
 
 
+def test_a_step_without_sequences_gives_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM runs such steps to measure its memory."""
+    from acip_vllm import any_size
+
+    from acip.layers.mixed_sizes import Mixer
+
+    model = save(tmp_path, FAMILIES["llama"]).load()
+    names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    served = any_size.ServedLayers(model.model, set(model.layers), {}, Mixer(model.layers))
+    monkeypatch.setattr(any_size, "get_forward_context", object)
+    y = served.compute(served.parts(names), torch.randn(5, 128))
+    originals: list[Any] = [model.layers[name].original for name in names]
+    assert y.shape == (5, sum(len(original.weight) for original in originals))
+    assert not y.any()
+
+
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     engine = Engine()

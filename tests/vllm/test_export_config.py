@@ -29,17 +29,18 @@ def fields_of(folder: Path) -> dict[str, Any]:
 
 def test_the_config_is_the_base_models_with_a_quantization(exported: Path) -> None:
     fields = fields_of(exported)
-    config = served_config(fields)
+    config = served_config(fields, "folder")
     assert (type(config), config.model_type, config.architectures) == (LlamaConfig, "llama", ["LlamaForCausalLM"])
     assert config.quantization_config["quant_method"] == "acip" and config.quantization_config["layers"] == fields["acip"]["layers"]
     assert config.quantization_config["quantize"] is None and config.quantization_config["bfloat16"] == {}
     assert config.hidden_size == fields["hidden_size"] and not hasattr(config, "auto_map") and not hasattr(config, "acip")
 
 
-def test_an_artifact_is_refused(small_artifact: Artifact) -> None:
-    fields = fields_of(Path(small_artifact.folder))
-    with pytest.raises(ValueError, match="an artifact, which holds all sizes of a model"):
-        served_config(fields)
+def test_an_artifact_is_served_at_any_size(small_artifact: Artifact) -> None:
+    folder = str(small_artifact.folder)
+    config = served_config(fields_of(Path(folder)), folder)
+    assert (type(config), config.architectures) == (LlamaConfig, ["LlamaForCausalLM"])
+    assert config.quantization_config == {"quant_method": "acip-any-size", "folder": folder}
 
 
 @pytest.mark.parametrize("batch_bytes", [0, 20_000, 1 << 30])

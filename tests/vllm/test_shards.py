@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -36,7 +37,7 @@ def layer(form: str, M: int, rank: int = 0) -> Layer:
 LAYERS: dict[str, Callable[[int], Layer]] = {
     "dense": lambda M: layer("dense", M),
     "codes": lambda M: layer("codes", M),
-    **{f"{form}-{rank}": (lambda M, form=form, rank=rank: layer(form, M, rank)) for form, ranks in RANKS.items() for rank in ranks},
+    **{f"{form}-{rank}": partial(layer, form, rank=rank) for form, ranks in RANKS.items() for rank in ranks},
 }
 
 

