@@ -18,6 +18,11 @@ MONITORING = Path(__file__).parents[2] / "infra" / "monitoring"
 SCRAPE_LABELS = {"instance", "job"}  # Prometheus adds them
 RAY_CORE = {"ray_resources": {"Name", "State"}}  # exported by C++ code; tests/platform/scheduling/test_on_nodes.py checks a running Ray
 
+VLLM = {  # exported by vLLM through Ray; tests/vllm/test_metrics.py checks them
+    name: {"model_name", "engine", "ReplicaId"}
+    for name in ("ray_vllm_num_requests_running", "ray_vllm_num_requests_waiting", "ray_vllm_kv_cache_usage_perc")
+}
+
 
 def registered(registry: CollectorRegistry) -> dict[str, set[str]]:
     """Return the labels of each exported metric by its name."""
@@ -38,7 +43,7 @@ def exported() -> dict[str, set[str]]:
     request.on_event("done", {"usage": {"prompt_tokens": 3, "completion_tokens": 4}, "timings": timings})
     request.end()
     ray_metrics = {f"ray_{name}": {str(column) for column in gauge.view.columns} for name, gauge in METRICS_GAUGES.items()}
-    return registered(metrics.registry) | ray_metrics | RAY_CORE
+    return registered(metrics.registry) | ray_metrics | RAY_CORE | VLLM
 
 
 @pytest.fixture

@@ -38,12 +38,13 @@ def test_ray_exports_the_dashboard_metrics(cluster: Cluster) -> None:
     expected = {"ray_node_mem_used": set(), "ray_node_mem_total": set(), **RAY_CORE}
 
     def missing() -> list[str]:
-        return [name for name in expected if not expected[name] <= _labels(name)]
+        return [name for name in expected if not expected[name] <= exported_labels(name)]
 
     until(lambda: not missing(), lambda: f"Ray does not export {missing()}", every_s=1)
 
 
-def _labels(name: str) -> set[str]:
+def exported_labels(name: str) -> set[str]:
+    """Return the labels of a metric on the pages that Prometheus scrapes."""
     urls = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in ray.nodes()]
     pages = [urllib.request.urlopen(url, timeout=PATIENCE_S).read().decode() for url in urls]
     lines = [match for page in pages for match in re.findall(rf"^{name}{{(.*)}}", page, re.M)]
