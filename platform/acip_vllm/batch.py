@@ -6,6 +6,7 @@ Tokens are sampled by `acip_platform.serve.engine.sampling` from vLLM's logits, 
 are the same as in the embedded engine. vLLM then "chooses" the token whose logit alone is finite.
 """
 
+import gc
 import shutil
 import threading
 import time
@@ -13,6 +14,7 @@ import weakref
 from collections import deque
 from typing import Any
 
+import ray
 import torch
 from acip_platform.serve.engine.batch import Sequence
 from acip_platform.serve.engine.errors import BrokenEngineError
@@ -23,6 +25,7 @@ from vllm import SamplingParams as VllmParams
 from vllm.config import VllmConfig
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
 from acip.layers.mixed_sizes import Size
@@ -35,8 +38,11 @@ BATCHES: "weakref.WeakValueDictionary[str, VllmBatch]" = weakref.WeakValueDictio
 class VllmBatch:
     """The sequences of one model in an engine of vLLM, which runs in this process."""
 
-    def __init__(self, folder: str, served: ServedLayers, **arguments: Any) -> None:
-        """Start the engine. `arguments` are those of vLLM's EngineArgs; `folder` has the config, and is removed at the end."""
+    def __init__(self, name: str, folder: str, served: ServedLayers, **arguments: Any) -> None:
+        """Start the engine. `arguments` are those of vLLM's EngineArgs; `folder` has the config, and is removed at the end.
+
+        In a process of Ray, vLLM's metrics of the model are exported under its `name` with Ray's.
+        """
         self.waiting: deque[Sequence] = deque()
         self.running: dict[str, Sequence] = {}  # by vLLM's id of the request
         self.sampled: dict[str, SampledToken] = {}  # the tokens of the present step
@@ -50,9 +56,12 @@ class VllmBatch:
             self.engine = LLMEngine.from_engine_args(
                 EngineArgs(
                     model=folder, skip_tokenizer_init=True, generation_config="vllm", async_scheduling=False, max_logprobs=-1,
-                    logits_processors=[EngineSampler], enforce_eager=True, disable_log_stats=True, **arguments,
-                )
+                    logits_processors=[EngineSampler], enforce_eager=True, served_model_name=name,
+                    disable_log_stats=not ray.is_initialized(), **arguments,
+                ),
+                stat_loggers=[RayPrometheusStatLogger] if ray.is_initialized() else None,
             )  # fmt: skip
+        gc.unfreeze()  # vLLM excludes everything in memory from garbage collection, but models come and go here
         core: Any = self.engine.engine_core
         self._runner: Any = core.engine_core.model_executor.driver_worker.worker.model_runner
         weakref.finalize(self, _shut_down, core, folder)
@@ -185,6 +194,8 @@ def _scores(sequence: Sequence, scores: list[Any]) -> list[ScoredToken]:
 
 
 def _shut_down(core: Any, folder: str) -> None:
-    core.shutdown()
+    """Free an engine of vLLM. Its own `shutdown` would end torch.distributed for the other engines in this process."""
+    core.engine_core.model_executor.shutdown()
+    core.engine_core.scheduler.shutdown()
     SERVED.pop(folder, None)
     shutil.rmtree(folder, ignore_errors=True)

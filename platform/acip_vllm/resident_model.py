@@ -79,7 +79,7 @@ class VllmModel(ResidentModel):
             try:
                 with building:
                     batch = VllmBatch(
-                        str(folder), served, dtype=str(model.dtype).removeprefix("torch."), max_model_len=self.context,
+                        self.name, str(folder), served, dtype=str(model.dtype).removeprefix("torch."), max_model_len=self.context,
                         max_num_seqs=MAX_SEQUENCES, kv_cache_memory_bytes=self._kv_bytes(kv_tokens),
                     )  # fmt: skip
             except AcipError:
