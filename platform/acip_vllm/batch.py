@@ -64,7 +64,8 @@ class VllmBatch:
         gc.unfreeze()  # vLLM excludes everything in memory from garbage collection, but models come and go here
         core: Any = self.engine.engine_core
         self._runner: Any = core.engine_core.model_executor.driver_worker.worker.model_runner
-        weakref.finalize(self, _shut_down, core, folder)
+        core._finalizer.detach()  # vLLM's own, see `_shut_down`
+        weakref.finalize(self, _shut_down, core.engine_core, folder)
 
     def __bool__(self) -> bool:
         return bool(self.waiting or self.running)
@@ -195,7 +196,7 @@ def _scores(sequence: Sequence, scores: list[Any]) -> list[ScoredToken]:
 
 def _shut_down(core: Any, folder: str) -> None:
     """Free an engine of vLLM. Its own `shutdown` would end torch.distributed for the other engines in this process."""
-    core.engine_core.model_executor.shutdown()
-    core.engine_core.scheduler.shutdown()
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
     SERVED.pop(folder, None)
     shutil.rmtree(folder, ignore_errors=True)
