@@ -25,7 +25,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from acip.errors import AcipError, BaseModelError, foreign_errors
-from acip.modeling_acip import attention_of, widened
+from acip.modeling_acip import keep_attention_cap, widened
 from acip.recipe import Dtype
 from acip.utils.hub_ids import HUB_ID, REVISION
 
@@ -79,9 +79,7 @@ def outline(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = Fa
         quiet(),
     ):
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **attention_of(config)
-            )
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
     return Base(model.eval().requires_grad_(False), tokenizer, source, getattr(config, "_commit_hash", None), "")
 
@@ -117,7 +115,7 @@ def _loaded(source: str, dtype: Dtype, trust_remote_code: bool, **options: Any) 
     where, kwargs = _found(source, trust_remote_code)
     config = _config(source, trust_remote_code)
     _check_config(source, config)
-    options = attention_of(config) | options
+    keep_attention_cap(config)
     _check_files(source, Path(where), kwargs.get("gguf_file"))
     dense = _dequantized() if "gguf_file" in kwargs else {}
     with foreign_errors(BaseModelError, f"base {source!r} can't be loaded", REMEDY), quiet():

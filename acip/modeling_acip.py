@@ -339,12 +339,15 @@ def shrink(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
         set_module(model, name, new.requires_grad_(True))
 
 
-def attention_of(config: Any) -> dict[str, str]:
-    """Return the argument `attn_implementation` for models that cap the logits of their attention (Gemma 2), and nothing for others.
+def keep_attention_cap(config: Any) -> None:
+    """Make transformers use eager attention, from now on, for a model that caps the logits of its attention (Gemma 2).
 
-    PyTorch's sdpa has no cap, and versions of transformers before 5.20 use it for these models without a warning.
+    PyTorch's sdpa has no cap, and versions of transformers before 5.20 use it for these models by default, without a warning.
     """
-    return {"attn_implementation": "eager"} if getattr(config.get_text_config(), "attn_logit_softcapping", None) else {}
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa = False
 
 
 def weight_MN(layer: nn.Module) -> Tensor:
@@ -590,8 +593,6 @@ class CompressedModel:
                 raise ImportError("this folder is an artifact, which only acip can load: install acip, and import it first.")
             attention = kwargs.pop("attn_implementation", None) or known._attn_implementation_internal  # set there by transformers
             return load_artifact(where, attn_implementation=attention, **kwargs)
-        if isinstance(known, PreTrainedConfig) and known._attn_implementation_internal is None:
-            kwargs = attention_of(known) | kwargs
         if where is None or acip.get("bfloat16") is None:
             return super().from_pretrained(where, *args, config=config, **kwargs)  # type: ignore[misc]
         tensors = decoded_tensors(read_tensors(where, hub), acip)
@@ -664,6 +665,8 @@ def classes(base_type: str, base_class: str) -> tuple[Any, Any]:
         "__module__": __name__, "__doc__": CompressedModel.__doc__, "config_class": config_class,
         "_keep_in_fp32_modules_strict": list(keep),
     }  # fmt: skip
+    if getattr(base_config(), "attn_logit_softcapping", None):
+        body["_supports_sdpa"] = False  # it has no cap
     model_class: Any = type(f"Acip{base_class}", (CompressedModel, base_model), body)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     return config_class, model_class

@@ -22,7 +22,7 @@ from acip.errors import ArtifactError
 from acip.layers.directions import DirectionMatrix
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import weight_MN
-from acip.modeling_acip import CodedLinear, attention_of, set_module
+from acip.modeling_acip import CodedLinear, keep_attention_cap, set_module
 from acip.sizing.cut_table import Cut
 
 
@@ -89,10 +89,11 @@ class ModelLoader:
     def _base_without_targets(self) -> PreTrainedModel:
         """Return the base model with the tensors of rest.safetensors; all other parameters are on the device meta."""
         config = copy.deepcopy(self.artifact.config)  # the model may change its copy
+        keep_attention_cap(config)
         rest = self.artifact.tensors("rest")
         try:
             with init_empty_weights(include_buffers=False):
-                model: PreTrainedModel = _model_class(config)._from_config(config, dtype=config.dtype, **attention_of(config))
+                model: PreTrainedModel = _model_class(config)._from_config(config, dtype=config.dtype)
             tensors = {name: tensor.to(self.device) for name, tensor in rest.read(list(rest.entries)).items()}
             model.load_state_dict(tensors, strict=False, assign=True)
         except ArtifactError:

@@ -42,7 +42,6 @@ from acip.calibration.parametrize import parametrize
 from acip.data import TokenBatches
 from acip.errors import AcipError
 from acip.layers.mixed_sizes import Size
-from acip.modeling_acip import attention_of
 from tests.acip.layers.test_architectures import GROUPED, RECIPE, WIDE, random_model
 from tests.conftest import byte_tokenizer
 
@@ -121,7 +120,7 @@ def test_answer_has_the_log_probabilities_of_transformers_generate(name: str, tm
     artifact = artifact_of(SERVED[name], tmp_path, exclude=("experts", "router") if name == "chunks" else ())
     served, engine = ResidentModel(ModelVersion("toy", "1", str(artifact.folder), (), {}), artifact), TextEngine()
     engine.add(served)
-    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **attention_of(SERVED[name])).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(3, 256, (length,), generator=generator).tolist() for length in (200, 20, 90)]
     logprobs: dict[int, list[float]] = {0: [], 1: [], 2: []}

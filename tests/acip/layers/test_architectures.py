@@ -54,7 +54,7 @@ from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.svd_linear import SVDLinear
 from acip.layers.targets import find_linears, targets
 from acip.modeling import from_pretrained
-from acip.modeling_acip import attention_of
+from acip.modeling_acip import keep_attention_cap
 from acip.recipe import Recipe
 from acip.sizing.cut_table import Budget
 from acip.sizing.elastic_model import ElasticModel
@@ -125,7 +125,8 @@ ARCHITECTURES = {
 def random_model(config: PreTrainedConfig, kind: Any = None) -> Any:
     torch.manual_seed(0)
     config = copy.deepcopy(config)  # models change their config
-    model = kind(config) if kind else AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention_of(config))
+    keep_attention_cap(config)
+    model = kind(config) if kind else AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for tensor in model.parameters():
             tensor.add_(0.05 * torch.randn_like(tensor))
