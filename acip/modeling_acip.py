@@ -346,8 +346,9 @@ def keep_attention_cap(config: Any) -> None:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if getattr(config.get_text_config(), "attn_logit_softcapping", None) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa = False
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None) and type(config) in classes:
+        classes[type(config)]._supports_sdpa = False
 
 
 def weight_MN(layer: nn.Module) -> Tensor:
