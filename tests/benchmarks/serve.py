@@ -3,6 +3,7 @@
     python tests/benchmarks/serve.py --quick --check     sizes 1.0 and 0.4, short windows, 300 disconnects: 5 minutes on 2 cores
     python tests/benchmarks/serve.py --check             four sizes, long windows, the baseline before and after, 10,000 disconnects
     python tests/benchmarks/serve.py --side theirs --clients 8 --seconds 5     one part
+    python tests/benchmarks/serve.py --engine vllm       exports and any size in vLLM, and our engine (vllm_engines.py)
 
 Clients run in a process of their own (clients.py) and stream one completion after the other. Both servers get the same prompts, with the
 same number of tokens per answer, at temperature 0. The first answers have different lengths, so that clients are out of step. Only text

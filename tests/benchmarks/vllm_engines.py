@@ -123,11 +123,10 @@ class ExportEngine:
     """vLLM with an export."""
 
     def __init__(self, folder: Path, compiled: bool) -> None:
-        from vllm import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
-
         from acip_vllm import register
         from acip_vllm.resident_model import MAX_SEQUENCES
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
 
         register()
         self.engine = LLMEngine.from_engine_args(
@@ -222,17 +221,23 @@ class ResidentEngine:
         self.model.batch.clear()
 
 
+class Here:
+    """What the process of one engine holds."""
+
+    engine: Engine
+    prompts: list[list[int]]
+
+
 def start(make: Callable[[], Engine], threads: int) -> None:
     """Start the engine of this process."""
-    global ENGINE, PROMPT_IDS
     import torch
 
     torch.set_num_threads(threads)
-    ENGINE = make()
-    torch.set_num_threads(threads)
+    Here.engine = make()
+    torch.set_num_threads(threads)  # vLLM may change it
     generator = torch.Generator().manual_seed(0)
     lengths = [SHORTEST + (i * 17) % (LONGEST - SHORTEST + 1) for i in range(PROMPTS)]
-    PROMPT_IDS = [torch.randint(ENGINE.vocabulary, (length,), generator=generator).tolist() for length in lengths]
+    Here.prompts = [torch.randint(Here.engine.vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
 def measure(window: Window, sizes: Sequence[str], warm_s: float, window_s: float) -> Window:
@@ -250,10 +255,10 @@ def measure(window: Window, sizes: Sequence[str], warm_s: float, window_s: float
             break
         while waiting:
             size, max_tokens = sizes[number % len(sizes)], waiting.popleft()
-            key = ENGINE.add(PROMPT_IDS[number % PROMPTS], size, max_tokens)
+            key = Here.engine.add(Here.prompts[number % PROMPTS], size, max_tokens)
             sent[key] = (size, time.perf_counter(), max_tokens)
             number += 1
-        got = ENGINE.step()
+        got = Here.engine.step()
         after = time.perf_counter()
         window.steps += bool(begin)
         for key in got:
@@ -269,7 +274,7 @@ def measure(window: Window, sizes: Sequence[str], warm_s: float, window_s: float
                 first.remove(key)
                 waiting.append(MAX_TOKENS)
     window.seconds, window.cpu_s = now - begin, time.process_time() - cpu
-    ENGINE.clear()
+    Here.engine.clear()
     return window
 
 

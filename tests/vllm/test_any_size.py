@@ -174,6 +174,7 @@ def test_a_model_that_is_dropped_frees_its_engine(tmp_path: Path) -> None:
     from acip_vllm.any_size import SERVED
     from acip_vllm.resident_model import VllmModel
 
+    gc.collect()  # the models of other tests
     before = set(SERVED)
     model = VllmModel(VERSION, save(tmp_path, FAMILIES["llama"]), packed=False)
     (folder,) = set(SERVED) - before
