@@ -4,9 +4,9 @@ A `ServedLayers` holds the layers of one resident model (`acip.layers.elastic_li
 or not, pass their inputs to them. Before the first layer of each step, the rows of the batch are put in the order of falling size that
 `acip.layers.mixed_sizes` needs; every layer permutes its inputs and outputs accordingly.
 
-On a CPU, a size in ranks that is computed alone for some steps gets copies of its factors, stacked and packed as those of an export: a
-step of 8 rows would spend a third of its products' time on reordering plain weights. They are made if there is memory for them, and only
-for one size at a time.
+On a CPU, a size that is computed alone for some steps gets copies of its matrices, stacked and packed as those of an export, because
+reordering plain weights takes a third of the time of products for 8 rows. They are made if there is memory for them, for one size at a
+time.
 
 vLLM's model, and this module, run in the process that created the `ServedLayers`, so that weights can be loaded between steps.
 """
@@ -24,7 +24,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.mixed_sizes import Mixer, Size, padded
 from acip.layers.targets import weight_MN
-from acip.modeling_acip import onednn
+from acip.modeling_acip import CodedLinear, onednn
 from acip_vllm.product import FusedProduct
 from acip_vllm.shards import Piece
 
@@ -116,7 +116,7 @@ class ServedLayers:
 
 
 class PackedCopies:
-    """The factors of one size, stacked and packed for vLLM's product."""
+    """The matrices of one size, stacked and packed for vLLM's product."""
 
     def __init__(self, weights: "ResidentWeights | None") -> None:
         self.weights = weights
@@ -143,12 +143,12 @@ class PackedCopies:
     def _reserve(self, weights: "ResidentWeights") -> bool:
         """Reserve memory for the largest size. Return whether there is enough."""
         if not self._reserved:
-            factors = (side.values for layer in weights.layers.values() for side in (layer.left, layer.right))
-            self._reserved = weights.memory.reserve_copies(sum(values.nbytes for values in factors))
+            layers = [(weight_MN(layer.original), layer.left.values, layer.right.values) for layer in weights.layers.values()]
+            self._reserved = weights.memory.reserve_copies(sum(max(W.nbytes, left.nbytes + right.nbytes) for W, left, right in layers))
         return self._reserved
 
     def compute(self, parts: list[nn.Module], x_TN: Tensor) -> Tensor | None:
-        """Return the outputs [T, M] of the layers `parts`; None if one of them has no rank at this size."""
+        """Return the outputs [T, M] of the layers `parts`; None if one of them has no sizes."""
         key = id(parts)
         if key not in self._products:
             self._products[key] = self._packed(parts)
@@ -160,19 +160,31 @@ class PackedCopies:
         return y_TM if bias_M is None else y_TM + bias_M
 
     def _packed(self, parts: list[nn.Module]) -> tuple[FusedProduct, Tensor | None] | None:
-        pieces, biases = [], []
-        for part in parts:
-            (group,) = (isinstance(part, ElasticLinear) and part.groups) or (None,)
-            if group is None or group.factors is None:
-                return None
-            right_rN, left_Mr = group.factors
-            rank = len(right_rN) if group.mask is None else int(group.mask[0].sum())
-            pieces.append(Piece(right_rN[:rank], left_Mr[:, :rank]))
-            biases.append(left_Mr.new_zeros(len(left_Mr)) if part.bias is None else part.bias)
-        product = FusedProduct(pieces)
+        if not all(isinstance(part, ElasticLinear) and part.groups for part in parts):
+            return None
+        layers = cast(list[ElasticLinear], parts)
+        product = FusedProduct([_piece(layer) for layer in layers])
         for matrix in product.matrices():
             self._gemm.process_weights_after_loading(matrix)
-        return product, torch.cat(biases) if any(part.bias is not None for part in parts) else None
+        if all(layer.bias is None for layer in layers):
+            return product, None
+        dtype = layers[0].left.dtype
+        biases = [torch.zeros(len(weight_MN(layer.original)), dtype=dtype) if layer.bias is None else layer.bias for layer in layers]
+        return product, torch.cat(biases)
+
+
+def _piece(layer: ElasticLinear) -> Piece:
+    """Return the matrices of a layer whose rows are all of one size."""
+    assert layer.groups is not None
+    (group,) = layer.groups
+    if group.coded is not None:
+        coded = cast(CodedLinear, group.coded)
+        return Piece(coded.codes, steps=coded.steps)
+    if group.factors is None:
+        return Piece(weight_MN(layer.original))
+    right_rN, left_Mr = group.factors
+    rank = len(right_rN) if group.mask is None else int(group.mask[0].sum())
+    return Piece(right_rN[:rank], left_Mr[:, :rank])
 
 
 SERVED: dict[str, ServedLayers] = {}  # by the folder that vLLM is given as the model
