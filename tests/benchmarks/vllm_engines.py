@@ -28,6 +28,7 @@ MIXED = ("1.0", "0.4")  # sizes of a batch of mixed sizes
 MAX_TOKENS = 48
 PROMPTS, SHORTEST, LONGEST = 199, 20, 60  # number of prompts, and their tokens
 KV_BYTES = 256 << 20
+WARM_STEPS = 40  # before a window, at least: a size that is alone for some steps gets packed copies (acip_vllm.any_size)
 EXPORT_GOAL, ANY_SIZE_GOAL, MIXED_GOAL = 1.25, 0.9, 0.85  # export at 0.4 in pivots / dense; any size / export of that size; mixed / mean
 
 
@@ -249,11 +250,11 @@ def measure(window: Window, sizes: Sequence[str], warm_s: float, window_s: float
     sent: dict[object, tuple[str, float, int]] = {}  # size, time, tokens that are missing
     waiting = deque((1 + (i * MAX_TOKENS) // window.clients) for i in range(window.clients))  # tokens of the next requests
     first: set[object] = set()
-    number, begin, cpu = 0, 0.0, 0.0
+    number, steps, begin, cpu = 0, 0, 0.0, 0.0
     start_s = time.perf_counter()
     while True:
         now = time.perf_counter()
-        if not begin and now - start_s >= warm_s:
+        if not begin and now - start_s >= warm_s and steps >= WARM_STEPS:
             begin, cpu = now, time.process_time()
         if begin and now - begin >= window_s:
             break
@@ -264,6 +265,7 @@ def measure(window: Window, sizes: Sequence[str], warm_s: float, window_s: float
             number += 1
         got = Here.engine.step()
         after = time.perf_counter()
+        steps += 1
         window.steps += bool(begin)
         for key in got:
             size, at, missing = sent.pop(key)
