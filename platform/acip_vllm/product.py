@@ -85,13 +85,14 @@ class FusedProduct(nn.Module):
 
 
 def _in_blocks(piece: Piece) -> Piece:
-    """Return a piece of factors or pivots with zeros up to a whole block of directions."""
+    """Return a piece of factors or pivots with zeros up to a whole block of directions, and of rows that a gather leaves out."""
     rank = len(piece.first)
     missing = -rank % BLOCK
-    if piece.second is None or not missing or not rank:
+    if piece.second is None or not piece.second.numel():
         return piece
     place = None if piece.place is None else torch.where(piece.place < rank, piece.place, piece.place + missing)
-    return Piece(F.pad(piece.first, (0, 0, 0, missing)), F.pad(piece.second, (0, missing)), place)
+    rows = 0 if place is None else -len(piece.second) % BLOCK
+    return Piece(F.pad(piece.first, (0, 0, 0, missing)), F.pad(piece.second, (0, missing, 0, rows)), place)
 
 
 def _places(pieces: Sequence[Piece]) -> Tensor:
