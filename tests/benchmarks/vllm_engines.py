@@ -312,6 +312,8 @@ class Run:
         }
         made |= {(ANY_SIZE, ""): partial(ResidentEngine, artifact, "vllm"), (EMBEDDED, ""): partial(ResidentEngine, artifact, "acip")}
         self.pools = {key: ProcessPoolExecutor(1, mp_context=get_context("spawn")) for key in made}
+        first = next(iter(made))
+        self.pools[first].submit(start, made.pop(first), threads).result()  # it fills vLLM's cache of model classes, which takes long
         started: list[Future[None]] = [self.pools[key].submit(start, make, threads) for key, make in made.items()]
         for each in started:
             each.result()
