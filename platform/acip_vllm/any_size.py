@@ -4,13 +4,17 @@ A `ServedLayers` holds the layers of one resident model (`acip.layers.elastic_li
 or not, pass their inputs to them. Before the first layer of each step, the rows of the batch are put in the order of falling size that
 `acip.layers.mixed_sizes` needs; every layer permutes its inputs and outputs accordingly.
 
+On a CPU, a size that is computed alone for some steps gets copies of its matrices, stacked and packed as those of an export, because
+reordering plain weights takes a third of the time of products for 8 rows. They are made if there is memory for them, for one size at a
+time.
+
 vLLM's model, and this module, run in the process that created the `ServedLayers`, so that weights can be loaded between steps.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +23,18 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.platforms import current_platform
 
+from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.mixed_sizes import Mixer, Size, padded
 from acip.layers.targets import weight_MN
-from acip.modeling_acip import onednn
+from acip.modeling_acip import CodedLinear, onednn
 from acip_vllm.export_config import ANY_SIZE
+from acip_vllm.product import FusedProduct
+from acip_vllm.shards import Piece
+
+if TYPE_CHECKING:  # exports are served without the platform
+    from acip_platform.serve.engine.resident_weights import ResidentWeights
+
+PACKED_AFTER = 16  # steps of one size
 
 
 class Rows(Protocol):
@@ -36,8 +48,12 @@ class Rows(Protocol):
 class ServedLayers:
     """The layers of one resident model, and the order of the rows of the present step."""
 
-    def __init__(self, model: nn.Module, targets: set[str], stored: Mapping[str, Tensor], mixer: Mixer) -> None:
+    def __init__(
+        self, model: nn.Module, targets: set[str], stored: Mapping[str, Tensor], mixer: Mixer, weights: "ResidentWeights | None" = None
+    ) -> None:
+        """`weights` states whether there may be packed copies, and has their memory; None = there are none."""
         self.model, self.targets, self.mixer = model, targets, mixer
+        self.copies = PackedCopies(weights)
         self.stored = dict(stored)  # all other tensors of the model, for vLLM to load
         self.rows: Rows = list
         self._step: object = None
@@ -73,6 +89,8 @@ class ServedLayers:
         if not self._rows:  # vLLM measures its memory
             rows_M = sum(len(weight_MN(cast(Any, getattr(part, "original", part)))) for part in parts)
             return x_TN.new_zeros(len(x_TN), rows_M)
+        if self.copies.used and (y := self.copies.compute(parts, x_TN)) is not None:
+            return y
         if self._order is not None:
             x_TN = x_TN[self._order[0]]
         elif len(x_TN) != self._rows:
@@ -84,6 +102,7 @@ class ServedLayers:
     def _prepare(self, x_TN: Tensor) -> None:
         rows = self.rows()
         self._rows, self._order = sum(count for _, count in rows), None
+        self.copies.prepare({size.key for size, _ in rows})
         if not rows:
             return
         by_size = sorted(range(len(rows)), key=lambda i: rows[i][0].key)
@@ -104,6 +123,78 @@ class ServedLayers:
             back[index[: self._rows]] = torch.arange(self._rows, device=x_TN.device)
             self._order = (index, back)
         self.mixer.set(runs)
+
+
+class PackedCopies:
+    """The matrices of one size, stacked and packed for vLLM's product."""
+
+    def __init__(self, weights: "ResidentWeights | None") -> None:
+        self.weights = weights
+        self.used = False  # in the present step
+        self._reserved = False
+        self._last: set[tuple[int, int]] = set()  # the sizes of the last steps, by their keys
+        self._steps = 0  # that had these sizes
+        self._of: set[tuple[int, int]] = set()  # the size of the copies
+        self._products: dict[int, tuple[FusedProduct, Tensor | None] | None] = {}  # by the id of the list of parts
+        self._gemm = UnquantizedLinearMethod()
+
+    def prepare(self, sizes: set[tuple[int, int]]) -> None:
+        """Decide whether the next step, which has these sizes, uses copies. They are made in this step if they are new."""
+        self._steps = self._steps + 1 if sizes == self._last else 0
+        self._last = sizes
+        if self.weights is None or not self.weights.packed:  # memory is short
+            self._of = set()
+            self._products.clear()
+        elif self._steps == PACKED_AFTER and len(sizes) == 1 and sizes != self._of and self._reserve(self.weights):
+            self._of = sizes
+            self._products.clear()
+        self.used = bool(sizes) and sizes == self._of
+
+    def _reserve(self, weights: "ResidentWeights") -> bool:
+        """Reserve memory for the largest size. Return whether there is enough."""
+        if not self._reserved:
+            layers = [(weight_MN(layer.original), layer.left.values, layer.right.values) for layer in weights.layers.values()]
+            self._reserved = weights.memory.reserve_copies(sum(max(W.nbytes, left.nbytes + right.nbytes) for W, left, right in layers))
+        return self._reserved
+
+    def compute(self, parts: list[nn.Module], x_TN: Tensor) -> Tensor | None:
+        """Return the outputs [T, M] of the layers `parts`; None if one of them has no sizes."""
+        key = id(parts)
+        if key not in self._products:
+            self._products[key] = self._packed(parts)
+        found = self._products[key]
+        if found is None:
+            return None
+        product, bias_M = found
+        y_TM = product(x_TN, self._gemm.apply)
+        return y_TM if bias_M is None else y_TM + bias_M
+
+    def _packed(self, parts: list[nn.Module]) -> tuple[FusedProduct, Tensor | None] | None:
+        if not all(isinstance(part, ElasticLinear) and part.groups for part in parts):
+            return None
+        layers = cast(list[ElasticLinear], parts)
+        product = FusedProduct([_piece(layer) for layer in layers])
+        for matrix in product.matrices():
+            self._gemm.process_weights_after_loading(matrix)
+        if all(layer.bias is None for layer in layers):
+            return product, None
+        dtype = layers[0].left.dtype
+        biases = [torch.zeros(len(weight_MN(layer.original)), dtype=dtype) if layer.bias is None else layer.bias for layer in layers]
+        return product, torch.cat(biases)
+
+
+def _piece(layer: ElasticLinear) -> Piece:
+    """Return the matrices of a layer whose rows are all of one size."""
+    assert layer.groups is not None
+    (group,) = layer.groups
+    if group.coded is not None:
+        coded = cast(CodedLinear, group.coded)
+        return Piece(coded.codes, steps=coded.steps)
+    if group.factors is None:
+        return Piece(weight_MN(layer.original))
+    right_rN, left_Mr = group.factors
+    rank = len(right_rN) if group.mask is None else int(group.mask[0].sum())
+    return Piece(right_rN[:rank], left_Mr[:, :rank])
 
 
 SERVED: dict[str, ServedLayers] = {}  # by the folder that vLLM is given as the model

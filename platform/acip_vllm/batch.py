@@ -3,7 +3,7 @@
     waiting --step--> vLLM's queue --[prefix cache, chunks of the prompt]--> logits --our sampler--> token --> Sequence.take
 
 Tokens are sampled by `acip_platform.serve.engine.sampling` from vLLM's logits, so that seeds, penalties, grammars and log-probabilities
-are the same as in the embedded engine. vLLM then "chooses" the token whose logit alone is finite.
+are the same as in the embedded engine.
 """
 
 import gc
@@ -22,17 +22,15 @@ from acip_platform.serve.engine.sampling import SampledToken, ScoredToken, sampl
 from torch import Tensor
 from vllm import EngineArgs, TokensPrompt
 from vllm import SamplingParams as VllmParams
-from vllm.config import VllmConfig
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.sampler import Sampler
 
 from acip.layers.mixed_sizes import Size
 from acip_vllm.any_size import SERVED, ServedLayers
 
 IN_USE = threading.Lock()  # vLLM keeps the present step in global variables, so only one thread may start or step an engine
-BATCHES: "weakref.WeakValueDictionary[str, VllmBatch]" = weakref.WeakValueDictionary()  # by the folder that vLLM is given as the model
 
 
 class VllmBatch:
@@ -49,21 +47,21 @@ class VllmBatch:
         self._keys: dict[str, str] = {}  # our id of a request -> vLLM's
         self._count = 0
         self.broken: str | None = None  # why no step is possible any more
-        BATCHES[folder], SERVED[folder] = self, served
+        SERVED[folder] = served
         itself = weakref.proxy(self)  # `SERVED` is global, and must not keep the engine
         served.rows = lambda: itself._rows()  # noqa: PLW0108  (a bound method of the proxy would hold the object)
         with IN_USE:
             self.engine = LLMEngine.from_engine_args(
                 EngineArgs(
                     model=folder, skip_tokenizer_init=True, generation_config="vllm", async_scheduling=False, max_logprobs=-1,
-                    logits_processors=[EngineSampler], enforce_eager=True, served_model_name=name,
-                    disable_log_stats=not ray.is_initialized(), **arguments,
+                    enforce_eager=True, served_model_name=name, disable_log_stats=not ray.is_initialized(), **arguments,
                 ),
                 stat_loggers=[RayPrometheusStatLogger] if ray.is_initialized() else None,
             )  # fmt: skip
         gc.unfreeze()  # vLLM excludes everything in memory from garbage collection, but models come and go here
         core: Any = self.engine.engine_core
         self._runner: Any = core.engine_core.model_executor.driver_worker.worker.model_runner
+        self._runner.sampler = EngineSampler(itself)
         core._finalizer.detach()  # vLLM's own, see `_shut_down`
         weakref.finalize(self, _shut_down, core.engine_core, folder)
 
@@ -153,36 +151,28 @@ class VllmBatch:
         return rows
 
     def sample(self, logits_nV: Tensor) -> Tensor:
-        """Sample a token for each row whose tokens have all been computed. Return logits of which only that token's is finite."""
+        """Sample a token for each row whose tokens have all been computed, and return the tokens [n]. Those of other rows are not used."""
         keys = self._runner.input_batch.req_ids
         complete = [i for i in range(len(keys)) if not self._runner.discard_request_mask.np[i]]
-        if not complete:
-            return logits_nV
-        tokens = sample(logits_nV[complete], [self.running[keys[i]].sampler for i in complete])
-        self.sampled.update((keys[i], token) for i, token in zip(complete, tokens, strict=True))
-        chosen = torch.tensor([max(token.token, 0) for token in tokens], device=logits_nV.device)
-        rows = torch.tensor(complete, device=logits_nV.device)
-        logits_nV[rows] = -torch.inf
-        logits_nV[rows, chosen] = 0.0
-        return logits_nV
+        tokens = [0] * len(keys)
+        if complete:
+            rows_nV = logits_nV if len(complete) == len(logits_nV) else logits_nV[complete]
+            for i, token in zip(complete, sample(rows_nV, [self.running[keys[i]].sampler for i in complete]), strict=True):
+                self.sampled[keys[i]] = token
+                tokens[i] = max(token.token, 0)
+        return torch.tensor(tokens, device=logits_nV.device)
 
 
-class EngineSampler(LogitsProcessor):
+class EngineSampler(Sampler):
     """vLLM's interface to `VllmBatch.sample`."""
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        self.folder = vllm_config.model_config.model
+    def __init__(self, batch: VllmBatch) -> None:
+        super().__init__()
+        self.batch = batch
 
-    def is_argmax_invariant(self) -> bool:
-        """Return False: it chooses the token."""
-        return False
-
-    def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Do nothing: the batch knows its sequences."""
-
-    def apply(self, logits: Tensor) -> Tensor:
-        """Return logits of which only the sampled token's is finite."""
-        return BATCHES[self.folder].sample(logits)
+    def sample(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """Return the tokens."""
+        return self.batch.sample(logits), None
 
 
 def _scores(sequence: Sequence, scores: list[Any]) -> list[ScoredToken]:

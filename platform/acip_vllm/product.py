@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from acip.modeling_acip import integer_product
 from acip_vllm.shards import Piece
 
+BLOCK = 32  # ranks are padded to multiples of it: layers of almost equal ranks share a plan of oneDNN, and odd ranks have slow kernels
+
 
 class Matrix(nn.Module):
     """A weight [M, N] in a module of its own, because vLLM's linear methods keep what they prepare for a weight in its module."""
@@ -40,6 +42,7 @@ class FusedProduct(nn.Module):
 
     def __init__(self, pieces: Sequence[Piece], device: torch.device | None = None) -> None:
         super().__init__()
+        pieces = [_in_blocks(piece) for piece in pieces]
         plain = [piece for piece in pieces if piece.steps is None]
         coded = [piece for piece in pieces if piece.steps is not None]
         self.coded = [piece.steps is not None for piece in pieces]
@@ -79,6 +82,17 @@ class FusedProduct(nn.Module):
                 outputs.append(multiply(second, h) if isinstance(second, Matrix) else h.new_zeros(*h.shape[:-1], self.rows[i]))
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         return y if self.place is None else y.index_select(-1, self.place)
+
+
+def _in_blocks(piece: Piece) -> Piece:
+    """Return a piece of factors or pivots with zeros up to a whole block of directions, and of rows that a gather leaves out."""
+    rank = len(piece.first)
+    missing = -rank % BLOCK
+    if piece.second is None or not piece.second.numel():
+        return piece
+    place = None if piece.place is None else torch.where(piece.place < rank, piece.place, piece.place + missing)
+    rows = 0 if place is None else -len(piece.second) % BLOCK
+    return Piece(F.pad(piece.first, (0, 0, 0, missing)), F.pad(piece.second, (0, missing, 0, rows)), place)
 
 
 def _places(pieces: Sequence[Piece]) -> Tensor:

@@ -64,7 +64,7 @@ class VllmModel(ResidentModel):
         fields["quantization_config"] = {"quant_method": ANY_SIZE, "folder": str(folder)}
         (folder / "config.json").write_text(json.dumps(fields))
         stored = {name: tensor for name, tensor in model.state_dict().items() if name in rest}
-        served = ServedLayers(model, targets, stored, mixer)
+        served = ServedLayers(model, targets, stored, mixer, self.weights)
         with self._two_sizes() as sizes:
             generator = torch.Generator().manual_seed(0)
             lengths = [min(CHECKED_TOKENS, self.context - 1), min(20, self.context - 1)]

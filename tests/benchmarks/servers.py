@@ -174,11 +174,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def hardware(threads: int | None) -> str:
-    """Return one line that describes the machine and the versions."""
+def hardware(threads: int | None, *packages: str) -> str:
+    """Return one line that describes the machine and the versions of `packages`."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "ray"))
-    openmp = f"{threads} for both" if threads else "each server's default"
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages or ("torch", "transformers", "ray"))
+    openmp = f"{threads} for each" if threads else "each server's default"
     memory = psutil.virtual_memory().total / 2**30
     return f"{os.cpu_count()} cores ({model}), {memory:.0f} GiB, no GPU used; {versions}; OpenMP threads: {openmp}"

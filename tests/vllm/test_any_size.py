@@ -143,6 +143,31 @@ def test_a_model_in_bfloat16_is_checked_by_its_mean_difference(tmp_path: Path, e
     assert all(len(tokens) == 12 for _, tokens in answers(engine, model))
 
 
+def test_a_size_that_is_used_alone_gets_packed_copies(tmp_path: Path, engine: Engine) -> None:
+    """They give the same answers, and leave when memory is short."""
+    from acip_vllm.any_size import SERVED
+    from acip_vllm.resident_model import VllmModel
+
+    model = VllmModel(VERSION, save(tmp_path, FAMILIES["llama"]))
+    engine.add(model)
+    (served,) = [served for served in SERVED.values() if served.model is model.any_size.model]
+    request = GenerationRequest(
+        [PROMPT], SIZES[2], max_tokens=60, sampling=SamplingParams(temperature=0.0, logprobs=0), end_tokens=frozenset()
+    )
+
+    def tokens() -> list[Any]:
+        return [event.token for event in engine.events(model, request) if isinstance(event, TokenSampled)]
+
+    packed = tokens()
+    assert served.copies.used
+    model.weights.unpack()
+    plain = tokens()
+    assert not served.copies.used
+    same = next((i for i, (a, b) in enumerate(zip(packed, plain, strict=True)) if a.token != b.token), len(packed))
+    assert same > 20
+    assert [token.logprob for token in packed[:same]] == pytest.approx([token.logprob for token in plain[:same]], abs=NATS)
+
+
 def test_wrong_weights_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer of vLLM that computes something else is found before the model is served."""
     from acip_vllm.any_size import ServedLayers
@@ -175,6 +200,7 @@ def test_a_model_that_is_dropped_frees_its_engine(tmp_path: Path) -> None:
     from acip_vllm.any_size import SERVED
     from acip_vllm.resident_model import VllmModel
 
+    gc.collect()  # the models of other tests
     before = set(SERVED)
     model = VllmModel(VERSION, save(tmp_path, FAMILIES["llama"]), packed=False)
     (folder,) = set(SERVED) - before
