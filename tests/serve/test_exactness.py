@@ -58,6 +58,7 @@ MLA: dict[str, Any] = {
 YARN: dict[str, Any] = {**LONG, "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}}
 DYNAMIC: dict[str, Any] = {**LONG, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
 SERVED: dict[str, PreTrainedConfig] = {
+    "many layers": LlamaConfig(**{**LONG, "num_hidden_layers": 30}),
     "a window of few tokens": MistralConfig(**LONG, sliding_window=8),
     "a window of many tokens": MistralConfig(**LONG, sliding_window=4096),
     "capped logits": Gemma2Config(**LONG, head_dim=16, sliding_window=32, query_pre_attn_scalar=2),
