@@ -109,8 +109,8 @@ def _compare(
         noise = max(noise, _error(one_pass, expected[-1], model.dtype))
     limit = MAX_ERROR.get(model.dtype, MAX_ERROR[torch.float32])
     if model.dtype.itemsize < 4:
-        layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", None) or 0)
-        limit = min(max(limit, ERROR_PER_LAYER * layers, ROUNDING_FACTOR * noise), MAX_ERROR_16_BIT)
+        depth = int(getattr(model.config.get_text_config(), "num_hidden_layers", None) or 0)
+        limit = min(max(limit, ERROR_PER_LAYER * depth, ROUNDING_FACTOR * noise), MAX_ERROR_16_BIT)
     if not noise <= limit:
         raise AcipError(
             f"its logits differ by {noise:.2g} between one pass and token by token, so its answers depend on how they are computed"
