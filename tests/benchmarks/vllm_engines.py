@@ -227,7 +227,7 @@ class ResidentEngine:
 
 
 class Here:
-    """What the process of one engine holds."""
+    """An engine in a process of its own."""
 
     engine: Engine
     prompts: list[list[int]]
