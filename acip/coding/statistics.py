@@ -20,7 +20,6 @@ Legend: M = out features, N = in features, S = tokens.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -40,18 +39,15 @@ class LayerStatistics:
 
 
 class DrawnTokens:
-    """The tokens that are drawn from the model's predictions. Those of a window are drawn once, so that all passes use the same."""
+    """Tokens that are drawn from the model's predictions, one window after the other."""
 
     def __init__(self, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.windows: list[Tensor] = []
 
-    def of(self, window: int, logits_SV: Tensor) -> Tensor:
-        """Return the tokens [S] of a window. The first call is for window 0, and each later one for a known window or the next."""
-        if window == len(self.windows):
-            probabilities_SV = logits_SV.detach().softmax(-1).cpu()
-            self.windows.append(torch.multinomial(probabilities_SV, 1, generator=self.generator)[:, 0])
-        return self.windows[window].to(logits_SV.device)
+    def of(self, logits_SV: Tensor) -> Tensor:
+        """Return the tokens [S] of the next window."""
+        probabilities_SV = logits_SV.detach().softmax(-1).cpu()
+        return torch.multinomial(probabilities_SV, 1, generator=self.generator)[:, 0].to(logits_SV.device)
 
 
 def layer_statistics(
@@ -60,35 +56,35 @@ def layer_statistics(
     windows: Tensor,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    drawn: DrawnTokens | None = None,
 ) -> dict[str, LayerStatistics]:
     """Return the statistics of each layer from token ids [n, T]. `model` maps input_ids to an object with `logits`.
 
-    The model is in evaluation mode. Its parameters get no gradients. `drawn` are the drawn tokens of an earlier pass over the same
-    windows; None = draw them with `seed`. Raises CalibrationError if the loss does not depend on a layer.
+    The model is in evaluation mode. Its parameters get no gradients. Tokens are drawn with `seed`. Raises CalibrationError if the loss
+    does not depend on a layer.
     """
-    sums = {name: _Sums(layer) for name, layer in linears.items()}
-    drawn = drawn or DrawnTokens(seed)
+    sums = {name: LayerSums(layer) for name, layer in linears.items()}
+    drawn = DrawnTokens(seed)
     hooks = hooked(layer.register_forward_hook(sums[name].hook) for name, layer in linears.items())
     with frozen(model), hooks, torch.enable_grad():
         for done, window in enumerate(windows):
-            _differentiate(model, window, partial(drawn.of, done))
+            _differentiate(model, window, drawn)
             progress(done + 1, len(windows))
-    if unreached := [name for name, each in sums.items() if not each.reached]:
-        raise CalibrationError(
-            f"the loss does not depend on {len(unreached)} layers, for example {unreached[0]}, so they cannot be coded. "
-            "Add a part of their names to exclude."
-        )
+    require_reached(sums)
     return {name: each.statistics(windows.numel()) for name, each in sums.items()}
 
 
-def _differentiate(model: nn.Module, window: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
+def _differentiate(model: nn.Module, window: Tensor, drawn: DrawnTokens) -> None:
     """Run the backward pass of one window. On return, nothing of it is in memory."""
     device = next(model.parameters()).device
-    logits_SV = model(input_ids=window[None].long().to(device)).logits[0].float()
-    loss = F.cross_entropy(logits_SV, draw(logits_SV), reduction="sum")
+    loss = sampled_loss(model(input_ids=window[None].long().to(device)).logits[0], drawn)
     if loss.requires_grad:  # false if no layer was called
         loss.backward()
+
+
+def sampled_loss(logits_SV: Tensor, drawn: DrawnTokens) -> Tensor:
+    """Return the negative log likelihood of tokens that are drawn from the predictions themselves, summed over the window."""
+    logits_SV = logits_SV.float()
+    return F.cross_entropy(logits_SV, drawn.of(logits_SV), reduction="sum")
 
 
 @contextmanager
@@ -104,7 +100,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-class _Sums:
+class LayerSums:
     """The sums of one layer over tokens."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -133,3 +129,12 @@ class _Sums:
         """Turn the sums into means over this number of tokens, in place, and return them."""
         total = self.squares_M.sum().clamp_min(torch.finfo(torch.float32).tiny)
         return LayerStatistics(self.weighted_NN.div_(total), self.squares_M.div_(tokens))
+
+
+def require_reached(sums: Mapping[str, LayerSums]) -> None:
+    """Raise CalibrationError if the loss does not depend on one of these layers."""
+    if unreached := [name for name, each in sums.items() if not each.reached]:
+        raise CalibrationError(
+            f"the loss does not depend on {len(unreached)} layers, for example {unreached[0]}, so they cannot be coded. "
+            "Add a part of their names to exclude."
+        )

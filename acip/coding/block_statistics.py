@@ -1,0 +1,160 @@
+"""Statistics of all layers of a model that need not fit in memory: one block at a time, with everything else in files.
+
+    forward     hidden states of all windows before each block        hidden-000.safetensors, ...
+    loss        gradients after the last block                        gradients-032.safetensors
+    backward    block by block from the last to the first: gradients before the block, and the statistics of its layers
+                                                                      statistics-031.safetensors, ...
+
+A block is computed once in the forward and once in the backward pass, and its weights are on the device only then. The results equal those
+of `acip.coding.statistics.layer_statistics`, bit for bit on a CPU.
+
+Every file is complete when it has its name, so that a process that is started again continues after the last finished block.
+
+Legend: T = tokens of a window, D = width of the hidden states.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from acip.calibration.memory_plan import statistics_bytes
+from acip.coding.statistics import DrawnTokens, LayerStatistics, LayerSums, frozen, require_reached, sampled_loss
+from acip.errors import CalibrationError
+from acip.layers.block_chain import BlockChain, placed, tensors
+from acip.layers.targets import hooked, weight_MN
+
+REMEDY = "Free space on its disk, or set ACIP_HOME to a folder on a larger one."
+
+
+class PassFiles:
+    """The files of one pass over the blocks, in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, kind: str, number: int) -> Path:
+        return self.folder / f"{kind}-{number:03}.safetensors"
+
+    def has(self, kind: str, number: int) -> bool:
+        return self.path(kind, number).is_file()
+
+    def put(self, kind: str, number: int, some: Mapping[str, Tensor]) -> None:
+        """Write tensors. Raises CalibrationError if the file cannot be written."""
+        path = self.path(kind, number)
+        partial = path.with_suffix(".partial")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in some.items()}, partial)
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise CalibrationError(f"{path} cannot be written: {error}. {REMEDY}") from error
+
+    def get(self, kind: str, number: int) -> dict[str, Tensor]:
+        """Return the tensors of a file. They are mapped: their pages are in memory only while there is room for them."""
+        try:
+            return load_file(self.path(kind, number))
+        except (OSError, SafetensorError) as error:
+            raise CalibrationError(f"{self.path(kind, number)} cannot be read: {error}. Remove its folder.") from error
+
+    def drop(self, kind: str, number: int) -> None:
+        self.path(kind, number).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def block_statistics(
+    chain: BlockChain,
+    linears: Mapping[str, nn.Module],
+    windows: Tensor,
+    files: PassFiles,
+    device: torch.device | str,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, LayerStatistics]:
+    """Return the statistics of `linears`, layers of the blocks of `chain`, from token ids [n, T]. Their tensors are mapped files.
+
+    The model's parameters get no gradients, and stay where they are; those of a block are on `device` while it is computed. `progress`
+    counts blocks, twice each. Raises CalibrationError if the loss does not depend on a layer, or if a file cannot be written.
+    """
+    parts = chain.linears(linears)
+    blocks = list(chain.blocks.values())
+    first = min((i for i, part in enumerate(parts) if part), default=len(blocks))
+    ids = [window[None].long().to(device) for window in windows]
+    _check_disk(files.folder, chain, linears, windows)
+
+    def inputs(kind: str, number: int) -> list[Tensor]:
+        found = files.get(kind, number)
+        return [found[str(i)].to(device) for i in range(len(windows))]
+
+    def keep(kind: str, number: int, values: list[Tensor]) -> None:
+        files.put(kind, number, {str(i): value for i, value in enumerate(values)})
+
+    with placed(chain.outside(), device), frozen(chain.model):
+        reached = next((i for i in range(len(blocks) + 1) if files.has("gradients", i)), None)
+        if reached is None:
+            with torch.no_grad():
+                if not files.has("hidden", 0):
+                    keep("hidden", 0, [chain.embed(ids_1T).cpu() for ids_1T in ids])
+                for i, block in enumerate(blocks):
+                    if not files.has("hidden", i + 1):
+                        with placed(tensors(block), device):
+                            keep("hidden", i + 1, [chain.block(i, *each).cpu() for each in zip(ids, inputs("hidden", i), strict=True)])
+                    progress(i + 1, 2 * len(blocks))
+            drawn, gradients = DrawnTokens(seed), []
+            for ids_1T, hidden_1TD in zip(ids, inputs("hidden", len(blocks)), strict=True):
+                gradients.append(_gradient(hidden_1TD, lambda hidden, ids=ids_1T: sampled_loss(chain.logits(ids, hidden)[0], drawn)))
+            reached = len(blocks)
+            keep("gradients", reached, gradients)
+            files.drop("hidden", reached)
+        for i in range(reached - 1, first - 1, -1):
+            with placed(tensors(blocks[i]), device):
+                sums = {name: LayerSums(layer) for name, layer in parts[i].items()}
+                with hooked(layer.register_forward_hook(sums[name].hook) for name, layer in parts[i].items()):
+                    gradients = [
+                        _gradient(hidden, lambda x, ids=ids_1T: chain.block(i, ids, x), gradient)
+                        for ids_1T, hidden, gradient in zip(ids, inputs("hidden", i), inputs("gradients", i + 1), strict=True)
+                    ]
+                require_reached(sums)
+                found = {name: each.statistics(windows.numel()) for name, each in sums.items()}
+            files.put("statistics", i, {f"{name}.{key}": tensor for name, each in found.items() for key, tensor in vars(each).items()})
+            keep("gradients", i, gradients)
+            files.drop("gradients", i + 1)
+            files.drop("hidden", i)
+            progress(2 * len(blocks) - i, 2 * len(blocks))
+    stored = {i: files.get("statistics", i) for i, part in enumerate(parts) if part}
+    return {
+        name: LayerStatistics(stored[i][f"{name}.metric"], stored[i][f"{name}.importance"])
+        for i, part in enumerate(parts)
+        for name in part
+    }
+
+
+def _gradient(x: Tensor, function: Callable[[Tensor], Tensor], gradient: Tensor | None = None) -> Tensor:
+    """Return the gradient of `function` at `x`, for the `gradient` of its output (None = a scalar output), in the memory of the CPU."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        function(x).backward(gradient)
+    assert x.grad is not None
+    return x.grad.cpu()
+
+
+def _check_disk(folder: Path, chain: BlockChain, linears: Mapping[str, nn.Module], windows: Tensor) -> None:
+    """Raise CalibrationError if the files of a pass do not fit on the disk."""
+    width = max(weight_MN(layer).shape[1] for layer in linears.values())
+    needed = pass_bytes(linears, len(chain), windows.numel() * width * weight_MN(next(iter(linears.values()))).itemsize)
+    parent = next(each for each in (folder, *folder.parents) if each.exists())
+    free = shutil.disk_usage(parent).free + sum(file.stat().st_size for file in folder.glob("*") if file.is_file())
+    if free < needed:
+        raise CalibrationError(f"the statistics need up to {needed / 1e9:.1f} GB in {folder}, but {free / 1e9:.1f} GB are free. {REMEDY}")
+
+
+def pass_bytes(linears: Mapping[str, nn.Module], blocks: int, hidden_bytes: float) -> float:
+    """Return the bytes of the files of a pass, at most. `hidden_bytes` are those of the hidden states at one place, of all windows."""
+    return sum(statistics_bytes(*weight_MN(layer).shape) for layer in linears.values()) + (blocks + 3) * hidden_bytes
