@@ -4,6 +4,7 @@
     Artifact.save_coded(folder, base, recipe, codes, ...)    write one that holds codes only
     artifact = Artifact.open(folder)                         check it (manifest.py, reader.py)
     artifact.load(size=0.6)                                  an ElasticModel; reads only the bytes that the size needs (loading.py)
+    artifact.unloaded()                                      the same without the target layers, which are loaded block by block
     artifact.record_curve(rows)                              store a measured trade-off curve
 
 ARTIFACT.md specifies the format.
@@ -86,12 +87,19 @@ class Artifact(ArtifactReader):
         Without `size`, every layer is loaded whole, and the model is the base model, bit for bit. With a `size`, only the bytes
         that it needs are read; a later `resize` to a larger size reads the difference.
         """
-        loader = ModelLoader(self, device)
-        any_size = ElasticModel(loader.model(), self.table(), loader.load_size)
+        any_size, loader = self._unloaded(device)
         if size is None:
             loader.load_missing(any_size.layers, loader.all_stored_ranks(), dense=True)
         any_size.resize(1.0 if size is None else size)
         return any_size
+
+    def unloaded(self, device: str | torch.device = "cpu") -> ElasticModel:
+        """Return the model without the weights of its target layers, for callers that load and unload them a block at a time."""
+        return self._unloaded(device)[0]
+
+    def _unloaded(self, device: str | torch.device) -> tuple[ElasticModel, ModelLoader]:
+        loader = ModelLoader(self, device)
+        return ElasticModel(loader.model(), self.table(), loader.load_size), loader
 
     def coded(self) -> CodedModel:
         """Return the coded versions of the target layers. They are read from the file when they are used.

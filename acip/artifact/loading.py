@@ -5,7 +5,7 @@ stay in memory, so a later, larger size reads only the difference.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,8 @@ from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import weight_MN
 from acip.modeling_acip import CodedLinear, keep_attention_cap, set_module
 from acip.sizing.cut_table import Cut
+
+READ_AT_ONCE = 1 << 28  # stored bytes of codes that are in memory while they are decoded
 
 
 class ModelLoader:
@@ -110,18 +112,19 @@ class ModelLoader:
 
     def load_size(self, layers: Mapping[str, ElasticLinear], cut: Cut) -> None:
         """Read everything that a size needs and `layers` do not hold yet."""
-        coded = cut.versions or {}
+        coded = {name: version for name, version in (cut.versions or {}).items() if name in layers}
         self.load_codes(layers, coded)
-        self.load_missing(layers, {name: rank for name, rank in cut.ranks.items() if name not in coded})
+        self.load_missing(layers, {name: cut.ranks[name] for name in layers if name not in coded})
 
     def load_codes(self, layers: Mapping[str, ElasticLinear], versions: Mapping[str, int]) -> None:
-        """Read the versions of codes that `layers` do not hold yet."""
+        """Read the versions of codes that `layers` do not hold yet, `READ_AT_ONCE` bytes of them at once."""
         missing = {name: version for name, version in versions.items() if str(version) not in layers[name].coded}
-        packed = self.codes.read(missing) if missing else {}
-        for name, version in missing.items():
-            codes = packed.pop(name).unpack()
-            layer = layers[name]
-            layer.coded[str(version)] = CodedLinear(codes.codes.to(self.device), codes.steps.to(self.device), layer.bias)
+        for some in _parts(missing, {name: self.codes.facts[name][version].bytes for name, version in missing.items()}):
+            packed = self.codes.read(some)
+            for name, version in some.items():
+                codes = packed.pop(name).unpack()
+                layer = layers[name]
+                layer.coded[str(version)] = CodedLinear(codes.codes.to(self.device), codes.steps.to(self.device), layer.bias)
 
     @cached_property
     def codes(self) -> StoredVersions:
@@ -155,6 +158,18 @@ class ModelLoader:
             original: Any = layer.original
             moved: Tensor = weight.to(layer.left.values)
             original.weight = nn.Parameter(moved.T.contiguous() if isinstance(original, Conv1D) else moved, requires_grad=False)
+
+
+def _parts(versions: Mapping[str, int], sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """Yield `versions` in parts whose `sizes` are at most READ_AT_ONCE bytes, or of one layer."""
+    part: dict[str, int] = {}
+    for name, version in versions.items():
+        if part and sum(sizes[each] for each in part) + sizes[name] > READ_AT_ONCE:
+            yield part
+            part = {}
+        part[name] = version
+    if part:
+        yield part
 
 
 def _model_class(config: PreTrainedConfig) -> Any:

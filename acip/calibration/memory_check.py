@@ -11,24 +11,41 @@ import psutil
 import torch
 from torch import nn
 
-from acip.calibration.memory_plan import Memory, predict
+from acip.calibration.memory_plan import Memory, Phase, predict, predict_streamed
 from acip.errors import CalibrationError
 from acip.recipe import Recipe
 
 HEADROOM = 0.05  # of the prediction, for the losses of allocators
 
 
-def fits(memory: Memory, available: float) -> bool:
+def fits(memory: Memory | Phase, available: float) -> bool:
     """Return whether `memory`, with headroom, fits in `available` bytes."""
-    return memory.peak * (1 + HEADROOM) <= available
+    return (memory.peak if isinstance(memory, Memory) else memory.total) * (1 + HEADROOM) <= available
 
 
-def check(model: nn.Module, recipe: Recipe, available: float, device: str | torch.device | None = None, workers: int = 1) -> Memory:
-    """Return the predicted memory. Raises CalibrationError if it does not fit; the message lists changes of the fleet file that fit."""
-    memory = predict(model, recipe, device, workers)
+def plan(
+    model: nn.Module, recipe: Recipe, available: float, device: str | torch.device | None = None, workers: int = 1, context: int = 0
+) -> Memory:
+    """Return the predicted memory, with the phases streamed that do not fit in `available` bytes otherwise, where that is possible.
+
+    `context` is that of `predict`.
+    """
+    streamed = predict_streamed(model, recipe, device, workers, context)
+    phases = predict(model, recipe, device, workers, context).phases
+    return Memory(tuple(phase if fits(phase, available) else streamed.get(phase.name, phase) for phase in phases))
+
+
+def check(
+    model: nn.Module, recipe: Recipe, available: float, device: str | torch.device | None = None, workers: int = 1, context: int = 0
+) -> Memory:
+    """Return the predicted memory (see `plan`). Raises CalibrationError if it does not fit.
+
+    The message lists changes of the fleet file that fit.
+    """
+    memory = plan(model, recipe, available, device, workers, context)
     if fits(memory, available):
         return memory
-    ways = [f"{text} ({_gigabytes(peak)} GB)" for text, peak in _ways(model, recipe, available, device, workers)]
+    ways = [f"{text} ({_gigabytes(peak)} GB)" for text, peak in _ways(model, recipe, available, device, workers, context)]
     raise CalibrationError(
         f"the calibration needs {_gigabytes(memory.peak)} GB and {HEADROOM:.0%} of headroom, "
         f"but {_gigabytes(available, math.floor)} GB are available. "
@@ -49,7 +66,9 @@ def available(model: nn.Module, device: torch.device) -> float:
     """
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
-    held = sum(p.numel() * p.itemsize for p in model.parameters() if p.device.type == "cpu")
+    parameters = sum(p.numel() * p.itemsize for p in model.parameters() if p.device.type == "cpu")
+    used = psutil.Process().memory_info()
+    held = min(parameters, used.rss - getattr(used, "shared", 0))  # weights that are mapped from a file are not held
     return min(psutil.virtual_memory().available, _control_group()) + held
 
 
@@ -76,14 +95,16 @@ def _control_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
     return max(0.0, min(left))
 
 
-def _ways(model: nn.Module, recipe: Recipe, available: float, device: Any, workers: int) -> list[tuple[str, float]]:
+def _ways(
+    model: nn.Module, recipe: Recipe, available: float, device: Any, workers: int, context: int
+) -> list[tuple[str, float]]:
     """Return changes that fit, in the syntax of fleet files, with their peaks: of one field, else of several or of the workers."""
 
     def tried(*changes: dict[str, Any]) -> list[tuple[str, float]]:
         """Return the first of `changes` that fits, in a list, or an empty list."""
         for change in changes:
             fields = {name: value for name, value in change.items() if name != "num_workers"}
-            memory = predict(model, replace(recipe, **fields), device, change.get("num_workers", workers))
+            memory = plan(model, replace(recipe, **fields), available, device, change.get("num_workers", workers), context)
             if fits(memory, available):
                 return [(", ".join(f"{name}: {_yaml(value)}" for name, value in change.items()), memory.peak)]
         return []
@@ -110,6 +131,7 @@ def _ways(model: nn.Module, recipe: Recipe, available: float, device: Any, worke
         *tried(*({"adapter_rank": recipe.adapter_rank >> i} for i in range(1, 4) if recipe.adapter_rank >> i)),
         *tried(*([{"dtype": "bfloat16"}] if recipe.dtype in ("float32", "float64") else [])),
         *tried(*([{"code": "ranks"}] if recipe.code != "ranks" else [])),
+        *tried(*([{"code": "bits", "code_tune_steps": 0}] if (recipe.code, recipe.code_tune_steps) != ("bits", 0) else [])),
     ]
     return single or [*tried(least, *(way | bits for way in (lean, least) for bits in to_four_bit)), *tried(*more)]
 

@@ -3,10 +3,15 @@
 A calibration has phases. The peak of each phase is a sum of parts:
 
     code          statistics of layer inputs, and codes of one layer, if the recipe asks for codes (acip.coding)
+    tune          a training step for the step sizes of the codes
     parametrize   second moments of layer inputs, and eigenvectors
     scores        Fisher scores: forward and backward pass through the base model
     prune         a step with masks; every calibration takes at least one, the trial step
     post-tune     a step with adapters, and the optimizer state of them
+    measure       the curve of the saved artifact: the base model, the directions, the codes of one size, and logits
+
+Some phases can be *streamed*: the weights of one block are in memory at a time (acip.layers.block_chain). These are `code`, if the recipe
+asks for codes alone, and `measure`.
 
 The peak of a step is at the loss, or in the first block of the backward pass. Activations are counted layer by layer, as autograd
 keeps them (`_Block`, `_Prediction.kept`); tests/acip/calibration/test_memory_plan.py measures them. Not counted are the context of the
@@ -37,6 +42,9 @@ COVARIANCES = 8 << 30  # bytes of covariances that `acip.calibration.bases` hold
 STATISTICS = 8 << 30  # bytes of statistics that `acip.coding.grouped_statistics` gathers in one pass, at most, or one layer
 CODED_AT_ONCE = 2**25  # numbers of all versions of a layer that `acip.coding.error_feedback` codes together, at most, or one version
 VERSIONS = 10  # of a coded layer, at most
+KEPT_LOGITS = 1 << 30  # bytes of the base model's logits that `acip.evaluate.curve` keeps, at most
+STREAMED_HIDDEN = 1 << 28  # bytes of hidden states that a streamed curve has in memory, at most, or one window at all sizes
+STREAMED_SIZES = 12  # of a streamed curve, at most, for this prediction
 CODED_BYTES = 0.5  # of a version per weight, in the mean
 UNSAVED_CODES = 1 << 27  # bytes of finished codes that a job holds in memory, at most, and one layer
 SAMPLE_BATCH = 4  # windows per forward pass for the covariances
@@ -56,6 +64,7 @@ class Phase:
     rest: float = 0.0  # embeddings, head, norms, layers that are not compressed
     originals: float = 0.0  # the weights of the target layers
     statistics: float = 0.0  # of the layers to be coded
+    codes: float = 0.0  # 8-bit codes of one version of each layer
     directions: float = 0.0  # their left and right rows
     trainable: float = 0.0  # masks and adapters, in the accumulation dtype
     optimizer: float = 0.0  # AdamW's two moments of the trainable parts
@@ -63,10 +72,11 @@ class Phase:
     activations: float = 0.0  # kept by autograd
     loss: float = 0.0  # logits of the model and the base model, their gradients, probabilities in the accumulation dtype
     transient: float = 0.0  # covariances, eigenvectors, dequantized weights, gradients of activations
+    streamed: bool = False  # with the weights of one block in memory
 
     @property
     def parts(self) -> dict[str, float]:
-        return {field.name: getattr(self, field.name) for field in fields(self)[1:]}
+        return {field.name: getattr(self, field.name) for field in fields(self)[1:-1]}
 
     @property
     def total(self) -> float:
@@ -85,6 +95,11 @@ class Memory:
     phases: tuple[Phase, ...]
 
     @property
+    def streamed(self) -> tuple[str, ...]:
+        """The names of the streamed phases."""
+        return tuple(phase.name for phase in self.phases if phase.streamed)
+
+    @property
     def worst(self) -> Phase:
         return max(self.phases, key=lambda phase: phase.total)
 
@@ -101,14 +116,31 @@ class Memory:
         return "\n".join(rows)
 
 
-def predict(model: nn.Module, recipe: Recipe, device: str | torch.device | None = None, workers: int = 1) -> Memory:
+def predict(
+    model: nn.Module,
+    recipe: Recipe,
+    device: str | torch.device | None = None,
+    workers: int = 1,
+    context: int = 0,
+) -> Memory:
     """Predict the memory of the calibration of `model`, which is not parametrized yet, on `device`.
 
     `device` None = the device of the model; meta counts as an accelerator. On a CPU, 4-bit layers and the exact layers share one memory.
     With several `workers`, the prediction is for one of them, which holds its part of the target layers and gets its part of each batch.
+    `context` is the number of tokens in a window of the curve; 0 = the curve is not measured. No phase is streamed.
     """
-    kind = torch.device(device or next(model.parameters()).device).type
-    return _Prediction(model, recipe, kind == "cpu", workers).memory()
+    return _Prediction(model, recipe, _is_cpu(model, device), workers).memory(context)
+
+
+def predict_streamed(
+    model: nn.Module, recipe: Recipe, device: str | torch.device | None = None, workers: int = 1, context: int = 0
+) -> dict[str, Phase]:
+    """Predict the phases of `predict` that can be streamed, as they are then, by name."""
+    return {phase.name: phase for phase in _Prediction(model, recipe, _is_cpu(model, device), workers).streamed(context)}
+
+
+def _is_cpu(model: nn.Module, device: str | torch.device | None) -> bool:
+    return torch.device(device or next(model.parameters()).device).type == "cpu"
 
 
 @dataclass(frozen=True)
@@ -268,20 +300,37 @@ class _Prediction:
         coded.last_norm = self.last_norm / self.tokens * coded.tokens
         return coded
 
-    def memory(self) -> Memory:
+    def reading(self, tokens: int) -> "_Prediction":
+        """Return this prediction for one window of this number of tokens."""
+        read = copy.copy(self)
+        read.tokens = tokens
+        read.logits = self.logits // self.tokens * tokens
+        return read
+
+    def memory(self, context: int) -> Memory:
         """Return the phases of the calibration."""
         recipe, masks, A, B = self.recipe, self.masks, self.A, self.B
         start = masks + A + B
+        measure = [self.reading(context).measure()] if context else []
         phases = [self.coded.code()] if recipe.code != "ranks" else []
+        if phases and recipe.code_tune_steps:
+            phases.append(self.coded.tune())
         if recipe.code == "bits":  # nothing is parametrized
-            return Memory(tuple(phases))
+            return Memory((*phases, *measure))
         phases.append(self.parametrize())
         if recipe.scores == "fisher":
             phases.append(self.scored.step("scores", 0.0, start, 0.0, 0.0))
         phases.append(self.step("prune", recipe.prune_distill_weight, start, start, 2 * start * recipe.prunes))
         if recipe.adapter_rank and (recipe.post_tune_steps or recipe.total_steps):
             phases.append(self.step("post-tune", recipe.distill_weight, A + B, A + B, 2 * (A + B)))
-        return Memory(tuple(phases))
+        return Memory((*phases, *measure))
+
+    def streamed(self, context: int) -> Iterator[Phase]:
+        """Yield the phases that can be streamed."""
+        if self.recipe.code == "bits" and not self.four_bit and self.workers == 1:
+            yield self.coded.code_streamed()
+        if context:
+            yield self.reading(context).measure_streamed()
 
     # frozen weights
 
@@ -306,13 +355,59 @@ class _Prediction:
         at_loss, _ = self.activations("scores")  # the inputs of the layers, and what the other operations of the base model keep
         flow = max((2 * s + 4 + widened) * (layer.M + layer.N) for layer in self.layers) * self.tokens
         start = Phase("code", self.rest, self.dense, statistics=gathered)
-        coding = replace(start, statistics=sum(each) if sum(each) <= STATISTICS else 0.0)  # else they are in a file
+        coding = replace(start, statistics=sum(each) if sum(each) <= STATISTICS else 0.0)  # else they are in files
         moments = (
             replace(start, activations=at_loss, loss=float((s + widened + 12) * L)),
             replace(start, activations=at_loss, loss=float((2 * s + widened) * L), transient=flow),
             replace(coding, transient=max(self.coding(layer) for layer in self.layers) + self.cpu * self.unsaved()),
         )
         return max(moments, key=lambda phase: phase.total)
+
+    def code_streamed(self) -> Phase:
+        """Return the peak of coding with one block in memory: at the loss, in a block's backward pass, or while a layer is coded."""
+        s, L, widened = self.s, self.logits, 4 * (self.s != 4)
+        hidden = 3.0 * s * self.recipe.sample_windows * self.tokens * max(block.width for block in self.blocks)
+        statistics = max(sum(statistics_bytes(layer.M, layer.N) for layer in block.layers) for block in self.blocks)
+        flow = max((2 * s + 4 + widened) * (layer.M + layer.N) for layer in self.layers) * self.tokens
+        kept = max(sum(self.kept(layer, "scores") for layer in block.layers) + self.around(block) for block in self.blocks)
+        start = Phase("code", self.rest, self.block(), streamed=True)
+        moments = (
+            replace(start, activations=hidden + self.last_norm, loss=float((s + widened + 12) * L)),
+            replace(start, activations=hidden + kept, statistics=2.0 * statistics, transient=flow),  # a copy is written
+            replace(start, transient=max(self.coding(layer) for layer in self.layers) + self.unsaved()),
+        )
+        return max(moments, key=lambda phase: phase.total)
+
+    def block(self) -> float:
+        """Return the bytes of the target layers of the largest block."""
+        return max(float(self.s) * sum(layer.M * layer.N for layer in block.layers) for block in self.blocks)
+
+    def tune(self) -> Phase:
+        """Return the peak of a training step for the step sizes: at the loss, where autograd keeps all codes as numbers of the model."""
+        weights = float(sum(layer.M * layer.N for layer in self.layers))
+        at_loss, _ = self.activations("scores")
+        at_loss += (self.s + 4) * self.tokens * sum(layer.M for layer in self.layers)  # products before and after the step sizes
+        loss = 3.0 * self.s * self.logits + self.wide * min(4 * self.logits, 6 * CHUNK)
+        return Phase("tune", self.rest, self.dense, codes=weights, activations=at_loss, loss=loss, transient=self.s * weights)
+
+    def measure(self) -> Phase:
+        """Return the peak of measuring the curve: logits of the base model and of a size on one window."""
+        coded = self.recipe.code != "ranks"
+        directions = 0.0 if self.recipe.code == "bits" else float(self.s) * sum(layer.K * (layer.M + layer.N) for layer in self.layers)
+        codes = float(coded * sum(layer.M * layer.N for layer in self.layers))
+        return Phase("measure", self.rest, self.dense, codes=codes, directions=directions, loss=self.compared() + coded * KEPT_LOGITS)
+
+    def measure_streamed(self) -> Phase:
+        """Return the peak of measuring the curve with one block in memory."""
+        window = float(self.s) * self.tokens * max(block.width for block in self.blocks) * STREAMED_SIZES
+        codes = self.block() / self.s
+        hidden = 2 * max(STREAMED_HIDDEN, window)
+        start = Phase("measure", self.rest, self.block(), codes=codes, activations=hidden, loss=self.compared(), streamed=True)
+        return replace(start, transient=2 * self.block())
+
+    def compared(self) -> float:
+        """Return the bytes of the logits of two models on one window, and of a chunk of them in the accumulation dtype."""
+        return 2.0 * self.s * self.logits + 4 * self.wide * min(self.logits, CHUNK)
 
     def coding(self, layer: _Layer) -> float:
         """Return the bytes to code one layer (`acip.coding.coded_model.code_layer`)."""

@@ -83,64 +83,90 @@ def block_statistics(
     The model's parameters get no gradients, and stay where they are; those of a block are on `device` while it is computed. `progress`
     counts blocks, twice each. Raises CalibrationError if the loss does not depend on a layer, or if a file cannot be written.
     """
-    parts = chain.linears(linears)
-    blocks = list(chain.blocks.values())
-    first = min((i for i, part in enumerate(parts) if part), default=len(blocks))
-    ids = [window[None].long().to(device) for window in windows]
     _check_disk(files.folder, chain, linears, windows)
-
-    def inputs(kind: str, number: int) -> list[Tensor]:
-        found = files.get(kind, number)
-        return [found[str(i)].to(device) for i in range(len(windows))]
-
-    def keep(kind: str, number: int, values: list[Tensor]) -> None:
-        files.put(kind, number, {str(i): value for i, value in enumerate(values)})
-
+    this = _Pass(chain, chain.linears(linears), [window[None].long().to(device) for window in windows], files, device)
     with placed(chain.outside(), device), frozen(chain.model):
-        reached = next((i for i in range(len(blocks) + 1) if files.has("gradients", i)), None)
-        if reached is None:
-            with torch.no_grad():
-                if not files.has("hidden", 0):
-                    keep("hidden", 0, [chain.embed(ids_1T).cpu() for ids_1T in ids])
-                for i, block in enumerate(blocks):
-                    if not files.has("hidden", i + 1):
-                        with placed(tensors(block), device):
-                            keep("hidden", i + 1, [chain.block(i, *each).cpu() for each in zip(ids, inputs("hidden", i), strict=True)])
-                    progress(i + 1, 2 * len(blocks))
-            drawn, gradients = DrawnTokens(seed), []
-            for ids_1T, hidden_1TD in zip(ids, inputs("hidden", len(blocks)), strict=True):
-                gradients.append(_gradient(hidden_1TD, lambda hidden, ids=ids_1T: sampled_loss(chain.logits(ids, hidden)[0], drawn)))
-            reached = len(blocks)
-            keep("gradients", reached, gradients)
-            files.drop("hidden", reached)
-        for i in range(reached - 1, first - 1, -1):
-            with placed(tensors(blocks[i]), device):
-                sums = {name: LayerSums(layer) for name, layer in parts[i].items()}
-                with hooked(layer.register_forward_hook(sums[name].hook) for name, layer in parts[i].items()):
-                    gradients = [
-                        _gradient(hidden, lambda x, ids=ids_1T: chain.block(i, ids, x), gradient)
-                        for ids_1T, hidden, gradient in zip(ids, inputs("hidden", i), inputs("gradients", i + 1), strict=True)
-                    ]
-                require_reached(sums)
-                found = {name: each.statistics(windows.numel()) for name, each in sums.items()}
-            files.put("statistics", i, {f"{name}.{key}": tensor for name, each in found.items() for key, tensor in vars(each).items()})
-            keep("gradients", i, gradients)
-            files.drop("gradients", i + 1)
-            files.drop("hidden", i)
-            progress(2 * len(blocks) - i, 2 * len(blocks))
-    stored = {i: files.get("statistics", i) for i, part in enumerate(parts) if part}
+        this.run(seed, progress)
+    stored = {i: files.get("statistics", i) for i, part in enumerate(this.parts) if part}
     return {
         name: LayerStatistics(stored[i][f"{name}.metric"], stored[i][f"{name}.importance"])
-        for i, part in enumerate(parts)
+        for i, part in enumerate(this.parts)
         for name in part
     }
 
 
-def _gradient(x: Tensor, function: Callable[[Tensor], Tensor], gradient: Tensor | None = None) -> Tensor:
-    """Return the gradient of `function` at `x`, for the `gradient` of its output (None = a scalar output), in the memory of the CPU."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        function(x).backward(gradient)
+class _Pass:
+    """A forward and a backward pass over all windows, a block at a time."""
+
+    def __init__(
+        self, chain: BlockChain, parts: list[dict[str, nn.Module]], ids: list[Tensor], files: PassFiles, device: torch.device | str
+    ) -> None:
+        self.chain, self.parts, self.ids, self.files, self.device = chain, parts, ids, files, device
+        self.blocks = list(chain.blocks.values())
+
+    def run(self, seed: int, progress: Callable[[int, int], None]) -> None:
+        """Compute the files that do not exist yet."""
+        count = len(self.blocks)
+        done = next((i for i in range(count + 1) if self.files.has("gradients", i)), None)
+        if done is None:
+            for i in range(count):
+                self.forward(i)
+                progress(i + 1, 2 * count)
+            self.loss(seed)
+            done = count
+        first = min((i for i, part in enumerate(self.parts) if part), default=count)
+        for i in range(done - 1, first - 1, -1):
+            self.backward(i)
+            progress(2 * count - i, 2 * count)
+
+    @torch.no_grad()
+    def forward(self, i: int) -> None:
+        """Compute the hidden states after block `i`."""
+        if not self.files.has("hidden", 0):
+            self.keep("hidden", 0, [self.chain.embed(ids_1T).cpu() for ids_1T in self.ids])
+        if not self.files.has("hidden", i + 1):
+            with placed(tensors(self.blocks[i]), self.device):
+                windows = zip(self.ids, self.read("hidden", i), strict=True)
+                self.keep("hidden", i + 1, [self.chain.block(i, ids_1T, hidden_1TD).cpu() for ids_1T, hidden_1TD in windows])
+
+    def loss(self, seed: int) -> None:
+        """Compute the gradients after the last block."""
+        end, drawn, gradients = len(self.blocks), DrawnTokens(seed), []
+        for ids_1T, hidden_1TD in zip(self.ids, self.read("hidden", end), strict=True):
+            with torch.enable_grad():
+                sampled_loss(self.chain.logits(ids_1T, hidden_1TD.requires_grad_())[0], drawn).backward()
+            gradients.append(_gradient(hidden_1TD))
+        self.keep("gradients", end, gradients)
+        self.files.drop("hidden", end)
+
+    def backward(self, i: int) -> None:
+        """Compute the statistics of block `i`, and the gradients before it."""
+        layers, gradients = self.parts[i], []
+        with placed(tensors(self.blocks[i]), self.device):
+            sums = {name: LayerSums(layer) for name, layer in layers.items()}
+            with hooked(layer.register_forward_hook(sums[name].hook) for name, layer in layers.items()), torch.enable_grad():
+                for ids_1T, hidden_1TD, after_1TD in zip(self.ids, self.read("hidden", i), self.read("gradients", i + 1), strict=True):
+                    self.chain.block(i, ids_1T, hidden_1TD.requires_grad_()).backward(after_1TD)
+                    gradients.append(_gradient(hidden_1TD))
+            require_reached(sums)
+            found = {name: each.statistics(sum(ids_1T.numel() for ids_1T in self.ids)) for name, each in sums.items()}
+        self.files.put("statistics", i, {f"{name}.{key}": tensor for name, each in found.items() for key, tensor in vars(each).items()})
+        self.keep("gradients", i, gradients)
+        self.files.drop("gradients", i + 1)
+        self.files.drop("hidden", i)
+
+    def read(self, kind: str, number: int) -> list[Tensor]:
+        """Return what `keep` has written."""
+        found = self.files.get(kind, number)
+        return [found[str(i)].to(self.device) for i in range(len(self.ids))]
+
+    def keep(self, kind: str, number: int, values: list[Tensor]) -> None:
+        """Write one tensor [1, T, D] per window."""
+        self.files.put(kind, number, {str(i): value for i, value in enumerate(values)})
+
+
+def _gradient(x: Tensor) -> Tensor:
+    """Return the gradient of `x` in the memory of the CPU."""
     assert x.grad is not None
     return x.grad.cpu()
 

@@ -3,7 +3,7 @@
 row = evaluate(any_size, tokenizer, [PerplexityOn(Text("wikitext2", "field")), TaskScore("package:piqa", limit=500), Efficiency()])
 """
 
-from acip.evaluate.curve import divergence_of, extended, improbable, place_of, recorded, trade_off
+from acip.evaluate.curve import divergence_of, extended, improbable, place_of, recorded, streamed_trade_off, trade_off
 from acip.evaluate.divergence import DivergenceOn
 from acip.evaluate.efficiency import Efficiency
 from acip.evaluate.heldout_text import Text
@@ -14,5 +14,6 @@ from acip.evaluate.tasks import TaskScore
 
 __all__ = [
     "DivergenceOn", "Efficiency", "Measurement", "Part", "Perplexity", "PerplexityOn", "QuantizedOn", "Samples", "TaskScore", "Text",
-    "divergence_of", "evaluate", "extended", "improbable", "metrics", "perplexity", "place_of", "recorded", "trade_off",
+    "divergence_of", "evaluate", "extended", "improbable", "metrics", "perplexity", "place_of", "recorded", "streamed_trade_off",
+    "trade_off",
 ]  # fmt: skip

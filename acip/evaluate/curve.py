@@ -17,10 +17,12 @@ from acip.errors import BudgetError, EvaluationError
 from acip.evaluate.divergence import DivergenceOn, distance
 from acip.evaluate.heldout_text import Protocol, Text, content, cut_by, join_ids
 from acip.evaluate.measurement import Part, Subject, part_of, size_facts
-from acip.evaluate.perplexity import PerplexityOn, lost_windows, mean_and_stderr
+from acip.evaluate.perplexity import PerplexityOn, lost_windows, mean_and_stderr, mean_loss
+from acip.layers.block_chain import BlockChain
 from acip.sizing.budget import COMPARABLE_FIELDS, as_perplexity, is_coded, measured_on
 from acip.sizing.cut_table import Budget, CutTable
 from acip.sizing.elastic_model import ElasticModel
+from acip.sizing.model_sizes import set_size
 
 KEPT_LOGITS_BYTES = 2**30
 
@@ -53,29 +55,105 @@ def trade_off(
     passes = _passes(any_size.table, sizes)
     device = next(any_size.model.parameters()).device
     base = _BaseLogits(Subject(any_size.model, None, any_size), KEPT_LOGITS_BYTES if len(passes) > 1 else 0)
-    about = {"corpus": corpus, "protocol": protocol, "context": max(map(len, windows), default=0), "windows": len(windows)}
-    about |= {"start": join_ids(start)} if start else {}
     rows: list[Row] = []
     for together in passes:
-        losses: list[list[float]] = [[] for _ in together]
-        distances: list[list[tuple[float, float]]] = [[] for _ in together]
+        outcomes = [Outcomes() for _ in together]
         for number, window in enumerate(windows):
             ids_1T = window[None].long().to(device)
             base_TV = None if divergence is None else base.read(number, ids_1T)
-            for i, budget in enumerate(together):
+            for budget, outcome in zip(together, outcomes, strict=True):
                 any_size.resize(budget)
-                logits_1TV = next_token.logits(any_size.model, ids_1T)
-                losses[i].append(float(next_token.loss(logits_1TV, ids_1T)))
-                if base_TV is not None:
-                    distances[i].append(distance(logits_1TV[0], base_TV))
-        for i, budget in enumerate(together):
+                outcome.add(next_token.logits(any_size.model, ids_1T)[0], base_TV, ids_1T[0])
+        for budget, outcome in zip(together, outcomes, strict=True):
             any_size.resize(budget)
-            measured = _measured(losses[i], budget, first=not rows)
-            extrapolated = budget.asked < stop_ratio and not any_size.cut.versions  # type: ignore[union-attr]
-            parts = {} if divergence is None else {"evaluation": [part_of(divergence, divergence.outcome(distances[i]))]}
-            rows.append({**size_facts(any_size), **measured, **about, "extrapolated": extrapolated, **parts})
+            about = measured_by(windows, corpus, protocol, start)
+            rows.append(outcome.row(any_size, budget, about, stop_ratio, divergence, first=not rows))
             on_row(rows[-1])
     return rows
+
+
+@torch.no_grad()
+def streamed_trade_off(
+    any_size: ElasticModel,
+    windows: Sequence[Tensor] | Tensor,
+    corpus: str,
+    sizes: Sequence[Budget | float],
+    stop_ratio: float,
+    protocol: Protocol = "packed",
+    divergence: DivergenceOn | None = None,
+    start: Sequence[int] = (),
+    hidden_bytes: float = 2**30,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Row]:
+    """Return the rows of `trade_off`, with the weights of one block in memory at a time. `any_size` is that of `Artifact.unloaded`.
+
+    A block is loaded in all sizes, one after the other, for as many windows as have at most `hidden_bytes` of hidden states. `progress`
+    counts blocks. Raises BaseModelError if the model can't be run a block at a time.
+    """
+    chain, table = BlockChain(any_size.model), any_size.table
+    device = next(chain.outside()).device
+    budgets = [budget for together in _passes(table, sizes) for budget in together]
+    cuts = [table.cut(Budget(ratio=1.0)), *map(table.cut, budgets)]  # the base model, then every size
+    outcomes = [Outcomes() for _ in budgets]
+    ids = [window[None].long().to(device) for window in windows]
+    parts = _in_parts(ids, int(hidden_bytes / (len(cuts) * chain.embed(ids[0]).nbytes)) if ids else 1)
+    for done, part in enumerate(parts):
+        hidden = [[chain.embed(ids_1T) for ids_1T in part] for _ in cuts]
+        for i, layers in enumerate(chain.linears(any_size.layers)):
+            for k, cut in enumerate(cuts):
+                any_size.load_missing(layers, cut)  # type: ignore[misc]
+                set_size(layers, cut)  # type: ignore[arg-type]
+                hidden[k] = [chain.block(i, *each) for each in zip(part, hidden[k], strict=True)]
+                for layer in layers.values():
+                    layer.forget_versions()  # type: ignore[operator]
+            for layer in layers.values():
+                layer.unload()  # type: ignore[operator]
+            progress(done * len(chain) + i + 1, len(parts) * len(chain))
+        for ids_1T, *each in zip(part, *hidden, strict=True):
+            base_TV = chain.logits(ids_1T, each[0])[0]
+            for outcome, hidden_1TD in zip(outcomes, each[1:], strict=True):
+                outcome.add(chain.logits(ids_1T, hidden_1TD)[0], base_TV if divergence else None, ids_1T[0])
+    rows: list[Row] = []
+    for budget, cut, outcome in zip(budgets, cuts[1:], outcomes, strict=True):
+        any_size.cut = cut
+        rows.append(outcome.row(any_size, budget, measured_by(windows, corpus, protocol, start), stop_ratio, divergence, first=not rows))
+    return rows
+
+
+def _in_parts(ids: list[Tensor], count: int) -> list[list[Tensor]]:
+    """Return `ids` in lists of `count`, or of one."""
+    count = max(1, count)
+    return [ids[i : i + count] for i in range(0, len(ids), count)]
+
+
+class Outcomes:
+    """The losses of a size on each window, and its distances from the base model."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.distances: list[tuple[float, float]] = []
+
+    def add(self, logits_TV: Tensor, base_TV: Tensor | None, ids_T: Tensor) -> None:
+        """Add a window from the logits of the size and of the base model (None = no distance)."""
+        self.losses.append(mean_loss(logits_TV, ids_T))
+        if base_TV is not None:
+            self.distances.append(distance(logits_TV, base_TV))
+
+    def row(
+        self, any_size: ElasticModel, budget: Budget, about: Row, stop_ratio: float, divergence: DivergenceOn | None, first: bool
+    ) -> Row:
+        """Return the row of the curve of the present size, which `budget` asked for."""
+        assert any_size.cut is not None
+        measured = _measured(self.losses, budget, first)
+        extrapolated = budget.asked < stop_ratio and not any_size.cut.versions
+        parts = {} if divergence is None else {"evaluation": [part_of(divergence, divergence.outcome(self.distances))]}
+        return {**size_facts(any_size), **measured, **about, "extrapolated": extrapolated, **parts}
+
+
+def measured_by(windows: Sequence[Tensor] | Tensor, corpus: str, protocol: Protocol, start: Sequence[int]) -> Row:
+    """Return the fields of a row that state how it was measured."""
+    about = {"corpus": corpus, "protocol": protocol, "context": max(map(len, windows), default=0), "windows": len(windows)}
+    return about | ({"start": join_ids(start)} if start else {})
 
 
 def _passes(table: CutTable, sizes: Sequence[Budget | float]) -> list[list[Budget]]:

@@ -7,15 +7,17 @@ from itertools import groupby
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acip.base import positions
-from acip.calibration.losses import next_token
+from acip.calibration.losses import CHUNK, next_token
 from acip.errors import EvaluationError
 from acip.evaluate.heldout_text import Text, content, join_ids
 from acip.evaluate.measurement import Measurement, Part, Subject, label
 from acip.export.folder import compressed_model
 from acip.export.quantization import Kind, kind_of, rounded
+from acip.modeling_acip import widened
 from acip.sizing.budget import QUANTIZED, as_perplexity
 
 
@@ -49,12 +51,19 @@ def perplexity(model: nn.Module, windows: Iterable[Tensor], batch_size: int = 1)
     for batch in _batches(windows, batch_size):
         ids_BT = batch.long().to(device)
         logits_BTV = next_token.logits(model, ids_BT)
-        losses.extend(float(next_token.loss(logits_BTV[i : i + 1], ids_BT[i : i + 1])) for i in range(len(ids_BT)))
+        losses.extend(map(mean_loss, logits_BTV, ids_BT))
         longest = max(longest, ids_BT.shape[1])
     if lost := lost_windows(losses):
         raise EvaluationError(f"the perplexity cannot be measured: {lost}. Load the model in a wider dtype.")
     loss, stderr = mean_and_stderr(losses)
     return Perplexity(loss, stderr, len(losses), longest)
+
+
+def mean_loss(logits_TV: Tensor, ids_T: Tensor) -> float:
+    """Return the mean cross-entropy of each next token in nats. Only a chunk of the logits is in the accumulation dtype at once."""
+    parts = max(1, CHUNK // logits_TV.shape[-1])
+    chunks = zip(logits_TV[:-1].split(parts), ids_T[1:].split(parts), strict=True)
+    return sum(float(F.cross_entropy(widened(logits), ids, reduction="sum")) for logits, ids in chunks) / (len(ids_T) - 1)
 
 
 def _batches(windows: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from acip.errors import BaseModelError, foreign_errors
-from acip.layers.targets import find_linears
 
 Forward = Callable[..., Any]
 
@@ -62,7 +61,7 @@ class BlockChain:
         forward = type(block).forward.__get__(block)
 
         def computed(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = (((hidden_1TD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_1TD}))
+            args, kwargs = ((hidden_1TD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_1TD})
             return _stop(forward(*args, **kwargs))
 
         out: Tensor = self._run(ids_1T, {i: computed})

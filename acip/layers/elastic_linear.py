@@ -71,6 +71,14 @@ class ElasticLinear(Compressible):
         for key in [key for key in self.coded if key != str(self.version)]:
             del self.coded[key]
 
+    def unload(self) -> None:
+        """Free the memory of all weights. A size that needs them has to load them again."""
+        self.set_rank(None)
+        self.forget_versions()
+        for side in (self.left, self.right):
+            side.values = nn.Parameter(side.values[:0].clone(), requires_grad=False)
+        self.original.weight = nn.Parameter(self.original.weight.to("meta"), requires_grad=False)
+
     def forward(self, x_BTN: Tensor) -> Tensor:
         if self.groups is not None:
             if len(self.groups) == 1:

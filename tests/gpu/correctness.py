@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from acip.coding.grouped_statistics import grouped_statistics
 from acip_platform.serve.engine.sampling import Sampler, SamplingParams, sample
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,7 +23,6 @@ from acip.calibration.memory_plan import statistics_bytes
 from acip.calibration.parametrize import parametrize, restore
 from acip.calibration.state import CalibrationState, StepReport
 from acip.coding.coded_model import code_layer, step_scales
-from acip.coding.grouped_statistics import grouped_statistics
 from acip.coding.scratch import Scratch
 from acip.data import TokenBatches
 from acip.export.quantization import quantized

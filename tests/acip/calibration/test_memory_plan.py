@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from acip.coding.grouped_statistics import grouped_statistics
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,7 +37,6 @@ from acip.calibration.memory_plan import CODED_BYTES, STATISTICS, VERSIONS, Memo
 from acip.calibration.parametrize import parametrize
 from acip.calibration.state import CalibrationState
 from acip.coding.coded_model import RATES, code_layer, code_model, step_scales
-from acip.coding.grouped_statistics import grouped_statistics
 from acip.coding.scratch import Scratch
 from acip.coding.statistics import LayerStatistics, layer_statistics
 from acip.errors import CalibrationError

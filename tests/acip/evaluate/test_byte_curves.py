@@ -17,6 +17,7 @@ from acip.evaluate import (
     evaluate,
     extended,
     place_of,
+    streamed_trade_off,
     trade_off,
 )
 from acip.sizing.budget import Budget, Curve, is_coded
@@ -59,6 +60,27 @@ def test_coded_sizes_are_measured_like_each_size_alone(artifact: Artifact, keep_
         perplexity, divergence = evaluate(any_size, artifact.tokenizer(), [PerplexityOn(TEXT), DivergenceOn(TEXT)])["evaluation"]
         assert row["loss"] == pytest.approx(perplexity["values"]["loss_nats"], rel=1e-6)
         assert_close_divergence(dict(divergence_of(row)), divergence["values"], 1e-5, TEXT.windows * TEXT.context)
+
+
+@pytest.mark.parametrize("hidden_bytes", [0, 2**30], ids=["a window at a time", "all windows at once"])
+def test_a_curve_with_one_block_in_memory_equals_that_of_the_whole_model(artifact: Artifact, hidden_bytes: float) -> None:
+    """The numbers of both are the same; the sizes of ranks among them, and the base model."""
+    expected = measured(artifact)
+    windows, sizes = TEXT.tokens(artifact.tokenizer()), [0.5, *byte_budgets(artifact), 1.0]
+    any_size, done = artifact.unloaded(), list[tuple[int, int]]()
+    rows = streamed_trade_off(
+        any_size, windows, TEXT.source, sizes, 0.9, "packed", DivergenceOn(TEXT), (), hidden_bytes, lambda *each: done.append(each)
+    )
+    assert [{**row, "evaluation": None} for row in rows] == [
+        {**row, "evaluation": None, "loss": pytest.approx(row["loss"]), "stderr": pytest.approx(row["stderr"]),
+         "perplexity": pytest.approx(row["perplexity"])} for row in expected
+    ]  # fmt: skip
+    for row, other in zip(rows, expected, strict=True):
+        assert_close_divergence(dict(divergence_of(row)), dict(divergence_of(other)), 1e-5, TEXT.windows * TEXT.context)
+    parts = 1 if hidden_bytes else TEXT.windows
+    blocks = any_size.model.config.num_hidden_layers
+    assert done == [(i + 1, parts * blocks) for i in range(parts * blocks)]
+    assert all(layer.original.weight.is_meta and not layer.coded and not len(layer.left) for layer in any_size.layers.values())
 
 
 def test_rows_state_what_a_size_counts(artifact: Artifact) -> None:
