@@ -84,7 +84,7 @@ def _differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str,
 def _try_tiny(base: Base, recipe: Recipe) -> None:
     """Save, open, resize and run the artifact of a tiny model of the same class, with random weights and random scores."""
     recipe = replace(recipe, dtype="float32", adapter_rank=0, post_tune_steps=0, total_steps=None, quantize="none", code="ranks")
-    tiny = _tiny(base.model, recipe.exclude)
+    tiny = tiny_model(base.model, recipe.exclude)
     if tiny is None:
         return
     failed = f"an artifact of base {base.source!r} could not be used: that of a tiny {type(tiny).__name__} with random weights fails"
@@ -112,7 +112,7 @@ def _calibration(tiny: PreTrainedModel, recipe: Recipe) -> Calibration:
     return Calibration(tiny, recipe, scores, cut_table(tiny, scores, recipe), stop_step=0, history=[])
 
 
-def _tiny(model: PreTrainedModel, exclude: tuple[str, ...]) -> PreTrainedModel | None:
+def tiny_model(model: PreTrainedModel, exclude: tuple[str, ...]) -> PreTrainedModel | None:
     """Return a model of the same class with few and narrow layers, or None if no shrunk configuration gives a model that runs."""
     for shrink in (_narrow, _few_layers):
         config = copy.deepcopy(model.config)

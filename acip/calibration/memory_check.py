@@ -95,9 +95,7 @@ def _control_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
     return max(0.0, min(left))
 
 
-def _ways(
-    model: nn.Module, recipe: Recipe, available: float, device: Any, workers: int, context: int
-) -> list[tuple[str, float]]:
+def _ways(model: nn.Module, recipe: Recipe, available: float, device: Any, workers: int, context: int) -> list[tuple[str, float]]:
     """Return changes that fit, in the syntax of fleet files, with their peaks: of one field, else of several or of the workers."""
 
     def tried(*changes: dict[str, Any]) -> list[tuple[str, float]]:
@@ -131,9 +129,9 @@ def _ways(
         *tried(*({"adapter_rank": recipe.adapter_rank >> i} for i in range(1, 4) if recipe.adapter_rank >> i)),
         *tried(*([{"dtype": "bfloat16"}] if recipe.dtype in ("float32", "float64") else [])),
         *tried(*([{"code": "ranks"}] if recipe.code != "ranks" else [])),
-        *tried(*([{"code": "bits", "code_tune_steps": 0}] if (recipe.code, recipe.code_tune_steps) != ("bits", 0) else [])),
     ]
-    return single or [*tried(least, *(way | bits for way in (lean, least) for bits in to_four_bit)), *tried(*more)]
+    streamed = tried(*([{"code": "bits", "code_tune_steps": 0}] if (recipe.code, recipe.code_tune_steps) != ("bits", 0) else []))
+    return (single or [*tried(least, *(way | bits for way in (lean, least) for bits in to_four_bit)), *tried(*more)]) + streamed
 
 
 def _yaml(value: Any) -> str:

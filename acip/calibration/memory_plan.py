@@ -39,10 +39,10 @@ from acip.modeling_acip import accumulation_dtype
 from acip.recipe import Recipe
 
 COVARIANCES = 8 << 30  # bytes of covariances that `acip.calibration.bases` holds at once, at most
-STATISTICS = 8 << 30  # bytes of statistics that `acip.coding.grouped_statistics` gathers in one pass, at most, or one layer
+STATISTICS = 8 << 30  # bytes of statistics that are in memory at once, at most, or those of one block
 CODED_AT_ONCE = 2**25  # numbers of all versions of a layer that `acip.coding.error_feedback` codes together, at most, or one version
 VERSIONS = 10  # of a coded layer, at most
-KEPT_LOGITS = 1 << 30  # bytes of the base model's logits that `acip.evaluate.curve` keeps, at most
+KEPT_LOGITS_BYTES = 1 << 30  # bytes of the base model's logits that `acip.evaluate.curve` keeps, at most
 STREAMED_HIDDEN = 1 << 28  # bytes of hidden states that a streamed curve has in memory, at most, or one window at all sizes
 STREAMED_SIZES = 12  # of a streamed curve, at most, for this prediction
 CODED_BYTES = 0.5  # of a version per weight, in the mean
@@ -348,18 +348,18 @@ class _Prediction:
 
     def code(self) -> Phase:
         """Return the peak of coding: at the loss or in the backward pass of a window, or while one layer is coded."""
-        each = [statistics_bytes(layer.M, layer.N) for layer in self.layers]
-        gathered = min(sum(each), max(STATISTICS, *each))
+        gathered = float(sum(statistics_bytes(layer.M, layer.N) for layer in self.layers))
+        if gathered > STATISTICS:  # they are gathered a block at a time, and are in files
+            return replace(self.code_streamed(), originals=self.dense, streamed=False)
         s, L = self.s, self.logits
         widened = 4 * (s != 4)  # bytes of a float32 copy
         at_loss, _ = self.activations("scores")  # the inputs of the layers, and what the other operations of the base model keep
         flow = max((2 * s + 4 + widened) * (layer.M + layer.N) for layer in self.layers) * self.tokens
         start = Phase("code", self.rest, self.dense, statistics=gathered)
-        coding = replace(start, statistics=sum(each) if sum(each) <= STATISTICS else 0.0)  # else they are in files
         moments = (
-            replace(start, activations=at_loss, loss=float((s + widened + 12) * L)),
+            replace(start, activations=at_loss, loss=12.0 * L),
             replace(start, activations=at_loss, loss=float((2 * s + widened) * L), transient=flow),
-            replace(coding, transient=max(self.coding(layer) for layer in self.layers) + self.cpu * self.unsaved()),
+            replace(start, transient=self.coded_at_once()),
         )
         return max(moments, key=lambda phase: phase.total)
 
@@ -372,9 +372,9 @@ class _Prediction:
         kept = max(sum(self.kept(layer, "scores") for layer in block.layers) + self.around(block) for block in self.blocks)
         start = Phase("code", self.rest, self.block(), streamed=True)
         moments = (
-            replace(start, activations=hidden + self.last_norm, loss=float((s + widened + 12) * L)),
+            replace(start, activations=hidden + self.last_norm, loss=12.0 * L),
             replace(start, activations=hidden + kept, statistics=2.0 * statistics, transient=flow),  # a copy is written
-            replace(start, transient=max(self.coding(layer) for layer in self.layers) + self.unsaved()),
+            replace(start, transient=self.coded_at_once()),
         )
         return max(moments, key=lambda phase: phase.total)
 
@@ -395,7 +395,7 @@ class _Prediction:
         coded = self.recipe.code != "ranks"
         directions = 0.0 if self.recipe.code == "bits" else float(self.s) * sum(layer.K * (layer.M + layer.N) for layer in self.layers)
         codes = float(coded * sum(layer.M * layer.N for layer in self.layers))
-        return Phase("measure", self.rest, self.dense, codes=codes, directions=directions, loss=self.compared() + coded * KEPT_LOGITS)
+        return Phase("measure", self.rest, self.dense, codes=codes, directions=directions, loss=self.compared() + coded * KEPT_LOGITS_BYTES)
 
     def measure_streamed(self) -> Phase:
         """Return the peak of measuring the curve with one block in memory."""
@@ -408,6 +408,11 @@ class _Prediction:
     def compared(self) -> float:
         """Return the bytes of the logits of two models on one window, and of a chunk of them in the accumulation dtype."""
         return 2.0 * self.s * self.logits + 4 * self.wide * min(self.logits, CHUNK)
+
+    def coded_at_once(self) -> float:
+        """Return the bytes to code layers, one per thread on a CPU, and of finished codes there."""
+        each = sorted((self.coding(layer) for layer in self.layers), reverse=True)
+        return sum(each[: torch.get_num_threads()]) + self.unsaved() if self.cpu else each[0]
 
     def coding(self, layer: _Layer) -> float:
         """Return the bytes to code one layer (`acip.coding.coded_model.code_layer`)."""

@@ -1,7 +1,7 @@
 """Weights as codes of few bits: any number of bytes from one model.
 
     statistics.py         which inputs and outputs of each layer matter: second moments, weighted by the gradients of the loss
-    grouped_statistics.py the same within a limit on memory: one pass per group of layers
+    block_statistics.py   the same for a model that does not fit in memory: one block at a time
     scratch.py            a temporary file for what does not have to be in memory
     step_sizes.py         one step size per row, so that a bit buys the same loss everywhere
     error_feedback.py     codes with the least error at the layer's outputs

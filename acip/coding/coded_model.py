@@ -2,8 +2,8 @@
 
     statistics -> one scale of the step sizes per rate -> codes, layer by layer -> losses and bytes -> one order
 
-Only one layer is in memory as floating point numbers besides the model itself; the versions are kept as they are stored. The scales
-depend on all layers. Given the scales, each layer is coded independently of the others.
+Only one layer per thread is in memory as floating point numbers besides the model itself; the versions are kept as they are stored.
+The scales depend on all layers. Given the scales, each layer is coded independently of the others.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +19,7 @@ from acip.coding.step_sizes import RowScales, scale_for
 from acip.errors import RecipeError
 from acip.layers.targets import weight_MN
 from acip.sizing.byte_order import ByteOrder, Version
+from acip.utils.threads import each_in_turn
 
 RATES = (2.0, 2.9, 3.7, 4.6, 6.3)  # mean bits per weight of the versions; tests/benchmarks/BYTES.md has the choice
 
@@ -74,28 +75,53 @@ def code_model(
     """
     scales = step_scales(linears, statistics, rates)
     coded: dict[str, CodedLayer] = {}
-    for done, (name, layer) in enumerate(linears.items()):
-        coded[name] = code_layer(layer, statistics[name], scales)
+    for done, (name, layer) in enumerate(code_layers(linears, statistics, scales)):
+        coded[name] = layer
         progress(done + 1, len(linears))
     return assembled(coded)
 
 
 @torch.no_grad()
-def step_scales(linears: Mapping[str, nn.Module], statistics: Mapping[str, LayerStatistics], rates: Sequence[float] = RATES) -> list[float]:
-    """Return the scale of the step sizes at each rate, from the weights and statistics of all layers. See `code_model`."""
+def step_scales(
+    linears: Mapping[str, nn.Module],
+    statistics: Mapping[str, LayerStatistics],
+    rates: Sequence[float] = RATES,
+    device: torch.device | None = None,
+) -> list[float]:
+    """Return the scale of the step sizes at each rate, from the weights and statistics of all layers. See `code_model`.
+
+    Each layer is computed on `device`; None = where its weight is.
+    """
     if not rates or any(not 0 < rate <= 8 for rate in rates) or list(rates) != sorted(set(rates)):
         raise RecipeError(f"rates are {list(rates)}; they must be at least one number, rising, above 0 and at most 8 bits per weight.")
-    rows = {name: _rows(layer, *_on_device(layer, statistics[name])) for name, layer in linears.items()}
-    rows = {name: each.cpu() for name, each in rows.items()}  # a bisection reads many numbers from each
+    # on the CPU, because a bisection reads many numbers from each
+    rows = {name: RowScales.of(*_on_device(layer, statistics[name], device)).cpu() for name, layer in linears.items()}
     return [scale_for(rows, rate) for rate in rates]
 
 
+def code_layers(
+    linears: Mapping[str, nn.Module],
+    statistics: Mapping[str, LayerStatistics],
+    scales: Sequence[float],
+    device: torch.device | None = None,
+) -> Iterator[tuple[str, CodedLayer]]:
+    """Yield (name, `code_layer` of it) of each layer. On a CPU, each layer is coded by one of as many threads as torch uses."""
+
+    def code(name: str) -> CodedLayer:
+        return code_layer(linears[name], statistics[name], scales, device)
+
+    on_cpu = all((device or weight_MN(layer).device).type == "cpu" for layer in linears.values())
+    yield from zip(linears, each_in_turn(code, linears) if on_cpu else map(code, linears), strict=True)
+
+
 @torch.no_grad()
-def code_layer(layer: nn.Module, statistics: LayerStatistics, scales: Sequence[float]) -> CodedLayer:
-    """Return the versions of a layer at rising rates, computed on its device. `scales` are those of `step_scales`, which fall."""
-    metric_NN, importance_M = _on_device(layer, statistics)
-    rows = _rows(layer, metric_NN, importance_M)
-    W_MN = weight_MN(layer).float()
+def code_layer(layer: nn.Module, statistics: LayerStatistics, scales: Sequence[float], device: torch.device | None = None) -> CodedLayer:
+    """Return the versions of a layer at rising rates, computed on `device` (None = where its weight is).
+
+    `scales` are those of `step_scales`, which fall.
+    """
+    W_MN, metric_NN, importance_M = _on_device(layer, statistics, device)
+    rows, W_MN = RowScales.of(W_MN, metric_NN, importance_M), W_MN.float()
     versions: list[PackedCodes] = []
     losses: list[float] = []
     for codes in code_versions(W_MN, metric_NN, [rows.at(scale) for scale in scales]):
@@ -109,11 +135,8 @@ def assembled(coded: Mapping[str, CodedLayer]) -> CodedModel:
     return CodedModel({name: each.versions for name, each in coded.items()}, ByteOrder({name: each.facts for name, each in coded.items()}))
 
 
-def _on_device(layer: nn.Module, statistics: LayerStatistics) -> tuple[Tensor, Tensor]:
-    """Return the damped metric [N, N] and the importance [M] on the device of the layer's weight."""
-    device = weight_MN(layer).device
-    return damped(statistics.metric.to(device)), statistics.importance.to(device)
-
-
-def _rows(layer: nn.Module, metric_NN: Tensor, importance_M: Tensor) -> RowScales:
-    return RowScales.of(weight_MN(layer), metric_NN, importance_M)
+def _on_device(layer: nn.Module, statistics: LayerStatistics, device: torch.device | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weight [M, N], the damped metric [N, N] and the importance [M] on `device` (None = that of the weight)."""
+    W_MN = weight_MN(layer)
+    device = device or W_MN.device
+    return W_MN.to(device), damped(statistics.metric.to(device)), statistics.importance.to(device)

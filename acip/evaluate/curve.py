@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from acip.calibration.losses import next_token
+from acip.calibration.memory_plan import KEPT_LOGITS_BYTES
 from acip.errors import BudgetError, EvaluationError
 from acip.evaluate.divergence import DivergenceOn, distance
 from acip.evaluate.heldout_text import Protocol, Text, content, cut_by, join_ids
@@ -23,8 +24,6 @@ from acip.sizing.budget import COMPARABLE_FIELDS, as_perplexity, is_coded, measu
 from acip.sizing.cut_table import Budget, CutTable
 from acip.sizing.elastic_model import ElasticModel
 from acip.sizing.model_sizes import set_size
-
-KEPT_LOGITS_BYTES = 2**30
 
 Row = dict[str, Any]
 

@@ -1,10 +1,14 @@
 """A thread pool for many independent tasks."""
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
+
+T, R = TypeVar("T"), TypeVar("R")
 
 
 @contextmanager
@@ -20,3 +24,15 @@ def one_thread_each() -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def each_in_turn(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield `function(item)` of each item in their order, computed by threads (`one_thread_each`) a few items ahead."""
+    with one_thread_each() as pool:
+        ahead: deque[Future[R]] = deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > torch.get_num_threads():
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()

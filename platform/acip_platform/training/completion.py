@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 
 from acip.artifact.artifact import Artifact
 from acip.base import Base
-from acip.evaluate import DivergenceOn, Samples, Text, divergence_of, evaluate, trade_off
+from acip.calibration.memory_plan import STREAMED_HIDDEN
+from acip.evaluate import DivergenceOn, Samples, Text, divergence_of, evaluate, streamed_trade_off, trade_off
 from acip.export.peft import save_peft
 from acip.sizing.cut_table import Budget
 from acip.sizing.elastic_model import ElasticModel
@@ -76,18 +77,20 @@ def finish(
     emit: Emit,
     fingerprint: str = "",
     alias: str = CHAMPION,
+    streamed: bool = False,
 ) -> dict[str, Any]:
     """Measure, log and register the artifact at `uri`; each step is skipped if an earlier attempt completed it.
 
     `fingerprint` identifies the result in the registry ("" = that of the job). `alias` is the highest that the version may get:
-    the champion's, if its curve is better (acip_platform.tracking.promotion), or the candidate's.
+    the champion's, if its curve is better (acip_platform.tracking.promotion), or the candidate's. The curve of an artifact that does not
+    fit in memory is `streamed`: measured with the weights of one block in memory, without text samples.
     Returns a summary: URI, version, verdict of the promotion, curve and stop ratio.
     """
     store = Store.of(settings)
     artifact = Artifact.open(store.fetch(uri))
-    model = artifact.load(device)
+    model = artifact.unloaded(device) if streamed else artifact.load(device)
     if not artifact.curve:
-        artifact = store.record_curve(uri, artifact, measured_curve(job, artifact, model, heldout, emit))
+        artifact = store.record_curve(uri, artifact, measured_curve(job, artifact, model, heldout, emit, streamed))
     log_artifact(job, artifact, uri, run)
     registry = Registry(settings)
     version = registered_version(job, artifact, uri, run, registry, fingerprint)
@@ -103,8 +106,10 @@ def finish(
     }
 
 
-def measured_curve(job: Job, artifact: Artifact, model: ElasticModel, heldout: Heldout, emit: Emit) -> list[dict[str, Any]]:
-    """Measure the loss, the divergence from the base model and text samples at each size of the job."""
+def measured_curve(
+    job: Job, artifact: Artifact, model: ElasticModel, heldout: Heldout, emit: Emit, streamed: bool = False
+) -> list[dict[str, Any]]:
+    """Measure the loss, the divergence from the base model and text samples at each size of the job. See `finish` for `streamed`."""
     text, tokenizer = heldout.text, artifact.tokenizer()
 
     def add_samples(row: dict[str, Any]) -> None:
@@ -114,6 +119,11 @@ def measured_curve(job: Job, artifact: Artifact, model: ElasticModel, heldout: H
     emit("stage", text=f"measuring the curve on {len(heldout.windows)} windows of {text.source}")
     sizes = [*map(Budget, job.sizes), *(Budget(size, "bytes") for size in job.byte_sizes if model.table.byte_sizes)]
     stop, divergence = artifact.recipe.stop_ratio, DivergenceOn(text)
+    if streamed:
+        return streamed_trade_off(
+            model, heldout.windows, text.source, sizes, stop, text.protocol, divergence, text.start, STREAMED_HIDDEN,
+            lambda done, total: emit("code", what="curve", done=done, total=total),
+        )  # fmt: skip
     return trade_off(model, heldout.windows, text.source, sizes, stop, text.protocol, divergence, add_samples, text.start)
 
 

@@ -2,27 +2,32 @@
 
     finished codes of an earlier run of the job -> statistics of the missing layers -> their codes -> finished codes, on disk
 
-The memory is bounded: statistics are gathered for groups of layers, and finished codes are in a temporary file.
+The memory is bounded: finished codes are in a temporary file. Statistics are gathered a block at a time and are in files, if those of all
+layers are large or the job is streamed.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 
+import torch
 from mlflow.exceptions import MlflowException
 from torch import Tensor, nn
 
+from acip.artifact.read_back import tiny_model
 from acip.base import Base
-from acip.calibration.memory_plan import UNSAVED_CODES
-from acip.coding.coded_model import RATES, CodedLayer, CodedModel, assembled, code_layer, step_scales
-from acip.coding.grouped_statistics import grouped_statistics, groups
+from acip.calibration.memory_plan import STATISTICS, UNSAVED_CODES, statistics_bytes
+from acip.coding.block_statistics import PassFiles, block_statistics
+from acip.coding.coded_model import RATES, CodedLayer, CodedModel, assembled, code_layers, step_scales
 from acip.coding.scratch import Scratch
+from acip.coding.statistics import LayerStatistics, layer_statistics
 from acip.coding.step_tuning import tune_steps
 from acip.errors import RecipeError
-from acip.layers.targets import find_linears
+from acip.layers.block_chain import BlockChain
+from acip.layers.targets import find_linears, weight_MN
 from acip.recipe import Recipe
 from acip.sizing.budget import MEGA
 from acip_platform.scheduling.fleet import Job
@@ -32,14 +37,26 @@ from acip_platform.tracking.registry import few_retries
 from acip_platform.tracking.runs import Run
 
 
-def code_layers(job: Job, base: Base, windows: Tensor, run: Run, emit: Emit, checkpoints: Checkpoints) -> CodedModel | None:
+def codes_of(
+    job: Job,
+    base: Base,
+    windows: Tensor,
+    run: Run,
+    emit: Emit,
+    checkpoints: Checkpoints,
+    device: torch.device | None = None,
+    streamed: bool = False,
+) -> CodedModel | None:
     """Return coded versions of the target layers of `base`, or None if the recipe asks for none.
 
     The statistics are those of the first `sample_windows` of `windows`, token ids [n, T]. `base.model` is not parametrized yet. Layers
-    whose codes are stored beside the `checkpoints` are read back. Seconds and megabytes are logged to the run. Raises RecipeError if
-    several workers share the model.
+    whose codes are stored beside the `checkpoints` are read back. Layers are computed on `device` (None = that of the model). If the job
+    is `streamed`, the model is in the memory of the CPU or mapped from its files, and one block at a time is on `device`. Seconds and
+    megabytes are logged to the run.
+
+    Raises RecipeError if several workers share the model, and BaseModelError if a model can't be run a block at a time but has to be.
     """
-    recipe = job.recipe
+    recipe, device = job.recipe, device or next(base.model.parameters()).device
     if recipe.code == "ranks":
         return None
     if job.num_workers > 1:
@@ -56,29 +73,53 @@ def code_layers(job: Job, base: Base, windows: Tensor, run: Run, emit: Emit, che
     if coded:
         emit("stage", text=f"read back the codes of {len(coded)} of {len(linears)} layers, which an earlier run of this job had finished")
     missing = {name: layer for name, layer in linears.items() if name not in coded}
-    statistics = grouped_statistics(
-        base.model, missing, text, scratch, seed=recipe.seed,
-        progress=lambda done, total: emit("code", what="statistics", done=done, total=total),
-    )  # fmt: skip
+    by_block = streamed or sum(statistics_bytes(*weight_MN(layer).shape) for layer in missing.values()) > STATISTICS
+    files = PassFiles(checkpoints.store.cache / "statistics" / checkpoints.attempt / stored.prefix)
+    statistics = gathered_statistics(base, missing, text, recipe, files if by_block else None, device, emit)
     gathered = time.monotonic()
-    scales = scales or step_scales(missing, statistics)
+    scales = scales or step_scales(missing, statistics, device=device)
 
     def progress(done: int) -> None:
         emit("code", what="codes", done=len(linears) - len(missing) + done, total=len(linears))
 
-    for some in unsaved(missing, lambda name: code_layer(missing[name], statistics[name], scales), stored.every_s, progress):
+    for some in unsaved(code_layers(missing, statistics, scales, device), len(missing), stored.every_s, progress):
         stored.write(scales, some)
         coded |= in_scratch(some, scratch)
+    files.remove()
     model = assembled({name: coded[name] for name in linears})
     ended = time.monotonic()
     emit(
         "stage",
         text=f"codes of {len(linears)} layers: {model.bytes / MEGA:.1f} MB in {ended - began:.0f} s, "
-        f"of which {gathered - began:.0f} s for the Fisher statistics in {len(groups(missing))} passes over the text",
+        f"of which {gathered - began:.0f} s for the Fisher statistics" + ", a block at a time" * by_block,
     )
     with suppress(MlflowException), few_retries():  # two metrics must not stop a calibration while MLflow is down
         run.metrics([(0, {"coding_seconds": ended - began, "codes_mb": model.bytes / MEGA})])
     return tuned(job, base, linears, model, windows, run, emit)
+
+
+def gathered_statistics(
+    base: Base,
+    linears: Mapping[str, nn.Module],
+    text: Tensor,
+    recipe: Recipe,
+    files: PassFiles | None,
+    device: torch.device,
+    emit: Emit,
+) -> Mapping[str, LayerStatistics]:
+    """Return the statistics of `linears`: of the whole model, or, if `files` are given, a block at a time with these files."""
+
+    def progress(done: int, total: int) -> None:
+        emit("code", what="statistics", done=done, total=total)
+
+    if not linears:
+        return {}
+    if files is None:
+        return layer_statistics(base.model, linears, text, recipe.seed, progress)
+    chain = BlockChain(base.model)
+    if (tiny := tiny_model(base.model, recipe.exclude)) is not None:
+        BlockChain(tiny).check(torch.arange(4)[None])
+    return block_statistics(chain, linears, text, files, device, recipe.seed, progress)
 
 
 def tuned(job: Job, base: Base, linears: Mapping[str, nn.Module], coded: CodedModel, windows: Tensor, run: Run, emit: Emit) -> CodedModel:
@@ -105,15 +146,15 @@ def identity_of(base: Base, recipe: Recipe, text: Tensor) -> str:
 
 
 def unsaved(
-    names: Mapping[str, nn.Module], code: Callable[[str], CodedLayer], every_s: float, progress: Callable[[int], None]
+    coded: Iterable[tuple[str, CodedLayer]], count: int, every_s: float, progress: Callable[[int], None]
 ) -> Iterator[dict[str, CodedLayer]]:
-    """Code layers, and yield those that have been finished since the last time, every `every_s` seconds or UNSAVED_CODES bytes."""
+    """Yield the layers that have been coded since the last time, every `every_s` seconds or UNSAVED_CODES bytes. `count` are all layers."""
     some: dict[str, CodedLayer] = {}
     since = time.monotonic()
-    for done, name in enumerate(names, 1):
-        some[name] = code(name)
+    for done, (name, layer) in enumerate(coded, 1):
+        some[name] = layer
         progress(done)
-        if done == len(names) or time.monotonic() - since >= every_s or sum(layer.bytes for layer in some.values()) >= UNSAVED_CODES:
+        if done == count or time.monotonic() - since >= every_s or sum(layer.bytes for layer in some.values()) >= UNSAVED_CODES:
             yield some
             some, since = {}, time.monotonic()
 

@@ -51,7 +51,7 @@ from acip_platform.tracking.provenance import provenance
 from acip_platform.tracking.registry import few_retries
 from acip_platform.tracking.runs import Run
 from acip_platform.training.completion import Heldout, finish, stored
-from acip_platform.training.layer_codes import code_layers
+from acip_platform.training.layer_codes import codes_of
 
 REPORT_EVERY_S = 10.0
 MLFLOW_REST_S = 60.0  # between attempts while MLflow is down
@@ -131,10 +131,12 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     read_back(base, job.recipe)
     heldout = Heldout.of(job, base)
     checkpoints = Checkpoints(settings, config["attempt"], emit)
+    free_bytes = memory_check.available(base.model, device)
+    streamed = memory_check.plan(base.model, job.recipe, free_bytes, device, job.num_workers, heldout.text.context).streamed
     if not sharding.decided(store.exists(store.uri(key)), device):
-        if job.num_workers == 1:  # else each layer is moved when it is sharded
+        if job.num_workers == 1 and "code" not in streamed:  # several workers move each layer when it is sharded
             torch.nn.Module.to(base.model, device)
-        observer = _calibrate(job, base, run, settings, key, checkpoints, emit, device)
+        observer = _calibrate(job, base, run, settings, key, checkpoints, emit, device, "code" in streamed)
     else:
         observer = Observer(job, run, emit, device, checkpoints)
         with checkpoints.newest() as folder:
@@ -142,19 +144,28 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     if sharding.rank() > 0:
         return {}
     observer.catch_up()
-    return finish(job, store.uri(key), run, settings, heldout, device, emit, config["fingerprint"])
+    del base  # the saved copy is measured
+    return finish(job, store.uri(key), run, settings, heldout, device, emit, config["fingerprint"], streamed="measure" in streamed)
 
 
 def _calibrate(
-    job: Job, base: Base, run: Run, settings: Settings, key: str, checkpoints: Checkpoints, emit: Emit, device: torch.device
+    job: Job,
+    base: Base,
+    run: Run,
+    settings: Settings,
+    key: str,
+    checkpoints: Checkpoints,
+    emit: Emit,
+    device: torch.device,
+    streamed: bool,
 ) -> "Observer":
     """Code, parametrize and calibrate, from the last checkpoint if there is one; rank 0 stores the artifact.
 
-    With `code: bits`, the layers are coded only.
+    With `code: bits`, the layers are coded only, a block at a time if the job is `streamed`.
     Finished codes are stored beside the checkpoints until the artifact holds them.
     """
     recipe = job.recipe
-    codes = coded(job, base, run, emit, device, checkpoints)
+    codes = coded(job, base, run, emit, device, checkpoints, streamed)
     observer = Observer(job, run, emit, device, checkpoints)
     origin = provenance(job) | {"attempt": key, "mlflow_run": run.run_id}
     if recipe.code == "bits":
@@ -201,13 +212,18 @@ def calibration_windows(job: Job, base: Base) -> torch.Tensor:
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(job.recipe.seed))]
 
 
-def coded(job: Job, base: Base, run: Run, emit: Emit, device: torch.device, checkpoints: Checkpoints) -> CodedModel | None:
-    """Return coded versions of the target layers, or None if the recipe has none. `prepare` must not have changed the model yet."""
+def coded(
+    job: Job, base: Base, run: Run, emit: Emit, device: torch.device, checkpoints: Checkpoints, streamed: bool = False
+) -> CodedModel | None:
+    """Return coded versions of the target layers, or None if the recipe has none. `prepare` must not have changed the model yet.
+
+    `streamed` is that of `codes_of`.
+    """
     if job.recipe.code == "ranks":
         return None
     silent: Emit = lambda kind, **facts: None  # noqa: E731  (before the work; `prepare` reports the memory)
-    _check_memory(job, base, device, emit if job.recipe.code == "bits" else silent)
-    return code_layers(job, base, calibration_windows(job, base), run, emit, checkpoints)
+    check_memory(job, base, device, emit if job.recipe.code == "bits" else silent)
+    return codes_of(job, base, calibration_windows(job, base), run, emit, checkpoints, device, streamed)
 
 
 def prepare(job: Job, base: Base, settings: Settings, emit: Emit, device: torch.device) -> TokenBatches:
@@ -216,7 +232,7 @@ def prepare(job: Job, base: Base, settings: Settings, emit: Emit, device: torch.
     windows = calibration_windows(job, base)
     batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
 
-    _check_memory(job, base, device, emit)
+    check_memory(job, base, device, emit)
     began = time.monotonic()
     cache = BasisCache(settings.home / "cache" / "bases", in_bytes(settings.basis_cache_gb, GIGA))
     parametrize(base.model, recipe, windows, lambda done, total: emit("parametrize", done=done, total=total), cache=cache)
@@ -235,12 +251,18 @@ def run_trial_step(model: torch.nn.Module, batches: TokenBatches, recipe: Recipe
     )
 
 
-def _check_memory(job: Job, base: Base, device: torch.device, emit: Emit) -> None:
+def check_memory(job: Job, base: Base, device: torch.device, emit: Emit) -> None:
     """Raise CalibrationError if the predicted peak does not fit into the device's memory. All workers follow the first one's decision."""
     free_bytes, error = memory_check.available(base.model, device), None
     try:
-        needed = memory_check.check(base.model, job.recipe, free_bytes, device, job.num_workers)
-        emit("stage", text=f"needs {needed.peak / 1e9:.1f} of {free_bytes / 1e9:.1f} GB, peak in {needed.worst}")
+        needed = memory_check.check(base.model, job.recipe, free_bytes, device, job.num_workers, job.eval_context)
+        if job.tasks and "measure" in needed.streamed:
+            raise CalibrationError(
+                "tasks are scored with the whole model in memory, and this model does not fit. Remove `tasks`, and run jobs/evaluate.py "
+                "on a machine with more memory."
+            )
+        streams = f"; a block at a time: {', '.join(needed.streamed)}" if needed.streamed else ""
+        emit("stage", text=f"needs {needed.peak / 1e9:.1f} of {free_bytes / 1e9:.1f} GB, peak in {needed.worst}{streams}")
     except CalibrationError as refusal:
         error = refusal
     if not sharding.decided(error is None, device):

@@ -5,6 +5,7 @@ A job that was killed while it coded reads the finished layers back, and its cod
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -24,15 +25,17 @@ from acip_platform.storage.code_checkpoints import FILE
 from acip_platform.storage.store import StoreError
 from acip_platform.tracking.registry import Registry
 from acip_platform.tracking.runs import Run, Tracking
-from acip_platform.training.layer_codes import code_layers
-from acip_platform.training.worker import calibrate_one
+from acip_platform.training.layer_codes import codes_of
+from acip_platform.training.worker import calibrate_one, check_memory
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from acip.artifact.artifact import Artifact
 from acip.base import load_base
+from acip.calibration import memory_check, memory_plan
 from acip.calibration.state import SUMS
 from acip.coding.coded_model import CodedModel
 from acip.data import WINDOWS_VERSION
-from acip.errors import BudgetError, RecipeError
+from acip.errors import BudgetError, CalibrationError, RecipeError
 from acip.evaluate import divergence_of
 from acip.layers.targets import find_linears, weight_MN
 from acip.recipe import Recipe
@@ -51,6 +54,58 @@ def job_of(base: str, **fields: Any) -> Job:
     return Job(
         "small", base, RECIPE, "package:wikipedia", eval_context=64, eval_windows=2, sizes=(1.0, 0.5), cpus=1, **fields
     )  # fmt: skip
+
+
+def calibrated_bits(base: str, home: Path, available: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Artifact, list[dict[str, Any]]]:
+    """Run a job with `code: bits` and this many bytes of memory. Return its artifact and its events."""
+    monkeypatch.setattr("acip_platform.training.worker.memory_check.available", lambda model, device: available)
+    settings = Settings.from_env({"ACIP_HOME": str(home)})
+    job = replace(job_of(base), recipe=replace(RECIPE, code="bits", code_tune_steps=0))
+    run = Tracking(settings, "test").start(job.name, job.fingerprint, {})
+    events: list[dict[str, Any]] = []
+    queue = SimpleNamespace(put=SimpleNamespace(remote=events.append))
+    config = {"job": job.to_dict(), "settings": settings, "run": run.run_id, "attempt": "first", "threads": 1, "events": queue}
+    summary = calibrate_one(config | {"fingerprint": job.fingerprint})
+    return Artifact.open(summary["uri"].removeprefix("file://"), verify=True), events
+
+
+def test_a_streamed_job_writes_the_same_artifact_and_curve(small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory has room for one block at a time only."""
+    monkeypatch.setattr(memory_plan, "STREAMED_HIDDEN", 1000)
+    monkeypatch.setattr(memory_plan, "KEPT_LOGITS_BYTES", 1 << 24)
+    model, recipe = load_base(small_base, "float32").model, replace(RECIPE, code="bits", code_tune_steps=0)
+    least = max(phase.total for phase in memory_plan.predict_streamed(model, recipe, context=64).values()) * 1.06
+    whole = memory_plan.predict(model, recipe, context=64)
+    assert all(phase.total > least for phase in whole.phases)
+    expected, _ = calibrated_bits(small_base, tmp_path / "whole", math.inf, monkeypatch)
+    streamed, events = calibrated_bits(small_base, tmp_path / "streamed", least, monkeypatch)
+    assert any("a block at a time: code, measure" in event.get("text", "") for event in events)
+    assert streamed.manifest["files"] == expected.manifest["files"]
+    for row, other in zip(streamed.curve, expected.curve, strict=True):
+        assert (row["bytes"], row["asked"], row["got"]) == (other["bytes"], other["asked"], other["got"])
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert not list((tmp_path / "streamed" / "cache" / "statistics").glob("*/*"))
+
+
+def test_tasks_are_refused_for_a_model_that_must_be_streamed(small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("acip_platform.training.worker.memory_check.check", lambda *args: memory_plan.Memory((
+        memory_plan.Phase("measure", streamed=True),
+    )))  # fmt: skip
+    job = replace(job_of(small_base), tasks=("package:piqa",))
+    with pytest.raises(CalibrationError, match="Remove `tasks`"):
+        check_memory(job, load_base(small_base, "float32"), torch.device("cpu"), lambda kind, **facts: None)
+
+
+def test_the_step_sizes_of_a_model_that_does_not_fit_are_not_trained() -> None:
+    """The message names the settings with which the model is streamed."""
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).bfloat16()
+    recipe = Recipe(code="bits")
+    assert memory_check.check(model, recipe, 80e9, "cuda", context=2048).streamed == ()
+    with pytest.raises(CalibrationError, match=r"Its peak is in tune: .* Changes that fit: .*code: bits, code_tune_steps: 0"):
+        memory_check.check(model, recipe, 8e9, "cuda", context=2048)
+    assert memory_check.check(model, replace(recipe, code_tune_steps=0), 8e9, "cuda", context=2048).streamed == ("code", "measure")
 
 
 def test_a_calibration_job_stores_the_codes(small_base: str, tmp_path: Path, heldout_tokens: torch.Tensor) -> None:
@@ -121,14 +176,14 @@ def test_the_default_recipe_codes_nothing(small_base: str, tmp_path: Path) -> No
     base = load_base(small_base, "float32")
     job = replace(job_of(small_base), recipe=replace(RECIPE, code="ranks"))
     checkpoints = Checkpoints(settings_of(tmp_path), "small")
-    assert code_layers(job, base, torch.zeros(0, 64), cast(Run, Unused()), lambda kind, **facts: pytest.fail(kind), checkpoints) is None
+    assert codes_of(job, base, torch.zeros(0, 64), cast(Run, Unused()), lambda kind, **facts: pytest.fail(kind), checkpoints) is None
 
 
 def test_several_workers_are_refused(small_base: str, tmp_path: Path) -> None:
     base = load_base(small_base, "float32")
     job, checkpoints = job_of(small_base, num_workers=2), Checkpoints(settings_of(tmp_path), "small")
     with pytest.raises(RecipeError, match="code is 'both' and num_workers is 2"):
-        code_layers(job, base, torch.zeros(4, 64), cast(Run, Unused()), lambda kind, **facts: None, checkpoints)
+        codes_of(job, base, torch.zeros(4, 64), cast(Run, Unused()), lambda kind, **facts: None, checkpoints)
     fleet = write_fleet(tmp_path / "fleet.yaml", "code: both, post_tune_steps: 1", f"name: small, base: {small_base}, num_workers: 2")
     with pytest.raises(FleetError, match="num_workers is 2 and code 'both'"):
         Fleet.load(fleet)
@@ -138,7 +193,7 @@ def test_coding_does_not_change_the_model(small_base: str, golden_tokens: torch.
     base, unchanged = load_base(small_base, "float32"), load_base(small_base, "float32").model
     run = SimpleNamespace(metrics=lambda rows: None)
     checkpoints = Checkpoints(settings_of(tmp_path), "small")
-    coded = code_layers(job_of(small_base), base, golden_tokens[:8], cast(Run, run), lambda kind, **facts: None, checkpoints)
+    coded = codes_of(job_of(small_base), base, golden_tokens[:8], cast(Run, run), lambda kind, **facts: None, checkpoints)
     assert coded is not None
     assert list(coded.versions) == list(find_linears(base.model))
     for name, linear in find_linears(base.model).items():
@@ -151,7 +206,7 @@ def test_step_sizes_are_trained_as_the_recipe_says(small_base: str, golden_token
     """Training changes step sizes, and no stream."""
     base, run = load_base(small_base, "float32"), SimpleNamespace(metrics=lambda rows: None)
     untrained, trained = (
-        code_layers(
+        codes_of(
             replace(job_of(small_base), recipe=replace(RECIPE, code_tune_steps=steps)), base, golden_tokens[:8], cast(Run, run),
             lambda kind, **facts: None, Checkpoints(settings_of(tmp_path / str(steps)), "small"),
         )
@@ -250,7 +305,7 @@ def code(
     windows = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
     run = SimpleNamespace(metrics=lambda rows: None)
     checkpoints = Checkpoints(settings_of(home, checkpoint_s), "small", emit)
-    coded = code_layers(job, load_base(base, "float32"), windows, cast(Run, run), emit, checkpoints)
+    coded = codes_of(job, load_base(base, "float32"), windows, cast(Run, run), emit, checkpoints)
     assert coded is not None
     return coded, events
 
