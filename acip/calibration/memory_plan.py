@@ -358,7 +358,7 @@ class _Prediction:
         start = Phase("code", self.rest, self.dense, statistics=gathered)
         moments = (
             replace(start, activations=at_loss, loss=12.0 * L),
-            replace(start, activations=at_loss, loss=float((2 * s + widened) * L), transient=flow),
+            replace(start, activations=at_loss, loss=float(s * L), transient=flow),
             replace(start, transient=self.coded_at_once()),
         )
         return max(moments, key=lambda phase: phase.total)
