@@ -41,7 +41,8 @@ from acip.recipe import Recipe
 COVARIANCES = 8 << 30  # bytes of covariances that `acip.calibration.bases` holds at once, at most
 STATISTICS = 8 << 30  # bytes of statistics that are in memory at once, at most, or those of one block
 CODED_AT_ONCE = 2**25  # numbers of all versions of a layer that `acip.coding.error_feedback` codes together, at most, or one version
-VERSIONS = 10  # of a coded layer, at most
+CODED_AT_ONCE_CPU = 2**23  # the same for each thread of a CPU, where more is not faster
+VERSIONS = 5  # of a coded layer, at most
 KEPT_LOGITS_BYTES = 1 << 30  # bytes of the base model's logits that `acip.evaluate.curve` keeps, at most
 STREAMED_HIDDEN = 1 << 28  # bytes of hidden states that a streamed curve has in memory, at most, or one window at all sizes
 STREAMED_SIZES = 12  # of a streamed curve, at most, for this prediction
@@ -401,7 +402,7 @@ class _Prediction:
         """Return the peak of measuring the curve with one block in memory."""
         window = float(self.s) * self.tokens * max(block.width for block in self.blocks) * STREAMED_SIZES
         codes = self.block() / self.s
-        hidden = 2 * max(STREAMED_HIDDEN, window)
+        hidden = max(STREAMED_HIDDEN, window) * (1 + 1 / STREAMED_SIZES)  # those of one size are there twice
         start = Phase("measure", self.rest, self.block(), codes=codes, activations=hidden, loss=self.compared(), streamed=True)
         return replace(start, transient=2 * self.block())
 
@@ -417,7 +418,7 @@ class _Prediction:
     def coding(self, layer: _Layer) -> float:
         """Return the bytes to code one layer (`acip.coding.coded_model.code_layer`)."""
         MN, NN = layer.M * layer.N, layer.N**2
-        together = MN * min(VERSIONS, max(1, CODED_AT_ONCE // MN))
+        together = MN * min(VERSIONS, max(1, (CODED_AT_ONCE_CPU if self.cpu else CODED_AT_ONCE) // MN))
         weights = MN * (1 + (self.s != 4))  # in float32, and in the order of coding
         return 4.0 * max(4 * NN + MN, 3 * NN + weights + max(6 * together, 2 * together + 5.25 * MN))
 

@@ -20,7 +20,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from acip.calibration.memory_plan import CODED_AT_ONCE
+from acip.calibration.memory_plan import CODED_AT_ONCE, CODED_AT_ONCE_CPU
 from acip.coding.codes import TOP, Codes, stored_steps
 
 DAMPING = 0.01  # share of the mean of diag H that is added to it
@@ -46,7 +46,8 @@ def code_versions(weight_MN: Tensor, metric_NN: Tensor, steps: Sequence[Tensor],
     H_NN = metric_NN.float()[order_N][:, order_N]
     U_NN = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H_NN)), upper=True)
     W_NM = weight_MN.float().T[order_N]
-    for some in _parts(steps, max(1, CODED_AT_ONCE // (M * N))):
+    together = CODED_AT_ONCE if weight_MN.is_cuda else CODED_AT_ONCE_CPU
+    for some in _parts(steps, max(1, together // (M * N))):
         units_NR = torch.cat([W_NM / steps_M for steps_M in some], dim=1)  # the rows of all versions, in units of their steps
         codes_NR = _feedback(units_NR, U_NN)
         for _ in range(sweeps):

@@ -40,6 +40,7 @@ from acip.layers import sharding
 from acip.layers.targets import targets
 from acip.recipe import Recipe
 from acip.sizing.budget import GIGA, in_bytes
+from acip.utils.malloc import return_freed_memory
 from acip_platform.reporting.mask_samples import FILE, MaskSamples
 from acip_platform.scheduling.fleet import Job
 from acip_platform.scheduling.job_queue import Resources
@@ -133,6 +134,8 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     checkpoints = Checkpoints(settings, config["attempt"], emit)
     free_bytes = memory_check.available(base.model, device)
     streamed = memory_check.plan(base.model, job.recipe, free_bytes, device, job.num_workers, heldout.text.context).streamed
+    if streamed:
+        return_freed_memory()
     if not sharding.decided(store.exists(store.uri(key)), device):
         if job.num_workers == 1 and "code" not in streamed:  # several workers move each layer when it is sharded
             torch.nn.Module.to(base.model, device)

@@ -1,0 +1,19 @@
+"""The memory allocator of the C library."""
+
+import ctypes
+import sys
+
+MMAP_THRESHOLD = -3  # the number of this parameter in glibc's malloc.h
+LEAST_BYTES = 1 << 20
+
+
+def return_freed_memory() -> None:
+    """Return every freed piece of `LEAST_BYTES` or more to the operating system at once, from now on.
+
+    By default, glibc keeps freed pieces of up to 32 MB. After many tensors of different sizes, a process may hold a multiple of the memory
+    that it uses. Returning costs time, so call this where memory is short. Other C libraries are not changed.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(MMAP_THRESHOLD, LEAST_BYTES)

@@ -1,0 +1,191 @@
+"""Code a model that is larger than the memory, and compare the memory with that of a run which holds the model.
+
+    python tests/benchmarks/streaming.py --quick             0.4 GB of weights, streamed and held, minutes on 2 cores
+    python tests/benchmarks/streaming.py                     6 GB of weights, streamed, in 1.5 GB; hours of CPU time, resumable
+    python tests/benchmarks/streaming.py --size-gb 1.2 --limit-gb 0.8 --held
+
+The checkpoint is a Llama with random weights in bfloat16, in files of at most 500 MB. The job is `code: bits` with code_tune_steps 0, run
+as jobs/calibrate_all.py runs it, without Ray. It runs in a memory control group (Linux, root) with a limit, so that the page cache counts,
+too, and is not told to stream: it finds out that the model does not fit. Everything is kept in --home; a run that was stopped continues
+there.
+
+*Anonymous* memory is what a process cannot give back; mapped files are not part of it. The last line is the ratio of the anonymous memory
+above that at the start of the job, held over streamed. Without --held, it is the ratio of the weights to it. `--check` exits with 1 if the
+job fails, or if the ratio is below 2.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+BLOCK_BYTES, REST_BYTES = 2 * (3 * 1024**2 + 3 * 1024 * 2816), 2 * 32000 * 1024
+GOAL = 2.0
+SAMPLE_S = 0.2
+
+
+def write_base(folder: Path, size_gb: float) -> None:
+    """Write a checkpoint of about `size_gb` to `folder`, block by block."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.support.small import byte_tokenizer
+
+    blocks = max(2, round((size_gb * 1e9 - REST_BYTES) / BLOCK_BYTES))
+    config = LlamaConfig(**SHAPE, num_hidden_layers=blocks, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).named_parameters()}
+    where: dict[str, str] = {}
+    part: dict[str, torch.Tensor] = {}
+    names = list(shapes)
+    for name in names:
+        part[name] = torch.ones(shapes[name]) if len(shapes[name]) == 1 else torch.randn(shapes[name], generator=generator) * 0.02
+        part[name] = part[name].bfloat16()
+        if name == names[-1] or sum(tensor.nbytes for tensor in part.values()) > 400e6:
+            file = f"model-{len(set(where.values())):05}.safetensors"
+            save_file(part, folder / file, {"format": "pt"})
+            where |= dict.fromkeys(part, file)
+            part = {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    byte_tokenizer().save_pretrained(folder)
+    config.save_pretrained(folder)
+
+
+def run_job(base: str, home: str) -> None:
+    """Run the job in this process, and print its events as lines of JSON."""
+    from acip_platform.scheduling.fleet import Job
+    from acip_platform.settings import Settings
+    from acip_platform.tracking.runs import Tracking
+    from acip_platform.training.worker import calibrate_one
+
+    from acip.recipe import Recipe
+
+    recipe = Recipe(code="bits", code_tune_steps=0, sample_windows=8, seq_len=128)
+    job = Job("streamed", base, recipe, "package:wikipedia", eval_context=128, eval_windows=4, sizes=(1.0,), byte_sizes=(0.5, 0.33), cpus=1)
+    settings = Settings.from_env({**os.environ, "ACIP_HOME": home})
+    run = Tracking(settings, "streaming").start(job.name, job.fingerprint, {})
+
+    def emit(event: dict[str, Any]) -> None:
+        print(json.dumps({"time": time.time(), **event}), flush=True)
+
+    emit({"kind": "start"})
+    config = {
+        "job": job.to_dict(),
+        "settings": settings,
+        "run": run.run_id,
+        "attempt": "attempt",
+        "threads": int(os.environ["OMP_NUM_THREADS"]),
+    }
+    queue = SimpleNamespace(put=SimpleNamespace(remote=emit))
+    summary = calibrate_one(config | {"events": queue, "fingerprint": job.fingerprint})
+    emit({"kind": "end", "uri": summary["uri"], "curve": [[row["got"], row["loss"]] for row in summary["curve"]]})
+
+
+@contextmanager
+def limited(limit_bytes: float) -> Iterator[Path]:
+    """Create a memory control group (v1 or v2) with a limit, and yield its folder."""
+    version_1 = Path("/sys/fs/cgroup/memory")
+    root, name = (version_1, "memory.limit_in_bytes") if version_1.is_dir() else (Path("/sys/fs/cgroup"), "memory.max")
+    group = root / f"acip-streaming-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / name).write_text(str(int(limit_bytes)))
+        yield group
+    finally:
+        for _ in range(50):
+            try:
+                group.rmdir()
+                break
+            except OSError:  # the kernel still releases the last process
+                time.sleep(0.1)
+
+
+def measured(base: Path, home: Path, limit_bytes: float) -> dict[str, float]:
+    """Run the job within a limit; print its events, and return its highest anonymous memory in bytes, and that at its start."""
+    import psutil
+
+    home.mkdir(parents=True, exist_ok=True)
+    with limited(limit_bytes) as group, (home / "events.jsonl").open("w") as events, (home / "errors.log").open("w") as errors:
+        child = subprocess.Popen(
+            [sys.executable, __file__, "--job", str(base), "--home", str(home)], stdout=events, stderr=errors,
+            preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())),  # noqa: PLW1509
+        )  # fmt: skip
+        process, start, highest, began, rows, seen = psutil.Process(child.pid), 0.0, 0.0, time.time(), [], 0
+        while child.poll() is None:
+            try:
+                memory = process.memory_info()
+            except psutil.NoSuchProcess:
+                break
+            anonymous = memory.rss - memory.shared
+            lines = (home / "events.jsonl").read_text().splitlines()
+            for line in lines[seen:]:
+                event = json.loads(line)
+                start = anonymous if event["kind"] == "start" else start
+                if event["kind"] in ("stage", "end"):
+                    text = event.get("text") or f"curve {event['curve']}"
+                    print(
+                        f"{time.time() - began:8.0f} s {anonymous / 1e9:6.2f} GB now, {highest / 1e9:6.2f} at most: {text[:170]}",
+                        flush=True,
+                    )
+            seen = len(lines)
+            highest = max(highest, anonymous)
+            rows.append((round(time.time() - began, 1), round(anonymous / 1e6), round(memory.rss / 1e6)))
+            time.sleep(SAMPLE_S)
+        (home / "memory.json").write_text(json.dumps(rows))  # seconds, anonymous and resident megabytes
+    if child.wait() or not lines or json.loads((home / "events.jsonl").read_text().splitlines()[-1])["kind"] != "end":
+        raise SystemExit(f"the job ended with {child.returncode}: {(home / 'errors.log').read_text()[-1500:]}")
+    return {"start": start, "highest": highest, "seconds": time.time() - began}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="0.4 GB of weights in 1 GB, and the same held in memory")
+    parser.add_argument("--check", action="store_true", help=f"exit with 1 if the ratio is below {GOAL:g}")
+    parser.add_argument("--size-gb", type=float, default=6.0, help="of the weights (default: 6)")
+    parser.add_argument("--limit-gb", type=float, default=1.5, help="of the control group (default: 1.5)")
+    parser.add_argument("--held", action="store_true", help="also run the job without a limit")
+    parser.add_argument("--home", type=Path, default=Path("/tmp/acip-streaming"), help="of checkpoint and results")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        run_job(args.job, str(args.home))
+        return 0
+    if args.quick:
+        args.size_gb, args.limit_gb, args.held = 0.4, 1.0, True
+    base = args.home / f"base-{args.size_gb:g}"
+    if not (base / "config.json").is_file():
+        base.mkdir(parents=True, exist_ok=True)
+        write_base(base, args.size_gb)
+    weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    print(f"{weights / 1e9:.2f} GB of weights in a control group of {args.limit_gb:g} GB")
+    streamed = measured(base, args.home / f"streamed-{args.size_gb:g}", args.limit_gb * 1e9)
+    above = streamed["highest"] - streamed["start"]
+    print(f"streamed: {above / 1e9:.2f} GB above the {streamed['start'] / 1e9:.2f} GB of the process; {streamed['seconds']:.0f} s")
+    ratio = weights / above
+    if args.held:
+        held = measured(base, args.home / f"held-{args.size_gb:g}", 1e13)
+        print(f"held: {(held['highest'] - held['start']) / 1e9:.2f} GB above; {held['seconds']:.0f} s")
+        ratio = (held["highest"] - held["start"]) / above
+    print(f"memory, {'held' if args.held else 'weights'} over streamed: {ratio:.2f} (goal: {GOAL:g})")
+    return int(args.check and ratio < GOAL)
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "platform")]
+    sys.exit(main())
