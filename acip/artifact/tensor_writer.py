@@ -1,7 +1,9 @@
-"""Write a safetensors file whose bfloat16 tensors are stored in fewer bytes (lossless.py)."""
+"""Write a safetensors file tensor by tensor, with bfloat16 tensors in fewer bytes if wanted (lossless.py)."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,30 @@ from acip.artifact.safetensors_ranges import CODED, DTYPES, METADATA, Entry
 from acip.modeling_acip import MIN_CHUNK_BYTES
 
 
-def save_coded(tensors: Mapping[str, Tensor], path: Path) -> None:
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor that is computed when it is written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    compute: Callable[[], Tensor]
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.itemsize * math.prod(self.shape)
+
+
+def save_tensors(tensors: Mapping[str, Tensor | Deferred], path: Path, compress: bool) -> None:
     """Write tensors to `path`. A copy of one of them at most is in memory at once.
 
-    bfloat16 tensors of at least `MIN_CHUNK_BYTES` are coded, the others are written as they are. These come first, with the largest
-    numbers at the start, so that all are aligned.
+    With `compress`, bfloat16 tensors of at least `MIN_CHUNK_BYTES` are coded. The others are written as they are. These come first, with
+    the largest numbers at the start, so that all are aligned.
     """
-    coded = {name for name, tensor in tensors.items() if tensor.dtype == torch.bfloat16 and tensor.nbytes >= MIN_CHUNK_BYTES}
+    coded = {name for name, each in tensors.items() if compress and each.dtype == torch.bfloat16 and each.nbytes >= MIN_CHUNK_BYTES}
     order = sorted(tensors, key=lambda name: 0 if name in coded else -tensors[name].itemsize)
     entries = {name: _entry(tensors[name]) for name in order}
     chunks = {name: entries[name].stored_chunks(0, entries[name].rows) for name in order}
@@ -28,7 +47,8 @@ def save_coded(tensors: Mapping[str, Tensor], path: Path) -> None:
     with path.open("wb") as file:
         file.seek(8 + length)  # the header needs the bytes of the chunks
         for name in order:
-            tensor, entry = tensors[name].detach().cpu().contiguous(), entries[name]
+            some, entry = tensors[name], entries[name]
+            tensor = (some.compute() if isinstance(some, Deferred) else some).detach().cpu().contiguous()
             if name in coded:
                 encoded = (lossless.encode(rows) for rows in tensor.split(entry.chunk_rows))
                 chunks[name] = [file.write(chunk) for chunk in encoded]
@@ -38,8 +58,8 @@ def save_coded(tensors: Mapping[str, Tensor], path: Path) -> None:
         file.write(length.to_bytes(8, "little") + _header(entries, chunks, coded).ljust(length))
 
 
-def _entry(tensor: Tensor) -> Entry:
-    row_bytes = tensor[0].nbytes if tensor.ndim and len(tensor) else tensor.nbytes
+def _entry(tensor: Tensor | Deferred) -> Entry:
+    row_bytes = tensor.nbytes // tensor.shape[0] if len(tensor.shape) and tensor.shape[0] else tensor.nbytes
     return Entry(tensor.dtype, tuple(tensor.shape), 0, row_bytes)
 
 

@@ -6,6 +6,7 @@ Every function writes the manifest last. A folder whose writing was interrupted 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from acip.artifact.manifest import (
 )
 from acip.artifact.reader import ArtifactReader
 from acip.artifact.safetensors_ranges import TensorFile, chunk_digests
-from acip.artifact.tensor_writer import save_coded
+from acip.artifact.tensor_writer import Deferred, save_tensors
 from acip.base import Base
 from acip.calibration.result import Calibration
 from acip.coding.coded_model import CodedModel
@@ -95,7 +96,7 @@ def _write(
     recipe: Recipe,
     provenance: Mapping[str, Any],
     codes: CodedModel | None,
-    contents: Sequence[Mapping[str, Tensor]],
+    contents: Sequence[Mapping[str, Tensor | Deferred]],
     facts: Mapping[str, Any],
 ) -> None:
     """Write an artifact with these `contents` of TENSOR_FILES and these facts in its manifest."""
@@ -104,9 +105,8 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     for left in (folder / MANIFEST, folder / f"{CODES}.safetensors", *folder.glob(f".{MANIFEST}.*{SUFFIX}")):
         left.unlink(missing_ok=True)
-    save = _save_plain if codes is None else save_coded
     for file, tensors in zip(TENSOR_FILES, contents, strict=True):
-        save(tensors, folder / f"{file}.safetensors")
+        save_tensors(tensors, folder / f"{file}.safetensors", compress=codes is not None)
     coded = {} if codes is None else {CODES: write_codes(folder / f"{CODES}.safetensors", codes)}
     _write_base_files(folder, base)
     seal(folder, {
@@ -136,10 +136,10 @@ def write_tuned(
     for name, rows in artifact.tensors("factors").read(list(artifact.tensors("factors").entries)).items():
         first = factors.get(name, rows[:0])
         new_factors[name] = torch.cat([first.to(rows), rows[len(first) :]])
-    save = save_coded if CODES in artifact.manifest else _save_plain
-    save(new_factors, folder / "factors.safetensors")
+    compress = CODES in artifact.manifest
+    save_tensors(new_factors, folder / "factors.safetensors", compress)
     unchanged = artifact.tensors("adapters").read([name for name in artifact.tensors("adapters").entries if name not in adapters])
-    save({**unchanged, **adapters}, folder / "adapters.safetensors")
+    save_tensors({**unchanged, **adapters}, folder / "adapters.safetensors", compress)
     seal(folder, {**artifact.manifest, "provenance": dict(provenance)})
 
 
@@ -151,27 +151,34 @@ def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
     write_manifest(folder, {**manifest, "curve": [], "files": facts})
 
 
-def _save_plain(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as they are."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+def _target_tensors(
+    calibration: Calibration, stored: Mapping[str, int]
+) -> tuple[dict[str, Tensor | Deferred], dict[str, Tensor | Deferred], dict[str, Tensor | Deferred]]:
+    """Return the tensors of the files factors, dense and adapters. `stored` is the stored rank S of each target layer.
 
-
-def _target_tensors(calibration: Calibration, stored: Mapping[str, int]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Return the tensors of the files factors, dense and adapters. `stored` is the stored rank S of each target layer."""
-    factors: dict[str, Tensor] = {}
-    dense: dict[str, Tensor] = {}
-    adapters: dict[str, Tensor] = {}
+    Adapters are folded into the factors of a layer when these are written.
+    """
+    factors: dict[str, Tensor | Deferred] = {}
+    dense: dict[str, Tensor | Deferred] = {}
+    adapters: dict[str, Tensor | Deferred] = {}
     for name, layer in targets(calibration.model).items():
         assert isinstance(layer, ElasticLinear)
         rank, dtype = stored[name], layer.left.dtype
-        left, right = layer.folded(rank)
-        factors |= {f"{name}.left": left.to(dtype), f"{name}.right": right.to(dtype)}
+        rows = layer.lead + rank + (len(layer.loras["layer"].A) if "layer" in layer.loras else 0)
+        for side, place in enumerate(("left", "right")):
+            width = weight_MN(layer.exact).shape[side]
+            factors[f"{name}.{place}"] = Deferred((rows, width), dtype, partial(_folded, layer, rank, side))
         dense[f"{name}.weight"] = weight_MN(layer.exact)
         for place, lora in layer.loras.items():
             A = lora.A[:, :rank] if place == "left" else lora.A
             B = (lora.B[:rank] if place == "right" else lora.B) * lora.scale
             adapters |= {f"{name}.{place}.A": A.to(dtype), f"{name}.{place}.B": B.to(dtype)}
     return factors, dense, adapters
+
+
+def _folded(layer: ElasticLinear, rank: int, side: int) -> Tensor:
+    """Return one of the two factors of a layer with its adapters folded in, in the dtype of the layer."""
+    return layer.folded(rank)[side].to(layer.left.dtype)
 
 
 def _rest(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:

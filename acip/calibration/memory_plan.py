@@ -339,11 +339,11 @@ class _Prediction:
         """Return the bytes of a frozen matrix [n, width]."""
         return n * math.ceil(width / QUANT_BLOCK) * QUANT_BLOCK * FOUR_BIT if self.four_bit else float(self.s * n * width)
 
-    def frozen(self) -> dict[str, float]:
-        """Return the frozen parts of a parametrized model, in bytes."""
+    def start(self, phase: str) -> Phase:
+        """Return a phase with the frozen parts of a parametrized model."""
         originals = sum(self.rows(layer.M, layer.N) for layer in self.layers) + self.dense * (self.four_bit and self.cpu)
         directions = sum(self.rows(layer.K, layer.M) + self.rows(layer.K, layer.N) for layer in self.layers)
-        return {"rest": self.rest, "originals": originals / self.workers, "directions": directions / self.workers}
+        return Phase(phase, self.rest, originals / self.workers, directions=directions / self.workers)
 
     # moments
 
@@ -429,7 +429,7 @@ class _Prediction:
 
     def parametrize(self) -> Phase:
         """Return the peak of parametrization: summing moments, solving layers, or the end, when 4-bit layers also exist in full."""
-        recipe, s, w, frozen = self.recipe, self.s, self.wide, self.frozen()
+        recipe, s, w, frozen = self.recipe, self.s, self.wide, self.start("parametrize")
         dense = self.dense / self.workers
         moments = w * sum(layer.moment for layer in self.layers) if recipe.basis == "covariance" else 0.0
         group = min(1.0, COVARIANCES / max(1.0, moments))  # share of the layers that are solved at once
@@ -437,13 +437,14 @@ class _Prediction:
         forward = widest * min(SAMPLE_BATCH, recipe.sample_windows) * recipe.seq_len if moments else 0.0
         solved = group * s * sum(layer.K * layer.M for layer in self.layers)
         gathered = group * self.dense / self.workers if self.workers > 1 else 0.0
-        start = Phase("parametrize", self.rest, dense, (1 - group) * frozen["directions"], trainable=self.masks + self.A + self.B)
-        built = frozen["originals"] + (dense if self.four_bit and not self.cpu else 0.0)
+        unsolved = (1 - group) * frozen.directions
+        start = replace(frozen, originals=dense, directions=unsolved, trainable=self.masks + self.A + self.B)
+        built = frozen.originals + (dense if self.four_bit and not self.cpu else 0.0)
         copies = solved if self.four_bit or self.workers > 1 else 0.0
         coordinates = max(float(w) * (3 * layer.M * layer.N + 2 * layer.K * (layer.M + layer.N)) for layer in self.layers)
         phases = (
             replace(start, transient=group * moments + max(forward, gathered + solved + self.solving())),
-            replace(start, originals=built, directions=frozen["directions"], transient=copies + coordinates),
+            replace(start, originals=built, directions=frozen.directions, transient=copies + coordinates),
         )
         return max(phases, key=lambda phase: phase.total)
 
@@ -474,7 +475,7 @@ class _Prediction:
         divergence = 3 * s * L + chunk if distill_weight else 0.0  # logits of the model, of the base model, and the gradient
         entropy = max((3 if distill_weight else 1) * s + 2 * w, s * (distill_weight > 0) + 3 * w) * L if distill_weight < 1 else 0.0
         kernels = KERNELS * (self.cpu and s == 2 and phase == "post-tune")
-        start = Phase(phase, **self.frozen(), trainable=trainable, gradients=before, optimizer=optimizer, transient=kernels)
+        start = replace(self.start(phase), trainable=trainable, gradients=before, optimizer=optimizer, transient=kernels)
         back = replace(start, loss=s * L * (distill_weight > 0), transient=kernels + self.flow(phase))
         moments = (
             replace(start, activations=at_loss, loss=max(divergence, entropy)),

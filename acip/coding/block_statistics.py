@@ -84,7 +84,7 @@ def block_statistics(
     counts blocks, twice each. Raises CalibrationError if the loss does not depend on a layer, or if a file cannot be written.
     """
     _check_disk(files.folder, chain, linears, windows)
-    this = _Pass(chain, chain.linears(linears), [window[None].long().to(device) for window in windows], files, device)
+    this = _Pass(chain, chain.parts(linears), [window[None].long().to(device) for window in windows], files, device)
     with placed(chain.outside(), device), frozen(chain.model):
         this.run(seed, progress)
     stored = {i: files.get("statistics", i) for i, part in enumerate(this.parts) if part}

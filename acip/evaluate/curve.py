@@ -98,15 +98,15 @@ def streamed_trade_off(
     parts = _in_parts(ids, int(hidden_bytes / (len(cuts) * chain.embed(ids[0]).nbytes)) if ids else 1)
     for done, part in enumerate(parts):
         hidden = [[chain.embed(ids_1T) for ids_1T in part] for _ in cuts]
-        for i, layers in enumerate(chain.linears(any_size.layers)):
+        for i, layers in enumerate(chain.parts(any_size.layers)):
             for k, cut in enumerate(cuts):
                 any_size.load_missing(layers, cut)  # type: ignore[misc]
-                set_size(layers, cut)  # type: ignore[arg-type]
+                set_size(layers, cut)
                 hidden[k] = [chain.block(i, *each) for each in zip(part, hidden[k], strict=True)]
                 for layer in layers.values():
-                    layer.forget_versions()  # type: ignore[operator]
+                    layer.forget_versions()
             for layer in layers.values():
-                layer.unload()  # type: ignore[operator]
+                layer.unload()
             progress(done * len(chain) + i + 1, len(parts) * len(chain))
         for ids_1T, *each in zip(part, *hidden, strict=True):
             base_TV = chain.logits(ids_1T, each[0])[0]

@@ -12,7 +12,7 @@ Legend: T = tokens of a window, D = width of the hidden states, V = size of the 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from acip.errors import BaseModelError, foreign_errors
 
 Forward = Callable[..., Any]
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class BlockChain:
@@ -41,9 +42,9 @@ class BlockChain:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def linears(self, linears: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]]:
-        """Return those of `linears` that are inside each block."""
-        return [{name: layer for name, layer in linears.items() if name.startswith(f"{block}.")} for block in self.blocks]
+    def parts(self, layers: Mapping[str, Layer]) -> list[dict[str, Layer]]:
+        """Return those of `layers` that are inside each block."""
+        return [{name: layer for name, layer in layers.items() if name.startswith(f"{block}.")} for block in self.blocks]
 
     def outside(self) -> Iterator[Tensor]:
         """Yield the parameters and buffers that are not part of a block: embeddings, last norm, head."""

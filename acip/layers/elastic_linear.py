@@ -77,7 +77,7 @@ class ElasticLinear(Compressible):
         self.forget_versions()
         for side in (self.left, self.right):
             side.values = nn.Parameter(side.values[:0].clone(), requires_grad=False)
-        self.original.weight = nn.Parameter(self.original.weight.to("meta"), requires_grad=False)
+        self.original.weight = nn.Parameter(self.original.weight.to("meta"), requires_grad=False)  # type: ignore[arg-type]
 
     def forward(self, x_BTN: Tensor) -> Tensor:
         if self.groups is not None:

@@ -17,7 +17,7 @@ import acip
 from acip.artifact import lossless
 from acip.artifact.byte_sources import Folder
 from acip.artifact.safetensors_ranges import TensorFile
-from acip.artifact.tensor_writer import save_coded
+from acip.artifact.tensor_writer import save_tensors
 from acip.errors import ArtifactError
 from tests.acip.artifact.test_hostile import MemorySource, packed
 from tests.support.fuzzing import fuzz
@@ -50,7 +50,7 @@ TENSORS = {
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> TensorFile:
     folder = tmp_path_factory.mktemp("file")
-    save_coded(TENSORS, folder / FILE)
+    save_tensors(TENSORS, folder / FILE, compress=True)
     return TensorFile(Folder(folder), FILE)
 
 
