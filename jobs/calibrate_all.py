@@ -46,6 +46,7 @@ from acip_platform.training.worker import run_job
 
 from acip.artifact.read_back import read_back
 from acip.base import outline
+from acip.calibration import memory_check
 from acip.calibration.memory_plan import predict
 from acip.data import HUB, documents
 from acip.errors import AcipError
@@ -161,8 +162,13 @@ def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
         base = outline(job.base, job.recipe.dtype, job.trust_remote_code)
         read_back(base, job.recipe)
         on_gpu = job.gpus > 0 or (job.gpus < 0 and any(node.get("GPU", 0) >= 1 for node in cluster))
-        needed = predict(base.model, job.recipe, "cuda" if on_gpu else "cpu", job.num_workers)
-        return f"{needed.peak / 1e9:.2f} GB per worker, peak in {needed.worst.name}"
+        device = "cuda" if on_gpu else "cpu"
+        needed = predict(base.model, job.recipe, device, job.num_workers, job.eval_context)
+        text = f"{needed.peak / 1e9:.2f} GB per worker, peak in {needed.worst.name}"
+        least = memory_check.plan(base.model, job.recipe, 0, device, job.num_workers, job.eval_context)
+        if least.peak < needed.peak:
+            text += f"; {least.peak / 1e9:.2f} GB where less is free: {' and '.join(least.streamed)} a block at a time"
+        return text
 
     return {
         "resources": fact(resources),

@@ -42,6 +42,8 @@ def test_a_plan_is_complete_and_names_missing_inputs(small_base: str, tmp_path: 
     coded = facts(recipe=Recipe(code="bits"), byte_sizes=(0.5,))
     assert coded["curve"] == "sizes 1, packed; of the bytes 0.5", "without directions, the base model is the only size of ranks"
     assert "GB per worker, peak in " in complete_plan["memory"]
+    streamed = facts(recipe=Recipe(code="bits", code_tune_steps=0, sample_windows=1))
+    assert "GB where less is free: code and measure a block at a time" in streamed["memory"]
     assert complete_plan["artifact"].startswith(f"{tmp_path}/artifacts/some/some-")
     for expected, fields in (
         ({"memory": "nobody/has-this"}, {"base": "nobody/has-this"}),
