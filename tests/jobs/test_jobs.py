@@ -5,6 +5,7 @@ All processes use their own ports and folders and are stopped by pid.
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -65,9 +66,9 @@ class DemoHome:
         }
         self.settings = Settings.from_env(self.env)
 
-    def write_fleet(self, models: str) -> None:
+    def write_fleet(self, models: str, file: Path | None = None) -> None:
         defaults = f"defaults:\n  data: package:wikipedia\n  eval_context: 64\n  eval_windows: 32\n  set: {RECIPE_FIELDS}\n"
-        self.fleet.write_text(f"name: small\n{defaults}models:\n{models}\n")
+        (file or self.fleet).write_text(f"name: small\n{defaults}models:\n{models}\n")
 
     def demo(self, *args: str) -> subprocess.CompletedProcess[str]:
         command = ["bash", str(ROOT / "infra" / "demo"), *args]
@@ -134,6 +135,36 @@ def test_a_failed_model_does_not_stop_the_others(first_run: subprocess.Completed
     bad = demo_home.demo("--fleet", str(demo_home.fleet), "--only", "tinny")
     assert bad.returncode != 0
     assert "--only names 'tinny' (did you mean 'tiny'?); the fleet has broken, tiny" in bad.stdout
+
+
+def test_a_stopped_job_leaves_a_checkpoint(first_run: subprocess.CompletedProcess[str], demo_home: DemoHome, tmp_path: Path) -> None:
+    """`ray job stop` ends a calibration that has written no checkpoint yet. The same command resumes it there."""
+    fleet = demo_home.fleet.with_name("long.yaml")
+    demo_home.write_fleet(f"- {{name: long, base: {demo_home.base}, set: {{post_tune_steps: 4000}}}}", fleet)
+    env = demo_home.env | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{demo_home.dashboard}", "RAY_AUTH_MODE": "disabled"}
+    runtime_env = json.dumps({"env_vars": {"ACIP_HOME": str(demo_home.home), "ACIP_CHECKPOINT_S": "86400"}})
+    ray = Path(sys.executable).with_name("ray")
+
+    def job(*arguments: str) -> str:
+        finished = subprocess.run([ray, "job", *arguments], env=env, capture_output=True, text=True, timeout=JOB_S, check=False)
+        return finished.stdout + finished.stderr
+
+    def submit(id: str) -> None:
+        python = [sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(fleet)]
+        job("submit", "--no-wait", "--submission-id", id, "--runtime-env-json", runtime_env, "--", *python)
+
+    submit("first")
+    until(lambda: "post-tune step" in " ".join(job("logs", "first").split()), lambda: job("logs", "first"), JOB_S)
+    job("stop", "first")
+    log = " ".join(job("logs", "first").split())
+    stopped = re.search(r"the job stops: writing a checkpoint of step (\d+)", log)
+    assert stopped and "interrupted. Finished work is kept" in log, log
+    assert "STOPPED" in job("status", "first")
+    (checkpoint,) = (demo_home.home / "runs").glob("long-*/step_*")
+    assert checkpoint.name.startswith(f"step_{int(stopped[1]):06d}-")
+    submit("second")
+    until(lambda: f"resuming from checkpoint {checkpoint.name}" in job("logs", "second"), lambda: job("logs", "second"), JOB_S)
+    job("stop", "second")
 
 
 def test_mlflow_run_holds_the_results(first_run: subprocess.CompletedProcess[str], demo_home: DemoHome) -> None:
