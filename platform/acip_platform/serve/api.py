@@ -176,17 +176,24 @@ class Api:
     async def _follow(self) -> None:
         """Follow the choices that requests made at any HTTP replica."""
         while True:
-            with contextlib.suppress(*LOST):
-                async for chosen in self.coordinator.options(stream=True).choices.remote(self.chosen):
-                    self.chosen = chosen
+            try:
+                choices: Any = self.coordinator.options(stream=True).choices.remote(self.chosen)
+                async for self.chosen in choices:
                     await self.refresh()
+            except LOST:
+                pass  # Ray Serve replaces the coordinator
+            except Exception:
+                log.exception("the choices of versions can't be followed")
             await asyncio.sleep(RETRY_S)
 
     async def _poll(self) -> None:
         """Follow the aliases in the registry."""
         while True:
             await asyncio.sleep(REGISTRY_POLL_S)
-            await self.refresh()
+            try:
+                await self.refresh()
+            except Exception:
+                log.exception("the registry can't be followed")
 
     async def refresh(self) -> None:
         """Serve what the registry, `user_config` and the choices of requests select now.
