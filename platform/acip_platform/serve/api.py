@@ -66,7 +66,7 @@ BUILD_ARGS: dict[str, Any] = {
     "max_requests": 64,  # of each engine, running or waiting; further requests receive status 429
     "replicas": 1,  # number of engines; their maximum if min_replicas is less
     "min_replicas": None,
-    "http_replicas": 1,  # number of HTTP deployments' processes
+    "http_replicas": 1,  # number of processes that answer HTTP
     "export_cpus": 1,  # reserved for POST /v1/materializations; 0 = share those of the engine
 }
 ENGINE_ENV = {
@@ -148,7 +148,8 @@ class Api:
         with converted("coordinator"):
             await self.coordinator.choose.remote(name, which)
         self.chosen = {**self.chosen, name: which}
-        self.versions[name] = version
+        async with self._refreshing:  # a refresh that began earlier does not undo it
+            self.versions[name] = version
         return card
 
     async def _load(self, version: ModelVersion) -> dict[str, Any]:
