@@ -100,6 +100,7 @@ def endpoint(small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path_fa
         endpoint = Endpoint(home, f"http://127.0.0.1:{port}")
         endpoint.deploy()
         until(lambda: endpoint.client.get("/ready").status_code == 200, "the endpoint is not ready")
+        endpoint.wait_for_replicas()
         yield endpoint
         endpoint.client.close()
         serve.shutdown()
