@@ -66,7 +66,9 @@ class Endpoint:
         """Deploy the application like `serve deploy`."""
         application = {"name": "acip", "route_prefix": "/", "import_path": "acip_platform.serve.api:build", "args": ARGUMENTS}
         config = ServeDeploySchema.model_validate({"applications": [application | {"deployments": deployments}]})
-        _get_global_client().deploy_apps(config)
+        client = _get_global_client()
+        assert client is not None
+        client.deploy_apps(config)
 
     def kill(self, deployment: str) -> float:
         """Kill one replica and return the time."""

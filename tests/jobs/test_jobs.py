@@ -239,7 +239,7 @@ def readme_home(first_run: subprocess.CompletedProcess[str], demo_home: DemoHome
     """Return a folder like a checkout after infra/demo. Its `smollm2-135m` is the small model, registered with the demo's fingerprint."""
     (job,) = Fleet.load(ROOT / "jobs" / "fleets" / "demo.yaml").jobs
     registry, tiny = Registry(demo_home.settings), Registry(demo_home.settings).resolve("tiny")
-    (run,) = (each.run_id for each in registry.client.search_model_versions("name = 'tiny'"))
+    (run,) = (str(each.run_id) for each in registry.client.search_model_versions("name = 'tiny'"))
     copy = shutil.copytree(tiny.uri, demo_home.home / "artifacts" / job.name, dirs_exist_ok=True)
     registry.set_alias(registry.register(job.name, str(copy), run, {**tiny.tags, "fingerprint": job.fingerprint}))
     for name in ("acip", "infra", "jobs", "platform"):
