@@ -147,7 +147,7 @@ def test_a_stopped_job_leaves_a_checkpoint(first_run: subprocess.CompletedProces
     client = JobSubmissionClient(env["RAY_API_SERVER_ADDRESS"])
 
     def ray_job(*arguments: str) -> None:
-        command = [Path(sys.executable).with_name("ray"), "job", *arguments]
+        command = [str(Path(sys.executable).with_name("ray")), "job", *arguments]
         subprocess.run(command, env=env, capture_output=True, timeout=JOB_S, check=True)
 
     def submit(id: str) -> None:
