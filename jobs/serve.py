@@ -132,9 +132,14 @@ def _serve(versions: list[ModelVersion], args: argparse.Namespace, own: bool) ->
         if own:  # no other program uses this Ray
             options["num_cpus"] = max(1, min(MAX_CPUS, resources["CPU"] - 1))  # one core is for HTTP, or for an export
             options["export_cpus"] = min(1, resources["CPU"] - options["num_cpus"])
+        config = {"models": args.model, "alias": args.alias}
         serve.start(http_options={"host": args.host, "port": args.port})
         try:
-            serve.run(application(versions, keys=args.keys, **options), name=APPLICATION, route_prefix="/")
+            serve.run(
+                application(versions, config, keys=args.keys, **options),
+                name=APPLICATION,
+                route_prefix="/",
+            )
         except RuntimeError as error:  # it names the deployment only; the status of the deployment holds the cause
             failed = serve.status().applications[APPLICATION].deployments.values()
             causes = [part.message.strip().splitlines()[-1] for part in failed if part.message.strip()]

@@ -5,6 +5,8 @@ All processes use their own ports and folders and are stopped by pid.
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -12,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,16 @@ import httpx
 import psutil
 import pytest
 import torch
+from acip_platform.scheduling.fleet import Fleet
 from acip_platform.settings import Settings
 from acip_platform.tracking.registry import Registry
 from acip_platform.tracking.runs import Tracking
 from peft import PeftModel
+from ray.job_submission import JobSubmissionClient
 from transformers import AutoModelForCausalLM
 
 from acip.artifact.artifact import Artifact
+from tests.infra.test_readme import RUN_BY_TEST_JOBS, blocks
 from tests.support.waiting import JOB_S, PATIENCE_S, until
 
 ROOT = Path(__file__).parents[2]
@@ -62,9 +67,9 @@ class DemoHome:
         }
         self.settings = Settings.from_env(self.env)
 
-    def write_fleet(self, models: str) -> None:
+    def write_fleet(self, models: str, file: Path | None = None) -> None:
         defaults = f"defaults:\n  data: package:wikipedia\n  eval_context: 64\n  eval_windows: 32\n  set: {RECIPE_FIELDS}\n"
-        self.fleet.write_text(f"name: small\n{defaults}models:\n{models}\n")
+        (file or self.fleet).write_text(f"name: small\n{defaults}models:\n{models}\n")
 
     def demo(self, *args: str) -> subprocess.CompletedProcess[str]:
         command = ["bash", str(ROOT / "infra" / "demo"), *args]
@@ -133,6 +138,38 @@ def test_a_failed_model_does_not_stop_the_others(first_run: subprocess.Completed
     assert "--only names 'tinny' (did you mean 'tiny'?); the fleet has broken, tiny" in bad.stdout
 
 
+def test_a_stopped_job_leaves_a_checkpoint(first_run: subprocess.CompletedProcess[str], demo_home: DemoHome, tmp_path: Path) -> None:
+    """`ray job stop` ends a calibration that has written no checkpoint yet. The same command resumes it there."""
+    fleet = demo_home.fleet.with_name("long.yaml")
+    demo_home.write_fleet(f"- {{name: long, base: {demo_home.base}, set: {{post_tune_steps: 4000}}}}", fleet)
+    env = demo_home.env | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{demo_home.dashboard}", "RAY_AUTH_MODE": "disabled"}
+    runtime_env = json.dumps({"env_vars": {"ACIP_HOME": str(demo_home.home), "ACIP_CHECKPOINT_S": "86400"}})
+    client = JobSubmissionClient(env["RAY_API_SERVER_ADDRESS"])
+
+    def ray_job(*arguments: str) -> None:
+        command = [str(Path(sys.executable).with_name("ray")), "job", *arguments]
+        subprocess.run(command, env=env, capture_output=True, timeout=JOB_S, check=True)
+
+    def submit(id: str) -> None:
+        python = [sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(fleet)]
+        ray_job("submit", "--no-wait", "--submission-id", id, "--runtime-env-json", runtime_env, "--", *python)
+
+    def log(id: str) -> str:
+        return " ".join(client.get_job_logs(id).split())
+
+    submit("first")
+    until(lambda: "post_tune step" in log("first"), lambda: log("first"), JOB_S)
+    ray_job("stop", "first")
+    stopped = re.search(r"the job stops: writing a checkpoint of step (\d+)", log("first"))
+    assert stopped and "interrupted. Finished work is kept" in log("first"), log("first")
+    assert client.get_job_status("first") == "STOPPED"
+    (checkpoint,) = (demo_home.home / "runs").glob("long-*/step_*")
+    assert checkpoint.name.startswith(f"step_{int(stopped[1]):06d}-")
+    submit("second")
+    until(lambda: f"resuming from checkpoint {checkpoint.name}" in log("second"), lambda: log("second"), JOB_S)
+    ray_job("stop", "second")
+
+
 def test_mlflow_run_holds_the_results(first_run: subprocess.CompletedProcess[str], demo_home: DemoHome) -> None:
     tracking = Tracking(demo_home.settings, "acip/small")
     (run,) = tracking.client.search_runs([tracking.experiment_id], "tags.model = 'tiny'")
@@ -198,6 +235,75 @@ def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> Any:
         return None
 
     return until(get_json, lambda: f"{url} does not respond:\n{log.read_text()}")
+
+
+@pytest.fixture
+def readme_home(first_run: subprocess.CompletedProcess[str], demo_home: DemoHome, tmp_path: Path) -> Path:
+    """Return a folder like a checkout after infra/demo. Its `smollm2-135m` is the small model, registered with the demo's fingerprint."""
+    (job,) = Fleet.load(ROOT / "jobs" / "fleets" / "demo.yaml").jobs
+    registry, tiny = Registry(demo_home.settings), Registry(demo_home.settings).resolve("tiny")
+    (run,) = (str(each.run_id) for each in registry.client.search_model_versions("name = 'tiny'"))
+    copy = shutil.copytree(tiny.uri, demo_home.home / "artifacts" / job.name, dirs_exist_ok=True)
+    registry.set_alias(registry.register(job.name, str(copy), run, {**tiny.tags, "fingerprint": job.fingerprint}))
+    for name in ("acip", "infra", "jobs", "platform"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".acip").symlink_to(demo_home.home)
+    return tmp_path
+
+
+def test_commands_of_the_readme_work(readme_home: Path, demo_home: DemoHome) -> None:
+    """The commands run in the order of README.md, with free ports."""
+    ports = {"5000": str(free_port()), "8000": str(free_port())}
+    env = demo_home.env | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_ADDRESS": f"127.0.0.1:{demo_home.env['ACIP_RAY_PORT']}",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{demo_home.dashboard}", "RAY_AUTH_MODE": "disabled",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }  # fmt: skip
+    log = readme_home / "log"
+
+    def start(command: str) -> subprocess.Popen[bytes]:
+        with log.open("w") as output:
+            bash = ["bash", "-c", f"exec {command}"]
+            return subprocess.Popen(bash, env=env, cwd=readme_home, stdout=output, stderr=output, start_new_session=True)
+
+    def output(command: str) -> str:
+        assert start(command).wait(JOB_S) == 0, log.read_text()
+        return log.read_text()
+
+    @contextmanager
+    def serving(command: str, url: str) -> Iterator[None]:
+        server = start(command)
+
+        def answers() -> bool:
+            assert server.poll() is None, log.read_text()
+            with suppress(httpx.TransportError):
+                return httpx.get(url, timeout=PATIENCE_S).status_code == 200
+            return False
+
+        try:
+            until(answers, lambda: f"{url} does not respond:\n{log.read_text()}")
+            yield
+        finally:
+            server.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(PATIENCE_S)
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+
+    lines = "\n".join(blocks("README.md", "bash")).replace("\\\n", " ").splitlines()
+    submit, plan, mlflow, report, serve, curl = (
+        next(line for line in lines if shlex.join(shlex.split(line, comments=True)).replace("'", "").startswith(command))
+        for command in RUN_BY_TEST_JOBS
+    )
+    for command in (submit, plan):
+        assert "1 already done" in output(command)
+    with serving(mlflow.replace("5000", ports["5000"]), f"http://127.0.0.1:{ports['5000']}/health"):
+        output(report)
+        assert "smollm2-135m" in (readme_home / "report.html").read_text()
+    with serving(serve.replace("serve.py", f"serve.py --port {ports['8000']}"), f"http://127.0.0.1:{ports['8000']}/ready"):
+        _, _, url, _, header, _, body = shlex.split(curl.replace("8000", ports["8000"]))  # sent without curl, which may be missing
+        answer = httpx.post(url, content=body, headers=[tuple(header.split(": "))], timeout=PATIENCE_S)  # type: ignore[arg-type]
+        assert answer.json()["size"]["asked"] == 0.42
 
 
 def test_dry_run_without_a_running_ray(demo_home: DemoHome, first_run: subprocess.CompletedProcess[str], tmp_path: Path) -> None:
