@@ -40,7 +40,7 @@ from acip_platform.settings import Settings, masked, this_program
 from acip_platform.storage.store import Store
 from acip_platform.tracking import run_descriptions
 from acip_platform.tracking.provenance import commit
-from acip_platform.tracking.registry import CHAMPION, ModelVersion, Registry, check_registers, reached
+from acip_platform.tracking.registry import CHAMPION, ModelVersion, Registry, reached
 from acip_platform.tracking.runs import Run, Tracking, runs_page
 from acip_platform.training.worker import run_job
 
@@ -69,7 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 @reached()
 def run(args: argparse.Namespace) -> int:
     began, out, settings = time.monotonic(), console(), Settings.from_env()
-    check_registers(settings)
     fleet = Fleet.load(args.fleet)
     cli.check_only(args.only, [job.name for job in fleet.jobs], "fleet")
     jobs = [job for job in fleet.jobs if not args.only or job.name in args.only]
