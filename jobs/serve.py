@@ -134,7 +134,11 @@ def _serve(versions: list[ModelVersion], args: argparse.Namespace, own: bool) ->
             options["export_cpus"] = min(1, resources["CPU"] - options["num_cpus"])
         serve.start(http_options={"host": args.host, "port": args.port})
         try:
-            serve.run(application(versions, keys=args.keys, **options), name=APPLICATION, route_prefix="/")
+            serve.run(
+                application(versions, {"models": args.model, "alias": args.alias}, keys=args.keys, **options),
+                name=APPLICATION,
+                route_prefix="/",
+            )
         except RuntimeError as error:  # it names the deployment only; the status of the deployment holds the cause
             failed = serve.status().applications[APPLICATION].deployments.values()
             causes = [part.message.strip().splitlines()[-1] for part in failed if part.message.strip()]

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import ray
 import torch
+from acip_platform.serve.coordinator import Coordinator
 from acip_platform.serve.export_task import lock, workplace
 from acip_platform.serve.http.errors import RequestError
 from acip_platform.serve.materializations import Materializations
@@ -28,6 +29,7 @@ from acip.export.folder import PROVENANCE, tensor_bytes
 from acip.sizing.budget import Budget
 from acip.sizing.elastic_model import ElasticModel
 from tests.conftest import logits, read
+from tests.support.application import LocalHandle
 from tests.support.waiting import PATIENCE_S, until
 
 
@@ -55,6 +57,11 @@ def version(small_artifact: Artifact, tmp_path: Path) -> ModelVersion:
     """Return a version with a copy of the small artifact, which a test may damage."""
     folder = copytree(small_artifact.folder, tmp_path / "artifact")
     return ModelVersion("small", "1", str(folder), ("champion",), {})
+
+
+def materializations(settings: Settings, coordinator: Coordinator | None = None, keep: int = 1000) -> Materializations:
+    """Return the materializations of an HTTP replica with its own coordinator, or with a shared one."""
+    return Materializations(settings, LocalHandle(coordinator or Coordinator(keep=keep)), keep)  # type: ignore[arg-type]
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
@@ -92,7 +99,7 @@ def check(folder: Path, record: dict[str, Any]) -> None:
 
 def test_size_is_materialized_once(settings: Settings, version: ModelVersion, any_size: ElasticModel, heldout_tokens: torch.Tensor) -> None:
     async def scenario() -> dict[str, Any]:
-        sizes, workplaces = Materializations(settings), settings.home / "exporting"
+        sizes, workplaces = materializations(settings), settings.home / "exporting"
         workplaces.mkdir(parents=True)
         with lock(workplaces):  # the task waits for this lock, so that the test observes it running
             record = await sizes.start(version, Budget(ratio=0.6))
@@ -108,7 +115,7 @@ def test_size_is_materialized_once(settings: Settings, version: ModelVersion, an
         percent = await sizes.start(version, Budget.parse("60%"))
         same_cut = await sizes.start(version, Budget(params=now["size"]["params"]))
         assert again == percent == same_cut == now
-        restarted = Materializations(settings)
+        restarted = materializations(settings)
         assert await restarted.get(now["id"]) == await restarted.start(version, Budget(ratio=0.6)) == now | {"created": now["finished"]}
         assert [record["id"] for record in await restarted.list()] == [now["id"]]
         assert (Path(now["uri"]) / PROVENANCE).stat() == written, "the files must not be written again"
@@ -137,7 +144,7 @@ def test_a_coded_size_is_materialized_once(settings: Settings, coded_artifact: A
     cut = table.cut(budget)
 
     async def scenario() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        sizes = Materializations(settings)
+        sizes = materializations(settings)
         assert await sizes.convention(version) == "bytes"
         record = await finished_record(sizes, (await sizes.start(version, budget))["id"])
         same = await sizes.start(version, Budget(stored_bytes=cut.bytes))
@@ -166,7 +173,7 @@ def test_materialization_from_s3_to_s3(
     version = ModelVersion("small", "1", uri, (), {})
 
     async def scenario() -> tuple[dict[str, Any], dict[str, Any]]:
-        first, second = Materializations(settings), Materializations(settings)  # as on two servers
+        first, second = materializations(settings), materializations(settings)  # as on two servers
         ids = [(await sizes.start(version, Budget(ratio=0.5), "nf4"))["id"] for sizes in (first, second)]
         return await finished_record(first, ids[0]), await finished_record(second, ids[1])
 
@@ -188,11 +195,11 @@ def test_materialization_from_s3_to_s3(
 
     s3.delete_object(Bucket="models", Key=f"{prefix}/{PROVENANCE}")
     with pytest.raises(RequestError, match="no materialization 'mat-"):
-        run(Materializations(settings).get(record["id"]))
+        run(materializations(settings).get(record["id"]))
     s3.put_object(Bucket="models", Key=f"{tmp_path.name}/small/1/factors.safetensors", Body=_corrupted(small_artifact.folder))
 
     async def broken() -> dict[str, Any]:
-        sizes = Materializations(settings)
+        sizes = materializations(settings)
         return await finished_record(sizes, (await sizes.start(version, Budget(ratio=0.7)))["id"])
 
     failed = run(broken())
@@ -212,7 +219,7 @@ def test_failed_materialization_reports_why_and_can_be_retried(settings: Setting
     factors = Path(version.uri) / "factors.safetensors"
 
     async def scenario() -> None:
-        sizes = Materializations(settings)
+        sizes = materializations(settings)
         await sizes.start(version, Budget(ratio=1.0))
         factors.rename(factors.with_suffix(".away"))
         failed = await finished_record(sizes, (await sizes.start(version, Budget(ratio=0.6)))["id"])
@@ -234,7 +241,7 @@ def test_killed_worker_fails_the_materialization(settings: Settings, version: Mo
     workplaces.mkdir(parents=True)
 
     async def scenario() -> None:
-        sizes = Materializations(settings)
+        sizes = materializations(settings)
         with lock(workplaces):  # the task runs and waits for this lock
             record = await sizes.start(version, Budget(ratio=0.6))
             while (await sizes.get(record["id"]))["status"] == "queued":
@@ -257,10 +264,12 @@ def _title(process: psutil.Process) -> str:
 
 def test_queue_is_bounded(settings: Settings, version: ModelVersion) -> None:
     async def scenario() -> None:
-        sizes = Materializations(settings, num_cpus=1000, max_queued=1)  # more CPUs than the cluster has, so that no task starts
+        sizes = materializations(
+            settings, Coordinator(num_cpus=1000, max_queued=1)
+        )  # more CPUs than the cluster has, so that no task starts
         first = await sizes.start(version, Budget(ratio=0.6))
         await sizes.start(version, Budget(ratio=0.5))
-        with pytest.raises(RequestError, match="2 materializations are queued or running") as full:
+        with pytest.raises(RequestError, match="too many materializations are queued or running") as full:
             await sizes.start(version, Budget(ratio=0.4))
         assert full.value.status == 429
         assert await sizes.start(version, Budget(ratio=0.6)) == first, "a full queue must accept a request for a queued size"
@@ -271,7 +280,7 @@ def test_queue_is_bounded(settings: Settings, version: ModelVersion) -> None:
 
 def test_finished_records_are_bounded(settings: Settings, version: ModelVersion) -> None:
     async def scenario() -> None:
-        sizes = Materializations(settings, keep=1)
+        sizes = materializations(settings, keep=1)
         ids = [(await finished_record(sizes, (await sizes.start(version, Budget(ratio=ratio)))["id"]))["id"] for ratio in (0.4, 0.5, 0.6)]
         assert len(await sizes.list()) == 1 and len(set(ids)) == 3
         for ratio in (0.4, 0.5, 0.6):
@@ -296,7 +305,7 @@ def test_invalid_requests_are_refused(
 ) -> None:  # fmt: skip
     async def scenario() -> None:
         with pytest.raises(error, match=message):
-            await ask(Materializations(settings), version)
+            await ask(materializations(settings), version)
 
     run(scenario())
 
@@ -306,7 +315,7 @@ def test_foreign_folders_are_skipped(settings: Settings) -> None:
         folder = Path(settings.store) / "exports" / "small" / "1" / name
         folder.mkdir(parents=True)
         (folder / PROVENANCE).write_text(content)
-    assert run(Materializations(settings).list()) == []
+    assert run(materializations(settings).list()) == []
 
 
 def test_canceled_request_does_not_cancel_its_export(settings: Settings, version: ModelVersion) -> None:
@@ -315,7 +324,7 @@ def test_canceled_request_does_not_cancel_its_export(settings: Settings, version
     @ray.remote(num_cpus=0)
     class Server:
         def __init__(self) -> None:
-            self.sizes = Materializations(settings)
+            self.sizes = materializations(settings)
             self.id = ""
 
         async def ask(self) -> None:

@@ -30,7 +30,7 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def ask(method: str, path: str, keys: str = "", origins: Sequence[str] = (), **headers: str) -> httpx.Response:
     """Return the response of the routes without an engine."""
     version = ModelVersion("small", "1", "here", (), {})
-    api = Api(None, [version], 8, Keys.from_env({"ACIP_API_KEYS": keys}), 0, cors_origins=origins)  # type: ignore[arg-type]
+    api = Api(None, None, [version], 8, Keys.from_env({"ACIP_API_KEYS": keys}), cors_origins=origins)  # type: ignore[arg-type]
 
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(api.__serve_build_asgi_app__(), raise_app_exceptions=False)

@@ -151,7 +151,7 @@ def test_listing_models_loads_none(small_artifact: Artifact) -> None:
             assert method == "cards", "only `cards` loads no model"
             return [{"id": "small", "version": "1", "curve": []}]
 
-    api = CardsOnly(None, [version("small", "here"), version("other", "there")], 8, Keys(), 0)  # type: ignore[arg-type]
+    api = CardsOnly(None, None, [version("small", "here"), version("other", "there")], 8, Keys())  # type: ignore[arg-type]
     small, other = asyncio.run(api.cards())
     assert small == {"id": "small", "version": "1", "curve": []}
     assert {"id": "other", "object": "model", "version": "1"}.items() <= other.items()

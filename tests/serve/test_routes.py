@@ -20,7 +20,7 @@ class ApiWithoutEngine(Api):
     """Routes without an engine, in which every request that passes the key check fails."""
 
     def __init__(self, keys: Keys) -> None:
-        super().__init__(None, [ModelVersion("small", "1", "here", (), {})], 8, keys, 0)  # type: ignore[arg-type]
+        super().__init__(None, None, [ModelVersion("small", "1", "here", (), {})], 8, keys)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)

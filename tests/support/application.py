@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from acip_platform.serve.api import Api
+from acip_platform.serve.coordinator import Coordinator
 from acip_platform.serve.http.keys import Keys
 from acip_platform.serve.replica import EngineReplica
 from acip_platform.settings import Settings
@@ -26,21 +27,34 @@ JSON_TYPE: Headers = [(b"content-type", b"application/json")]
 
 
 class LocalHandle:
-    """An engine in this process with the interface of Serve's handle: `engine.method.remote(...)`."""
+    """An object in this process with the interface of Serve's handle: `handle.method.remote(...)`."""
 
-    def __init__(self, replica: EngineReplica) -> None:
+    def __init__(self, replica: Any) -> None:
         self.replica = replica
 
     def options(self, stream: bool) -> "LocalHandle":
         assert stream
         return self
 
+    def broadcast(self, method: str, *args: Any) -> "LocalBroadcast":
+        return LocalBroadcast(getattr(self.replica, method)(*args))
+
     def __getattr__(self, name: str) -> "LocalMethod":
         return LocalMethod(getattr(self.replica, name))
 
 
+class LocalBroadcast:
+    """A call of a method of the only replica, with the interface of Serve's broadcast."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
+
+    async def results_async(self) -> list[Any]:
+        return [await self.result]
+
+
 class LocalMethod:
-    """A method of the engine with the interface of a method of Serve's handle."""
+    """A method of the object with the interface of a method of Serve's handle."""
 
     def __init__(self, method: Any) -> None:
         self.method = method
@@ -77,8 +91,9 @@ class Application:
     def start(self) -> None:
         """Create the engine and the routes. A second call acts as a restart."""
         self.replica = EngineReplica([self.version], timeout_s=PATIENCE_S, device="cpu", num_cpus=1, memory_gb=None, engine=ENGINE)
-        api = Api(LocalHandle(self.replica), [self.version], 64, Keys(), 0)  # type: ignore[arg-type]
-        api.materializations.max_active = 0  # requests are validated, but no Ray task is started
+        coordinator = Coordinator()
+        coordinator.max_active = 0  # requests are validated, but no Ray task is started
+        api = Api(LocalHandle(self.replica), LocalHandle(coordinator), [self.version], 64, Keys())  # type: ignore[arg-type]
         self.app: Any = api.__serve_build_asgi_app__()
         self.runner = asyncio.Runner()
 

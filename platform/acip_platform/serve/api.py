@@ -1,7 +1,10 @@
 """Any-size models on Ray Serve: an HTTP deployment on the CPU, and engine deployments that hold the weights.
 
     client -> Serve's proxy -> Api (routes, keys, limits, metrics) -> EngineReplica (models, batches)
-                                                                   -> Ray tasks (materializations)
+                                                                   -> Coordinator (choices of versions, exports)
+
+Any number of Api and EngineReplica may run. An Api holds nothing that another one lacks: what is served follows from the registry, from
+`user_config`, and from the choices in the Coordinator; Ray sums the metrics; exports are found in the Coordinator and in the store.
 
 `build` returns the application for `serve.run` and for a serve.yaml:
 
@@ -12,19 +15,21 @@
 import asyncio
 import contextlib
 import logging
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from acip.errors import AcipError
 from acip.sizing.budget import Budget
 from acip.utils.coerce import did_you_mean
+from acip_platform.serve.coordinator import Coordinator
+from acip_platform.serve.engine.model_cache import key_of
 from acip_platform.serve.engine.request import DEFAULT_MAX_TOKENS
 from acip_platform.serve.http.errors import RequestError
 from acip_platform.serve.http.keys import Keys
@@ -40,12 +45,13 @@ from acip_platform.serve.http.requests import (
 from acip_platform.serve.http.routes import EventStream, routes
 from acip_platform.serve.materializations import Materializations
 from acip_platform.serve.replica import EngineReplica, model_kind
+from acip_platform.serve.replica_errors import LOST, converted, queue_full
 from acip_platform.settings import Settings, masked, sqlite_path
 from acip_platform.tracking.registry import CHAMPION, ModelVersion, Registry, RegistryAwayError, RegistryError, few_retries, reached
 
 BUILD_ARGS: dict[str, Any] = {
-    "models": None,  # names in the registry; None = every model with the alias
-    "alias": CHAMPION,
+    "models": None,  # names in the registry; None = every model with the alias. `user_config` of Api changes it without a restart
+    "alias": CHAMPION,  # likewise
     "engine": "acip",  # the embedded engine; "vllm" = vLLM, which must be installed
     "num_cpus": 1,  # of each engine; also its number of threads
     "num_gpus": 0,
@@ -60,15 +66,16 @@ BUILD_ARGS: dict[str, Any] = {
     "max_requests": 64,  # of each engine, running or waiting; further requests receive status 429
     "replicas": 1,  # number of engines; their maximum if min_replicas is less
     "min_replicas": None,
+    "http_replicas": 1,  # number of HTTP deployments' processes
     "export_cpus": 1,  # reserved for POST /v1/materializations; 0 = share those of the engine
 }
 ENGINE_ENV = {
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait would take cores from the HTTP deployment
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",  # plans of matrix products; `acip.layers.mixed_sizes` limits the number of shapes
 }
-ENGINE_LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 READY_TIMEOUT_S = 5.0
 REGISTRY_TIMEOUT_S = 30.0  # to resolve a version
+REGISTRY_POLL_S = 30.0  # between two looks at the aliases in the registry
 RETRY_S = 1.0
 STREAM_END_S = 5.0  # the HTTP deployment runs longer than the engines, to end interrupted streams
 
@@ -76,19 +83,26 @@ log = logging.getLogger("ray.serve")
 
 
 class Api:
-    """The HTTP deployment. It holds the served version of each name, and limits the requests that it passes to the engines."""
+    """One replica of the HTTP deployment. It limits the requests that it passes to the engines.
+
+    `versions` are those that `build` found; they are served until the registry answers.
+    """
 
     def __init__(
-        self, engine: "DeploymentHandle[Any]", versions: list[ModelVersion], capacity: int, keys: Keys, export_cpus: float,
-        max_answers: int = BUILD_ARGS["max_answers"], cors_origins: Sequence[str] = (), default_size: str = DEFAULT_SIZE,
+        self, engine: "DeploymentHandle[Any]", coordinator: "DeploymentHandle[Coordinator]", versions: list[ModelVersion], capacity: int,
+        keys: Keys, max_answers: int = BUILD_ARGS["max_answers"], cors_origins: Sequence[str] = (), default_size: str = DEFAULT_SIZE,
     ) -> None:  # fmt: skip
-        self.engine, self.capacity, self.keys = engine, capacity, keys
+        self.engine, self.coordinator, self.capacity, self.keys = engine, coordinator, capacity, keys
         self.max_answers, self.cors_origins, self.default_size = max_answers, cors_origins, default_size
-        self.materializations = Materializations(Settings.from_env(), num_cpus=export_cpus)
+        self.materializations = Materializations(Settings.from_env(), coordinator)
         self.versions = {version.name: version for version in versions}
+        self.config: dict[str, Any] = {}
+        self.chosen: dict[str, str] = {}  # by requests: model -> version number or alias
         self.metrics = Metrics()
         self.running = 0
         self._cards: dict[tuple[str, str], dict[str, Any]] = {}
+        self._refreshing = asyncio.Lock()
+        self._background: list[asyncio.Task[None]] = []
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return routes(self, self.cors_origins)
@@ -120,7 +134,7 @@ class Api:
         return await self._call("trade_off", self.versions[name])
 
     async def load(self, name: str, which: str) -> dict[str, Any]:
-        """Serve this version under this name from now on. Running requests keep their version."""
+        """Serve this version under this name from now on, at all HTTP replicas. Running requests keep their version."""
         try:
             async with asyncio.timeout(REGISTRY_TIMEOUT_S):
                 version = await asyncio.to_thread(_resolved, name, which)
@@ -130,9 +144,73 @@ class Api:
             reason = str(error) or f"the registry does not answer within {REGISTRY_TIMEOUT_S:g} s."
             message = f"{reason} Version {self.versions[name].version} of {name} is served as before."
             raise RequestError(message, None, "registry_unavailable", 503) from error
-        card = await self._call("card", version)
-        self._cards[name, version.version], self.versions[name] = card, version
+        card = await self._load(version)
+        with converted("coordinator"):
+            await self.coordinator.choose.remote(name, which)
+        self.chosen = {**self.chosen, name: which}
+        self.versions[name] = version
         return card
+
+    async def _load(self, version: ModelVersion) -> dict[str, Any]:
+        """Load a version into all engines and return its card. RequestError if one of them can't load it."""
+        card: dict[str, Any] = await self._call("card", version)  # this also starts an engine if there is none
+        with converted():
+            for result in await self.engine.broadcast("card", version).results_async():
+                _body(result)
+        self._cards[version.name, version.version] = card
+        return card
+
+    # ---- the served versions
+
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Serve the `models` with the `alias` of a new `user_config`. Ray Serve also calls this method at the start."""
+        unknown = config.keys() - {"models", "alias"}
+        if unknown:
+            raise ValueError(f"user_config has {', '.join(sorted(unknown))}; allowed are models and alias.")
+        self.config = config
+        if not self._background:
+            self._background = [asyncio.create_task(self._follow()), asyncio.create_task(self._poll())]
+        else:
+            await self.refresh()
+
+    async def _follow(self) -> None:
+        """Follow the choices that requests made at any HTTP replica."""
+        while True:
+            with contextlib.suppress(*LOST):
+                async for chosen in self.coordinator.options(stream=True).choices.remote(self.chosen):
+                    self.chosen = chosen
+                    await self.refresh()
+            await asyncio.sleep(RETRY_S)
+
+    async def _poll(self) -> None:
+        """Follow the aliases in the registry."""
+        while True:
+            await asyncio.sleep(REGISTRY_POLL_S)
+            await self.refresh()
+
+    async def refresh(self) -> None:
+        """Serve what the registry, `user_config` and the choices of requests select now.
+
+        A new version is served when all engines have loaded it. The present one stays if that fails, or if the registry does not answer.
+        """
+        async with self._refreshing:
+            try:
+                selected = await asyncio.to_thread(_selected, self.config, self.chosen)
+            except (RegistryError, RegistryAwayError) as error:
+                log.warning("the served versions stay as they are: %s", error)
+                return
+            versions = {}
+            for version in selected:
+                served = self.versions.get(version.name)
+                if served is None or key_of(served) != key_of(version):
+                    try:
+                        await self._load(version)
+                    except RequestError as error:
+                        log.warning("version %s of %s can't be loaded: %s", version.version, version.name, error)
+                        version = served  # noqa: PLW2901
+                if version is not None:
+                    versions[version.name] = version
+            self.versions = versions
 
     async def materialize(self, request: MaterializationRequest) -> dict[str, Any]:
         name, _ = split_name(request.model, self.names)
@@ -144,10 +222,11 @@ class Api:
         """Return the names of the models once one of them has generated a token. Otherwise raise a RequestError with the reason."""
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
-                state = await self.engine.ready.remote()
-        except (TimeoutError, BackPressureError, *ENGINE_LOST) as error:
+                state = await self.engine.ready.remote()  # this also starts an engine if there is none
+                states = [state] if state["warm"] else await self.engine.broadcast("ready").results_async()
+        except (TimeoutError, BackPressureError, *LOST) as error:
             raise RequestError("the engine does not answer; it may be starting.", code="not_ready", status=503) from error
-        if state["warm"]:
+        if any(state["warm"] for state in states):
             return self.names
         if len(state["failed"]) == len(self.names):
             reasons = " ".join(f"{name} can't be loaded: {reason}" for name, reason in state["failed"].items())
@@ -162,7 +241,7 @@ class Api:
             message = f"{prompts} prompts times n = {n} is more than {self.max_answers} answers; request fewer at once."
             raise RequestError(message, "n" if n > 1 else "prompt")
         if self.running >= self.capacity:
-            raise _queue_full()
+            raise queue_full()
         return self._events(self.versions[name], request)
 
     async def _events(self, version: ModelVersion, request: CompletionRequest | ChatRequest) -> EventStream:
@@ -186,7 +265,7 @@ class Api:
         for is_last in (False, True):
             stream: Any = self.engine.options(stream=True).stream.remote(version, request)
             try:
-                with _converted_errors():
+                with converted():
                     async for events in stream:
                         sent |= bool(request.stream)
                         yield events
@@ -199,12 +278,17 @@ class Api:
                 stream.cancel()
 
     async def _call(self, method: str, *args: Any) -> Any:
-        with _converted_errors():
+        with converted():
             result = await getattr(self.engine, method).remote(*args)
-        if "status" in result:
-            error = result["body"]["error"]
-            raise RequestError(error["message"], error["param"], error["code"], result["status"])
-        return result["body"]
+        return _body(result)
+
+
+def _body(result: dict[str, Any]) -> Any:
+    """Return the result of a method of the engine. Raise its error as a RequestError."""
+    if "status" in result:
+        error = result["body"]["error"]
+        raise RequestError(error["message"], error["param"], error["code"], result["status"])
+    return result["body"]
 
 
 def _resolved(name: str, which: str) -> ModelVersion:
@@ -214,19 +298,12 @@ def _resolved(name: str, which: str) -> ModelVersion:
         return Registry(settings).resolve(name, which)
 
 
-@contextlib.contextmanager
-def _converted_errors() -> Any:
-    """Convert errors of Ray Serve to RequestErrors, whose responses state when to try again."""
-    try:
-        yield
-    except BackPressureError as error:
-        raise _queue_full() from error
-    except ENGINE_LOST as error:
-        message = "the engine stopped and is being replaced; try again in a moment."
-        raise RequestError(message, code="engine_restarting", status=503) from error
-    except RayTaskError as error:
-        log.exception("the engine failed")
-        raise RequestError("the engine failed; the reason is in the server's log.", code="internal_error", status=500) from error
+def _selected(config: dict[str, Any], chosen: dict[str, str]) -> list[ModelVersion]:
+    """Return the versions that `user_config` and the choices of requests select. Raise a RegistryError or RegistryAwayError."""
+    settings = Settings.from_env()
+    with few_retries():
+        versions = choose(settings, config.get("models"), config.get("alias", CHAMPION))
+    return [_resolved(version.name, chosen[version.name]) if version.name in chosen else version for version in versions]
 
 
 def brief(version: ModelVersion) -> dict[str, Any]:
@@ -236,24 +313,22 @@ def brief(version: ModelVersion) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _queue_full() -> RequestError:
-    return RequestError("the server is busy and its queue is full; try again in a moment.", code="queue_full", status=429)
-
-
 def build(args: dict[str, Any]) -> serve.Application:
     """Return the application that `args` describe.
 
-    Aliases are resolved here, once. The served versions change on a new deployment or with the route /v1/models/{id}/load.
+    Aliases are resolved here. The served versions change with `user_config`, and with the route /v1/models/{id}/load.
     """
     for key in args:
         if key not in BUILD_ARGS:
             raise ValueError(f"unknown argument {key!r}{did_you_mean(key, BUILD_ARGS)}. Allowed: {', '.join(BUILD_ARGS)}.")
     chosen = BUILD_ARGS | args
-    return application(choose(Settings.from_env(), chosen.pop("models"), chosen.pop("alias")), keys=Keys.from_env(), **chosen)
+    config = {"models": chosen.pop("models"), "alias": chosen.pop("alias")}
+    return application(choose(Settings.from_env(), config["models"], config["alias"]), config, keys=Keys.from_env(), **chosen)
 
 
 def application(
     versions: list[ModelVersion],
+    config: dict[str, Any],
     *,
     engine: str,
     num_cpus: float,
@@ -263,6 +338,7 @@ def application(
     max_requests: int,
     replicas: int,
     min_replicas: int | None,
+    http_replicas: int,
     export_cpus: float,
     default_max_tokens: int,
     default_size: str,
@@ -272,7 +348,7 @@ def application(
     cors_origins: Sequence[str],
     keys: Keys,
 ) -> serve.Application:
-    """Return the application that serves these versions. `BUILD_ARGS` describes the arguments."""
+    """Return the application that serves these versions, which `config` selects. `BUILD_ARGS` describes the arguments."""
     check_limits(default_max_tokens, max_answers, timeout_s, drain_s, cors_origins, default_size, code_copies)
     model_kind(engine)  # raises an AcipError
     scaling: dict[str, Any] = {"num_replicas": replicas}
@@ -291,17 +367,26 @@ def application(
     )(EngineReplica)
     api = serve.deployment(
         name="Api",
-        num_replicas=1,  # it holds the served versions and the number of running requests
+        num_replicas=http_replicas,
         ray_actor_options={"num_cpus": 0},
+        user_config=config,
         max_ongoing_requests=10 * max_requests * replicas,  # well above the limit of `Api`, which formats the errors of a full queue
         max_queued_requests=1024,
         backpressure_config={"status_code": 429, "retry_after_s": 2},
         graceful_shutdown_timeout_s=drain_s + STREAM_END_S,
     )(serve.ingress()(Api))
+    coordinator = serve.deployment(
+        name="Coordinator",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=1000,  # each HTTP replica holds a stream open
+        graceful_shutdown_timeout_s=1,
+    )(Coordinator).bind(export_cpus)
     threads = max(1, int(num_cpus))
     device = "cuda" if num_gpus else "cpu"
     bound = replica.bind(versions, timeout_s, device, threads, memory_gb, default_max_tokens, default_size, code_copies, engine)
-    return api.bind(bound, versions, max_requests * replicas, keys, export_cpus, max_answers, cors_origins, default_size)
+    capacity = math.ceil(max_requests * replicas / http_replicas)
+    return api.bind(bound, coordinator, versions, capacity, keys, max_answers, cors_origins, default_size)
 
 
 def check_limits(

@@ -4,7 +4,7 @@ GET  /                        the page
 GET  /docs                    this list as HTML; /openapi.json has it as JSON
 GET  /health                  200 while the process runs
 GET  /ready                   200 once a model is loaded and has generated a token, else 503
-GET  /metrics                 metrics for Prometheus
+GET  /metrics                 metrics for Prometheus, summed over all replicas
 GET  /v1/models               the served models: version, context, sizes, measured curve
 GET  /v1/models/{id}          one model; {id} may be NAME@0.6 or NAME@fit:8GB, and the response then describes that size
 GET  /v1/models/{id}/tradeoff every size with its bytes and quality, ranks or bits by layer, recorded samples
@@ -209,8 +209,8 @@ def _add_open_routes(app: FastAPI, endpoint: Endpoint) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Return metrics for Prometheus."""
-        return Response(endpoint.metrics.text(), media_type=CONTENT_TYPE)
+        """Return the metrics for Prometheus, summed over all replicas."""
+        return Response(await endpoint.metrics.text(), media_type=CONTENT_TYPE)
 
 
 def _answer_errors(app: FastAPI) -> None:
