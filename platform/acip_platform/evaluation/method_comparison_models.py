@@ -28,7 +28,7 @@ def log_arena(settings: Settings, arena: Arena, rows: Sequence[Row]) -> Run:
         }
         scores = {task.task.removeprefix("package:"): task_metric(task.label) for task in tasks}
         models = []
-        for row in rows:
+        for row in sorted(rows, key=lambda row: -row["stored_bytes"]):
             rest_bytes = base_bytes - row["dense_params"] * itemsize  # of what no method compresses, such as the embeddings
             models.append(_of_row(arena, row, rest_bytes + row["stored_bytes"], base_bytes, datasets, scores))
         log_models(run, models)

@@ -9,7 +9,8 @@ Weights stay in the store: the models are external. Each has a `key` in its tags
 adds only what is missing, so that resumed and repeated jobs make no duplicates. A model is READY once everything is logged.
 
 A metric of a LoggedModel is also a metric of the run that measured it, and names the dataset it was measured on
-(acip_platform.tracking.datasets). MLflow sorts and plots models by metrics only, so the bytes are both a param and a metric.
+(acip_platform.tracking.datasets). MLflow searches and plots models by metrics only, so the bytes are both a param and a metric. Its page
+sorts models by their time only, the newest first: models are created from the largest to the smallest.
 """
 
 import hashlib
@@ -172,14 +173,13 @@ def of_sizes(name: str, artifact: Artifact, uri: str, rows: Sequence[Mapping[str
     common = {"model": name, "method": METHOD, "base": artifact.manifest["base"]["source"]}
     base_bytes = artifact.table().base_bytes
     models = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: -row["bytes"]):
         share = row["bytes"] / base_bytes if base_bytes else None
         params = {
             **common, "size": size_name(row), "bytes": row["bytes"], "share_of_bytes": share and f"{share:.4f}", "params": row["params"],
             BITS_PER_WEIGHT: row.get(BITS_PER_WEIGHT), "flops_per_token": row.get("flops"),
         }  # fmt: skip
-        numbers = {"bytes": row["bytes"], "share_of_bytes": share, "flops_per_token": row.get("flops")}
-        values = [({key: value for key, value in numbers.items() if value is not None}, None), *measured(row, datasets)]
+        values = [({"bytes": row["bytes"], **({"share_of_bytes": share} if share else {})}, None), *measured(row, datasets)]
         key = key_of(uri, place_in_curve(row))
         models.append(Description(key, f"{name}, {size_name(row)}", SIZE, params, {"artifact_uri": uri}, values))
     return models
@@ -194,20 +194,20 @@ def size_name(row: Mapping[str, Any]) -> str:
 def measured(row: Mapping[str, Any], datasets: Datasets) -> list[Values]:
     """Return the results of a row, each with the dataset that it was measured on."""
     results: list[Values] = []
-    if "perplexity" in row:
-        results.append(({"perplexity": row["perplexity"], "loss_nats": row["loss"]}, datasets.get(place_of(row))))
     for part in row.get("evaluation", ()):
         values, dataset = part["values"], datasets.get(place_of(part)) if "corpus" in part else None
         if part["kind"] == DivergenceOn.kind:
             results.append(({"kl": values["kl_nats"], "same_top_share": values["same_top_share"]}, dataset))
         elif part["kind"] == PerplexityOn.kind:
-            results.append(({"perplexity": values["perplexity"], "loss_nats": values["loss_nats"]}, dataset))
+            results.append(({"perplexity": values["perplexity"]}, dataset))
         elif part["kind"] == Efficiency.kind:
             results.append(({key: values[key] for key in ("tokens_per_s", "latency_s", "peak_memory_bytes") if key in values}, None))
         elif part["kind"] == TaskScore.kind:
             results.append(({task_metric(part["label"]): task_score(values)[1]}, None))
         else:
             results.append((metrics({"evaluation": [part]}), dataset))
+    if "perplexity" in row:
+        results.append(({"perplexity": row["perplexity"]}, datasets.get(place_of(row))))
     return results
 
 
