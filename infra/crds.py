@@ -1,6 +1,6 @@
 """Convert KubeRay's CustomResourceDefinitions to infra/kuberay.schema.json, which tests/infra/test_kubernetes.py uses.
 
-    python infra/crds.py ray.io_rayjobs.yaml ray.io_rayservices.yaml
+    python infra/crds.py ray.io_rayjobs.yaml ray.io_rayservices.yaml ray.io_raycronjobs.yaml
 
 The CRDs are in KubeRay's helm-chart/kuberay-operator/crds, v1.7.0, Apache-2.0. Only version `v1` is converted, without `status`.
 Kubernetes silently drops unknown fields; this schema refuses them, unless the CRD preserves them

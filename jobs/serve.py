@@ -132,10 +132,11 @@ def _serve(versions: list[ModelVersion], args: argparse.Namespace, own: bool) ->
         if own:  # no other program uses this Ray
             options["num_cpus"] = max(1, min(MAX_CPUS, resources["CPU"] - 1))  # one core is for HTTP, or for an export
             options["export_cpus"] = min(1, resources["CPU"] - options["num_cpus"])
+        config = {"models": args.model, "alias": args.alias}
         serve.start(http_options={"host": args.host, "port": args.port})
         try:
             serve.run(
-                application(versions, {"models": args.model, "alias": args.alias}, keys=args.keys, **options),
+                application(versions, config, keys=args.keys, **options),
                 name=APPLICATION,
                 route_prefix="/",
             )

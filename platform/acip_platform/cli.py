@@ -9,7 +9,7 @@ Exit codes of every job:
     0      all work succeeded
     1      some of the work failed
     2      wrong arguments, a wrong file or setting, or a service that cannot be reached (AcipError, OSError)
-    130    interrupted by Ctrl-C
+    130    interrupted by Ctrl-C, SIGTERM or `ray job stop`
 """
 
 import argparse

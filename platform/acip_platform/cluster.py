@@ -10,7 +10,9 @@ A local cluster that another process started for itself is not used, because it 
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,8 @@ def _check_address(address: str) -> None:
 
 
 def _cluster(own: bool, context: Any) -> Cluster:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` acts like Ctrl-C; Ray's own handler exits at once
     return Cluster(own, f"http://{context.dashboard_url}" if getattr(context, "dashboard_url", "") else "")
 
 

@@ -11,8 +11,8 @@ import promql_parser as promql
 import pytest
 import yaml
 from acip_platform.serve.http.metrics import Metrics
-from prometheus_client import CollectorRegistry
 from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
+from ray.serve.metrics import Counter, Histogram
 
 MONITORING = Path(__file__).parents[2] / "infra" / "monitoring"
 SCRAPE_LABELS = {"instance", "job"}  # Prometheus adds them
@@ -24,26 +24,22 @@ VLLM = {  # exported by vLLM through Ray; tests/vllm/test_metrics.py checks them
 }
 
 
-def registered(registry: CollectorRegistry) -> dict[str, set[str]]:
-    """Return the labels of each exported metric by its name."""
+def registered(metrics: Metrics) -> dict[str, set[str]]:
+    """Return the labels of each metric of the endpoint by the name under which Ray exports it."""
     labels: dict[str, set[str]] = {}
-    for family in registry.collect():
-        for sample in family.samples:
-            labels.setdefault(sample.name, set()).update(sample.labels)
+    for metric in metrics.all:
+        keys, name = {*metric.info["tag_keys"], "replica"}, f"ray_{metric.info['name']}"
+        if isinstance(metric, Histogram):
+            labels |= {f"{name}_bucket": {*keys, "le"}, f"{name}_sum": keys, f"{name}_count": keys}
+        else:
+            labels[f"{name}_total" if isinstance(metric, Counter) else name] = keys
     return labels
 
 
 @pytest.fixture(scope="module")
 def exported() -> dict[str, set[str]]:
-    metrics = Metrics()
-    request = metrics.begin("m")
-    request.on_event("head", {"size": {"ratio": 0.6}})
-    request.on_event("start", {})
-    timings = {"generate_s": 2.0, "first_token_s": 1.0}
-    request.on_event("done", {"usage": {"prompt_tokens": 3, "completion_tokens": 4}, "timings": timings})
-    request.end()
     ray_metrics = {f"ray_{name}": {str(column) for column in gauge.view.columns} for name, gauge in METRICS_GAUGES.items()}
-    return registered(metrics.registry) | ray_metrics | RAY_CORE | VLLM
+    return registered(Metrics()) | ray_metrics | RAY_CORE | VLLM
 
 
 @pytest.fixture
@@ -105,23 +101,23 @@ def test_dashboard_queries_only_exported_metrics(dashboard: dict[str, Any], expo
 
 def test_dashboard_shows_every_metric_of_the_endpoint(dashboard: dict[str, Any], exported: dict[str, set[str]]) -> None:
     text = json.dumps(dashboard)
-    counted = {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in exported if name.startswith("acip_")}
+    counted = {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in exported if name.startswith("ray_acip_")}
     assert [name for name in counted if name not in text and f"{name}_total" not in exported] == []
 
 
 @pytest.mark.parametrize(
     ("right", "wrong", "complaint"),
     [
-        ("acip_requests_running", "acip_request_running", "no metric acip_request_running"),
-        ("acip_generated_tokens_total", "acip_generated_tokens", "no metric acip_generated_tokens"),
+        ("ray_acip_requests_running", "ray_acip_request_running", "no metric ray_acip_request_running"),
+        ("ray_acip_generated_tokens_total", "ray_acip_generated_tokens", "no metric ray_acip_generated_tokens"),
         ("ray_node_gram_used", "ray_node_vram_used", "no metric ray_node_vram_used"),
         ("sum by (status)", "sum by (code)", "no label code to sum by"),
         ('{model=~\\"$model\\"}', '{modell=~\\"$model\\"}', "has no label modell"),
         ('=~\\"$model\\"', '=~\\"$modell\\"', "no variable $modell"),
         ("{{size}}", "{{status}}", "the legend's status is not in the result"),
         ('State=\\"USED\\"', 'Stage=\\"USED\\"', "ray_resources has no label Stage"),
-        ("rate(acip", "rat(acip", "unknown function"),
-        ("acip_requests_running", "acip_requests_running)", "unexpected"),
+        ("rate(ray_acip", "rat(ray_acip", "unknown function"),
+        ("ray_acip_requests_running", "ray_acip_requests_running)", "unexpected"),
         ("acip-prometheus", "prometheus", "another data source"),
     ],
 )

@@ -8,6 +8,8 @@ import functools
 import json
 import re
 import shlex
+import shutil
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,19 +46,66 @@ def manifests() -> list[Manifest]:
 @pytest.fixture
 def manifests_with_vllm(manifests: list[Manifest]) -> list[Manifest]:
     """The manifests with the RayService that `kubectl apply -k infra/vllm` applies."""
-    overlay = yaml.safe_load((INFRA / "vllm" / "kustomization.yaml").read_text())
-    base = yaml.safe_load((INFRA / "vllm" / overlay["resources"][0] / "kustomization.yaml").read_text())
-    assert base["resources"] == ["rayservice.yaml"]
-    (patch,), (image,) = overlay["patches"], overlay["images"]
-    changed = yaml.safe_load(patch["patch"])
-    service = find(manifests, changed["kind"], changed["metadata"]["name"])
-    assert changed["apiVersion"] == service["apiVersion"] and set(changed["spec"]) == {"serveConfigV2"}, "other fields need a merge"
-    service["spec"] |= changed["spec"]
-    for pod in pods(service):
-        for container in pod["spec"]["containers"]:
-            assert container["image"].partition(":")[0] == image["name"]
-            container["image"] = f"{image['newName']}:{image['newTag']}"
+    manifests.remove(find(manifests, "RayService", "endpoint"))
+    return manifests + overlay("vllm")
+
+
+def overlay(name: str) -> list[Manifest]:
+    """Build an overlay of infra/kubernetes like kustomize, as far as our overlays need it."""
+    settings = yaml.safe_load((INFRA / name / "kustomization.yaml").read_text())
+    base = INFRA / name / settings["resources"][0]
+    files = yaml.safe_load((base / "kustomization.yaml").read_text())["resources"]
+    manifests: list[Manifest] = [yaml.safe_load((base / file).read_text()) for file in files]
+    for each in settings["patches"]:
+        patch = yaml.safe_load(each["patch"])
+        kind = each["target"]["kind"] if "target" in each else patch["kind"]
+        (manifest,) = [manifest for manifest in manifests if manifest["kind"] == kind]
+        if isinstance(patch, list):
+            for operation in patch:
+                apply(operation, manifest)
+        elif patch.get("$patch") == "delete":
+            manifests.remove(manifest)
+        else:
+            assert set(patch["spec"]) == {"serveConfigV2"}, "other fields need a merge"
+            manifest["spec"] |= patch["spec"]
+    (image,) = settings["images"]
+    for manifest in manifests:
+        manifest["metadata"]["namespace"] = settings["namespace"]
+        for pod in pods(manifest):
+            for container in pod["spec"]["containers"]:
+                assert container["image"].partition(":")[0] == image["name"]
+                container["image"] = f"{image['newName']}:{image['newTag']}"
     return manifests
+
+
+def apply(operation: dict[str, Any], manifest: Manifest) -> None:
+    """Apply one operation of a JSON patch (RFC 6902) to mappings."""
+
+    def parent(path: str) -> tuple[Any, str]:
+        *keys, last = path.strip("/").split("/")
+        return functools.reduce(lambda node, key: node[key], keys, manifest), last
+
+    value = operation.get("value")
+    if operation["op"] == "move":
+        node, key = parent(operation["from"])
+        value = node.pop(key)
+    node, key = parent(operation["path"])
+    node[key] = value
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+@pytest.mark.parametrize("name", ["vllm", "nightly"])
+def test_overlays_are_built_as_by_kubectl(name: str) -> None:
+    built = subprocess.run(["kubectl", "kustomize", INFRA / name], capture_output=True, text=True, check=True).stdout
+    assert list(yaml.safe_load_all(built)) == overlay(name)
+
+
+def test_nightly_job_is_the_job() -> None:
+    (nightly,) = overlay("nightly")
+    assert nightly["kind"] == "RayCronJob"
+    assert invalid([nightly]) == []
+    assert nightly["spec"]["jobTemplate"] == yaml.safe_load((INFRA / "kubernetes" / "rayjob.yaml").read_text())["spec"]
+    assert invalid([nightly | {"spec": nightly["spec"] | {"timezone": "Etc/UTC"}}])
 
 
 def find(manifests: list[Manifest], kind: str, name: str) -> Manifest:
@@ -86,7 +135,7 @@ def invalid(manifests: list[Manifest]) -> list[str]:
     complaints = []
     kuberay = json.loads((INFRA / "kuberay.schema.json").read_text())["$defs"]
     for manifest in manifests:
-        if manifest["kind"] in ("RayJob", "RayService"):
+        if manifest["apiVersion"].startswith("ray.io/"):
             validator = Draft202012Validator({"$ref": f"#/$defs/{manifest['kind']}", "$defs": kuberay})
             complaints += [f"{error.json_path}: {error.message}" for error in validator.iter_errors(manifest)]
             continue
@@ -250,7 +299,7 @@ def unreachable(manifests: list[Manifest]) -> list[str]:
                 complaints.append(f"{text}: no pod of {host} has port {port}")
             others = [target for target, _ in targets if target != labels][:1]
             complaints += [f"{labels} can't reach {text}" for target in others if not _admits(manifests, labels, target, int(port))]
-    assert checked == {"endpoint", "mlflow", "postgres", "prometheus", "ray-metrics", "redis", "storage"}
+    assert checked == {"mlflow", "postgres", "prometheus", "ray-metrics", "redis", "storage"}
     return complaints
 
 

@@ -5,6 +5,8 @@ All processes use their own ports and folders and are stopped by pid.
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -12,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import httpx
 import psutil
 import pytest
 import torch
+from acip_platform.scheduling.fleet import Fleet
 from acip_platform.settings import Settings
 from acip_platform.tracking.registry import Registry
 from acip_platform.tracking.runs import Tracking
@@ -27,6 +30,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from acip.artifact.artifact import Artifact
+from tests.infra.test_readme import RUN_BY_TEST_JOBS, blocks
 from tests.support.waiting import JOB_S, PATIENCE_S, until
 
 ROOT = Path(__file__).parents[2]
@@ -62,9 +66,9 @@ class DemoHome:
         }
         self.settings = Settings.from_env(self.env)
 
-    def write_fleet(self, models: str) -> None:
+    def write_fleet(self, models: str, file: Path | None = None) -> None:
         defaults = f"defaults:\n  data: package:wikipedia\n  eval_context: 64\n  eval_windows: 32\n  set: {RECIPE_FIELDS}\n"
-        self.fleet.write_text(f"name: small\n{defaults}models:\n{models}\n")
+        (file or self.fleet).write_text(f"name: small\n{defaults}models:\n{models}\n")
 
     def demo(self, *args: str) -> subprocess.CompletedProcess[str]:
         command = ["bash", str(ROOT / "infra" / "demo"), *args]
@@ -131,6 +135,36 @@ def test_a_failed_model_does_not_stop_the_others(first_run: subprocess.Completed
     bad = demo_home.demo("--fleet", str(demo_home.fleet), "--only", "tinny")
     assert bad.returncode != 0
     assert "--only names 'tinny' (did you mean 'tiny'?); the fleet has broken, tiny" in bad.stdout
+
+
+def test_a_stopped_job_leaves_a_checkpoint(first_run: subprocess.CompletedProcess[str], demo_home: DemoHome, tmp_path: Path) -> None:
+    """`ray job stop` ends a calibration that has written no checkpoint yet. The same command resumes it there."""
+    fleet = demo_home.fleet.with_name("long.yaml")
+    demo_home.write_fleet(f"- {{name: long, base: {demo_home.base}, set: {{post_tune_steps: 4000}}}}", fleet)
+    env = demo_home.env | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{demo_home.dashboard}", "RAY_AUTH_MODE": "disabled"}
+    runtime_env = json.dumps({"env_vars": {"ACIP_HOME": str(demo_home.home), "ACIP_CHECKPOINT_S": "86400"}})
+    ray = Path(sys.executable).with_name("ray")
+
+    def job(*arguments: str) -> str:
+        finished = subprocess.run([ray, "job", *arguments], env=env, capture_output=True, text=True, timeout=JOB_S, check=False)
+        return finished.stdout + finished.stderr
+
+    def submit(id: str) -> None:
+        python = [sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(fleet)]
+        job("submit", "--no-wait", "--submission-id", id, "--runtime-env-json", runtime_env, "--", *python)
+
+    submit("first")
+    until(lambda: "post-tune step" in " ".join(job("logs", "first").split()), lambda: job("logs", "first"), JOB_S)
+    job("stop", "first")
+    log = " ".join(job("logs", "first").split())
+    stopped = re.search(r"the job stops: writing a checkpoint of step (\d+)", log)
+    assert stopped and "interrupted. Finished work is kept" in log, log
+    assert "STOPPED" in job("status", "first")
+    (checkpoint,) = (demo_home.home / "runs").glob("long-*/step_*")
+    assert checkpoint.name.startswith(f"step_{int(stopped[1]):06d}-")
+    submit("second")
+    until(lambda: f"resuming from checkpoint {checkpoint.name}" in job("logs", "second"), lambda: job("logs", "second"), JOB_S)
+    job("stop", "second")
 
 
 def test_mlflow_run_holds_the_results(first_run: subprocess.CompletedProcess[str], demo_home: DemoHome) -> None:
@@ -203,6 +237,73 @@ def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> Any:
         return None
 
     return until(get_json, lambda: f"{url} does not respond:\n{log.read_text()}")
+
+
+@pytest.fixture
+def readme_home(first_run: subprocess.CompletedProcess[str], demo_home: DemoHome, tmp_path: Path) -> Path:
+    """Return a folder like a checkout after infra/demo. Its `smollm2-135m` is the small model, registered with the demo's fingerprint."""
+    (job,) = Fleet.load(ROOT / "jobs" / "fleets" / "demo.yaml").jobs
+    registry, tiny = Registry(demo_home.settings), Registry(demo_home.settings).resolve("tiny")
+    (run,) = (each.run_id for each in registry.client.search_model_versions("name = 'tiny'"))
+    copy = shutil.copytree(tiny.uri, demo_home.home / "artifacts" / job.name, dirs_exist_ok=True)
+    registry.set_alias(registry.register(job.name, str(copy), run, {**tiny.tags, "fingerprint": job.fingerprint}))
+    for name in ("acip", "infra", "jobs", "platform"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".acip").symlink_to(demo_home.home)
+    return tmp_path
+
+
+def test_commands_of_the_readme_work(readme_home: Path, demo_home: DemoHome) -> None:
+    """The commands run in the order of README.md, with free ports."""
+    ports = {"5000": str(free_port()), "8000": str(free_port())}
+    env = demo_home.env | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_ADDRESS": f"127.0.0.1:{demo_home.env['ACIP_RAY_PORT']}",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{demo_home.dashboard}", "RAY_AUTH_MODE": "disabled",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }  # fmt: skip
+    log = readme_home / "log"
+
+    def start(command: str) -> subprocess.Popen[bytes]:
+        with log.open("w") as output:
+            bash = ["bash", "-c", f"exec {command}"]
+            return subprocess.Popen(bash, env=env, cwd=readme_home, stdout=output, stderr=output, start_new_session=True)
+
+    def output(command: str) -> str:
+        assert start(command).wait(JOB_S) == 0, log.read_text()
+        return log.read_text()
+
+    @contextmanager
+    def serving(command: str, url: str) -> Iterator[None]:
+        server = start(command)
+
+        def answers() -> bool:
+            assert server.poll() is None, log.read_text()
+            with suppress(httpx.TransportError):
+                return httpx.get(url, timeout=PATIENCE_S).status_code == 200
+            return False
+
+        try:
+            until(answers, lambda: f"{url} does not respond:\n{log.read_text()}")
+            yield
+        finally:
+            server.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(PATIENCE_S)
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+
+    lines = "\n".join(blocks("README.md", "bash")).replace("\\\n", " ").splitlines()
+    submit, plan, mlflow, report, serve, curl = (
+        next(line for line in lines if shlex.join(shlex.split(line, comments=True)).replace("'", "").startswith(command))
+        for command in RUN_BY_TEST_JOBS
+    )
+    for command in (submit, plan):
+        assert "1 already done" in output(command)
+    with serving(mlflow.replace("5000", ports["5000"]), f"http://127.0.0.1:{ports['5000']}/health"):
+        output(report)
+        assert "smollm2-135m" in (readme_home / "report.html").read_text()
+    with serving(serve.replace("serve.py", f"serve.py --port {ports['8000']}"), f"http://127.0.0.1:{ports['8000']}/ready"):
+        assert json.loads(output(curl.replace("8000", ports["8000"])))["size"]["asked"] == 0.42
 
 
 def test_dry_run_without_a_running_ray(demo_home: DemoHome, first_run: subprocess.CompletedProcess[str], tmp_path: Path) -> None:

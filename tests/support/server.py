@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import httpx
 import psutil
 import torch
+from acip_platform.serve.http.metrics import Metrics
 from transformers import AutoTokenizer
 
 from acip.artifact.artifact import Artifact
@@ -67,7 +70,7 @@ class Server:
     def __init__(self, home: Path, *options: str) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
         self.log = home / "serve.log"
-        env = {**os.environ, "ACIP_HOME": str(home), "RAY_ADDRESS": "local"}
+        env = {**os.environ, "ACIP_HOME": str(home), "RAY_ADDRESS": "local", "RAY_metrics_report_interval_ms": "1000"}  # the shortest
         with self.log.open("w") as log:
             command = [sys.executable, str(JOB), "--port", self.url.rpartition(":")[2], "--engine", ENGINE, *options]
             self.process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -98,15 +101,25 @@ class Server:
         return response.json()
 
     def metric(self, name: str, label: str = "") -> float:
-        """Return the sum of a metric's rows that contain `label`, or 0 if nothing was counted yet."""
+        """Return the sum of a metric's rows that contain `label`, or 0 if nothing was counted yet. Counts arrive after a second or two."""
         lines = self.client.get("/metrics").text.splitlines()
-        assert any(name.startswith(line.split()[2]) for line in lines if line.startswith("# TYPE")), f"/metrics has no metric {name}"
+        assert any(name.startswith(each.info["name"]) for each in Metrics().all), f"there is no metric {name}"
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name) and label in line)
 
     @property
     def open(self) -> float:
         """The number of requests that are running or waiting."""
         return self.metric("acip_requests_waiting") + self.metric("acip_requests_running")
+
+    @contextlib.contextmanager
+    def generating(self, **fields: Any) -> Iterator[Iterator[str]]:
+        """Open a stream, and yield the lines of its response once text has arrived."""
+        with self.client.stream("POST", "/v1/completions", json={"model": "small", "stream": True, **fields}) as response:
+            lines = (line for line in response.iter_lines() if line)
+            head = [next(lines)]
+            while '"text":"' not in head[-1] or '"text":""' in head[-1]:
+                head.append(next(lines))
+            yield chain(head, lines)
 
     def processes(self) -> list[psutil.Process]:
         """Return the server's process and all its descendants."""

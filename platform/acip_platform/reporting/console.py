@@ -6,9 +6,11 @@ import shlex
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Self
 
 import ray
+from ray.exceptions import RayError
 from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
@@ -17,6 +19,7 @@ from rich.text import Text
 from acip.evaluate import divergence_of, improbable
 from acip.evaluate.heldout_text import cut_by
 from acip.sizing.budget import MEGA, as_perplexity, is_coded
+from acip_platform.scheduling.events import wait_for_checkpoints
 from acip_platform.scheduling.job_queue import Outcome
 from acip_platform.settings import Settings, this_python
 from acip_platform.tracking.run_descriptions import CLOSE_KL
@@ -56,7 +59,10 @@ def step_line(event: dict[str, Any]) -> str:
 
 
 class Watch:
-    """A thread that reads the workers' EventQueue and shows the events, with a bar or a line prefix for each model."""
+    """A thread that reads the workers' EventQueue and shows the events, with a bar or a line prefix for each model.
+
+    If a KeyboardInterrupt ends the block, the workers write a checkpoint first.
+    """
 
     def __init__(self, out: Console, events: Any) -> None:
         self.out, self.events = out, events
@@ -71,7 +77,10 @@ class Watch:
         self.thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            with suppress(RayError, KeyboardInterrupt):  # a second Ctrl-C ends the waiting
+                wait_for_checkpoints(self.events)
         self.stop.set()
         self.thread.join(timeout=10)
         self.bars.stop()

@@ -79,7 +79,7 @@ def tune_one(config: dict[str, Any]) -> dict[str, Any]:
     heldout = Heldout.of(job, base)
     if not store.exists(store.uri(key)):
         facts = {"version": version.version, "uri": version.uri} | _tune(
-            job, parent, any_size, base, heldout, run, settings, config["attempt"], emit
+            job, parent, any_size, base, heldout, run, settings, config["attempt"], emit, config["events"]
         )
         origin = {**provenance(job), "attempt": key, "mlflow_run": run.run_id, "finetuned": facts, "parent": parent.manifest["provenance"]}
         uri = stored(settings, key, functools.partial(save, artifact=parent, any_size=any_size, provenance=origin))
@@ -103,6 +103,7 @@ def _tune(
     settings: Settings,
     attempt: str,
     emit: Emit,
+    events: Any,
 ) -> dict[str, Any]:
     """Train `any_size` in place, from the last checkpoint if there is one. Returns the settings and the measured perplexities."""
     recipe = job.recipe
@@ -119,7 +120,7 @@ def _tune(
     run_trial_step(any_size.model, batches, replace(recipe, prune_distill_weight=recipe.distill_weight), emit)
     device = next(any_size.model.parameters()).device
     checkpoints = Checkpoints(settings, attempt, emit)
-    observer = Observer(job, run, emit, device, checkpoints)
+    observer = Observer(job, run, emit, device, checkpoints, events)
     with checkpoints.newest() as folder:
         if folder is not None:
             emit("stage", text=f"resuming from checkpoint {folder.name}")

@@ -3,9 +3,9 @@
     load -> code, if the recipe says so -> parametrize -> trial step -> calibrate (checkpoints, resume) -> artifact -> curve -> registry
 
 The artifact is saved before it is measured, and the saved copy is measured. A worker that dies resumes from its last checkpoint. A
-worker whose node is about to be removed writes a checkpoint at once. A job with a complete artifact is not calibrated again.
-Metrics that MLflow cannot take while it is down are kept in memory, and at the end in a checkpoint. Progress goes to the driver
-through an `EventQueue`.
+worker writes a checkpoint at once if its node is about to be removed, or if its job is stopped. A job with a complete artifact is not
+calibrated again. Metrics that MLflow cannot take while it is down are kept in memory, and at the end in a checkpoint. Progress goes to
+the driver through an `EventQueue`.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ import ray
 import ray.train
 import torch
 from mlflow.exceptions import MlflowException
+from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 
 from acip.artifact.artifact import Artifact
@@ -134,7 +135,7 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     if not sharding.decided(store.exists(store.uri(key)), device):
         if job.num_workers == 1:  # else each layer is moved when it is sharded
             torch.nn.Module.to(base.model, device)
-        observer = _calibrate(job, base, run, settings, key, checkpoints, emit, device)
+        observer = _calibrate(job, base, run, settings, key, checkpoints, emit, device, config["events"])
     else:
         observer = Observer(job, run, emit, device, checkpoints)
         with checkpoints.newest() as folder:
@@ -146,7 +147,7 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _calibrate(
-    job: Job, base: Base, run: Run, settings: Settings, key: str, checkpoints: Checkpoints, emit: Emit, device: torch.device
+    job: Job, base: Base, run: Run, settings: Settings, key: str, checkpoints: Checkpoints, emit: Emit, device: torch.device, events: Any
 ) -> "Observer":
     """Code, parametrize and calibrate, from the last checkpoint if there is one; rank 0 stores the artifact.
 
@@ -155,7 +156,7 @@ def _calibrate(
     """
     recipe = job.recipe
     codes = coded(job, base, run, emit, device, checkpoints)
-    observer = Observer(job, run, emit, device, checkpoints)
+    observer = Observer(job, run, emit, device, checkpoints, events)
     origin = provenance(job) | {"attempt": key, "mlflow_run": run.run_id}
     if recipe.code == "bits":
         assert codes is not None
@@ -250,11 +251,14 @@ def _check_memory(job: Job, base: Base, device: torch.device, emit: Emit) -> Non
 class Observer:
     """An observer of the calibration loop: it sends metrics to MLflow and progress to the driver, and writes checkpoints.
 
-    It changes neither model nor state. `checkpoints` is None outside of Ray Train; then none are written.
+    It changes neither model nor state. `checkpoints` is None outside of Ray Train; then none are written. `events` is the EventQueue that
+    tells whether the job is stopped.
     """
 
-    def __init__(self, job: Job, run: Run, emit: Emit, device: torch.device, checkpoints: Checkpoints | None = None) -> None:
-        self.job, self.run, self.emit, self.device, self.checkpoints = job, run, emit, device, checkpoints
+    def __init__(
+        self, job: Job, run: Run, emit: Emit, device: torch.device, checkpoints: Checkpoints | None = None, events: Any = None
+    ) -> None:
+        self.job, self.run, self.emit, self.device, self.checkpoints, self.events = job, run, emit, device, checkpoints, events
         self.look_s = min(LOOK_S, checkpoints.every_s) if checkpoints else math.inf
         self.tokens = job.recipe.batch_size * job.recipe.gradient_accumulation_steps * job.recipe.seq_len
         self.rows: list[tuple[int, dict[str, float]]] = []  # (step, metrics) that MLflow does not have yet
@@ -262,7 +266,7 @@ class Observer:
         self.masks: MaskSamples | None = None
         self.sent: list[int] = []  # the last step of `masks` that MLflow has
         self.reported = self.saved = self.looked = self.stepped = time.monotonic()
-        self.leaving = False  # a checkpoint was written since the notice that a node is about to be removed
+        self.leaving = False  # a checkpoint was written since the notice that a node is about to be removed, or that the job stops
         self.rests_until = 0.0
         self.phase = ""
         self.phase_began = (time.monotonic(), 0.0)  # (time, progress)
@@ -292,16 +296,28 @@ class Observer:
             self._checkpoint(self.checkpoints, state, ends)
 
     def _checkpoint(self, checkpoints: Checkpoints, state: CalibrationState, ends: bool) -> None:
-        """Write a checkpoint if one is due, if a node is about to be removed, or at the end if MLflow lacks steps."""
+        """Write a checkpoint if one is due, if a node is about to be removed or the job stops, or at the end if MLflow lacks steps."""
         self.looked = time.monotonic()
-        leaving = ray.train.get_preemption_info() is not None  # the same on all workers: Ray returns the answer of the first
+        stops = self._job_stops(saved=self.leaving or ends)
+        leaving = sharding.decided(stops or ray.train.get_preemption_info() is not None, self.device)
         at_once = (leaving and not self.leaving) or (ends and bool(self.rows))
         if sharding.decided(at_once or self.looked - self.saved >= checkpoints.every_s, self.device):
             if leaving and not self.leaving:
-                self.emit("stage", text=f"a node is about to be removed: writing a checkpoint of step {state.step}")
+                reason = "the job stops" if stops else "a node is about to be removed"
+                self.emit("stage", text=f"{reason}: writing a checkpoint of step {state.step}")
             written = sharding.rank() > 0 or checkpoints.write(state)  # the other workers have the same state
             self.leaving = leaving and sharding.decided(written, self.device)
             self.saved = self.stepped = time.monotonic()
+            if stops and self.leaving:
+                self._job_stops(saved=True)
+
+    def _job_stops(self, saved: bool) -> bool:
+        """Return whether the driver is about to stop, and tell it whether everything so far is saved. Only the first worker asks."""
+        if self.events is None or sharding.rank() > 0:
+            return False
+        with suppress(RayError):  # the driver is lost, and Ray will end this worker
+            return bool(ray.get(self.events.is_stopping.remote(self.job.name, saved), timeout=LOOK_S))
+        return False
 
     def _remember(self, reports: Iterable[StepReport]) -> None:
         """Queue the metrics of steps that were taken by an earlier attempt."""

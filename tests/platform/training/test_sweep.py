@@ -24,6 +24,7 @@ from acip_platform.training.completion import Heldout
 from acip_platform.training.sweep import Cost, Outcome, Sweep, front, winner
 from acip_platform.training.sweep_space import Space, Trial
 from acip_platform.training.sweep_worker import Rungs
+from ray import tune
 from safetensors.torch import load_file
 
 from acip.artifact.artifact import Artifact
@@ -133,6 +134,12 @@ def test_a_killed_sweep_resumes(sweep_home: tuple[Path, dict[str, str]]) -> None
     assert {"curves.png", "trials.json"} <= {item.path for item in tracking.client.list_artifacts(parent.info.run_id)}
 
     assert parent.data.tags["winner_run"] == next(run.info.run_id for run in children if run.data.tags.get("artifact_uri") == version.uri)
+    (experiment,) = (folder / "home" / "runs").glob("*/trials")
+    analysis = tune.ExperimentAnalysis(experiment, default_metric="area", default_mode="min")
+    assert len(analysis.trials) == 6
+    assert analysis.best_trial.config["trial"] == parent.data.tags["winner"]
+    assert {"area", "share", "config/trial"} <= set(analysis.dataframe().columns)
+
     artifacts = [path.parent for path in Path(settings.store).rglob("manifest.json")]
     assert artifacts == [Path(version.uri)], "only the artifact of the winner is kept"
     states = list((folder / "home" / "runs").glob("*/*/*/checkpoint_*"))
