@@ -100,7 +100,7 @@ def test_served_version_stays_in_memory_while_another_is_loaded(application: App
     """With memory for one model, the new one is refused rather than the served one removed."""
     cache: ModelCache = application.replica.models
     (model,) = cache.resident
-    cache.limit_bytes = int(1.5 * model.bytes)
+    cache.limit_bytes = int(1.5 * sum(small_artifact.tensors(file).decoded_bytes for file in ("factors", "dense", "rest")))
     new = promote(application, Path(shutil.copytree(small_artifact.folder, tmp_path / "new")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("acip_platform.serve.engine.model_cache.WAIT_S", 0.0)
