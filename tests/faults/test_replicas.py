@@ -14,20 +14,23 @@ import psutil
 import pytest
 import ray
 import torch
-from acip_platform.serve.api import build
 from acip_platform.serve.export_task import lock
 from acip_platform.serve.http.edge import PROXY_ENV
 from acip_platform.settings import Settings
 from acip_platform.tracking.registry import Registry
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 
 from acip.artifact.artifact import Artifact
 from tests.support.server import free_port, make_home
 from tests.support.waiting import PATIENCE_S, until
 
-pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")]
 CLIENTS = 6
+REPLICAS = {"Api": 2, "Engine": 2, "Coordinator": 1}
+ARGUMENTS = {"http_replicas": 2, "replicas": 2, "num_cpus": 0.5, "export_cpus": 0, "drain_s": 1}
 COMPLETION: dict[str, Any] = {"model": "small@0.6", "prompt": "It was", "max_tokens": 24, "temperature": 0, "ignore_eos": True}
 
 
@@ -54,13 +57,22 @@ class Endpoint:
         def complete() -> bool:
             deployments = serve.status().applications["acip"].deployments
             states = {name: deployment.replica_states for name, deployment in deployments.items()}
-            return states == {"Api": {"RUNNING": 2}, "Engine": {"RUNNING": 2}, "Coordinator": {"RUNNING": 1}}
+            counts = {name: len(self.processes(name)) for name in states}  # Ray Serve notices a death later
+            return counts == REPLICAS and states == {name: {"RUNNING": count} for name, count in REPLICAS.items()}
 
         until(complete, lambda: f"replicas are missing: {serve.status().applications['acip']}")
 
+    def deploy(self, *deployments: dict[str, Any]) -> None:
+        """Deploy the application like `serve deploy`."""
+        application = {"name": "acip", "route_prefix": "/", "import_path": "acip_platform.serve.api:build", "args": ARGUMENTS}
+        config = ServeDeploySchema.model_validate({"applications": [application | {"deployments": deployments}]})
+        _get_global_client().deploy_apps(config)
+
     def kill(self, deployment: str) -> float:
         """Kill one replica and return the time."""
-        self.processes(deployment)[0].kill()
+        killed = self.processes(deployment)[0]
+        killed.kill()
+        killed.wait(PATIENCE_S)
         return time.monotonic()
 
     def metric(self, name: str, **labels: str) -> float:
@@ -85,9 +97,8 @@ def endpoint(small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path_fa
             environment.setenv(name, value)
         ray.init(address="local", num_cpus=2, object_store_memory=100 << 20, log_to_driver=False)
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        args = {"http_replicas": 2, "replicas": 2, "num_cpus": 0.5, "export_cpus": 0, "drain_s": 1}
-        serve.run(build(args), name="acip", route_prefix="/")
         endpoint = Endpoint(home, f"http://127.0.0.1:{port}")
+        endpoint.deploy()
         until(lambda: endpoint.client.get("/ready").status_code == 200, "the endpoint is not ready")
         yield endpoint
         endpoint.client.close()
@@ -116,7 +127,7 @@ def test_metrics_are_summed_over_the_replicas(endpoint: Endpoint) -> None:
 
 def test_a_version_chosen_at_one_replica_is_served_by_all(endpoint: Endpoint) -> None:
     registry = Registry(Settings.from_env())
-    new = registry.register("small", str(endpoint.home / "talker"), registry.resolve("small").tags.get("run", ""), {})
+    new = registry.register("small", str(endpoint.home / "talker"), "", {})
     assert endpoint.versions() == {"1"}
     endpoint.client.post("/v1/models/small/load", json={"version": new.version}).raise_for_status()
     until(lambda: endpoint.versions() == {new.version}, "an HTTP replica serves the old version")
@@ -126,6 +137,17 @@ def test_a_version_chosen_at_one_replica_is_served_by_all(endpoint: Endpoint) ->
         until(lambda: endpoint.versions() == {new.version}, f"the choice is lost with the {deployment}")
     endpoint.client.post("/v1/models/small/load", json={"alias": "champion"}).raise_for_status()
     until(lambda: endpoint.versions() == {"1"}, "an HTTP replica serves the chosen version")
+
+
+def test_user_config_changes_the_alias_without_a_restart(endpoint: Endpoint) -> None:
+    registry, engines = Registry(Settings.from_env()), endpoint.processes("Engine")
+    candidate = registry.register("small", str(endpoint.home / "talker"), "", {})
+    registry.set_alias(candidate, "candidate")
+    endpoint.deploy({"name": "Api", "user_config": {"models": None, "alias": "candidate"}})
+    until(lambda: endpoint.versions() == {candidate.version}, "the candidate is not served")
+    endpoint.deploy()
+    until(lambda: endpoint.versions() == {"1"}, "the champion is not served")
+    assert endpoint.processes("Engine") == engines
 
 
 def test_an_export_outlives_the_replica_that_started_it(endpoint: Endpoint) -> None:
@@ -141,8 +163,8 @@ def test_an_export_outlives_the_replica_that_started_it(endpoint: Endpoint) -> N
     with lock(workplaces):  # the task waits for this lock
         id = endpoint.client.post("/v1/materializations", json={"model": "small@0.6"}).raise_for_status().json()["id"]
         until(lambda: all(record["status"] == "running" for record in records()), "an HTTP replica does not know that the export runs")
-        for process in endpoint.processes("Api"):
-            process.kill()
+        for _ in range(2):
+            endpoint.kill("Api")
         endpoint.wait_for_replicas()
         assert {record["status"] for record in records()} == {"running"}
         assert endpoint.client.post("/v1/materializations", json={"model": "small@0.6"}).json()["id"] == id

@@ -1,5 +1,6 @@
 """The method works without the platform: `pip install .` installs neither Ray nor MLflow."""
 
+import hashlib
 import json
 import os
 import re
@@ -10,6 +11,8 @@ import venv
 from pathlib import Path
 
 import pytest
+import yaml
+from ray.runtime_env import RuntimeEnv
 
 from acip.artifact import Artifact
 
@@ -31,6 +34,16 @@ print(json.dumps({"file": acip.__file__, "got": cut.got, "tokens": ids.shape[1],
 def dependencies() -> dict[str, list[str]]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return {"": project["dependencies"], **project["optional-dependencies"]}
+
+
+def test_runtime_env_installs_the_pinned_versions() -> None:
+    env = yaml.safe_load((ROOT / "infra" / "runtime_env.yaml").read_text())
+    checksum, constraints, project = RuntimeEnv(**env)["pip"]["packages"]
+    content = (ROOT / "infra" / "constraints.txt").read_bytes() + (ROOT / "pyproject.toml").read_bytes()
+    assert checksum == f"# {hashlib.sha256(content).hexdigest()[:12]}", "Ray would keep the old versions: write the new checksum"
+    prefix = "${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}"
+    assert constraints == f"-c {prefix}/infra/constraints.txt"
+    assert project.removeprefix(prefix).strip("[]") in dependencies()
 
 
 def test_the_method_does_not_depend_on_the_platform() -> None:
