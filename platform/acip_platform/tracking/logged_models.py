@@ -188,7 +188,7 @@ def of_sizes(name: str, artifact: Artifact, uri: str, rows: Sequence[Mapping[str
 def size_name(row: Mapping[str, Any]) -> str:
     """Return a size as text, without characters that MLflow refuses: `42 percent of bytes`, `60 percent of numbers`."""
     share = row.get("asked", row["got"])
-    return f"{share * 100:g} percent of {'bytes' if is_coded(row) else 'numbers'}" if share < 1 else "the base model"
+    return f"{share * 100:.3g} percent of {'bytes' if is_coded(row) else 'numbers'}" if share < 1 else "the base model"
 
 
 def measured(row: Mapping[str, Any], datasets: Datasets) -> list[Values]:
