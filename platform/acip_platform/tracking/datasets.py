@@ -18,7 +18,7 @@ from acip.evaluate import Text
 from acip.evaluate.heldout_text import content
 from acip.sizing.budget import measured_on
 
-Datasets = Mapping[tuple[Any, ...], Dataset]  # by `place_of`
+Datasets = Mapping[tuple[Any, ...], Dataset]  # by `text_of`
 
 
 def dataset_of(text: Text, tokenizer: Any) -> Dataset:
@@ -50,20 +50,20 @@ def datasets_of(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> Datasets:
     datasets: dict[tuple[Any, ...], Dataset] = {}
     unreadable = set[tuple[Any, ...]]()
     for part in (part for row in rows for part in (row, *row.get("evaluation", ()))):
-        place = place_of(part)
-        if "corpus" not in part or place in datasets or place in unreadable:
+        text = text_of(part)
+        if "corpus" not in part or text in datasets or text in unreadable:
             continue
         start = tuple(map(int, part.get("start", "").split()))
         fields = (part["corpus"], part.get("protocol", "packed"), part["context"], part["windows"], part.get("split", "heldout"), start)
         try:
             if part.get("what", {}).get("content", "") not in ("", content(part["corpus"])):
                 raise DataError(f"{part['corpus']} has changed.")
-            datasets[place] = dataset_of(Text(*fields), tokenizer)
+            datasets[text] = dataset_of(Text(*fields), tokenizer)
         except DataError:
-            unreadable.add(place)
+            unreadable.add(text)
     return datasets
 
 
-def place_of(part: Mapping[str, Any]) -> tuple[Any, ...]:
+def text_of(part: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what identifies the text of a measurement: a row of a curve, or a part of a row."""
     return tuple(measured_on(part).values())

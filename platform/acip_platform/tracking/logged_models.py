@@ -5,8 +5,8 @@
     export           "smollm2-135m, 42 percent of bytes, exported"   where it is
     other models     "gptq, 42 percent of numbers"                   rows of an arena; models that jobs/evaluate.py measured
 
-Weights stay in the store: the models are external. Each has a `key` in its tags. Whoever logs the same model again finds it by its key, and
-adds only what is missing, so that resumed and repeated jobs make no duplicates. A model is READY once everything is logged.
+Weights stay in the store: the models are external. A tag of each holds its key. A job that is resumed or repeated finds the models by their
+keys and adds only what is missing, so there are no duplicates. A model is READY once everything is logged.
 
 A metric of a LoggedModel is also a metric of the run that measured it, and names the dataset it was measured on
 (acip_platform.tracking.datasets). MLflow searches and plots models by metrics only, so the bytes are both a param and a metric. Its page
@@ -21,29 +21,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlflow.entities import (
-    Dataset,
-    DatasetInput,
-    InputTag,
-    LoggedModel,
-    LoggedModelInput,
-    LoggedModelOutput,
-    LoggedModelStatus,
-    Metric,
-)  # fmt: skip
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelInput, LoggedModelOutput, LoggedModelStatus, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_MODEL_IS_EXTERNAL
 
 from acip.artifact.artifact import Artifact
 from acip.evaluate import DivergenceOn, Efficiency, PerplexityOn, TaskScore, metrics
-from acip.evaluate.curve import place_of as place_in_curve
+from acip.evaluate.curve import place_of
 from acip.evaluate.tasks import score as task_score
 from acip.recipe import nearest
 from acip.sizing.budget import BITS_PER_WEIGHT, is_coded
 from acip.sizing.excess_loss_area import excess_loss_area
 from acip_platform.settings import Settings
-from acip_platform.tracking.datasets import Datasets, datasets_of, place_of
+from acip_platform.tracking.datasets import Datasets, datasets_of, text_of
 from acip_platform.tracking.registry import ModelVersion, few_retries, reached
 from acip_platform.tracking.runs import BATCH, Run
 
@@ -180,7 +171,7 @@ def of_sizes(name: str, artifact: Artifact, uri: str, rows: Sequence[Mapping[str
             BITS_PER_WEIGHT: row.get(BITS_PER_WEIGHT), "flops_per_token": row.get("flops"),
         }  # fmt: skip
         values = [({"bytes": row["bytes"], **({"share_of_bytes": share} if share else {})}, None), *measured(row, datasets)]
-        key = key_of(uri, place_in_curve(row))
+        key = key_of(uri, place_of(row))
         models.append(Description(key, f"{name}, {size_name(row)}", SIZE, params, {"artifact_uri": uri}, values))
     return models
 
@@ -195,7 +186,7 @@ def measured(row: Mapping[str, Any], datasets: Datasets) -> list[Values]:
     """Return the results of a row, each with the dataset that it was measured on."""
     results: list[Values] = []
     for part in row.get("evaluation", ()):
-        values, dataset = part["values"], datasets.get(place_of(part)) if "corpus" in part else None
+        values, dataset = part["values"], datasets.get(text_of(part)) if "corpus" in part else None
         if part["kind"] == DivergenceOn.kind:
             results.append(({"kl": values["kl_nats"], "same_top_share": values["same_top_share"]}, dataset))
         elif part["kind"] == PerplexityOn.kind:
@@ -207,7 +198,7 @@ def measured(row: Mapping[str, Any], datasets: Datasets) -> list[Values]:
         else:
             results.append((metrics({"evaluation": [part]}), dataset))
     if "perplexity" in row:
-        results.append(({"perplexity": row["perplexity"]}, datasets.get(place_of(row))))
+        results.append(({"perplexity": row["perplexity"]}, datasets.get(text_of(row))))
     return results
 
 
