@@ -48,7 +48,7 @@ class EventQueue:
 def wait_for_checkpoints(events: Any) -> None:
     """Ask the workers of an EventQueue for a checkpoint, and wait until all have written theirs, at most STOP_S seconds."""
     ends = time.monotonic() + STOP_S
-    while ray.get(events.stop.remote()) and time.monotonic() < ends:
+    while ray.get(events.stop.remote(), timeout=STOP_S) and time.monotonic() < ends:
         time.sleep(0.1)
 
 

@@ -66,7 +66,7 @@ BUILD_ARGS: dict[str, Any] = {
     "max_requests": 64,  # of each engine, running or waiting; further requests receive status 429
     "replicas": 1,  # number of engines; their maximum if min_replicas is less
     "min_replicas": None,
-    "http_replicas": 1,  # number of HTTP deployments' processes
+    "http_replicas": 1,  # number of processes that answer HTTP
     "export_cpus": 1,  # reserved for POST /v1/materializations; 0 = share those of the engine
 }
 ENGINE_ENV = {
@@ -154,7 +154,8 @@ class Api:
         with converted("coordinator"):
             await self.coordinator.choose.remote(name, which)
         self.chosen = {**self.chosen, name: which}
-        self.versions[name] = version
+        async with self._refreshing:  # a refresh that began earlier does not undo it
+            self.versions[name] = version
         return card
 
     async def _load(self, version: ModelVersion, instead_of: ModelVersion | None = None) -> dict[str, Any]:
@@ -185,17 +186,24 @@ class Api:
     async def _follow(self) -> None:
         """Follow the choices that requests made at any HTTP replica."""
         while True:
-            with contextlib.suppress(*LOST):
-                async for chosen in self.coordinator.options(stream=True).choices.remote(self.chosen):
-                    self.chosen = chosen
+            try:
+                choices: Any = self.coordinator.options(stream=True).choices.remote(self.chosen)
+                async for self.chosen in choices:
                     await self.refresh()
+            except LOST:
+                pass  # Ray Serve replaces the coordinator
+            except Exception:
+                log.exception("the choices of versions can't be followed")
             await asyncio.sleep(RETRY_S)
 
     async def _poll(self) -> None:
         """Follow the aliases in the registry."""
         while True:
             await asyncio.sleep(REGISTRY_POLL_S)
-            await self.refresh()
+            try:
+                await self.refresh()
+            except Exception:
+                log.exception("the registry can't be followed")
 
     async def refresh(self) -> None:
         """Serve what the registry, `user_config` and the choices of requests select now.

@@ -35,10 +35,11 @@ class Metrics:
     """The metrics of one HTTP replica."""
 
     def __init__(self) -> None:
-        by_size = ("model", "size")
+        by_size: Any = ("model", "size")  # Ray's annotation allows one label only
+        by_status: Any = ("model", "status")
         self.waiting = OpenRequests("acip_requests_waiting", "Requests without a first token")
         self.running = OpenRequests("acip_requests_running", "Requests that are generating tokens")
-        self.requests = Counter("acip_requests", "Finished requests by status", ("model", "status"))
+        self.requests = Counter("acip_requests", "Finished requests by status", by_status)
         self.prompt_tokens = Counter("acip_prompt_tokens", "Prompt tokens", by_size)
         self.generated_tokens = Counter("acip_generated_tokens", "Generated tokens", by_size)
         self.first_token = Histogram(
