@@ -155,7 +155,9 @@ def of_artifact(name: str, artifact: Artifact, uri: str) -> Description:
         "finetuned_from": tuned and f"{name} {tuned['version']}", "finetuned_at": tuned and tuned["size"],
     }  # fmt: skip
     area = excess_loss_area(artifact.curve) if len(artifact.curve) > 1 and any(row["got"] == 1.0 for row in artifact.curve) else math.nan
-    return Description(key_of(uri), name, ANY_SIZE, params, {"artifact_uri": uri}, [({"area_under_excess_nats": area}, None)])
+    return Description(
+        key_of(uri), _titled(name, artifact), ANY_SIZE, params, {"artifact_uri": uri}, [({"area_under_excess_nats": area}, None)]
+    )
 
 
 def of_sizes(name: str, artifact: Artifact, uri: str, rows: Sequence[Mapping[str, Any]]) -> list[Description]:
@@ -172,8 +174,13 @@ def of_sizes(name: str, artifact: Artifact, uri: str, rows: Sequence[Mapping[str
         }  # fmt: skip
         values = [({"bytes": row["bytes"], **({"share_of_bytes": share} if share else {})}, None), *measured(row, datasets)]
         key = key_of(uri, place_of(row))
-        models.append(Description(key, f"{name}, {size_name(row)}", SIZE, params, {"artifact_uri": uri}, values))
+        title = f"{_titled(name, artifact)}, {size_name(row)}"
+        models.append(Description(key, title, SIZE, params, {"artifact_uri": uri}, values))
     return models
+
+
+def _titled(name: str, artifact: Artifact) -> str:
+    return f"{name} tuned" if "finetuned" in artifact.manifest.get("provenance", {}) else name
 
 
 def size_name(row: Mapping[str, Any]) -> str:
