@@ -244,10 +244,21 @@ def log_export(settings: Settings, version: ModelVersion, provenance: Mapping[st
 
 def experiment_of(run: Run, artifact: Artifact | None) -> str:
     """Return the experiment of the run that made an artifact, or that of `run` if MLflow does not have that run."""
-    maker = artifact.manifest.get("provenance", {}).get("mlflow_run") if artifact is not None else None
+    return (_maker_experiment(run.client, artifact) if artifact is not None else None) or run.experiment_id
+
+
+def experiment_name(settings: Settings, artifact: Artifact, otherwise: str) -> str:
+    """Return the name of the experiment of the run that made an artifact, or `otherwise` if MLflow does not have that run."""
+    client = MlflowClient(tracking_uri=settings.tracking_uri)
+    id = _maker_experiment(client, artifact)
+    return otherwise if id is None else str(client.get_experiment(id).name)
+
+
+def _maker_experiment(client: MlflowClient, artifact: Artifact) -> str | None:
+    maker = artifact.manifest.get("provenance", {}).get("mlflow_run")
     try:
-        return run.client.get_run(maker).info.experiment_id if maker else run.experiment_id
+        return str(client.get_run(maker).info.experiment_id) if maker else None
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        return run.experiment_id
+        return None
