@@ -75,9 +75,13 @@ def log_models(run: Run, models: Sequence[Description], experiment_id: str = "",
     ids = [found[model.key].model_id for model in models]
 
     datasets = {(each.name, each.digest): each for model in models for _, each in model.values if each is not None}
-    for each in info.inputs.dataset_inputs:
-        datasets.pop((each.dataset.name, each.dataset.digest), None)
-    linked = {each.model_id for each in (*info.inputs.model_inputs, *info.outputs.model_outputs)}
+    linked = set[str]()
+    if info.inputs is not None:
+        linked |= {each.model_id for each in info.inputs.model_inputs}
+        for used in info.inputs.dataset_inputs:
+            datasets.pop((used.dataset.name, used.dataset.digest), None)
+    if info.outputs is not None:
+        linked |= {each.model_id for each in info.outputs.model_outputs}
     new = [id for id in dict.fromkeys(ids) if id not in linked]
     inputs = [DatasetInput(each, [InputTag(MLFLOW_DATASET_CONTEXT, "eval")]) for each in datasets.values()]
     if inputs or (new and not made):
@@ -116,14 +120,14 @@ def _new_metrics(model: Description, logged: LoggedModel) -> list[Metric]:
     MLflow keeps one value per name, time and step, whatever the dataset is, so each metric has a time of its own.
     """
     known = {(metric.key, metric.value, metric.dataset_name, metric.dataset_digest) for metric in logged.metrics or ()}
-    results = (
-        (name, float(value), dataset and dataset.name, dataset and dataset.digest)
+    results = {
+        (name, float(value), None if dataset is None else dataset.name, None if dataset is None else dataset.digest): None
         for values, dataset in model.values
         for name, value in values.items()
         if math.isfinite(value)
-    )
-    new, now = [each for each in dict.fromkeys(results) if each not in known], int(time.time() * 1000)
-    return [Metric(name, value, now + i, 0, logged.model_id, *dataset) for i, (name, value, *dataset) in enumerate(new)]
+    }
+    new, now = [each for each in results if each not in known], int(time.time() * 1000)
+    return [Metric(name, value, now + i, 0, logged.model_id, text, digest) for i, (name, value, text, digest) in enumerate(new)]
 
 
 def model_name(name: str) -> str:
@@ -239,7 +243,7 @@ def log_export(settings: Settings, version: ModelVersion, provenance: Mapping[st
         values = [({"bytes": provenance["weight_bytes"]}, None)]
         key = key_of(EXPORT, version.uri, where, params)
         export = Description(key, f"{version.name}, {shown}, exported", EXPORT, params, {"artifact_uri": version.uri}, values)
-        log_models(Run(client, parent.source_run_id), [export], parent.experiment_id)
+        log_models(Run(client, parent.source_run_id or ""), [export], parent.experiment_id)
 
 
 def experiment_of(run: Run, artifact: Artifact | None) -> str:

@@ -211,9 +211,9 @@ class ModelCache:
             if not fits() and entry.model is not None:
                 entry.model.weights.drop_unused()
         for entry in entries:
-            removable = entry.model is not None and entry.memory is not memory and not entry.kept
-            if not fits() and removable and entry.model.weights.close():
-                self.engine.remove(entry.model)
+            model = entry.model if entry.memory is not memory and not entry.kept else None
+            if not fits() and model is not None and model.weights.close():
+                self.engine.remove(model)
                 entry.model, entry.memory = None, None
         return fits()
 
