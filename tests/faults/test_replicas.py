@@ -66,7 +66,9 @@ class Endpoint:
         """Deploy the application like `serve deploy`."""
         application = {"name": "acip", "route_prefix": "/", "import_path": "acip_platform.serve.api:build", "args": ARGUMENTS}
         config = ServeDeploySchema.model_validate({"applications": [application | {"deployments": deployments}]})
-        _get_global_client().deploy_apps(config)
+        client = _get_global_client()
+        assert client is not None
+        client.deploy_apps(config)
 
     def kill(self, deployment: str) -> float:
         """Kill one replica and return the time."""
@@ -100,6 +102,7 @@ def endpoint(small_artifact: Artifact, heldout_tokens: torch.Tensor, tmp_path_fa
         endpoint = Endpoint(home, f"http://127.0.0.1:{port}")
         endpoint.deploy()
         until(lambda: endpoint.client.get("/ready").status_code == 200, "the endpoint is not ready")
+        endpoint.wait_for_replicas()
         yield endpoint
         endpoint.client.close()
         serve.shutdown()

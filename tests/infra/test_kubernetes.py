@@ -57,7 +57,7 @@ def overlay(name: str) -> list[Manifest]:
     files = yaml.safe_load((base / "kustomization.yaml").read_text())["resources"]
     manifests: list[Manifest] = [yaml.safe_load((base / file).read_text()) for file in files]
     for each in settings["patches"]:
-        patch = yaml.safe_load(each["patch"])
+        patch = yaml.safe_load(each["patch"].rstrip())  # as kustomize does
         kind = each["target"]["kind"] if "target" in each else patch["kind"]
         (manifest,) = [manifest for manifest in manifests if manifest["kind"] == kind]
         if isinstance(patch, list):

@@ -21,7 +21,7 @@ from acip_platform.scheduling.fleet import Fleet
 from acip_platform.serve.http.requests import CompletionRequest
 from acip_platform.training.sweep_space import Space
 from mlflow.cli import server as mlflow_server
-from ray.dashboard.modules.job.cli import submit as ray_job_submit
+from ray.dashboard.modules.job.cli import job_cli_group
 
 from acip.artifact import Artifact
 
@@ -80,9 +80,9 @@ def accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:  # noqa
             return job.main(arguments) == 0
         case ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", "FOLDER"] | ["vllm", "serve", "FOLDER"]:
             return True  # tests/vllm/test_engine.py loads exports
-        case ["ray", "job", "submit", *arguments]:
-            job = ray_job_submit.make_context("submit", arguments).params["entrypoint"]
-            return accepted([*job], monkeypatch)
+        case ["ray", "job", name, *arguments]:
+            entrypoint = job_cli_group.commands[name].make_context(name, arguments).params.get("entrypoint")
+            return entrypoint is None or accepted([*entrypoint], monkeypatch)
         case ["mlflow", "server", *arguments]:
             return isinstance(mlflow_server.make_context("server", arguments), click.Context)
         case ["bash", script, *_]:

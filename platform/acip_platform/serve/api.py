@@ -28,7 +28,7 @@ from ray.serve.handle import DeploymentHandle
 from acip.errors import AcipError
 from acip.sizing.budget import Budget
 from acip.utils.coerce import did_you_mean
-from acip_platform.serve.coordinator import Coordinator
+from acip_platform.serve.coordinator import Choices, Coordinator
 from acip_platform.serve.engine.model_cache import key_of
 from acip_platform.serve.engine.request import DEFAULT_MAX_TOKENS
 from acip_platform.serve.http.errors import RequestError
@@ -97,7 +97,7 @@ class Api:
         self.materializations = Materializations(Settings.from_env(), coordinator)
         self.versions = {version.name: version for version in versions}
         self.config: dict[str, Any] = {}
-        self.chosen: dict[str, str] = {}  # by requests: model -> version number or alias
+        self.chosen: Choices = {}
         self.failed: dict[str, str] = {}  # model -> why the selected version is not served
         self.metrics = Metrics()
         self.running = 0
@@ -152,8 +152,8 @@ class Api:
             raise RequestError(message, None, "registry_unavailable", 503) from error
         card = await self._load(version)
         with converted("coordinator"):
-            await self.coordinator.choose.remote(name, which)
-        self.chosen = {**self.chosen, name: which}
+            await self.coordinator.choose.remote(name, which, self.config)
+        self.chosen = {**self.chosen, name: (which, self.config)}
         async with self._refreshing:  # a refresh that began earlier does not undo it
             self.versions[name] = version
         return card
@@ -320,12 +320,16 @@ def _resolved(name: str, which: str) -> ModelVersion:
         return Registry(settings).resolve(name, which)
 
 
-def _selected(config: dict[str, Any], chosen: dict[str, str]) -> list[ModelVersion]:
-    """Return the versions that `user_config` and the choices of requests select. Raise a RegistryError or RegistryAwayError."""
+def _selected(config: dict[str, Any], chosen: Choices) -> list[ModelVersion]:
+    """Return the versions that `user_config` and the choices of requests select. Raise a RegistryError or RegistryAwayError.
+
+    A new `user_config` ends the choices that were made before.
+    """
     settings = Settings.from_env()
     with few_retries():
         versions = choose(settings, config.get("models"), config.get("alias", CHAMPION))
-    return [_resolved(version.name, chosen[version.name]) if version.name in chosen else version for version in versions]
+    valid = {name: which for name, (which, at_that_time) in chosen.items() if at_that_time == config}
+    return [_resolved(version.name, valid[version.name]) if version.name in valid else version for version in versions]
 
 
 def brief(version: ModelVersion) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, WorkerCras
 from acip_platform.serve.export_task import Work, export_task
 from acip_platform.settings import Settings
 
+Choices = dict[str, tuple[str, dict[str, Any]]]  # model -> (version number or alias that a request chose, `user_config` at that time)
+
 log = logging.getLogger("ray.serve")
 
 
@@ -60,7 +62,7 @@ class Coordinator:
     """The shared state of an application. Each export reserves `num_cpus`; at most `at_once` run, and `max_queued` wait."""
 
     def __init__(self, num_cpus: float = 1, at_once: int = 1, max_queued: int = 16, keep: int = 1000) -> None:
-        self.chosen: dict[str, str] = {}  # model -> the version number or alias that a request chose
+        self.chosen: Choices = {}
         self._changed = asyncio.Condition()
         self.keep, self.max_active = keep, at_once + max_queued
         self.task: Any = ray.remote(num_cpus=num_cpus, max_retries=0)(export_task)
@@ -70,16 +72,16 @@ class Coordinator:
 
     # ---- the served versions
 
-    async def choose(self, name: str, which: str) -> None:
-        """Serve a version number or an alias of a model from now on."""
+    async def choose(self, name: str, which: str, config: dict[str, Any]) -> None:
+        """Serve a version number or an alias of a model from now on, while `user_config` is `config`."""
         async with self._changed:
-            self.chosen[name] = which
+            self.chosen[name] = which, config
             self._changed.notify_all()
 
-    async def choices(self, known: dict[str, str]) -> AsyncIterator[dict[str, str]]:
-        """Yield the choices by model, at once and after each change. `known` are those that the caller received earlier."""
+    async def choices(self, known: Choices) -> AsyncIterator[Choices]:
+        """Yield the choices, at once and after each change. `known` are those that the caller received earlier."""
         self.chosen = known | self.chosen
-        seen: dict[str, str] | None = None
+        seen: Choices | None = None
 
         def is_new() -> bool:
             return self.chosen != seen
