@@ -5,7 +5,7 @@
     ray job submit -- python jobs/arena.py --only asvd acip    two methods, on a running Ray
 
 Methods run side by side as Ray tasks. Finished rows are skipped (--force measures them again). A method that fails does not stop
-the others. Table, rows and plot are written to ACIP_HOME/arenas/.
+the others. Table, rows and plot are written to ACIP_HOME/arenas/, and the rows are models of MLflow's experiment acip/ARENA.
 
 Exit codes: 0 all rows are measured, 1 some methods failed, 2 wrong arguments or files, 130 interrupted.
 """
@@ -20,10 +20,13 @@ from acip_platform import cli
 from acip_platform.cluster import connect
 from acip_platform.evaluation import method_comparison_report
 from acip_platform.evaluation.method_comparison import Arena, Results, entries, hold
+from acip_platform.evaluation.method_comparison_models import log_arena
 from acip_platform.reporting.console import Watch, console, lines
 from acip_platform.scheduling.events import open_event_queue
 from acip_platform.scheduling.job_queue import nodes
 from acip_platform.settings import Settings
+from acip_platform.tracking.registry import reached
+from acip_platform.tracking.runs import models_page
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,7 +71,10 @@ def run(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{arena.name}.md").write_text(method_comparison_report.markdown(rows, complete), encoding="utf-8")
         method_comparison_report.figure(rows, complete).savefig(folder / f"{arena.name}.png", dpi=150)
-        lines(out, {kind: str(folder / f"{arena.name}.{suffix}") for kind, suffix in (("rows", "json"), ("table", "md"), ("plot", "png"))})
+        with reached(settings):
+            page = models_page(settings, log_arena(settings, complete, rows).experiment_id)
+        files = {kind: str(folder / f"{arena.name}.{suffix}") for kind, suffix in (("rows", "json"), ("table", "md"), ("plot", "png"))}
+        lines(out, {**files, "models in MLflow": page})
     for entry, error in failures:
         out.print(f"[{entry.method} {', '.join(f'{size:g}' for size in entry.sizes)}] FAILED: {error}", markup=False)
     return cli.FAILED if failures else 0

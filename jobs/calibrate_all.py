@@ -40,8 +40,8 @@ from acip_platform.settings import Settings, masked, this_program
 from acip_platform.storage.store import Store
 from acip_platform.tracking import run_descriptions
 from acip_platform.tracking.provenance import commit
-from acip_platform.tracking.registry import CHAMPION, ModelVersion, Registry, check_registers, reached
-from acip_platform.tracking.runs import Run, Tracking, runs_page
+from acip_platform.tracking.registry import CHAMPION, ModelVersion, Registry, reached
+from acip_platform.tracking.runs import Run, Tracking, models_page
 from acip_platform.training.worker import run_job
 
 from acip.artifact.read_back import read_back
@@ -70,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 @reached()
 def run(args: argparse.Namespace) -> int:
     began, out, settings = time.monotonic(), console(), Settings.from_env()
-    check_registers(settings)
     fleet = Fleet.load(args.fleet)
     cli.check_only(args.only, [job.name for job in fleet.jobs], "fleet")
     jobs = [job for job in fleet.jobs if not args.only or job.name in args.only]
@@ -123,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
                 finish_fleet(parent, outcomes)
             except Exception as error:  # of MLflow or its file store: the models are registered already
                 out.print(f"the end of the fleet's run could not be recorded: {error}", markup=False)
-    return last_screen(out, settings, outcomes, done, time.monotonic() - began, runs_page(settings, tracking.experiment_id))
+    return last_screen(out, settings, outcomes, done, time.monotonic() - began, models_page(settings, tracking.experiment_id))
 
 
 def print_plan(jobs: list[Job], cluster: Nodes, settings: Settings, out: Any) -> None:
@@ -317,7 +316,7 @@ def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dic
         out.print("\nNext:", markup=False)
         lines(out, {
             **({"see the runs": server} if local else {}),
-            "table of runs": page,
+            "table of sizes": page,
             "serve": f"{run} jobs/serve.py",
             "move the slider": "http://127.0.0.1:8000/, when the server is ready",
             f"ask at {size:g}": f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",

@@ -26,7 +26,7 @@ import ray
 import torch
 from acip_platform import cli
 from acip_platform.cluster import connect
-from acip_platform.evaluation.measure import Model, Row, log_rows, measure_sizes, record, shown
+from acip_platform.evaluation.measure import Model, Row, log_models, log_rows, measure_sizes, record, shown
 from acip_platform.reporting.console import Watch, console, duration, evaluation_table, lines
 from acip_platform.scheduling.events import open_event_queue
 from acip_platform.scheduling.job_queue import Nodes, nodes
@@ -34,8 +34,9 @@ from acip_platform.settings import Settings, masked
 from acip_platform.storage.disk import Disk
 from acip_platform.storage.inputs import placed, resolved
 from acip_platform.storage.store import Store, StoreError
+from acip_platform.tracking.logged_models import experiment_of
 from acip_platform.tracking.registry import CHAMPION, Registry, reached
-from acip_platform.tracking.runs import Run, Tracking, runs_page
+from acip_platform.tracking.runs import Run, Tracking, models_page, runs_page
 from filelock import FileLock
 
 from acip.artifact.artifact import Artifact
@@ -153,10 +154,12 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
                     Disk().write(str(each), json.dumps(kept, indent=1).encode())
         if rows:
             log_rows(mlflow_run, kept)
+            log_models(mlflow_run, name, model, artifact, kept)
         if model.uri and rows:
             notes = recorded(Store.of(settings), model.uri, rows)
     last_screen(out, name, rows, errors, notes, args.out or file, time.monotonic() - began)
-    out.print(f"table of runs: {runs_page(settings, mlflow_run.experiment_id)}", markup=False)
+    experiment_id = experiment_of(mlflow_run, artifact)
+    lines(out, {"table of runs": runs_page(settings, mlflow_run.experiment_id), "table of models": models_page(settings, experiment_id)})
     return cli.FAILED if errors else 0
 
 

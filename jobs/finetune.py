@@ -28,7 +28,8 @@ from acip_platform.scheduling.job_queue import Nodes, nodes, resources_of, run_a
 from acip_platform.settings import Settings, masked
 from acip_platform.storage.inputs import resolved
 from acip_platform.storage.store import Store
-from acip_platform.tracking.registry import CANDIDATE, ModelVersion, Registry, check_registers, reached
+from acip_platform.tracking.logged_models import experiment_name
+from acip_platform.tracking.registry import CANDIDATE, ModelVersion, Registry, reached
 from acip_platform.tracking.runs import Tracking, runs_page
 from acip_platform.training.fine_tuning import fingerprint, lineage, tune_one, tuning_job
 from acip_platform.training.worker import run_job
@@ -79,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 @reached()
 def run(args: argparse.Namespace, settings: Settings) -> int:
     began, out = time.monotonic(), console()
-    check_registers(settings)
     registry, store = Registry(settings), Store.of(settings)
     version = registry.named(args.model)
     name, artifact = version.name, store.open(version.uri)
@@ -110,10 +110,11 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
 
     part = resources_of(job, available_nodes())
     attempt = f"{name}-tuned-{identity}" + (f"-{secrets.token_hex(4)}" if args.force else "")
-    mlflow_run = Tracking(settings, "acip/finetune").start(
-        f"{name} at {recipe.stop_ratio:g}", attempt, {"model": name, **lineage(job, version)}
-    )
+    experiment = experiment_name(settings, artifact, "acip/finetune")  # that of the calibration: one page compares the models of both
+    mlflow_run = Tracking(settings, experiment).start(f"{name} at {recipe.stop_ratio:g}", attempt, {"model": name, **lineage(job, version)})
     mlflow_run.params({**recipe.to_dict(), "base": job.base, "data": job.data})
+    if version.model_id:
+        mlflow_run.uses(version.model_id)
     out.print(f"acip: fine-tuning version {version.version} of {name} at size {recipe.stop_ratio:g}", markup=False)
     lines(out, {
         "dashboard": cluster.dashboard or "none",

@@ -27,7 +27,7 @@ from acip_platform.storage.inputs import resolved
 from acip_platform.storage.store import Store
 from acip_platform.tracking import run_descriptions
 from acip_platform.tracking.provenance import provenance
-from acip_platform.tracking.registry import CANDIDATE, check_registers, reached
+from acip_platform.tracking.registry import CANDIDATE, reached
 from acip_platform.tracking.runs import Tracking, runs_page
 from acip_platform.training.completion import Heldout, finish, stored
 from acip_platform.yaml_file import NAME
@@ -67,7 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 @reached()
 def run(args: argparse.Namespace) -> None:
     out, settings = console(), Settings.from_env()
-    check_registers(settings)
 
     def emit(_kind: str, text: str) -> None:
         out.print(f"[{args.name}] {text}", markup=False)

@@ -115,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
+    from acip_platform.storage.inputs import resolved
     from acip_platform.storage.store import Store
 
     from acip.export import hub
@@ -122,7 +123,9 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     from acip.export.folder import check_target, export
 
     folder = Path(args.out).absolute() if args.all_sizes else check_target(args.out)
-    uri = artifact_uri(args.model, args.alias, settings)
+    uri = resolved(args.model) if args.model.startswith(("~", "./", "../")) else args.model
+    version = None if is_artifact(uri) else registered(uri, args.alias, settings)
+    uri = uri if version is None else version.uri
     print(f"artifact   {masked(uri)}", flush=True)
     artifact = Store.of(settings).open(uri)
     if args.all_sizes:
@@ -146,6 +149,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"weights    {provenance['weight_bytes']:,} bytes ({stored_as(provenance)}); {on_disk:,} with all other files")
     print(f"written    {folder}")
+    log_export(settings, version, provenance, args.push or str(folder), args.format)
     push_and_show(folder, args.push, "" if args.format == "compressed-tensors" else "import acip; ")
 
 
@@ -222,20 +226,32 @@ def push_and_show(folder: Path, repository: str | None, imports: str = "import a
     print(f"\ntry it\n  {this_python()} -c {example(repository or str(folder), imports)}\n")
 
 
-def artifact_uri(model: str, alias: str, settings: Settings) -> str:
-    """Return the URI of an artifact: `model` itself if it is a URI or the folder of an artifact, else that of the registered version."""
-    from acip_platform.storage.inputs import resolved
+def is_artifact(model: str) -> bool:
+    """Return whether `model` is the URI or the folder of an artifact, not a name in the registry."""
+    # a folder with the model's name alone may be an export, so it needs a manifest
+    return "://" in model or (Path(model).is_dir() and ("/" in model or (Path(model) / "manifest.json").is_file()))
 
-    if model.startswith(("~", "./", "../")):
-        model = resolved(model)
-    if "://" in model or (Path(model).is_dir() and ("/" in model or (Path(model) / "manifest.json").is_file())):
-        return model  # a folder with the model's name alone may be an export, so it needs a manifest
-    if "/" in model:
-        raise AcipError(f"{model} is not a folder. Give a name in the registry, a folder, file:// or s3://bucket/prefix.")
+
+def registered(model: str, alias: str, settings: Settings) -> Any:
+    """Return the version of a registered model."""
     from acip_platform.tracking.registry import Registry, reached
 
+    if "/" in model:
+        raise AcipError(f"{model} is not a folder. Give a name in the registry, a folder, file:// or s3://bucket/prefix.")
     with reached(settings):
-        return Registry(settings).named(model, alias).uri
+        return Registry(settings).named(model, alias)
+
+
+def log_export(settings: Settings, version: Any, provenance: dict[str, Any], where: str, kind: str) -> None:
+    """Record the export in MLflow if its artifact is a registered version. If MLflow fails, the export is complete all the same."""
+    if version is None:
+        return
+    from acip_platform.tracking import logged_models
+
+    try:
+        logged_models.log_export(settings, version, provenance, where, kind)
+    except AcipError as error:
+        print(f"note       the export is not recorded in MLflow: {error}")
 
 
 def example(model: str, imports: str) -> str:

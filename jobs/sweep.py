@@ -30,7 +30,7 @@ from acip_platform.scheduling.events import open_event_queue
 from acip_platform.scheduling.fleet import Fleet, Job
 from acip_platform.scheduling.job_queue import Resources, nodes, resources_of
 from acip_platform.settings import Settings, masked
-from acip_platform.tracking.registry import check_registers, reached
+from acip_platform.tracking.registry import reached
 from acip_platform.tracking.runs import Run, Tracking, runs_page
 from acip_platform.training import sweep_report
 from acip_platform.training.sweep import Outcome, Sweep, keep, run, winner
@@ -56,7 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def sweep_one(args: argparse.Namespace) -> int:
     began, out = time.monotonic(), console()
     settings = Settings.from_env()
-    check_registers(settings)
     fleet = Fleet.load(args.fleet)
     sweep = Sweep.plan(job_of(fleet, args.only), Space.load(args.space))
     cluster = connect(settings)

@@ -16,7 +16,7 @@ the last token of the previous one, as in lm-eval.
 import inspect
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import chdir, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -91,8 +91,19 @@ class TaskScore(Measurement):
             if isinstance(value, int | float) and "," in name
         }
         count = sum(part["effective"] for part in items.values())
+        return {"label": self.label, "values": values, "items": count, "shots": shots.get(self.task)}
+
+    @property
+    def label(self) -> str:
+        """The label of the part: the task, and what was chosen about it."""
         chosen = (f"{self.shots}shot" if self.shots is not None else "", f"first{self.limit}" if self.limit else "")
-        return {"label": f"{self.kind}/{label(self.task, *chosen)}", "values": values, "items": count, "shots": shots.get(self.task)}
+        return f"{self.kind}/{label(self.task, *chosen)}"
+
+
+def score(values: Mapping[str, float]) -> tuple[str, float]:
+    """Return the name and the value of a task's main metric: its accuracy, or lm-eval's first metric for tasks without choices."""
+    name = "acc" if "acc" in values else next(iter(values))
+    return name, values[name]
 
 
 def expand(names: Iterable[str]) -> list[str]:

@@ -184,10 +184,15 @@ def test_mlflow_run_holds_the_results(first_run: subprocess.CompletedProcess[str
     artifact = Artifact.open(version.uri, verify=True)
     assert {round(row["asked"] * 100): row["perplexity"] for row in artifact.curve} == pytest.approx(curve)
     assert version.tags["verdict"] == run.data.tags["verdict"] == "champion: the first of tiny"
-    assert float(version.tags["ppl_60"]) == pytest.approx(curve[60], rel=1e-3)
+    source = tracking.client.get_logged_model(version.model_id)
+    assert (source.name, source.source_run_id, source.tags["artifact_uri"]) == ("tiny", run.info.run_id, version.uri)
+    models = tracking.client.search_logged_models(
+        [tracking.experiment_id], "params.model = 'tiny' AND params.size = '60 percent of numbers'"
+    )
+    assert [metric.value for model in models for metric in model.metrics or () if metric.key == "perplexity"] == pytest.approx([curve[60]])
     assert f"Version 1 of tiny, {version.tags['verdict']}." in run.data.tags["mlflow.note.content"]
     files = {item.path for item in tracking.client.list_artifacts(run.info.run_id)}
-    expected_files = {"tradeoff.png", "score_map.png", "kept_ranks_60.png", "tradeoff.json", "samples.json", "adapter_at_40"}
+    expected_files = {"tradeoff.png", "score_map.png", "kept_ranks_60.png", "samples.json", "adapter_at_40"}
     assert expected_files | {"recipe.json", "provenance.json"} <= files
     folder = tracking.client.download_artifacts(run.info.run_id, "adapter_at_40")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(demo_home.base), folder)

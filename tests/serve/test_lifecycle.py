@@ -129,6 +129,19 @@ def test_another_version_is_served_without_a_restart(server: Server, served_home
     assert server.ask(max_tokens=2)["version"] == "1"
 
 
+def test_server_follows_the_alias(server: Server, served_home: Path, candidate: str) -> None:
+    """An alias that is moved in the registry, for example in MLflow's UI, changes what a running server serves."""
+    registry = Registry(Settings.from_env({"ACIP_HOME": str(served_home)}))
+    server.client.post("/v1/models/small/load", json={"alias": "champion"}).raise_for_status()
+    assert server.ask(max_tokens=2)["version"] == "1"
+    try:
+        registry.set_alias(registry.resolve("small", candidate))
+        until(lambda: server.ask(max_tokens=2)["version"] == candidate, "the server does not follow the alias")
+    finally:
+        registry.set_alias(registry.resolve("small", "1"))
+    until(lambda: server.ask(max_tokens=2)["version"] == "1", "the server does not follow the alias back")
+
+
 def test_ctrl_c_finishes_answers_and_leaves_no_process(server_to_stop: Server) -> None:
     server, processes = server_to_stop, server_to_stop.processes()
     assert len(processes) > 5

@@ -93,8 +93,8 @@ class Application:
         self.replica = EngineReplica([self.version], timeout_s=PATIENCE_S, device="cpu", num_cpus=1, memory_gb=None, engine=ENGINE)
         coordinator = Coordinator()
         coordinator.max_active = 0  # requests are validated, but no Ray task is started
-        api = Api(LocalHandle(self.replica), LocalHandle(coordinator), [self.version], 64, Keys())  # type: ignore[arg-type]
-        self.app: Any = api.__serve_build_asgi_app__()
+        self.api = Api(LocalHandle(self.replica), LocalHandle(coordinator), [self.version], 64, Keys())  # type: ignore[arg-type]
+        self.app: Any = self.api.__serve_build_asgi_app__()
         self.runner = asyncio.Runner()
 
     def ask(self, method: str, path: str, body: bytes = b"", headers: Headers = JSON_TYPE, query: bytes = b"") -> tuple[int, bytes]:

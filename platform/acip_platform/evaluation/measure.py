@@ -34,6 +34,8 @@ from acip_platform.scheduling.job_queue import Nodes, Resources, fits, resources
 from acip_platform.settings import Settings
 from acip_platform.storage.inputs import identity
 from acip_platform.storage.store import Store
+from acip_platform.tracking import logged_models
+from acip_platform.tracking.logged_models import experiment_of, of_other, of_sizes
 from acip_platform.tracking.runs import BYTES, Run, at_size
 
 PART = "part.json"
@@ -220,6 +222,16 @@ def log_rows(run: Run, rows: Sequence[Row]) -> None:
     logged = {name: run.steps(name) for name in ("size/got", f"{BYTES}size/got")}
     run.metrics([(step, values) for step, values in points if not any(step in logged[name] for name in logged if name in values)])
     run.json(list(rows), "evaluation.json")
+
+
+def log_models(run: Run, name: str, model: Model, artifact: Artifact | None, rows: Sequence[Row]) -> None:
+    """Log the measured sizes as LoggedModels, those of an artifact in the experiment that it was made in."""
+    if artifact is None:
+        tokenizer, key = tokenizer_of(model.base, model.trust_remote_code), model.identity(None)
+        models = [of_other(name, key, {"base": model.base, "dtype": model.dtype}, row, tokenizer) for row in rows]
+    else:
+        models = of_sizes(name, artifact, model.uri, rows)
+    logged_models.log_models(run, models, experiment_of(run, artifact), made=False)
 
 
 def record(store: Store, uri: str, rows: Sequence[Row]) -> tuple[Artifact, list[float]]:

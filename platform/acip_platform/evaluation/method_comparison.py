@@ -34,7 +34,7 @@ from acip.evaluate.efficiency import reset_peak
 from acip.evaluate.heldout_text import Protocol
 from acip.evaluate.measurement import Subject, stored_bytes
 from acip.evaluate.tasks import check as check_tasks
-from acip.evaluate.tasks import expand
+from acip.evaluate.tasks import expand, score
 from acip.layers.targets import find_linears
 from acip.recipe import Dtype
 from acip.sizing.budget import Budget
@@ -303,11 +303,11 @@ def measure(model: Any, base: Base, arena: Arena) -> dict[str, dict[str, float]]
     scored = []
     for task, part in zip(tasks, parts[len(texts) :], strict=True):
         values = part["values"]
-        metric = "acc" if "acc" in values else next(iter(values))  # tasks without choices have no accuracy: lm-eval's first metric
+        metric, value = score(values)
         name = task.task.removeprefix("package:")
         if metric == "acc":
             scored.append(name)
-        metrics[name], errors[name] = values[metric], values.get(f"{metric}_stderr", math.nan)
+        metrics[name], errors[name] = value, values.get(f"{metric}_stderr", math.nan)
     if scored:
         metrics[MEAN] = statistics.fmean(metrics[name] for name in scored)
         errors[MEAN] = math.hypot(*(errors[name] for name in scored)) / len(scored)

@@ -75,7 +75,7 @@ ENGINE_ENV = {
 }
 READY_TIMEOUT_S = 5.0
 REGISTRY_TIMEOUT_S = 30.0  # to resolve a version
-REGISTRY_POLL_S = 30.0  # between two looks at the aliases in the registry
+REGISTRY_POLL_S = 15.0  # between two looks at the aliases in the registry
 RETRY_S = 1.0
 STREAM_END_S = 5.0  # the HTTP deployment runs longer than the engines, to end interrupted streams
 
@@ -98,6 +98,7 @@ class Api:
         self.versions = {version.name: version for version in versions}
         self.config: dict[str, Any] = {}
         self.chosen: Choices = {}
+        self.failed: dict[str, str] = {}  # model -> why the selected version is not served
         self.metrics = Metrics()
         self.running = 0
         self._cards: dict[tuple[str, str], dict[str, Any]] = {}
@@ -117,7 +118,12 @@ class Api:
         """Return the cards of models in memory, and short cards of the others. It loads no model, so a broken one does not hide others."""
         if any((name, version.version) not in self._cards for name, version in self.versions.items()):
             self._cards |= {(card["id"], card["version"]): card for card in await self._call("cards")}
-        return [self._cards.get((name, version.version)) or brief(version) for name, version in self.versions.items()]
+        known = {name: self._cards.get((name, version.version)) or brief(version) for name, version in self.versions.items()}
+        return [card | self._error(name) for name, card in known.items()]
+
+    def _error(self, name: str) -> dict[str, str]:
+        """Return the field of a card that explains why the selected version of a model is not served; {} if it is."""
+        return {"load_error": self.failed[name]} if name in self.failed else {}
 
     async def card(self, name: str) -> dict[str, Any]:
         """Return the card of a model. It is loaded if it is not in memory."""
@@ -125,7 +131,7 @@ class Api:
         key = (name, version.version)
         if key not in self._cards:
             self._cards[key] = await self._call("card", version)
-        return self._cards[key]
+        return self._cards[key] | self._error(name)
 
     async def size(self, name: str, request: ModelSizeRequest) -> dict[str, Any]:
         return await self._call("size", self.versions[name], request)
@@ -152,11 +158,14 @@ class Api:
             self.versions[name] = version
         return card
 
-    async def _load(self, version: ModelVersion) -> dict[str, Any]:
-        """Load a version into all engines and return its card. RequestError if one of them can't load it."""
-        card: dict[str, Any] = await self._call("card", version)  # this also starts an engine if there is none
+    async def _load(self, version: ModelVersion, instead_of: ModelVersion | None = None) -> dict[str, Any]:
+        """Load a version into all engines, where it generates a token, and return its card. RequestError if one of them can't load it.
+
+        `instead_of` stays in memory meanwhile.
+        """
+        card: dict[str, Any] = await self._call("load", version, instead_of)  # this also starts an engine if there is none
         with converted():
-            for result in await self.engine.broadcast("card", version).results_async():
+            for result in await self.engine.broadcast("load", version, instead_of).results_async():
                 _body(result)
         self._cards[version.name, version.version] = card
         return card
@@ -199,7 +208,8 @@ class Api:
     async def refresh(self) -> None:
         """Serve what the registry, `user_config` and the choices of requests select now.
 
-        A new version is served when all engines have loaded it. The present one stays if that fails, or if the registry does not answer.
+        A new version is served when all engines have loaded it and generated a token. The present one is served meanwhile, and stays if
+        that fails (it is tried again, less and less often), or if the registry does not answer.
         """
         async with self._refreshing:
             try:
@@ -207,18 +217,22 @@ class Api:
             except (RegistryError, RegistryAwayError) as error:
                 log.warning("the served versions stay as they are: %s", error)
                 return
-            versions = {}
+            versions, failed = {}, {}
             for version in selected:
-                served = self.versions.get(version.name)
+                name, served = version.name, self.versions.get(version.name)
                 if served is None or key_of(served) != key_of(version):
                     try:
-                        await self._load(version)
+                        await self._load(version, served)
+                        log.warning("%s: version %s is served from now on", name, version.version)  # the server's log shows no info
+                        served = version
                     except RequestError as error:
-                        log.warning("version %s of %s can't be loaded: %s", version.version, version.name, error)
-                        version = served  # noqa: PLW2901
-                if version is not None:
-                    versions[version.name] = version
-            self.versions = versions
+                        failed[name] = f"version {version.version} can't be loaded: {error}"
+                        if self.failed.get(name) != failed[name]:
+                            log.error("%s, %s; the served version stays", name, failed[name])
+                if served is not None:
+                    versions[name] = served
+            self.versions, self.failed = versions, failed
+            self.metrics.show_failed({name: name in failed for name in [*versions, *failed]})
 
     async def materialize(self, request: MaterializationRequest) -> dict[str, Any]:
         name, _ = split_name(request.model, self.names)

@@ -61,7 +61,21 @@ def _export(settings: Settings, work: Work, folder: Path) -> dict[str, Any]:
     export(any_size, artifact, folder / work.title, work.quantize, facts={"materialization": work.facts})
     raw = (folder / work.title / PROVENANCE).read_bytes()
     uri = store.add(folder / work.title, f"{work.key}-{hashlib.sha256(raw).hexdigest()[:8]}", PROVENANCE)
+    _log(settings, work, json.loads(raw), uri)
     return {"uri": uri, **sums(raw)}
+
+
+def _log(settings: Settings, work: Work, provenance: dict[str, Any], uri: str) -> None:
+    """Record the export in MLflow. If that fails, the export is complete all the same."""
+    from acip_platform.tracking.logged_models import log_export
+    from acip_platform.tracking.registry import Registry, few_retries, reached
+
+    try:
+        with reached(settings), few_retries():
+            version = Registry(settings).resolve(work.facts["model"], work.facts["version"])
+        log_export(settings, version, provenance, uri)
+    except AcipError as error:
+        log.warning("the export at %s is not recorded in MLflow: %s", uri, error)
 
 
 def sums(raw: bytes) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -31,14 +33,14 @@ from acip_platform.serve.text_engine import TextEngine, TextRequest
 from acip_platform.serve.tradeoff import trade_off
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store
-from acip_platform.tracking.registry import ModelVersion
+from acip_platform.tracking.registry import ModelVersion, Registry, few_retries, reached
 
 MEMORY_SHARE = 0.8  # of the free memory, if no limit is given
 MESSAGES_PER_S = 50  # to all clients together. A message passes three processes, so events are batched when there are many streams
 LOADERS = 4  # number of models that are loaded at the same time; they share the disk
 SUBMITTERS = 64  # threads that encode prompts and load sizes
 ENGINES = ("acip", "vllm")  # the embedded engine; vLLM in the same process
-RETRY_S = (5.0, 300.0)  # first and longest wait between attempts to load the first models; it doubles
+RETRY_S = (5.0, 300.0)  # first and longest wait between attempts to load a model; it doubles
 
 log = logging.getLogger("ray.serve")
 
@@ -57,8 +59,17 @@ def model_kind(engine: str) -> type[ResidentModel]:
     return kind
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """The error of a version that could not be loaded."""
+
+    answer: dict[str, Any]
+    wait_s: float
+    until: float  # when it may be tried again, in seconds of time.monotonic
+
+
 class EngineReplica:
-    """One engine process. `versions` are loaded at the start, other versions at their first request."""
+    """One engine process. At the start, it loads `versions`, or the ones that their aliases select now; others at their first request."""
 
     def __init__(
         self, versions: list[ModelVersion], timeout_s: float, device: str, num_cpus: int, memory_gb: float | None,
@@ -74,6 +85,7 @@ class EngineReplica:
         self.models = ModelCache(self.engine, store, device, limit, self.recorder.add, code_copies, model_kind(engine))
         self.failed: dict[str, str] = {}  # model -> the reason why it cannot be loaded
         self.warm = False  # whether a model is loaded and has generated a token
+        self._refused: dict[Key, Refusal] = {}  # versions that could not be loaded
         self._loading: dict[Key, asyncio.Future[ResidentModel]] = {}
         self._loaders = ThreadPoolExecutor(LOADERS, "loader")  # loading takes long, so it has threads of its own
         self._submitters = ThreadPoolExecutor(SUBMITTERS, "submitter")  # a request may load the weights of its size
@@ -86,7 +98,7 @@ class EngineReplica:
         while True:
             for version in versions:
                 try:
-                    self._warm(version)
+                    self._warm_current(version)
                     self.warm = True
                     self.failed.pop(version.name, None)
                 except Exception as error:
@@ -97,6 +109,17 @@ class EngineReplica:
                 return
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, longest_s)
+
+    def _warm_current(self, version: ModelVersion) -> None:
+        """Load the version that the alias of `version` selects now. If that fails, or the registry does not answer, load `version`."""
+        if version.alias:
+            try:
+                with reached(self.settings), few_retries():
+                    self._warm(Registry(self.settings).resolve(version.name, version.alias))
+                return
+            except AcipError as error:
+                log.warning("the version of %s with the alias %s can't be loaded: %s", version.name, version.alias, error)
+        self._warm(version)
 
     def _warm(self, version: ModelVersion) -> None:
         """Load a model and generate one token. Raise an AcipError if that fails."""
@@ -115,6 +138,27 @@ class EngineReplica:
     async def card(self, version: ModelVersion) -> dict[str, Any]:
         """Return the card of a model. It is loaded if it is not in memory."""
         return await self._result(model_card, version)
+
+    async def load(self, version: ModelVersion, instead_of: ModelVersion | None = None) -> dict[str, Any]:
+        """Load a version, generate a token with it, and return its card.
+
+        `instead_of`, the version that is served, stays in memory meanwhile. If the version could not be loaded before, it is tried again
+        after a while, and the answer is the same error until then.
+        """
+        refusal = self._refused.get(key_of(version))
+        if instead_of is not None and refusal is not None and time.monotonic() < refusal.until:
+            return refusal.answer
+        try:
+            with self.models.keep(instead_of) if instead_of is not None else nullcontext():
+                model = await self._model(version)
+                await asyncio.get_running_loop().run_in_executor(self._loaders, self._warm, version)
+            self._refused.pop(key_of(version), None)
+            return {"body": model_card(model)}
+        except Exception as error:
+            first_s, longest_s = RETRY_S
+            wait_s = first_s if refusal is None else min(2 * refusal.wait_s, longest_s)
+            refusal = self._refused[key_of(version)] = Refusal(_failed(error), wait_s, time.monotonic() + wait_s)
+            return refusal.answer
 
     async def trade_off(self, version: ModelVersion) -> dict[str, Any]:
         """Return the facts for choosing a size, with the samples that are recorded so far."""

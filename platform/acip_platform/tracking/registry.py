@@ -1,8 +1,11 @@
 """The model registry: versions of calibrated models, and the aliases that select one of them.
 
-A version holds the URI of an artifact; weights never pass through MLflow. The version with the alias `champion` is served.
+A version points at a LoggedModel (acip_platform.tracking.logged_models) and holds the URI of an artifact in its tag `artifact_uri`. Weights
+never pass through MLflow. Versions from before there were LoggedModels have the URI as their source. The version with the alias `champion`
+is served.
 """
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +14,7 @@ from typing import Any
 
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 from requests.exceptions import RequestException
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -20,6 +24,7 @@ from acip_platform.settings import Settings, masked
 
 CHAMPION = "champion"  # alias of the version that is served
 CANDIDATE = "candidate"  # alias of a version that a person may promote
+ARTIFACT_URI, MODEL_ID = "artifact_uri", "model_id"  # tags of a version: its artifact, and its LoggedModel
 CHAMPIONS = "champions"  # tag of a registered model: its past and present champions, in order
 
 RETRY_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # seconds; the defaults add up to minutes
@@ -39,13 +44,23 @@ def few_retries() -> Iterator[None]:
 
     Limits that are set in the environment stay as they are.
     """
-    added = {name: value for name, value in RETRY_LIMITS.items() if name not in os.environ}
-    os.environ.update(added)
+    with environment({name: value for name, value in RETRY_LIMITS.items() if name not in os.environ}):
+        yield
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables inside the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        for name in added:
-            del os.environ[name]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
@@ -62,18 +77,6 @@ def reached(settings: Settings | None = None) -> Iterator[None]:
         raise RegistryAwayError(f"the registry at {where} can't be reached: {message}. Check MLFLOW_TRACKING_URI.") from error
 
 
-def check_registers(settings: Settings) -> None:
-    """Raise RegistryError if artifacts could not be registered. Call it before long work.
-
-    MLflow's server does not accept a local path as the source of a version.
-    """
-    if settings.tracking_uri.startswith("http") and "://" not in settings.store:
-        raise RegistryError(
-            f"the MLflow server at {masked(settings.tracking_uri)} does not register local paths, and artifacts would be written to "
-            f"{settings.store}. Set ACIP_ARTIFACT_URI to s3://bucket/prefix, or unset MLFLOW_TRACKING_URI."
-        )
-
-
 @dataclass(frozen=True)
 class ModelVersion:
     """One registered version of a calibrated model, with the URI of its artifact."""
@@ -83,28 +86,50 @@ class ModelVersion:
     uri: str
     aliases: tuple[str, ...]
     tags: Mapping[str, str]
+    alias: str = ""  # by which the version was selected; "" = by its number
+
+    @property
+    def model_id(self) -> str:
+        """The id of its LoggedModel; "" if it has none."""
+        return self.tags.get(MODEL_ID, "")
 
 
 class Registry:
     """The registered models, their versions and aliases."""
 
     def __init__(self, settings: Settings) -> None:
-        self.client = MlflowClient(tracking_uri=settings.tracking_uri)
+        self.settings, self.client = settings, MlflowClient(tracking_uri=settings.tracking_uri)
 
-    def register(self, name: str, uri: str, run_id: str, tags: Mapping[str, str], description: str = "", about: str = "") -> ModelVersion:
+    def register(
+        self, name: str, uri: str, run_id: str, tags: Mapping[str, str], description: str = "", about: str = "", model_id: str = ""
+    ) -> ModelVersion:
         """Register the artifact at `uri` as a version of `name`, or return the version that already has this URI.
 
-        `description` describes the version, `about` the model.
+        `description` describes the version, `about` the model. The version points at the LoggedModel `model_id`, if it is given.
         """
         try:
             self.client.create_registered_model(name, description=about)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        for version in self.client.search_model_versions(f"name = '{name}'"):
-            if version.source == uri:
-                return self._version(version)
-        return self._version(self.client.create_model_version(name, uri, run_id, dict(tags), description=description))
+        for known in map(self._version, self.client.search_model_versions(f"name = '{name}'")):
+            if known.uri == uri:
+                return known
+        source, pointers = (f"models:/{model_id}", {ARTIFACT_URI: uri, MODEL_ID: model_id}) if model_id else (uri, {})
+        with environment({"MLFLOW_TRACKING_URI": self.settings.tracking_uri}):  # where a registry in a database looks for the LoggedModel
+            created = self.client.create_model_version(
+                name, source, run_id, {**tags, **pointers}, description=description, model_id=model_id or None
+            )
+        return self._version(created)
+
+    def link(self, version: ModelVersion, model_id: str) -> None:
+        """Record in a version and in its LoggedModel that they belong together. The page of the LoggedModel then names the version."""
+        if version.model_id != model_id:
+            self.tag(version, {MODEL_ID: model_id})
+        versions = json.loads(self.client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+        own = {"name": version.name, "version": version.version}
+        if own not in [{**each, "version": str(each["version"])} for each in versions]:  # MLflow's server has added it as a number
+            self.client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps([*versions, own])})
 
     def tag(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
         """Add `tags` to `version`."""
@@ -196,7 +221,7 @@ class Registry:
             raise RegistryError(
                 f"model {name!r} has no version or alias {which!r}{hint}; it has {', '.join(versions) or 'none'}."
             ) from error
-        return self._version(version)
+        return replace(self._version(version), alias="" if numbered else which)
 
     def named(self, text: str, usual: str = CHAMPION) -> ModelVersion:
         """Return the version that `text` selects: NAME@WHICH with an alias or a version number, or NAME for the alias `usual`."""
@@ -205,4 +230,5 @@ class Registry:
 
     def _version(self, version: Any) -> ModelVersion:
         aliases = tuple(version.aliases) if version.aliases else ()
-        return ModelVersion(version.name, str(version.version), version.source, aliases, dict(version.tags))
+        tags = dict(version.tags)
+        return ModelVersion(version.name, str(version.version), tags.get(ARTIFACT_URI, version.source), aliases, tags)

@@ -1,12 +1,11 @@
 """The text and tables on MLflow's pages of a run, a version, a registered model and a fleet, and the values logged with them."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from acip.artifact.artifact import Artifact
 from acip.errors import BudgetError
-from acip.evaluate import divergence_of, improbable, metrics
+from acip.evaluate import divergence_of, improbable
 from acip.evaluate.heldout_text import cut_by
 from acip.export.card import shown
 from acip.recipe import nearest
@@ -49,27 +48,19 @@ def measured(row: Mapping[str, Any]) -> dict[str, float]:
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, float]]]:
     """Return a model's curve as metrics of its run: (size in percent, or in thousandths of the bytes, metrics)."""
-    return [at_size(row, measured(row) | metrics({"evaluation": [], **row})) for row in rows]
+    return [at_size(row, measured(row)) for row in rows]
 
 
 def choosing(job: Job, artifact: Artifact) -> dict[str, str]:
-    """Return the tags by which a person chooses a version. `ppl_60` is the perplexity at size 0.6, `ppl_bytes_420` at 42 % of the bytes.
-
-    MLflow's columns are narrow.
-    """
-    quality = {_tag(row): f"{row['perplexity']:.4g}" for row in artifact.curve if math.isfinite(row["perplexity"])}
+    """Return the tags by which a person chooses a version. The quality of its sizes is in its LoggedModels."""
     origin, warnings, close = artifact.manifest["provenance"], improbable(artifact.curve), close_to_base(artifact)
     return {
-        **quality, **({"curve_warning": " ".join(warnings)} if warnings else {}),
+        **({"curve_warning": " ".join(warnings)} if warnings else {}),
         **({"close_to_base": close} if close else {}),
         "area": _area(artifact.curve), "base": job.base, "recipe": recipe_name(job), "stop_ratio": str(job.recipe.stop_ratio),
         "steps": str(artifact.manifest["steps"]), "data": job.data, "measured_on": job.eval_data or job.data,
         "commit": str(origin.get("commit", "unknown")),
     }  # fmt: skip
-
-
-def _tag(row: Mapping[str, Any]) -> str:
-    return f"ppl_bytes_{round(row['asked'] * 1000)}" if is_coded(row) else f"ppl_{round(row['asked'] * 100)}"
 
 
 def close_to_base(artifact: Artifact) -> str:
@@ -86,8 +77,8 @@ def of_model(job: Job) -> str:
     """Return the description of a registered model."""
     return (
         f"{shown(job.base)} at any size. Each version is the result of one calibration: a folder from which every size can be read. The "
-        "`champion` is served. A `candidate` was not better than the champion, or not comparable with it. Choose a version by its tags: "
-        "`ppl_60` is the perplexity at size 0.6, and so on; `ppl_bytes_420` is the perplexity at 42 % of the bytes; `close_to_base` is the "
+        "`champion` is served. A `candidate` was not better than the champion, or not comparable with it. Choose a version by the sizes of "
+        "its source model (the Models tab of the experiment), or by its tags: `close_to_base` is the "
         f"smallest size with a KL divergence of at most {CLOSE_KL} nats per token; `area` is the area under the excess loss (nats per "
         f"token) over all sizes, and less is better. `python jobs/promote.py {job.name} VERSION` makes a version the champion; "
         "`--rollback` restores the previous one."
@@ -113,7 +104,7 @@ def of_run(job: Job, artifact: Artifact, uri: str, outcome: str) -> str:
         outcome, *_about(job, artifact), f"Artifact: `{uri}`",
         f"**Model metrics**. {AXES}",
         "**Artifacts**: `samples.json` "
-        "(text generated at each size), `tradeoff.json` (the curve), `tradeoff.png`, `perplexity_over_flops.png`, with coded sizes "
+        "(text generated at each size), `tradeoff.png`, `perplexity_over_flops.png`, with coded sizes "
         "`perplexity_over_bytes.png` and `kl_over_bytes.png`, `score_map.png`, `kept_ranks_*.png`" + masks + ", the adapter for PEFT, "
         "`provenance.json`.",
     ])  # fmt: skip

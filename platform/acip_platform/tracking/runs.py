@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import LoggedModelInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
@@ -40,7 +40,7 @@ AXES = (
     "the optimizer step."
 )
 LOCAL_SERVER = "http://127.0.0.1:5000"  # default address of `mlflow server`
-RUNS_TABLE = "runs?workflowType=machine_learning"  # MLflow 3 opens an experiment in its GenAI view, which does not show these metrics
+TRAINING_VIEW = "workflowType=machine_learning"  # MLflow 3 opens an experiment in its GenAI view, which does not show these metrics
 BATCH = 1000  # most metrics in one request
 BYTES = "bytes/"  # beginning of the names of a coded size's metrics
 
@@ -130,6 +130,10 @@ class Run:
     def describe(self, markdown: str) -> None:
         """Set the description at the top of the run's page."""
         self.tags({MLFLOW_RUN_NOTE: markdown})
+
+    def uses(self, model_id: str) -> None:
+        """Record that the run starts from a LoggedModel. The page of the run then links it."""
+        self.client.log_inputs(self.run_id, models=[LoggedModelInput(model_id)])
 
     def last_step(self, key: str) -> int:
         """Return the last step at which `key` was logged, or 0. A resumed run uses it to log each step once."""
@@ -227,5 +231,14 @@ def artifacts_inside(settings: Settings, run_id: str) -> dict[str, str]:
 
 def runs_page(settings: Settings, experiment_id: str) -> str:
     """Return the URL of an experiment's table of runs. For a local database it is the default address of `mlflow server`."""
+    return _page(settings, experiment_id, "runs")
+
+
+def models_page(settings: Settings, experiment_id: str) -> str:
+    """Return the URL of an experiment's table of models."""
+    return _page(settings, experiment_id, "models")
+
+
+def _page(settings: Settings, experiment_id: str, tab: str) -> str:
     server = masked(settings.tracking_uri).rstrip("/") if settings.tracking_uri.startswith("http") else LOCAL_SERVER
-    return f"{server}/#/experiments/{experiment_id}/{RUNS_TABLE}"
+    return f"{server}/#/experiments/{experiment_id}/{tab}?{TRAINING_VIEW}"

@@ -1,6 +1,6 @@
 """The last steps of a job: store the artifact, measure its curve, log it to MLflow, and register its version.
 
-    save -> stored -> measured curve -> figures and tables of the run -> registered version -> champion or candidate -> tasks
+    save -> stored -> measured curve -> figures of the run -> LoggedModels -> registered version -> champion or candidate -> tasks
 
 The curve is measured from the stored artifact, once: an artifact that has a curve keeps it.
 """
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from acip.artifact.artifact import Artifact
 from acip.base import Base
 from acip.calibration.memory_plan import STREAMED_HIDDEN
-from acip.evaluate import DivergenceOn, Samples, Text, divergence_of, evaluate, streamed_trade_off, trade_off
+from acip.evaluate import DivergenceOn, Samples, Text, evaluate, streamed_trade_off, trade_off
 from acip.export.peft import save_peft
 from acip.sizing.cut_table import Budget
 from acip.sizing.elastic_model import ElasticModel
@@ -31,7 +31,7 @@ from acip_platform.settings import Settings
 from acip_platform.storage.checkpoints import Emit
 from acip_platform.storage.disk import StoreError, reason
 from acip_platform.storage.store import Store
-from acip_platform.tracking import run_descriptions
+from acip_platform.tracking import logged_models, run_descriptions
 from acip_platform.tracking.promotion import Verdict, promote_if_better
 from acip_platform.tracking.registry import CHAMPION, ModelVersion, Registry
 from acip_platform.tracking.runs import Run
@@ -92,11 +92,14 @@ def finish(
     if not artifact.curve:
         artifact = store.record_curve(uri, artifact, measured_curve(job, artifact, model, heldout, emit, streamed))
     log_artifact(job, artifact, uri, run)
+    model_id = logged_models.log_artifact(run, job.name, artifact, uri)
     registry = Registry(settings)
-    version = registered_version(job, artifact, uri, run, registry, fingerprint)
+    version = registered_version(job, artifact, uri, run, registry, fingerprint, model_id)
     verdict = promote_if_better(registry, store, version, artifact, alias == CHAMPION)
     log_verdict(job, artifact, uri, run, version, verdict)
     artifact = measure_tasks(job, artifact, model, uri, run, settings, emit)  # last, because a missing task set must not undo the rest
+    if job.tasks:
+        logged_models.log_artifact(run, job.name, artifact, uri)
     return {
         "uri": uri,
         "version": version.version,
@@ -127,11 +130,15 @@ def measured_curve(
     return trade_off(model, heldout.windows, text.source, sizes, stop, text.protocol, divergence, add_samples, text.start)
 
 
-def registered_version(job: Job, artifact: Artifact, uri: str, run: Run, registry: Registry, fingerprint: str) -> ModelVersion:
+def registered_version(
+    job: Job, artifact: Artifact, uri: str, run: Run, registry: Registry, fingerprint: str, model_id: str
+) -> ModelVersion:
     """Register the artifact as a version of the model, with the tags and texts that help to choose between versions."""
     tags = {"fingerprint": fingerprint or job.fingerprint, **run_descriptions.choosing(job, artifact)}
     description = run_descriptions.of_version(job, artifact, uri)
-    return registry.register(job.name, uri, run.run_id, tags, description, run_descriptions.of_model(job))
+    version = registry.register(job.name, uri, run.run_id, tags, description, run_descriptions.of_model(job), model_id)
+    registry.link(version, model_id)
+    return version
 
 
 def log_artifact(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
@@ -140,8 +147,6 @@ def log_artifact(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
     run.tags({"artifact_uri": uri, "base": job.base, "stop_step": str(manifest["stop_step"])})
     if run.last_step("tradeoff/perplexity") == 0:
         run.metrics(run_descriptions.curve(artifact.curve))
-    rows = [{**{key: value for key, value in row.items() if key != "evaluation"}, **divergence_of(row)} for row in artifact.curve]
-    run.table({key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}, "tradeoff.json")
     if samples := side_by_side(artifact.curve):
         run.table(samples, "samples.json")
     run.json({key: manifest[key] for key in ("base", "recipe", "provenance", "stop_step", "steps")}, "provenance.json")

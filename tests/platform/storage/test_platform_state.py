@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store, StoreError
-from acip_platform.tracking.registry import Registry, RegistryError, check_registers
+from acip_platform.tracking.registry import Registry, RegistryError
 from acip_platform.tracking.runs import Tracking
 
 from acip.artifact.artifact import Artifact
@@ -68,14 +68,6 @@ def test_secrets_are_not_passed_to_workers(monkeypatch: pytest.MonkeyPatch, sett
     assert variables["AWS_ENDPOINT_URL"] == "http://s3"
     assert variables["ACIP_HOME"] == str(settings.home)
     assert "hunter2" not in variables.values()
-
-
-def test_local_paths_are_refused_for_a_remote_registry(tmp_path: Path) -> None:
-    env = {"ACIP_HOME": str(tmp_path), "MLFLOW_TRACKING_URI": "http://me:hunter2@mlflow:5000"}
-    with pytest.raises(RegistryError, match=r"http://me:\*\*\*@mlflow:5000 does not register local paths.*Set ACIP_ARTIFACT_URI to s3://"):
-        check_registers(Settings.from_env(env))
-    check_registers(Settings.from_env({**env, "ACIP_ARTIFACT_URI": "s3://bucket/artifacts"}))
-    check_registers(Settings.from_env({"ACIP_HOME": str(tmp_path)}))
 
 
 def test_store_errors_name_the_missing_part(settings: Settings, small_artifact: Artifact) -> None:

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -40,6 +41,7 @@ class CacheEntry:
     model: ResidentModel | None = None
     memory: "ModelMemory | None" = None  # of this model
     used: float = 0.0  # seconds of time.monotonic
+    kept: int = 0  # the number of `ModelCache.keep` that it is in
 
     @property
     def total_bytes(self) -> int:
@@ -114,6 +116,18 @@ class ModelCache:
             return None
         entry.used = time.monotonic()
         return entry.model
+
+    @contextmanager
+    def keep(self, version: "ModelVersion") -> Iterator[None]:
+        """Inside the block, a model that is in memory does not leave it to make room for others."""
+        with self._lock:
+            entry = self._entries.setdefault(key_of(version), CacheEntry())
+            entry.kept += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                entry.kept -= 1
 
     def get(self, version: "ModelVersion") -> ResidentModel:
         """Return the model, and load it first if necessary. It blocks for seconds or minutes, so never call it in an event loop.
@@ -197,8 +211,9 @@ class ModelCache:
             if not fits() and entry.model is not None:
                 entry.model.weights.drop_unused()
         for entry in entries:
-            if not fits() and entry.model is not None and entry.memory is not memory and entry.model.weights.close():
-                self.engine.remove(entry.model)
+            model = entry.model if entry.memory is not memory and not entry.kept else None
+            if not fits() and model is not None and model.weights.close():
+                self.engine.remove(model)
                 entry.model, entry.memory = None, None
         return fits()
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ray
@@ -47,11 +47,18 @@ class Metrics:
         )
         self.per_token = Histogram("acip_time_per_output_token_seconds", "Mean time between the tokens of a response", PER_TOKEN, by_size)
 
+        self.update_failed = Gauge("acip_update_failed", "HTTP replicas whose selected version cannot be loaded", ("model",))
+
     @property
     def all(self) -> list[Counter | Gauge | Histogram]:
         """All metrics of the replica."""
         counters = [self.requests, self.prompt_tokens, self.generated_tokens]
-        return [self.waiting.gauge, self.running.gauge, *counters, self.first_token, self.per_token]
+        return [self.waiting.gauge, self.running.gauge, *counters, self.first_token, self.per_token, self.update_failed]
+
+    def show_failed(self, models: Mapping[str, bool]) -> None:
+        """Show for each model whether the selected version could not be loaded."""
+        for model, failed in models.items():
+            self.update_failed.set(int(failed), {"model": model})
 
     async def text(self) -> bytes:
         """Return the sums over all replicas of this application in the text format of Prometheus."""
