@@ -4,12 +4,14 @@
 
 Each step is one forward pass over one token of every sequence that is decoding and over up to `PREFILL_CHUNK_TOKENS` tokens of prompts,
 so a long prompt delays the other sequences by one chunk at a time. Requests of all sizes are served in their order of arrival.
+
+If all sequences decode at one size, a step may instead be several passes that draft tokens and one that verifies them (`speculation`).
 """
 
 import time
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +22,7 @@ from acip_platform.serve.engine.events import EndReason
 from acip_platform.serve.engine.kv_cache import CachePiece, KVCache, Step, doubled
 from acip_platform.serve.engine.request import TokenConsumer
 from acip_platform.serve.engine.sampling import SampledToken, Sampler, ScoredToken, sample, score
+from acip_platform.serve.engine.speculation import DRAFTS, Speculation
 
 MAX_SEQUENCES = 32  # in a batch
 PREFILL_CHUNK_TOKENS = 128  # tokens of prompts in a step
@@ -32,6 +35,7 @@ class Owner(Protocol):
     def done(self) -> bool: ...  # canceled or finished: its sequences are removed before the next step
     def on_prompt(self, sequence: "Sequence") -> None: ...  # the prompt has been processed; called before the first token
     def on_token(self, sequence: "Sequence", token: SampledToken) -> None: ...
+    def on_drafts(self, count: int) -> None: ...  # so many tokens were drafted; called before the tokens of the step
     def on_end(self, sequence: "Sequence", reason: EndReason) -> None: ...
     def on_no_token(self, reason: str) -> None: ...
     def on_error(self, error: Exception) -> None: ...
@@ -50,6 +54,7 @@ class Sequence:
     index: int = 0  # among the sequences of its request
     consumer: TokenConsumer | None = None
     prompt_logprobs: int | None = None  # alternatives with each token; None = the prompt is not scored
+    speculative: bool = True  # whether its tokens may be drafted
     prompt_scores: list[ScoredToken] = field(default_factory=list)
     generated: int = 0  # tokens
     cached: int = 0  # tokens whose keys and values are in the cache
@@ -119,21 +124,50 @@ class Batch:
     model: Any
     mixer: Mixer
     kv_tokens: int  # slots times their length, at most; one sequence is always accepted
+    draft: Callable[[], Size | None] = lambda: None  # the size that drafts, if its weights are in memory
     waiting: deque[Sequence] = field(default_factory=deque)
     active: list[Sequence] = field(default_factory=list)  # by slot
     cache: KVCache = field(default_factory=KVCache)
     broken: str | None = None
+    speculation: Speculation | None = None
 
     def __bool__(self) -> bool:
         return bool(self.waiting or self.active)
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Run one forward pass, and sample a token for every sequence whose tokens have all been processed."""
+        """Give each sequence its next token, or process part of its prompt. With drafts, a sequence may get several tokens."""
         self._remove([sequence for sequence in self.active if sequence.owner.done])
         self._admit()
         if not self.active:
             return
+        speculation = self._speculation()
+        if speculation is None:
+            self._advance()
+            return
+        size, count = self.active[0].size, len(self.active)
+        least = min(sequence.max_tokens - sequence.generated for sequence in self.active)
+        drafts_each = max((n for n in (0, *DRAFTS) if n <= min(speculation.count(size, count), least - 1)), default=0)
+        clock = time.thread_time if self.model.device.type == "cpu" else time.perf_counter  # on a CPU, without the time of other programs
+        start = clock()
+        drafts = self._draft(speculation.draft, drafts_each)
+        drafted = clock()
+        right = self._verify(drafts) if drafts_each else self._advance()
+        speculation.measured(size, count, drafts_each, right or [], drafted - start, clock() - drafted)
+
+    def _speculation(self) -> Speculation | None:
+        """Return the measurements of drafts if this step may use them: all sequences decode at one size, and allow drafts."""
+        draft = self.draft()
+        if draft is None:
+            self.speculation = None
+        elif self.speculation is None:
+            self.speculation = Speculation(draft)
+        sizes = {sequence.size.key for sequence in self.active}
+        decode = all(sequence.speculative and 0 < sequence.cached == len(sequence.ids) - 1 for sequence in self.active)
+        return self.speculation if decode and len(sizes) == 1 else None
+
+    def _advance(self) -> None:
+        """Run one forward pass, and sample a token for every sequence whose tokens have all been processed."""
         pieces: list[CachePiece] = []
         runs: list[tuple[Size, int]] = []
         last: list[tuple[Sequence, int]] = []  # row of the logits
@@ -168,6 +202,44 @@ class Batch:
             for sequence, token in zip(sequences, sample(rows_nV, [sequence.sampler for sequence in sequences]), strict=True):
                 sequence.take(token)
             self._remove([sequence for sequence in sequences if sequence.ended])
+
+    def _draft(self, size: Size, count: int) -> list[list[int]]:
+        """Return `count` drafts for each sequence. Their keys and values are in the cache afterwards."""
+        drafts: list[list[int]] = [[] for _ in self.active]
+        samplers = [sequence.sampler.for_drafts() for sequence in self.active] if count else []
+        for done in range(count):
+            ids = [draft[-1] if draft else sequence.ids[-1] for sequence, draft in zip(self.active, drafts, strict=True)]
+            pieces = [CachePiece(sequence.slot, sequence.cached + done, i, i + 1) for i, sequence in enumerate(self.active)]
+            logits_nV = self._forward(ids, pieces, [(size, len(ids))], list(range(len(ids))))
+            for draft, sampler, token in zip(drafts, samplers, sample(logits_nV, samplers), strict=True):
+                draft.append(max(token.token, 0))  # no token (-1) is a wrong draft
+                sampler.ids.append(draft[-1])
+        return drafts
+
+    def _verify(self, drafts: list[list[int]]) -> list[int]:
+        """Give each sequence the tokens that its drafts lead to, at least one. Return how many of its drafts were right."""
+        pieces: list[CachePiece] = []
+        ids: list[int] = []
+        for sequence, draft in zip(self.active, drafts, strict=True):
+            pieces.append(CachePiece(sequence.slot, sequence.cached, len(ids), len(ids) + 1 + len(draft)))
+            ids += [sequence.ids[-1], *draft]
+        logits_nV = self._forward(ids, pieces, [(self.active[0].size, len(ids))], list(range(len(ids))))
+        right = []
+        for sequence, draft, piece in zip(self.active, drafts, pieces, strict=True):
+            sequence.owner.on_drafts(len(draft))
+            count, end = 0, piece.past + len(draft) + 1
+            for row, guess in enumerate([*draft, None], piece.start):
+                (token,) = sample(logits_nV[row : row + 1], [sequence.sampler])
+                sequence.cached += 1
+                count += token.token == guess
+                sequence.take(replace(token, drafted=token.token == guess))
+                if sequence.ended or token.token != guess:
+                    break
+            if sequence.cached < end:
+                self.cache.wipe(sequence.slot, sequence.cached, end)
+            right.append(count)
+        self._remove([sequence for sequence in self.active if sequence.ended])
+        return right
 
     def clear(self) -> None:
         """Drop all sequences, as after a step that failed."""
@@ -205,7 +277,8 @@ class Batch:
         device = self.model.device
         padding = padded(len(ids)) - len(ids)  # tokens of no sequence, in a slot of no sequence
         runs[-1] = (runs[-1][0], runs[-1][1] + padding)
-        self.cache.room(len(self.active) + (padding > 0), max(len(sequence.ids) for sequence in self.active))
+        ends = [piece.past + piece.stop - piece.start for piece in pieces]
+        self.cache.room(len(self.active) + (padding > 0), max(*(len(sequence.ids) for sequence in self.active), *ends))
         self.mixer.set(runs)
         with Step.of(self.cache, pieces, device, padding, len(self.active)) as step, onednn(len(ids) > 1):
             out = self.model(

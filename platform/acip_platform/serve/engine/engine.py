@@ -51,6 +51,8 @@ class ActiveRequest:
     on_event: Callable[[list[TokenEvent]], object]
     sequences: list[Sequence] = field(default_factory=list)  # that have not ended
     generated: int = 0  # tokens
+    drafted: int = 0  # tokens that a smaller size has drafted
+    accepted: int = 0  # those of them that became tokens of the answer
     started: float = 0.0  # when the first sequence got its slot
     first: float = 0.0  # when the first token was sampled
     finished: bool = False
@@ -89,7 +91,11 @@ class ActiveRequest:
 
     def on_token(self, sequence: Sequence, token: SampledToken) -> None:
         self.generated += 1
+        self.accepted += token.drafted
         self.emit(TokenSampled(sequence.index, token))
+
+    def on_drafts(self, count: int) -> None:
+        self.drafted += count
 
     def on_end(self, sequence: Sequence, reason: EndReason) -> None:
         self.generated += bool(sequence.generated) and sequence.ids[-1] in sequence.end_tokens  # an end token has no event of its own
@@ -127,7 +133,7 @@ class ActiveRequest:
             self.emit(
                 RequestDone(
                     self.prompt_tokens, self.generated, self.started - self.received, self.first - self.started,
-                    time.monotonic() - self.started, self.timed_out,
+                    time.monotonic() - self.started, self.timed_out, self.drafted, self.accepted,
                 )
             )  # fmt: skip
 
@@ -196,8 +202,12 @@ class Engine:
             sampler = model.sampler(request.sampling, (seed + index) % 2**63, ids, max_tokens)
             sampler.constraint = request.constraint() if request.constraint is not None else None
             consumer = request.consumer(index) if request.consumer is not None else None
-            sequences.append(Sequence(ids, size, sampler, max_tokens, end_tokens, active, index, consumer, request.prompt_logprobs))
+            sequences.append(
+                Sequence(ids, size, sampler, max_tokens, end_tokens, active, index, consumer, request.prompt_logprobs, request.speculative)
+            )
         active.sequences = list(sequences)
+        if request.speculative:
+            model.weights.prepare_draft()
         model.weights.hold(cut)  # until the request leaves `_requests`
         try:
             with self._changed:

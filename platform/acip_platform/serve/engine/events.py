@@ -58,6 +58,8 @@ class RequestDone:
     first_token_s: float  # from the first slot to the first token
     generate_s: float  # from the first slot to the end
     timed_out: bool = False  # the deadline ended it
+    drafted_tokens: int = 0  # that a smaller size has drafted
+    accepted_tokens: int = 0  # drafted ones that the requested size has accepted; end tokens are not among them
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class GenerationRequest:
     seed: int | None = None  # None = random
     end_tokens: frozenset[int] | None = None  # that end a sequence; None = the model's own
     prompt_logprobs: int | None = None  # alternatives with the log-probability of each token of the prompt; None = no log-probabilities
+    speculative: bool = True  # whether a smaller size may draft tokens, which changes the speed but not the tokens
     timeout_s: float | None = None  # from submission, time in the queue included; None = the engine's
     constraint: Callable[[], TokenConstraint] | None = None
     consumer: Callable[[int], TokenConsumer] | None = None  # by the index of the sequence

@@ -88,7 +88,7 @@ class ResidentModel:
 
     def _batch(self, mixer: Mixer, kv_tokens: int) -> SteppedBatch:
         """Return the batch that computes this model."""
-        return Batch(self.any_size.model, mixer, kv_tokens)
+        return Batch(self.any_size.model, mixer, kv_tokens, self.weights.draft)
 
     def _check(self) -> None:
         """Compare the engine with the model itself at two sizes."""

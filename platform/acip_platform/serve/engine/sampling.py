@@ -118,6 +118,7 @@ class SampledToken(ScoredToken):
     """A sampled token. With an error there is no token, and `token` is -1."""
 
     error: str | None = None
+    drafted: bool = False  # a smaller size had drafted it, and the requested size has verified it
 
 
 @torch.no_grad()
