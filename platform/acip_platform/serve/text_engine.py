@@ -61,7 +61,7 @@ class SequenceText:
         text, offset = self._added.popleft()
         logprobs = None if token.logprob is None else [scored(self.detokenizer.bytes, token, offset)]
         if text or logprobs:
-            yield TextEvent("text", index, text, logprobs)
+            yield TextEvent("text", index, text, logprobs, {"drafted": True} if token.drafted else {})
 
     def end(self, index: int, reason: str) -> TextEvent:
         """Return the last event of the sequence, with the text that was held back."""
@@ -110,6 +110,7 @@ class TextRequest:
             seed=request.seed,
             end_tokens=frozenset() if request.ignore_eos else None,
             prompt_logprobs=request.logprob_count if echo else None,
+            speculative=request.speculative != "off",
             constraint=self.format.constraint if self.format is not None else None,
             consumer=consumer,
         )
@@ -151,7 +152,8 @@ class TextRequest:
                 yield from sequence.prompt(event.index, None)
                 yield sequence.end(event.index, event.reason)
             case RequestDone():
-                yield TextEvent("done", data=_facts(event))
+                mode = "off" if not self.generation.speculative else "auto" if self.active.model.drafts else "unavailable"
+                yield TextEvent("done", data=_facts(event, mode))
             case RequestFailed():
                 yield _failed(event.error)
 
@@ -214,7 +216,7 @@ def sampling_params(request: CompletionRequest | ChatRequest) -> SamplingParams:
     )
 
 
-def _facts(done: RequestDone) -> dict[str, Any]:
+def _facts(done: RequestDone, speculative: str) -> dict[str, Any]:
     usage = {
         "prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens,
         "total_tokens": done.prompt_tokens + done.completion_tokens,
@@ -223,7 +225,8 @@ def _facts(done: RequestDone) -> dict[str, Any]:
         "queued_s": done.queued_s, "first_token_s": done.first_token_s, "generate_s": done.generate_s,
         "tokens_per_s": done.completion_tokens / max(done.generate_s, 1e-9),
     }  # fmt: skip
-    return {"usage": usage, "timings": timings, **({"timed_out": True} if done.timed_out else {})}
+    drafts = {"mode": speculative, "drafted_tokens": done.drafted_tokens, "accepted_tokens": done.accepted_tokens}
+    return {"usage": usage, "timings": timings, "speculation": drafts, **({"timed_out": True} if done.timed_out else {})}
 
 
 def _failed(error: Exception) -> TextEvent:

@@ -206,7 +206,7 @@ class Engine:
                 Sequence(ids, size, sampler, max_tokens, end_tokens, active, index, consumer, request.prompt_logprobs, request.speculative)
             )
         active.sequences = list(sequences)
-        if request.speculative:
+        if request.speculative and model.drafts:
             model.weights.prepare_draft()
         model.weights.hold(cut)  # until the request leaves `_requests`
         try:

@@ -119,6 +119,11 @@ class ResidentModel:
         return self.weights.bytes + self.weights.packed_bytes
 
     @property
+    def drafts(self) -> bool:
+        """Whether a small size can draft tokens."""
+        return self.weights.drafts
+
+    @property
     def convention(self) -> Convention:
         """The convention of sizes that are requested without one."""
         return self.any_size.table.convention

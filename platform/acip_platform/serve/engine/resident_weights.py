@@ -79,7 +79,7 @@ class ResidentWeights:
         self, loader: ModelLoader, any_size: ElasticModel, mixer: Mixer, memory: Memory, code_copies: float = 1.0, packed: bool = True
     ) -> None:
         self.loader, self.model, self.layers, self.mixer, self.memory = loader, any_size.model, any_size.layers, mixer, memory
-        self.packed, self.closed = packed, False
+        self.packed, self.closed = packed, False  # packed: copies may be made
         self._has_codes = any_size.table.byte_sizes is not None
         self._code_bytes = {layer.name: layer.M * layer.N + STEP_SIZE_BYTES * layer.M for layer in any_size.table.layers}
         if self._has_codes:
@@ -91,7 +91,7 @@ class ResidentWeights:
         self._held: dict[tuple[int, int], Cut] = {}  # the sizes that requests hold
         self._holders: Counter[tuple[int, int]] = Counter()  # the number of requests that hold each
         self._draft: Size | None = None  # the size that drafts, once it is in memory
-        self._draft_tried = False
+        self._draft_tried = self._draft_failed = False
         self._lock = threading.Lock()  # of these fields and of the modules of the model; held for a short time
         self._loading = threading.Lock()
 
@@ -182,28 +182,32 @@ class ResidentWeights:
 
     # ---- drafts
 
+    @property
+    def drafts(self) -> bool:
+        """Whether a size that drafts is in memory or may be made."""
+        return self.packed and supports_integers(self.loader.device) and (self._draft is not None or not self._draft_failed)
+
     def prepare_draft(self) -> None:
         """Make the copies that draft tokens, in a thread, at the first call."""
         with self._lock:
-            start, self._draft_tried = self.packed and not self._draft_tried, True
+            start, self._draft_tried = self.drafts and not self._draft_tried, True
         if start:
             threading.Thread(target=self._make_draft, daemon=True, name="drafts").start()
 
     def _make_draft(self) -> None:
         try:
-            self.load_draft()
+            self._draft_failed = not self.load_draft()
         except Exception:  # answers do not need it
+            self._draft_failed = True
             log.exception("tokens are not drafted, because the copies of the layers can't be made")
 
-    def load_draft(self) -> None:
+    def load_draft(self) -> bool:
         """Make integer copies of all layers from their finest codes, or from their dense weights if the artifact has no codes.
 
-        Nothing happens where integers have no kernel, or if memory is short.
+        Return False, and make none, if memory is short.
         """
-        if not supports_integers(self.loader.device):
-            return
         if not self.memory.reserve_copies(sum(self._code_bytes.values())):
-            return
+            return False
         drafts = {}
         for name, layer in self.layers.items():
             if self._has_codes:
@@ -218,6 +222,7 @@ class ResidentWeights:
                 for name, draft in drafts.items():
                     self.layers[name].coded[str(DRAFT_VERSION)] = draft  # type: ignore[assignment]
                 self._draft = Size(DRAFT_KEY, dict.fromkeys(self.layers), dict.fromkeys(self.layers, DRAFT_VERSION))
+            return self.packed
 
     def draft(self) -> Size | None:
         """Return the size that drafts, if it is in memory. The engine's thread calls it between two passes: here it may leave."""

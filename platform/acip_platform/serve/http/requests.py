@@ -166,6 +166,8 @@ class OpenAIRequest(ModelSizeRequest):
     stream: bool | None = Field(default=None, description="true or false")
     stream_options: StreamOptions | None = Field(default=None, description='an object like {"include_usage": true}')
     ignore_eos: bool | None = Field(default=None, description="true (generate max_tokens tokens, also after an end token) or false")
+    speculative: Literal["auto", "off"] | None = Field(default=None,
+        description='"auto" (a small size drafts tokens where that is faster; the text stays that of the requested size) or "off"')
     # fmt: on
 
     user: Unused = None
