@@ -39,6 +39,8 @@ MEAN_DIFFERENCE_16_BIT = 0.2  # in nats, of the mean
 class VllmModel(ResidentModel):
     """One registered version of a model, resident at every size, with an engine of vLLM of its own."""
 
+    changes_sizes = False  # vLLM reuses keys and values of prompts by size
+
     @property
     def drafts(self) -> bool:
         """False: vLLM's scheduler gives each sequence one token per step, of one size."""

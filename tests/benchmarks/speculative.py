@@ -1,7 +1,7 @@
 """Measure speculative decoding: tokens/s with drafts against the same engine without, and how often drafts are right.
 
     python tests/benchmarks/speculative.py --quick --check          a random Llama of 1B shape, one sequence: under 5 minutes on 2 cores
-    python tests/benchmarks/speculative.py --artifact FOLDER        shares of right drafts by size, and answers after prompts of another size
+    python tests/benchmarks/speculative.py --artifact FOLDER        shares of right drafts by size, and sizes within a request
 
 The random model has the engine's own batch, with weights in the forms of a resident model: dense with packed copies, and integers that
 draft. Its layers add little to the token's embedding, so that almost all drafts are right. A part of them is then replaced by other

@@ -5,6 +5,8 @@
 Each step is one forward pass over one token of every sequence that is decoding and over up to `PREFILL_CHUNK_TOKENS` tokens of prompts,
 so a long prompt delays the other sequences by one chunk at a time. Requests of all sizes are served in their order of arrival.
 
+A sequence may change its size between steps: at the end of a part (`SizeChange`), and while others wait for a slot (`smallest`).
+
 If all sequences decode at one size, a step may instead be several passes that draft tokens and one that verifies them (`speculation`).
 """
 
@@ -41,12 +43,21 @@ class Owner(Protocol):
     def on_error(self, error: Exception) -> None: ...
 
 
+@dataclass(frozen=True)
+class SizeChange:
+    """A change of a sequence's size: after so many tokens since the change before it, or once `when` is true of these tokens."""
+
+    size: Size
+    tokens: int | None = None
+    when: Callable[[list[int]], bool] | None = None
+
+
 @dataclass(eq=False)
 class Sequence:
     """One continuation of one prompt."""
 
     ids: list[int]  # the prompt, and the tokens generated so far
-    size: Size
+    size: Size  # of the next pass
     sampler: Sampler
     max_tokens: int
     end_tokens: frozenset[int]
@@ -55,12 +66,18 @@ class Sequence:
     consumer: TokenConsumer | None = None
     prompt_logprobs: int | None = None  # alternatives with each token; None = the prompt is not scored
     speculative: bool = True  # whether its tokens may be drafted
+    changes: deque[SizeChange] = field(default_factory=deque)  # to come
+    smallest: Size | None = None  # its size while other sequences wait
     prompt_scores: list[ScoredToken] = field(default_factory=list)
     generated: int = 0  # tokens
     cached: int = 0  # tokens whose keys and values are in the cache
     slot: int = -1
     started: float = 0.0  # when it got its slot, in seconds of time.monotonic
     ended: bool = False
+    changed: int = 0  # tokens that had been generated at the last change
+
+    def __post_init__(self) -> None:
+        self.requested = self.size
 
     @property
     def prompt_tokens(self) -> int:
@@ -74,6 +91,29 @@ class Sequence:
     @property
     def scores_prompt(self) -> bool:
         return self.prompt_logprobs is not None and not self.generated
+
+    def pending(self, others_wait: bool) -> int:
+        """Return how many tokens the next pass may process, and set its size."""
+        count = len(self.ids) - self.cached
+        if not self.generated and self.changes and self.changes[0].tokens == 0:
+            if count > 1:
+                count -= 1  # the last token of the prompt gives the first one of the answer, at the next size
+            else:
+                self._change()
+        self.size = self.smallest if others_wait and self.smallest is not None else self.requested
+        return count
+
+    def _change(self) -> None:
+        self.requested = self.size = self.changes.popleft().size
+        self.changed = self.generated
+
+    def _change_if_due(self) -> None:
+        while self.changes:
+            change = self.changes[0]
+            due = change.tokens is not None and self.generated - self.changed >= change.tokens
+            if not due and not (change.when is not None and change.when(self.ids[self.prompt_tokens + self.changed :])):
+                return
+            self._change()
 
     def take(self, token: SampledToken) -> None:
         """Append a sampled token, and end the sequence if nothing may follow."""
@@ -104,6 +144,7 @@ class Sequence:
             self.owner.on_end(self, "length")
         else:
             self.ended = False
+            self._change_if_due()
 
 
 class SteppedBatch(Protocol):
@@ -141,9 +182,10 @@ class Batch:
         self._admit()
         if not self.active:
             return
+        parts = [(sequence, sequence.pending(bool(self.waiting))) for sequence in self.active]
         speculation = self._speculation()
         if speculation is None:
-            self._advance()
+            self._advance(parts)
             return
         size, count = self.active[0].size, len(self.active)
         least = min(sequence.max_tokens - sequence.generated for sequence in self.active)
@@ -152,7 +194,7 @@ class Batch:
         start = clock()
         drafts = self._draft(speculation.draft, drafts_each)
         drafted = clock()
-        right = self._verify(drafts) if drafts_each else self._advance()
+        right = self._verify(drafts) if drafts_each else self._advance(parts)
         speculation.measured(size, count, drafts_each, right or [], drafted - start, clock() - drafted)
 
     def _speculation(self) -> Speculation | None:
@@ -163,10 +205,10 @@ class Batch:
         elif self.speculation is None:
             self.speculation = Speculation(draft)
         sizes = {sequence.size.key for sequence in self.active}
-        decode = all(sequence.speculative and 0 < sequence.cached == len(sequence.ids) - 1 for sequence in self.active)
+        decode = all(sequence.speculative and sequence.generated and sequence.cached == len(sequence.ids) - 1 for sequence in self.active)
         return self.speculation if decode and len(sizes) == 1 else None
 
-    def _advance(self) -> None:
+    def _advance(self, parts: list[tuple[Sequence, int]]) -> None:
         """Run one forward pass, and sample a token for every sequence whose tokens have all been processed."""
         pieces: list[CachePiece] = []
         runs: list[tuple[Size, int]] = []
@@ -175,7 +217,7 @@ class Batch:
         keep: list[int] = []
         ids: list[int] = []
         start = 0
-        for sequence, count in self._parts():
+        for sequence, count in _limited(parts):
             pieces.append(CachePiece(sequence.slot, sequence.cached, start, start + count))
             ids += sequence.ids[sequence.cached : sequence.cached + count]
             start += count
@@ -227,13 +269,13 @@ class Batch:
         right = []
         for sequence, draft, piece in zip(self.active, drafts, pieces, strict=True):
             sequence.owner.on_drafts(len(draft))
-            count, end = 0, piece.past + len(draft) + 1
+            count, end, size = 0, piece.past + len(draft) + 1, sequence.size
             for row, guess in enumerate([*draft, None], piece.start):
                 (token,) = sample(logits_nV[row : row + 1], [sequence.sampler])
                 sequence.cached += 1
                 count += token.token == guess
                 sequence.take(replace(token, drafted=token.token == guess))
-                if sequence.ended or token.token != guess:
+                if sequence.ended or token.token != guess or sequence.size is not size:
                     break
             if sequence.cached < end:
                 self.cache.wipe(sequence.slot, sequence.cached, end)
@@ -259,18 +301,6 @@ class Batch:
             sequence = self.waiting.popleft()
             sequence.slot, sequence.started = len(self.active), time.monotonic()
             self.active.append(sequence)
-
-    def _parts(self) -> list[tuple[Sequence, int]]:
-        """Return the sequences of the next pass with their counts of tokens, in descending order of size."""
-        parts, room = [], PREFILL_CHUNK_TOKENS
-        for sequence in self.active:
-            count = len(sequence.ids) - sequence.cached
-            if count > 1 or not sequence.cached:
-                count = min(count, room)
-                room -= count
-            if count:
-                parts.append((sequence, count))
-        return sorted(parts, key=lambda part: part[0].size.key)
 
     def _forward(self, ids: list[int], pieces: list[CachePiece], runs: list[tuple[Size, int]], keep: list[int]) -> torch.Tensor:
         """Return the logits [n, V] of the tokens `keep`."""
@@ -300,6 +330,18 @@ class Batch:
             self.cache.wipe(len(self.active), 0, held)
         if not self.active:
             self.cache.free()
+
+
+def _limited(pending: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
+    """Return the sequences of the next pass with their counts of tokens, in descending order of size. Prompts share the room."""
+    parts, room = [], PREFILL_CHUNK_TOKENS
+    for sequence, count in pending:
+        if count > 1 or not sequence.cached:
+            count = min(count, room)  # noqa: PLW2901
+            room -= count
+        if count:
+            parts.append((sequence, count))
+    return sorted(parts, key=lambda part: part[0].size.key)
 
 
 def _score_prompt(sequence: Sequence, logits_nV: torch.Tensor, first: int) -> None:

@@ -43,9 +43,12 @@ class ResidentModel:
 
     Without codes, the artifact is loaded whole. With codes, weights are loaded when a size is first requested (`ResidentWeights`, which
     explains `memory`, `code_copies` and `packed`).
+    `changes_sizes` says whether the size of a sequence may change between its tokens.
     `tokenizer` is kept for `serve/text`; the engine reads only its end token and its context. `kv_tokens` bounds the memory for keys
     and values.
     """
+
+    changes_sizes = True
 
     def __init__(
         self,

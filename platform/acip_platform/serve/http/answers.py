@@ -54,7 +54,7 @@ class Answer:
             yield self._chunk([self._delta(event.index, text, logprobs, reason, calls) | drafted])
         elif event.kind == "done":
             self.done = event.data
-            if self.request.includes_usage:
+            if self.request.includes_usage or "sizes" in event.data:
                 yield self._chunk([]) | event.data
 
     def complete_body(self) -> dict[str, Any]:
