@@ -235,7 +235,8 @@ class ResidentWeights:
         """Free the copies that draft tokens. The lock must be held, and no pass may be running."""
         self._draft = None
         for layer in self.layers.values():
-            layer.coded.pop(str(DRAFT_VERSION), None)
+            if str(DRAFT_VERSION) in layer.coded:
+                del layer.coded[str(DRAFT_VERSION)]
         self.mixer.keep(self._held)
 
     @property
