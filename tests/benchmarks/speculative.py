@@ -12,30 +12,42 @@ tokens/s. `--check` exits with 1 if the ratio is below the goal.
 """
 
 import argparse
+import copy
+import math
 import os
 import random
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "platform")]
 
 import torch
+import torch.nn.functional as F
 from acip_platform.serve.engine.batch import Batch, Sequence
-from acip_platform.serve.engine.kv_cache import ATTENTION
+from acip_platform.serve.engine.kv_cache import ATTENTION, CachePiece
+from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.engine.resident_weights import DRAFT_KEY, DRAFT_VERSION
 from acip_platform.serve.engine.sampling import Sampler, SamplingParams
-from transformers import LlamaConfig, LlamaForCausalLM
+from acip_platform.serve.engine.speculation import Speculation
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from acip.artifact.artifact import Artifact
+from acip.data import documents, token_windows
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.integer_linear import IntegerLinear, rounded
 from acip.layers.mixed_sizes import Mixer, Size
 from acip.layers.packing import pack
 from acip.layers.targets import find_linears
 from acip.modeling_acip import CodedLinear, set_module
+from acip.sizing.budget import Budget
+from acip.sizing.cut_table import Cut
 from tests.benchmarks.decode import SHAPES
 from tests.benchmarks.servers import hardware
 
@@ -45,6 +57,10 @@ ROWS = (1, 2, 4, 8, 16)
 RANK_SHARE = 0.4
 PROMPT = 32  # tokens
 CODED, DENSE = (1, 0), (0, 0)
+DRAFTED = 3  # tokens in each step of `Always`
+DRAFT_SIZES: dict[Any, tuple[float, ...]] = {"bytes": (0.5, 0.42, 0.37, 0.33), "linear": (0.9, 0.7, 0.4)}
+PART_SIZES: dict[Any, tuple[float, ...]] = {"bytes": (1.0, 0.42, 0.37, 0.33), "linear": (1.0, 0.8, 0.6, 0.4)}
+HALF = 256  # tokens
 
 
 class Collector:
@@ -121,8 +137,6 @@ def step_times(shape: str, repeats: int) -> None:
         start(batch, Collector(), sizes[0][1], 64, speculative=False)
         batch.step()
         (sequence,) = batch.active
-        from acip_platform.serve.engine.kv_cache import CachePiece
-
         for repeat in range(repeats + 1):
             for name, size in sizes:
                 for rows in ROWS:
@@ -178,6 +192,88 @@ def compare(shape: str, right: float, rounds: int, tokens: int) -> float:
     return ratios[1]
 
 
+# ---- a real model
+
+
+class Always(Speculation):
+    """Drafts in every step."""
+
+    def count(self, size: Size, sequences: int) -> int:
+        return DRAFTED
+
+
+def heldout(artifact: Artifact, tokens: int, windows: int) -> Tensor:
+    """Return windows [windows, tokens] of held-out text, spread over the corpus."""
+    all_windows = token_windows(documents("package:wikipedia", "heldout"), artifact.tokenizer(), tokens).long()
+    return all_windows[:: max(1, len(all_windows) // windows)][:windows]
+
+
+def right_drafts(artifact: Artifact, sequences: int, tokens: int) -> None:
+    """Print the share of right drafts by the size that drafts, for answers of size 1.0, greedy and sampled."""
+    version: Any = SimpleNamespace(name="model", version="1", uri="")
+    model = ResidentModel(version, artifact)
+    batch: Any = model.batch
+    if not model.weights.load_draft():
+        raise SystemExit("there is no memory for the integers that draft.")
+    integers = model.weights.draft()
+    prompts = heldout(artifact, PROMPT, sequences).tolist()
+    full = model.cut(Budget(ratio=1.0, convention=model.convention))
+    drafts: list[tuple[str, Cut | None]] = [("integers", None)]
+    for convention in (*(["bytes"] if model.convention == "bytes" else []), "linear"):
+        drafts += [(f"{ratio} ({convention})", model.cut(Budget(ratio=ratio, convention=convention))) for ratio in DRAFT_SIZES[convention]]
+    print(
+        f"\nshare of right drafts, answers at 1.0 of {sequences} x {tokens} tokens\n\n| draft | greedy | temperature 0.7 | temperature 1 |"
+    )
+    print("|---|---|---|---|")
+    with model.holding(full):
+        for name, cut in drafts:
+            with model.holding(cut) if cut is not None else nullcontext():
+                size = integers if cut is None else Size(cut.key, cut.ranks, cut.versions)
+                batch.draft = lambda size=size: size
+                shares = []
+                for temperature in (0.0, 0.7, 1.0):
+                    batch.speculation = Always(size)
+                    for seed, ids in enumerate(prompts):
+                        sampler = Sampler(SamplingParams(temperature=temperature), seed, ids=list(ids))
+                        whole = Size(full.key, full.ranks, full.versions)
+                        batch.waiting.append(Sequence(sampler.ids, whole, sampler, tokens, frozenset(), Collector()))
+                    while batch:
+                        batch.step()
+                    shares.append(batch.speculation.share(whole))
+                batch.mixer.clear()
+            print(f"| {name} | " + " | ".join(f"{share:.2f}" for share in shares) + " |", flush=True)
+
+
+@torch.no_grad()
+def answers_after_prompts(artifact: Artifact, windows: int) -> None:
+    """Print the perplexity of the second half of texts whose first half was read at another size."""
+    any_size = artifact.load()
+    texts = heldout(artifact, 2 * HALF, windows)
+    conventions = ["bytes", "linear"] if any_size.table.byte_sizes is not None else ["linear"]
+    for convention in conventions:
+        sizes = [Budget(ratio=ratio, convention=convention) for ratio in PART_SIZES[convention]]
+        print(f"\nperplexity of {HALF} tokens after {HALF} tokens read at another size, {windows} texts; sizes in {convention}\n")
+        print("| prompt \\ answer | " + " | ".join(f"{size.ratio}" for size in sizes) + " |")
+        print("|---|" + "---|" * len(sizes))
+        for prompt in sizes:
+            any_size.resize(prompt)
+            caches = []
+            for text in texts:
+                caches.append(DynamicCache())
+                any_size.model(input_ids=text[None, : HALF - 1], past_key_values=caches[-1], use_cache=True, logits_to_keep=1)
+            cells = []
+            for answer in sizes:
+                any_size.resize(answer)
+                loss = 0.0
+                for text, cache in zip(texts, caches, strict=True):
+                    logits = any_size.model(
+                        input_ids=text[None, HALF - 1 : -1], past_key_values=copy.deepcopy(cache), use_cache=True
+                    ).logits
+                    loss += float(F.cross_entropy(logits[0].float(), text[HALF:])) / len(texts)
+                cells.append(math.exp(loss))
+            print(f"| {prompt.ratio} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(SHAPES), default="1b")
@@ -188,6 +284,11 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(hardware(1, "torch", "transformers"))
+    if args.artifact:
+        artifact = Artifact.open(args.artifact)
+        right_drafts(artifact, 4 if args.quick else 16, 32 if args.quick else 64)
+        answers_after_prompts(artifact, 4 if args.quick else 16)
+        return 0
     if not args.quick:
         step_times(args.model, 5)
     ratio = compare(args.model, args.right, 3 if args.quick else 5, 32 if args.quick else 64)
