@@ -198,8 +198,8 @@ def compare(shape: str, right: float, rounds: int, tokens: int) -> float:
 class Always(Speculation):
     """Drafts in every step."""
 
-    def count(self, size: Size, sequences: int) -> int:
-        return DRAFTED
+    def count(self, size: Size, sequences: int, most: int) -> int:
+        return min(DRAFTED, most)
 
 
 def heldout(artifact: Artifact, tokens: int, windows: int) -> Tensor:

@@ -30,8 +30,8 @@ TEXT = b"It was a bright cold day in April, and the clocks were striking thirtee
 class Always(Speculation):
     """Drafts in every step that allows it."""
 
-    def count(self, size: Size, sequences: int) -> int:
-        return DRAFTED
+    def count(self, size: Size, sequences: int, most: int) -> int:
+        return min(DRAFTED, most)
 
 
 def load_model(artifact: Artifact) -> ResidentModel:
@@ -203,17 +203,16 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
 
 
 def test_sampled_tokens_have_the_probabilities_of_the_requested_size(engine: Engine, model: ResidentModel, small_base: str) -> None:
-    """Second and third tokens, which are drafted and verified, against exact probabilities: chi-square of 64 cells."""
+    """The first token, and the second one, which is drafted and verified, against exact probabilities: chi-square of 64 cells."""
     drafting(model, "0.4")
     letters = torch.tensor(list(b"aeinorst"))
     prompt = list(TEXT[:20])
     sampling = SamplingParams(temperature=1.0, logit_bias={int(letter): 60.0 for letter in letters})  # no other token is ever sampled
     counts = torch.zeros(8, 8)
     place = {int(letter): i for i, letter in enumerate(letters)}
-    for seed in range(0, 3200, 16):
-        prompts = [[*prompt, int(letters[0])]]
+    for seed in range(0, 1600, 32):
         tokens, _ = generate(engine, model, GenerationRequest(
-            prompts, choices=16, max_tokens=5, seed=seed, sampling=sampling, end_tokens=NO_END
+            [[*prompt, int(letters[0])]], choices=32, max_tokens=5, seed=seed, sampling=sampling, end_tokens=NO_END
         ))  # fmt: skip
         for sequence in tokens:
             counts[place[sequence[0].token], place[sequence[1].token]] += 1
@@ -228,7 +227,7 @@ def test_sampled_tokens_have_the_probabilities_of_the_requested_size(engine: Eng
     assert chi_square(counts, exact(base)) < 130, "63 degrees of freedom: a larger value has a probability of 1e-6"
     small = model.artifact.load()
     small.resize(0.4)
-    assert chi_square(counts, exact(small.materialize())) > 300, "the test must be able to see a difference"
+    assert chi_square(counts, exact(small.materialize())) > 200, "the test must be able to see a difference"
 
 
 def test_drafts_share_random_numbers_with_the_tokens() -> None:
@@ -243,12 +242,14 @@ def test_drafts_share_random_numbers_with_the_tokens() -> None:
 # ---- the decision
 
 
-def decided(speculation: Speculation, size: Size, plain: float, draft: float, right: float, steps: int, sequences: int = 1) -> list[int]:
+def decided(
+    speculation: Speculation, size: Size, plain: float, draft: float, right: float, steps: int, sequences: int = 1, most: int = 99
+) -> list[int]:
     """Return how many tokens were drafted in each of `steps` steps, if passes take these times. A row more in a pass is free."""
     counts = []
     total = 0.0
     for _ in range(steps):
-        count = speculation.count(size, sequences)
+        count = speculation.count(size, sequences, most)
         correct = 0
         while correct < count and (total := total + right) >= 1:
             total -= 1
@@ -281,7 +282,12 @@ def test_drafts_that_do_not_pay_are_tried_rarely(draft: float, right: float) -> 
 def test_drafts_are_not_made_by_the_size_itself_nor_for_many_sequences() -> None:
     speculation = Speculation(DRAFT)
     assert set(decided(speculation, DRAFT, 1.0, 0.1, 1.0, 50)) == {0}
-    assert set(decided(speculation, SIZE, 1.0, 0.1, 1.0, 50, MAX_SEQUENCES + 1)) == {0}
+    assert set(decided(speculation, SIZE, 1.0, 0.1, 1.0, 500, MAX_SEQUENCES + 1)) == {0}
+
+
+def test_no_more_tokens_are_drafted_than_an_answer_may_have() -> None:
+    assert set(decided(Speculation(DRAFT), SIZE, 1.0, 0.1, 1.0, 500, most=0)) == {0}
+    assert max(decided(Speculation(DRAFT), SIZE, 1.0, 0.1, 1.0, 500, most=6)) == 3
 
 
 # ---- the layers that draft

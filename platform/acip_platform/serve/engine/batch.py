@@ -24,7 +24,7 @@ from acip_platform.serve.engine.events import EndReason
 from acip_platform.serve.engine.kv_cache import CachePiece, KVCache, Step, doubled
 from acip_platform.serve.engine.request import TokenConsumer
 from acip_platform.serve.engine.sampling import SampledToken, Sampler, ScoredToken, sample, score
-from acip_platform.serve.engine.speculation import DRAFTS, Speculation
+from acip_platform.serve.engine.speculation import Speculation
 
 MAX_SEQUENCES = 32  # in a batch
 PREFILL_CHUNK_TOKENS = 128  # tokens of prompts in a step
@@ -189,7 +189,7 @@ class Batch:
             return
         size, count = self.active[0].size, len(self.active)
         least = min(sequence.max_tokens - sequence.generated for sequence in self.active)
-        drafts_each = max((n for n in (0, *DRAFTS) if n <= min(speculation.count(size, count), least - 1)), default=0)
+        drafts_each = speculation.count(size, count, least - 1)
         clock = time.thread_time if self.model.device.type == "cpu" else time.perf_counter  # on a CPU, without the time of other programs
         start = clock()
         drafts = self._draft(speculation.draft, drafts_each)

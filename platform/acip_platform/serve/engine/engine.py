@@ -224,7 +224,7 @@ class Engine:
                 )
             )  # fmt: skip
         active.sequences = list(sequences)
-        if request.speculative and model.drafts:
+        if request.speculative and max_tokens > 1 and model.drafts:
             model.weights.prepare_draft()
         held: list[Cut] = []  # until the request leaves `_requests`
         try:

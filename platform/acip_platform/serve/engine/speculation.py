@@ -43,12 +43,12 @@ class Speculation:
     _since: int = 0  # steps of the present kind, with drafts or plain, in a row
     _drafts: bool = False  # the present kind
 
-    def count(self, size: Size, sequences: int) -> int:
-        """Return how many tokens to draft for each sequence in the next step, at most; 0 = decode plainly."""
-        best = self._best(size, sequences)
+    def count(self, size: Size, sequences: int, most: int) -> int:
+        """Return how many tokens to draft for each sequence in the next step, up to `most`; 0 = decode plainly."""
+        best = self._best(size, sequences, most)
         if best and self._since >= PLAIN_STEPS:
             return 0
-        if not best and self._since >= RETRY_STEPS:
+        if not best and self._since >= RETRY_STEPS and self._allowed(size, sequences) and most:
             return DRAFTS[0]
         return best
 
@@ -76,18 +76,21 @@ class Speculation:
         tokens = sum(share**i for i in range(drafted + 1))
         return tokens * plain / (drafted * draft + verify)
 
-    def _best(self, size: Size, sequences: int) -> int:
-        if sequences > MAX_SEQUENCES or size.key == self.draft.key or self._median(size.key, sequences) is None:
+    def _allowed(self, size: Size, sequences: int) -> bool:
+        return sequences <= MAX_SEQUENCES and size.key != self.draft.key
+
+    def _best(self, size: Size, sequences: int, most: int) -> int:
+        if not self._allowed(size, sequences) or self._median(size.key, sequences) is None:
             return 0
-        best, most = 0, MIN_GAIN
+        best, largest = 0, MIN_GAIN
         for count in DRAFTS:
-            if self.share(size) ** count < 0.5:  # most of such drafts would be wrong
+            if count > most or self.share(size) ** count < 0.5:  # most of such drafts would be wrong
                 break
             gain = self.gain(size, sequences, count)
             if gain is None:
                 return count  # measure it
-            if gain > most:
-                best, most = count, gain
+            if gain > largest:
+                best, largest = count, gain
         return best
 
     def _add(self, key: Key, rows: int, seconds: float) -> None:
