@@ -27,6 +27,7 @@ MIN_GAIN = 1.05  # expected tokens/s with drafts, relative to plain decoding
 MEASURED = 9  # passes whose median counts
 RETRY_STEPS = 128  # plain steps after which one draft is tried again
 PLAIN_STEPS = 64  # steps with drafts after which a plain one is measured again
+PRIOR = 4.0  # drafts that are taken as right before the first one, so that a few wrong ones at the beginning do not decide
 MEMORY = 0.98  # weight of the past in the share of right drafts, per step
 
 Key = tuple[int, int]
@@ -38,8 +39,8 @@ class Speculation:
 
     draft: Size
     seconds: dict[tuple[Key, int], deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=MEASURED)))
-    _right: dict[Key, float] = field(default_factory=lambda: defaultdict(lambda: 1.0))  # by verifying size, decayed
-    _tried: dict[Key, float] = field(default_factory=lambda: defaultdict(lambda: 1.0))
+    _right: dict[Key, float] = field(default_factory=lambda: defaultdict(lambda: PRIOR))  # drafts by verifying size, decayed
+    _tried: dict[Key, float] = field(default_factory=lambda: defaultdict(lambda: PRIOR))
     _since: int = 0  # steps of the present kind, with drafts or plain, in a row
     _drafts: bool = False  # the present kind
 
