@@ -22,6 +22,8 @@ class Metrics:
         by_size = ["model", "size"]
         self.prompt_tokens = Counter("acip_prompt_tokens", "Prompt tokens", by_size, **common)
         self.generated_tokens = Counter("acip_generated_tokens", "Generated tokens", by_size, **common)
+        self.drafted_tokens = Counter("acip_drafted_tokens", "Tokens that a small size has drafted", by_size, **common)
+        self.accepted_tokens = Counter("acip_accepted_tokens", "Drafted tokens that the requested size has accepted", by_size, **common)
         self.first_token = Histogram(
             "acip_time_to_first_token_seconds",
             "Time from the arrival of a request to its first token, including waiting",
@@ -68,6 +70,8 @@ class RequestMetrics:
             usage, tokens = data["usage"], data["usage"]["completion_tokens"]
             self.metrics.prompt_tokens.labels(self.model, self.size).inc(usage["prompt_tokens"])
             self.metrics.generated_tokens.labels(self.model, self.size).inc(tokens)
+            self.metrics.drafted_tokens.labels(self.model, self.size).inc(data["speculation"]["drafted_tokens"])
+            self.metrics.accepted_tokens.labels(self.model, self.size).inc(data["speculation"]["accepted_tokens"])
             timings = data["timings"]
             if tokens > 1:
                 spent = timings["generate_s"] - timings["first_token_s"]
