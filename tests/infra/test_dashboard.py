@@ -40,7 +40,8 @@ def exported() -> dict[str, set[str]]:
     request.on_event("head", {"size": {"ratio": 0.6}})
     request.on_event("start", {})
     timings = {"generate_s": 2.0, "first_token_s": 1.0}
-    request.on_event("done", {"usage": {"prompt_tokens": 3, "completion_tokens": 4}, "timings": timings})
+    usage, speculation = {"prompt_tokens": 3, "completion_tokens": 4}, {"drafted_tokens": 3, "accepted_tokens": 2}
+    request.on_event("done", {"usage": usage, "timings": timings, "speculation": speculation})
     request.end()
     ray_metrics = {f"ray_{name}": {str(column) for column in gauge.view.columns} for name, gauge in METRICS_GAUGES.items()}
     return registered(metrics.registry) | ray_metrics | RAY_CORE | VLLM
