@@ -87,7 +87,7 @@ class TextRequest:
         _, budget = request.name_and_budget([model.name], model.convention, default_size)
         min_budget = request.min_budget(budget, model.convention)
         parts = [
-            SizePart(replace(budget, ratio=part.ratio), part.tokens, part.until and _contains(part.until, text.tokenizer))
+            SizePart(replace(budget, ratio=part.ratio), part.tokens, _contains(part.until, text.tokenizer) if part.until else None)
             for part in request.parts
         ]
         for each in (budget, *(part.budget for part in parts)):

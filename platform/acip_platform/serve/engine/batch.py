@@ -189,13 +189,16 @@ class Batch:
             return
         size, count = self.active[0].size, len(self.active)
         least = min(sequence.max_tokens - sequence.generated for sequence in self.active)
-        drafts_each = speculation.count(size, count, least - 1)
+        each = speculation.count(size, count, least - 1)
         clock = time.thread_time if self.model.device.type == "cpu" else time.perf_counter  # on a CPU, without the time of other programs
-        start = clock()
-        drafts = self._draft(speculation.draft, drafts_each)
+        start, right = clock(), list[int]()
+        drafts = self._draft(speculation.draft, each)
         drafted = clock()
-        right = self._verify(drafts) if drafts_each else self._advance(parts)
-        speculation.measured(size, count, drafts_each, right or [], drafted - start, clock() - drafted)
+        if each:
+            right = self._verify(drafts)
+        else:
+            self._advance(parts)
+        speculation.measured(size, count, each, right, drafted - start, clock() - drafted)
 
     def _speculation(self) -> Speculation | None:
         """Return the measurements of drafts if this step may use them: all sequences decode at one size, and allow drafts."""

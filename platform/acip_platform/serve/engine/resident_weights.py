@@ -80,11 +80,11 @@ class ResidentWeights:
     ) -> None:
         self.loader, self.model, self.layers, self.mixer, self.memory = loader, any_size.model, any_size.layers, mixer, memory
         self.packed, self.closed = packed, False  # packed: copies may be made
-        self._has_codes = any_size.table.byte_sizes is not None
+        codes = any_size.table.byte_sizes
+        self._has_codes = codes is not None
         self._code_bytes = {layer.name: layer.M * layer.N + STEP_SIZE_BYTES * layer.M for layer in any_size.table.layers}
-        if self._has_codes:
-            order = any_size.table.byte_sizes.order.versions
-            self._finest = {name: len(versions) - 2 for name, versions in order.items()}  # the last version is the exact weight
+        if codes is not None:
+            self._finest = {name: len(versions) - 2 for name, versions in codes.order.versions.items()}  # the last version is exact
         self.codes_limit = code_copies * sum(self._code_bytes.values())
         self.code_bytes = 0  # of all codes in memory
         self._used: dict[Coded, float] = {}  # versions in memory: when they were last requested, in seconds of time.monotonic

@@ -160,15 +160,18 @@ class SizePartRequest(BaseModel):
     until: SomeText | None = None
 
 
+Ratio = Annotated[float, Field(gt=0, le=1)]
+SizeParts = Annotated[list[SizePartRequest], Field(min_length=1, max_length=MAX_PARTS)]
+
+
 class OpenAIRequest(ModelSizeRequest):
     """The common fields of completions and chats."""
 
     # fmt: off
-    size_ratio: Annotated[float, Field(gt=0, le=1)] | Annotated[list[SizePartRequest], Field(min_length=1, max_length=MAX_PARTS)] | None = (
-        Field(default=None,
-            description='a number above 0 and up to 1 (1.0 = the base model, the default), or a list of parts like [{"ratio": 1.0, '
-            '"tokens": 0}, {"ratio": 0.4, "until": "</think>"}, {"ratio": 1.0}]: each part but the last ends after so many "tokens" of the '
-            'answer (0 = the first part is the prompt alone) or behind the text "until"'))
+    size_ratio: Ratio | SizeParts | None = Field(default=None,  # type: ignore[assignment]
+        description='a number above 0 and up to 1 (1.0 = the base model, the default), or a list of parts like [{"ratio": 1.0, '
+        '"tokens": 0}, {"ratio": 0.4, "until": "</think>"}, {"ratio": 1.0}]: each part but the last ends after so many "tokens" of the '
+        'answer (0 = the first part is the prompt alone) or behind the text "until"')
     min_size: float | None = Field(default=None, gt=0, le=1,
         description="a size ratio of at most size_ratio, at which the server may compute while other requests wait")
     temperature: float | None = Field(default=None, ge=0, le=2, description="a number from 0 (greedy) to 2")
