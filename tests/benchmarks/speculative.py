@@ -100,7 +100,7 @@ def random_model(shape: str, ranks: bool, codes: bool) -> tuple[Any, dict[str, E
     for name, linear in find_linears(model).items():
         M, N = linear.weight.shape
         if name.endswith(("o_proj", "down_proj")):
-            linear.weight.mul_(0.01)
+            linear.weight.mul_(0.001)
         kept[name] = int(RANK_SHARE * M * N / (M + N)) // 32 * 32 if ranks else 0
         sides = [0.01 * torch.randn(kept[name], side).bfloat16() for side in (M, N)]
         layers[name] = ElasticLinear(linear, sides[0], sides[1])
@@ -187,6 +187,12 @@ def compare(shape: str, right: float, rounds: int, tokens: int) -> float:
     for speculative, label in ((False, "without drafts"), (True, "with drafts")):
         medians[speculative] = [statistics.median(values) for values in zip(*found[speculative], strict=True)]
         print(f"| {label} | {medians[speculative][0]:.2f} | {medians[speculative][1]:.2f} |")
+    passes = {key: statistics.median(times) for key, times in speculation.seconds.items() if len(times) > 2}
+    names = {size.key: "1.0", draft.key: "integers"}
+    print(
+        "\nCPU time of passes: "
+        + ", ".join(f"{names[key]} with {rows} rows {1000 * s:.0f} ms" for (key, rows), s in sorted(passes.items()))
+    )
     ratios = [medians[True][i] / medians[False][i] for i in (0, 1)]
     print(f"\n{drafted} tokens drafted, {accepted} accepted; ratio of tokens/s {ratios[0]:.2f}, of tokens per CPU second {ratios[1]:.2f}")
     return ratios[1]
