@@ -39,6 +39,13 @@ MEAN_DIFFERENCE_16_BIT = 0.2  # in nats, of the mean
 class VllmModel(ResidentModel):
     """One registered version of a model, resident at every size, with an engine of vLLM of its own."""
 
+    changes_sizes = False  # vLLM reuses keys and values of prompts by size
+
+    @property
+    def drafts(self) -> bool:
+        """False: vLLM's scheduler gives each sequence one token per step, of one size."""
+        return False
+
     def _check(self) -> None:
         """Do nothing: the check needs vLLM's engine, which `_batch` starts."""
 
@@ -131,6 +138,8 @@ class _Probe:
 
     def on_prompt(self, sequence: Sequence) -> None:
         self.logprobs = [float(token.logprob) for token in sequence.prompt_scores[1:] if token.logprob is not None]
+
+    def on_drafts(self, count: int) -> None: ...
 
     def on_token(self, sequence: Sequence, token: SampledToken) -> None: ...
 

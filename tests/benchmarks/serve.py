@@ -3,6 +3,7 @@
     python tests/benchmarks/serve.py --quick --check     sizes 1.0 and 0.4, short windows, 300 disconnects: 5 minutes on 2 cores
     python tests/benchmarks/serve.py --check             four sizes, long windows, the baseline before and after, 10,000 disconnects
     python tests/benchmarks/serve.py --side theirs --clients 8 --seconds 5     one part
+    python tests/benchmarks/serve.py --overload          twice as many clients as the server accepts, with and without min_size
     python tests/benchmarks/serve.py --engine vllm       exports and any size in vLLM, and our engine (vllm_engines.py)
 
 Clients run in a process of their own (clients.py) and stream one completion after the other. Both servers get the same prompts, with the
@@ -36,6 +37,8 @@ from tests.benchmarks.servers import NAME, Server, hardware, ours, prepare, thei
 GOALS = {1.0: 1.0, 0.4: 1.5}  # times the baseline's tokens/s
 MIXED_GOAL = 0.85  # of the mean of the single sizes
 MAX_TOKENS = 48
+ACCEPTED = 64  # requests at a time that the server accepts by default
+MIN_SIZE = 0.4
 WARM_UP_S = 8.0
 
 BATCHING, ONE_BY_ONE = "transformers serve, continuous batching", "transformers serve, one by one"
@@ -147,6 +150,23 @@ class Run:
             if self.plan.disconnects:
                 self.disconnect(server)
 
+    def overload(self) -> int:
+        """Measure 1.0 with as many clients as the server accepts, and with twice as many, who allow MIN_SIZE or not.
+
+        Return the number of errors with MIN_SIZE.
+        """
+        with ours(self.folder, self.threads) as server:
+            self.in_clients(load, self.workload(server, (1.0,)), 4, WARM_UP_S, 1.0)
+            self.measure(server, "ours", "1.0", (1.0,), ACCEPTED)
+            errors = 0
+            for label, fields in (("1.0", {}), (f"1.0, min_size {MIN_SIZE}", {"min_size": MIN_SIZE})):
+                workload = self.workload(server, (1.0,))
+                workload = replace(workload, extra_fields={**workload.extra_fields, **fields})
+                row = Row("ours", label, self.in_clients(load, workload, 2 * ACCEPTED, self.plan.warm_s, self.plan.window_s))
+                show(row)
+                errors = len(row.load.errors)
+            return errors
+
     def disconnect(self, server: Server) -> None:
         """Compare the engine before and after the disconnects. A few come before, so that all pools have grown to their size."""
         workload = self.workload(server, self.plan.sizes)
@@ -213,6 +233,7 @@ def main() -> int:
         "--engine", choices=("acip", "vllm"), default="acip",
         help="acip: our endpoint against transformers serve; vllm: engines of vLLM and ours, without HTTP (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument("--overload", action="store_true", help="measure twice as many clients as the server accepts, and nothing else")
     parser.add_argument("--artifact", type=Path, help="with --engine vllm: folder of an artifact with ranks and codes (default: make one)")
     parser.add_argument("--compiled", action="store_true", help="with --engine vllm: compile the dense model and the exports")
     parser.add_argument("--side", choices=("ours", "theirs"), help="measure this side only")
@@ -246,6 +267,10 @@ def main() -> int:
         with ProcessPoolExecutor(1, mp_context=spawn) as pool:
             run = Run(plan, folder, args.threads, pool)
             print(HEAD)
+            if args.overload:
+                errors = run.overload()
+                print(f"\nerrors with twice the accepted clients and min_size {MIN_SIZE}: {errors}")
+                return int(args.check and errors > 0)
             if args.side != "ours":
                 run.theirs(batching=True)
                 if 1 in plan.clients:

@@ -161,6 +161,7 @@ def test_python_example_runs(small_artifact: Artifact, tmp_path: Path) -> None:
 
 
 def test_example_request_is_valid() -> None:
-    (request,) = (words for words in commands("README.md") if words[0] == "curl")
-    parsed = CompletionRequest.parse(json.loads(request[request.index("-d") + 1]))
-    assert (parsed.size_ratio, parsed.max_tokens) == (0.42, 24)
+    requests = [words for page in ("README.md", "jobs/README.md") for words in commands(page) if words[0] == "curl" and "-d" in words]
+    first, *others = (CompletionRequest.parse(json.loads(request[request.index("-d") + 1])) for request in requests)
+    assert (first.size_ratio, first.max_tokens) == (0.42, 24)
+    assert len(others) == 3 and others[0].parts and others[1].min_size == 0.4 and others[2].speculative == "off"

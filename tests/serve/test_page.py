@@ -293,6 +293,15 @@ def test_words_are_compared_with_the_original(visit: Visit, other: str, whole: b
     assert page.evaluate(COMPARED, ["a b c", other, whole]) == [summary, marked]
 
 
+def test_drafted_characters_have_a_color(visit: Visit) -> None:
+    visit.open().done()
+    shown = visit.page.evaluate(
+        "colored({ drafted: [[2, 5], [8, 12]] }, 'cdefghij', 2).map((part) => part.className ? [part.textContent] : part)"
+    )
+    assert shown == [["cde"], "fgh", ["ij"]]
+    assert visit.page.evaluate("colored(null, 'abc', 0)") == ["abc"]
+
+
 def test_both_panes_share_the_request_at_full_size(visit: Visit) -> None:
     page = visit.open(hash_of(size=0.3, max_tokens=120)).done().page
     expect(visit.pane("compressed", ".state")).to_contain_text(

@@ -77,6 +77,7 @@ READY_TIMEOUT_S = 5.0
 REGISTRY_TIMEOUT_S = 30.0  # to resolve a version
 REGISTRY_POLL_S = 15.0  # between two looks at the aliases in the registry
 RETRY_S = 1.0
+OVERLOAD = 4  # times max_requests: the limit for requests with min_size, which become cheaper while others wait
 STREAM_END_S = 5.0  # the HTTP deployment runs longer than the engines, to end interrupted streams
 
 log = logging.getLogger("ray.serve")
@@ -262,7 +263,7 @@ class Api:
         if prompts * n > self.max_answers:
             message = f"{prompts} prompts times n = {n} is more than {self.max_answers} answers; request fewer at once."
             raise RequestError(message, "n" if n > 1 else "prompt")
-        if self.running >= self.capacity:
+        if self.running >= self.capacity * (OVERLOAD if request.min_size else 1):
             raise queue_full()
         return self._events(self.versions[name], request)
 
@@ -384,7 +385,7 @@ def application(
     replica = serve.deployment(
         name="Engine",
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus, "runtime_env": {"env_vars": ENGINE_ENV}},
-        max_ongoing_requests=max_requests + 16,  # 16 more for cards and readiness
+        max_ongoing_requests=OVERLOAD * max_requests + 16,  # 16 more for cards and readiness
         max_queued_requests=-1,  # unlimited, because `Api` limits the requests
         health_check_period_s=5,
         max_constructor_retry_count=1,  # further attempts to load would fail too

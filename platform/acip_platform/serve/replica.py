@@ -244,11 +244,12 @@ class EngineReplica:
 
 
 def merged(events: list[TextEvent]) -> list[TextEvent]:
-    """Return the events with neighboring texts of a choice merged into one."""
+    """Return the events with neighboring texts of a choice merged into one. Drafted texts stay apart from others."""
     out: list[TextEvent] = []
     for event in events:
         last = out[-1] if out else None
-        if last is not None and last.kind == "text" and event.kind in ("text", "end") and last.index == event.index:
+        mergeable = last is not None and last.index == event.index and last.data.get("drafted") == event.data.get("drafted")
+        if last is not None and mergeable and last.kind == "text" and event.kind in ("text", "end"):
             logprobs = (last.logprobs or []) + (event.logprobs or []) or None
             out[-1] = TextEvent(event.kind, event.index, last.text + event.text, logprobs, event.data)
         else:

@@ -7,7 +7,7 @@ TokenEvents of the engine -> detokenizers, stop texts -> TextEvents
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from acip_platform.serve.engine.events import (
     TokenSampled,
     stream,
 )
-from acip_platform.serve.engine.request import DEFAULT_MAX_TOKENS, GenerationRequest
+from acip_platform.serve.engine.request import DEFAULT_MAX_TOKENS, GenerationRequest, SizePart
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.engine.sampling import SampledToken, SamplingParams
 from acip_platform.serve.http.errors import logged_response
@@ -33,6 +33,8 @@ from acip_platform.serve.text.events import TextEvent
 from acip_platform.serve.text.model_text import ModelText, stop_texts
 from acip_platform.serve.text.prompt_logprobs import Echo, wants_echo
 from acip_platform.serve.text.token_logprobs import scored
+
+MAX_TOKEN_BYTES = 16  # of most tokens
 
 log = logging.getLogger("ray.serve")
 
@@ -61,7 +63,7 @@ class SequenceText:
         text, offset = self._added.popleft()
         logprobs = None if token.logprob is None else [scored(self.detokenizer.bytes, token, offset)]
         if text or logprobs:
-            yield TextEvent("text", index, text, logprobs)
+            yield TextEvent("text", index, text, logprobs, {"drafted": True} if token.drafted else {})
 
     def end(self, index: int, reason: str) -> TextEvent:
         """Return the last event of the sequence, with the text that was held back."""
@@ -83,8 +85,17 @@ class TextRequest:
         self.on_event = on_event
         text = ModelText.of(model)
         _, budget = request.name_and_budget([model.name], model.convention, default_size)
-        with naming_field(budget):
-            model.cut(budget)  # raises BudgetError for an unavailable size before the prompts are encoded
+        min_budget = request.min_budget(budget, model.convention)
+        parts = [
+            SizePart(replace(budget, ratio=part.ratio), part.tokens, _contains(part.until, text.tokenizer) if part.until else None)
+            for part in request.parts
+        ]
+        for each in (budget, *(part.budget for part in parts)):
+            with naming_field(each):
+                model.cut(each)  # raises BudgetError for an unavailable size before the prompts are encoded
+        if min_budget is not None:
+            with naming_field(min_budget, "min_size"):
+                model.cut(min_budget)
         echo = wants_echo(request)
         prompts = text.encode(request)
         self.format = text.format_of(request)
@@ -104,12 +115,15 @@ class TextRequest:
         self.generation = GenerationRequest(
             prompts,
             budget,
+            parts=parts,
+            min_budget=min_budget,
             choices=self._choices,
             max_tokens=request.limit,
             sampling=sampling_params(request),
             seed=request.seed,
             end_tokens=frozenset() if request.ignore_eos else None,
             prompt_logprobs=request.logprob_count if echo else None,
+            speculative=request.speculative != "off",
             constraint=self.format.constraint if self.format is not None else None,
             consumer=consumer,
         )
@@ -151,9 +165,17 @@ class TextRequest:
                 yield from sequence.prompt(event.index, None)
                 yield sequence.end(event.index, event.reason)
             case RequestDone():
-                yield TextEvent("done", data=_facts(event))
+                mode = "off" if not self.generation.speculative else "auto" if self.active.model.drafts else "unavailable"
+                yield TextEvent("done", data=_facts(event, mode) | self._sizes(event))
             case RequestFailed():
                 yield _failed(event.error)
+
+    def _sizes(self, done: RequestDone) -> dict[str, Any]:
+        """Return the tokens at each size, if the request allowed several."""
+        if len(done.tokens_by_size) < 2:
+            return {}
+        removed = self.active.model.removed_at_stop
+        return {"sizes": [size_facts(cut, removed) | {"tokens": tokens} for cut, tokens in done.tokens_by_size]}
 
 
 class TextEngine:
@@ -201,6 +223,16 @@ class TextEngine:
         return stream(lambda on_event: self.submit(model, request, on_event), self.cancel, lambda event: event.kind in ("done", "error"))
 
 
+def _contains(text: str, tokenizer: Any) -> Callable[[Sequence[int]], bool]:
+    """Return a function that says whether the last tokens of a sequence contain `text`. It is called after each token."""
+    longest = len(text.encode()) + MAX_TOKEN_BYTES  # a token has at least one byte
+
+    def contains(ids: Sequence[int]) -> bool:
+        return text in tokenizer.decode(list(ids[-longest:]), skip_special_tokens=False)
+
+    return contains
+
+
 def sampling_params(request: CompletionRequest | ChatRequest) -> SamplingParams:
     """Return the sampling parameters of a request."""
     return SamplingParams(
@@ -214,7 +246,7 @@ def sampling_params(request: CompletionRequest | ChatRequest) -> SamplingParams:
     )
 
 
-def _facts(done: RequestDone) -> dict[str, Any]:
+def _facts(done: RequestDone, speculative: str) -> dict[str, Any]:
     usage = {
         "prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens,
         "total_tokens": done.prompt_tokens + done.completion_tokens,
@@ -223,7 +255,8 @@ def _facts(done: RequestDone) -> dict[str, Any]:
         "queued_s": done.queued_s, "first_token_s": done.first_token_s, "generate_s": done.generate_s,
         "tokens_per_s": done.completion_tokens / max(done.generate_s, 1e-9),
     }  # fmt: skip
-    return {"usage": usage, "timings": timings, **({"timed_out": True} if done.timed_out else {})}
+    drafts = {"mode": speculative, "drafted_tokens": done.drafted_tokens, "accepted_tokens": done.accepted_tokens}
+    return {"usage": usage, "timings": timings, "speculation": drafts, **({"timed_out": True} if done.timed_out else {})}
 
 
 def _failed(error: Exception) -> TextEvent:

@@ -7,7 +7,7 @@ It continues sequences of token ids with resident models, at any size. It contai
     engine.py               the thread that steps the models
     resident_model.py       one model in memory; resident_weights.py: the weights of the sizes that are requested
     model_cache.py          which models are in memory
-    batch.py, kv_cache.py, sampling.py    one step
+    batch.py, kv_cache.py, sampling.py    one step; speculation.py: when a small size drafts tokens
 
 Use it as a library:
 

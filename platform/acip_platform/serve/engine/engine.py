@@ -9,14 +9,15 @@ first to need are loaded in the thread that submits it (`resident_weights`). Mod
 import logging
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from secrets import randbits
 
 from acip.layers.mixed_sizes import Size
 from acip.sizing.cut_table import Cut
-from acip_platform.serve.engine.batch import Sequence
-from acip_platform.serve.engine.errors import DeadlineExceededError, ModelUnloadedError, NotFiniteError
+from acip_platform.serve.engine.batch import Sequence, SizeChange
+from acip_platform.serve.engine.errors import DeadlineExceededError, ModelUnloadedError, NotFiniteError, SizePartsError
 from acip_platform.serve.engine.events import (
     EndReason,
     PromptScored,
@@ -28,7 +29,7 @@ from acip_platform.serve.engine.events import (
     TokenSampled,
     stream,
 )
-from acip_platform.serve.engine.request import GenerationRequest
+from acip_platform.serve.engine.request import GenerationRequest, SizePart
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.engine.sampling import SampledToken
 
@@ -42,7 +43,7 @@ class ActiveRequest:
     """A submitted request. `on_event` gets its events in the engine's thread, those of one step together."""
 
     model: ResidentModel
-    cut: Cut
+    cuts: dict[tuple[int, int], Cut]  # its sizes by key, that of the beginning first
     seed: int
     max_tokens: int  # of each sequence
     prompt_tokens: int
@@ -51,12 +52,20 @@ class ActiveRequest:
     on_event: Callable[[list[TokenEvent]], object]
     sequences: list[Sequence] = field(default_factory=list)  # that have not ended
     generated: int = 0  # tokens
+    at: Counter[tuple[int, int]] = field(default_factory=Counter)  # tokens by the key of their size
+    drafted: int = 0  # tokens that a smaller size has drafted
+    accepted: int = 0  # those of them that became tokens of the answer
     started: float = 0.0  # when the first sequence got its slot
     first: float = 0.0  # when the first token was sampled
     finished: bool = False
     timed_out: bool = False
     canceled: bool = False  # set from any thread
     events: list[TokenEvent] = field(default_factory=list)  # that have not been handed over
+
+    @property
+    def cut(self) -> Cut:
+        """The size at the beginning."""
+        return next(iter(self.cuts.values()))
 
     @property
     def done(self) -> bool:
@@ -89,7 +98,12 @@ class ActiveRequest:
 
     def on_token(self, sequence: Sequence, token: SampledToken) -> None:
         self.generated += 1
+        self.accepted += token.drafted
+        self.at[sequence.size.key] += 1
         self.emit(TokenSampled(sequence.index, token))
+
+    def on_drafts(self, count: int) -> None:
+        self.drafted += count
 
     def on_end(self, sequence: Sequence, reason: EndReason) -> None:
         self.generated += bool(sequence.generated) and sequence.ids[-1] in sequence.end_tokens  # an end token has no event of its own
@@ -127,7 +141,8 @@ class ActiveRequest:
             self.emit(
                 RequestDone(
                     self.prompt_tokens, self.generated, self.started - self.received, self.first - self.started,
-                    time.monotonic() - self.started, self.timed_out,
+                    time.monotonic() - self.started, self.timed_out, self.drafted, self.accepted,
+                    tuple((cut, self.at[key]) for key, cut in self.cuts.items()),
                 )
             )  # fmt: skip
 
@@ -181,14 +196,20 @@ class Engine:
         a request that is not valid, and an AcipError for weights that can't be loaded. Later errors are events.
         """
         received = time.monotonic() if received is None else received
-        cut = model.cut(request.budget)
+        if len(request.parts) > 1 and not model.changes_sizes:
+            raise SizePartsError(f"{model.name} is served by an engine that computes each answer at one size; give one size.")
+        parts = request.parts or [SizePart(request.budget)]
+        smallest = None if request.min_budget is None else model.cut(request.min_budget)
+        part_cuts = [model.cut(part.budget) for part in parts]
+        cuts = {cut.key: cut for cut in (*part_cuts, *([smallest] if smallest is not None else []))}
         prompts = [list(prompt) for prompt in request.prompts]
         model.check_tokens(prompts, request.sampling)
         max_tokens = model.answer_tokens(prompts, request.max_tokens, request.default_max_tokens)
         seed = randbits(63) if request.seed is None else request.seed
         timeout_s = self.timeout_s if request.timeout_s is None else request.timeout_s
-        active = ActiveRequest(model, cut, seed, max_tokens, sum(map(len, prompts)), timeout_s, received, on_event)
-        size = Size(cut.key, cut.ranks, cut.versions)
+        active = ActiveRequest(model, cuts, seed, max_tokens, sum(map(len, prompts)), timeout_s, received, on_event)
+        sizes = [Size(cut.key, cut.ranks, cut.versions) for cut in part_cuts]
+        changes = [SizeChange(size, part.tokens, part.ends) for size, part in zip(sizes[1:], parts, strict=False)]
         end_tokens = model.end_tokens if request.end_tokens is None else request.end_tokens
         sequences = []
         for index in range(len(prompts) * request.choices):
@@ -196,10 +217,20 @@ class Engine:
             sampler = model.sampler(request.sampling, (seed + index) % 2**63, ids, max_tokens)
             sampler.constraint = request.constraint() if request.constraint is not None else None
             consumer = request.consumer(index) if request.consumer is not None else None
-            sequences.append(Sequence(ids, size, sampler, max_tokens, end_tokens, active, index, consumer, request.prompt_logprobs))
+            sequences.append(
+                Sequence(
+                    ids, sizes[0], sampler, max_tokens, end_tokens, active, index, consumer, request.prompt_logprobs, request.speculative,
+                    deque(changes), None if smallest is None else Size(smallest.key, smallest.ranks, smallest.versions),
+                )
+            )  # fmt: skip
         active.sequences = list(sequences)
-        model.weights.hold(cut)  # until the request leaves `_requests`
+        if request.speculative and max_tokens > 1 and model.drafts:
+            model.weights.prepare_draft()
+        held: list[Cut] = []  # until the request leaves `_requests`
         try:
+            for cut in cuts.values():
+                model.weights.hold(cut)
+                held.append(cut)
             with self._changed:
                 if model not in self._models:
                     raise ModelUnloadedError(f"{model.name} was unloaded; send the request again.")
@@ -207,7 +238,8 @@ class Engine:
                 model.batch.waiting.extend(sequences)
                 self._changed.notify()
         except BaseException:
-            model.weights.release(cut)
+            for cut in held:
+                model.weights.release(cut)
             raise
         return active
 
@@ -265,4 +297,5 @@ class Engine:
             if request.done:
                 with self._changed:
                     self._requests.discard(request)
-                request.model.weights.release(request.cut)
+                for cut in request.cuts.values():
+                    request.model.weights.release(cut)

@@ -15,6 +15,10 @@ class InvalidTokensError(EngineError):
         self.field = field
 
 
+class SizePartsError(EngineError):
+    """Parts of different sizes, for an engine that computes a sequence at one size."""
+
+
 class ContextTooLongError(EngineError):
     """A prompt and its continuation that are longer than the model's context together."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Literal, TypeVar
 
+from acip.sizing.cut_table import Cut
 from acip_platform.serve.engine.sampling import SampledToken, ScoredToken
 
 EndReason = Literal["stop", "length"]
@@ -58,6 +59,9 @@ class RequestDone:
     first_token_s: float  # from the first slot to the first token
     generate_s: float  # from the first slot to the end
     timed_out: bool = False  # the deadline ended it
+    drafted_tokens: int = 0  # that a smaller size has drafted
+    accepted_tokens: int = 0  # drafted ones that the requested size has accepted; end tokens are not among them
+    tokens_by_size: tuple[tuple[Cut, int], ...] = ()  # the sizes of the request, each with the tokens that were generated at it
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,12 @@ class ResidentModel:
 
     Without codes, the artifact is loaded whole. With codes, weights are loaded when a size is first requested (`ResidentWeights`, which
     explains `memory`, `code_copies` and `packed`).
+    `changes_sizes` says whether the size of a sequence may change between its tokens.
     `tokenizer` is kept for `serve/text`; the engine reads only its end token and its context. `kv_tokens` bounds the memory for keys
     and values.
     """
+
+    changes_sizes = True
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class ResidentModel:
 
     def _batch(self, mixer: Mixer, kv_tokens: int) -> SteppedBatch:
         """Return the batch that computes this model."""
-        return Batch(self.any_size.model, mixer, kv_tokens)
+        return Batch(self.any_size.model, mixer, kv_tokens, self.weights.draft)
 
     def _check(self) -> None:
         """Compare the engine with the model itself at two sizes."""
@@ -117,6 +120,11 @@ class ResidentModel:
     def bytes(self) -> int:
         """The bytes of the weights in memory: codes, factors, dense weights and the rest, with packed copies."""
         return self.weights.bytes + self.weights.packed_bytes
+
+    @property
+    def drafts(self) -> bool:
+        """Whether a small size can draft tokens."""
+        return self.weights.drafts
 
     @property
     def convention(self) -> Convention:

@@ -4,12 +4,15 @@
     a size in ranks  the factors of all layers, whole, and the dense weights of the layers that are dense at this size
     the base model   the dense weights of all layers
 
+    drafts           8-bit integers of all layers, for `speculation`; made in the background, if there is memory for copies
+
 A request holds its size from `hold` to `release`. The codes of held sizes stay. Others leave when all codes together take more than
 `codes_limit`, the least recently used first. Factors and dense weights leave only if `memory` is short and no request needs them.
 
 Weights are read and decoded in the thread of the request, never in a step of the engine.
 """
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -22,14 +25,19 @@ from torch import Tensor, nn
 
 from acip.artifact.loading import ModelLoader
 from acip.coding.codes import Codes
-from acip.layers.mixed_sizes import Mixer
+from acip.layers.integer_linear import IntegerLinear, rounded, supports_integers
+from acip.layers.mixed_sizes import Mixer, Size
 from acip.layers.packing import PackedLinear, unpacked
-from acip.modeling_acip import CodedLinear, set_module
+from acip.modeling_acip import CodedLinear, set_module, weight_MN
 from acip.sizing.cut_table import Cut
 from acip.sizing.elastic_model import ElasticModel
 from acip_platform.serve.engine.errors import ModelUnloadedError
 
 STEP_SIZE_BYTES = 4  # of a row of a coded layer
+DRAFT_KEY = (2, 0)  # of the size that drafts
+DRAFT_VERSION = -1  # of its layers
+
+log = logging.getLogger("ray.serve")
 
 building = threading.RLock()  # accelerate's empty parameters affect all threads at once, so no other thread may create parameters
 
@@ -71,14 +79,19 @@ class ResidentWeights:
         self, loader: ModelLoader, any_size: ElasticModel, mixer: Mixer, memory: Memory, code_copies: float = 1.0, packed: bool = True
     ) -> None:
         self.loader, self.model, self.layers, self.mixer, self.memory = loader, any_size.model, any_size.layers, mixer, memory
-        self.packed, self.closed = packed, False
-        self._has_codes = any_size.table.byte_sizes is not None
+        self.packed, self.closed = packed, False  # packed: copies may be made
+        codes = any_size.table.byte_sizes
+        self._has_codes = codes is not None
         self._code_bytes = {layer.name: layer.M * layer.N + STEP_SIZE_BYTES * layer.M for layer in any_size.table.layers}
+        if codes is not None:
+            self._finest = {name: len(versions) - 2 for name, versions in codes.order.versions.items()}  # the last version is exact
         self.codes_limit = code_copies * sum(self._code_bytes.values())
         self.code_bytes = 0  # of all codes in memory
         self._used: dict[Coded, float] = {}  # versions in memory: when they were last requested, in seconds of time.monotonic
         self._held: dict[tuple[int, int], Cut] = {}  # the sizes that requests hold
         self._holders: Counter[tuple[int, int]] = Counter()  # the number of requests that hold each
+        self._draft: Size | None = None  # the size that drafts, once it is in memory
+        self._draft_tried = self._draft_failed = False
         self._lock = threading.Lock()  # of these fields and of the modules of the model; held for a short time
         self._loading = threading.Lock()
 
@@ -158,11 +171,73 @@ class ResidentWeights:
             for module in self.model.modules():
                 if isinstance(module, PackedLinear):
                     module.unpack()
+            if not self._held:
+                self._drop_draft()
 
     @property
     def packed_bytes(self) -> int:
         with self._lock:
-            return sum(module.packed_bytes for module in self.model.modules() if isinstance(module, PackedLinear))
+            modules = list(self.model.modules())
+        return sum(module.packed_bytes for module in modules if isinstance(module, PackedLinear | IntegerLinear))
+
+    # ---- drafts
+
+    @property
+    def drafts(self) -> bool:
+        """Whether a size that drafts is in memory or may be made."""
+        return self.packed and supports_integers(self.loader.device) and (self._draft is not None or not self._draft_failed)
+
+    def prepare_draft(self) -> None:
+        """Make the copies that draft tokens, in a thread, at the first call."""
+        with self._lock:
+            start, self._draft_tried = self.drafts and not self._draft_tried, True
+        if start:
+            threading.Thread(target=self._make_draft, daemon=True, name="drafts").start()
+
+    def _make_draft(self) -> None:
+        try:
+            self._draft_failed = not self.load_draft()
+        except Exception:  # answers do not need it
+            self._draft_failed = True
+            log.exception("tokens are not drafted, because the copies of the layers can't be made")
+
+    def load_draft(self) -> bool:
+        """Make integer copies of all layers from their finest codes, or from their dense weights if the artifact has no codes.
+
+        Return False, and make none, if memory is short.
+        """
+        if not self.memory.reserve_copies(sum(self._code_bytes.values())):
+            return False
+        drafts = {}
+        for name, layer in self.layers.items():
+            if self._has_codes:
+                finest = self.loader.codes.read({name: self._finest[name]})[name].unpack()
+                codes_MN, steps_M = finest.codes, finest.steps
+            else:
+                codes_MN, steps_M = rounded(weight_MN(layer.original).detach())
+            with building:
+                drafts[name] = IntegerLinear(codes_MN, steps_M, layer.bias)
+        with self._lock:
+            if self.packed:  # memory is not short
+                for name, draft in drafts.items():
+                    self.layers[name].coded[str(DRAFT_VERSION)] = draft  # type: ignore[assignment]
+                self._draft = Size(DRAFT_KEY, dict.fromkeys(self.layers), dict.fromkeys(self.layers, DRAFT_VERSION))
+            return self.packed
+
+    def draft(self) -> Size | None:
+        """Return the size that drafts, if it is in memory. The engine's thread calls it between two passes: here it may leave."""
+        with self._lock:
+            if self._draft is not None and not self.packed:
+                self._drop_draft()
+            return self._draft
+
+    def _drop_draft(self) -> None:
+        """Free the copies that draft tokens. The lock must be held, and no pass may be running."""
+        self._draft = None
+        for layer in self.layers.values():
+            if str(DRAFT_VERSION) in layer.coded:
+                del layer.coded[str(DRAFT_VERSION)]
+        self.mixer.keep(self._held)
 
     @property
     def bytes(self) -> int:
@@ -218,7 +293,7 @@ class ResidentWeights:
                 break
             freed += self._code_bytes[each[0]]
             dropped.add(each)
-        self.mixer.keep(self._held)
+        self.mixer.keep({*self._held, DRAFT_KEY})
         for name, version in dropped:
             del self.layers[name].coded[str(version)], self._used[name, version]
         self.code_bytes -= freed
@@ -251,7 +326,7 @@ class ResidentWeights:
         """Drop the factors and dense weights of all layers unless a request holds such a size. The lock must be held."""
         if any(len(cut.versions or {}) < len(self.layers) for cut in self._held.values()):
             return
-        self.mixer.keep(self._held)
+        self.mixer.keep({*self._held, DRAFT_KEY})
         freed = 0
         for layer in self.layers.values():
             original: Any = layer.original

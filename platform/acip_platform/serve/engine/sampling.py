@@ -1,8 +1,11 @@
 """Sample the next token of each sequence of a batch, by its own settings.
 
 greedy      the largest logit
-sampled     softmax(logits / temperature), restricted to the `top_k` most likely tokens and to those of them that make up `top_p` of
-            their sum, and one uniform random number of the sequence's own generator: the other sequences of the batch change nothing
+sampled     from p = softmax(logits / temperature), restricted to the `top_k` most likely tokens and to those of them that make up `top_p`
+            of their sum: the token with the largest p_v / e_v, where e_v are exponentially distributed random numbers (the Gumbel-max rule)
+
+The random numbers are a function of the sequence's seed and of the position of the token, so that the other sequences of the batch change
+nothing. With the same numbers, two distributions that are close give the same token almost always (`speculation.py` relies on it).
 
 Biases and OpenAI's penalties for tokens that were generated already are added to the logits first. If a model's generation config states
 more than temperature, top_p and top_k, transformers' own logits processors do the rest, temperature and restrictions included.
@@ -14,7 +17,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -75,7 +78,7 @@ class Sampler:
         self.temperature = 1.0 if params.temperature is None else params.temperature
         self.top_p = 1.0 if params.top_p is None else params.top_p
         self.top_k = params.top_k or 0
-        self.random = random.Random(self.seed)
+        self.position = 0  # of the next token
         self.counts: Counter[int] = Counter()  # of the tokens that were generated
 
     @property
@@ -85,6 +88,20 @@ class Sampler:
     @property
     def limited(self) -> bool:
         return self.processors is None and (self.top_p < 1 or self.top_k > 0)
+
+    def noise(self, vocabulary: int, device: torch.device) -> Tensor:
+        """Return exponentially distributed random numbers [vocabulary] for the next token."""
+        generator = torch.Generator(device)
+        generator.manual_seed(random.Random(f"{self.seed} {self.position}").getrandbits(63))
+        bits = torch.empty((vocabulary + 1) // 2, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+        uniform = (bits.view(torch.int32)[:vocabulary].float().abs() + 0.5) * 2.0**-31  # exact near 0, where rare tokens are decided
+        return -torch.log1p(-uniform)
+
+    def for_drafts(self) -> "Sampler":
+        """Return a sampler in the same state, whose tokens do not change this one. It ignores the constraint and log-probabilities."""
+        other = replace(self, params=replace(self.params, logprobs=None), ids=list(self.ids), constraint=None)
+        other.position, other.counts = self.position, self.counts.copy()
+        return other
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,7 @@ class SampledToken(ScoredToken):
     """A sampled token. With an error there is no token, and `token` is -1."""
 
     error: str | None = None
+    drafted: bool = False  # a smaller size had drafted it, and the requested size has verified it
 
 
 @torch.no_grad()
@@ -121,6 +139,7 @@ def sample(logits_nV: Tensor, samplers: Sequence[Sampler]) -> list[SampledToken]
             sampled.append(SampledToken(-1, error=errors[i]))
             continue
         samplers[i].counts[token] += 1
+        samplers[i].position += 1
         if (constraint := samplers[i].constraint) is not None:
             constraint.take(token)
         if i in scored:
@@ -177,11 +196,10 @@ def _sample(logits_nV: Tensor, samplers: Sequence[Sampler], limited: bool) -> Te
     ids_nk = None
     if limited:
         probs_nV, ids_nk = _limit(probs_nV, samplers)
-    cdf = probs_nV.double().cumsum(-1)
-    drawn = torch.tensor([[s.random.random()] for s in samplers], dtype=torch.float64, device=device) * cdf[:, -1:]
-    at = torch.searchsorted(cdf, drawn, right=True).clamp_max(cdf.shape[1] - 1)
-    at = torch.where(probs_nV.gather(1, at) > 0, at, probs_nV.argmax(-1, keepdim=True))  # only rounding leads to a probability of zero
-    return (at if ids_nk is None else ids_nk.gather(1, at)).squeeze(1)
+    noise_nV = torch.stack([s.noise(logits_nV.shape[1], device) for s in samplers])
+    if ids_nk is None:
+        return (probs_nV / noise_nV).argmax(-1)
+    return ids_nk.gather(1, (probs_nV / noise_nV.gather(1, ids_nk)).argmax(-1, keepdim=True)).squeeze(1)
 
 
 def _limit(probs_nV: Tensor, samplers: Sequence[Sampler]) -> tuple[Tensor, Tensor]:

@@ -50,10 +50,11 @@ class Answer:
             choice["finish_reason"] = reason
             for call in calls:
                 _add_call(choice["calls"], call)
-            yield self._chunk([self._delta(event.index, text, logprobs, reason, calls)])
+            drafted = {"drafted": True} if event.data.get("drafted") else {}
+            yield self._chunk([self._delta(event.index, text, logprobs, reason, calls) | drafted])
         elif event.kind == "done":
             self.done = event.data
-            if self.request.includes_usage:
+            if self.request.includes_usage or "sizes" in event.data:
                 yield self._chunk([]) | event.data
 
     def complete_body(self) -> dict[str, Any]:

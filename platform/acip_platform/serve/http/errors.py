@@ -21,6 +21,7 @@ RETRY_AFTER_S = {429: 2, 503: 10}
 PARAMS = {"prompts": "prompt"}  # fields of the engine's request -> their names in the HTTP API
 ENGINE_ERRORS: dict[type[engine.EngineError], tuple[int, str, str | None]] = {  # status, code, invalid field
     engine.InvalidTokensError: (400, "invalid_value", "prompt"),
+    engine.SizePartsError: (400, "unsupported_value", "size_ratio"),
     engine.ContextTooLongError: (400, "context_length_exceeded", "prompt"),
     engine.DeadlineExceededError: (408, "timeout", None),
     engine.NotFiniteError: (500, "not_finite", None),

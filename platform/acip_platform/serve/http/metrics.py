@@ -42,6 +42,8 @@ class Metrics:
         self.requests = Counter("acip_requests", "Finished requests by status", by_status)
         self.prompt_tokens = Counter("acip_prompt_tokens", "Prompt tokens", by_size)
         self.generated_tokens = Counter("acip_generated_tokens", "Generated tokens", by_size)
+        self.drafted_tokens = Counter("acip_drafted_tokens", "Tokens that a small size has drafted", by_size)
+        self.accepted_tokens = Counter("acip_accepted_tokens", "Drafted tokens that the requested size has accepted", by_size)
         self.first_token = Histogram(
             "acip_time_to_first_token_seconds", "Time from the arrival of a request to its first token, including waiting", SECONDS, by_size
         )
@@ -52,7 +54,7 @@ class Metrics:
     @property
     def all(self) -> list[Counter | Gauge | Histogram]:
         """All metrics of the replica."""
-        counters = [self.requests, self.prompt_tokens, self.generated_tokens]
+        counters = [self.requests, self.prompt_tokens, self.generated_tokens, self.drafted_tokens, self.accepted_tokens]
         return [self.waiting.gauge, self.running.gauge, *counters, self.first_token, self.per_token, self.update_failed]
 
     def show_failed(self, models: Mapping[str, bool]) -> None:
@@ -107,8 +109,14 @@ class RequestMetrics:
             self._state.add(1)
         elif kind == "done":
             self.status = "200"
-            usage, timings, tokens = data["usage"], data["timings"], data["usage"]["completion_tokens"]
-            for counter, count in ((self.metrics.prompt_tokens, usage["prompt_tokens"]), (self.metrics.generated_tokens, tokens)):
+            usage, timings, speculation = data["usage"], data["timings"], data["speculation"]
+            tokens = usage["completion_tokens"]
+            for counter, count in (
+                (self.metrics.prompt_tokens, usage["prompt_tokens"]),
+                (self.metrics.generated_tokens, tokens),
+                (self.metrics.drafted_tokens, speculation["drafted_tokens"]),
+                (self.metrics.accepted_tokens, speculation["accepted_tokens"]),
+            ):
                 if count:  # Ray refuses 0
                     counter.inc(count, labels)
             if tokens > 1:

@@ -34,6 +34,7 @@ from acip_platform.serve.text.structured_output import ResponseFormat
 from acip_platform.serve.text.tools import NamedTool, ToolChoice, Tools
 
 MAX_CHOICES = 16
+MAX_PARTS = 8  # of a text, with sizes of their own
 DEFAULT_SIZE = "1.0"
 DEFAULT_MAX_TOKENS = 16  # of completions, as in OpenAI's API
 
@@ -117,7 +118,8 @@ class ModelSizeRequest(BaseModel):
         return name, budget
 
     def _limit(self, kind: str) -> Any:
-        return getattr(self, _field(kind))
+        value = getattr(self, _field(kind))
+        return value[0].ratio if isinstance(value, list) else value
 
 
 def _field(kind: str) -> str:
@@ -134,12 +136,12 @@ class UnavailableSizeError(BudgetError):
 
 
 @contextmanager
-def naming_field(budget: Budget) -> Iterator[None]:
-    """Add the field of the request to a BudgetError for `budget`."""
+def naming_field(budget: Budget, field: str | None = None) -> Iterator[None]:
+    """Add the field of the request to a BudgetError for `budget`; None = the field for this kind of budget."""
     try:
         yield
     except BudgetError as error:
-        raise UnavailableSizeError(str(error), _field(budget.kind)) from error
+        raise UnavailableSizeError(str(error), field or _field(budget.kind)) from error
 
 
 class MaterializationRequest(ModelSizeRequest):
@@ -148,10 +150,30 @@ class MaterializationRequest(ModelSizeRequest):
     )
 
 
+class SizePartRequest(BaseModel):
+    """A part of a text with a size of its own."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    ratio: float = Field(gt=0, le=1)
+    tokens: int | None = Field(default=None, ge=0)
+    until: SomeText | None = None
+
+
+Ratio = Annotated[float, Field(gt=0, le=1)]
+SizeParts = Annotated[list[SizePartRequest], Field(min_length=1, max_length=MAX_PARTS)]
+
+
 class OpenAIRequest(ModelSizeRequest):
     """The common fields of completions and chats."""
 
     # fmt: off
+    size_ratio: Ratio | SizeParts | None = Field(default=None,  # type: ignore[assignment]
+        description='a number above 0 and up to 1 (1.0 = the base model, the default), or a list of parts like [{"ratio": 1.0, '
+        '"tokens": 0}, {"ratio": 0.4, "until": "</think>"}, {"ratio": 1.0}]: each part but the last ends after so many "tokens" of the '
+        'answer (0 = the first part is the prompt alone) or behind the text "until"')
+    min_size: float | None = Field(default=None, gt=0, le=1,
+        description="a size ratio of at most size_ratio, at which the server may compute while other requests wait")
     temperature: float | None = Field(default=None, ge=0, le=2, description="a number from 0 (greedy) to 2")
     top_p: float | None = Field(default=None, gt=0, le=1, description="a number above 0 and up to 1")
     top_k: int | None = Field(default=None, ge=0, lt=2**31, description="a whole number of most likely tokens, 0 = all")
@@ -166,6 +188,8 @@ class OpenAIRequest(ModelSizeRequest):
     stream: bool | None = Field(default=None, description="true or false")
     stream_options: StreamOptions | None = Field(default=None, description='an object like {"include_usage": true}')
     ignore_eos: bool | None = Field(default=None, description="true (generate max_tokens tokens, also after an end token) or false")
+    speculative: Literal["auto", "off"] | None = Field(default=None,
+        description='"auto" (a small size drafts tokens where that is faster; the text stays that of the requested size) or "off"')
     # fmt: on
 
     user: Unused = None
@@ -176,6 +200,32 @@ class OpenAIRequest(ModelSizeRequest):
     prompt_cache_key: Unused = None
     prompt_cache_options: Unused = None
     prompt_cache_retention: Unused = None
+
+    @field_validator("size_ratio")
+    @classmethod
+    def _check_parts(cls, size_ratio: Any) -> Any:
+        """Refuse parts that never end, except the last one, which must not end."""
+        parts = size_ratio if isinstance(size_ratio, list) else []
+        ending = [part.tokens is not None or part.until is not None for part in parts]
+        empty = any(part.tokens == 0 for part in parts[1:])
+        return size_ratio if not parts or (all(ending[:-1]) and not ending[-1] and not empty) else _refuse()
+
+    @property
+    def parts(self) -> list[SizePartRequest]:
+        """The parts of the text, if it has several."""
+        return self.size_ratio if isinstance(self.size_ratio, list) else []
+
+    def min_budget(self, budget: Budget, convention: Convention) -> Budget | None:
+        """Return the size of `min_size`, or None. `convention` is that of a ratio if the request names none.
+
+        Raise a RequestError if it is larger than the requested size.
+        """
+        if self.min_size is None:
+            return None
+        least = min([part.ratio for part in self.parts] or [budget.ratio if budget.ratio is not None else 1.0])
+        if self.min_size > least:
+            raise RequestError(f"min_size is {self.min_size:g}; it must be at most the size ratio, {least:g}.", "min_size")
+        return Budget(ratio=self.min_size, convention=self.convention or convention)
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> Any:
@@ -350,10 +400,11 @@ def explain(errors: Sequence[Any], fields: Any, kind: type[BaseModel]) -> Reques
     # a value of a union has an error for each type; the deepest one belongs to the type that the client most likely meant
     error: Any = max((error for error in errors if error["loc"][1] == first["loc"][1]), key=lambda error: len(_place(error, fields)))
     place = _place(error, fields)
-    if place[0] != "messages":  # other fields have one description for the complete value
+    inside = place[0] != "messages" and len(place) > 1
+    if inside:  # other fields have one description for the complete value
         place = place[:1]
     name, path = str(place[-1]), _written(place)
-    if error["type"] == "extra_forbidden":
+    if error["type"] == "extra_forbidden" and not inside:
         known = Message.model_fields if len(place) > 1 else kind.model_fields
         return RequestError(f"unknown field {path!r}{did_you_mean(name, list(known))}. Allowed: {', '.join(known)}.", path, "unknown_field")
     models = (Message, Part) if len(place) > 1 else (kind,)
@@ -361,7 +412,7 @@ def explain(errors: Sequence[Any], fields: Any, kind: type[BaseModel]) -> Reques
     if isinstance(place[-1], int):
         object_like = {"type": "text", "text": "Hello"} if "content" in place else {"role": "user", "content": "Hello"}
         allowed = f"an object like {json.dumps(object_like)}"
-    if error["type"] == "missing":
+    if error["type"] == "missing" and not inside:
         return RequestError(f"{path} is missing; it must be {allowed or 'left out'}.", path, "missing_field")
     value: Any = fields
     for part in place:
