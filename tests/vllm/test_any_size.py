@@ -109,10 +109,31 @@ def test_a_step_without_sequences_gives_zeros(tmp_path: Path, monkeypatch: pytes
     names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
     served = any_size.ServedLayers(model.model, set(model.layers), {}, Mixer(model.layers))
     monkeypatch.setattr(any_size, "get_forward_context", object)
-    y = served.compute(served.parts(names), torch.randn(5, 128))
-    originals: list[Any] = [model.layers[name].original for name in names]
-    assert y.shape == (5, sum(len(original.weight) for original in originals))
-    assert not y.any()
+    assert served.compute(served.parts(names), torch.randn(5, 128), 256).equal(torch.zeros(5, 256))
+
+
+def test_cuda_graphs_end_at_layers_of_any_size() -> None:
+    """vLLM captures the pieces between them only: what such a layer computes with differs by step."""
+    import acip_vllm.any_size
+    from vllm.compilation.backends import split_graph
+    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+
+    config = CompilationConfig(mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE)
+    config.set_splitting_ops_for_v1("")
+    for _ in range(2):
+        acip_vllm.any_size.keep_out_of_cuda_graphs(config)
+    assert config.cudagraph_mode is CUDAGraphMode.PIECEWISE
+    assert config.splitting_ops is not None and config.splitting_ops.count("vllm::acip_any_size") == 1
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.vllm.acip_any_size(x.relu(), "layer", 7).relu()
+
+    graphs = []
+    torch.compile(model, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or (lambda *x: x[-1:]))(
+        torch.ones(3, 5)
+    )
+    _, pieces = split_graph(graphs[0], config.splitting_ops)
+    assert [piece.is_splitting_graph for piece in pieces] == [False, True, False]
 
 
 @pytest.fixture

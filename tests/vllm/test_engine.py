@@ -60,12 +60,12 @@ NEW_TOKENS = 16
 NATS = 1e-4
 
 
-def assert_same_answers(folder: Path) -> None:
+def assert_same_answers(folder: Path, eager: bool = True) -> None:
     """Assert that vLLM's greedy answers and log-probabilities, also of the prompts, are those of transformers."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    engine = LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=4, disable_log_stats=True)
+    engine = LLM(str(folder), dtype="float32", enforce_eager=eager, max_model_len=64, max_num_seqs=4, disable_log_stats=True)
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=5, prompt_logprobs=1)
     answers = engine.generate([TokensPrompt(prompt_token_ids=ids) for ids in PROMPTS], params, use_tqdm=False)
     engine.llm_engine.engine_core.shutdown()
@@ -101,6 +101,17 @@ def test_every_form(family: str, form: str, tmp_path: Path) -> None:
     assert_same_answers(tmp_path)
 
 
+def test_a_compiled_export(tmp_path: Path) -> None:
+    """All forms are in one graph without breaks, as CUDA graphs need it, too."""
+    from torch._dynamo.utils import counters
+
+    write_export(tmp_path, FAMILIES["llama"], half_coded, dtype=torch.bfloat16)
+    counters.clear()
+    assert_same_answers(tmp_path, eager=False)
+    assert counters["stats"]["unique_graphs"]
+    assert not counters["graph_break"]
+
+
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """An artifact with codes, from a calibration."""
@@ -117,7 +128,8 @@ def test_sizes_of_an_artifact(artifact: Artifact, size: str, tmp_path: Path) -> 
     assert_same_answers(tmp_path / "out")
 
 
-def test_an_artifact_answers_at_the_size_of_each_request(artifact: Artifact) -> None:
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_an_artifact_answers_at_the_size_of_each_request(artifact: Artifact, eager: bool) -> None:
     """All sizes are in one batch. Requests of the same prompt do not share keys and values."""
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.exceptions import VLLMValidationError
@@ -128,7 +140,7 @@ def test_an_artifact_answers_at_the_size_of_each_request(artifact: Artifact) -> 
         "40%": Budget(ratio=0.4, convention="bytes"),
         "150000 params": Budget(params=150000),
     }
-    engine = LLM(str(artifact.folder), dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=8, disable_log_stats=True)
+    engine = LLM(str(artifact.folder), dtype="float32", enforce_eager=eager, max_model_len=64, max_num_seqs=8, disable_log_stats=True)
     requests = [(size, prompt) for prompt in PROMPTS for size in sizes]
     params = [
         SamplingParams(
