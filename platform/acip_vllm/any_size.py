@@ -14,24 +14,26 @@ vLLM's model, and this module, run in the process that created the `ServedLayers
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from itertools import accumulate, groupby
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
+from acip_platform.serve.engine.resident_weights import ResidentWeights
 from torch import Tensor, nn
 from vllm.config import CompilationConfig, CUDAGraphMode, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.mixed_sizes import Mixer, Size, padded
+from acip.layers.targets import weight_MN
 from acip.modeling_acip import onednn
 from acip_vllm.export_config import ANY_SIZE
+from acip_vllm.linear_layers import PlainQuantization, worker_layers
+from acip_vllm.shards import StoredLayer
 from acip_vllm.size_copies import Parts, SizeCopies
-
-if TYPE_CHECKING:  # exports are served without the platform
-    from acip_platform.serve.engine.resident_weights import ResidentWeights
 
 OPERATION = "acip_any_size"  # in vLLM's namespace of torch.ops
 
@@ -48,13 +50,15 @@ class ServedLayers:
     """The layers of one resident model, and the order of the rows of the present step."""
 
     def __init__(
-        self, model: nn.Module, targets: set[str], stored: Mapping[str, Tensor], mixer: Mixer, weights: "ResidentWeights | None" = None
+        self, model: nn.Module, targets: set[str], stored: Mapping[str, Tensor], mixer: Mixer, weights: ResidentWeights | None = None
     ) -> None:
         """`weights` states whether there may be copies of sizes, and has their memory; None = there are none."""
         self.model, self.targets, self.mixer = model, targets, mixer
         self.copies = SizeCopies(weights)
         self.stored = dict(stored)  # all other tensors of the model, for vLLM to load
+        self.shards: dict[str, StoredLayer] = {}  # what this worker computes with, of the layers that are split between workers
         self.rows: Rows = list
+        self.load: Callable[[], None] = lambda: None  # the weights of layers that the first requests need
         self._step: object = None
         self._runs: list[tuple[Size, int]] = []  # of rows of the present step, by falling size
         self._copied = False  # whether all sizes of the step have copies
@@ -62,6 +66,7 @@ class ServedLayers:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors that vLLM computes with, and free them. The modules that `parts` has returned keep theirs."""
+        self.load()
         yield from self.stored.items()
         for name in self.stored:
             owner, _, last = name.rpartition(".")
@@ -79,6 +84,20 @@ class ServedLayers:
         for name in names:
             self.stored.pop(f"{name}.weight", None)
         return {name: self.model.get_submodule(name) for name in names}
+
+    def keep(self, stored: StoredLayer) -> None:
+        """Keep a worker's part of one layer. What is loaded later must be sharded by the loader (`shards`)."""
+        part = self.model.get_submodule(stored.name)
+        elastic = isinstance(part, ElasticLinear)
+        linear: Any = part.original if elastic else part
+        if elastic:
+            self.shards[stored.name] = stored
+        for owner, side in ((part.left, "left"), (part.right, "right")) if elastic else ():
+            owner.values = nn.Parameter(stored.part(side, owner.values), requires_grad=False)
+        if not linear.weight.is_meta:
+            linear.weight = nn.Parameter(stored.part("weight", weight_MN(linear)), requires_grad=False)
+        if linear.bias is not None:
+            linear.bias = nn.Parameter(stored.part("bias", linear.bias), requires_grad=False)
 
     def compute(self, parts: Parts, x_TN: Tensor, outputs: int) -> Tensor:
         """Return the outputs [T, M] of the layers `parts`, one after another. M is `outputs`."""
@@ -137,36 +156,7 @@ direct_register_custom_op(OPERATION, compute, fake_impl=_shape)
 
 
 SERVED: dict[str, ServedLayers] = {}  # by the folder that vLLM is given as the model
-LOADERS: list[Callable[[str, torch.device], ServedLayers]] = []  # loads an artifact that vLLM itself serves (acip_vllm.native)
-
-
-class PlainQuantization(QuantizationConfig):
-    """A quantization, in vLLM's sense, that needs no special kernels, and no files beside config.json."""
-
-    method: str
-
-    def get_name(self) -> str:
-        """Return the name of this method."""
-        return self.method
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Return the dtypes that layers can compute in."""
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Return the least compute capability of a GPU times ten: no special kernels are used."""
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """Return no names: everything is in config.json."""
-        return []
-
-    def part_names(self, prefix: str) -> list[str]:
-        """Return the names of the layers that vLLM fuses into one under the name `prefix`, in vLLM's spelling."""
-        parent, dot, last = prefix.rpartition(".")
-        return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(last, [last])]
+LOADERS: list[Callable[[str, str, torch.device], ServedLayers]] = []  # loads an artifact that vLLM itself serves (acip_vllm.native)
 
 
 class AnySizeConfig(PlainQuantization):
@@ -174,16 +164,16 @@ class AnySizeConfig(PlainQuantization):
 
     method = ANY_SIZE
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, uri: str) -> None:
         super().__init__()
-        self.folder = folder
+        self.folder, self.uri = folder, uri
         self.mapper: Any = None
 
     @property
     def served(self) -> ServedLayers:
         """The layers in this process. vLLM passes the config between processes, without them."""
         if self.folder not in SERVED:
-            SERVED[self.folder] = LOADERS[0](self.folder, torch.device(current_platform.device_type))
+            SERVED[self.folder] = LOADERS[0](self.folder, self.uri, torch.device(current_platform.device_type))
         return SERVED[self.folder]
 
     @cached_property
@@ -195,7 +185,7 @@ class AnySizeConfig(PlainQuantization):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "AnySizeConfig":
         """Return the layers that the config of `acip_vllm.resident_model` names."""
-        return cls(config["folder"])
+        return cls(config["folder"], config["uri"])
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the layers as a model of vLLM does."""
@@ -222,12 +212,21 @@ class AnySizeLinearMethod(LinearMethodBase):
         keep_out_of_cuda_graphs(compilation)
 
     def create_weights(
-        self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], *args: Any, **kwargs: Any
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        """Create nothing: the resident model has the weights. Raise ValueError if the layer is split between workers."""
-        if cast(Any, layer).tp_size > 1:
-            raise ValueError("a resident model of any size is not split between workers. Export one size for tensor parallelism.")
+        """Create nothing: the resident model has the weights. It keeps this worker's part of them only."""
         self.outputs = sum(output_partition_sizes)
+        if cast(Any, layer).tp_size > 1:
+            inputs, outputs = (input_size_per_partition, input_size), (output_partition_sizes, output_size)
+            for stored in worker_layers(layer, [(name, None) for name in self.parts], None, inputs, outputs):
+                self.served.keep(stored)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the outputs [..., M] for inputs [..., N]. The layers of the resident model add their own biases."""

@@ -7,9 +7,10 @@ for some time gets copies, if there is memory for them. A batch of two sizes use
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
+from acip_platform.serve.engine.resident_weights import ResidentWeights
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
@@ -18,9 +19,6 @@ from acip.layers.mixed_sizes import Form, Size
 from acip.layers.targets import weight_MN
 from acip_vllm.product import FusedProduct
 from acip_vllm.shards import Piece
-
-if TYPE_CHECKING:  # exports are served without the platform
-    from acip_platform.serve.engine.resident_weights import ResidentWeights
 
 COPIED_AFTER = 16  # steps in a row that have a size
 MAX_COPIES = 2  # sizes
@@ -33,7 +31,7 @@ Product = Callable[[Tensor], Tensor]
 class SizeCopies:
     """The copies of one model. `weights` states whether there may be copies, and has their memory; None = there are none."""
 
-    def __init__(self, weights: "ResidentWeights | None") -> None:
+    def __init__(self, weights: ResidentWeights | None) -> None:
         self.weights = weights
         self._steps: Counter[Key] = Counter()  # in a row
         self._products: OrderedDict[Key, dict[int, Product | None]] = OrderedDict()  # by size and by the id of the parts

@@ -164,29 +164,39 @@ def test_a_model_in_bfloat16_is_checked_by_its_mean_difference(tmp_path: Path, e
     assert all(len(tokens) == 12 for _, tokens in answers(engine, model))
 
 
-def test_a_size_that_is_used_alone_gets_packed_copies(tmp_path: Path, engine: Engine) -> None:
-    """They give the same answers, and leave when memory is short."""
+def test_sizes_that_stay_in_use_get_copies(tmp_path: Path, engine: Engine) -> None:
+    """They give the same answers, alone and together, and leave when memory is short."""
     from acip_vllm.any_size import SERVED
     from acip_vllm.resident_model import VllmModel
 
     model = VllmModel(VERSION, save(tmp_path, FAMILIES["llama"]))
     engine.add(model)
     (served,) = [served for served in SERVED.values() if served.model is model.any_size.model]
-    request = GenerationRequest(
-        [PROMPT], SIZES[2], max_tokens=60, sampling=SamplingParams(temperature=0.0, logprobs=0), end_tokens=frozenset()
-    )
+    sampling = SamplingParams(temperature=0.0, logprobs=0)
 
-    def tokens() -> list[Any]:
+    def tokens(size: Budget) -> list[Any]:
+        request = GenerationRequest([PROMPT], size, max_tokens=60, sampling=sampling, end_tokens=frozenset())
         return [event.token for event in engine.events(model, request) if isinstance(event, TokenSampled)]
 
-    packed = tokens()
-    assert served.copies.used
+    def together(*sizes: Budget) -> list[list[Any]]:
+        with ThreadPoolExecutor(len(sizes)) as pool:
+            return list(pool.map(tokens, sizes))
+
+    def copied(*sizes: Budget) -> list[bool]:
+        return [model.cut(size).key in served.copies for size in sizes]
+
+    base, half, ranks = SIZES[:3]
+    copies = together(base, ranks)
+    assert copied(base, half, ranks) == [True, False, True]
+    copies += [tokens(half)]
+    assert copied(base, half, ranks).count(True) == 2 and copied(half) == [True]
     model.weights.unpack()
-    plain = tokens()
-    assert not served.copies.used
-    same = next((i for i, (a, b) in enumerate(zip(packed, plain, strict=True)) if a.token != b.token), len(packed))
-    assert same > 20
-    assert [token.logprob for token in packed[:same]] == pytest.approx([token.logprob for token in plain[:same]], abs=NATS)
+    plain = [*together(base, ranks), tokens(half)]
+    assert copied(base, half, ranks) == [False, False, False]
+    for found, expected in zip(copies, plain, strict=True):
+        same = next((i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a.token != b.token), len(found))
+        assert same > 20
+        assert [token.logprob for token in found[:same]] == pytest.approx([token.logprob for token in expected[:same]], abs=NATS)
 
 
 def test_wrong_weights_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from acip.artifact.loading import ModelLoader
 from acip.coding.codes import Codes
 from acip.layers.mixed_sizes import Mixer
 from acip.layers.packing import PackedLinear, unpacked
-from acip.modeling_acip import CodedLinear, set_module
+from acip.modeling_acip import set_module
 from acip.sizing.cut_table import Cut
 from acip.sizing.elastic_model import ElasticModel
 from acip_platform.serve.engine.errors import ModelUnloadedError
@@ -191,9 +191,9 @@ class ResidentWeights:
         try:
             with ThreadPoolExecutor(threads, "codes") as pool:
                 for (name, version), codes in zip(missing, pool.map(self._decoded, missing), strict=True):
-                    layer, device = self.layers[name], self.loader.device
+                    layer = self.layers[name]
                     with building:
-                        coded = CodedLinear(codes.codes.to(device), codes.steps.to(device), layer.bias)
+                        coded = self.loader.coded(name, codes, layer.bias)
                     with self._lock:
                         layer.coded[str(version)] = coded
                         self._used[name, version] = time.monotonic()
