@@ -169,12 +169,16 @@ class AnySizeConfig(PlainQuantization):
         self.folder, self.uri = folder, uri
         self.mapper: Any = None
 
-    @property
+    @cached_property
     def served(self) -> ServedLayers:
-        """The layers in this process. vLLM passes the config between processes, without them."""
-        if self.folder not in SERVED:
+        """The layers in this process: those of a resident model, or loaded for each engine that serves an artifact."""
+        if self.uri:
             SERVED[self.folder] = LOADERS[0](self.folder, self.uri, torch.device(current_platform.device_type))
         return SERVED[self.folder]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the layers out: vLLM passes the config between processes."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("served", "names")}
 
     @cached_property
     def names(self) -> dict[str, str]:

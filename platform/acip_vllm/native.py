@@ -124,9 +124,8 @@ _models: dict[str, NativeModel] = {}
 
 
 def served_layers(folder: str, uri: str, device: torch.device) -> ServedLayers:
-    """Return the layers of an artifact, whose resident model this process holds from now on."""
-    if folder not in _models:
-        _models[folder] = NativeModel(uri, device)
+    """Load the resident model of an artifact for a new engine, and return its layers."""
+    _models[folder] = NativeModel(uri, device)
     return _models[folder].served
 
 
