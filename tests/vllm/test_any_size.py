@@ -205,7 +205,7 @@ def test_wrong_weights_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from acip_vllm.resident_model import VllmModel
 
     compute = ServedLayers.compute
-    monkeypatch.setattr(ServedLayers, "compute", lambda self, parts, x: 1.05 * compute(self, parts, x))
+    monkeypatch.setattr(ServedLayers, "compute", lambda *args: 1.05 * compute(*args))
     with pytest.raises(AcipError, match=r"log-probabilities differ by .*--engine acip"):
         VllmModel(VERSION, save(tmp_path, FAMILIES["llama"]), packed=False)
 
