@@ -4,9 +4,10 @@ A `ServedLayers` holds the layers of one resident model (`acip.layers.elastic_li
 or not, pass their inputs to them. Before the first layer of each step, the rows of the batch are put in the order of falling size that
 `acip.layers.mixed_sizes` needs; every layer permutes its inputs and outputs accordingly.
 
-On a CPU, a size that is computed alone for some steps gets copies of its matrices, stacked and packed as those of an export, because
-reordering plain weights takes a third of the time of products for 8 rows. They are made if there is memory for them, for one size at a
-time.
+In a compiled model, such a layer is one operation (`vllm::acip_any_size`) that torch.compile does not look into, because what it computes
+depends on the sizes in the step. On GPUs, vLLM splits the model's graph at these operations as it does at attention, and captures CUDA
+graphs of the pieces between them: norms, activations, rotary embeddings. The layers themselves, and attention, are not captured. On a
+CPU, a compiled model of any size takes about as long as an eager one (tests/benchmarks/SERVE.md), so the endpoint does not compile.
 
 vLLM's model, and this module, run in the process that created the `ServedLayers`, so that weights can be loaded between steps.
 """
