@@ -20,6 +20,7 @@ from typing import Any, Protocol, cast
 import torch
 from acip_platform.serve.engine.resident_weights import ResidentWeights
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 from vllm.config import CompilationConfig, CUDAGraphMode, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
@@ -88,15 +89,15 @@ class ServedLayers:
 
     def keep(self, stored: StoredLayer) -> None:
         """Keep a worker's part of one layer. What is loaded later must be sharded by the loader (`shards`)."""
-        part = self.model.get_submodule(stored.name)
-        elastic = isinstance(part, ElasticLinear)
-        linear: Any = part.original if elastic else part
-        if elastic:
+        linear: Any = self.model.get_submodule(stored.name)
+        if isinstance(linear, ElasticLinear):
             self.shards[stored.name] = stored
-        for owner, side in ((part.left, "left"), (part.right, "right")) if elastic else ():
-            owner.values = nn.Parameter(stored.part(side, owner.values), requires_grad=False)
+            for side, directions in (("left", linear.left), ("right", linear.right)):
+                directions.values = nn.Parameter(stored.part(side, directions.values), requires_grad=False)
+            linear = linear.original
         if not linear.weight.is_meta:
-            linear.weight = nn.Parameter(stored.part("weight", weight_MN(linear)), requires_grad=False)
+            weight_mn = stored.part("weight", weight_MN(linear))
+            linear.weight = nn.Parameter(weight_mn.T if isinstance(linear, Conv1D) else weight_mn, requires_grad=False)
         if linear.bias is not None:
             linear.bias = nn.Parameter(stored.part("bias", linear.bias), requires_grad=False)
 

@@ -9,7 +9,7 @@ factors and value as pivots:
 Coded parts are stacked in the same way; they are computed with their integer codes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -73,7 +73,7 @@ class FusedProduct(nn.Module):
         if self.is_plain:
             return first
         plain = iter(first.split_with_sizes(self.sizes, -1))
-        coded = iter(())
+        coded: Iterator[Tensor] = iter(())
         if self.codes is not None and self.steps is not None:
             coded = iter((integer_product(x, self.codes) * self.steps).to(x.dtype).split_with_sizes(self.coded_sizes, -1))
         outputs = []
