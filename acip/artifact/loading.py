@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from acip.artifact.codes_file import StoredVersions
 from acip.artifact.reader import ArtifactReader
+from acip.coding.codes import Codes
 from acip.errors import ArtifactError
 from acip.layers.directions import DirectionMatrix
 from acip.layers.elastic_linear import ElasticLinear
@@ -122,9 +123,18 @@ class ModelLoader:
         for some in _parts(missing, {name: self.codes.facts[name][version].bytes for name, version in missing.items()}):
             packed = self.codes.read(some)
             for name, version in some.items():
-                codes = packed.pop(name).unpack()
-                layer = layers[name]
-                layer.coded[str(version)] = CodedLinear(codes.codes.to(self.device), codes.steps.to(self.device), layer.bias)
+                layers[name].coded[str(version)] = self.coded(name, packed.pop(name).unpack(), layers[name].bias)
+
+    def coded(self, name: str, codes: Codes, bias: Tensor | None) -> CodedLinear:
+        """Return the layer `name` with these codes."""
+        return CodedLinear(
+            self.part(name, "codes", codes.codes).to(self.device), self.part(name, "steps", codes.steps).to(self.device), bias
+        )
+
+    def part(self, name: str, side: str, tensor: Tensor) -> Tensor:
+        """Return what is kept of a tensor of the layer `name`: all of it. A worker that computes with a part of the layer overrides it."""
+        del name, side
+        return tensor
 
     @cached_property
     def codes(self) -> StoredVersions:
@@ -149,14 +159,15 @@ class ModelLoader:
         for (key, *_), rows in zip(missing_rows, self.factors.rows(missing_rows) if missing_rows else [], strict=True):
             name, _, side = key.rpartition(".")
             directions: DirectionMatrix = getattr(layers[name], side)
-            new = rows.to(directions.values)
+            new = self.part(name, side, rows).to(directions.values)
             values = torch.cat([directions.values, new]) if len(directions) else new
             directions.values = nn.Parameter(values, requires_grad=False)
         weights = self.dense.read([f"{name}.weight" for name in missing_weights]) if missing_weights else {}
         for key, weight in weights.items():
-            layer = layers[key.removesuffix(".weight")]
+            name = key.removesuffix(".weight")
+            layer = layers[name]
             original: Any = layer.original
-            moved: Tensor = weight.to(layer.left.values)
+            moved = self.part(name, "weight", weight).to(layer.left.values)
             original.weight = nn.Parameter(moved.T.contiguous() if isinstance(original, Conv1D) else moved, requires_grad=False)
 
 

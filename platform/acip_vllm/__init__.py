@@ -6,9 +6,12 @@ exports, one size each:
   product.py         the product of a layer whose parts have different forms and ranks, such as fused query, key and value
   export_config.py   config.json of an export or artifact -> the config of its base model, with the forms of its layers as a quantization
   decoding.py        encoded tensors are decoded while weights are loaded
+  linear_layers.py   the stored layers that a linear layer of vLLM is made of, and a worker's part of them
   engine.py          the classes that vLLM calls
 artifacts, all sizes at once:
+  artifacts.py       the artifact at a folder, at s3://... or in the registry
   any_size.py        layers of any size in vLLM's models: each row of a batch is computed at the size of its own sequence
+  size_copies.py     copies of the sizes in use, stacked and packed like the layers of an export
   native.py          `vllm serve ARTIFACT`: a size with each request
   batch.py           vLLM computes the sequences of a resident model of acip_platform
   resident_model.py  such a model: its weights and sampling are acip_platform's

@@ -4,37 +4,40 @@ A `ServedLayers` holds the layers of one resident model (`acip.layers.elastic_li
 or not, pass their inputs to them. Before the first layer of each step, the rows of the batch are put in the order of falling size that
 `acip.layers.mixed_sizes` needs; every layer permutes its inputs and outputs accordingly.
 
-On a CPU, a size that is computed alone for some steps gets copies of its matrices, stacked and packed as those of an export, because
-reordering plain weights takes a third of the time of products for 8 rows. They are made if there is memory for them, for one size at a
-time.
+In a compiled model, such a layer is one operation (`vllm::acip_any_size`) that torch.compile does not look into, because what it computes
+depends on the sizes in the step. On GPUs, vLLM splits the model's graph at these operations as it does at attention, and captures CUDA
+graphs of the pieces between them: norms, activations, rotary embeddings. The layers themselves, and attention, are not captured. On a
+CPU, a compiled model of any size takes about as long as an eager one (tests/benchmarks/SERVE.md), so the endpoint does not compile.
 
 vLLM's model, and this module, run in the process that created the `ServedLayers`, so that weights can be loaded between steps.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from itertools import accumulate, groupby
+from typing import Any, Protocol, cast
 
 import torch
+from acip_platform.serve.engine.resident_weights import ResidentWeights
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from vllm.config import CompilationConfig, CUDAGraphMode, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.mixed_sizes import Mixer, Size, padded
 from acip.layers.targets import weight_MN
-from acip.modeling_acip import CodedLinear, onednn
+from acip.modeling_acip import onednn
 from acip_vllm.export_config import ANY_SIZE
-from acip_vllm.product import FusedProduct
-from acip_vllm.shards import Piece
+from acip_vllm.linear_layers import PlainQuantization, worker_layers
+from acip_vllm.shards import StoredLayer
+from acip_vllm.size_copies import Parts, SizeCopies
 
-if TYPE_CHECKING:  # exports are served without the platform
-    from acip_platform.serve.engine.resident_weights import ResidentWeights
-
-PACKED_AFTER = 16  # steps of one size
+OPERATION = "acip_any_size"  # in vLLM's namespace of torch.ops
 
 
 class Rows(Protocol):
@@ -49,19 +52,23 @@ class ServedLayers:
     """The layers of one resident model, and the order of the rows of the present step."""
 
     def __init__(
-        self, model: nn.Module, targets: set[str], stored: Mapping[str, Tensor], mixer: Mixer, weights: "ResidentWeights | None" = None
+        self, model: nn.Module, targets: set[str], stored: Mapping[str, Tensor], mixer: Mixer, weights: ResidentWeights | None = None
     ) -> None:
-        """`weights` states whether there may be packed copies, and has their memory; None = there are none."""
+        """`weights` states whether there may be copies of sizes, and has their memory; None = there are none."""
         self.model, self.targets, self.mixer = model, targets, mixer
-        self.copies = PackedCopies(weights)
+        self.copies = SizeCopies(weights)
         self.stored = dict(stored)  # all other tensors of the model, for vLLM to load
+        self.shards: dict[str, StoredLayer] = {}  # what this worker computes with, of the layers that are split between workers
         self.rows: Rows = list
+        self.load: Callable[[], None] = lambda: None  # the weights of layers that the first requests need
         self._step: object = None
+        self._runs: list[tuple[Size, int]] = []  # of rows of the present step, by falling size
+        self._copied = False  # whether all sizes of the step have copies
         self._order: tuple[Tensor, Tensor] | None = None  # rows of the batch by falling size, and where each row of the batch is then
-        self._rows = 0  # that have a sequence; vLLM may add others
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors that vLLM computes with, and free them. The modules that `parts` has returned keep theirs."""
+        self.load()
         yield from self.stored.items()
         for name in self.stored:
             owner, _, last = name.rpartition(".")
@@ -72,162 +79,86 @@ class ServedLayers:
                     tensors[last] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty  # type: ignore[assignment]
         self.stored.clear()
 
-    def parts(self, names: list[str]) -> list[nn.Module]:
-        """Return the layers whose outputs a fused layer of vLLM puts one after another; none if no part has sizes."""
+    def parts(self, names: list[str]) -> Parts:
+        """Return the layers whose outputs a fused layer of vLLM puts one after another, by name; none if no part has sizes."""
         if not self.targets.intersection(names):
-            return []
+            return {}
         for name in names:
             self.stored.pop(f"{name}.weight", None)
-        return [self.model.get_submodule(name) for name in names]
+        return {name: self.model.get_submodule(name) for name in names}
 
-    def compute(self, parts: list[nn.Module], x_TN: Tensor) -> Tensor:
-        """Return the outputs [T, M] of the layers `parts`, one after another."""
+    def keep(self, stored: StoredLayer) -> None:
+        """Keep a worker's part of one layer. What is loaded later must be sharded by the loader (`shards`)."""
+        linear: Any = self.model.get_submodule(stored.name)
+        if isinstance(linear, ElasticLinear):
+            self.shards[stored.name] = stored
+            for side, directions in (("left", linear.left), ("right", linear.right)):
+                directions.values = nn.Parameter(stored.part(side, directions.values), requires_grad=False)
+            linear = linear.original
+        if not linear.weight.is_meta:
+            weight_mn = stored.part("weight", weight_MN(linear))
+            linear.weight = nn.Parameter(weight_mn.T if isinstance(linear, Conv1D) else weight_mn, requires_grad=False)
+        if linear.bias is not None:
+            linear.bias = nn.Parameter(stored.part("bias", linear.bias), requires_grad=False)
+
+    def compute(self, parts: Parts, x_TN: Tensor, outputs: int) -> Tensor:
+        """Return the outputs [T, M] of the layers `parts`, one after another. M is `outputs`."""
         step = get_forward_context()
         if step is not self._step:
             self._prepare(x_TN)
             self._step = step
-        if not self._rows:  # vLLM measures its memory
-            rows_M = sum(len(weight_MN(cast(Any, getattr(part, "original", part)))) for part in parts)
-            return x_TN.new_zeros(len(x_TN), rows_M)
-        if self.copies.used and (y := self.copies.compute(parts, x_TN)) is not None:
-            return y
+        if not self._runs:  # vLLM measures its memory
+            return x_TN.new_zeros(len(x_TN), outputs)
         if self._order is not None:
             x_TN = x_TN[self._order[0]]
-        elif len(x_TN) != self._rows:
-            x_TN = x_TN[: self._rows]
-        with onednn(len(x_TN) > 1):
-            y_TM = parts[0](x_TN) if len(parts) == 1 else torch.cat([part(x_TN) for part in parts], -1)
+        y_TM = self.copies.compute(parts, self._runs, x_TN) if self._copied else None
+        if y_TM is None:
+            with onednn(len(x_TN) > 1):
+                outputs_TM = [part(x_TN) for part in parts.values()]
+            y_TM = outputs_TM[0] if len(parts) == 1 else torch.cat(outputs_TM, -1)
         return y_TM if self._order is None else y_TM[self._order[1]]
 
     def _prepare(self, x_TN: Tensor) -> None:
+        """Order the rows of a new step, and set the layers to its sizes."""
         rows = self.rows()
-        self._rows, self._order = sum(count for _, count in rows), None
-        self.copies.prepare({size.key for size, _ in rows})
-        if not rows:
-            return
         by_size = sorted(range(len(rows)), key=lambda i: rows[i][0].key)
         same = groupby(by_size, key=lambda i: rows[i][0].key)
-        runs = [(rows[members[0]][0], sum(rows[i][1] for i in members)) for _, group in same if (members := list(group))]
-        starts = [0]
-        for _, count in rows:
-            starts.append(starts[-1] + count)
-        total = len(x_TN)
-        missing = total - self._rows
-        want = max(padded(self._rows), total)
-        if len(runs) > 1 or want != total or missing:
+        self._runs = [(rows[members[0]][0], sum(rows[i][1] for i in members)) for _, group in same if (members := list(group))]
+        self._order = None
+        self._copied = self.copies.prepare([size.key for size, _ in self._runs])
+        if not rows:
+            return
+        used, total = sum(count for _, count in rows), len(x_TN)
+        want = max(padded(used), total)
+        if len(self._runs) > 1 or want != used:
             # rows that belong to no sequence repeat the last one
+            starts = [0, *accumulate(count for _, count in rows)]
             order = [row for i in by_size for row in range(starts[i], starts[i + 1])]
-            runs[-1] = (runs[-1][0], runs[-1][1] + want - self._rows)
-            index = torch.tensor(order + order[-1:] * (want - self._rows), device=x_TN.device)
+            size, count = self._runs[-1]
+            self._runs[-1] = (size, count + want - used)
+            index = torch.tensor(order + order[-1:] * (want - used), device=x_TN.device)
             back = torch.zeros(total, dtype=torch.int64, device=x_TN.device)
-            back[index[: self._rows]] = torch.arange(self._rows, device=x_TN.device)
+            back[index[:used]] = torch.arange(used, device=x_TN.device)
             self._order = (index, back)
-        self.mixer.set(runs)
+        self.mixer.set(self._runs)
 
 
-class PackedCopies:
-    """The matrices of one size, stacked and packed for vLLM's product."""
-
-    def __init__(self, weights: "ResidentWeights | None") -> None:
-        self.weights = weights
-        self.used = False  # in the present step
-        self._reserved = False
-        self._last: set[tuple[int, int]] = set()  # the sizes of the last steps, by their keys
-        self._steps = 0  # that had these sizes
-        self._of: set[tuple[int, int]] = set()  # the size of the copies
-        self._products: dict[int, tuple[FusedProduct, Tensor | None] | None] = {}  # by the id of the list of parts
-        self._gemm = UnquantizedLinearMethod()
-
-    def prepare(self, sizes: set[tuple[int, int]]) -> None:
-        """Decide whether the next step, which has these sizes, uses copies. They are made in this step if they are new."""
-        self._steps = self._steps + 1 if sizes == self._last else 0
-        self._last = sizes
-        if self.weights is None or not self.weights.packed:  # memory is short
-            self._of = set()
-            self._products.clear()
-        elif self._steps == PACKED_AFTER and len(sizes) == 1 and sizes != self._of and self._reserve(self.weights):
-            self._of = sizes
-            self._products.clear()
-        self.used = bool(sizes) and sizes == self._of
-
-    def _reserve(self, weights: "ResidentWeights") -> bool:
-        """Reserve memory for the largest size. Return whether there is enough."""
-        if not self._reserved:
-            layers = [(weight_MN(layer.original), layer.left.values, layer.right.values) for layer in weights.layers.values()]
-            self._reserved = weights.memory.reserve_copies(sum(max(W.nbytes, left.nbytes + right.nbytes) for W, left, right in layers))
-        return self._reserved
-
-    def compute(self, parts: list[nn.Module], x_TN: Tensor) -> Tensor | None:
-        """Return the outputs [T, M] of the layers `parts`; None if one of them has no sizes."""
-        key = id(parts)
-        if key not in self._products:
-            self._products[key] = self._packed(parts)
-        found = self._products[key]
-        if found is None:
-            return None
-        product, bias_M = found
-        y_TM = product(x_TN, self._gemm.apply)
-        return y_TM if bias_M is None else y_TM + bias_M
-
-    def _packed(self, parts: list[nn.Module]) -> tuple[FusedProduct, Tensor | None] | None:
-        if not all(isinstance(part, ElasticLinear) and part.groups for part in parts):
-            return None
-        layers = cast(list[ElasticLinear], parts)
-        product = FusedProduct([_piece(layer) for layer in layers])
-        for matrix in product.matrices():
-            self._gemm.process_weights_after_loading(matrix)
-        if all(layer.bias is None for layer in layers):
-            return product, None
-        dtype = layers[0].left.dtype
-        biases = [torch.zeros(len(weight_MN(layer.original)), dtype=dtype) if layer.bias is None else layer.bias for layer in layers]
-        return product, torch.cat(biases)
+def compute(x: Tensor, layer: str, outputs: int) -> Tensor:
+    """Return the outputs [..., outputs] of a layer of any size. `layer` is its name in vLLM's model."""
+    method: AnySizeLinearMethod = get_forward_context().no_compile_layers[layer]
+    return method.compute(x)
 
 
-def _piece(layer: ElasticLinear) -> Piece:
-    """Return the matrices of a layer whose rows are all of one size."""
-    assert layer.groups is not None
-    (group,) = layer.groups
-    if group.coded is not None:
-        coded = cast(CodedLinear, group.coded)
-        return Piece(coded.codes, steps=coded.steps)
-    if group.factors is None:
-        return Piece(weight_MN(layer.original))
-    right_rN, left_Mr = group.factors
-    rank = len(right_rN) if group.mask is None else int(group.mask[0].sum())
-    return Piece(right_rN[:rank], left_Mr[:, :rank])
+def _shape(x: Tensor, layer: str, outputs: int) -> Tensor:
+    """Return a tensor of the shape that `compute` returns."""
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+direct_register_custom_op(OPERATION, compute, fake_impl=_shape)
 
 
 SERVED: dict[str, ServedLayers] = {}  # by the folder that vLLM is given as the model
-LOADERS: list[Callable[[str, torch.device], ServedLayers]] = []  # loads an artifact that vLLM itself serves (acip_vllm.native)
-
-
-class PlainQuantization(QuantizationConfig):
-    """A quantization, in vLLM's sense, that needs no special kernels, and no files beside config.json."""
-
-    method: str
-
-    def get_name(self) -> str:
-        """Return the name of this method."""
-        return self.method
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Return the dtypes that layers can compute in."""
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Return the least compute capability of a GPU times ten: no special kernels are used."""
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """Return no names: everything is in config.json."""
-        return []
-
-    def part_names(self, prefix: str) -> list[str]:
-        """Return the names of the layers that vLLM fuses into one under the name `prefix`, in vLLM's spelling."""
-        parent, dot, last = prefix.rpartition(".")
-        return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(last, [last])]
+LOADERS: list[Callable[[str, str, torch.device], ServedLayers]] = []  # loads an artifact that vLLM itself serves (acip_vllm.native)
 
 
 class AnySizeConfig(PlainQuantization):
@@ -235,17 +166,21 @@ class AnySizeConfig(PlainQuantization):
 
     method = ANY_SIZE
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, uri: str) -> None:
         super().__init__()
-        self.folder = folder
+        self.folder, self.uri = folder, uri
         self.mapper: Any = None
 
-    @property
+    @cached_property
     def served(self) -> ServedLayers:
-        """The layers in this process. vLLM passes the config between processes, without them."""
-        if self.folder not in SERVED:
-            SERVED[self.folder] = LOADERS[0](self.folder, torch.device(current_platform.device_type))
+        """The layers in this process: those of a resident model, or loaded for each engine that serves an artifact."""
+        if self.uri:
+            SERVED[self.folder] = LOADERS[0](self.folder, self.uri, torch.device(current_platform.device_type))
         return SERVED[self.folder]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the layers out: vLLM passes the config between processes."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("served", "names")}
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -256,7 +191,7 @@ class AnySizeConfig(PlainQuantization):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "AnySizeConfig":
         """Return the layers that the config of `acip_vllm.resident_model` names."""
-        return cls(config["folder"])
+        return cls(config["folder"], config["uri"])
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the layers as a model of vLLM does."""
@@ -266,7 +201,7 @@ class AnySizeConfig(PlainQuantization):
         """Return the method that computes a layer; vLLM's own if no part of the layer has sizes."""
         parts = self.served.parts([self.names.get(name, "") for name in self.part_names(prefix)])
         if isinstance(layer, LinearBase):
-            return AnySizeLinearMethod(self.served, parts) if parts else UnquantizedLinearMethod()
+            return AnySizeLinearMethod(self.served, parts, prefix) if parts else UnquantizedLinearMethod()
         if parts:
             raise ValueError(f"layer {prefix} has sizes, but vLLM computes it with {type(layer).__name__}, which is not a linear layer.")
         return None
@@ -275,15 +210,48 @@ class AnySizeConfig(PlainQuantization):
 class AnySizeLinearMethod(LinearMethodBase):
     """Compute a linear layer of vLLM with the layers of the resident model."""
 
-    def __init__(self, served: ServedLayers, parts: list[nn.Module]) -> None:
-        self.served, self.layers = served, parts
+    def __init__(self, served: ServedLayers, parts: Parts, prefix: str) -> None:
+        self.served, self.parts, self.prefix = served, parts, prefix
+        self.outputs = 0
+        compilation = get_current_vllm_config().compilation_config
+        compilation.static_forward_context[prefix] = self  # `compute` finds it there
+        keep_out_of_cuda_graphs(compilation)
 
-    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Create nothing: the resident model has the weights. Raise ValueError if the layer is split between workers."""
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Create nothing: the resident model has the weights. It keeps this worker's part of them only."""
+        self.outputs = sum(output_partition_sizes)
         if cast(Any, layer).tp_size > 1:
-            raise ValueError("a resident model of any size is not split between workers. Export one size for tensor parallelism.")
+            inputs, outputs = (input_size_per_partition, input_size), (output_partition_sizes, output_size)
+            for stored in worker_layers(layer, [(name, None) for name in self.parts], None, inputs, outputs):
+                self.served.keep(stored)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the outputs [..., M] for inputs [..., N]. The layers of the resident model add their own biases."""
-        y_TM = self.served.compute(self.layers, x.flatten(0, -2))
-        return y_TM.unflatten(0, x.shape[:-1])
+        if not torch.compiler.is_compiling():
+            return self.compute(x)
+        y: Tensor = getattr(torch.ops.vllm, OPERATION)(x, self.prefix, self.outputs)
+        return y
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Return the outputs, outside of compiled graphs."""
+        if x.dim() == 2:
+            return self.served.compute(self.parts, x, self.outputs)
+        return self.served.compute(self.parts, x.flatten(0, -2), self.outputs).unflatten(0, x.shape[:-1])
+
+
+def keep_out_of_cuda_graphs(compilation: CompilationConfig) -> None:
+    """Make vLLM split its graphs at the layers of any size, and capture the pieces between them only: these layers differ by step."""
+    operations = compilation.splitting_ops
+    if operations and f"vllm::{OPERATION}" not in operations:
+        operations.append(f"vllm::{OPERATION}")
+    if compilation.cudagraph_mode is not None and compilation.cudagraph_mode.has_full_cudagraphs():
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE if operations else CUDAGraphMode.NONE

@@ -65,8 +65,8 @@ class VllmBatch:
         core._finalizer.detach()  # vLLM's own, see `_shut_down`
         weakref.finalize(self, _shut_down, core.engine_core, folder)
 
-    def __bool__(self) -> bool:
-        return bool(self.waiting or self.running)
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.running)
 
     @property
     def active(self) -> list[Sequence]:

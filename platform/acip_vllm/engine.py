@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from vllm.config import ModelConfig
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, QKVParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -16,11 +16,11 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.transformers_utils.config import _CONFIG_FORMAT_TO_CONFIG_PARSER, HFConfigParser
 
 import acip  # noqa: F401  (registers model_type "acip" in transformers)
-from acip_vllm import any_size, native
+from acip_vllm import any_size, artifacts, native
 from acip_vllm.decoding import decoded
 from acip_vllm.export_config import METHOD, served_config
+from acip_vllm.linear_layers import PlainQuantization, worker_layers
 from acip_vllm.product import FusedProduct
-from acip_vllm.shards import local_rows, stored_layers
 
 SHARD_IDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the parts of a fused layer; other fused layers number them
 DTYPES = {"place": torch.int64, "steps": torch.float32, "absmax": torch.float32, "codes": torch.int8}  # of stored tensors
@@ -31,6 +31,7 @@ def register_with_vllm() -> None:
     register_quantization_config(METHOD)(AcipQuantizationConfig)
     register_quantization_config(any_size.ANY_SIZE)(any_size.AnySizeConfig)
     any_size.LOADERS[:] = [native.served_layers]
+    artifacts.register()
     _CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] = ExportConfigParser
     for load_format, loader in _LOAD_FORMAT_TO_MODEL_LOADER.items():
         if loader is DefaultModelLoader:
@@ -45,9 +46,8 @@ class ExportConfigParser(HFConfigParser):
         fields, config = super().parse(*args, **kwargs)
         if getattr(config, "acip", None) is None:
             return fields, config
-        served = served_config(fields, str(args[0] if args else kwargs["model"]))
-        if served.quantization_config["quant_method"] == any_size.ANY_SIZE:
-            native.use(served.quantization_config["folder"])
+        folder = str(args[0] if args else kwargs["model"])
+        served = served_config(fields, folder, artifacts.uri_of(folder))
         served.name_or_path = config.name_or_path
         return fields, served
 
@@ -66,7 +66,7 @@ class ExportLoader(DefaultModelLoader):
         yield from decoded(weights, quantization) if export else weights  # type: ignore[arg-type]
 
 
-class AcipQuantizationConfig(any_size.PlainQuantization):
+class AcipQuantizationConfig(PlainQuantization):
     """The forms of the layers of an export."""
 
     method = METHOD
@@ -125,12 +125,8 @@ class AcipLinearMethod(LinearMethodBase):
     ) -> None:
         """Give the layer an empty parameter for each stored tensor, which vLLM's loaders find by its name."""
         linear = cast(Any, layer)
-        sizes, copies = output_sizes(linear, output_size)
-        rank = 0 if sum(output_partition_sizes) == output_size else linear.tp_rank
-        rows = local_rows(sizes, output_partition_sizes, copies, rank)
-        start = 0 if input_size_per_partition == input_size else linear.tp_rank * input_size_per_partition
-        columns = slice(start, start + input_size_per_partition)
-        linear.stored = stored_layers(self.entries, self.kind, sizes, rows, input_size, columns)
+        inputs, outputs = (input_size_per_partition, input_size), (output_partition_sizes, output_size)
+        linear.stored = worker_layers(linear, self.entries, self.kind, inputs, outputs)
         linear.tensors = [{} for _ in linear.stored]
         linear.dtype = params_dtype
         names = {name for part in linear.stored for name in part.shapes()}
@@ -183,12 +179,3 @@ class AcipLinearMethod(LinearMethodBase):
         """Return the worker's outputs y [..., m] for its inputs x [..., n]."""
         y: Tensor = cast(Any, layer).product(x, self.plain.apply)
         return y if bias is None else y + bias
-
-
-def output_sizes(layer: Any, output_size: int) -> tuple[list[int], list[int]]:
-    """Return the rows of each output of a layer as stored, and how many workers in a row compute the same rows."""
-    if isinstance(layer, QKVParallelLinear):
-        heads, keys = layer.total_num_heads, layer.total_num_kv_heads
-        return [heads * layer.head_size, keys * layer.head_size, keys * layer.v_head_size], [1, *[layer.num_kv_head_replicas] * 2]
-    sizes = list(getattr(layer, "output_sizes", [output_size]))
-    return sizes, [1] * len(sizes)

@@ -1,4 +1,4 @@
-"""`vllm serve ARTIFACT`: vLLM itself serves every size of an artifact in a local folder, one size per request.
+"""`vllm serve ARTIFACT`: vLLM itself serves every size of an artifact, one size per request.
 
     {"model": ..., "prompt": ..., "vllm_xargs": {"size": "0.42"}}
 
@@ -9,6 +9,7 @@ scheduled, and stays as in `acip_platform.serve.engine.resident_weights`. Reques
 and values differ by size, and vLLM's prefix cache does not know sizes, so requests do not read that cache.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -29,52 +30,63 @@ from acip.sizing.budget import Budget
 from acip.sizing.cut_table import Cut, CutTable
 from acip.sizing.elastic_model import ElasticModel
 from acip_vllm.any_size import ServedLayers
+from acip_vllm.artifacts import opened, served_uri
+from acip_vllm.shards import StoredLayer
 
 BASE = "1.0"  # the size of requests that name none
 FIELD = "size"  # of vllm_xargs
 
-_served: set[str] = set()  # the folder of the artifact that this process serves
-
-
-def use(folder: str) -> None:
-    """Make the artifact in a folder the one that this process serves. Raise ArtifactError if it cannot be opened."""
-    table_of(folder)
-    _served.clear()
-    _served.add(folder)
-
 
 @lru_cache(maxsize=4)
-def table_of(folder: str) -> CutTable:
+def table_of(uri: str) -> CutTable:
     """Return the table of all sizes of an artifact."""
-    return Artifact.open(folder).table()
+    return opened(uri).table()
 
 
 @lru_cache(maxsize=256)
-def cut_of(folder: str, size: str) -> Cut:
+def cut_of(uri: str, size: str) -> Cut:
     """Return the cut of a size as text, such as "0.42" or "8GB". Raise BudgetError for one that the artifact does not have."""
-    table = table_of(folder)
+    table = table_of(uri)
     return table.cut(Budget.parse(size, table.convention))
 
 
-class NativeModel:
-    """The resident model of an artifact in the process of vLLM that computes."""
+class ShardLoader(ModelLoader):
+    """Load the part of each layer that this worker computes with."""
 
-    def __init__(self, folder: str, device: torch.device) -> None:
-        self.folder = folder
-        artifact = Artifact.open(folder)
-        loader = ModelLoader(artifact, device)
+    def __init__(self, artifact: Artifact, device: torch.device) -> None:
+        super().__init__(artifact, device)
+        self.shards: Mapping[str, StoredLayer] = {}
+
+    def part(self, name: str, side: str, tensor: Tensor) -> Tensor:
+        """Return the worker's part of a tensor of the layer `name`."""
+        return self.shards[name].part(side, tensor) if name in self.shards else tensor
+
+
+class NativeModel:
+    """The resident model of an artifact in a process of vLLM that computes: one for each worker of tensor parallelism."""
+
+    def __init__(self, uri: str, device: torch.device) -> None:
+        self.uri = uri
+        artifact = opened(uri)
+        loader = ShardLoader(artifact, device)
         with building:
-            any_size = ElasticModel(loader.model(), artifact.table(), loader.load_size)
+            any_size = ElasticModel(loader.model(), table_of(uri), loader.load_size)
         mixer = Mixer(any_size.layers)
         self.weights = ResidentWeights(loader, any_size, mixer, UnlimitedMemory(), packed=False)
         model: Any = any_size.model
         rest = set(artifact.tensors("rest").entries)
         stored = {name: tensor for name, tensor in model.state_dict().items() if name in rest}
         self.served = ServedLayers(model, set(any_size.layers), stored, mixer)
-        self.served.rows = self.rows
+        self.served.rows, self.served.load = self.rows, self.load
+        loader.shards = self.served.shards
         self.slots: dict[int, Cut] = {}
-        self.base = cut_of(folder, BASE)
+        self.base = cut_of(uri, BASE)
+
+    def load(self) -> None:
+        """Load the base model; of an artifact without codes, everything."""
         self.weights.hold(self.base)
+        if table_of(self.uri).byte_sizes is None:
+            self.weights.load_ranks(self.weights.loader.stored_ranks)
 
     def rows(self) -> list[tuple[Size, int]]:
         """Return the sizes and numbers of rows of the step that vLLM computes now."""
@@ -88,7 +100,7 @@ class NativeModel:
     def add(self, slot: int, size: str) -> None:
         """Put a request into a slot of the batch, and load its size if necessary."""
         self.remove(slot)
-        cut = cut_of(self.folder, size)
+        cut = cut_of(self.uri, size)
         self.weights.hold(cut)
         self.slots[slot] = cut
 
@@ -111,15 +123,14 @@ class NativeModel:
 _models: dict[str, NativeModel] = {}
 
 
-def served_layers(folder: str, device: torch.device) -> ServedLayers:
-    """Return the layers of an artifact, whose resident model this process holds from now on."""
-    if folder not in _models:
-        _models[folder] = NativeModel(folder, device)
+def served_layers(folder: str, uri: str, device: torch.device) -> ServedLayers:
+    """Load the resident model of an artifact for a new engine, and return its layers."""
+    _models[folder] = NativeModel(uri, device)
     return _models[folder].served
 
 
 class SizeTracker(LogitsProcessor):
-    """Tells the resident model of an artifact which size each slot of the batch has. Without such a model it does nothing."""
+    """Tells the resident model of an artifact which size each slot of the batch has."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.folder = vllm_config.model_config.model
@@ -127,12 +138,11 @@ class SizeTracker(LogitsProcessor):
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Raise ValueError for a size that the artifact does not have."""
-        for folder in _served:
-            try:
-                cut_of(folder, size_of(sampling_params))
-            except BudgetError as error:
-                raise ValueError(f"vllm_xargs.{FIELD}: {error}") from error
-            sampling_params.skip_reading_prefix_cache = True
+        try:
+            cut_of(served_uri(), size_of(sampling_params))
+        except BudgetError as error:
+            raise ValueError(f"vllm_xargs.{FIELD}: {error}") from error
+        sampling_params.skip_reading_prefix_cache = True
 
     def is_argmax_invariant(self) -> bool:
         """Return True: it changes no logits."""

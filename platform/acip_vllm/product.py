@@ -9,7 +9,7 @@ factors and value as pivots:
 Coded parts are stacked in the same way; they are computed with their integer codes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -55,6 +55,7 @@ class FusedProduct(nn.Module):
             nn.Identity() if piece.second is None or not piece.second.numel() else Matrix(piece.second.to(device)) for piece in pieces
         )
         self.has_second = [piece.second is not None for piece in pieces]
+        self.is_plain = not any(self.has_second) and not coded
         self.codes: Tensor | None
         self.steps: Tensor | None
         self.place: Tensor | None
@@ -69,10 +70,12 @@ class FusedProduct(nn.Module):
     def forward(self, x: Tensor, multiply: Callable[[nn.Module, Tensor], Tensor] = plain_product) -> Tensor:
         """Return y [..., sum of m] for x [..., n]. `multiply` computes x W^T for the weight of a module."""
         first = x.new_empty(*x.shape[:-1], 0) if self.first is None else multiply(self.first, x)
-        plain = iter(first.split(self.sizes, -1))
-        coded = iter(())
+        if self.is_plain:
+            return first
+        plain = iter(first.split_with_sizes(self.sizes, -1))
+        coded: Iterator[Tensor] = iter(())
         if self.codes is not None and self.steps is not None:
-            coded = iter((integer_product(x, self.codes) * self.steps).to(x.dtype).split(self.coded_sizes, -1))
+            coded = iter((integer_product(x, self.codes) * self.steps).to(x.dtype).split_with_sizes(self.coded_sizes, -1))
         outputs = []
         for i, second in enumerate(self.second):
             h = next(coded if self.coded[i] else plain)

@@ -68,7 +68,7 @@ class VllmModel(ResidentModel):
         rest = set(self.artifact.tensors("rest").entries)
         folder = Path(tempfile.mkdtemp(prefix="acip-vllm-"))
         fields = model.config.to_dict() | {"architectures": [type(model).__name__]}
-        fields["quantization_config"] = {"quant_method": ANY_SIZE, "folder": str(folder)}
+        fields["quantization_config"] = {"quant_method": ANY_SIZE, "folder": str(folder), "uri": ""}
         (folder / "config.json").write_text(json.dumps(fields))
         stored = {name: tensor for name, tensor in model.state_dict().items() if name in rest}
         served = ServedLayers(model, targets, stored, mixer, self.weights)

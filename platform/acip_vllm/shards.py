@@ -106,6 +106,21 @@ class StoredLayer:
             return Piece(pivots_qn, combine, place_m)
         return Piece(self._rows(matrix("")[:, self.columns]))
 
+    def part(self, side: str, tensor: Tensor) -> Tensor:
+        """Return the worker's part of a tensor of a layer of any size.
+
+        These are weight and codes [M, N], left [K, M], right [K, N], steps and bias [M].
+        Where workers add up their results, the first one adds the bias, and all others have zeros.
+        """
+        match side:
+            case "weight" | "codes":
+                return self._rows(tensor[:, self.columns])
+            case "left":
+                return self._rows(tensor.T).T.contiguous()
+            case "right":
+                return tensor[:, self.columns].contiguous()
+        return torch.zeros_like(tensor) if side == "bias" and self.columns.start else self._rows(tensor)
+
     def _rows(self, tensor: Tensor) -> Tensor:
         return torch.cat([tensor[rows] for rows in self.rows])
 

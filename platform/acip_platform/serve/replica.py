@@ -237,6 +237,10 @@ class EngineReplica:
             if submitted is not None:
                 self.engine.cancel(submitted)
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return the number of sequences that run or wait. Ray Serve calls this method for the policy in autoscaling.py."""
+        return {"sequences": self.engine.sequences}
+
     def check_health(self) -> None:
         """Raise RuntimeError if the engine cannot go on. Ray Serve calls this method, and replaces the replica."""
         if not self.engine.alive:

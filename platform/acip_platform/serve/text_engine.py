@@ -194,6 +194,10 @@ class TextEngine:
         return self.tokens.open
 
     @property
+    def sequences(self) -> int:
+        return self.tokens.sequences
+
+    @property
     def alive(self) -> bool:
         return self.tokens.alive
 

@@ -153,7 +153,7 @@ class SteppedBatch(Protocol):
     waiting: deque[Sequence]  # the engine appends to it from any thread
     broken: str | None  # why no step is possible any more, or None
 
-    def __bool__(self) -> bool: ...  # whether there are sequences
+    def __len__(self) -> int: ...  # the number of sequences, those that wait included
     def step(self) -> None: ...  # give each sequence that runs its next token, or part of its prompt
     def clear(self) -> None: ...  # drop all sequences
 
@@ -172,8 +172,8 @@ class Batch:
     broken: str | None = None
     speculation: Speculation | None = None
 
-    def __bool__(self) -> bool:
-        return bool(self.waiting or self.active)
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.active)
 
     @torch.inference_mode()
     def step(self) -> None:

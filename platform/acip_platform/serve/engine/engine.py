@@ -179,6 +179,11 @@ class Engine:
         return len(self._requests)
 
     @property
+    def sequences(self) -> int:
+        """The number of sequences that are waiting or running."""
+        return sum(len(model.batch) for model in list(self._models))
+
+    @property
     def alive(self) -> bool:
         """Whether it can step its models."""
         return self._thread.is_alive() and all(model.batch.broken is None for model in self._models)

@@ -28,7 +28,7 @@ from acip.coding.codes import Codes
 from acip.layers.integer_linear import IntegerLinear, rounded, supports_integers
 from acip.layers.mixed_sizes import Mixer, Size
 from acip.layers.packing import PackedLinear, unpacked
-from acip.modeling_acip import CodedLinear, set_module, weight_MN
+from acip.modeling_acip import set_module, weight_MN
 from acip.sizing.cut_table import Cut
 from acip.sizing.elastic_model import ElasticModel
 from acip_platform.serve.engine.errors import ModelUnloadedError
@@ -266,9 +266,9 @@ class ResidentWeights:
         try:
             with ThreadPoolExecutor(threads, "codes") as pool:
                 for (name, version), codes in zip(missing, pool.map(self._decoded, missing), strict=True):
-                    layer, device = self.layers[name], self.loader.device
+                    layer = self.layers[name]
                     with building:
-                        coded = CodedLinear(codes.codes.to(device), codes.steps.to(device), layer.bias)
+                        coded = self.loader.coded(name, codes, layer.bias)
                     with self._lock:
                         layer.coded[str(version)] = coded
                         self._used[name, version] = time.monotonic()
