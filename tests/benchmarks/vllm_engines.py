@@ -198,6 +198,8 @@ class _Owner:
 
     def on_prompt(self, sequence: Any) -> None: ...
 
+    def on_drafts(self, count: int) -> None: ...
+
     def on_token(self, sequence: Any, token: Any) -> None:
         self.got.append(self)
 
