@@ -29,7 +29,7 @@ class IntegerLinear(nn.Module):
 
     @property
     def packed_bytes(self) -> int:
-        return self.out_features * self.in_features
+        return self.out_features * (self.in_features + 4)  # with the step sizes
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.quantized.linear_dynamic(x.float(), self._packed)
