@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from acip.coding.grouped_statistics import grouped_statistics
 from acip_platform.serve.engine.sampling import Sampler, SamplingParams, sample
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,14 +18,14 @@ from acip.base import Base, load_base
 from acip.calibration.activation_covariance import activation_covariances
 from acip.calibration.bases import accuracy, solve
 from acip.calibration.loop import Calibration, calibrate, trial_step
-from acip.calibration.memory_plan import statistics_bytes
 from acip.calibration.parametrize import parametrize, restore
 from acip.calibration.state import CalibrationState, StepReport
-from acip.coding.coded_model import code_layer, step_scales
-from acip.coding.scratch import Scratch
+from acip.coding.block_statistics import PassFiles, block_statistics
+from acip.coding.coded_model import code_layers, step_scales
 from acip.data import TokenBatches
 from acip.export.quantization import quantized
 from acip.layers.adapters import LoRA
+from acip.layers.block_chain import BlockChain
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.mixed_sizes import Mixer, Size
 from acip.layers.targets import find_linears, targets, weight_MN
@@ -273,17 +272,15 @@ def eight_bit(row: Row, small: Small) -> None:
 
 
 def codes(row: Row, small: Small) -> None:
-    """Compare statistics that are gathered in several passes, and the bytes and predicted losses of codes."""
+    """Compare statistics that are gathered a block at a time, and the bytes and predicted losses of codes."""
     rates = (2.0, 4.0, 6.0)
     sides = []
     for device in ("cpu", small.scale.device):
         model = load_base(small.source, "float32").model.requires_grad_(False)
-        model.to(device)  # type: ignore[arg-type]
-        linears = find_linears(model)
-        limit = sum(statistics_bytes(*weight_MN(linear).shape) for linear in linears.values()) / 3
-        statistics = grouped_statistics(model, linears, small.windows[:8], Scratch(small.folder), limit)
-        scales = step_scales(linears, statistics, rates)
-        sides.append((statistics, {name: code_layer(linear, statistics[name], scales) for name, linear in linears.items()}))
+        linears, files = find_linears(model), PassFiles(small.folder / f"pass-{len(sides)}")
+        statistics = block_statistics(BlockChain(model), linears, small.windows[:8], files, device)
+        scales = step_scales(linears, statistics, rates, torch.device(device))
+        sides.append((statistics, dict(code_layers(linears, statistics, scales, torch.device(device)))))
     (expected_statistics, expected), (statistics, coded) = sides
     worst = {"bytes": 0.0, "loss": 0.0}
     for name, layer in coded.items():
