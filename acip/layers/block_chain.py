@@ -120,7 +120,10 @@ def _input(*args: Any, **kwargs: Any) -> Tensor:
 def _stop(*args: Any, **kwargs: Any) -> Any:
     hidden = _input(*args, **kwargs)
     if not isinstance(hidden, Tensor):
-        raise BaseModelError(f"its blocks return a {type(hidden).__name__}; they must return hidden states alone.")
+        raise BaseModelError(
+            f"the blocks of this model return a {type(hidden).__name__}; they must return hidden states alone to be run one at a time. "
+            "Use a device whose memory holds the whole model."
+        )
     raise _Stopped(hidden)
 
 
