@@ -22,7 +22,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "platform")]
@@ -98,13 +98,14 @@ def random_model(shape: str, ranks: bool, codes: bool) -> tuple[Any, dict[str, E
     torch.set_default_dtype(torch.float32)
     layers, kept = {}, {}
     for name, linear in find_linears(model).items():
-        M, N = linear.weight.shape
+        weight_MN = cast(Tensor, linear.weight)
+        M, N = weight_MN.shape
         if name.endswith(("o_proj", "down_proj")):
-            linear.weight.mul_(0.001)
+            weight_MN.mul_(0.001)
         kept[name] = int(RANK_SHARE * M * N / (M + N)) // 32 * 32 if ranks else 0
         sides = [0.01 * torch.randn(kept[name], side).bfloat16() for side in (M, N)]
         layers[name] = ElasticLinear(linear, sides[0], sides[1])
-        codes_MN, steps_M = rounded(linear.weight)
+        codes_MN, steps_M = rounded(weight_MN)
         layers[name].coded[str(DRAFT_VERSION)] = IntegerLinear(codes_MN, steps_M, None)  # type: ignore[assignment]
         if codes:
             layers[name].coded["0"] = CodedLinear(codes_MN, steps_M, None)
@@ -225,7 +226,8 @@ def right_drafts(artifact: Artifact, sequences: int, tokens: int) -> None:
     prompts = heldout(artifact, PROMPT, sequences).tolist()
     full = model.cut(Budget(ratio=1.0, convention=model.convention))
     drafts: list[tuple[str, Cut | None]] = [("integers", None)]
-    for convention in (*(["bytes"] if model.convention == "bytes" else []), "linear"):
+    conventions: list[Any] = [*(["bytes"] if model.convention == "bytes" else []), "linear"]
+    for convention in conventions:
         drafts += [(f"{ratio} ({convention})", model.cut(Budget(ratio=ratio, convention=convention))) for ratio in DRAFT_SIZES[convention]]
     print(
         f"\nshare of right drafts, answers at 1.0 of {sequences} x {tokens} tokens\n\n| draft | greedy | temperature 0.7 | temperature 1 |"
@@ -238,11 +240,11 @@ def right_drafts(artifact: Artifact, sequences: int, tokens: int) -> None:
                 batch.draft = lambda size=size: size
                 shares = []
                 for temperature in (0.0, 0.7, 1.0):
-                    batch.speculation = Always(size)
+                    batch.speculation = Always(cast(Size, size))
                     for seed, ids in enumerate(prompts):
                         sampler = Sampler(SamplingParams(temperature=temperature), seed, ids=list(ids))
                         whole = Size(full.key, full.ranks, full.versions)
-                        batch.waiting.append(Sequence(sampler.ids, whole, sampler, tokens, frozenset(), Collector()))
+                        batch.waiting.append(Sequence(sampler.ids, whole, sampler, tokens, frozenset(), cast(Any, Collector())))
                     while batch:
                         batch.step()
                     shares.append(batch.speculation.share(whole))
@@ -255,7 +257,7 @@ def answers_after_prompts(artifact: Artifact, windows: int) -> None:
     """Print the perplexity of the second half of texts whose first half was read at another size."""
     any_size = artifact.load()
     texts = heldout(artifact, 2 * HALF, windows)
-    conventions = ["bytes", "linear"] if any_size.table.byte_sizes is not None else ["linear"]
+    conventions: list[Any] = ["bytes", "linear"] if any_size.table.byte_sizes is not None else ["linear"]
     for convention in conventions:
         sizes = [Budget(ratio=ratio, convention=convention) for ratio in PART_SIZES[convention]]
         print(f"\nperplexity of {HALF} tokens after {HALF} tokens read at another size, {windows} texts; sizes in {convention}\n")

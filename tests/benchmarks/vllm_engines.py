@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,9 +129,13 @@ def write_wide_exports(folder: Path) -> None:
         rank = product / total if form == "factors" else (total - (total**2 - 4 * product) ** 0.5) / 2
         return {"form": form, "rank": None if form == "dense" else int(rank)}
 
+    def chosen(form: str, number: int, name: str, side: int) -> dict[str, Any]:
+        del number
+        return row(form, name, side)
+
     for size, form in (("1.0", "dense"), ("0.4", "factors"), (PIVOTS, "pivot")):
         if not (folder / size).exists():
-            write_export(folder / size, config, lambda _, name, side, form=form: row(form, name, side), dtype=torch.bfloat16)
+            write_export(folder / size, config, partial(chosen, form), dtype=torch.bfloat16)
 
 
 # ---- engines, in their own processes

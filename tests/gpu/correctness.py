@@ -21,7 +21,8 @@ from acip.calibration.loop import Calibration, calibrate, trial_step
 from acip.calibration.parametrize import parametrize, restore
 from acip.calibration.state import CalibrationState, StepReport
 from acip.coding.block_statistics import PassFiles, block_statistics
-from acip.coding.coded_model import code_layers, step_scales
+from acip.coding.coded_model import CodedLayer, code_layers, step_scales
+from acip.coding.statistics import LayerStatistics
 from acip.data import TokenBatches
 from acip.export.quantization import quantized
 from acip.layers.adapters import LoRA
@@ -274,7 +275,7 @@ def eight_bit(row: Row, small: Small) -> None:
 def codes(row: Row, small: Small) -> None:
     """Compare statistics that are gathered a block at a time, and the bytes and predicted losses of codes."""
     rates = (2.0, 4.0, 6.0)
-    sides = []
+    sides: list[tuple[dict[str, LayerStatistics], dict[str, CodedLayer]]] = []
     for device in ("cpu", small.scale.device):
         model = load_base(small.source, "float32").model.requires_grad_(False)
         linears, files = find_linears(model), PassFiles(small.folder / f"pass-{len(sides)}")

@@ -35,7 +35,8 @@ def test_ray_serve_scales_by_what_the_replicas_report() -> None:
         serve.run(deployment.bind(), route_prefix=None)
 
         def running() -> int:
-            return serve.status().applications["default"].deployments["Replica"].replica_states.get("RUNNING", 0)
+            states: Any = serve.status().applications["default"].deployments["Replica"].replica_states
+            return int(states.get("RUNNING", 0))
 
         until(lambda: running() == 2, lambda: f"{running()} replicas are running", every_s=1)
     finally:

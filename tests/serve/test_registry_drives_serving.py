@@ -75,8 +75,13 @@ def test_version_that_cannot_be_loaded_leaves_the_old_one(
 
 def test_failed_version_is_not_tried_again_at_once(application: Application, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replica, "RETRY_S", (3600.0, 3600.0))
-    fetched = []
-    monkeypatch.setattr(Store, "fetch", lambda store, uri, fetch=Store.fetch: fetched.append(uri) or fetch(store, uri))
+    fetched, fetch = list[str](), Store.fetch
+
+    def counted(store: Store, uri: str) -> Path:
+        fetched.append(uri)
+        return fetch(store, uri)
+
+    monkeypatch.setattr(Store, "fetch", counted)
     promote(application, tmp_path / "new")
     for _ in range(3):
         application.runner.run(application.api.refresh())

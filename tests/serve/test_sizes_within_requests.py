@@ -122,7 +122,7 @@ def test_sequences_are_smaller_while_others_wait(engine: Engine, model: Resident
     monkeypatch.setattr(batch, "MAX_SEQUENCES", 2)
     received: list[list[Any]] = [[] for _ in range(6)]
     for i, events in enumerate(received):
-        fields = {} if i == 1 else {"min_budget": Budget(ratio=0.4)}
+        fields: dict[str, Any] = {} if i == 1 else {"min_budget": Budget(ratio=0.4)}
         engine.submit(model, request(budget=Budget(ratio=1.0), max_tokens=20 + i, **fields), events.extend)
     until(lambda: engine.open == 0, "the requests do not end")
     counts = [by_size(events[-1]) for events in received]

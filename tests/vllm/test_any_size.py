@@ -128,10 +128,13 @@ def test_cuda_graphs_end_at_layers_of_any_size() -> None:
     def model(x: torch.Tensor) -> torch.Tensor:
         return torch.ops.vllm.acip_any_size(x.relu(), "layer", 7).relu()
 
-    graphs = []
-    torch.compile(model, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or (lambda *x: x[-1:]))(
-        torch.ones(3, 5)
-    )
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return lambda *x: x[-1:]
+
+    torch.compile(model, fullgraph=True, dynamic=True, backend=backend)(torch.ones(3, 5))
     _, pieces = split_graph(graphs[0], config.splitting_ops)
     assert [piece.is_splitting_graph for piece in pieces] == [False, True, False]
 

@@ -150,11 +150,14 @@ def test_workers_share_a_layer_of_any_size(by: str) -> None:
         products = (part("weight"), part("left").T @ part("right"), part("codes") * part("steps")[:, None])
         return torch.stack([x @ W_MN.T + part("bias") for W_MN in products])
 
+    def own_part(stored: StoredLayer, side: str) -> Tensor:
+        return stored.part(side, tensors[side])
+
     found = []
     for worker in range(2):
         own = slice(worker * N // 2, (worker + 1) * N // 2) if by == "columns" else slice(0, N)
         rows = slice(0, M) if by == "columns" else slice(worker * M // 2, (worker + 1) * M // 2)
         stored = StoredLayer("layer", None, None, M, N, (rows,), own)
-        found.append(outputs(lambda side, stored=stored: stored.part(side, tensors[side]), x[:, own]))
+        found.append(outputs(partial(own_part, stored), x[:, own]))
     together = torch.stack(found).sum(0) if by == "columns" else torch.cat(found, -1)
     torch.testing.assert_close(together, outputs(tensors.__getitem__, x), rtol=1e-4, atol=1e-3)

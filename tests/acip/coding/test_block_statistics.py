@@ -110,7 +110,7 @@ def test_a_layer_that_is_not_reached_is_named(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_too_small_is_reported_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
     with pytest.raises(CalibrationError, match=r"need up to .* GB in .* but 0.0 GB are free. Free space"):
         gathered(llama(), tmp_path)
     assert not (tmp_path / "pass").exists()

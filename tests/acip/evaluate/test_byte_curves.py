@@ -66,7 +66,8 @@ def test_coded_sizes_are_measured_like_each_size_alone(artifact: Artifact, keep_
 def test_a_curve_with_one_block_in_memory_equals_that_of_the_whole_model(artifact: Artifact, hidden_bytes: float) -> None:
     """The numbers of both are the same; the sizes of ranks among them, and the base model."""
     expected = measured(artifact)
-    windows, sizes = TEXT.tokens(artifact.tokenizer()), [0.5, *byte_budgets(artifact), 1.0]
+    windows = TEXT.tokens(artifact.tokenizer())
+    sizes: list[Budget | float] = [0.5, *byte_budgets(artifact), 1.0]
     any_size, done = artifact.unloaded(), list[tuple[int, int]]()
     rows = streamed_trade_off(
         any_size, windows, TEXT.source, sizes, 0.9, "packed", DivergenceOn(TEXT), (), hidden_bytes, lambda *each: done.append(each)

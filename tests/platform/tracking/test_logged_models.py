@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from acip_platform.settings import Settings
@@ -60,7 +60,7 @@ def models_of(run: Run, query: str = "", **options: Any) -> list[LoggedModel]:
 
 def state(run: Run) -> Any:
     """Return everything that is logged, without times and ids."""
-    info = run.client.get_run(run.run_id)
+    info: Any = run.client.get_run(run.run_id)
     models = [
         (model.name, model.tags, model.params, sorted((metric.key, metric.value, metric.dataset_digest) for metric in model.metrics or ()))
         for model in models_of(run)
@@ -83,7 +83,8 @@ def test_smallest_size_that_is_good_enough(run: Run, artifact: Artifact) -> None
     tokens = digest(TEXT.tokens(artifact.tokenizer()))
     assert {metrics["kl"].dataset_digest, metrics["perplexity"].dataset_digest} == {tokens}
     assert metrics["bytes"].dataset_digest is None and metrics["kl"].run_id == run.run_id
-    (used,) = run.client.get_run(run.run_id).inputs.dataset_inputs
+    logged: Any = run.client.get_run(run.run_id)
+    (used,) = logged.inputs.dataset_inputs
     assert used.dataset.digest == tokens and json.loads(used.dataset.source) == {"text": "package:wikipedia", "split": "heldout"}
     (whole,) = models_of(run, "model_type = 'any-size'")
     assert whole.name == "small" and whole.tags["artifact_uri"] == str(artifact.folder)
@@ -190,9 +191,10 @@ def test_migration_adds_what_is_missing(
     assert (version.version, version.uri, version.tags["area"]) == ("1", uri, "1"), "the version and its alias stay"
     assert run.client.get_logged_model(version.model_id).name == "small"
     assert len(models_of(run)) + len(models_of(tuned)) == 5
-    used = evaluation.client.get_run(evaluation.run_id).inputs.model_inputs
+    measured, trained = (cast(Any, each.client.get_run(each.run_id)) for each in (evaluation, tuned))
+    used = measured.inputs.model_inputs
     assert len(used) == 1, "the evaluation is linked with the size that it measured"
-    assert [each.model_id for each in tuned.client.get_run(tuned.run_id).inputs.model_inputs] == [version.model_id]
+    assert [each.model_id for each in trained.inputs.model_inputs] == [version.model_id]
     before = state(run), state(tuned), state(evaluation)
     assert migrate.main([]) == 1
     assert (state(run), state(tuned), state(evaluation)) == before
