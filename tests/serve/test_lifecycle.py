@@ -66,20 +66,23 @@ def test_full_queue_is_429_and_disconnected_clients_make_room(server: Server) ->
 
 
 def test_clients_that_do_not_read_hold_no_slot(server: Server) -> None:
-    """Ten clients request streams and never read a byte. Their requests complete, and a later request is answered."""
-    body = json.dumps({**LONG, "model": "talker", "size_ratio": 0.95, "max_tokens": 300, "stream": True}).encode()
+    """Five clients request streams and never read a byte. Their requests complete, and a later request is answered."""
+    body = json.dumps({**LONG, "model": "talker", "size_ratio": 0.95, "max_tokens": 200, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     url, labels = httpx.URL(server.url), 'model="talker",size="0.95"'  # no other test requests it
     with contextlib.ExitStack() as stack:
-        for _ in range(10):
+        for _ in range(5):
             client = stack.enter_context(socket.socket())
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect((url.host, url.port))
             client.sendall(head + body)
-        until(lambda: server.open == 10, "fewer than ten requests are open")
+        until(lambda: server.open == 5, "fewer than five requests are open")
         server.ask(max_tokens=2, ignore_eos=True)
         until(lambda: server.open == 0, "a client that does not read holds a slot")
-    until(lambda: server.metric("acip_generated_tokens_total", labels) == 10 * 16 * 300, "the requests are not complete")
+    def complete() -> float:
+        return server.metric("acip_generated_tokens_total", labels)
+
+    until(lambda: complete() == 5 * 16 * 200, lambda: f"{complete():g} tokens are counted", within_s=100)
 
 
 def test_killed_engine_is_replaced_and_its_requests_are_retried_or_fail(server: Server) -> None:

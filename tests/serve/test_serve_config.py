@@ -46,5 +46,6 @@ def test_engines_scale_between_the_bounds(small_artifact: Artifact, tmp_path: Pa
 
 def engine(application: Any) -> Any:
     """Return the deployment of the engine in an application."""
-    (bound,) = [arg for arg in application._bound_deployment.init_args if hasattr(arg, "_bound_deployment")]
-    return bound._bound_deployment._deployment_config
+    bound = [arg._bound_deployment for arg in application._bound_deployment.init_args if hasattr(arg, "_bound_deployment")]
+    (found,) = [deployment for deployment in bound if deployment.name == "Engine"]
+    return found._deployment_config

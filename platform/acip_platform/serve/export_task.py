@@ -42,14 +42,17 @@ def export_task(settings: Settings, work: Work) -> Iterator[dict[str, Any]]:
     parent = settings.home / "exporting"
     try:
         with workplace(parent) as folder:
-            done = _export(settings, work, folder)
-        yield {"status": "succeeded", **done}
+            uri, raw = _export(settings, work, folder)
     except Exception as error:
         log.exception("the export of %s failed", work.artifact)
         yield {"status": "failed", "error": _message(error).replace(str(parent), "the folder of running exports")}
+    else:
+        yield {"status": "succeeded", "uri": uri, **sums(raw)}
+        _log(settings, work, json.loads(raw), uri)
 
 
-def _export(settings: Settings, work: Work, folder: Path) -> dict[str, Any]:
+def _export(settings: Settings, work: Work, folder: Path) -> tuple[str, bytes]:
+    """Export to a new folder of the store. Return its URI and its provenance.json."""
     from acip.export.folder import PROVENANCE, export
     from acip_platform.storage.store import Store
 
@@ -61,8 +64,7 @@ def _export(settings: Settings, work: Work, folder: Path) -> dict[str, Any]:
     export(any_size, artifact, folder / work.title, work.quantize, facts={"materialization": work.facts})
     raw = (folder / work.title / PROVENANCE).read_bytes()
     uri = store.add(folder / work.title, f"{work.key}-{hashlib.sha256(raw).hexdigest()[:8]}", PROVENANCE)
-    _log(settings, work, json.loads(raw), uri)
-    return {"uri": uri, **sums(raw)}
+    return uri, raw
 
 
 def _log(settings: Settings, work: Work, provenance: dict[str, Any], uri: str) -> None:
