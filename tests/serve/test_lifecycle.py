@@ -79,6 +79,7 @@ def test_clients_that_do_not_read_hold_no_slot(server: Server) -> None:
         until(lambda: server.open == 5, "fewer than five requests are open")
         server.ask(max_tokens=2, ignore_eos=True)
         until(lambda: server.open == 0, "a client that does not read holds a slot")
+
     def complete() -> float:
         return server.metric("acip_generated_tokens_total", labels)
 
