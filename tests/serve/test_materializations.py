@@ -246,14 +246,19 @@ def test_killed_worker_fails_the_materialization(settings: Settings, version: Mo
             record = await sizes.start(version, Budget(ratio=0.6))
             while (await sizes.get(record["id"]))["status"] == "queued":
                 await asyncio.sleep(0.01)
-            (task,) = [process for process in psutil.Process().children(recursive=True) if "export_task" in _title(process)]
-            task.kill()
+            while len(tasks := _tasks()) > 1:  # that of an earlier test may still write to MLflow
+                await asyncio.sleep(0.1)
+            tasks[0].kill()
             failed = await finished_record(sizes, record["id"])
         assert failed["status"] == "failed" and "died" in failed["error"]
         again = await sizes.start(version, Budget(ratio=0.6))
         assert (await finished_record(sizes, again["id"]))["status"] == "succeeded"
 
     run(scenario())
+
+
+def _tasks() -> list[psutil.Process]:
+    return [process for process in psutil.Process().children(recursive=True) if "export_task" in _title(process)]
 
 
 def _title(process: psutil.Process) -> str:
