@@ -48,7 +48,7 @@ Values = tuple[Mapping[str, float], Dataset | None]  # metrics, and what they we
 
 @dataclass(frozen=True)
 class Description:
-    """What a LoggedModel states. Descriptions with equal keys describe the same model."""
+    """The content of a LoggedModel. Descriptions with equal keys describe the same model."""
 
     key: str
     name: str
