@@ -21,6 +21,7 @@ from transformers import DynamicCache
 
 from acip.artifact.artifact import Artifact
 from acip.sizing.budget import Budget
+from tests.support.engines import ENGINE
 from tests.support.near_ties import TIE
 from tests.support.server import Server
 from tests.support.waiting import PATIENCE_S, until
@@ -133,6 +134,10 @@ def test_sequences_are_smaller_while_others_wait(engine: Engine, model: Resident
     assert by_size(generate(engine, model, request(budget=Budget(ratio=1.0), min_budget=Budget(ratio=0.4)))[1]) == {1.0: TOKENS, 0.4: 0}
 
 
+embedded_only = pytest.mark.skipif(ENGINE != "acip", reason="vLLM keeps the size of a request")
+
+
+@embedded_only
 def test_server_accepts_twice_its_capacity_of_requests_with_a_smallest_size(server: Server) -> None:
     """128 requests at once, where 64 with one size are accepted: none is refused, and each states the tokens at each size."""
 
@@ -150,6 +155,7 @@ def test_server_accepts_twice_its_capacity_of_requests_with_a_smallest_size(serv
     assert {size["asked"]: size["tokens"] for size in alone["sizes"]} == {1.0: 5, 0.4: 0}
 
 
+@embedded_only
 def test_server_answers_in_parts_and_streams_the_sizes(server: Server) -> None:
     parts = [{"ratio": 1.0, "tokens": 0}, {"ratio": 0.5, "tokens": 3, "until": "never in the text"}, {"ratio": 0.8}]
     body = {"model": "small", "prompt": "It was a bright", "size_ratio": parts, "max_tokens": 8, "ignore_eos": True}
