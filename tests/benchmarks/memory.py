@@ -147,11 +147,11 @@ def ratio_of(name: str) -> float:
 
 
 def predictions() -> None:
-    """Print the predictions in MEMORY.md (variants of the default recipe on one accelerator) and infra/HARDWARE.md (several)."""
+    """Print the predictions in MEMORY.md (the default recipe and codes on one accelerator) and infra/HARDWARE.md (several)."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from acip.calibration.memory_plan import predict
+    from acip.calibration.memory_plan import predict, predict_streamed
     from acip.recipe import Recipe
 
     def models() -> Iterator[tuple[str, Any]]:
@@ -173,6 +173,10 @@ def predictions() -> None:
     print()
     sharded = {f"{n} workers": (replace(Recipe(), gradient_checkpointing=True, batch_size=max(4, n)), n) for n in (1, 2, 4, 8)}
     table("predicted GB per worker, gradient checkpointing", sharded)
+    print("\n| predicted GB, codes a block at a time | code | measure |\n|---|---|---|")
+    for name, model in models():
+        phases = predict_streamed(model, replace(Recipe(), code="bits", code_tune_steps=0), context=2048)
+        print(f"| {name} | " + " | ".join(f"{phases[phase].total / 1e9:.0f}" for phase in ("code", "measure")) + " |")
 
 
 def main() -> int:

@@ -25,7 +25,7 @@ from acip.coding.coded_model import RATES, CodedLayer, CodedModel, assembled, co
 from acip.coding.scratch import Scratch
 from acip.coding.statistics import LayerStatistics, layer_statistics
 from acip.coding.step_tuning import tune_steps
-from acip.errors import RecipeError
+from acip.errors import BaseModelError, RecipeError
 from acip.layers.block_chain import BlockChain
 from acip.layers.targets import find_linears, weight_MN
 from acip.recipe import Recipe
@@ -75,7 +75,7 @@ def codes_of(
     missing = {name: layer for name, layer in linears.items() if name not in coded}
     by_block = streamed or sum(statistics_bytes(*weight_MN(layer).shape) for layer in missing.values()) > STATISTICS
     files = PassFiles(checkpoints.store.cache / "statistics" / checkpoints.attempt / stored.prefix)
-    statistics = gathered_statistics(base, missing, text, recipe, files if by_block else None, device, emit)
+    statistics = gathered_statistics(base, missing, text, recipe, files if by_block else None, device, emit, streamed)
     gathered = time.monotonic()
     scales = scales or step_scales(missing, statistics, device=device)
 
@@ -106,8 +106,12 @@ def gathered_statistics(
     files: PassFiles | None,
     device: torch.device,
     emit: Emit,
+    streamed: bool,
 ) -> Mapping[str, LayerStatistics]:
-    """Return the statistics of `linears`: of the whole model, or, if `files` are given, a block at a time with these files."""
+    """Return the statistics of `linears`: of the whole model, or, if `files` are given, a block at a time with these files.
+
+    A model that can't be run a block at a time is run whole, unless the job is `streamed`; then BaseModelError is raised.
+    """
 
     def progress(done: int, total: int) -> None:
         emit("code", what="statistics", done=done, total=total)
@@ -116,9 +120,14 @@ def gathered_statistics(
         return {}
     if files is None:
         return layer_statistics(base.model, linears, text, recipe.seed, progress)
-    chain = BlockChain(base.model)
-    if (tiny := tiny_model(base.model, recipe.exclude)) is not None:
-        BlockChain(tiny).check(torch.arange(4)[None])
+    try:
+        chain = BlockChain(base.model)
+        if (tiny := tiny_model(base.model, recipe.exclude)) is not None:
+            BlockChain(tiny).check(torch.arange(4)[None])
+    except BaseModelError:
+        if streamed:
+            raise
+        return layer_statistics(base.model, linears, text, recipe.seed, progress)
     return block_statistics(chain, linears, text, files, device, recipe.seed, progress)
 
 

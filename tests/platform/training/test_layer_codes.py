@@ -3,6 +3,7 @@
 A job that was killed while it coded reads the finished layers back, and its codes are the same as without the kill.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -25,7 +26,7 @@ from acip_platform.storage.code_checkpoints import FILE
 from acip_platform.storage.store import StoreError
 from acip_platform.tracking.registry import Registry
 from acip_platform.tracking.runs import Run, Tracking
-from acip_platform.training.layer_codes import codes_of
+from acip_platform.training.layer_codes import codes_of, gathered_statistics
 from acip_platform.training.worker import calibrate_one, check_memory
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,9 +34,10 @@ from acip.artifact.artifact import Artifact
 from acip.base import load_base
 from acip.calibration import memory_check, memory_plan
 from acip.calibration.state import SUMS
+from acip.coding.block_statistics import PassFiles
 from acip.coding.coded_model import CodedModel
 from acip.data import WINDOWS_VERSION
-from acip.errors import BudgetError, CalibrationError, RecipeError
+from acip.errors import BaseModelError, BudgetError, CalibrationError, RecipeError
 from acip.evaluate import divergence_of
 from acip.layers.targets import find_linears, weight_MN
 from acip.recipe import Recipe
@@ -85,6 +87,19 @@ def test_a_streamed_job_writes_the_same_artifact_and_curve(small_base: str, tmp_
         assert (row["bytes"], row["asked"], row["got"]) == (other["bytes"], other["asked"], other["got"])
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
     assert not list((tmp_path / "streamed" / "cache" / "statistics").glob("*/*"))
+
+
+def test_a_model_that_cannot_be_run_by_block_is_run_whole(small_base: str, golden_tokens: torch.Tensor, tmp_path: Path) -> None:
+    """Two lists of blocks are not a chain. A job that must be streamed is refused."""
+    base = load_base(small_base, "float32")
+    base.model.more = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+    linears = {name: layer for name, layer in find_linears(base.model).items() if not name.startswith("more")}
+    gather = functools.partial(
+        gathered_statistics, base, linears, golden_tokens[:2], RECIPE, PassFiles(tmp_path), torch.device("cpu"), lambda kind, **facts: None
+    )
+    assert gather(False).keys() == linears.keys()
+    with pytest.raises(BaseModelError, match="2 lists of blocks"):
+        gather(True)
 
 
 def test_tasks_are_refused_for_a_model_that_must_be_streamed(small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
