@@ -35,6 +35,7 @@ from acip_platform.storage.checkpoints import Checkpoints, Emit
 from acip_platform.storage.code_checkpoints import CodeCheckpoints
 from acip_platform.tracking.registry import few_retries
 from acip_platform.tracking.runs import Run
+from acip_platform.training.idle_workers import IdleWorkers
 
 
 def codes_of(
@@ -82,7 +83,8 @@ def codes_of(
     def progress(done: int) -> None:
         emit("code", what="codes", done=len(linears) - len(missing) + done, total=len(linears))
 
-    for some in unsaved(code_layers(missing, statistics, scales, device), len(missing), stored.every_s, progress):
+    workers = IdleWorkers(device.type == "cuda")
+    for some in unsaved(code_layers(missing, statistics, scales, device, workers), len(missing), stored.every_s, progress):
         if stored.write(scales, some) and isinstance(statistics, StoredStatistics):
             statistics.drop(some)
         coded |= in_scratch(some, scratch)
@@ -92,7 +94,7 @@ def codes_of(
     emit(
         "stage",
         text=f"codes of {len(linears)} layers: {model.bytes / MEGA:.1f} MB in {ended - began:.0f} s, "
-        f"of which {gathered - began:.0f} s for the Fisher statistics" + ", a block at a time" * by_block,
+        f"of which {gathered - began:.0f} s for the Fisher statistics" + ", a block at a time" * by_block + workers.text,
     )
     with suppress(MlflowException), few_retries():  # two metrics must not stop a calibration while MLflow is down
         run.metrics([(0, {"coding_seconds": ended - began, "codes_mb": model.bytes / MEGA})])
