@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from acip.base import is_there, local_path
-from acip.data import HUB
+from acip.data import HUB, SELF
 from acip.errors import AcipError
 from acip_platform.settings import Settings
 from acip_platform.storage.disk import path_of
@@ -29,7 +29,7 @@ def resolved(source: str) -> str:
     Call it where a job is submitted, for every path that a user wrote. A source that begins with ~, ./, ../ or / is a path even if
     nothing exists there, so that errors show the whole path. AcipError for a file: URI that is not of the form file:///path.
     """
-    if source in HUB or source.startswith("package:"):
+    if source in HUB or source == SELF or source.startswith("package:"):
         return source
     if source.startswith("file:"):
         if not source.startswith("file:///"):
