@@ -140,8 +140,10 @@ def _tune(
     observer.catch_up()
     if four_bit:
         measured[f"after_{recipe.quantize}"] = perplexity(any_size.model, heldout.windows).perplexity
-    settings_used = {"size": recipe.stop_ratio, "steps": recipe.post_tune_steps, "lr": recipe.lr, "seed": recipe.seed}
-    return {**settings_used, "data": Mixture.of(job.data).to_json(), "quantize": recipe.quantize, "windows": len(windows), "perplexity": measured}
+    return {
+        "size": recipe.stop_ratio, "steps": recipe.post_tune_steps, "lr": recipe.lr, "data": Mixture.of(job.data).to_json(),
+        "seed": recipe.seed, "quantize": recipe.quantize, "windows": len(windows), "perplexity": measured,
+    }  # fmt: skip
 
 
 def _text(job: Job, parent: Artifact, settings: Settings, emit: Emit, device: torch.device) -> CalibrationText:
