@@ -23,9 +23,11 @@ from safetensors.torch import load_file
 from acip.artifact.artifact import Artifact
 from acip.data import documents, token_windows
 from acip.finetune import tuning
+from acip.mixture import Mixture, interleaved
 from acip.sizing.cut_table import Budget
 from tests.acip.calibration.test_resume import ROOT, interruptible, worker_of
 from tests.conftest import byte_tokenizer
+from tests.support.texts import text_reader
 from tests.support.waiting import exit_code, stop
 
 
@@ -152,9 +154,24 @@ def test_fine_tuning_uses_text_after_the_calibration_windows(small_artifact: Art
     first = -(-calibration.windows * small_artifact.recipe.seq_len // 48) * 48
     for provenance in ({"job": calibration.to_dict()}, {"job": job.to_dict(), "parent": {"job": calibration.to_dict()}}):
         parent = replace(small_artifact, manifest={**small_artifact.manifest, "provenance": provenance, "steps": 1})
-        assert torch.equal(_windows(job, parent, byte_tokenizer()).flatten(), text[first : first + 6 * 48])
-    windows = _windows(job, small_artifact, byte_tokenizer())
+        assert torch.equal(_windows(job, parent, text_reader(byte_tokenizer(), 48)).flatten(), text[first : first + 6 * 48])
+    windows = _windows(job, small_artifact, text_reader(byte_tokenizer(), 48))
     assert torch.equal(windows.flatten(), text[: 6 * 48]), "without provenance the text starts at the beginning"
+
+
+def test_fine_tuning_on_a_mixture_skips_the_windows_of_each_source(small_artifact: Artifact) -> None:
+    """A source that the calibration did not use is read from its beginning."""
+    recipe = replace(small_artifact.recipe, post_tune_steps=3, batch_size=2)
+    calibration = Job("small", "base", small_artifact.recipe, Mixture((("package:austen", 1.0), ("self", 1.0))))
+    parent = replace(small_artifact, manifest={**small_artifact.manifest, "provenance": {"job": calibration.to_dict()}})
+    mixture = Mixture((("package:austen", 2.0), ("package:wikipedia", 1.0)))
+    windows = _windows(Job("small", "base", recipe, mixture), parent, text_reader(byte_tokenizer(), recipe.seq_len))
+    drawn = Mixture.of(calibration.data).counts(calibration.windows)["package:austen"]
+    austen = token_windows(documents("package:austen", "train"), byte_tokenizer(), recipe.seq_len, drawn + 4)[drawn:]
+    wikipedia = token_windows(documents("package:wikipedia", "train"), byte_tokenizer(), recipe.seq_len, 2)
+    assert torch.equal(windows, interleaved([austen, wikipedia]))
+    job = tuning_job(ModelVersion("small", "1", "", (), {}), parent, tuning(parent, 0.5), {})
+    assert (job.data, job.eval_data) == (calibration.data, "package:austen")
 
 
 @pytest.mark.parametrize(

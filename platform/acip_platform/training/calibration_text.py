@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from acip.base import Base
-from acip.data import SELF, documents, start_tokens, token_windows
+from acip.data import SELF, documents, token_windows
 from acip.errors import CalibrationError, DataError
 from acip.mixture import Mixture, interleaved
-from acip.self_text import BATCH, SAMPLING, TEMPERATURE, sample
+from acip.self_text import BATCH, SAMPLING, TEMPERATURE, first_tokens, sample
 from acip.text_files import Document
 from acip.utils.atomic import atomic_file
 from acip_platform.scheduling.fleet import Job
@@ -46,27 +46,32 @@ def read_once(request: Read) -> Any:
 
 
 @dataclass
-class SampledText:
-    """Text that a base model writes, as a source of documents. `model` returns the model, and is called only if a batch is missing."""
+class TextReader:
+    """A reader of calibration text for one base model: windows of `seq_len` tokens of any source, also of `self`.
+
+    `model` returns the base model, and is called only if text has to be sampled from it.
+    """
 
     digest: str  # of the base model
     tokenizer: Any
     seq_len: int
-    seed: int
+    seed: int  # of the sampled text
     settings: Settings
     emit: Emit
     model: Callable[[], PreTrainedModel]
-    facts: dict[str, Any] = field(default_factory=dict)  # of the documents that were read, for the provenance
+    sampled: dict[str, Any] = field(default_factory=dict)  # facts about the sampled text that was read, for the provenance
 
-    @property
-    def folder(self) -> Path:
-        """The folder of the batches. Its name identifies everything that decides them."""
-        template = getattr(self.tokenizer, "chat_template", None)
-        facts = [SAMPLING, BATCH, TEMPERATURE, self.digest, start_tokens(self.tokenizer), template, self.seq_len, self.seed]
-        return self.settings.home / "cache" / "sampled" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    def windows(self, source: str, count: int) -> Tensor:
+        """Return `count` windows of one source, token ids [n, T], or fewer if its text ends first. DataError names the source."""
+        try:
+            docs = self._sampled_documents(count * self.seq_len) if source == SELF else documents(source, "train")
+            return token_windows(docs, self.tokenizer, self.seq_len, count)
+        except DataError as error:
+            raise DataError(f"data {source}: {error}") from error
 
-    def documents(self, tokens: int) -> Iterator[Document]:
-        """Yield documents without end. Progress is reported as a share of `tokens`, the number that the reader probably needs."""
+    def _sampled_documents(self, tokens: int) -> Iterator[Document]:
+        """Yield sampled documents without end. Progress is reported as a share of `tokens`, the number that is probably needed."""
+        self.emit("stage", text=f"text of the base model itself, about {tokens:,} tokens: {self._folder}")
         counts, sha = dict.fromkeys(("documents", "chats", "tokens"), 0), hashlib.sha256()
         for batch in itertools.count():
             content = self._batch(batch)
@@ -75,19 +80,30 @@ class SampledText:
             counts["documents"] += len(rows)
             counts["chats"] += sum("messages" in row for row in rows)
             counts["tokens"] += sum(row["tokens"] for row in rows)
-            self.facts = {"sampling": SAMPLING, "seed": self.seed, "temperature": TEMPERATURE, **counts, "sha256": sha.hexdigest()}
+            self.sampled = {"sampling": SAMPLING, "seed": self.seed, "temperature": TEMPERATURE, **counts, "sha256": sha.hexdigest()}
             self.emit("code", what="sampled tokens", done=min(counts["tokens"], tokens), total=tokens)
             yield from (row.get("text") or row["messages"] for row in rows)
 
+    @property
+    def _folder(self) -> Path:
+        """The folder of the batches. Its name identifies everything that decides them."""
+        template = getattr(self.tokenizer, "chat_template", None)
+        facts = [SAMPLING, BATCH, TEMPERATURE, self.digest, first_tokens(self.tokenizer), template, self.seq_len, self.seed]
+        return self.settings.home / "cache" / "sampled" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
     def _batch(self, batch: int) -> bytes:
         """Return the content of a batch; sample and store it if it is missing. One process of this machine samples at a time."""
-        file = self.folder / f"{batch:05d}.jsonl"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / ".lock"):
+        file = self._folder / f"{batch:05d}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.parent / ".lock"):
             if not file.exists():
+                began = time.monotonic()
                 rows = sample(self.model(), self.tokenizer, self.seq_len, self.seed, batch)
                 with atomic_file(file) as partial:
                     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
+                if not batch:
+                    count = sum(row["tokens"] for row in rows)
+                    self.emit("stage", text=f"sampled the first {count:,} tokens in {time.monotonic() - began:.0f} s")
         return file.read_bytes()
 
 
@@ -117,8 +133,8 @@ class CalibrationText:
             return base.model
 
         def read() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            sampled = SampledText(base.digest, base.tokenizer, recipe.seq_len, recipe.seed, settings, emit, whole_model)
-            return {source: read_windows(source, base.tokenizer, recipe.seq_len, n, sampled) for source, n in counts.items()}, sampled.facts
+            reader = TextReader(base.digest, base.tokenizer, recipe.seq_len, recipe.seed, settings, emit, whole_model)
+            return {source: reader.windows(source, n) for source, n in counts.items()}, reader.sampled
 
         # a run that takes more steps than expected reads the windows again in another order
         key = (job.base, job.data, recipe.seq_len, job.windows, recipe.seed if SELF in mixture.sources else None)
@@ -133,22 +149,6 @@ class CalibrationText:
     def provenance(self) -> dict[str, Any]:
         """The entry of the artifact's provenance."""
         return {"sampled_text": self.sampled} if self.sampled else {}
-
-
-def read_windows(source: str, tokenizer: Any, seq_len: int, count: int, sampled: SampledText) -> Tensor:
-    """Return `count` windows of one source, or fewer if its text ends first. DataError names the source."""
-    if source == SELF:
-        sampled.emit("stage", text=f"sampling about {count * seq_len:,} tokens of text from the base model")
-    began = time.monotonic()
-    try:
-        docs = sampled.documents(count * seq_len) if source == SELF else documents(source, "train")
-        windows = token_windows(docs, tokenizer, seq_len, count)
-    except DataError as error:
-        raise DataError(f"data {source}: {error}") from error
-    if source == SELF:
-        kinds = f"{sampled.facts['documents']:,} documents, of which {sampled.facts['chats']:,} are chats"
-        sampled.emit("stage", text=f"the sampled text has {kinds} ({sampled.folder}), after {time.monotonic() - began:.0f} s")
-    return windows
 
 
 def mixed(parts: Mapping[str, Tensor], counts: Mapping[str, int], emit: Emit) -> Tensor:

@@ -31,7 +31,7 @@ from acip_platform.storage.store import Store
 from acip_platform.tracking.provenance import provenance
 from acip_platform.tracking.registry import CANDIDATE, ModelVersion, Registry
 from acip_platform.tracking.runs import Run
-from acip_platform.training.calibration_text import CalibrationText, SampledText, mixed, read_windows
+from acip_platform.training.calibration_text import CalibrationText, TextReader, mixed
 from acip_platform.training.completion import Heldout, finish, stored
 from acip_platform.training.worker import Observer, run_trial_step
 
@@ -158,13 +158,12 @@ def _text(job: Job, parent: Artifact, settings: Settings, emit: Emit, device: to
             )
         return torch.nn.Module.to(base.model, device)
 
-    tokenizer, recipe = parent.tokenizer(), job.recipe
-    model = functools.cache(base_model)
-    sampled = SampledText(parent.manifest["base"]["digest"], tokenizer, recipe.seq_len, recipe.seed, settings, emit, model)
-    return CalibrationText(_windows(job, parent, tokenizer, sampled), sampled.facts)
+    digest = parent.manifest["base"]["digest"]
+    reader = TextReader(digest, parent.tokenizer(), job.recipe.seq_len, job.recipe.seed, settings, emit, functools.cache(base_model))
+    return CalibrationText(_windows(job, parent, reader), reader.sampled)
 
 
-def _windows(job: Job, parent: Artifact, tokenizer: Any, sampled: SampledText) -> torch.Tensor:
+def _windows(job: Job, parent: Artifact, reader: TextReader) -> torch.Tensor:
     """Return windows for one pass over the steps, as far as the text reaches. The windows of the calibration come first and are skipped."""
     recipe, calibrated, origin = job.recipe, parent.recipe, parent.manifest["provenance"]
     while "parent" in origin:  # the parent was fine-tuned itself
@@ -174,10 +173,10 @@ def _windows(job: Job, parent: Artifact, tokenizer: Any, sampled: SampledText) -
     drawn = Mixture.of(data).counts(Job(job.name, job.base, calibrated).windows) if data else {}
     if (calibrated.seed, calibrated.seq_len) != (recipe.seed, recipe.seq_len):
         drawn.pop(SELF, None)  # another text is sampled
-    start = len(start_tokens(tokenizer))  # tokens of each window that are not from the text
+    start = len(start_tokens(reader.tokenizer))  # tokens of each window that are not from the text
     parts = {}
     for source, wanted in counts.items():
         text_tokens = drawn.get(source, 0) * (calibrated.seq_len - start)
         skipped = math.ceil(text_tokens / (recipe.seq_len - start)) if recipe.seq_len > start else 0
-        parts[source] = read_windows(source, tokenizer, recipe.seq_len, skipped + wanted, sampled)[-wanted:]
-    return mixed(parts, counts, sampled.emit)
+        parts[source] = reader.windows(source, skipped + wanted)[-wanted:]
+    return mixed(parts, counts, reader.emit)

@@ -54,7 +54,7 @@ def test_data_can_be_a_mixture(tmp_path: Path) -> None:
     """A list with one source is that source. The fingerprint depends on the shares; with sampled text, on the seed, too."""
     (tmp_path / "chats.jsonl").write_text("")
     data = f"[{{source: package:wikipedia, weight: 2}}, {tmp_path}/chats.jsonl, {{source: self}}]"
-    text = "models:\n- {name: a, base: x/y, data: [package:austen]}\n- {name: b, base: x/y, data: %s}" % data
+    text = f"models:\n- {{name: a, base: x/y, data: [package:austen]}}\n- {{name: b, base: x/y, data: {data}}}"
     one, mixed = load(tmp_path, text).jobs
     assert one.data == "package:austen"
     assert mixed.data == Mixture((("package:wikipedia", 2.0), (str(tmp_path / "chats.jsonl"), 1.0), ("self", 1.0)))

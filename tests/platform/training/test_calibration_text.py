@@ -28,8 +28,8 @@ from acip.self_text import sample
 from tests.conftest import byte_tokenizer
 
 RECIPE = Recipe(
-    basis="svd", scores="singular_values", adapter_rank=0, post_tune_steps=4, sample_windows=4, batch_size=4, seq_len=32, dtype="float32",
-    seed=3,
+    basis="svd", scores="singular_values", adapter_rank=4, post_tune_steps=4, sample_windows=4, batch_size=4, seq_len=32,
+    dtype="float32", seed=3,
 )  # fmt: skip
 MIXED = Mixture((("package:wikipedia", 3.0), ("package:austen", 1.0)))
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -162,4 +162,4 @@ def test_a_job_is_calibrated_on_sampled_text(small_base: str, tmp_path: Path) ->
     assert {row["corpus"] for row in summary["curve"]} == {"package:austen"} and all(math.isfinite(row["loss"]) for row in summary["curve"])
     progress = [event for event in events if event.get("what") == "sampled tokens"]
     assert progress and progress[-1]["done"] <= progress[-1]["total"]
-    assert any("sampling about" in event.get("text", "") for event in events)
+    assert any("text of the base model itself, about" in event.get("text", "") for event in events)
