@@ -11,7 +11,7 @@ Batch i is a function of the model, the seed and i on one machine. On other mach
 differ.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,9 +64,9 @@ def _chats(model: PreTrainedModel, tokenizer: Any, seq_len: int) -> list[Row]:
     before, mark, after = chat_text([{"role": "user", "content": MARK}], tokenizer).rpartition(MARK)
     if not mark:
         raise DataError("the chat template omits the user's message, so no chats can be sampled. Use another source than self.")
-    prompt, end = _ids(tokenizer, before), _ids(tokenizer, after)[:1]
-    stops = [token for token in end if token in tokenizer.all_special_ids]
-    rows = []
+    special = {*tokenizer.all_special_ids, *(token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special)}
+    prompt, stops = _ids(tokenizer, before), [token for token in _ids(tokenizer, after) if token in special][:1]
+    rows: list[Row] = []
     for ids in _continued(model, tokenizer, [prompt] * BATCH, max(1, seq_len // 2 - len(prompt)), stops):
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if message := (text.partition(after.strip())[0] if after.strip() else text).strip():
@@ -93,7 +93,7 @@ def _continued(
     pad, longest = ends[0] if ends else 0, max(map(len, prompts))
     ids_BT = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    whole_distribution: Mapping[str, Any] = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0}
+    whole_distribution: dict[str, Any] = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(**whole_distribution, max_new_tokens=most, eos_token_id=ends or None, pad_token_id=pad)
     model.generation_config = GenerationConfig()  # else generate() takes the settings that `config` lacks from the model
     try:
