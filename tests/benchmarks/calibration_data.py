@@ -110,15 +110,16 @@ def main() -> int:
         futures = [pool.submit(measured, label, recipe, windows, args.folder) for label in TEXTS]
         results = [future.result() for future in futures]
     for result in results:
-        print(f"{result['label']}: {result['windows']} windows, {result['seconds']['all']} s, of which {result['seconds']['text']} s until")
-        print(f"  the text was read; sampled: {json.dumps(result['sampled'])}")
-    print(f"\nKL divergence from the base model, nats per token ({windows} windows of 256 held-out tokens per domain)\n")
-    print("| calibrated on | " + " | ".join(f"{domain}, {size}" for size in SIZES for domain in DOMAINS) + " |")
-    print("|---|" + "---|" * len(SIZES) * len(DOMAINS))
-    for result in results:
+        seconds, sampled = result["seconds"], json.dumps(result["sampled"])
         print(
-            f"| {result['label']} | " + " | ".join(f"{result['kl'][domain][str(size)]:.4f}" for size in SIZES for domain in DOMAINS) + " |"
+            f"{result['label']}: {result['windows']} windows, {seconds['all']} s, {seconds['text']} of them for the text; sampled: {sampled}"
         )
+    print(f"\nKL divergence from the base model, nats per token ({windows} windows of 256 held-out tokens per domain)\n")
+    columns = [(domain, size) for size in SIZES for domain in DOMAINS]
+    print("| calibrated on | " + " | ".join(f"{domain}, {size}" for domain, size in columns) + " |")
+    print("|---|" + "---|" * len(columns))
+    for result in results:
+        print(f"| {result['label']} | " + " | ".join(f"{result['kl'][domain][str(size)]:.4f}" for domain, size in columns) + " |")
     (own,), others = [r for r in results if r["label"] == SELF], [r for r in results if r["label"] != SELF]
     ratio = mean(worst(own, size) / min(worst(other, size) for other in others) for size in SIZES)
     print(f"\n{ratio:.3f} KL on the worst domain, self / best other text, mean over sizes; goal {GOAL}")
