@@ -111,9 +111,7 @@ def main() -> int:
         results = [future.result() for future in futures]
     for result in results:
         seconds, sampled = result["seconds"], json.dumps(result["sampled"])
-        print(
-            f"{result['label']}: {result['windows']} windows, {seconds['all']} s, {seconds['text']} of them for the text; sampled: {sampled}"
-        )
+        print(f"{result['label']}: {result['windows']} windows, {seconds['all']} s, {seconds['text']} for the text; sampled: {sampled}")
     print(f"\nKL divergence from the base model, nats per token ({windows} windows of 256 held-out tokens per domain)\n")
     columns = [(domain, size) for size in SIZES for domain in DOMAINS]
     print("| calibrated on | " + " | ".join(f"{domain}, {size}" for domain, size in columns) + " |")
