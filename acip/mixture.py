@@ -67,7 +67,7 @@ class Mixture:
         counts = [math.floor(quota) for quota in quotas]
         for i in sorted(range(len(counts)), key=lambda i: counts[i] - quotas[i])[: windows - sum(counts)]:
             counts[i] += 1
-        if 0 in counts:
+        if windows and 0 in counts:
             source, weight = self.parts[counts.index(0)]
             raise DataError(f"the weight {weight:g} of {source} is less than one of {windows} windows. Increase it, or remove the source.")
         return dict(zip(self.sources, counts, strict=True))

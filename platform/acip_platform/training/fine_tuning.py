@@ -41,9 +41,10 @@ def tuning_job(version: ModelVersion, artifact: Artifact, recipe: Recipe, change
     calibration = artifact.manifest["provenance"].get("job", {})
     fields = {key: calibration[key] for key in ("data", "eval_context", "eval_windows", "eval_protocol") if key in calibration}
     fields["byte_sizes"] = tuple(calibration.get("byte_sizes", Job.byte_sizes))
+    fields["eval_data"] = calibration.get("eval_data", "")
     if "data" in fields:
         fields["data"] = Mixture.of(fields["data"]).data
-    fields["eval_data"] = calibration.get("eval_data") or ("data" in fields and heldout_source(fields["data"])) or ""
+        fields["eval_data"] = fields["eval_data"] or heldout_source(fields["data"])
     sizes = tuple(sorted({*calibration.get("sizes", Job.sizes), recipe.stop_ratio}, reverse=True))
     return Job(version.name, artifact.manifest["base"]["source"], recipe, **{**fields, "sizes": sizes, **changes})
 
@@ -87,14 +88,8 @@ def tune_one(config: dict[str, Any]) -> dict[str, Any]:
         facts = {"version": version.version, "uri": version.uri} | _tune(
             job, parent, any_size, text.windows, heldout, run, settings, config["attempt"], emit, config["events"]
         )
-        origin = {
-            **provenance(job),
-            **text.provenance,
-            "attempt": key,
-            "mlflow_run": run.run_id,
-            "finetuned": facts,
-            "parent": parent.manifest["provenance"],
-        }
+        origin = provenance(job) | text.provenance | {"attempt": key, "mlflow_run": run.run_id, "finetuned": facts}
+        origin["parent"] = parent.manifest["provenance"]
         uri = stored(settings, key, functools.partial(save, artifact=parent, any_size=any_size, provenance=origin))
         emit("stage", text=f"artifact saved: {uri}")
     del any_size, base
