@@ -8,9 +8,9 @@ import hashlib
 import itertools
 import json
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,18 @@ from acip_platform.settings import Settings
 from acip_platform.storage.checkpoints import Emit
 
 
-@dataclass(frozen=True)
-class Read:
-    """A value to read: its key, which decides equality, and the function that reads it."""
-
-    key: tuple[Any, ...]
-    read: Callable[[], Any] = field(compare=False)
+READ: OrderedDict[tuple[Any, ...], Any] = OrderedDict()  # the values of `read_once`, the last used one last
+READ_LIMIT = 4
 
 
-@lru_cache(maxsize=4)
-def read_once(request: Read) -> Any:
-    """Return the value of a request; equal requests are read once per process. The trials of a sweep share their text this way."""
-    return request.read()
+def read_once(key: tuple[Any, ...], read: Callable[[], Any]) -> Any:
+    """Return `read()`, or the value for an equal key from before. The trials of a sweep in one process share their text this way."""
+    if key not in READ:
+        READ[key] = read()
+        if len(READ) > READ_LIMIT:
+            READ.popitem(last=False)
+    READ.move_to_end(key)
+    return READ[key]
 
 
 @dataclass
@@ -138,7 +138,7 @@ class CalibrationText:
 
         # a run that takes more steps than expected reads the windows again in another order
         key = (job.base, job.data, recipe.seq_len, job.windows, recipe.seed if SELF in mixture.sources else None)
-        parts, facts = read_once(Read(key, read))
+        parts, facts = read_once(key, read)
         shuffled = {
             source: windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))]
             for source, windows in parts.items()

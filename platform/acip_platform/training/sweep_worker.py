@@ -40,7 +40,7 @@ from acip_platform.tracking import run_descriptions
 from acip_platform.tracking.provenance import provenance
 from acip_platform.tracking.registry import CANDIDATE
 from acip_platform.tracking.runs import Run
-from acip_platform.training.calibration_text import CalibrationText, Read, read_once
+from acip_platform.training.calibration_text import CalibrationText, read_once
 from acip_platform.training.completion import Heldout, finish, stored
 from acip_platform.training.layer_codes import codes_of
 from acip_platform.training.sweep_space import Trial
@@ -89,7 +89,7 @@ def run_trial(name: str, context: Mapping[str, Any]) -> None:
     if isinstance(fork, Exception):
         raise fork
     base, batches, observer = _start(name, context, job)
-    heldout = read_once(Read(("heldout", job.base, job.heldout), lambda: Heldout.of(job, base)))
+    heldout = read_once(("heldout", job.base, job.heldout), lambda: Heldout.of(job, base))
     rungs = Rungs(job, base.model, heldout, observer, context["measure_rungs"])
     with _from(tune.get_checkpoint() or fork) as folder:
         calibration = calibrate(base.model, batches, job.recipe, resume=folder, observe=rungs)
@@ -108,7 +108,7 @@ def _start(name: str, context: Mapping[str, Any], job: Job) -> tuple[Base, Token
     torch.set_num_threads(context["threads"])
     run = Run.of(settings, context["runs"][name])
     base, device = load_base(job.base, job.recipe.dtype, job.trust_remote_code), _device()
-    read_once(Read(("read back", job.base, job.recipe.exclude), lambda: read_back(base, job.recipe)))
+    read_once(("read back", job.base, job.recipe.exclude), lambda: read_back(base, job.recipe))
     torch.nn.Module.to(base.model, device)
     check_memory(job, base, device, emit)
     windows = CalibrationText.of(job, base, settings, emit).windows

@@ -15,7 +15,7 @@ from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.tracking.runs import Tracking
 from acip_platform.training import calibration_text
-from acip_platform.training.calibration_text import CalibrationText, read_once
+from acip_platform.training.calibration_text import READ, CalibrationText
 from acip_platform.training.worker import calibrate_one
 
 from acip.artifact.artifact import Artifact
@@ -52,7 +52,7 @@ def text_of(base: Base, tmp_path: Path, stages: list[str]) -> Texts:
             stages.append(facts["text"])
 
     def read(data: str | Mixture, tokenizer: Any = None, seed: int = 3, **options: Any) -> CalibrationText:
-        read_once.cache_clear()
+        READ.clear()
         settings = Settings.from_env({"ACIP_HOME": str(tmp_path / "home")})
         other = Base(base.model, tokenizer or base.tokenizer, base.source, None, base.digest)
         return CalibrationText.of(Job("small", base.source, replace(RECIPE, seed=seed), data), other, settings, emit, **options)
