@@ -30,7 +30,6 @@ from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.storage.checkpoints import Emit
 
-
 READ: OrderedDict[tuple[Any, ...], Any] = OrderedDict()  # the values of `read_once`, the last used one last
 READ_LIMIT = 4
 
