@@ -112,7 +112,7 @@ def _start(name: str, context: Mapping[str, Any], job: Job) -> tuple[Base, Token
     torch.nn.Module.to(base.model, device)
     check_memory(job, base, device, emit)
     windows = CalibrationText.of(job, base, settings, emit).windows
-    return base, prepare(job, base, windows, settings, emit), Observer(job, run, emit, device)
+    return base, prepare(job, base, windows, settings, emit, device), Observer(job, run, emit, device)
 
 
 def file_system(state: tune.Checkpoint) -> FileSystem:
@@ -233,7 +233,7 @@ def _artifact(trial: Trial, state: tune.Checkpoint | None, settings: Settings, r
         check_memory(job, base, device, emit)
         text = CalibrationText.of(job, base, settings, emit)
         codes = codes_of(job, base, text.windows, run, emit, checkpoints, device)
-        batches = prepare(job, base, text.windows, settings, emit)
+        batches = prepare(job, base, text.windows, settings, emit, device)
         with _from(state) as folder:
             calibration = calibrate(base.model, batches, job.recipe, resume=folder)
         origin = provenance(job) | text.provenance | {"attempt": key, "mlflow_run": run.run_id}

@@ -52,6 +52,7 @@ from acip_platform.tracking.registry import few_retries
 from acip_platform.tracking.runs import Run
 from acip_platform.training.calibration_text import CalibrationText
 from acip_platform.training.completion import Heldout, finish, stored
+from acip_platform.training.idle_workers import IdleWorkers
 from acip_platform.training.layer_codes import codes_of
 
 REPORT_EVERY_S = 10.0
@@ -180,7 +181,7 @@ def _calibrate(
         emit("stage", text=f"artifact saved: {uri}")
         remove_codes(checkpoints)
         return observer
-    batches = prepare(job, base, text.windows, settings, emit)
+    batches = prepare(job, base, text.windows, settings, emit, device)
     run_trial_step(base.model, batches, recipe, emit)
     with run.system_metrics() if sharding.rank() == 0 else nullcontext(), checkpoints.newest() as folder:
         if folder is not None:
@@ -195,14 +196,15 @@ def _calibrate(
     return observer
 
 
-def prepare(job: Job, base: Base, windows: torch.Tensor, settings: Settings, emit: Emit) -> TokenBatches:
+def prepare(job: Job, base: Base, windows: torch.Tensor, settings: Settings, emit: Emit, device: torch.device) -> TokenBatches:
     """Parametrize `base` in place and return the batches of `windows`, those of the calibration text."""
     recipe = job.recipe
     batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
     began = time.monotonic()
     cache = BasisCache(settings.home / "cache" / "bases", in_bytes(settings.basis_cache_gb, GIGA))
-    parametrize(base.model, recipe, windows, lambda done, total: emit("parametrize", done=done, total=total), cache=cache)
-    emit("stage", text=f"{recipe.basis} basis of {len(targets(base.model))} layers in {time.monotonic() - began:.0f} s")
+    workers = IdleWorkers(device.type == "cuda")
+    parametrize(base.model, recipe, windows, lambda done, total: emit("parametrize", done=done, total=total), cache=cache, spread=workers)
+    emit("stage", text=f"{recipe.basis} basis of {len(targets(base.model))} layers in {time.monotonic() - began:.0f} s{workers.text}")
     return batches
 
 
