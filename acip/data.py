@@ -225,10 +225,7 @@ def _cut(text: str, tokenizer: Any, most: int) -> int:
 
 
 def chat_text(messages: text_files.Messages, tokenizer: Any, **options: Any) -> str:
-    """Return a chat as text; `options` are those of the template.
-
-    Raises DataError if the tokenizer has no chat template, or if the template rejects the chat.
-    """
+    """Return a chat as text; `options` are those of the template. Raises DataError if there is no template, or it rejects the chat."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError('the text contains chats ("messages"), but this base model\'s tokenizer has no chat template. Use plain "text".')
     try:

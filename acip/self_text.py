@@ -3,8 +3,8 @@
     document   start token -> text
     chat       chat template up to a user's message -> message -> chat template -> answer
 
-Documents are those of data-free calibration (LLM-QAT, Liu et al. 2023), chats those of Magpie (Xu et al. 2024). Half of the batches are
-chats if the tokenizer has a chat template. A text ends at the end token, or at the length of a window; a user's message takes at most
+Documents are those of data-free calibration (LLM-QAT, Liu et al. 2023), chats those of Magpie (Xu et al. 2024). Every second text is a
+chat if the tokenizer has a chat template. A text ends at the end token, or at the length of a window; a user's message takes at most
 half of it. Tokens are drawn from the whole distribution of the model.
 
 Batch i is a function of the model, the seed and i on one machine. On other machines the model's probabilities, and so the texts, may
@@ -12,6 +12,7 @@ differ.
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from acip.errors import DataError
 
 SAMPLING = 1  # version of this process, part of fingerprints
 TEMPERATURE = 1.0
-BATCH = 32  # texts that are sampled at once
+BATCH = 64  # texts
+TOGETHER = 32  # texts that are sampled at once; they limit the memory
 MARK = "MESSAGE"  # stands for a user's message in the chat template
 
 Row = dict[str, Any]  # "text" or "messages", and the number of sampled "tokens"
@@ -30,24 +32,24 @@ Row = dict[str, Any]  # "text" or "messages", and the number of sampled "tokens"
 
 @torch.no_grad()
 def sample(model: PreTrainedModel, tokenizer: Any, seq_len: int, seed: int, batch: int) -> list[Row]:
-    """Return batch number `batch` of the texts that `model` writes: at most BATCH, without empty ones.
+    """Return batch number `batch` of the texts that `model` writes: at most BATCH, without empty ones, documents and chats in turn.
 
     The state of torch's random number generators does not change. Raises DataError if the model writes less than one token per text, or
     if its tokenizer has no token to start from.
     """
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed * 1_000_003 + batch)
-        chats = batch % 2 == 1 and getattr(tokenizer, "chat_template", None) is not None
-        rows = _chats(model, tokenizer, seq_len) if chats else _documents(model, tokenizer, seq_len)
-    if sum(row["tokens"] for row in rows) < BATCH:
-        kind = "chats" if chats else "documents"
-        raise DataError(f"the base model ends {kind} at once, so no text can be sampled from it. Use another source than self.")
-    return rows
+        has_chats = getattr(tokenizer, "chat_template", None) is not None
+        parts = [kind(model, tokenizer, seq_len) for kind in (_documents, _chats if has_chats else _documents)]
+    for rows in parts:
+        if sum(row["tokens"] for row in rows) < TOGETHER:
+            raise DataError("the base model ends its texts at once, so no text can be sampled from it. Use another source than self.")
+    return [row for pair in zip_longest(*parts) for row in pair if row is not None]
 
 
 def _documents(model: PreTrainedModel, tokenizer: Any, seq_len: int) -> list[Row]:
     start = first_tokens(tokenizer)
-    written = _continued(model, tokenizer, [start] * BATCH, seq_len - len(start))
+    written = _continued(model, tokenizer, [start] * TOGETHER, seq_len - len(start))
     texts = ((tokenizer.decode(ids, skip_special_tokens=True), len(ids)) for ids in written)
     return [{"text": text, "tokens": count} for text, count in texts if text.strip()]
 
@@ -67,7 +69,7 @@ def _chats(model: PreTrainedModel, tokenizer: Any, seq_len: int) -> list[Row]:
     special = {*tokenizer.all_special_ids, *(token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special)}
     prompt, stops = _ids(tokenizer, before), [token for token in _ids(tokenizer, after) if token in special][:1]
     rows: list[Row] = []
-    for ids in _continued(model, tokenizer, [prompt] * BATCH, max(1, seq_len // 2 - len(prompt)), stops):
+    for ids in _continued(model, tokenizer, [prompt] * TOGETHER, max(1, seq_len // 2 - len(prompt)), stops):
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if message := (text.partition(after.strip())[0] if after.strip() else text).strip():
             rows.append({"messages": [{"role": "user", "content": message}], "tokens": len(ids)})

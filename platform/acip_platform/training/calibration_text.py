@@ -70,7 +70,7 @@ class TextReader:
 
     def _sampled_documents(self, tokens: int) -> Iterator[Document]:
         """Yield sampled documents without end. Progress is reported as a share of `tokens`, the number that is probably needed."""
-        self.emit("stage", text=f"text of the base model itself, about {tokens:,} tokens: {self._folder}")
+        self.emit("stage", text=f"text of the base model itself: about {tokens:,} tokens, kept in {self._folder}")
         counts, sha = dict.fromkeys(("documents", "chats", "tokens"), 0), hashlib.sha256()
         for batch in itertools.count():
             content = self._batch(batch)

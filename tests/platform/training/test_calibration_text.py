@@ -162,4 +162,4 @@ def test_a_job_is_calibrated_on_sampled_text(small_base: str, tmp_path: Path) ->
     assert {row["corpus"] for row in summary["curve"]} == {"package:austen"} and all(math.isfinite(row["loss"]) for row in summary["curve"])
     progress = [event for event in events if event.get("what") == "sampled tokens"]
     assert progress and progress[-1]["done"] <= progress[-1]["total"]
-    assert any("text of the base model itself, about" in event.get("text", "") for event in events)
+    assert any("text of the base model itself: about" in event.get("text", "") for event in events)
