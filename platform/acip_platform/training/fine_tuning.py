@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from acip.artifact.artifact import Artifact
-from acip.base import Base, load_base
+from acip.base import Base
 from acip.data import SELF, TokenBatches, start_tokens
 from acip.errors import DataError
 from acip.evaluate import perplexity
@@ -26,6 +26,7 @@ from acip.sizing.budget import is_coded
 from acip.sizing.elastic_model import ElasticModel
 from acip_platform.scheduling.fleet import Job, heldout_source
 from acip_platform.settings import Settings
+from acip_platform.storage import base_models
 from acip_platform.storage.checkpoints import Checkpoints, Emit
 from acip_platform.storage.store import Store
 from acip_platform.tracking.provenance import provenance
@@ -146,7 +147,7 @@ def _text(job: Job, parent: Artifact, settings: Settings, emit: Emit, device: to
 
     def base_model() -> Any:
         emit("stage", text=f"loading {job.base} to sample text from it")
-        base = load_base(job.base, parent.recipe.dtype, job.trust_remote_code)
+        base = base_models.load(job.base, parent.recipe.dtype, job.trust_remote_code, Store.of(settings).cache)
         if base.digest != parent.manifest["base"]["digest"]:
             raise DataError(
                 f"{job.base} is not the base model of {job.name}, so no text can be sampled from it. Use another source as data."
