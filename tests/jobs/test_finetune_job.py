@@ -17,11 +17,13 @@ from acip_platform.settings import Settings
 from acip_platform.storage.store import Store
 from acip_platform.tracking.registry import ModelVersion, Registry, RegistryError
 from acip_platform.tracking.runs import Tracking
-from acip_platform.training.fine_tuning import _windows, tuning_job
+from acip_platform.training.calibration_text import CalibrationText
+from acip_platform.training.fine_tuning import _text, _windows, tuning_job
 from safetensors.torch import load_file
 
 from acip.artifact.artifact import Artifact
 from acip.data import documents, token_windows
+from acip.errors import DataError
 from acip.finetune import tuning
 from acip.mixture import Mixture, interleaved
 from acip.sizing.cut_table import Budget
@@ -172,6 +174,25 @@ def test_fine_tuning_on_a_mixture_skips_the_windows_of_each_source(small_artifac
     assert torch.equal(windows, interleaved([austen, wikipedia]))
     job = tuning_job(ModelVersion("small", "1", "", (), {}), parent, tuning(parent, 0.5), {})
     assert (job.data, job.eval_data) == (calibration.data, "package:austen")
+
+
+def test_fine_tuning_on_text_of_the_base_model_loads_it_once(small_artifact: Artifact, tmp_path: Path) -> None:
+    """It is not loaded if the text is there, and refused if it is not the base model of the artifact."""
+    stages: list[str] = []
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path)})
+    recipe = replace(small_artifact.recipe, post_tune_steps=2, batch_size=2, seq_len=32)
+    job = Job("small", small_artifact.manifest["base"]["source"], recipe, "self")
+
+    def read(parent: Artifact) -> CalibrationText:
+        return _text(job, parent, settings, lambda kind, **facts: stages.append(facts.get("text", "")), torch.device("cpu"))
+
+    first = read(small_artifact)
+    assert first.windows.shape == (4, 32) and first.provenance["sampled_text"]["tokens"] >= 4 * 31
+    assert torch.equal(read(small_artifact).windows, first.windows)
+    assert sum("loading" in stage for stage in stages) == 1
+    other = {**small_artifact.manifest, "base": {**small_artifact.manifest["base"], "digest": "0"}}
+    with pytest.raises(DataError, match="is not the base model of small"):
+        read(replace(small_artifact, manifest=other))
 
 
 @pytest.mark.parametrize(
