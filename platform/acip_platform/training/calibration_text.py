@@ -29,6 +29,7 @@ from acip.utils.atomic import atomic_file
 from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
 from acip_platform.storage.checkpoints import Emit
+from acip_platform.storage.disk import StoreError, reason
 
 READ: OrderedDict[tuple[Any, ...], Any] = OrderedDict()  # the values of `read_once`, the last used one last
 READ_LIMIT = 4
@@ -93,17 +94,22 @@ class TextReader:
     def _batch(self, batch: int) -> bytes:
         """Return the content of a batch; sample and store it if it is missing. One process of this machine samples at a time."""
         file = self._folder / f"{batch:05d}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.parent / ".lock"):
-            if not file.exists():
-                began = time.monotonic()
-                rows = sample(self.model(), self.tokenizer, self.seq_len, self.seed, batch)
-                with atomic_file(file) as partial:
-                    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
-                if not batch:
-                    count = sum(row["tokens"] for row in rows)
-                    self.emit("stage", text=f"sampled the first {count:,} tokens in {time.monotonic() - began:.0f} s")
-        return file.read_bytes()
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(file.parent / ".lock"):
+                if not file.exists():
+                    began = time.monotonic()
+                    rows = sample(self.model(), self.tokenizer, self.seq_len, self.seed, batch)
+                    with atomic_file(file) as partial:
+                        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
+                    if not batch:
+                        count = sum(row["tokens"] for row in rows)
+                        self.emit("stage", text=f"sampled the first {count:,} tokens in {time.monotonic() - began:.0f} s")
+            return file.read_bytes()
+        except OSError as error:
+            raise StoreError(
+                f"sampled text can't be kept in {file.parent}: {reason(error)}. Free some space, or check the folder."
+            ) from error
 
 
 @dataclass(frozen=True)
