@@ -107,9 +107,7 @@ class TextReader:
                         self.emit("stage", text=f"sampled the first {count:,} tokens in {time.monotonic() - began:.0f} s")
             return file.read_bytes()
         except OSError as error:
-            raise StoreError(
-                f"sampled text can't be kept in {file.parent}: {reason(error)}. Free some space, or check the folder."
-            ) from error
+            raise StoreError(f"can't write sampled text to {file.parent}: {reason(error)}. Free some space there.") from error
 
 
 @dataclass(frozen=True)
