@@ -66,7 +66,8 @@ def _chats(model: PreTrainedModel, tokenizer: Any, seq_len: int) -> list[Row]:
     before, mark, after = chat_text([{"role": "user", "content": MARK}], tokenizer).rpartition(MARK)
     if not mark:
         raise DataError("the chat template omits the user's message, so no chats can be sampled. Use another source than self.")
-    special = {*tokenizer.all_special_ids, *(token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special)}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {*tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
     prompt, stops = _ids(tokenizer, before), [token for token in _ids(tokenizer, after) if token in special][:1]
     rows: list[Row] = []
     for ids in _continued(model, tokenizer, [prompt] * TOGETHER, max(1, seq_len // 2 - len(prompt)), stops):
