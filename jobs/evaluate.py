@@ -48,6 +48,7 @@ from acip.evaluate.efficiency import device_name
 from acip.evaluate.samples import PROMPTS
 from acip.evaluate.tasks import check, expand
 from acip.evaluate.tasks import measurements as task_measurements
+from acip.mixture import Mixture
 from acip.recipe import Dtype
 from acip.sizing.budget import Budget, Convention, is_coded
 
@@ -265,7 +266,7 @@ def trained_on(artifact: Artifact | None) -> set[str]:
     """Return the texts that an artifact was calibrated and fine-tuned on."""
     sources, origin = set[str](), {} if artifact is None else artifact.manifest.get("provenance", {})
     while origin:
-        sources.add(resolved(origin.get("job", {}).get("data", "")))
+        sources |= {resolved(source) for source in Mixture.of(origin.get("job", {}).get("data", "")).sources}
         origin = origin.get("parent", {})
     return sources - {""}
 

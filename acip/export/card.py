@@ -7,6 +7,7 @@ from typing import Any
 
 from acip.artifact.artifact import Artifact
 from acip.artifact.manifest import CODES
+from acip.mixture import Mixture
 from acip.sizing.budget import BITS_PER_WEIGHT
 from acip.utils.hub_ids import HUB_ID, REVISION
 
@@ -150,7 +151,8 @@ def _training(artifact: dict[str, Any]) -> str:
     tuned = artifact.get("finetuned")
     if not tuned:
         return "the model was not trained for this size"
-    return f"the model was fine-tuned at size {tuned['size']:g} ({tuned['steps']:,} steps on {shown(tuned['data'])})"
+    texts = " and ".join(shown(source) for source in Mixture.of(tuned["data"]).sources)
+    return f"the model was fine-tuned at size {tuned['size']:g} ({tuned['steps']:,} steps on {texts})"
 
 
 def _coded_facts(provenance: dict[str, Any]) -> dict[str, str]:

@@ -28,7 +28,7 @@ def settings(job: Job) -> dict[str, Any]:
     """Return the run's parameters: everything in which two runs may differ."""
     return {
         "recipe": recipe_name(job), **job.recipe.to_dict(), "base": job.base, "data": job.data, "num_workers": job.num_workers,
-        "eval_data": job.eval_data or job.data, "eval_context": job.eval_context, "eval_windows": job.eval_windows,
+        "eval_data": job.heldout.source, "eval_context": job.eval_context, "eval_windows": job.eval_windows,
         "eval_protocol": job.eval_protocol,
     }  # fmt: skip
 
@@ -58,7 +58,7 @@ def choosing(job: Job, artifact: Artifact) -> dict[str, str]:
         **({"curve_warning": " ".join(warnings)} if warnings else {}),
         **({"close_to_base": close} if close else {}),
         "area": _area(artifact.curve), "base": job.base, "recipe": recipe_name(job), "stop_ratio": str(job.recipe.stop_ratio),
-        "steps": str(artifact.manifest["steps"]), "data": job.data, "measured_on": job.eval_data or job.data,
+        "steps": str(artifact.manifest["steps"]), "data": str(job.data), "measured_on": job.heldout.source,
         "commit": str(origin.get("commit", "unknown")),
     }  # fmt: skip
 

@@ -145,6 +145,8 @@ def log_artifact(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
     """Log the artifact's URI, curve, samples, figures, provenance and adapter to the MLflow run."""
     table, manifest = artifact.table(), artifact.manifest
     run.tags({"artifact_uri": uri, "base": job.base, "stop_step": str(manifest["stop_step"])})
+    if sampled := manifest["provenance"].get("sampled_text"):
+        run.params({f"sampled_text.{key}": value for key, value in sampled.items()})
     if run.last_step("tradeoff/perplexity") == 0:
         run.metrics(run_descriptions.curve(artifact.curve))
     if samples := side_by_side(artifact.curve):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from acip_platform.scheduling.fleet import Fleet, FleetError, Job
 
+from acip.mixture import Mixture
 from acip.recipe import Recipe, named
 
 FLEETS = Path(__file__).parents[3] / "jobs" / "fleets"
@@ -49,6 +50,27 @@ def test_defaults_and_changes(tmp_path: Path) -> None:
     assert with_tasks.fingerprint == a.fingerprint, "evaluation settings do not change the fingerprint"
 
 
+def test_data_can_be_a_mixture(tmp_path: Path) -> None:
+    """A list with one source is that source. The fingerprint depends on the shares; with sampled text, on the seed, too."""
+    (tmp_path / "chats.jsonl").write_text("")
+    data = f"[{{source: package:wikipedia, weight: 2}}, {tmp_path}/chats.jsonl, {{source: self}}]"
+    text = f"models:\n- {{name: a, base: x/y, data: [package:austen]}}\n- {{name: b, base: x/y, data: {data}}}"
+    one, mixed = load(tmp_path, text).jobs
+    assert one.data == "package:austen"
+    assert mixed.data == Mixture((("package:wikipedia", 2.0), (str(tmp_path / "chats.jsonl"), 1.0), ("self", 1.0)))
+    assert Job.from_dict(mixed.to_dict()) == mixed and hash(mixed) == hash(Job.from_dict(mixed.to_dict()))
+    assert mixed.heldout.source == "package:wikipedia"
+    scaled, other = (Mixture(tuple(zip(mixed.data.sources, weights, strict=True))) for weights in ((1.0, 0.5, 0.5), (1.0, 1.0, 1.0)))
+    assert replace(mixed, data=scaled).fingerprint == mixed.fingerprint != replace(mixed, data=other).fingerprint
+    assert mixed.by_content()["data"][2][0] == "self, sampling 1, seed 0"
+
+
+def test_curves_are_never_measured_on_sampled_text() -> None:
+    """The first other source is used, else package:wikipedia."""
+    assert Job("a", "x/y", data="self").heldout.source == "package:wikipedia"
+    assert Job("a", "x/y", data=Mixture((("self", 1.0), ("package:austen", 1.0)))).heldout.source == "package:austen"
+
+
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
@@ -75,6 +97,20 @@ def test_defaults_and_changes(tmp_path: Path) -> None:
         ("models:\n- {name: a, base: b/c, byte_sizes: [0.4, 0.0]}", 2, "byte_sizes contains 0.0; each must be above 0 and at most 1"),
         ("models:\n- {name: a, base: b/c, tasks: [package:piqaa]}", 2, "did you mean 'package:piqa'"),
         ("models:\n- {name: a, base: b/c, task_limit: -1}", 2, "task_limit is -1"),
+        ("models:\n- name: a\n  base: b/c\n  data: []", 4, "data is an empty list"),
+        ("models:\n- name: a\n  base: b/c\n  data:\n  - c4\n  - {source: c4, weight: 2}", 6, "the source c4 is listed twice"),
+        (
+            "models:\n- name: a\n  base: b/c\n  data:\n  - c4\n  - {source: self, weight: 0}",
+            6,
+            "the weight of self is 0; it must be above 0",
+        ),
+        ("models:\n- name: a\n  base: b/c\n  data:\n  - {source: c4, wieght: 2}", 5, "did you mean 'weight'?"),
+        ("models:\n- name: a\n  base: b/c\n  data:\n  - {weight: 2}", 5, "needs a 'source'"),
+        ("models:\n- name: a\n  base: b/c\n  data:\n  - self\n  - package:wikipedias", 6, "did you mean 'wikipedia'?"),
+        ("models:\n- name: a\n  base: b/c\n  data: wikitext", 4, "did you mean 'wikitext2'?"),
+        ("models:\n- name: a\n  base: b/c\n  data:\n  - c4\n  - {source: self, weight: 1.0e-9}", 2, "is less than one of"),
+        ("models:\n- {name: a, base: b/c, data: [c4, self], num_workers: 2}", 2, "one worker samples the whole text"),
+        ("models:\n- {name: a, base: b/c, eval_data: self}", 2, "eval_data can't be self"),
         ("models: [", None, "is not YAML"),
         ("models:\n- !!python/object/apply:os.system ['false']", 2, "must be a mapping"),
         ("models:\n- {name: a, base: !!python/name:os.system '', sizes: [1.0]}", 2, "could not determine a constructor"),
