@@ -207,12 +207,13 @@ def _cut(text: str, tokenizer: Any, most: int) -> int:
     return spaces[-1] if spaces else most
 
 
-def chat_text(messages: text_files.Messages, tokenizer: Any) -> str:
-    """Return a chat as text. Raises DataError if the tokenizer has no chat template, or the template rejects the chat."""
+def chat_text(messages: text_files.Messages, tokenizer: Any, **options: Any) -> str:
+    """Return a chat as text; `options` are those of the template. Raises DataError if there is no template, or it rejects the chat."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError('the text contains chats ("messages"), but this base model\'s tokenizer has no chat template. Use plain "text".')
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return text
     except Exception as error:  # templates raise any exception, for example for roles in the wrong order
         raise DataError(f"the tokenizer's chat template rejects a chat that begins with {str(messages[0])[:80]!r}: {error}") from error
 
