@@ -6,6 +6,7 @@ The text of the curve is one of them. Rows of artifacts from before this field d
 """
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ class WorstDomain(NamedTuple):
 
 def domain_name(source: str) -> str:
     """Return the name of the domain of a source of text: `code` of `package:code`, the last part of a path."""
-    return PurePath(source).name if "/" in source else source.removeprefix("package:")
+    return re.sub(r"[^\w.-]+", "_", PurePath(source.removeprefix("package:")).name)  # a part of the names of metrics
 
 
 def worst_domain(row: Mapping[str, Any]) -> WorstDomain | None:
