@@ -50,6 +50,7 @@ from acip.calibration import memory_check
 from acip.calibration.memory_plan import predict
 from acip.data import HUB, documents
 from acip.errors import AcipError
+from acip.evaluate.domains import CHAT
 
 ROOT = Path(__file__).resolve().parents[1]
 TAKEN_OVER = 3  # exit code
@@ -157,6 +158,9 @@ def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
         next(documents(source, split))
         return source
 
+    def domains() -> str:
+        return ", ".join(source if source == CHAT else text(source, "all") for source in job.domains) or "none"
+
     def memory() -> str:
         base = outline(job.base, job.recipe.dtype, job.trust_remote_code)
         read_back(base, job.recipe)
@@ -173,6 +177,7 @@ def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
         "resources": fact(resources),
         "text": fact(lambda: text(job.data, "train")),
         "held-out text": fact(lambda: text(job.heldout.source, "heldout")),
+        "domains": fact(domains),
         "curve": f"sizes {', '.join(f'{size:g}' for size in job.sizes if size == 1 or job.recipe.code != 'bits')}, {job.eval_protocol}"
         + (f"; of the bytes {', '.join(f'{size:g}' for size in job.byte_sizes)}" if job.recipe.code != "ranks" else ""),
         "memory": fact(memory),

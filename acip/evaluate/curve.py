@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -160,15 +161,13 @@ class Outcomes:
     @property
     def perplexity(self) -> float:
         """The perplexity. Every token has the same weight, since windows of a domain may differ in length."""
-        predicted = [tokens - 1 for tokens in self.tokens]
-        return as_perplexity(math.sumprod(self.losses, predicted) / sum(predicted))
+        return as_perplexity(float(np.average(self.losses, weights=[tokens - 1 for tokens in self.tokens])))
 
     def against(self, base: "Outcomes") -> Row:
         """Return the entry of a domain in a row (acip.sizing.domains). `base` holds the losses of the base model."""
-        total = sum(self.tokens)
-        kl, same = (math.sumprod(values, self.tokens) / total for values in zip(*self.distances, strict=True))
+        kl, same = map(float, np.average(self.distances, axis=0, weights=self.tokens))
         perplexities = {"ppl": self.perplexity, "base_ppl": base.perplexity}
-        return {"kl_nats": kl, "same_top_share": same, **perplexities, "windows": len(self.tokens), "tokens": total}
+        return {"kl_nats": kl, "same_top_share": same, **perplexities, "windows": len(self.tokens), "tokens": sum(self.tokens)}
 
 
 OfDomains = defaultdict[str, Outcomes]  # by the name of the domain
