@@ -262,7 +262,7 @@ def _measured(losses: list[float], budget: Budget, first: bool) -> Row:
 def extended(curve: Sequence[Row], rows: Sequence[Row], stop_ratio: float) -> tuple[list[Row], list[float]]:
     """Add `rows` of `evaluate` to a curve. Return (the new curve, the sizes that could not be added).
 
-    Parts of a size that the curve has are added to its row; new parts replace old ones with the same key. Another size becomes a row if its
+    Parts of a size that the curve has are added to its row; new parts replace old ones with the same key, and new domains old ones. Another size becomes a row if its
     perplexity was measured like that of the curve, since losses on other text are not comparable. An empty curve takes the first
     perplexity of the first row as its measure.
     """
@@ -280,6 +280,8 @@ def extended(curve: Sequence[Row], rows: Sequence[Row], stop_ratio: float) -> tu
         place = known[place_of(row)]
         parts = {part["key"]: part for part in (*place.get("evaluation", []), *row["evaluation"])}
         place["evaluation"] = list(parts.values())
+        if found := {name: each for part in row["evaluation"] for name, each in part.get(DOMAINS, {}).items()}:
+            place[DOMAINS] = place.get(DOMAINS, {}) | found
     return sorted(known.values(), key=place_of), left_out
 
 

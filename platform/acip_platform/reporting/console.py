@@ -211,9 +211,10 @@ def evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
         table.add_row("speed on", *(" / ".join(sorted(names)) for names in machines))
     values = [{(part["label"], name): part["values"] for part in row["evaluation"] for name in part["values"]} for row in rows]
     for label, name in dict.fromkeys(key for column in values for key in column):
-        if name in SHOWN:
-            heading, form = SHOWN[name]
-            measurement = label.rpartition("/")[2].removeprefix("efficiency")
+        kind, _, domain = name.partition("/")
+        if kind in SHOWN:
+            heading, form = SHOWN[kind]
+            measurement = domain or label.rpartition("/")[2].removeprefix("efficiency")
             cells = (_with_error(name, column[label, name], form) if (label, name) in column else "" for column in values)
             table.add_row(f"{measurement} {heading}".strip(), *cells)
     return table

@@ -12,8 +12,18 @@ from acip.artifact.artifact import Artifact
 from acip.base import Base
 from acip.data import chat_text, documents
 from acip.errors import ArtifactError, DataError, EvaluationError
-from acip.evaluate import DivergenceOn, PerplexityOn, Text, divergence_of, evaluate, streamed_trade_off, trade_off
-from acip.evaluate.domains import EVERY_DOMAIN, chat_windows, prompts_of_chat, text_windows
+from acip.evaluate import (
+    DivergenceOn,
+    OnDomains,
+    PerplexityOn,
+    Text,
+    divergence_of,
+    evaluate,
+    extended,
+    streamed_trade_off,
+    trade_off,
+)
+from acip.evaluate.domains import CONTEXT, EVERY_DOMAIN, chat_windows, prompts_of_chat, text_windows
 from acip.evaluate.measurement import Subject
 from acip.sizing.budget import Budget
 from acip.sizing.domains import WorstDomain, domain_name, worst_domain
@@ -121,6 +131,21 @@ def test_domains_are_stored_in_the_artifact(coded: Artifact, rows: list[Row]) ->
     for malformed in ([], {"code": 3}, {"code": {"kl_nats": [1]}}):
         with pytest.raises(ArtifactError, match="malformed row of the curve"):
             Artifact.open(coded.record_curve([{**older, "domains": malformed}]).folder)
+
+
+def test_a_curve_without_domains_gets_them_from_an_evaluation(small_artifact: Artifact, heldout_tokens: torch.Tensor) -> None:
+    any_size, tokenizer = small_artifact.load(), small_artifact.tokenizer()
+    windows = text_windows("package:code", tokenizer, CONTEXT, 2, [])
+    older = trade_off(any_size, heldout_tokens[:2], "held-out", [1.0, 0.5], 0.5)
+    any_size.resize(0.5)
+    row = evaluate(any_size, tokenizer, [OnDomains(("package:code", "chat"), 2)])
+    curve, left_out = extended(older, [row], 0.5)
+    assert left_out == [] and "domains" not in curve[0]
+    (expected,) = trade_off(any_size, heldout_tokens[:2], "held-out", [0.5], 0.5, domains={"code": windows})
+    assert list(curve[1]["domains"]) == ["code"], "the tokenizer has no chat template"
+    assert curve[1]["domains"]["code"] == pytest.approx(expected["domains"]["code"], rel=1e-4)
+    with pytest.raises(EvaluationError, match="domain 'chat' can't be measured: .* no chat template"):
+        evaluate(any_size, tokenizer, [OnDomains(("chat",), 2)])
 
 
 def test_the_worst_domain_is_the_one_with_the_highest_divergence() -> None:

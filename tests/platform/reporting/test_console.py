@@ -66,7 +66,9 @@ def test_the_example_is_the_smallest_size_that_is_close_to_the_base_model() -> N
 
 
 def test_an_evaluation_states_the_unit_of_each_size() -> None:
-    lines = printed(evaluation_table("small", [RANKS[1], CODED[1]]))
+    part = {"kind": "domains", "label": "domains", "values": {"kl_nats/code": 0.25}}
+    lines = printed(evaluation_table("small", [RANKS[1], {**CODED[1], "evaluation": [*CODED[1]["evaluation"], part]}]))
+    assert ["code KL", "", "0.2500"] in lines
     assert ["measured", "0.6", "0.42 of the bytes"] in lines
     assert ["MB stored", "120.0", "84.0"] in lines
     assert ["bits per weight", "", "4.20"] in lines
