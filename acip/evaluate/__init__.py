@@ -14,7 +14,7 @@ from acip.evaluate.samples import Samples
 from acip.evaluate.tasks import TaskScore
 
 __all__ = [
-    "DivergenceOn", "Efficiency", "Measurement", "OnDomains", "Part", "Perplexity", "PerplexityOn", "QuantizedOn", "Samples", "TaskScore", "Text",
-    "divergence_of", "evaluate", "extended", "improbable", "metrics", "perplexity", "place_of", "recorded", "streamed_trade_off",
+    "DivergenceOn", "Efficiency", "Measurement", "OnDomains", "Part", "Perplexity", "PerplexityOn", "QuantizedOn", "Samples", "TaskScore",
+    "Text", "divergence_of", "evaluate", "extended", "improbable", "metrics", "perplexity", "place_of", "recorded", "streamed_trade_off",
     "trade_off",
 ]  # fmt: skip

@@ -262,9 +262,9 @@ def _measured(losses: list[float], budget: Budget, first: bool) -> Row:
 def extended(curve: Sequence[Row], rows: Sequence[Row], stop_ratio: float) -> tuple[list[Row], list[float]]:
     """Add `rows` of `evaluate` to a curve. Return (the new curve, the sizes that could not be added).
 
-    Parts of a size that the curve has are added to its row; new parts replace old ones with the same key, and new domains old ones. Another size becomes a row if its
-    perplexity was measured like that of the curve, since losses on other text are not comparable. An empty curve takes the first
-    perplexity of the first row as its measure.
+    Parts and domains of a size that the curve has are added to its row; new parts replace old ones with the same key, and new domains
+    those with the same name. Another size becomes a row if its perplexity was measured like that of the curve, since losses on other text
+    are not comparable. An empty curve takes the first perplexity of the first row as its measure.
     """
     known = {place_of(row): dict(row) for row in curve}
     left_out = []

@@ -144,7 +144,7 @@ def test_a_curve_without_domains_gets_them_from_an_evaluation(small_artifact: Ar
     (expected,) = trade_off(any_size, heldout_tokens[:2], "held-out", [0.5], 0.5, domains={"code": windows})
     assert list(curve[1]["domains"]) == ["code"], "the tokenizer has no chat template"
     assert curve[1]["domains"]["code"] == pytest.approx(expected["domains"]["code"], rel=1e-4)
-    with pytest.raises(EvaluationError, match="domain 'chat' can't be measured: .* no chat template"):
+    with pytest.raises(EvaluationError, match=r"domain 'chat' can't be measured: .* no chat template"):
         evaluate(any_size, tokenizer, [OnDomains(("chat",), 2)])
 
 
