@@ -62,7 +62,7 @@ def trade_off(
     passes = _passes(any_size.table, sizes)
     device = next(any_size.model.parameters()).device
     base = _BaseLogits(Subject(any_size.model, None, any_size), KEPT_LOGITS_BYTES if len(passes) > 1 else 0)
-    about = _Protocol(windows, corpus, protocol, start, stop_ratio, divergence, domains)
+    about = _Setup(windows, corpus, protocol, start, stop_ratio, divergence, domains)
     base_losses: OfDomains = defaultdict(Outcomes)
     rows: list[Row] = []
     for together in passes:
@@ -70,7 +70,7 @@ def trade_off(
         for number, (domain, window) in enumerate(about.all_windows):
             ids_1T = window[None].long().to(device)
             base_TV = base.read(number, ids_1T) if about.compares else None
-            if base_TV is not None and not rows:
+            if base_TV is not None and domains is not None and not rows:
                 base_losses[domain].add(base_TV, None, ids_1T[0])
             for budget, outcome in zip(together, outcomes, strict=True):
                 any_size.resize(budget)
@@ -105,7 +105,7 @@ def streamed_trade_off(
     device = next(chain.outside()).device
     budgets = [budget for together in _passes(table, sizes) for budget in together]
     cuts = [table.cut(Budget(ratio=1.0)), *map(table.cut, budgets)]  # the base model, then every size
-    about = _Protocol(windows, corpus, protocol, start, stop_ratio, divergence, domains)
+    about = _Setup(windows, corpus, protocol, start, stop_ratio, divergence, domains)
     base_losses: OfDomains = defaultdict(Outcomes)
     outcomes: list[OfDomains] = [defaultdict(Outcomes) for _ in budgets]
     read = [(domain, window[None].long().to(device)) for domain, window in about.all_windows]
@@ -126,7 +126,7 @@ def streamed_trade_off(
             progress(done * len(chain) + i + 1, len(parts) * len(chain))
         for (domain, ids_1T), *each in zip(part, *hidden, strict=True):
             base_TV = chain.logits(ids_1T, each[0])[0] if about.compares else None
-            if base_TV is not None:
+            if base_TV is not None and domains is not None:
                 base_losses[domain].add(base_TV, None, ids_1T[0])
             for outcome, hidden_1TD in zip(outcomes, each[1:], strict=True):
                 outcome[domain].add(chain.logits(ids_1T, hidden_1TD)[0], base_TV, ids_1T[0])
@@ -173,7 +173,7 @@ class Outcomes:
 OfDomains = defaultdict[str, Outcomes]  # by the name of the domain
 
 
-class _Protocol:
+class _Setup:
     """How a curve is measured: its text, its domains and what its rows state."""
 
     def __init__(
