@@ -53,6 +53,7 @@ from acip_platform.tracking.provenance import provenance
 from acip_platform.tracking.registry import few_retries
 from acip_platform.tracking.runs import Run
 from acip_platform.training.completion import Heldout, finish, stored
+from acip_platform.training.idle_workers import IdleWorkers
 from acip_platform.training.layer_codes import codes_of
 
 REPORT_EVERY_S = 10.0
@@ -240,8 +241,9 @@ def prepare(job: Job, base: Base, settings: Settings, emit: Emit, device: torch.
     check_memory(job, base, device, emit)
     began = time.monotonic()
     cache = BasisCache(settings.home / "cache" / "bases", in_bytes(settings.basis_cache_gb, GIGA))
-    parametrize(base.model, recipe, windows, lambda done, total: emit("parametrize", done=done, total=total), cache=cache)
-    emit("stage", text=f"{recipe.basis} basis of {len(targets(base.model))} layers in {time.monotonic() - began:.0f} s")
+    workers = IdleWorkers(device.type == "cuda")
+    parametrize(base.model, recipe, windows, lambda done, total: emit("parametrize", done=done, total=total), cache=cache, spread=workers)
+    emit("stage", text=f"{recipe.basis} basis of {len(targets(base.model))} layers in {time.monotonic() - began:.0f} s{workers.text}")
     return batches
 
 
