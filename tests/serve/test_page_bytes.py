@@ -100,6 +100,8 @@ def test_the_page_names_the_domain_on_which_a_size_loses_most(visit_bytes: Visit
     expect(domain).to_have_text("On code, this size loses 2.0 times as much as on held-out (KL 0.2 nats at 0.44).")
     page.evaluate("setSize(0.4)")
     expect(domain).to_have_text("On code, this size loses about 2.0 times as much as on held-out (KL 0.2 nats at 0.44).")
+    page.evaluate("view.measured.find((row) => row.worst_domain).worst_domain.kl = 0.0002; drawSize()")
+    expect(domain).to_have_text("This size is close to the original on all measured domains of text (on code, KL 0.0002 nats at 0.44).")
     page.evaluate("setSize(1)")
     expect(domain).to_be_hidden()
 
