@@ -86,8 +86,12 @@ class Job:
     @property
     def windows(self) -> int:
         """The number of windows of calibration text: those for the activation samples, and one pass over the expected steps."""
-        pruning = min(self.recipe.max_prune_steps, 2500) if self.recipe.prunes else 0
-        return self.recipe.sample_windows + self.recipe.batch_size * self.recipe.gradient_accumulation_steps * self.recipe.end(pruning)
+        return self.recipe.sample_windows + self.recipe.batch_size * self.recipe.gradient_accumulation_steps * self.steps
+
+    @property
+    def steps(self) -> int:
+        """The expected number of optimizer steps. Pruning ends at the stop ratio, after PRUNE_STEPS at most."""
+        return self.recipe.end(min(self.recipe.max_prune_steps, PRUNE_STEPS) if self.recipe.prunes else 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -126,6 +130,7 @@ def known_domains(sources: Sequence[str]) -> tuple[str, ...]:
     return domains
 
 
+PRUNE_STEPS = 2500  # see `Job.steps`
 SOURCES = ("base", "data", "eval_data")  # fields that may be paths, which are relative to the submitter's folder
 TOP = ("name", "defaults", "models")
 MODEL = {field.name: field.type for field in dataclasses.fields(Job)} | {"recipe": str, "set": dict}
