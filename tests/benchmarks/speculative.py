@@ -110,12 +110,15 @@ def random_model(shape: str, ranks: bool, codes: bool) -> tuple[Any, dict[str, E
         if codes:
             layers[name].coded["0"] = CodedLinear(codes_MN, steps_M, None)
         set_module(model, name, layers[name])
+    linears = list(layers)
+    layers["lm_head"] = ElasticLinear.without_ranks(model.lm_head)
+    layers["lm_head"].coded[str(DRAFT_VERSION)] = IntegerLinear(*rounded(model.lm_head.weight), None)  # type: ignore[assignment]
+    model.lm_head = layers["lm_head"]
     pack(model)
     model.set_attn_implementation(ATTENTION)
-    dense = dict.fromkeys(layers)
-    sizes = [("1.0", Size(DENSE, dense)), ("integers, which draft", Size(DRAFT_KEY, dense, dict.fromkeys(layers, DRAFT_VERSION)))]
+    sizes = [("1.0", Size(DENSE, {})), ("integers, which draft", Size(DRAFT_KEY, {}, dict.fromkeys(layers, DRAFT_VERSION)))]
     if codes:
-        sizes.append(("codes", Size(CODED, dense, dict.fromkeys(layers, 0))))
+        sizes.append(("codes", Size(CODED, {}, dict.fromkeys(linears, 0))))
     if ranks:
         sizes.append((f"{RANK_SHARE} in ranks", Size((0, 1), kept)))
     return model, layers, sizes

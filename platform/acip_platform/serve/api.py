@@ -28,6 +28,7 @@ from ray.serve.handle import DeploymentHandle
 from acip.errors import AcipError
 from acip.sizing.budget import Budget
 from acip.utils.coerce import did_you_mean
+from acip.utils.malloc import HUGE_PAGES
 from acip_platform.serve.autoscaling import SequencesPolicy
 from acip_platform.serve.coordinator import Choices, Coordinator
 from acip_platform.serve.engine.model_cache import key_of
@@ -71,6 +72,7 @@ BUILD_ARGS: dict[str, Any] = {
     "export_cpus": 1,  # reserved for POST /v1/materializations; 0 = share those of the engine
 }
 ENGINE_ENV = {
+    **HUGE_PAGES,
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait would take cores from the HTTP deployment
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",  # plans of matrix products; `acip.layers.mixed_sizes` limits the number of shapes
 }

@@ -6,14 +6,18 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from acip.artifact.artifact import Artifact
 from acip.artifact.loading import ModelLoader
 from acip.artifact.manifest import MANIFEST
+from acip.layers.elastic_linear import ElasticLinear
+from acip.layers.integer_linear import supports_integers
 from acip.layers.mixed_sizes import Mixer, Size
+from acip.modeling_acip import set_module
 from acip.recipe import Recipe
 from acip.sizing.budget import Budget, Convention
 from acip.sizing.cut_table import Cut, CutTable
@@ -68,7 +72,7 @@ class ResidentModel:
         with building:
             self.any_size = ElasticModel(loader.model(), artifact.table(), loader.load_size)
         table = self.any_size.table
-        mixer = Mixer(self.any_size.layers)
+        mixer = Mixer({**self.any_size.layers, **self._head()})
         self.weights = ResidentWeights(loader, self.any_size, mixer, memory, code_copies, packed)
         self.tokenizer = artifact.tokenizer()
         self.settings = GenerationSettings(version.name, self.any_size.model)
@@ -88,6 +92,16 @@ class ResidentModel:
         for note in self.notes:
             log.warning("%s: %s", version.name, note)
         self.batch = self._batch(mixer, kv_tokens)
+
+    def _head(self) -> dict[str, ElasticLinear]:
+        """Replace the output head by a layer that can also be computed in integers, for drafts. Return it by its name."""
+        model: Any = self.any_size.model
+        for name, module in model.named_modules():
+            if module is model.get_output_embeddings() and type(module) is nn.Linear and supports_integers(model.device):
+                layer = ElasticLinear.without_ranks(module)
+                set_module(model, name, layer)
+                return {name: layer}
+        return {}
 
     def _batch(self, mixer: Mixer, kv_tokens: int) -> SteppedBatch:
         """Return the batch that computes this model."""

@@ -4,7 +4,7 @@
     a size in ranks  the factors of all layers, whole, and the dense weights of the layers that are dense at this size
     the base model   the dense weights of all layers
 
-    drafts           8-bit integers of all layers, for `speculation`; made in the background, if there is memory for copies
+    drafts           8-bit integers of all layers and of the output head, for `speculation`; made in the background, if there is memory for copies
 
 A request holds its size from `hold` to `release`. The codes of held sizes stay. Others leave when all codes together take more than
 `codes_limit`, the least recently used first. Factors and dense weights leave only if `memory` is short and no request needs them.
@@ -202,15 +202,16 @@ class ResidentWeights:
             log.exception("tokens are not drafted, because the copies of the layers can't be made")
 
     def load_draft(self) -> bool:
-        """Make integer copies of all layers from their finest codes, or from their dense weights if the artifact has no codes.
+        """Make integer copies of the layers from their finest codes, or from their dense weights where the artifact has no codes.
 
         Return False, and make none, if memory is short.
         """
-        if not self.memory.reserve_copies(sum(self._code_bytes.values())):
+        layers = self.mixer.layers
+        if not self.memory.reserve_copies(sum(layer.original.weight.numel() for layer in layers.values())):
             return False
         drafts = {}
-        for name, layer in self.layers.items():
-            if self._has_codes:
+        for name, layer in layers.items():
+            if self._has_codes and name in self.layers:
                 finest = self.loader.codes.read({name: self._finest[name]})[name].unpack()
                 codes_MN, steps_M = finest.codes, finest.steps
             else:
@@ -220,8 +221,8 @@ class ResidentWeights:
         with self._lock:
             if self.packed:  # memory is not short
                 for name, draft in drafts.items():
-                    self.layers[name].coded[str(DRAFT_VERSION)] = draft  # type: ignore[assignment]
-                self._draft = Size(DRAFT_KEY, dict.fromkeys(self.layers), dict.fromkeys(self.layers, DRAFT_VERSION))
+                    layers[name].coded[str(DRAFT_VERSION)] = draft  # type: ignore[assignment]
+                self._draft = Size(DRAFT_KEY, {}, dict.fromkeys(layers, DRAFT_VERSION))
             return self.packed
 
     def draft(self) -> Size | None:
@@ -234,7 +235,7 @@ class ResidentWeights:
     def _drop_draft(self) -> None:
         """Free the copies that draft tokens. The lock must be held, and no pass may be running."""
         self._draft = None
-        for layer in self.layers.values():
+        for layer in self.mixer.layers.values():
             if str(DRAFT_VERSION) in layer.coded:
                 del layer.coded[str(DRAFT_VERSION)]
         self.mixer.keep(self._held)
