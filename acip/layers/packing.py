@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from acip.modeling_acip import bias_of, set_module, weight_MN
 
-
 LEAST_ROWS = 4  # of a product; 4 to 6 rows take as long as reading the weight
 
 

@@ -4,7 +4,8 @@
     a size in ranks  the factors of all layers, whole, and the dense weights of the layers that are dense at this size
     the base model   the dense weights of all layers
 
-    drafts           8-bit integers of all layers and of the output head, for `speculation`; made in the background, if there is memory for copies
+    drafts           8-bit integers of all layers and of the output head, for `speculation`; made in the background, if there is memory for
+                     copies
 
 A request holds its size from `hold` to `release`. The codes of held sizes stay. Others leave when all codes together take more than
 `codes_limit`, the least recently used first. Factors and dense weights leave only if `memory` is short and no request needs them.
