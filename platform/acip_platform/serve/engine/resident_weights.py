@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from acip.artifact.loading import ModelLoader
 from acip.coding.codes import Codes
-from acip.layers.integer_linear import IntegerLinear, rounded, supports_integers
+from acip.layers.integer_linear import IntegerLinear, PreciseIntegerLinear, rounded, supports_integers, supports_precise_integers
 from acip.layers.mixed_sizes import Mixer, Size
 from acip.layers.packing import PackedLinear, unpacked
 from acip.modeling_acip import set_module, weight_MN
@@ -83,6 +83,7 @@ class ResidentWeights:
         self.packed, self.closed = packed, False  # packed: copies may be made
         codes = any_size.table.byte_sizes
         self._has_codes = codes is not None
+        self._integers = packed and supports_precise_integers(loader.device, any_size.model.dtype)  # for products of codes
         self._code_bytes = {layer.name: layer.M * layer.N + STEP_SIZE_BYTES * layer.M for layer in any_size.table.layers}
         if codes is not None:
             self._finest = {name: len(versions) - 2 for name, versions in codes.order.versions.items()}  # the last version is exact
@@ -270,9 +271,11 @@ class ResidentWeights:
                 for (name, version), codes in zip(missing, pool.map(self._decoded, missing), strict=True):
                     layer = self.layers[name]
                     with building:
-                        coded = self.loader.coded(name, codes, layer.bias)
+                        coded: nn.Module = self.loader.coded(name, codes, layer.bias)
+                        if self._integers:
+                            coded = PreciseIntegerLinear(codes.codes, codes.steps, layer.bias)
                     with self._lock:
-                        layer.coded[str(version)] = coded
+                        layer.coded[str(version)] = coded  # type: ignore[assignment]
                         self._used[name, version] = time.monotonic()
                         self.code_bytes += self._code_bytes[name]
                     needed -= self._code_bytes[name]
