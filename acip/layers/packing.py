@@ -1,7 +1,9 @@
 """Packed copies of weights in oneDNN's layout, which make generation on a CPU faster at the cost of memory.
 
-oneDNN would reorder a plain weight for each product, which takes about as long as the product (tests/benchmarks/products.py). A product
-of fewer than `LEAST_ROWS` rows takes longer than one of `LEAST_ROWS`, and is therefore padded with rows of zeros.
+    1 row     uses the plain weight, which is read once and in order
+    2, 3      are padded with rows of zeros: such products take longer than those with 4 rows
+    more      use the packed copy: oneDNN would reorder a plain weight for each product, which takes about as long as the product
+              (tests/benchmarks/products.py)
 
 Packing is optional. The resident factors of an any-size model are not packed, because a rank is a prefix of them and a packed weight
 can't be cut. (Packed in pieces of 64 to 256 directions, they were slower than plain, because each piece is a separate product.)
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from acip.modeling_acip import bias_of, set_module, weight_MN
 
-LEAST_ROWS = 4  # of a product; 4 to 6 rows take as long as reading the weight
+LEAST_ROWS = 4  # of a packed product; 4 to 6 rows take as long as reading the weight
 
 
 class PackedLinear(nn.Linear):
@@ -41,15 +43,12 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self._packed
-        if packed is None or torch.is_grad_enabled():
-            return F.linear(x, self.weight, self.bias)
         rows = x.numel() // x.shape[-1]
-        if rows >= LEAST_ROWS:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
-            return y
-        padded = F.pad(x.view(rows, -1), (0, 0, 0, LEAST_ROWS - rows))
-        y = torch.ops.mkldnn._linear_pointwise(padded, packed, self.bias, "none", [], "")
-        return y[:rows].view(*x.shape[:-1], -1)
+        if packed is None or rows == 1 or torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias)
+        x_SN = x if rows >= LEAST_ROWS else F.pad(x.reshape(rows, -1), (0, 0, 0, LEAST_ROWS - rows))
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x_SN, packed, self.bias, "none", [], "")
+        return y if rows >= LEAST_ROWS else y[:rows].view(*x.shape[:-1], -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Drop the packed copy when the layer is moved or cast."""
