@@ -73,17 +73,19 @@ class ResidentWeights:
     """The target layers of one model. `memory` was asked for everything that they hold.
 
     With `packed`, linear layers get copies that are faster on a CPU (`acip.layers.packing`), if `memory` has room.
-    `code_copies` sets the limit for codes, in units of the codes of one size.
+    `code_copies` sets the limit for codes, in units of the codes of one size. With `integers`, codes are multiplied in integers where
+    that is precise (`acip.layers.integer_linear`).
     """
 
     def __init__(
-        self, loader: ModelLoader, any_size: ElasticModel, mixer: Mixer, memory: Memory, code_copies: float = 1.0, packed: bool = True
-    ) -> None:
+        self, loader: ModelLoader, any_size: ElasticModel, mixer: Mixer, memory: Memory, code_copies: float = 1.0, packed: bool = True,
+        integers: bool = False,
+    ) -> None:  # fmt: skip
         self.loader, self.model, self.layers, self.mixer, self.memory = loader, any_size.model, any_size.layers, mixer, memory
         self.packed, self.closed = packed, False  # packed: copies may be made
         codes = any_size.table.byte_sizes
         self._has_codes = codes is not None
-        self._integers = packed and supports_precise_integers(loader.device, any_size.model.dtype)  # for products of codes
+        self._integers = integers and supports_precise_integers(loader.device, any_size.model.dtype)
         self._code_bytes = {layer.name: layer.M * layer.N + STEP_SIZE_BYTES * layer.M for layer in any_size.table.layers}
         if codes is not None:
             self._finest = {name: len(versions) - 2 for name, versions in codes.order.versions.items()}  # the last version is exact
