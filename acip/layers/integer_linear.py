@@ -13,10 +13,12 @@ The product is FBGEMM's, the fastest kernel in torch for few rows (tests/benchma
 """
 
 import warnings
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from acip.modeling_acip import CodedLinear
 
 TOP = 127  # the largest code
 ZERO = 128  # the integer of an input of 0, which FBGEMM stores without sign
@@ -24,7 +26,7 @@ SMALLEST = 1e-30  # of the largest input of a row, so that a row of zeros is not
 
 
 class IntegerLinear(nn.Module):
-    """A layer with codes int8 [M, N] and step sizes [M], packed for integer products on a CPU. Copies share them; it can't be saved."""
+    """A layer with codes int8 [M, N] and step sizes [M], packed for integer products on a CPU. A copy is a `CodedLinear`."""
 
     def __init__(self, codes_MN: Tensor, steps_M: Tensor, bias_M: Tensor | None) -> None:
         super().__init__()
@@ -44,8 +46,10 @@ class IntegerLinear(nn.Module):
         y: Tensor = torch.ops.quantized.linear_dynamic(x.float(), self._packed)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
+    def __deepcopy__(self, memo: dict[int, Any]) -> CodedLinear:
+        """Return the layer in the form that can be moved, cast and saved."""
+        weight, _ = torch.ops.quantized.linear_unpack(self._packed)
+        return CodedLinear(weight.int_repr(), weight.q_per_channel_scales().float(), self.bias)
 
 
 class PreciseIntegerLinear(IntegerLinear):

@@ -80,6 +80,8 @@ def test_weights_are_rounded_to_eight_bits() -> None:
     assert ((codes_MN * steps_M[:, None] - weight_MN).abs() <= 0.51 * steps_M[:, None]).all()
 
 
-def test_copies_share_the_packed_weight() -> None:
-    layer, *_ = layer_and_weight(IntegerLinear, 8, 16)
-    assert copy.deepcopy(torch.nn.Sequential(layer))[0] is layer
+def test_a_copy_has_the_same_weights_in_any_dtype() -> None:
+    layer, weight_MN, bias_M = layer_and_weight(IntegerLinear, 8, 16)
+    x = torch.randn(3, 16).double()
+    copied = copy.deepcopy(torch.nn.Sequential(layer)).double()
+    torch.testing.assert_close(copied(x), x @ weight_MN.T + bias_M, rtol=1e-6, atol=1e-6)
