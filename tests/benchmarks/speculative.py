@@ -27,10 +27,10 @@ from typing import Any, cast
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "platform")]
 
-from acip.utils.malloc import HUGE_PAGES
+from tests.benchmarks import replica_environment
 
-if __name__ == "__main__" and not HUGE_PAGES.items() <= os.environ.items():  # as in a replica
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | HUGE_PAGES)
+if __name__ == "__main__":
+    replica_environment.enter()
 
 import torch
 import torch.nn.functional as F

@@ -125,8 +125,8 @@ class ResidentModel:
         """Hold two sizes to check: the base model and the stop ratio, or the largest coded ones."""
         table, coded = self.any_size.table, self.any_size.table.byte_sizes
         if coded is None:
-            largest = self.largest.removed
-            first, second = (Size((0, removed), table.ranks(removed)) for removed in (largest, max(self.removed_at_stop, largest, 1)))
+            least = self.largest.removed
+            first, second = (Size((0, removed), table.ranks(removed)) for removed in (least, max(self.removed_at_stop, least, 1)))
             yield first, second
             return
         largest = table.cut(Budget(stored_bytes=coded.bytes(coded.all_coded)))

@@ -211,7 +211,7 @@ class ResidentWeights:
         Return False, and make none, if memory is short.
         """
         layers = self.mixer.layers
-        if not self.memory.reserve_copies(sum(layer.original.weight.numel() for layer in layers.values())):
+        if not self.memory.reserve_copies(sum(weight_MN(layer.original).numel() for layer in layers.values())):
             return False
         drafts = {}
         for name, layer in layers.items():
