@@ -93,7 +93,7 @@ def test_sizes_above_the_largest_that_is_served_are_refused_and_their_weights_no
     engine.add(model)
     for budget in (Budget(ratio=0.4, convention="bytes"), Budget(ratio=0.44, convention="bytes")):
         assert len(tokens(engine, model, budget)) == 8
-    for budget in (Budget(ratio=0.5, convention="bytes"), Budget(ratio=1.0), Budget(ratio=0.4), Budget(max_kl=1e-9)):
+    for budget in (Budget(ratio=0.5, convention="bytes"), Budget(ratio=1.0), Budget(ratio=0.4), Budget(stored_bytes=10**12)):
         with pytest.raises(BudgetError, match=r"which is 0\.44 \(bytes\)"):
             tokens(engine, model, budget)
     assert all(layer.original.weight.is_meta and not layer.stored_rank for layer in model.any_size.layers.values())
