@@ -48,7 +48,7 @@ class PackedLinear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         x_SN = x if rows >= LEAST_ROWS else F.pad(x.reshape(rows, -1), (0, 0, 0, LEAST_ROWS - rows))
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x_SN, packed, self.bias, "none", [], "")
-        return y if rows >= LEAST_ROWS else y[:rows].view(*x.shape[:-1], -1)
+        return y if rows >= LEAST_ROWS else y[:rows].view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Drop the packed copy when the layer is moved or cast."""

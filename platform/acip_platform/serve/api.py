@@ -382,8 +382,9 @@ def application(
 ) -> serve.Application:
     """Return the application that serves these versions, which `config` selects. `BUILD_ARGS` describes the arguments."""
     check_limits(default_max_tokens, max_answers, timeout_s, drain_s, cors_origins, default_size, code_copies, max_size)
-    if max_size is not None and default_size == DEFAULT_SIZE:
-        default_size = max_size
+    if max_size is not None:
+        max_size = str(max_size)
+        default_size = max_size if default_size == DEFAULT_SIZE else default_size
     model_kind(engine)  # raises an AcipError
     scaling: dict[str, Any] = {"num_replicas": replicas}
     if min_replicas is not None and min_replicas < replicas:

@@ -273,11 +273,11 @@ class ResidentWeights:
                 for (name, version), codes in zip(missing, pool.map(self._decoded, missing), strict=True):
                     layer = self.layers[name]
                     with building:
-                        coded: nn.Module = self.loader.coded(name, codes, layer.bias)
+                        coded: Any = self.loader.coded(name, codes, layer.bias)
                         if self._integers:
-                            coded = PreciseIntegerLinear(codes.codes, codes.steps, layer.bias)
+                            coded = PreciseIntegerLinear(coded.codes, coded.steps, layer.bias)
                     with self._lock:
-                        layer.coded[str(version)] = coded  # type: ignore[assignment]
+                        layer.coded[str(version)] = coded
                         self._used[name, version] = time.monotonic()
                         self.code_bytes += self._code_bytes[name]
                     needed -= self._code_bytes[name]
