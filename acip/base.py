@@ -64,14 +64,14 @@ def load_base(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = 
     return base
 
 
-def outline(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = False) -> Base:
+def outline(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = False, weights: bool = True) -> Base:
     """Return the base model at `source` on the device `meta`: its classes, shapes and tokenizer, but no weights.
 
-    If the checkpoint is on this machine, names and shapes of the weights are compared with it. Only the configuration and the
-    tokenizer are downloaded. Raises BaseModelError like `load_base`.
+    If the checkpoint is on this machine, names and shapes of the weights are compared with it, unless `weights` is False. Only the
+    configuration and the tokenizer are downloaded. Raises BaseModelError like `load_base`.
     """
     where, kwargs = _found(source, trust_remote_code)
-    if Path(where).is_dir() or _is_cached(where, kwargs.get("revision")):
+    if weights and (Path(where).is_dir() or _is_cached(where, kwargs.get("revision"))):
         return _loaded(source, dtype, trust_remote_code, device_map="meta")
     config = _config(source, trust_remote_code)
     with (

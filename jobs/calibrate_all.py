@@ -5,6 +5,7 @@
     python jobs/calibrate_all.py --fleet jobs/fleets/paper.yaml    the paper's models: needs GPUs and the hub
     python jobs/calibrate_all.py --fleet FILE --only NAME          one model of a fleet
     python jobs/calibrate_all.py --fleet FILE --dry-run            the plan only: sizes, memory and missing requirements, on any machine
+    python jobs/calibrate_all.py --fleet FILE --rehearse           also hours and bytes, from a calibration of a few blocks on a worker
 
 Finished models are skipped (--force calibrates them again), interrupted ones resume from their last checkpoint. Models that another
 submission is working on are skipped and reported. A model that fails does not stop the others.
@@ -28,6 +29,7 @@ from types import MappingProxyType
 from typing import Any
 
 import ray
+import torch
 from acip_platform import cli
 from acip_platform.cluster import Cluster, connect
 from acip_platform.reporting import figures
@@ -37,15 +39,16 @@ from acip_platform.scheduling.fleet import Fleet, Job
 from acip_platform.scheduling.job_queue import Nodes, Outcome, Resources, nodes, resources_of, run_all
 from acip_platform.scheduling.leases import Leases
 from acip_platform.settings import Settings, masked, this_program
+from acip_platform.storage import base_models
 from acip_platform.storage.store import Store
 from acip_platform.tracking import run_descriptions
 from acip_platform.tracking.provenance import commit
 from acip_platform.tracking.registry import CHAMPION, ModelVersion, Registry, reached
 from acip_platform.tracking.runs import Run, Tracking, models_page
+from acip_platform.training.rehearsal import Forecast, rehearse
 from acip_platform.training.worker import run_job
 
 from acip.artifact.read_back import read_back
-from acip.base import outline
 from acip.calibration import memory_check
 from acip.calibration.memory_plan import predict
 from acip.data import HUB, documents
@@ -63,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="calibrate finished models again")
     cli.add_pool(parser)
     cli.add_dry_run(parser)
+    parser.add_argument("--rehearse", action="store_true", help="like --dry-run, and predict hours and bytes on this cluster")
     args = cli.parse(parser, argv)
     return cli.exit_code(lambda: run(args))
 
@@ -82,9 +86,12 @@ def run(args: argparse.Namespace) -> int:
     def available_nodes() -> Nodes:
         return args.pool or nodes()
 
-    if args.dry_run:
+    if args.dry_run or args.rehearse:
         first_screen(out, settings, fleet, jobs, done, cluster)
-        print_plan([job for job in jobs if job.name not in done], available_nodes(), settings, out)
+        open_jobs = [job for job in jobs if job.name not in done]
+        print_plan(open_jobs, available_nodes(), settings, out)
+        if args.rehearse:
+            print_forecasts(open_jobs, out)
         return 0
     tracking = Tracking(settings, f"acip/{fleet.name}")
     shares = {job.name: resources_of(job, available_nodes()) for job in jobs}
@@ -158,7 +165,7 @@ def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
         return source
 
     def memory() -> str:
-        base = outline(job.base, job.recipe.dtype, job.trust_remote_code)
+        base = base_models.outlined(job.base, job.recipe.dtype, job.trust_remote_code)
         read_back(base, job.recipe)
         on_gpu = job.gpus > 0 or (job.gpus < 0 and any(node.get("GPU", 0) >= 1 for node in cluster))
         device = "cuda" if on_gpu else "cpu"
@@ -179,6 +186,39 @@ def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
         "checkpoints": f"{masked(settings.runs)}/{attempt_of(job, force=False)}",
         "artifact": f"{masked(settings.store)}/{job.name}/{attempt_of(job, force=False)}",
     }
+
+
+def print_forecasts(jobs: Sequence[Job], out: Any) -> None:
+    """Rehearse each job on a worker of the cluster, and print its time by phase and the bytes of its artifact."""
+    hours = 0.0
+    for job in jobs:
+        part = resources_of(job, nodes())
+        out.print()
+        if part.workers > 1:
+            out.print(f"[{job.name}] {part.workers} workers share this model; only models of one worker can be rehearsed", markup=False)
+            continue
+        task = rehearsed.options(num_cpus=part.cpus, num_gpus=part.gpus)
+        try:
+            forecast, device = ray.get(task.remote(job.to_dict(), max(1, int(part.cpus))))
+        except AcipError as error:
+            out.print(f"[{job.name}] can't be rehearsed: {error}", markup=False)
+            continue
+        hours += forecast.total_s / 3600
+        out.print(f"[{job.name}] {duration(forecast.total_s)} on {device}, predicted from a few blocks with random weights", markup=False)
+        lines(out, {phase: duration(seconds) for phase, seconds in forecast.seconds.items()})
+        lines(out, {"artifact": f"{forecast.artifact_bytes / 1e9:.2f} GB"})
+    out.print(f"\n{hours:.2f} hours of one worker for all of them, without loading and uploads", markup=False)
+
+
+@ray.remote(max_retries=0)
+def rehearsed(fields: dict[str, Any], threads: int) -> tuple[Forecast, str]:
+    """Return the forecast of a job on this worker, and the name of its device."""
+    job = Job.from_dict(fields)
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = base_models.outlined(job.base, job.recipe.dtype, job.trust_remote_code)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} threads of a CPU"
+    return rehearse(job, base, device), name
 
 
 def attempt_of(job: Job, force: bool) -> str:

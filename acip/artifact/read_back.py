@@ -170,16 +170,24 @@ def _narrow(config: Any) -> None:
             setattr(config, name, _below(value, config.vocab_size))
 
 
-def _few_layers(config: Any) -> None:
-    """Remove layers from a text configuration in place. Keep the first ones: at least two, and one of every layer type."""
-    kinds, count = getattr(config, "layer_types", None), config.num_hidden_layers
-    kept = 2
-    if kinds:
-        kept = max(kept, *(list(kinds).index(kind) + 1 for kind in set(kinds)))
+def layers_of_all_types(config: Any) -> int:
+    """Return how many of the first layers of a text configuration contain one of every layer type."""
+    kinds = list(getattr(config, "layer_types", None) or ["all"])
+    return max(kinds.index(kind) + 1 for kind in set(kinds))
+
+
+def keep_layers(config: Any, kept: int) -> None:
+    """Remove layers from a text configuration in place. Keep the first `kept` ones."""
+    count = config.num_hidden_layers
     for name, value in list(vars(config).items()):
         if isinstance(value, list | tuple) and len(value) == count:
             setattr(config, name, value[:kept])
     config.num_hidden_layers = min(count, kept)
+
+
+def _few_layers(config: Any) -> None:
+    """Remove layers from a text configuration in place. Keep the first ones: at least two, and one of every layer type."""
+    keep_layers(config, max(2, layers_of_all_types(config)))
 
 
 def _mappings(*values: Any) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ Legend: M = out features, N = in features, n = M or N, S = samples (tokens), b =
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from acip.layers import sharding
 from acip.layers.targets import weight_MN
 from acip.modeling_acip import widened
 from acip.recipe import Recipe
-from acip.utils.threads import one_thread_each
+from acip.utils.threads import Spread, each_in_turn
 
 RIDGE = 1e-6  # of C's mean energy, added to C: directions without energy are then ordered as by the SVD, not arbitrarily
 REACH = 1e-6  # of the largest eigenvalue: smaller eigenvalues have no reliable order in float32
@@ -49,12 +50,13 @@ def bases(
     keys: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     covariance_bytes: int = 8 * 2**30,
+    spread: Spread = each_in_turn,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, directions_KM) for each of `linears`: orthonormal rows, most important first. The order of the layers is unspecified.
 
     Directions are on the device of the weight and in its dtype. `model` must not change until the last pair. Layers are processed in
     groups whose covariances take at most `covariance_bytes` (or of one layer), with one pass per group over the first
-    `recipe.sample_windows` of `windows`. Bases in `cache` are not computed.
+    `recipe.sample_windows` of `windows`. Bases in `cache` are not computed. `spread` distributes the eigenproblems.
 
     Under torch.distributed, each rank runs its share of the windows and solves its share of the layers. All ranks get the same
     directions, and rank 0 writes the cache. Raises BaseModelError for missing windows, or a layer that is never called on this text.
@@ -100,7 +102,7 @@ def bases(
                 cache.put(keys[name], directions_KM)
             progress(done := done + 1, len(linears))
 
-        solved = solve(layers, C, keep)
+        solved = solve(layers, C, keep, spread)
         C.clear()
         yield from solved.items()
 
@@ -169,11 +171,15 @@ def _energy(R_KN: Tensor, C_nn: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def solve(
-    linears: Mapping[str, nn.Module], C: Mapping[str, Tensor], keep: Callable[[str, Tensor], None] = lambda name, directions: None
+    linears: Mapping[str, nn.Module],
+    C: Mapping[str, Tensor],
+    keep: Callable[[str, Tensor], None] = lambda name, directions: None,
+    spread: Spread = each_in_turn,
 ) -> dict[str, Tensor]:
     """Return directions_KM of each layer for its second moment in `C` (empty = the SVD). `keep(name, directions_KM)` is called for each.
 
-    On a GPU, layers of equal shape are solved in stacks. On a CPU, each layer is solved by one of as many threads as torch uses.
+    On a GPU, layers of equal shape are solved in stacks. On a CPU, each layer is solved by one of as many threads as torch uses. `spread`
+    distributes the stacks, if one worker holds the model.
     """
     rank, size = sharding.rank(), sharding.workers()
     weights: dict[str, Tensor] = {}
@@ -183,25 +189,32 @@ def solve(
             weights[name] = W_MN
     kept: dict[str, Tensor] = {}
 
-    def of_stack(names: list[str]) -> list[Tensor]:
-        W = torch.stack([weights[name] for name in names])
-        U = basis(W, torch.stack([C[name] for name in names]) if C else None)
-        return list(U.mT.to(W.dtype).contiguous())
+    def items() -> Iterator[tuple[Tensor, Tensor | None]]:
+        for names in stacks:
+            yield torch.stack([weights[name] for name in names]), torch.stack([C[name] for name in names]) if C else None
 
-    with one_thread_each() as pool:
-        stacks = _stacks(weights)
-        gpu = any(W_MN.is_cuda for W_MN in weights.values())
-        results = map(of_stack, stacks) if gpu else pool.map(of_stack, stacks)
-        for names, stack in zip(stacks, results, strict=True):
-            for name, directions in zip(names, stack, strict=True):
-                kept[name] = directions
-                if size == 1:
-                    keep(name, directions)
+    stacks = _stacks(weights)
+    device = next((W_MN.device for W_MN in weights.values()), torch.device("cpu"))
+    threads = 0 if device.type == "cpu" else 1
+    results = (spread if size == 1 else each_in_turn)(partial(_directions, device=device), items(), threads=threads)
+    for names, stack in zip(stacks, results, strict=True):
+        for name, directions in zip(names, stack.to(device), strict=True):
+            kept[name] = directions
+            if size == 1:
+                keep(name, directions)
     if size > 1:
         for i, (name, layer) in enumerate(linears.items()):
             kept[name] = _broadcast(kept.get(name), layer, i % size)
             keep(name, kept[name])
     return {name: kept[name] for name in linears}
+
+
+@torch.no_grad()
+def _directions(item: tuple[Tensor, Tensor | None], device: torch.device) -> Tensor:
+    """Return the directions [b, K, M] of a stack of weights [b, M, N] and second moments (`basis`), computed on `device`."""
+    W_bMN, C_bnn = item
+    U_bMK = basis(W_bMN.to(device), None if C_bnn is None else C_bnn.to(device))
+    return U_bMK.mT.to(W_bMN.dtype).contiguous()
 
 
 def _stacks(weights: Mapping[str, Tensor]) -> list[list[str]]:

@@ -19,6 +19,7 @@ from acip.layers.svd_linear import SVDLinear
 from acip.layers.targets import find_linears, targets, weight_MN
 from acip.modeling_acip import set_module
 from acip.recipe import Recipe
+from acip.utils.threads import Spread, each_in_turn
 
 
 def parametrize(
@@ -28,12 +29,13 @@ def parametrize(
     progress: Callable[[int, int], None] = lambda done, total: None,
     feed: Feed = feed_tokens,
     cache: BasisCache | None = None,
+    spread: Spread = each_in_turn,
 ) -> dict[str, SVDLinear | ElasticLinear]:
     """Replace every target layer of `model` with an `SVDLinear` and its adapters, in place. Return these layers by name.
 
     The covariance basis reads the first `recipe.sample_windows` of `windows`, [n, T] token ids; `feed(model, windows[i:j])` runs
-    a model that has other inputs. `cache` stores the bases for later calls. `progress(done, total)` counts layers. The outputs of the model
-    stay the same, up to rounding.
+    a model that has other inputs. `cache` stores the bases for later calls, `spread` distributes their eigenproblems. `progress(done,
+    total)` counts layers. The outputs of the model stay the same, up to rounding.
 
     Raises BaseModelError if the model is parametrized already, has nothing to compress, or does not match the text.
     """
@@ -54,7 +56,7 @@ def parametrize(
         nn.Module.to(model, device)
     cores: dict[str, SVDLinear] = {}
     with cache.exclusive(keys.values()) if cache and keys else nullcontext():
-        for name, directions_KM in bases(model, linears, recipe, windows, feed, cache, keys, progress):
+        for name, directions_KM in bases(model, linears, recipe, windows, feed, cache, keys, progress, spread=spread):
             linear = linears[name]
             with sharding.gathered_parameters(linear):
                 cores[name] = SVDLinear(linear, weight_MN(linear), directions_KM.T, recipe.mask_scale, loras[name], recipe.quantize)

@@ -8,18 +8,19 @@
 A block is computed once in the forward and once in the backward pass, and its weights are on the device only then. The results equal those
 of `acip.coding.statistics.layer_statistics`, bit for bit on a CPU.
 
-Every file is complete when it has its name, so that a process that is started again continues after the last finished block.
+Every file is complete when it has its name, so that a process that is started again continues after the last finished block. The
+statistics of a block can be dropped as soon as its layers are coded.
 
 Legend: T = tokens of a window, D = width of the hidden states.
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from acip.calibration.memory_plan import statistics_bytes
@@ -54,10 +55,11 @@ class PassFiles:
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"{path} cannot be written: {error}. {REMEDY}") from error
 
-    def get(self, kind: str, number: int) -> dict[str, Tensor]:
-        """Return the tensors of a file. They are mapped: their pages are in memory only while there is room for them."""
+    def get(self, kind: str, number: int, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Return the tensors of a file, or some of them. They are mapped: their pages are in memory only while there is room for them."""
         try:
-            return load_file(self.path(kind, number))
+            with safe_open(self.path(kind, number), "pt") as file:
+                return {name: file.get_tensor(name) for name in names or file.keys()}
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"{self.path(kind, number)} cannot be read: {error}. Remove its folder.") from error
 
@@ -77,8 +79,8 @@ def block_statistics(
     device: torch.device | str,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, LayerStatistics]:
-    """Return the statistics of `linears`, layers of the blocks of `chain`, from token ids [n, T]. Their tensors are mapped files.
+) -> "StoredStatistics":
+    """Return the statistics of `linears`, layers of the blocks of `chain`, from token ids [n, T]. They are read from files when asked for.
 
     The model's parameters get no gradients, and stay where they are; those of a block are on `device` while it is computed. `progress`
     counts blocks, twice each. Raises CalibrationError if the loss does not depend on a layer, or if a file cannot be written.
@@ -87,12 +89,32 @@ def block_statistics(
     this = _Pass(chain, chain.parts(linears), [window[None].long().to(device) for window in windows], files, device)
     with placed(chain.outside(), device), frozen(chain.model):
         this.run(seed, progress)
-    stored = {i: files.get("statistics", i) for i, part in enumerate(this.parts) if part}
-    return {
-        name: LayerStatistics(stored[i][f"{name}.metric"], stored[i][f"{name}.importance"])
-        for i, part in enumerate(this.parts)
-        for name in part
-    }
+    return StoredStatistics(files, this.parts)
+
+
+class StoredStatistics(Mapping[str, LayerStatistics]):
+    """The statistics of layers by name, in one file per block."""
+
+    def __init__(self, files: PassFiles, parts: list[dict[str, nn.Module]]) -> None:
+        self.files = files
+        self.numbers = {name: number for number, part in enumerate(parts) for name in part}
+
+    def __getitem__(self, name: str) -> LayerStatistics:
+        """Read the statistics of one layer."""
+        some = self.files.get("statistics", self.numbers[name], [f"{name}.{key}" for key in ("metric", "importance")])
+        return LayerStatistics(*some.values())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Forget the statistics of these layers. The file of a block is removed when those of all its layers are forgotten."""
+        dropped = {self.numbers.pop(name) for name in names}
+        for number in dropped - set(self.numbers.values()):
+            self.files.drop("statistics", number)
 
 
 class _Pass:
@@ -108,6 +130,9 @@ class _Pass:
         """Compute the files that do not exist yet."""
         count = len(self.blocks)
         done = next((i for i in range(count + 1) if self.files.has("gradients", i)), None)
+        if done is not None and any(part and not self.files.has("statistics", i) for i, part in enumerate(self.parts) if i >= done):
+            self.files.remove()  # a block whose statistics were dropped is wanted again
+            done = None
         if done is None:
             for i in range(count):
                 self.forward(i)

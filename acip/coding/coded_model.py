@@ -8,6 +8,7 @@ The scales depend on all layers. Given the scales, each layer is coded independe
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from acip.coding.step_sizes import RowScales, scale_for
 from acip.errors import RecipeError
 from acip.layers.targets import weight_MN
 from acip.sizing.byte_order import ByteOrder, Version
-from acip.utils.threads import each_in_turn
+from acip.utils.threads import Spread, each_in_turn
 
 RATES = (2.0, 2.9, 3.7, 4.6, 6.3)  # mean bits per weight of the versions; tests/benchmarks/BYTES.md has the choice
 
@@ -95,7 +96,7 @@ def step_scales(
     if not rates or any(not 0 < rate <= 8 for rate in rates) or list(rates) != sorted(set(rates)):
         raise RecipeError(f"rates are {list(rates)}; they must be at least one number, rising, above 0 and at most 8 bits per weight.")
     # on the CPU, because a bisection reads many numbers from each
-    rows = {name: RowScales.of(*_on_device(layer, statistics[name], device)).cpu() for name, layer in linears.items()}
+    rows = {name: _row_scales(layer, statistics[name], device) for name, layer in linears.items()}
     return [scale_for(rows, rate) for rate in rates]
 
 
@@ -104,14 +105,21 @@ def code_layers(
     statistics: Mapping[str, LayerStatistics],
     scales: Sequence[float],
     device: torch.device | None = None,
+    spread: Spread = each_in_turn,
 ) -> Iterator[tuple[str, CodedLayer]]:
-    """Yield (name, `code_layer` of it) of each layer. On a CPU, each layer is coded by one of as many threads as torch uses."""
+    """Yield (name, `code_layer` of it) of each layer. On a CPU, each layer is coded by one of as many threads as torch uses.
 
-    def code(name: str) -> CodedLayer:
-        return code_layer(linears[name], statistics[name], scales, device)
+    `spread` distributes the layers.
+    """
+
+    def items() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for name, layer in linears.items():
+            each = statistics[name]
+            yield weight_MN(layer).detach(), each.metric, each.importance
 
     on_cpu = all((device or weight_MN(layer).device).type == "cpu" for layer in linears.values())
-    yield from zip(linears, each_in_turn(code, linears) if on_cpu else map(code, linears), strict=True)
+    coded = spread(partial(_coded, scales=list(scales), device=device), items(), threads=0 if on_cpu else 1)
+    yield from zip(linears, coded, strict=True)
 
 
 @torch.no_grad()
@@ -120,7 +128,13 @@ def code_layer(layer: nn.Module, statistics: LayerStatistics, scales: Sequence[f
 
     `scales` are those of `step_scales`, which fall.
     """
-    W_MN, metric_NN, importance_M = _on_device(layer, statistics, device)
+    return _coded((weight_MN(layer), statistics.metric, statistics.importance), scales, device)
+
+
+@torch.no_grad()
+def _coded(item: tuple[Tensor, Tensor, Tensor], scales: Sequence[float], device: torch.device | None = None) -> CodedLayer:
+    """Code a weight [M, N] for its metric [N, N] and importance [M]. See `code_layer`."""
+    W_MN, metric_NN, importance_M = _on_device(*item, device)
     rows, W_MN = RowScales.of(W_MN, metric_NN, importance_M), W_MN.float()
     versions: list[PackedCodes] = []
     losses: list[float] = []
@@ -135,8 +149,11 @@ def assembled(coded: Mapping[str, CodedLayer]) -> CodedModel:
     return CodedModel({name: each.versions for name, each in coded.items()}, ByteOrder({name: each.facts for name, each in coded.items()}))
 
 
-def _on_device(layer: nn.Module, statistics: LayerStatistics, device: torch.device | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the weight [M, N], the damped metric [N, N] and the importance [M] on `device` (None = that of the weight)."""
-    W_MN = weight_MN(layer)
+def _row_scales(layer: nn.Module, statistics: LayerStatistics, device: torch.device | None) -> RowScales:
+    return RowScales.of(*_on_device(weight_MN(layer), statistics.metric, statistics.importance, device)).cpu()
+
+
+def _on_device(W_MN: Tensor, metric_NN: Tensor, importance_M: Tensor, device: torch.device | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weight, the damped metric and the importance on `device` (None = that of the weight)."""
     device = device or W_MN.device
-    return W_MN.to(device), damped(statistics.metric.to(device)), statistics.importance.to(device)
+    return W_MN.to(device), damped(metric_NN.to(device)), importance_M.to(device)

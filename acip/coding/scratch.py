@@ -1,4 +1,4 @@
-"""A temporary file for what does not have to stay in memory: statistics of layers, and finished codes."""
+"""A temporary file for what does not have to stay in memory: finished codes."""
 
 import mmap
 import tempfile
@@ -6,9 +6,6 @@ import weakref
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from acip.errors import CalibrationError
 
@@ -49,11 +46,6 @@ class Scratch:
         mapped = self.segment[self.end - self.start :]
         self.end += -(-total // ALIGNED) * ALIGNED
         return [mapped[end - size : end] for end, size in zip(accumulate(sizes), sizes, strict=True)]
-
-    def add_tensor(self, tensor: Tensor) -> Tensor:
-        """Append a tensor that is not empty, and return it as a mapped tensor on the CPU."""
-        (mapped,) = self.add([tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data])
-        return torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape)
 
     def _map(self, size: int) -> None:
         """Map the next `size` bytes of the file. They take no space on the disk before they are written."""

@@ -311,12 +311,14 @@ def test_commands_of_the_readme_work(readme_home: Path, demo_home: DemoHome) -> 
         assert answer.json()["size"]["asked"] == 0.42
 
 
-def test_dry_run_without_a_running_ray(demo_home: DemoHome, first_run: subprocess.CompletedProcess[str], tmp_path: Path) -> None:
-    """`python jobs/calibrate_all.py --dry-run` works without a running Ray. It prints the plan and writes no artifact."""
-    command = [sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(demo_home.fleet), "--only", "tiny", "--dry-run"]
+def test_plan_and_forecast_without_a_running_ray(demo_home: DemoHome, first_run: subprocess.CompletedProcess[str], tmp_path: Path) -> None:
+    """`python jobs/calibrate_all.py --rehearse` works without a running Ray. It prints the plan and writes no artifact."""
+    command = [sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(demo_home.fleet), "--only", "tiny", "--rehearse"]
     env = demo_home.env | {"ACIP_HOME": str(tmp_path)}
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=JOB_S, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "[tiny]" in result.stdout and "GB per worker" in result.stdout
     assert "fisher scores, sizes down to 0.4 (linear)" in result.stdout
+    assert re.search(r"\[tiny\] \S+ on \d+ threads of a CPU, predicted from a few blocks", result.stdout), result.stdout
+    assert re.search(r"  artifact +0\.0\d GB", result.stdout), result.stdout
     assert json.dumps(sorted(path.name for path in tmp_path.rglob("factors*"))) == "[]"

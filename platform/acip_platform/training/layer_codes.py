@@ -3,7 +3,7 @@
     finished codes of an earlier run of the job -> statistics of the missing layers -> their codes -> finished codes, on disk
 
 The memory is bounded: finished codes are in a temporary file. Statistics are gathered a block at a time and are in files, if those of all
-layers are large or the job is streamed.
+layers are large or the job is streamed. The file of a block is removed when the codes of its layers are stored.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from acip.artifact.read_back import tiny_model
 from acip.base import Base
 from acip.calibration.memory_plan import STATISTICS, UNSAVED_CODES, statistics_bytes
-from acip.coding.block_statistics import PassFiles, block_statistics
+from acip.coding.block_statistics import PassFiles, StoredStatistics, block_statistics
 from acip.coding.coded_model import RATES, CodedLayer, CodedModel, assembled, code_layers, step_scales
 from acip.coding.scratch import Scratch
 from acip.coding.statistics import LayerStatistics, layer_statistics
@@ -35,6 +35,7 @@ from acip_platform.storage.checkpoints import Checkpoints, Emit
 from acip_platform.storage.code_checkpoints import CodeCheckpoints
 from acip_platform.tracking.registry import few_retries
 from acip_platform.tracking.runs import Run
+from acip_platform.training.idle_workers import IdleWorkers
 
 
 def codes_of(
@@ -82,8 +83,10 @@ def codes_of(
     def progress(done: int) -> None:
         emit("code", what="codes", done=len(linears) - len(missing) + done, total=len(linears))
 
-    for some in unsaved(code_layers(missing, statistics, scales, device), len(missing), stored.every_s, progress):
-        stored.write(scales, some)
+    workers = IdleWorkers(device.type == "cuda")
+    for some in unsaved(code_layers(missing, statistics, scales, device, workers), len(missing), stored.every_s, progress):
+        if stored.write(scales, some) and isinstance(statistics, StoredStatistics):
+            statistics.drop(some)
         coded |= in_scratch(some, scratch)
     files.remove()
     model = assembled({name: coded[name] for name in linears})
@@ -91,7 +94,7 @@ def codes_of(
     emit(
         "stage",
         text=f"codes of {len(linears)} layers: {model.bytes / MEGA:.1f} MB in {ended - began:.0f} s, "
-        f"of which {gathered - began:.0f} s for the Fisher statistics" + ", a block at a time" * by_block,
+        f"of which {gathered - began:.0f} s for the Fisher statistics" + ", a block at a time" * by_block + workers.text,
     )
     with suppress(MlflowException), few_retries():  # two metrics must not stop a calibration while MLflow is down
         run.metrics([(0, {"coding_seconds": ended - began, "codes_mb": model.bytes / MEGA})])

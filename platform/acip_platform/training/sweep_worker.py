@@ -21,7 +21,7 @@ from ray import tune
 
 from acip.artifact.artifact import Artifact
 from acip.artifact.read_back import read_back
-from acip.base import Base, load_base
+from acip.base import Base
 from acip.calibration import shared_pruning
 from acip.calibration.loop import calibrate
 from acip.calibration.state import CalibrationState, StepReport
@@ -33,6 +33,7 @@ from acip.sizing.excess_loss_area import excess_loss_area
 from acip.sizing.model_sizes import cut_table
 from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
+from acip_platform.storage import base_models
 from acip_platform.storage.checkpoints import Checkpoints
 from acip_platform.storage.code_checkpoints import remove_codes
 from acip_platform.storage.store import Store
@@ -105,7 +106,7 @@ def _start(name: str, context: Mapping[str, Any], job: Job) -> tuple[Base, Token
     gc.collect()  # the process may have run another trial before
     torch.set_num_threads(context["threads"])
     run = Run.of(settings, context["runs"][name])
-    base, device = load_base(job.base, job.recipe.dtype, job.trust_remote_code), _device()
+    base, device = base_models.load(job.base, job.recipe.dtype, job.trust_remote_code, Store.of(settings).cache), _device()
     read_once(Read(("read back", job.base, job.recipe.exclude), lambda: read_back(base, job.recipe)))
     torch.nn.Module.to(base.model, device)
     return base, prepare(job, base, settings, emit, device), Observer(job, run, emit, device)
@@ -221,7 +222,7 @@ def _artifact(trial: Trial, state: tune.Checkpoint | None, settings: Settings, r
     device = _device()
     run = Run.of(settings, run_id)
     store, key = Store.of(settings), f"{job.name}/{job.name}-{job.fingerprint}"
-    base = load_base(job.base, job.recipe.dtype, job.trust_remote_code)
+    base = base_models.load(job.base, job.recipe.dtype, job.trust_remote_code, store.cache)
     heldout = Heldout.of(job, base)
     if not store.exists(store.uri(key)):
         torch.nn.Module.to(base.model, device)

@@ -28,7 +28,7 @@ from ray.train.torch import TorchTrainer
 
 from acip.artifact.artifact import Artifact
 from acip.artifact.read_back import read_back
-from acip.base import Base, load_base
+from acip.base import Base
 from acip.calibration import memory_check
 from acip.calibration.basis_cache import BasisCache
 from acip.calibration.loop import calibrate, trial_step
@@ -46,6 +46,7 @@ from acip_platform.reporting.mask_samples import FILE, MaskSamples
 from acip_platform.scheduling.fleet import Job
 from acip_platform.scheduling.job_queue import Resources
 from acip_platform.settings import Settings
+from acip_platform.storage import base_models
 from acip_platform.storage.checkpoints import Checkpoints, Emit
 from acip_platform.storage.code_checkpoints import remove_codes
 from acip_platform.storage.store import Store
@@ -53,6 +54,7 @@ from acip_platform.tracking.provenance import provenance
 from acip_platform.tracking.registry import few_retries
 from acip_platform.tracking.runs import Run
 from acip_platform.training.completion import Heldout, finish, stored
+from acip_platform.training.idle_workers import IdleWorkers
 from acip_platform.training.layer_codes import codes_of
 
 REPORT_EVERY_S = 10.0
@@ -129,7 +131,7 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     emit("stage", text=f"loading {job.base}")
-    base = load_base(job.base, job.recipe.dtype, job.trust_remote_code)
+    base = base_models.load(job.base, job.recipe.dtype, job.trust_remote_code, store.cache)
     read_back(base, job.recipe)
     heldout = Heldout.of(job, base)
     checkpoints = Checkpoints(settings, config["attempt"], emit)
@@ -240,8 +242,9 @@ def prepare(job: Job, base: Base, settings: Settings, emit: Emit, device: torch.
     check_memory(job, base, device, emit)
     began = time.monotonic()
     cache = BasisCache(settings.home / "cache" / "bases", in_bytes(settings.basis_cache_gb, GIGA))
-    parametrize(base.model, recipe, windows, lambda done, total: emit("parametrize", done=done, total=total), cache=cache)
-    emit("stage", text=f"{recipe.basis} basis of {len(targets(base.model))} layers in {time.monotonic() - began:.0f} s")
+    workers = IdleWorkers(device.type == "cuda")
+    parametrize(base.model, recipe, windows, lambda done, total: emit("parametrize", done=done, total=total), cache=cache, spread=workers)
+    emit("stage", text=f"{recipe.basis} basis of {len(targets(base.model))} layers in {time.monotonic() - began:.0f} s{workers.text}")
     return batches
 
 

@@ -182,17 +182,16 @@ def test_coding_uses_the_predicted_memory(name: str, dtype: Dtype, monkeypatch: 
 def test_coding_a_block_at_a_time_uses_the_predicted_memory(dtype: Dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Measured is the memory beside the weights, which may be mapped: hidden states, the graph of a block, and its statistics."""
     model = causal("llama", dtype).requires_grad_(False)
-    linears, live, statistics = find_linears(model), LiveBytes(model), dict[str, LayerStatistics]()
+    linears, live = find_linears(model), LiveBytes(model)
     monkeypatch.setattr(_Prediction, "coding", lambda self, layer: 0.0)
     recipe = replace(RECIPE, dtype=dtype, code="bits", sample_windows=2)
     phase, chain = predict_streamed(model, recipe)["code"], BlockChain(model)
     weights = sum(tensor.nbytes for tensor in tensors(model))
 
     def gather() -> None:
-        statistics.update(block_statistics(chain, linears, IDS_BT[:2], PassFiles(tmp_path), "cpu"))
+        assert block_statistics(chain, linears, IDS_BT[:2], PassFiles(tmp_path), "cpu").keys() == linears.keys()
 
     gathering = live.peak_of(gather) - weights
-    assert statistics.keys() == linears.keys()
     assert -0.1 < (phase.total - phase.rest - phase.originals) / gathering - 1 < 0.6
 
 

@@ -1,18 +1,28 @@
-"""A fleet on a cluster of several raylets with simulated GPUs, one of which is lost."""
+"""A cluster of several raylets with simulated GPUs: idle ones take a share of a job's tasks, and a fleet survives the loss of one."""
 
+import os
 import re
 import threading
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+import torch
 from acip_platform.scheduling.events import on_this_node
 from acip_platform.scheduling.fleet import Job
 from acip_platform.scheduling.job_queue import nodes, resources_of, run_all
+from acip_platform.training.idle_workers import IdleWorkers
 from ray.cluster_utils import Cluster
+from torch import Tensor
 
+from acip.calibration.bases import solve
+from acip.coding.coded_model import code_layers
+from acip.coding.statistics import LayerStatistics
+from acip.utils.threads import each_in_turn
 from tests.benchmarks.fleet import Log, occupancy, run
 from tests.infra.test_dashboard import RAY_CORE
 from tests.support.waiting import PATIENCE_S, until
@@ -49,6 +59,118 @@ def exported_labels(name: str) -> set[str]:
     pages = [urllib.request.urlopen(url, timeout=PATIENCE_S).read().decode() for url in urls]
     lines = [match for page in pages for match in re.findall(rf"^{name}{{(.*)}}", page, re.M)]
     return {label for line in lines for label in re.findall(r'(\w+)="', line)} or {"nothing"}
+
+
+Task = tuple[Tensor]
+Function = Callable[[Task], int]
+
+
+def tasks(count: int) -> Iterator[Task]:
+    return ((torch.arange(10.0 * count)[i : i + 1],) for i in range(count))
+
+
+def square(item: Task) -> int:
+    return int(item[0]) ** 2
+
+
+def helped(folder: Path, function: Function = square) -> Function:
+    """Return a function that computes in this process only after two idle workers have computed something."""
+    own = os.getpid()
+
+    def computed(item: Task) -> int:
+        if os.getpid() != own:
+            (folder / str(os.getpid())).touch()
+            return function(item)
+        until(lambda: len(list(folder.iterdir())) == 2, "no idle workers compute tasks")
+        return square(item)
+
+    return computed
+
+
+def idle_gpus() -> float:
+    return ray.available_resources().get("GPU", 0)
+
+
+def test_idle_workers_compute_a_share_of_the_tasks_in_order(cluster: Cluster, tmp_path: Path) -> None:
+    workers = IdleWorkers(gpu=True, look_s=0.05)
+    assert list(workers(helped(tmp_path), tasks(40), threads=1)) == [i**2 for i in range(40)]
+    assert len(workers.shares) == 3
+    assert all(workers.shares)
+    assert sum(workers.shares) == 40
+    assert workers.text == f"; 2 idle workers computed {sum(workers.shares[1:])} of 40 parts"
+    until(lambda: idle_gpus() == 2, "the idle workers hold their GPUs")
+
+
+@pytest.mark.parametrize("end", ["dies", "fails"])
+def test_tasks_of_lost_workers_are_computed_by_the_process_itself(end: str, cluster: Cluster, tmp_path: Path) -> None:
+    def failing(item: Task) -> int:
+        if end == "dies":
+            os._exit(1)
+        raise ValueError("out of memory there")
+
+    workers = IdleWorkers(gpu=True, look_s=0.05)
+    assert list(workers(helped(tmp_path, failing), tasks(20), threads=1)) == [i**2 for i in range(20)]
+    assert workers.shares[0] == 20
+    assert workers.text == ""
+
+
+def test_errors_are_raised_and_idle_workers_released(cluster: Cluster, tmp_path: Path) -> None:
+    def failing(item: Task) -> int:
+        raise ValueError(f"task {int(item[0])} is wrong")
+
+    with pytest.raises(ValueError, match="task 0 is wrong"):
+        list(IdleWorkers(gpu=True, look_s=0.05)(failing, tasks(3), threads=1))
+    results: Any = IdleWorkers(gpu=True, look_s=0.05)(helped(tmp_path), tasks(40), threads=1)
+    assert next(results) == 0
+    results.close()
+    until(lambda: idle_gpus() == 2, "the idle workers hold their GPUs")
+
+
+def test_short_work_and_held_resources_start_no_idle_workers(cluster: Cluster) -> None:
+    workers = IdleWorkers(gpu=True)
+    assert list(workers(square, tasks(5))) == [i**2 for i in range(5)]
+    hold = ray.remote(num_gpus=1)(lambda: time.sleep(600))
+    holders = [hold.remote() for _ in range(2)]
+    until(lambda: idle_gpus() == 0, "the GPUs are not held")
+    workers = IdleWorkers(gpu=True, look_s=0.0)
+    assert list(workers(square, tasks(5))) == [i**2 for i in range(5)]
+    assert workers.shares == [5]
+    for holder in holders:
+        ray.cancel(holder, force=True)
+    until(lambda: idle_gpus() == 2, "the GPUs are still held")
+
+
+def test_codes_and_bases_of_idle_workers_equal_those_of_the_process(cluster: Cluster) -> None:
+    """All have one thread, and the same processor."""
+    torch.manual_seed(0)
+    layers = {f"layer{i}": torch.nn.Linear(24, 16, bias=False, dtype=torch.bfloat16) for i in range(30)}
+    moments = {name: torch.randn(64, 24) for name in layers}
+    metrics = {name: x.T @ x for name, x in moments.items()}
+    statistics = {name: LayerStatistics(metric, torch.ones(16)) for name, metric in metrics.items()}
+
+    def results(spread: Any) -> tuple[list[Any], list[Tensor]]:
+        coded = dict(code_layers(layers, statistics, [0.05, 0.02], spread=spread))
+        solved = solve(layers, metrics, spread=spread)
+        assert list(coded) == list(solved) == list(layers)
+        return [(bytes(v.stream), v.steps) for each in coded.values() for v in each.versions], list(solved.values())
+
+    class Slow(IdleWorkers):
+        """Idle workers that have computed a task before this process computes one."""
+
+        def __call__(self, function: Any, items: Any, threads: int = 0) -> Iterator[Any]:
+            own, shares = os.getpid(), self.shares
+
+            def computed(item: Any) -> Any:
+                if os.getpid() == own:
+                    until(lambda: sum(shares[1:]) >= 1, "no idle worker computes tasks")
+                return function(item)
+
+            return super().__call__(computed, items, 1)
+
+    codes, bases = results(Slow(gpu=True, look_s=0.05))
+    expected_codes, expected_bases = results(each_in_turn)
+    assert all(a == c and torch.equal(b, d) for (a, b), (c, d) in zip(codes, expected_codes, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(bases, expected_bases, strict=True))
 
 
 @pytest.mark.slow
