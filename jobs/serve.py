@@ -44,6 +44,7 @@ LIMITS = {  # arguments of `build` that are options here
     "timeout_s": (float, "seconds per request, including time in the queue; after that, the answer is the tokens so far"),
     "default_max_tokens": (int, "tokens of a chat request without max_tokens"),
     "default_size": (str, "size of requests that name none: a ratio (0.4 or 40%%), bytes (8GB), a perplexity (ppl<=20), ..."),
+    "max_size": (str, "largest size that is served, in the same form; it needs less memory, because larger weights are not loaded"),
     "max_answers": (int, "largest number of prompts times n in a request"),
     "drain_s": (float, "seconds that running requests have to finish when the server stops"),
 }
@@ -74,7 +75,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(option, dest=name, type=kind, default=BUILD_ARGS[name], help=f"{meaning} (default: %(default)s)")
     args = cli.parse(parser, argv)
     try:
-        check_limits(args.default_max_tokens, args.max_answers, args.timeout_s, args.drain_s, args.cors_origin, args.default_size)
+        check_limits(
+            args.default_max_tokens, args.max_answers, args.timeout_s, args.drain_s, args.cors_origin, args.default_size,
+            max_size=args.max_size,
+        )  # fmt: skip
         model_kind(args.engine)
         args.keys = Keys.from_env()
     except AcipError as error:

@@ -100,6 +100,12 @@ class ElasticLinear(Compressible):
             y_BTM = y_BTM + self.loras["layer"](x_BTN)
         return y_BTM
 
+    @classmethod
+    def without_ranks(cls, original: nn.Linear) -> "ElasticLinear":
+        """Return a layer that is dense or coded."""
+        M, N = original.weight.shape
+        return cls(original, original.weight.new_empty(0, M), original.weight.new_empty(0, N))
+
     def group(self, rows: slice, wanted: slice, kept: int | None, mask: Tensor | None = None, version: int | None = None) -> Group:
         """Return a group that is multiplied by a version of the codes, or else by the first `kept` rows (None = by the dense weight).
 

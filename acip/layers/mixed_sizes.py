@@ -35,9 +35,9 @@ PLANS, PLANS_BYTES = 64, 64 << 20  # limits of the cache of plans; a plan has a 
 
 def padded(rows: int) -> int:
     """Return `rows` rounded up to one of a few numbers."""
-    if rows <= 8:
-        return 1 << (rows - 1).bit_length()
-    step = 8 if rows <= 64 else 32
+    if rows == 1:
+        return 1
+    step = 2 if rows <= 8 else 8 if rows <= 64 else 32
     return -(-rows // step) * step
 
 
@@ -45,7 +45,7 @@ def padded(rows: int) -> int:
 class Size:
     """A size: its `key`, which rises with falling size (`Cut.key`), and the form of each layer.
 
-    This is the version of its codes if it is in `versions`, else its rank (None = dense).
+    This is the version of its codes if it is in `versions`, else its rank. None, or no entry, is dense.
     """
 
     key: tuple[int, int]
@@ -54,7 +54,7 @@ class Size:
 
     def form(self, name: str) -> "Form":
         """Return the form of a layer."""
-        return (self.versions or {}).get(name), self.ranks[name]
+        return (self.versions or {}).get(name), self.ranks.get(name)
 
 
 Form = tuple[int | None, int | None]  # version of the codes or None, rank or None

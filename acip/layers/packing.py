@@ -1,6 +1,7 @@
 """Packed copies of weights in oneDNN's layout, which make generation on a CPU faster at the cost of memory.
 
     1 row     uses the plain weight, which is read once and in order
+    2, 3      are padded with rows of zeros: such products take longer than those with 4 rows
     more      use the packed copy: oneDNN would reorder a plain weight for each product, which takes about as long as the product
               (tests/benchmarks/products.py)
 
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acip.modeling_acip import bias_of, set_module, weight_MN
+
+LEAST_ROWS = 4  # of a packed product; 4 to 6 rows take as long as reading the weight
 
 
 class PackedLinear(nn.Linear):
@@ -40,10 +43,12 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self._packed
-        if packed is None or x.numel() == x.shape[-1] or torch.is_grad_enabled():
+        rows = x.numel() // x.shape[-1]
+        if packed is None or rows == 1 or torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
-        return y
+        x_SN = x if rows >= LEAST_ROWS else F.pad(x.reshape(rows, -1), (0, 0, 0, LEAST_ROWS - rows))
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x_SN, packed, self.bias, "none", [], "")
+        return y if rows >= LEAST_ROWS else y[:rows].view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Drop the packed copy when the layer is moved or cast."""

@@ -40,6 +40,7 @@ class VllmModel(ResidentModel):
     """One registered version of a model, resident at every size, with an engine of vLLM of its own."""
 
     changes_sizes = False  # vLLM reuses keys and values of prompts by size
+    integers = False  # vLLM computes the layers
 
     @property
     def drafts(self) -> bool:

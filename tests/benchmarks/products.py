@@ -1,7 +1,7 @@
 """Measure matrix products with few rows on a CPU, by kernel and shape.
 
-The results are the reason that `acip.layers.mixed_sizes` pads rows and ranks, that `acip.layers.packing` packs dense weights, and that
-`acip.modeling_acip.onednn` selects kernels.
+The results are the reason that `acip.layers.mixed_sizes` pads rows and ranks, that `acip.layers.packing` packs dense weights, that codes
+are multiplied in integers, and that `acip.modeling_acip.onednn` selects kernels.
 
     python tests/benchmarks/products.py [--quick] [--check]
 
@@ -17,11 +17,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.benchmarks import replica_environment
+
+if __name__ == "__main__":
+    replica_environment.enter()
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SHAPES = {"SmolLM2-135M": [(576, 576), (1536, 576), (576, 1536)], "Llama 7B": [(4096, 4096), (11008, 4096), (4096, 11008)]}
+SHAPES = {
+    "SmolLM2-135M": [(576, 576), (1536, 576), (576, 1536)],
+    "Llama 1B": [(2048, 2048), (5632, 2048), (2048, 5632)],
+    "Llama 7B": [(4096, 4096), (11008, 4096), (4096, 11008)],
+}
 WEIGHTS_BYTES = 64 << 20  # total weights of a measurement, more than the CPU cache holds
 GAIN = 1.0
 
@@ -43,8 +54,10 @@ def _through(x: Tensor, layer: Callable[[Tensor], object]) -> object:
 
 def gains(M: int, N: int, repeats: int) -> dict[str, tuple[float, float]]:
     """Return (seconds of the alternative, seconds of our choice) by name of the choice."""
+    from acip.layers.directions import product
+    from acip.layers.integer_linear import PreciseIntegerLinear, rounded, supports_precise_integers
     from acip.layers.packing import PackedLinear
-    from acip.modeling_acip import onednn, plain_linear
+    from acip.modeling_acip import CodedLinear, onednn, plain_linear
 
     count = max(2, WEIGHTS_BYTES // (2 * M * N))
     dense = [torch.randn(M, N).bfloat16() for _ in range(count)]
@@ -63,14 +76,24 @@ def gains(M: int, N: int, repeats: int) -> dict[str, tuple[float, float]]:
     )
     h = torch.randn(1, M).bfloat16()
     measure(
-        "1 row, transposed: PyTorch's vector kernel, not oneDNN's",
-        (lambda weight: F.linear(h, weight.T), True),
+        "1 row, transposed: a weighted sum of rows, not PyTorch's vector kernel",
         (lambda weight: torch.mv(weight.T, h[0]), False),
+        (lambda weight: product(h, weight.T), False),
     )
     packed = [PackedLinear(plain_linear(weight, None)) for weight in dense]
     for x in (torch.randn(rows, N).bfloat16() for rows in (2, 8, 32)):
         plain_s = seconds(functools.partial(F.linear, x), dense, repeats)
         result[f"{len(x)} rows: packed, not plain"] = (plain_s, seconds(functools.partial(_through, x), packed, repeats))
+    two = torch.randn(2, N).bfloat16()
+    unpadded_s = seconds(lambda layer: torch.ops.mkldnn._linear_pointwise(two, layer._packed, None, "none", [], ""), packed, repeats)
+    result["2 rows: padded to 4"] = (unpadded_s, seconds(functools.partial(_through, two), packed, repeats))
+    if supports_precise_integers("cpu", torch.bfloat16):
+        codes = [rounded(weight) for weight in dense]
+        coded = [CodedLinear(codes_MN, steps_M, None) for codes_MN, steps_M in codes]
+        integer = [PreciseIntegerLinear(codes_MN, steps_M, None) for codes_MN, steps_M in codes]
+        for x in (torch.randn(rows, N).bfloat16() for rows in (1, 8, 32)):
+            weights_s = seconds(functools.partial(_through, x), coded, repeats)
+            result[f"{len(x)} rows: codes in integers"] = (weights_s, seconds(functools.partial(_through, x), integer, repeats))
     eight = torch.randn(8, N).bfloat16()
     prefixes = [dense[0][:rank] for rank in range(33, min(M, N), 8)]
     first = seconds(lambda weight: F.linear(eight, weight), prefixes, 1)
@@ -98,5 +121,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
     sys.exit(main())

@@ -19,6 +19,7 @@ from acip_platform.serve.engine.request import GenerationRequest
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.engine.sampling import SamplingParams
 from acip_platform.serve.http.requests import CompletionRequest
+from acip_platform.serve.size_facts import size_range
 from acip_platform.serve.text_engine import TextEngine
 from acip_platform.serve.tradeoff import trade_off
 
@@ -85,6 +86,31 @@ def test_a_coded_size_takes_at_most_six_tenths_of_the_layers_in_16_bit(narrow: A
     assert len(tokens(engine, model, Budget(ratio=0.6))) == 8
     assert model.bytes - rest > 1.6 * layers, "a size in ranks loads the factors"
     assert all(layer.stored_rank > 0 for layer in model.any_size.layers.values())
+
+
+def test_sizes_above_the_largest_that_is_served_are_refused_and_their_weights_not_loaded(narrow: Artifact, engine: Engine) -> None:
+    model = resident(narrow, max_size="0.44", packed=True)
+    engine.add(model)
+    for budget in (Budget(ratio=0.4, convention="bytes"), Budget(ratio=0.44, convention="bytes")):
+        assert len(tokens(engine, model, budget)) == 8
+    for budget in (Budget(ratio=0.5, convention="bytes"), Budget(ratio=1.0), Budget(ratio=0.4), Budget(stored_bytes=10**12)):
+        with pytest.raises(BudgetError, match=r"which is 0\.44 \(bytes\)"):
+            tokens(engine, model, budget)
+    assert all(layer.original.weight.is_meta and not layer.stored_rank for layer in model.any_size.layers.values())
+    assert model.bytes - rest_bytes(narrow) <= 0.6 * layer_bytes(model) and not model.drafts
+    assert size_range(model)["largest"] <= 0.44 and size_range(model)["ranks"] is None
+    assert {row["asked"] for row in trade_off(model)["sizes"]} <= {percent / 100 for percent in range(45)}
+
+
+def test_the_largest_size_may_be_one_in_ranks(small_artifact: Artifact, engine: Engine) -> None:
+    model = resident(small_artifact, max_size="0.7")
+    engine.add(model)
+    assert len(tokens(engine, model, Budget(ratio=0.6))) == 8
+    with pytest.raises(BudgetError, match=r"which is 0\.7 \(linear\)"):
+        tokens(engine, model, Budget(ratio=0.8))
+    assert all(layer.original.weight.is_meta == (rank is not None) for layer, rank in zip(
+        model.any_size.layers.values(), model.largest.ranks.values(), strict=True
+    ))  # fmt: skip
 
 
 def test_sizes_share_versions_and_unused_ones_leave(narrow: Artifact) -> None:

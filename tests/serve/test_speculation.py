@@ -16,7 +16,6 @@ from acip_platform.serve.engine.speculation import DRAFTS, MAX_SEQUENCES, RETRY_
 from transformers import AutoModelForCausalLM
 
 from acip.artifact.artifact import Artifact
-from acip.layers.integer_linear import IntegerLinear, rounded
 from acip.layers.mixed_sizes import Size
 from acip.sizing.budget import Budget
 from tests.support.near_ties import TIE
@@ -287,19 +286,10 @@ def test_drafts_are_not_made_by_the_size_itself_nor_for_many_sequences() -> None
 
 def test_no_more_tokens_are_drafted_than_an_answer_may_have() -> None:
     assert set(decided(Speculation(DRAFT), SIZE, 1.0, 0.1, 1.0, 500, most=0)) == {0}
-    assert max(decided(Speculation(DRAFT), SIZE, 1.0, 0.1, 1.0, 500, most=6)) == 3
+    assert max(decided(Speculation(DRAFT), SIZE, 1.0, 0.1, 1.0, 500, most=4)) == 3
 
 
-# ---- the layers that draft
-
-
-def test_integer_layer_is_close_to_the_layer() -> None:
-    weight_MN, bias_M, x = torch.randn(48, 80), torch.randn(48), torch.randn(2, 3, 80)
-    codes_MN, steps_M = rounded(weight_MN)
-    exact = torch.nn.functional.linear(x, weight_MN, bias_M)
-    error = (IntegerLinear(codes_MN, steps_M, bias_M)(x) - exact).norm() / exact.norm()
-    assert codes_MN.abs().max() == 127 and error < 0.02
-    assert rounded(torch.zeros(2, 4))[0].eq(0).all()
+# ---- the copies that draft
 
 
 def test_copies_that_draft_are_made_in_the_background_and_leave_with_the_packed_ones(small_artifact: Artifact) -> None:

@@ -28,6 +28,7 @@ from ray.serve.handle import DeploymentHandle
 from acip.errors import AcipError
 from acip.sizing.budget import Budget
 from acip.utils.coerce import did_you_mean
+from acip.utils.malloc import HUGE_PAGES
 from acip_platform.serve.autoscaling import SequencesPolicy
 from acip_platform.serve.coordinator import Choices, Coordinator
 from acip_platform.serve.engine.model_cache import key_of
@@ -60,6 +61,7 @@ BUILD_ARGS: dict[str, Any] = {
     "timeout_s": 300.0,  # of a request, including waiting; it then ends with the text so far and finish_reason "length"
     "default_max_tokens": DEFAULT_MAX_TOKENS,  # of a chat without max_tokens
     "default_size": DEFAULT_SIZE,  # of requests that name none, as after the @ of a name: "0.4", "8GB", ...; also of the first token
+    "max_size": None,  # the largest size that is served; weights that only larger ones need are not loaded. None = all sizes
     "code_copies": 1.0,  # limit for the coded layers in memory, in units of 8 bits per weight; sizes in use may exceed it
     "max_answers": 128,  # limit for prompts times n of a request
     "drain_s": 30.0,  # time for running requests to end after the server received a signal to stop
@@ -71,6 +73,7 @@ BUILD_ARGS: dict[str, Any] = {
     "export_cpus": 1,  # reserved for POST /v1/materializations; 0 = share those of the engine
 }
 ENGINE_ENV = {
+    **HUGE_PAGES,
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait would take cores from the HTTP deployment
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",  # plans of matrix products; `acip.layers.mixed_sizes` limits the number of shapes
 }
@@ -370,6 +373,7 @@ def application(
     export_cpus: float,
     default_max_tokens: int,
     default_size: str,
+    max_size: str | None,
     code_copies: float,
     max_answers: int,
     drain_s: float,
@@ -377,7 +381,10 @@ def application(
     keys: Keys,
 ) -> serve.Application:
     """Return the application that serves these versions, which `config` selects. `BUILD_ARGS` describes the arguments."""
-    check_limits(default_max_tokens, max_answers, timeout_s, drain_s, cors_origins, default_size, code_copies)
+    check_limits(default_max_tokens, max_answers, timeout_s, drain_s, cors_origins, default_size, code_copies, max_size)
+    if max_size is not None:
+        max_size = str(max_size)
+        default_size = max_size if default_size == DEFAULT_SIZE else default_size
     model_kind(engine)  # raises an AcipError
     scaling: dict[str, Any] = {"num_replicas": replicas}
     if min_replicas is not None and min_replicas < replicas:
@@ -412,7 +419,7 @@ def application(
     )(Coordinator).bind(export_cpus)
     threads = max(1, int(num_cpus))
     device = "cuda" if num_gpus else "cpu"
-    bound = replica.bind(versions, timeout_s, device, threads, memory_gb, default_max_tokens, default_size, code_copies, engine)
+    bound = replica.bind(versions, timeout_s, device, threads, memory_gb, default_max_tokens, default_size, code_copies, engine, max_size)
     capacity = math.ceil(max_requests * replicas / http_replicas)
     return api.bind(bound, coordinator, versions, capacity, keys, max_answers, cors_origins, default_size)
 
@@ -425,9 +432,12 @@ def check_limits(
     cors_origins: Sequence[str],
     default_size: str = DEFAULT_SIZE,
     code_copies: float = 1.0,
+    max_size: str | None = None,
 ) -> None:
     """Raise an AcipError if an argument of `build` is invalid."""
-    Budget.parse(str(default_size))
+    for size in (default_size, max_size):
+        if size is not None:
+            Budget.parse(str(size))
     for name, count in (("default_max_tokens", default_max_tokens), ("max_answers", max_answers)):
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise AcipError(f"{name} is {count!r}; it must be a whole number, at least 1.")

@@ -74,6 +74,7 @@ class EngineReplica:
     def __init__(
         self, versions: list[ModelVersion], timeout_s: float, device: str, num_cpus: int, memory_gb: float | None,
         default_max_tokens: int = DEFAULT_MAX_TOKENS, default_size: str = DEFAULT_SIZE, code_copies: float = 1.0, engine: str = "acip",
+        max_size: str | None = None,
     ) -> None:  # fmt: skip
         if device == "cpu":
             torch.set_num_threads(max(1, num_cpus))
@@ -82,7 +83,7 @@ class EngineReplica:
         self.recorder = Recorder(self.engine, self.settings.home / "cache" / "recorded")
         limit = in_bytes(memory_gb, GIGA) if memory_gb else int(MEMORY_SHARE * _free_bytes(device))
         store = Store.of(self.settings)
-        self.models = ModelCache(self.engine, store, device, limit, self.recorder.add, code_copies, model_kind(engine))
+        self.models = ModelCache(self.engine, store, device, limit, self.recorder.add, code_copies, model_kind(engine), max_size)
         self.failed: dict[str, str] = {}  # model -> the reason why it cannot be loaded
         self.warm = False  # whether a model is loaded and has generated a token
         self._refused: dict[Key, Refusal] = {}  # versions that could not be loaded

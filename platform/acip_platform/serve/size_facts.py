@@ -31,7 +31,7 @@ def size_range(model: ResidentModel) -> dict[str, Any]:
         "smallest": int(table.stored()[-1]) / table.dense_params,
         "calibrated_to": recipe.stop_ratio,
         "calibrated_in": recipe.convention,
-        "largest": 1.0,
+        "largest": model.largest.sizes["linear"],
     }
     if codes is None:
         return ranks
@@ -39,9 +39,9 @@ def size_range(model: ResidentModel) -> dict[str, Any]:
         "convention": "bytes",
         "smallest": codes.share(0),
         "base_from": codes.share(None),  # from this size on, it is the base model
-        "largest": 1.0,
+        "largest": model.largest.sizes["bytes"] if model.largest.versions else 1.0,
         "base_bytes": codes.base,
-        "ranks": ranks if has_ranks(table) else None,
+        "ranks": ranks if has_ranks(table) and not model.largest.versions else None,
     }
 
 

@@ -13,7 +13,7 @@ from acip.errors import BudgetError
 from acip.sizing.budget import BITS_PER_WEIGHT, Budget, Convention, as_perplexity
 from acip.sizing.cut_table import Cut
 from acip_platform.serve.engine.resident_model import ResidentModel
-from acip_platform.serve.size_facts import as_json, curve_row, has_ranks, model_card, size_facts, size_range
+from acip_platform.serve.size_facts import as_json, curve_row, model_card, size_facts
 
 SMALLEST_PERCENT: dict[Convention, int] = {"linear": 20, "bytes": 1}  # models are not usable below
 HEATMAP_PERCENT: dict[Convention, int] = {"linear": 5, "bytes": 1}  # steps of the heatmap
@@ -24,7 +24,7 @@ def trade_off(model: ResidentModel) -> dict[str, Any]:
     """Return the body of GET /v1/models/{id}/tradeoff, without samples."""
     table, card = model.any_size.table, model_card(model)
     decoder = table.decoder
-    both = table.byte_sizes is not None and has_ranks(table)
+    ranks = card["size"].get("ranks")
     return {
         "model": model.name,
         "version": model.version.version,
@@ -37,7 +37,7 @@ def trade_off(model: ResidentModel) -> dict[str, Any]:
         "memory": decoder and {"kv_bytes_per_token": decoder.cache(1, 1), "overhead_bytes": decoder.overhead(1)},
         "size": card["size"],
         **_sizes(model, table.convention),
-        "ranks": {"size": size_range(model)["ranks"], **_sizes(model, "linear")} if both else None,
+        "ranks": ranks and {"size": ranks, **_sizes(model, "linear")},
     }
 
 
@@ -47,8 +47,8 @@ def _sizes(model: ResidentModel, convention: Convention) -> dict[str, Any]:
     for percent in range(100, SMALLEST_PERCENT[convention] - 1, -1):
         try:
             cuts[percent] = model.cut(Budget(ratio=percent / 100, convention=convention))
-        except BudgetError:
-            break
+        except BudgetError:  # too small, or more than the server's largest size
+            continue
     measured = [row for row in model.artifact.curve if _is_measured_in(row, convention)]
     return {
         "measured": as_json(list(map(curve_row, measured))),

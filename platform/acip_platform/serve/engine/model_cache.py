@@ -93,8 +93,9 @@ class ModelCache:
         on_load: Callable[[ResidentModel], None] = lambda _: None,
         code_copies: float = 1.0,
         kind: type[ResidentModel] = ResidentModel,
+        max_size: str | None = None,
     ) -> None:
-        self.kind = kind
+        self.kind, self.max_size = kind, max_size
         self.engine, self.store, self.device, self.limit_bytes, self.on_load = engine, store, device, limit_bytes, on_load
         self.code_copies = code_copies
         self._entries: dict[Key, CacheEntry] = {}
@@ -163,7 +164,9 @@ class ModelCache:
         memory = entry.memory = ModelMemory(self, version.name, least_bytes)
         self.make_room(least_bytes, memory)
         packed = self.device == "cpu"
-        model = self.kind(version, artifact, self.device, packed=packed, memory=memory, code_copies=self.code_copies)
+        model = self.kind(
+            version, artifact, self.device, packed=packed, memory=memory, code_copies=self.code_copies, max_size=self.max_size
+        )
         memory.end_advance()
         self.engine.add(model)
         return model

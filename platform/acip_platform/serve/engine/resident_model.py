@@ -6,14 +6,19 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from acip.artifact.artifact import Artifact
 from acip.artifact.loading import ModelLoader
 from acip.artifact.manifest import MANIFEST
+from acip.errors import BudgetError
+from acip.layers.elastic_linear import ElasticLinear
+from acip.layers.integer_linear import supports_integers
 from acip.layers.mixed_sizes import Mixer, Size
+from acip.modeling_acip import set_module
 from acip.recipe import Recipe
 from acip.sizing.budget import Budget, Convention
 from acip.sizing.cut_table import Cut, CutTable
@@ -43,12 +48,14 @@ class ResidentModel:
 
     Without codes, the artifact is loaded whole. With codes, weights are loaded when a size is first requested (`ResidentWeights`, which
     explains `memory`, `code_copies` and `packed`).
-    `changes_sizes` says whether the size of a sequence may change between its tokens.
+    `changes_sizes` says whether the size of a sequence may change between its tokens, `integers` whether layers may compute in integers.
+    `max_size` is the largest size that is served (as in `Budget.parse`). Weights of larger sizes are never loaded, and no copies are made.
     `tokenizer` is kept for `serve/text`; the engine reads only its end token and its context. `kv_tokens` bounds the memory for keys
     and values.
     """
 
     changes_sizes = True
+    integers = True
 
     def __init__(
         self,
@@ -59,6 +66,7 @@ class ResidentModel:
         packed: bool = True,
         memory: Memory | None = None,
         code_copies: float = 1.0,
+        max_size: str | None = None,
     ) -> None:
         self.version, self.artifact = version, artifact
         self.created = int((artifact.folder / MANIFEST).stat().st_mtime)
@@ -68,17 +76,20 @@ class ResidentModel:
         with building:
             self.any_size = ElasticModel(loader.model(), artifact.table(), loader.load_size)
         table = self.any_size.table
-        mixer = Mixer(self.any_size.layers)
-        self.weights = ResidentWeights(loader, self.any_size, mixer, memory, code_copies, packed)
+        mixer = Mixer({**self.any_size.layers, **self._head()})
+        self.max_size = max_size
+        self.largest = table.cut(Budget(ratio=1.0) if max_size is None else Budget.parse(max_size, table.convention))
+        packed = packed and max_size is None
+        self.weights = ResidentWeights(loader, self.any_size, mixer, memory, code_copies, packed, self.integers)
         self.tokenizer = artifact.tokenizer()
         self.settings = GenerationSettings(version.name, self.any_size.model)
         self.removed_at_stop = removed_at_stop(table, artifact.recipe)
         config = self.any_size.model.config.get_text_config()
         self.context, shorter = served_context(config, min(self.tokenizer.model_max_length, MAX_CONTEXT))
         self.vocabulary = int(config.vocab_size)
-        self.cut = functools.lru_cache(maxsize=256)(table.cut)
+        self.cut = functools.lru_cache(maxsize=256)(self._cut)
         if table.byte_sizes is None:
-            self.weights.load_ranks(loader.stored_ranks, dense=True)
+            self.weights.load_ranks(self.largest.ranks if max_size else loader.stored_ranks, dense=max_size is None)
         self.weights.pack()
         self._check()
         self.notes = [
@@ -88,6 +99,17 @@ class ResidentModel:
         for note in self.notes:
             log.warning("%s: %s", version.name, note)
         self.batch = self._batch(mixer, kv_tokens)
+
+    def _head(self) -> dict[str, ElasticLinear]:
+        """Replace the output head by a layer that can also be computed in integers, for drafts. Return it by its name."""
+        model: Any = self.any_size.model
+        for name, module in model.named_modules():
+            is_head = module is model.get_output_embeddings() and type(module) is nn.Linear
+            if is_head and self.integers and supports_integers(model.device):
+                layer = ElasticLinear.without_ranks(module)
+                set_module(model, name, layer)
+                return {name: layer}
+        return {}
 
     def _batch(self, mixer: Mixer, kv_tokens: int) -> SteppedBatch:
         """Return the batch that computes this model."""
@@ -103,7 +125,8 @@ class ResidentModel:
         """Hold two sizes to check: the base model and the stop ratio, or the largest coded ones."""
         table, coded = self.any_size.table, self.any_size.table.byte_sizes
         if coded is None:
-            first, second = (Size((0, removed), table.ranks(removed)) for removed in (0, max(self.removed_at_stop, 1)))
+            least = self.largest.removed
+            first, second = (Size((0, removed), table.ranks(removed)) for removed in (least, max(self.removed_at_stop, least, 1)))
             yield first, second
             return
         largest = table.cut(Budget(stored_bytes=coded.bytes(coded.all_coded)))
@@ -130,6 +153,16 @@ class ResidentModel:
     def convention(self) -> Convention:
         """The convention of sizes that are requested without one."""
         return self.any_size.table.convention
+
+    def _cut(self, budget: Budget) -> Cut:
+        """Return the largest size within a budget. Raise a BudgetError if there is none, or if it is not served."""
+        cut = self.any_size.table.cut(budget)
+        if cut.key < self.largest.key:
+            raise BudgetError(
+                f"{cut.asked:g} ({cut.convention}) exceeds the largest size of {self.name} that this server offers, which is "
+                f"{self.max_size} ({self.largest.convention}); request at most that."
+            )
+        return cut
 
     @contextmanager
     def holding(self, cut: Cut) -> Iterator[None]:

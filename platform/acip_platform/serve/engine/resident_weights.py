@@ -4,7 +4,8 @@
     a size in ranks  the factors of all layers, whole, and the dense weights of the layers that are dense at this size
     the base model   the dense weights of all layers
 
-    drafts           8-bit integers of all layers, for `speculation`; made in the background, if there is memory for copies
+    drafts           8-bit integers of all layers and of the output head, for `speculation`; made in the background, if there is memory for
+                     copies
 
 A request holds its size from `hold` to `release`. The codes of held sizes stay. Others leave when all codes together take more than
 `codes_limit`, the least recently used first. Factors and dense weights leave only if `memory` is short and no request needs them.
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from acip.artifact.loading import ModelLoader
 from acip.coding.codes import Codes
-from acip.layers.integer_linear import IntegerLinear, rounded, supports_integers
+from acip.layers.integer_linear import IntegerLinear, PreciseIntegerLinear, rounded, supports_integers, supports_precise_integers
 from acip.layers.mixed_sizes import Mixer, Size
 from acip.layers.packing import PackedLinear, unpacked
 from acip.modeling_acip import set_module, weight_MN
@@ -72,16 +73,19 @@ class ResidentWeights:
     """The target layers of one model. `memory` was asked for everything that they hold.
 
     With `packed`, linear layers get copies that are faster on a CPU (`acip.layers.packing`), if `memory` has room.
-    `code_copies` sets the limit for codes, in units of the codes of one size.
+    `code_copies` sets the limit for codes, in units of the codes of one size. With `integers`, codes are multiplied in integers where
+    that is precise (`acip.layers.integer_linear`).
     """
 
     def __init__(
-        self, loader: ModelLoader, any_size: ElasticModel, mixer: Mixer, memory: Memory, code_copies: float = 1.0, packed: bool = True
-    ) -> None:
+        self, loader: ModelLoader, any_size: ElasticModel, mixer: Mixer, memory: Memory, code_copies: float = 1.0, packed: bool = True,
+        integers: bool = False,
+    ) -> None:  # fmt: skip
         self.loader, self.model, self.layers, self.mixer, self.memory = loader, any_size.model, any_size.layers, mixer, memory
         self.packed, self.closed = packed, False  # packed: copies may be made
         codes = any_size.table.byte_sizes
         self._has_codes = codes is not None
+        self._integers = integers and supports_precise_integers(loader.device, any_size.model.dtype)
         self._code_bytes = {layer.name: layer.M * layer.N + STEP_SIZE_BYTES * layer.M for layer in any_size.table.layers}
         if codes is not None:
             self._finest = {name: len(versions) - 2 for name, versions in codes.order.versions.items()}  # the last version is exact
@@ -202,15 +206,16 @@ class ResidentWeights:
             log.exception("tokens are not drafted, because the copies of the layers can't be made")
 
     def load_draft(self) -> bool:
-        """Make integer copies of all layers from their finest codes, or from their dense weights if the artifact has no codes.
+        """Make integer copies of the layers from their finest codes, or from their dense weights where the artifact has no codes.
 
         Return False, and make none, if memory is short.
         """
-        if not self.memory.reserve_copies(sum(self._code_bytes.values())):
+        layers = self.mixer.layers
+        if not self.memory.reserve_copies(sum(weight_MN(layer.original).numel() for layer in layers.values())):
             return False
         drafts = {}
-        for name, layer in self.layers.items():
-            if self._has_codes:
+        for name, layer in layers.items():
+            if self._has_codes and name in self.layers:
                 finest = self.loader.codes.read({name: self._finest[name]})[name].unpack()
                 codes_MN, steps_M = finest.codes, finest.steps
             else:
@@ -220,8 +225,8 @@ class ResidentWeights:
         with self._lock:
             if self.packed:  # memory is not short
                 for name, draft in drafts.items():
-                    self.layers[name].coded[str(DRAFT_VERSION)] = draft  # type: ignore[assignment]
-                self._draft = Size(DRAFT_KEY, dict.fromkeys(self.layers), dict.fromkeys(self.layers, DRAFT_VERSION))
+                    layers[name].coded[str(DRAFT_VERSION)] = draft  # type: ignore[assignment]
+                self._draft = Size(DRAFT_KEY, {}, dict.fromkeys(layers, DRAFT_VERSION))
             return self.packed
 
     def draft(self) -> Size | None:
@@ -234,7 +239,7 @@ class ResidentWeights:
     def _drop_draft(self) -> None:
         """Free the copies that draft tokens. The lock must be held, and no pass may be running."""
         self._draft = None
-        for layer in self.layers.values():
+        for layer in self.mixer.layers.values():
             if str(DRAFT_VERSION) in layer.coded:
                 del layer.coded[str(DRAFT_VERSION)]
         self.mixer.keep(self._held)
@@ -268,7 +273,9 @@ class ResidentWeights:
                 for (name, version), codes in zip(missing, pool.map(self._decoded, missing), strict=True):
                     layer = self.layers[name]
                     with building:
-                        coded = self.loader.coded(name, codes, layer.bias)
+                        coded: Any = self.loader.coded(name, codes, layer.bias)
+                        if self._integers:
+                            coded = PreciseIntegerLinear(coded.codes, coded.steps, layer.bias)
                     with self._lock:
                         layer.coded[str(version)] = coded
                         self._used[name, version] = time.monotonic()

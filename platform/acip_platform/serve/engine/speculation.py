@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from acip.layers.mixed_sizes import Size, padded
 
-DRAFTS = (1, 3, 7)  # tokens; with the token before them, they are a number of rows that needs no padding
+DRAFTS = (1, 3, 5)  # tokens; with the token before them, they are a number of rows that needs no padding
 MAX_SEQUENCES = 4  # that draft at the same time: with more rows, passes are limited by arithmetic, and drafts save nothing
 MIN_GAIN = 1.05  # expected tokens/s with drafts, relative to plain decoding
 MEASURED = 9  # passes whose median counts
