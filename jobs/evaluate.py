@@ -43,10 +43,11 @@ from acip.artifact.artifact import Artifact
 from acip.base import base_positions, positions
 from acip.data import documents
 from acip.errors import BudgetError, EvaluationError
-from acip.evaluate import DivergenceOn, Efficiency, Measurement, PerplexityOn, QuantizedOn, Samples, TaskScore, Text
+from acip.evaluate import DivergenceOn, Efficiency, Measurement, PerplexityOn, QuantizedOn, Samples, Text
 from acip.evaluate.efficiency import device_name
 from acip.evaluate.samples import PROMPTS
 from acip.evaluate.tasks import check, expand
+from acip.evaluate.tasks import measurements as task_measurements
 from acip.mixture import Mixture
 from acip.recipe import Dtype
 from acip.sizing.budget import Budget, Convention, is_coded
@@ -85,7 +86,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--quantize", nargs="+", choices=("nf4", "int8"), default=[], help="also measure perplexity in these bits (artifacts only)"
     )
     tasks = parser.add_argument_group("tasks")
-    tasks.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="names of lm-eval, package:NAME, paper, package:paper")
+    tasks.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="names of lm-eval, package:NAME, generated:NAME, paper, ...")
     tasks.add_argument("--task-folder", default="", metavar="FOLDER", help="folder with your own task files")
     tasks.add_argument("--shots", type=cli.whole_number(0), help="examples in the prompt (default: as the task defines)")
     tasks.add_argument("--limit", type=cli.whole_number(0), default=0, help="largest number of items per task; 0 = all (default: all)")
@@ -278,7 +279,7 @@ def measurements(args: argparse.Namespace, texts: list[Text], has_base: bool, cl
     reference = resolved(args.reference or "")
     what += [DivergenceOn(text, reference) for text in texts if (has_base or reference) and "divergence" not in args.skip]
     what += [QuantizedOn(text, kind) for text in texts for kind in args.quantize]
-    what += [TaskScore(task, folder, args.shots, args.limit) for task in expand(args.tasks)]
+    what += task_measurements(args.tasks, folder, args.shots, args.limit)
     if "samples" not in args.skip:
         what.append(Samples(tuple(args.prompts)))
     if "efficiency" not in args.skip:

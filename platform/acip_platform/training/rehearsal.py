@@ -11,7 +11,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -105,8 +105,8 @@ class _Rehearsal:
                 batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
                 with self.clock("training", self.job.steps * recipe.gradient_accumulation_steps):
                     trial_step(model, batches, recipe)
-                scores = "singular_values" if recipe.prunes else recipe.scores
-                with self.clock("scores"):
+                scores = "fisher" if recipe.prunes else recipe.scores  # pruning, which gives scores, too, is part of the training
+                with nullcontext() if recipe.prunes else self.clock("scores"):
                     calibration = calibrate(model, batches, replace(recipe, post_tune_steps=0, total_steps=None, scores=scores))
                 with self.clock("save"):
                     Artifact.save(folder, self.base, calibration, {}, codes)

@@ -42,7 +42,7 @@ def base_of(config: Any) -> Base:
         ({"code": "ranks"}, RANKS),
         ({"code": "bits"}, CODES),
         ({"code": "bits", "code_tune_steps": 0}, CODES - {"step sizes"}),
-        ({"code": "ranks", "scores": "order", "adapter_rank": 0, "post_tune_steps": 0, "max_prune_steps": 50}, RANKS),
+        ({"code": "ranks", "scores": "order", "adapter_rank": 0, "post_tune_steps": 0, "max_prune_steps": 50}, RANKS - {"scores"}),
     ],
     ids=["both", "ranks", "bits", "bits without training", "pruning"],
 )
