@@ -1,7 +1,8 @@
 """Convert text into packed windows of tokens. The process is deterministic and resumable: batch i is a function of (seed, i).
 
     source                         content
-    package:wikipedia, ...:austen  texts included in acip (licenses in acip/corpora/README.md)
+    package:wikipedia, package:austen, package:code
+                                   texts included in acip (licenses in acip/corpora/README.md)
     c4, wikitext2                  data sets of the hub, through `datasets`; C4 is streamed only as far as needed
     a file, a folder, a pattern    local text, see acip.text_files: .txt, JSON lines, CSV, Parquet, Arrow. A row holds "text", or
                                    "messages", which the tokenizer's chat template converts to text

@@ -53,6 +53,7 @@ from acip.calibration import memory_check
 from acip.calibration.memory_plan import predict
 from acip.data import HUB, SELF, documents
 from acip.errors import AcipError
+from acip.evaluate.domains import CHAT
 from acip.mixture import Mixture
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,6 +173,9 @@ def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
         shares = [f"{n:,} windows of " if len(counts) > 1 else "" for n in counts.values()]
         return "; ".join(share + text(source, "train", n) for share, (source, n) in zip(shares, counts.items(), strict=True))
 
+    def domains() -> str:
+        return ", ".join(source if source == CHAT else text(source, "all") for source in job.domains) or "none"
+
     def memory() -> str:
         base = base_models.outlined(job.base, job.recipe.dtype, job.trust_remote_code)
         read_back(base, job.recipe)
@@ -188,6 +192,7 @@ def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
         "resources": fact(resources),
         "text": fact(texts),
         "held-out text": fact(lambda: text(job.heldout.source, "heldout")),
+        "domains": fact(domains),
         "curve": f"sizes {', '.join(f'{size:g}' for size in job.sizes if size == 1 or job.recipe.code != 'bits')}, {job.eval_protocol}"
         + (f"; of the bytes {', '.join(f'{size:g}' for size in job.byte_sizes)}" if job.recipe.code != "ranks" else ""),
         "memory": fact(memory),

@@ -9,12 +9,13 @@ from acip.evaluate.efficiency import Efficiency
 from acip.evaluate.generated_tasks import GeneratedTask
 from acip.evaluate.heldout_text import Text
 from acip.evaluate.measurement import Measurement, Part, evaluate, metrics
+from acip.evaluate.on_domains import OnDomains
 from acip.evaluate.perplexity import Perplexity, PerplexityOn, QuantizedOn, perplexity
 from acip.evaluate.samples import Samples
 from acip.evaluate.tasks import TaskScore
 
 __all__ = [
-    "DivergenceOn", "Efficiency", "GeneratedTask", "Measurement", "Part", "Perplexity", "PerplexityOn", "QuantizedOn", "Samples",
-    "TaskScore", "Text", "divergence_of", "evaluate", "extended", "improbable", "metrics", "perplexity", "place_of", "recorded",
+    "DivergenceOn", "Efficiency", "GeneratedTask", "Measurement", "OnDomains", "Part", "Perplexity", "PerplexityOn", "QuantizedOn",
+    "Samples", "TaskScore", "Text", "divergence_of", "evaluate", "extended", "improbable", "metrics", "perplexity", "place_of", "recorded",
     "streamed_trade_off", "trade_off",
 ]  # fmt: skip

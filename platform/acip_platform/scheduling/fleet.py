@@ -18,6 +18,7 @@ A fleet is a list of models that are calibrated in one run. Errors name the line
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,7 @@ from acip import recipe as recipes
 from acip.artifact.manifest import UNCODED_SCHEMA
 from acip.data import SELF, WINDOWS_VERSION, check_source
 from acip.errors import AcipError
+from acip.evaluate.domains import EVERY_DOMAIN, check_domains
 from acip.evaluate.heldout_text import Protocol, Text
 from acip.evaluate.tasks import check as check_tasks
 from acip.evaluate.tasks import expand
@@ -59,6 +61,9 @@ class Job:
     sizes: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of ranks, of the trade-off curve
     # coded sizes of the curve, in shares of the base model's bytes, if the layers are coded; those that the model lacks are left out
     byte_sizes: tuple[float, ...] = (0.6, 0.5, 0.45, 0.42, 0.4, 0.37, 0.33, 0.3)
+    # texts on which the sizes of the curve are also compared with the base model, see acip.evaluate.domains; () = none
+    domains: tuple[str, ...] = EVERY_DOMAIN
+    domain_windows: int = 8  # most windows of each domain; they have at most acip.evaluate.domains.CONTEXT tokens
     tasks: tuple[str, ...] = ()  # tasks of acip.evaluate.tasks, scored at the same sizes
     task_limit: int = 0  # most items of each task; 0 = all
     num_workers: int = 1  # workers that share this model: weights are sharded, batches are split
@@ -101,7 +106,8 @@ class Job:
 
     def by_content(self) -> dict[str, Any]:
         """Return the fields as JSON values, with digests of local files instead of their paths."""
-        return self.to_dict() | {key: identity(getattr(self, key)) for key in PATHS} | {"data": self._data_identity()}
+        texts = {"data": self._data_identity(), "domains": list(map(identity, self.domains))}
+        return self.to_dict() | {key: identity(getattr(self, key)) for key in PATHS} | texts
 
     def _data_identity(self) -> Any:
         """Return what identifies the calibration text: of one source its identity, of a mixture the identities and the shares."""
@@ -113,7 +119,7 @@ class Job:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Job":
         """Return the job whose `to_dict` is `fields`."""
-        tuples: dict[str, Any] = {key: tuple(fields[key]) for key in ("sizes", "byte_sizes", "tasks") if key in fields}
+        tuples: dict[str, Any] = {key: tuple(fields[key]) for key in ("sizes", "byte_sizes", "domains", "tasks") if key in fields}
         values = {**fields, "recipe": Recipe.from_dict(fields["recipe"]), **tuples}
         if "data" in fields:
             values["data"] = Mixture.of(fields["data"]).data
@@ -140,6 +146,13 @@ class Fleet:
     def load(cls, path: str | Path) -> "Fleet":
         """Read and check a fleet file. FleetError names the line and the field."""
         return _Reader(str(path)).fleet()
+
+
+def known_domains(sources: Sequence[str]) -> tuple[str, ...]:
+    """Return the domains with absolute paths. Raises an AcipError if one is not known, or two have the same name."""
+    domains = tuple(map(resolved, sources))
+    check_domains(domains)
+    return domains
 
 
 PRUNE_STEPS = 2500  # see `Job.steps`
@@ -188,6 +201,8 @@ class _Reader(YamlFile):
                     fields[key] = self.checked(key_node, coerce, key, value, MODEL[key])
                     if key in PATHS:
                         fields[key] = self.checked(value_node, resolved, fields[key])
+                    if key == "domains":
+                        fields[key] = self.checked(value_node, known_domains, fields[key])
         recipe = start
         for key_node, change in changes:
             recipe = self.checked(key_node, Recipe.from_dict, change, recipe)
@@ -256,6 +271,7 @@ class _Reader(YamlFile):
         for key, least, what in (
             ("task_limit", 0, "a number of items, or 0 for all of them"),
             ("eval_windows", 0, "a number of windows, or 0 for all of them"),
+            ("domain_windows", 1, "a number of windows, at least 1; domains: [] leaves all domains out"),
             ("eval_context", 2, "a number of tokens, at least 2"),
         ):
             if (value := fields.get(key, least)) < least:

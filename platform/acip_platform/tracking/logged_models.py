@@ -33,6 +33,7 @@ from acip.evaluate.tasks import score as task_score
 from acip.mixture import Mixture
 from acip.recipe import nearest
 from acip.sizing.budget import BITS_PER_WEIGHT, is_coded
+from acip.sizing.domains import worst_domain
 from acip.sizing.excess_loss_area import excess_loss_area
 from acip_platform.settings import Settings
 from acip_platform.tracking.datasets import Datasets, datasets_of, text_of
@@ -211,6 +212,8 @@ def measured(row: Mapping[str, Any], datasets: Datasets) -> list[Values]:
             results.append((metrics({"evaluation": [part]}), dataset))
     if "perplexity" in row:
         results.append(({"perplexity": row["perplexity"]}, datasets.get(text_of(row))))
+    if worst := worst_domain(row):
+        results.append(({"kl_worst_domain": worst.kl}, None))
     return results
 
 

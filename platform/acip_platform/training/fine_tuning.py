@@ -40,7 +40,10 @@ from acip_platform.training.worker import Observer, run_trial_step
 def tuning_job(version: ModelVersion, artifact: Artifact, recipe: Recipe, changes: dict[str, Any]) -> Job:
     """Return the job of fine-tuning `version`. Text and evaluation are those of its calibration, except for `changes`."""
     calibration = artifact.manifest["provenance"].get("job", {})
-    fields = {key: calibration[key] for key in ("data", "eval_context", "eval_windows", "eval_protocol") if key in calibration}
+    fields = {
+        key: calibration[key] for key in ("data", "eval_context", "eval_windows", "eval_protocol", "domain_windows") if key in calibration
+    }
+    fields["domains"] = tuple(calibration.get("domains", Job.domains))
     fields["byte_sizes"] = tuple(calibration.get("byte_sizes", Job.byte_sizes))
     fields["eval_data"] = calibration.get("eval_data", "")
     if "data" in fields:

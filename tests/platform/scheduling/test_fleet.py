@@ -71,6 +71,19 @@ def test_curves_are_never_measured_on_sampled_text() -> None:
     assert Job("a", "x/y", data=Mixture((("self", 1.0), ("package:austen", 1.0)))).heldout.source == "package:austen"
 
 
+def test_every_domain_is_measured_unless_the_fleet_says_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("text")
+    fields = ("", ", domains: []", f", domains: [chat, {tmp_path}/mine.txt], domain_windows: 3")
+    models = "\n".join(f"- {{name: m{i}, base: x/y{more}}}" for i, more in enumerate(fields))
+    every, none, some = load(tmp_path, f"models:\n{models}").jobs
+    assert every.domains == ("package:wikipedia", "package:austen", "package:code", "chat")
+    assert none.domains == () and some.domains == ("chat", str(tmp_path / "mine.txt")) and some.domain_windows == 3
+    assert {job.fingerprint for job in (every, none, some)} == {every.fingerprint}, "domains do not change the result"
+    assert Job.from_dict(some.to_dict()) == some
+    older = {key: value for key, value in every.to_dict().items() if not key.startswith("domain")}
+    assert Job.from_dict(older) == every
+
+
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
@@ -111,6 +124,11 @@ def test_curves_are_never_measured_on_sampled_text() -> None:
         ("models:\n- name: a\n  base: b/c\n  data:\n  - c4\n  - {source: self, weight: 1.0e-9}", 2, "is less than one of"),
         ("models:\n- {name: a, base: b/c, data: [c4, self], num_workers: 2}", 2, "one worker samples the whole text"),
         ("models:\n- {name: a, base: b/c, eval_data: self}", 2, "eval_data can't be self"),
+        ("models:\n- name: a\n  base: b/c\n  domains: [package:cod]", 4, "acip includes no text 'cod' (did you mean 'code'?)"),
+        ("models:\n- name: a\n  base: b/c\n  domains: [chta]", 4, "data source 'chta' is neither a local file"),
+        ("models:\n- name: a\n  base: b/c\n  domains: [/x/code, package:code]", 4, "have the same name, 'code'"),
+        ("models:\n- name: a\n  base: b/c\n  domains: chat", 4, "must be a list"),
+        ("models:\n- {name: a, base: b/c, domain_windows: 0}", 2, "domain_windows is 0"),
         ("models: [", None, "is not YAML"),
         ("models:\n- !!python/object/apply:os.system ['false']", 2, "must be a mapping"),
         ("models:\n- {name: a, base: !!python/name:os.system '', sizes: [1.0]}", 2, "could not determine a constructor"),
