@@ -49,7 +49,7 @@ TEXTS: dict[str, str | Mixture] = {
     SELF: SELF,
     "half wikipedia, half self": Mixture((("package:wikipedia", 1.0), (SELF, 1.0))),
 }
-DOMAINS = ("wikipedia", "austen")
+DOMAINS = ("wikipedia", "austen", "code")
 SIZES = (0.8, 0.6, 0.4)
 GOAL = 1.1
 
