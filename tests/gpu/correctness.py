@@ -1,7 +1,7 @@
 """Part 1: correctness of the product on this device, with the small trained model of tests/golden, in float32 and float64."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -275,18 +275,18 @@ def eight_bit(row: Row, small: Small) -> None:
 def codes(row: Row, small: Small) -> None:
     """Compare statistics that are gathered a block at a time, and the bytes and predicted losses of codes."""
     rates = (2.0, 4.0, 6.0)
-    sides: list[tuple[dict[str, LayerStatistics], dict[str, CodedLayer]]] = []
+    sides: list[tuple[Mapping[str, LayerStatistics], dict[str, CodedLayer]]] = []
     for device in ("cpu", small.scale.device):
         model = load_base(small.source, "float32").model.requires_grad_(False)
         linears, files = find_linears(model), PassFiles(small.folder / f"pass-{len(sides)}")
         statistics = block_statistics(BlockChain(model), linears, small.windows[:8], files, device)
         scales = step_scales(linears, statistics, rates, torch.device(device))
         sides.append((statistics, dict(code_layers(linears, statistics, scales, torch.device(device)))))
-    (expected_statistics, expected), (statistics, coded) = sides
+    (expected_statistics, expected), (found, coded) = sides
     worst = {"bytes": 0.0, "loss": 0.0}
     for name, layer in coded.items():
-        close(row, f"metric of {name}", statistics[name].metric, expected_statistics[name].metric, 1e-3)
-        close(row, f"importance of {name}", statistics[name].importance, expected_statistics[name].importance, 1e-3)
+        close(row, f"metric of {name}", found[name].metric, expected_statistics[name].metric, 1e-3)
+        close(row, f"importance of {name}", found[name].importance, expected_statistics[name].importance, 1e-3)
         for actual, reference in zip(layer.facts, expected[name].facts, strict=True):
             worst["bytes"] = max(worst["bytes"], abs(actual.bytes / reference.bytes - 1))
             worst["loss"] = max(worst["loss"], abs(actual.loss / reference.loss - 1))

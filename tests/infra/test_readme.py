@@ -113,11 +113,14 @@ def accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:  # noqa
     return False
 
 
-def test_example_files_are_valid(tmp_path: Path) -> None:
-    """Fleets, spaces and arenas in jobs/, and the fleet in jobs/README.md. tests/infra and tests/serve check the files in infra/."""
-    (example,) = blocks("jobs/README.md", "yaml")
+def test_example_files_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fleets, spaces and arenas in jobs/, and those in jobs/README.md. tests/infra and tests/serve check the files in infra/."""
+    example, mixture = blocks("jobs/README.md", "yaml")
     (tmp_path / "fleet.yaml").write_text(example)
-    for fleet in [*(ROOT / "jobs" / "fleets").iterdir(), tmp_path / "fleet.yaml"]:
+    (tmp_path / "mixture.yaml").write_text(f"models:\n  - name: a\n    base: b/c\n{mixture}")
+    (tmp_path / "chats.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for fleet in [*(ROOT / "jobs" / "fleets").iterdir(), tmp_path / "fleet.yaml", tmp_path / "mixture.yaml"]:
         assert Fleet.load(fleet).jobs
     for space in (ROOT / "jobs" / "spaces").iterdir():
         assert Space.load(space).trials(Fleet.load(ROOT / "jobs" / "fleets" / "demo.yaml").jobs[0])

@@ -128,7 +128,8 @@ def test_domains_are_stored_in_the_artifact(coded: Artifact, rows: list[Row]) ->
     read = Artifact.open(coded.folder).curve
     assert read == json.loads(json.dumps([older, *rows[1:]]))
     assert worst_domain(read[0]) is None and worst_domain(read[1]) is not None
-    for malformed in ([], {"code": 3}, {"code": {"kl_nats": [1]}}):
+    wrong: list[Any] = [[], {"code": 3}, {"code": {"kl_nats": [1]}}]
+    for malformed in wrong:
         with pytest.raises(ArtifactError, match="malformed row of the curve"):
             Artifact.open(coded.record_curve([{**older, "domains": malformed}]).folder)
 
