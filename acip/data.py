@@ -1,10 +1,14 @@
 """Convert text into packed windows of tokens. The process is deterministic and resumable: batch i is a function of (seed, i).
 
     source                         content
-    package:wikipedia, ...:austen  texts included in acip (licenses in acip/corpora/README.md)
+    package:wikipedia, package:austen, package:code
+                                   texts included in acip (licenses in acip/corpora/README.md)
     c4, wikitext2                  data sets of the hub, through `datasets`; C4 is streamed only as far as needed
     a file, a folder, a pattern    local text, see acip.text_files: .txt, JSON lines, CSV, Parquet, Arrow. A row holds "text", or
                                    "messages", which the tokenizer's chat template converts to text
+    self                           text sampled from the base model (acip.self_text); for calibration only
+
+Several sources can be mixed for a calibration (acip.mixture).
 
 Every eighth document of local and included texts is held out. Data sets of the hub have their own splits.
 
@@ -42,6 +46,7 @@ Split = Literal["train", "heldout", "all"]
 HELDOUT_EVERY = 8  # of local documents, one in this many is held out
 WINDOWS_VERSION = 2  # version of this conversion, part of fingerprints; 2 = windows have the tokenizer's start tokens
 PIECE_CHARACTERS = text_files.LONG_TEXT_CHARACTERS  # tokenized in one call
+SELF = "self"  # the source whose text is sampled from the base model
 AROUND = 256  # characters on each side of a cut whose tokens are compared with those of the uncut text
 CUTS = 16  # candidates of each kind for a cut
 
@@ -53,12 +58,8 @@ def documents(source: str, split: Split) -> Iterator[Document]:
     held-out split. Raises DataError if the source is unknown, can't be read, or has no document in this split.
     """
     if source.startswith("package:"):
+        check_source(source)
         name = source.removeprefix("package:")
-        shipped = [
-            p.name.removesuffix(".txt") for p in importlib.resources.files("acip").joinpath("corpora").iterdir() if p.name.endswith(".txt")
-        ]
-        if name not in shipped:
-            raise DataError(f"acip includes no text {name!r}{did_you_mean(name, shipped)}. Included: {', '.join(shipped)}.")
         path = importlib.resources.files("acip").joinpath("corpora", name + ".txt")
         yield from (doc for i, doc in enumerate(text_files.parted([path.read_text(encoding="utf-8")])) if _belongs(i, split))
     elif source in HUB:
@@ -68,7 +69,7 @@ def documents(source: str, split: Split) -> Iterator[Document]:
             raise DataError(
                 f"{source} can't be fetched from the hub: {error}. Without the hub, use package:wikipedia, package:austen or local text."
             ) from error
-    elif files := text_files.files(source):
+    elif source != SELF and (files := text_files.files(source)):
         count = 0
         for file in files:
             for doc in text_files.read(file):
@@ -84,10 +85,27 @@ def documents(source: str, split: Split) -> Iterator[Document]:
                 "jobs/evaluate.py --all-documents."
             )
     else:
-        raise DataError(
-            f"data source {source!r} is neither a local file or folder nor a known name{did_you_mean(source, list(HUB))}. "
-            f"Allowed: package:wikipedia, package:austen, {', '.join(HUB)}, or a path to local text. {text_files.ALLOWED}"
-        )
+        raise unknown_source(source)
+
+
+def check_source(source: str) -> None:
+    """Raise DataError if `source` is neither a known name nor local text. An absolute path may exist on other machines only."""
+    if source.startswith("package:"):
+        folder = importlib.resources.files("acip").joinpath("corpora")
+        shipped = [path.name.removesuffix(".txt") for path in folder.iterdir() if path.name.endswith(".txt")]
+        if (name := source.removeprefix("package:")) not in shipped:
+            raise DataError(f"acip includes no text {name!r}{did_you_mean(name, shipped)}. Included: {', '.join(shipped)}.")
+    elif source not in HUB and source != SELF and not source.startswith("/") and not text_files.files(source):
+        raise unknown_source(source)
+
+
+def unknown_source(source: str) -> DataError:
+    """Return, but do not raise, the error for a source that `documents` cannot read."""
+    what = "can be used for calibration only" if source == SELF else "is neither a local file or folder nor a known name"
+    return DataError(
+        f"data source {source!r} {what}{did_you_mean(source, [*HUB, SELF] if source != SELF else [])}. "
+        f"Allowed: package:wikipedia, package:austen, {', '.join(HUB)}, or a path to local text. {text_files.ALLOWED}"
+    )
 
 
 def _belongs(i: int, split: Split) -> bool:
@@ -207,12 +225,13 @@ def _cut(text: str, tokenizer: Any, most: int) -> int:
     return spaces[-1] if spaces else most
 
 
-def chat_text(messages: text_files.Messages, tokenizer: Any) -> str:
-    """Return a chat as text. Raises DataError if the tokenizer has no chat template, or the template rejects the chat."""
+def chat_text(messages: text_files.Messages, tokenizer: Any, **options: Any) -> str:
+    """Return a chat as text; `options` are those of the template. Raises DataError if there is no template, or it rejects the chat."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError('the text contains chats ("messages"), but this base model\'s tokenizer has no chat template. Use plain "text".')
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return text
     except Exception as error:  # templates raise any exception, for example for roles in the wrong order
         raise DataError(f"the tokenizer's chat template rejects a chat that begins with {str(messages[0])[:80]!r}: {error}") from error
 

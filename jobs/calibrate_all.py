@@ -51,8 +51,10 @@ from acip_platform.training.worker import run_job
 from acip.artifact.read_back import read_back
 from acip.calibration import memory_check
 from acip.calibration.memory_plan import predict
-from acip.data import HUB, documents
+from acip.data import HUB, SELF, documents
 from acip.errors import AcipError
+from acip.evaluate.domains import CHAT
+from acip.mixture import Mixture
 
 ROOT = Path(__file__).resolve().parents[1]
 TAKEN_OVER = 3  # exit code
@@ -158,11 +160,21 @@ def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
         part = resources_of(job, cluster)
         return f"{part.workers} x " * (part.workers > 1) + f"{part.gpus:g} GPU, {part.cpus:g} CPU"
 
-    def text(source: str, split: Any) -> str:
+    def text(source: str, split: Any, windows: int = 0) -> str:
         if source in HUB:
             return f"{source}, from the hub (not checked)"
+        if source == SELF and split == "train":
+            return f"{source}, about {windows * job.recipe.seq_len:,} tokens that will be sampled from the base model"
         next(documents(source, split))
         return source
+
+    def texts() -> str:
+        counts = Mixture.of(job.data).counts(job.windows)
+        shares = [f"{n:,} windows of " if len(counts) > 1 else "" for n in counts.values()]
+        return "; ".join(share + text(source, "train", n) for share, (source, n) in zip(shares, counts.items(), strict=True))
+
+    def domains() -> str:
+        return ", ".join(source if source == CHAT else text(source, "all") for source in job.domains) or "none"
 
     def memory() -> str:
         base = base_models.outlined(job.base, job.recipe.dtype, job.trust_remote_code)
@@ -178,8 +190,9 @@ def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
 
     return {
         "resources": fact(resources),
-        "text": fact(lambda: text(job.data, "train")),
+        "text": fact(texts),
         "held-out text": fact(lambda: text(job.heldout.source, "heldout")),
+        "domains": fact(domains),
         "curve": f"sizes {', '.join(f'{size:g}' for size in job.sizes if size == 1 or job.recipe.code != 'bits')}, {job.eval_protocol}"
         + (f"; of the bytes {', '.join(f'{size:g}' for size in job.byte_sizes)}" if job.recipe.code != "ranks" else ""),
         "memory": fact(memory),

@@ -29,6 +29,7 @@ from acip_platform.cluster import connect
 from acip_platform.evaluation.measure import Model, Row, log_models, log_rows, measure_sizes, record, shown
 from acip_platform.reporting.console import Watch, console, duration, evaluation_table, lines
 from acip_platform.scheduling.events import open_event_queue
+from acip_platform.scheduling.fleet import known_domains
 from acip_platform.scheduling.job_queue import Nodes, nodes
 from acip_platform.settings import Settings, masked
 from acip_platform.storage.disk import Disk
@@ -43,10 +44,13 @@ from acip.artifact.artifact import Artifact
 from acip.base import base_positions, positions
 from acip.data import documents
 from acip.errors import BudgetError, EvaluationError
-from acip.evaluate import DivergenceOn, Efficiency, Measurement, PerplexityOn, QuantizedOn, Samples, TaskScore, Text
+from acip.evaluate import DivergenceOn, Efficiency, Measurement, OnDomains, PerplexityOn, QuantizedOn, Samples, Text
+from acip.evaluate.domains import EVERY_DOMAIN
 from acip.evaluate.efficiency import device_name
 from acip.evaluate.samples import PROMPTS
 from acip.evaluate.tasks import check, expand
+from acip.evaluate.tasks import measurements as task_measurements
+from acip.mixture import Mixture
 from acip.recipe import Dtype
 from acip.sizing.budget import Budget, Convention, is_coded
 
@@ -84,7 +88,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--quantize", nargs="+", choices=("nf4", "int8"), default=[], help="also measure perplexity in these bits (artifacts only)"
     )
     tasks = parser.add_argument_group("tasks")
-    tasks.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="names of lm-eval, package:NAME, paper, package:paper")
+    tasks.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="names of lm-eval, package:NAME, generated:NAME, paper, ...")
     tasks.add_argument("--task-folder", default="", metavar="FOLDER", help="folder with your own task files")
     tasks.add_argument("--shots", type=cli.whole_number(0), help="examples in the prompt (default: as the task defines)")
     tasks.add_argument("--limit", type=cli.whole_number(0), default=0, help="largest number of items per task; 0 = all (default: all)")
@@ -93,6 +97,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     speed.add_argument("--prompt-tokens", type=cli.whole_number(1), default=128, help="(default: %(default)s)")
     speed.add_argument("--new-tokens", type=cli.whole_number(2), default=32, help="(default: %(default)s; the paper: 64)")
     speed.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="prompts of the samples")
+    parser.add_argument(
+        "--domains", nargs="*", metavar="SOURCE",
+        help="also measure these domains of text, `chat` among them (default: none; without a SOURCE: " + " ".join(EVERY_DOMAIN) + ")",
+    )  # fmt: skip
     parser.add_argument("--skip", nargs="+", choices=KINDS, default=[], help="measurements to leave out")
     parser.add_argument("--dtype", choices=get_args(Dtype), help="dtype that --base is loaded in (default: bfloat16)")
     cli.add_pool(parser)
@@ -108,6 +116,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--dtype needs --base; an artifact has its own dtype.")
     if args.convention and not args.sizes:
         parser.error("--convention needs --sizes.")
+    if args.domains is not None and args.base:
+        parser.error("--domains compares sizes of an artifact with its base model: give --model or --artifact.")
     if args.reference and not args.base:
         parser.error("--reference needs --base; an artifact is compared with its own base model.")
     return args
@@ -129,7 +139,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         check_writable(args.out)  # before the work
     connect(settings)
     cluster = args.pool or nodes()
-    what = model.reads(artifact, measurements(args, texts, artifact is not None, cluster))
+    what = model.reads(artifact, measurements(args, texts, artifact, cluster))
     mlflow_run, identity = start_run(settings, name, model, artifact, what)
     file = settings.home / "evaluations" / f"{name}-{identity}.json"
     check_writable(file)
@@ -264,20 +274,22 @@ def trained_on(artifact: Artifact | None) -> set[str]:
     """Return the texts that an artifact was calibrated and fine-tuned on."""
     sources, origin = set[str](), {} if artifact is None else artifact.manifest.get("provenance", {})
     while origin:
-        sources.add(resolved(origin.get("job", {}).get("data", "")))
+        sources |= {resolved(source) for source in Mixture.of(origin.get("job", {}).get("data", "")).sources}
         origin = origin.get("parent", {})
     return sources - {""}
 
 
-def measurements(args: argparse.Namespace, texts: list[Text], has_base: bool, cluster: Nodes) -> list[Measurement]:
+def measurements(args: argparse.Namespace, texts: list[Text], artifact: Artifact | None, cluster: Nodes) -> list[Measurement]:
     """Return the measurements that the options select. Speeds on different kinds of device are different measurements."""
     kinds = [key.partition(":")[2] for key in ray.cluster_resources() if key.startswith("accelerator_type:")]
     folder = resolved(args.task_folder)
     what: list[Measurement] = [PerplexityOn(text) for text in texts if "perplexity" not in args.skip]
     reference = resolved(args.reference or "")
-    what += [DivergenceOn(text, reference) for text in texts if (has_base or reference) and "divergence" not in args.skip]
+    what += [DivergenceOn(text, reference) for text in texts if (artifact or reference) and "divergence" not in args.skip]
+    if args.domains is not None:
+        what.append(OnDomains(known_domains(args.domains or EVERY_DOMAIN), calibrated_on=tuple(sorted(trained_on(artifact)))))
     what += [QuantizedOn(text, kind) for text in texts for kind in args.quantize]
-    what += [TaskScore(task, folder, args.shots, args.limit) for task in expand(args.tasks)]
+    what += task_measurements(args.tasks, folder, args.shots, args.limit)
     if "samples" not in args.skip:
         what.append(Samples(tuple(args.prompts)))
     if "efficiency" not in args.skip:

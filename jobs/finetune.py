@@ -34,9 +34,10 @@ from acip_platform.tracking.runs import Tracking, runs_page
 from acip_platform.training.fine_tuning import fingerprint, lineage, tune_one, tuning_job
 from acip_platform.training.worker import run_job
 
-from acip.data import HUB, documents
+from acip.data import HUB, SELF, documents
 from acip.evaluate.heldout_text import Protocol
 from acip.finetune import LR, STEPS, tuning
+from acip.mixture import Mixture
 
 CODES_UNCHANGED = "those of the base model, as before: sizes in bytes are not trained, only sizes of ranks"
 
@@ -100,8 +101,8 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         next_commands(out, settings, done[0], job.recipe.stop_ratio)
         return 0
 
-    for source, split in ((job.data, "train"), (job.heldout.source, "heldout")):
-        if source not in HUB:
+    for source, split in (*((source, "train") for source in Mixture.of(job.data).sources), (job.heldout.source, "heldout")):
+        if source not in (*HUB, SELF):
             next(documents(source, split))  # type: ignore[arg-type]  # unreadable text fails before any work starts
     cluster = connect(settings)
 

@@ -46,6 +46,8 @@ defaults:
   data: package:wikipedia
   eval_context: 64
   eval_windows: 8
+  domains: [package:code]
+  domain_windows: 2
   sizes: [1.0, 0.5]
   cpus: 1
   set: {sample_windows: 16, adapter_rank: 4, adapter_alpha: 4.0, dtype: float32, batch_size: 4, seq_len: 64, SET}

@@ -27,6 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from acip.errors import ArtifactError
+from acip.sizing.domains import DOMAINS
 from acip.utils.atomic import atomic_file
 
 SCHEMA = 5  # with codes, and bfloat16 tensors in fewer bytes (lossless.py)
@@ -112,14 +113,20 @@ def _is_version(version: Any) -> bool:
     return _is_count(version[1]) or (isinstance(version[1], float) and math.isfinite(version[1]))
 
 
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, str | bool | int | float)
+
+
 def _is_curve_row(row: Any) -> bool:
     """Return whether a row of the curve is well formed.
 
-    Its values are scalars, except `evaluation`, a list of parts. `got` is in [0, 1]. `loss` is at most 1e6 in magnitude, or not finite.
+    Its values are scalars, except `evaluation`, a list of parts, and `domains`, which has numbers by domain (acip.sizing.domains).
+    `got` is in [0, 1]. `loss` is at most 1e6 in magnitude, or not finite.
     """
-    if not isinstance(row, dict) or not all(
-        value is None or isinstance(value, str | bool | int | float) for key, value in row.items() if key != "evaluation"
-    ):
+    if not isinstance(row, dict) or not isinstance(row.get(DOMAINS, {}), dict):
+        return False
+    scalars = {key: value for key, value in row.items() if key not in ("evaluation", DOMAINS)}
+    if not all(isinstance(each, dict) and all(map(_is_scalar, each.values())) for each in (scalars, *row.get(DOMAINS, {}).values())):
         return False
     numbers = {key: row[key] for key in ("got", "loss") if key in row}
     parts = row.get("evaluation", [])

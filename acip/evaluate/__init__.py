@@ -6,14 +6,16 @@ row = evaluate(any_size, tokenizer, [PerplexityOn(Text("wikitext2", "field")), T
 from acip.evaluate.curve import divergence_of, extended, improbable, place_of, recorded, streamed_trade_off, trade_off
 from acip.evaluate.divergence import DivergenceOn
 from acip.evaluate.efficiency import Efficiency
+from acip.evaluate.generated_tasks import GeneratedTask
 from acip.evaluate.heldout_text import Text
 from acip.evaluate.measurement import Measurement, Part, evaluate, metrics
+from acip.evaluate.on_domains import OnDomains
 from acip.evaluate.perplexity import Perplexity, PerplexityOn, QuantizedOn, perplexity
 from acip.evaluate.samples import Samples
 from acip.evaluate.tasks import TaskScore
 
 __all__ = [
-    "DivergenceOn", "Efficiency", "Measurement", "Part", "Perplexity", "PerplexityOn", "QuantizedOn", "Samples", "TaskScore", "Text",
-    "divergence_of", "evaluate", "extended", "improbable", "metrics", "perplexity", "place_of", "recorded", "streamed_trade_off",
-    "trade_off",
+    "DivergenceOn", "Efficiency", "GeneratedTask", "Measurement", "OnDomains", "Part", "Perplexity", "PerplexityOn", "QuantizedOn",
+    "Samples", "TaskScore", "Text", "divergence_of", "evaluate", "extended", "improbable", "metrics", "perplexity", "place_of", "recorded",
+    "streamed_trade_off", "trade_off",
 ]  # fmt: skip

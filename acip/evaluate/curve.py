@@ -6,9 +6,11 @@ ranks, and their `got` is a `linear` ratio. The two kinds of sizes must not be c
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,10 +24,12 @@ from acip.evaluate.perplexity import PerplexityOn, lost_windows, mean_and_stderr
 from acip.layers.block_chain import BlockChain
 from acip.sizing.budget import COMPARABLE_FIELDS, as_perplexity, is_coded, measured_on
 from acip.sizing.cut_table import Budget, CutTable
+from acip.sizing.domains import DOMAINS, domain_name
 from acip.sizing.elastic_model import ElasticModel
 from acip.sizing.model_sizes import set_size
 
 Row = dict[str, Any]
+Windows = Mapping[str, Sequence[Tensor]]  # token ids [T] of each domain of text
 
 
 @torch.no_grad()
@@ -39,12 +43,16 @@ def trade_off(
     divergence: DivergenceOn | None = None,
     on_row: Callable[[Row], None] = lambda row: None,
     start: Sequence[int] = (),
+    domains: Windows | None = None,
 ) -> list[Row]:
     """Measure a model that was calibrated down to `stop_ratio`. Return one row per size: those of ranks, largest first, then coded ones.
 
     A number in `sizes` is a `linear` ratio. Sizes that the model does not have are left out, and so are coded sizes with the same codes as
     a smaller one. `windows` are token ids, [T] each. If `divergence` is given (it names the text), rows also contain the divergence from
     the base model. `on_row(row)` is called after each size, while the model has that size. `start` (`Text.start`) is recorded in the rows.
+
+    With `domains`, which may be empty, rows also contain the divergence from the base model and the perplexities on each domain
+    (acip.sizing.domains), and on the text of the curve as a domain named after `corpus`. It is not measured again if it is in `domains`.
 
     Every window is read at all sizes of ranks before the next one, so that the base model reads it once. Coded sizes follow one after the
     other, because a coded model is slow to load. For them, the logits of the base model are kept up to `KEPT_LOGITS_BYTES`.
@@ -54,19 +62,22 @@ def trade_off(
     passes = _passes(any_size.table, sizes)
     device = next(any_size.model.parameters()).device
     base = _BaseLogits(Subject(any_size.model, None, any_size), KEPT_LOGITS_BYTES if len(passes) > 1 else 0)
+    about = _Setup(windows, corpus, protocol, start, stop_ratio, divergence, domains)
+    base_losses: OfDomains = defaultdict(Outcomes)
     rows: list[Row] = []
     for together in passes:
-        outcomes = [Outcomes() for _ in together]
-        for number, window in enumerate(windows):
+        outcomes: list[OfDomains] = [defaultdict(Outcomes) for _ in together]
+        for number, (domain, window) in enumerate(about.all_windows):
             ids_1T = window[None].long().to(device)
-            base_TV = None if divergence is None else base.read(number, ids_1T)
+            base_TV = base.read(number, ids_1T) if about.compares else None
+            if base_TV is not None and domains is not None and not rows:
+                base_losses[domain].add(base_TV, None, ids_1T[0])
             for budget, outcome in zip(together, outcomes, strict=True):
                 any_size.resize(budget)
-                outcome.add(next_token.logits(any_size.model, ids_1T)[0], base_TV, ids_1T[0])
+                outcome[domain].add(next_token.logits(any_size.model, ids_1T)[0], base_TV, ids_1T[0])
         for budget, outcome in zip(together, outcomes, strict=True):
             any_size.resize(budget)
-            about = measured_by(windows, corpus, protocol, start)
-            rows.append(outcome.row(any_size, budget, about, stop_ratio, divergence, first=not rows))
+            rows.append(about.row(any_size, budget, outcome, base_losses, first=not rows))
             on_row(rows[-1])
     return rows
 
@@ -83,6 +94,7 @@ def streamed_trade_off(
     start: Sequence[int] = (),
     hidden_bytes: float = 2**30,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    domains: Windows | None = None,
 ) -> list[Row]:
     """Return the rows of `trade_off`, with the weights of one block in memory at a time. `any_size` is that of `Artifact.unloaded`.
 
@@ -93,60 +105,105 @@ def streamed_trade_off(
     device = next(chain.outside()).device
     budgets = [budget for together in _passes(table, sizes) for budget in together]
     cuts = [table.cut(Budget(ratio=1.0)), *map(table.cut, budgets)]  # the base model, then every size
-    outcomes = [Outcomes() for _ in budgets]
-    ids = [window[None].long().to(device) for window in windows]
-    parts = _in_parts(ids, int(hidden_bytes / (len(cuts) * chain.embed(ids[0]).nbytes)) if ids else 1)
+    about = _Setup(windows, corpus, protocol, start, stop_ratio, divergence, domains)
+    base_losses: OfDomains = defaultdict(Outcomes)
+    outcomes: list[OfDomains] = [defaultdict(Outcomes) for _ in budgets]
+    read = [(domain, window[None].long().to(device)) for domain, window in about.all_windows]
+    longest = max((ids_1T for _, ids_1T in read), key=Tensor.numel, default=None)
+    parts = _in_parts(read, 1 if longest is None else int(hidden_bytes / (len(cuts) * chain.embed(longest).nbytes)))
     for done, part in enumerate(parts):
-        hidden = [[chain.embed(ids_1T) for ids_1T in part] for _ in cuts]
+        ids = [ids_1T for _, ids_1T in part]
+        hidden = [[chain.embed(ids_1T) for ids_1T in ids] for _ in cuts]
         for i, layers in enumerate(chain.parts(any_size.layers)):
             for k, cut in enumerate(cuts):
                 any_size.load_missing(layers, cut)  # type: ignore[misc]
                 set_size(layers, cut)
-                hidden[k] = [chain.block(i, *each) for each in zip(part, hidden[k], strict=True)]
+                hidden[k] = [chain.block(i, *each) for each in zip(ids, hidden[k], strict=True)]
                 for layer in layers.values():
                     layer.forget_versions()
             for layer in layers.values():
                 layer.unload()
             progress(done * len(chain) + i + 1, len(parts) * len(chain))
-        for ids_1T, *each in zip(part, *hidden, strict=True):
-            base_TV = chain.logits(ids_1T, each[0])[0]
+        for (domain, ids_1T), *each in zip(part, *hidden, strict=True):
+            base_TV = chain.logits(ids_1T, each[0])[0] if about.compares else None
+            if base_TV is not None and domains is not None:
+                base_losses[domain].add(base_TV, None, ids_1T[0])
             for outcome, hidden_1TD in zip(outcomes, each[1:], strict=True):
-                outcome.add(chain.logits(ids_1T, hidden_1TD)[0], base_TV if divergence else None, ids_1T[0])
+                outcome[domain].add(chain.logits(ids_1T, hidden_1TD)[0], base_TV, ids_1T[0])
     rows: list[Row] = []
     for budget, cut, outcome in zip(budgets, cuts[1:], outcomes, strict=True):
         any_size.cut = cut
-        rows.append(outcome.row(any_size, budget, measured_by(windows, corpus, protocol, start), stop_ratio, divergence, first=not rows))
+        rows.append(about.row(any_size, budget, outcome, base_losses, first=not rows))
     return rows
 
 
-def _in_parts(ids: list[Tensor], count: int) -> list[list[Tensor]]:
-    """Return `ids` in lists of `count`, or of one."""
+def _in_parts(read: list[tuple[str, Tensor]], count: int) -> list[list[tuple[str, Tensor]]]:
+    """Return `read` in lists of `count`, or of one."""
     count = max(1, count)
-    return [ids[i : i + count] for i in range(0, len(ids), count)]
+    return [read[i : i + count] for i in range(0, len(read), count)]
 
 
 class Outcomes:
-    """The losses of a size on each window, and its distances from the base model."""
+    """The losses of a size on each window of a text, and its distances from the base model."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.distances: list[tuple[float, float]] = []
+        self.tokens: list[int] = []
 
     def add(self, logits_TV: Tensor, base_TV: Tensor | None, ids_T: Tensor) -> None:
         """Add a window from the logits of the size and of the base model (None = no distance)."""
         self.losses.append(mean_loss(logits_TV, ids_T))
+        self.tokens.append(len(ids_T))
         if base_TV is not None:
             self.distances.append(distance(logits_TV, base_TV))
 
-    def row(
-        self, any_size: ElasticModel, budget: Budget, about: Row, stop_ratio: float, divergence: DivergenceOn | None, first: bool
-    ) -> Row:
+    @property
+    def perplexity(self) -> float:
+        """The perplexity. Every token has the same weight, since windows of a domain may differ in length."""
+        return as_perplexity(float(np.average(self.losses, weights=[tokens - 1 for tokens in self.tokens])))
+
+    def against(self, base: "Outcomes") -> Row:
+        """Return the entry of a domain in a row (acip.sizing.domains). `base` holds the losses of the base model."""
+        kl, same = map(float, np.average(self.distances, axis=0, weights=self.tokens))
+        perplexities = {"ppl": self.perplexity, "base_ppl": base.perplexity}
+        return {"kl_nats": kl, "same_top_share": same, **perplexities, "windows": len(self.tokens), "tokens": sum(self.tokens)}
+
+
+OfDomains = defaultdict[str, Outcomes]  # by the name of the domain
+
+
+class _Setup:
+    """How a curve is measured: its text, its domains and what its rows state."""
+
+    def __init__(
+        self,
+        windows: Sequence[Tensor] | Tensor,
+        corpus: str,
+        protocol: Protocol,
+        start: Sequence[int],
+        stop_ratio: float,
+        divergence: DivergenceOn | None,
+        domains: Windows | None,
+    ) -> None:
+        self.own, self.stop_ratio, self.divergence, self.domains = domain_name(corpus), stop_ratio, divergence, domains
+        self.facts = measured_by(windows, corpus, protocol, start)
+        others = ((name, window) for name, each in (domains or {}).items() if name != self.own for window in each)
+        self.all_windows = [*((self.own, window) for window in windows), *others]  # (name of the domain, token ids [T])
+        self.compares = divergence is not None or domains is not None
+
+    def row(self, any_size: ElasticModel, budget: Budget, outcomes: OfDomains, base_losses: OfDomains, first: bool) -> Row:
         """Return the row of the curve of the present size, which `budget` asked for."""
         assert any_size.cut is not None
-        measured = _measured(self.losses, budget, first)
-        extrapolated = budget.asked < stop_ratio and not any_size.cut.versions
-        parts = {} if divergence is None else {"evaluation": [part_of(divergence, divergence.outcome(self.distances))]}
-        return {**size_facts(any_size), **measured, **about, "extrapolated": extrapolated, **parts}
+        text = outcomes[self.own]
+        measured = _measured(text.losses, budget, first)
+        extrapolated = budget.asked < self.stop_ratio and not any_size.cut.versions
+        row = {**size_facts(any_size), **measured, **self.facts, "extrapolated": extrapolated}
+        if self.domains is not None:
+            row[DOMAINS] = {name: outcome.against(base_losses[name]) for name, outcome in outcomes.items()}
+        if self.divergence is not None:
+            row["evaluation"] = [part_of(self.divergence, self.divergence.outcome(text.distances))]
+        return row
 
 
 def measured_by(windows: Sequence[Tensor] | Tensor, corpus: str, protocol: Protocol, start: Sequence[int]) -> Row:
@@ -205,9 +262,9 @@ def _measured(losses: list[float], budget: Budget, first: bool) -> Row:
 def extended(curve: Sequence[Row], rows: Sequence[Row], stop_ratio: float) -> tuple[list[Row], list[float]]:
     """Add `rows` of `evaluate` to a curve. Return (the new curve, the sizes that could not be added).
 
-    Parts of a size that the curve has are added to its row; new parts replace old ones with the same key. Another size becomes a row if its
-    perplexity was measured like that of the curve, since losses on other text are not comparable. An empty curve takes the first
-    perplexity of the first row as its measure.
+    Parts and domains of a size that the curve has are added to its row; new parts replace old ones with the same key, and new domains
+    those with the same name. Another size becomes a row if its perplexity was measured like that of the curve, since losses on other text
+    are not comparable. An empty curve takes the first perplexity of the first row as its measure.
     """
     known = {place_of(row): dict(row) for row in curve}
     left_out = []
@@ -223,6 +280,8 @@ def extended(curve: Sequence[Row], rows: Sequence[Row], stop_ratio: float) -> tu
         place = known[place_of(row)]
         parts = {part["key"]: part for part in (*place.get("evaluation", []), *row["evaluation"])}
         place["evaluation"] = list(parts.values())
+        if found := {name: each for part in row["evaluation"] for name, each in part.get(DOMAINS, {}).items()}:
+            place[DOMAINS] = place.get(DOMAINS, {}) | found
     return sorted(known.values(), key=place_of), left_out
 
 

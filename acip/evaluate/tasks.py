@@ -4,7 +4,9 @@
     package:arc_easy          with data from a wheel, without the hub (acip.evaluate.packaged_tasks)
     a name in `folder`        from your own task files; paths in them are relative to the folder, and functions in them are run
     arc_easy, mmlu, ...       from lm-eval, with data from the hub
+    generated:arithmetic      generated answers that a program checks, beside those of the base model (acip.evaluate.generated_tasks)
     paper, package:paper      the seven tasks of the paper's tables; those of them that the wheel has
+    generated                 all generated tasks
 
 Log-probabilities are computed in float32. By default, lm-eval would round those of a bfloat16 model to 3 digits, and choices would tie.
 
@@ -30,13 +32,18 @@ from tqdm import tqdm
 
 from acip.data import start_tokens
 from acip.errors import EvaluationError
-from acip.evaluate import packaged_tasks
+from acip.evaluate import generated_tasks, packaged_tasks
+from acip.evaluate.generated_tasks import GeneratedTask
 from acip.evaluate.heldout_text import content
 from acip.evaluate.measurement import Measurement, Part, Subject, label
 from acip.utils.coerce import did_you_mean
 
 PAPER = ("piqa", "hellaswag", "winogrande", "arc_challenge", "arc_easy", "openbookqa", "mathqa")
-PRESETS = {"paper": PAPER, "package:paper": tuple(packaged_tasks.PREFIX + name for name in PAPER if name in packaged_tasks.TASKS)}
+PRESETS = {
+    "paper": PAPER,
+    "package:paper": tuple(packaged_tasks.PREFIX + name for name in PAPER if name in packaged_tasks.TASKS),
+    "generated": tuple(generated_tasks.names()),
+}
 CPU_BATCH, CPU_LOGIT_BYTES = 16, 1 << 30
 RESAMPLES = 1000  # bootstrap samples, for standard errors without a formula
 
@@ -111,10 +118,19 @@ def expand(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(task for name in names for task in PRESETS.get(name, (name,))))
 
 
+def measurements(names: Iterable[str], folder: str = "", shots: int | None = None, limit: int = 0) -> list[TaskScore | GeneratedTask]:
+    """Return a measurement of each task; `shots` is for tasks of lm-eval. EvaluationError if the name of a generated task is unknown."""
+    return [
+        GeneratedTask(name, limit) if name.startswith(generated_tasks.PREFIX) else TaskScore(name, folder, shots, limit)
+        for name in expand(names)
+    ]
+
+
 def check(names: Iterable[str], folder: str = "") -> None:
     """Raise EvaluationError if a task is unknown. Call it before a long run."""
-    for name in names:
-        find(name, folder)
+    for each in measurements(names, folder):
+        if isinstance(each, TaskScore):
+            find(each.task, folder)
 
 
 def find(name: str, folder: str = "") -> tuple[Any, Any]:
@@ -130,9 +146,10 @@ def find(name: str, folder: str = "") -> tuple[Any, Any]:
     known = _manager(folder, True)
     if name in known.all_tasks:
         return name, known
-    every = [*PRESETS, *packaged_tasks.names(), *known.all_tasks]
+    offline = [*packaged_tasks.names(), *generated_tasks.names()]
+    every = [*PRESETS, *offline, *known.all_tasks]
     raise EvaluationError(
-        f"unknown task {name!r}{did_you_mean(name, every)}. Without the hub: {', '.join(packaged_tasks.names())}. "
+        f"unknown task {name!r}{did_you_mean(name, every)}. Without the hub: {', '.join(offline)}. "
         "With the hub: the tasks that `lm-eval ls tasks` lists. For your own tasks, give a task folder."
     )
 

@@ -2,12 +2,15 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from acip.artifact.artifact import Artifact
 from acip.artifact.manifest import CODES
+from acip.mixture import Mixture
 from acip.sizing.budget import BITS_PER_WEIGHT
+from acip.sizing.domains import DOMAINS, worst_domain
 from acip.utils.hub_ids import HUB_ID, REVISION
 
 COMPRESSED_TENSORS = "compressed-tensors"
@@ -150,7 +153,8 @@ def _training(artifact: dict[str, Any]) -> str:
     tuned = artifact.get("finetuned")
     if not tuned:
         return "the model was not trained for this size"
-    return f"the model was fine-tuned at size {tuned['size']:g} ({tuned['steps']:,} steps on {shown(tuned['data'])})"
+    texts = " and ".join(shown(source) for source in Mixture.of(tuned["data"]).sources)
+    return f"the model was fine-tuned at size {tuned['size']:g} ({tuned['steps']:,} steps on {texts})"
 
 
 def _coded_facts(provenance: dict[str, Any]) -> dict[str, str]:
@@ -196,15 +200,17 @@ def _curve(rows: list[dict[str, Any]], ratio: float | None, quantized: str | Non
     if not measured:
         return ["No trade-off curve was measured for this model."]
     table = [f"All measured sizes of this calibration{_setup(measured[0])}, without quantization:", ""]
-    table += ["| requested | actual | parameters | perplexity | |", "|---|---|---|---|---|"]
+    heading, columns = _domain_columns(measured)
+    table += [f"| requested | actual | parameters | perplexity |{heading} |", "|---|---|---|---|---|" + "---|" * bool(heading)]
     nearest = _nearest(measured, ratio)
     for row in measured:
         actual, error = row.get("got", row.get("asked")), _error(row)
         params = f"{row['params']:,}" if "params" in row else ""
         notes = ["closest to this model"] if row is nearest else []
         notes += ["below the calibrated sizes"] if row.get("extrapolated") else []
-        table.append(f"| {row.get('asked', actual):.2f} | {actual:.4f} | {params} | {row['perplexity']:.2f}{error} | {', '.join(notes)} |")
-    return table + (
+        cells = f"{row.get('asked', actual):.2f} | {actual:.4f} | {params} | {row['perplexity']:.2f}{error} |{columns(row)}"
+        table.append(f"| {cells} {', '.join(notes)} |")
+    return [*table, *_domain_note(measured)] + (
         ["", f"This model is quantized ({quantized}). The table does not include the loss that this causes."] if quantized else []
     )
 
@@ -215,15 +221,36 @@ def _coded_curve(rows: list[dict[str, Any]], ratio: float | None) -> list[str]:
     if not measured:
         return ["No trade-off curve over bytes was measured for this model."]
     table = [f"Measured sizes of coded layers{_setup(measured[0])}, as shares of the base model's bytes:", ""]
-    table += ["| actual | bytes | bits per weight | perplexity | |", "|---|---|---|---|---|"]
+    heading, columns = _domain_columns(measured)
+    table += [f"| actual | bytes | bits per weight | perplexity |{heading} |", "|---|---|---|---|---|" + "---|" * bool(heading)]
     nearest = _nearest(measured, ratio)
     base = [row for row in rows if row.get("got") == 1.0 and BITS_PER_WEIGHT not in row and isinstance(row.get("perplexity"), int | float)]
     for row in base[:1] + measured:
         size = f"{row['bytes']:,}" if isinstance(row.get("bytes"), int) else ""
         bits = f"{row[BITS_PER_WEIGHT]:.2f}" if BITS_PER_WEIGHT in row else ""
         note = "closest to this model" if row is nearest else "base model" if row not in measured else ""
-        table.append(f"| {row['got']:.4f} | {size} | {bits} | {row['perplexity']:.2f}{_error(row)} | {note} |")
-    return table
+        table.append(f"| {row['got']:.4f} | {size} | {bits} | {row['perplexity']:.2f}{_error(row)} |{columns(row)} {note} |")
+    return [*table, *_domain_note(measured)]
+
+
+def _domain_columns(rows: list[dict[str, Any]]) -> tuple[str, Callable[[dict[str, Any]], str]]:
+    """Return the heading of the column for the worst domain, and the function from a row to its cell; "" if no row has domains."""
+    if not any(map(worst_domain, rows)):
+        return "", lambda row: ""
+
+    def cell(row: dict[str, Any]) -> str:
+        worst = worst_domain(row)
+        return f" {worst.name}, {worst.kl:.3g} |" if worst else " |"
+
+    return " worst domain, KL |", cell
+
+
+def _domain_note(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a sentence on the domains of the rows."""
+    names = dict.fromkeys(name for row in rows for name in row.get(DOMAINS, {}))
+    if not names:
+        return []
+    return ["", f"Worst domain: that with the highest KL divergence from the base model (nats per token) of {', '.join(names)}."]
 
 
 def _setup(row: dict[str, Any]) -> str:

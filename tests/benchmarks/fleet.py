@@ -2,6 +2,7 @@
 
     python tests/benchmarks/fleet.py             20 models on 4 nodes with a fake GPU each, about 3 minutes
     python tests/benchmarks/fleet.py --quick     models that take a third of the time
+    python tests/benchmarks/fleet.py --share     one model on a worker of a node with four fake GPUs; the others are idle and help
     python tests/benchmarks/fleet.py --check     exit with 1 if the occupancy is below 90 %, or a model is not finished
 
 The nodes are separate raylets on this machine (`ray.cluster_utils.Cluster`). `acip_platform.scheduling.job_queue.run_all` schedules the
@@ -10,6 +11,9 @@ proportion to its parameters, +-20 %. Work on the lost node restarts on another 
 
 Occupancy is the GPU-seconds spent in sleeps, divided by the GPU-seconds of the live nodes, from the first start to the last end. It does
 not include the start of Ray Train's workers (10 to 20 s).
+
+With `--share`, the layers of one model are sleeps of equal length, in the order in which a job codes them. Occupancy is that of all four
+GPUs until the last layer is finished; without help it would be 25 %. Idle workers are requested after 10 s and take a few seconds to start.
 """
 
 import argparse
@@ -20,9 +24,11 @@ import time
 from typing import Any
 
 import ray
+import torch
 from acip_platform.scheduling.events import on_this_node
 from acip_platform.scheduling.fleet import Job
 from acip_platform.scheduling.job_queue import Resources, nodes, parameters, resources_of, run_all
+from acip_platform.training.idle_workers import IdleWorkers
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -30,6 +36,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 SIZES_B = (1, 3, 7, 7, 8, 13, 14)  # billions of parameters
 SECONDS_PER_B = 3.0
 GOAL = 0.9
+SHARED_GOAL = 0.6  # of a model that takes minutes; the start of the workers counts
 
 
 @ray.remote(num_cpus=0)
@@ -109,6 +116,28 @@ def occupancy(count: int, gangs: int, seconds_per_b: float, machines: int = 4, s
         cluster.shutdown()
 
 
+def shared_occupancy(layers: int, seconds: float, machines: int = 4) -> float:
+    """Spread the layers of one model over its own worker and idle ones. Return the occupancy of all GPUs."""
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": machines, "num_gpus": machines - 1, "object_store_memory": 80 << 20}
+    )
+    try:
+        ray.init(address=cluster.address, log_to_driver=False)
+        workers, began = IdleWorkers(gpu=True), time.monotonic()
+
+        def code(item: tuple[Any, ...]) -> None:
+            time.sleep(seconds)
+
+        for _ in workers(code, ((torch.zeros(1),) for _ in range(layers)), threads=1):
+            pass
+        took = time.monotonic() - began
+        print(f"  {layers} layers of {seconds:g} s in {took:.0f} s{workers.text}")
+        return layers * seconds / (machines * took)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
 def busy(rows: list[dict[str, Any]], machines: int, lost: list[tuple[str, float]]) -> float:
     first, last = min(row["start"] for row in rows), max(row["end"] for row in rows if row["end"])
     lost_at = dict(lost)
@@ -122,7 +151,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--share", action="store_true", help="idle GPUs help with the layers of one model")
     args = parser.parse_args()
+    if args.share:
+        share = shared_occupancy(70 if args.quick else 224, 1.5)
+        print(f"GPU occupancy while one model is coded: {share:.1%}, without idle workers 25.0% (goal: {SHARED_GOAL:.0%})")
+        return int(args.check and share < SHARED_GOAL)
     share, done = occupancy(20, 2, SECONDS_PER_B / (3 if args.quick else 1))
     print(f"GPU occupancy: {share:.1%} (goal: {GOAL:.0%}); {len(done)} of 20 models finished")
     return int(args.check and (share < GOAL or len(done) < 20))

@@ -8,6 +8,7 @@ from acip_platform.cluster import Cluster
 from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
 
+from acip.mixture import Mixture
 from acip.recipe import Recipe
 from jobs import calibrate_all
 
@@ -44,6 +45,11 @@ def test_a_plan_is_complete_and_names_missing_inputs(small_base: str, tmp_path: 
     assert "GB per worker, peak in " in complete_plan["memory"]
     streamed = facts(recipe=Recipe(code="bits", code_tune_steps=0, sample_windows=1))
     assert "GB where less is free: code and measure a block at a time" in streamed["memory"]
+    sampled = facts(data=Mixture((("self", 1.0), ("package:austen", 3.0))), recipe=Recipe(sample_windows=40, post_tune_steps=0))
+    assert sampled["text"] == (
+        "10 windows of self, about 10,240 tokens that will be sampled from the base model; 30 windows of package:austen"
+    )
+    assert sampled["held-out text"] == "package:austen"
     assert complete_plan["artifact"].startswith(f"{tmp_path}/artifacts/some/some-")
     for expected, fields in (
         ({"memory": "nobody/has-this"}, {"base": "nobody/has-this"}),

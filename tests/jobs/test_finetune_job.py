@@ -17,15 +17,19 @@ from acip_platform.settings import Settings
 from acip_platform.storage.store import Store
 from acip_platform.tracking.registry import ModelVersion, Registry, RegistryError
 from acip_platform.tracking.runs import Tracking
-from acip_platform.training.fine_tuning import _windows, tuning_job
+from acip_platform.training.calibration_text import CalibrationText
+from acip_platform.training.fine_tuning import _text, _windows, tuning_job
 from safetensors.torch import load_file
 
 from acip.artifact.artifact import Artifact
 from acip.data import documents, token_windows
+from acip.errors import DataError
 from acip.finetune import tuning
+from acip.mixture import Mixture, interleaved
 from acip.sizing.cut_table import Budget
 from tests.acip.calibration.test_resume import ROOT, interruptible, worker_of
 from tests.conftest import byte_tokenizer
+from tests.support.texts import text_reader
 from tests.support.waiting import exit_code, stop
 
 
@@ -152,9 +156,43 @@ def test_fine_tuning_uses_text_after_the_calibration_windows(small_artifact: Art
     first = -(-calibration.windows * small_artifact.recipe.seq_len // 48) * 48
     for provenance in ({"job": calibration.to_dict()}, {"job": job.to_dict(), "parent": {"job": calibration.to_dict()}}):
         parent = replace(small_artifact, manifest={**small_artifact.manifest, "provenance": provenance, "steps": 1})
-        assert torch.equal(_windows(job, parent, byte_tokenizer()).flatten(), text[first : first + 6 * 48])
-    windows = _windows(job, small_artifact, byte_tokenizer())
+        assert torch.equal(_windows(job, parent, text_reader(byte_tokenizer(), 48)).flatten(), text[first : first + 6 * 48])
+    windows = _windows(job, small_artifact, text_reader(byte_tokenizer(), 48))
     assert torch.equal(windows.flatten(), text[: 6 * 48]), "without provenance the text starts at the beginning"
+
+
+def test_fine_tuning_on_a_mixture_skips_the_windows_of_each_source(small_artifact: Artifact) -> None:
+    """A source that the calibration did not use is read from its beginning."""
+    recipe = replace(small_artifact.recipe, post_tune_steps=3, batch_size=2)
+    calibration = Job("small", "base", small_artifact.recipe, Mixture((("package:austen", 1.0), ("self", 1.0))))
+    parent = replace(small_artifact, manifest={**small_artifact.manifest, "provenance": {"job": calibration.to_dict()}})
+    mixture = Mixture((("package:austen", 2.0), ("package:wikipedia", 1.0)))
+    windows = _windows(Job("small", "base", recipe, mixture), parent, text_reader(byte_tokenizer(), recipe.seq_len))
+    drawn = Mixture.of(calibration.data).counts(calibration.windows)["package:austen"]
+    austen = token_windows(documents("package:austen", "train"), byte_tokenizer(), recipe.seq_len, drawn + 4)[drawn:]
+    wikipedia = token_windows(documents("package:wikipedia", "train"), byte_tokenizer(), recipe.seq_len, 2)
+    assert torch.equal(windows, interleaved([austen, wikipedia]))
+    job = tuning_job(ModelVersion("small", "1", "", (), {}), parent, tuning(parent, 0.5), {})
+    assert (job.data, job.eval_data) == (calibration.data, "package:austen")
+
+
+def test_fine_tuning_on_text_of_the_base_model_loads_it_once(small_artifact: Artifact, tmp_path: Path) -> None:
+    """It is not loaded if the text is there, and refused if it is not the base model of the artifact."""
+    stages: list[str] = []
+    settings = Settings.from_env({"ACIP_HOME": str(tmp_path)})
+    recipe = replace(small_artifact.recipe, post_tune_steps=2, batch_size=2, seq_len=32)
+    job = Job("small", small_artifact.manifest["base"]["source"], recipe, "self")
+
+    def read(parent: Artifact) -> CalibrationText:
+        return _text(job, parent, settings, lambda kind, **facts: stages.append(facts.get("text", "")), torch.device("cpu"))
+
+    first = read(small_artifact)
+    assert first.windows.shape == (4, 32) and first.provenance["sampled_text"]["tokens"] >= 4 * 31
+    assert torch.equal(read(small_artifact).windows, first.windows)
+    assert sum("loading" in stage for stage in stages) == 1
+    other = {**small_artifact.manifest, "base": {**small_artifact.manifest["base"], "digest": "0"}}
+    with pytest.raises(DataError, match="is not the base model of small"):
+        read(replace(small_artifact, manifest=other))
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,8 @@ class DemoHome:
         self.settings = Settings.from_env(self.env)
 
     def write_fleet(self, models: str, file: Path | None = None) -> None:
-        defaults = f"defaults:\n  data: package:wikipedia\n  eval_context: 64\n  eval_windows: 32\n  set: {RECIPE_FIELDS}\n"
+        defaults = "defaults:\n  data: package:wikipedia\n  eval_context: 64\n  eval_windows: 32\n"
+        defaults += f"  domains: [package:code]\n  set: {RECIPE_FIELDS}\n"
         (file or self.fleet).write_text(f"name: small\n{defaults}models:\n{models}\n")
 
     def demo(self, *args: str) -> subprocess.CompletedProcess[str]:

@@ -71,4 +71,5 @@ def coded_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     for share, loss in ((0.44, 2.1), (0.36, 2.4)):
         cut = in_bytes(table, share)
         rows.append({"asked": share, "got": cut.got, "loss": loss, BITS_PER_WEIGHT: cut.bits_per_weight})
+    rows[-2]["domains"] = {"held-out": {"kl_nats": 0.1}, "code": {"kl_nats": 0.2}}
     return artifact.record_curve([{**text, **row, "perplexity": math.exp(row["loss"]), "stderr": 0.01} for row in rows])

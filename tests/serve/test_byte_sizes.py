@@ -400,6 +400,9 @@ def test_card_and_trade_off_describe_sizes_in_bytes(application: Application, co
     assert (at[0.44]["perplexity"], at[0.44]["predicted"]) == (pytest.approx(8.166, abs=1e-3), False)
     assert at[0.4]["predicted"] and at[0.44]["perplexity"] < at[0.4]["perplexity"] < at[0.36]["perplexity"]
     assert [row["asked"] for row in body["measured"]] == [1.0, 0.44, 0.36]
+    worst = {"name": "code", "kl": 0.2, "mean_kl": pytest.approx(0.15), "own": "held-out", "times": pytest.approx(2.0)}
+    assert [row.get("worst_domain") for row in body["measured"]] == [None, worst, None], "only some rows have domains"
+    assert [row.get("worst_domain") for row in card["curve"] if "worst_domain" in row] == [worst]
     heat = body["heatmap"]
     assert set(map(float, heat["bits"])) <= set(at)
     cut = in_bytes(table, 0.4)

@@ -93,6 +93,19 @@ def test_the_dot_follows_the_loss_over_bytes(visit_bytes: Visit, facts: dict[str
     visit_bytes.done(0.44)
 
 
+def test_the_page_names_the_domain_on_which_a_size_loses_most(visit_bytes: Visit) -> None:
+    """Between measured sizes, the nearest one that has domains is used. The original loses nothing."""
+    page = visit_bytes.open(state()).done().page
+    domain = page.locator("#domain")
+    expect(domain).to_have_text("On code, this size loses 2.0 times as much as on held-out (KL 0.2 nats at 0.44).")
+    page.evaluate("setSize(0.4)")
+    expect(domain).to_have_text("On code, this size loses about 2.0 times as much as on held-out (KL 0.2 nats at 0.44).")
+    page.evaluate("view.measured.find((row) => row.worst_domain).worst_domain.kl = 0.0002; drawSize()")
+    expect(domain).to_have_text("This size is close to the original on all measured domains of text (on code, KL 0.0002 nats at 0.44).")
+    page.evaluate("setSize(1)")
+    expect(domain).to_be_hidden()
+
+
 def test_the_heatmap_shows_bits_per_weight(visit_bytes: Visit, facts: dict[str, Any]) -> None:
     page = visit_bytes.open(state()).done().page
     expect(page.locator("#heat-title")).to_have_text("Bits per weight in each layer")

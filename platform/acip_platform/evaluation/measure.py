@@ -23,8 +23,8 @@ import torch
 from acip.artifact.artifact import Artifact
 from acip.base import check_tokenizer, load_base, tokenizer_of
 from acip.errors import AcipError, EvaluationError
-from acip.evaluate import DivergenceOn, Efficiency, Measurement, Part, TaskScore, evaluate, extended, metrics, place_of, recorded
-from acip.evaluate.tasks import expand
+from acip.evaluate import DivergenceOn, Efficiency, Measurement, Part, evaluate, extended, metrics, place_of, recorded
+from acip.evaluate.tasks import measurements as task_measurements
 from acip.sizing.budget import BITS_PER_WEIGHT, Budget
 from acip.sizing.cut_table import Cut
 from acip.sizing.elastic_model import ElasticModel
@@ -249,7 +249,7 @@ def measure_tasks(
     def emit_part(part: Part) -> None:
         emit("stage", text=part_line(part))
 
-    measurements = [TaskScore(task, limit=job.task_limit) for task in expand(job.tasks)]
+    measurements = task_measurements(job.tasks, limit=job.task_limit)
     rows = []
     for row in artifact.curve if measurements else ():
         cut = any_size.resize(Budget(row["asked"], row.get("convention", "linear")))

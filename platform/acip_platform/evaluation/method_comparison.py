@@ -29,12 +29,13 @@ from acip import baselines
 from acip.base import Base, check_tokenizer, load_base
 from acip.data import WINDOWS_VERSION, documents, token_windows
 from acip.errors import AcipError, cited
-from acip.evaluate import PerplexityOn, TaskScore, Text, evaluate
+from acip.evaluate import GeneratedTask, PerplexityOn, TaskScore, Text, evaluate
 from acip.evaluate.efficiency import reset_peak
 from acip.evaluate.heldout_text import Protocol
 from acip.evaluate.measurement import Subject, stored_bytes
 from acip.evaluate.tasks import check as check_tasks
 from acip.evaluate.tasks import expand, score
+from acip.evaluate.tasks import measurements as task_measurements
 from acip.layers.targets import find_linears
 from acip.recipe import Dtype
 from acip.sizing.budget import Budget
@@ -285,10 +286,10 @@ def calibration_windows(arena: Arena, base: Base) -> torch.Tensor:
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(arena.seed))]
 
 
-def measurements(arena: Arena) -> tuple[list[PerplexityOn], list[TaskScore]]:
+def measurements(arena: Arena) -> tuple[list[PerplexityOn], list[TaskScore | GeneratedTask]]:
     """Return the perplexity and task measurements of the arena."""
     texts = [PerplexityOn(Text(source, arena.protocol, arena.eval_context, arena.eval_windows)) for source in arena.eval_data]
-    return texts, [TaskScore(task, limit=arena.task_limit) for task in expand(arena.tasks)]
+    return texts, task_measurements(arena.tasks, limit=arena.task_limit)
 
 
 def measure(model: Any, base: Base, arena: Arena) -> dict[str, dict[str, float]]:

@@ -19,6 +19,7 @@ from rich.text import Text
 from acip.evaluate import divergence_of, improbable
 from acip.evaluate.heldout_text import cut_by
 from acip.sizing.budget import MEGA, as_perplexity, is_coded
+from acip.sizing.domains import worst_domain
 from acip_platform.scheduling.events import wait_for_checkpoints
 from acip_platform.scheduling.job_queue import Outcome
 from acip_platform.settings import Settings, this_python
@@ -139,14 +140,15 @@ def curve_tables(title: str, rows: Sequence[Mapping[str, Any]], stop_ratio: floa
             cells = (
                 (f"{row['asked']:.3g}", f"{row['got']:.4f}", f"{row['bits_per_weight']:.2f}") if row is not base else ("base", "1.0000", "")
             )
-            tables[-1].add_row(*cells[:2], f"{row['bytes'] / MEGA:.1f}", cells[2], *_quality(row, base))
+            tables[-1].add_row(*cells[:2], f"{row['bytes'] / MEGA:.1f}", cells[2], *_quality(row, base), *_worst(row, coded))
     if len(over_ranks) > 1 or not coded:
         subject = f"{title}: ranks" if coded else f"{title} ({corpus})"
         tables.append(_trade_off_table(subject, ("asked", "got", "FLOPs", "parameters", "MB stored"), over_ranks, ("",)))
         for row in over_ranks:
             flops = f"{row['flops'] / base['flops']:.4f}" if "flops" in row and "flops" in base else ""
             size = f"{row['asked']:.2f}", f"{row['got']:.4f}", flops, f"{row['params']:,}", f"{row['bytes'] / MEGA:.1f}"
-            tables[-1].add_row(*size, *_quality(row, base), f"below the stop ratio {stop_ratio}" if row["extrapolated"] else "")
+            note = f"below the stop ratio {stop_ratio}" if row["extrapolated"] else ""
+            tables[-1].add_row(*size, *_quality(row, base), *_worst(row, over_ranks), note)
     return Group(*tables)
 
 
@@ -163,8 +165,9 @@ def example_size(rows: Sequence[Mapping[str, Any]]) -> float:
 
 def _trade_off_table(title: str, size: Sequence[str], rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> Table:
     """Return a table without rows for sizes of one kind."""
-    table = _table(title, rows, width=130)
-    for heading in (*size, "perplexity", "x base", "KL to base", "same top", *notes):
+    has_domains = any(map(worst_domain, rows))
+    table = _table(title, rows, width=150 if has_domains else 130)
+    for heading in (*size, "perplexity", "x base", "KL to base", "same top", *(["worst domain"] if has_domains else []), *notes):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     return table
 
@@ -175,6 +178,12 @@ def _quality(row: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[str, str,
     ratio = row["perplexity"] / base["perplexity"] if base else math.nan
     close = (f"{divergence['kl_nats']:.4f}", f"{divergence['same_top_share']:.1%}") if divergence else ("", "")
     return f"{row['perplexity']:.2f} ± {row['perplexity'] * row['stderr']:.2f}", f"{ratio:.2f}", *close
+
+
+def _worst(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the cell of the worst domain with its KL divergence; no cell if none of `rows` has domains."""
+    worst = worst_domain(row)
+    return [f"{worst.name} {worst.kl:.4f}" if worst else ""] if any(map(worst_domain, rows)) else []
 
 
 SHOWN = {  # name of a measured value: (heading, format)
@@ -202,9 +211,10 @@ def evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
         table.add_row("speed on", *(" / ".join(sorted(names)) for names in machines))
     values = [{(part["label"], name): part["values"] for part in row["evaluation"] for name in part["values"]} for row in rows]
     for label, name in dict.fromkeys(key for column in values for key in column):
-        if name in SHOWN:
-            heading, form = SHOWN[name]
-            measurement = label.rpartition("/")[2].removeprefix("efficiency")
+        kind, _, domain = name.partition("/")
+        if kind in SHOWN:
+            heading, form = SHOWN[kind]
+            measurement = domain or label.rpartition("/")[2].removeprefix("efficiency")
             cells = (_with_error(name, column[label, name], form) if (label, name) in column else "" for column in values)
             table.add_row(f"{measurement} {heading}".strip(), *cells)
     return table

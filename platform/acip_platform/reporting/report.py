@@ -25,6 +25,7 @@ from acip.export.card import license_of, shown
 from acip.recipe import nearest
 from acip.sizing.budget import Budget, as_perplexity, is_coded
 from acip.sizing.cut_table import CutTable
+from acip.sizing.domains import DOMAINS, worst_domain
 from acip.sizing.excess_loss_area import excess_loss_area
 from acip_platform.reporting import figures
 from acip_platform.reporting.console import example_size
@@ -128,6 +129,7 @@ def _model(subject: Subject) -> dict[str, Any]:
         "close_to_base": {"kl": CLOSE_KL, "size": close_to_base(artifact)},
         "curve": [_row(row, table) for row in artifact.curve],
         "measured": _measured(artifact.curve),
+        "domains": list(dict.fromkeys(name for row in artifact.curve for name in row.get(DOMAINS, {}))),
         "samples": side_by_side(artifact.curve),
         "provenance": manifest.get("provenance", {}),
         "commands": _commands(subject),
@@ -141,8 +143,9 @@ def _row(row: Mapping[str, Any], table: CutTable) -> dict[str, Any]:
     if is_coded(row) and table.byte_sizes is not None:
         weights = table.byte_sizes.memory(table.cut(Budget(stored_bytes=row["bytes"])).versions or {})
     memory = None if weights is None or decoder is None else weights + decoder.cache(CONTEXT, 1) + decoder.overhead(1)
-    kl = divergence_of(row).get("kl_nats")
-    return {key: value for key, value in row.items() if key != "evaluation"} | {"memory_bytes": memory, "kl": kl, "label": size_label(row)}
+    kl, worst = divergence_of(row).get("kl_nats"), worst_domain(row)
+    more = {"memory_bytes": memory, "kl": kl, "label": size_label(row), "worst_domain": worst._asdict() if worst else None}
+    return {key: value for key, value in row.items() if key != "evaluation"} | more
 
 
 def _measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -1,9 +1,11 @@
 """Models and sizes in the JSON of the HTTP API."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from acip.sizing.cut_table import Cut, CutTable
+from acip.sizing.domains import worst_domain
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.text.model_text import ModelText
 
@@ -63,8 +65,14 @@ def model_card(model: ResidentModel) -> dict[str, Any]:
         "notes": model.notes,
         "resident_bytes": model.bytes,
         "size": size_range(model),
-        "curve": as_json(model.artifact.curve),
+        "curve": as_json(list(map(curve_row, model.artifact.curve))),
     }
+
+
+def curve_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of the curve with its worst domain as `worst_domain`: name, kl, mean_kl, own and times (`acip.sizing.domains`)."""
+    worst = worst_domain(row)
+    return {**row, **({"worst_domain": worst._asdict()} if worst else {})}
 
 
 def as_json(body: Any) -> Any:

@@ -13,7 +13,7 @@ from acip.errors import BudgetError
 from acip.sizing.budget import BITS_PER_WEIGHT, Budget, Convention, as_perplexity
 from acip.sizing.cut_table import Cut
 from acip_platform.serve.engine.resident_model import ResidentModel
-from acip_platform.serve.size_facts import as_json, model_card, size_facts
+from acip_platform.serve.size_facts import as_json, curve_row, model_card, size_facts
 
 SMALLEST_PERCENT: dict[Convention, int] = {"linear": 20, "bytes": 1}  # models are not usable below
 HEATMAP_PERCENT: dict[Convention, int] = {"linear": 5, "bytes": 1}  # steps of the heatmap
@@ -51,7 +51,7 @@ def _sizes(model: ResidentModel, convention: Convention) -> dict[str, Any]:
             continue
     measured = [row for row in model.artifact.curve if _is_measured_in(row, convention)]
     return {
-        "measured": as_json(measured),
+        "measured": as_json(list(map(curve_row, measured))),
         "sizes": [_size(model, cut, measured) for cut in cuts.values()],
         "heatmap": heatmap(model, {percent: cut for percent, cut in cuts.items() if percent % HEATMAP_PERCENT[convention] == 0}),
     }

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from acip.base import is_there, local_path
-from acip.data import HUB
+from acip.data import HUB, SELF
 from acip.errors import AcipError
 from acip_platform.settings import Settings
 from acip_platform.storage.base_models import is_on_s3, version
@@ -31,7 +31,7 @@ def resolved(source: str) -> str:
     Call it where a job is submitted, for every path that a user wrote. A source that begins with ~, ./, ../ or / is a path even if
     nothing exists there, so that errors show the whole path. AcipError for a file: URI that is not of the form file:///path.
     """
-    if source in HUB or source.startswith("package:"):
+    if source in HUB or source == SELF or source.startswith("package:"):
         return source
     if source.startswith("file:"):
         if not source.startswith("file:///"):

@@ -30,8 +30,10 @@ from acip.artifact.artifact import Artifact
 from acip.evaluate import DivergenceOn, Efficiency, PerplexityOn, TaskScore, metrics
 from acip.evaluate.curve import place_of
 from acip.evaluate.tasks import score as task_score
+from acip.mixture import Mixture
 from acip.recipe import nearest
 from acip.sizing.budget import BITS_PER_WEIGHT, is_coded
+from acip.sizing.domains import worst_domain
 from acip.sizing.excess_loss_area import excess_loss_area
 from acip_platform.settings import Settings
 from acip_platform.tracking.datasets import Datasets, datasets_of, text_of
@@ -152,10 +154,10 @@ def of_artifact(name: str, artifact: Artifact, uri: str) -> Description:
     """Describe an artifact: the result of a calibration or a fine-tuning, which has every size."""
     manifest, recipe = artifact.manifest, artifact.recipe
     origin = manifest.get("provenance", {})
-    tuned = origin.get("finetuned")
+    tuned, data = origin.get("finetuned"), origin.get("job", {}).get("data")
     params = {
         "model": name, "method": METHOD, "base": manifest["base"]["source"], "recipe": nearest(recipe)[0],
-        "data": origin.get("job", {}).get("data"), "steps": manifest.get("steps"), "stop_ratio": recipe.stop_ratio,
+        "data": data and str(Mixture.of(data)), "steps": manifest.get("steps"), "stop_ratio": recipe.stop_ratio,
         "finetuned_from": tuned and f"{name} {tuned['version']}", "finetuned_at": tuned and tuned["size"],
     }  # fmt: skip
     area = excess_loss_area(artifact.curve) if len(artifact.curve) > 1 and any(row["got"] == 1.0 for row in artifact.curve) else math.nan
@@ -210,6 +212,8 @@ def measured(row: Mapping[str, Any], datasets: Datasets) -> list[Values]:
             results.append((metrics({"evaluation": [part]}), dataset))
     if "perplexity" in row:
         results.append(({"perplexity": row["perplexity"]}, datasets.get(text_of(row))))
+    if worst := worst_domain(row):
+        results.append(({"kl_worst_domain": worst.kl}, None))
     return results
 
 

@@ -10,6 +10,7 @@ from acip.evaluate.heldout_text import cut_by
 from acip.export.card import shown
 from acip.recipe import nearest
 from acip.sizing.budget import MEGA, Budget, is_coded
+from acip.sizing.domains import DOMAINS, worst_domain
 from acip.sizing.excess_loss_area import excess_loss_area
 from acip_platform.scheduling.fleet import Job
 from acip_platform.scheduling.job_queue import Outcome
@@ -20,6 +21,7 @@ DESCRIPTIVE_FIELDS = (
     "asked", "got", "got_paper", "got_model", "convention", "params", "stderr", "corpus", "context", "windows", "extrapolated",
 )  # fmt: skip
 NAMES = {"loss": "loss_nats", "bytes": "stored_bytes", "flops": "flops_per_token"}
+DOMAIN_METRICS = {"kl_nats": "kl_nats", "same_top_share": "same_top_share", "ppl": "perplexity"}
 CLOSE_KL = 0.05  # nats per token; with less, a model is called close to its base model
 CELL_PADDING = "&emsp;"  # MLflow draws tables without space between the columns
 
@@ -28,8 +30,8 @@ def settings(job: Job) -> dict[str, Any]:
     """Return the run's parameters: everything in which two runs may differ."""
     return {
         "recipe": recipe_name(job), **job.recipe.to_dict(), "base": job.base, "data": job.data, "num_workers": job.num_workers,
-        "eval_data": job.eval_data or job.data, "eval_context": job.eval_context, "eval_windows": job.eval_windows,
-        "eval_protocol": job.eval_protocol,
+        "eval_data": job.heldout.source, "eval_context": job.eval_context, "eval_windows": job.eval_windows,
+        "eval_protocol": job.eval_protocol, "domains": ", ".join(job.domains), "domain_windows": job.domain_windows,
     }  # fmt: skip
 
 
@@ -46,9 +48,21 @@ def measured(row: Mapping[str, Any]) -> dict[str, float]:
     return {f"tradeoff/{NAMES.get(key, key)}": float(value) for key, value in values.items()}
 
 
+def on_domains(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the results on the domains of a row as metrics, which the pages of MLflow group by quantity: `kl_nats/code`.
+
+    `kl_nats/worst_domain` and `kl_nats/mean_of_domains` are over all domains.
+    """
+    domains = row.get(DOMAINS, {})
+    values = {f"{key}/{name}": each[field] for name, each in domains.items() for field, key in DOMAIN_METRICS.items() if field in each}
+    if worst := worst_domain(row):
+        values |= {"kl_nats/worst_domain": worst.kl, "kl_nats/mean_of_domains": worst.mean_kl}
+    return {key: float(value) for key, value in values.items() if value is not None}
+
+
 def curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, float]]]:
     """Return a model's curve as metrics of its run: (size in percent, or in thousandths of the bytes, metrics)."""
-    return [at_size(row, measured(row)) for row in rows]
+    return [at_size(row, measured(row) | on_domains(row)) for row in rows]
 
 
 def choosing(job: Job, artifact: Artifact) -> dict[str, str]:
@@ -58,7 +72,7 @@ def choosing(job: Job, artifact: Artifact) -> dict[str, str]:
         **({"curve_warning": " ".join(warnings)} if warnings else {}),
         **({"close_to_base": close} if close else {}),
         "area": _area(artifact.curve), "base": job.base, "recipe": recipe_name(job), "stop_ratio": str(job.recipe.stop_ratio),
-        "steps": str(artifact.manifest["steps"]), "data": job.data, "measured_on": job.eval_data or job.data,
+        "steps": str(artifact.manifest["steps"]), "data": str(job.data), "measured_on": job.heldout.source,
         "commit": str(origin.get("commit", "unknown")),
     }  # fmt: skip
 
@@ -155,23 +169,24 @@ def _tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     tables = []
     if coded:
         in_bytes = [(f"{row['asked']:.3g}", f"{row['got']:.4f}", f"{row['bits_per_weight']:.2f}", *_quality(row)) for row in coded]
-        tables.append(_table(("of the bytes", "got", "bits per weight", "MB", "perplexity", "KL"), in_bytes))
+        tables.append(_table(("of the bytes", "got", "bits per weight", "MB", "perplexity", "KL", "worst domain"), in_bytes))
     if over_ranks:
         below = ("below the stop ratio" if row["extrapolated"] else "" for row in over_ranks)
         cells = [
             (f"{row['asked']:.2f}", f"{row['got']:.4f}", f"{row['params']:,}", *_quality(row), note)
             for row, note in zip(over_ranks, below, strict=True)
         ]
-        tables.append(_table(("asked", "got", "parameters", "MB", "perplexity", "KL", ""), cells))
+        tables.append(_table(("asked", "got", "parameters", "MB", "perplexity", "KL", "worst domain", ""), cells))
     cut = f"{first['windows']} windows of {first['context']} tokens ({cut_by(first)})"
     return [*tables, f"Perplexity on {first['corpus']}, held out, {cut}. KL: divergence from the base model in nats per token."]
 
 
-def _quality(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Return the cells MB, perplexity and KL divergence."""
-    kl = divergence_of(row).get("kl_nats")
+def _quality(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Return the cells MB, perplexity, KL divergence and the worst domain with its KL divergence."""
+    kl, worst = divergence_of(row).get("kl_nats"), worst_domain(row)
     error = row["perplexity"] * row["stderr"]
-    return f"{row['bytes'] / MEGA:.1f}", f"{row['perplexity']:.2f} ± {error:.2f}", "" if kl is None else f"{kl:.4f}"
+    quality = f"{row['perplexity']:.2f} ± {error:.2f}", "" if kl is None else f"{kl:.4f}", f"{worst.name} {worst.kl:.4f}" if worst else ""
+    return f"{row['bytes'] / MEGA:.1f}", *quality
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

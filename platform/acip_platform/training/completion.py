@@ -18,9 +18,14 @@ from safetensors import SafetensorError
 from acip.artifact.artifact import Artifact
 from acip.base import Base
 from acip.calibration.memory_plan import STREAMED_HIDDEN
+from acip.errors import DataError, EvaluationError
 from acip.evaluate import DivergenceOn, Samples, Text, evaluate, streamed_trade_off, trade_off
+from acip.evaluate.domains import CHAT, CONTEXT, chat_windows, text_windows
+from acip.evaluate.measurement import Subject
 from acip.export.peft import save_peft
+from acip.mixture import Mixture
 from acip.sizing.cut_table import Budget
+from acip.sizing.domains import domain_name
 from acip.sizing.elastic_model import ElasticModel
 from acip_platform.evaluation.measure import measure_tasks
 from acip_platform.reporting import figures
@@ -39,10 +44,14 @@ from acip_platform.tracking.runs import Run
 
 @dataclass(frozen=True)
 class Heldout:
-    """The text that a curve is measured on, and its windows of token ids, none longer than the model's context."""
+    """The text that a curve is measured on, and its windows of token ids, none longer than the model's context.
+
+    `domains` has the windows of the other domains by name. Those of conversations are added when a curve is measured.
+    """
 
     text: Text
     windows: list[torch.Tensor]
+    domains: dict[str, list[torch.Tensor]]
 
     @classmethod
     def of(cls, job: Job, base: Base) -> "Heldout":
@@ -50,7 +59,26 @@ class Heldout:
         context = min(job.eval_context, getattr(base.model.config, "max_position_embeddings", job.eval_context))
         text = dataclasses.replace(job.heldout, context=context)
         windows = text.tokens(base.tokenizer)
-        return cls(dataclasses.replace(text.read_by(base.tokenizer), windows=len(windows)), windows)
+        calibrated_on = (*Mixture.of(job.data).sources, text.source)
+        domains = {
+            domain_name(source): text_windows(source, base.tokenizer, min(CONTEXT, context), job.domain_windows, calibrated_on)
+            for source in job.domains
+            if source not in (CHAT, text.source)
+        }
+        return cls(dataclasses.replace(text.read_by(base.tokenizer), windows=len(windows)), windows, domains)
+
+    def add_chat(self, job: Job, model: ElasticModel, tokenizer: Any, emit: Emit, streamed: bool) -> None:
+        """Let the base model of `model` answer the prompts of the domain `chat`, or report why the domain is left out."""
+        if CHAT not in job.domains or CHAT in self.domains:
+            return
+        try:
+            if streamed:
+                raise EvaluationError("the base model does not fit in memory, so it can't answer prompts.")
+            emit("stage", text="the base model answers the prompts of the domain chat")
+            subject = Subject(model.model, tokenizer, model)
+            self.domains[CHAT] = chat_windows(subject, min(CONTEXT, self.text.context), job.domain_windows)
+        except (DataError, EvaluationError) as error:
+            emit("stage", text=f"domain {CHAT} is left out: {error}")
 
 
 def stored(settings: Settings, key: str, save: Callable[[Path], Artifact]) -> str:
@@ -119,15 +147,18 @@ def measured_curve(
         row["evaluation"] += evaluate(model, tokenizer, [Samples()])["evaluation"]
         emit("stage", text=f"size {size_label(row)}: perplexity {row['perplexity']:.2f}")
 
-    emit("stage", text=f"measuring the curve on {len(heldout.windows)} windows of {text.source}")
+    heldout.add_chat(job, model, tokenizer, emit, streamed)
+    domains = heldout.domains if job.domains else None
+    also = f", and on {', '.join(heldout.domains)}" if heldout.domains else ""
+    emit("stage", text=f"measuring the curve on {len(heldout.windows)} windows of {text.source}{also}")
     sizes = [*map(Budget, job.sizes), *(Budget(size, "bytes") for size in job.byte_sizes if model.table.byte_sizes)]
     stop, divergence = artifact.recipe.stop_ratio, DivergenceOn(text)
     if streamed:
         return streamed_trade_off(
             model, heldout.windows, text.source, sizes, stop, text.protocol, divergence, text.start, STREAMED_HIDDEN,
-            lambda done, total: emit("code", what="curve", done=done, total=total),
+            lambda done, total: emit("code", what="curve", done=done, total=total), domains,
         )  # fmt: skip
-    return trade_off(model, heldout.windows, text.source, sizes, stop, text.protocol, divergence, add_samples, text.start)
+    return trade_off(model, heldout.windows, text.source, sizes, stop, text.protocol, divergence, add_samples, text.start, domains)
 
 
 def registered_version(
@@ -145,6 +176,8 @@ def log_artifact(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
     """Log the artifact's URI, curve, samples, figures, provenance and adapter to the MLflow run."""
     table, manifest = artifact.table(), artifact.manifest
     run.tags({"artifact_uri": uri, "base": job.base, "stop_step": str(manifest["stop_step"])})
+    if sampled := manifest["provenance"].get("sampled_text"):
+        run.params({f"sampled_text.{key}": value for key, value in sampled.items()})
     if run.last_step("tradeoff/perplexity") == 0:
         run.metrics(run_descriptions.curve(artifact.curve))
     if samples := side_by_side(artifact.curve):

@@ -16,19 +16,23 @@ import torch
 
 from acip.artifact.artifact import Artifact
 from acip.base import Base
-from acip.data import TokenBatches, documents, start_tokens, token_windows
+from acip.data import SELF, TokenBatches, start_tokens
+from acip.errors import DataError
 from acip.evaluate import perplexity
 from acip.finetune import attach, finetune, save, scores_of
+from acip.mixture import Mixture
 from acip.recipe import Recipe
 from acip.sizing.budget import is_coded
 from acip.sizing.elastic_model import ElasticModel
-from acip_platform.scheduling.fleet import Job
+from acip_platform.scheduling.fleet import Job, heldout_source
 from acip_platform.settings import Settings
+from acip_platform.storage import base_models
 from acip_platform.storage.checkpoints import Checkpoints, Emit
 from acip_platform.storage.store import Store
 from acip_platform.tracking.provenance import provenance
 from acip_platform.tracking.registry import CANDIDATE, ModelVersion, Registry
 from acip_platform.tracking.runs import Run
+from acip_platform.training.calibration_text import CalibrationText, TextReader, mixed
 from acip_platform.training.completion import Heldout, finish, stored
 from acip_platform.training.worker import Observer, run_trial_step
 
@@ -36,9 +40,15 @@ from acip_platform.training.worker import Observer, run_trial_step
 def tuning_job(version: ModelVersion, artifact: Artifact, recipe: Recipe, changes: dict[str, Any]) -> Job:
     """Return the job of fine-tuning `version`. Text and evaluation are those of its calibration, except for `changes`."""
     calibration = artifact.manifest["provenance"].get("job", {})
-    fields = {key: calibration[key] for key in ("data", "eval_context", "eval_windows", "eval_protocol") if key in calibration}
+    fields = {
+        key: calibration[key] for key in ("data", "eval_context", "eval_windows", "eval_protocol", "domain_windows") if key in calibration
+    }
+    fields["domains"] = tuple(calibration.get("domains", Job.domains))
     fields["byte_sizes"] = tuple(calibration.get("byte_sizes", Job.byte_sizes))
-    fields["eval_data"] = calibration.get("eval_data") or calibration.get("data", "")
+    fields["eval_data"] = calibration.get("eval_data", "")
+    if "data" in fields:
+        fields["data"] = Mixture.of(fields["data"]).data
+        fields["eval_data"] = fields["eval_data"] or heldout_source(fields["data"])
     sizes = tuple(sorted({*calibration.get("sizes", Job.sizes), recipe.stop_ratio}, reverse=True))
     return Job(version.name, artifact.manifest["base"]["source"], recipe, **{**fields, "sizes": sizes, **changes})
 
@@ -71,17 +81,19 @@ def tune_one(config: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parent = store.open(version.uri)
     size = job.recipe.stop_ratio
+    text = None if store.exists(store.uri(key)) else _text(job, parent, settings, emit, device)  # before the model takes memory
     emit("stage", text=f"reading version {version.version} at size {size:g}")
     # distillation also needs the dense layers of the base model
     any_size = parent.load(device, None if job.recipe.distill_weight else size)
     any_size.resize(size)
     base = Base(any_size.model, parent.tokenizer(), **parent.manifest["base"])
     heldout = Heldout.of(job, base)
-    if not store.exists(store.uri(key)):
+    if text is not None:
         facts = {"version": version.version, "uri": version.uri} | _tune(
-            job, parent, any_size, base, heldout, run, settings, config["attempt"], emit, config["events"]
+            job, parent, any_size, text.windows, heldout, run, settings, config["attempt"], emit, config["events"]
         )
-        origin = {**provenance(job), "attempt": key, "mlflow_run": run.run_id, "finetuned": facts, "parent": parent.manifest["provenance"]}
+        origin = provenance(job) | text.provenance | {"attempt": key, "mlflow_run": run.run_id, "finetuned": facts}
+        origin["parent"] = parent.manifest["provenance"]
         uri = stored(settings, key, functools.partial(save, artifact=parent, any_size=any_size, provenance=origin))
         emit("stage", text=f"artifact saved: {uri}")
     del any_size, base
@@ -97,7 +109,7 @@ def _tune(
     job: Job,
     parent: Artifact,
     any_size: ElasticModel,
-    base: Base,
+    windows: torch.Tensor,
     heldout: Heldout,
     run: Run,
     settings: Settings,
@@ -107,7 +119,6 @@ def _tune(
 ) -> dict[str, Any]:
     """Train `any_size` in place, from the last checkpoint if there is one. Returns the settings and the measured perplexities."""
     recipe = job.recipe
-    windows = _windows(job, parent, base.tokenizer)
     batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
     measured = {"before": perplexity(any_size.model, heldout.windows).perplexity}
     attach(any_size, recipe)
@@ -128,17 +139,43 @@ def _tune(
     observer.catch_up()
     if four_bit:
         measured[f"after_{recipe.quantize}"] = perplexity(any_size.model, heldout.windows).perplexity
-    settings_used = {"size": recipe.stop_ratio, "steps": recipe.post_tune_steps, "lr": recipe.lr, "data": job.data, "seed": recipe.seed}
-    return {**settings_used, "quantize": recipe.quantize, "windows": len(windows), "perplexity": measured}
+    return {
+        "size": recipe.stop_ratio, "steps": recipe.post_tune_steps, "lr": recipe.lr, "data": Mixture.of(job.data).to_json(),
+        "seed": recipe.seed, "quantize": recipe.quantize, "windows": len(windows), "perplexity": measured,
+    }  # fmt: skip
 
 
-def _windows(job: Job, parent: Artifact, tokenizer: Any) -> torch.Tensor:
+def _text(job: Job, parent: Artifact, settings: Settings, emit: Emit, device: torch.device) -> CalibrationText:
+    """Return the text of a fine-tuning. The base model is loaded only if text of the source `self` has to be sampled from it."""
+
+    def base_model() -> Any:
+        emit("stage", text=f"loading {job.base} to sample text from it")
+        base = base_models.load(job.base, parent.recipe.dtype, job.trust_remote_code, Store.of(settings).cache)
+        if base.digest != parent.manifest["base"]["digest"]:
+            raise DataError(
+                f"{job.base} is not the base model of {job.name}, so no text can be sampled from it. Use another source as data."
+            )
+        return torch.nn.Module.to(base.model, device)
+
+    digest = parent.manifest["base"]["digest"]
+    reader = TextReader(digest, parent.tokenizer(), job.recipe.seq_len, job.recipe.seed, settings, emit, functools.cache(base_model))
+    return CalibrationText(_windows(job, parent, reader), reader.sampled)
+
+
+def _windows(job: Job, parent: Artifact, reader: TextReader) -> torch.Tensor:
     """Return windows for one pass over the steps, as far as the text reaches. The windows of the calibration come first and are skipped."""
     recipe, calibrated, origin = job.recipe, parent.recipe, parent.manifest["provenance"]
     while "parent" in origin:  # the parent was fine-tuned itself
         origin = origin["parent"]
-    wanted = recipe.batch_size * recipe.gradient_accumulation_steps * recipe.post_tune_steps
-    drawn = Job(job.name, job.base, calibrated).windows if origin.get("job", {}).get("data") == job.data else 0
-    start = len(start_tokens(tokenizer))  # tokens of each window that are not from the text
-    skipped = math.ceil(drawn * (calibrated.seq_len - start) / (recipe.seq_len - start)) if recipe.seq_len > start else 0
-    return token_windows(documents(job.data, "train"), tokenizer, recipe.seq_len, skipped + wanted)[-wanted:]
+    counts = Mixture.of(job.data).counts(recipe.batch_size * recipe.gradient_accumulation_steps * recipe.post_tune_steps)
+    data = origin.get("job", {}).get("data")
+    drawn = Mixture.of(data).counts(Job(job.name, job.base, calibrated).windows) if data else {}
+    if (calibrated.seed, calibrated.seq_len) != (recipe.seed, recipe.seq_len):
+        drawn.pop(SELF, None)  # another text is sampled
+    start = len(start_tokens(reader.tokenizer))  # tokens of each window that are not from the text
+    parts = {}
+    for source, wanted in counts.items():
+        text_tokens = drawn.get(source, 0) * (calibrated.seq_len - start)
+        skipped = math.ceil(text_tokens / (recipe.seq_len - start)) if recipe.seq_len > start else 0
+        parts[source] = reader.windows(source, skipped + wanted)[-wanted:]
+    return mixed(parts, counts, reader.emit)

@@ -28,6 +28,7 @@ from acip.coding.statistics import layer_statistics
 from acip.coding.step_tuning import tune_steps
 from acip.data import TokenBatches
 from acip.errors import BaseModelError, foreign_errors
+from acip.evaluate.domains import CONTEXT
 from acip.layers.targets import find_linears
 from acip_platform.scheduling.fleet import Job
 
@@ -132,7 +133,8 @@ class _Rehearsal:
         job = self.job
         sizes = len(job.sizes) * (job.recipe.code != "bits") + len(job.byte_sizes) * (job.recipe.code != "ranks") + 1
         windows = self.ids(2, job.eval_context)
-        with self.clock("measure", (job.eval_windows or WINDOWS) * sizes / len(windows)), torch.no_grad():
+        of_domains = len(job.domains) * job.domain_windows * min(CONTEXT, job.eval_context) / job.eval_context  # they may be shorter
+        with self.clock("measure", ((job.eval_windows or WINDOWS) + of_domains) * sizes / len(windows)), torch.no_grad():
             for window in windows:
                 self.base.model(input_ids=window[None].to(self.device))
 

@@ -41,9 +41,11 @@ from acip_platform.tracking import run_descriptions
 from acip_platform.tracking.provenance import provenance
 from acip_platform.tracking.registry import CANDIDATE
 from acip_platform.tracking.runs import Run
+from acip_platform.training.calibration_text import CalibrationText, read_once
 from acip_platform.training.completion import Heldout, finish, stored
+from acip_platform.training.layer_codes import codes_of
 from acip_platform.training.sweep_space import Trial
-from acip_platform.training.worker import Observer, Read, coded, prepare, read_once
+from acip_platform.training.worker import Observer, check_memory, prepare
 
 SMALLEST = 0.4  # the smallest size of the area that the winner is chosen by
 RUNGS = (1, 2, 4, 8)  # in eighths of the post-tuning
@@ -88,7 +90,7 @@ def run_trial(name: str, context: Mapping[str, Any]) -> None:
     if isinstance(fork, Exception):
         raise fork
     base, batches, observer = _start(name, context, job)
-    heldout = read_once(Read(("heldout", job.base, job.heldout), lambda: Heldout.of(job, base)))
+    heldout = read_once(("heldout", job.base, job.heldout), lambda: Heldout.of(job, base))
     rungs = Rungs(job, base.model, heldout, observer, context["measure_rungs"])
     with _from(tune.get_checkpoint() or fork) as folder:
         calibration = calibrate(base.model, batches, job.recipe, resume=folder, observe=rungs)
@@ -107,9 +109,11 @@ def _start(name: str, context: Mapping[str, Any], job: Job) -> tuple[Base, Token
     torch.set_num_threads(context["threads"])
     run = Run.of(settings, context["runs"][name])
     base, device = base_models.load(job.base, job.recipe.dtype, job.trust_remote_code, Store.of(settings).cache), _device()
-    read_once(Read(("read back", job.base, job.recipe.exclude), lambda: read_back(base, job.recipe)))
+    read_once(("read back", job.base, job.recipe.exclude), lambda: read_back(base, job.recipe))
     torch.nn.Module.to(base.model, device)
-    return base, prepare(job, base, settings, emit, device), Observer(job, run, emit, device)
+    check_memory(job, base, device, emit)
+    windows = CalibrationText.of(job, base, settings, emit).windows
+    return base, prepare(job, base, windows, settings, emit, device), Observer(job, run, emit, device)
 
 
 def file_system(state: tune.Checkpoint) -> FileSystem:
@@ -227,11 +231,13 @@ def _artifact(trial: Trial, state: tune.Checkpoint | None, settings: Settings, r
     if not store.exists(store.uri(key)):
         torch.nn.Module.to(base.model, device)
         checkpoints = Checkpoints(settings, f"{job.name}-{job.fingerprint}", emit)
-        codes = coded(job, base, run, emit, device, checkpoints)
-        batches = prepare(job, base, settings, emit, device)
+        check_memory(job, base, device, emit)
+        text = CalibrationText.of(job, base, settings, emit)
+        codes = codes_of(job, base, text.windows, run, emit, checkpoints, device)
+        batches = prepare(job, base, text.windows, settings, emit, device)
         with _from(state) as folder:
             calibration = calibrate(base.model, batches, job.recipe, resume=folder)
-        origin = provenance(job) | {"attempt": key, "mlflow_run": run.run_id}
+        origin = provenance(job) | text.provenance | {"attempt": key, "mlflow_run": run.run_id}
         stored(settings, key, lambda folder: Artifact.save(folder, base, calibration, origin, codes))
         if codes is not None:
             remove_codes(checkpoints)

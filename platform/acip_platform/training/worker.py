@@ -1,6 +1,7 @@
 """Calibrate one base model with Ray Train: `run_job` starts the workers, and each runs `calibrate_one`.
 
-    load -> code, if the recipe says so -> parametrize -> trial step -> calibrate (checkpoints, resume) -> artifact -> curve -> registry
+    load -> text -> code, if the recipe says so -> parametrize -> trial step -> calibrate (checkpoints, resume) -> artifact
+    -> curve -> registry
 
 The artifact is saved before it is measured, and the saved copy is measured. A worker that dies resumes from its last checkpoint. A
 worker writes a checkpoint at once if its node is about to be removed, or if its job is stopped. A job with a complete artifact is not
@@ -14,8 +15,6 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,7 @@ from acip.calibration.basis_cache import BasisCache
 from acip.calibration.loop import calibrate, trial_step
 from acip.calibration.parametrize import parametrize
 from acip.calibration.state import CalibrationState, StepReport, history
-from acip.coding.coded_model import CodedModel
-from acip.data import TokenBatches, documents, token_windows
+from acip.data import TokenBatches
 from acip.errors import AcipError, CalibrationError, lacks_memory
 from acip.layers import sharding
 from acip.layers.targets import targets
@@ -53,6 +51,7 @@ from acip_platform.storage.store import Store
 from acip_platform.tracking.provenance import provenance
 from acip_platform.tracking.registry import few_retries
 from acip_platform.tracking.runs import Run
+from acip_platform.training.calibration_text import CalibrationText
 from acip_platform.training.completion import Heldout, finish, stored
 from acip_platform.training.idle_workers import IdleWorkers
 from acip_platform.training.layer_codes import codes_of
@@ -172,16 +171,18 @@ def _calibrate(
     Finished codes are stored beside the checkpoints until the artifact holds them.
     """
     recipe = job.recipe
-    codes = coded(job, base, run, emit, device, checkpoints, streamed)
+    check_memory(job, base, device, emit)
+    text = CalibrationText.of(job, base, settings, emit, streamed)
+    codes = codes_of(job, base, text.windows, run, emit, checkpoints, device, streamed)
     observer = Observer(job, run, emit, device, checkpoints, events)
-    origin = provenance(job) | {"attempt": key, "mlflow_run": run.run_id}
+    origin = provenance(job) | text.provenance | {"attempt": key, "mlflow_run": run.run_id}
     if recipe.code == "bits":
         assert codes is not None
         uri = stored(settings, key, lambda folder: Artifact.save_coded(folder, base, recipe, codes, origin))
         emit("stage", text=f"artifact saved: {uri}")
         remove_codes(checkpoints)
         return observer
-    batches = prepare(job, base, settings, emit, device)
+    batches = prepare(job, base, text.windows, settings, emit, device)
     run_trial_step(base.model, batches, recipe, emit)
     with run.system_metrics() if sharding.rank() == 0 else nullcontext(), checkpoints.newest() as folder:
         if folder is not None:
@@ -196,50 +197,10 @@ def _calibrate(
     return observer
 
 
-@dataclass(frozen=True)
-class Read:
-    """A value to read: its key, which decides equality, and the function that reads it."""
-
-    key: tuple[Any, ...]
-    read: Callable[[], Any] = field(compare=False)
-
-
-@lru_cache(maxsize=4)
-def read_once(request: Read) -> Any:
-    """Return the value of a request; equal requests are read once per process. The trials of a sweep share their text this way."""
-    return request.read()
-
-
-def calibration_windows(job: Job, base: Base) -> torch.Tensor:
-    """Return the windows of the calibration text, token ids [n, T], in the order of the recipe's seed."""
-    seq_len = job.recipe.seq_len
-    # a run that takes more steps than expected reads the windows again in another order
-    key = (job.base, job.data, seq_len, job.windows)
-    windows = read_once(Read(key, lambda: token_windows(documents(job.data, "train"), base.tokenizer, seq_len, job.windows)))
-    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(job.recipe.seed))]
-
-
-def coded(
-    job: Job, base: Base, run: Run, emit: Emit, device: torch.device, checkpoints: Checkpoints, streamed: bool = False
-) -> CodedModel | None:
-    """Return coded versions of the target layers, or None if the recipe has none. `prepare` must not have changed the model yet.
-
-    `streamed` is that of `codes_of`.
-    """
-    if job.recipe.code == "ranks":
-        return None
-    silent: Emit = lambda kind, **facts: None  # noqa: E731  (before the work; `prepare` reports the memory)
-    check_memory(job, base, device, emit if job.recipe.code == "bits" else silent)
-    return codes_of(job, base, calibration_windows(job, base), run, emit, checkpoints, device, streamed)
-
-
-def prepare(job: Job, base: Base, settings: Settings, emit: Emit, device: torch.device) -> TokenBatches:
-    """Parametrize `base` in place and return the batches of the calibration text; CalibrationError if memory is too small."""
+def prepare(job: Job, base: Base, windows: torch.Tensor, settings: Settings, emit: Emit, device: torch.device) -> TokenBatches:
+    """Parametrize `base` in place and return the batches of `windows`, those of the calibration text."""
     recipe = job.recipe
-    windows = calibration_windows(job, base)
     batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
-
-    check_memory(job, base, device, emit)
     began = time.monotonic()
     cache = BasisCache(settings.home / "cache" / "bases", in_bytes(settings.basis_cache_gb, GIGA))
     workers = IdleWorkers(device.type == "cuda")

@@ -31,6 +31,7 @@ from acip.evaluate.tasks import harness
 from acip.sizing.elastic_model import ElasticModel
 from tests.acip.layers.test_variants import recipe
 from tests.conftest import byte_tokenizer
+from tests.support.texts import text_reader
 
 TEXT = Text("package:austen", context=64, windows=4)
 
@@ -195,7 +196,7 @@ def test_fine_tuning_skips_the_text_of_the_calibration(small_artifact: Artifact)
     text = token_windows(documents("package:wikipedia", "train"), byte_tokenizer(), 1).flatten().tolist()
     for seq_len in (before.seq_len // 4, before.seq_len, before.seq_len * 2):
         tuning = recipe(seq_len=seq_len, post_tune_steps=1, batch_size=2)
-        windows = _windows(Job("small", "base", tuning, "package:wikipedia"), parent, tokenizer)
+        windows = _windows(Job("small", "base", tuning, "package:wikipedia"), parent, text_reader(tokenizer, seq_len))
         first = drawn * (before.seq_len - 1)  # tokens that the calibration may have read
         skipped = -(-first // (seq_len - 1)) * (seq_len - 1)
         assert windows[0].tolist() == [1, *text[skipped : skipped + seq_len - 1]]

@@ -109,7 +109,8 @@ def test_a_copy_contains_no_path_of_this_machine(small_artifact: Artifact, tmp_p
 def test_the_card_describes_the_model(small_artifact: Artifact, tmp_path: Path) -> None:
     artifact = Artifact.open(shutil.copytree(small_artifact.folder, tmp_path / "artifact"))
     row = {"got": 1.0, "params": 10, "perplexity": 4.0, "stderr": 0.1, "corpus": "books", "windows": 8, "context": 64}
-    artifact.record_curve([{**row, "asked": 1.0}, {**row, "asked": 0.5, "got": 0.4999, "perplexity": 6.0, "extrapolated": True}])
+    half = {**row, "asked": 0.5, "got": 0.4999, "perplexity": 6.0, "extrapolated": True, "domains": {"code": {"kl_nats": 0.1234}}}
+    artifact.record_curve([{**row, "asked": 1.0}, half])
     base = tmp_path / "base"
     base.mkdir()
     (base / "README.md").write_text("---\nlicense: mit\n---\n# base\n")
@@ -124,7 +125,9 @@ def test_the_card_describes_the_model(small_artifact: Artifact, tmp_path: Path) 
     for expected in (
         "license: mit", "library_name: transformers", "pipeline_tag: text-generation", "- nf4",
         "| requested size | 0.5000 (linear ratio) |",
-        "| 0.50 | 0.4999 | 10 | 6.00 ± 0.60 | closest to this model, below the calibrated sizes |", "books, held out", "import acip",
+        "| 0.50 | 0.4999 | 10 | 6.00 ± 0.60 | code, 0.123 | closest to this model, below the calibrated sizes |",
+        "books, held out", "import acip",
+        "perplexity | worst domain, KL | |", "(nats per token) of code.",
     ):  # fmt: skip
         assert expected in card, expected
     assert str(tmp_path) not in card, "the card contains a path of this machine"

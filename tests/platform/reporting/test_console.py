@@ -46,6 +46,14 @@ def test_a_curve_of_one_kind_is_one_table() -> None:
         assert any("8 x 64 tokens" in cells[0] for cells in lines), "the text is named"
 
 
+def test_the_worst_domain_has_a_column_if_domains_were_measured() -> None:
+    domains = {"wikipedia": {"kl_nats": 0.04}, "code": {"kl_nats": 0.12}}
+    lines = printed(curve_tables("small, version 1", [*RANKS, {**CODED[0], "domains": domains}, CODED[1]], 0.4))
+    headings = [cells for cells in lines if "KL to base" in cells]
+    assert ["worst domain" in cells for cells in headings] == [True, False]
+    assert [cells[8:] for cells in lines if cells[0] in ("base", "0.5", "0.42")] == [[], ["code 0.1200"], []]
+
+
 def test_older_curves_have_no_flops() -> None:
     older = [{key: value for key, value in each.items() if key != "flops"} for each in RANKS]
     assert any(cells[:4] == ["0.60", "0.6000", "", "10"] for cells in printed(curve_tables("small", older, 0.4)))
@@ -58,7 +66,9 @@ def test_the_example_is_the_smallest_size_that_is_close_to_the_base_model() -> N
 
 
 def test_an_evaluation_states_the_unit_of_each_size() -> None:
-    lines = printed(evaluation_table("small", [RANKS[1], CODED[1]]))
+    part = {"kind": "domains", "label": "domains", "values": {"kl_nats/code": 0.25}}
+    lines = printed(evaluation_table("small", [RANKS[1], {**CODED[1], "evaluation": [*CODED[1]["evaluation"], part]}]))
+    assert ["code KL", "", "0.2500"] in lines
     assert ["measured", "0.6", "0.42 of the bytes"] in lines
     assert ["MB stored", "120.0", "84.0"] in lines
     assert ["bits per weight", "", "4.20"] in lines

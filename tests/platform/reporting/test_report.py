@@ -9,6 +9,7 @@ from shutil import copytree
 from typing import Any
 
 import pytest
+import torch
 from acip_platform.reporting.report import CONTEXT, Subject, baseline_rows, facts, page
 from acip_platform.settings import Settings
 from acip_platform.tracking.registry import ModelVersion, Registry
@@ -102,7 +103,7 @@ def test_the_report_shows_the_numbers_of_the_artifact(
 
     content = json.loads(out.with_suffix(".json").read_text())
     (model,) = content["models"]
-    assert [{key: row[key] for key in row if key not in ("memory_bytes", "kl", "label")} for row in model["curve"]] == [
+    assert [{key: row[key] for key in row if key not in ("memory_bytes", "kl", "label", "worst_domain")} for row in model["curve"]] == [
         {key: value for key, value in row.items() if key != "evaluation"} for row in artifact.curve
     ]
     assert model["area"] == pytest.approx(excess_loss_area(artifact.curve))
@@ -144,7 +145,7 @@ def test_bytes_come_first_in_the_report_of_coded_layers(
     text = Text("package:austen", context=32, windows=2)
     sizes: list[Budget | float] = [1.0, 0.5, *(Budget(size, "bytes") for size in (0.56, 0.52))]
     artifact = artifact.record_curve(trade_off(artifact.load(), text.tokens(artifact.tokenizer()), text.source, sizes, 0.4,
-                                               divergence=DivergenceOn(text)))  # fmt: skip
+                                               divergence=DivergenceOn(text), domains={"code": torch.arange(128).view(4, 32)}))  # fmt: skip
     rivals, out = tmp_path / "rivals.json", tmp_path / "report.html"
     rivals.write_text(json.dumps([{"method": "rival in bytes", "got": 0.54, "loss": 5.0, "convention": "bytes"}]))
     assert run_report(monkeypatch, tmp_path / "home", "--artifact", str(artifact.folder), "--baselines", rivals, "--out", out) == 0
@@ -165,6 +166,10 @@ def test_bytes_come_first_in_the_report_of_coded_layers(
         assert shown[6] == f"{kl:.4f}"
         assert [line for line in printed.splitlines() if f"{row['got']:.4f}" in line and f"{row['bits_per_weight']:.2f}" in line]
     assert [shown[0] for shown in report_page.cells("rank-sizes")] == ["1.00", "0.50"]
+    for row, shown in zip(artifact.curve, report_page.cells("domains"), strict=True):
+        austen, code = (row["domains"][name]["kl_nats"] for name in ("austen", "code"))
+        assert shown[1:3] == [f"{austen:,.4g}", f"{code:,.4g}"]
+        assert shown[3:5] == ([f"{(austen + code) / 2:,.4g}", "code" if code > austen else "austen"] if austen + code else ["", ""])
     assert not report_page.overflows()
 
 

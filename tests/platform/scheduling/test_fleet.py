@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from acip_platform.scheduling.fleet import Fleet, FleetError, Job
 
+from acip.mixture import Mixture
 from acip.recipe import Recipe, named
 
 FLEETS = Path(__file__).parents[3] / "jobs" / "fleets"
@@ -49,6 +50,40 @@ def test_defaults_and_changes(tmp_path: Path) -> None:
     assert with_tasks.fingerprint == a.fingerprint, "evaluation settings do not change the fingerprint"
 
 
+def test_data_can_be_a_mixture(tmp_path: Path) -> None:
+    """A list with one source is that source. The fingerprint depends on the shares; with sampled text, on the seed, too."""
+    (tmp_path / "chats.jsonl").write_text("")
+    data = f"[{{source: package:wikipedia, weight: 2}}, {tmp_path}/chats.jsonl, {{source: self}}]"
+    text = f"models:\n- {{name: a, base: x/y, data: [package:austen]}}\n- {{name: b, base: x/y, data: {data}}}"
+    one, mixed = load(tmp_path, text).jobs
+    assert one.data == "package:austen"
+    assert mixed.data == Mixture((("package:wikipedia", 2.0), (str(tmp_path / "chats.jsonl"), 1.0), ("self", 1.0)))
+    assert Job.from_dict(mixed.to_dict()) == mixed and hash(mixed) == hash(Job.from_dict(mixed.to_dict()))
+    assert mixed.heldout.source == "package:wikipedia"
+    scaled, other = (Mixture(tuple(zip(mixed.data.sources, weights, strict=True))) for weights in ((1.0, 0.5, 0.5), (1.0, 1.0, 1.0)))
+    assert replace(mixed, data=scaled).fingerprint == mixed.fingerprint != replace(mixed, data=other).fingerprint
+    assert mixed.by_content()["data"][2][0] == "self, sampling 1, seed 0"
+
+
+def test_curves_are_never_measured_on_sampled_text() -> None:
+    """The first other source is used, else package:wikipedia."""
+    assert Job("a", "x/y", data="self").heldout.source == "package:wikipedia"
+    assert Job("a", "x/y", data=Mixture((("self", 1.0), ("package:austen", 1.0)))).heldout.source == "package:austen"
+
+
+def test_every_domain_is_measured_unless_the_fleet_says_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("text")
+    fields = ("", ", domains: []", f", domains: [chat, {tmp_path}/mine.txt], domain_windows: 3")
+    models = "\n".join(f"- {{name: m{i}, base: x/y{more}}}" for i, more in enumerate(fields))
+    every, none, some = load(tmp_path, f"models:\n{models}").jobs
+    assert every.domains == ("package:wikipedia", "package:austen", "package:code", "chat")
+    assert none.domains == () and some.domains == ("chat", str(tmp_path / "mine.txt")) and some.domain_windows == 3
+    assert {job.fingerprint for job in (every, none, some)} == {every.fingerprint}, "domains do not change the result"
+    assert Job.from_dict(some.to_dict()) == some
+    older = {key: value for key, value in every.to_dict().items() if not key.startswith("domain")}
+    assert Job.from_dict(older) == every
+
+
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
@@ -75,6 +110,25 @@ def test_defaults_and_changes(tmp_path: Path) -> None:
         ("models:\n- {name: a, base: b/c, byte_sizes: [0.4, 0.0]}", 2, "byte_sizes contains 0.0; each must be above 0 and at most 1"),
         ("models:\n- {name: a, base: b/c, tasks: [package:piqaa]}", 2, "did you mean 'package:piqa'"),
         ("models:\n- {name: a, base: b/c, task_limit: -1}", 2, "task_limit is -1"),
+        ("models:\n- name: a\n  base: b/c\n  data: []", 4, "data is an empty list"),
+        ("models:\n- name: a\n  base: b/c\n  data:\n  - c4\n  - {source: c4, weight: 2}", 6, "the source c4 is listed twice"),
+        (
+            "models:\n- name: a\n  base: b/c\n  data:\n  - c4\n  - {source: self, weight: 0}",
+            6,
+            "the weight of self is 0; it must be above 0",
+        ),
+        ("models:\n- name: a\n  base: b/c\n  data:\n  - {source: c4, wieght: 2}", 5, "did you mean 'weight'?"),
+        ("models:\n- name: a\n  base: b/c\n  data:\n  - {weight: 2}", 5, "needs a 'source'"),
+        ("models:\n- name: a\n  base: b/c\n  data:\n  - self\n  - package:wikipedias", 6, "did you mean 'wikipedia'?"),
+        ("models:\n- name: a\n  base: b/c\n  data: wikitext", 4, "did you mean 'wikitext2'?"),
+        ("models:\n- name: a\n  base: b/c\n  data:\n  - c4\n  - {source: self, weight: 1.0e-9}", 2, "is less than one of"),
+        ("models:\n- {name: a, base: b/c, data: [c4, self], num_workers: 2}", 2, "one worker samples the whole text"),
+        ("models:\n- {name: a, base: b/c, eval_data: self}", 2, "eval_data can't be self"),
+        ("models:\n- name: a\n  base: b/c\n  domains: [package:cod]", 4, "acip includes no text 'cod' (did you mean 'code'?)"),
+        ("models:\n- name: a\n  base: b/c\n  domains: [chta]", 4, "data source 'chta' is neither a local file"),
+        ("models:\n- name: a\n  base: b/c\n  domains: [/x/code, package:code]", 4, "have the same name, 'code'"),
+        ("models:\n- name: a\n  base: b/c\n  domains: chat", 4, "must be a list"),
+        ("models:\n- {name: a, base: b/c, domain_windows: 0}", 2, "domain_windows is 0"),
         ("models: [", None, "is not YAML"),
         ("models:\n- !!python/object/apply:os.system ['false']", 2, "must be a mapping"),
         ("models:\n- {name: a, base: !!python/name:os.system '', sizes: [1.0]}", 2, "could not determine a constructor"),

@@ -317,6 +317,13 @@ def test_row_metrics_have_units() -> None:
         (425, {"bytes/tradeoff/stored_bytes": 14.0, "bytes/tradeoff/loss_nats": 2.0, "bytes/tradeoff/perplexity": 7.4,
                "bytes/tradeoff/bits_per_weight": 3.0, "bytes/tradeoff/flops_per_token": 9.0})
     ]  # fmt: skip
+    numbers = {"same_top_share": 0.9, "ppl": 9.0, "base_ppl": 8.0, "windows": 1, "tokens": 9}
+    domains = {"code": {"kl_nats": 0.3, **numbers}, "x": {"kl_nats": 0.1, **numbers, "ppl": None}}
+    assert run_descriptions.on_domains({**row, "domains": domains}) == {
+        "kl_nats/code": 0.3, "kl_nats/x": 0.1, "kl_nats/worst_domain": 0.3, "kl_nats/mean_of_domains": pytest.approx(0.2),
+        "same_top_share/code": 0.9, "same_top_share/x": 0.9, "perplexity/code": 9.0,
+    }  # fmt: skip
+    assert run_descriptions.curve([{**row, "domains": domains}])[0][1]["kl_nats/code"] == 0.3
     base = {**row, "asked": 1.0, "got": 1.0, "loss": 1.5}
     assert run_descriptions.excess("a", [base, coded])[1] == (425, {"bytes/excess_loss_nats/a": 0.5})
 

@@ -54,7 +54,8 @@ RECIPE = Recipe(
 
 def job_of(base: str, **fields: Any) -> Job:
     return Job(
-        "small", base, RECIPE, "package:wikipedia", eval_context=64, eval_windows=2, sizes=(1.0, 0.5), cpus=1, **fields
+        "small", base, RECIPE, "package:wikipedia", eval_context=64, eval_windows=2, sizes=(1.0, 0.5), cpus=1,
+        domains=("package:code", "chat"), **fields,
     )  # fmt: skip
 
 

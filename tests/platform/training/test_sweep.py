@@ -174,7 +174,7 @@ def test_the_winner_equals_a_separate_calibration(
     recipe = Artifact.open(winner_folder).recipe
     changes = {name: value for name, value in recipe.to_dict().items() if value != Recipe().to_dict()[name]}
     (folder / "alone.yaml").write_text(
-        f"defaults: {{data: package:wikipedia, eval_context: 64, eval_windows: 8, sizes: [1.0, 0.5], cpus: 1}}\n"
+        f"defaults: {{data: package:wikipedia, eval_context: 64, eval_windows: 8, sizes: [1.0, 0.5], domains: [], cpus: 1}}\n"
         f"models:\n- {{name: alone, base: {small_base}, set: {json.dumps(changes)}}}\n"
     )
     calibrate_command = [sys.executable, str(ROOT / "jobs" / "calibrate_all.py"), "--fleet", str(folder / "alone.yaml")]
@@ -198,7 +198,7 @@ def test_measuring_at_rungs_does_not_change_the_model(
     monkeypatch.setattr(sweep_worker, "report", lambda metrics, state: reports.append(dict(metrics)))
     base = load_base(small_base, quick_recipe.dtype)
     parametrize(base.model, quick_recipe, golden_tokens)
-    job = Job("small", small_base, quick_recipe, data="package:austen", eval_context=64, eval_windows=4, sizes=(1.0, 0.7, 0.4))
+    job = Job("small", small_base, quick_recipe, data="package:austen", eval_context=64, eval_windows=4, sizes=(1.0, 0.7, 0.4), domains=())
     rungs = Rungs(job, base.model, Heldout.of(job, base), lambda reports, state: None, measure_rungs=True)  # type: ignore[arg-type]
 
     def layer_modes(state: CalibrationState) -> list[Any]:

@@ -1,0 +1,110 @@
+"""Sample calibration text from the base model itself, for a model without any other text at hand.
+
+    document   start token -> text
+    chat       chat template up to a user's message -> message -> chat template -> answer
+
+Documents are those of data-free calibration (LLM-QAT, Liu et al. 2023), chats those of Magpie (Xu et al. 2024). Every second text is a
+chat if the tokenizer has a chat template. A text ends at the end token, or at the length of a window; a user's message takes at most
+half of it. Tokens are drawn from the whole distribution of the model.
+
+Batch i is a function of the model, the seed and i on one machine. On other machines the model's probabilities, and so the texts, may
+differ.
+"""
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from acip.data import chat_text, start_tokens
+from acip.errors import DataError
+
+SAMPLING = 1  # version of this process, part of fingerprints
+TEMPERATURE = 1.0
+BATCH = 64  # texts
+TOGETHER = 32  # texts that are sampled at once; they limit the memory
+MARK = "MESSAGE"  # stands for a user's message in the chat template
+
+Row = dict[str, Any]  # "text" or "messages", and the number of sampled "tokens"
+
+
+@torch.no_grad()
+def sample(model: PreTrainedModel, tokenizer: Any, seq_len: int, seed: int, batch: int) -> list[Row]:
+    """Return batch number `batch` of the texts that `model` writes: at most BATCH, without empty ones, documents and chats in turn.
+
+    The state of torch's random number generators does not change. Raises DataError if the model writes less than one token per text, or
+    if its tokenizer has no token to start from.
+    """
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed * 1_000_003 + batch)
+        has_chats = getattr(tokenizer, "chat_template", None) is not None
+        parts = [kind(model, tokenizer, seq_len) for kind in (_documents, _chats if has_chats else _documents)]
+    for rows in parts:
+        if sum(row["tokens"] for row in rows) < TOGETHER:
+            raise DataError("the base model ends its texts at once, so no text can be sampled from it. Use another source than self.")
+    return [row for pair in zip_longest(*parts) for row in pair if row is not None]
+
+
+def _documents(model: PreTrainedModel, tokenizer: Any, seq_len: int) -> list[Row]:
+    start = first_tokens(tokenizer)
+    written = _continued(model, tokenizer, [start] * TOGETHER, seq_len - len(start))
+    texts = ((tokenizer.decode(ids, skip_special_tokens=True), len(ids)) for ids in written)
+    return [{"text": text, "tokens": count} for text, count in texts if text.strip()]
+
+
+def first_tokens(tokenizer: Any) -> list[int]:
+    """Return the tokens that a document begins with: those that the tokenizer puts before a text, else `bos`, else `eos`."""
+    some = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if start := list(start_tokens(tokenizer)) or [token for token in some if token is not None][:1]:
+        return start
+    raise DataError("the tokenizer of the base model has no start token and no end token, so no text can be sampled. Use another source.")
+
+
+def _chats(model: PreTrainedModel, tokenizer: Any, seq_len: int) -> list[Row]:
+    before, mark, after = chat_text([{"role": "user", "content": MARK}], tokenizer).rpartition(MARK)
+    if not mark:
+        raise DataError("the chat template omits the user's message, so no chats can be sampled. Use another source than self.")
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {*tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
+    prompt, stops = _ids(tokenizer, before), [token for token in _ids(tokenizer, after) if token in special][:1]
+    rows: list[Row] = []
+    for ids in _continued(model, tokenizer, [prompt] * TOGETHER, max(1, seq_len // 2 - len(prompt)), stops):
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if message := (text.partition(after.strip())[0] if after.strip() else text).strip():
+            rows.append({"messages": [{"role": "user", "content": message}], "tokens": len(ids)})
+    prompts = [_ids(tokenizer, chat_text(row["messages"], tokenizer, add_generation_prompt=True)) for row in rows]
+    most = max(1, seq_len - max(map(len, prompts), default=0))
+    for row, ids in zip(rows, _continued(model, tokenizer, prompts, most, stops) if rows else [], strict=True):
+        row["messages"].append({"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True).strip()})
+        row["tokens"] += len(ids)
+    return [row for row in rows if row["messages"][1]["content"]]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _continued(
+    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequence[int]], most: int, stops: Sequence[int] = ()
+) -> list[list[int]]:
+    """Return a continuation of each prompt, of at most `most` tokens, without the end token or the token of `stops` that ends it."""
+    own = model.generation_config
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = sorted({token for token in (*ends, tokenizer.eos_token_id, *stops) if token is not None})
+    pad, longest = ends[0] if ends else 0, max(map(len, prompts))
+    ids_BT = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    whole_distribution: dict[str, Any] = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0}
+    config = GenerationConfig(**whole_distribution, max_new_tokens=most, eos_token_id=ends or None, pad_token_id=pad)
+    model.generation_config = GenerationConfig()  # else generate() takes the settings that `config` lacks from the model
+    try:
+        written: Any = model.generate(ids_BT, attention_mask=mask_BT, generation_config=config)  # type: ignore[operator]
+    finally:
+        model.generation_config = own
+    return [_until(row, ends) for row in written[:, longest:].tolist()]
+
+
+def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
+    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
