@@ -21,3 +21,11 @@ def return_freed_memory() -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(MMAP_THRESHOLD, LEAST_BYTES)
+
+
+def trim() -> None:
+    """Return the memory that has been freed so far to the operating system. glibc keeps most of it otherwise."""
+    if sys.platform == "linux":
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if malloc_trim is not None:
+            malloc_trim(0)

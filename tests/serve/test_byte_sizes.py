@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from acip_platform.serve.engine import model_cache
+from acip_platform.serve.engine import model_cache, resident_weights
 from acip_platform.serve.engine.engine import Engine
 from acip_platform.serve.engine.errors import MemoryFullError
 from acip_platform.serve.engine.events import RequestDone, TokenEvent, TokenSampled
@@ -25,10 +25,11 @@ from acip_platform.serve.tradeoff import trade_off
 
 from acip.artifact.artifact import Artifact
 from acip.errors import AcipError, BudgetError
+from acip.layers.integer_linear import PreciseIntegerLinear, supports_precise_integers
 from acip.sizing.budget import Budget
 from tests.serve.conftest import in_bytes, save_codes_only, save_with_codes
 from tests.support.application import Application
-from tests.support.engines import Resident
+from tests.support.engines import Resident, embedded_only
 from tests.support.waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
@@ -86,6 +87,25 @@ def test_a_coded_size_takes_at_most_six_tenths_of_the_layers_in_16_bit(narrow: A
     assert len(tokens(engine, model, Budget(ratio=0.6))) == 8
     assert model.bytes - rest > 1.6 * layers, "a size in ranks loads the factors"
     assert all(layer.stored_rank > 0 for layer in model.any_size.layers.values())
+
+
+@embedded_only
+@pytest.mark.skipif(not supports_precise_integers("cpu", torch.bfloat16), reason="this CPU has no VNNI")
+def test_codes_in_integers_are_served_alike(narrow: Artifact, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = in_bytes(narrow.table(), 0.44)
+    outputs = []
+    for least in (0, resident_weights.LEAST_INTEGERS):
+        monkeypatch.setattr(resident_weights, "LEAST_INTEGERS", least)
+        model = resident(narrow)
+        engine.add(model)
+        assert len(tokens(engine, model, Budget(ratio=0.44, convention="bytes"))) == 8
+        layer = next(iter(model.any_size.layers.values()))
+        with model.holding(cut), torch.inference_mode():
+            coded = layer.coded[str((cut.versions or {})[narrow.table().layers[0].name])]
+            assert isinstance(coded, PreciseIntegerLinear) == (least == 0)
+            outputs.append(coded(torch.ones(3, narrow.table().layers[0].N).bfloat16()))
+        assert model.weights.code_bytes <= model.weights.codes_limit and model.bytes - rest_bytes(narrow) <= 0.6 * layer_bytes(model)
+    torch.testing.assert_close(*outputs, rtol=0.02, atol=0.02)
 
 
 def test_sizes_above_the_largest_that_is_served_are_refused_and_their_weights_not_loaded(narrow: Artifact, engine: Engine) -> None:

@@ -23,6 +23,7 @@ from acip.recipe import Recipe
 from acip.sizing.budget import Budget, Convention
 from acip.sizing.cut_table import Cut, CutTable
 from acip.sizing.elastic_model import ElasticModel
+from acip.utils.malloc import trim
 from acip_platform.serve.engine.batch import Batch, SteppedBatch
 from acip_platform.serve.engine.errors import ContextTooLongError, InvalidTokensError
 from acip_platform.serve.engine.exactness_check import check, served_context
@@ -92,6 +93,7 @@ class ResidentModel:
             self.weights.load_ranks(self.largest.ranks if max_size else loader.stored_ranks, dense=max_size is None)
         self.weights.pack()
         self._check()
+        trim()  # the check has freed a copy of the model
         self.notes = [
             *([shorter] if shorter else []),
             *(f"{left} of generation_config.json is not honored" for left in self.settings.not_honored),

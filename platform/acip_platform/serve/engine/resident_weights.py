@@ -35,6 +35,7 @@ from acip.sizing.elastic_model import ElasticModel
 from acip_platform.serve.engine.errors import ModelUnloadedError
 
 STEP_SIZE_BYTES = 4  # of a row of a coded layer
+LEAST_INTEGERS = 1 << 20  # weights of a layer whose codes are multiplied in integers; smaller layers are not faster (products.py)
 DRAFT_KEY = (2, 0)  # of the size that drafts
 DRAFT_VERSION = -1  # of its layers
 
@@ -74,7 +75,7 @@ class ResidentWeights:
 
     With `packed`, linear layers get copies that are faster on a CPU (`acip.layers.packing`), if `memory` has room.
     `code_copies` sets the limit for codes, in units of the codes of one size. With `integers`, codes are multiplied in integers where
-    that is precise (`acip.layers.integer_linear`).
+    that is precise and faster (`acip.layers.integer_linear`).
     """
 
     def __init__(
@@ -274,7 +275,7 @@ class ResidentWeights:
                     layer = self.layers[name]
                     with building:
                         coded: Any = self.loader.coded(name, codes, layer.bias)
-                        if self._integers:
+                        if self._integers and coded.codes.numel() >= LEAST_INTEGERS:
                             coded = PreciseIntegerLinear(coded.codes, coded.steps, layer.bias)
                     with self._lock:
                         layer.coded[str(version)] = coded
