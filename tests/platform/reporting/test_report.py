@@ -144,8 +144,11 @@ def test_bytes_come_first_in_the_report_of_coded_layers(
     artifact = Artifact.save(tmp_path / "coded", base, calibration, {}, codes)
     text = Text("package:austen", context=32, windows=2)
     sizes: list[Budget | float] = [1.0, 0.5, *(Budget(size, "bytes") for size in (0.56, 0.52))]
-    artifact = artifact.record_curve(trade_off(artifact.load(), text.tokens(artifact.tokenizer()), text.source, sizes, 0.4,
-                                               divergence=DivergenceOn(text), domains={"code": list(torch.arange(128).view(4, 32))}))  # fmt: skip
+    domains = {"code": list(torch.arange(128).view(4, 32))}
+    rows = trade_off(
+        artifact.load(), text.tokens(artifact.tokenizer()), text.source, sizes, 0.4, divergence=DivergenceOn(text), domains=domains
+    )
+    artifact = artifact.record_curve(rows)
     rivals, out = tmp_path / "rivals.json", tmp_path / "report.html"
     rivals.write_text(json.dumps([{"method": "rival in bytes", "got": 0.54, "loss": 5.0, "convention": "bytes"}]))
     assert run_report(monkeypatch, tmp_path / "home", "--artifact", str(artifact.folder), "--baselines", rivals, "--out", out) == 0
