@@ -1,9 +1,9 @@
 """Compare calibration texts: the divergence from the base model on each domain, after calibrations of SmolLM2-135M by one recipe.
 
-    python tests/benchmarks/calibration_data.py           the demo's recipe, one seed, about an hour on 2 cores
+    python tests/benchmarks/calibration_data.py           the demo's recipe, one seed, about an hour on 2 cores, which can be interrupted
     python tests/benchmarks/calibration_data.py --quick   a few steps and windows: under 5 minutes
 
-The texts are Wikipedia, text that the base model itself writes (`self`), and mixtures of them. The baseline is Wikipedia. KL divergence is
+The texts are Wikipedia, text that the base model itself writes (`self`), source code, and mixtures of them. The baseline is Wikipedia. KL divergence is
 in nats per token, at sizes in the convention `linear`, on held-out text of every domain. Finished calibrations and the sampled text are
 kept in --folder, and are not repeated. `--check` exits with 1 if the worst domain with `self` is more than 10 % worse than that
 with the best of the other texts, on average over the sizes.
@@ -48,6 +48,8 @@ TEXTS: dict[str, str | Mixture] = {
     "wikipedia": "package:wikipedia",
     SELF: SELF,
     "half wikipedia, half self": Mixture((("package:wikipedia", 1.0), (SELF, 1.0))),
+    "half wikipedia, half code": Mixture((("package:wikipedia", 1.0), ("package:code", 1.0))),
+    "wikipedia, code and self": Mixture((("package:wikipedia", 1.0), ("package:code", 1.0), (SELF, 1.0))),
 }
 DOMAINS = ("wikipedia", "austen", "code")
 SIZES = (0.8, 0.6, 0.4)
