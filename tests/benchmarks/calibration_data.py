@@ -3,8 +3,8 @@
     python tests/benchmarks/calibration_data.py           the demo's recipe, one seed, about an hour on 2 cores, which can be interrupted
     python tests/benchmarks/calibration_data.py --quick   a few steps and windows: under 5 minutes
 
-The texts are Wikipedia, text that the base model itself writes (`self`), source code, and mixtures of them. The baseline is Wikipedia. KL divergence is
-in nats per token, at sizes in the convention `linear`, on held-out text of every domain. Finished calibrations and the sampled text are
+The texts are Wikipedia, text that the base model itself writes (`self`), source code, and mixtures. The baseline is Wikipedia. KL
+divergence is in nats per token, at sizes in the convention `linear`, on held-out text of every domain. Finished calibrations and the sampled text are
 kept in --folder, and are not repeated. `--check` exits with 1 if the worst domain with `self` is more than 10 % worse than that
 with the best of the other texts, on average over the sizes.
 """

@@ -25,6 +25,7 @@ from acip.utils.threads import one_thread_each
 LOOK_S = 10.0  # between looks for idle resources. Work that takes less time stays in this process.
 START_S = 120.0  # until a worker that has not started is given up: its resources were taken by a job
 MOST = 64  # workers
+MEMORY = 1 << 30  # bytes of a node that Ray reserves for a worker: Python with torch takes a half, a layer of a 7B model the other
 TASKS = 2  # of a worker at a time, so that it does not wait for the next one
 UNREAD = 256  # results that are in memory, at most, while an earlier one is missing
 
@@ -47,7 +48,7 @@ class IdleWorkers:
     """The idle workers of a cluster, as an `acip.utils.threads.Spread`. `shares` counts the finished tasks: own ones first."""
 
     def __init__(self, gpu: bool, look_s: float = LOOK_S) -> None:
-        self.needs = {"GPU": 1.0, "CPU": 1.0} if gpu else {"CPU": 1.0}
+        self.needs = {"CPU": 1.0, "memory": float(MEMORY)} | ({"GPU": 1.0} if gpu else {})
         self.look_s = look_s
         self.shares = [0]
 
@@ -131,6 +132,7 @@ class _Worker:
         self.actor: Any = IdleWorker.options(  # type: ignore[attr-defined]
             num_cpus=needs["CPU"],
             num_gpus=needs.get("GPU", 0),
+            memory=needs["memory"],
             scheduling_strategy=PlacementGroupSchedulingStrategy(None),  # type: ignore[arg-type]  # not on the resources of this job
         ).remote()
         self.first: Any = self.actor.ready.remote()
