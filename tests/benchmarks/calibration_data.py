@@ -4,9 +4,9 @@
     python tests/benchmarks/calibration_data.py --quick   a few steps and windows: under 5 minutes
 
 The texts are Wikipedia, text that the base model itself writes (`self`), source code, and mixtures. The baseline is Wikipedia. KL
-divergence is in nats per token, at sizes in the convention `linear`, on held-out text of every domain. Finished calibrations and the sampled text are
-kept in --folder, and are not repeated. `--check` exits with 1 if the worst domain with `self` is more than 10 % worse than that
-with the best of the other texts, on average over the sizes.
+divergence is in nats per token, at sizes in the convention `linear`, on held-out text of every domain. Finished calibrations and the
+sampled text are kept in --folder, and are not repeated. `--check` exits with 1 if the worst domain with `self` is more than 10 % worse
+than that with the best of the other texts, on average over the sizes.
 """
 
 import argparse
