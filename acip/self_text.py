@@ -16,10 +16,11 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from acip.data import chat_text, start_tokens
 from acip.errors import DataError
+from acip.utils.generation import continued, end_tokens
 
 SAMPLING = 1  # version of this process, part of fingerprints
 TEMPERATURE = 1.0
@@ -90,21 +91,5 @@ def _continued(
     model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequence[int]], most: int, stops: Sequence[int] = ()
 ) -> list[list[int]]:
     """Return a continuation of each prompt, of at most `most` tokens, without the end token or the token of `stops` that ends it."""
-    own = model.generation_config
-    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    ends = sorted({token for token in (*ends, tokenizer.eos_token_id, *stops) if token is not None})
-    pad, longest = ends[0] if ends else 0, max(map(len, prompts))
-    ids_BT = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
-    mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    whole_distribution: dict[str, Any] = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0}
-    config = GenerationConfig(**whole_distribution, max_new_tokens=most, eos_token_id=ends or None, pad_token_id=pad)
-    model.generation_config = GenerationConfig()  # else generate() takes the settings that `config` lacks from the model
-    try:
-        written: Any = model.generate(ids_BT, attention_mask=mask_BT, generation_config=config)  # type: ignore[operator]
-    finally:
-        model.generation_config = own
-    return [_until(row, ends) for row in written[:, longest:].tolist()]
-
-
-def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
-    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
+    ends = end_tokens(model, tokenizer, stops)
+    return continued(model, prompts, most, ends, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0)  # the whole distribution

@@ -21,6 +21,7 @@ from acip.errors import EvaluationError
 from acip.evaluate.heldout_text import Text, evenly
 from acip.evaluate.measurement import Subject
 from acip.sizing.domains import domain_name
+from acip.utils.generation import continued, end_tokens
 
 CHAT = "chat"
 EVERY_DOMAIN = ("package:wikipedia", "package:austen", "package:code", CHAT)
@@ -89,12 +90,9 @@ def _ids(text: str, tokenizer: Any) -> list[int]:
 
 
 def _answers(subject: Subject, asked: list[list[int]], new_tokens: int) -> list[str]:
-    """Return the greedy answers of the base model. Shorter prompts are padded on the left."""
-    tokenizer, longest = subject.tokenizer, max(map(len, asked))
-    pad = tokenizer.eos_token_id or 0
-    ids_BT = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in asked], device=subject.model.device)
-    mask_BT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in asked], device=subject.model.device)
+    """Return the greedy answers of the base model."""
+    ends = end_tokens(subject.model, subject.tokenizer)
     with subject.base() as base:
-        whole_BT = base.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad)  # type: ignore[operator]
-    answers: list[str] = tokenizer.batch_decode(whole_BT[:, longest:], skip_special_tokens=True)
+        written = continued(base, asked, new_tokens, ends)
+    answers: list[str] = subject.tokenizer.batch_decode(written, skip_special_tokens=True)
     return answers

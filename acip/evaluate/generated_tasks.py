@@ -22,13 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-import torch
-from torch import nn
-
 from acip.data import start_tokens
 from acip.errors import EvaluationError
 from acip.evaluate.measurement import Measurement, Part, Subject, label
 from acip.utils.coerce import did_you_mean
+from acip.utils.generation import continued, end_tokens
 
 PREFIX = "generated:"
 ITEMS = 200  # by default
@@ -89,23 +87,17 @@ class GeneratedTask(Measurement):
         """The label of the part."""
         return f"{self.kind}/{label(self.task, f'first{self.limit}' if self.limit else '')}"
 
-    @torch.no_grad()
     def answers(self, model: Any, tokenizer: Any, items: Sequence[Item]) -> list[str]:
         """Return the greedy answer of `model` to each item, up to the end token, or for a plain model the end of the line."""
         chat = getattr(tokenizer, "chat_template", None) is not None
         prompts = [self.prompt(tokenizer, item, chat) for item in items]
-        device = next(nn.Module.parameters(model)).device
+        ends = end_tokens(model, tokenizer)
         found: dict[int, str] = {}
         order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
         for at in range(0, len(order), BATCH):
             some = order[at : at + BATCH]
-            length = max(len(prompts[i]) for i in some)
-            pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-            ids_BT = torch.tensor([[pad] * (length - len(prompts[i])) + prompts[i] for i in some], device=device)
-            mask_BT = torch.tensor([[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in some], device=device)
-            whole_BT = model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=self.new_tokens, do_sample=False, pad_token_id=pad)
-            for i, answer_T in zip(some, whole_BT[:, length:], strict=True):
-                text = tokenizer.decode(answer_T, skip_special_tokens=True).strip()
+            for i, ids in zip(some, continued(model, [prompts[i] for i in some], self.new_tokens, ends), strict=True):
+                text = tokenizer.decode(ids, skip_special_tokens=True).strip()
                 found[i] = text if chat else text.partition("\nQuestion:")[0].strip()
         return [found[i] for i in range(len(items))]
 

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from acip.artifact.artifact import Artifact
 from acip.errors import EvaluationError
@@ -79,12 +78,11 @@ def test_shares_have_standard_errors() -> None:
     assert math.isnan(values["kept"])
 
 
-class Answering(nn.Module):
+class Answering:
     """A model that answers every prompt with the same text, and records the prompts."""
 
     def __init__(self, tokenizer: Any, text: str) -> None:
-        super().__init__()
-        self.weight, self.tokenizer, self.text = nn.Parameter(torch.zeros(1)), tokenizer, text
+        self.device, self.generation_config, self.tokenizer, self.text = torch.device("cpu"), GenerationConfig(), tokenizer, text
         self.prompts: list[str] = []
 
     def generate(self, ids_BT: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> torch.Tensor:
