@@ -37,6 +37,7 @@ from acip.evaluate.tasks import expand
 from acip.mixture import Mixture
 from acip.recipe import Recipe
 from acip.self_text import SAMPLING
+from acip.sizing.domains import domain_name
 from acip.utils.coerce import coerce
 from acip_platform.storage.inputs import identity, resolved
 from acip_platform.yaml_file import YamlFile
@@ -250,7 +251,7 @@ class _Reader(YamlFile):
 
     def texts(self, node: yaml.Node, fields: dict[str, Any], recipe: Recipe) -> None:
         """Check that the texts fit to the other fields."""
-        job = Job("", "", recipe, fields.get("data", Job.data))
+        job = Job("", "", recipe, fields.get("data", Job.data), fields.get("eval_data", Job.eval_data))
         if isinstance(job.data, Mixture):
             self.checked(node, job.data.counts, job.windows)
         n = fields.get("num_workers", 1)
@@ -258,6 +259,10 @@ class _Reader(YamlFile):
             raise self.fail(node, f"num_workers is {n} and data has {SELF}: one worker samples the whole text. Change one of them.")
         if fields.get("eval_data") == SELF:
             raise self.fail(node, f"eval_data can't be {SELF}: curves on sampled text are not comparable. Use another source.")
+        own = job.heldout.source
+        for source in fields.get("domains", ()):
+            if source != own and domain_name(source) == domain_name(own):
+                raise self.fail(node, f"the domain {source} has the name of the text of the curve, {own}. Leave it out, or rename it.")
 
     def check(self, node: yaml.Node, fields: dict[str, Any], recipe: Recipe) -> None:
         for required in ("name", "base"):

@@ -128,6 +128,7 @@ def test_every_domain_is_measured_unless_the_fleet_says_otherwise(tmp_path: Path
         ("models:\n- name: a\n  base: b/c\n  domains: [chta]", 4, "data source 'chta' is neither a local file"),
         ("models:\n- name: a\n  base: b/c\n  domains: [/x/code, package:code]", 4, "have the same name, 'code'"),
         ("models:\n- name: a\n  base: b/c\n  domains: chat", 4, "must be a list"),
+        ("models:\n- {name: a, base: b/c, eval_data: c4, domains: [/x/c4]}", 2, "/x/c4 has the name of the text of the curve, c4"),
         ("models:\n- {name: a, base: b/c, domain_windows: 0}", 2, "domain_windows is 0"),
         ("models: [", None, "is not YAML"),
         ("models:\n- !!python/object/apply:os.system ['false']", 2, "must be a mapping"),
