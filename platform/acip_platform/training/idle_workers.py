@@ -27,7 +27,6 @@ START_S = 120.0  # until a worker that has not started is given up: its resource
 MOST = 64  # workers
 MEMORY = 1 << 30  # bytes of a node that Ray reserves for a worker: Python with torch takes a half, a layer of a 7B model the other
 TASKS = 2  # of a worker at a time, so that it does not wait for the next one
-UNREAD = 256  # results that are in memory, at most, while an earlier one is missing
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -62,8 +61,8 @@ class IdleWorkers:
             """Start the next task. Lost ones are computed by this process."""
             if lost and worker is None:
                 number, item = lost.pop()
-            elif len(results) >= UNREAD or (following := next(source, None)) is None:
-                return False
+            elif len(results) >= own + TASKS * len(workers) or (following := next(source, None)) is None:
+                return False  # results that wait for an earlier one take memory
             else:
                 number, item = following
             running[pool.submit(function, item) if worker is None else pool.submit(worker.run, function, item)] = (number, item, worker)
