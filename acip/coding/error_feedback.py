@@ -57,15 +57,16 @@ def code_versions(weight_MN: Tensor, metric_NN: Tensor, steps: Sequence[Tensor],
         codes_NR = _feedback(units_NR, U_NN)
         products_NR = H_NN @ codes_NR
         for _ in range(sweeps):
-            moved_to_NR = moved_NR / _refit(units_NR, codes_NR, products_NR)
-            codes_NR, slope_NR = _descent(moved_to_NR - products_NR, H_NN, codes_NR)
-            products_NR = moved_to_NR - slope_NR
+            refitted_NR = moved_NR / _refit(units_NR, codes_NR, products_NR)
+            slope_NR = torch.sub(refitted_NR, products_NR, out=products_NR)
+            _descend(codes_NR, slope_NR, H_NN)
+            products_NR = refitted_NR.sub_(slope_NR)
         refit_R = _refit(units_NR, codes_NR, products_NR)
         columns = zip(*(x.split(M, dim=-1) for x in (codes_NR, products_NR, units_NR, moved_NR, refit_R)), strict=True)
         for steps_M, (codes_NM, products_NM, units_NM, moved_NM, refit_M) in zip(some, columns, strict=True):
             stored_M = stored_steps(steps_M * refit_M)
             share_M = stored_M / steps_M
-            errors_M = ((units_NM - share_M * codes_NM) * (moved_NM - share_M * products_NM)).sum(0) * steps_M.square()
+            errors_M = (units_NM - share_M * codes_NM).mul_(moved_NM - share_M * products_NM).sum(0) * steps_M.square()
             codes_MN = torch.empty_like(codes_NM.T, memory_format=torch.contiguous_format)
             codes_MN[:, order_N] = codes_NM.T
             yield Codes(codes_MN.to(torch.int8), stored_M), errors_M
@@ -103,15 +104,15 @@ def _feedback(W_NM: Tensor, U_NN: Tensor) -> Tensor:
     return codes_NM
 
 
-def _descent(slope_NM: Tensor, H_NN: Tensor, codes_NM: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes [N, M] after every column was rounded to its best codes, given the other columns, and the slope there.
+def _descend(codes_NM: Tensor, slope_NM: Tensor, H_NN: Tensor) -> None:
+    """Round every column of the codes [N, M] to its best codes, given the other columns, and update the slope, in place.
 
     The slope is minus half the gradient of the error, H (weights - codes).
     """
-    N, codes_NM, slope_NM = len(H_NN), codes_NM.clone(), slope_NM.clone()
+    N = len(H_NN)
     for start in range(0, N, BLOCK):
         end = min(start + BLOCK, N)
-        block_NM = slope_NM[start:end].clone()  # of the columns of the block that follow
+        block_NM = slope_NM[start:end].clone()  # exact for the columns of the block that follow
         changes_NM = torch.empty_like(block_NM)
         for n in range(start, end):
             best_M = (codes_NM[n] + block_NM[n - start] / H_NN[n, n]).round().clamp_(-TOP, TOP)
@@ -119,7 +120,6 @@ def _descent(slope_NM: Tensor, H_NN: Tensor, codes_NM: Tensor) -> tuple[Tensor, 
             codes_NM[n] = best_M
             block_NM[n + 1 - start :].addr_(H_NN[n, n + 1 : end], changes_NM[n - start], alpha=-1)
         slope_NM.addmm_(H_NN[:, start:end], changes_NM, alpha=-1)
-    return codes_NM, slope_NM
 
 
 def _refit(W_NM: Tensor, codes_NM: Tensor, products_NM: Tensor) -> Tensor:

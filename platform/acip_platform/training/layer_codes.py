@@ -30,6 +30,7 @@ from acip.layers.block_chain import BlockChain
 from acip.layers.targets import find_linears, weight_MN
 from acip.recipe import Recipe
 from acip.sizing.budget import MEGA
+from acip.utils.malloc import trim
 from acip_platform.scheduling.fleet import Job
 from acip_platform.storage.checkpoints import Checkpoints, Emit
 from acip_platform.storage.code_checkpoints import CodeCheckpoints
@@ -88,6 +89,7 @@ def codes_of(
         if stored.write(scales, some) and isinstance(statistics, StoredStatistics):
             statistics.drop(some)
         coded |= in_scratch(some, scratch)
+        trim()  # the streams in memory lay between longer-lived objects
     files.remove()
     model = assembled({name: coded[name] for name in linears})
     ended = time.monotonic()
