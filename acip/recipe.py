@@ -14,7 +14,7 @@ from acip import renamed
 from acip.errors import RecipeError, cited
 from acip.utils.coerce import coerce, did_you_mean
 
-Basis = Literal["covariance", "svd"]
+Basis = Literal["fisher", "covariance", "svd"]
 Adapter = Literal["factors", "layer"]
 Scores = Literal["fisher", "order", "gradient", "singular_values"]
 Storage = Literal["pivot", "factors"]
@@ -30,8 +30,10 @@ class Recipe:
     """All settings of a calibration. Raises RecipeError for values out of range."""
 
     # Parametrization (2.2.1)
-    basis: Basis = "covariance"  # a layer's directions: eigenvectors of W C W^T, C = input covariance (ours), or the SVD of W (paper)
-    sample_windows: int = 64  # windows of calibration text for the covariance basis and the Fisher scores; >= 1
+    # a layer's directions (acip.calibration.bases): the best prefixes for the model's predictions, from the second moments of inputs and
+    # gradients (fisher, ours); for the layer's outputs, from those of inputs (covariance); or the SVD of W (paper)
+    basis: Basis = "fisher"
+    sample_windows: int = 64  # windows of calibration text for the basis and the Fisher scores; >= 1
     exclude: tuple[str, ...] = ()  # layers whose dotted name contains one of these are not compressed (D.8)
     mask_scale: float = 0.02  # initial value of the mask parameters p; > 0
     adapter: Adapter = "factors"  # place of the LoRA adapters: on U and V, where they cost no rank (ours), or beside the layer (paper)

@@ -47,7 +47,7 @@ def run(
     """
     if not 0 <= floor <= 1:
         raise RecipeError(f"floor is {floor}; it must be a share of the uniform rank, from 0 to 1.")
-    model, recipe = base.model, Recipe(sample_windows=sample_windows)
+    model, recipe = base.model, Recipe(basis="covariance", sample_windows=sample_windows)
     linears = find_linears(model, exclude)
     factors: dict[str, Factors] = {}
     for name, directions_KM in bases(model, linears, recipe, windows, progress=lambda done, total: progress("basis", done, total)):

@@ -2,11 +2,15 @@
 
     W = U V,  U_MK orthonormal,  V_KN = U^T W,  K = min(M, N)
 
-is exact for every basis U of the column space of W. The basis decides how well a prefix of the directions approximates the layer:
+is exact for every basis U of the column space of W. (If the basis is not orthonormal, the pseudoinverse U^+ takes the place of U^T.) The
+basis decides how well a prefix of the directions approximates the layer:
 
 * `svd`: the left singular vectors of W (the paper).
 * `covariance`: the eigenvectors of W C W^T, C = mean of x x^T over the inputs of the layer. Every prefix is then the best layer of
   its rank for the calibration activations. SVD-LLM reaches the same optimum by whitening, which needs an inverse.
+* `fisher`: U = G^-1/2 Z with the eigenvectors Z of G^1/2 W C W^T G^1/2, G = mean of g g^T over the gradients at the outputs. Every prefix
+  is then the best layer of its rank for the model's predictions, if x and g are independent: E (g^T dW x)^2 = tr(G dW C dW^T), the
+  approximation of K-FAC (Martens and Grosse, 2015, arXiv 1503.05671). U has unit columns that are not orthogonal, and V = U^+ W.
 
 Four things make it fast. W C W^T is the second moment of the outputs y = W x, so a layer with fewer outputs than inputs sums this small
 matrix and needs no product. A layer with more outputs is solved for the small R of W = Q R. Each thread solves one layer. Float32
@@ -26,6 +30,7 @@ from torch import Tensor, nn
 
 from acip.calibration.activation_covariance import Feed, activation_covariances, covariance_matrix_bytes, feed_tokens, grouped, probe
 from acip.calibration.basis_cache import BasisCache, basis_keys
+from acip.calibration.gradient_covariance import gradient_covariances
 from acip.errors import BaseModelError
 from acip.layers import sharding
 from acip.layers.targets import weight_MN
@@ -34,6 +39,7 @@ from acip.recipe import Recipe
 from acip.utils.threads import Spread, each_in_turn
 
 RIDGE = 1e-6  # of C's mean energy, added to C: directions without energy are then ordered as by the SVD, not arbitrarily
+GRADIENT_DAMPING = 0.1  # of G's mean energy, added to G: few samples leave it without rank, and it is only an approximation (QUALITY.md)
 REACH = 1e-6  # of the largest eigenvalue: smaller eigenvalues have no reliable order in float32
 ORTHONORMAL = 1e-4  # largest error of orthonormality before the directions are rounded to 16 bit (which adds 4e-3)
 STACK = 2**27  # numbers in a stack of layers that a GPU solves at once
@@ -52,20 +58,21 @@ def bases(
     covariance_bytes: int = 8 * 2**30,
     spread: Spread = each_in_turn,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, directions_KM) for each of `linears`: orthonormal rows, most important first. The order of the layers is unspecified.
+    """Yield (name, directions_KM) for each of `linears`: unit rows, most important first. The order of the layers is unspecified.
 
     Directions are on the device of the weight and in its dtype. `model` must not change until the last pair. Layers are processed in
     groups whose covariances take at most `covariance_bytes` (or of one layer), with one pass per group over the first
-    `recipe.sample_windows` of `windows`. Bases in `cache` are not computed. `spread` distributes the eigenproblems.
+    `recipe.sample_windows` of `windows`, and one with its backward pass for the Fisher basis. Bases in `cache` are not computed. `spread`
+    distributes the eigenproblems.
 
     Under torch.distributed, each rank runs its share of the windows and solves its share of the layers. All ranks get the same
     directions, and rank 0 writes the cache. Raises BaseModelError for missing windows, or a layer that is never called on this text.
     """
     rank = sharding.rank()
     samples = None
-    if recipe.basis == "covariance":
+    if recipe.basis != "svd":
         if windows is None:
-            raise BaseModelError("the covariance basis needs calibration text. Pass `windows`, or set basis to 'svd'.")
+            raise BaseModelError(f"the {recipe.basis} basis needs calibration text. Pass `windows`, or set basis to 'svd'.")
         samples = windows[: recipe.sample_windows]
     if keys is None:
         keys = basis_keys(model, linears, recipe, windows, feed) if cache and rank == 0 else {}
@@ -88,6 +95,7 @@ def bases(
     for group in groups:
         layers = {name: missing[name] for name in group}
         C: dict[str, Tensor] = {}
+        G: dict[str, Tensor] = {}
         if samples is not None:
             C = activation_covariances(model, layers, samples, feed, calls=Counter(name for name, _ in trace))
             if uncalled := [name for name in layers if name not in C]:
@@ -96,14 +104,23 @@ def bases(
                     "belong to another modality or to cross-attention. Add a part of their names to exclude."
                 )
 
+        if samples is not None and recipe.basis == "fisher":
+            G = gradient_covariances(model, layers, samples, feed, recipe.seed)
+            if unreached := [name for name in layers if name not in G]:
+                raise BaseModelError(
+                    f"the loss does not depend on {len(unreached)} layers, for example {unreached[0]}, so they have no Fisher basis. "
+                    "Add a part of their names to exclude, or set basis to 'covariance'."
+                )
+
         def keep(name: str, directions_KM: Tensor) -> None:
             nonlocal done
             if cache and rank == 0:
                 cache.put(keys[name], directions_KM)
             progress(done := done + 1, len(linears))
 
-        solved = solve(layers, C, keep, spread)
+        solved = solve(layers, C, G, keep, spread)
         C.clear()
+        G.clear()
         yield from solved.items()
 
 
@@ -127,6 +144,49 @@ def basis(W_MN: Tensor, C_nn: Tensor | None = None) -> Tensor:
         Z = torch.linalg.eigh(_energy(R, C_nn, torch.float64)).eigenvectors
     U = Z.flip(-1).to(R.dtype)
     return U if Q is None else Q(U)
+
+
+@torch.no_grad()
+def fisher_basis(W_MN: Tensor, C_nn: Tensor, G_kk: Tensor) -> Tensor:
+    """Return U_MK, a basis of the columns of W with unit columns, most important direction first. All may be stacks.
+
+    `C_nn` is that of `basis`. `G_kk` is a multiple of the second moment of the gradients at the outputs [M, M], or, for M > N, at the
+    inputs [N, N]. With Cholesky factors G = L L^T, U = L^-T Z and Z are the eigenvectors of L^T W C W^T L; for M > N, C = L L^T, U = W L Z
+    and Z are the eigenvectors of L^T W^T G W L. The result is float32, or float64 for float64 weights.
+    """
+    W, G = W_MN.double(), G_kk.double()
+    M, N = W.shape[-2:]
+    tiny = torch.finfo(torch.float32).tiny
+    if M <= N:
+        energy = G.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(tiny)
+        L = torch.linalg.cholesky(G + GRADIENT_DAMPING * energy * torch.eye(M, dtype=G.dtype, device=G.device))
+        Z = _eigenvectors(L.mT @ _energy(W, C_nn, G.dtype) @ L, W_MN.dtype)
+        U = torch.linalg.solve_triangular(L.mT, Z, upper=True)
+    else:
+        C = C_nn.double()
+        ridge = RIDGE * C.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(tiny)
+        L = torch.linalg.cholesky(C + ridge * torch.eye(N, dtype=C.dtype, device=C.device))
+        WW = W.mT @ W
+        energy = (_trace(G) / _trace(WW).clamp_min(tiny))[..., None, None].clamp_min(tiny)
+        U = W @ (L @ _eigenvectors(L.mT @ (G + GRADIENT_DAMPING * energy * WW) @ L, W_MN.dtype))
+    U = U / U.norm(dim=-2, keepdim=True).clamp_min(tiny)
+    return U if W_MN.dtype == torch.float64 else U.float()
+
+
+def _trace(x: Tensor) -> Tensor:
+    return x.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _eigenvectors(A: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the eigenvectors of A, those of the largest eigenvalues first, in float64.
+
+    They are computed in float32, and in float64 for float64 weights or if half of the eigenvalues are below REACH.
+    """
+    if dtype != torch.float64:
+        values, Z = torch.linalg.eigh(A.float())
+        if bool((values[..., values.shape[-1] // 2] > REACH * values[..., -1]).all()):
+            return Z.flip(-1).double()
+    return torch.linalg.eigh(A).eigenvectors.flip(-1)
 
 
 def _factors(W_MN: Tensor, coarse: bool) -> tuple[Callable[[Tensor], Tensor] | None, Tensor]:
@@ -173,10 +233,13 @@ def _energy(R_KN: Tensor, C_nn: Tensor | None, dtype: torch.dtype) -> Tensor:
 def solve(
     linears: Mapping[str, nn.Module],
     C: Mapping[str, Tensor],
+    G: Mapping[str, Tensor] | None = None,
     keep: Callable[[str, Tensor], None] = lambda name, directions: None,
     spread: Spread = each_in_turn,
 ) -> dict[str, Tensor]:
-    """Return directions_KM of each layer for its second moment in `C` (empty = the SVD). `keep(name, directions_KM)` is called for each.
+    """Return directions_KM of each layer for its second moments in `C` (empty = the SVD) and `G` (empty = the covariance basis).
+
+    `keep(name, directions_KM)` is called for each.
 
     On a GPU, layers of equal shape are solved in stacks. On a CPU, each layer is solved by one of as many threads as torch uses. `spread`
     distributes the stacks, if one worker holds the model.
@@ -189,9 +252,10 @@ def solve(
             weights[name] = W_MN
     kept: dict[str, Tensor] = {}
 
-    def items() -> Iterator[tuple[Tensor, Tensor | None]]:
+    def items() -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
         for names in stacks:
-            yield torch.stack([weights[name] for name in names]), torch.stack([C[name] for name in names]) if C else None
+            moments = (torch.stack([each[name] for name in names]) if each else None for each in (C, G))
+            yield torch.stack([weights[name] for name in names]), *moments  # type: ignore[misc]
 
     stacks = _stacks(weights)
     device = next((W_MN.device for W_MN in weights.values()), torch.device("cpu"))
@@ -210,10 +274,13 @@ def solve(
 
 
 @torch.no_grad()
-def _directions(item: tuple[Tensor, Tensor | None], device: torch.device) -> Tensor:
-    """Return the directions [b, K, M] of a stack of weights [b, M, N] and second moments (`basis`), computed on `device`."""
-    W_bMN, C_bnn = item
-    U_bMK = basis(W_bMN.to(device), None if C_bnn is None else C_bnn.to(device))
+def _directions(item: tuple[Tensor, Tensor | None, Tensor | None], device: torch.device) -> Tensor:
+    """Return the directions [b, K, M] of a stack of weights [b, M, N] and second moments, computed on `device`."""
+    W_bMN, C_bnn, G_bkk = item
+    if C_bnn is None or G_bkk is None:
+        U_bMK = basis(W_bMN.to(device), None if C_bnn is None else C_bnn.to(device))
+    else:
+        U_bMK = fisher_basis(W_bMN.to(device), C_bnn.to(device), G_bkk.to(device))
     return U_bMK.mT.to(W_bMN.dtype).contiguous()
 
 

@@ -120,9 +120,9 @@ def basis_keys(
 ) -> dict[str, str]:
     """Return the cache key of each layer: equal keys mean equal bases.
 
-    The covariance basis of a layer also depends on the other weights of the model, on the text, and on `feed`.
+    The covariance and Fisher bases of a layer also depend on the other weights of the model, on the text, and on `feed`.
     """
-    windows = windows[: recipe.sample_windows] if recipe.basis == "covariance" and windows is not None else None
+    windows = windows[: recipe.sample_windows] if recipe.basis != "svd" and windows is not None else None
     weights = {name: weight_MN(layer) for name, layer in linears.items()}
     world: dict[str, Tensor] = {}
     if windows is not None:
@@ -130,7 +130,7 @@ def basis_keys(
     tensors = {_place(tensor): tensor for tensor in (*weights.values(), *world.values())}
     with one_thread_each() as pool:
         hashes = dict(zip(tensors, pool.map(_hash, tensors.values()), strict=True))
-    context: list[Any] = [VERSION, recipe.basis]
+    context: list[Any] = [VERSION, recipe.basis, *([recipe.seed] if recipe.basis == "fisher" else [])]
     if windows is not None:
         around = [(name, hashes[_place(tensor)]) for name, tensor in world.items()]
         context += [around, f"{feed.__module__}.{getattr(feed, '__qualname__', feed)}"]

@@ -431,7 +431,8 @@ class _Prediction:
         """Return the peak of parametrization: summing moments, solving layers, or the end, when 4-bit layers also exist in full."""
         recipe, s, w, frozen = self.recipe, self.s, self.wide, self.start("parametrize")
         dense = self.dense / self.workers
-        moments = w * sum(layer.moment for layer in self.layers) if recipe.basis == "covariance" else 0.0
+        fisher = recipe.basis == "fisher"
+        moments = w * sum(layer.moment + fisher * layer.K**2 for layer in self.layers) if recipe.basis != "svd" else 0.0
         group = min(1.0, COVARIANCES / max(1.0, moments))  # share of the layers that are solved at once
         widest = max(max(4 * s, s + w) * layer.N + 3 * s * layer.M for layer in self.layers)
         forward = widest * min(SAMPLE_BATCH, recipe.sample_windows) * recipe.seq_len if moments else 0.0
@@ -441,8 +442,12 @@ class _Prediction:
         start = replace(frozen, originals=dense, directions=unsolved, trainable=self.masks + self.A + self.B)
         built = frozen.originals + (dense if self.four_bit and not self.cpu else 0.0)
         copies = solved if self.four_bit or self.workers > 1 else 0.0
-        coordinates = max(float(w) * (3 * layer.M * layer.N + 2 * layer.K * (layer.M + layer.N)) for layer in self.layers)
+        coordinates = max(
+            (8.0 if fisher else float(w)) * (3 * layer.M * layer.N + 2 * layer.K * (layer.M + layer.N)) for layer in self.layers
+        )
+        at_loss = self.activations("scores")[0] if fisher else 0.0
         phases = (
+            replace(start, activations=at_loss, loss=12.0 * self.logits * fisher, transient=group * moments),
             replace(start, transient=group * moments + max(forward, gathered + solved + self.solving())),
             replace(start, originals=built, directions=frozen.directions, transient=copies + coordinates),
         )
@@ -463,7 +468,7 @@ class _Prediction:
         C = 0 if self.recipe.basis == "svd" else (M if M < N and not layer.bias else N) ** 2
         weights = (self.s + w * (self.s < w)) * M * N + w * C  # stacked, in the accumulation dtype
         tall = w * (M * N + K * K) * (M > N)  # QR
-        energy = 8 * (3 * C + 2 * K * N)
+        energy = 8 * (3 * C + 2 * K * N) + 8 * (4 * K * K + M * N) * (self.recipe.basis == "fisher")
         return float(weights + tall + max(energy, 8 * 5 * K * K))
 
     def step(self, phase: str, distill_weight: float, trainable: float, gradients: float, optimizer: float) -> Phase:

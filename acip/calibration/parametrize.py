@@ -33,7 +33,7 @@ def parametrize(
 ) -> dict[str, SVDLinear | ElasticLinear]:
     """Replace every target layer of `model` with an `SVDLinear` and its adapters, in place. Return these layers by name.
 
-    The covariance basis reads the first `recipe.sample_windows` of `windows`, [n, T] token ids; `feed(model, windows[i:j])` runs
+    The covariance and Fisher bases read the first `recipe.sample_windows` of `windows`, [n, T] token ids; `feed(model, windows[i:j])` runs
     a model that has other inputs. `cache` stores the bases for later calls, `spread` distributes their eigenproblems. `progress(done,
     total)` counts layers. The outputs of the model stay the same, up to rounding.
 
@@ -59,7 +59,9 @@ def parametrize(
         for name, directions_KM in bases(model, linears, recipe, windows, feed, cache, keys, progress, spread=spread):
             linear = linears[name]
             with sharding.gathered_parameters(linear):
-                cores[name] = SVDLinear(linear, weight_MN(linear), directions_KM.T, recipe.mask_scale, loras[name], recipe.quantize)
+                cores[name] = SVDLinear(
+                    linear, weight_MN(linear), directions_KM.T, recipe.mask_scale, loras[name], recipe.quantize, recipe.basis != "fisher"
+                )
             for rows in (cores[name].left, cores[name].right):
                 sharding.shard(rows)
     for name in linears:

@@ -12,6 +12,8 @@ from acip.layers.elastic_linear import ElasticLinear
 from acip.modeling_acip import accumulation_dtype, widened
 from acip.recipe import Quantize
 
+INVERTIBLE = 1e-10  # added to the diagonal of a Gram matrix of unit rows
+
 
 class StraightThrough(torch.autograd.Function):
     """The gate over directions: forward 1[p > 0], backward `slope` * 1[p > 0] (paper eq. 6, with mask scale s = 1 / slope).
@@ -36,9 +38,9 @@ class StraightThrough(torch.autograd.Function):
 class SVDLinear(Compressible):
     """A linear layer that is split into directions, with a trainable mask over them.
 
-    `U_MK` is orthonormal and spans the columns of W. The mask `p` [K] starts at `mask_scale`. Its dtype is the accumulation
-    dtype of the model's dtype, because bfloat16 would lose a step of 5e-5 at 0.02. With `bits`, the directions and the original
-    layer are in 4 bit (see `FourBitLinear`).
+    `U_MK` has unit columns, which span the columns of W. Without `orthonormal`, they need not be orthogonal. The mask `p` [K] starts at
+    `mask_scale`. Its dtype is the accumulation dtype of the model's dtype, because bfloat16 would lose a step of 5e-5 at 0.02. With
+    `bits`, the directions and the original layer are in 4 bit (see `FourBitLinear`).
     """
 
     def __init__(
@@ -49,11 +51,12 @@ class SVDLinear(Compressible):
         mask_scale: float,
         loras: dict[str, LoRA] | None = None,
         bits: Quantize = "none",
+        orthonormal: bool = True,
     ) -> None:
         device = W_MN.device
         left_KM = DirectionMatrix.of(U_MK.T.to(W_MN.dtype), bits)
         rounded = bits != "none" or W_MN.dtype.itemsize == 2
-        right_KN = DirectionMatrix.of(coordinates(W_MN, left_KM.read(), refine=2 * rounded), bits)
+        right_KN = DirectionMatrix.of(coordinates(W_MN, left_KM.read(), 2 * rounded, orthonormal), bits)
         super().__init__(original if bits == "none" else FourBitLinear(original, W_MN, bits), left_KM, right_KN, loras)
         self.slope = 1 / mask_scale
         self.p = nn.Parameter(torch.full((U_MK.shape[1],), mask_scale, dtype=accumulation_dtype(W_MN.dtype), device=device))
@@ -108,11 +111,16 @@ class SVDLinear(Compressible):
 
 
 @torch.no_grad()
-def coordinates(W_MN: Tensor, left_KM: Tensor, refine: int) -> Tensor:
+def coordinates(W_MN: Tensor, left_KM: Tensor, refine: int, orthonormal: bool = True) -> Tensor:
     """Return right [K, N] with left^T right = W.
 
-    If `left` is not orthonormal because of rounding, `refine` iterations correct for it.
+    If the rows of `left` are orthonormal except for rounding, `refine` iterations correct for it. Other rows need a linear system.
     """
+    if not orthonormal:
+        left, W = left_KM.double(), W_MN.double()
+        gram_KK = left @ left.T
+        gram_KK.diagonal().add_(INVERTIBLE)  # a row may be zero
+        return torch.cholesky_solve(left @ W, torch.linalg.cholesky(gram_KK)).to(W_MN.dtype)
     if not refine:
         return (left_KM.double() @ W_MN.double()).to(W_MN.dtype)
     left, W = widened(left_KM), widened(W_MN)
