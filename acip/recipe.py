@@ -71,7 +71,10 @@ class Recipe:
     post_tune_steps: int = 1000  # >= 0
     total_steps: int | None = None  # steps of pruning and post-tuning together; None = post_tune_steps after the end of pruning
     post_tune: PostTune = "sizes"  # stop: the smallest size only (paper); sizes: alternate the smallest and U[stop, 1] (ours)
-    post_tune_lr: float | None = None  # None = lr
+    post_tune_lr: float | None = None  # at the first step; None = lr
+    post_tune_lr_end: float = (
+        0.05  # at the last step, as a share of that at the first, with a linear decrease; [0, 1], 1 = constant (paper)
+    )
     distill_weight: float = 1.0  # share of the KL divergence from the base model in the loss of post-tuning; [0, 1]
 
     # Any size (2.2.3)
@@ -101,6 +104,7 @@ class Recipe:
             ("post_tune_steps", ">= 0", self.post_tune_steps >= 0),
             ("total_steps", ">= 1", self.total_steps is None or self.total_steps >= 1),
             ("post_tune_lr", "> 0", self.post_tune_lr is None or self.post_tune_lr > 0),
+            ("post_tune_lr_end", "in [0, 1]", 0 <= self.post_tune_lr_end <= 1),
             ("prune_distill_weight", "in [0, 1)", 0 <= self.prune_distill_weight < 1),
             ("distill_weight", "in [0, 1]", 0 <= self.distill_weight <= 1),
             ("code_tune_steps", ">= 0", self.code_tune_steps >= 0),
@@ -123,6 +127,10 @@ class Recipe:
     def end(self, stop_step: int) -> int:
         """Return the last step of a calibration whose pruning stopped at `stop_step`."""
         return stop_step + self.post_tune_steps if self.total_steps is None else max(stop_step, self.total_steps)
+
+    def tuning_lr(self, step: int, steps: int) -> float:
+        """Return the learning rate of a step of post-tuning, 0 <= step < steps."""
+        return (self.post_tune_lr or self.lr) * (1 - (1 - self.post_tune_lr_end) * step / max(1, steps - 1))
 
     @property
     def adapter_rows(self) -> int:
@@ -156,7 +164,7 @@ def paper() -> Recipe:
     """Return the paper's recipe: SVD basis, sizes counted without adapters, post-tuning at the stop ratio only (Appendix B)."""
     return Recipe(
         basis="svd", adapter="layer", adapter_dropout=0.05, scores="order", convention="paper", prune_distill_weight=0.0,
-        post_tune="stop", distill_weight=0.0, storage="factors",
+        post_tune="stop", post_tune_lr_end=1.0, distill_weight=0.0, storage="factors",
     )  # fmt: skip
 
 

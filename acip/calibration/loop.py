@@ -162,6 +162,8 @@ class Loop:
         while state.step < end:
             first, sizes, losses = state.step, [], []
             for _ in self.until_sync(first, end):
+                for group in state.optimizer.param_groups:
+                    group["lr"] = recipe.tuning_lr(state.step - state.stop_step, end - state.stop_step)
                 sizes.append(set_next_size())
                 losses.append(self.step(state, recipe.distill_weight, balance_sizes=recipe.post_tune == "sizes"))
             reports = []

@@ -20,7 +20,7 @@ from acip.calibration.losses import Task, next_token
 from acip.calibration.state import CalibrationState, StepReport, history
 from acip.recipe import Recipe
 
-POST_PRUNING_FIELDS = ("stop_ratio", "post_tune", "post_tune_lr", "distill_weight", "dense_if_no_saving")
+POST_PRUNING_FIELDS = ("stop_ratio", "post_tune", "post_tune_lr", "post_tune_lr_end", "distill_weight", "dense_if_no_saving")
 Keep = Callable[[list[float], CalibrationState], None]
 
 
