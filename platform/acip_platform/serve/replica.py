@@ -16,11 +16,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from acip.errors import AcipError
 from acip.sizing.budget import GIGA, in_bytes
+from acip.utils.free_memory import free_memory
 from acip_platform.serve.engine.model_cache import Key, ModelCache, key_of
 from acip_platform.serve.engine.request import DEFAULT_MAX_TOKENS
 from acip_platform.serve.engine.resident_model import ResidentModel
@@ -269,5 +269,5 @@ def _failed(error: Exception) -> dict[str, Any]:
 
 def _free_bytes(device: str) -> int:
     if device == "cpu":
-        return int(psutil.virtual_memory().available)
+        return int(free_memory())
     return int(torch.cuda.mem_get_info()[0])

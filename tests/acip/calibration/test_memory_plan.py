@@ -31,7 +31,7 @@ from transformers import (
 from acip.calibration import memory_plan
 from acip.calibration.loop import calibrate, recomputing, trial_step
 from acip.calibration.losses import next_token, objective
-from acip.calibration.memory_check import _control_group, available, check, fits
+from acip.calibration.memory_check import available, check, fits
 from acip.calibration.memory_plan import CODED_BYTES, STATISTICS, VERSIONS, Memory, _Prediction, predict, predict_streamed, statistics_bytes
 from acip.calibration.parametrize import parametrize
 from acip.calibration.state import CalibrationState
@@ -43,6 +43,7 @@ from acip.layers.block_chain import BlockChain, tensors
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import find_linears, targets, weight_MN
 from acip.recipe import Dtype, Recipe
+from acip.utils.free_memory import control_group_memory
 
 IDS: dict[str, Any] = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZE: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -293,7 +294,7 @@ def test_more_workers_are_the_last_resort() -> None:
 def test_available_memory_respects_control_groups(tmp_path: Path) -> None:
     free_bytes = available(causal("llama"), torch.device("cpu"))
     assert 1e6 < free_bytes < 1e15
-    assert _control_group(tmp_path, tmp_path / "none") == float("inf")
+    assert control_group_memory(tmp_path, tmp_path / "none") == float("inf")
 
     def group(folder: str, **files: object) -> None:
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
@@ -304,7 +305,7 @@ def test_available_memory_respects_control_groups(tmp_path: Path) -> None:
     group("", memory__max=1000, memory__current=700, memory__stat="anon 5\ninactive_file 100")  # the limit of the parent is lower
     group("pod/box", memory__max="max", memory__current=1, memory__stat="")
     own.write_text("0::/pod/box\n")
-    assert _control_group(tmp_path, own) == 400
+    assert control_group_memory(tmp_path, own) == 400
     group("memory/box", memory__limit_in_bytes=900, memory__usage_in_bytes=700, memory__stat="total_inactive_file 50")
     own.write_text("3:cpu:/\n4:memory:/box\n")
-    assert _control_group(tmp_path, own) == 250
+    assert control_group_memory(tmp_path, own) == 250
