@@ -1,14 +1,17 @@
-"""The main memory that this process may still use: limited by the machine, and by the control group of a container or a service."""
+"""The memory that this process may still use. Main memory is limited by the machine, and by the control group of a container or service."""
 
 import math
 import re
 from pathlib import Path
 
 import psutil
+import torch
 
 
-def free_memory() -> float:
-    """Return the bytes of main memory that are free for this process."""
+def free_memory(device: str | torch.device = "cpu") -> float:
+    """Return the bytes that are free for this process on a device: a CPU or a GPU."""
+    if torch.device(device).type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
     return min(psutil.virtual_memory().available, control_group_memory())
 
 

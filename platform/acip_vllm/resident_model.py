@@ -120,7 +120,7 @@ class VllmModel(ResidentModel):
         """Return the bytes for keys and values: of `kv_tokens` tokens, at least one context, at most a share of the free memory."""
         decoder, device = self.any_size.table.decoder, self.any_size.model.device
         per_token = decoder.cache(1, 1) if decoder is not None else 0
-        free = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info()[0]
+        free = free_memory(device)
         return int(max(min(kv_tokens * per_token, KV_SHARE * free) if per_token else KV_SHARE * free, 2 * self.context * per_token))
 
     @property

@@ -144,8 +144,8 @@ def measured(arguments: list[str], folder: Path, limit_bytes: float, environment
             for line in lines[seen:]:
                 event = json.loads(line) if line.startswith("{") else {"kind": "stage", "text": line}
                 start = anonymous if event["kind"] == "start" else start
-                if event["kind"] in ("stage", "end"):
-                    text = event.get("text") or f"curve {event['curve']}"
+                text = f"curve {event['curve']}" if event["kind"] == "end" else event.get("text")
+                if text:
                     print(
                         f"{time.time() - began:8.0f} s {anonymous / 1e9:6.2f} GB now, {highest / 1e9:6.2f} at most: {text[:170]}",
                         flush=True,
