@@ -23,28 +23,32 @@ def fits(memory: Memory | Phase, available: float) -> bool:
 
 
 def plan(
-    model: nn.Module, recipe: Recipe, available: float, device: str | torch.device | None = None, workers: int = 1, context: int = 0
-) -> Memory:
+    model: nn.Module, recipe: Recipe, available: float, device: str | torch.device | None = None, workers: int = 1, context: int = 0,
+    sampled: bool = False,
+) -> Memory:  # fmt: skip
     """Return the predicted memory, with the phases streamed that do not fit in `available` bytes otherwise, where that is possible.
 
-    `context` is that of `predict`.
+    `context` and `sampled` are those of `predict`. A model that does not fit for coding is not sampled from: the job needs text that was
+    sampled before.
     """
     streamed = predict_streamed(model, recipe, device, workers, context)
-    phases = predict(model, recipe, device, workers, context).phases
-    return Memory(tuple(phase if fits(phase, available) else streamed.get(phase.name, phase) for phase in phases))
+    phases = predict(model, recipe, device, workers, context, sampled).phases
+    memory = Memory(tuple(phase if fits(phase, available) else streamed.get(phase.name, phase) for phase in phases))
+    return replace(memory, phases=tuple(phase for phase in memory.phases if phase.name != "sample" or "code" not in memory.streamed))
 
 
 def check(
-    model: nn.Module, recipe: Recipe, available: float, device: str | torch.device | None = None, workers: int = 1, context: int = 0
-) -> Memory:
+    model: nn.Module, recipe: Recipe, available: float, device: str | torch.device | None = None, workers: int = 1, context: int = 0,
+    sampled: bool = False,
+) -> Memory:  # fmt: skip
     """Return the predicted memory (see `plan`). Raises CalibrationError if it does not fit.
 
     The message lists changes of the fleet file that fit.
     """
-    memory = plan(model, recipe, available, device, workers, context)
+    memory = plan(model, recipe, available, device, workers, context, sampled)
     if fits(memory, available):
         return memory
-    ways = [f"{text} ({_gigabytes(peak)} GB)" for text, peak in _ways(model, recipe, available, device, workers, context)]
+    ways = [f"{text} ({_gigabytes(peak)} GB)" for text, peak in _ways(model, recipe, available, device, workers, context, sampled)]
     raise CalibrationError(
         f"the calibration needs {_gigabytes(memory.peak)} GB and {HEADROOM:.0%} of headroom, "
         f"but {_gigabytes(available, math.floor)} GB are available. "
@@ -71,14 +75,16 @@ def available(model: nn.Module, device: torch.device) -> float:
     return free_memory() + held
 
 
-def _ways(model: nn.Module, recipe: Recipe, available: float, device: Any, workers: int, context: int) -> list[tuple[str, float]]:
+def _ways(
+    model: nn.Module, recipe: Recipe, available: float, device: Any, workers: int, context: int, sampled: bool
+) -> list[tuple[str, float]]:
     """Return changes that fit, in the syntax of fleet files, with their peaks: of one field, else of several or of the workers."""
 
     def tried(*changes: dict[str, Any]) -> list[tuple[str, float]]:
         """Return the first of `changes` that fits, in a list, or an empty list."""
         for change in changes:
             fields = {name: value for name, value in change.items() if name != "num_workers"}
-            memory = plan(model, replace(recipe, **fields), available, device, change.get("num_workers", workers), context)
+            memory = plan(model, replace(recipe, **fields), available, device, change.get("num_workers", workers), context, sampled)
             if fits(memory, available):
                 return [(", ".join(f"{name}: {_yaml(value)}" for name, value in change.items()), memory.peak)]
         return []

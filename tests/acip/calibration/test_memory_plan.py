@@ -43,7 +43,9 @@ from acip.layers.block_chain import BlockChain, tensors
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import find_linears, targets, weight_MN
 from acip.recipe import Dtype, Recipe
+from acip.self_text import TOGETHER
 from acip.utils.free_memory import control_group_memory
+from acip.utils.generation import continued
 
 IDS: dict[str, Any] = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZE: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -194,6 +196,19 @@ def test_coding_a_block_at_a_time_uses_the_predicted_memory(dtype: Dtype, monkey
 
     gathering = live.peak_of(gather) - weights
     assert -0.1 < (phase.total - phase.rest - phase.originals) / gathering - 1 < 0.6
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sampling_text_uses_the_predicted_memory(name: str, dtype: Dtype) -> None:
+    """Measured are texts that do not end before the window does."""
+    model, recipe = causal(name, dtype).requires_grad_(False), replace(RECIPE, dtype=dtype, seq_len=48)
+    (phase,) = (phase for phase in predict(model, recipe, sampled=True).phases if phase.name == "sample")
+    live = LiveBytes(model)
+    sampling = live.peak_of(lambda: continued(model, [[1]] * TOGETHER, 47, (), do_sample=True, top_k=0))
+    assert -0.05 < phase.total / sampling - 1 < 0.25
+    with pytest.raises(CalibrationError, match="peak is in sample"):
+        check(model, replace(recipe, seq_len=1 << 20, batch_size=1, code="bits", code_tune_steps=0), 1.1 * phase.total, sampled=True)
 
 
 def test_the_plan_counts_enough_versions_and_bytes(small_base: str, golden_tokens: Tensor) -> None:
