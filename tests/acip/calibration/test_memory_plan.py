@@ -31,7 +31,7 @@ from transformers import (
 from acip.calibration import memory_plan
 from acip.calibration.loop import calibrate, recomputing, trial_step
 from acip.calibration.losses import next_token, objective
-from acip.calibration.memory_check import available, check, fits
+from acip.calibration.memory_check import available, check, fits, plan
 from acip.calibration.memory_plan import CODED_BYTES, STATISTICS, VERSIONS, Memory, _Prediction, predict, predict_streamed, statistics_bytes
 from acip.calibration.parametrize import parametrize
 from acip.calibration.state import CalibrationState
@@ -207,8 +207,14 @@ def test_sampling_text_uses_the_predicted_memory(name: str, dtype: Dtype) -> Non
     live = LiveBytes(model)
     sampling = live.peak_of(lambda: continued(model, [[1]] * TOGETHER, 47, (), do_sample=True, top_k=0))
     assert -0.05 < phase.total / sampling - 1 < 0.25
-    with pytest.raises(CalibrationError, match="peak is in sample"):
-        check(model, replace(recipe, seq_len=1 << 20, batch_size=1, code="bits", code_tune_steps=0), 1.1 * phase.total, sampled=True)
+
+
+def test_a_model_that_does_not_fit_for_coding_is_not_sampled_from() -> None:
+    model, recipe = causal("llama", device="meta"), replace(RECIPE, code="bits", code_tune_steps=0)
+    names = [phase.name for phase in plan(model, recipe, 1e12, "cpu", sampled=True).phases]
+    assert names == ["sample", *(phase.name for phase in predict(model, recipe, "cpu").phases)]
+    least = plan(model, recipe, 0, "cpu", sampled=True)
+    assert [phase.name for phase in least.phases] == names[1:] and "code" in least.streamed
 
 
 def test_the_plan_counts_enough_versions_and_bytes(small_base: str, golden_tokens: Tensor) -> None:
