@@ -35,6 +35,7 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": True,
 }  # fmt: skip
 BLOCK_BYTES, REST_BYTES = 2 * (3 * 1024**2 + 3 * 1024 * 2816), 2 * 32000 * 1024
+PHASES = {"loading": "loading", "codes of": "saving", "artifact saved": "measuring the curve"}  # begin with the stage of this text
 GOAL = 2.0
 SAMPLE_S = 0.2
 SERVED = (0.42, 0.37)  # sizes that are exported and served, as shares of the bytes
@@ -123,6 +124,7 @@ def measured(arguments: list[str], folder: Path, limit_bytes: float, environment
     """Run a program within a limit, and print its events. Its output goes to `folder`.
 
     Return in bytes: its anonymous memory at the event "start", the highest, and the highest use of the control group, with page cache.
+    `memory.json` in `folder` gets [seconds, phase, anonymous megabytes] of each sample.
     """
     import psutil
 
@@ -133,7 +135,7 @@ def measured(arguments: list[str], folder: Path, limit_bytes: float, environment
             [sys.executable, *arguments], stdout=events, stderr=errors, env=environment,
             preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())),  # noqa: PLW1509
         )  # fmt: skip
-        process, start, highest, began, rows, seen = psutil.Process(child.pid), 0.0, 0.0, time.time(), [], 0
+        process, start, highest, began, rows, seen, phase = psutil.Process(child.pid), 0.0, 0.0, time.time(), [], 0, "start"
         while child.poll() is None:
             try:
                 memory = process.memory_info()
@@ -144,6 +146,7 @@ def measured(arguments: list[str], folder: Path, limit_bytes: float, environment
             for line in lines[seen:]:
                 event = json.loads(line) if line.startswith("{") else {"kind": "stage", "text": line}
                 start = anonymous if event["kind"] == "start" else start
+                phase = phase_of(event) or phase
                 text = f"curve {event['curve']}" if event["kind"] == "end" else event.get("text")
                 if text:
                     print(
@@ -152,14 +155,42 @@ def measured(arguments: list[str], folder: Path, limit_bytes: float, environment
                     )
             seen = len(lines)
             highest = max(highest, anonymous)
-            rows.append((round(time.time() - began, 1), round(anonymous / 1e6), round(memory.rss / 1e6)))
+            rows.append((round(time.time() - began, 1), phase, round(anonymous / 1e6)))
             time.sleep(SAMPLE_S)
         peak = next(group / name for name in ("memory.max_usage_in_bytes", "memory.peak") if (group / name).is_file())
         used = float(peak.read_text())
-        (folder / "memory.json").write_text(json.dumps(rows))  # seconds, anonymous and resident megabytes
+        (folder / "memory.json").write_text(json.dumps(rows))
     if child.wait():
         raise SystemExit(f"{arguments} ended with {child.returncode}: {log.read_text()[-1500:]}")
     return {"start": start, "highest": highest, "group": used, "seconds": time.time() - began}
+
+
+def phase_of(event: dict[str, Any]) -> str | None:
+    """Return the phase of a job that begins with an event, or None."""
+    if event["kind"] == "code":
+        ends = event["what"] == "statistics" and event["done"] == event["total"]
+        return None if event["what"] == "curve" else "codes" if ends else str(event["what"])
+    return next((phase for text, phase in PHASES.items() if event.get("text", "").startswith(text)), None)
+
+
+def print_phases(runs: Mapping[str, Path]) -> None:
+    """Print a table of the seconds and of the highest anonymous memory above that at the start, by phase, of the jobs in folders."""
+    columns = {}
+    for name, folder in runs.items():
+        rows = json.loads((folder / "memory.json").read_text())
+        phases = dict.fromkeys(phase for _, phase, _ in rows)
+        least = max(megabytes for _, phase, megabytes in rows if phase == "start")
+        columns[name] = {
+            each: (
+                sum(phase == each for _, phase, _ in rows) * rows[-1][0] / len(rows),
+                max(mb for _, phase, mb in rows if phase == each) - least,
+            )
+            for each in phases
+        }
+    print(f"| phase | {' | '.join(f'{name}: GB above the start, seconds' for name in runs)} |\n|---|{'---|' * len(runs)}")
+    for phase in next(iter(columns.values())):
+        cells = (f"{columns[name][phase][1] / 1e3:.2f}, {columns[name][phase][0]:.0f}" for name in runs)
+        print(f"| {phase} | {' | '.join(cells)} |")
 
 
 def job(base: Path, home: Path, limit_bytes: float) -> dict[str, float]:
@@ -270,6 +301,7 @@ def main() -> int:
     if args.held:
         held = job(base, args.home / f"held-{args.size_gb:g}", 1e13)
         print(f"held: {(held['highest'] - held['start']) / 1e9:.2f} GB above; {held['seconds']:.0f} s")
+        print_phases({"held": args.home / f"held-{args.size_gb:g}", "streamed": home})
         ratio = (held["highest"] - held["start"]) / above
     if args.serve:
         serve(home, last_event(home)["uri"], args.serve_gb * 1e9, args.memory_gb or args.serve_gb - 0.8)
