@@ -146,6 +146,11 @@ class ResidentWeights:
         """Whether a request holds a size."""
         return bool(self._held)
 
+    @property
+    def sizes(self) -> int:
+        """The number of sizes that requests hold."""
+        return len(self._held)
+
     def close(self) -> bool:
         """Accept no more requests. Return False, and change nothing, if one holds a size."""
         with self._lock:
