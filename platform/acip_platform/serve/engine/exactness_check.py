@@ -146,7 +146,7 @@ def _in_engine(model: Any, mixer: Mixer, sizes: list[Size], ids: list[list[int]]
 
     Each sequence begins one step after the previous one, in chunks, and ends token by token.
     """
-    device, cache, found = model.device, KVCache(), [list[Tensor]() for _ in ids]
+    device, cache, found = model.device, KVCache(least=1), [list[Tensor]() for _ in ids]
     order, past, step = (2, 0, 1), [0] * len(ids), 0  # the slots are not in the order of the sequences
     while any(done < len(row) for done, row in zip(past, ids, strict=True)):
         pieces, runs, tokens = list[CachePiece](), list[tuple[Size, int]](), list[int]()
