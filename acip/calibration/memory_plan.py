@@ -436,7 +436,7 @@ class _Prediction:
         MN, NN = layer.M * layer.N, layer.N**2
         together = MN * min(VERSIONS, max(1, (CODED_AT_ONCE_CPU if self.cpu else CODED_AT_ONCE) // MN))
         weights = MN * (1 + (self.s != 4))  # in float32, and in the order of coding
-        return 4.0 * max(4 * NN + MN, 3 * NN + weights + max(6 * together, 2 * together + 5.25 * MN))
+        return 4.0 * max(4 * NN + MN, 3 * NN + weights + MN + max(5.25 * together, 4 * together + 4 * MN))
 
     def unsaved(self) -> float:
         """Return the bytes of finished codes in memory."""
