@@ -183,10 +183,10 @@ def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
         read_back(base, job.recipe)
         on_gpu = job.gpus > 0 or (job.gpus < 0 and any(node.get("GPU", 0) >= 1 for node in cluster))
         device = "cuda" if on_gpu else "cpu"
-        settings = device, job.num_workers, job.eval_context, samples_text(job)
-        needed = predict(base.model, job.recipe, *settings)
+        arguments = device, job.num_workers, job.eval_context, samples_text(job)
+        needed = predict(base.model, job.recipe, *arguments)
         text = f"{needed.peak / 1e9:.2f} GB per worker, peak in {needed.worst.name}"
-        least = memory_check.plan(base.model, job.recipe, 0, *settings)
+        least = memory_check.plan(base.model, job.recipe, 0, *arguments)
         if least.peak < needed.peak:
             text += f"; {least.peak / 1e9:.2f} GB where less is free: {' and '.join(least.streamed)} a block at a time"
         return text

@@ -116,7 +116,7 @@ class ModelLoader:
 
     @contextmanager
     def _described(self) -> Iterator[None]:
-        """Turn the errors of a malformed configuration, for which transformers and torch raise exceptions of any type, to ArtifactError."""
+        """Turn the exceptions of any type that transformers and torch raise for a malformed configuration into an ArtifactError."""
         try:
             yield
         except ArtifactError:
