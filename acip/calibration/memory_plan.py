@@ -46,6 +46,7 @@ COVARIANCES = 8 << 30  # bytes of covariances that `acip.calibration.bases` hold
 STATISTICS = 8 << 30  # bytes of statistics that are in memory at once, at most, or those of one block
 CODED_AT_ONCE = 2**25  # numbers of all versions of a layer that `acip.coding.error_feedback` codes together, at most, or one version
 CODED_AT_ONCE_CPU = 2**23  # the same for each thread of a CPU, where more is not faster
+CODING_BLOCK = 128  # columns of a weight that are coded before those behind them are updated
 VERSIONS = 5  # of a coded layer, at most
 KEPT_LOGITS_BYTES = 1 << 30  # bytes of the base model's logits that `acip.evaluate.curve` keeps, at most
 STREAMED_HIDDEN = 1 << 28  # bytes of hidden states that a streamed curve has in memory, at most, or one window at all sizes
@@ -436,7 +437,8 @@ class _Prediction:
         MN, NN = layer.M * layer.N, layer.N**2
         together = MN * min(VERSIONS, max(1, (CODED_AT_ONCE_CPU if self.cpu else CODED_AT_ONCE) // MN))
         weights = MN * (1 + (self.s != 4))  # in float32, and in the order of coding
-        return 4.0 * max(4 * NN + MN, 3 * NN + weights + MN + max(5.25 * together, 4 * together + 4 * MN))
+        block = 2 * together * min(1.0, CODING_BLOCK / layer.N)
+        return 4.0 * max(4 * NN + MN, 3 * NN + weights + MN + max(5 * together + block, 4 * together + 4 * MN))
 
     def unsaved(self) -> float:
         """Return the bytes of finished codes in memory."""

@@ -20,11 +20,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from acip.calibration.memory_plan import CODED_AT_ONCE, CODED_AT_ONCE_CPU
+from acip.calibration.memory_plan import CODED_AT_ONCE, CODED_AT_ONCE_CPU, CODING_BLOCK
 from acip.coding.codes import TOP, Codes, stored_steps
 
 DAMPING = 0.01  # share of the mean of diag H that is added to it
-BLOCK = 128  # columns whose updates of the columns behind the block are applied together
+BLOCK = CODING_BLOCK  # columns whose updates of the columns behind the block are applied together
 REFIT = (0.5, 2.0)  # a refitted step is at least and at most this multiple of the given one
 
 
