@@ -75,7 +75,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="what --sizes count (default: bytes if the artifact has codes, else linear; linear with --quantize)",
     )
     text = parser.add_argument_group("text (default: that of the curve, else package:wikipedia)")
-    text.add_argument("--data", nargs="+", metavar="SOURCE", help="package:wikipedia, package:austen, wikitext2, c4, or local text")
+    text.add_argument("--data", nargs="+", metavar="SOURCE", help="package:wikipedia (or austen, code), wikitext2, c4, or local text")
     text.add_argument("--protocol", nargs="+", help="packed, spread, field, paper: see acip/evaluate/heldout_text.py (default: packed)")
     text.add_argument(
         "--context", type=cli.whole_number(2), help="tokens per window (default: 2048, or the model's maximum if that is smaller)"

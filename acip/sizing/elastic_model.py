@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from acip.layers.elastic_linear import ElasticLinear
 from acip.modeling_acip import set_module
-from acip.sizing.cut_table import Budget, Cut, CutTable
+from acip.sizing.budget import Budget
+from acip.sizing.cut_table import Cut, CutTable
 from acip.sizing.model_sizes import set_size
 
 

@@ -77,7 +77,7 @@ def test_every_eighth_document_of_local_text_is_held_out(tmp_path: Path) -> None
 def test_bad_sources_are_refused_with_advice(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"did you mean 'wikipedia'"):
         list(documents("package:wikipedias", "train"))
-    with pytest.raises(DataError, match=r"Allowed: package:wikipedia, package:austen, c4, wikitext2, or a path"):
+    with pytest.raises(DataError, match=r"Allowed: package:austen, package:code, package:wikipedia, c4, wikitext2, or a path"):
         list(documents("wikitext", "train"))
     with pytest.raises(DataError, match="contains no text file"):
         list(documents(str(tmp_path), "train"))

