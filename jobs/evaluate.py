@@ -108,6 +108,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with --base")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file for the rows (default: ACIP_HOME/evaluations/...)")
     args = cli.parse(parser, argv)
+    check_combinations(parser, args)
+    return args
+
+
+def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with an error for options that do not go together."""
     if args.base and args.quantize:
         parser.error("--quantize measures the cost of quantizing a size: give --model or --artifact.")
     if (args.limit or args.shots is not None or args.task_folder) and not args.tasks:
@@ -120,7 +126,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--domains compares sizes of an artifact with its base model: give --model or --artifact.")
     if args.reference and not args.base:
         parser.error("--reference needs --base; an artifact is compared with its own base model.")
-    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
