@@ -97,7 +97,7 @@ def tokenizer_of(source: str, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of the model at `source`, without the model. Raises BaseModelError if it can't be loaded."""
     where, kwargs = _found(source, trust_remote_code)
     with foreign_errors(BaseModelError, f"the tokenizer of base {source!r} can't be loaded", REMEDY), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
+        tokenizer: Any = AutoTokenizer.from_pretrained(where, **kwargs)
         if "gguf_file" in kwargs and _puts_start_token(Path(where, kwargs["gguf_file"])):
             tokenizer.add_bos_token = True  # transformers ignores this entry of the file
     return tokenizer
