@@ -174,7 +174,7 @@ OfDomains = defaultdict[str, Outcomes]  # by the name of the domain
 
 
 class _Setup:
-    """How a curve is measured: its text, its domains and what its rows state."""
+    """The settings of the measurement of a curve: its text, its domains, and the facts that its rows state."""
 
     def __init__(
         self,
