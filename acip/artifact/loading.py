@@ -6,6 +6,7 @@ stay in memory, so a later, larger size reads only the difference.
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -71,12 +72,6 @@ class ModelLoader:
         tensors = (*model.named_parameters(), *model.named_buffers())
         if missing := [name for name, tensor in tensors if tensor.is_meta and name not in targets]:
             raise ArtifactError(f"{where} lacks tensors of its model: {', '.join(missing[:3])}. Fetch the artifact again.")
-        if "generation_config.json" in self.artifact.manifest["files"]:
-            folder = self.artifact.local("generation_config.json").parent
-            try:
-                model.generation_config = GenerationConfig.from_pretrained(folder)
-            except Exception as error:  # a malformed file makes transformers raise exceptions of any type
-                raise ArtifactError(f"{where}/generation_config.json can't be read: {error}") from error
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for buffer_name, buffer in list(model.named_buffers(remove_duplicate=False)):  # those that are computed, not stored
@@ -91,21 +86,45 @@ class ModelLoader:
 
     def _base_without_targets(self) -> PreTrainedModel:
         """Return the base model with the tensors of rest.safetensors; all other parameters are on the device meta."""
-        config = copy.deepcopy(self.artifact.config)  # the model may change its copy
-        keep_attention_cap(config)
         rest = self.artifact.tensors("rest")
-        try:
-            with init_empty_weights(include_buffers=False):
-                model: PreTrainedModel = _model_class(config)._from_config(config, dtype=config.dtype)
+        with self._described():
+            model = self._empty_base()
             tensors = {name: tensor.to(self.device) for name, tensor in rest.read(list(rest.entries)).items()}
             model.load_state_dict(tensors, strict=False, assign=True)
+        return self._with_generation_config(model)
+
+    def empty_base(self) -> PreTrainedModel:
+        """Return the base model with all parameters on the device meta."""
+        with self._described():
+            return self._with_generation_config(self._empty_base())
+
+    def _empty_base(self) -> PreTrainedModel:
+        config = copy.deepcopy(self.artifact.config)  # the model may change its copy
+        keep_attention_cap(config)
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = _model_class(config)._from_config(config, dtype=config.dtype)
+        return model
+
+    def _with_generation_config(self, model: PreTrainedModel) -> PreTrainedModel:
+        if "generation_config.json" in self.artifact.manifest["files"]:
+            folder = self.artifact.local("generation_config.json").parent
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+            except Exception as error:  # a malformed file makes transformers raise exceptions of any type
+                raise ArtifactError(f"{self.artifact.source.where}/generation_config.json can't be read: {error}") from error
+        return model
+
+    @contextmanager
+    def _described(self) -> Iterator[None]:
+        """Turn the exceptions of any type that transformers and torch raise for a malformed configuration into an ArtifactError."""
+        try:
+            yield
         except ArtifactError:
             raise
-        except Exception as error:  # a malformed configuration makes transformers and torch raise exceptions of any type
+        except Exception as error:
             raise ArtifactError(
                 f"{self.artifact.source.where}: the model that config.json describes can't be built from its tensors: {error}"
             ) from error
-        return model
 
     def all_stored_ranks(self) -> dict[str, int | None]:
         """Return the stored rank of each target layer."""

@@ -20,11 +20,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from acip.calibration.memory_plan import CODED_AT_ONCE, CODED_AT_ONCE_CPU
+from acip.calibration.memory_plan import CODED_AT_ONCE, CODED_AT_ONCE_CPU, CODING_BLOCK
 from acip.coding.codes import TOP, Codes, stored_steps
 
 DAMPING = 0.01  # share of the mean of diag H that is added to it
-BLOCK = 128  # columns whose updates of the columns behind the block are applied together
+BLOCK = CODING_BLOCK  # columns whose updates of the columns behind the block are applied together
 REFIT = (0.5, 2.0)  # a refitted step is at least and at most this multiple of the given one
 
 
@@ -56,10 +56,12 @@ def code_versions(weight_MN: Tensor, metric_NN: Tensor, steps: Sequence[Tensor],
         units_NR, moved_NR = (torch.cat([x_NM / steps_M for steps_M in some], dim=1) for x_NM in (W_NM, HW_NM))
         codes_NR = _feedback(units_NR, U_NN)
         products_NR = H_NN @ codes_NR
-        for _ in range(sweeps):
+        for _ in range(sweeps):  # in place, because these matrices take most of the memory
             moved_to_NR = moved_NR / _refit(units_NR, codes_NR, products_NR)
-            codes_NR, slope_NR = _descent(moved_to_NR - products_NR, H_NN, codes_NR)
-            products_NR = moved_to_NR - slope_NR
+            slope_NR = products_NR.neg_().add_(moved_to_NR)
+            _descent(slope_NR, H_NN, codes_NR)
+            products_NR = moved_to_NR.sub_(slope_NR)
+            del moved_to_NR, slope_NR
         refit_R = _refit(units_NR, codes_NR, products_NR)
         columns = zip(*(x.split(M, dim=-1) for x in (codes_NR, products_NR, units_NR, moved_NR, refit_R)), strict=True)
         for steps_M, (codes_NM, products_NM, units_NM, moved_NM, refit_M) in zip(some, columns, strict=True):
@@ -103,12 +105,12 @@ def _feedback(W_NM: Tensor, U_NN: Tensor) -> Tensor:
     return codes_NM
 
 
-def _descent(slope_NM: Tensor, H_NN: Tensor, codes_NM: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes [N, M] after every column was rounded to its best codes, given the other columns, and the slope there.
+def _descent(slope_NM: Tensor, H_NN: Tensor, codes_NM: Tensor) -> None:
+    """Round every column of codes [N, M] to its best codes, given the other columns, and update the slope, in place.
 
     The slope is minus half the gradient of the error, H (weights - codes).
     """
-    N, codes_NM, slope_NM = len(H_NN), codes_NM.clone(), slope_NM.clone()
+    N = len(H_NN)
     for start in range(0, N, BLOCK):
         end = min(start + BLOCK, N)
         block_NM = slope_NM[start:end].clone()  # of the columns of the block that follow
@@ -119,7 +121,6 @@ def _descent(slope_NM: Tensor, H_NN: Tensor, codes_NM: Tensor) -> tuple[Tensor, 
             codes_NM[n] = best_M
             block_NM[n + 1 - start :].addr_(H_NN[n, n + 1 : end], changes_NM[n - start], alpha=-1)
         slope_NM.addmm_(H_NN[:, start:end], changes_NM, alpha=-1)
-    return codes_NM, slope_NM
 
 
 def _refit(W_NM: Tensor, codes_NM: Tensor, products_NM: Tensor) -> Tensor:

@@ -16,11 +16,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from acip.errors import AcipError
 from acip.sizing.budget import GIGA, in_bytes
+from acip.utils.free_memory import free_memory
 from acip_platform.serve.engine.model_cache import Key, ModelCache, key_of
 from acip_platform.serve.engine.request import DEFAULT_MAX_TOKENS
 from acip_platform.serve.engine.resident_model import ResidentModel
@@ -81,7 +81,7 @@ class EngineReplica:
         self.settings = Settings.from_env()
         self.engine = TextEngine(timeout_s, default_max_tokens, default_size)
         self.recorder = Recorder(self.engine, self.settings.home / "cache" / "recorded")
-        limit = in_bytes(memory_gb, GIGA) if memory_gb else int(MEMORY_SHARE * _free_bytes(device))
+        limit = in_bytes(memory_gb, GIGA) if memory_gb else int(MEMORY_SHARE * free_memory(device))
         store = Store.of(self.settings)
         self.models = ModelCache(self.engine, store, device, limit, self.recorder.add, code_copies, model_kind(engine), max_size)
         self.failed: dict[str, str] = {}  # model -> the reason why it cannot be loaded
@@ -265,9 +265,3 @@ def merged(events: list[TextEvent]) -> list[TextEvent]:
 def _failed(error: Exception) -> dict[str, Any]:
     status, body = logged_response(error)
     return {"status": status, "body": body}
-
-
-def _free_bytes(device: str) -> int:
-    if device == "cpu":
-        return int(psutil.virtual_memory().available)
-    return int(torch.cuda.mem_get_info()[0])

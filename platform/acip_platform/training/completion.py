@@ -19,7 +19,7 @@ from acip.artifact.artifact import Artifact
 from acip.base import Base, positions
 from acip.calibration.memory_plan import STREAMED_HIDDEN
 from acip.errors import DataError, EvaluationError
-from acip.evaluate import DivergenceOn, Samples, Text, evaluate, streamed_trade_off, trade_off
+from acip.evaluate import CurveSetup, DivergenceOn, Samples, Text, evaluate, streamed_trade_off, trade_off
 from acip.evaluate.domains import CHAT, CONTEXT, chat_windows, text_windows
 from acip.evaluate.measurement import Subject
 from acip.export.peft import save_peft
@@ -152,13 +152,11 @@ def measured_curve(
     also = f", and on {', '.join(heldout.domains)}" if heldout.domains else ""
     emit("stage", text=f"measuring the curve on {len(heldout.windows)} windows of {text.source}{also}")
     sizes = [*map(Budget, job.sizes), *(Budget(size, "bytes") for size in job.byte_sizes if model.table.byte_sizes)]
-    stop, divergence = artifact.recipe.stop_ratio, DivergenceOn(text)
-    if streamed:
-        return streamed_trade_off(
-            model, heldout.windows, text.source, sizes, stop, text.protocol, divergence, text.start, STREAMED_HIDDEN,
-            lambda done, total: emit("code", what="curve", done=done, total=total), domains,
-        )  # fmt: skip
-    return trade_off(model, heldout.windows, text.source, sizes, stop, text.protocol, divergence, add_samples, text.start, domains)
+    stop = artifact.recipe.stop_ratio
+    setup = CurveSetup(heldout.windows, text.source, stop, text.protocol, text.start, DivergenceOn(text), domains)
+    if not streamed:
+        return trade_off(model, sizes, setup, add_samples)
+    return streamed_trade_off(model, sizes, setup, STREAMED_HIDDEN, lambda done, total: emit("code", what="curve", done=done, total=total))
 
 
 def registered_version(

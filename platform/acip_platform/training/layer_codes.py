@@ -2,8 +2,9 @@
 
     finished codes of an earlier run of the job -> statistics of the missing layers -> their codes -> finished codes, on disk
 
-The memory is bounded: finished codes are in a temporary file. Statistics are gathered a block at a time and are in files, if those of all
-layers are large or the job is streamed. The file of a block is removed when the codes of its layers are stored.
+The memory is bounded: finished codes are in a temporary file, and the memory that they took is returned to the system. Statistics are
+gathered a block at a time and are in files, if those of all layers are large or the job is streamed. The file of a block is removed when
+the codes of its layers are stored.
 """
 
 import hashlib
@@ -30,6 +31,7 @@ from acip.layers.block_chain import BlockChain
 from acip.layers.targets import find_linears, weight_MN
 from acip.recipe import Recipe
 from acip.sizing.budget import MEGA
+from acip.utils.malloc import trim
 from acip_platform.scheduling.fleet import Job
 from acip_platform.storage.checkpoints import Checkpoints, Emit
 from acip_platform.storage.code_checkpoints import CodeCheckpoints
@@ -71,6 +73,8 @@ def codes_of(
     for stored_scales, layers in stored.read():
         scales = stored_scales  # the same in all folders
         coded |= in_scratch({name: layer for name, layer in layers.items() if name in linears}, scratch)
+        layers.clear()
+        trim()
     if coded:
         emit("stage", text=f"read back the codes of {len(coded)} of {len(linears)} layers, which an earlier run of this job had finished")
     missing = {name: layer for name, layer in linears.items() if name not in coded}
@@ -88,6 +92,8 @@ def codes_of(
         if stored.write(scales, some) and isinstance(statistics, StoredStatistics):
             statistics.drop(some)
         coded |= in_scratch(some, scratch)
+        some.clear()
+        trim()
     files.remove()
     model = assembled({name: coded[name] for name in linears})
     ended = time.monotonic()

@@ -182,7 +182,7 @@ class ModelCache:
     def make_room(self, weight_bytes: int, memory: ModelMemory) -> None:
         """Reserve memory for weights: free packed copies first, then codes and models that no request uses. Wait if all are in use.
 
-        Raise an AcipError if the model exceeds the limit alone, and a MemoryFullError if the others remain in use.
+        Raise a MemoryFullError if the model exceeds the limit alone, or if the others remain in use.
         """
         deadline = time.monotonic() + WAIT_S
         while True:
@@ -190,7 +190,7 @@ class ModelCache:
                 if self._free(weight_bytes, memory):
                     memory.add(weight_bytes)
                     return
-                if memory.weight_bytes + weight_bytes > self.limit_bytes:
+                if memory.weight_bytes + weight_bytes > self.limit_bytes and (time.monotonic() > deadline or not self._shared(memory)):
                     raise MemoryFullError(
                         f"{memory.name} needs {memory.weight_bytes + weight_bytes:,} bytes of memory for this size and the others in use; "
                         f"this server may use {self.limit_bytes:,}. Request a smaller size, or raise memory_gb."
@@ -198,6 +198,10 @@ class ModelCache:
                 if time.monotonic() > deadline:
                     raise MemoryFullError("every model in memory is in use; try again in a moment.")
             time.sleep(0.1)
+
+    def _shared(self, memory: ModelMemory) -> bool:
+        """Return whether requests hold several sizes of a model: the weights of others leave when these requests end."""
+        return any(entry.memory is memory and entry.model is not None and entry.model.weights.sizes > 1 for entry in self._entries.values())
 
     def _free(self, weight_bytes: int, memory: ModelMemory) -> bool:
         """Free memory until `weight_bytes` fit. Return whether they do."""

@@ -124,7 +124,7 @@ class ResidentModel:
 
     @contextmanager
     def _two_sizes(self) -> Iterator[tuple[Size, Size]]:
-        """Hold two sizes to check: the base model and the stop ratio, or the largest coded ones."""
+        """Hold two sizes to check: the base model and the stop ratio, or the largest coded ones that are served."""
         table, coded = self.any_size.table, self.any_size.table.byte_sizes
         if coded is None:
             least = self.largest.removed
@@ -132,6 +132,8 @@ class ResidentModel:
             yield first, second
             return
         largest = table.cut(Budget(stored_bytes=coded.bytes(coded.all_coded)))
+        if self.largest.versions is not None:
+            largest = max(largest, self.largest, key=lambda cut: cut.key)
         smaller = table.cut(Budget(stored_bytes=max((largest.bytes or 0) - 1, coded.bytes(0))))
         with self.holding(largest), self.holding(smaller):
             first, second = (Size(cut.key, cut.ranks, cut.versions) for cut in (largest, smaller))

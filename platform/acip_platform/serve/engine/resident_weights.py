@@ -32,9 +32,12 @@ from acip.layers.packing import PackedLinear, unpacked
 from acip.modeling_acip import set_module, weight_MN
 from acip.sizing.cut_table import Cut
 from acip.sizing.elastic_model import ElasticModel
+from acip.utils.malloc import trim
 from acip_platform.serve.engine.errors import ModelUnloadedError
 
 STEP_SIZE_BYTES = 4  # of a row of a coded layer
+DECODED_AHEAD = 8  # layers for each thread that decodes
+TRIM_BYTES = 1 << 27  # of codes that are read or dropped, before freed memory is returned. glibc keeps up to twice the bytes otherwise
 LEAST_INTEGERS = 1 << 20  # weights of a layer whose codes are multiplied in integers; smaller layers are not faster (products.py)
 DRAFT_KEY = (2, 0)  # of the size that drafts
 DRAFT_VERSION = -1  # of its layers
@@ -142,6 +145,11 @@ class ResidentWeights:
     def in_use(self) -> bool:
         """Whether a request holds a size."""
         return bool(self._held)
+
+    @property
+    def sizes(self) -> int:
+        """The number of sizes that requests hold."""
+        return len(self._held)
 
     def close(self) -> bool:
         """Accept no more requests. Return False, and change nothing, if one holds a size."""
@@ -269,21 +277,32 @@ class ResidentWeights:
             self._drop(self.code_bytes + needed - self.codes_limit)
         self.memory.reserve(needed)
         threads = max(1, torch.get_num_threads() // 2)  # of decoding; the engine's steps run meanwhile
+        untrimmed = 0
         try:
             with ThreadPoolExecutor(threads, "codes") as pool:
-                for (name, version), codes in zip(missing, pool.map(self._decoded, missing), strict=True):
-                    layer = self.layers[name]
-                    with building:
-                        coded: Any = self.loader.coded(name, codes, layer.bias)
-                        if self._integers and coded.codes.numel() >= LEAST_INTEGERS:
-                            coded = PreciseIntegerLinear(coded.codes, coded.steps, layer.bias)
-                    with self._lock:
-                        layer.coded[str(version)] = coded
-                        self._used[name, version] = time.monotonic()
-                        self.code_bytes += self._code_bytes[name]
-                    needed -= self._code_bytes[name]
+                for i in range(0, len(missing), DECODED_AHEAD * threads):
+                    some = missing[i : i + DECODED_AHEAD * threads]
+                    for (name, version), codes in zip(some, pool.map(self._decoded, some), strict=True):
+                        self._add(name, version, codes)
+                        needed -= self._code_bytes[name]
+                        untrimmed += self._code_bytes[name]
+                    if untrimmed >= TRIM_BYTES:
+                        trim()
+                        untrimmed = 0
         finally:
             self.memory.release(needed)
+
+    def _add(self, name: str, version: int, codes: Codes) -> None:
+        """Add a version of a layer."""
+        layer = self.layers[name]
+        with building:
+            coded: Any = self.loader.coded(name, codes, layer.bias)
+            if self._integers and coded.codes.numel() >= LEAST_INTEGERS:
+                coded = PreciseIntegerLinear(coded.codes, coded.steps, layer.bias)
+        with self._lock:
+            layer.coded[str(version)] = coded
+            self._used[name, version] = time.monotonic()
+            self.code_bytes += self._code_bytes[name]
 
     def _decoded(self, coded: Coded) -> Codes:
         name, version = coded
@@ -305,6 +324,8 @@ class ResidentWeights:
         for name, version in dropped:
             del self.layers[name].coded[str(version)], self._used[name, version]
         self.code_bytes -= freed
+        if freed >= TRIM_BYTES:
+            trim()
         self.memory.release(freed)
 
     # ---- ranks and dense weights
