@@ -5,7 +5,7 @@ stay in memory, so a later, larger size reads only the difference.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -93,11 +93,10 @@ class ModelLoader:
         """Return the base model with the tensors of rest.safetensors; all other parameters are on the device meta."""
         config = copy.deepcopy(self.artifact.config)  # the model may change its copy
         keep_attention_cap(config)
-        rest = self.artifact.tensors("rest")
         try:
             with init_empty_weights(include_buffers=False):
                 model: PreTrainedModel = _model_class(config)._from_config(config, dtype=config.dtype)
-            tensors = {name: tensor.to(self.device) for name, tensor in rest.read(list(rest.entries)).items()}
+            tensors = {name: tensor.to(self.device) for name, tensor in self.rest_tensors().items()}
             model.load_state_dict(tensors, strict=False, assign=True)
         except ArtifactError:
             raise
@@ -106,6 +105,27 @@ class ModelLoader:
                 f"{self.artifact.source.where}: the model that config.json describes can't be built from its tensors: {error}"
             ) from error
         return model
+
+    # ---- reads of the artifact, which a subclass may replace
+
+    def rest_tensors(self) -> dict[str, Tensor]:
+        """Return all tensors outside of the target layers."""
+        rest = self.artifact.tensors("rest")
+        return rest.read(list(rest.entries))
+
+    def directions(self, wanted: Sequence[tuple[str, int, int]]) -> list[Tensor]:
+        """Return rows [first, last) of the factors, for (NAME.left or NAME.right, first, last) in `wanted`."""
+        return self.factors.rows(wanted)
+
+    def dense_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the dense weights of layers, as NAME.weight."""
+        return self.dense.read([f"{name}.weight" for name in names])
+
+    def decoded(self, name: str, version: int) -> Codes:
+        """Return a version of the codes of a layer."""
+        return self.codes.read({name: version})[name].unpack()
+
+    # ---- loading
 
     def all_stored_ranks(self) -> dict[str, int | None]:
         """Return the stored rank of each target layer."""
@@ -156,13 +176,13 @@ class ModelLoader:
             for side in ("left", "right") if rank is not None else ():
                 if (loaded := len(getattr(layer, side))) < self.lead + (rank or 0):
                     missing_rows.append((f"{name}.{side}", loaded, self.lead + (rank or 0)))
-        for (key, *_), rows in zip(missing_rows, self.factors.rows(missing_rows) if missing_rows else [], strict=True):
+        for (key, *_), rows in zip(missing_rows, self.directions(missing_rows) if missing_rows else [], strict=True):
             name, _, side = key.rpartition(".")
-            directions: DirectionMatrix = getattr(layers[name], side)
-            new = self.part(name, side, rows).to(directions.values)
-            values = torch.cat([directions.values, new]) if len(directions) else new
-            directions.values = nn.Parameter(values, requires_grad=False)
-        weights = self.dense.read([f"{name}.weight" for name in missing_weights]) if missing_weights else {}
+            matrix: DirectionMatrix = getattr(layers[name], side)
+            new = self.part(name, side, rows).to(matrix.values)
+            values = torch.cat([matrix.values, new]) if len(matrix) else new
+            matrix.values = nn.Parameter(values, requires_grad=False)
+        weights = self.dense_weights(missing_weights) if missing_weights else {}
         for key, weight in weights.items():
             name = key.removesuffix(".weight")
             layer = layers[name]

@@ -83,7 +83,10 @@ class EngineReplica:
         self.recorder = Recorder(self.engine, self.settings.home / "cache" / "recorded")
         limit = in_bytes(memory_gb, GIGA) if memory_gb else int(MEMORY_SHARE * _free_bytes(device))
         store = Store.of(self.settings)
-        self.models = ModelCache(self.engine, store, device, limit, self.recorder.add, code_copies, model_kind(engine), max_size)
+        self.models = ModelCache(
+            self.engine, store, device, limit, self.recorder.add, code_copies, model_kind(engine), max_size,
+            self.settings.home / "cache" / "resident",
+        )  # fmt: skip
         self.failed: dict[str, str] = {}  # model -> the reason why it cannot be loaded
         self.warm = False  # whether a model is loaded and has generated a token
         self._refused: dict[Key, Refusal] = {}  # versions that could not be loaded

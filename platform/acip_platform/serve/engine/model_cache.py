@@ -4,14 +4,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from acip.artifact.artifact import Artifact
-from acip.artifact.manifest import CODES
+from acip.artifact.byte_sources import Folder
+from acip.artifact.manifest import CODES, DIGESTS
 from acip.errors import AcipError
 from acip_platform.serve.engine.errors import MemoryFullError, ModelUnavailableError
 from acip_platform.serve.engine.resident_model import ResidentModel
+from acip_platform.storage.resident_files import ResidentFiles
 
 if TYPE_CHECKING:  # they import boto3 and MLflow
     from acip_platform.storage.store import Store
@@ -82,7 +85,7 @@ class ModelMemory:
 
 
 class ModelCache:
-    """Models by version. `on_load` is called with each model once it is loaded."""
+    """Models by version. `on_load` is called with each model once it is loaded. `files` is a folder for files that replicas share."""
 
     def __init__(
         self,
@@ -94,8 +97,9 @@ class ModelCache:
         code_copies: float = 1.0,
         kind: type[ResidentModel] = ResidentModel,
         max_size: str | None = None,
+        files: Path | None = None,
     ) -> None:
-        self.kind, self.max_size = kind, max_size
+        self.kind, self.max_size, self.files = kind, max_size, files
         self.engine, self.store, self.device, self.limit_bytes, self.on_load = engine, store, device, limit_bytes, on_load
         self.code_copies = code_copies
         self._entries: dict[Key, CacheEntry] = {}
@@ -151,7 +155,7 @@ class ModelCache:
 
     def _load(self, version: "ModelVersion", entry: CacheEntry) -> ResidentModel:
         try:
-            artifact = Artifact.open(self.store.fetch(version.uri))
+            artifact = _checked(Artifact.open(self.store.fetch(version.uri)))
         except AcipError as error:
             raise ModelUnavailableError(str(error)) from error
         least_bytes = _first_bytes(artifact)
@@ -163,10 +167,10 @@ class ModelCache:
             )
         memory = entry.memory = ModelMemory(self, version.name, least_bytes)
         self.make_room(least_bytes, memory)
-        packed = self.device == "cpu"
         model = self.kind(
-            version, artifact, self.device, packed=packed, memory=memory, code_copies=self.code_copies, max_size=self.max_size
-        )
+            version, artifact, self.device, packed=self.device == "cpu", memory=memory, code_copies=self.code_copies,
+            max_size=self.max_size, files=None if self.files is None else ResidentFiles(self.files, artifact),
+        )  # fmt: skip
         memory.end_advance()
         self.engine.add(model)
         return model
@@ -219,6 +223,13 @@ class ModelCache:
                 self.engine.remove(model)
                 entry.model, entry.memory = None, None
         return fits()
+
+
+def _checked(artifact: Artifact) -> Artifact:
+    """Return the artifact so that what is read from its files is compared with their checksums. Those of early schemas have none."""
+    if f"{DIGESTS}.safetensors" not in artifact.manifest["files"]:
+        return artifact
+    return replace(artifact, source=Folder(artifact.folder, checked=True))
 
 
 def _first_bytes(artifact: Artifact) -> int:

@@ -24,7 +24,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from acip.artifact.loading import ModelLoader
 from acip.coding.codes import Codes
 from acip.layers.integer_linear import IntegerLinear, PreciseIntegerLinear, rounded, supports_integers, supports_precise_integers
 from acip.layers.mixed_sizes import Mixer, Size
@@ -33,6 +32,7 @@ from acip.modeling_acip import set_module, weight_MN
 from acip.sizing.cut_table import Cut
 from acip.sizing.elastic_model import ElasticModel
 from acip_platform.serve.engine.errors import ModelUnloadedError
+from acip_platform.serve.engine.resident_loader import ResidentLoader
 
 STEP_SIZE_BYTES = 4  # of a row of a coded layer
 LEAST_INTEGERS = 1 << 20  # weights of a layer whose codes are multiplied in integers; smaller layers are not faster (products.py)
@@ -79,7 +79,7 @@ class ResidentWeights:
     """
 
     def __init__(
-        self, loader: ModelLoader, any_size: ElasticModel, mixer: Mixer, memory: Memory, code_copies: float = 1.0, packed: bool = True,
+        self, loader: ResidentLoader, any_size: ElasticModel, mixer: Mixer, memory: Memory, code_copies: float = 1.0, packed: bool = True,
         integers: bool = False,
     ) -> None:  # fmt: skip
         self.loader, self.model, self.layers, self.mixer, self.memory = loader, any_size.model, any_size.layers, mixer, memory
@@ -164,7 +164,7 @@ class ResidentWeights:
             return
         for name, linear in linears:
             with building:
-                packed = PackedLinear(linear)
+                packed = self.loader.packed(name, linear)
             with self._lock:
                 if self.packed:
                     set_module(self.model, name, packed)
@@ -217,7 +217,7 @@ class ResidentWeights:
         drafts = {}
         for name, layer in layers.items():
             if self._has_codes and name in self.layers:
-                finest = self.loader.codes.read({name: self._finest[name]})[name].unpack()
+                finest = self.loader.decoded(name, self._finest[name])
                 codes_MN, steps_M = finest.codes, finest.steps
             else:
                 codes_MN, steps_M = rounded(weight_MN(layer.original).detach())
@@ -286,8 +286,7 @@ class ResidentWeights:
             self.memory.release(needed)
 
     def _decoded(self, coded: Coded) -> Codes:
-        name, version = coded
-        return self.loader.codes.read({name: version})[name].unpack()
+        return self.loader.decoded(*coded)
 
     def _drop(self, surplus: float) -> None:
         """Drop codes that no request holds, the least recently used first, until `surplus` bytes are free. The lock must be held."""
