@@ -78,6 +78,11 @@ class ResidentFiles:
             return computed if mapped is None else mapped
         return mapped
 
+    @property
+    def written(self) -> bool:
+        """Whether there are files from an earlier start."""
+        return any(self.folder.glob("*.passed"))
+
     def passed(self, check: str) -> bool:
         """Return whether `record_passed` was called for a check, on tensors of the same files."""
         return self._record(check).exists()

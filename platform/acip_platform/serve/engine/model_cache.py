@@ -122,6 +122,13 @@ class ModelCache:
         entry.used = time.monotonic()
         return entry.model
 
+    def starts_fast(self, version: "ModelVersion") -> bool:
+        """Return whether this node has files of a version, so that loading it takes little more than mapping them."""
+        try:
+            return self.files is not None and ResidentFiles(self.files, Artifact.open(self.store.fetch(version.uri))).written
+        except AcipError:
+            return False
+
     @contextmanager
     def keep(self, version: "ModelVersion") -> Iterator[None]:
         """Inside the block, a model that is in memory does not leave it to make room for others."""
