@@ -24,8 +24,9 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 GOAL_S = 3.0
 COPY = 0.25
@@ -75,7 +76,7 @@ class Started:
         if not self.facts:
             raise SystemExit(self.process.communicate()[1][-2000:])
 
-    def __enter__(self) -> "Started":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,13 +90,13 @@ class Started:
     def row(self, name: str) -> str:
         """Return a row of the table: wall (CPU) seconds of each phase."""
         ends = [(0.0, 0.0), *self.facts["marks"].values()]
-        parts = [f"{wall - before[0]:.1f} ({cpu - before[1]:.1f})" for before, (wall, cpu) in zip(ends, ends[1:], strict=False)]
+        parts = [f"{wall - before[0]:.1f} ({cpu - before[1]:.1f})" for before, (wall, cpu) in pairwise(ends)]
         return f"| {name} | {' | '.join(parts)} | {self.seconds:.1f} ({ends[-1][1]:.1f}) |"
 
 
 def measure(artifact: Path, size: str, repeats: int) -> tuple[float, float, float]:
     """Print the tables. Return the seconds of a private and of a warm start, and the copies of the weights that a second replica adds."""
-    with tempfile.TemporaryDirectory(prefix="acip-start-") as home, ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="acip-start-") as home:
 
         def start(private: bool) -> Started:
             return Started(artifact, Path(home), size, private)

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from mlflow.exceptions import MlflowException
@@ -22,7 +22,7 @@ from acip.errors import AcipError
 from acip.utils.coerce import did_you_mean
 from acip_platform.settings import Settings, masked
 from acip_platform.tracking.versions import MODEL_ID
-from acip_platform.tracking.versions import ModelVersion as ModelVersion
+from acip_platform.tracking.versions import ModelVersion as ModelVersion  # noqa: PLC0414 - other modules import it from here
 
 CHAMPION = "champion"  # alias of the version that is served
 CANDIDATE = "candidate"  # alias of a version that a person may promote
