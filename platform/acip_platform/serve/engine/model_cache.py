@@ -4,13 +4,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from acip.artifact.artifact import Artifact
-from acip.artifact.byte_sources import Folder
-from acip.artifact.manifest import CODES, DIGESTS
+from acip.artifact.manifest import CODES
 from acip.errors import AcipError
 from acip_platform.serve.engine.errors import MemoryFullError, ModelUnavailableError
 from acip_platform.serve.engine.resident_model import ResidentModel
@@ -162,7 +161,7 @@ class ModelCache:
 
     def _load(self, version: "ModelVersion", entry: CacheEntry) -> ResidentModel:
         try:
-            artifact = _checked(Artifact.open(self.store.fetch(version.uri)))
+            artifact = Artifact.open(self.store.fetch(version.uri))
         except AcipError as error:
             raise ModelUnavailableError(str(error)) from error
         least_bytes = _first_bytes(artifact)
@@ -230,13 +229,6 @@ class ModelCache:
                 self.engine.remove(model)
                 entry.model, entry.memory = None, None
         return fits()
-
-
-def _checked(artifact: Artifact) -> Artifact:
-    """Return the artifact so that what is read from its files is compared with their checksums. Those of early schemas have none."""
-    if f"{DIGESTS}.safetensors" not in artifact.manifest["files"]:
-        return artifact
-    return replace(artifact, source=Folder(artifact.folder, checked=True))
 
 
 def _first_bytes(artifact: Artifact) -> int:

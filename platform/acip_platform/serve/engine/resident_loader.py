@@ -1,14 +1,17 @@
 """The loader of a resident model. It maps what it loads from the files of the node, if there are some (`storage.resident_files`)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from acip.artifact.artifact import Artifact
+from acip.artifact.byte_sources import Folder
 from acip.artifact.loading import ModelLoader
+from acip.artifact.manifest import DIGESTS
 from acip.coding.codes import Codes
 from acip.layers.packing import PackedLinear, as_bytes, from_bytes, packed_weight, supports_bytes
 from acip.modeling_acip import weight_MN
@@ -24,29 +27,38 @@ class ResidentLoader(ModelLoader):
         super().__init__(artifact, device)
         self.files = files
 
+    @cached_property
+    def verified(self) -> ModelLoader:
+        """A loader that compares what it reads with the artifact's checksums. Artifacts of early schemas have none."""
+        if f"{DIGESTS}.safetensors" not in self.artifact.manifest["files"]:
+            return ModelLoader(self.artifact, self.device)
+        return ModelLoader(replace(self.artifact, source=Folder(self.artifact.folder, checked=True)), self.device)
+
     def rest_tensors(self) -> dict[str, Tensor]:
-        return dict(self._get("rest", super().rest_tensors))
+        return dict(self._get("rest", lambda: self.verified.rest_tensors()))
 
     def directions(self, wanted: Sequence[tuple[str, int, int]]) -> list[Tensor]:
         """Return rows of factors. Factors that are read whole are mapped."""
         return [self._directions(*each) for each in wanted]
 
     def _directions(self, key: str, first: int, last: int) -> Tensor:
-        read = super().directions
-        if first or last < self.factors.entry(key).rows:
-            return read([(key, first, last)])[0]
-        return self._get(key, lambda: {key: read([(key, first, last)])[0]})[key]
+        def compute() -> dict[str, Tensor]:
+            return {key: self.verified.directions([(key, first, last)])[0]}
+
+        whole = first == 0 and last == self.factors.entry(key).rows
+        return (self._get(key, compute) if whole else compute())[key]
 
     def dense_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
-        read = super().dense_weights
-        return {f"{name}.weight": self._get(f"{name}.weight", partial(read, [name]))[f"{name}.weight"] for name in names}
+        def compute(name: str) -> dict[str, Tensor]:
+            return self.verified.dense_weights([name])
+
+        return {f"{name}.weight": self._get(f"{name}.weight", partial(compute, name))[f"{name}.weight"] for name in names}
 
     def decoded(self, name: str, version: int) -> Codes:
         def compute() -> dict[str, Tensor]:
-            codes = read(name, version)
+            codes = self.verified.decoded(name, version)
             return {"codes": codes.codes, "steps": codes.steps}
 
-        read = super().decoded
         tensors = self._get(f"{name}.codes-{version}", compute)
         return Codes(tensors["codes"], tensors["steps"])
 
