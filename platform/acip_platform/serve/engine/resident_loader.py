@@ -30,12 +30,16 @@ class ResidentLoader(ModelLoader):
     @cached_property
     def verified(self) -> ModelLoader:
         """A loader that compares what it reads with the artifact's checksums. Artifacts of early schemas have none."""
-        if f"{DIGESTS}.safetensors" not in self.artifact.manifest["files"]:
-            return ModelLoader(self.artifact, self.device)
-        return ModelLoader(replace(self.artifact, source=Folder(self.artifact.folder, checked=True)), self.device)
+        artifact = self.artifact
+        if isinstance(artifact.source, Folder) and f"{DIGESTS}.safetensors" in artifact.manifest["files"]:
+            artifact = replace(artifact, source=Folder(artifact.source.folder, checked=True))
+        return ModelLoader(artifact, self.device)
 
     def rest_tensors(self) -> dict[str, Tensor]:
-        return dict(self._get("rest", lambda: self.verified.rest_tensors()))
+        def compute() -> dict[str, Tensor]:
+            return self.verified.rest_tensors()
+
+        return dict(self._get("rest", compute))
 
     def directions(self, wanted: Sequence[tuple[str, int, int]]) -> list[Tensor]:
         """Return rows of factors. Factors that are read whole are mapped."""
