@@ -61,12 +61,15 @@ def test_logits_from_mapped_files_are_the_same_bit_for_bit(artifact: Artifact, t
         assert sampled(load(artifact, tmp_path)) == expected
 
 
-def test_weights_are_mapped(artifact: Artifact, tmp_path: Path) -> None:
+@pytest.mark.parametrize("coded", [True, False])
+def test_weights_are_mapped(artifact: Artifact, tmp_path: Path, coded: bool, small_artifact: Artifact) -> None:
+    """Those of an artifact without coded tensors are mapped from the artifact itself, and not written again."""
+    artifact = artifact if coded else small_artifact
     for _ in range(2):
         model = load(artifact, tmp_path)
-        with model.holding(model.cut(Budget(ratio=1.0))), model.holding(model.cut(Budget(ratio=0.4, convention="bytes"))):
+        with model.holding(model.cut(SIZES[0])), model.holding(model.cut(SIZES[2 if coded else 1])):
             tensors = dict(model.any_size.model.state_dict(keep_vars=True))
-    places = [tuple(int(end, 16) for end in line.split()[0].split("-")) for line in mapped_lines(tmp_path)]
+    places = [tuple(int(end, 16) for end in line.split()[0].split("-")) for line in mapped_lines(tmp_path if coded else artifact.folder)]
 
     def is_mapped(tensor: torch.Tensor) -> bool:
         return any(first <= tensor.data_ptr() < last for first, last in places)
@@ -74,6 +77,7 @@ def test_weights_are_mapped(artifact: Artifact, tmp_path: Path) -> None:
     kept = {name: tensor for name, tensor in tensors.items() if tensor.numel() and not tensor.is_meta and "inv_freq" not in name}
     assert len(kept) > 20
     assert [name for name, tensor in kept.items() if not is_mapped(tensor)] == []
+    assert coded or {path.name.split(".")[-2] for path in tmp_path.rglob("*.safetensors")} <= {"packed"}
 
 
 def mapped_lines(root: Path) -> list[str]:

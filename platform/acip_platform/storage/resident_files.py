@@ -1,4 +1,4 @@
-"""Tensors of an artifact as a server computes with them, read, decoded and packed once, in files that all replicas of a node map.
+"""Tensors of an artifact as a server computes with them: decoded and packed once, in files that all replicas of a node map.
 
     ROOT/KEY/model.layers.0.mlp.up_proj.weight.safetensors     the tensors of one name
     ROOT/KEY/4f2a91c0d5e7b386.passed                           a check of the model that has passed

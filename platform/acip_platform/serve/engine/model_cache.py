@@ -98,7 +98,8 @@ class ModelCache:
         max_size: str | None = None,
         files: Path | None = None,
     ) -> None:
-        self.kind, self.max_size, self.files = kind, max_size, files
+        self.kind, self.max_size = kind, max_size
+        self.files = files if device == "cpu" else None  # other devices have memory of their own
         self.engine, self.store, self.device, self.limit_bytes, self.on_load = engine, store, device, limit_bytes, on_load
         self.code_copies = code_copies
         self._entries: dict[Key, CacheEntry] = {}

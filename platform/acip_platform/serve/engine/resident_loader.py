@@ -1,6 +1,10 @@
-"""The loader of a resident model. It maps what it loads from the files of the node, if there are some (`storage.resident_files`)."""
+"""The loader of a resident model. Replicas of a node share what it loads.
 
-from collections.abc import Callable, Mapping, Sequence
+tensors that the artifact holds as they are      are mapped from the artifact, as every loader does
+coded tensors, codes of layers, packed copies    are decoded or packed once, and mapped from files of the node (`ResidentFiles`)
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -12,16 +16,14 @@ from acip.artifact.artifact import Artifact
 from acip.artifact.byte_sources import Folder
 from acip.artifact.loading import ModelLoader
 from acip.artifact.manifest import DIGESTS
+from acip.artifact.safetensors_ranges import Entry
 from acip.coding.codes import Codes
 from acip.layers.packing import PackedLinear, as_bytes, from_bytes, packed_weight, supports_bytes
-from acip.modeling_acip import weight_MN
 from acip_platform.storage.resident_files import ResidentFiles
-
-Compute = Callable[[], Mapping[str, Tensor]]
 
 
 class ResidentLoader(ModelLoader):
-    """A loader whose tensors replicas share. Without `files`, each reads and decodes the artifact, and has its own."""
+    """A loader whose tensors replicas share. Without `files`, each decodes and packs its own."""
 
     def __init__(self, artifact: Artifact, device: str | torch.device, files: ResidentFiles | None) -> None:
         super().__init__(artifact, device)
@@ -36,42 +38,48 @@ class ResidentLoader(ModelLoader):
         return ModelLoader(artifact, self.device)
 
     def rest_tensors(self) -> dict[str, Tensor]:
-        def compute() -> dict[str, Tensor]:
-            return self.verified.rest_tensors()
-
-        return dict(self._get("rest", compute))
+        files = self._files(self.artifact.tensors("rest").entries.values())
+        return super().rest_tensors() if files is None else dict(files.get("rest", lambda: self.verified.rest_tensors()))  # noqa: PLW0108
 
     def directions(self, wanted: Sequence[tuple[str, int, int]]) -> list[Tensor]:
-        """Return rows of factors. Factors that are read whole are mapped."""
-        return [self._directions(*each) for each in wanted]
+        """Return rows of factors. Coded factors are kept if they are read whole."""
+        entries = [self.factors.entry(key) for key, *_ in wanted]
+        files = self._files(entries)
+        if files is None or any(first or last < entry.rows for entry, (_, first, last) in zip(entries, wanted, strict=True)):
+            return super().directions(wanted)
 
-    def _directions(self, key: str, first: int, last: int) -> Tensor:
-        def compute() -> dict[str, Tensor]:
+        def compute(key: str, first: int, last: int) -> dict[str, Tensor]:
             return {key: self.verified.directions([(key, first, last)])[0]}
 
-        whole = first == 0 and last == self.factors.entry(key).rows
-        return (self._get(key, compute) if whole else compute())[key]
+        return [files.get(key, partial(compute, key, first, last))[key] for key, first, last in wanted]
 
     def dense_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        files = self._files(self.dense.entry(f"{name}.weight") for name in names)
+        if files is None:
+            return super().dense_weights(names)
+
         def compute(name: str) -> dict[str, Tensor]:
             return self.verified.dense_weights([name])
 
-        return {f"{name}.weight": self._get(f"{name}.weight", partial(compute, name))[f"{name}.weight"] for name in names}
+        return {f"{name}.weight": files.get(f"{name}.weight", partial(compute, name))[f"{name}.weight"] for name in names}
 
     def decoded(self, name: str, version: int) -> Codes:
+        if self.files is None:
+            return super().decoded(name, version)
+
         def compute() -> dict[str, Tensor]:
             codes = self.verified.decoded(name, version)
             return {"codes": codes.codes, "steps": codes.steps}
 
-        tensors = self._get(f"{name}.codes-{version}", compute)
-        return Codes(tensors["codes"], tensors["steps"])
+        return Codes(**self.files.get(f"{name}.codes-{version}", compute))
 
     def packed(self, name: str, linear: Any) -> PackedLinear:
         """Return a linear layer of the model with a packed copy of its weight."""
-        weight = weight_MN(linear)
         if self.files is None or type(linear) is not nn.Linear or not supports_bytes():
             return PackedLinear(linear)
-        return PackedLinear(linear, from_bytes(self._get(f"{name}.packed", lambda: as_bytes(packed_weight(weight))), weight))
+        weight = linear.weight
+        return PackedLinear(linear, from_bytes(self.files.get(f"{name}.packed", lambda: as_bytes(packed_weight(weight))), weight))
 
-    def _get(self, name: str, compute: Compute) -> Mapping[str, Tensor]:
-        return compute() if self.files is None else self.files.get(name, compute)
+    def _files(self, entries: Iterable[Entry]) -> ResidentFiles | None:
+        """Return the files, if there are some, and if tensors of the artifact need them because they are coded."""
+        return self.files if any(entry.coded is not None for entry in entries) else None
