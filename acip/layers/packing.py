@@ -52,7 +52,7 @@ class PackedLinear(nn.Linear):
         if packed is None or rows == 1 or torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
         x_SN = x if rows >= LEAST_ROWS else F.pad(x.reshape(rows, -1), (0, 0, 0, LEAST_ROWS - rows))
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x_SN, packed, self.bias, "none", [], "")
+        y = _product(x_SN, packed, self.bias)
         return y if rows >= LEAST_ROWS else y[:rows].view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -116,18 +116,27 @@ def from_bytes(stored: Mapping[str, Tensor], weight_MN: Tensor) -> Tensor:
     return packed
 
 
+@functools.cache
 def supports_bytes() -> bool:
-    """Return whether this version of torch supports `as_bytes` and `from_bytes`."""
-    operators = all(hasattr(torch.ops.mkldnn, name) for name in ("data_ptr", "_nbytes", "_get_mkldnn_serialized_md"))
-    library = _library() if operators and hasattr(torch._C, "_aoti") else None
-    return library is not None and hasattr(library, "aoti_torch_create_tensor_from_blob_v2")
+    """Return whether `as_bytes` and `from_bytes` work on this machine with this version of torch."""
+    weight_MN, x_SN = torch.randn(48, 32), torch.randn(LEAST_ROWS, 32)
+    try:
+        packed = packed_weight(weight_MN)
+        products = (_product(x_SN, each, None) for each in (packed, from_bytes(as_bytes(packed), weight_MN)))
+        return torch.equal(*products)
+    except (AttributeError, OSError, RuntimeError):
+        return False
+
+
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return y
 
 
 @functools.cache
 def _library() -> Any:
-    """Return torch's library of C functions; None where it is not a file of its own."""
-    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    return ctypes.CDLL(str(path)) if path.exists() else None
+    """Return torch's library of C functions."""
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 
 
 def _capsule(handle: ctypes.c_void_p) -> Any:

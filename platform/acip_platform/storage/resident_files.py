@@ -128,15 +128,18 @@ class ResidentFiles:
 
     def _make_room(self, new: int) -> bool:
         """Remove folders of others until the disk has room for `new` bytes. Return whether it has."""
-        others = iter(self._others())
-        while True:
+
+        def has_room() -> bool:
             usage = shutil.disk_usage(self.folder)
-            if usage.free - new >= FREE_SHARE * usage.total:
+            return usage.free - new >= FREE_SHARE * usage.total
+
+        if has_room():
+            return True
+        for other in self._others():
+            shutil.rmtree(other, ignore_errors=True)
+            if has_room():
                 return True
-            oldest = next(others, None)
-            if oldest is None:
-                return False
-            shutil.rmtree(oldest, ignore_errors=True)
+        return False
 
     def _others(self) -> list[Path]:
         """Return the folders of other artifacts, or of other code or CPUs, the least recently used first."""
