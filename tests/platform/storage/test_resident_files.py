@@ -15,6 +15,8 @@ from acip_platform.storage import resident_files
 from acip_platform.storage.resident_files import ABANDONED_S, UNUSED_S, ResidentFiles
 from torch import Tensor
 
+from tests.support.waiting import PATIENCE_S
+
 MIB = 1 << 20
 NAMES = [f"layers.{i}.weight" for i in range(20)]
 
@@ -165,7 +167,7 @@ def start(root: Path, barrier: Any, results: Any) -> None:
     """Get all tensors at the same time as another process, and report whether they are right, and what is mapped."""
 
     def together() -> dict[str, Tensor]:
-        barrier.wait(60)  # both processes compute, and both write
+        barrier.wait(PATIENCE_S)  # both processes compute, and both write
         return compute()
 
     files = opened(root)
@@ -180,8 +182,8 @@ def test_processes_that_start_at_the_same_time_map_the_same_files(tmp_path: Path
     processes = [context.Process(target=start, args=(tmp_path, barrier, results)) for _ in range(2)]
     for process in processes:
         process.start()
-    found = [results.get(timeout=120) for _ in processes]
+    found = [results.get(timeout=PATIENCE_S) for _ in processes]
     for process in processes:
-        process.join(60)
+        process.join(PATIENCE_S)
     assert all(right and mapped >= len(NAMES) and not deleted for right, mapped, deleted in found)
     assert sorted(path.name for path in opened(tmp_path).folder.iterdir()) == sorted(f"{name}.safetensors" for name in NAMES)
