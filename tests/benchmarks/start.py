@@ -114,7 +114,7 @@ class Started:
 
 
 def measure(artifact: Path, size: str, repeats: int) -> tuple[float, float, float]:
-    """Print the tables. Return `Started.seconds` of a private and a warm start, and the copies of the weights that a second replica adds."""
+    """Print the tables. Return `Started.seconds` of private and warm starts, and the copies of the weights that a second replica adds."""
     with tempfile.TemporaryDirectory(prefix="acip-start-") as home:
 
         def start(private: bool) -> Started:
