@@ -50,15 +50,15 @@ def from_pretrained(
     """Load an artifact as a transformers model of `size`, with the methods of `ElasticCausalLM`. The default is the base model.
 
     `source` is a folder, a repository of the hub, or an opened artifact; for S3, pass `Store(...).open("s3://...")`. Only the bytes that
-    the size needs are read; a later, larger size reads the difference. `quantize` also compresses the model. With "best", it is
+    the size needs are read; a later, larger size reads the difference. A ratio counts the base model's bytes if the artifact has codes,
+    unless `quantize` is given, and numbers otherwise. `quantize` also compresses the model. With "best", it is
     quantized only if the measured curves in 8 and 4 bit predict a better model within the budget. An export, which has one size, is
     loaded as it is.
 
     Raise ArtifactError if `source` is neither an artifact nor an export, and BudgetError for a size that can't be reached.
     """
-    budget = None if size is None else as_budget(size)
     if isinstance(source, Artifact):
-        return _compressed(source, budget, quantize, device)
+        return _compressed(source, size, quantize, device)
     if "://" in str(source) and not str(source).startswith("file://"):
         raise ArtifactError(f"{source} is not a local folder. Open it with acip_platform.storage.store.Store.open, and pass the result.")
     folder = Path(url2pathname(urlparse(str(source)).path) if str(source).startswith("file://") else source)
@@ -81,7 +81,7 @@ def from_pretrained(
             exported: Any = loaded
             check_report(f"the export {folder}", exported, report, ArtifactError)
             return exported.to(device)
-    return _compressed(Artifact.open(folder), budget, quantize, device)
+    return _compressed(Artifact.open(folder), size, quantize, device)
 
 
 def load_artifact(
@@ -121,21 +121,17 @@ def load_artifact(
 
 
 def _compressed(
-    artifact: Artifact, budget: Budget | None, quantize: Kind | Literal["best"] | None, device: str | torch.device
+    artifact: Artifact, size: float | str | Budget | None, quantize: Kind | Literal["best"] | None, device: str | torch.device
 ) -> PreTrainedModel:
-    if budget is None and quantize == BEST:
+    if size is None and quantize == BEST:
         raise BudgetError('quantize="best" needs a size in bytes, memory or perplexity, like size="8GB".')
-    model = ElasticCausalLM.of(artifact, device, None if budget is None else counted(budget, quantize))
+    budget = None
+    if size is not None:  # codes cannot be quantized again, so that a ratio then counts numbers
+        budget = counted(artifact.table().budget(size, None if quantize is None else "linear"), quantize)
+    model = ElasticCausalLM.of(artifact, device, budget)
     if quantize is not None and (kind := kind_of(model.cut, quantize)) is not None:
         model.quantize(kind)
     return cast(PreTrainedModel, model)
-
-
-def as_budget(size: float | str | Budget) -> Budget:
-    """Return a size as a `Budget`: a number is a size ratio, a string is parsed."""
-    if isinstance(size, Budget):
-        return size
-    return Budget.parse(size) if isinstance(size, str) else Budget(ratio=size)
 
 
 def __getattr__(name: str) -> Any:
@@ -187,14 +183,14 @@ class ElasticCausalLM:
             model = cast(PreTrainedModel, self)
             if getattr(model, "_hf_peft_config_loaded", False):
                 raise ArtifactError("the size of a model with PEFT adapters can't be changed: merge or unload the adapters first.")
-            any_size = self.artifact.load(model.device, as_budget(budget))
+            any_size = self.artifact.load(model.device, budget)
             if any_size.model.dtype != model.dtype:  # keep the dtype that the model was loaded or cast to
                 torch.nn.Module.to(any_size.model, model.dtype)
             for name, layer in any_size.layers.items():  # other modules stay: they may have been trained or resized
                 set_module(model, name, layer)
             self._attach(any_size)
         else:
-            self.cut = self.any_size.resize(as_budget(budget))
+            self.cut = self.any_size.resize(budget)
         return self
 
     def compress(self) -> "ElasticCausalLM":

@@ -81,7 +81,7 @@ class Artifact(ArtifactReader):
         manifest.write_manifest(self.folder, {**self.manifest, "curve": rows})
         return self.open(self.folder)
 
-    def load(self, device: str | torch.device = "cpu", size: Budget | float | None = None) -> ElasticModel:
+    def load(self, device: str | torch.device = "cpu", size: Budget | float | str | None = None) -> ElasticModel:
         """Load the model.
 
         Without `size`, every layer is loaded whole, and the model is the base model, bit for bit. With a `size`, only the bytes
@@ -90,7 +90,7 @@ class Artifact(ArtifactReader):
         any_size, loader = self._unloaded(device)
         if size is None:
             loader.load_missing(any_size.layers, loader.all_stored_ranks(), dense=True)
-        any_size.resize(1.0 if size is None else size)
+        any_size.resize(Budget(ratio=1.0) if size is None else size)
         return any_size
 
     def unloaded(self, device: str | torch.device = "cpu") -> ElasticModel:

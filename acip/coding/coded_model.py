@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from acip.coding.codes import PackedCodes
-from acip.coding.error_feedback import code_versions, damped, row_errors
+from acip.coding.error_feedback import code_versions, damped
 from acip.coding.statistics import LayerStatistics
 from acip.coding.step_sizes import RowScales, scale_for
 from acip.errors import RecipeError
@@ -138,9 +138,9 @@ def _coded(item: tuple[Tensor, Tensor, Tensor], scales: Sequence[float], device:
     rows, W_MN = RowScales.of(W_MN, metric_NN, importance_M), W_MN.float()
     versions: list[PackedCodes] = []
     losses: list[float] = []
-    for codes in code_versions(W_MN, metric_NN, [rows.at(scale) for scale in scales]):
+    for codes, errors_M in code_versions(W_MN, metric_NN, [rows.at(scale) for scale in scales]):
         versions.append(codes.pack())
-        losses.append(0.5 * float(importance_M @ row_errors(W_MN, codes.decode(), metric_NN)))
+        losses.append(0.5 * float(importance_M @ errors_M))
     return CodedLayer(versions, losses)
 
 

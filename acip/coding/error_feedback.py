@@ -35,28 +35,40 @@ def code(weight_MN: Tensor, metric_NN: Tensor, steps_M: Tensor, sweeps: int = 1)
     `metric_NN` is symmetric and positive definite, for example from `damped`. Weights beyond 127 steps are clipped. The refitted steps
     are close to `steps_M`.
     """
-    return next(code_versions(weight_MN, metric_NN, [steps_M], sweeps))
+    return next(code_versions(weight_MN, metric_NN, [steps_M], sweeps))[0]
 
 
 @torch.no_grad()
-def code_versions(weight_MN: Tensor, metric_NN: Tensor, steps: Sequence[Tensor], sweeps: int = 1) -> Iterator[Codes]:
-    """Yield the codes of a weight matrix for each of several `steps` [M]: `code` for each, computed together where memory allows."""
+def code_versions(weight_MN: Tensor, metric_NN: Tensor, steps: Sequence[Tensor], sweeps: int = 1) -> Iterator[tuple[Codes, Tensor]]:
+    """Yield, for each of several `steps` [M], the codes of a weight matrix (see `code`) and the error of each row [M] in the metric H.
+
+    The versions are computed together where memory allows.
+    """
     M, N = weight_MN.shape
     order_N = torch.argsort(metric_NN.diagonal(), descending=True, stable=True)
     H_NN = metric_NN.float()[order_N][:, order_N]
     U_NN = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H_NN)), upper=True)
     W_NM = weight_MN.float().T[order_N]
+    HW_NM = H_NN @ W_NM
     together = CODED_AT_ONCE if weight_MN.is_cuda else CODED_AT_ONCE_CPU
     for some in _parts(steps, max(1, together // (M * N))):
-        units_NR = torch.cat([W_NM / steps_M for steps_M in some], dim=1)  # the rows of all versions, in units of their steps
+        # the rows of all versions, and their products with H, in units of their steps
+        units_NR, moved_NR = (torch.cat([x_NM / steps_M for steps_M in some], dim=1) for x_NM in (W_NM, HW_NM))
         codes_NR = _feedback(units_NR, U_NN)
+        products_NR = H_NN @ codes_NR
         for _ in range(sweeps):
-            codes_NR = _descent(units_NR / _refit(units_NR, H_NN, codes_NR), H_NN, codes_NR)
-        refitted_R = torch.cat(some) * _refit(units_NR, H_NN, codes_NR)
-        for codes_NM, steps_M in zip(codes_NR.split(M, dim=1), refitted_R.split(M), strict=True):
+            moved_to_NR = moved_NR / _refit(units_NR, codes_NR, products_NR)
+            codes_NR, slope_NR = _descent(moved_to_NR - products_NR, H_NN, codes_NR)
+            products_NR = moved_to_NR - slope_NR
+        refit_R = _refit(units_NR, codes_NR, products_NR)
+        columns = zip(*(x.split(M, dim=-1) for x in (codes_NR, products_NR, units_NR, moved_NR, refit_R)), strict=True)
+        for steps_M, (codes_NM, products_NM, units_NM, moved_NM, refit_M) in zip(some, columns, strict=True):
+            stored_M = stored_steps(steps_M * refit_M)
+            share_M = stored_M / steps_M
+            errors_M = ((units_NM - share_M * codes_NM) * (moved_NM - share_M * products_NM)).sum(0) * steps_M.square()
             codes_MN = torch.empty_like(codes_NM.T, memory_format=torch.contiguous_format)
             codes_MN[:, order_N] = codes_NM.T
-            yield Codes(codes_MN.to(torch.int8), stored_steps(steps_M))
+            yield Codes(codes_MN.to(torch.int8), stored_M), errors_M
 
 
 def damped(metric_NN: Tensor) -> Tensor:
@@ -91,26 +103,28 @@ def _feedback(W_NM: Tensor, U_NN: Tensor) -> Tensor:
     return codes_NM
 
 
-def _descent(W_NM: Tensor, H_NN: Tensor, codes_NM: Tensor) -> Tensor:
-    """Return codes [N, M] after every column was rounded to its best codes, given the other columns."""
-    N, codes_NM = len(H_NN), codes_NM.clone()
-    slope_NM = H_NN @ (W_NM - codes_NM)  # minus half the gradient of the error
+def _descent(slope_NM: Tensor, H_NN: Tensor, codes_NM: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes [N, M] after every column was rounded to its best codes, given the other columns, and the slope there.
+
+    The slope is minus half the gradient of the error, H (weights - codes).
+    """
+    N, codes_NM, slope_NM = len(H_NN), codes_NM.clone(), slope_NM.clone()
     for start in range(0, N, BLOCK):
         end = min(start + BLOCK, N)
-        changes_NM = torch.empty_like(slope_NM[start:end])
+        block_NM = slope_NM[start:end].clone()  # of the columns of the block that follow
+        changes_NM = torch.empty_like(block_NM)
         for n in range(start, end):
-            best_M = (codes_NM[n] + slope_NM[n] / H_NN[n, n]).round().clamp_(-TOP, TOP)
+            best_M = (codes_NM[n] + block_NM[n - start] / H_NN[n, n]).round().clamp_(-TOP, TOP)
             changes_NM[n - start] = best_M - codes_NM[n]
             codes_NM[n] = best_M
-            slope_NM[n + 1 : end].addr_(H_NN[n, n + 1 : end], changes_NM[n - start], alpha=-1)
-        slope_NM[end:].addmm_(H_NN[end:, start:end], changes_NM, alpha=-1)
-    return codes_NM
+            block_NM[n + 1 - start :].addr_(H_NN[n, n + 1 : end], changes_NM[n - start], alpha=-1)
+        slope_NM.addmm_(H_NN[:, start:end], changes_NM, alpha=-1)
+    return codes_NM, slope_NM
 
 
-def _refit(W_NM: Tensor, H_NN: Tensor, codes_NM: Tensor) -> Tensor:
-    """Return the multiple of each row's step [M] with the least error for these codes; 1 for a row of zeros."""
-    moved_NM = H_NN @ codes_NM
-    best_M = (moved_NM * W_NM).sum(0) / (moved_NM * codes_NM).sum(0)
+def _refit(W_NM: Tensor, codes_NM: Tensor, products_NM: Tensor) -> Tensor:
+    """Return the multiple of each row's step [M] with the least error for these codes; 1 for a row of zeros. Products are H codes."""
+    best_M = (products_NM * W_NM).sum(0) / (products_NM * codes_NM).sum(0)
     return torch.where(best_M.isfinite(), best_M, 1.0).clamp(*REFIT)
 
 

@@ -232,6 +232,16 @@ class CutTable:
         """The convention in which sizes of this model are shown, and asked for where none is named."""
         return "linear" if self.byte_sizes is None else "bytes"
 
+    def budget(self, size: Budget | float | str, convention: Convention | None = None) -> Budget:
+        """Return `size` as a budget. A number, or a text such as "60%", is a ratio; None = in the convention of this model.
+
+        Raises BudgetError for other values.
+        """
+        if isinstance(size, Budget):
+            return size
+        convention = convention or self.convention
+        return Budget.parse(size, convention) if isinstance(size, str) else Budget(size, convention)
+
     def flops(self, removed: int) -> int:
         """Return the floating-point operations per token of the linear layers and the output head, without attention, after removals."""
         if self.decoder is None:

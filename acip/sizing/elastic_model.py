@@ -31,14 +31,14 @@ class ElasticModel:
     def layers(self) -> dict[str, ElasticLinear]:
         return {layer.name: self.model.get_submodule(layer.name) for layer in self.table.layers}  # type: ignore[misc]
 
-    def resize(self, budget: Budget | float) -> Cut:
-        """Set the largest size within `budget` (a number is a `linear` size ratio).
+    def resize(self, budget: Budget | float | str) -> Cut:
+        """Set the largest size within `budget`. A ratio counts bytes if the model has codes, else numbers (`CutTable.budget`).
 
         No weights are copied. Weights that the size needs and that are not loaded yet are loaded. Budgets of bytes and memory refer
         to the plain model that `materialize` returns; this model keeps the factors and dense weights that it has loaded, and the codes
         of the present size. Raises BudgetError if no size is within the budget.
         """
-        cut = self.table.cut(budget if isinstance(budget, Budget) else Budget(ratio=budget))
+        cut = self.table.cut(self.table.budget(budget))
         if self.load_missing is not None:
             self.load_missing(self.layers, cut)
         if self.cut is None or cut.key != self.cut.key:

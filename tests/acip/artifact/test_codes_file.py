@@ -458,8 +458,9 @@ def test_a_flipped_bit_of_a_lossless_tensor_is_detected_by_its_checksum(wide: Ar
 def test_directions_are_read_by_the_rows_that_a_size_needs(wide: Artifact) -> None:
     """Coded chunks of rows are read separately, and give the same model as the whole artifact."""
     counted = CountingFolder(wide.folder)
-    small = Artifact.open(wide.folder, counted).load(size=0.3)
+    size = Budget(0.3, "linear")
+    small = Artifact.open(wide.folder, counted).load(size=size)
     assert counted.fetched < 0.6 * wide.tensors("factors").data_bytes + wide.tensors("rest").data_bytes
     whole = wide.load()
-    whole.resize(0.3)
+    whole.resize(size)
     assert torch.equal(logits(small.model, IDS), logits(whole.model, IDS))

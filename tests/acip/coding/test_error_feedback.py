@@ -7,7 +7,7 @@ from torch import Tensor
 
 from acip.coding import error_feedback
 from acip.coding.codes import TOP, stored_steps
-from acip.coding.error_feedback import code, damped, row_errors
+from acip.coding.error_feedback import code, code_versions, damped, row_errors
 from tests.support.fuzzing import fuzz
 
 SHAPES = [(1, 1), (3, 1), (1, 5), (40, 17), (7, 129), (5, 300)]  # blocks have 128 columns
@@ -68,7 +68,9 @@ def test_descent_never_raises_the_error_of_a_row(seed: int, M: int, N: int, shar
     generator = torch.Generator().manual_seed(seed)
     noise_NM = torch.randn(N, M, generator=generator) * torch.tensor([0.3, 3.0, 100.0])[seed % 3]
     codes_NM = (W_NM + noise_NM).round().clamp(-TOP, TOP)
-    after_NM = error_feedback._descent(W_NM, metric_NN, codes_NM)
+    after_NM, slope_NM = error_feedback._descent(metric_NN @ (W_NM - codes_NM), metric_NN, codes_NM)
+    tolerance = 1e-3 * float(metric_NN.diagonal().mean() * codes_NM.abs().max())
+    torch.testing.assert_close(slope_NM, metric_NN @ (W_NM - after_NM), rtol=1e-3, atol=tolerance)
     before_M, after_M = (row_errors(W_NM.T, each.T, metric_NN) for each in (codes_NM, after_NM))
     assert (after_M <= before_M * (1 + 1e-3) + 1e-3 * metric_NN.diagonal().mean()).all()
     assert torch.equal(after_NM, after_NM.round())
@@ -87,7 +89,7 @@ def test_sweeps_lower_the_error(share: float) -> None:
 def test_refit_never_raises_the_error_of_a_row(share: float) -> None:
     W_NM, metric_NN = (weights(50, 60) / share / 0.05).T, correlated_metric(60)
     codes_NM = W_NM.round()
-    factor_M = error_feedback._refit(W_NM, metric_NN, codes_NM)
+    factor_M = error_feedback._refit(W_NM, codes_NM, metric_NN @ codes_NM)
     before_M, after_M = (row_errors(W_NM.T, each.T, metric_NN) for each in (codes_NM, factor_M * codes_NM))
     assert (after_M <= before_M * (1 + 1e-3) + 1e-6 * metric_NN.diagonal().mean()).all()
     assert after_M.sum() < before_M.sum()
@@ -222,6 +224,12 @@ def test_damped_metrics_are_positive_definite(seed: int, N: int, scale: float) -
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_damped_metric_of_zeros_is_the_identity(dtype: torch.dtype) -> None:
     assert torch.equal(damped(torch.zeros(3, 3, dtype=dtype)), torch.eye(3))
+
+
+def test_errors_of_the_versions_are_those_of_the_decoded_weights() -> None:
+    W_MN, metric_NN = weights(20, 150), correlated_metric(150)
+    for codes, errors_M in code_versions(W_MN, metric_NN, [steps_of(W_MN, share) for share in (0.1, 0.4, 2.0)]):
+        torch.testing.assert_close(errors_M, row_errors(W_MN, codes.decode(), metric_NN), rtol=1e-2, atol=0.0)
 
 
 def test_row_errors_are_the_mean_squared_errors_of_the_outputs() -> None:

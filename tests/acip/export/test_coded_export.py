@@ -176,13 +176,25 @@ def test_an_elastic_model_is_compressed_saved_and_resized_at_sizes_in_bytes(arti
     for folder in (tmp_path / "resident", tmp_path / "compressed"):
         assert tensor_bytes(folder) == model.cut.bytes
         assert_same_model(acip.from_pretrained(folder), expected)
-    model.resize(0.6).compress()
+    model.resize(Budget(0.6, "linear")).compress()
     name = artifact.manifest["layers"][0]["name"]
-    assert (model.cut.convention, model.cut.versions) == ("linear", None), "a number is a ratio of ranks"
     assert isinstance(model.get_submodule(name), PivotLinear | LowRankLinear | torch.nn.Linear)
     model.save_pretrained(tmp_path / "ranks")
     assert tensor_bytes(tmp_path / "ranks") == model.cut.bytes
     assert_same_model(model.resize(budget).compress(), expected)
+
+
+def test_a_ratio_counts_bytes_if_the_artifact_has_codes_and_the_model_is_not_quantized(artifact: Artifact) -> None:
+    sizes = artifact.table().byte_sizes
+    assert sizes is not None
+    ratio = sizes.bytes(sizes.all_coded // 2) / artifact.table().base_bytes + 0.001
+    for model in (acip.from_pretrained(artifact, ratio), acip.from_pretrained(artifact, f"{100 * ratio}%")):
+        assert (model.cut.convention, model.cut.asked) == ("bytes", pytest.approx(ratio))
+        assert model.cut.bytes <= ratio * artifact.table().base_bytes
+    any_size = artifact.load(size=ratio)
+    assert any_size.cut is not None and any_size.cut.key == model.cut.key
+    quantized = acip.from_pretrained(artifact, 0.6, quantize="int8")
+    assert (quantized.cut.convention, quantized.cut.versions) == ("linear", None)
 
 
 def test_coded_layers_are_not_fine_tuned(any_size: ElasticModel, artifact: Artifact) -> None:
