@@ -32,7 +32,7 @@ from acip.utils.malloc import HUGE_PAGES
 
 GOAL_S = 3.0
 COPY = 0.25
-TOKENS, REPEATS = 48, 4  # of the answers that measure the speed
+TOKENS, REPEATS = 24, 4  # of the answers that measure the speed
 
 
 def pss_mb(pid: int | str) -> float:
