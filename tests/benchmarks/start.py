@@ -12,8 +12,9 @@ of a deployment. The starts are
 
 *Imports* are everything until the module of the replica is imported, *model* is until the model is in memory, *token* is until the first
 token. Wall and CPU seconds; the CPU seconds depend less on other programs. *PSS* is the memory of a process in which each shared page
-counts in parts. The goals are 3 s to the first token of a warm start, imports included, and a second replica that adds at most
-`COPY` of the bytes of the weights to the memory of a process that has only imported its modules. The last line is the speed-up.
+counts in parts. The goals are 3 CPU seconds from the imports to the first token of a warm start, and a second replica that adds at most
+`COPY` of the bytes of the weights to the memory of a process that has only imported its modules. The last line is the speed-up of a warm
+start after its imports.
 """
 
 import argparse
