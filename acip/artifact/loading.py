@@ -22,6 +22,7 @@ from acip.coding.codes import Codes
 from acip.errors import ArtifactError
 from acip.layers.directions import DirectionMatrix
 from acip.layers.elastic_linear import ElasticLinear
+from acip.layers.packing import PackedLinear
 from acip.layers.targets import weight_MN
 from acip.modeling_acip import CodedLinear, keep_attention_cap, set_module
 from acip.sizing.cut_table import Cut
@@ -106,7 +107,7 @@ class ModelLoader:
             ) from error
         return model
 
-    # ---- reads of the artifact, which a subclass may replace
+    # ---- what a subclass may keep for other processes
 
     def rest_tensors(self) -> dict[str, Tensor]:
         """Return all tensors outside of the target layers."""
@@ -124,6 +125,11 @@ class ModelLoader:
     def decoded(self, name: str, version: int) -> Codes:
         """Return a version of the codes of a layer."""
         return self.codes.read({name: version})[name].unpack()
+
+    def packed(self, name: str, linear: nn.Module) -> PackedLinear:
+        """Return a linear layer of the model with a packed copy of its weight."""
+        del name
+        return PackedLinear(linear)
 
     # ---- loading
 

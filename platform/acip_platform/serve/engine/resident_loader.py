@@ -7,7 +7,6 @@ coded tensors, codes of layers, packed copies    are decoded or packed once, and
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,10 +72,9 @@ class ResidentLoader(ModelLoader):
 
         return Codes(**self.files.get(f"{name}.codes-{version}", compute))
 
-    def packed(self, name: str, linear: Any) -> PackedLinear:
-        """Return a linear layer of the model with a packed copy of its weight."""
+    def packed(self, name: str, linear: nn.Module) -> PackedLinear:
         if self.files is None or type(linear) is not nn.Linear or not supports_bytes():
-            return PackedLinear(linear)
+            return super().packed(name, linear)
         weight = linear.weight
         return PackedLinear(linear, from_bytes(self.files.get(f"{name}.packed", lambda: as_bytes(packed_weight(weight))), weight))
 

@@ -73,7 +73,7 @@ class ResidentModel:
         max_size: str | None = None,
         files: ResidentFiles | None = None,
     ) -> None:
-        self.version, self.artifact = version, artifact
+        self.version, self.artifact, self.files = version, artifact, files
         self.created = int((artifact.folder / MANIFEST).stat().st_mtime)
         memory = memory or UnlimitedMemory()
         memory.reserve(artifact.tensors("rest").decoded_bytes)
@@ -123,7 +123,7 @@ class ResidentModel:
 
     def _check(self) -> None:
         """Compare the engine with the model itself at two sizes, unless this has passed with the same files before."""
-        model, files = self.any_size.model, self.weights.loader.files
+        model, files = self.any_size.model, self.files
         conditions = f"{model.device} {self.max_size} {self.weights.packed} {self.context}"
         if files is not None and files.passed(conditions):
             model.set_attn_implementation(ATTENTION)  # as the check does

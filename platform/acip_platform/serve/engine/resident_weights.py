@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from acip.artifact.loading import ModelLoader
 from acip.coding.codes import Codes
 from acip.layers.integer_linear import IntegerLinear, PreciseIntegerLinear, rounded, supports_integers, supports_precise_integers
 from acip.layers.mixed_sizes import Mixer, Size
@@ -32,7 +33,6 @@ from acip.modeling_acip import set_module, weight_MN
 from acip.sizing.cut_table import Cut
 from acip.sizing.elastic_model import ElasticModel
 from acip_platform.serve.engine.errors import ModelUnloadedError
-from acip_platform.serve.engine.resident_loader import ResidentLoader
 
 STEP_SIZE_BYTES = 4  # of a row of a coded layer
 LEAST_INTEGERS = 1 << 20  # weights of a layer whose codes are multiplied in integers; smaller layers are not faster (products.py)
@@ -79,7 +79,7 @@ class ResidentWeights:
     """
 
     def __init__(
-        self, loader: ResidentLoader, any_size: ElasticModel, mixer: Mixer, memory: Memory, code_copies: float = 1.0, packed: bool = True,
+        self, loader: ModelLoader, any_size: ElasticModel, mixer: Mixer, memory: Memory, code_copies: float = 1.0, packed: bool = True,
         integers: bool = False,
     ) -> None:  # fmt: skip
         self.loader, self.model, self.layers, self.mixer, self.memory = loader, any_size.model, any_size.layers, mixer, memory
