@@ -45,14 +45,16 @@ from acip_platform.tracking import run_descriptions
 from acip_platform.tracking.provenance import commit
 from acip_platform.tracking.registry import CHAMPION, ModelVersion, Registry, reached
 from acip_platform.tracking.runs import Run, Tracking, models_page
+from acip_platform.training.calibration_text import samples_text
 from acip_platform.training.rehearsal import Forecast, rehearse
 from acip_platform.training.worker import run_job
+from ray.exceptions import RayError
 
 from acip.artifact.read_back import read_back
 from acip.calibration import memory_check
 from acip.calibration.memory_plan import predict
 from acip.data import HUB, SELF, documents
-from acip.errors import AcipError
+from acip.errors import AcipError, one_line
 from acip.evaluate.domains import CHAT
 from acip.mixture import Mixture
 
@@ -181,9 +183,10 @@ def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
         read_back(base, job.recipe)
         on_gpu = job.gpus > 0 or (job.gpus < 0 and any(node.get("GPU", 0) >= 1 for node in cluster))
         device = "cuda" if on_gpu else "cpu"
-        needed = predict(base.model, job.recipe, device, job.num_workers, job.eval_context)
+        arguments = device, job.num_workers, job.eval_context, samples_text(job)
+        needed = predict(base.model, job.recipe, *arguments)
         text = f"{needed.peak / 1e9:.2f} GB per worker, peak in {needed.worst.name}"
-        least = memory_check.plan(base.model, job.recipe, 0, device, job.num_workers, job.eval_context)
+        least = memory_check.plan(base.model, job.recipe, 0, *arguments)
         if least.peak < needed.peak:
             text += f"; {least.peak / 1e9:.2f} GB where less is free: {' and '.join(least.streamed)} a block at a time"
         return text
@@ -215,6 +218,9 @@ def print_forecasts(jobs: Sequence[Job], out: Any) -> None:
             forecast, device = ray.get(task.remote(job.to_dict(), max(1, int(part.cpus))))
         except AcipError as error:
             out.print(f"[{job.name}] can't be rehearsed: {error}", markup=False)
+            continue
+        except RayError as error:  # another error of the task, or its worker was killed
+            out.print(f"[{job.name}] can't be rehearsed: {one_line(getattr(error, 'cause', None) or error)}", markup=False)
             continue
         hours += forecast.total_s / 3600
         out.print(f"[{job.name}] {duration(forecast.total_s)} on {device}, predicted from a few blocks with random weights", markup=False)

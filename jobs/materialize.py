@@ -120,7 +120,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
 
     from acip.export import hub
     from acip.export.compressed_tensors import export_compressed_tensors
-    from acip.export.folder import check_target, export
+    from acip.export.folder import check_target
+    from acip.export.stored import export_size
 
     folder = Path(args.out).absolute() if args.all_sizes else check_target(args.out)
     uri = resolved(args.model) if args.model.startswith(("~", "./", "../")) else args.model
@@ -141,11 +142,10 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     if budget.ratio is not None and args.convention is None and args.quantize is None:
         budget = replace(budget, convention=artifact.table().convention)
     print_size(artifact, budget)  # before reading the weights, so that an impossible size fails at once
-    any_size = artifact.load(size=budget)
     if args.format == "compressed-tensors":
-        provenance = export_compressed_tensors(any_size, artifact, folder, args.max_shard_size)
+        provenance = export_compressed_tensors(artifact.load(size=budget), artifact, folder, args.max_shard_size)
     else:
-        provenance = export(any_size, artifact, folder, args.quantize, args.max_shard_size)
+        provenance = export_size(artifact, budget, folder, args.quantize, args.max_shard_size)
     on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"weights    {provenance['weight_bytes']:,} bytes ({stored_as(provenance)}); {on_disk:,} with all other files")
     print(f"written    {folder}")

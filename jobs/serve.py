@@ -45,6 +45,7 @@ LIMITS = {  # arguments of `build` that are options here
     "default_max_tokens": (int, "tokens of a chat request without max_tokens"),
     "default_size": (str, "size of requests that name none: a ratio (0.4 or 40%%), bytes (8GB), a perplexity (ppl<=20), ..."),
     "max_size": (str, "largest size that is served, in the same form; it needs less memory, because larger weights are not loaded"),
+    "memory_gb": (float, "gigabytes for the weights, KV cache not included; None: 80%% of the free memory"),
     "max_answers": (int, "largest number of prompts times n in a request"),
     "drain_s": (float, "seconds that running requests have to finish when the server stops"),
 }
@@ -77,7 +78,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         check_limits(
             args.default_max_tokens, args.max_answers, args.timeout_s, args.drain_s, args.cors_origin, args.default_size,
-            max_size=args.max_size,
+            max_size=args.max_size, memory_gb=args.memory_gb,
         )  # fmt: skip
         model_kind(args.engine)
         args.keys = Keys.from_env()

@@ -125,13 +125,22 @@ class TensorFile:
         """Return whole tensors by name."""
         return dict(zip(names, self.rows([(name, 0, self.entry(name).rows) for name in names]), strict=True))
 
+    def stored(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return whole tensors by name, as they are stored: coded ones as uint8 [bytes]."""
+        entries = [self.entry(name) for name in names]
+        contents = self.source.read(self.file, [entry.stored_range(0, entry.rows) for entry in entries])
+        return {
+            name: self._tensor(name, 0, entry.rows, content, decode=False)
+            for name, entry, content in zip(names, entries, contents, strict=True)
+        }
+
     def entry(self, name: str) -> Entry:
         """Return the entry of a tensor."""
         if name not in self.entries:
             raise self._refused(f"it lacks {name}")
         return self.entries[name]
 
-    def _tensor(self, name: str, first: int, last: int, content: memoryview) -> Tensor:
+    def _tensor(self, name: str, first: int, last: int, content: memoryview, decode: bool = True) -> Tensor:
         entry = self.entries[name]
         sizes = entry.stored_chunks(first, last)
         if len(content) != sum(sizes):
@@ -139,6 +148,8 @@ class TensorFile:
         if self.source.checked:
             self._compare(name, first, last, content)
         shape = (last - first, *entry.shape[1:]) if entry.shape else ()
+        if entry.coded is not None and not decode:
+            return torch.frombuffer(content, dtype=torch.uint8)
         if entry.coded is not None:
             counts = [rows * entry.row_bytes // lossless.ITEMSIZE for rows in entry.chunk_lengths(first, last)]
             try:

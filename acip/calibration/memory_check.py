@@ -1,10 +1,8 @@
 """Check before a calibration whether it fits in memory, and suggest recipe changes if it does not."""
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,6 +12,7 @@ from torch import nn
 from acip.calibration.memory_plan import Memory, Phase, predict, predict_streamed
 from acip.errors import CalibrationError
 from acip.recipe import Recipe
+from acip.utils.free_memory import free_memory
 
 HEADROOM = 0.05  # of the prediction, for the losses of allocators
 
@@ -24,28 +23,32 @@ def fits(memory: Memory | Phase, available: float) -> bool:
 
 
 def plan(
-    model: nn.Module, recipe: Recipe, available: float, device: str | torch.device | None = None, workers: int = 1, context: int = 0
-) -> Memory:
+    model: nn.Module, recipe: Recipe, available: float, device: str | torch.device | None = None, workers: int = 1, context: int = 0,
+    sampled: bool = False,
+) -> Memory:  # fmt: skip
     """Return the predicted memory, with the phases streamed that do not fit in `available` bytes otherwise, where that is possible.
 
-    `context` is that of `predict`.
+    `context` and `sampled` are those of `predict`. A model that does not fit for coding is not sampled from: the job needs text that was
+    sampled before.
     """
     streamed = predict_streamed(model, recipe, device, workers, context)
-    phases = predict(model, recipe, device, workers, context).phases
-    return Memory(tuple(phase if fits(phase, available) else streamed.get(phase.name, phase) for phase in phases))
+    phases = predict(model, recipe, device, workers, context, sampled).phases
+    memory = Memory(tuple(phase if fits(phase, available) else streamed.get(phase.name, phase) for phase in phases))
+    return replace(memory, phases=tuple(phase for phase in memory.phases if phase.name != "sample" or "code" not in memory.streamed))
 
 
 def check(
-    model: nn.Module, recipe: Recipe, available: float, device: str | torch.device | None = None, workers: int = 1, context: int = 0
-) -> Memory:
+    model: nn.Module, recipe: Recipe, available: float, device: str | torch.device | None = None, workers: int = 1, context: int = 0,
+    sampled: bool = False,
+) -> Memory:  # fmt: skip
     """Return the predicted memory (see `plan`). Raises CalibrationError if it does not fit.
 
     The message lists changes of the fleet file that fit.
     """
-    memory = plan(model, recipe, available, device, workers, context)
+    memory = plan(model, recipe, available, device, workers, context, sampled)
     if fits(memory, available):
         return memory
-    ways = [f"{text} ({_gigabytes(peak)} GB)" for text, peak in _ways(model, recipe, available, device, workers, context)]
+    ways = [f"{text} ({_gigabytes(peak)} GB)" for text, peak in _ways(model, recipe, available, device, workers, context, sampled)]
     raise CalibrationError(
         f"the calibration needs {_gigabytes(memory.peak)} GB and {HEADROOM:.0%} of headroom, "
         f"but {_gigabytes(available, math.floor)} GB are available. "
@@ -62,47 +65,26 @@ def _gigabytes(bytes_: float, rounded: Callable[[float], int] = math.ceil) -> st
 def available(model: nn.Module, device: torch.device) -> float:
     """Return the bytes that a calibration of `model` may use on `device`: free memory, plus the memory that this process already holds.
 
-    On a CPU, free memory is limited by the machine and by the control group of this process.
+    See `acip.utils.free_memory` for a CPU.
     """
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
     parameters = sum(p.numel() * p.itemsize for p in model.parameters() if p.device.type == "cpu")
     used = psutil.Process().memory_info()
     held = min(parameters, used.rss - getattr(used, "shared", 0))  # weights that are mapped from a file are not held
-    return min(psutil.virtual_memory().available, _control_group()) + held
+    return free_memory() + held
 
 
-def _control_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
-    """Return the free bytes of the tightest control group (v1 or v2) of this process. The page cache counts as free."""
-    left = [math.inf]
-    for line in own.read_text().splitlines() if own.is_file() else []:
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        top = root / controllers
-        limit, used, cache = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            if controllers
-            else ("memory.max", "memory.current", "inactive_file")
-        )
-        leaf = top / path.lstrip("/")
-        for group in (group for group in (leaf, *leaf.parents) if group.is_relative_to(top)):
-            files = group / limit, group / used, group / "memory.stat"
-            if not all(file.is_file() for file in files) or not files[0].read_text().strip().isdigit():
-                continue
-            inactive = re.search(rf"^{cache} (\d+)$", files[2].read_text(), re.MULTILINE)
-            left.append(float(files[0].read_text()) - float(files[1].read_text()) + float(inactive[1] if inactive else 0))
-    return max(0.0, min(left))
-
-
-def _ways(model: nn.Module, recipe: Recipe, available: float, device: Any, workers: int, context: int) -> list[tuple[str, float]]:
+def _ways(
+    model: nn.Module, recipe: Recipe, available: float, device: Any, workers: int, context: int, sampled: bool
+) -> list[tuple[str, float]]:
     """Return changes that fit, in the syntax of fleet files, with their peaks: of one field, else of several or of the workers."""
 
     def tried(*changes: dict[str, Any]) -> list[tuple[str, float]]:
         """Return the first of `changes` that fits, in a list, or an empty list."""
         for change in changes:
             fields = {name: value for name, value in change.items() if name != "num_workers"}
-            memory = plan(model, replace(recipe, **fields), available, device, change.get("num_workers", workers), context)
+            memory = plan(model, replace(recipe, **fields), available, device, change.get("num_workers", workers), context, sampled)
             if fits(memory, available):
                 return [(", ".join(f"{name}: {_yaml(value)}" for name, value in change.items()), memory.peak)]
         return []

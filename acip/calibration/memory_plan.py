@@ -2,6 +2,7 @@
 
 A calibration has phases. The peak of each phase is a sum of parts:
 
+    sample        text that the base model writes, if it is the calibration text: keys and values (acip.self_text)
     code          statistics of layer inputs, and codes of one layer, if the recipe asks for codes (acip.coding)
     tune          a training step for the step sizes of the codes
     parametrize   second moments of layer inputs, and eigenvectors
@@ -28,6 +29,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from acip.calibration.bases import STACK
@@ -37,11 +39,14 @@ from acip.layers.directions import QUANT_BLOCK
 from acip.layers.targets import find_linears, weight_MN
 from acip.modeling_acip import accumulation_dtype
 from acip.recipe import Recipe
+from acip.self_text import TOGETHER
+from acip.sizing.budget import Decoder
 
 COVARIANCES = 8 << 30  # bytes of covariances that `acip.calibration.bases` holds at once, at most
 STATISTICS = 8 << 30  # bytes of statistics that are in memory at once, at most, or those of one block
 CODED_AT_ONCE = 2**25  # numbers of all versions of a layer that `acip.coding.error_feedback` codes together, at most, or one version
 CODED_AT_ONCE_CPU = 2**23  # the same for each thread of a CPU, where more is not faster
+CODING_BLOCK = 128  # columns of a weight that are coded before those behind them are updated
 VERSIONS = 5  # of a coded layer, at most
 KEPT_LOGITS_BYTES = 1 << 30  # bytes of the base model's logits that `acip.evaluate.curve` keeps, at most
 STREAMED_HIDDEN = 1 << 28  # bytes of hidden states that a streamed curve has in memory, at most, or one window at all sizes
@@ -123,14 +128,16 @@ def predict(
     device: str | torch.device | None = None,
     workers: int = 1,
     context: int = 0,
+    sampled: bool = False,
 ) -> Memory:
     """Predict the memory of the calibration of `model`, which is not parametrized yet, on `device`.
 
     `device` None = the device of the model; meta counts as an accelerator. On a CPU, 4-bit layers and the exact layers share one memory.
     With several `workers`, the prediction is for one of them, which holds its part of the target layers and gets its part of each batch.
-    `context` is the number of tokens in a window of the curve; 0 = the curve is not measured. No phase is streamed.
+    `context` is the number of tokens in a window of the curve; 0 = the curve is not measured. `sampled` says whether the calibration text
+    is sampled from the model. No phase is streamed.
     """
-    return _Prediction(model, recipe, _is_cpu(model, device), workers).memory(context)
+    return _Prediction(model, recipe, _is_cpu(model, device), workers).memory(context, sampled)
 
 
 def predict_streamed(
@@ -273,8 +280,9 @@ class _Prediction:
         self.rest = self.s * sum(p.numel() for p in model.parameters() if id(p) not in weights)
         self.rest += sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        classes = weight_MN(head).shape[0] if isinstance(head, nn.Linear | Conv1D) else 0
-        self.logits = self.tokens * classes
+        self.classes = weight_MN(head).shape[0] if isinstance(head, nn.Linear | Conv1D) else 0
+        self.logits = self.tokens * self.classes
+        self.decoder = Decoder.of(model.config, self.s) if isinstance(model, PreTrainedModel) else None
 
         R, factors = recipe.adapter_rank, recipe.adapter == "factors"
         self.masks = float(self.wide) * sum(layer.K for layer in self.layers)
@@ -308,13 +316,15 @@ class _Prediction:
         read.logits = self.logits // self.tokens * tokens
         return read
 
-    def memory(self, context: int) -> Memory:
+    def memory(self, context: int, sampled: bool) -> Memory:
         """Return the phases of the calibration."""
         recipe, masks, A, B = self.recipe, self.masks, self.A, self.B
         start = masks + A + B
         measure = [self.reading(context).measure()] if context else []
-        phases = [self.coded.code()] if recipe.code != "ranks" else []
-        if phases and recipe.code_tune_steps:
+        phases = [self.sample()] if sampled else []
+        if recipe.code != "ranks":
+            phases.append(self.coded.code())
+        if recipe.code != "ranks" and recipe.code_tune_steps:
             phases.append(self.coded.tune())
         if recipe.code == "bits":  # nothing is parametrized
             return Memory((*phases, *measure))
@@ -344,6 +354,13 @@ class _Prediction:
         originals = sum(self.rows(layer.M, layer.N) for layer in self.layers) + self.dense * (self.four_bit and self.cpu)
         directions = sum(self.rows(layer.K, layer.M) + self.rows(layer.K, layer.N) for layer in self.layers)
         return Phase(phase, self.rest, originals / self.workers, directions=directions / self.workers)
+
+    def sample(self) -> Phase:
+        """Return the peak of sampling: the last token of the texts, where the keys and values of one layer are copied."""
+        cache = self.decoder.cache(self.recipe.seq_len, TOGETHER) if self.decoder is not None else 0
+        logits = (self.s + 4 * 4) * TOGETHER * self.classes  # also in float32: scores, sorted and as probabilities
+        copied = cache / len(self.blocks)
+        return Phase("sample", self.rest, self.dense, activations=float(cache), loss=float(logits), transient=copied)
 
     # moments
 
@@ -419,13 +436,14 @@ class _Prediction:
         """Return the bytes to code one layer (`acip.coding.coded_model.code_layer`)."""
         MN, NN = layer.M * layer.N, layer.N**2
         together = MN * min(VERSIONS, max(1, (CODED_AT_ONCE_CPU if self.cpu else CODED_AT_ONCE) // MN))
-        weights = MN * (2 + (self.s != 4))  # in float32, in the order of coding, and multiplied by the metric
-        return 4.0 * max(4 * NN + MN, 3 * NN + weights + max(6 * together, 2 * together + 5.25 * MN))
+        weights = MN * (1 + (self.s != 4))  # in float32, and in the order of coding
+        block = 2 * together * min(1.0, CODING_BLOCK / layer.N)
+        return 4.0 * max(4 * NN + MN, 3 * NN + weights + MN + max(5 * together + block, 4 * together + 4 * MN))
 
     def unsaved(self) -> float:
-        """Return the bytes of finished codes in memory. While they are written, there are three copies."""
+        """Return the bytes of finished codes in memory."""
         each = [VERSIONS * CODED_BYTES * layer.M * layer.N for layer in self.layers]
-        return 3 * min(sum(each), UNSAVED_CODES + max(each))
+        return min(sum(each), UNSAVED_CODES + max(each))
 
     def parametrize(self) -> Phase:
         """Return the peak of parametrization: summing moments, solving layers, or the end, when 4-bit layers also exist in full."""

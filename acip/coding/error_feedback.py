@@ -20,11 +20,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from acip.calibration.memory_plan import CODED_AT_ONCE, CODED_AT_ONCE_CPU
+from acip.calibration.memory_plan import CODED_AT_ONCE, CODED_AT_ONCE_CPU, CODING_BLOCK
 from acip.coding.codes import TOP, Codes, stored_steps
 
 DAMPING = 0.01  # share of the mean of diag H that is added to it
-BLOCK = 128  # columns whose updates of the columns behind the block are applied together
+BLOCK = CODING_BLOCK  # columns whose updates of the columns behind the block are applied together
 REFIT = (0.5, 2.0)  # a refitted step is at least and at most this multiple of the given one
 
 
@@ -56,17 +56,18 @@ def code_versions(weight_MN: Tensor, metric_NN: Tensor, steps: Sequence[Tensor],
         units_NR, moved_NR = (torch.cat([x_NM / steps_M for steps_M in some], dim=1) for x_NM in (W_NM, HW_NM))
         codes_NR = _feedback(units_NR, U_NN)
         products_NR = H_NN @ codes_NR
-        for _ in range(sweeps):
-            refitted_NR = moved_NR / _refit(units_NR, codes_NR, products_NR)
-            slope_NR = torch.sub(refitted_NR, products_NR, out=products_NR)
-            _descend(codes_NR, slope_NR, H_NN)
-            products_NR = refitted_NR.sub_(slope_NR)
+        for _ in range(sweeps):  # in place, because these matrices take most of the memory
+            moved_to_NR = moved_NR / _refit(units_NR, codes_NR, products_NR)
+            slope_NR = products_NR.neg_().add_(moved_to_NR)
+            _descent(slope_NR, H_NN, codes_NR)
+            products_NR = moved_to_NR.sub_(slope_NR)
+            del moved_to_NR, slope_NR
         refit_R = _refit(units_NR, codes_NR, products_NR)
         columns = zip(*(x.split(M, dim=-1) for x in (codes_NR, products_NR, units_NR, moved_NR, refit_R)), strict=True)
         for steps_M, (codes_NM, products_NM, units_NM, moved_NM, refit_M) in zip(some, columns, strict=True):
             stored_M = stored_steps(steps_M * refit_M)
             share_M = stored_M / steps_M
-            errors_M = (units_NM - share_M * codes_NM).mul_(moved_NM - share_M * products_NM).sum(0) * steps_M.square()
+            errors_M = ((units_NM - share_M * codes_NM) * (moved_NM - share_M * products_NM)).sum(0) * steps_M.square()
             codes_MN = torch.empty_like(codes_NM.T, memory_format=torch.contiguous_format)
             codes_MN[:, order_N] = codes_NM.T
             yield Codes(codes_MN.to(torch.int8), stored_M), errors_M
@@ -104,15 +105,15 @@ def _feedback(W_NM: Tensor, U_NN: Tensor) -> Tensor:
     return codes_NM
 
 
-def _descend(codes_NM: Tensor, slope_NM: Tensor, H_NN: Tensor) -> None:
-    """Round every column of the codes [N, M] to its best codes, given the other columns, and update the slope, in place.
+def _descent(slope_NM: Tensor, H_NN: Tensor, codes_NM: Tensor) -> None:
+    """Round every column of codes [N, M] to its best codes, given the other columns, and update the slope, in place.
 
     The slope is minus half the gradient of the error, H (weights - codes).
     """
     N = len(H_NN)
     for start in range(0, N, BLOCK):
         end = min(start + BLOCK, N)
-        block_NM = slope_NM[start:end].clone()  # exact for the columns of the block that follow
+        block_NM = slope_NM[start:end].clone()  # of the columns of the block that follow
         changes_NM = torch.empty_like(block_NM)
         for n in range(start, end):
             best_M = (codes_NM[n] + block_NM[n - start] / H_NN[n, n]).round().clamp_(-TOP, TOP)

@@ -3,7 +3,7 @@
 row = evaluate(any_size, tokenizer, [PerplexityOn(Text("wikitext2", "field")), TaskScore("package:piqa", limit=500), Efficiency()])
 """
 
-from acip.evaluate.curve import divergence_of, extended, improbable, place_of, recorded, streamed_trade_off, trade_off
+from acip.evaluate.curve import CurveSetup, divergence_of, extended, improbable, place_of, recorded, streamed_trade_off, trade_off
 from acip.evaluate.divergence import DivergenceOn
 from acip.evaluate.efficiency import Efficiency
 from acip.evaluate.generated_tasks import GeneratedTask
@@ -15,7 +15,7 @@ from acip.evaluate.samples import Samples
 from acip.evaluate.tasks import TaskScore
 
 __all__ = [
-    "DivergenceOn", "Efficiency", "GeneratedTask", "Measurement", "OnDomains", "Part", "Perplexity", "PerplexityOn", "QuantizedOn",
-    "Samples", "TaskScore", "Text", "divergence_of", "evaluate", "extended", "improbable", "metrics", "perplexity", "place_of", "recorded",
-    "streamed_trade_off", "trade_off",
+    "CurveSetup", "DivergenceOn", "Efficiency", "GeneratedTask", "Measurement", "OnDomains", "Part", "Perplexity", "PerplexityOn",
+    "QuantizedOn", "Samples", "TaskScore", "Text", "divergence_of", "evaluate", "extended", "improbable", "metrics", "perplexity",
+    "place_of", "recorded", "streamed_trade_off", "trade_off",
 ]  # fmt: skip

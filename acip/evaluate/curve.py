@@ -8,6 +8,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ from acip.evaluate.heldout_text import Protocol, Text, content, cut_by, join_ids
 from acip.evaluate.measurement import Part, Subject, part_of, size_facts
 from acip.evaluate.perplexity import PerplexityOn, lost_windows, mean_and_stderr, mean_loss
 from acip.layers.block_chain import BlockChain
-from acip.sizing.budget import COMPARABLE_FIELDS, as_perplexity, is_coded, measured_on
-from acip.sizing.cut_table import Budget, CutTable
+from acip.sizing.budget import COMPARABLE_FIELDS, Budget, as_perplexity, is_coded, measured_on
+from acip.sizing.cut_table import CutTable
 from acip.sizing.domains import DOMAINS, domain_name
 from acip.sizing.elastic_model import ElasticModel
 from acip.sizing.model_sizes import set_size
@@ -32,27 +33,63 @@ Row = dict[str, Any]
 Windows = Mapping[str, Sequence[Tensor]]  # token ids [T] of each domain of text
 
 
+@dataclass(frozen=True)
+class CurveSetup:
+    """The settings of a curve: its text, the stop ratio of the calibrated model, and the contents of its rows.
+
+    `windows` of `corpus` are token ids, [T] each, cut by `protocol` with `start` (`Text.start`). If `divergence` is given (it names the
+    text), rows also contain the divergence from the base model. With `domains`, which may be empty, rows also contain the divergence and
+    the perplexities on each domain (acip.sizing.domains), and on the text of the curve as a domain named after `corpus`. It is not
+    measured again if it is in `domains`.
+    """
+
+    windows: Sequence[Tensor] | Tensor
+    corpus: str
+    stop_ratio: float
+    protocol: Protocol = "packed"
+    start: Sequence[int] = ()
+    divergence: DivergenceOn | None = None
+    domains: Windows | None = None
+
+    @property
+    def own(self) -> str:
+        """The name of the text of the curve as a domain."""
+        return domain_name(self.corpus)
+
+    @property
+    def all_windows(self) -> list[tuple[str, Tensor]]:
+        """The name of the domain and the token ids [T] of each window."""
+        others = ((name, window) for name, each in (self.domains or {}).items() if name != self.own for window in each)
+        return [*((self.own, window) for window in self.windows), *others]
+
+    @property
+    def compares(self) -> bool:
+        """Whether sizes are compared with the base model."""
+        return self.divergence is not None or self.domains is not None
+
+    def row(self, any_size: ElasticModel, budget: Budget, outcomes: "OfDomains", base_losses: "OfDomains", first: bool) -> Row:
+        """Return the row of the curve of the present size, which `budget` asked for."""
+        assert any_size.cut is not None
+        text = outcomes[self.own]
+        measured = _measured(text.losses, budget, first)
+        extrapolated = budget.asked < self.stop_ratio and not any_size.cut.versions
+        facts = measured_by(self.windows, self.corpus, self.protocol, self.start)
+        row = {**size_facts(any_size), **measured, **facts, "extrapolated": extrapolated}
+        if self.domains is not None:
+            row[DOMAINS] = {name: outcome.against(base_losses[name]) for name, outcome in outcomes.items()}
+        if self.divergence is not None:
+            row["evaluation"] = [part_of(self.divergence, self.divergence.outcome(text.distances))]
+        return row
+
+
 @torch.no_grad()
 def trade_off(
-    any_size: ElasticModel,
-    windows: Sequence[Tensor] | Tensor,
-    corpus: str,
-    sizes: Sequence[Budget | float],
-    stop_ratio: float,
-    protocol: Protocol = "packed",
-    divergence: DivergenceOn | None = None,
-    on_row: Callable[[Row], None] = lambda row: None,
-    start: Sequence[int] = (),
-    domains: Windows | None = None,
+    any_size: ElasticModel, sizes: Sequence[Budget | float], setup: CurveSetup, on_row: Callable[[Row], None] = lambda row: None
 ) -> list[Row]:
-    """Measure a model that was calibrated down to `stop_ratio`. Return one row per size: those of ranks, largest first, then coded ones.
+    """Measure a model at several sizes. Return one row per size: those of ranks, largest first, then coded ones.
 
     A number in `sizes` is a `linear` ratio. Sizes that the model does not have are left out, and so are coded sizes with the same codes as
-    a smaller one. `windows` are token ids, [T] each. If `divergence` is given (it names the text), rows also contain the divergence from
-    the base model. `on_row(row)` is called after each size, while the model has that size. `start` (`Text.start`) is recorded in the rows.
-
-    With `domains`, which may be empty, rows also contain the divergence from the base model and the perplexities on each domain
-    (acip.sizing.domains), and on the text of the curve as a domain named after `corpus`. It is not measured again if it is in `domains`.
+    a smaller one. `on_row(row)` is called after each size, while the model has that size.
 
     Every window is read at all sizes of ranks before the next one, so that the base model reads it once. Coded sizes follow one after the
     other, because a coded model is slow to load. For them, the logits of the base model are kept up to `KEPT_LOGITS_BYTES`.
@@ -62,22 +99,21 @@ def trade_off(
     passes = _passes(any_size.table, sizes)
     device = next(any_size.model.parameters()).device
     base = _BaseLogits(Subject(any_size.model, None, any_size), KEPT_LOGITS_BYTES if len(passes) > 1 else 0)
-    about = _Setup(windows, corpus, protocol, start, stop_ratio, divergence, domains)
     base_losses: OfDomains = defaultdict(Outcomes)
     rows: list[Row] = []
     for together in passes:
         outcomes: list[OfDomains] = [defaultdict(Outcomes) for _ in together]
-        for number, (domain, window) in enumerate(about.all_windows):
+        for number, (domain, window) in enumerate(setup.all_windows):
             ids_1T = window[None].long().to(device)
-            base_TV = base.read(number, ids_1T) if about.compares else None
-            if base_TV is not None and domains is not None and not rows:
+            base_TV = base.read(number, ids_1T) if setup.compares else None
+            if base_TV is not None and setup.domains is not None and not rows:
                 base_losses[domain].add(base_TV, None, ids_1T[0])
             for budget, outcome in zip(together, outcomes, strict=True):
                 any_size.resize(budget)
                 outcome[domain].add(next_token.logits(any_size.model, ids_1T)[0], base_TV, ids_1T[0])
         for budget, outcome in zip(together, outcomes, strict=True):
             any_size.resize(budget)
-            rows.append(about.row(any_size, budget, outcome, base_losses, first=not rows))
+            rows.append(setup.row(any_size, budget, outcome, base_losses, first=not rows))
             on_row(rows[-1])
     return rows
 
@@ -85,16 +121,10 @@ def trade_off(
 @torch.no_grad()
 def streamed_trade_off(
     any_size: ElasticModel,
-    windows: Sequence[Tensor] | Tensor,
-    corpus: str,
     sizes: Sequence[Budget | float],
-    stop_ratio: float,
-    protocol: Protocol = "packed",
-    divergence: DivergenceOn | None = None,
-    start: Sequence[int] = (),
+    setup: CurveSetup,
     hidden_bytes: float = 2**30,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    domains: Windows | None = None,
 ) -> list[Row]:
     """Return the rows of `trade_off`, with the weights of one block in memory at a time. `any_size` is that of `Artifact.unloaded`.
 
@@ -105,10 +135,9 @@ def streamed_trade_off(
     device = next(chain.outside()).device
     budgets = [budget for together in _passes(table, sizes) for budget in together]
     cuts = [table.cut(Budget(ratio=1.0)), *map(table.cut, budgets)]  # the base model, then every size
-    about = _Setup(windows, corpus, protocol, start, stop_ratio, divergence, domains)
     base_losses: OfDomains = defaultdict(Outcomes)
     outcomes: list[OfDomains] = [defaultdict(Outcomes) for _ in budgets]
-    read = [(domain, window[None].long().to(device)) for domain, window in about.all_windows]
+    read = [(domain, window[None].long().to(device)) for domain, window in setup.all_windows]
     longest = max((ids_1T for _, ids_1T in read), key=Tensor.numel, default=None)
     parts = _in_parts(read, 1 if longest is None else int(hidden_bytes / (len(cuts) * chain.embed(longest).nbytes)))
     for done, part in enumerate(parts):
@@ -125,15 +154,15 @@ def streamed_trade_off(
                 layer.unload()
             progress(done * len(chain) + i + 1, len(parts) * len(chain))
         for (domain, ids_1T), *each in zip(part, *hidden, strict=True):
-            base_TV = chain.logits(ids_1T, each[0])[0] if about.compares else None
-            if base_TV is not None and domains is not None:
+            base_TV = chain.logits(ids_1T, each[0])[0] if setup.compares else None
+            if base_TV is not None and setup.domains is not None:
                 base_losses[domain].add(base_TV, None, ids_1T[0])
             for outcome, hidden_1TD in zip(outcomes, each[1:], strict=True):
                 outcome[domain].add(chain.logits(ids_1T, hidden_1TD)[0], base_TV, ids_1T[0])
     rows: list[Row] = []
     for budget, cut, outcome in zip(budgets, cuts[1:], outcomes, strict=True):
         any_size.cut = cut
-        rows.append(about.row(any_size, budget, outcome, base_losses, first=not rows))
+        rows.append(setup.row(any_size, budget, outcome, base_losses, first=not rows))
     return rows
 
 
@@ -171,39 +200,6 @@ class Outcomes:
 
 
 OfDomains = defaultdict[str, Outcomes]  # by the name of the domain
-
-
-class _Setup:
-    """How a curve is measured: its text, its domains and what its rows state."""
-
-    def __init__(
-        self,
-        windows: Sequence[Tensor] | Tensor,
-        corpus: str,
-        protocol: Protocol,
-        start: Sequence[int],
-        stop_ratio: float,
-        divergence: DivergenceOn | None,
-        domains: Windows | None,
-    ) -> None:
-        self.own, self.stop_ratio, self.divergence, self.domains = domain_name(corpus), stop_ratio, divergence, domains
-        self.facts = measured_by(windows, corpus, protocol, start)
-        others = ((name, window) for name, each in (domains or {}).items() if name != self.own for window in each)
-        self.all_windows = [*((self.own, window) for window in windows), *others]  # (name of the domain, token ids [T])
-        self.compares = divergence is not None or domains is not None
-
-    def row(self, any_size: ElasticModel, budget: Budget, outcomes: OfDomains, base_losses: OfDomains, first: bool) -> Row:
-        """Return the row of the curve of the present size, which `budget` asked for."""
-        assert any_size.cut is not None
-        text = outcomes[self.own]
-        measured = _measured(text.losses, budget, first)
-        extrapolated = budget.asked < self.stop_ratio and not any_size.cut.versions
-        row = {**size_facts(any_size), **measured, **self.facts, "extrapolated": extrapolated}
-        if self.domains is not None:
-            row[DOMAINS] = {name: outcome.against(base_losses[name]) for name, outcome in outcomes.items()}
-        if self.divergence is not None:
-            row["evaluation"] = [part_of(self.divergence, self.divergence.outcome(text.distances))]
-        return row
 
 
 def measured_by(windows: Sequence[Tensor] | Tensor, corpus: str, protocol: Protocol, start: Sequence[int]) -> Row:
@@ -322,18 +318,18 @@ def improbable(rows: Iterable[Mapping[str, Any]]) -> list[str]:
         for text, (loss, stderr) in numbers.items():
             kind = " of the bytes" if is_coded(row) else ""
             curves.setdefault((text, kind), []).append((row.get("got", row["asked"]), loss, stderr))
-    warnings = []
+    found = []
     for (text, kind), curve in curves.items():
         pairs = [(large, small) for large in curve for small in curve if small[0] < large[0] and large[1] - small[1] > small[2]]
         if pairs:
             large, small = max(pairs, key=lambda pair: pair[0][1] - pair[1][1])
             larger_perplexity, perplexity = as_perplexity(large[1]), as_perplexity(small[1])
-            warnings.append(
+            found.append(
                 f"Warning: size {small[0]:.2f}{kind} has perplexity {perplexity:.2f}, below the {larger_perplexity:.2f} of the larger size "
                 f"{large[0]:.2f}{kind} by more than its standard error ({perplexity * small[2]:.2f}), on {text}. A smaller size should not "
                 "be better. Check the start token, the dtype and the text; fine-tuning at the smaller size may also cause this."
             )
-    return warnings
+    return found
 
 
 def _text_of(row: Mapping[str, Any]) -> str:

@@ -60,7 +60,11 @@ def export_compressed_tensors(
         tensors[f"{name}.weight_scale"] = layer.steps[:, None]
         tensors[f"{name}.weight_shape"] = torch.tensor(layer.codes.shape)
     model.config.quantization_config = quantization_config(bits, [name for name in any_size.layers if name not in layers])
-    return write(model, cut, artifact, folder, max_shard_size, facts, tensors)
+
+    def save(where: Path) -> None:
+        model.save_pretrained(where, state_dict=tensors, max_shard_size=max_shard_size)
+
+    return write(model, cut, artifact, folder, facts=facts, save=save)
 
 
 def bits_of(layers: Mapping[str, CodedLinear]) -> dict[str, int]:

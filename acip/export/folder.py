@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cache
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from acip.artifact.artifact import Artifact
@@ -140,19 +140,19 @@ def write(
     folder: Path,
     max_shard_size: str | int = "5GB",
     facts: Mapping[str, Any] | None = None,
-    tensors: dict[str, Tensor] | None = None,
+    save: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
-    """Write the export of a model that `compressed_model` made, and return its provenance.
+    """Write the export of a model, and return its provenance.
 
-    Give `tensors` for a model of a class of transformers whose files hold other tensors than it does in memory.
+    `save` writes the model's files to a folder. None is for a model that `compressed_model` made.
     """
     with replaced(folder) as partial:
         ends = _keep_ends(model, artifact)
         with quiet_progress():
-            if tensors is None:
+            if save is None:
                 CompressedModel.save_pretrained(model, partial, max_shard_size=max_shard_size)  # type: ignore[arg-type]
             else:
-                model.save_pretrained(partial, state_dict=tensors, max_shard_size=max_shard_size)
+                save(partial)
         tokenizer = artifact.tokenizer()
         tokenizer.save_pretrained(partial)
         _check(partial, tokenizer, ends)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from acip_platform.serve.engine.batch import Sequence, SteppedBatch
 from acip_platform.serve.engine.events import EndReason
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from acip.errors import AcipError
 from acip.layers.mixed_sizes import Mixer
+from acip.utils.free_memory import free_memory
 
 SETTINGS = {  # of vLLM. Its engine must run in this process, where weights can be loaded between steps
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -120,7 +120,7 @@ class VllmModel(ResidentModel):
         """Return the bytes for keys and values: of `kv_tokens` tokens, at least one context, at most a share of the free memory."""
         decoder, device = self.any_size.table.decoder, self.any_size.model.device
         per_token = decoder.cache(1, 1) if decoder is not None else 0
-        free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info()[0]
+        free = free_memory(device)
         return int(max(min(kv_tokens * per_token, KV_SHARE * free) if per_token else KV_SHARE * free, 2 * self.context * per_token))
 
     @property

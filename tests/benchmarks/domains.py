@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from acip.artifact.artifact import Artifact
-from acip.evaluate import Text, trade_off
+from acip.evaluate import CurveSetup, Text, trade_off
 from acip.evaluate.domains import CHAT, CONTEXT, EVERY_DOMAIN, chat_windows, text_windows
 from acip.evaluate.measurement import Subject
 from acip.sizing.budget import Budget, is_coded
@@ -37,7 +37,8 @@ def main() -> None:
     domains[CHAT] = chat_windows(Subject(any_size.model, tokenizer, any_size), CONTEXT, args.windows)
     text = Text(args.data, "spread", CONTEXT, args.windows)
     sizes = [1.0, *args.ranks, *(Budget(size, "bytes") for size in args.bytes)]
-    rows = trade_off(any_size, text.tokens(tokenizer), text.source, sizes, artifact.recipe.stop_ratio, text.protocol, domains=domains)
+    setup = CurveSetup(text.tokens(tokenizer), text.source, artifact.recipe.stop_ratio, text.protocol, domains=domains)
+    rows = trade_off(any_size, sizes, setup)
     names = list(rows[0][DOMAINS])
     print(f"| size | {' | '.join(f'{name}: KL, same top, x ppl' for name in names)} | worst / {names[0]} |")
     print("|---|" + "---|" * (len(names) + 1))

@@ -3,6 +3,7 @@
     python tests/benchmarks/streaming.py --quick             0.4 GB of weights, streamed and held, minutes on 2 cores
     python tests/benchmarks/streaming.py                     6 GB of weights, streamed, in 1.5 GB; hours of CPU time, resumable
     python tests/benchmarks/streaming.py --size-gb 1.2 --limit-gb 0.8 --held
+    python tests/benchmarks/streaming.py --serve             afterwards, export and serve two sizes in 4 GB
 
 The checkpoint is a Llama with random weights in bfloat16, in files of at most 500 MB. The job is `code: bits` with code_tune_steps 0, run
 as jobs/calibrate_all.py runs it, without Ray. It runs in a memory control group (Linux, root) with a limit, so that the page cache counts,
@@ -20,7 +21,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,8 +35,11 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": True,
 }  # fmt: skip
 BLOCK_BYTES, REST_BYTES = 2 * (3 * 1024**2 + 3 * 1024 * 2816), 2 * 32000 * 1024
+PHASES = {"loading": "loading", "codes of": "saving", "artifact saved": "measuring the curve"}  # begin with the stage of this text
 GOAL = 2.0
 SAMPLE_S = 0.2
+SERVED = (0.42, 0.37)  # sizes that are exported and served, as shares of the bytes
+ROOT = Path(__file__).parents[2]
 
 
 def write_base(folder: Path, size_gb: float) -> None:
@@ -116,41 +120,149 @@ def limited(limit_bytes: float) -> Iterator[Path]:
                 time.sleep(0.1)
 
 
-def measured(base: Path, home: Path, limit_bytes: float) -> dict[str, float]:
-    """Run the job within a limit; print its events, and return its highest anonymous memory in bytes, and that at its start."""
+def measured(arguments: list[str], folder: Path, limit_bytes: float, environment: Mapping[str, str] = os.environ) -> dict[str, float]:
+    """Run a program within a limit, and print its events. Its output goes to `folder`.
+
+    Return in bytes: its anonymous memory at the event "start", the highest, and the highest use of the control group, with page cache.
+    `memory.json` in `folder` gets [seconds, phase, anonymous megabytes] of each sample.
+    """
     import psutil
 
-    home.mkdir(parents=True, exist_ok=True)
-    with limited(limit_bytes) as group, (home / "events.jsonl").open("w") as events, (home / "errors.log").open("w") as errors:
+    folder.mkdir(parents=True, exist_ok=True)
+    output, log = folder / "events.jsonl", folder / "errors.log"
+    with limited(limit_bytes) as group, output.open("w") as events, log.open("w") as errors:
         child = subprocess.Popen(
-            [sys.executable, __file__, "--job", str(base), "--home", str(home)], stdout=events, stderr=errors,
+            [sys.executable, *arguments], stdout=events, stderr=errors, env=environment,
             preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())),  # noqa: PLW1509
         )  # fmt: skip
-        process, start, highest, began, rows, seen = psutil.Process(child.pid), 0.0, 0.0, time.time(), [], 0
+        process, start, highest, began, rows, seen, phase = psutil.Process(child.pid), 0.0, 0.0, time.time(), [], 0, "start"
         while child.poll() is None:
             try:
                 memory = process.memory_info()
             except psutil.NoSuchProcess:
                 break
             anonymous = memory.rss - memory.shared
-            lines = (home / "events.jsonl").read_text().splitlines()
+            lines = output.read_text().splitlines()
             for line in lines[seen:]:
-                event = json.loads(line)
+                event = json.loads(line) if line.startswith("{") else {"kind": "stage", "text": line}
                 start = anonymous if event["kind"] == "start" else start
-                if event["kind"] in ("stage", "end"):
-                    text = event.get("text") or f"curve {event['curve']}"
+                phase = phase_of(event) or phase
+                text = f"curve {event['curve']}" if event["kind"] == "end" else event.get("text")
+                if text:
                     print(
                         f"{time.time() - began:8.0f} s {anonymous / 1e9:6.2f} GB now, {highest / 1e9:6.2f} at most: {text[:170]}",
                         flush=True,
                     )
             seen = len(lines)
             highest = max(highest, anonymous)
-            rows.append((round(time.time() - began, 1), round(anonymous / 1e6), round(memory.rss / 1e6)))
+            rows.append((round(time.time() - began, 1), phase, round(anonymous / 1e6)))
             time.sleep(SAMPLE_S)
-        (home / "memory.json").write_text(json.dumps(rows))  # seconds, anonymous and resident megabytes
-    if child.wait() or not lines or json.loads((home / "events.jsonl").read_text().splitlines()[-1])["kind"] != "end":
-        raise SystemExit(f"the job ended with {child.returncode}: {(home / 'errors.log').read_text()[-1500:]}")
-    return {"start": start, "highest": highest, "seconds": time.time() - began}
+        peak = next(group / name for name in ("memory.max_usage_in_bytes", "memory.peak") if (group / name).is_file())
+        used = float(peak.read_text())
+        (folder / "memory.json").write_text(json.dumps(rows))
+    if child.wait():
+        raise SystemExit(f"{arguments} ended with {child.returncode}: {log.read_text()[-1500:]}")
+    return {"start": start, "highest": highest, "group": used, "seconds": time.time() - began}
+
+
+def phase_of(event: dict[str, Any]) -> str | None:
+    """Return the phase of a job that begins with an event, or None."""
+    if event["kind"] == "code":
+        ends = event["what"] == "statistics" and event["done"] == event["total"]
+        return None if event["what"] == "curve" else "codes" if ends else str(event["what"])
+    return next((phase for text, phase in PHASES.items() if event.get("text", "").startswith(text)), None)
+
+
+def print_phases(runs: Mapping[str, Path]) -> None:
+    """Print a table of the seconds and of the highest anonymous memory above that at the start, by phase, of the jobs in folders."""
+    columns = {}
+    for name, folder in runs.items():
+        rows = json.loads((folder / "memory.json").read_text())
+        phases = dict.fromkeys(phase for _, phase, _ in rows)
+        least = max(megabytes for _, phase, megabytes in rows if phase == "start")
+        columns[name] = {
+            each: (
+                sum(phase == each for _, phase, _ in rows) * rows[-1][0] / len(rows),
+                max(mb for _, phase, mb in rows if phase == each) - least,
+            )
+            for each in phases
+        }
+    print(f"| phase | {' | '.join(f'{name}: GB above the start, seconds' for name in runs)} |\n|---|{'---|' * len(runs)}")
+    for phase in next(iter(columns.values())):
+        cells = (f"{columns[name][phase][1] / 1e3:.2f}, {columns[name][phase][0]:.0f}" for name in runs)
+        print(f"| {phase} | {' | '.join(cells)} |")
+
+
+def job(base: Path, home: Path, limit_bytes: float) -> dict[str, float]:
+    """Run the job within a limit (see `measured`)."""
+    found = measured([__file__, "--job", str(base), "--home", str(home)], home, limit_bytes)
+    if last_event(home)["kind"] != "end":
+        raise SystemExit(f"the job did not end: {(home / 'errors.log').read_text()[-1500:]}")
+    return found
+
+
+def last_event(folder: Path) -> dict[str, Any]:
+    event: dict[str, Any] = json.loads((folder / "events.jsonl").read_text().splitlines()[-1])
+    return event
+
+
+def run_server(uri: str, home: str, memory_gb: float) -> None:
+    """Load an artifact in the embedded engine, generate tokens at the `SERVED` sizes, and print events as lines of JSON."""
+    import asyncio
+
+    from acip_platform.serve.http.requests import CompletionRequest
+    from acip_platform.serve.replica import EngineReplica
+    from acip_platform.tracking.registry import ModelVersion
+
+    os.environ["ACIP_HOME"] = home
+    print(json.dumps({"kind": "start"}), flush=True)
+    largest, version = str(max(SERVED)), ModelVersion("streamed", "1", uri, (), {})
+
+    def stage(text: str) -> None:
+        print(json.dumps({"kind": "stage", "text": text}), flush=True)
+
+    async def generate() -> None:
+        began = time.time()
+        threads = int(os.environ["OMP_NUM_THREADS"])
+        replica = EngineReplica([version], 3600.0, "cpu", threads, memory_gb, default_size=largest, max_size=largest)
+        while not (state := await replica.ready())["warm"]:
+            if state["failed"]:
+                raise SystemExit(str(state["failed"]))
+            await asyncio.sleep(0.2)
+        stage(f"loaded and checked in {time.time() - began:.0f} s")
+        for size in SERVED:
+            request = CompletionRequest.parse({"prompt": "The", "size_ratio": size, "max_tokens": 8, "temperature": 0.0, "seed": 0})
+            events = [event async for batch in replica.stream(version, request) for event in batch]
+            if events[-1].kind != "done":
+                raise SystemExit(str(events[-1].data))
+            facts, done = events[0].data["size"], events[-1].data
+            stage(
+                f"{done['usage']['completion_tokens']} tokens at {facts['got']:.4f} of the bytes, {done['timings']['tokens_per_s']:.2f} a "
+                f"second, the first after {done['timings']['queued_s'] + done['timings']['first_token_s']:.0f} s"
+            )
+
+    asyncio.run(generate())
+    os._exit(0)  # the engine's threads do not end
+
+
+def serve(home: Path, uri: str, limit_bytes: float, memory_gb: float) -> None:
+    """Export a size of an artifact, and generate tokens at several, each within a limit; print what they take."""
+    settings = {**os.environ, "ACIP_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path[:2])}
+    for size in SERVED:
+        out = home / f"export-{size:g}"
+        command = [str(ROOT / "jobs" / "materialize.py"), uri, "--size", str(size), "--out", str(out)]
+        taken = measured(command, home / "cut", limit_bytes, settings)
+        weights = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        print(f"cut to {size:g}: {weights / 1e9:.2f} GB written; {described(taken)}", flush=True)
+    taken = measured([__file__, "--server", uri, "--home", str(home), "--memory-gb", str(memory_gb)], home / "serve", limit_bytes)
+    print(f"served: {described(taken)}")
+
+
+def described(taken: dict[str, float]) -> str:
+    return (
+        f"{taken['highest'] / 1e9:.2f} GB of anonymous memory at most, {taken['group'] / 1e9:.2f} GB in the control group with page cache; "
+        f"{taken['seconds']:.0f} s"
+    )
 
 
 def main() -> int:
@@ -161,8 +273,15 @@ def main() -> int:
     parser.add_argument("--limit-gb", type=float, default=1.5, help="of the control group (default: 1.5)")
     parser.add_argument("--held", action="store_true", help="also run the job without a limit")
     parser.add_argument("--home", type=Path, default=Path("/tmp/acip-streaming"), help="of checkpoint and results")
+    parser.add_argument("--serve", action="store_true", help="afterwards, export the sizes 0.42 and 0.37, and serve both from one process")
+    parser.add_argument("--serve-gb", type=float, default=4.0, help="of the control group of each of these (default: 4)")
+    parser.add_argument("--memory-gb", type=float, help="of them, for the weights that are served (default: 0.8 less)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--server", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.server:
+        run_server(args.server, str(args.home), args.memory_gb)
+        return 0
     if args.job:
         run_job(args.job, str(args.home))
         return 0
@@ -174,18 +293,22 @@ def main() -> int:
         write_base(base, args.size_gb)
     weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     print(f"{weights / 1e9:.2f} GB of weights in a control group of {args.limit_gb:g} GB")
-    streamed = measured(base, args.home / f"streamed-{args.size_gb:g}", args.limit_gb * 1e9)
+    home = args.home / f"streamed-{args.size_gb:g}"
+    streamed = job(base, home, args.limit_gb * 1e9)
     above = streamed["highest"] - streamed["start"]
     print(f"streamed: {above / 1e9:.2f} GB above the {streamed['start'] / 1e9:.2f} GB of the process; {streamed['seconds']:.0f} s")
     ratio = weights / above
     if args.held:
-        held = measured(base, args.home / f"held-{args.size_gb:g}", 1e13)
+        held = job(base, args.home / f"held-{args.size_gb:g}", 1e13)
         print(f"held: {(held['highest'] - held['start']) / 1e9:.2f} GB above; {held['seconds']:.0f} s")
+        print_phases({"held": args.home / f"held-{args.size_gb:g}", "streamed": home})
         ratio = (held["highest"] - held["start"]) / above
+    if args.serve:
+        serve(home, last_event(home)["uri"], args.serve_gb * 1e9, args.memory_gb or args.serve_gb - 0.8)
     print(f"memory, {'held' if args.held else 'weights'} over streamed: {ratio:.2f} (goal: {GOAL:g})")
     return int(args.check and ratio < GOAL)
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "platform")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
     sys.exit(main())

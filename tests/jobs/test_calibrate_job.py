@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 from acip_platform.cluster import Cluster
+from acip_platform.reporting.console import console
 from acip_platform.scheduling.fleet import Job
 from acip_platform.settings import Settings
+from ray.exceptions import RayTaskError
 
 from acip.mixture import Mixture
 from acip.recipe import Recipe
@@ -78,3 +80,16 @@ def test_a_bad_file_is_refused(laptop: None, tmp_path: Path, capsys: pytest.Capt
     for args in (["--fleet", str(tmp_path / "bad.yaml")], ["--fleet", str(tmp_path / "none.yaml")], ["--only", "smollm"]):
         assert calibrate_all.main([*args, "--dry-run"]) == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_failed_rehearsal_is_reported_in_one_line(
+    laptop: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failed(_: object) -> None:
+        raise RayTaskError("rehearsed", "Traceback of the task", ZeroDivisionError("division by zero")).as_instanceof_cause()
+
+    monkeypatch.setattr("ray.get", failed)
+    monkeypatch.setattr(calibrate_all, "rehearsed", SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: None)))
+    calibrate_all.print_forecasts([Job("some", "some-base")], console())
+    out = capsys.readouterr().out
+    assert "[some] can't be rehearsed: ZeroDivisionError: division by zero" in out and "Traceback" not in out

@@ -22,7 +22,7 @@ from acip.artifact.artifact import Artifact
 from acip.artifact.manifest import MANIFEST
 from acip.data import documents, token_windows
 from acip.errors import ArtifactError, BudgetError, EvaluationError
-from acip.evaluate import DivergenceOn, PerplexityOn, QuantizedOn, Samples, Text, evaluate, trade_off
+from acip.evaluate import CurveSetup, DivergenceOn, PerplexityOn, QuantizedOn, Samples, Text, evaluate, trade_off
 from acip.sizing.budget import Budget, is_coded
 from jobs import evaluate as evaluate_job
 from tests.acip.artifact.test_codes_file import calibrated_with_codes, llama
@@ -60,7 +60,7 @@ def with_curve(artifact: Artifact, folder: Path) -> Artifact:
         (folder / file).hardlink_to(artifact.folder / file)
     copy = Artifact.open(folder)
     windows = token_windows(documents("package:wikipedia", "heldout"), byte_tokenizer(), 64, 4)
-    return copy.record_curve(list(trade_off(copy.load(), windows, "package:wikipedia", (1.0, 0.5), copy.recipe.stop_ratio)))
+    return copy.record_curve(list(trade_off(copy.load(), (1.0, 0.5), CurveSetup(windows, "package:wikipedia", copy.recipe.stop_ratio))))
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def coded_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     artifact = Artifact.save(tmp_path_factory.mktemp("coded") / "coded", base, calibration, {}, codes)
     windows = token_windows(documents("package:wikipedia", "heldout"), byte_tokenizer(), 32, 4)
     sizes: list[Budget | float] = [1.0, 0.5, *(Budget(size, "bytes") for size in (0.56, 0.52))]
-    return artifact.record_curve(trade_off(artifact.load(), windows, "package:wikipedia", sizes, artifact.recipe.stop_ratio))
+    return artifact.record_curve(trade_off(artifact.load(), sizes, CurveSetup(windows, "package:wikipedia", artifact.recipe.stop_ratio)))
 
 
 def test_a_number_is_a_share_of_the_bytes_of_an_artifact_with_codes(

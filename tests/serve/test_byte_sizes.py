@@ -27,6 +27,7 @@ from acip.artifact.artifact import Artifact
 from acip.errors import AcipError, BudgetError
 from acip.layers.integer_linear import PreciseIntegerLinear, supports_precise_integers
 from acip.sizing.budget import Budget
+from acip.sizing.cut_table import Cut
 from tests.serve.conftest import in_bytes, save_codes_only, save_with_codes
 from tests.support.application import Application
 from tests.support.engines import Resident, embedded_only
@@ -120,6 +121,14 @@ def test_sizes_above_the_largest_that_is_served_are_refused_and_their_weights_no
     assert model.bytes - rest_bytes(narrow) <= 0.6 * layer_bytes(model) and not model.drafts
     assert size_range(model)["largest"] <= 0.44 and size_range(model)["ranks"] is None
     assert {row["asked"] for row in trade_off(model)["sizes"]} <= {percent / 100 for percent in range(45)}
+
+
+def test_the_check_loads_no_larger_size_than_is_served(narrow: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = list[Cut]()
+    hold = resident_weights.ResidentWeights.hold
+    monkeypatch.setattr(resident_weights.ResidentWeights, "hold", lambda self, cut: (held.append(cut), hold(self, cut)))
+    largest = resident(narrow, max_size="0.44").largest
+    assert len(held) == 2 and held[0].key == largest.key and held[1].key > largest.key
 
 
 def test_the_largest_size_may_be_one_in_ranks(small_artifact: Artifact, engine: Engine) -> None:
@@ -237,6 +246,22 @@ def test_a_size_that_does_not_fit_into_memory_is_refused(narrow: Artifact, engin
         models.get(version)
     assert models.get(version).name == "other"
     assert models.resident == [models.get(version)]
+
+
+def test_a_request_waits_for_the_memory_of_another_size(narrow: Artifact, engine: Engine) -> None:
+    codes = narrow.table().byte_sizes
+    assert codes is not None
+    models, model = cache(engine, narrow, int(1.3 * codes.memory(codes.versions(0))))
+    small, large = (in_bytes(narrow.table(), size) for size in (0.35, 0.45))
+    with ThreadPoolExecutor(1) as pool:
+        with model.holding(small):
+            waiting = pool.submit(model.weights.hold, large)
+            until(lambda: model.weights.sizes == 2, "the request does not wait")
+            assert not model.weights.is_loaded(large)
+        waiting.result(PATIENCE_S)
+    assert model.weights.is_loaded(large) and not model.weights.is_loaded(small)
+    assert models.used_bytes <= models.limit_bytes
+    model.weights.release(large)
 
 
 def test_weights_that_no_request_needs_leave_if_memory_is_short(narrow: Artifact, engine: Engine) -> None:

@@ -23,7 +23,7 @@ from acip_platform.serve.http.metrics import Metrics
 from transformers import AutoTokenizer
 
 from acip.artifact.artifact import Artifact
-from acip.evaluate import trade_off
+from acip.evaluate import CurveSetup, trade_off
 from acip.utils.checksums import sha256
 from tests.support.engines import ENGINE
 from tests.support.waiting import PATIENCE_S, until
@@ -42,7 +42,7 @@ def make_home(home: Path, small: Artifact, tokens: torch.Tensor) -> Path:
 
     settings = Settings.from_env({"ACIP_HOME": str(home)})
     registry = Registry(settings)
-    rows = list(trade_off(small.load(), tokens, "held-out", SIZES, small.recipe.stop_ratio))
+    rows = list(trade_off(small.load(), SIZES, CurveSetup(tokens, "held-out", small.recipe.stop_ratio)))
     for name in ("small", "talker"):
         artifact = Artifact.open(copytree(small.folder, home / name)).record_curve(rows)
         if name == "talker":

@@ -25,7 +25,7 @@ from acip.calibration.parametrize import parametrize
 from acip.coding.coded_model import code_model
 from acip.coding.statistics import layer_statistics
 from acip.data import TokenBatches
-from acip.evaluate import trade_off
+from acip.evaluate import CurveSetup, trade_off
 from acip.layers.targets import find_linears
 from acip.recipe import Recipe
 from acip.sizing.budget import Budget
@@ -60,7 +60,7 @@ def main() -> None:
         parametrize(base.model, RECIPE, tokens)
         calibration = calibrate(base.model, TokenBatches(tokens, RECIPE.batch_size), RECIPE)
     artifact = Artifact.save(folder / "artifact", base, calibration, {"seed": 0}, codes)
-    artifact = artifact.record_curve(list(trade_off(artifact.load(), tokens[:8], "random bytes", SIZES, RECIPE.stop_ratio)))
+    artifact = artifact.record_curve(list(trade_off(artifact.load(), SIZES, CurveSetup(tokens[:8], "random bytes", RECIPE.stop_ratio))))
     record(folder, artifact, tokens[0, :8])
 
 

@@ -381,7 +381,7 @@ def application(
     keys: Keys,
 ) -> serve.Application:
     """Return the application that serves these versions, which `config` selects. `BUILD_ARGS` describes the arguments."""
-    check_limits(default_max_tokens, max_answers, timeout_s, drain_s, cors_origins, default_size, code_copies, max_size)
+    check_limits(default_max_tokens, max_answers, timeout_s, drain_s, cors_origins, default_size, code_copies, max_size, memory_gb)
     if max_size is not None:
         max_size = str(max_size)
         default_size = max_size if default_size == DEFAULT_SIZE else default_size
@@ -433,8 +433,11 @@ def check_limits(
     default_size: str = DEFAULT_SIZE,
     code_copies: float = 1.0,
     max_size: str | None = None,
+    memory_gb: float | None = None,
 ) -> None:
     """Raise an AcipError if an argument of `build` is invalid."""
+    if memory_gb is not None and not (isinstance(memory_gb, int | float) and 0 < memory_gb < float("inf")):
+        raise AcipError(f"memory_gb is {memory_gb!r}; it must be a number of gigabytes above 0, or None for most of the free memory.")
     for size in (default_size, max_size):
         if size is not None:
             Budget.parse(str(size))

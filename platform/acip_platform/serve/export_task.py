@@ -53,15 +53,15 @@ def export_task(settings: Settings, work: Work) -> Iterator[dict[str, Any]]:
 
 def _export(settings: Settings, work: Work, folder: Path) -> tuple[str, bytes]:
     """Export to a new folder of the store. Return its URI and its provenance.json."""
-    from acip.export.folder import PROVENANCE, export
+    from acip.export.folder import PROVENANCE
+    from acip.export.stored import export_size
     from acip_platform.storage.store import Store
 
     store = Store.of(settings)
     artifact = store.open(work.artifact)
-    any_size = artifact.load(size=work.budget)
-    if any_size.cut is None or any_size.cut.key != work.cut:
+    if artifact.table().cut(work.budget).key != work.cut:
         raise ArtifactError(f"{work.artifact} was replaced by another artifact. Try again.")
-    export(any_size, artifact, folder / work.title, work.quantize, facts={"materialization": work.facts})
+    export_size(artifact, work.budget, folder / work.title, work.quantize, facts={"materialization": work.facts})
     raw = (folder / work.title / PROVENANCE).read_bytes()
     uri = store.add(folder / work.title, f"{work.key}-{hashlib.sha256(raw).hexdigest()[:8]}", PROVENANCE)
     return uri, raw

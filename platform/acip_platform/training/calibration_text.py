@@ -45,6 +45,11 @@ def read_once(key: tuple[Any, ...], read: Callable[[], Any]) -> Any:
     return READ[key]
 
 
+def samples_text(job: Job) -> bool:
+    """Return whether calibration text of `job` is sampled from its base model."""
+    return SELF in Mixture.of(job.data).sources
+
+
 @dataclass
 class TextReader:
     """A reader of calibration text for one base model: windows of `seq_len` tokens of any source, also of `self`.

@@ -2,8 +2,9 @@
 
     finished codes of an earlier run of the job -> statistics of the missing layers -> their codes -> finished codes, on disk
 
-The memory is bounded: finished codes are in a temporary file. Statistics are gathered a block at a time and are in files, if those of all
-layers are large or the job is streamed. The file of a block is removed when the codes of its layers are stored.
+The memory is bounded: finished codes are in a temporary file, and the memory that they took is returned to the system. Statistics are
+gathered a block at a time and are in files, if those of all layers are large or the job is streamed. The file of a block is removed when
+the codes of its layers are stored.
 """
 
 import hashlib
@@ -53,10 +54,10 @@ def codes_of(
 
     The statistics are those of the first `sample_windows` of `windows`, token ids [n, T]. `base.model` is not parametrized yet. Layers
     whose codes are stored beside the `checkpoints` are read back. Layers are computed on `device` (None = that of the model). If the job
-    is `streamed`, the model is in the memory of the CPU or mapped from its files, and one block at a time is on `device`. Seconds and
-    megabytes are logged to the run.
+    is `streamed`, the model is in the memory of the CPU or mapped from its files, and one block at a time is on `device`.
 
-    Raises RecipeError if several workers share the model, and BaseModelError if a model can't be run a block at a time but has to be.
+    Seconds and megabytes are logged to the run. Raises RecipeError if several workers share the model, and BaseModelError if a model can't
+    be run a block at a time but has to be.
     """
     recipe, device = job.recipe, device or next(base.model.parameters()).device
     if recipe.code == "ranks":
@@ -72,6 +73,8 @@ def codes_of(
     for stored_scales, layers in stored.read():
         scales = stored_scales  # the same in all folders
         coded |= in_scratch({name: layer for name, layer in layers.items() if name in linears}, scratch)
+        layers.clear()
+        trim()
     if coded:
         emit("stage", text=f"read back the codes of {len(coded)} of {len(linears)} layers, which an earlier run of this job had finished")
     missing = {name: layer for name, layer in linears.items() if name not in coded}
@@ -89,7 +92,8 @@ def codes_of(
         if stored.write(scales, some) and isinstance(statistics, StoredStatistics):
             statistics.drop(some)
         coded |= in_scratch(some, scratch)
-        trim()  # the streams in memory lay between longer-lived objects
+        some.clear()
+        trim()
     files.remove()
     model = assembled({name: coded[name] for name in linears})
     ended = time.monotonic()

@@ -27,7 +27,7 @@ from acip.calibration.loop import calibrate
 from acip.calibration.state import CalibrationState, StepReport
 from acip.data import TokenBatches
 from acip.errors import AcipError
-from acip.evaluate import trade_off
+from acip.evaluate import CurveSetup, trade_off
 from acip.sizing.elastic_model import ElasticModel
 from acip.sizing.excess_loss_area import excess_loss_area
 from acip.sizing.model_sizes import cut_table
@@ -193,7 +193,9 @@ class Rungs:
     def measured(self, any_size: ElasticModel, sizes: tuple[float, ...]) -> dict[str, Any]:
         """Measure the curve at `sizes`, and its area under excess loss."""
         text = self.heldout.text
-        rows = trade_off(any_size, self.heldout.windows, text.source, sizes, self.job.recipe.stop_ratio, text.protocol, start=text.start)
+        rows = trade_off(
+            any_size, sizes, CurveSetup(self.heldout.windows, text.source, self.job.recipe.stop_ratio, text.protocol, text.start)
+        )
         return {"area": excess_loss_area(rows, SMALLEST), "curve": json.dumps(rows)}
 
     def finish(self, any_size: ElasticModel) -> None:

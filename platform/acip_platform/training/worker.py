@@ -51,7 +51,7 @@ from acip_platform.storage.store import Store
 from acip_platform.tracking.provenance import provenance
 from acip_platform.tracking.registry import few_retries
 from acip_platform.tracking.runs import Run
-from acip_platform.training.calibration_text import CalibrationText
+from acip_platform.training.calibration_text import CalibrationText, samples_text
 from acip_platform.training.completion import Heldout, finish, stored
 from acip_platform.training.idle_workers import IdleWorkers
 from acip_platform.training.layer_codes import codes_of
@@ -135,7 +135,9 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     heldout = Heldout.of(job, base)
     checkpoints = Checkpoints(settings, config["attempt"], emit)
     free_bytes = memory_check.available(base.model, device)
-    streamed = memory_check.plan(base.model, job.recipe, free_bytes, device, job.num_workers, heldout.text.context).streamed
+    streamed = memory_check.plan(
+        base.model, job.recipe, free_bytes, device, job.num_workers, heldout.text.context, samples_text(job)
+    ).streamed
     if streamed:
         return_freed_memory()
     if not sharding.decided(store.exists(store.uri(key)), device):
@@ -224,7 +226,7 @@ def check_memory(job: Job, base: Base, device: torch.device, emit: Emit) -> None
     """Raise CalibrationError if the predicted peak does not fit into the device's memory. All workers follow the first one's decision."""
     free_bytes, error = memory_check.available(base.model, device), None
     try:
-        needed = memory_check.check(base.model, job.recipe, free_bytes, device, job.num_workers, job.eval_context)
+        needed = memory_check.check(base.model, job.recipe, free_bytes, device, job.num_workers, job.eval_context, samples_text(job))
         if job.tasks and "measure" in needed.streamed:
             raise CalibrationError(
                 "tasks are scored with the whole model in memory, and this model does not fit. Remove `tasks`, and run jobs/evaluate.py "

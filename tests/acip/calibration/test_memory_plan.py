@@ -31,7 +31,7 @@ from transformers import (
 from acip.calibration import memory_plan
 from acip.calibration.loop import calibrate, recomputing, trial_step
 from acip.calibration.losses import next_token, objective
-from acip.calibration.memory_check import _control_group, available, check, fits
+from acip.calibration.memory_check import available, check, fits, plan
 from acip.calibration.memory_plan import CODED_BYTES, STATISTICS, VERSIONS, Memory, _Prediction, predict, predict_streamed, statistics_bytes
 from acip.calibration.parametrize import parametrize
 from acip.calibration.state import CalibrationState
@@ -43,6 +43,9 @@ from acip.layers.block_chain import BlockChain, tensors
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import find_linears, targets, weight_MN
 from acip.recipe import Dtype, Recipe
+from acip.self_text import TOGETHER
+from acip.utils.free_memory import control_group_memory
+from acip.utils.generation import continued
 
 IDS: dict[str, Any] = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZE: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -195,6 +198,25 @@ def test_coding_a_block_at_a_time_uses_the_predicted_memory(dtype: Dtype, monkey
     assert -0.1 < (phase.total - phase.rest - phase.originals) / gathering - 1 < 0.6
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sampling_text_uses_the_predicted_memory(name: str, dtype: Dtype) -> None:
+    """Measured are texts that do not end before the window does."""
+    model, recipe = causal(name, dtype).requires_grad_(False), replace(RECIPE, dtype=dtype, seq_len=48)
+    (phase,) = (phase for phase in predict(model, recipe, sampled=True).phases if phase.name == "sample")
+    live = LiveBytes(model)
+    sampling = live.peak_of(lambda: continued(model, [[1]] * TOGETHER, 47, (), do_sample=True, top_k=0))
+    assert -0.05 < phase.total / sampling - 1 < 0.25
+
+
+def test_a_model_that_does_not_fit_for_coding_is_not_sampled_from() -> None:
+    model, recipe = causal("llama", device="meta"), replace(RECIPE, code="bits", code_tune_steps=0)
+    names = [phase.name for phase in plan(model, recipe, 1e12, "cpu", sampled=True).phases]
+    assert names == ["sample", *(phase.name for phase in predict(model, recipe, "cpu").phases)]
+    least = plan(model, recipe, 0, "cpu", sampled=True)
+    assert [phase.name for phase in least.phases] == names[1:] and "code" in least.streamed
+
+
 def test_the_plan_counts_enough_versions_and_bytes(small_base: str, golden_tokens: Tensor) -> None:
     assert len(RATES) <= VERSIONS
     model = AutoModelForCausalLM.from_pretrained(small_base, dtype=torch.float32).eval().requires_grad_(False)
@@ -293,7 +315,7 @@ def test_more_workers_are_the_last_resort() -> None:
 def test_available_memory_respects_control_groups(tmp_path: Path) -> None:
     free_bytes = available(causal("llama"), torch.device("cpu"))
     assert 1e6 < free_bytes < 1e15
-    assert _control_group(tmp_path, tmp_path / "none") == float("inf")
+    assert control_group_memory(tmp_path, tmp_path / "none") == float("inf")
 
     def group(folder: str, **files: object) -> None:
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
@@ -304,7 +326,7 @@ def test_available_memory_respects_control_groups(tmp_path: Path) -> None:
     group("", memory__max=1000, memory__current=700, memory__stat="anon 5\ninactive_file 100")  # the limit of the parent is lower
     group("pod/box", memory__max="max", memory__current=1, memory__stat="")
     own.write_text("0::/pod/box\n")
-    assert _control_group(tmp_path, own) == 400
+    assert control_group_memory(tmp_path, own) == 400
     group("memory/box", memory__limit_in_bytes=900, memory__usage_in_bytes=700, memory__stat="total_inactive_file 50")
     own.write_text("3:cpu:/\n4:memory:/box\n")
-    assert _control_group(tmp_path, own) == 250
+    assert control_group_memory(tmp_path, own) == 250

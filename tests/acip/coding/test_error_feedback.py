@@ -69,7 +69,7 @@ def test_descent_never_raises_the_error_of_a_row(seed: int, M: int, N: int, shar
     noise_NM = torch.randn(N, M, generator=generator) * torch.tensor([0.3, 3.0, 100.0])[seed % 3]
     codes_NM = (W_NM + noise_NM).round().clamp(-TOP, TOP)
     after_NM, slope_NM = codes_NM.clone(), metric_NN @ (W_NM - codes_NM)
-    error_feedback._descend(after_NM, slope_NM, metric_NN)
+    error_feedback._descent(slope_NM, metric_NN, after_NM)
     tolerance = 1e-3 * float(metric_NN.diagonal().mean() * codes_NM.abs().max())
     torch.testing.assert_close(slope_NM, metric_NN @ (W_NM - after_NM), rtol=1e-3, atol=tolerance)
     before_M, after_M = (row_errors(W_NM.T, each.T, metric_NN) for each in (codes_NM, after_NM))

@@ -7,6 +7,7 @@ import torch
 
 from acip.artifact.artifact import Artifact
 from acip.evaluate import (
+    CurveSetup,
     DivergenceOn,
     Efficiency,
     Perplexity,
@@ -45,7 +46,7 @@ def byte_budgets(artifact: Artifact) -> list[Budget]:
 
 def measured(artifact: Artifact, *more: Budget | float) -> list[Row]:
     sizes = [0.5, *byte_budgets(artifact), 1.0, *more]
-    return trade_off(artifact.load(), TEXT.tokens(artifact.tokenizer()), TEXT.source, sizes, 0.9, divergence=DivergenceOn(TEXT))
+    return trade_off(artifact.load(), sizes, CurveSetup(TEXT.tokens(artifact.tokenizer()), TEXT.source, 0.9, divergence=DivergenceOn(TEXT)))
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 32 * 256 * 4, 2**30])
@@ -69,9 +70,8 @@ def test_a_curve_with_one_block_in_memory_equals_that_of_the_whole_model(artifac
     windows = TEXT.tokens(artifact.tokenizer())
     sizes: list[Budget | float] = [0.5, *byte_budgets(artifact), 1.0]
     any_size, done = artifact.unloaded(), list[tuple[int, int]]()
-    rows = streamed_trade_off(
-        any_size, windows, TEXT.source, sizes, 0.9, "packed", DivergenceOn(TEXT), (), hidden_bytes, lambda *each: done.append(each)
-    )
+    setup = CurveSetup(windows, TEXT.source, 0.9, divergence=DivergenceOn(TEXT))
+    rows = streamed_trade_off(any_size, sizes, setup, hidden_bytes, lambda *each: done.append(each))
     assert [{**row, "evaluation": None} for row in rows] == [
         {**row, "evaluation": None, "loss": pytest.approx(row["loss"]), "stderr": pytest.approx(row["stderr"]),
          "perplexity": pytest.approx(row["perplexity"])} for row in expected

@@ -13,6 +13,7 @@ from acip.base import Base
 from acip.data import chat_text, documents
 from acip.errors import ArtifactError, DataError, EvaluationError
 from acip.evaluate import (
+    CurveSetup,
     DivergenceOn,
     OnDomains,
     PerplexityOn,
@@ -59,9 +60,8 @@ def sizes_of(artifact: Artifact) -> list[Budget | float]:
 @pytest.fixture(scope="module")
 def rows(coded: Artifact, domains: dict[str, list[torch.Tensor]]) -> list[Row]:
     windows = TEXT.tokens(coded.tokenizer())
-    return trade_off(
-        coded.load(), windows, TEXT.source, sizes_of(coded), 0.9, divergence=DivergenceOn(TEXT), domains={**domains, "austen": windows}
-    )
+    setup = CurveSetup(windows, TEXT.source, 0.9, divergence=DivergenceOn(TEXT), domains={**domains, "austen": windows})
+    return trade_off(coded.load(), sizes_of(coded), setup)
 
 
 def test_a_domain_has_the_numbers_of_its_text_measured_alone(coded: Artifact, rows: list[Row]) -> None:
@@ -89,7 +89,7 @@ def test_the_text_of_the_curve_is_a_domain_and_is_measured_once(rows: list[Row])
 
 def test_each_token_of_a_domain_counts_the_same(coded: Artifact, domains: dict[str, list[torch.Tensor]], rows: list[Row]) -> None:
     first, second = (
-        trade_off(coded.load(), [window], "short", [0.5], 0.9, domains={})[0]["domains"]["short"] for window in domains["short"]
+        trade_off(coded.load(), [0.5], CurveSetup([window], "short", 0.9, domains={}))[0]["domains"]["short"] for window in domains["short"]
     )
     expected = (9 * first["kl_nats"] + 20 * second["kl_nats"]) / 29
     assert rows[1]["domains"]["short"]["kl_nats"] == pytest.approx(expected, rel=1e-4)
@@ -101,10 +101,8 @@ def test_domains_with_one_block_in_memory_equal_those_of_the_whole_model(
     coded: Artifact, domains: dict[str, list[torch.Tensor]], rows: list[Row], hidden_bytes: float
 ) -> None:
     done = list[tuple[int, int]]()
-    streamed = streamed_trade_off(
-        coded.unloaded(), TEXT.tokens(coded.tokenizer()), TEXT.source, sizes_of(coded), 0.9, "packed", DivergenceOn(TEXT), (),
-        hidden_bytes, lambda *each: done.append(each), domains,
-    )  # fmt: skip
+    setup = CurveSetup(TEXT.tokens(coded.tokenizer()), TEXT.source, 0.9, divergence=DivergenceOn(TEXT), domains=domains)
+    streamed = streamed_trade_off(coded.unloaded(), sizes_of(coded), setup, hidden_bytes, lambda *each: done.append(each))
     for row, expected in zip(streamed, rows, strict=True):
         assert row["domains"].keys() == expected["domains"].keys()
         for name, values in row["domains"].items():
@@ -117,7 +115,8 @@ def test_domains_with_one_block_in_memory_equal_those_of_the_whole_model(
 
 
 def test_no_domains_leave_the_rows_as_they_were(coded: Artifact, rows: list[Row]) -> None:
-    plain = trade_off(coded.load(), TEXT.tokens(coded.tokenizer()), TEXT.source, sizes_of(coded), 0.9, divergence=DivergenceOn(TEXT))
+    setup = CurveSetup(TEXT.tokens(coded.tokenizer()), TEXT.source, 0.9, divergence=DivergenceOn(TEXT))
+    plain = trade_off(coded.load(), sizes_of(coded), setup)
     assert plain == [{key: value for key, value in row.items() if key != "domains"} for row in rows]
 
 
@@ -137,12 +136,12 @@ def test_domains_are_stored_in_the_artifact(coded: Artifact, rows: list[Row]) ->
 def test_a_curve_without_domains_gets_them_from_an_evaluation(small_artifact: Artifact, heldout_tokens: torch.Tensor) -> None:
     any_size, tokenizer = small_artifact.load(), small_artifact.tokenizer()
     windows = text_windows("package:code", tokenizer, CONTEXT, 2, [])
-    older = trade_off(any_size, heldout_tokens[:2], "held-out", [1.0, 0.5], 0.5)
+    older = trade_off(any_size, [1.0, 0.5], CurveSetup(heldout_tokens[:2], "held-out", 0.5))
     any_size.resize(0.5)
     row = evaluate(any_size, tokenizer, [OnDomains(("package:code", "chat"), 2)])
     curve, left_out = extended(older, [row], 0.5)
     assert left_out == [] and "domains" not in curve[0]
-    (expected,) = trade_off(any_size, heldout_tokens[:2], "held-out", [0.5], 0.5, domains={"code": windows})
+    (expected,) = trade_off(any_size, [0.5], CurveSetup(heldout_tokens[:2], "held-out", 0.5, domains={"code": windows}))
     assert list(curve[1]["domains"]) == ["code"], "the tokenizer has no chat template"
     assert curve[1]["domains"]["code"] == pytest.approx(expected["domains"]["code"], rel=1e-4)
     with pytest.raises(EvaluationError, match=r"domain 'chat' can't be measured: .* no chat template"):

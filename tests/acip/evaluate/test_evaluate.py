@@ -19,6 +19,7 @@ from acip.calibration import losses
 from acip.data import documents
 from acip.errors import DataError, EvaluationError
 from acip.evaluate import (
+    CurveSetup,
     DivergenceOn,
     Efficiency,
     Measurement,
@@ -364,7 +365,7 @@ def test_the_curve_equals_separate_measurements(any_size: ElasticModel, small_ar
 
     divergence = DivergenceOn(TEXT)
     sizes = (0.5, 1.0, 1e-9, 0.7)  # the unreachable size is omitted
-    curve = trade_off(any_size, TEXT.tokens(tokenizer), TEXT.source, sizes, 0.6, divergence=divergence, on_row=on_row)
+    curve = trade_off(any_size, sizes, CurveSetup(TEXT.tokens(tokenizer), TEXT.source, 0.6, divergence=divergence), on_row)
     assert ([row["asked"] for row in curve], [row["extrapolated"] for row in curve]) == ([1.0, 0.7, 0.5], [False, False, True])
     assert present == [(row["got"], row["got"]) for row in curve], "each row is reported while the model has its size"
     for row in curve:
@@ -385,7 +386,7 @@ def test_the_curve_equals_separate_measurements(any_size: ElasticModel, small_ar
 def test_measurements_extend_the_curve(any_size: ElasticModel, small_artifact: Artifact, heldout_tokens: torch.Tensor) -> None:
     tokenizer = small_artifact.tokenizer()
     windows = torch.stack(TEXT.tokens(tokenizer))
-    curve = trade_off(any_size, windows, TEXT.source, (1.0, 0.5), small_artifact.recipe.stop_ratio)
+    curve = trade_off(any_size, (1.0, 0.5), CurveSetup(windows, TEXT.source, small_artifact.recipe.stop_ratio))
     rows = []
     for size, what in ((1.0, [Counted()]), (0.7, [PerplexityOn(TEXT), Counted()]), (0.6, [Counted()]), (0.3, [PerplexityOn(TEXT)])):
         any_size.resize(size)

@@ -8,7 +8,7 @@ import torch
 
 from acip.artifact.artifact import Artifact
 from acip.errors import EvaluationError
-from acip.evaluate.curve import trade_off
+from acip.evaluate.curve import CurveSetup, trade_off
 from acip.evaluate.perplexity import perplexity
 from acip.layers.elastic_linear import ElasticLinear
 
@@ -27,7 +27,7 @@ def test_a_size_without_a_finite_loss_is_a_warning(small_artifact: Artifact, hel
     any_size = small_artifact.load()
     simulate_overflow(any_size, rank_below=True)
     with pytest.warns(UserWarning, match=r"size 0\.5 has no perplexity: the loss is not finite on 3 of 3 windows"):
-        rows = trade_off(any_size, heldout_tokens[:3], "text", (1.0, 0.5), 0.5)
+        rows = trade_off(any_size, (1.0, 0.5), CurveSetup(heldout_tokens[:3], "text", 0.5))
     assert math.isfinite(rows[0]["loss"]) and math.isnan(rows[1]["loss"]) and math.isnan(rows[1]["perplexity"])
 
 
@@ -35,6 +35,6 @@ def test_a_base_without_a_finite_loss_is_an_error(small_artifact: Artifact, held
     any_size = small_artifact.load()
     simulate_overflow(any_size, rank_below=False)
     with pytest.raises(EvaluationError, match=r"curve cannot be measured: at size 1, the loss is not finite on 2 of 2 windows"):
-        trade_off(any_size, heldout_tokens[:2], "text", (1.0, 0.5), 0.5)
+        trade_off(any_size, (1.0, 0.5), CurveSetup(heldout_tokens[:2], "text", 0.5))
     with pytest.raises(EvaluationError, match=r"perplexity cannot be measured: the loss is not finite"):
         perplexity(any_size.model, heldout_tokens[:2])

@@ -24,7 +24,7 @@ from acip.artifact.artifact import Artifact
 from acip.base import Base, load_base, tokenizer_of
 from acip.data import AROUND, documents, pieces, start_tokens, token_windows
 from acip.errors import DataError
-from acip.evaluate import DivergenceOn, PerplexityOn, Samples, TaskScore, Text, evaluate, extended, recorded, trade_off
+from acip.evaluate import CurveSetup, DivergenceOn, PerplexityOn, Samples, TaskScore, Text, evaluate, extended, recorded, trade_off
 from acip.evaluate.heldout_text import STARTED, Protocol, cut_by
 from acip.evaluate.perplexity import perplexity
 from acip.evaluate.tasks import harness
@@ -154,7 +154,7 @@ def test_measurements_with_and_without_the_start_are_not_mixed(small_artifact: A
 
     stop = small_artifact.recipe.stop_ratio
     curves = [
-        trade_off(any_size, text.tokens(reader), text.source, (1.0, 0.5), stop, text.protocol, DivergenceOn(text), start=text.start)
+        trade_off(any_size, (1.0, 0.5), CurveSetup(text.tokens(reader), text.source, stop, text.protocol, text.start, DivergenceOn(text)))
         for reader in (plain, tokenizer)
         for text in (TEXT.read_by(reader),)
     ]

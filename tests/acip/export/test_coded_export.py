@@ -1,6 +1,7 @@
 """An export of coded layers has the bytes of its size and the logits of the resident model, with or without acip."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from acip.base import Base
 from acip.errors import ArtifactError, BudgetError
 from acip.export.card import artifact_card
 from acip.export.folder import PROVENANCE, export, tensor_bytes
+from acip.export.stored import export_size
 from acip.finetune import attach, tuning
 from acip.layers.targets import find_linears
 from acip.modeling_acip import CodedLinear, LowRankLinear, PivotLinear
@@ -75,6 +77,48 @@ def test_an_export_has_the_bytes_and_logits_of_its_size(artifact: Artifact, tmp_
     assert coded == set(sizes.versions(steps))
     assert (loaded.dtype, loaded.name_or_path) == (any_size.model.dtype, str(tmp_path / "out"))
     assert loaded.generation_config.eos_token_id == any_size.model.generation_config.eos_token_id
+
+
+@pytest.mark.parametrize("position", [0.0, 0.5, 1.0, None])
+@pytest.mark.parametrize("model", [llama, gpt2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_size_in_bytes_is_exported_without_loading_it(
+    model: Any, dtype: torch.dtype, position: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All files are bit for bit those of the export of the loaded model. None is the base model."""
+    base, calibration, codes = calibrated_with_codes(model(64, dtype=dtype))
+    artifact = Artifact.save(tmp_path / "artifact", base, calibration, {}, codes)
+    sizes = artifact.table().byte_sizes
+    assert sizes is not None
+    budget = Budget(stored_bytes=sizes.bytes(None if position is None else int(position * (len(sizes.order.steps) - 1))))
+    export(artifact.load(size=budget), artifact, tmp_path / "loaded" / "out")
+    loads = budget.stored_bytes == artifact.table().base_bytes  # in float32, the base model takes its own bytes
+    if not loads:
+        monkeypatch.setattr(Artifact, "load", None)
+    export_size(artifact, budget, tmp_path / "copied" / "out")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "loaded" / "out").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "copied" / "out").iterdir()} == files
+
+
+def test_sizes_that_have_to_be_computed_are_loaded(artifact: Artifact, tmp_path: Path) -> None:
+    ranks = Budget(ratio=0.6, convention="linear")
+    assert export_size(artifact, ranks, tmp_path / "out", kind="nf4")["quantize"] == "nf4"
+    with pytest.raises(ArtifactError, match="can't be quantized to nf4"):
+        export_size(artifact, middle(artifact), tmp_path / "other", kind="nf4")
+
+
+def test_a_damaged_artifact_is_not_exported(artifact: Artifact, tmp_path: Path) -> None:
+    folder = shutil.copytree(artifact.folder, tmp_path / "artifact")
+    path = folder / "codes.safetensors"
+    content = bytearray(path.read_bytes())
+    first = artifact.tensors("codes").entries[f"{artifact.manifest['layers'][0]['name']}.0.stream"]
+    content[first.start + 8] ^= 1
+    path.write_bytes(content)
+    damaged, sizes = Artifact.open(folder), artifact.table().byte_sizes
+    assert sizes is not None
+    with pytest.raises(ArtifactError, match="sha256"):
+        export_size(damaged, Budget(stored_bytes=sizes.bytes(0)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_transposed_weights_take_the_bytes_of_the_artifact(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from playwright.sync_api import Browser
 
 from acip.artifact.artifact import Artifact
 from acip.errors import AcipError
-from acip.evaluate import DivergenceOn, Text, divergence_of, trade_off
+from acip.evaluate import CurveSetup, DivergenceOn, Text, divergence_of, trade_off
 from acip.evaluate.samples import PROMPTS
 from acip.sizing.budget import Budget
 from acip.sizing.excess_loss_area import excess_loss_area
@@ -145,9 +145,8 @@ def test_bytes_come_first_in_the_report_of_coded_layers(
     text = Text("package:austen", context=32, windows=2)
     sizes: list[Budget | float] = [1.0, 0.5, *(Budget(size, "bytes") for size in (0.56, 0.52))]
     domains = {"code": list(torch.arange(128).view(4, 32))}
-    rows = trade_off(
-        artifact.load(), text.tokens(artifact.tokenizer()), text.source, sizes, 0.4, divergence=DivergenceOn(text), domains=domains
-    )
+    setup = CurveSetup(text.tokens(artifact.tokenizer()), text.source, 0.4, divergence=DivergenceOn(text), domains=domains)
+    rows = trade_off(artifact.load(), sizes, setup)
     artifact = artifact.record_curve(rows)
     rivals, out = tmp_path / "rivals.json", tmp_path / "report.html"
     rivals.write_text(json.dumps([{"method": "rival in bytes", "got": 0.54, "loss": 5.0, "convention": "bytes"}]))

@@ -35,6 +35,7 @@ from acip.errors import AcipError
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.mixed_sizes import Mixer, Size, padded
 from acip.modeling_acip import onednn, set_module
+from acip.utils.free_memory import free_memory
 from acip_platform.serve.engine.kv_cache import ATTENTION, CachePiece, KVCache, Step
 
 THRESHOLD = re.compile(r"(^|_)(window|chunk|floor_scale|local_attention)(_|$)")  # names of config fields that count tokens
@@ -45,6 +46,7 @@ SINGLE_TOKENS = 4  # tokens at the end of each sequence that are processed one b
 MAX_MULTIPLICATIONS = 2e12  # approximate number for one prompt
 MAX_TOKENS = 600  # of a prompt, for small models
 FLOAT32_BYTES = 1 << 30  # largest float32 copy of the weights
+FREE_SHARE = 0.5  # of the free memory that this copy may take
 MAX_ERROR = {torch.float32: 2e-4, torch.float64: 2e-4, torch.float16: 0.01, torch.bfloat16: 0.03}
 ERROR_PER_LAYER = 0.002  # allowed in 16 bit; rounding causes half of it
 ROUNDING_FACTOR = 3  # allowed error in 16 bit, in units of the model's own difference
@@ -144,7 +146,7 @@ def _in_engine(model: Any, mixer: Mixer, sizes: list[Size], ids: list[list[int]]
 
     Each sequence begins one step after the previous one, in chunks, and ends token by token.
     """
-    device, cache, found = model.device, KVCache(), [list[Tensor]() for _ in ids]
+    device, cache, found = model.device, KVCache(least=1), [list[Tensor]() for _ in ids]
     order, past, step = (2, 0, 1), [0] * len(ids), 0  # the slots are not in the order of the sequences
     while any(done < len(row) for done, row in zip(past, ids, strict=True)):
         pieces, runs, tokens = list[CachePiece](), list[tuple[Size, int]](), list[int]()
@@ -205,7 +207,8 @@ def _reduced_copy(model: Any, layers: Mapping[str, ElasticLinear]) -> Any:
         for key, buffer in other._buffers.items():
             persistent = (f"{name}.{key}" if name else key) in kept
             other._buffers[key] = module._buffers[key] if persistent or buffer is None else buffer.to(model.device)
-    if model.dtype.itemsize < 4 and 4 * sum(tensor.numel() for tensor in reduced.state_dict().values()) <= FLOAT32_BYTES:
+    copy_bytes = 4 * sum(tensor.numel() for tensor in reduced.state_dict().values())
+    if model.dtype.itemsize < 4 and copy_bytes <= min(FLOAT32_BYTES, FREE_SHARE * free_memory(model.device)):
         reduced = copy.deepcopy(reduced).float()
     return reduced.eval()
 

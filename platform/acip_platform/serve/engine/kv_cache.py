@@ -51,10 +51,14 @@ class CachePiece:
 
 
 class KVCache(Cache):
-    """Keys and values of each layer, [slots, heads, length, head size]. Call `room` before a step to extend slots and length."""
+    """Keys and values of each layer, [slots, heads, length, head size]. Call `room` before a step to extend slots and length.
 
-    def __init__(self) -> None:
+    `least` is the initial capacity of a slot, a power of two.
+    """
+
+    def __init__(self, least: int = MIN_SLOT_TOKENS) -> None:
         super().__init__(layers=[])
+        self.least = least
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.count, self.length = 0, 0
@@ -63,7 +67,7 @@ class KVCache(Cache):
         """Make room for at least `slots` slots of at least `length` tokens. Contents that fit the new shape are kept."""
         if slots <= self.count and length <= self.length:
             return
-        count, longest = doubled(slots, 1), doubled(length)
+        count, longest = doubled(slots, 1), doubled(length, self.least)
         kept = (slice(min(count, self.count)), slice(None), slice(min(longest, self.length)))
         for tensors in (self.keys, self.values):
             for layer, old in tensors.items():

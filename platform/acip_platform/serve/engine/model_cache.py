@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from acip.artifact.artifact import Artifact
@@ -12,6 +13,7 @@ from acip.artifact.manifest import CODES
 from acip.errors import AcipError
 from acip_platform.serve.engine.errors import MemoryFullError, ModelUnavailableError
 from acip_platform.serve.engine.resident_model import ResidentModel
+from acip_platform.storage.resident_files import ResidentFiles
 
 if TYPE_CHECKING:  # they import boto3 and MLflow
     from acip_platform.storage.store import Store
@@ -82,7 +84,7 @@ class ModelMemory:
 
 
 class ModelCache:
-    """Models by version. `on_load` is called with each model once it is loaded."""
+    """Models by version. `on_load` is called with each model once it is loaded. `files` is a folder for files that replicas share."""
 
     def __init__(
         self,
@@ -94,8 +96,10 @@ class ModelCache:
         code_copies: float = 1.0,
         kind: type[ResidentModel] = ResidentModel,
         max_size: str | None = None,
+        files: Path | None = None,
     ) -> None:
         self.kind, self.max_size = kind, max_size
+        self.files = files if device == "cpu" else None  # other devices have memory of their own
         self.engine, self.store, self.device, self.limit_bytes, self.on_load = engine, store, device, limit_bytes, on_load
         self.code_copies = code_copies
         self._entries: dict[Key, CacheEntry] = {}
@@ -117,6 +121,13 @@ class ModelCache:
             return None
         entry.used = time.monotonic()
         return entry.model
+
+    def starts_fast(self, version: "ModelVersion") -> bool:
+        """Return whether this node has files of a version, so that loading it takes little more than mapping them."""
+        try:
+            return self.files is not None and ResidentFiles(self.files, Artifact.open(self.store.fetch(version.uri))).written
+        except AcipError:
+            return False
 
     @contextmanager
     def keep(self, version: "ModelVersion") -> Iterator[None]:
@@ -163,10 +174,10 @@ class ModelCache:
             )
         memory = entry.memory = ModelMemory(self, version.name, least_bytes)
         self.make_room(least_bytes, memory)
-        packed = self.device == "cpu"
         model = self.kind(
-            version, artifact, self.device, packed=packed, memory=memory, code_copies=self.code_copies, max_size=self.max_size
-        )
+            version, artifact, self.device, packed=self.device == "cpu", memory=memory, code_copies=self.code_copies,
+            max_size=self.max_size, files=None if self.files is None else ResidentFiles(self.files, artifact),
+        )  # fmt: skip
         memory.end_advance()
         self.engine.add(model)
         return model
@@ -182,7 +193,7 @@ class ModelCache:
     def make_room(self, weight_bytes: int, memory: ModelMemory) -> None:
         """Reserve memory for weights: free packed copies first, then codes and models that no request uses. Wait if all are in use.
 
-        Raise an AcipError if the model exceeds the limit alone, and a MemoryFullError if the others remain in use.
+        Raise a MemoryFullError if the model exceeds the limit alone, or if the others remain in use.
         """
         deadline = time.monotonic() + WAIT_S
         while True:
@@ -190,7 +201,7 @@ class ModelCache:
                 if self._free(weight_bytes, memory):
                     memory.add(weight_bytes)
                     return
-                if memory.weight_bytes + weight_bytes > self.limit_bytes:
+                if memory.weight_bytes + weight_bytes > self.limit_bytes and (time.monotonic() > deadline or not self._shared(memory)):
                     raise MemoryFullError(
                         f"{memory.name} needs {memory.weight_bytes + weight_bytes:,} bytes of memory for this size and the others in use; "
                         f"this server may use {self.limit_bytes:,}. Request a smaller size, or raise memory_gb."
@@ -198,6 +209,10 @@ class ModelCache:
                 if time.monotonic() > deadline:
                     raise MemoryFullError("every model in memory is in use; try again in a moment.")
             time.sleep(0.1)
+
+    def _shared(self, memory: ModelMemory) -> bool:
+        """Return whether requests hold several sizes of a model: the weights of others leave when these requests end."""
+        return any(entry.memory is memory and entry.model is not None and entry.model.weights.sizes > 1 for entry in self._entries.values())
 
     def _free(self, weight_bytes: int, memory: ModelMemory) -> bool:
         """Free memory until `weight_bytes` fit. Return whether they do."""

@@ -32,9 +32,12 @@ from acip.layers.packing import PackedLinear, unpacked
 from acip.modeling_acip import set_module, weight_MN
 from acip.sizing.cut_table import Cut
 from acip.sizing.elastic_model import ElasticModel
+from acip.utils.malloc import trim
 from acip_platform.serve.engine.errors import ModelUnloadedError
 
 STEP_SIZE_BYTES = 4  # of a row of a coded layer
+DECODED_AHEAD = 8  # layers for each thread that decodes
+TRIM_BYTES = 1 << 27  # of codes that are read or dropped, before freed memory is returned. glibc keeps up to twice the bytes otherwise
 LEAST_INTEGERS = 1 << 20  # weights of a layer whose codes are multiplied in integers; smaller layers are not faster (products.py)
 DRAFT_KEY = (2, 0)  # of the size that drafts
 DRAFT_VERSION = -1  # of its layers
@@ -143,6 +146,11 @@ class ResidentWeights:
         """Whether a request holds a size."""
         return bool(self._held)
 
+    @property
+    def sizes(self) -> int:
+        """The number of sizes that requests hold."""
+        return len(self._held)
+
     def close(self) -> bool:
         """Accept no more requests. Return False, and change nothing, if one holds a size."""
         with self._lock:
@@ -164,7 +172,7 @@ class ResidentWeights:
             return
         for name, linear in linears:
             with building:
-                packed = PackedLinear(linear)
+                packed = self.loader.packed(name, linear)
             with self._lock:
                 if self.packed:
                     set_module(self.model, name, packed)
@@ -217,7 +225,7 @@ class ResidentWeights:
         drafts = {}
         for name, layer in layers.items():
             if self._has_codes and name in self.layers:
-                finest = self.loader.codes.read({name: self._finest[name]})[name].unpack()
+                finest = self.loader.decoded(name, self._finest[name])
                 codes_MN, steps_M = finest.codes, finest.steps
             else:
                 codes_MN, steps_M = rounded(weight_MN(layer.original).detach())
@@ -269,25 +277,35 @@ class ResidentWeights:
             self._drop(self.code_bytes + needed - self.codes_limit)
         self.memory.reserve(needed)
         threads = max(1, torch.get_num_threads() // 2)  # of decoding; the engine's steps run meanwhile
+        untrimmed = 0
         try:
             with ThreadPoolExecutor(threads, "codes") as pool:
-                for (name, version), codes in zip(missing, pool.map(self._decoded, missing), strict=True):
-                    layer = self.layers[name]
-                    with building:
-                        coded: Any = self.loader.coded(name, codes, layer.bias)
-                        if self._integers and coded.codes.numel() >= LEAST_INTEGERS:
-                            coded = PreciseIntegerLinear(coded.codes, coded.steps, layer.bias)
-                    with self._lock:
-                        layer.coded[str(version)] = coded
-                        self._used[name, version] = time.monotonic()
-                        self.code_bytes += self._code_bytes[name]
-                    needed -= self._code_bytes[name]
+                for i in range(0, len(missing), DECODED_AHEAD * threads):
+                    some = missing[i : i + DECODED_AHEAD * threads]
+                    for (name, version), codes in zip(some, pool.map(self._decoded, some), strict=True):
+                        self._add(name, version, codes)
+                        needed -= self._code_bytes[name]
+                        untrimmed += self._code_bytes[name]
+                    if untrimmed >= TRIM_BYTES:
+                        trim()
+                        untrimmed = 0
         finally:
             self.memory.release(needed)
 
+    def _add(self, name: str, version: int, codes: Codes) -> None:
+        """Add a version of a layer."""
+        layer = self.layers[name]
+        with building:
+            coded: Any = self.loader.coded(name, codes, layer.bias)
+            if self._integers and coded.codes.numel() >= LEAST_INTEGERS:
+                coded = PreciseIntegerLinear(coded.codes, coded.steps, layer.bias)
+        with self._lock:
+            layer.coded[str(version)] = coded
+            self._used[name, version] = time.monotonic()
+            self.code_bytes += self._code_bytes[name]
+
     def _decoded(self, coded: Coded) -> Codes:
-        name, version = coded
-        return self.loader.codes.read({name: version})[name].unpack()
+        return self.loader.decoded(*coded)
 
     def _drop(self, surplus: float) -> None:
         """Drop codes that no request holds, the least recently used first, until `surplus` bytes are free. The lock must be held."""
@@ -305,6 +323,8 @@ class ResidentWeights:
         for name, version in dropped:
             del self.layers[name].coded[str(version)], self._used[name, version]
         self.code_bytes -= freed
+        if freed >= TRIM_BYTES:
+            trim()
         self.memory.release(freed)
 
     # ---- ranks and dense weights
