@@ -46,7 +46,9 @@ SIZES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 ALL_SIZES = tuple(round(1 - 0.05 * i, 2) for i in range(13))
 GOALS = {"small": (0.05, 0.05, 0.05, 0.05, 0.15, 0.5), "smollm2": (0.5,) * 6}  # upper bounds of ours / paper at SIZES
 IDEAS: dict[str, dict[str, Any]] = {  # our recipe without ...
-    "covariance basis": {"basis": "svd"},
+    "Fisher basis (covariance basis)": {"basis": "covariance"},
+    "Fisher basis (SVD, as in the paper)": {"basis": "svd"},
+    "falling learning rate": {"post_tune_lr_end": 1.0},
     "adapters on the factors": {"adapter": "layer"},
     "pivot storage": {"storage": "factors"},
     "Fisher scores (L1 pruning with KL divergence)": {"scores": "order"},
