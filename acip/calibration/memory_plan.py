@@ -52,7 +52,7 @@ KEPT_LOGITS_BYTES = 1 << 30  # bytes of the base model's logits that `acip.evalu
 STREAMED_HIDDEN = 1 << 28  # bytes of hidden states that a streamed curve has in memory, at most, or one window at all sizes
 STREAMED_SIZES = 12  # of a streamed curve, at most, for this prediction
 CODED_BYTES = 0.5  # of a version per weight, in the mean
-UNSAVED_CODES = 1 << 27  # bytes of finished codes that a job holds in memory, at most, and one layer
+UNSAVED_CODES = 1 << 26  # bytes of finished codes that a job holds in memory, at most, and one layer
 SAMPLE_BATCH = 4  # windows per forward pass for the covariances
 KERNELS = 0.5e9  # bytes of code that oneDNN compiles for 16-bit products on a CPU, for each shape, and each rank is a shape
 FOUR_BIT = 0.5 + 4 / QUANT_BLOCK  # bytes per number, scales included
@@ -441,9 +441,9 @@ class _Prediction:
         return 4.0 * max(4 * NN + MN, 3 * NN + weights + MN + max(5 * together + block, 4 * together + 4 * MN))
 
     def unsaved(self) -> float:
-        """Return the bytes of finished codes in memory."""
+        """Return the bytes of finished codes in memory. While they are written, there are three copies."""
         each = [VERSIONS * CODED_BYTES * layer.M * layer.N for layer in self.layers]
-        return min(sum(each), UNSAVED_CODES + max(each))
+        return 3 * min(sum(each), UNSAVED_CODES + max(each))
 
     def parametrize(self) -> Phase:
         """Return the peak of parametrization: summing moments, solving layers, or the end, when 4-bit layers also exist in full."""
