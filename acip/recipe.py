@@ -160,9 +160,7 @@ def paper() -> Recipe:
 
 def demo() -> Recipe:
     """Return a recipe that takes minutes on two CPU cores for a 135M model: few, small batches and a high learning rate."""
-    return Recipe(
-        sample_windows=32, batch_size=2, seq_len=256, lr=1e-3, post_tune_steps=60,
-    )  # fmt: skip
+    return Recipe(sample_windows=32, batch_size=2, seq_len=256, lr=1e-3, post_tune_steps=60)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {"acip": acip, "paper": paper, "demo": demo}

@@ -75,7 +75,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="what --sizes count (default: bytes if the artifact has codes, else linear; linear with --quantize)",
     )
     text = parser.add_argument_group("text (default: that of the curve, else package:wikipedia)")
-    text.add_argument("--data", nargs="+", metavar="SOURCE", help="package:wikipedia, package:austen, wikitext2, c4, or local text")
+    text.add_argument("--data", nargs="+", metavar="SOURCE", help="package:wikipedia (or austen, code), wikitext2, c4, or local text")
     text.add_argument("--protocol", nargs="+", help="packed, spread, field, paper: see acip/evaluate/heldout_text.py (default: packed)")
     text.add_argument(
         "--context", type=cli.whole_number(2), help="tokens per window (default: 2048, or the model's maximum if that is smaller)"
@@ -108,6 +108,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with --base")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file for the rows (default: ACIP_HOME/evaluations/...)")
     args = cli.parse(parser, argv)
+    check_combinations(parser, args)
+    return args
+
+
+def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with an error for options that do not go together."""
     if args.base and args.quantize:
         parser.error("--quantize measures the cost of quantizing a size: give --model or --artifact.")
     if (args.limit or args.shots is not None or args.task_folder) and not args.tasks:
@@ -120,7 +126,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--domains compares sizes of an artifact with its base model: give --model or --artifact.")
     if args.reference and not args.base:
         parser.error("--reference needs --base; an artifact is compared with its own base model.")
-    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,7 @@ from acip_platform.cluster import connect
 from acip_platform.reporting.console import Watch, console, duration, lines, shell, trade_off_table
 from acip_platform.scheduling.events import open_event_queue
 from acip_platform.scheduling.fleet import Job
-from acip_platform.scheduling.job_queue import Nodes, nodes, resources_of, run_all
+from acip_platform.scheduling.job_queue import Nodes, Outcome, nodes, resources_of, run_all
 from acip_platform.settings import Settings, masked
 from acip_platform.storage.inputs import resolved
 from acip_platform.storage.store import Store
@@ -38,6 +38,7 @@ from acip.data import HUB, SELF, documents
 from acip.evaluate.heldout_text import Protocol
 from acip.finetune import LR, STEPS, tuning
 from acip.mixture import Mixture
+from acip.recipe import Recipe
 
 CODES_UNCHANGED = "those of the base model, as before: sizes in bytes are not trained, only sizes of ranks"
 
@@ -90,8 +91,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     ))  # fmt: skip
     changes = _without_none(
         data=args.data and resolved(args.data), eval_data=args.eval_data and resolved(args.eval_data),
-        eval_context=args.eval_context, eval_windows=args.eval_windows,
-        eval_protocol=args.eval_protocol, cpus=args.cpus,
+        eval_context=args.eval_context, eval_windows=args.eval_windows, eval_protocol=args.eval_protocol, cpus=args.cpus,
     )  # fmt: skip
     job = tuning_job(version, artifact, recipe, changes)
     identity = fingerprint(job, artifact)
@@ -101,9 +101,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         next_commands(out, settings, done[0], job.recipe.stop_ratio)
         return 0
 
-    for source, split in (*((source, "train") for source in Mixture.of(job.data).sources), (job.heldout.source, "heldout")):
-        if source not in (*HUB, SELF):
-            next(documents(source, split))  # type: ignore[arg-type]  # unreadable text fails before any work starts
+    check_texts(job)
     cluster = connect(settings)
 
     def available_nodes() -> Nodes:
@@ -137,10 +135,26 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     with mlflow_run.ending(lambda: state), Watch(out, events):
         (outcome,) = run_all([job], {job.name: part}, tune, available_nodes)  # in a thread: Ray Train would handle Ctrl-C itself
         state = "FAILED" if outcome.summary is None else "FINISHED"
-    summary = outcome.summary
-    if summary is None:
+    if outcome.summary is None:
         out.print(f"[{name}] FAILED: {outcome.error}", markup=False)
         return cli.FAILED
+    seconds, page = time.monotonic() - began, runs_page(settings, mlflow_run.experiment_id)
+    last_screen(out, outcome, version, recipe, seconds, page)
+    next_commands(out, settings, registry.resolve(name, outcome.summary["version"]), recipe.stop_ratio)
+    return 0
+
+
+def check_texts(job: Job) -> None:
+    """Raise DataError for a text that cannot be read, before any work starts. Data sets of the hub are not read."""
+    for source, split in (*((source, "train") for source in Mixture.of(job.data).sources), (job.heldout.source, "heldout")):
+        if source not in (*HUB, SELF):
+            next(documents(source, split))  # type: ignore[arg-type]
+
+
+def last_screen(out: Any, outcome: Outcome, version: ModelVersion, recipe: Recipe, seconds: float, page: str) -> None:
+    """Print the curve of the new version, and its perplexity before and after the fine-tuning of `version`."""
+    summary = outcome.summary
+    assert summary is not None
     out.print()
     out.print(trade_off_table(outcome))
     measured = summary["finetuned"]["perplexity"]
@@ -149,11 +163,8 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         f"perplexity {where}": f"{measured[f'before{kind}']:.2f} before, {measured[f'after{kind}']:.2f} after"
         for kind, where in kinds.items()
     }
-    page = runs_page(settings, mlflow_run.experiment_id)
-    registered = f"version {summary['version']} of {name}, alias {CANDIDATE}, tuned from version {version.version}"
-    lines(out, {"registered": registered, **changed, "took": duration(time.monotonic() - began), "table of runs": page})
-    next_commands(out, settings, registry.resolve(name, summary["version"]), recipe.stop_ratio)
-    return 0
+    registered = f"version {summary['version']} of {version.name}, alias {CANDIDATE}, tuned from version {version.version}"
+    lines(out, {"registered": registered, **changed, "took": duration(seconds), "table of runs": page})
 
 
 def next_commands(out: Any, settings: Settings, version: ModelVersion, size: float) -> None:

@@ -5,7 +5,7 @@ stay in memory, so a later, larger size reads only the difference.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,7 @@ from acip.coding.codes import Codes
 from acip.errors import ArtifactError
 from acip.layers.directions import DirectionMatrix
 from acip.layers.elastic_linear import ElasticLinear
+from acip.layers.packing import PackedLinear
 from acip.layers.targets import weight_MN
 from acip.modeling_acip import CodedLinear, keep_attention_cap, set_module
 from acip.sizing.cut_table import Cut
@@ -86,10 +87,9 @@ class ModelLoader:
 
     def _base_without_targets(self) -> PreTrainedModel:
         """Return the base model with the tensors of rest.safetensors; all other parameters are on the device meta."""
-        rest = self.artifact.tensors("rest")
         with self._described():
             model = self._empty_base()
-            tensors = {name: tensor.to(self.device) for name, tensor in rest.read(list(rest.entries)).items()}
+            tensors = {name: tensor.to(self.device) for name, tensor in self.rest_tensors().items()}
             model.load_state_dict(tensors, strict=False, assign=True)
         return self._with_generation_config(model)
 
@@ -125,6 +125,32 @@ class ModelLoader:
             raise ArtifactError(
                 f"{self.artifact.source.where}: the model that config.json describes can't be built from its tensors: {error}"
             ) from error
+
+    # ---- what a subclass may keep for other processes
+
+    def rest_tensors(self) -> dict[str, Tensor]:
+        """Return all tensors outside of the target layers."""
+        rest = self.artifact.tensors("rest")
+        return rest.read(list(rest.entries))
+
+    def directions(self, wanted: Sequence[tuple[str, int, int]]) -> list[Tensor]:
+        """Return rows [first, last) of the factors, for (NAME.left or NAME.right, first, last) in `wanted`."""
+        return self.factors.rows(wanted)
+
+    def dense_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the dense weights of layers, as NAME.weight."""
+        return self.dense.read([f"{name}.weight" for name in names])
+
+    def decoded(self, name: str, version: int) -> Codes:
+        """Return a version of the codes of a layer."""
+        return self.codes.read({name: version})[name].unpack()
+
+    def packed(self, name: str, linear: nn.Module) -> PackedLinear:
+        """Return a linear layer of the model with a packed copy of its weight."""
+        del name
+        return PackedLinear(linear)
+
+    # ---- loading
 
     def all_stored_ranks(self) -> dict[str, int | None]:
         """Return the stored rank of each target layer."""
@@ -175,13 +201,13 @@ class ModelLoader:
             for side in ("left", "right") if rank is not None else ():
                 if (loaded := len(getattr(layer, side))) < self.lead + (rank or 0):
                     missing_rows.append((f"{name}.{side}", loaded, self.lead + (rank or 0)))
-        for (key, *_), rows in zip(missing_rows, self.factors.rows(missing_rows) if missing_rows else [], strict=True):
+        for (key, *_), rows in zip(missing_rows, self.directions(missing_rows) if missing_rows else [], strict=True):
             name, _, side = key.rpartition(".")
-            directions: DirectionMatrix = getattr(layers[name], side)
-            new = self.part(name, side, rows).to(directions.values)
-            values = torch.cat([directions.values, new]) if len(directions) else new
-            directions.values = nn.Parameter(values, requires_grad=False)
-        weights = self.dense.read([f"{name}.weight" for name in missing_weights]) if missing_weights else {}
+            matrix: DirectionMatrix = getattr(layers[name], side)
+            new = self.part(name, side, rows).to(matrix.values)
+            values = torch.cat([matrix.values, new]) if len(matrix) else new
+            matrix.values = nn.Parameter(values, requires_grad=False)
+        weights = self.dense_weights(missing_weights) if missing_weights else {}
         for key, weight in weights.items():
             name = key.removesuffix(".weight")
             layer = layers[name]

@@ -32,18 +32,21 @@ class Deferred:
         return self.itemsize * math.prod(self.shape)
 
 
-def save_tensors(tensors: Mapping[str, Tensor | Deferred], path: Path, compress: bool) -> None:
+def save_tensors(
+    tensors: Mapping[str, Tensor | Deferred], path: Path, compress: bool, metadata: Mapping[str, str] | None = None, alignment: int = 8
+) -> None:
     """Write tensors to `path`. A copy of one of them at most is in memory at once.
 
     With `compress`, bfloat16 tensors of at least `MIN_CHUNK_BYTES` are coded. The others are written as they are. These come first, with
-    the largest numbers at the start, so that all are aligned.
+    the largest numbers at the start, so that all are aligned. The first tensor starts at a multiple of `alignment` bytes. `metadata` is
+    added to the header's.
     """
     coded = {name for name, each in tensors.items() if compress and each.dtype == torch.bfloat16 and each.nbytes >= MIN_CHUNK_BYTES}
     order = sorted(tensors, key=lambda name: 0 if name in coded else -tensors[name].itemsize)
     entries = {name: _entry(tensors[name]) for name in order}
     chunks = {name: entries[name].stored_chunks(0, entries[name].rows) for name in order}
     limits = {name: [lossless.most_bytes(size) for size in sizes] if name in coded else sizes for name, sizes in chunks.items()}
-    length = len(_header(entries, limits, coded))
+    length = len(_header(entries, limits, coded, metadata, alignment))
     with path.open("wb") as file:
         file.seek(8 + length)  # the header needs the bytes of the chunks
         for name in order:
@@ -55,7 +58,7 @@ def save_tensors(tensors: Mapping[str, Tensor | Deferred], path: Path, compress:
             else:
                 file.write(tensor.flatten().view(torch.uint8).numpy().tobytes())
         file.seek(0)
-        file.write(length.to_bytes(8, "little") + _header(entries, chunks, coded).ljust(length))
+        file.write(length.to_bytes(8, "little") + _header(entries, chunks, coded, metadata, alignment).ljust(length))
 
 
 def _entry(tensor: Tensor | Deferred) -> Entry:
@@ -63,11 +66,12 @@ def _entry(tensor: Tensor | Deferred) -> Entry:
     return Entry(tensor.dtype, tuple(tensor.shape), 0, row_bytes)
 
 
-def _header(entries: Mapping[str, Entry], chunks: Mapping[str, Sequence[int]], coded: set[str]) -> bytes:
-    """Return the header of a file of these tensors, from the stored bytes of their chunks. Its length is a multiple of 8."""
-    header: dict[str, Any] = {
-        METADATA: {f"{name}{CODED}": json.dumps([entries[name].shape, chunks[name]]) for name in entries if name in coded}
-    }
+def _header(
+    entries: Mapping[str, Entry], chunks: Mapping[str, Sequence[int]], coded: set[str], metadata: Mapping[str, str] | None, alignment: int
+) -> bytes:
+    """Return the header of a file of these tensors, from the stored bytes of their chunks. The first tensor follows it, aligned."""
+    coding = {f"{name}{CODED}": json.dumps([entries[name].shape, chunks[name]]) for name in entries if name in coded}
+    header: dict[str, Any] = {METADATA: {**(metadata or {}), **coding}}
     end = 0
     for name, entry in entries.items():
         start, end = end, end + sum(chunks[name])
@@ -75,4 +79,4 @@ def _header(entries: Mapping[str, Entry], chunks: Mapping[str, Sequence[int]], c
         dtype, shape = ("U8", [end - start]) if name in coded else (plain, list(entry.shape))
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     raw = json.dumps(header).encode()
-    return raw + b" " * (-len(raw) % 8)
+    return raw + b" " * (-(8 + len(raw)) % alignment)

@@ -16,7 +16,7 @@ from acip.errors import RecipeError, cited
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import targets
 from acip.recipe import Recipe, named
-from acip.sizing.cut_table import Budget
+from acip.sizing.budget import Budget
 from acip.sizing.model_sizes import set_size
 
 NO_CHANGES: Mapping[str, Any] = {}

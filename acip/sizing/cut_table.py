@@ -318,12 +318,10 @@ class CutTable:
         predicted = [cut for cut in cuts if cut.predicted is not None]
         if not predicted:
             self._curve_in(budget, None)
-            raise (
-                errors[-1]
-                if errors
-                else BudgetError(
-                    f"no measured curve includes {budget.kind} {budget.asked!r}, so the bits can't be chosen. Set bits to 8, 4 or None."
-                )
+            if errors:
+                raise errors[-1]
+            raise BudgetError(
+                f"no measured curve includes {budget.kind} {budget.asked!r}, so the bits can't be chosen. Set bits to 8, 4 or None."
             )
         if budget.by_curve and self._weights:
             return min(predicted, key=lambda cut: cut.bytes or 0)
@@ -361,11 +359,8 @@ class CutTable:
         if n == len(sums):
             name = budget.convention if budget.ratio is not None else budget.kind
             least = self._smallest(budget, int(sums[-1]) + constant, scale)
-            only, bits = (
-                f" This artifact holds codes only: give {CODED_BUDGETS}",
-                "" if budget.bits is None else ", without bits (--quantize)",
-            )
-            only = "" if len(self.order) else f"{only}{bits}."
+            bits = "" if budget.bits is None else ", without bits (--quantize)"
+            only = "" if len(self.order) else f" This artifact holds codes only: give {CODED_BUDGETS}{bits}."
             raise BudgetError(f"size {budget.asked!r} ({name}) can't be reached: the smallest is {least}.{only}")
         return n, got(n)
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from acip.layers.elastic_linear import ElasticLinear
 from acip.modeling_acip import set_module
-from acip.sizing.cut_table import Budget, Cut, CutTable
+from acip.sizing.budget import Budget
+from acip.sizing.cut_table import Cut, CutTable
 from acip.sizing.model_sizes import set_size
 
 
@@ -60,9 +61,8 @@ class ElasticModel:
         """
         assert self.cut is not None, "resize first"
         skip: dict[int, Any] = {id(layer): layer for layer in self.layers.values()}
-        plain: Any = copy.deepcopy(
-            self.model, memo={**skip, id(self): None}
-        )  # a reference from the model to this object becomes None in the copy
+        skip[id(self)] = None  # a reference from the model to this object becomes None in the copy
+        plain: Any = copy.deepcopy(self.model, memo=skip)
         for name, layer in self.layers.items():
             set_module(plain, name, copy.deepcopy(layer.materialize(self.table.storage)))
         return plain

@@ -95,8 +95,9 @@ def test_restarted_engine_loads_the_present_champion(application: Application, s
         [ModelVersion("small", "1", application.version.uri, (), {}, "champion")], 60.0, "cpu", 1, None, engine=ENGINE
     )
     try:
-        until(lambda: restarted.warm, "no version is loaded")
-        assert [model.version.version for model in restarted.models.resident] == [new.version]
+        # the version at the deployment comes first if it starts fast, because it is most often the champion
+        until(lambda: new.version in {model.version.version for model in restarted.models.resident}, "the present champion is not loaded")
+        until(lambda: restarted.warm, "no version is warm")
     finally:
         restarted.engine.close()
 

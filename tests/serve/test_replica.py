@@ -2,8 +2,11 @@
 
 import asyncio
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from acip_platform.tracking.registry import ModelVersion
 
 from acip.artifact.artifact import Artifact
 from acip.layers.packing import PackedLinear, packable
-from tests.support.engines import ENGINE, Resident
+from tests.support.engines import ENGINE, Resident, embedded_only
 from tests.support.waiting import PATIENCE_S, until
 
 Start = Callable[..., EngineReplica]
@@ -155,3 +158,36 @@ def test_listing_models_loads_none(small_artifact: Artifact) -> None:
     small, other = asyncio.run(api.cards())
     assert small == {"id": "small", "version": "1", "curve": []}
     assert {"id": "other", "object": "model", "version": "1"}.items() <= other.items()
+
+
+@embedded_only
+def test_a_replica_with_files_is_ready_before_the_registry_answers(
+    start: Start, small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answered = threading.Event(), threading.Event()
+    champion = replace(version("small", small_artifact.folder), alias="champion")
+
+    def resolve(registry: Any, name: str, which: str) -> ModelVersion:
+        asked.set()
+        assert answered.wait(PATIENCE_S)
+        return champion
+
+    monkeypatch.setattr("acip_platform.tracking.registry.Registry.resolve", resolve)
+    first = start(champion)
+    assert asked.wait(PATIENCE_S)
+    assert not first.warm  # it has no files yet, so it waits for the version to load
+    answered.set()
+    until(lambda: first.warm, "no model is loaded")
+    asked.clear()
+    answered.clear()
+    second = start(champion)
+    until(lambda: second.warm, "the replica waits for the registry")
+    answered.set()
+    assert asked.wait(PATIENCE_S)
+
+
+def test_a_replica_imports_neither_mlflow_nor_scikit_learn() -> None:
+    """Their imports take seconds, before a replica can load a model."""
+    code = "import sys, acip_platform.serve.replica; assert not {'mlflow', 'sklearn'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 0, done.stderr

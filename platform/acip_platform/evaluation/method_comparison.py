@@ -253,7 +253,7 @@ def rows(arena: Arena, entry: Entry, progress: Callable[[str, int, int], None]) 
     check_tokenizer(base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nn.Module.to(base.model, device)
-    common = {"method": entry.method, "device": device_name(device)}
+    common = {"method": entry.method, "device": device_or_threads(device)}
     texts, _ = measurements(arena)
     for text in texts:
         text.read_by(base.tokenizer).windows(Subject(base.model, base.tokenizer))  # raises before the long work if a text can't be read
@@ -322,7 +322,7 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def device_name(device: torch.device) -> str:
+def device_or_threads(device: torch.device) -> str:
     """Return the name of the GPU, or the number of CPU threads."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
 

@@ -135,7 +135,7 @@ def curve_tables(title: str, rows: Sequence[Mapping[str, Any]], stop_ratio: floa
     base = next((row for row in over_ranks if row["got"] == 1.0), {})
     tables = []
     if coded:
-        tables.append(_trade_off_table(f"{title}: bytes ({corpus})", ("of the bytes", "got", "MB stored", "bits/weight"), coded))
+        tables.append(_empty_trade_off_table(f"{title}: bytes ({corpus})", ("of the bytes", "got", "MB stored", "bits/weight"), coded))
         for row in ([base] if base else []) + coded:
             cells = (
                 (f"{row['asked']:.3g}", f"{row['got']:.4f}", f"{row['bits_per_weight']:.2f}") if row is not base else ("base", "1.0000", "")
@@ -143,7 +143,7 @@ def curve_tables(title: str, rows: Sequence[Mapping[str, Any]], stop_ratio: floa
             tables[-1].add_row(*cells[:2], f"{row['bytes'] / MEGA:.1f}", cells[2], *_quality(row, base), *_worst(row, coded))
     if len(over_ranks) > 1 or not coded:
         subject = f"{title}: ranks" if coded else f"{title} ({corpus})"
-        tables.append(_trade_off_table(subject, ("asked", "got", "FLOPs", "parameters", "MB stored"), over_ranks, ("",)))
+        tables.append(_empty_trade_off_table(subject, ("asked", "got", "FLOPs", "parameters", "MB stored"), over_ranks, ("",)))
         for row in over_ranks:
             flops = f"{row['flops'] / base['flops']:.4f}" if "flops" in row and "flops" in base else ""
             size = f"{row['asked']:.2f}", f"{row['got']:.4f}", flops, f"{row['params']:,}", f"{row['bytes'] / MEGA:.1f}"
@@ -163,7 +163,7 @@ def example_size(rows: Sequence[Mapping[str, Any]]) -> float:
     return min(close, default=max((row["asked"] for row in coded), default=0.6))
 
 
-def _trade_off_table(title: str, size: Sequence[str], rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> Table:
+def _empty_trade_off_table(title: str, size: Sequence[str], rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> Table:
     """Return a table without rows for sizes of one kind."""
     has_domains = any(map(worst_domain, rows))
     table = _table(title, rows, width=150 if has_domains else 130)
@@ -188,6 +188,8 @@ def _worst(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[st
 
 SHOWN = {  # name of a measured value: (heading, format)
     "perplexity": ("ppl", "{:.2f}"), "kl_nats": ("KL", "{:.4f}"), "same_top_share": ("same top", "{:.1%}"), "acc": ("acc", "{:.3f}"),
+    "base_acc": ("acc of the base", "{:.3f}"), "kept": ("kept", "{:.1%}"), "flipped": ("flipped", "{:.1%}"),
+    "same_answer": ("same answer", "{:.1%}"),
     "stored_bytes": ("bytes", "{:,.0f}"), "resident_bytes": ("bytes in memory", "{:,.0f}"),
     "peak_memory_bytes": ("peak bytes", "{:,.0f}"), "flops": ("FLOPs", "{:.3g}"),
     "latency_s": ("latency s", "{:.2f}"), "prefill_tokens_per_s": ("prefill tok/s", "{:.0f}"),

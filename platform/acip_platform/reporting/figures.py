@@ -18,14 +18,15 @@ from matplotlib.ticker import LogFormatter
 
 from acip.errors import BudgetError
 from acip.evaluate import divergence_of
-from acip.sizing.budget import as_perplexity, is_coded
-from acip.sizing.cut_table import Budget, CutTable
+from acip.sizing.budget import Budget, as_perplexity, is_coded
+from acip.sizing.cut_table import CutTable
 from acip_platform.reporting.mask_samples import MaskSamples
 
 mpl.rcParams["text.parse_math"] = False  # names of models and texts may contain dollar signs
 
 CurveRows = Sequence[Mapping[str, Any]]
 Points = list[tuple[float, Mapping[str, Any]]]
+KEPT_AT = (0.8, 0.6, 0.4)  # sizes whose kept ranks are drawn
 Axis = Literal["ranks", "bytes", "flops"]
 Quantity = Literal["perplexity", "excess", "kl"]
 AXES: dict[Axis, str] = {

@@ -36,7 +36,6 @@ from acip_platform.tracking.run_descriptions import CLOSE_KL, close_to_base
 
 TEMPLATE = Path(__file__).with_name("report.html")
 CONTEXT = 4096  # tokens of the KV cache in the memory estimate, at batch size 1
-KEPT_AT = (0.8, 0.6, 0.4)  # sizes whose kept ranks are drawn
 SPEED, MEMORY = "tokens_per_s", "peak_memory_bytes"  # ends of the names of measured values (acip.evaluate)
 
 
@@ -64,7 +63,7 @@ def page(content: Mapping[str, Any], subjects: Sequence[Subject]) -> str:
     table = next(subject for subject in subjects if subject.uri == first["uri"]).artifact.table()
     curves = {model["label"]: model["curve"] for model in content["models"] if model["curve"]}
     charts = [figures.svg(partial(figures.curves, curves, content["baselines"], over)) for over in ("bytes", "flops", "ranks")]
-    kept = [figures.svg(partial(figures.kept_ranks, table, size)) for size in KEPT_AT]
+    kept = [figures.svg(partial(figures.kept_ranks, table, size)) for size in figures.KEPT_AT]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.tests["ending"] = str.endswith
     environment.filters |= {"mb": lambda n: f"{n / 1e6:,.1f}", "number": _number}

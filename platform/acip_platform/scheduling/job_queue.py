@@ -108,7 +108,7 @@ def parameters(job: Job) -> float:
 
 
 class JobQueue:
-    """The waiting and running jobs of a fleet, and the rule which of them may start. `shares` are their resources by name."""
+    """The waiting and running jobs of a fleet, and the rule that decides which job starts next. `shares` are their resources by name."""
 
     def __init__(self, jobs: Sequence[Job], shares: dict[str, Resources]) -> None:
         self.shares = shares

@@ -33,7 +33,7 @@ from acip_platform.serve.text_engine import TextEngine, TextRequest
 from acip_platform.serve.tradeoff import trade_off
 from acip_platform.settings import Settings
 from acip_platform.storage.store import Store
-from acip_platform.tracking.registry import ModelVersion, Registry, few_retries, reached
+from acip_platform.tracking.versions import ModelVersion
 
 MEMORY_SHARE = 0.8  # of the free memory, if no limit is given
 MESSAGES_PER_S = 50  # to all clients together. A message passes three processes, so events are batched when there are many streams
@@ -83,7 +83,10 @@ class EngineReplica:
         self.recorder = Recorder(self.engine, self.settings.home / "cache" / "recorded")
         limit = in_bytes(memory_gb, GIGA) if memory_gb else int(MEMORY_SHARE * free_memory(device))
         store = Store.of(self.settings)
-        self.models = ModelCache(self.engine, store, device, limit, self.recorder.add, code_copies, model_kind(engine), max_size)
+        self.models = ModelCache(
+            self.engine, store, device, limit, self.recorder.add, code_copies, model_kind(engine), max_size,
+            self.settings.home / "cache" / "resident",
+        )  # fmt: skip
         self.failed: dict[str, str] = {}  # model -> the reason why it cannot be loaded
         self.warm = False  # whether a model is loaded and has generated a token
         self._refused: dict[Key, Refusal] = {}  # versions that could not be loaded
@@ -112,9 +115,17 @@ class EngineReplica:
             wait_s = min(2 * wait_s, longest_s)
 
     def _warm_current(self, version: ModelVersion) -> None:
-        """Load the version that the alias of `version` selects now. If that fails, or the registry does not answer, load `version`."""
+        """Load the version that the alias of `version` selects now. If that fails, or the registry does not answer, load `version`.
+
+        `version` itself is loaded first if this takes a second, because it is most often the selected one.
+        """
         if version.alias:
             try:
+                if self.models.starts_fast(version):
+                    self._warm(version)
+                    self.warm = True
+                from acip_platform.tracking.registry import Registry, few_retries, reached  # it imports MLflow, which takes seconds
+
                 with reached(self.settings), few_retries():
                     self._warm(Registry(self.settings).resolve(version.name, version.alias))
                 return

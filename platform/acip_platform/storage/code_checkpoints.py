@@ -14,10 +14,11 @@ import secrets
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from acip.calibration.state import SUMS
 from acip.coding.coded_model import CodedLayer
@@ -79,13 +80,13 @@ def remove_codes(checkpoints: Checkpoints) -> None:
 
 
 def _save(path: Path, scales: Sequence[float], layers: Mapping[str, CodedLayer]) -> None:
-    tensors: dict[str, torch.Tensor] = {}
+    arrays: dict[str, np.ndarray[Any, Any]] = {}  # views, because copies of all streams would take much memory
     for name, layer in layers.items():
         for i, packed in enumerate(layer.versions):
-            tensors[f"{name}.{i}.stream"] = torch.frombuffer(bytearray(packed.stream), dtype=torch.uint8)
-            tensors[f"{name}.{i}.steps"] = packed.steps
+            arrays[f"{name}.{i}.stream"] = np.frombuffer(packed.stream, np.uint8)
+            arrays[f"{name}.{i}.steps"] = packed.steps.numpy()
     facts = {name: {"inputs": layer.versions[0].inputs, "losses": list(layer.losses)} for name, layer in layers.items()}
-    save_file(tensors, path, {"scales": json.dumps(list(scales)), "layers": json.dumps(facts)})
+    save_file(arrays, path, {"scales": json.dumps(list(scales)), "layers": json.dumps(facts)})
 
 
 def _load(path: Path) -> tuple[list[float], dict[str, CodedLayer]]:

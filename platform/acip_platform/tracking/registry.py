@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from mlflow.exceptions import MlflowException
@@ -21,10 +21,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from acip.errors import AcipError
 from acip.utils.coerce import did_you_mean
 from acip_platform.settings import Settings, masked
+from acip_platform.tracking.versions import MODEL_ID
+from acip_platform.tracking.versions import ModelVersion as ModelVersion  # noqa: PLC0414 - other modules import it from here
 
 CHAMPION = "champion"  # alias of the version that is served
 CANDIDATE = "candidate"  # alias of a version that a person may promote
-ARTIFACT_URI, MODEL_ID = "artifact_uri", "model_id"  # tags of a version: its artifact, and its LoggedModel
+ARTIFACT_URI = "artifact_uri"  # tag of a version: its artifact
 CHAMPIONS = "champions"  # tag of a registered model: its past and present champions, in order
 
 RETRY_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # seconds; the defaults add up to minutes
@@ -75,23 +77,6 @@ def reached(settings: Settings | None = None) -> Iterator[None]:
         where = masked((settings or Settings.from_env()).tracking_uri)
         message = masked(str(error)).splitlines()[0].rstrip(".")
         raise RegistryAwayError(f"the registry at {where} can't be reached: {message}. Check MLFLOW_TRACKING_URI.") from error
-
-
-@dataclass(frozen=True)
-class ModelVersion:
-    """One registered version of a calibrated model, with the URI of its artifact."""
-
-    name: str
-    version: str
-    uri: str
-    aliases: tuple[str, ...]
-    tags: Mapping[str, str]
-    alias: str = ""  # by which the version was selected; "" = by its number
-
-    @property
-    def model_id(self) -> str:
-        """The id of its LoggedModel; "" if it has none."""
-        return self.tags.get(MODEL_ID, "")
 
 
 class Registry:

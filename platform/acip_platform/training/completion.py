@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from acip.artifact.artifact import Artifact
-from acip.base import Base
+from acip.base import Base, positions
 from acip.calibration.memory_plan import STREAMED_HIDDEN
 from acip.errors import DataError, EvaluationError
 from acip.evaluate import CurveSetup, DivergenceOn, Samples, Text, evaluate, streamed_trade_off, trade_off
@@ -24,7 +24,7 @@ from acip.evaluate.domains import CHAT, CONTEXT, chat_windows, text_windows
 from acip.evaluate.measurement import Subject
 from acip.export.peft import save_peft
 from acip.mixture import Mixture
-from acip.sizing.cut_table import Budget
+from acip.sizing.budget import Budget
 from acip.sizing.domains import domain_name
 from acip.sizing.elastic_model import ElasticModel
 from acip_platform.evaluation.measure import measure_tasks
@@ -56,7 +56,7 @@ class Heldout:
     @classmethod
     def of(cls, job: Job, base: Base) -> "Heldout":
         """Read the held-out text of `job` with the tokenizer of `base`, in the same windows as jobs/evaluate.py."""
-        context = min(job.eval_context, getattr(base.model.config, "max_position_embeddings", job.eval_context))
+        context = min(job.eval_context, positions(base.model.config) or job.eval_context)
         text = dataclasses.replace(job.heldout, context=context)
         windows = text.tokens(base.tokenizer)
         calibrated_on = (*Mixture.of(job.data).sources, text.source)
@@ -190,7 +190,7 @@ def log_artifact(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
 
 
 def log_figures(job: Job, artifact: Artifact, run: Run) -> None:
-    """Plot the curves, the scores, the kept ranks at three sizes, and the masks over the steps if they were sampled."""
+    """Plot the curves, the scores, the kept ranks at some sizes, and the masks over the steps if they were sampled."""
     table = artifact.table()
     for name, figure in (
         ("tradeoff", figures.curves({job.name: artifact.curve})),
@@ -201,7 +201,7 @@ def log_figures(job: Job, artifact: Artifact, run: Run) -> None:
     ):
         if figure is not None:
             run.figure(figure, f"{name}.png")
-    for size in (0.8, 0.6, 0.4):
+    for size in figures.KEPT_AT:
         figure = figures.kept_ranks(table, size)
         if figure is not None:
             run.figure(figure, f"kept_ranks_{round(size * 100)}.png")

@@ -54,10 +54,10 @@ def codes_of(
 
     The statistics are those of the first `sample_windows` of `windows`, token ids [n, T]. `base.model` is not parametrized yet. Layers
     whose codes are stored beside the `checkpoints` are read back. Layers are computed on `device` (None = that of the model). If the job
-    is `streamed`, the model is in the memory of the CPU or mapped from its files, and one block at a time is on `device`. Seconds and
-    megabytes are logged to the run.
+    is `streamed`, the model is in the memory of the CPU or mapped from its files, and one block at a time is on `device`.
 
-    Raises RecipeError if several workers share the model, and BaseModelError if a model can't be run a block at a time but has to be.
+    Seconds and megabytes are logged to the run. Raises RecipeError if several workers share the model, and BaseModelError if a model can't
+    be run a block at a time but has to be.
     """
     recipe, device = job.recipe, device or next(base.model.parameters()).device
     if recipe.code == "ranks":

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import acip
 from acip.artifact.artifact import Artifact
-from acip.layers.packing import PackedLinear, pack, packable
+from acip.layers.packing import PackedLinear, as_bytes, from_bytes, pack, packable, packed_weight, supports_bytes
 from tests.conftest import logits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -28,6 +28,21 @@ def test_products_are_those_of_plain_weights(dtype: torch.dtype, bias: bool) -> 
         x = torch.randn(1, rows, 130).to(dtype)
         torch.testing.assert_close(packed(x), plain(x))
         torch.testing.assert_close(packed(x[0]), plain(x[0]))
+
+
+@pytest.mark.skipif(not SUPPORTED or not supports_bytes(), reason="this version of torch cannot build a packed weight from bytes")
+def test_packed_weights_from_bytes_give_the_same_products() -> None:
+    torch.manual_seed(0)
+    for dtype in SUPPORTED:
+        plain = nn.Linear(130, 75).to(dtype).requires_grad_(False)
+        packed = PackedLinear(plain)
+        stored = {name: tensor.clone() for name, tensor in as_bytes(packed_weight(plain.weight)).items()}
+        mapped = PackedLinear(plain, from_bytes(stored, plain.weight))
+        assert mapped.packed_bytes == packed.packed_bytes
+        del stored  # the packed weight keeps its memory
+        for rows in (1, 2, 8, 33):
+            x = torch.randn(rows, 130).to(dtype)
+            assert torch.equal(mapped(x), packed(x))
 
 
 def test_a_packed_model_gives_the_same_logits_at_every_size(small_artifact: Artifact, heldout_tokens: torch.Tensor) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 from acip_platform.reporting.console import curve_tables, evaluation_table, example_size
 from rich.console import Console
 
+from acip.evaluate.generated_tasks import shares
+
 TEXT = {"corpus": "package:wikipedia", "protocol": "packed", "context": 64, "windows": 8}
 
 
@@ -72,3 +74,14 @@ def test_an_evaluation_states_the_unit_of_each_size() -> None:
     assert ["measured", "0.6", "0.42 of the bytes"] in lines
     assert ["MB stored", "120.0", "84.0"] in lines
     assert ["bits per weight", "", "4.20"] in lines
+
+
+def test_an_evaluation_compares_generated_answers_with_those_of_the_base_model() -> None:
+    values = shares(acc=[True, False], base_acc=[True, True], kept=[True, False], flipped=[False, True], same_answer=[True, True])
+    part = {"kind": "task", "label": "task/generated_arithmetic", "values": values}
+    lines = printed(evaluation_table("small", [{**RANKS[1], "evaluation": [part]}]))
+    assert ["generated_arithmetic acc", "0.500 ± 0.354"] in lines
+    assert ["generated_arithmetic acc of the base", "1.000 ± 0.000"] in lines
+    assert ["generated_arithmetic kept", "50.0% ± 35.4%"] in lines
+    assert ["generated_arithmetic flipped", "50.0% ± 35.4%"] in lines
+    assert ["generated_arithmetic same answer", "100.0% ± 0.0%"] in lines

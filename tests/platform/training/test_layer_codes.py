@@ -277,7 +277,7 @@ def test_a_job_with_bits_alone_stores_codes_and_no_directions(small_base: str, t
     assert torch.equal(logits(whole.model, heldout_tokens[:2]), logits(base.model, heldout_tokens[:2]))
     assert whole.cut is not None and set(whole.cut.ranks.values()) == {None}
     assert whole.table.dense_params + whole.table.rest_params == base.model.num_parameters()
-    for budget in (0.9, Budget(ratio=0.9, convention="paper"), Budget(params=1000)):
+    for budget in (Budget(ratio=0.9), Budget(ratio=0.9, convention="paper"), Budget(params=1000)):
         with pytest.raises(BudgetError, match="holds codes only"):
             whole.resize(budget)
     codes, rest = artifact.coded(), artifact.tensors("rest").data_bytes

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from acip.artifact.artifact import Artifact
@@ -12,6 +13,7 @@ from acip.artifact.manifest import CODES
 from acip.errors import AcipError
 from acip_platform.serve.engine.errors import MemoryFullError, ModelUnavailableError
 from acip_platform.serve.engine.resident_model import ResidentModel
+from acip_platform.storage.resident_files import ResidentFiles
 
 if TYPE_CHECKING:  # they import boto3 and MLflow
     from acip_platform.storage.store import Store
@@ -82,7 +84,7 @@ class ModelMemory:
 
 
 class ModelCache:
-    """Models by version. `on_load` is called with each model once it is loaded."""
+    """Models by version. `on_load` is called with each model once it is loaded. `files` is a folder for files that replicas share."""
 
     def __init__(
         self,
@@ -94,8 +96,10 @@ class ModelCache:
         code_copies: float = 1.0,
         kind: type[ResidentModel] = ResidentModel,
         max_size: str | None = None,
+        files: Path | None = None,
     ) -> None:
         self.kind, self.max_size = kind, max_size
+        self.files = files if device == "cpu" else None  # other devices have memory of their own
         self.engine, self.store, self.device, self.limit_bytes, self.on_load = engine, store, device, limit_bytes, on_load
         self.code_copies = code_copies
         self._entries: dict[Key, CacheEntry] = {}
@@ -117,6 +121,13 @@ class ModelCache:
             return None
         entry.used = time.monotonic()
         return entry.model
+
+    def starts_fast(self, version: "ModelVersion") -> bool:
+        """Return whether this node has files of a version, so that loading it takes little more than mapping them."""
+        try:
+            return self.files is not None and ResidentFiles(self.files, Artifact.open(self.store.fetch(version.uri))).written
+        except AcipError:
+            return False
 
     @contextmanager
     def keep(self, version: "ModelVersion") -> Iterator[None]:
@@ -163,10 +174,10 @@ class ModelCache:
             )
         memory = entry.memory = ModelMemory(self, version.name, least_bytes)
         self.make_room(least_bytes, memory)
-        packed = self.device == "cpu"
         model = self.kind(
-            version, artifact, self.device, packed=packed, memory=memory, code_copies=self.code_copies, max_size=self.max_size
-        )
+            version, artifact, self.device, packed=self.device == "cpu", memory=memory, code_copies=self.code_copies,
+            max_size=self.max_size, files=None if self.files is None else ResidentFiles(self.files, artifact),
+        )  # fmt: skip
         memory.end_advance()
         self.engine.add(model)
         return model

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from acip.artifact.artifact import Artifact
-from acip.artifact.loading import ModelLoader
 from acip.artifact.manifest import MANIFEST
 from acip.errors import BudgetError
 from acip.layers.elastic_linear import ElasticLinear
@@ -28,8 +27,11 @@ from acip_platform.serve.engine.batch import Batch, SteppedBatch
 from acip_platform.serve.engine.errors import ContextTooLongError, InvalidTokensError
 from acip_platform.serve.engine.exactness_check import check, served_context
 from acip_platform.serve.engine.generation_settings import GenerationSettings
+from acip_platform.serve.engine.kv_cache import ATTENTION
+from acip_platform.serve.engine.resident_loader import ResidentLoader
 from acip_platform.serve.engine.resident_weights import Memory, ResidentWeights, UnlimitedMemory, building
 from acip_platform.serve.engine.sampling import Sampler, SamplingParams
+from acip_platform.storage.resident_files import ResidentFiles
 
 if TYPE_CHECKING:  # it imports MLflow, which the engine does not need
     from acip_platform.tracking.registry import ModelVersion
@@ -51,6 +53,7 @@ class ResidentModel:
     explains `memory`, `code_copies` and `packed`).
     `changes_sizes` says whether the size of a sequence may change between its tokens, `integers` whether layers may compute in integers.
     `max_size` is the largest size that is served (as in `Budget.parse`). Weights of larger sizes are never loaded, and no copies are made.
+    `files` are those of this artifact on this node, which replicas share.
     `tokenizer` is kept for `serve/text`; the engine reads only its end token and its context. `kv_tokens` bounds the memory for keys
     and values.
     """
@@ -68,12 +71,13 @@ class ResidentModel:
         memory: Memory | None = None,
         code_copies: float = 1.0,
         max_size: str | None = None,
+        files: ResidentFiles | None = None,
     ) -> None:
-        self.version, self.artifact = version, artifact
+        self.version, self.artifact, self.files = version, artifact, files
         self.created = int((artifact.folder / MANIFEST).stat().st_mtime)
         memory = memory or UnlimitedMemory()
         memory.reserve(artifact.tensors("rest").decoded_bytes)
-        loader = ModelLoader(artifact, device)
+        loader = ResidentLoader(artifact, device, files)
         with building:
             self.any_size = ElasticModel(loader.model(), artifact.table(), loader.load_size)
         table = self.any_size.table
@@ -118,9 +122,16 @@ class ResidentModel:
         return Batch(self.any_size.model, mixer, kv_tokens, self.weights.draft)
 
     def _check(self) -> None:
-        """Compare the engine with the model itself at two sizes."""
+        """Compare the engine with the model itself at two sizes, unless this has passed with the same files before."""
+        model, files = self.any_size.model, self.files
+        conditions = f"{model.device} {self.max_size} {self.weights.packed} {self.context}"
+        if files is not None and files.passed(conditions):
+            model.set_attn_implementation(ATTENTION)  # as the check does
+            return
         with self._two_sizes() as sizes, building:
-            check(self.name, self.any_size.model, self.any_size.layers, sizes, self.context)
+            check(self.name, model, self.any_size.layers, sizes, self.context)
+        if files is not None:
+            files.record_passed(conditions)
 
     @contextmanager
     def _two_sizes(self) -> Iterator[tuple[Size, Size]]:

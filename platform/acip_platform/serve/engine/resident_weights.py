@@ -172,7 +172,7 @@ class ResidentWeights:
             return
         for name, linear in linears:
             with building:
-                packed = PackedLinear(linear)
+                packed = self.loader.packed(name, linear)
             with self._lock:
                 if self.packed:
                     set_module(self.model, name, packed)
@@ -225,7 +225,7 @@ class ResidentWeights:
         drafts = {}
         for name, layer in layers.items():
             if self._has_codes and name in self.layers:
-                finest = self.loader.codes.read({name: self._finest[name]})[name].unpack()
+                finest = self.loader.decoded(name, self._finest[name])
                 codes_MN, steps_M = finest.codes, finest.steps
             else:
                 codes_MN, steps_M = rounded(weight_MN(layer.original).detach())
@@ -305,8 +305,7 @@ class ResidentWeights:
             self.code_bytes += self._code_bytes[name]
 
     def _decoded(self, coded: Coded) -> Codes:
-        name, version = coded
-        return self.loader.codes.read({name: version})[name].unpack()
+        return self.loader.decoded(*coded)
 
     def _drop(self, surplus: float) -> None:
         """Drop codes that no request holds, the least recently used first, until `surplus` bytes are free. The lock must be held."""
