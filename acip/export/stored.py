@@ -78,6 +78,6 @@ def stored_tensors(artifact: Artifact, cut: Cut, transposed: set[str]) -> tuple[
                 chunks[key] = [list(entry.shape), list(entry.coded), *(["transposed"] if turned else [])]
             tensors[key] = tensor.T.contiguous() if turned and entry.coded is None else tensor
     if versions:
-        names = {f"{name}.{version}.{part}": f"{name}.{part}" for name, version in versions.items() for part in modeling_acip.PARTS}
-        tensors |= {names[key]: tensor for key, tensor in source.tensors(CODES).stored(list(names)).items()}
+        exported = {f"{name}.{version}.{part}": f"{name}.{part}" for name, version in versions.items() for part in modeling_acip.PARTS}
+        tensors |= {exported[key]: tensor for key, tensor in source.tensors(CODES).stored(list(exported)).items()}
     return tensors, chunks

@@ -3,7 +3,7 @@
     python tests/benchmarks/streaming.py --quick             0.4 GB of weights, streamed and held, minutes on 2 cores
     python tests/benchmarks/streaming.py                     6 GB of weights, streamed, in 1.5 GB; hours of CPU time, resumable
     python tests/benchmarks/streaming.py --size-gb 1.2 --limit-gb 0.8 --held
-    python tests/benchmarks/streaming.py --serve             afterwards, export and serve two sizes in 4 GB
+    python tests/benchmarks/streaming.py --serve             after 6 GB: export and serve two sizes in 4 GB
 
 The checkpoint is a Llama with random weights in bfloat16, in files of at most 500 MB. The job is `code: bits` with code_tune_steps 0, run
 as jobs/calibrate_all.py runs it, without Ray. It runs in a memory control group (Linux, root) with a limit, so that the page cache counts,
@@ -13,6 +13,8 @@ there.
 *Anonymous* memory is what a process cannot give back; mapped files are not part of it. The last line is the ratio of the anonymous memory
 above that at the start of the job, held over streamed. Without --held, it is the ratio of the weights to it. `--check` exits with 1 if the
 job fails, or if the ratio is below 2.
+
+With --serve, the artifact is exported by jobs/materialize.py, and loaded by the embedded engine, without Ray and HTTP.
 """
 
 import argparse
@@ -245,8 +247,11 @@ def run_server(uri: str, home: str, memory_gb: float) -> None:
     os._exit(0)  # the engine's threads do not end
 
 
-def serve(home: Path, uri: str, limit_bytes: float, memory_gb: float) -> None:
-    """Export a size of an artifact, and generate tokens at several, each within a limit; print what they take."""
+def serve(home: Path, uri: str, limit_bytes: float, memory_gb: float) -> float:
+    """Export the `SERVED` sizes of an artifact, and generate tokens at them, each within a limit; print what they take.
+
+    Return the highest anonymous memory of the server in bytes.
+    """
     settings = {**os.environ, "ACIP_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path[:2])}
     for size in SERVED:
         out = home / f"export-{size:g}"
@@ -256,6 +261,7 @@ def serve(home: Path, uri: str, limit_bytes: float, memory_gb: float) -> None:
         print(f"cut to {size:g}: {weights / 1e9:.2f} GB written; {described(taken)}", flush=True)
     taken = measured([__file__, "--server", uri, "--home", str(home), "--memory-gb", str(memory_gb)], home / "serve", limit_bytes)
     print(f"served: {described(taken)}")
+    return taken["highest"]
 
 
 def described(taken: dict[str, float]) -> str:
@@ -273,7 +279,9 @@ def main() -> int:
     parser.add_argument("--limit-gb", type=float, default=1.5, help="of the control group (default: 1.5)")
     parser.add_argument("--held", action="store_true", help="also run the job without a limit")
     parser.add_argument("--home", type=Path, default=Path("/tmp/acip-streaming"), help="of checkpoint and results")
-    parser.add_argument("--serve", action="store_true", help="afterwards, export the sizes 0.42 and 0.37, and serve both from one process")
+    parser.add_argument(
+        "--serve", action="store_true", help="export the sizes 0.42 and 0.37 of the artifact of a job that has ended, and serve both"
+    )
     parser.add_argument("--serve-gb", type=float, default=4.0, help="of the control group of each of these (default: 4)")
     parser.add_argument("--memory-gb", type=float, help="of them, for the weights that are served (default: 0.8 less)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -292,8 +300,14 @@ def main() -> int:
         base.mkdir(parents=True, exist_ok=True)
         write_base(base, args.size_gb)
     weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    print(f"{weights / 1e9:.2f} GB of weights in a control group of {args.limit_gb:g} GB")
     home = args.home / f"streamed-{args.size_gb:g}"
+    if args.serve:
+        if not (home / "events.jsonl").is_file() or last_event(home)["kind"] != "end":
+            parser.error(f"no job has ended in {home}. Run it first, without --serve.")
+        highest = serve(home, last_event(home)["uri"], args.serve_gb * 1e9, args.memory_gb or args.serve_gb - 0.8)
+        print(f"memory, weights over served: {weights / highest:.2f}")
+        return 0
+    print(f"{weights / 1e9:.2f} GB of weights in a control group of {args.limit_gb:g} GB")
     streamed = job(base, home, args.limit_gb * 1e9)
     above = streamed["highest"] - streamed["start"]
     print(f"streamed: {above / 1e9:.2f} GB above the {streamed['start'] / 1e9:.2f} GB of the process; {streamed['seconds']:.0f} s")
@@ -303,8 +317,6 @@ def main() -> int:
         print(f"held: {(held['highest'] - held['start']) / 1e9:.2f} GB above; {held['seconds']:.0f} s")
         print_phases({"held": args.home / f"held-{args.size_gb:g}", "streamed": home})
         ratio = (held["highest"] - held["start"]) / above
-    if args.serve:
-        serve(home, last_event(home)["uri"], args.serve_gb * 1e9, args.memory_gb or args.serve_gb - 0.8)
     print(f"memory, {'held' if args.held else 'weights'} over streamed: {ratio:.2f} (goal: {GOAL:g})")
     return int(args.check and ratio < GOAL)
 

@@ -167,12 +167,16 @@ def test_a_replica_with_files_is_ready_before_the_registry_answers(
     asked, answered = threading.Event(), threading.Event()
     champion = replace(version("small", small_artifact.folder), alias="champion")
 
-    def resolve(registry: Any, name: str, which: str) -> ModelVersion:
-        asked.set()
-        assert answered.wait(PATIENCE_S)
-        return champion
+    class SlowRegistry:
+        def __init__(self, settings: Any) -> None: ...
 
-    monkeypatch.setattr("acip_platform.tracking.registry.Registry.resolve", resolve)
+        def resolve(self, name: str, which: str) -> ModelVersion:
+            asked.set()
+            assert answered.wait(PATIENCE_S)
+            return champion
+
+    monkeypatch.setattr("acip_platform.tracking.registry.Registry", SlowRegistry)
+    monkeypatch.setattr("acip_platform.storage.resident_files.FREE_SHARE", 0.0)
     first = start(champion)
     assert asked.wait(PATIENCE_S)
     assert not first.warm  # it has no files yet, so it waits for the version to load

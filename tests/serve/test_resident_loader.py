@@ -13,6 +13,7 @@ from acip_platform.serve.engine.model_cache import ModelCache
 from acip_platform.serve.engine.request import GenerationRequest
 from acip_platform.serve.engine.resident_model import ResidentModel
 from acip_platform.serve.engine.sampling import SamplingParams
+from acip_platform.storage import resident_files
 from acip_platform.storage.resident_files import ResidentFiles
 
 from acip.artifact.artifact import Artifact
@@ -31,6 +32,12 @@ PROMPTS = [[1], list(range(3, 12)), list(range(40, 80))]  # products of one row,
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return save_with_codes(tmp_path_factory.mktemp("resident"), 64, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write files also if the disk of this machine is almost full."""
+    monkeypatch.setattr(resident_files, "FREE_SHARE", 0.0)
 
 
 def load(artifact: Artifact, root: Path | None, **options: Any) -> ResidentModel:
