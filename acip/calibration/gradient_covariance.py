@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from acip.calibration.activation_covariance import Feed, feed_tokens
-from acip.coding.statistics import DrawnTokens, frozen, sampled_loss
+from acip.calibration.losses import DrawnTokens, sampled_loss
+from acip.calibration.training_mode import frozen
 from acip.errors import BaseModelError
 from acip.layers import sharding
 from acip.layers.targets import hooked, weight_MN

@@ -1,4 +1,4 @@
-"""The losses of a calibration: the task loss, and the KL divergence from the base model."""
+"""The losses of a calibration: the task loss, the KL divergence from the base model, and the likelihood of the model's own predictions."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -109,3 +109,21 @@ class Divergence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _task_loss_grad: Tensor) -> tuple[Tensor, None, None]:
         logits_grad, ctx.grad = ctx.grad, None  # freed after use: it is as large as the logits
         return logits_grad.mul_(grad), None, None
+
+
+class DrawnTokens:
+    """Tokens that are drawn from the model's predictions, one window after the other."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def of(self, logits_SV: Tensor) -> Tensor:
+        """Return the tokens [S] of the next window."""
+        probabilities_SV = logits_SV.detach().softmax(-1).cpu()
+        return torch.multinomial(probabilities_SV, 1, generator=self.generator)[:, 0].to(logits_SV.device)
+
+
+def sampled_loss(logits_SV: Tensor, drawn: DrawnTokens) -> Tensor:
+    """Return the negative log likelihood of tokens that are drawn from the predictions themselves, summed over the window."""
+    logits_SV = logits_SV.float()
+    return F.cross_entropy(logits_SV, drawn.of(logits_SV), reduction="sum")

@@ -1,4 +1,4 @@
-"""The modes that a parametrized model is in while it is trained: adapter dropout and gradient checkpointing."""
+"""The modes that a model is in while it is trained or differentiated: adapter dropout, gradient checkpointing, frozen parameters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,3 +36,16 @@ def recomputing(model: nn.Module, on: bool) -> Iterator[None]:
     finally:
         for block in blocks:
             del block.forward
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Compute no gradients of the model's parameters inside the block."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

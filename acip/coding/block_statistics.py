@@ -23,8 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from acip.calibration.losses import DrawnTokens, sampled_loss
 from acip.calibration.memory_plan import statistics_bytes
-from acip.coding.statistics import DrawnTokens, LayerStatistics, LayerSums, frozen, require_reached, sampled_loss
+from acip.calibration.training_mode import frozen
+from acip.coding.statistics import LayerStatistics, LayerSums, require_reached
 from acip.errors import CalibrationError
 from acip.layers.block_chain import BlockChain, placed, tensors
 from acip.layers.targets import hooked, weight_MN

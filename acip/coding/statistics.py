@@ -17,15 +17,15 @@ the calls of a layer that is called several times are summed.
 Legend: M = out features, N = in features, S = tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acip.calibration.losses import DrawnTokens, sampled_loss
+from acip.calibration.training_mode import frozen
 from acip.errors import CalibrationError
 from acip.layers.targets import hooked, weight_MN
 
@@ -36,18 +36,6 @@ class LayerStatistics:
 
     metric: Tensor  # [N, N]: H
     importance: Tensor  # [M]
-
-
-class DrawnTokens:
-    """Tokens that are drawn from the model's predictions, one window after the other."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def of(self, logits_SV: Tensor) -> Tensor:
-        """Return the tokens [S] of the next window."""
-        probabilities_SV = logits_SV.detach().softmax(-1).cpu()
-        return torch.multinomial(probabilities_SV, 1, generator=self.generator)[:, 0].to(logits_SV.device)
 
 
 def layer_statistics(
@@ -79,25 +67,6 @@ def _differentiate(model: nn.Module, window: Tensor, drawn: DrawnTokens) -> None
     loss = sampled_loss(model(input_ids=window[None].long().to(device)).logits[0], drawn)
     if loss.requires_grad:  # false if no layer was called
         loss.backward()
-
-
-def sampled_loss(logits_SV: Tensor, drawn: DrawnTokens) -> Tensor:
-    """Return the negative log likelihood of tokens that are drawn from the predictions themselves, summed over the window."""
-    logits_SV = logits_SV.float()
-    return F.cross_entropy(logits_SV, drawn.of(logits_SV), reduction="sum")
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Compute no gradients of the model's parameters inside the block."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 class LayerSums:

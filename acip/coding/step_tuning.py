@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from acip.calibration.losses import Divergence
+from acip.calibration.training_mode import frozen
 from acip.coding.coded_model import CodedModel
 from acip.coding.codes import PackedCodes, stored_steps
-from acip.coding.statistics import frozen
 from acip.errors import CalibrationError, RecipeError
 from acip.modeling_acip import CodedLinear, bias_of, weight_MN
 

@@ -26,8 +26,8 @@ from acip.calibration.bases import accuracy, bases, basis, fisher_basis, solve
 from acip.calibration.basis_cache import BasisCache
 from acip.calibration.gradient_covariance import gradient_covariances
 from acip.calibration.loop import calibrate
+from acip.calibration.losses import DrawnTokens, sampled_loss
 from acip.calibration.parametrize import parametrize
-from acip.coding.statistics import DrawnTokens, sampled_loss
 from acip.data import TokenBatches
 from acip.errors import BaseModelError
 from acip.layers.svd_linear import coordinates
