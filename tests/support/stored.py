@@ -70,7 +70,7 @@ def record(folder: Path, artifact: Artifact, tokens: torch.Tensor) -> None:
     expected, logits = [], []
     for size in SIZES:
         cut = table.cut(Budget(ratio=size))
-        any_size.resize(size)
+        any_size.resize(Budget(ratio=size))
         with torch.no_grad():
             logits.append(any_size.model(input_ids=tokens[None]).logits[0])
         expected.append({"size": size, "got": cut.got, "params": cut.params, "bytes": cut.bytes, "ranks": cut.ranks})

@@ -22,7 +22,7 @@ from acip.evaluate import perplexity
 from acip.finetune import attach, finetune, save, scores_of
 from acip.mixture import Mixture
 from acip.recipe import Recipe
-from acip.sizing.budget import is_coded
+from acip.sizing.budget import Budget, is_coded
 from acip.sizing.elastic_model import ElasticModel
 from acip_platform.scheduling.fleet import Job, heldout_source
 from acip_platform.settings import Settings
@@ -84,8 +84,9 @@ def tune_one(config: dict[str, Any]) -> dict[str, Any]:
     text = None if store.exists(store.uri(key)) else _text(job, parent, settings, emit, device)  # before the model takes memory
     emit("stage", text=f"reading version {version.version} at size {size:g}")
     # distillation also needs the dense layers of the base model
-    any_size = parent.load(device, None if job.recipe.distill_weight else size)
-    any_size.resize(size)
+    budget = Budget(size, "linear")
+    any_size = parent.load(device, None if job.recipe.distill_weight else budget)
+    any_size.resize(budget)
     base = Base(any_size.model, parent.tokenizer(), **parent.manifest["base"])
     heldout = Heldout.of(job, base)
     if text is not None:

@@ -36,8 +36,8 @@ def test_every_size_reproduces_the_recorded_results(stored: Path) -> None:
     for expected, logits_TV in zip(json.loads((stored / "expected.json").read_text()), recorded["logits"], strict=True):
         cut = table.cut(Budget(ratio=expected["size"]))
         assert {key: getattr(cut, key) for key in ("got", "params", "bytes", "ranks")}.items() <= expected.items()
-        for model in (any_size, artifact.load(size=expected["size"])):
-            model.resize(expected["size"])
+        for model in (any_size, artifact.load(size=Budget(ratio=expected["size"]))):
+            model.resize(Budget(ratio=expected["size"]))
             torch.testing.assert_close(logits(model.model, recorded["tokens"][None])[0], logits_TV, rtol=0, atol=1e-4)
 
 
@@ -73,7 +73,7 @@ def change(stored: Path, tmp_path: Path, **fields: Any) -> Path:
 def test_additions_of_a_later_version_are_ignored(stored: Path, tmp_path: Path) -> None:
     folder = change(stored, tmp_path, notes={"of": "a later version"})
     (folder / "notes.json").write_text("{}")
-    assert Artifact.open(folder).load(size=0.4).table.dense_params > 0
+    assert Artifact.open(folder).load(size=Budget(0.4, "linear")).table.dense_params > 0
 
 
 def test_a_newer_schema_is_refused_with_advice(stored: Path, tmp_path: Path) -> None:
