@@ -36,7 +36,7 @@ def recipe_of(recording: Recording) -> Recipe:
         distill_weight=0.0, mask_scale=config["mask_scale"], adapter_rank=config["lora_r"], adapter_alpha=float(config["lora_alpha"]),
         adapter_dropout=0.0, dtype=recording.dtype, batch_size=config["B"], seq_len=config["T"], lr=config["lr"],
         lambda_start=config["reg_start"], lambda_factor=config["reg_factor"], lambda_interval=config["reg_every"],
-        stop_ratio=config["stop_ratio"], post_tune_steps=config["post_tune_steps"],
+        stop_ratio=config["stop_ratio"], post_tune_steps=config["post_tune_steps"], post_tune_lr_end=1.0,
     )  # fmt: skip
 
 
