@@ -31,7 +31,7 @@ def test_recipes_are_validated() -> None:
         assert Recipe.from_dict(named(name).to_dict()) == named(name)
     with pytest.raises(RecipeError, match="did you mean 'basis'"):
         Recipe.from_dict({"bassis": "svd"})
-    with pytest.raises(RecipeError, match="allowed: 'covariance', 'svd'"):
+    with pytest.raises(RecipeError, match="allowed: 'fisher', 'covariance', 'svd'"):
         Recipe.from_dict({"basis": "pca"})
     with pytest.raises(RecipeError, match="stop_ratio"):
         Recipe.from_dict({"scores_until": 2.0})

@@ -114,7 +114,7 @@ def test_layers_that_are_computed_as_one_have_the_same_bits() -> None:
 def test_sizes_of_ranks_and_other_kinds_of_layers_are_refused(any_size: tuple[ElasticModel, Artifact], tmp_path: Path) -> None:
     _, artifact = any_size
     with pytest.raises(ArtifactError, match="this size has none"):
-        export_compressed_tensors(artifact.load(size=0.6), artifact, tmp_path / "out")
+        export_compressed_tensors(artifact.load(size=Budget(0.6, "linear")), artifact, tmp_path / "out")
     base, calibration, codes = calibrated_with_codes(gpt2())
     transposed = Artifact.save(tmp_path / "artifact", base, calibration, {}, codes)
     sizes = transposed.table().byte_sizes
