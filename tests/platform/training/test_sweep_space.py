@@ -66,7 +66,7 @@ def test_fields_of_a_space(tmp_path: Path) -> None:
         ("set: {lrr: 1}\nspace: {lr: [1]}", 1, "did you mean 'lr'?"),
         ("set:\n  lr: 1\nspace:\n  lr: [1]", 4, "in 'set' and in 'space'"),
         ("space:\n  lr: [1.0e-4, 1e-3]", 2, "write 1.0e-4"),
-        ("space:\n  basis: [svd,\n    covarianc]", 3, "allowed: 'covariance', 'svd'"),
+        ("space:\n  basis: [svd,\n    covarianc]", 3, "allowed: 'fisher', 'covariance', 'svd'"),
         ("space:\n  lr: 1.0e-4", 2, "A value that all trials share goes into 'set'"),
         ("space:\n  lr: []", 2, "an empty list"),
         ("space:\n  lr: {uniform: [1, 2]}", 2, "a grid needs lists"),
