@@ -175,7 +175,7 @@ def test_mlflow_run_holds_the_results(first_run: subprocess.CompletedProcess[str
     tracking = Tracking(demo_home.settings, "acip/small")
     (run,) = tracking.client.search_runs([tracking.experiment_id], "tags.model = 'tiny'")
     assert run.info.status == "FINISHED"
-    assert run.data.params["basis"] == "covariance"
+    assert run.data.params["basis"] == "fisher"
     steps = tracking.client.get_metric_history(run.info.run_id, "loss_nats")
     assert [metric.step for metric in steps] == list(range(1, len(steps) + 1))
     curve = {metric.step: metric.value for metric in tracking.client.get_metric_history(run.info.run_id, "tradeoff/perplexity")}
