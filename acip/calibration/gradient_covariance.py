@@ -35,16 +35,16 @@ def gradient_covariances(
     """
     sums: dict[str, Tensor] = {}
     rank, size = sharding.rank(), sharding.workers()
-    drawn = DrawnTokens(seed * size + rank)
     for name, layer in linears.items() if size > 1 else ():
         W_MN = weight_MN(layer)
         sums[name] = torch.zeros(min(W_MN.shape), min(W_MN.shape), dtype=accumulation_dtype(W_MN.dtype), device=sharding.device())
     with frozen(model), torch.enable_grad():
         for i in range(0, len(windows), size):  # layers of a sharded model are gathered by all workers together, also for the last window
-            counted = linears if i + rank < len(windows) else {}
+            window = min(i + rank, len(windows) - 1)
+            counted = linears if i + rank == window else {}
             with hooked(_hook(name, layer, sums) for name, layer in counted.items()):
-                batch = windows[min(i + rank, len(windows) - 1)][None].to(next(model.parameters()).device)
-                loss = sampled_loss(_logits(model, batch, feed), drawn)
+                logits_SV = _logits(model, windows[window][None].to(next(model.parameters()).device), feed)
+                loss = sampled_loss(logits_SV, DrawnTokens(seed * 1_000_003 + window))  # the same for every number of workers
                 if loss.requires_grad:  # false if no layer was called
                     loss.backward()
     for each in sums.values() if size > 1 else ():

@@ -226,7 +226,6 @@ def test_gradient_covariances_are_those_of_each_layer_alone(model: Any, golden_t
     linears, windows = find_linears(model), golden_tokens[:2]
     found = gradient_covariances(model, linears, windows, seed=3)
     offsets: dict[str, list[torch.Tensor]] = {name: [] for name in linears}
-    drawn = DrawnTokens(3)
 
     def hook(name: str) -> Callable[..., torch.Tensor]:
         def add_offset(_layer: nn.Module, _args: Any, out: torch.Tensor) -> torch.Tensor:
@@ -236,8 +235,8 @@ def test_gradient_covariances_are_those_of_each_layer_alone(model: Any, golden_t
         return add_offset
 
     with hooked(layer.register_forward_hook(hook(name)) for name, layer in linears.items()):
-        for window in windows:
-            sampled_loss(model(input_ids=window[None]).logits[0], drawn).backward()
+        for i, window in enumerate(windows):
+            sampled_loss(model(input_ids=window[None]).logits[0], DrawnTokens(3 * 1_000_003 + i)).backward()
     for name, layer in linears.items():
         W = weight_MN(layer)
         g = torch.cat([offset.grad.flatten(0, 1) for offset in offsets[name] if offset.grad is not None])
