@@ -126,7 +126,12 @@ def test_sizes_above_the_largest_that_is_served_are_refused_and_their_weights_no
 def test_the_check_loads_no_larger_size_than_is_served(narrow: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     held = list[Cut]()
     hold = resident_weights.ResidentWeights.hold
-    monkeypatch.setattr(resident_weights.ResidentWeights, "hold", lambda self, cut: (held.append(cut), hold(self, cut)))
+
+    def recorded(self: resident_weights.ResidentWeights, cut: Cut) -> None:
+        held.append(cut)
+        hold(self, cut)
+
+    monkeypatch.setattr(resident_weights.ResidentWeights, "hold", recorded)
     largest = resident(narrow, max_size="0.44").largest
     assert len(held) == 2 and held[0].key == largest.key and held[1].key > largest.key
 

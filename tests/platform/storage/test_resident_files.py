@@ -69,7 +69,8 @@ def test_a_damaged_file_is_written_again(tmp_path: Path, damage: str, caplog: py
     path.unlink()  # so that nothing that maps the file changes
     if damage == "one bit":
         content[-10] ^= 4
-    path.write_bytes({"truncated": content[:-1], "empty": b"", "other file": b"hello, world" * 9}.get(damage, content))
+    damaged: dict[str, bytes] = {"truncated": bytes(content[:-1]), "empty": b"", "other file": b"hello, world" * 9}
+    path.write_bytes(damaged.get(damage, bytes(content)))
     assert same(opened(tmp_path).get("w", compute), compute())
     assert "is damaged" in caplog.text
     assert same(opened(tmp_path).get("w", never), compute())
