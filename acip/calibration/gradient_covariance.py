@@ -41,8 +41,8 @@ def gradient_covariances(
     with frozen(model), torch.enable_grad():
         for i in range(0, len(windows), size):  # layers of a sharded model are gathered by all workers together, also for the last window
             window = min(i + rank, len(windows) - 1)
-            counted = linears if i + rank == window else {}
-            with hooked(_hook(name, layer, sums) for name, layer in counted.items()):
+            counted = sums if i + rank == window else {}
+            with hooked(_hook(name, layer, counted) for name, layer in linears.items()):
                 logits_SV = _logits(model, windows[window][None].to(next(model.parameters()).device), feed)
                 loss = sampled_loss(logits_SV, DrawnTokens(seed * 1_000_003 + window))  # the same for every number of workers
                 if loss.requires_grad:  # false if no layer was called

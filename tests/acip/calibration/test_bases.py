@@ -30,6 +30,7 @@ from acip.calibration.losses import DrawnTokens, sampled_loss
 from acip.calibration.parametrize import parametrize
 from acip.data import TokenBatches
 from acip.errors import BaseModelError
+from acip.layers import sharding
 from acip.layers.svd_linear import coordinates
 from acip.layers.targets import find_linears, hooked, targets, weight_MN
 from acip.recipe import Recipe
@@ -257,7 +258,7 @@ def test_the_fisher_basis_has_less_divergence_than_the_covariance_basis(small_ba
         with torch.no_grad():
             found = base.model(input_ids=golden_tokens[32:40]).logits.log_softmax(-1)
         divergences[kind] = float((expected.exp() * (expected - found)).sum(-1).mean())
-    assert divergences["fisher"] < divergences["covariance"]
+    assert divergences["fisher"] < divergences["covariance"], divergences
 
 
 def test_a_feed_without_logits_has_no_fisher_basis(model: Any, golden_tokens: torch.Tensor) -> None:
@@ -529,6 +530,9 @@ def _process(rank: int, size: int, folder: str, small_base: str) -> None:
         found = dict(bases(model, linears, RECIPE, windows, feed, cache, covariance_bytes=10**9 if turn else 1))
         torch.save((found, feed.calls), f"{folder}/{rank}-{turn}.pt")
         feed.calls = 0
+    for linear in (linears := find_linears(model)).values():
+        sharding.shard(linear)
+    torch.save(gradient_covariances(model, linears, windows[:3]), f"{folder}/{rank}-gradients.pt")
     dist.destroy_process_group()
 
 
@@ -547,3 +551,7 @@ def test_processes_share_the_work(model: Any, golden_tokens: torch.Tensor, small
             first = directions[:1], alone[name][:1]
             torch.testing.assert_close(first[0].T @ first[0], first[1].T @ first[1], rtol=0, atol=1e-4)
     assert turns[1][0][0].keys() == turns[2][0][0].keys() == alone.keys()
+    expected = gradient_covariances(model, linears, golden_tokens[:3])  # one worker has no third window
+    for gradients in (torch.load(tmp_path / f"{rank}-gradients.pt") for rank in (0, 1)):
+        for name, G in expected.items():
+            torch.testing.assert_close(gradients[name], G, rtol=1e-3, atol=1e-3 * float(G.diagonal().max()))

@@ -21,7 +21,7 @@ from acip.layers.targets import targets
 from acip.recipe import Recipe
 
 PRUNES = {"scores": "order", "lr": 3e-3, "lambda_factor": 1.2, "post_tune_steps": 6, "prune_distill_weight": 0.3}
-FISHER = {"total_steps": 8, "lr": 1e-3, "basis": "fisher"}
+FISHER = {"total_steps": 8, "lr": 1e-3, "basis": "covariance"}
 RECIPES: dict[str, dict[str, Any]] = {
     "prunes": PRUNES,
     "fisher": FISHER,
@@ -80,7 +80,7 @@ def test_two_workers_give_the_result_of_one(folder: Path) -> None:
     assert all(torch.equal(two[key], second_rank[key]) for key in two), "the two workers differ"
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-4, atol=5e-4)
     ranks = [torch.argsort(torch.argsort(scores)).double() for scores in (one["score"], two["score"])]
-    assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.999, "directions of almost equal importance may mix"
+    assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.9999
     torch.testing.assert_close(two["score"], one["score"], rtol=1e-2, atol=1e-3 * float(one["score"].abs().max()))
 
 
