@@ -65,8 +65,11 @@ def activation_covariances(
     sums = _MomentSums(linears, Counter(calls), inputs_only)
     rank, size = sharding.rank(), sharding.workers()
     with hooked(sums.hook(name, layer) for name, layer in linears.items()):
-        for batch in windows[rank::size].split(batch_size) if rank < len(windows) else ():
-            sums.start()
+        for some in windows.split(size * batch_size):
+            batch = some[rank::size]
+            sums.start(counts=len(batch) > 0)
+            if not len(batch):  # layers of a sharded model are gathered by all workers together
+                batch = some[:1]
             with suppress(_Done):
                 feed(model, batch.to(next(model.parameters()).device))
     matrices, shares = sums.matrices, sums.shares
@@ -89,13 +92,16 @@ class _MomentSums:
 
     def __init__(self, linears: Mapping[str, nn.Module], expected: Counter[str], inputs_only: bool) -> None:
         self.linears, self.expected, self.inputs_only = linears, expected, inputs_only
+        self.counts = True  # whether the inputs of this forward pass are summed
         self.called: Counter[str] = Counter()  # in this forward pass
         self.waiting: set[str] = set()  # layers whose calls in this pass are not complete
         self.matrices: dict[str, Tensor] = {}  # sum of x x^T, lower triangle, by owner
         self.shares: dict[str, str] = {}  # layer -> owner, the layer whose matrix it uses
         self.last: tuple[Tensor, str] | None = None  # the last input, and the first layer that got it
 
-    def start(self) -> None:
+    def start(self, counts: bool) -> None:
+        """Start a forward pass, whose inputs are summed if it `counts`."""
+        self.counts = counts
         self.expected = self.expected or Counter(self.called)
         self.called.clear()
         self.waiting = set(self.linears)
@@ -119,6 +125,8 @@ class _MomentSums:
         return layer.register_forward_hook(on_output) if outputs else layer.register_forward_pre_hook(on_input)
 
     def add(self, owner: str, x: Tensor) -> None:
+        if not self.counts:
+            return
         x_Sn = widened(x.reshape(-1, x.shape[-1]))
         if owner not in self.matrices:
             self.matrices[owner] = x_Sn.new_zeros(x_Sn.shape[1], x_Sn.shape[1])

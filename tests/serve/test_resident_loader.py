@@ -70,7 +70,7 @@ def test_logits_from_mapped_files_are_the_same_bit_for_bit(artifact: Artifact, t
 
 @pytest.mark.parametrize("coded", [True, False])
 def test_weights_are_mapped(artifact: Artifact, tmp_path: Path, coded: bool, small_artifact: Artifact) -> None:
-    """Those of an artifact without coded tensors are mapped from the artifact itself, and not written again."""
+    """Plainly stored weights are mapped from the artifact itself, and not written again."""
     artifact = artifact if coded else small_artifact
     for _ in range(2):
         model = load(artifact, tmp_path)

@@ -533,6 +533,7 @@ def _process(rank: int, size: int, folder: str, small_base: str) -> None:
     for linear in (linears := find_linears(model)).values():
         sharding.shard(linear)
     torch.save(gradient_covariances(model, linears, windows[:3]), f"{folder}/{rank}-gradients.pt")
+    torch.save(activation_covariances(model, linears, windows[:9]), f"{folder}/{rank}-activations.pt")
     dist.destroy_process_group()
 
 
@@ -551,7 +552,12 @@ def test_processes_share_the_work(model: Any, golden_tokens: torch.Tensor, small
             first = directions[:1], alone[name][:1]
             torch.testing.assert_close(first[0].T @ first[0], first[1].T @ first[1], rtol=0, atol=1e-4)
     assert turns[1][0][0].keys() == turns[2][0][0].keys() == alone.keys()
-    expected = gradient_covariances(model, linears, golden_tokens[:3])  # one worker has no third window
-    for gradients in (torch.load(tmp_path / f"{rank}-gradients.pt") for rank in (0, 1)):
-        for name, G in expected.items():
-            torch.testing.assert_close(gradients[name], G, rtol=1e-3, atol=1e-3 * float(G.diagonal().max()))
+    # one worker has no window in the last pass
+    gradients, activations = (
+        gradient_covariances(model, linears, golden_tokens[:3]),
+        activation_covariances(model, linears, golden_tokens[:9]),
+    )
+    for kind, expected in (("gradients", gradients), ("activations", activations)):
+        for found in (torch.load(tmp_path / f"{rank}-{kind}.pt") for rank in (0, 1)):
+            for name, moment in expected.items():
+                torch.testing.assert_close(found[name], moment, rtol=1e-3, atol=1e-3 * float(moment.diagonal().max()))
