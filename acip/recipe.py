@@ -124,6 +124,11 @@ class Recipe:
         """True if the scores come from pruning. If not, they are known before the first step."""
         return self.scores in ("order", "gradient")
 
+    @property
+    def trains(self) -> bool:
+        """True if the calibration takes optimizer steps. If not, it needs no more than one block of the model in memory."""
+        return self.prunes or self.end(0) > 0
+
     def end(self, stop_step: int) -> int:
         """Return the last step of a calibration whose pruning stopped at `stop_step`."""
         return stop_step + self.post_tune_steps if self.total_steps is None else max(stop_step, self.total_steps)

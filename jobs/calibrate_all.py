@@ -188,7 +188,7 @@ def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
         text = f"{needed.peak / 1e9:.2f} GB per worker, peak in {needed.worst.name}"
         least = memory_check.plan(base.model, job.recipe, 0, *arguments)
         if least.peak < needed.peak:
-            text += f"; {least.peak / 1e9:.2f} GB where less is free: {' and '.join(least.streamed)} a block at a time"
+            text += f"; {least.peak / 1e9:.2f} GB where less is free, a block at a time: {', '.join(least.streamed)}"
         return text
 
     return {

@@ -9,7 +9,7 @@ Legend: M = out features, N = in features, n = M or N, S = samples (tokens).
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from torch.utils.hooks import RemovableHandle
 from acip.layers import sharding
 from acip.layers.targets import hooked, weight_MN
 from acip.modeling_acip import accumulation_dtype, widened
+
+BATCH = 4  # windows per forward pass
 
 Feed = Callable[[nn.Module, Tensor], Any]
 
@@ -51,7 +53,7 @@ def activation_covariances(
     linears: Mapping[str, nn.Module],
     windows: Tensor,
     feed: Feed = feed_tokens,
-    batch_size: int = 4,
+    batch_size: int = BATCH,
     calls: Counter[str] | None = None,
     inputs_only: bool = False,
 ) -> dict[str, Tensor]:
@@ -62,9 +64,9 @@ def activation_covariances(
     multiple of the mean, with the same eigenvectors. `calls` is the number of calls of each layer in one forward pass, if known; a pass
     then ends after the last of them.
     """
-    sums = _MomentSums(linears, Counter(calls), inputs_only)
+    sums = MomentSums(linears, Counter(calls), inputs_only)
     rank, size = sharding.rank(), sharding.workers()
-    with hooked(sums.hook(name, layer) for name, layer in linears.items()):
+    with sums.hooks():
         for some in windows.split(size * batch_size):
             batch = some[rank::size]
             sums.start(counts=len(batch) > 0)
@@ -72,26 +74,20 @@ def activation_covariances(
                 batch = some[:1]
             with suppress(_Done):
                 feed(model, batch.to(next(model.parameters()).device))
-    matrices, shares = sums.matrices, sums.shares
-    if size > 1:
-        shares = {name: owner for part in sharding.from_all(shares) for name, owner in part.items()}
-    for owner in sorted(set(shares.values())):
-        if owner not in matrices:
-            W_MN = weight_MN(linears[owner])
-            n = W_MN.shape[0 if of_outputs(linears[owner], inputs_only) else 1]
-            matrices[owner] = torch.zeros(n, n, dtype=accumulation_dtype(W_MN.dtype), device=W_MN.device)
-        if size > 1:
-            dist.all_reduce(matrices[owner])
-        lower_nn = matrices[owner].div_(windows.numel()).tril_()
-        lower_nn += lower_nn.tril(-1).T
-    return {name: matrices[shares[name]] for name in linears if name in shares}
+    return sums.means(windows.numel())
 
 
-class _MomentSums:
-    """Hooks on layers that sum their second moments."""
+class MomentSums:
+    """Hooks on layers that sum their second moments.
 
-    def __init__(self, linears: Mapping[str, nn.Module], expected: Counter[str], inputs_only: bool) -> None:
-        self.linears, self.expected, self.inputs_only = linears, expected, inputs_only
+    `expected` is the number of calls of each layer in a forward pass (empty = as in the first pass). A pass ends with an exception after
+    the last of them, unless `ends` is False.
+    """
+
+    def __init__(
+        self, linears: Mapping[str, nn.Module], expected: Counter[str] | None = None, inputs_only: bool = False, ends: bool = True
+    ) -> None:
+        self.linears, self.expected, self.inputs_only, self.ends = linears, expected or Counter(), inputs_only, ends
         self.counts = True  # whether the inputs of this forward pass are summed
         self.called: Counter[str] = Counter()  # in this forward pass
         self.waiting: set[str] = set()  # layers whose calls in this pass are not complete
@@ -99,7 +95,27 @@ class _MomentSums:
         self.shares: dict[str, str] = {}  # layer -> owner, the layer whose matrix it uses
         self.last: tuple[Tensor, str] | None = None  # the last input, and the first layer that got it
 
-    def start(self, counts: bool) -> None:
+    def hooks(self) -> AbstractContextManager[None]:
+        """Sum the moments of all forward passes in this context."""
+        return hooked(self.hook(name, layer) for name, layer in self.linears.items())
+
+    def means(self, tokens: int) -> dict[str, Tensor]:
+        """Turn the sums into means over this number of tokens. Return the matrix of each layer that was called, summed over all workers."""
+        matrices, shares, size = self.matrices, self.shares, sharding.workers()
+        if size > 1:
+            shares = {name: owner for part in sharding.from_all(shares) for name, owner in part.items()}
+        for owner in sorted(set(shares.values())):
+            if owner not in matrices:
+                W_MN = weight_MN(self.linears[owner])
+                n = W_MN.shape[0 if of_outputs(self.linears[owner], self.inputs_only) else 1]
+                matrices[owner] = torch.zeros(n, n, dtype=accumulation_dtype(W_MN.dtype), device=W_MN.device)
+            if size > 1:
+                dist.all_reduce(matrices[owner])
+            lower_nn = matrices[owner].div_(tokens).tril_()
+            lower_nn += lower_nn.tril(-1).T
+        return {name: matrices[shares[name]] for name in self.linears if name in shares}
+
+    def start(self, counts: bool = True) -> None:
         """Start a forward pass, whose inputs are summed if it `counts`."""
         self.counts = counts
         self.expected = self.expected or Counter(self.called)
@@ -136,7 +152,7 @@ class _MomentSums:
         self.called[name] += 1
         if self.called[name] == self.expected[name]:
             self.waiting.discard(name)
-            if not self.waiting:
+            if self.ends and not self.waiting:
                 raise _Done
 
 

@@ -20,7 +20,7 @@ Legend: M = out features, N = in features, n = M or N, S = samples (tokens), b =
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -98,19 +98,10 @@ def bases(
         G: dict[str, Tensor] = {}
         if samples is not None:
             C = activation_covariances(model, layers, samples, feed, calls=Counter(name for name, _ in trace))
-            if uncalled := [name for name in layers if name not in C]:
-                raise BaseModelError(
-                    f"{len(uncalled)} layers are never called on this text, for example {uncalled[0]}, so they have no basis. They may "
-                    "belong to another modality or to cross-attention. Add a part of their names to exclude."
-                )
-
+            require_called(layers, C)
         if samples is not None and recipe.basis == "fisher":
             G = gradient_covariances(model, layers, samples, feed, recipe.seed)
-            if unreached := [name for name in layers if name not in G]:
-                raise BaseModelError(
-                    f"the loss does not depend on {len(unreached)} layers, for example {unreached[0]}, so they have no Fisher basis. "
-                    "Add a part of their names to exclude, or set basis to 'covariance'."
-                )
+            require_reached(layers, G)
 
         def keep(name: str, directions_KM: Tensor) -> None:
             nonlocal done
@@ -122,6 +113,24 @@ def bases(
         C.clear()
         G.clear()
         yield from solved.items()
+
+
+def require_called(layers: Iterable[str], C: Container[str]) -> None:
+    """Raise BaseModelError if a layer has no second moment in `C`."""
+    if uncalled := [name for name in layers if name not in C]:
+        raise BaseModelError(
+            f"{len(uncalled)} layers are never called on this text, for example {uncalled[0]}, so they have no basis. They may "
+            "belong to another modality or to cross-attention. Add a part of their names to exclude."
+        )
+
+
+def require_reached(layers: Iterable[str], G: Container[str]) -> None:
+    """Raise BaseModelError if a layer has no second moment of gradients in `G`."""
+    if unreached := [name for name in layers if name not in G]:
+        raise BaseModelError(
+            f"the loss does not depend on {len(unreached)} layers, for example {unreached[0]}, so they have no Fisher basis. "
+            "Add a part of their names to exclude, or set basis to 'covariance'."
+        )
 
 
 # ---- solving

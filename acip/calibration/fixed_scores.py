@@ -1,6 +1,6 @@
 """Scores that are computed once, before the first optimizer step: Fisher information (our default) or singular values (paper D.6)."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,17 +24,27 @@ def fixed_scores(model: nn.Module, layers: Mapping[str, Compressible], recipe: R
     """
     cores = {name: core for name, core in layers.items() if isinstance(core, SVDLinear)}
     if recipe.scores == "singular_values":
-        return torch.cat([widened(core.right.read()).norm(dim=1) for core in cores.values()])
+        return torch.cat([singular_values(core) for core in cores.values()])
     with fisher(cores) as scores, as_base(cores):
-        for i in range(-(-recipe.sample_windows // recipe.batch_size)):
-            windows = batch(i)
-            for part in windows.split(scored_at_once(len(windows), recipe.seq_len)):  # the inputs of every layer are kept
-                task(model, part).backward()
+        for part in scored_parts(recipe, batch):
+            task(model, part).backward()
     require_gradients([name for name in cores if name not in scores])
     score = torch.cat([scores[name] for name in cores])
     # Each worker sums over its part of the tokens the squared gradients of a mean over that part: too large by the number of workers.
     sharding.average([score])
     return score / sharding.workers()
+
+
+def singular_values(core: Compressible) -> Tensor:
+    """Return the scores [K] of a layer whose basis is that of the SVD."""
+    return widened(core.right.read()).norm(dim=1)
+
+
+def scored_parts(recipe: Recipe, batch: Callable[[int], Any]) -> Iterator[Any]:
+    """Yield the windows for Fisher scores, as many as are scored at once, because the inputs of every layer are kept."""
+    for i in range(-(-recipe.sample_windows // recipe.batch_size)):
+        windows = batch(i)
+        yield from windows.split(scored_at_once(len(windows), recipe.seq_len))
 
 
 def scored_at_once(batch_size: int, seq_len: int) -> int:

@@ -7,7 +7,8 @@ layer (acip.coding.statistics).
 Legend: M = out features, N = in features, n = the smaller one, S = samples (tokens), V = classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,12 +45,25 @@ def gradient_covariances(
             counted = sums if i + rank == window else {}
             with hooked(_hook(name, layer, counted) for name, layer in linears.items()):
                 logits_SV = _logits(model, windows[window][None].to(next(model.parameters()).device), feed)
-                loss = sampled_loss(logits_SV, DrawnTokens(seed * 1_000_003 + window))  # the same for every number of workers
+                loss = loss_of(window, logits_SV, seed)
                 if loss.requires_grad:  # false if no layer was called
                     loss.backward()
     for each in sums.values() if size > 1 else ():
         dist.all_reduce(each)
     return sums
+
+
+@contextmanager
+def gradient_sums(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Yield a dict that receives the matrices of `gradient_covariances` from the backward passes in the context."""
+    sums: dict[str, Tensor] = {}
+    with hooked(_hook(name, layer, sums) for name, layer in linears.items()):
+        yield sums
+
+
+def loss_of(window: int, logits_SV: Tensor, seed: int) -> Tensor:
+    """Return the loss of a window, given its number, for `gradient_covariances`. It is the same for every number of workers."""
+    return sampled_loss(logits_SV, DrawnTokens(seed * 1_000_003 + window))
 
 
 def _logits(model: nn.Module, batch: Tensor, feed: Feed) -> Tensor:

@@ -28,13 +28,20 @@ def plan(
 ) -> Memory:  # fmt: skip
     """Return the predicted memory, with the phases streamed that do not fit in `available` bytes otherwise, where that is possible.
 
-    `context` and `sampled` are those of `predict`. A model that does not fit for coding is not sampled from: the job needs text that was
-    sampled before.
+    `context` and `sampled` are those of `predict`. If one phase of the calibration has to be streamed, all of them are. Such a model is not
+    sampled from, so the job needs text that was sampled before, and there is no trial step.
     """
     streamed = predict_streamed(model, recipe, device, workers, context)
     phases = predict(model, recipe, device, workers, context, sampled).phases
-    memory = Memory(tuple(phase if fits(phase, available) else streamed.get(phase.name, phase) for phase in phases))
-    return replace(memory, phases=tuple(phase for phase in memory.phases if phase.name != "sample" or "code" not in memory.streamed))
+    calibrating = {*streamed} - {"measure"}
+    by_block = bool(calibrating) and not all(fits(phase, available) for phase in phases if phase.name in {*calibrating, "prune"})
+    left_out = {"sample", "prune"} if by_block else set()
+
+    def planned(phase: Phase) -> Phase:
+        held = not by_block if phase.name in calibrating else fits(phase, available)
+        return phase if held else streamed.get(phase.name, phase)
+
+    return Memory(tuple(planned(phase) for phase in phases if phase.name not in left_out))
 
 
 def check(
@@ -53,6 +60,7 @@ def check(
         f"the calibration needs {_gigabytes(memory.peak)} GB and {HEADROOM:.0%} of headroom, "
         f"but {_gigabytes(available, math.floor)} GB are available. "
         f"Its peak is in {memory.worst}. "
+        + ("Pruning and post-tuning need the whole model. " if recipe.trains and recipe.code != "bits" else "")
         + (f"Changes that fit: {'; '.join(ways)}." if ways else "No change of settings fits; use a larger device.")
     )
 
@@ -113,8 +121,13 @@ def _ways(
         *tried(*([{"code": "ranks"}] if recipe.code != "ranks" else [])),
     ]
     streamed = tried(*([{"code": "bits", "code_tune_steps": 0}] if (recipe.code, recipe.code_tune_steps) != ("bits", 0) else []))
+    untrained = {
+        **({"scores": "fisher"} if recipe.prunes else {}), "post_tune_steps": 0, **({"total_steps": None} if recipe.total_steps else {}),
+        **({"code_tune_steps": 0} if recipe.code == "both" else {}), **({"quantize": "none"} if four_bit else {}),
+    }  # fmt: skip
+    streamed += tried(untrained) if recipe.code != "bits" else []
     return (single or [*tried(least, *(way | bits for way in (lean, least) for bits in to_four_bit)), *tried(*more)]) + streamed
 
 
 def _yaml(value: Any) -> str:
-    return str(list(value)) if isinstance(value, tuple) else str(value).lower()
+    return str(list(value)) if isinstance(value, tuple) else "null" if value is None else str(value).lower()

@@ -11,8 +11,8 @@ A calibration has phases. The peak of each phase is a sum of parts:
     post-tune     a step with adapters, and the optimizer state of them
     measure       the curve of the saved artifact: the base model, the directions, the codes of one size, and logits
 
-Some phases can be *streamed*: the weights of one block are in memory at a time (acip.layers.block_chain). These are `code`, if the recipe
-asks for codes alone, and `measure`.
+Some phases can be *streamed*: the weights of one block are in memory at a time (acip.layers.block_chain). These are `measure`, and, if the
+recipe does not train, `code`, `parametrize` and `scores`. They are streamed together, without the trial step (`prune`).
 
 The peak of a step is at the loss, or in the first block of the backward pass. Activations are counted layer by layer, as autograd
 keeps them (`_Block`, `_Prediction.kept`); tests/acip/calibration/test_memory_plan.py measures them. Not counted are the context of the
@@ -32,6 +32,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from acip.calibration.activation_covariance import BATCH
 from acip.calibration.bases import STACK
 from acip.calibration.fixed_scores import scored_at_once
 from acip.calibration.losses import CHUNK
@@ -53,7 +54,6 @@ STREAMED_HIDDEN = 1 << 28  # bytes of hidden states that a streamed curve has in
 STREAMED_SIZES = 12  # of a streamed curve, at most, for this prediction
 CODED_BYTES = 0.5  # of a version per weight, in the mean
 UNSAVED_CODES = 1 << 26  # bytes of finished codes that a job holds in memory, at most, and one layer
-SAMPLE_BATCH = 4  # windows per forward pass for the covariances
 KERNELS = 0.5e9  # bytes of code that oneDNN compiles for 16-bit products on a CPU, for each shape, and each rank is a shape
 FOUR_BIT = 0.5 + 4 / QUANT_BLOCK  # bytes per number, scales included
 ATTENTION = re.compile(r"[^.]*att(n|ention)[^.]*", re.IGNORECASE)
@@ -104,6 +104,11 @@ class Memory:
     def streamed(self) -> tuple[str, ...]:
         """The names of the streamed phases."""
         return tuple(phase.name for phase in self.phases if phase.streamed)
+
+    @property
+    def by_block(self) -> bool:
+        """Whether the calibration is streamed, and not only the measurement of its result."""
+        return any(name != "measure" for name in self.streamed)
 
     @property
     def worst(self) -> Phase:
@@ -264,6 +269,7 @@ class _Prediction:
         self.s, self.wide = dtype.itemsize, accumulation_dtype(dtype).itemsize
         self.four_bit = recipe.quantize != "none"
         self.tokens = max(1, recipe.batch_size // workers) * recipe.seq_len
+        self.windows = recipe.sample_windows
         linears = find_linears(model, recipe.exclude)
         names = list(_block_names(model, linears))
 
@@ -295,6 +301,7 @@ class _Prediction:
         scored = copy.copy(self)
         windows = max(1, self.recipe.batch_size // self.workers)
         scored.tokens = scored_at_once(windows, self.recipe.seq_len) * self.recipe.seq_len
+        scored.windows = -(-self.windows // self.recipe.batch_size) * self.recipe.batch_size
         scored.logits = self.logits // self.tokens * scored.tokens
         scored.last_norm = self.last_norm / self.tokens * scored.tokens
         return scored
@@ -338,8 +345,15 @@ class _Prediction:
 
     def streamed(self, context: int) -> Iterator[Phase]:
         """Yield the phases that can be streamed."""
-        if self.recipe.code == "bits" and not self.four_bit and self.workers == 1:
-            yield self.coded.code_streamed()
+        recipe = self.recipe
+        trains = recipe.trains or (recipe.code == "both" and recipe.code_tune_steps > 0)
+        if not self.four_bit and self.workers == 1 and (recipe.code == "bits" or not trains):
+            if recipe.code != "ranks":
+                yield self.coded.code_streamed()
+            if recipe.code != "bits":
+                yield self.coded.parametrize_streamed()
+            if recipe.code != "bits" and recipe.scores == "fisher":
+                yield self.scored.scores_streamed()
         if context:
             yield self.reading(context).measure_streamed()
 
@@ -383,18 +397,25 @@ class _Prediction:
 
     def code_streamed(self) -> Phase:
         """Return the peak of coding with one block in memory: at the loss, in a block's backward pass, or while a layer is coded."""
-        s, L, widened = self.s, self.logits, 4 * (self.s != 4)
-        hidden = 3.0 * s * self.recipe.sample_windows * self.tokens * max(block.width for block in self.blocks)
         statistics = max(sum(statistics_bytes(layer.M, layer.N) for layer in block.layers) for block in self.blocks)
+        start = Phase("code", self.rest, self.block(), streamed=True)
+        at_loss, backward = self.differentiated(start)
+        moments = (at_loss, replace(backward, statistics=2.0 * statistics), replace(start, transient=self.coded_at_once()))
+        return max(moments, key=lambda phase: phase.total)
+
+    def differentiated(self, start: Phase) -> tuple[Phase, Phase]:
+        """Return the peaks of `acip.calibration.block_pass` beside `start`: at the loss, and in the backward pass of a block."""
+        s, widened, hidden = self.s, 4 * (self.s != 4), self.hidden()
         flow = max((2 * s + 4 + widened) * (layer.M + layer.N) for layer in self.layers) * self.tokens
         kept = max(sum(self.kept(layer, "scores") for layer in block.layers) + self.around(block) for block in self.blocks)
-        start = Phase("code", self.rest, self.block(), streamed=True)
-        moments = (
-            replace(start, activations=hidden + self.last_norm, loss=12.0 * L),
-            replace(start, activations=hidden + kept, statistics=2.0 * statistics, transient=flow),  # a copy is written
-            replace(start, transient=self.coded_at_once()),
+        return (
+            replace(start, activations=hidden + self.last_norm, loss=12.0 * self.logits),
+            replace(start, activations=hidden + kept, transient=flow),
         )
-        return max(moments, key=lambda phase: phase.total)
+
+    def hidden(self) -> float:
+        """Return the bytes of the hidden states of all windows before a block, their gradients, and a copy that is written."""
+        return 3.0 * self.s * self.windows * self.recipe.seq_len * max(block.width for block in self.blocks)
 
     def block(self) -> float:
         """Return the bytes of the target layers of the largest block."""
@@ -418,10 +439,12 @@ class _Prediction:
     def measure_streamed(self) -> Phase:
         """Return the peak of measuring the curve with one block in memory."""
         window = float(self.s) * self.tokens * max(block.width for block in self.blocks) * STREAMED_SIZES
-        codes = self.block() / self.s
+        codes = self.block() / self.s * (self.recipe.code != "ranks")
+        directions = max(float(self.s) * sum(layer.K * (layer.M + layer.N) for layer in block.layers) for block in self.blocks)
+        directions *= self.recipe.code != "bits"
         hidden = max(STREAMED_HIDDEN, window) * (1 + 1 / STREAMED_SIZES)  # those of one size are there twice
         start = Phase("measure", self.rest, self.block(), codes=codes, activations=hidden, loss=self.compared(), streamed=True)
-        return replace(start, transient=2 * self.block())
+        return replace(start, directions=directions, transient=max(2 * self.block(), directions))
 
     def compared(self) -> float:
         """Return the bytes of the logits of two models on one window, and of a chunk of them in the accumulation dtype."""
@@ -453,7 +476,7 @@ class _Prediction:
         moments = w * sum(layer.moment + fisher * layer.K**2 for layer in self.layers) if recipe.basis != "svd" else 0.0
         group = min(1.0, COVARIANCES / max(1.0, moments))  # share of the layers that are solved at once
         widest = max(max(4 * s, s + w) * layer.N + 3 * s * layer.M for layer in self.layers)
-        forward = widest * min(SAMPLE_BATCH, recipe.sample_windows) * recipe.seq_len if moments else 0.0
+        forward = widest * min(BATCH, recipe.sample_windows) * recipe.seq_len if moments else 0.0
         solved = group * s * sum(layer.K * layer.M for layer in self.layers)
         gathered = group * self.dense / self.workers if self.workers > 1 else 0.0
         unsolved = (1 - group) * frozen.directions
@@ -466,19 +489,52 @@ class _Prediction:
         at_loss = self.activations("scores")[0] if fisher else 0.0
         phases = (
             replace(start, activations=at_loss, loss=12.0 * self.logits * fisher, transient=group * moments),
-            replace(start, transient=group * moments + max(forward, gathered + solved + self.solving())),
+            replace(start, transient=group * moments + max(forward, gathered + solved + self.solving(self.layers))),
             replace(start, originals=built, directions=frozen.directions, transient=copies + coordinates),
         )
         return max(phases, key=lambda phase: phase.total)
 
-    def solving(self) -> float:
+    def parametrize_streamed(self) -> Phase:
+        """Return the peak of parametrization with one block in memory: of its passes, or while the layers of a block are solved."""
+        recipe, s, w, fisher = self.recipe, self.s, self.wide, self.recipe.basis == "fisher"
+        moments = []
+        for block in (block for block in self.blocks if block.layers):
+            layers = block.layers
+            C = w * sum(layer.moment for layer in layers) * (recipe.basis != "svd")
+            G = float(w * sum(layer.K**2 for layer in layers) * fisher)
+            directions = float(s * sum(layer.K * (layer.M + layer.N) for layer in layers))
+            solved = s * sum(layer.K * layer.M for layer in layers)
+            coordinates = max((8.0 if fisher else w) * (3 * layer.M * layer.N + 2 * layer.K * (layer.M + layer.N)) for layer in layers)
+            widest = max(max(4 * s, s + w) * layer.N + 3 * s * layer.M for layer in layers)
+            forward = self.hidden() + widest * min(BATCH, recipe.sample_windows) * recipe.seq_len if C else 0.0
+            start = Phase("parametrize", self.rest, self.block(), trainable=self.A + self.B, streamed=True)
+            at_loss, backward = self.differentiated(start)
+            moments += [at_loss, replace(backward, statistics=2 * G)] if fisher else []
+            moments += [
+                replace(start, statistics=C, activations=forward),
+                replace(start, statistics=C + G, transient=solved + self.solving(layers)),
+                replace(
+                    start, statistics=C + G, directions=directions, transient=solved + max(coordinates, directions)
+                ),  # a copy is written
+            ]
+        return max(moments, key=lambda phase: phase.total)
+
+    def scores_streamed(self) -> Phase:
+        """Return the peak of the scores with one block in memory: at the loss, in its backward pass, or while its directions are sorted."""
+        directions = max(float(self.s) * sum(layer.K * (layer.M + layer.N) for layer in block.layers) for block in self.blocks)
+        start = Phase("scores", self.rest, self.block(), directions=directions, trainable=self.A + self.B, streamed=True)
+        at_loss, backward = self.differentiated(start)
+        moments = (at_loss, replace(backward, transient=self.flow("scores")), replace(start, transient=directions))  # a copy is written
+        return max(moments, key=lambda phase: phase.total)
+
+    def solving(self, layers: list[_Layer]) -> float:
         """Return the bytes of the layers that are solved at once: a stack on an accelerator, one layer per thread on a CPU."""
         if self.cpu:
             threads = torch.get_num_threads()
-            return sum(sorted((self.solve(layer) for layer in self.layers), reverse=True)[:threads])
-        alike = Counter((layer.M, layer.N) for layer in self.layers)
+            return sum(sorted((self.solve(layer) for layer in layers), reverse=True)[:threads])
+        alike = Counter((layer.M, layer.N) for layer in layers)
         stacked = {(M, N): min(count, max(1, STACK // max(M, N) ** 2)) for (M, N), count in alike.items()}
-        return max(self.solve(layer) * stacked[layer.M, layer.N] for layer in self.layers)
+        return max(self.solve(layer) * stacked[layer.M, layer.N] for layer in layers)
 
     def solve(self, layer: _Layer) -> float:
         """Return the bytes to solve one layer (`acip.calibration.bases.basis`), in float64, which it may need."""

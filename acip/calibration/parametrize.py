@@ -39,11 +39,7 @@ def parametrize(
 
     Raises BaseModelError if the model is parametrized already, has nothing to compress, or does not match the text.
     """
-    if targets(model):
-        raise BaseModelError("this model is parametrized already. Call restore(model) first.")
-    own_code(model, None, str(getattr(getattr(model, "config", None), "_name_or_path", "")))
-    if windows is not None and feed is feed_tokens:
-        _check_ids(model, windows)
+    check_base(model, windows if feed is feed_tokens else None)
     linears = find_linears(model, recipe.exclude)
     model.requires_grad_(False)
     torch.manual_seed(recipe.seed)  # for the initial adapters
@@ -70,10 +66,13 @@ def parametrize(
     return targets(model)
 
 
-def _check_ids(model: nn.Module, windows: Tensor) -> None:
-    """Raise BaseModelError if the text contains token ids that the model has no embedding for."""
+def check_base(model: nn.Module, windows: Tensor | None) -> None:
+    """Raise BaseModelError if the model is parametrized already, needs remote code, or has no embedding for a token id in `windows`."""
+    if targets(model):
+        raise BaseModelError("this model is parametrized already. Call restore(model) first.")
+    own_code(model, None, str(getattr(getattr(model, "config", None), "_name_or_path", "")))
     embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    if isinstance(embeddings, nn.Embedding) and windows.numel() and int(windows.max()) >= embeddings.num_embeddings:
+    if windows is not None and isinstance(embeddings, nn.Embedding) and windows.numel() and int(windows.max()) >= embeddings.num_embeddings:
         raise BaseModelError(
             f"the text contains the token id {int(windows.max()):,}, but the model has {embeddings.num_embeddings:,} embeddings: the "
             "tokenizer is larger than the model. Resize the embeddings with model.resize_token_embeddings(len(tokenizer)) and save both."

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acip.layers.svd_linear import SVDLinear
+from acip.layers.compressible import Compressible
 from acip.layers.targets import hooked
 from acip.modeling_acip import widened
 
@@ -80,7 +80,7 @@ class ScoreMap:
 
 
 @contextmanager
-def fisher(cores: Mapping[str, SVDLinear]) -> Iterator[dict[str, Tensor]]:
+def fisher(cores: Mapping[str, Compressible]) -> Iterator[dict[str, Tensor]]:
     """Yield a dict that receives Fisher scores [K] per layer while losses and their backward passes are computed in the block.
 
     Direction i adds u_i (v_i x) to a layer's output. Removing it changes the loss of one token by about -(g u_i)(v_i x), where g is

@@ -173,10 +173,10 @@ def predictions() -> None:
     print()
     sharded = {f"{n} workers": (replace(Recipe(), gradient_checkpointing=True, batch_size=max(4, n)), n) for n in (1, 2, 4, 8)}
     table("predicted GB per worker, gradient checkpointing", sharded)
-    print("\n| predicted GB, codes a block at a time | code | measure |\n|---|---|---|")
+    print("\n| predicted GB, a block at a time | code | parametrize | scores | measure |\n|---|---|---|---|---|")
     for name, model in models():
-        phases = predict_streamed(model, replace(Recipe(), code="bits", code_tune_steps=0), context=2048)
-        print(f"| {name} | " + " | ".join(f"{phases[phase].total / 1e9:.0f}" for phase in ("code", "measure")) + " |")
+        phases = predict_streamed(model, replace(Recipe(), code="both", code_tune_steps=0, post_tune_steps=0, adapter_rank=0), context=2048)
+        print(f"| {name} | " + " | ".join(f"{phase.total / 1e9:.0f}" for phase in phases.values()) + " |")
 
 
 def main() -> int:

@@ -1,14 +1,15 @@
-"""Code a model that is larger than the memory, and compare the memory with that of a run which holds the model.
+"""Calibrate a model that is larger than the memory, and compare the memory with that of a run which holds the model.
 
     python tests/benchmarks/streaming.py --quick             0.4 GB of weights, streamed and held, minutes on 2 cores
     python tests/benchmarks/streaming.py                     6 GB of weights, streamed, in 1.5 GB; hours of CPU time, resumable
     python tests/benchmarks/streaming.py --size-gb 1.2 --limit-gb 0.8 --held
+    python tests/benchmarks/streaming.py --code ranks --size-gb 0.4 --limit-gb 1.1     bases and scores, or "both"
     python tests/benchmarks/streaming.py --serve             after 6 GB: export and serve two sizes in 4 GB
 
-The checkpoint is a Llama with random weights in bfloat16, in files of at most 500 MB. The job is `code: bits` with code_tune_steps 0, run
-as jobs/calibrate_all.py runs it, without Ray. It runs in a memory control group (Linux, root) with a limit, so that the page cache counts,
-too, and is not told to stream: it finds out that the model does not fit. Everything is kept in --home; a run that was stopped continues
-there.
+The checkpoint is a Llama with random weights in bfloat16, in files of at most 500 MB. The job is `code: bits` with code_tune_steps 0, or
+another `--code` with post_tune_steps 0 and without adapters, run as jobs/calibrate_all.py runs it, without Ray. It runs in a memory control
+group (Linux, root) with a limit, so that the page cache counts, too, and is not told to stream: it finds out that the model does not fit.
+Everything is kept in --home; a run that was stopped continues there.
 
 *Anonymous* memory is what a process cannot give back; mapped files are not part of it. The last line is the ratio of the anonymous memory
 above that at the start of the job, held over streamed. Without --held, it is the ratio of the weights to it. `--check` exits with 1 if the
@@ -25,6 +26,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +39,10 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": True,
 }  # fmt: skip
 BLOCK_BYTES, REST_BYTES = 2 * (3 * 1024**2 + 3 * 1024 * 2816), 2 * 32000 * 1024
-PHASES = {"loading": "loading", "codes of": "saving", "artifact saved": "measuring the curve"}  # begin with the stage of this text
+PHASES = {  # begin with the stage of this text
+    "loading": "loading", "codes of": "saving", "fisher basis of": "scores", "fisher basis and": "saving",
+    "artifact saved": "measuring the curve",
+}  # fmt: skip
 GOAL = 2.0
 SAMPLE_S = 0.2
 SERVED = (0.37, 0.33)  # sizes that are exported and served, as shares of the bytes
@@ -73,7 +78,7 @@ def write_base(folder: Path, size_gb: float) -> None:
     config.save_pretrained(folder)
 
 
-def run_job(base: str, home: str) -> None:
+def run_job(base: str, home: str, code: Any) -> None:
     """Run the job in this process, and print its events as lines of JSON."""
     from acip_platform.scheduling.fleet import Job
     from acip_platform.settings import Settings
@@ -82,8 +87,11 @@ def run_job(base: str, home: str) -> None:
 
     from acip.recipe import Recipe
 
-    recipe = Recipe(code="bits", code_tune_steps=0, sample_windows=8, seq_len=128)
-    job = Job("streamed", base, recipe, "package:wikipedia", eval_context=128, eval_windows=4, sizes=(1.0,), byte_sizes=(0.5, 0.33), cpus=1)
+    recipe = Recipe(code=code, code_tune_steps=0, sample_windows=8, seq_len=128)
+    if code != "bits":
+        recipe = replace(recipe, post_tune_steps=0, adapter_rank=0)
+    sizes = (1.0,) if code == "bits" else (1.0, 0.8, 0.6)
+    job = Job("streamed", base, recipe, "package:wikipedia", eval_context=128, eval_windows=4, sizes=sizes, byte_sizes=(0.5, 0.33), cpus=1)
     settings = Settings.from_env({**os.environ, "ACIP_HOME": home})
     run = Tracking(settings, "streaming").start(job.name, job.fingerprint, {})
 
@@ -169,6 +177,8 @@ def measured(arguments: list[str], folder: Path, limit_bytes: float, environment
 
 def phase_of(event: dict[str, Any]) -> str | None:
     """Return the phase of a job that begins with an event, or None."""
+    if event["kind"] == "parametrize":
+        return "basis"
     if event["kind"] == "code":
         ends = event["what"] == "statistics" and event["done"] == event["total"]
         return None if event["what"] == "curve" else "codes" if ends else str(event["what"])
@@ -195,9 +205,9 @@ def print_phases(runs: Mapping[str, Path]) -> None:
         print(f"| {phase} | {' | '.join(cells)} |")
 
 
-def job(base: Path, home: Path, limit_bytes: float) -> dict[str, float]:
+def job(base: Path, home: Path, limit_bytes: float, code: str) -> dict[str, float]:
     """Run the job within a limit (see `measured`)."""
-    found = measured([__file__, "--job", str(base), "--home", str(home)], home, limit_bytes)
+    found = measured([__file__, "--job", str(base), "--home", str(home), "--code", code], home, limit_bytes)
     if last_event(home)["kind"] != "end":
         raise SystemExit(f"the job did not end: {(home / 'errors.log').read_text()[-1500:]}")
     return found
@@ -277,6 +287,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help=f"exit with 1 if the ratio is below {GOAL:g}")
     parser.add_argument("--size-gb", type=float, default=6.0, help="of the weights (default: 6)")
     parser.add_argument("--limit-gb", type=float, default=1.5, help="of the control group (default: 1.5)")
+    parser.add_argument("--code", choices=("bits", "ranks", "both"), default="bits", help="of the recipe (default: bits)")
     parser.add_argument("--held", action="store_true", help="also run the job without a limit")
     parser.add_argument("--home", type=Path, default=Path("/tmp/acip-streaming"), help="of checkpoint and results")
     parser.add_argument(
@@ -291,7 +302,7 @@ def main() -> int:
         run_server(args.server, str(args.home), args.memory_gb)
         return 0
     if args.job:
-        run_job(args.job, str(args.home))
+        run_job(args.job, str(args.home), args.code)
         return 0
     if args.quick:
         args.size_gb, args.limit_gb, args.held = 0.4, 1.0, True
@@ -300,7 +311,8 @@ def main() -> int:
         base.mkdir(parents=True, exist_ok=True)
         write_base(base, args.size_gb)
     weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    home = args.home / f"streamed-{args.size_gb:g}"
+    name = f"{args.size_gb:g}" if args.code == "bits" else f"{args.code}-{args.size_gb:g}"
+    home, held_home = args.home / f"streamed-{name}", args.home / f"held-{name}"
     if args.serve:
         if not (home / "events.jsonl").is_file() or last_event(home)["kind"] != "end":
             parser.error(f"no job has ended in {home}. Run it first, without --serve.")
@@ -308,14 +320,14 @@ def main() -> int:
         print(f"memory, weights over served: {weights / highest:.2f}")
         return 0
     print(f"{weights / 1e9:.2f} GB of weights in a control group of {args.limit_gb:g} GB")
-    streamed = job(base, home, args.limit_gb * 1e9)
+    streamed = job(base, home, args.limit_gb * 1e9, args.code)
     above = streamed["highest"] - streamed["start"]
     print(f"streamed: {above / 1e9:.2f} GB above the {streamed['start'] / 1e9:.2f} GB of the process; {streamed['seconds']:.0f} s")
     ratio = weights / above
     if args.held:
-        held = job(base, args.home / f"held-{args.size_gb:g}", 1e13)
+        held = job(base, held_home, 1e13, args.code)
         print(f"held: {(held['highest'] - held['start']) / 1e9:.2f} GB above; {held['seconds']:.0f} s")
-        print_phases({"held": args.home / f"held-{args.size_gb:g}", "streamed": home})
+        print_phases({"held": held_home, "streamed": home})
         ratio = (held["highest"] - held["start"]) / above
     print(f"memory, {'held' if args.held else 'weights'} over streamed: {ratio:.2f} (goal: {GOAL:g})")
     return int(args.check and ratio < GOAL)

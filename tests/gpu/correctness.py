@@ -17,10 +17,11 @@ from acip.artifact.artifact import Artifact
 from acip.base import Base, load_base
 from acip.calibration.activation_covariance import activation_covariances
 from acip.calibration.bases import accuracy, solve
+from acip.calibration.block_pass import PassFiles
 from acip.calibration.loop import Calibration, calibrate, trial_step
 from acip.calibration.parametrize import parametrize, restore
 from acip.calibration.state import CalibrationState, StepReport
-from acip.coding.block_statistics import PassFiles, block_statistics
+from acip.coding.block_statistics import block_statistics
 from acip.coding.coded_model import CodedLayer, code_layers, step_scales
 from acip.coding.statistics import LayerStatistics
 from acip.data import TokenBatches

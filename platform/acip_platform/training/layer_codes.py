@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from acip.artifact.read_back import tiny_model
 from acip.base import Base
+from acip.calibration.block_pass import PassFiles
 from acip.calibration.memory_plan import STATISTICS, UNSAVED_CODES, statistics_bytes
-from acip.coding.block_statistics import PassFiles, StoredStatistics, block_statistics
+from acip.coding.block_statistics import StoredStatistics, block_statistics
 from acip.coding.coded_model import RATES, CodedLayer, CodedModel, assembled, code_layers, step_scales
 from acip.coding.scratch import Scratch
 from acip.coding.statistics import LayerStatistics, layer_statistics
@@ -130,14 +131,20 @@ def gathered_statistics(
     if files is None:
         return layer_statistics(base.model, linears, text, recipe.seed, progress)
     try:
-        chain = BlockChain(base.model)
-        if (tiny := tiny_model(base.model, recipe.exclude)) is not None:
-            BlockChain(tiny).check(torch.arange(4)[None])
+        chain = chain_of(base, recipe)
     except BaseModelError:
         if streamed:
             raise
         return layer_statistics(base.model, linears, text, recipe.seed, progress)
     return block_statistics(chain, linears, text, files, device, recipe.seed, progress)
+
+
+def chain_of(base: Base, recipe: Recipe) -> BlockChain:
+    """Return the blocks of the model of `base`. Raises BaseModelError if it can't be run a block at a time, as a small one of its class."""
+    chain = BlockChain(base.model)
+    if (tiny := tiny_model(base.model, recipe.exclude)) is not None:
+        BlockChain(tiny).check(torch.arange(4)[None])
+    return chain
 
 
 def tuned(job: Job, base: Base, linears: Mapping[str, nn.Module], coded: CodedModel, windows: Tensor, run: Run, emit: Emit) -> CodedModel:

@@ -111,7 +111,7 @@ def _start(name: str, context: Mapping[str, Any], job: Job) -> tuple[Base, Token
     base, device = base_models.load(job.base, job.recipe.dtype, job.trust_remote_code, Store.of(settings).cache), _device()
     read_once(("read back", job.base, job.recipe.exclude), lambda: read_back(base, job.recipe))
     torch.nn.Module.to(base.model, device)
-    check_memory(job, base, device, emit)
+    check_memory(job, base, device, emit, held=True)
     windows = CalibrationText.of(job, base, settings, emit).windows
     return base, prepare(job, base, windows, settings, emit, device), Observer(job, run, emit, device)
 
@@ -233,7 +233,7 @@ def _artifact(trial: Trial, state: tune.Checkpoint | None, settings: Settings, r
     if not store.exists(store.uri(key)):
         torch.nn.Module.to(base.model, device)
         checkpoints = Checkpoints(settings, f"{job.name}-{job.fingerprint}", emit)
-        check_memory(job, base, device, emit)
+        check_memory(job, base, device, emit, held=True)
         text = CalibrationText.of(job, base, settings, emit)
         codes = codes_of(job, base, text.windows, run, emit, checkpoints, device)
         batches = prepare(job, base, text.windows, settings, emit, device)

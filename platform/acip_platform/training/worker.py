@@ -3,6 +3,7 @@
     load -> text -> code, if the recipe says so -> parametrize -> trial step -> calibrate (checkpoints, resume) -> artifact
     -> curve -> registry
 
+A model that does not fit in memory is coded, parametrized and scored a block at a time (block_ranks.py), if its recipe does not train.
 The artifact is saved before it is measured, and the saved copy is measured. A worker that dies resumes from its last checkpoint. A
 worker writes a checkpoint at once if its node is about to be removed, or if its job is stopped. A job with a complete artifact is not
 calibrated again. Metrics that MLflow cannot take while it is down are kept in memory, and at the end in a checkpoint. Progress goes to
@@ -51,6 +52,7 @@ from acip_platform.storage.store import Store
 from acip_platform.tracking.provenance import provenance
 from acip_platform.tracking.registry import few_retries
 from acip_platform.tracking.runs import Run
+from acip_platform.training.block_ranks import calibrated_by_block
 from acip_platform.training.calibration_text import CalibrationText, samples_text
 from acip_platform.training.completion import Heldout, finish, stored
 from acip_platform.training.idle_workers import IdleWorkers
@@ -135,15 +137,13 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
     heldout = Heldout.of(job, base)
     checkpoints = Checkpoints(settings, config["attempt"], emit)
     free_bytes = memory_check.available(base.model, device)
-    streamed = memory_check.plan(
-        base.model, job.recipe, free_bytes, device, job.num_workers, heldout.text.context, samples_text(job)
-    ).streamed
-    if streamed:
+    needed = memory_check.plan(base.model, job.recipe, free_bytes, device, job.num_workers, heldout.text.context, samples_text(job))
+    if needed.streamed:
         return_freed_memory()
     if not sharding.decided(store.exists(store.uri(key)), device):
-        if job.num_workers == 1 and "code" not in streamed:  # several workers move each layer when it is sharded
+        if job.num_workers == 1 and not needed.by_block:  # several workers move each layer when it is sharded
             torch.nn.Module.to(base.model, device)
-        observer = _calibrate(job, base, run, settings, key, checkpoints, emit, device, config["events"], "code" in streamed)
+        observer = _calibrate(job, base, run, settings, key, checkpoints, emit, device, config["events"], needed.by_block)
     else:
         observer = Observer(job, run, emit, device, checkpoints)
         with checkpoints.newest() as folder:
@@ -152,7 +152,7 @@ def calibrate_one(config: dict[str, Any]) -> dict[str, Any]:
         return {}
     observer.catch_up()
     del base  # the saved copy is measured
-    return finish(job, store.uri(key), run, settings, heldout, device, emit, config["fingerprint"], streamed="measure" in streamed)
+    return finish(job, store.uri(key), run, settings, heldout, device, emit, config["fingerprint"], streamed="measure" in needed.streamed)
 
 
 def _calibrate(
@@ -169,7 +169,7 @@ def _calibrate(
 ) -> "Observer":
     """Code, parametrize and calibrate, from the last checkpoint if there is one; rank 0 stores the artifact.
 
-    With `code: bits`, the layers are coded only, a block at a time if the job is `streamed`.
+    With `code: bits`, the layers are coded only. All of this is done a block at a time if the job is `streamed`.
     Finished codes are stored beside the checkpoints until the artifact holds them.
     """
     recipe = job.recipe
@@ -181,6 +181,12 @@ def _calibrate(
     if recipe.code == "bits":
         assert codes is not None
         uri = stored(settings, key, lambda folder: Artifact.save_coded(folder, base, recipe, codes, origin))
+        emit("stage", text=f"artifact saved: {uri}")
+        remove_codes(checkpoints)
+        return observer
+    if streamed:
+        with calibrated_by_block(job, base, text.windows, checkpoints, emit, device) as calibration:
+            uri = stored(settings, key, lambda folder: Artifact.save(folder, base, calibration, origin, codes))
         emit("stage", text=f"artifact saved: {uri}")
         remove_codes(checkpoints)
         return observer
@@ -222,8 +228,11 @@ def run_trial_step(model: torch.nn.Module, batches: TokenBatches, recipe: Recipe
     )
 
 
-def check_memory(job: Job, base: Base, device: torch.device, emit: Emit) -> None:
-    """Raise CalibrationError if the predicted peak does not fit into the device's memory. All workers follow the first one's decision."""
+def check_memory(job: Job, base: Base, device: torch.device, emit: Emit, held: bool = False) -> None:
+    """Raise CalibrationError if the predicted peak does not fit into the device's memory. All workers follow the first one's decision.
+
+    The calibration is not streamed if the model is `held` in memory in any case.
+    """
     free_bytes, error = memory_check.available(base.model, device), None
     try:
         needed = memory_check.check(base.model, job.recipe, free_bytes, device, job.num_workers, job.eval_context, samples_text(job))
@@ -231,6 +240,10 @@ def check_memory(job: Job, base: Base, device: torch.device, emit: Emit) -> None
             raise CalibrationError(
                 "tasks are scored with the whole model in memory, and this model does not fit. Remove `tasks`, and run jobs/evaluate.py "
                 "on a machine with more memory."
+            )
+        if held and needed.by_block:
+            raise CalibrationError(
+                "the trials of a sweep hold the whole model in memory, and this one does not fit. Calibrate it with jobs/calibrate_all.py."
             )
         streams = f"; a block at a time: {', '.join(needed.streamed)}" if needed.streamed else ""
         emit("stage", text=f"needs {needed.peak / 1e9:.1f} of {free_bytes / 1e9:.1f} GB, peak in {needed.worst}{streams}")

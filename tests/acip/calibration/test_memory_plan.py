@@ -29,20 +29,22 @@ from transformers import (
 )
 
 from acip.calibration import memory_plan
+from acip.calibration.block_calibration import calibrate_by_block
+from acip.calibration.block_pass import PassFiles
 from acip.calibration.loop import calibrate, recomputing, trial_step
 from acip.calibration.losses import next_token, objective
 from acip.calibration.memory_check import available, check, fits, plan
 from acip.calibration.memory_plan import CODED_BYTES, STATISTICS, VERSIONS, Memory, _Prediction, predict, predict_streamed, statistics_bytes
 from acip.calibration.parametrize import parametrize
 from acip.calibration.state import CalibrationState
-from acip.coding.block_statistics import PassFiles, block_statistics
+from acip.coding.block_statistics import block_statistics
 from acip.coding.coded_model import RATES, code_layer, code_model, step_scales
 from acip.coding.statistics import LayerStatistics, layer_statistics
 from acip.errors import CalibrationError
 from acip.layers.block_chain import BlockChain, tensors
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import find_linears, targets, weight_MN
-from acip.recipe import Dtype, Recipe
+from acip.recipe import Basis, Dtype, Recipe
 from acip.self_text import TOGETHER
 from acip.utils.free_memory import control_group_memory
 from acip.utils.generation import continued
@@ -196,6 +198,42 @@ def test_coding_a_block_at_a_time_uses_the_predicted_memory(dtype: Dtype, monkey
 
     gathering = live.peak_of(gather) - weights
     assert -0.1 < (phase.total - phase.rest - phase.originals) / gathering - 1 < 0.6
+
+
+@pytest.mark.parametrize("basis", ["fisher", "covariance"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bases_and_scores_a_block_at_a_time_use_the_predicted_memory(
+    basis: Basis, dtype: Dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Measured is the memory beside the weights, which may be mapped, without that of the threads that solve layers.
+
+    The model has one block, because the mapped directions of all blocks are counted, too.
+    """
+    monkeypatch.setattr(CAUSAL["llama"], "num_hidden_layers", 1)
+    model = causal("llama", dtype)
+    chain, live = BlockChain(model), LiveBytes(model)
+    monkeypatch.setattr(_Prediction, "solving", lambda self, layers: 0.0)
+    recipe = replace(RECIPE, dtype=dtype, basis=basis, sample_windows=4, post_tune_steps=0)
+    phases = predict_streamed(model, recipe)
+    assert phases.keys() == {"parametrize", "scores"}
+    weights = sum(tensor.nbytes for tensor in tensors(model))
+    found = live.peak_of(lambda: calibrate_by_block(chain, recipe, IDS_BT, lambda i: IDS_BT[:2], tmp_path / "files", "cpu")) - weights
+    assert -0.1 < max(phase.total - phase.rest - phase.originals for phase in phases.values()) / found - 1 < 0.6
+
+
+def test_a_calibration_that_does_not_fit_is_streamed_as_a_whole() -> None:
+    """Its phases need the directions of the others, and there is no trial step."""
+    model, recipe = causal("llama", device="meta"), replace(RECIPE, post_tune_steps=0)
+    held = plan(model, recipe, 1e12, "cpu", context=64)
+    assert [phase.name for phase in held.phases] == ["parametrize", "scores", "prune", "measure"] and not held.by_block
+    least = plan(model, recipe, 0, "cpu", context=64)
+    assert least.streamed == ("parametrize", "scores", "measure") == tuple(phase.name for phase in least.phases)
+    by_name = {phase.name: phase.total for phase in held.phases}
+    between = plan(model, recipe, 1.04 * max(by_name.values()), "cpu", context=64)
+    assert between.by_block, "one phase does not fit with its headroom"
+    for change in ({"post_tune_steps": 1}, {"scores": "order"}, {"quantize": "nf4"}, {"code": "both", "code_tune_steps": 1}):
+        assert plan(model, replace(recipe, **change), 0, "cpu", context=64).streamed == ("measure",)  # type: ignore[arg-type]
+    assert plan(model, recipe, 0, "cpu", workers=2).streamed == ()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, Qwen3Config
 
-from acip.coding.block_statistics import PassFiles, StoredStatistics, block_statistics
+from acip.calibration.block_pass import PassFiles
+from acip.coding.block_statistics import StoredStatistics, block_statistics
 from acip.coding.coded_model import code_model
 from acip.coding.scratch import Scratch
 from acip.coding.statistics import layer_statistics

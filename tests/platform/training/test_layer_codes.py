@@ -33,8 +33,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from acip.artifact.artifact import Artifact
 from acip.base import load_base
 from acip.calibration import memory_check, memory_plan
+from acip.calibration.block_pass import PassFiles
 from acip.calibration.state import SUMS
-from acip.coding.block_statistics import PassFiles
 from acip.coding.coded_model import CodedModel
 from acip.data import WINDOWS_VERSION
 from acip.errors import BaseModelError, BudgetError, CalibrationError, RecipeError
@@ -59,11 +59,13 @@ def job_of(base: str, **fields: Any) -> Job:
     )  # fmt: skip
 
 
-def calibrated_bits(base: str, home: Path, available: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Artifact, list[dict[str, Any]]]:
-    """Run a job with `code: bits` and this many bytes of memory. Return its artifact and its events."""
+def calibrated(
+    base: str, recipe: Recipe, home: Path, available: float, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Artifact, list[dict[str, Any]]]:
+    """Run a job with this many bytes of memory. Return its artifact and its events."""
     monkeypatch.setattr("acip_platform.training.worker.memory_check.available", lambda model, device: available)
     settings = Settings.from_env({"ACIP_HOME": str(home)})
-    job = replace(job_of(base), recipe=replace(RECIPE, code="bits", code_tune_steps=0))
+    job = replace(job_of(base), recipe=recipe)
     run = Tracking(settings, "test").start(job.name, job.fingerprint, {})
     events: list[dict[str, Any]] = []
     queue = SimpleNamespace(put=SimpleNamespace(remote=events.append))
@@ -72,22 +74,34 @@ def calibrated_bits(base: str, home: Path, available: float, monkeypatch: pytest
     return Artifact.open(summary["uri"].removeprefix("file://"), verify=True), events
 
 
-def test_a_streamed_job_writes_the_same_artifact_and_curve(small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("changes", "phases"),
+    [
+        ({"code": "bits"}, ["code", "measure"]),
+        ({"code": "ranks", "basis": "fisher", "scores": "fisher", "adapter_rank": 2}, ["parametrize", "scores"]),
+        ({"code": "both"}, ["code", "parametrize", "measure"]),
+    ],
+    ids=["bits", "ranks", "both"],
+)
+def test_a_streamed_job_writes_the_same_artifact_and_curve(
+    changes: dict[str, Any], phases: list[str], small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The memory has room for one block at a time only."""
     monkeypatch.setattr(memory_plan, "STREAMED_HIDDEN", 1000)
     monkeypatch.setattr(memory_plan, "KEPT_LOGITS_BYTES", 1 << 24)
-    model, recipe = load_base(small_base, "float32").model, replace(RECIPE, code="bits", code_tune_steps=0)
+    model, recipe = load_base(small_base, "float32").model, replace(RECIPE, code_tune_steps=0, **changes)
     least = max(phase.total for phase in memory_plan.predict_streamed(model, recipe, context=64).values()) * 1.06
-    whole = memory_plan.predict(model, recipe, context=64)
-    assert all(phase.total > least for phase in whole.phases)
-    expected, _ = calibrated_bits(small_base, tmp_path / "whole", math.inf, monkeypatch)
-    streamed, events = calibrated_bits(small_base, tmp_path / "streamed", least, monkeypatch)
-    assert any("a block at a time: code, measure" in event.get("text", "") for event in events)
+    assert memory_check.plan(model, recipe, math.inf, context=64).streamed == ()
+    assert set(memory_check.plan(model, recipe, least, context=64).streamed) >= set(phases)
+    expected, _ = calibrated(small_base, recipe, tmp_path / "whole", math.inf, monkeypatch)
+    streamed, events = calibrated(small_base, recipe, tmp_path / "streamed", least, monkeypatch)
+    assert any(f"a block at a time: {', '.join(phases)}" in event.get("text", "") for event in events)
+    assert not any(event.get("text", "").startswith("trial step") for event in events)
     assert streamed.manifest["files"] == expected.manifest["files"]
     for row, other in zip(streamed.curve, expected.curve, strict=True):
         assert (row["bytes"], row["asked"], row["got"]) == (other["bytes"], other["asked"], other["got"])
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
-    assert not list((tmp_path / "streamed" / "cache" / "statistics").glob("*/*"))
+    assert not [*(tmp_path / "streamed" / "cache" / "statistics").glob("*/*"), *(tmp_path / "streamed" / "cache" / "ranks").glob("*/*")]
 
 
 def test_a_model_that_cannot_be_run_by_block_is_run_whole(small_base: str, golden_tokens: torch.Tensor, tmp_path: Path) -> None:
@@ -122,6 +136,33 @@ def test_the_step_sizes_of_a_model_that_does_not_fit_are_not_trained() -> None:
     with pytest.raises(CalibrationError, match=r"Its peak is in tune: .* Changes that fit: .*code: bits, code_tune_steps: 0"):
         memory_check.check(model, recipe, 8e9, "cuda", context=2048)
     assert memory_check.check(model, replace(recipe, code_tune_steps=0), 8e9, "cuda", context=2048).streamed == ("code", "measure")
+
+
+def test_a_recipe_that_trains_needs_the_whole_model() -> None:
+    """The message names the settings with which the model is streamed."""
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).bfloat16()
+    phases: tuple[str, ...] = ("parametrize", "scores")
+    for recipe, change in (
+        (Recipe(), "post_tune_steps: 0"),
+        (Recipe(scores="order", total_steps=5), "scores: fisher, post_tune_steps: 0, total_steps: null"),
+        (Recipe(code="both"), "post_tune_steps: 0, code_tune_steps: 0"),
+    ):
+        with pytest.raises(CalibrationError, match=rf"Pruning and post-tuning need the whole model\. Changes that fit: .*{change} \("):
+            memory_check.check(model, recipe, 16e9, "cuda", context=2048)
+        changed = replace(recipe, scores="fisher", post_tune_steps=0, total_steps=None, code_tune_steps=0)
+        streamed = (*(["code"] if recipe.code == "both" else []), *phases, "measure")
+        assert memory_check.check(model, changed, 16e9, "cuda", context=2048).streamed == streamed
+
+
+def test_the_trials_of_a_sweep_are_not_streamed(small_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = memory_plan.Memory((memory_plan.Phase("parametrize", streamed=True),))
+    monkeypatch.setattr("acip_platform.training.worker.memory_check.check", lambda *args: memory)
+    base, device = load_base(small_base, "float32"), torch.device("cpu")
+    check_memory(job_of(small_base), base, device, lambda kind, **facts: None)
+    with pytest.raises(CalibrationError, match="trials of a sweep hold the whole model"):
+        check_memory(job_of(small_base), base, device, lambda kind, **facts: None, held=True)
 
 
 def test_a_calibration_job_stores_the_codes(small_base: str, tmp_path: Path, heldout_tokens: torch.Tensor) -> None:
