@@ -72,9 +72,11 @@ def calibrate_by_block(
     loras = {name: adapters(weight_MN(linear), recipe) for name, linear in linears.items()}
     with placed(chain.outside(), device):
         this.find_directions(windows[: recipe.sample_windows], spread)
-        layers = {name: ElasticLinear(linear, *this.directions(name), loras[name]) for name, linear in linears.items()}
-        for name, layer in layers.items():
-            set_module(model, name, layer)
+        layers: dict[str, ElasticLinear] = {}
+        for name, linear in linears.items():
+            left, right = this.directions(name)
+            layers[name] = ElasticLinear(linear, left, right, loras[name])
+            set_module(model, name, layers[name])
         scores = ScoreMap.start(this.scores(layers, list(scored_parts(recipe, batch)) if recipe.scores == "fisher" else []))
     this.sort(layers, scores)
     return Calibration(model, recipe, scores, cut_table(model, scores, recipe), stop_step=0, history=[])
@@ -103,7 +105,8 @@ class _Blocks:
         each = [{name: sum(shapes[name]) * min(shapes[name]) * dtype.itemsize for name in part} for part in self.parts]
         gradients = sum(min(shape) ** 2 for shape in shapes.values()) * accumulation_dtype(dtype).itemsize * (self.recipe.basis == "fisher")
         tokens = (self.recipe.sample_windows + self.recipe.batch_size) * windows.shape[1]
-        hidden = (len(self.parts) + 3) * tokens * max(N for _, N in shapes.values()) * dtype.itemsize
+        width = next(iter(shapes.values()))[1]  # the first layer of a block reads the hidden states
+        hidden = (len(self.parts) + 3) * tokens * width * dtype.itemsize
         return sum(sum(part.values()) for part in each) + max(sum(part.values()) for part in each) + gradients + hidden
 
     def pass_of(self, name: str, batches: Any, parts: list[dict[str, Any]]) -> BlockPass[Any]:
@@ -154,12 +157,13 @@ class _Blocks:
         """Return the kind of the file that has the directions of block `i`, or None if there is none."""
         return next((kind for kind in ("sorted", "directions") if self.files.has(kind, i)), None)
 
-    def directions(self, name: str) -> list[Tensor]:
+    def directions(self, name: str) -> tuple[Tensor, Tensor]:
         """Return left and right of a layer, mapped from their file."""
         i = self.numbers[name]
         kind = self.kind(i)
         assert kind is not None
-        return list(self.files.get(kind, i, [f"{name}.left", f"{name}.right"]).values())
+        found = self.files.get(kind, i, (left := f"{name}.left", right := f"{name}.right"))
+        return found[left], found[right]
 
     def scores(self, layers: Mapping[str, ElasticLinear], batches: list[Tensor]) -> dict[str, Tensor]:
         """Return the scores [K] of each layer, in the order of `layers`. They are computed if they are not in a file."""

@@ -47,7 +47,7 @@ def test_a_plan_is_complete_and_names_missing_inputs(small_base: str, tmp_path: 
     assert "GB per worker, peak in " in complete_plan["memory"]
     streamed = facts(recipe=Recipe(code="bits", code_tune_steps=0, sample_windows=1))
     assert "GB where less is free, a block at a time: code, measure" in streamed["memory"]
-    untrained = facts(recipe=Recipe(post_tune_steps=0, sample_windows=1))
+    untrained = facts(recipe=Recipe(post_tune_steps=0, sample_windows=1, batch_size=64))
     assert "GB where less is free, a block at a time: parametrize, scores, measure" in untrained["memory"]
     sampled = facts(data=Mixture((("self", 1.0), ("package:austen", 3.0))), recipe=Recipe(sample_windows=40, post_tune_steps=0))
     assert sampled["text"] == (

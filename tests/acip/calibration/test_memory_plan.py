@@ -232,7 +232,7 @@ def test_a_calibration_that_does_not_fit_is_streamed_as_a_whole() -> None:
     between = plan(model, recipe, 1.04 * max(by_name.values()), "cpu", context=64)
     assert between.by_block, "one phase does not fit with its headroom"
     for change in ({"post_tune_steps": 1}, {"scores": "order"}, {"quantize": "nf4"}, {"code": "both", "code_tune_steps": 1}):
-        assert plan(model, replace(recipe, **change), 0, "cpu", context=64).streamed == ("measure",)  # type: ignore[arg-type]
+        assert plan(model, replace(recipe, **change), 0, "cpu", context=64).streamed == ("measure",)
     assert plan(model, recipe, 0, "cpu", workers=2).streamed == ()
 
 
