@@ -126,7 +126,7 @@ class Recipe:
 
     @property
     def trains(self) -> bool:
-        """True if the calibration takes optimizer steps. If not, it needs no more than one block of the model in memory."""
+        """True if the calibration takes optimizer steps on masks or adapters, which need the whole model in memory."""
         return self.prunes or self.end(0) > 0
 
     def end(self, stop_step: int) -> int:

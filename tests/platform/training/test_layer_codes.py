@@ -60,15 +60,21 @@ def job_of(base: str, **fields: Any) -> Job:
 
 
 def calibrated(
-    base: str, recipe: Recipe, home: Path, available: float, monkeypatch: pytest.MonkeyPatch
+    base: str, recipe: Recipe, home: Path, available: float, monkeypatch: pytest.MonkeyPatch, stop_at: tuple[str, int] = ("", 0)
 ) -> tuple[Artifact, list[dict[str, Any]]]:
-    """Run a job with this many bytes of memory. Return its artifact and its events."""
+    """Run a job with this many bytes of memory. Return its artifact and its events. KilledError at the event `stop_at` (what, done)."""
     monkeypatch.setattr("acip_platform.training.worker.memory_check.available", lambda model, device: available)
     settings = Settings.from_env({"ACIP_HOME": str(home)})
     job = replace(job_of(base), recipe=recipe)
     run = Tracking(settings, "test").start(job.name, job.fingerprint, {})
     events: list[dict[str, Any]] = []
-    queue = SimpleNamespace(put=SimpleNamespace(remote=events.append))
+
+    def put(event: dict[str, Any]) -> None:
+        events.append(event)
+        if (event.get("what"), event.get("done")) == stop_at:
+            raise KilledError
+
+    queue = SimpleNamespace(put=SimpleNamespace(remote=put))
     config = {"job": job.to_dict(), "settings": settings, "run": run.run_id, "attempt": "first", "threads": 1, "events": queue}
     summary = calibrate_one(config | {"fingerprint": job.fingerprint})
     return Artifact.open(summary["uri"].removeprefix("file://"), verify=True), events
@@ -102,6 +108,20 @@ def test_a_streamed_job_writes_the_same_artifact_and_curve(
         assert (row["bytes"], row["asked"], row["got"]) == (other["bytes"], other["asked"], other["got"])
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
     assert not [*(tmp_path / "streamed" / "cache" / "statistics").glob("*/*"), *(tmp_path / "streamed" / "cache" / "ranks").glob("*/*")]
+
+
+def test_a_streamed_job_that_was_stopped_continues_with_its_files(small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "STREAMED_HIDDEN", 1000)
+    model, recipe = load_base(small_base, "float32").model, replace(RECIPE, code="ranks", basis="fisher", scores="fisher")
+    least = max(phase.total for phase in memory_plan.predict_streamed(model, recipe, context=64).values()) * 1.06
+    with pytest.raises(KilledError):
+        calibrated(small_base, recipe, tmp_path, least, monkeypatch, ("scores", 3))
+    (folder,) = (tmp_path / "cache" / "ranks").glob("*/*")
+    assert list(folder.glob("directions-*"))
+    artifact, events = calibrated(small_base, recipe, tmp_path, least, monkeypatch)
+    assert {event["what"] for event in events if event["kind"] == "code"} - {"curve"} == {"scores"}
+    assert [row["asked"] for row in artifact.curve] == [1.0, 0.5]
+    assert not folder.exists()
 
 
 def test_a_model_that_cannot_be_run_by_block_is_run_whole(small_base: str, golden_tokens: torch.Tensor, tmp_path: Path) -> None:
