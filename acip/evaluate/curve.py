@@ -23,7 +23,6 @@ from acip.evaluate.heldout_text import Protocol, Text, content, cut_by, join_ids
 from acip.evaluate.measurement import Part, Subject, part_of, size_facts
 from acip.evaluate.perplexity import PerplexityOn, lost_windows, mean_and_stderr, mean_loss
 from acip.layers.block_chain import BlockChain
-from acip.modeling_acip import onednn
 from acip.sizing.budget import COMPARABLE_FIELDS, Budget, as_perplexity, is_coded, measured_on
 from acip.sizing.cut_table import CutTable
 from acip.sizing.domains import DOMAINS, domain_name
@@ -148,8 +147,7 @@ def streamed_trade_off(
             for k, cut in enumerate(cuts):
                 any_size.load_missing(layers, cut)  # type: ignore[misc]
                 set_size(layers, cut)
-                with onednn(cut.versions is not None or not cut.removed):  # it would keep about 0.7 MB of code for each rank
-                    hidden[k] = [chain.block(i, *each) for each in zip(ids, hidden[k], strict=True)]
+                hidden[k] = [chain.block(i, *each) for each in zip(ids, hidden[k], strict=True)]
                 for layer in layers.values():
                     layer.forget_versions()
             for layer in layers.values():
