@@ -64,7 +64,7 @@ class Loads:
         await self.allowed.wait()
         if new.version in self.broken:
             raise AcipError("its file is missing")
-        self.done.append((new.name, new.version, instead_of and instead_of.version))
+        self.done.append((new.name, new.version, None if instead_of is None else instead_of.version))
 
 
 @pytest.fixture
@@ -83,7 +83,8 @@ class Served(ServedVersions):
 
     def __init__(self, coordinator: Any = None) -> None:
         self.loads, self.told = Loads(), list[dict[str, bool]]()
-        super().__init__([version("small", "1")], coordinator or LocalHandle(Coordinator()), self.loads, self.told.append)
+        handle: Any = coordinator or LocalHandle(Coordinator())
+        super().__init__([version("small", "1")], handle, self.loads, self.told.append)
         self.config = CHAMPIONS
 
     @property
