@@ -29,10 +29,11 @@ from collections.abc import Sequence
 
 from acip_platform import cli
 from acip_platform.cluster import ClusterError, connect
-from acip_platform.serve.api import BUILD_ARGS, application, check_limits, choose
+from acip_platform.serve.api import BUILD_ARGS, application, check_limits
 from acip_platform.serve.http.edge import PROXY_ENV
 from acip_platform.serve.http.keys import Keys
 from acip_platform.serve.replica import ENGINES, model_kind
+from acip_platform.serve.served_versions import registered
 from acip_platform.settings import Settings, masked
 from acip_platform.storage.store import Store, StoreError
 from acip_platform.tracking.registry import CHAMPION, ModelVersion
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal stops it."""
     try:
         settings = Settings.from_env()
-        versions = choose(settings, args.model, args.alias)
+        versions = registered(settings, args.model, args.alias)
         _check_artifacts(settings, versions)
         _check_port(args.host, args.port)
         os.environ.update(PROXY_ENV)  # for the proxy of Ray Serve, which is another process

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import psutil
 
@@ -24,10 +24,11 @@ UNLIKELY_TOKEN = "<empty_output>"  # as the base model's end token, it makes eve
 PROMPT_TOKENS = (20, 60)  # of the shortest and the longest prompt
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, artifact: Path | None = None) -> None:
     """Write `folder`/base, a transformers model, and `folder`/home, where an any-size artifact of it is registered.
 
-    Existing folders are kept. The artifact is made with almost no calibration, because speed depends on the ranks, not on the quality.
+    Existing folders are kept. Without `artifact`, which must be one of the same base model, an artifact is made with almost no calibration,
+    because speed depends on the ranks, not on the quality.
     """
     if (folder / "ready").exists():
         return
@@ -35,12 +36,7 @@ def prepare(folder: Path) -> None:
     from acip_platform.tracking.registry import Registry
     from acip_platform.tracking.runs import Tracking
 
-    from acip.artifact.artifact import Artifact
     from acip.base import load_base
-    from acip.calibration.loop import calibrate
-    from acip.calibration.parametrize import parametrize
-    from acip.data import TokenBatches, documents, token_windows
-    from acip.recipe import Recipe
 
     base = load_base(SOURCE)
     (folder / "prompts").write_text("\0".join(_prompts(base.tokenizer)))
@@ -48,16 +44,28 @@ def prepare(folder: Path) -> None:
     base.model.save_pretrained(folder / "base")
     base.tokenizer.save_pretrained(folder / "base")
 
-    recipe = Recipe(sample_windows=8, batch_size=2, seq_len=128, adapter_rank=0, post_tune_steps=0)
-    windows = token_windows(documents("package:wikipedia", "train"), base.tokenizer, recipe.seq_len, 64)
-    parametrize(base.model, recipe, windows)
-    artifact = Artifact.save(folder / "artifact", base, calibrate(base.model, TokenBatches(windows, recipe.batch_size), recipe), {})
+    if artifact is None:
+        artifact = folder / "artifact"
+        _write_artifact(base, artifact)
     settings = Settings.from_env({"ACIP_HOME": str(folder / "home")})
     run = Tracking(settings, "benchmark").start(NAME, "serve", {})
     registry = Registry(settings)
-    registry.set_alias(registry.register(NAME, str(artifact.folder), run.run_id, {}))
+    registry.set_alias(registry.register(NAME, str(artifact), run.run_id, {}))
     run.finish("FINISHED")
     (folder / "ready").touch()
+
+
+def _write_artifact(base: Any, folder: Path) -> None:
+    from acip.artifact.artifact import Artifact
+    from acip.calibration.loop import calibrate
+    from acip.calibration.parametrize import parametrize
+    from acip.data import TokenBatches, documents, token_windows
+    from acip.recipe import Recipe
+
+    recipe = Recipe(sample_windows=8, batch_size=2, seq_len=128, adapter_rank=0, post_tune_steps=0)
+    windows = token_windows(documents("package:wikipedia", "train"), base.tokenizer, recipe.seq_len, 64)
+    parametrize(base.model, recipe, windows)
+    Artifact.save(folder, base, calibrate(base.model, TokenBatches(windows, recipe.batch_size), recipe), {})
 
 
 def _prompts(tokenizer: object) -> list[str]:

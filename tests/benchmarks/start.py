@@ -4,7 +4,7 @@
     python tests/benchmarks/start.py                                        make an artifact with ranks and codes; the best of three starts
 
 A replica is a process with an `EngineReplica`, without Ray. It loads one version and generates a token of the prompt "a", as at the start
-of a deployment. The starts are
+of a deployment. It records no samples for the page, which a server does while it is idle. The starts are
 
     private    no resident files: the artifact is decoded, and the engine compared with transformers. This is the baseline
     first      the same, and the files are written
@@ -28,6 +28,8 @@ from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from acip.utils.malloc import HUGE_PAGES
 
@@ -54,6 +56,7 @@ def replica(artifact: str, size: str, private: bool) -> None:
     mark("imports")
     imported_mb = pss_mb("self")
     engine = EngineReplica([], 600.0, "cpu", 1, None, default_size=size)
+    engine.models.on_load = lambda _: None  # no recording of samples
     if private:
         engine.models.files = None
     version = ModelVersion("model", "1", artifact, (), {})
@@ -89,11 +92,14 @@ class Started:
     def __init__(self, artifact: Path, home: Path, size: str, private: bool) -> None:
         command = [sys.executable, __file__, "--artifact", str(artifact), "--size", size, "--replica", *(["--private"] if private else [])]
         env = os.environ | HUGE_PAGES | {"ACIP_HOME": str(home), "STARTED": str(time.time())}
-        self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        self.facts: dict[str, Any] = json.loads(self.process.stdout.readline() or "{}")
-        if not self.facts:
-            raise SystemExit(self.process.communicate()[1][-2000:])
+        with tempfile.TemporaryFile("w+") as log:  # a pipe that nobody reads could fill up
+            self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+            assert self.process.stdout is not None
+            self.facts: dict[str, Any] = json.loads(self.process.stdout.readline() or "{}")
+            if not self.facts:
+                self.process.wait()
+                log.seek(0)
+                raise SystemExit(log.read()[-2000:])
 
     def __enter__(self) -> Self:
         return self
@@ -162,9 +168,9 @@ def main() -> int:
         replica(str(args.artifact), args.size, args.private)
     with tempfile.TemporaryDirectory(prefix="acip-start-") as folder:
         if args.artifact is None:
-            from tests.benchmarks.vllm_engines import write_artifact
+            from tests.benchmarks.vllm_engines import in_process, write_artifact
 
-            write_artifact(Path(folder), small=False)
+            in_process(write_artifact, Path(folder), False)
             args.artifact = Path(folder) / "artifact"
         private_s, warm_s, copies = measure(args.artifact.resolve(), args.size, 1 if args.quick else 3)
     met = warm_s <= GOAL_S and copies <= COPY

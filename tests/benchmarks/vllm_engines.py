@@ -8,6 +8,8 @@ of tokens per answer. A client sends its next request when an answer is complete
 are out of step. Engines take turns, window by window; the best window counts, so that other programs disturb all engines alike.
 
 Ratios and goals are of tokens per second of CPU time. With one thread, this is tokens/s of an idle machine.
+
+`--prefill` measures how fast `PREFILLED` prompts that arrive together get their first tokens. The best of `PREFILLS` times counts.
 """
 
 import os
@@ -29,6 +31,8 @@ MIXED = ("1.0", "0.4")  # sizes of a batch of mixed sizes
 MAX_TOKENS = 48
 PROMPTS, SHORTEST, LONGEST = 199, 20, 60  # number of prompts, and their tokens
 KV_BYTES = 256 << 20
+PREFILLED, PREFILLS = 32, 6  # prompts that arrive together, and repetitions
+PREFILL_GOAL = 1.0  # time of the embedded engine / time of vLLM, both dense
 WARM_STEPS = 40  # before a window, at least: sizes that stay in use for some steps get copies (acip_vllm.size_copies)
 EXPORT_GOAL, ANY_SIZE_GOAL, MIXED_GOAL = 1.25, 0.9, 0.85  # export at 0.4 in pivots / dense; any size / export of that size; mixed / mean
 
@@ -314,6 +318,23 @@ def measure(window: Window, sizes: Sequence[str], warm_s: float, window_s: float
     return window
 
 
+def prefill(size: str) -> tuple[float, float]:
+    """Return the best numbers of prompt tokens per second and per CPU second, until `PREFILLED` new prompts have their first tokens."""
+    per_s = per_cpu_s = 0.0
+    for repeat in range(PREFILLS):
+        prompts = [Here.prompts[(repeat * PREFILLED + i) % PROMPTS] for i in range(PREFILLED)]
+        begin, cpu_begin, first = time.perf_counter(), time.process_time(), 0
+        for prompt in prompts:
+            Here.engine.add(prompt, size, 1)
+        while first < PREFILLED:
+            first += len(Here.engine.step())
+        tokens = sum(map(len, prompts))
+        per_s = max(per_s, tokens / (time.perf_counter() - begin))
+        per_cpu_s = max(per_cpu_s, tokens / (time.process_time() - cpu_begin))
+    Here.engine.clear()
+    return per_s, per_cpu_s
+
+
 # ---- the run
 
 
@@ -361,6 +382,7 @@ class Run:
             pool.shutdown()
 
     def measure(self) -> None:
+        print(HEAD, flush=True)
         for clients in self.plan.clients:
             for _ in range(self.plan.rounds):
                 for (engine, only), pool in self.pools.items():
@@ -374,6 +396,19 @@ class Run:
             for (_, _, count), window in self.best.items():
                 if count == clients:
                     print(window.row(), flush=True)
+
+    def prefill(self) -> bool:
+        """Measure the first tokens of `PREFILLED` prompts, and print the table and the ratios. Return whether the goal is met."""
+        print(f"| {PREFILLED} prompts | size | prompt tokens/s | per CPU second |\n|---|---|---|---|", flush=True)
+        speeds: dict[tuple[str, str], float] = {}  # per CPU second
+        for (engine, only), pool in self.pools.items():
+            for size in (only,) if only else SIZES:
+                per_s, speeds[engine, size] = pool.submit(prefill, size).result()
+                print(f"| {engine} | {size} | {per_s:.0f} | {speeds[engine, size]:.0f} |", flush=True)
+        print(f"\nCPU time of {EMBEDDED} / vLLM at the same size (goal at 1.0: {PREFILL_GOAL}):")
+        ratios = {size: speeds[DENSE if size == "1.0" else EXPORT, size] / speeds[EMBEDDED, size] for size in SIZES}
+        print("; ".join(f"{size}: {ratio:.2f}" for size, ratio in ratios.items()))
+        return ratios["1.0"] <= PREFILL_GOAL
 
     def speed(self, engine: str, size: str, clients: int) -> float:
         return self.best[engine, size, clients].tokens_per_cpu_s
@@ -406,13 +441,15 @@ class Run:
 
 
 def run(quick: bool, wide: bool, clients: Sequence[int] | None, seconds: float | None, artifact: Path | None, folder: Path, threads: int,
-        compiled: bool) -> bool:  # fmt: skip
+        compiled: bool, prefill_only: bool) -> bool:  # fmt: skip
     """Measure all engines, print the table and the ratios, and return whether all goals are met. The last line printed is the figure."""
     os.environ |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "VLLM_CACHE_ROOT": str(folder / "vllm")}
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from acip_vllm.resident_model import SETTINGS
 
-    os.environ.update(SETTINGS)
+    from acip.utils.malloc import HUGE_PAGES
+
+    os.environ.update(SETTINGS | HUGE_PAGES)  # the engines' processes start with them
     plan = QUICK if quick else WIDE if wide else FULL
     plan = replace(plan, clients=tuple(clients or plan.clients), window_s=seconds or plan.window_s)
     if wide:
@@ -427,8 +464,10 @@ def run(quick: bool, wide: bool, clients: Sequence[int] | None, seconds: float |
     mode = "compiled for dense and exports, eager for any size" if compiled else "eager"
     what = artifact.name if artifact else "wide layers"
     print(f"{what}, {MAX_TOKENS} tokens per answer; {threads} thread(s) per engine; vLLM {mode}; best of {plan.rounds} "
-          f"windows of {plan.window_s:g} s\n\n{HEAD}", flush=True)  # fmt: skip
+          f"windows of {plan.window_s:g} s\n", flush=True)  # fmt: skip
     with Run(plan, artifact, folder / "exports", threads, compiled) as measured:
+        if prefill_only:
+            return measured.prefill()
         measured.measure()
         ratios = measured.ratios()
     print("\nratios of tokens per CPU second (clients):")

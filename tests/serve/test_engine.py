@@ -312,6 +312,21 @@ def test_long_prompt_is_prefilled_in_chunks_between_decoding_steps(ask: Ask, eng
     assert len(chunks) == 4, "490 tokens must be read in chunks of 128"
 
 
+@embedded_only
+def test_prompts_are_prefilled_in_several_chunks_at_once_while_nothing_decodes(ask: Ask, served: ResidentModel) -> None:
+    counts: list[int] = []  # tokens of each forward pass, with padding
+
+    def count(_module: torch.nn.Module, _args: Any, fields: dict[str, Any]) -> None:
+        counts.append(fields["input_ids"].shape[1])
+
+    hook = batch_of(served).model.register_forward_pre_hook(count, with_kwargs=True)
+    ask(prompt="b" * 490, max_tokens=1)
+    ask(prompt="b" * 490, max_tokens=1, echo=True, logprobs=1)
+    hook.remove()
+    assert counts[:3] == [256, 128, padded(490 - 3 * 128)], "two full chunks, one, and the rest"
+    assert counts[3:] == [128, 128, 128, padded(490 - 3 * 128)], "scores of a prompt need memory for each of its tokens"
+
+
 @pytest.mark.parametrize("size", [1.0, 0.5])
 def test_prefill_chunk_size_does_not_change_the_text(ask: Ask, monkeypatch: pytest.MonkeyPatch, size: float) -> None:
     prompt = (PROMPT * 20)[:450]

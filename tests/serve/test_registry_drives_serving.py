@@ -22,7 +22,7 @@ def application(small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("ACIP_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(replica, "RETRY_S", (0.0, 0.0))
     application = Application(tmp_path / "home", small_artifact)
-    application.api.config = {"models": None, "alias": "champion"}
+    application.api.versions.config = {"models": None, "alias": "champion"}
     until(lambda: application.replica.warm, "the first version is not loaded")
     yield application
     application.close()
@@ -45,11 +45,11 @@ def served(application: Application) -> str:
 def test_server_follows_the_champion(application: Application, small_artifact: Artifact, tmp_path: Path) -> None:
     assert served(application) == "1"
     new = promote(application, Path(shutil.copytree(small_artifact.folder, tmp_path / "new")))
-    application.runner.run(application.api.refresh())
+    application.runner.run(application.api.versions.refresh())
     assert {model.version.version for model in application.replica.models.resident} == {"1", new.version}, "both are in memory"
     assert served(application) == new.version
     application.registry.set_alias(application.version)
-    application.runner.run(application.api.refresh())
+    application.runner.run(application.api.versions.refresh())
     assert served(application) == "1", "a rollback is served, too"
 
 
@@ -59,15 +59,15 @@ def test_version_that_cannot_be_loaded_leaves_the_old_one(
     """The server logs the failure once and shows it with the model. It tries again, and serves the version when it can be loaded."""
     new = promote(application, tmp_path / "new")
     with caplog.at_level(logging.ERROR, "ray.serve"):
-        application.runner.run(application.api.refresh())
-        application.runner.run(application.api.refresh())
+        application.runner.run(application.api.versions.refresh())
+        application.runner.run(application.api.versions.refresh())
     (line,) = [record.getMessage() for record in caplog.records if "stays" in record.getMessage()]
     assert line.startswith(f"small, version {new.version} can't be loaded: there is no folder")
     assert served(application) == "1"
     (card,) = application.runner.run(application.api.cards())
     assert card["version"] == "1" and card["load_error"].startswith(f"version {new.version} can't be loaded: there is no folder")
     shutil.copytree(small_artifact.folder, tmp_path / "new")
-    application.runner.run(application.api.refresh())
+    application.runner.run(application.api.versions.refresh())
     assert served(application) == new.version
     (card,) = application.runner.run(application.api.cards())
     assert "load_error" not in card
@@ -84,7 +84,7 @@ def test_failed_version_is_not_tried_again_at_once(application: Application, tmp
     monkeypatch.setattr(Store, "fetch", counted)
     promote(application, tmp_path / "new")
     for _ in range(3):
-        application.runner.run(application.api.refresh())
+        application.runner.run(application.api.versions.refresh())
     assert fetched == [str(tmp_path / "new")]
 
 
@@ -110,7 +110,7 @@ def test_served_version_stays_in_memory_while_another_is_loaded(application: App
     new = promote(application, Path(shutil.copytree(small_artifact.folder, tmp_path / "new")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("acip_platform.serve.engine.model_cache.WAIT_S", 0.0)
-        application.runner.run(application.api.refresh())
+        application.runner.run(application.api.versions.refresh())
         assert cache.resident == [model]
         assert served(application) == "1"
     application.runner.run(application.replica.load(application.registry.resolve("small", new.version)))

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import yaml
-from acip_platform.serve.api import BUILD_ARGS, build, choose
+from acip_platform.serve.api import BUILD_ARGS, build
+from acip_platform.serve.served_versions import registered
 from acip_platform.settings import Settings
 from acip_platform.tracking.registry import Registry
 from acip_platform.tracking.runs import Tracking
@@ -38,7 +39,7 @@ def test_engines_scale_between_the_bounds(small_artifact: Artifact, tmp_path: Pa
     settings = Settings.from_env()
     run = Tracking(settings, "test").start("small", "f", {})
     Registry(settings).set_alias(Registry(settings).register("small", str(small_artifact.folder), run.run_id, {}))
-    assert [version.name for version in choose(settings, None, "champion")] == ["small"]
+    assert [version.name for version in registered(settings, None, "champion")] == ["small"]
     scaling = engine(build({"replicas": 4, "min_replicas": 0})).autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (0, 4)
     assert engine(build({"replicas": 3})).num_replicas == 3

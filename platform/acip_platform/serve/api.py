@@ -4,7 +4,8 @@
                                                                    -> Coordinator (choices of versions, exports)
 
 Any number of Api and EngineReplica may run. An Api holds nothing that another one lacks: what is served follows from the registry, from
-`user_config`, and from the choices in the Coordinator; Ray sums the metrics; exports are found in the Coordinator and in the store.
+`user_config`, and from the choices in the Coordinator (`served_versions`); Ray sums the metrics; exports are found in the Coordinator and
+in the store.
 
 `build` returns the application for `serve.run` and for a serve.yaml:
 
@@ -13,8 +14,6 @@ Any number of Api and EngineReplica may run. An Api holds nothing that another o
 """
 
 import asyncio
-import contextlib
-import logging
 import math
 import re
 from collections.abc import Sequence
@@ -30,8 +29,7 @@ from acip.sizing.budget import Budget
 from acip.utils.coerce import did_you_mean
 from acip.utils.malloc import HUGE_PAGES
 from acip_platform.serve.autoscaling import SequencesPolicy
-from acip_platform.serve.coordinator import Choices, Coordinator
-from acip_platform.serve.engine.model_cache import key_of
+from acip_platform.serve.coordinator import LOST, Coordinator
 from acip_platform.serve.engine.request import DEFAULT_MAX_TOKENS
 from acip_platform.serve.http.errors import RequestError
 from acip_platform.serve.http.keys import Keys
@@ -47,9 +45,10 @@ from acip_platform.serve.http.requests import (
 from acip_platform.serve.http.routes import EventStream, routes
 from acip_platform.serve.materializations import Materializations
 from acip_platform.serve.replica import EngineReplica, model_kind
-from acip_platform.serve.replica_errors import LOST, converted, queue_full
-from acip_platform.settings import Settings, masked, sqlite_path
-from acip_platform.tracking.registry import CHAMPION, ModelVersion, Registry, RegistryAwayError, RegistryError, few_retries, reached
+from acip_platform.serve.replica_errors import converted, queue_full
+from acip_platform.serve.served_versions import ServedVersions, registered
+from acip_platform.settings import Settings
+from acip_platform.tracking.registry import CHAMPION, ModelVersion, RegistryAwayError, RegistryError
 
 BUILD_ARGS: dict[str, Any] = {
     "models": None,  # names in the registry; None = every model with the alias. `user_config` of Api changes it without a restart
@@ -78,270 +77,9 @@ ENGINE_ENV = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",  # plans of matrix products; `acip.layers.mixed_sizes` limits the number of shapes
 }
 READY_TIMEOUT_S = 5.0
-REGISTRY_TIMEOUT_S = 30.0  # to resolve a version
-REGISTRY_POLL_S = 15.0  # between two looks at the aliases in the registry
-RETRY_S = 1.0
+RETRY_S = 1.0  # before the second attempt of a request whose engine was lost
 OVERLOAD = 4  # times max_requests: the limit for requests with min_size, which become cheaper while others wait
 STREAM_END_S = 5.0  # the HTTP deployment runs longer than the engines, to end interrupted streams
-
-log = logging.getLogger("ray.serve")
-
-
-class Api:
-    """One replica of the HTTP deployment. It limits the requests that it passes to the engines.
-
-    `versions` are those that `build` found; they are served until the registry answers.
-    """
-
-    def __init__(
-        self, engine: "DeploymentHandle[Any]", coordinator: "DeploymentHandle[Coordinator]", versions: list[ModelVersion], capacity: int,
-        keys: Keys, max_answers: int = BUILD_ARGS["max_answers"], cors_origins: Sequence[str] = (), default_size: str = DEFAULT_SIZE,
-    ) -> None:  # fmt: skip
-        self.engine, self.coordinator, self.capacity, self.keys = engine, coordinator, capacity, keys
-        self.max_answers, self.cors_origins, self.default_size = max_answers, cors_origins, default_size
-        self.materializations = Materializations(Settings.from_env(), coordinator)
-        self.versions = {version.name: version for version in versions}
-        self.config: dict[str, Any] = {}
-        self.chosen: Choices = {}
-        self.failed: dict[str, str] = {}  # model -> why the selected version is not served
-        self.metrics = Metrics()
-        self.running = 0
-        self._cards: dict[tuple[str, str], dict[str, Any]] = {}
-        self._refreshing = asyncio.Lock()
-        self._background: list[asyncio.Task[None]] = []
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return routes(self, self.cors_origins)
-
-    # ---- the interface of the routes, an `Endpoint`
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.versions)
-
-    async def cards(self) -> list[dict[str, Any]]:
-        """Return the cards of models in memory, and short cards of the others. It loads no model, so a broken one does not hide others."""
-        if any((name, version.version) not in self._cards for name, version in self.versions.items()):
-            self._cards |= {(card["id"], card["version"]): card for card in await self._call("cards")}
-        known = {name: self._cards.get((name, version.version)) or brief(version) for name, version in self.versions.items()}
-        return [card | self._error(name) for name, card in known.items()]
-
-    def _error(self, name: str) -> dict[str, str]:
-        """Return the field of a card that explains why the selected version of a model is not served; {} if it is."""
-        return {"load_error": self.failed[name]} if name in self.failed else {}
-
-    async def card(self, name: str) -> dict[str, Any]:
-        """Return the card of a model. It is loaded if it is not in memory."""
-        version = self.versions[name]
-        key = (name, version.version)
-        if key not in self._cards:
-            self._cards[key] = await self._call("card", version)
-        return self._cards[key] | self._error(name)
-
-    async def size(self, name: str, request: ModelSizeRequest) -> dict[str, Any]:
-        return await self._call("size", self.versions[name], request)
-
-    async def trade_off(self, name: str) -> dict[str, Any]:
-        return await self._call("trade_off", self.versions[name])
-
-    async def load(self, name: str, which: str) -> dict[str, Any]:
-        """Serve this version under this name from now on, at all HTTP replicas. Running requests keep their version."""
-        try:
-            async with asyncio.timeout(REGISTRY_TIMEOUT_S):
-                version = await asyncio.to_thread(_resolved, name, which)
-        except RegistryError as error:
-            raise RequestError(str(error), "model", "model_not_found", 404) from error
-        except (RegistryAwayError, TimeoutError) as error:
-            reason = str(error) or f"the registry does not answer within {REGISTRY_TIMEOUT_S:g} s."
-            message = f"{reason} Version {self.versions[name].version} of {name} is served as before."
-            raise RequestError(message, None, "registry_unavailable", 503) from error
-        card = await self._load(version)
-        with converted("coordinator"):
-            await self.coordinator.choose.remote(name, which, self.config)
-        self.chosen = {**self.chosen, name: (which, self.config)}
-        async with self._refreshing:  # a refresh that began earlier does not undo it
-            self.versions[name] = version
-        return card
-
-    async def _load(self, version: ModelVersion, instead_of: ModelVersion | None = None) -> dict[str, Any]:
-        """Load a version into all engines, where it generates a token, and return its card. RequestError if one of them can't load it.
-
-        `instead_of` stays in memory meanwhile.
-        """
-        card: dict[str, Any] = await self._call("load", version, instead_of)  # this also starts an engine if there is none
-        with converted():
-            for result in await self.engine.broadcast("load", version, instead_of).results_async():
-                _body(result)
-        self._cards[version.name, version.version] = card
-        return card
-
-    # ---- the served versions
-
-    async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Serve the `models` with the `alias` of a new `user_config`. Ray Serve also calls this method at the start."""
-        unknown = config.keys() - {"models", "alias"}
-        if unknown:
-            raise ValueError(f"user_config has {', '.join(sorted(unknown))}; allowed are models and alias.")
-        self.config = config
-        if not self._background:
-            self._background = [asyncio.create_task(self._follow()), asyncio.create_task(self._poll())]
-        else:
-            await self.refresh()
-
-    async def _follow(self) -> None:
-        """Follow the choices that requests made at any HTTP replica."""
-        while True:
-            try:
-                choices: Any = self.coordinator.options(stream=True).choices.remote(self.chosen)
-                async for self.chosen in choices:
-                    await self.refresh()
-            except LOST:
-                pass  # Ray Serve replaces the coordinator
-            except Exception:
-                log.exception("the choices of versions can't be followed")
-            await asyncio.sleep(RETRY_S)
-
-    async def _poll(self) -> None:
-        """Follow the aliases in the registry."""
-        while True:
-            await asyncio.sleep(REGISTRY_POLL_S)
-            try:
-                await self.refresh()
-            except Exception:
-                log.exception("the registry can't be followed")
-
-    async def refresh(self) -> None:
-        """Serve what the registry, `user_config` and the choices of requests select now.
-
-        A new version is served when all engines have loaded it and generated a token. The present one is served meanwhile, and stays if
-        that fails (it is tried again, less and less often), or if the registry does not answer.
-        """
-        async with self._refreshing:
-            try:
-                selected = await asyncio.to_thread(_selected, self.config, self.chosen)
-            except (RegistryError, RegistryAwayError) as error:
-                log.warning("the served versions stay as they are: %s", error)
-                return
-            versions, failed = {}, {}
-            for version in selected:
-                name, served = version.name, self.versions.get(version.name)
-                if served is None or key_of(served) != key_of(version):
-                    try:
-                        await self._load(version, served)
-                        log.warning("%s: version %s is served from now on", name, version.version)  # the server's log shows no info
-                        served = version
-                    except RequestError as error:
-                        failed[name] = f"version {version.version} can't be loaded: {error}"
-                        if self.failed.get(name) != failed[name]:
-                            log.error("%s, %s; the served version stays", name, failed[name])
-                if served is not None:
-                    versions[name] = served
-            self.versions, self.failed = versions, failed
-            self.metrics.show_failed({name: name in failed for name in [*versions, *failed]})
-
-    async def materialize(self, request: MaterializationRequest) -> dict[str, Any]:
-        name, _ = split_name(request.model, self.names)
-        convention = await self.materializations.convention(self.versions[name])
-        _, budget = request.name_and_budget(self.names, convention, self.default_size)
-        return await self.materializations.start(self.versions[name], budget, request.quantize)
-
-    async def ready(self) -> list[str]:
-        """Return the names of the models once one of them has generated a token. Otherwise raise a RequestError with the reason."""
-        try:
-            async with asyncio.timeout(READY_TIMEOUT_S):
-                state = await self.engine.ready.remote()  # this also starts an engine if there is none
-                states = [state] if state["warm"] else await self.engine.broadcast("ready").results_async()
-        except (TimeoutError, BackPressureError, *LOST) as error:
-            raise RequestError("the engine does not answer; it may be starting.", code="not_ready", status=503) from error
-        if any(state["warm"] for state in states):
-            return self.names
-        if len(state["failed"]) == len(self.names):
-            reasons = " ".join(f"{name} can't be loaded: {reason}" for name, reason in state["failed"].items())
-            raise RequestError(reasons, code="load_failed", status=503)
-        raise RequestError("the model is being loaded.", code="not_ready", status=503)
-
-    async def answer(self, request: CompletionRequest | ChatRequest) -> EventStream:
-        """Return the events of one request, in batches. The first event is the head or an error."""
-        name, _ = request.name_and_budget(self.names)  # the size is known where the model is
-        prompts, n = len(request.prompts) if isinstance(request, CompletionRequest) else 1, request.n or 1
-        if prompts * n > self.max_answers:
-            message = f"{prompts} prompts times n = {n} is more than {self.max_answers} answers; request fewer at once."
-            raise RequestError(message, "n" if n > 1 else "prompt")
-        if self.running >= self.capacity * (OVERLOAD if request.min_size else 1):
-            raise queue_full()
-        return self._events(self.versions[name], request)
-
-    async def _events(self, version: ModelVersion, request: CompletionRequest | ChatRequest) -> EventStream:
-        self.running += 1
-        measured = self.metrics.begin(version.name)
-        try:
-            async for events in self._with_retry(version, request):
-                for event in events:
-                    measured.on_event(event.kind, event.data)
-                yield events
-        except RequestError as error:
-            measured.status = str(error.status)
-            raise
-        finally:
-            self.running -= 1
-            measured.end()
-
-    async def _with_retry(self, version: ModelVersion, request: CompletionRequest | ChatRequest) -> EventStream:
-        """Yield the events of a request. If the engine is lost before anything was sent to the client, try once more."""
-        sent = False
-        for is_last in (False, True):
-            stream: Any = self.engine.options(stream=True).stream.remote(version, request)
-            try:
-                with converted():
-                    async for events in stream:
-                        sent |= bool(request.stream)
-                        yield events
-                return
-            except RequestError as error:
-                if error.code != "engine_restarting" or sent or is_last:
-                    raise
-                await asyncio.sleep(RETRY_S)
-            finally:
-                stream.cancel()
-
-    async def _call(self, method: str, *args: Any) -> Any:
-        with converted():
-            result = await getattr(self.engine, method).remote(*args)
-        return _body(result)
-
-
-def _body(result: dict[str, Any]) -> Any:
-    """Return the result of a method of the engine. Raise its error as a RequestError."""
-    if "status" in result:
-        error = result["body"]["error"]
-        raise RequestError(error["message"], error["param"], error["code"], result["status"])
-    return result["body"]
-
-
-def _resolved(name: str, which: str) -> ModelVersion:
-    """Return the version of a number or an alias. Raise a RegistryError or RegistryAwayError."""
-    settings = Settings.from_env()
-    with reached(settings), few_retries():
-        return Registry(settings).resolve(name, which)
-
-
-def _selected(config: dict[str, Any], chosen: Choices) -> list[ModelVersion]:
-    """Return the versions that `user_config` and the choices of requests select. Raise a RegistryError or RegistryAwayError.
-
-    A new `user_config` ends the choices that were made before.
-    """
-    settings = Settings.from_env()
-    with few_retries():
-        versions = choose(settings, config.get("models"), config.get("alias", CHAMPION))
-    valid = {name: which for name, (which, at_that_time) in chosen.items() if at_that_time == config}
-    return [_resolved(version.name, valid[version.name]) if version.name in valid else version for version in versions]
-
-
-def brief(version: ModelVersion) -> dict[str, Any]:
-    """Return the short card of a model that is not in memory."""
-    return {
-        "id": version.name, "object": "model", "created": 0, "owned_by": "acip", "version": version.version, "artifact": version.uri,
-    }  # fmt: skip
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -354,7 +92,7 @@ def build(args: dict[str, Any]) -> serve.Application:
             raise ValueError(f"unknown argument {key!r}{did_you_mean(key, BUILD_ARGS)}. Allowed: {', '.join(BUILD_ARGS)}.")
     chosen = BUILD_ARGS | args
     config = {"models": chosen.pop("models"), "alias": chosen.pop("alias")}
-    return application(choose(Settings.from_env(), config["models"], config["alias"]), config, keys=Keys.from_env(), **chosen)
+    return application(registered(Settings.from_env(), config["models"], config["alias"]), config, keys=Keys.from_env(), **chosen)
 
 
 def application(
@@ -454,41 +192,172 @@ def check_limits(
             raise AcipError(f'cors_origins has {origin!r}; it must be a list of origins like ["https://host:8443"], or ["*"] for all.')
 
 
-def choose(settings: Settings, names: list[str] | None, alias: str) -> list[ModelVersion]:
-    """Return the versions to serve: those of `names`, or of every registered model with the alias.
+class Api:
+    """One replica of the HTTP deployment. It limits the requests that it passes to the engines.
 
-    Raise a RegistryAwayError if the registry is not available, and a RegistryError if there is no such version.
+    `versions` are those that `build` found; they are served until the registry answers.
     """
-    with reached(settings):
-        return _chosen(settings, names, alias)
+
+    def __init__(
+        self, engine: "DeploymentHandle[Any]", coordinator: "DeploymentHandle[Coordinator]", versions: list[ModelVersion], capacity: int,
+        keys: Keys, max_answers: int = BUILD_ARGS["max_answers"], cors_origins: Sequence[str] = (), default_size: str = DEFAULT_SIZE,
+    ) -> None:  # fmt: skip
+        self.engine, self.capacity, self.keys = engine, capacity, keys
+        self.max_answers, self.cors_origins, self.default_size = max_answers, cors_origins, default_size
+        self.materializations = Materializations(Settings.from_env(), coordinator)
+        self.metrics = Metrics()
+        self.versions = ServedVersions(versions, coordinator, self._load, self.metrics.show_failed)
+        self.running = 0
+        self._cards: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return routes(self, self.cors_origins)
+
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Serve the `models` with the `alias` of a new `user_config`. Ray Serve also calls this method at the start."""
+        unknown = config.keys() - {"models", "alias"}
+        if unknown:
+            raise ValueError(f"user_config has {', '.join(sorted(unknown))}; allowed are models and alias.")
+        await self.versions.configure(config)
+
+    # ---- the interface of the routes, an `Endpoint`
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.versions)
+
+    async def cards(self) -> list[dict[str, Any]]:
+        """Return the cards of models in memory, and short cards of the others. It loads no model, so a broken one does not hide others."""
+        if any((name, version.version) not in self._cards for name, version in self.versions.items()):
+            self._cards |= {(card["id"], card["version"]): card for card in await self._call("cards")}
+        known = {name: self._cards.get((name, version.version)) or brief(version) for name, version in self.versions.items()}
+        return [card | self._error(name) for name, card in known.items()]
+
+    def _error(self, name: str) -> dict[str, str]:
+        """Return the field of a card that explains why the selected version of a model is not served; {} if it is."""
+        return {"load_error": self.versions.failed[name]} if name in self.versions.failed else {}
+
+    async def card(self, name: str) -> dict[str, Any]:
+        """Return the card of a model. It is loaded if it is not in memory."""
+        version = self.versions[name]
+        key = (name, version.version)
+        if key not in self._cards:
+            self._cards[key] = await self._call("card", version)
+        return self._cards[key] | self._error(name)
+
+    async def size(self, name: str, request: ModelSizeRequest) -> dict[str, Any]:
+        return await self._call("size", self.versions[name], request)
+
+    async def trade_off(self, name: str) -> dict[str, Any]:
+        return await self._call("trade_off", self.versions[name])
+
+    async def load(self, name: str, which: str) -> dict[str, Any]:
+        """Serve this version under this name from now on, at all HTTP replicas. Running requests keep their version."""
+        try:
+            version = await self.versions.resolve(name, which)
+        except RegistryError as error:
+            raise RequestError(str(error), "model", "model_not_found", 404) from error
+        except RegistryAwayError as error:
+            message = f"{error} Version {self.versions[name].version} of {name} is served as before."
+            raise RequestError(message, None, "registry_unavailable", 503) from error
+        card = await self._load(version)
+        with converted("coordinator"):
+            await self.versions.choose(version, which)
+        return card
+
+    async def _load(self, version: ModelVersion, instead_of: ModelVersion | None = None) -> dict[str, Any]:
+        """Load a version into all engines, where it generates a token, and return its card. RequestError if one of them can't load it.
+
+        `instead_of` stays in memory meanwhile.
+        """
+        card: dict[str, Any] = await self._call("load", version, instead_of)  # this also starts an engine if there is none
+        with converted():
+            for result in await self.engine.broadcast("load", version, instead_of).results_async():
+                _body(result)
+        self._cards[version.name, version.version] = card
+        return card
+
+    async def materialize(self, request: MaterializationRequest) -> dict[str, Any]:
+        name, _ = split_name(request.model, self.names)
+        convention = await self.materializations.convention(self.versions[name])
+        _, budget = request.name_and_budget(self.names, convention, self.default_size)
+        return await self.materializations.start(self.versions[name], budget, request.quantize)
+
+    async def ready(self) -> list[str]:
+        """Return the names of the models once one of them has generated a token. Otherwise raise a RequestError with the reason."""
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                state = await self.engine.ready.remote()  # this also starts an engine if there is none
+                states = [state] if state["warm"] else await self.engine.broadcast("ready").results_async()
+        except (TimeoutError, BackPressureError, *LOST) as error:
+            raise RequestError("the engine does not answer; it may be starting.", code="not_ready", status=503) from error
+        if any(state["warm"] for state in states):
+            return self.names
+        if len(state["failed"]) == len(self.names):
+            reasons = " ".join(f"{name} can't be loaded: {reason}" for name, reason in state["failed"].items())
+            raise RequestError(reasons, code="load_failed", status=503)
+        raise RequestError("the model is being loaded.", code="not_ready", status=503)
+
+    async def answer(self, request: CompletionRequest | ChatRequest) -> EventStream:
+        """Return the events of one request, in batches. The first event is the head or an error."""
+        name, _ = request.name_and_budget(self.names)  # the size is known where the model is
+        prompts, n = len(request.prompts) if isinstance(request, CompletionRequest) else 1, request.n or 1
+        if prompts * n > self.max_answers:
+            message = f"{prompts} prompts times n = {n} is more than {self.max_answers} answers; request fewer at once."
+            raise RequestError(message, "n" if n > 1 else "prompt")
+        if self.running >= self.capacity * (OVERLOAD if request.min_size else 1):
+            raise queue_full()
+        return self._events(self.versions[name], request)
+
+    async def _events(self, version: ModelVersion, request: CompletionRequest | ChatRequest) -> EventStream:
+        self.running += 1
+        measured = self.metrics.begin(version.name)
+        try:
+            async for events in self._with_retry(version, request):
+                for event in events:
+                    measured.on_event(event.kind, event.data)
+                yield events
+        except RequestError as error:
+            measured.status = str(error.status)
+            raise
+        finally:
+            self.running -= 1
+            measured.end()
+
+    async def _with_retry(self, version: ModelVersion, request: CompletionRequest | ChatRequest) -> EventStream:
+        """Yield the events of a request. If the engine is lost before anything was sent to the client, try once more."""
+        sent = False
+        for is_last in (False, True):
+            stream: Any = self.engine.options(stream=True).stream.remote(version, request)
+            try:
+                with converted():
+                    async for events in stream:
+                        sent |= bool(request.stream)
+                        yield events
+                return
+            except RequestError as error:
+                if error.code != "engine_restarting" or sent or is_last:
+                    raise
+                await asyncio.sleep(RETRY_S)
+            finally:
+                stream.cancel()
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        with converted():
+            result = await getattr(self.engine, method).remote(*args)
+        return _body(result)
 
 
-def _chosen(settings: Settings, names: list[str] | None, alias: str) -> list[ModelVersion]:
-    database = sqlite_path(settings.tracking_uri)
-    new = database is not None and not database.exists()  # opening the registry would create it
-    registry = None if new else Registry(settings)
-    versions: list[ModelVersion] = []
-    if registry is not None and names:
-        for version in (registry.named(name, alias) for name in dict.fromkeys(names)):
-            if other := next((known for known in versions if known.name == version.name), None):
-                if other.version != version.version:
-                    raise RegistryError(f"{version.name} is requested at versions {other.version} and {version.version}; choose one.")
-                continue
-            versions.append(version)
-    elif registry is not None:
-        for name in registry.models():
-            with contextlib.suppress(RegistryError):
-                versions.append(registry.resolve(name, alias))
-    if not versions:
-        aliases = _aliases(registry) if registry is not None else ""
-        raise RegistryError(
-            f"no model at {masked(settings.tracking_uri)} has the alias {alias!r}: there is nothing to serve. "
-            + (f"Choose another --alias ({aliases})." if aliases else "Calibrate some with `python jobs/calibrate_all.py`.")
-        )
-    return versions
+def _body(result: dict[str, Any]) -> Any:
+    """Return the result of a method of the engine. Raise its error as a RequestError."""
+    if "status" in result:
+        error = result["body"]["error"]
+        raise RequestError(error["message"], error["param"], error["code"], result["status"])
+    return result["body"]
 
 
-def _aliases(registry: Registry) -> str:
-    """Return a text that lists the aliases of each model."""
-    by_model = {name: [alias for version in registry.versions(name, {}) for alias in version.aliases] for name in registry.models()}
-    return "; ".join(f"{name} has {', '.join(aliases) or 'none'}" for name, aliases in by_model.items())
+def brief(version: ModelVersion) -> dict[str, Any]:
+    """Return the short card of a model that is not in memory."""
+    return {
+        "id": version.name, "object": "model", "created": 0, "owned_by": "acip", "version": version.version, "artifact": version.uri,
+    }  # fmt: skip

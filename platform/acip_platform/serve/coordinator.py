@@ -17,12 +17,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, WorkerCrashedError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, WorkerCrashedError
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
 from acip_platform.serve.export_task import Work, export_task
 from acip_platform.settings import Settings
 
 Choices = dict[str, tuple[str, dict[str, Any]]]  # model -> (version number or alias that a request chose, `user_config` at that time)
+LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)  # errors of a call to a deployment whose replica is gone
 
 log = logging.getLogger("ray.serve")
 

@@ -4,12 +4,11 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.exceptions import RayTaskError
+from ray.serve.exceptions import BackPressureError
 
+from acip_platform.serve.coordinator import LOST
 from acip_platform.serve.http.errors import RequestError
-
-LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 
 log = logging.getLogger("ray.serve")
 

@@ -3,7 +3,8 @@
     waiting --a slot is free--> prefilling, in chunks --first token--> decoding, one token per step --end--> slot free again
 
 Each step is one forward pass over one token of every sequence that is decoding and over up to `PREFILL_CHUNK_TOKENS` tokens of prompts,
-so a long prompt delays the other sequences by one chunk at a time. Requests of all sizes are served in their order of arrival.
+so a long prompt delays the other sequences by one chunk at a time. If none is decoding, a step has several chunks, which take less time
+together. Requests of all sizes are served in their order of arrival.
 
 A sequence may change its size between steps: at the end of a part (`SizeChange`), and while others wait for a slot (`smallest`).
 
@@ -28,6 +29,7 @@ from acip_platform.serve.engine.speculation import Speculation
 
 MAX_SEQUENCES = 32  # in a batch
 PREFILL_CHUNK_TOKENS = 128  # tokens of prompts in a step
+CHUNKS_ALONE = 8  # in a step without decoding, at most. It has 1, 2, 4, ... full ones: few numbers of rows, see `padded`
 
 
 class Owner(Protocol):
@@ -337,14 +339,28 @@ class Batch:
 
 def _limited(pending: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
     """Return the sequences of the next pass with their counts of tokens, in descending order of size. Prompts share the room."""
-    parts, room = [], PREFILL_CHUNK_TOKENS
+    parts, room = [], _room(pending)
     for sequence, count in pending:
-        if count > 1 or not sequence.cached:
+        if _reads_prompt(sequence, count):
             count = min(count, room)  # noqa: PLW2901
             room -= count
         if count:
             parts.append((sequence, count))
     return sorted(parts, key=lambda part: part[0].size.key)
+
+
+def _room(pending: list[tuple[Sequence, int]]) -> int:
+    """Return how many tokens of prompts the next pass may process: several chunks if no sequence waits for its next token meanwhile."""
+    prompts = [count for sequence, count in pending if _reads_prompt(sequence, count)]
+    scored = any(sequence.scores_prompt for sequence, _ in pending)  # which takes memory for the logits of every token
+    if len(prompts) < len(pending) or scored:
+        return PREFILL_CHUNK_TOKENS
+    chunks = min(max(sum(prompts) // PREFILL_CHUNK_TOKENS, 1), CHUNKS_ALONE)
+    return PREFILL_CHUNK_TOKENS << chunks.bit_length() - 1
+
+
+def _reads_prompt(sequence: Sequence, count: int) -> bool:
+    return count > 1 or not sequence.cached
 
 
 def _score_prompt(sequence: Sequence, logits_nV: torch.Tensor, first: int) -> None:

@@ -132,6 +132,7 @@ class Step:
     used: int  # slots [0, used) include all of `single_slots`
     longest: int  # the largest number of tokens in any of them, with the new token
     only_token: tuple[int, int] | None  # slot and position, if the step is one single token; it needs no index tensors
+    in_order: bool  # whether the step is a single token for each of the slots [0, used), in their order; it needs fewer index tensors
     _masks: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
@@ -151,6 +152,7 @@ class Step:
             max((piece.slot for piece in single), default=-1) + 1,
             max((piece.past for piece in single), default=-1) + 1,
             (slots_T[0], position_T[0]) if len(slots_T) == 1 and single else None,
+            len(single) == len(pieces) and all(piece.slot == i == piece.start for i, piece in enumerate(pieces)),
         )  # fmt: skip
 
     def __enter__(self) -> Self:
@@ -160,8 +162,8 @@ class Step:
     def __exit__(self, *_: object) -> None:
         _current.step = None
 
-    def mask(self, rule: "Rule") -> Tensor:
-        """Return whether the single token of each slot attends to each position, [used, 1, 1, longest].
+    def mask(self, rule: "Rule", dtype: torch.dtype) -> Tensor:
+        """Return the mask of the single token of each slot over the positions, [used, 1, 1, longest].
 
         A slot without a token attends to its first position, so that no row is empty.
         """
@@ -170,28 +172,28 @@ class Step:
             last[self.single_slots] = self.position[self.single_n]
             mask = rule.mask(last, torch.arange(self.longest, device=last.device))
             mask[:, 0] |= ~mask.any(1)
-            self._masks[rule] = mask[:, None, None]
+            self._masks[rule] = added(mask, dtype)[:, None, None]
         return self._masks[rule]
 
-    def causal(self, piece: CachePiece, shared: int, rule: "Rule") -> Tensor:
-        """Return whether each of the t tokens of a piece attends to each position, repeated for the heads that share keys.
+    def causal(self, piece: CachePiece, shared: int, rule: "Rule", dtype: torch.dtype) -> Tensor:
+        """Return the mask of each of the t tokens of a piece over the positions, repeated for the heads that share keys.
 
         The shape is [shared t, past + t].
         """
         key = (piece, rule)
         if key not in self._masks:
             positions = torch.arange(piece.past + piece.stop - piece.start, device=self.slot.device)
-            self._masks[key] = rule.mask(positions[piece.past :], positions).repeat(shared, 1)
+            self._masks[key] = added(rule.mask(positions[piece.past :], positions), dtype).repeat(shared, 1)
         return self._masks[key]
 
-    def recent(self, position: int, rule: "Rule") -> tuple[int, Tensor | None]:
+    def recent(self, position: int, rule: "Rule", dtype: torch.dtype) -> tuple[int, Tensor | None]:
         """Return the first position that the only token of a step can attend to, and the mask [1, positions] from there, or None."""
         if rule.function is causal_mask_function:
             return 0, None
         if (rule, position) not in self._masks:
             first = 0 if rule.reach is None else max(0, position + 1 - rule.reach)
             positions = torch.arange(first, position + 1, device=self.slot.device)
-            self._masks[rule, position] = (first, rule.mask(positions[-1:], positions))
+            self._masks[rule, position] = (first, added(rule.mask(positions[-1:], positions), dtype))
         recent: tuple[int, Tensor] = self._masks[rule, position]
         return recent
 
@@ -239,23 +241,28 @@ def attend(
     sinks = None if s_aux is None else s_aux.reshape(1, kv_heads, shared, 1)
     if step.only_token is not None:
         slot, position = step.only_token
-        first, mask = step.recent(position, rule)
+        first, mask = step.recent(position, rule, query.dtype)
         q, part = query.view(1, kv_heads, shared, -1), (slice(slot, slot + 1), slice(None), slice(first, position + 1))
         return weighted(q, keys[part], values[part], mask, scaling, softcap, sinks).reshape(1, 1, heads, -1), None
+    if step.in_order:
+        q = query[0, :, : step.used].transpose(0, 1).unflatten(1, (kv_heads, shared))
+        part = (slice(step.used), slice(None), slice(step.longest))
+        out = weighted(q, keys[part], values[part], step.mask(rule, query.dtype), scaling, softcap, sinks).flatten(1, 2)
+        return F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - step.used))[None], None
     out_THD = query.new_zeros(query.shape[2], heads, values.shape[3])
     if step.used:
         q_nHD = query[0, :, step.single_n].transpose(0, 1)
         q = q_nHD.new_zeros(step.used, *q_nHD.shape[1:])
         q[step.single_slots] = q_nHD
         part = (slice(step.used), slice(None), slice(step.longest))
-        out = weighted(q.unflatten(1, (kv_heads, shared)), keys[part], values[part], step.mask(rule), scaling, softcap, sinks)
+        out = weighted(q.unflatten(1, (kv_heads, shared)), keys[part], values[part], step.mask(rule, query.dtype), scaling, softcap, sinks)
         out_THD[step.single_n] = out.flatten(1, 2)[step.single_slots]
     for piece in step.pieces:
         count = piece.stop - piece.start
         part = (slice(piece.slot, piece.slot + 1), slice(None), slice(piece.past + count))
         q = query[:, :, piece.start : piece.stop].reshape(1, kv_heads, -1, query.shape[3])
         row_sinks = None if sinks is None else sinks.repeat_interleave(count, 2)
-        out = weighted(q, keys[part], values[part], step.causal(piece, shared, rule), scaling, softcap, row_sinks)
+        out = weighted(q, keys[part], values[part], step.causal(piece, shared, rule, query.dtype), scaling, softcap, row_sinks)
         out_THD[piece.start : piece.stop] = out.view(heads, count, -1).transpose(0, 1)
     return out_THD[None], None
 
@@ -279,7 +286,7 @@ def weighted(
 ) -> Tensor:
     """Return the attention of queries over keys, [..., q, D].
 
-    `mask` is true where a query attends to a key. `sinks` are logits of an additional key without a value.
+    `mask` is added to the logits (`added`). `sinks` are logits of an additional key without a value.
     """
     if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scaling)
@@ -287,11 +294,16 @@ def weighted(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores = scores + mask
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], -1)
     weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
     return weights[..., : keys.shape[-2]] @ values
+
+
+def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask to be added to logits: 0 where `mask` is true, else minus infinity. A layer would convert a boolean one each time."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 AttentionInterface.register(ATTENTION, attend)

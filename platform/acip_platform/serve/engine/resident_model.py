@@ -118,7 +118,8 @@ class ResidentModel:
         return {}
 
     def _batch(self, mixer: Mixer, kv_tokens: int) -> SteppedBatch:
-        """Return the batch that computes this model."""
+        """Return the batch that computes this model, which uses the engine's attention from then on."""
+        self.any_size.model.set_attn_implementation(ATTENTION)
         return Batch(self.any_size.model, mixer, kv_tokens, self.weights.draft)
 
     def _check(self) -> None:
@@ -126,7 +127,6 @@ class ResidentModel:
         model, files = self.any_size.model, self.files
         conditions = f"{model.device} {self.max_size} {self.weights.packed} {self.context}"
         if files is not None and files.passed(conditions):
-            model.set_attn_implementation(ATTENTION)  # as the check does
             return
         with self._two_sizes() as sizes, building:
             check(self.name, model, self.any_size.layers, sizes, self.context)
