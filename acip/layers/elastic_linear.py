@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from acip.layers.adapters import LoRA
 from acip.layers.compressible import Compressible
 from acip.layers.directions import DirectionMatrix, product
-from acip.modeling_acip import CodedLinear, LowRankLinear, PivotLinear, plain_linear, widened
+from acip.modeling_acip import CodedLinear, LowRankLinear, PivotLinear, one_row, plain_linear, widened
 from acip.recipe import Storage
+
+RANK_STEP = 64  # ranks are multiplied in steps of this many rows in 16 bit on a CPU
 
 
 @dataclass(frozen=True)
@@ -90,15 +92,27 @@ class ElasticLinear(Compressible):
             return self.coded[str(self.version)](x_BTN)
         if self.rank is None or self.bypass:
             return self.original(x_BTN)
-        h_BTr = self.right.project(x_BTN, self.kept)
+        rows = self._multiplied(x_BTN)
+        h_BTr = self.right.project(x_BTN, rows)
         if "right" in self.loras:
-            h_BTr = h_BTr + self.loras["right"](x_BTN, outputs=slice(self.kept))
-        y_BTM = self.left.expand(h_BTr, self.kept, self.bias)
+            h_BTr = h_BTr + self.loras["right"](x_BTN, outputs=slice(rows))
+        if rows > self.kept:
+            h_BTr = h_BTr.masked_fill(torch.arange(rows) >= self.kept, 0.0)
+        y_BTM = self.left.expand(h_BTr, rows, self.bias)
         if "left" in self.loras:
-            y_BTM = y_BTM + self.loras["left"](h_BTr, inputs=slice(self.kept))
+            y_BTM = y_BTM + self.loras["left"](h_BTr, inputs=slice(rows))
         if "layer" in self.loras:
             y_BTM = y_BTM + self.loras["layer"](x_BTN)
         return y_BTM
+
+    def _multiplied(self, x: Tensor) -> int:
+        """Return how many rows are multiplied with `x`: those kept, or a few more, whose results are set to zero.
+
+        For products in 16 bit on a CPU, oneDNN compiles code for each new shape, and keeps it.
+        """
+        if x.device.type != "cpu" or x.dtype.itemsize != 2 or one_row(x):
+            return self.kept
+        return min(-(-self.kept // RANK_STEP) * RANK_STEP, self.lead + self.stored_rank)
 
     @classmethod
     def without_ranks(cls, original: nn.Linear) -> "ElasticLinear":

@@ -170,6 +170,35 @@ def test_adapters_on_the_factors_leave_the_span_of_the_kept_directions() -> None
     assert [int(torch.linalg.matrix_rank(both)) for both in joint] == [5, 5], "each side spans two more dimensions"
 
 
+@pytest.mark.parametrize("rank", [1, 37, 64, 70, 90])
+def test_ranks_in_16_bit_are_multiplied_in_steps_and_use_no_other_direction(rank: int) -> None:
+    """Results and gradients are those of the kept directions alone, and the rows of the adapters beyond them have no gradient."""
+    torch.manual_seed(0)
+    loras = {"right": LoRA(100, 90, 4, 1.0, model_dtype=torch.bfloat16), "left": LoRA(90, 96, 4, 1.0, model_dtype=torch.bfloat16)}
+    nn.init.normal_(loras["right"].B)
+    nn.init.normal_(loras["left"].B)
+    original = nn.Linear(100, 96, dtype=torch.bfloat16)
+    left, right = torch.randn(90, 96).bfloat16(), torch.randn(90, 100).bfloat16()
+    left[rank:], right[rank:] = 1e4, 1e4
+    layer = ElasticLinear(original, left, right, loras)
+    layer.set_rank(rank)
+    x = torch.randn(2, 5, 100).bfloat16().requires_grad_()
+    y = layer(x)
+    y.float().square().mean().backward()
+    folded_left, folded_right = layer.folded(rank)
+    wide = x.detach().float().requires_grad_()
+    expected = wide @ folded_right.T @ folded_left + original.bias.float()
+    expected.square().mean().backward()
+    assert x.grad is not None
+    assert wide.grad is not None
+    for got, exact in ((y, expected), (x.grad, wide.grad)):
+        assert float((got.float() - exact).norm() / exact.norm()) < 0.05
+    assert loras["right"].B.grad is not None
+    assert loras["left"].A.grad is not None
+    assert not loras["right"].B.grad[rank:].any()
+    assert not loras["left"].A.grad[:, rank:].any()
+
+
 def test_a_parametrized_model_can_be_moved_and_cast(small_base: str, golden_tokens: torch.Tensor, heldout_tokens: torch.Tensor) -> None:
     """After `model.to`, the layers use the new factors."""
     model = load_base(small_base, "float32").model
