@@ -61,7 +61,7 @@ class PassFiles:
         """Return the tensors of a file, or some of them. They are mapped: their pages are in memory only while there is room for them."""
         try:
             with safe_open(self.path(kind, number), "pt") as file:
-                return {name: file.get_tensor(name) for name in names or file.keys()}
+                return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"{self.path(kind, number)} cannot be read: {error}. Remove its folder.") from error
 
@@ -161,8 +161,7 @@ class BlockPass(Generic[Layer]):
 
     def read(self, kind: str, number: int) -> list[Tensor]:
         """Return what `keep` has written."""
-        found = self.files.get(kind, number)
-        return [found[str(i)].to(self.device) for i in range(len(self.ids))]
+        return [hidden_BTD.to(self.device) for hidden_BTD in self.files.get(kind, number, map(str, range(len(self.ids)))).values()]
 
     def keep(self, kind: str, number: int, values: list[Tensor]) -> None:
         """Write one tensor [B, T, D] per batch."""
