@@ -5,8 +5,8 @@
     scores       Fisher scores: a forward and a backward pass, with the directions of one block at a time
     sorted       the directions of each block in the order of their scores
 
-The recipe does not train, so the result is known after these passes: that of `parametrize` and `calibrate`, bit for bit on a CPU. (On an
-accelerator, layers are solved in other stacks, and adapters are drawn on the CPU.) Directions are mapped from their files, and weights stay
+The recipe must not train. The result then equals that of `parametrize` and `calibrate`, bit for bit on a CPU. (On an accelerator, layers
+are solved in different stacks, and adapters are drawn on the CPU.) Directions are mapped from their files, and weights stay
 where they are. A process that is started again with the same folder continues after the last finished block.
 """
 

@@ -12,7 +12,8 @@ numbers of the target layers, adapters included. The paper's recipe is unchanged
 ratio counts adapters, so that it is tuned at exactly the smallest size. `--check` exits with 1 if a goal is missed. With `--json`, finished
 runs are kept in a file, and a later call with the same file does not repeat them.
 
-The weights of these models come from GGUF files, and lie on their lattice. That does not matter here: nothing is rounded to fewer bits.
+The weights of these models come from GGUF files, so they have only the few values that such files can hold. This does not affect the
+results, because nothing is rounded to fewer bits here.
 """
 
 import argparse

@@ -151,7 +151,7 @@ class Run:
                 self.disconnect(server)
 
     def overload(self) -> list[str]:
-        """Measure 1.0 with as many clients as the server accepts, and with twice as many, who allow MIN_SIZE or not.
+        """Measure 1.0 with as many clients as the server accepts, and with twice as many, with and without `min_size`.
 
         Return the goals that are missed with MIN_SIZE: an error, or a first token later than two answers of the accepted clients take.
         """
