@@ -199,7 +199,8 @@ def plot(file: Path, setting: Setting, results: list[dict[str, Any]]) -> None:
     tokens = setting.ours().batch_size * setting.ours().seq_len
     by_steps = sorted(((result["steps"], result["excess"]) for result in results if "steps" in result), key=itemgetter(0))
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    for axes, domain in zip(figure.subplots(1, len(results[0]["base"]), sharey=True), results[0]["base"], strict=True):
+    domains = results[0]["base"]
+    for axes, domain in zip(figure.subplots(1, len(domains), sharey=True, squeeze=False)[0], domains, strict=True):
         for size in (0.8, 0.6, 0.4):
             line = [excess[domain][str(size)] for _, excess in by_steps]
             axes.plot([steps * tokens / 1e3 for steps, _ in by_steps], line, "o-", label=f"size {size}")

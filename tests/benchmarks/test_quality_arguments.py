@@ -1,7 +1,11 @@
-"""The quality benchmark refuses arguments that it cannot honor before it measures anything."""
+"""The quality benchmark refuses arguments that it cannot honor before it measures anything, and writes the files that it is asked for."""
 
+import json
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +41,31 @@ def test_a_damaged_file_of_runs_is_an_error(
     file.write_text(content)
     assert f"--json: {file}" in refused(["--json", str(file)], monkeypatch, capsys)
     assert file.read_text() == content
+
+
+def test_finished_runs_are_kept_and_plotted_without_diverged_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def result(label: str, excess: float, **facts: Any) -> dict[str, Any]:
+        by_size = {str(size): 0.0 if size == 1.0 else excess for size in quality.ALL_SIZES}
+        return {"label": label, "seed": 0, "base": {"austen": 1.0}, "excess": {"austen": by_size}, "seconds": 1, **facts}
+
+    results = {
+        "a": result("paper", 1.0, steps=360, stop_step=100),
+        "b": result("ours", 0.01, steps=360, stop_step=0),
+        "c": result("ours, 72 steps", 0.02, steps=72, stop_step=0),
+        "d": result("ours, 144 steps", math.nan, error="the loss is not finite"),
+    }
+
+    def runs(setting: Any, seeds: int, ablation: bool, price: bool, finished: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for key, each in results.items():
+            finished[key] = each
+            yield each
+
+    monkeypatch.setattr(quality, "runs", runs)
+    file, picture = tmp_path / "runs.json", tmp_path / "price.png"
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--quick", "--check", "--price", "--plot", str(picture), "--json", str(file)])
+    assert quality.main() == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert json.loads(file.read_text()).keys() == quality.read_runs(file).keys() == results.keys()
 
 
 def refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
