@@ -5,11 +5,13 @@
     scores       Fisher scores: a forward and a backward pass, with the directions of one block at a time
     sorted       the directions of each block in the order of their scores
 
-The recipe does not train, so the result is known after these passes: that of `parametrize` and `calibrate`, bit for bit on a CPU. (On an
-accelerator, layers are solved in other stacks, and adapters are drawn on the CPU.) Directions are mapped from their files, and weights stay
+The recipe must not train. The result then equals that of `parametrize` and `calibrate`, bit for bit on a CPU. (On an accelerator, layers
+are solved in different stacks, and adapters are drawn on the CPU.) Directions are mapped from their files, and weights stay
 where they are. A process that is started again with the same folder continues after the last finished block.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +34,7 @@ from acip.layers.block_chain import BlockChain, placed, tensors
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.svd_linear import SVDLinear
 from acip.layers.targets import find_linears, weight_MN
-from acip.modeling_acip import accumulation_dtype, set_module
+from acip.modeling_acip import accumulation_dtype, set_module, widened
 from acip.recipe import Recipe
 from acip.sizing.model_sizes import cut_table
 from acip.sizing.score_map import ScoreMap, fisher
@@ -55,7 +57,8 @@ def calibrate_by_block(
 
     The bases read the first `recipe.sample_windows` of `windows`, token ids [n, T]; `batch(i)` is the i-th batch for Fisher scores. Files
     are in `folder`, which must stay as long as the result is used. Raises CalibrationError if the recipe trains, if the disk is too small,
-    or if the loss does not depend on a layer, and BaseModelError if the model does not match the text.
+    if the files are damaged or of another model, recipe or text, and BaseModelError if the loss does not depend on a layer or if the model
+    does not match the text.
     """
     if recipe.trains or recipe.quantize != "none":
         raise CalibrationError(
@@ -67,6 +70,7 @@ def calibrate_by_block(
     linears = find_linears(model, recipe.exclude)
     this = _Blocks(chain, recipe, linears, PassFiles(folder), device, progress)
     this.files.require_space("the directions", this.file_bytes(windows))
+    this.require_same(windows)
     model.eval().requires_grad_(False)
     torch.manual_seed(recipe.seed)  # for the initial adapters
     loras = {name: adapters(weight_MN(linear), recipe) for name, linear in linears.items()}
@@ -109,6 +113,22 @@ class _Blocks:
         hidden = (len(self.parts) + 3) * tokens * width * dtype.itemsize
         return sum(sum(part.values()) for part in each) + max(sum(part.values()) for part in each) + gradients + hidden
 
+    def require_same(self, windows: Tensor) -> None:
+        """Raise CalibrationError if the folder has files of another model, recipe or text.
+
+        Of the weights, the first row of each layer is compared.
+        """
+        digest = hashlib.sha256(json.dumps(self.recipe.to_dict(), sort_keys=True).encode())
+        digest.update(f"{tuple(windows.shape)}".encode() + windows.long().cpu().numpy().tobytes())
+        for name, linear in self.linears.items():
+            W_MN = weight_MN(linear)
+            digest.update(f"{name} {tuple(W_MN.shape)} {W_MN.dtype}".encode() + widened(W_MN[0].detach().cpu()).numpy().tobytes())
+        own = torch.tensor(list(digest.digest()), dtype=torch.uint8)
+        if not self.files.has("job", 0):
+            self.files.put("job", 0, {"digest": own})
+        elif not torch.equal(self.files.get("job", 0, ["digest"])["digest"], own):
+            raise CalibrationError(f"{self.files.folder} has files of another model, recipe or text. Remove it, or choose another folder.")
+
     def pass_of(self, name: str, batches: Any, parts: list[dict[str, Any]]) -> BlockPass[Any]:
         return BlockPass(self.chain, parts, batches, PassFiles(self.files.folder / name), self.device)
 
@@ -127,7 +147,7 @@ class _Blocks:
         done = len(self.linears) - sum(map(len, missing))
         for i, part in enumerate(missing):
             if part:
-                G = gradients.files.get("statistics", i) if recipe.basis == "fisher" else {}
+                G = gradients.files.get("statistics", i, part) if recipe.basis == "fisher" else {}
                 self.files.put("directions", i, self.directions_of(i, part, inputs, G, windows.numel(), spread))
                 inputs.files.drop("hidden", i)
                 gradients.files.drop("statistics", i)
@@ -180,7 +200,7 @@ class _Blocks:
                     lambda done, total: self.progress("scores", done, total),
                 )
                 for i, part in enumerate(parts):
-                    found |= passes.files.get("statistics", i) if part else {}
+                    found |= passes.files.get("statistics", i, part) if part else {}
             self.files.put("scores", 0, found)
         PassFiles(self.files.folder / "scores").remove()
         return self.files.get("scores", 0, layers)

@@ -2,11 +2,11 @@
 
     forward     hidden states of all batches before each block        hidden-000.safetensors, ...
     loss        gradients after the last block                        gradients-032.safetensors
-    backward    block by block from the last to the first: gradients before the block, and what is gathered of its layers
+    backward    block by block from the last to the first: gradients before the block, and values gathered from its layers
                                                                       statistics-031.safetensors, ...
 
-A block is computed once in the forward and once in the backward pass, and its weights are on the device only then. Every file is complete
-when it has its name, so that a process that is started again continues after the last finished block.
+A block is computed once in the forward and once in the backward pass, and its weights are on the device only then. A file
+gets its name when it is complete, so that a process that is started again continues after the last finished block.
 
 Legend: B = windows of a batch, T = tokens of a window, D = width of the hidden states, V = size of the vocabulary.
 """
@@ -29,7 +29,7 @@ REMEDY = "Free space on its disk, or set ACIP_HOME to a folder on a larger one."
 
 Layer = TypeVar("Layer", bound=nn.Module)
 Loss = Callable[[int, Tensor, Tensor], Tensor]  # (number of the batch, logits [B, T, V], token ids [B, T]) -> loss
-# A context in which the layers of a block are differentiated. At its end, the mapping holds what was gathered of them.
+# A context in which the layers of a block are differentiated. At its end, the mapping holds the values gathered from them.
 Gather = Callable[[Mapping[str, Layer]], AbstractContextManager[Mapping[str, Tensor]]]
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -61,7 +61,7 @@ class PassFiles:
         """Return the tensors of a file, or some of them. They are mapped: their pages are in memory only while there is room for them."""
         try:
             with safe_open(self.path(kind, number), "pt") as file:
-                return {name: file.get_tensor(name) for name in names or file.keys()}
+                return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"{self.path(kind, number)} cannot be read: {error}. Remove its folder.") from error
 
@@ -83,7 +83,7 @@ class PassFiles:
 class BlockPass(Generic[Layer]):
     """The passes of batches of token ids [B, T] through the blocks of `chain`.
 
-    `parts` are the layers of each block that something is gathered of. The parameters of the model are frozen, and those outside of the
+    `parts` are the layers of each block from which values are gathered. The parameters of the model are frozen, and those outside of the
     blocks are on `device`.
     """
 
@@ -161,8 +161,7 @@ class BlockPass(Generic[Layer]):
 
     def read(self, kind: str, number: int) -> list[Tensor]:
         """Return what `keep` has written."""
-        found = self.files.get(kind, number)
-        return [found[str(i)].to(self.device) for i in range(len(self.ids))]
+        return [hidden_BTD.to(self.device) for hidden_BTD in self.files.get(kind, number, map(str, range(len(self.ids)))).values()]
 
     def keep(self, kind: str, number: int, values: list[Tensor]) -> None:
         """Write one tensor [B, T, D] per batch."""

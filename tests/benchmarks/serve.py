@@ -151,7 +151,7 @@ class Run:
                 self.disconnect(server)
 
     def overload(self) -> list[str]:
-        """Measure 1.0 with as many clients as the server accepts, and with twice as many, who allow MIN_SIZE or not.
+        """Measure 1.0 with as many clients as the server accepts, and with twice as many, with and without `min_size`.
 
         Return the goals that are missed with MIN_SIZE: an error, or a first token later than two answers of the accepted clients take.
         """
@@ -251,7 +251,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--disconnects", type=int, help="number of disconnecting clients (default: 10000; 300 with --quick; 0 = none)")
     parser.add_argument("--threads", type=int, help="OpenMP threads of each server (default: the server's choice)")
     parser.add_argument("--folder", type=Path, help="folder for models and logs, which a later run can use (default: a temporary one)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.artifact and not (args.artifact / "manifest.json").is_file():
+        parser.error(f"--artifact is {args.artifact}, which is not the folder of an artifact.")
+    if args.engine != "vllm" and (args.prefill or args.wide or args.compiled):
+        parser.error("--prefill, --wide and --compiled need --engine vllm.")
+    return args
 
 
 def main() -> int:

@@ -164,6 +164,8 @@ def main() -> int:
     parser.add_argument("--replica", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--private", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.artifact and not (args.artifact / "manifest.json").is_file():
+        parser.error(f"--artifact is {args.artifact}, which is not the folder of an artifact.")
     if args.replica:
         replica(str(args.artifact), args.size, args.private)
     with tempfile.TemporaryDirectory(prefix="acip-start-") as folder:

@@ -4,7 +4,7 @@
     user_config ─── `models` ──┼──► refresh: select, `load` what is new ──► ServedVersions: name -> version
     Coordinator ─── choices ───┘
 
-Its border: it knows neither HTTP nor the engines. `load` brings a version into memory, and raises an AcipError if that fails.
+This module depends on neither HTTP nor the engines. `load` brings a version into memory, and raises an AcipError if that fails.
 """
 
 import asyncio

@@ -140,7 +140,10 @@ def gathered_statistics(
 
 
 def chain_of(base: Base, recipe: Recipe) -> BlockChain:
-    """Return the blocks of the model of `base`. Raises BaseModelError if it can't be run a block at a time, as a small one of its class."""
+    """Return the blocks of the model of `base`.
+
+    Raises BaseModelError if the model can't be run a block at a time. This is checked with a small model of the same class.
+    """
     chain = BlockChain(base.model)
     if (tiny := tiny_model(base.model, recipe.exclude)) is not None:
         BlockChain(tiny).check(torch.arange(4)[None])

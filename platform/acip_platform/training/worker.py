@@ -231,7 +231,7 @@ def run_trial_step(model: torch.nn.Module, batches: TokenBatches, recipe: Recipe
 def check_memory(job: Job, base: Base, device: torch.device, emit: Emit, held: bool = False) -> None:
     """Raise CalibrationError if the predicted peak does not fit into the device's memory. All workers follow the first one's decision.
 
-    The calibration is not streamed if the model is `held` in memory in any case.
+    Set `held` if the caller holds the whole model in memory. A calibration that has to be streamed is then an error.
     """
     free_bytes, error = memory_check.available(base.model, device), None
     try:
@@ -243,7 +243,7 @@ def check_memory(job: Job, base: Base, device: torch.device, emit: Emit, held: b
             )
         if held and needed.by_block:
             raise CalibrationError(
-                "the trials of a sweep hold the whole model in memory, and this one does not fit. Calibrate it with jobs/calibrate_all.py."
+                "the trials of a sweep hold the whole model in memory, which does not fit. Calibrate it with jobs/calibrate_all.py."
             )
         streams = f"; a block at a time: {', '.join(needed.streamed)}" if needed.streamed else ""
         emit("stage", text=f"needs {needed.peak / 1e9:.1f} of {free_bytes / 1e9:.1f} GB, peak in {needed.worst}{streams}")

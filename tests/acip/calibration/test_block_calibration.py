@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, OPTConfig, Qwen3Config
 
@@ -138,7 +139,44 @@ def test_a_job_that_was_killed_while_it_sorted_is_finished(tmp_path: Path, monke
     monkeypatch.undo()
     assert_same(streamed(LLAMA, tmp_path), held(LLAMA))
     files = {file.name for file in (tmp_path / "by-block").iterdir()}
-    assert files == {"scores-000.safetensors", *(f"sorted-{i:03}.safetensors" for i in range(4))}
+    assert files == {"job-000.safetensors", "scores-000.safetensors", *(f"sorted-{i:03}.safetensors" for i in range(4))}
+
+
+@pytest.mark.parametrize("kind", ["gradients/hidden-000", "gradients/gradients-002", "gradients/statistics-002"])
+def test_a_damaged_file_is_named(kind: str, tmp_path: Path) -> None:
+    def kill(what: str, done: int, total: int) -> None:
+        if (what, done) == ("gradients", 6):
+            raise Killed
+
+    with pytest.raises(Killed):
+        streamed(LLAMA, tmp_path, progress=kill)
+    file = tmp_path / "by-block" / f"{kind}.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8])
+    with pytest.raises(CalibrationError, match=rf"{kind}\.safetensors cannot be read"):
+        streamed(LLAMA, tmp_path)
+    save_file({"unknown": torch.zeros(2)}, file)
+    with pytest.raises(CalibrationError, match=rf"{kind}\.safetensors cannot be read"):
+        streamed(LLAMA, tmp_path)
+    file.write_bytes(whole)
+    assert_same(streamed(LLAMA, tmp_path), held(LLAMA))
+
+
+def test_the_files_of_another_model_recipe_or_text_are_refused(tmp_path: Path) -> None:
+    expected = streamed(LLAMA, tmp_path)
+    for model in (CONFIGS[1], LlamaConfig(**GROUPED | {"num_hidden_layers": 2})):
+        with pytest.raises(CalibrationError, match="has files of another model, recipe or text"):
+            streamed(model, tmp_path)
+    with pytest.raises(CalibrationError, match="has files of another model, recipe or text"):
+        streamed(LLAMA, tmp_path, replace(RECIPE, basis="covariance"))
+    chain = BlockChain(model_of(LLAMA))
+    with pytest.raises(CalibrationError, match="has files of another model, recipe or text"):
+        calibrate_by_block(chain, RECIPE, WINDOWS + 1, lambda i: WINDOWS, tmp_path / "by-block", "cpu")
+    with torch.no_grad():
+        chain.model.get_parameter("model.layers.1.mlp.up_proj.weight").mul_(2)
+    with pytest.raises(CalibrationError, match="has files of another model, recipe or text"):
+        calibrate_by_block(chain, RECIPE, WINDOWS, lambda i: WINDOWS, tmp_path / "by-block", "cpu")
+    assert_same(streamed(LLAMA, tmp_path), expected)
 
 
 @pytest.mark.parametrize("changes", [{"scores": "order"}, {"post_tune_steps": 1}, {"total_steps": 1}, {"quantize": "nf4"}], ids=str)
