@@ -192,7 +192,7 @@ def test_ranks_in_16_bit_are_multiplied_in_steps_and_use_no_other_direction(rank
     assert x.grad is not None
     assert wide.grad is not None
     for got, exact in ((y, expected), (x.grad, wide.grad)):
-        assert float((got.float() - exact).norm() / exact.norm()) < 0.05
+        assert float((got.detach().float() - exact.detach()).norm() / exact.detach().norm()) < 0.05
     assert loras["right"].B.grad is not None
     assert loras["left"].A.grad is not None
     assert not loras["right"].B.grad[rank:].any()
