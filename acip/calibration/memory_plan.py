@@ -434,8 +434,7 @@ class _Prediction:
         coded = self.recipe.code != "ranks"
         directions = 0.0 if self.recipe.code == "bits" else float(self.s) * sum(layer.K * (layer.M + layer.N) for layer in self.layers)
         codes = float(coded * sum(layer.M * layer.N for layer in self.layers))
-        loss = self.compared() + coded * KEPT_LOGITS_BYTES
-        return Phase("measure", self.rest, self.dense, codes=codes, directions=directions, loss=loss, transient=self.kernels())
+        return Phase("measure", self.rest, self.dense, codes=codes, directions=directions, loss=self.compared() + coded * KEPT_LOGITS_BYTES)
 
     def measure_streamed(self) -> Phase:
         """Return the peak of measuring the curve with one block in memory."""
@@ -445,11 +444,7 @@ class _Prediction:
         directions *= self.recipe.code != "bits"
         hidden = max(STREAMED_HIDDEN, window) * (1 + 1 / STREAMED_SIZES)  # those of one size are there twice
         start = Phase("measure", self.rest, self.block(), codes=codes, activations=hidden, loss=self.compared(), streamed=True)
-        return replace(start, directions=directions, transient=max(2 * self.block(), directions) + self.kernels())
-
-    def kernels(self) -> float:
-        """Return the bytes of code that is compiled for the ranks of a curve."""
-        return KERNELS * (self.cpu and self.s == 2 and self.recipe.code != "bits")
+        return replace(start, directions=directions, transient=max(2 * self.block(), directions))
 
     def compared(self) -> float:
         """Return the bytes of the logits of two models on one window, and of a chunk of them in the accumulation dtype."""

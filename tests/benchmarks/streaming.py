@@ -3,7 +3,7 @@
     python tests/benchmarks/streaming.py --quick             0.4 GB of weights, streamed and held, minutes on 2 cores
     python tests/benchmarks/streaming.py                     6 GB of weights, streamed, in 1.5 GB; hours of CPU time, resumable
     python tests/benchmarks/streaming.py --size-gb 1.2 --limit-gb 0.8 --held
-    python tests/benchmarks/streaming.py --code ranks --size-gb 0.4 --limit-gb 1.8     bases and scores, or "both"
+    python tests/benchmarks/streaming.py --code ranks --size-gb 0.4 --limit-gb 1.1     bases and scores, or "both"
     python tests/benchmarks/streaming.py --serve             after 6 GB: export and serve two sizes in 4 GB
 
 The checkpoint is a Llama with random weights in bfloat16, in files of at most 500 MB. The job is `code: bits` with code_tune_steps 0, or
