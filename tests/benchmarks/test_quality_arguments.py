@@ -23,6 +23,9 @@ from tests.benchmarks import quality
         (["--seeds", "0"], "--seeds is 0; it must be at least 1"),
         (["--steps", "60"], "--steps does not apply to the small model"),
         (["--model", "smollm2", "--steps", "0"], "--steps is 0; it must be at least 5"),
+        (["--text", "code"], "--text does not apply to the small model"),
+        (["--model", "smollm2", "--text", "code", "code"], "--text names a source twice: code code"),
+        (["--model", "smollm2", "--text", "novels"], "invalid choice: 'novels'"),
         (["--model", "smollm2", "--quick"], "--quick is for the small model"),
     ],
 )
