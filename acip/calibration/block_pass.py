@@ -12,7 +12,7 @@ Legend: B = windows of a batch, T = tokens of a window, D = width of the hidden 
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -159,9 +159,10 @@ class BlockPass(Generic[Layer]):
         self.files.drop("gradients", i + 1)
         self.files.drop("hidden", i)
 
-    def read(self, kind: str, number: int) -> list[Tensor]:
-        """Return what `keep` has written."""
-        return [hidden_BTD.to(self.device) for hidden_BTD in self.files.get(kind, number, map(str, range(len(self.ids)))).values()]
+    def read(self, kind: str, number: int) -> Iterator[Tensor]:
+        """Yield what `keep` has written. Each tensor is a copy: sums over mapped memory depend on its place in the file."""
+        for hidden_BTD in self.files.get(kind, number, map(str, range(len(self.ids)))).values():
+            yield hidden_BTD.to(self.device, copy=True)
 
     def keep(self, kind: str, number: int, values: list[Tensor]) -> None:
         """Write one tensor [B, T, D] per batch."""
