@@ -33,7 +33,8 @@ class Recipe:
     # a layer's directions (acip.calibration.bases): the best prefixes for the model's predictions, from the second moments of inputs and
     # gradients (fisher, ours); for the layer's outputs, from those of inputs (covariance); or the SVD of W (paper)
     basis: Basis = "fisher"
-    sample_windows: int = 64  # windows of calibration text for the basis and the Fisher scores; >= 1
+    # windows of calibration text for the basis and the codes; a quarter of them for the Fisher scores; >= 1
+    sample_windows: int = 256
     exclude: tuple[str, ...] = ()  # layers whose dotted name contains one of these are not compressed (D.8)
     mask_scale: float = 0.02  # initial value of the mask parameters p; > 0
     adapter: Adapter = "factors"  # place of the LoRA adapters: on U and V, where they cost no rank (ours), or beside the layer (paper)
@@ -138,6 +139,11 @@ class Recipe:
         return (self.post_tune_lr or self.lr) * (1 - (1 - self.post_tune_lr_end) * step / max(1, steps - 1))
 
     @property
+    def score_windows(self) -> int:
+        """The number of windows for the Fisher scores: they are K numbers per layer, and the moments of the basis are up to N * N."""
+        return -(-self.sample_windows // 4)
+
+    @property
     def adapter_rows(self) -> int:
         """The number of directions that a layer's adapter adds at every size."""
         return self.adapter_rank if self.adapter == "layer" and self.code != "bits" else 0
@@ -175,7 +181,7 @@ def paper() -> Recipe:
 
 def demo() -> Recipe:
     """Return a recipe that takes minutes on two CPU cores for a 135M model: few, small batches and a high learning rate."""
-    return Recipe(sample_windows=32, batch_size=2, seq_len=256, lr=1e-3, post_tune_steps=60)
+    return Recipe(sample_windows=128, batch_size=2, seq_len=256, lr=1e-3, post_tune_steps=60)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {"acip": acip, "paper": paper, "demo": demo}

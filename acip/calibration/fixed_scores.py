@@ -19,7 +19,7 @@ from acip.sizing.score_map import fisher
 def fixed_scores(model: nn.Module, layers: Mapping[str, Compressible], recipe: Recipe, batch: Callable[[int], Any], task: Task) -> Tensor:
     """Return the scores [D] of all directions of the parametrized `layers`, by `recipe.scores`.
 
-    Fisher scores read `recipe.sample_windows` windows; `batch(i)` returns the i-th batch. Raises CalibrationError if the loss
+    Fisher scores read `recipe.score_windows` windows; `batch(i)` returns the i-th batch. Raises CalibrationError if the loss
     does not depend on a layer.
     """
     cores = {name: core for name, core in layers.items() if isinstance(core, SVDLinear)}
@@ -42,7 +42,7 @@ def singular_values(core: Compressible) -> Tensor:
 
 def scored_parts(recipe: Recipe, batch: Callable[[int], Any]) -> Iterator[Any]:
     """Yield the windows for Fisher scores in parts, which are scored one after the other: the inputs of every layer are kept in memory."""
-    for i in range(-(-recipe.sample_windows // recipe.batch_size)):
+    for i in range(-(-recipe.score_windows // recipe.batch_size)):
         windows = batch(i)
         yield from windows.split(scored_at_once(len(windows), recipe.seq_len))
 

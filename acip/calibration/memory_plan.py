@@ -301,7 +301,7 @@ class _Prediction:
         scored = copy.copy(self)
         windows = max(1, self.recipe.batch_size // self.workers)
         scored.tokens = scored_at_once(windows, self.recipe.seq_len) * self.recipe.seq_len
-        scored.windows = -(-self.windows // self.recipe.batch_size) * self.recipe.batch_size
+        scored.windows = -(-self.recipe.score_windows // self.recipe.batch_size) * self.recipe.batch_size
         scored.logits = self.logits // self.tokens * scored.tokens
         scored.last_norm = self.last_norm / self.tokens * scored.tokens
         return scored

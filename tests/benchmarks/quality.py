@@ -94,7 +94,7 @@ class Setting:
         if self.name in BASES:
             return Recipe(
                 batch_size=2, seq_len=256, adapter_dropout=0.0, lr=1e-3, lambda_start=2e-3,
-                lambda_factor=1.08 ** (300 / self.steps), sample_windows=64, total_steps=self.steps,
+                lambda_factor=1.08 ** (300 / self.steps), sample_windows=2 * self.steps, total_steps=self.steps,
             )  # fmt: skip
         scale = (
             {"batch_size": 4, "lambda_factor": 1.1, "total_steps": 360}
@@ -154,12 +154,13 @@ def measure(setting: Setting, label: str, recipe: Recipe) -> dict[str, Any]:
     model = setting.model()
     train, heldout = setting.windows()
     base = {domain: loss(model, windows) for domain, windows in heldout.items()}
-    shuffled = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed))]
-    parametrize(model, recipe, shuffled)
+    batches = TokenBatches(train, recipe.batch_size, recipe.seed)
+    read = range(-(-recipe.sample_windows // recipe.batch_size))  # the basis reads the first windows of the training, and no others
+    parametrize(model, recipe, torch.cat([batches[i] for i in read]).to(train.dtype))
     excess = {domain: {str(size): math.nan for size in setting.sizes()} for domain in heldout}
     facts: dict[str, Any] = {"label": label, "seed": recipe.seed, "base": base, "excess": excess}
     try:
-        calibration = calibrate(model, TokenBatches(train, recipe.batch_size, recipe.seed), recipe)
+        calibration = calibrate(model, batches, recipe)
     except CalibrationError as error:
         return facts | {"error": str(error), "seconds": round(time.perf_counter() - start)}
     for size in setting.sizes():

@@ -155,7 +155,7 @@ class CalibrationBenchmark:
     def timed_calibration(self, scores_row: Row, tuning_row: Row, memory: Memory, dense: int) -> Calibration:
         """Run the scores and the post-tuning. Record the time, speed, and memory of each."""
         scale, recipe = self.scale, self.recipe
-        passes = -(-recipe.sample_windows // recipe.batch_size)
+        passes = -(-recipe.score_windows // recipe.batch_size)
         multiplied: list[tuple[int, int]] = []
         starts: list[float] = []
         peaks: list[float | None] = []
@@ -291,7 +291,7 @@ def larger(row: Row, report: Report, benchmark: CalibrationBenchmark) -> None:
     parametrize_quickly(model, recipe)
     free(scale)
     start_times: list[float] = []
-    passes = -(-recipe.sample_windows // recipe.batch_size)
+    passes = -(-recipe.score_windows // recipe.batch_size)
 
     def on_fetch(count: int) -> None:
         if count == passes:

@@ -92,8 +92,8 @@ class Job:
 
     @property
     def windows(self) -> int:
-        """The number of windows of calibration text: those for the activation samples, and one pass over the expected steps."""
-        return self.recipe.sample_windows + self.recipe.batch_size * self.recipe.gradient_accumulation_steps * self.steps
+        """The number of windows of calibration text: enough for the sample windows, and for one pass over the expected steps."""
+        return max(self.recipe.sample_windows, self.recipe.batch_size * self.recipe.gradient_accumulation_steps * self.steps)
 
     @property
     def steps(self) -> int:
