@@ -4,7 +4,8 @@
     the model with 2n blocks   the same
     the model                  both grow by the same amount for every n blocks
 
-Training is timed for a step, and the curve for a window. Loading the base model, uploads and pauses of the cluster are not included.
+Training is timed for a step, the curve for a window, and passes over the sample windows for a few of them. Loading the base model,
+uploads and pauses of the cluster are not included.
 """
 
 import copy
@@ -22,7 +23,7 @@ from acip.artifact.artifact import Artifact
 from acip.artifact.read_back import keep_layers, layers_of_all_types
 from acip.base import Base, digest, quiet
 from acip.calibration.loop import calibrate, trial_step
-from acip.calibration.parametrize import parametrize
+from acip.calibration.parametrize import parametrize, restore
 from acip.coding.coded_model import CodedModel, assembled, code_layers, step_scales
 from acip.coding.statistics import layer_statistics
 from acip.coding.step_tuning import tune_steps
@@ -32,6 +33,7 @@ from acip.evaluate.domains import CONTEXT
 from acip.layers.targets import find_linears
 from acip_platform.scheduling.fleet import Job
 
+SAMPLED = 8  # windows of the statistics, the basis and the scores that are timed
 TUNED = 2  # steps of the step sizes that are timed
 WINDOWS = 160  # of held-out text, if the job does not limit them, about as many as WikiText-2 has at 2048 tokens
 
@@ -101,25 +103,41 @@ class _Rehearsal:
                     Artifact.save_coded(folder, self.base, recipe, codes, {})
             else:
                 self.measure()
-                with self.clock("basis"):
-                    parametrize(model, recipe, windows)
+                self.parametrize(windows)
                 batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
                 with self.clock("training", self.job.steps * recipe.gradient_accumulation_steps):
                     trial_step(model, batches, recipe)
                 scores = "fisher" if recipe.prunes else recipe.scores  # pruning, which gives scores, too, is part of the training
-                with nullcontext() if recipe.prunes else self.clock("scores"):
-                    calibration = calibrate(model, batches, replace(recipe, post_tune_steps=0, total_steps=None, scores=scores))
+                few = replace(
+                    recipe, sample_windows=4 * min(SAMPLED, recipe.score_windows), post_tune_steps=0, total_steps=None, scores=scores
+                )
+                with nullcontext() if recipe.prunes else self.clock("scores", recipe.score_windows / few.score_windows):
+                    calibration = calibrate(model, batches, few)
                 with self.clock("save"):
                     Artifact.save(folder, self.base, calibration, {}, codes)
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         return Forecast(self.seconds, float(size))
 
+    def parametrize(self, windows: Tensor) -> None:
+        """Parametrize the model with a few windows, and again with twice as many, because only a part of the time depends on them."""
+        recipe, count = self.recipe, self.recipe.sample_windows
+        few = count if recipe.basis == "svd" or count <= 2 * SAMPLED else SAMPLED
+        with self.clock("basis"):
+            parametrize(self.base.model, replace(recipe, sample_windows=few), windows)
+        if few < count:
+            once = self.seconds["basis"]
+            restore(self.base.model)
+            with self.clock("basis"):
+                parametrize(self.base.model, replace(recipe, sample_windows=2 * few), windows)
+            self.seconds["basis"] += (count / few - 2) * max(0.0, self.seconds["basis"] - once)
+
     def codes(self, windows: Tensor) -> CodedModel:
         """Code the layers."""
         recipe, model = self.recipe, self.base.model
         linears = dict(find_linears(model, recipe.exclude))
-        with self.clock("statistics"):
-            statistics = layer_statistics(model, linears, windows[: recipe.sample_windows], recipe.seed)
+        few = min(SAMPLED, recipe.sample_windows)
+        with self.clock("statistics", recipe.sample_windows / few):
+            statistics = layer_statistics(model, linears, windows[:few], recipe.seed)
         with self.clock("codes"):
             scales = step_scales(linears, statistics, device=self.device)
             codes = assembled(dict(code_layers(linears, statistics, scales, self.device)))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from acip_platform.scheduling.fleet import Job
+from acip_platform.training import rehearsal
 from acip_platform.training.rehearsal import Forecast, rehearse
 from transformers import Gemma3TextConfig, LlamaConfig
 
@@ -39,18 +40,31 @@ def base_of(config: Any) -> Base:
     ("changes", "phases"),
     [
         ({}, RANKS | CODES),
+        ({"sample_windows": 40}, RANKS | CODES),
         ({"code": "ranks"}, RANKS),
         ({"code": "bits"}, CODES),
         ({"code": "bits", "code_tune_steps": 0}, CODES - {"step sizes"}),
         ({"code": "ranks", "scores": "order", "adapter_rank": 0, "post_tune_steps": 0, "max_prune_steps": 50}, RANKS - {"scores"}),
     ],
-    ids=["both", "ranks", "bits", "bits without training", "pruning"],
+    ids=["both", "both, many windows", "ranks", "bits", "bits without training", "pruning"],
 )
 def test_every_phase_of_the_recipe_has_a_time(changes: dict[str, Any], phases: set[str], small_base: str) -> None:
     forecast = rehearse(job_of(**changes), load_base(small_base), CPU)
     assert forecast.seconds.keys() == phases
     assert all(seconds > 0 for seconds in forecast.seconds.values())
     assert forecast.total_s == pytest.approx(sum(forecast.seconds.values()))
+
+
+def test_only_a_few_of_the_sample_windows_are_read(small_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    def counted(model: Any, linears: Any, windows: torch.Tensor, *args: Any, **options: Any) -> Any:
+        read.append(len(windows))
+        return layer_statistics(model, linears, windows, *args, **options)
+
+    monkeypatch.setattr(rehearsal, "layer_statistics", counted)
+    assert rehearse(job_of(code="bits", code_tune_steps=0, sample_windows=4000), load_base(small_base), CPU).total_s > 0
+    assert set(read) == {rehearsal.SAMPLED}
 
 
 def test_the_bytes_of_the_artifact_are_predicted(tmp_path: Path) -> None:
