@@ -140,6 +140,9 @@ def registered(settings: Settings, names: list[str] | None, alias: str) -> list[
 
     Raise a RegistryAwayError if the registry is not available, and a RegistryError if there is no such version.
     """
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise RegistryError(f"models is {names!r}; it must be a list of names, like [small, other@3], or null for all models.")
+    alias = str(alias)  # a version number in YAML is a number
     with reached(settings):
         database = sqlite_path(settings.tracking_uri)
         new = database is not None and not database.exists()  # opening the registry would create it
