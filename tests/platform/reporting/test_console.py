@@ -3,7 +3,8 @@
 import io
 from typing import Any
 
-from acip_platform.reporting.console import curve_tables, evaluation_table, example_size
+import pytest
+from acip_platform.reporting.console import console, curve_tables, evaluation_table, example_size, lines
 from rich.console import Console
 
 from acip.evaluate.generated_tasks import shares
@@ -27,6 +28,13 @@ def printed(*tables: Any) -> list[list[str]]:
     out.print(*tables)
     text: str = out.file.getvalue()  # type: ignore[attr-defined]
     return [[cell.strip() for cell in line.strip(" │┃|").replace("┃", "│").split("│")] for line in text.splitlines()]
+
+
+def test_brackets_and_colons_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a[v2] b[/v3] :100:"
+    console().print(name, curve_tables(name, RANKS, 0.4))
+    lines(console(), {name: name})
+    assert capsys.readouterr().out.count(name) == 4
 
 
 def test_bytes_come_before_ranks() -> None:
