@@ -8,7 +8,7 @@ is served.
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -142,20 +142,22 @@ class Registry:
         if CANDIDATE in self.resolve(version.name, version.version).aliases:
             self.client.delete_registered_model_alias(version.name, CANDIDATE)
 
-    def roll_back(self, name: str) -> ModelVersion:
-        """Roll back to the previous champion and return it. Deleted versions are skipped."""
+    def previous_champion(self, name: str) -> ModelVersion:
+        """Return the champion before the present one. Deleted versions are skipped."""
         current = self.resolve(name)
-        past = self.champions(name)[:-1]
-        while past:
-            try:
-                previous = self.resolve(name, past[-1])
-            except RegistryError:
-                past.pop()
-                continue
-            self._store_champions(name, past)
-            self.set_alias(previous)
-            return previous
+        for number in reversed(self.champions(name)[:-1]):
+            with suppress(RegistryError):
+                return self.resolve(name, number)
         raise RegistryError(f"{name} had no champion before version {current.version}. Name the version to promote.")
+
+    def roll_back(self, name: str) -> ModelVersion:
+        """Make the previous champion the champion again, and return it."""
+        previous, past = self.previous_champion(name), self.champions(name)[:-1]
+        while past[-1] != previous.version:
+            past.pop()
+        self._store_champions(name, past)
+        self.set_alias(previous)
+        return previous
 
     def champions(self, name: str) -> list[str]:
         """Return the versions that have been champion, the present one last. A champion that was set in MLflow's UI is included."""
