@@ -97,7 +97,7 @@ class Registry:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        for known in map(self._version, self.client.search_model_versions(f"name = '{name}'")):
+        for known in map(self._version, self.client.search_model_versions(f"name = {_quoted(name)}")):
             if known.uri == uri:
                 return known
         source, pointers = (f"models:/{model_id}", {ARTIFACT_URI: uri, MODEL_ID: model_id}) if model_id else (uri, {})
@@ -181,7 +181,7 @@ class Registry:
 
     def versions(self, name: str, tags: Mapping[str, str]) -> list[ModelVersion]:
         """Return the versions of `name` that have all of `tags`, newest first."""
-        conditions = [f"name = '{name}'", *(f"tags.{key} = '{value}'" for key, value in tags.items())]
+        conditions = [f"name = {_quoted(name)}", *(f"tags.{key} = '{value}'" for key, value in tags.items())]
         listed = [self._version(version) for version in self.client.search_model_versions(" and ".join(conditions))]
         aliases = self.client.get_registered_model(name).aliases if listed else {}  # search results do not include aliases
         named = [replace(each, aliases=tuple(alias for alias, at in aliases.items() if str(at) == each.version)) for each in listed]
@@ -219,3 +219,8 @@ class Registry:
         aliases = tuple(version.aliases) if version.aliases else ()
         tags = dict(version.tags)
         return ModelVersion(version.name, str(version.version), tags.get(ARTIFACT_URI, version.source), aliases, tags)
+
+
+def _quoted(text: str) -> str:
+    """Return `text` as a value of MLflow's searches. Other programs register names with apostrophes."""
+    return f'"{text}"' if "'" in text else f"'{text}'"

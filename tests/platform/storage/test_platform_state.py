@@ -41,6 +41,15 @@ def test_registry_round_trip(settings: Settings) -> None:
         registry.named("tiny@" + 20 * "9")
 
 
+def test_registry_holds_names_with_apostrophes(settings: Settings) -> None:
+    """Other programs that share the registry may register them."""
+    registry, run = Registry(settings), Tracking(settings, "fleet").start("model", "f2", {})
+    registry.register("bob's model", "/somewhere/b", run.run_id, {})
+    assert [version.uri for version in registry.versions("bob's model", {})] == ["/somewhere/b"]
+    with pytest.raises(RegistryError, match="model \"bob's model\" has no version or alias 'champion'; it has 1"):
+        registry.resolve("bob's model")
+
+
 def test_passwords_are_not_shown() -> None:
     shown = repr(Settings.from_env({"MLFLOW_TRACKING_URI": "postgresql://user:hunter2@db/mlflow"}))
     assert "hunter2" not in shown
