@@ -284,6 +284,8 @@ class _Reader(YamlFile):
         for key in ("gpus", "cpus"):
             if (value := fields.get(key, -1.0)) < 0 and value != -1:
                 raise self.fail(node, f"{key} is {value:g}; it must be at least 0, or -1 to leave it to the cluster.")
+        if (gpus := fields.get("gpus", 0.0)) > 1 and not gpus.is_integer():
+            raise self.fail(node, f"gpus is {gpus:g}; above 1, it must be a whole number, because Ray divides only single GPUs.")
         if not fields.get("sizes", Job.sizes):
             raise self.fail(node, "sizes is empty; list the sizes of the curve, including 1.0.")
         for key in ("sizes", "byte_sizes"):
