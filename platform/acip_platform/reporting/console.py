@@ -178,9 +178,9 @@ def _empty_trade_off_table(title: str, size: Sequence[str], rows: Sequence[Mappi
 def _quality(row: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[str, str, str, str]:
     """Return the cells perplexity, its ratio to the base model's, KL divergence and equal top tokens."""
     divergence = divergence_of(row)
-    ratio = row["perplexity"] / base["perplexity"] if base else math.nan
+    ratio = f"{row['perplexity'] / base['perplexity']:.2f}" if base else ""
     close = (f"{divergence['kl_nats']:.4f}", f"{divergence['same_top_share']:.1%}") if divergence else ("", "")
-    return f"{row['perplexity']:.2f} ± {row['perplexity'] * row['stderr']:.2f}", f"{ratio:.2f}", *close
+    return f"{row['perplexity']:.2f} ± {row['perplexity'] * row['stderr']:.2f}", ratio, *close
 
 
 def _worst(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -292,3 +292,5 @@ class _Reader(YamlFile):
             for size in fields.get(key, ()):
                 if not 0 < size <= 1:
                     raise self.fail(node, f"{key} contains {size!r}; each must be above 0 and at most 1.")
+                if fields[key].count(size) > 1:
+                    raise self.fail(node, f"{key} contains {size!r} twice; it would be measured twice.")

@@ -49,6 +49,10 @@ def test_bytes_come_before_ranks() -> None:
     assert rows[1][1][:8] == ["0.60", "0.6000", "0.6000", "10", "120.0", "30.00 ± 3.00", "1.50", "1.0000"]
 
 
+def test_a_curve_without_the_base_model_has_no_ratios_to_it() -> None:
+    assert not {"nan", "1.00"} & {cell for cells in printed(curve_tables("small", RANKS[1:], 0.4)) for cell in cells}
+
+
 def test_a_curve_of_one_kind_is_one_table() -> None:
     for rows in (RANKS, [RANKS[0], *CODED]):
         lines = printed(curve_tables("small, version 1", rows, 0.4))

@@ -109,6 +109,7 @@ def test_every_domain_is_measured_unless_the_fleet_says_otherwise(tmp_path: Path
         ("models:\n- {name: a, name: b, base: b/c}", 2, "is given twice"),
         ("models:\n- {name: ../a, base: b/c}", 2, "only letters, digits"),
         ("models:\n- {name: a, base: b/c, sizes: [1.0, 1.5]}", 2, "above 0 and at most 1"),
+        ("models:\n- {name: a, base: b/c, sizes: [1.0, 0.5, 0.50]}", 2, "sizes contains 0.5 twice"),
         ("models:\n- {name: a, base: b/c, byte_sizes: [0.4, 0.0]}", 2, "byte_sizes contains 0.0; each must be above 0 and at most 1"),
         ("models:\n- {name: a, base: b/c, tasks: [package:piqaa]}", 2, "did you mean 'package:piqa'"),
         ("models:\n- {name: a, base: b/c, task_limit: -1}", 2, "task_limit is -1"),
