@@ -55,7 +55,7 @@ def test_engines_scale_between_the_bounds(settings: Settings) -> None:
 def test_numbers_of_yaml_are_sizes_and_versions(settings: Settings) -> None:
     """`default_size: 0.6` and `alias: 1` are numbers in YAML."""
     assert registered(settings, ["small"], 1)[0].version == "1"  # type: ignore[arg-type]
-    deployed = build({"alias": 1, "default_size": 0.6, "max_size": 0.8})._bound_deployment  # type: ignore[attr-defined]
+    deployed = build({"alias": 1, "default_size": 0.6, "max_size": 0.8})._bound_deployment
     assert deployed.init_args[-1] == "0.6"
 
 
