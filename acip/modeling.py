@@ -14,7 +14,6 @@ the dropped tensors from the artifact again.
 import re
 from pathlib import Path
 from typing import Any, Literal, cast
-from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import torch
@@ -59,9 +58,9 @@ def from_pretrained(
     """
     if isinstance(source, Artifact):
         return _compressed(source, size, quantize, device)
-    if "://" in str(source) and not str(source).startswith("file://"):
+    if "://" in str(source) and not str(source).startswith("file:///"):
         raise ArtifactError(f"{source} is not a local folder. Open it with acip_platform.storage.store.Store.open, and pass the result.")
-    folder = Path(url2pathname(urlparse(str(source)).path) if str(source).startswith("file://") else source)
+    folder = Path(url2pathname(str(source).removeprefix("file://")) if str(source).startswith("file:///") else source)
     if not folder.exists() and re.fullmatch(HUB_ID, str(source)):
         folder = Path(snapshot(str(source)))
     if not (folder / MANIFEST).is_file() and (folder / CONFIG).is_file():

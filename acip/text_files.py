@@ -61,6 +61,8 @@ def files(source: str) -> list[Path]:
     """Return the files that match `source`, a path or a pattern; empty if there are none. Raises DataError for a folder without text."""
     try:
         root = Path(source)
+        if not source:  # not the current folder
+            return []
         if root.is_dir():
             visible = (path for path in root.rglob("*") if not any(part.startswith(".") for part in path.relative_to(root).parts))
             texts = sorted(path for path in visible if _format(path)[0] and path.name not in NOT_DATA and path.is_file())

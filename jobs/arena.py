@@ -51,11 +51,9 @@ def run(args: argparse.Namespace) -> int:
     if args.force:
         results.forget(arena)
     todo = entries(arena, results)
-    out.print(
-        f"arena {arena.name}: {len(arena.methods)} methods, {len(results.of(arena))} rows done, {len(todo)} tasks to do", markup=False
-    )
+    out.print(f"arena {arena.name}: {len(arena.methods)} methods, {len(results.of(arena))} rows done, {len(todo)} tasks to do")
     for entry in todo:
-        out.print(f"[{entry.method}] sizes {', '.join(f'{size:g}' for size in entry.sizes)}", markup=False)
+        out.print(f"[{entry.method}] sizes {', '.join(f'{size:g}' for size in entry.sizes)}")
     if args.dry_run:
         return 0
     failures = []
@@ -63,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         connect(settings)
         events = open_event_queue()
         with Watch(out, events):
-            failures = hold(arena, results, events, args.pool or nodes(), lambda text: out.print(text, markup=False))
+            failures = hold(arena, results, events, args.pool or nodes(), out.print)
     rows = results.of(complete)  # rows of the other methods, too
     if rows:
         out.print(method_comparison_report.table(rows, complete))
@@ -76,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         files = {kind: str(folder / f"{arena.name}.{suffix}") for kind, suffix in (("rows", "json"), ("table", "md"), ("plot", "png"))}
         lines(out, {**files, "models in MLflow": page})
     for entry, error in failures:
-        out.print(f"[{entry.method} {', '.join(f'{size:g}' for size in entry.sizes)}] FAILED: {error}", markup=False)
+        out.print(f"[{entry.method} {', '.join(f'{size:g}' for size in entry.sizes)}] FAILED: {error}")
     return cli.FAILED if failures else 0
 
 

@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
             try:
                 finish_fleet(parent, outcomes)
             except Exception as error:  # of MLflow or its file store: the models are registered already
-                out.print(f"the end of the fleet's run could not be recorded: {error}", markup=False)
+                out.print(f"the end of the fleet's run could not be recorded: {error}")
     return last_screen(out, settings, outcomes, done, time.monotonic() - began, models_page(settings, tracking.experiment_id))
 
 
@@ -143,10 +143,10 @@ def print_plan(jobs: list[Job], cluster: Nodes, settings: Settings, out: Any) ->
         facts = plan(job, cluster, settings)
         incomplete += any(fact.startswith(MISSING) for fact in facts.values())
         out.print()
-        out.print(f"[{job.name}]", markup=False)
+        out.print(f"[{job.name}]")
         lines(out, facts)
     if incomplete:
-        out.print(f"\n{incomplete} of {len(jobs)} models lack something here; see MISSING.", markup=False)
+        out.print(f"\n{incomplete} of {len(jobs)} models lack something here; see MISSING.")
 
 
 def plan(job: Job, cluster: Nodes, settings: Settings) -> dict[str, str]:
@@ -211,22 +211,22 @@ def print_forecasts(jobs: Sequence[Job], out: Any) -> None:
         part = resources_of(job, nodes())
         out.print()
         if part.workers > 1:
-            out.print(f"[{job.name}] {part.workers} workers share this model; only models of one worker can be rehearsed", markup=False)
+            out.print(f"[{job.name}] {part.workers} workers share this model; only models of one worker can be rehearsed")
             continue
         task = rehearsed.options(num_cpus=part.cpus, num_gpus=part.gpus)
         try:
             forecast, device = ray.get(task.remote(job.to_dict(), max(1, int(part.cpus))))
         except AcipError as error:
-            out.print(f"[{job.name}] can't be rehearsed: {error}", markup=False)
+            out.print(f"[{job.name}] can't be rehearsed: {error}")
             continue
         except RayError as error:  # another error of the task, or its worker was killed
-            out.print(f"[{job.name}] can't be rehearsed: {one_line(getattr(error, 'cause', None) or error)}", markup=False)
+            out.print(f"[{job.name}] can't be rehearsed: {one_line(getattr(error, 'cause', None) or error)}")
             continue
         hours += forecast.total_s / 3600
-        out.print(f"[{job.name}] {duration(forecast.total_s)} on {device}, predicted from a few blocks with random weights", markup=False)
+        out.print(f"[{job.name}] {duration(forecast.total_s)} on {device}, predicted from a few blocks with random weights")
         lines(out, {phase: duration(seconds) for phase, seconds in forecast.seconds.items()})
         lines(out, {"artifact": f"{forecast.artifact_bytes / 1e9:.2f} GB"})
-    out.print(f"\n{hours:.2f} hours of one worker for all of them, without loading and uploads", markup=False)
+    out.print(f"\n{hours:.2f} hours of one worker for all of them, without loading and uploads")
 
 
 @ray.remote(max_retries=0)
@@ -250,7 +250,7 @@ def claim(leases: Leases, attempts: dict[str, str], out: Any) -> dict[str, str]:
     names = {attempt: name for name, attempt in attempts.items()}
 
     def waiting(attempt: str, owner: str) -> None:
-        out.print(f"[{names[attempt]}] {owner} started it; checking for up to {leases.lease_s:g} s whether it is alive", markup=False)
+        out.print(f"[{names[attempt]}] {owner} started it; checking for up to {leases.lease_s:g} s whether it is alive")
 
     alive = leases.claim(list(names), waiting)
     return {names[attempt]: f"{owner} is working on it. Run this command again when that has ended." for attempt, owner in alive.items()}
@@ -259,8 +259,7 @@ def claim(leases: Leases, attempts: dict[str, str], out: Any) -> dict[str, str]:
 def give_up(out: Any, attempt: str, owner: str) -> None:
     """End this process and its workers at once, because another submission continues the work."""
     out.print(
-        f"error: this process sent no heartbeat for too long, so {owner} took over {attempt}. This process ends, to avoid duplicate work.",
-        markup=False,
+        f"error: this process sent no heartbeat for too long, so {owner} took over {attempt}. This process ends, to avoid duplicate work."
     )
     os._exit(TAKEN_OVER)
 
@@ -319,7 +318,7 @@ def first_screen(
 ) -> None:
     """Print the storage locations, and one line per model."""
     context = ray.get_runtime_context()
-    out.print(f"acip: fleet {fleet.name}, {len(jobs)} model{'s' * (len(jobs) != 1)}, {len(done)} already done", markup=False)
+    out.print(f"acip: fleet {fleet.name}, {len(jobs)} model{'s' * (len(jobs) != 1)}, {len(done)} already done")
     lines(out, {
         "job": context.get_job_id() + (" on a Ray of this process" if cluster.own else ""),
         "dashboard": cluster.dashboard or "none",
@@ -331,10 +330,10 @@ def first_screen(
         if job.name in done:
             version = done[job.name]
             state = f"is the {CHAMPION}" if CHAMPION in version.aliases else f"is not the {CHAMPION} ({version.tags['verdict']})"
-            out.print(f"[{job.name}] already done: version {version.version} {state} (--force calibrates again)", markup=False)
+            out.print(f"[{job.name}] already done: version {version.version} {state} (--force calibrates again)")
             continue
         if job.name in taken:
-            out.print(f"[{job.name}] {taken[job.name]}", markup=False)
+            out.print(f"[{job.name}] {taken[job.name]}")
             continue
         r = job.recipe
         part = shares.get(job.name)
@@ -347,7 +346,7 @@ def first_screen(
             ] if r.code != "bits" else []),
             *([f"{part.gpus:g} GPU, {part.cpus:g} CPU"] if part else []),
         ]  # fmt: skip
-        out.print(f"[{job.name}] {job.base} on {job.data}: {'; '.join(facts)}", markup=False)
+        out.print(f"[{job.name}] {job.base} on {job.data}: {'; '.join(facts)}")
 
 
 def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dict[str, ModelVersion], seconds: float, page: str) -> int:
@@ -357,13 +356,13 @@ def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dic
             out.print()
             out.print(trade_off_table(outcome))
             assert outcome.summary is not None
-            out.print(f"[{outcome.job.name}] version {outcome.summary['version']}, {outcome.summary['verdict']}", markup=False)
+            out.print(f"[{outcome.job.name}] version {outcome.summary['version']}, {outcome.summary['verdict']}")
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     out.print()
     for outcome in failed:
-        out.print(f"[{outcome.job.name}] FAILED: {outcome.error}", markup=False)
+        out.print(f"[{outcome.job.name}] FAILED: {outcome.error}")
     good = [outcome.job.name for outcome in outcomes if outcome.error is None] + list(done)
-    out.print(f"{len(good)} of {len(good) + len(failed)} models are calibrated, after {duration(seconds)}.", markup=False)
+    out.print(f"{len(good)} of {len(good) + len(failed)} models are calibrated, after {duration(seconds)}.")
     if good:
         run = shell(settings)
         mlflow = this_program("mlflow")
@@ -372,7 +371,7 @@ def last_screen(out: Any, settings: Settings, outcomes: list[Outcome], done: dic
         body = json.dumps({"model": good[0], "size_ratio": size, "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0})
         local = settings.tracking_uri.startswith("sqlite:")
         server = f"{mlflow} server --backend-store-uri {shlex.quote(settings.tracking_uri)} --port 5000 --workers 1"
-        out.print("\nNext:", markup=False)
+        out.print("\nNext:")
         lines(out, {
             **({"see the runs": server} if local else {}),
             "table of sizes": page,

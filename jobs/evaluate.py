@@ -190,7 +190,7 @@ def read(file: Path, out: Any) -> list[Row]:
         rows: list[Row] = json.loads(file.read_text()) if file.exists() and file.stat().st_size else []
         return [{**row, "asked": float(row["asked"])} for row in rows]
     except (ValueError, KeyError, TypeError) as error:
-        out.print(f"{file} does not hold rows ({error!r}); it is overwritten.", markup=False)
+        out.print(f"{file} does not hold rows ({error!r}); it is overwritten.")
         return []
 
 
@@ -322,14 +322,14 @@ def last_screen(out: Any, name: str, rows: list[Row], errors: dict[str, str | No
         out.print()
         out.print(evaluation_table(name, rows))
     for size, error in errors.items():
-        out.print(f"size {size} FAILED: {error}", markup=False)
+        out.print(f"size {size} FAILED: {error}")
     for note in notes:
-        out.print(note, markup=False)
+        out.print(note)
     if rows:
-        out.print(f"rows: {file}", markup=False)
-    out.print(f"{len(rows)} of {len(rows) + len(errors)} sizes measured, after {duration(seconds)}.", markup=False)
+        out.print(f"rows: {file}")
+    out.print(f"{len(rows)} of {len(rows) + len(errors)} sizes measured, after {duration(seconds)}.")
     if errors:
-        out.print("Run the same command again for the others; finished measurements are not repeated.", markup=False)
+        out.print("Run the same command again for the others; finished measurements are not repeated.")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     identity = fingerprint(job, artifact)
     versions = [] if args.force else registry.versions(name, {"fingerprint": identity})
     if done := [each for each in versions if is_registered(each) and store.exists(each.uri)]:
-        out.print(f"[{name}] already done: version {done[0].version} (--force repeats it)", markup=False)
+        out.print(f"[{name}] already done: version {done[0].version} (--force repeats it)")
         next_commands(out, settings, done[0], job.recipe.stop_ratio)
         return 0
 
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     mlflow_run.params({**recipe.to_dict(), "base": job.base, "data": job.data})
     if version.model_id:
         mlflow_run.uses(version.model_id)
-    out.print(f"acip: fine-tuning version {version.version} of {name} at size {recipe.stop_ratio:g}", markup=False)
+    out.print(f"acip: fine-tuning version {version.version} of {name} at size {recipe.stop_ratio:g}")
     lines(out, {
         "dashboard": cluster.dashboard or "none",
         "tracking": masked(settings.tracking_uri),
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         (outcome,) = run_all([job], {job.name: part}, tune, available_nodes)  # in a thread: Ray Train would handle Ctrl-C itself
         state = "FAILED" if outcome.summary is None else "FINISHED"
     if outcome.summary is None:
-        out.print(f"[{name}] FAILED: {outcome.error}", markup=False)
+        out.print(f"[{name}] FAILED: {outcome.error}")
         return cli.FAILED
     seconds, page = time.monotonic() - began, runs_page(settings, mlflow_run.experiment_id)
     last_screen(out, outcome, version, recipe, seconds, page)

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     out, settings = console(), Settings.from_env()
 
     def emit(_kind: str, text: str) -> None:
-        out.print(f"[{args.name}] {text}", markup=False)
+        out.print(f"[{args.name}] {text}")
 
     emit("stage", f"opening {args.checkpoint}")
     base, calibration = open_published(resolved(args.checkpoint), args.base and resolved(args.base))

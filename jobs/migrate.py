@@ -47,17 +47,17 @@ def run(settings: Settings) -> int:
     for uri, (name, run_id) in makers.items():
         try:
             ids[uri] = logged_models.log_artifact(Run(client, run_id), name, artifact := store.open(uri), uri)
-            out.print(f"[{name}] {len(artifact.curve)} sizes of {uri}", markup=False)
+            out.print(f"[{name}] {len(artifact.curve)} sizes of {uri}")
         except AcipError as error:
             failed += 1
-            out.print(f"[{name}] {uri} is left out: {error}", markup=False)
+            out.print(f"[{name}] {uri} is left out: {error}")
     for version in versions:
         if version.uri in ids:
             registry.link(version, ids[version.uri])
-            out.print(f"[{version.name}] version {version.version} is linked with its model", markup=False)
+            out.print(f"[{version.name}] version {version.version} is linked with its model")
         elif version.uri not in makers:
             failed += 1
-            out.print(f"[{version.name}] version {version.version} is left out: MLflow has no run with its artifact", markup=False)
+            out.print(f"[{version.name}] version {version.version} is left out: MLflow has no run with its artifact")
     of_number = {(version.name, version.version): ids.get(version.uri) for version in versions}
     for tuning in tunings:
         if parent := of_number.get((tuning.data.tags.get("model", ""), tuning.data.tags["finetuned_from"])):
@@ -82,14 +82,14 @@ def _log_evaluation(run: Run, tags: dict[str, str], store: Store, out: Any) -> b
     if not rows:
         return True
     if not uri:
-        out.print(f"[{name}] run {run.run_id} is left out: repeat jobs/evaluate.py --base, which measures nothing twice", markup=False)
+        out.print(f"[{name}] run {run.run_id} is left out: repeat jobs/evaluate.py --base, which measures nothing twice")
         return True
     try:
         log_models(run, name, Model(uri), store.open(uri), rows)
     except AcipError as error:
-        out.print(f"[{name}] run {run.run_id} is left out: {error}", markup=False)
+        out.print(f"[{name}] run {run.run_id} is left out: {error}")
         return False
-    out.print(f"[{name}] {len(rows)} evaluated sizes of {uri}", markup=False)
+    out.print(f"[{name}] {len(rows)} evaluated sizes of {uri}")
     return True
 
 

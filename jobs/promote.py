@@ -44,14 +44,14 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     registry.resolve(args.name, args.version or CHAMPION)
     champion = registry.champion(args.name)
     previous = f"version {champion.version}" if champion else "none"
+    version = registry.previous_champion(args.name) if args.rollback else registry.resolve(args.name, args.version)
+    if not Store.of(settings).exists(version.uri):
+        raise StoreError(
+            f"version {version.version} of {args.name} points at {version.uri}, where there is no artifact. Choose another version."
+        )
     if args.rollback:
-        version = registry.roll_back(args.name)
+        registry.roll_back(args.name)
     else:
-        version = registry.resolve(args.name, args.version)
-        if not Store.of(settings).exists(version.uri):
-            raise StoreError(
-                f"version {version.version} of {args.name} points at {version.uri}, where there is no artifact. Choose another version."
-            )
         registry.set_champion(version)
     lines(out, {
         "was": previous,

@@ -123,7 +123,7 @@ def first_screen(
 ) -> None:
     """Print the trials and the storage locations."""
     counts = f"{len(sweep.trials)} trials, {len(sweep.shared_prunings)} shared prunings"
-    out.print(f"acip: sweep {sweep.space.name} of {sweep.job.name} in fleet {fleet.name}: {counts}", markup=False)
+    out.print(f"acip: sweep {sweep.space.name} of {sweep.job.name} in fleet {fleet.name}: {counts}")
     lines(out, {
         "job": ray.get_runtime_context().get_job_id() + (" on a Ray of this process" if cluster.own else ""),
         "dashboard": cluster.dashboard or "none",
@@ -134,7 +134,7 @@ def first_screen(
         **({"run": f"{parent.run_id} in experiment {parent.experiment_id}"} if parent else {}),
     })  # fmt: skip
     for trial in sweep.trials:
-        out.print(f"[{trial.name}] {trial.label}", markup=False)
+        out.print(f"[{trial.name}] {trial.label}")
 
 
 def last_screen(
@@ -152,21 +152,20 @@ def last_screen(
     out.print()
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:
-        out.print(f"[{outcome.trial.name}] FAILED ({outcome.trial.label}): {outcome.error}", markup=False)
+        out.print(f"[{outcome.trial.name}] FAILED ({outcome.trial.label}): {outcome.error}")
     finished = sum(outcome.finished for outcome in outcomes)
     ended = len(outcomes) - finished - len(failed)
-    out.print(f"{finished} finished, {ended} ended early, {len(failed)} failed, after {duration(seconds)}.", markup=False)
+    out.print(f"{finished} finished, {ended} ended early, {len(failed)} failed, after {duration(seconds)}.")
     best = winner(outcomes)
     if best is None:
-        out.print("No trial finished, so there is no winner.", markup=False)
+        out.print("No trial finished, so there is no winner.")
         return cli.FAILED
     summary = summaries[best.trial.name]
     out.print(
         f"The winner, by the smallest area under excess loss, is {best.trial.name} ({best.trial.label}): {best.area:.4f}. "
-        f"{sweep.job.name} version {summary['version']} is the candidate: {summary['uri']}",
-        markup=False,
+        f"{sweep.job.name} version {summary['version']} is the candidate: {summary['uri']}"
     )
-    out.print("\nNext:", markup=False)
+    out.print("\nNext:")
     name = sweep.job.name
     lines(out, {"export 0.6": f"{shell(settings)} jobs/materialize.py {name} --alias candidate --size 0.6 --out {name}-60"})
     return cli.FAILED if failed else 0

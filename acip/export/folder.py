@@ -194,7 +194,7 @@ def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
 
 def check_target(folder: str | Path) -> Path:
     """Return the absolute path of `folder`. Raise ArtifactError unless it does not exist, is empty, or is an unchanged earlier export."""
-    folder = Path(folder).absolute()
+    folder = replaceable(folder)
     if not folder.exists() and not folder.is_symlink():
         return folder
     if folder.is_symlink() or not folder.is_dir():
@@ -208,6 +208,14 @@ def check_target(folder: str | Path) -> Path:
             raise ArtifactError(
                 f"{folder} is an earlier export with files added to it ({_some(added)}). Move them, or choose another folder."
             )
+    return folder
+
+
+def replaceable(folder: str | Path) -> Path:
+    """Return the absolute path of `folder`. Raise ArtifactError if another folder can't take its place."""
+    folder = Path(folder).absolute()
+    if Path.cwd().is_relative_to(folder.resolve()) or folder.is_mount():
+        raise ArtifactError(f"{folder} can't be replaced: it is a mount point, the current folder, or above it. Name a folder in it.")
     return folder
 
 

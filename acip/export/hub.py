@@ -10,7 +10,7 @@ from acip.artifact.artifact import Artifact
 from acip.artifact.manifest import MANIFEST, check_manifest
 from acip.errors import ArtifactError, HubError
 from acip.export.card import artifact_card
-from acip.export.folder import PROVENANCE, files_of, public
+from acip.export.folder import PROVENANCE, files_of, public, replaceable
 
 CARD = "README.md"
 
@@ -46,7 +46,7 @@ def copy(artifact: Artifact, folder: str | Path) -> Path:
 
     The copy may be published: its manifest holds no paths of this machine (`acip.export.folder.public`).
     """
-    folder = Path(folder).absolute()
+    folder = replaceable(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtifactError(f"{folder} exists and is not an empty folder. Choose another place for the artifact.")
     folder.parent.mkdir(parents=True, exist_ok=True)

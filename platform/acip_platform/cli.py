@@ -50,8 +50,16 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse `argv` (None = the arguments of this process); old option names are accepted with a FutureWarning."""
-    return parser.parse_args(current_options(parser, sys.argv[1:] if argv is None else argv))
+    """Parse `argv` (None = the arguments of this process); old option names are accepted with a FutureWarning.
+
+    An empty argument is an error: it comes from a variable that is not set, and would be read as the current folder or as no choice.
+    """
+    words = current_options(parser, sys.argv[1:] if argv is None else argv)
+    for i, word in enumerate(words):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            place = word or f"after {words[i - 1]}" if i else "at the beginning"
+            parser.error(f"an argument is empty ({place}). Set the variable that it comes from, or leave the option out.")
+    return parser.parse_args(words)
 
 
 def current_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:

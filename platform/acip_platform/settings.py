@@ -54,10 +54,10 @@ class Settings:
         """Read and check the settings in `env`, by default those of this process. AcipError for a value that is not allowed."""
         if env is None:
             keep_loopback_direct(os.environ)
-        env = os.environ if env is None else env
+        env = {name: value.strip() for name, value in (os.environ if env is None else env).items()}  # files of secrets end with a newline
         checkout = Path(__file__).resolve().parents[2]
-        default = checkout / ".acip" if (checkout / "jobs").is_dir() else Path.home() / ".acip"
-        home = Path(env.get("ACIP_HOME") or default).expanduser().resolve()
+        default = str(checkout / ".acip") if (checkout / "jobs").is_dir() else "~/.acip"
+        home = _folder("ACIP_HOME", env.get("ACIP_HOME") or default)
         return cls(
             home=home,
             store=_location(env, "ACIP_ARTIFACT_URI", home / "artifacts"),
@@ -90,13 +90,22 @@ class Settings:
         return "Settings(" + ", ".join(f"{key}={value!r}" for key, value in shown.items()) + ")"
 
 
+def _folder(name: str, text: str) -> Path:
+    """Return the absolute path of the folder or file that a variable names, because workers run in other folders."""
+    try:
+        return Path(text).expanduser().resolve()
+    except RuntimeError as error:  # there is no such user
+        raise AcipError(f"{name} is {text!r}, whose home folder is not known. Give an absolute path.") from error
+
+
 def _location(env: Mapping[str, str], name: str, default: Path) -> str:
-    """Return the URI in a variable, or the absolute path of its folder, because workers run in other folders."""
+    """Return the URI in a variable, or the absolute path of its folder."""
     text = renamed.environment(env, name) or str(default)
-    if "://" not in text:
-        return str(Path(text).expanduser().resolve())
-    if not text.startswith(("s3://", "file://")):
-        raise AcipError(f"{name} is {text!r}; it must be a folder, file:///folder, or s3://bucket/prefix.")
+    if not re.match(r"[A-Za-z0-9+.-]+:/", text):
+        return str(_folder(name, text))
+    if not re.fullmatch(r"s3://[^/].*|file:///[^#?]*", text):
+        allowed = "a folder, file:///folder, or s3://bucket/prefix. In the URI of a folder, # is written %23, and ? is written %3F"
+        raise AcipError(f"{name} is {text!r}; it must be {allowed}.")
     return text
 
 
@@ -106,14 +115,14 @@ def _tracking_uri(env: Mapping[str, str], default: Path) -> str:
     if not uri:
         return sqlite_uri(default)
     if path := sqlite_path(uri):
-        return "?".join([sqlite_uri(path), *uri.split("?", 1)[1:]])
+        return "?".join([sqlite_uri(_folder("MLFLOW_TRACKING_URI", str(path))), *uri.split("?", 1)[1:]])
     if uri.startswith("file:") and not uri.startswith("file:/"):
         return Path(unquote(uri.removeprefix("file:"))).resolve().as_uri()
     try:
         urlsplit(uri)
     except ValueError as error:
         raise AcipError(f"MLFLOW_TRACKING_URI is {masked(uri)!r}, which is not a URI: {error}.") from error
-    return uri if ":" in uri or uri == "databricks" else Path(uri).expanduser().resolve().as_uri()
+    return uri if ":" in uri or uri == "databricks" else _folder("MLFLOW_TRACKING_URI", uri).as_uri()
 
 
 def sqlite_uri(path: Path) -> str:

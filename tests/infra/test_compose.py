@@ -7,7 +7,9 @@ import copy
 import fnmatch
 import importlib.resources
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -151,6 +153,24 @@ def wrong_image(dockerfile: str, folder: Path) -> list[str]:
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     (extras,) = re.findall(r'"\.\[(.+)\]"', dockerfile)
     return complaints + [f"no extra {extra}" for extra in re.sub(r"\${VLLM:\+(.+)}", r"\1", extras).split(",") if extra not in known]
+
+
+def test_secrets_are_complete_also_if_the_first_attempt_failed(tmp_path: Path) -> None:
+    """The stub stands for openssl: it is missing at first, and then makes a key."""
+    (tmp_path / "infra").mkdir()
+    shutil.copy(INFRA / "secrets", tmp_path / "infra")
+    openssl = tmp_path / "openssl"
+    env = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    results = []
+    for script in ("exit 127", f"echo {'5' * 48}"):
+        openssl.write_text(f"#!/bin/sh\n{script}\n")
+        openssl.chmod(0o755)
+        results.append(subprocess.run(["bash", tmp_path / "infra" / "secrets"], env=env, check=False).returncode)
+    assert results == [127, 0]
+    for file in (tmp_path / ".secrets").iterdir():
+        for line in file.read_text().splitlines():
+            assert line.endswith("5" * 48) or line == "AWS_ACCESS_KEY_ID=acip", file
+    assert len(list((tmp_path / ".secrets").iterdir())) == 6
 
 
 def test_dockerfile_is_valid(tmp_path: Path) -> None:

@@ -131,6 +131,15 @@ def test_values_out_of_range_are_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv", [["evaluate", "--base", ""], ["materialize", "x", "--size", "0.5", "--out="], ["promote", "small", ""]])
+def test_empty_arguments_of_jobs_are_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """They come from variables that are not set: a base model "" is none, a folder "" the current one, a version "" no choice."""
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(f"jobs.{argv[0]}").main(argv[1:])
+    assert caught.value.code == cli.REFUSED
+    assert "an argument is empty (" in capsys.readouterr().err
+
+
 def test_an_unknown_name_is_refused() -> None:
     cli.check_only(None, ["small"], "fleet")
     cli.check_only(["small"], ["small"], "fleet")

@@ -93,6 +93,19 @@ def first_run(demo_home: DemoHome) -> subprocess.CompletedProcess[str]:
     return result
 
 
+def test_demo_stops_no_other_process_that_has_the_number_of_its_ray(tmp_path: Path) -> None:
+    """After a restart of the machine, the number in the file may belong to another process."""
+    with subprocess.Popen(["sleep", "1000"]) as other:
+        try:
+            (tmp_path / "ray.pid").write_text(str(other.pid))
+            command, env = ["bash", str(ROOT / "infra" / "demo"), "stop"], {**os.environ, "ACIP_HOME": str(tmp_path)}
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stdout) == (0, "no Ray of the demo is running\n")
+            assert other.poll() is None
+        finally:
+            other.kill()
+
+
 def test_screen_output(first_run: subprocess.CompletedProcess[str], demo_home: DemoHome) -> None:
     out = " ".join(first_run.stdout.split())
     for expected in (

@@ -66,6 +66,19 @@ def test_names_paths_and_uris_are_accepted(
     assert code == 2 and "no model 'smal' in the registry (did you mean 'small'?)" in output
 
 
+@pytest.mark.parametrize("options", [["--size", "0.5"], ["--all-sizes"]])
+@pytest.mark.parametrize("out", [".", "..", "../here"])
+def test_current_folder_is_not_replaced(
+    command: Command, small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], out: str
+) -> None:
+    """Its shell, and this process, would be in a folder that no longer exists."""
+    (tmp_path / "empty" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "empty" / "here")
+    code, output = command(small_artifact.folder, *options, "--out", out)
+    assert code == 2 and "it is a mount point, the current folder, or above it. Name a folder in it." in output
+    assert Path.cwd() == tmp_path / "empty" / "here"
+
+
 def test_fit_to_bytes_quantized_bytes_and_memory(command: Command, small_artifact: Artifact, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert command(small_artifact.folder, "--fit", "1MB", "--out", out)[0] == 0

@@ -6,7 +6,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, rmtree
 
 import pytest
 import torch
@@ -97,15 +97,36 @@ def app(small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     app.close()
 
 
-def test_route_returns_the_archive_whole_and_in_ranges(
-    app: Application, exported: Path, heldout_tokens: torch.Tensor, tmp_path: Path
-) -> None:
-    target = tmp_path / "home" / "artifacts" / "exports" / "small" / "1" / "size-0.6000-0123456789abcdef-01234567"
+TARGET = "home/artifacts/exports/small/1/size-0.6000-0123456789abcdef-01234567"
+
+
+def materialized(exported: Path, target: Path) -> str:
+    """Copy an export to the store as a materialization, and return the path of its archive."""
     copytree(exported, target)
     provenance = json.loads((target / PROVENANCE).read_text())
     facts = {"id": "mat-0123456789abcdef", "model": "small", "version": "1", "size": {"ratio": 0.6}, "quantize": None}
     (target / PROVENANCE).write_text(json.dumps({**provenance, "materialization": facts}))
-    path = "/v1/materializations/mat-0123456789abcdef/archive"
+    return "/v1/materializations/mat-0123456789abcdef/archive"
+
+
+@pytest.mark.parametrize("removed", ["weights", "folder"])
+def test_incomplete_export_is_not_an_archive(app: Application, exported: Path, tmp_path: Path, removed: str) -> None:
+    target = tmp_path / TARGET
+    path = materialized(exported, target)
+    assert app.ask("GET", path)[0] == 200
+    if removed == "folder":
+        rmtree(target)
+    else:
+        (target / "model.safetensors").unlink()
+    status, body = app.ask("GET", path)
+    assert (status, json.loads(body)["error"]["code"]) == (409, "not_materialized")
+
+
+def test_route_returns_the_archive_whole_and_in_ranges(
+    app: Application, exported: Path, heldout_tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    target = tmp_path / TARGET
+    path = materialized(exported, target)
     status, whole = app.ask("GET", path)
     assert status == 200, whole
     with tarfile.open(fileobj=io.BytesIO(whole)) as opened:
@@ -116,7 +137,9 @@ def test_route_returns_the_archive_whole_and_in_ranges(
     for header, expected in ((f"bytes=0-{half - 1}", whole[:half]), (f"bytes={half}-", whole[half:])):
         assert app.ask("GET", path, headers=[(b"range", header.encode())]) == (206, expected)
     assert app.ask("GET", path, headers=[(b"range", b"bytes=5-9"), (b"if-range", b'"another"')]) == (200, whole)
-    assert app.ask("HEAD", path) == (200, b"")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Archive, "read", None)  # for HEAD, no file is read
+        assert app.ask("HEAD", path) == (200, b"")
     assert app.ask("GET", path, headers=[(b"range", b"bytes=%d-" % len(whole))])[0] == 416
     assert app.ask("GET", path.replace("cdef", "cdee"))[0] == 404
 

@@ -81,6 +81,11 @@ def test_invalid_keys_are_reported_without_showing_them(tmp_path: Path, listed: 
     assert "hunter2" not in shown and FIRST_KEY not in shown
 
 
+def test_file_of_an_unknown_user_is_reported() -> None:
+    with pytest.raises(AcipError, match="can't be read: there is no such user"):
+        Keys.from_env({"ACIP_API_KEYS_FILE": "~no-such-user/keys"})
+
+
 def test_keys_are_not_passed_to_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ACIP_API_KEYS", FIRST_KEY)
     monkeypatch.setenv("ACIP_API_KEYS_FILE", str(tmp_path / "keys"))

@@ -66,6 +66,11 @@ def test_no_path_bypasses_the_key_check() -> None:
         assert ask(api, "GET", path).status_code == 401, path
 
 
+def test_head_of_an_unknown_route_has_the_headers_of_get() -> None:
+    head, get = (ask(ApiWithoutEngine(Keys()), method, "/v1/nothing") for method in ("HEAD", "GET"))
+    assert (head.status_code, head.headers, head.content) == (404, get.headers, b"")
+
+
 def test_no_key_is_required_if_none_is_configured() -> None:
     assert ask(ApiWithoutEngine(Keys()), "GET", "/v1/models").status_code == 500, (
         "the request passes the key check and fails at the missing engine"

@@ -13,6 +13,7 @@ from acip_platform.tracking.runs import Tracking
 from ray.serve.schema import ServeDeploySchema
 
 from acip.artifact.artifact import Artifact
+from acip.errors import AcipError
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
 CONFIG = Path(__file__).parents[2] / "infra" / "serve.yaml"
@@ -34,15 +35,43 @@ def test_unknown_argument_is_refused() -> None:
         build({"max_request": 3})
 
 
-def test_engines_scale_between_the_bounds(small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def settings(small_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Select a registry with one champion, `small`."""
     monkeypatch.setenv("ACIP_HOME", str(tmp_path))
     settings = Settings.from_env()
     run = Tracking(settings, "test").start("small", "f", {})
     Registry(settings).set_alias(Registry(settings).register("small", str(small_artifact.folder), run.run_id, {}))
+    return settings
+
+
+def test_engines_scale_between_the_bounds(settings: Settings) -> None:
     assert [version.name for version in registered(settings, None, "champion")] == ["small"]
     scaling = engine(build({"replicas": 4, "min_replicas": 0})).autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (0, 4)
     assert engine(build({"replicas": 3})).num_replicas == 3
+
+
+def test_numbers_of_yaml_are_sizes_and_versions(settings: Settings) -> None:
+    """`default_size: 0.6` and `alias: 1` are numbers in YAML."""
+    assert registered(settings, ["small"], 1)[0].version == "1"  # type: ignore[arg-type]
+    deployed = build({"alias": 1, "default_size": 0.6, "max_size": 0.8})._bound_deployment
+    assert deployed.init_args[-1] == "0.6"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"models": "small"}, "models is 'small'; it must be a list of names"),
+        ({"models": [1]}, r"models is \[1\]; it must be a list of names"),
+        ({"max_requests": "64"}, "max_requests is '64'; it must be a whole number, at least 1"),
+        ({"replicas": 0}, "replicas is 0; it must be a whole number, at least 1"),
+        ({"http_replicas": 0}, "http_replicas is 0; it must be a whole number, at least 1"),
+    ],
+)
+def test_invalid_arguments_are_refused(settings: Settings, args: dict[str, Any], message: str) -> None:
+    with pytest.raises(AcipError, match=message):
+        build(args)
 
 
 def engine(application: Any) -> Any:

@@ -26,9 +26,10 @@ def version(name: str, number: str) -> ModelVersion:
 
 
 class FakeRegistry:
-    """A registry whose `aliases` tests set: alias -> {model: version number}. Every version number exists."""
+    """A registry whose `aliases` tests set: alias -> {model: version number}. Every version number exists, except those in `deleted`."""
 
     aliases: dict[str, dict[str, str]]
+    deleted = frozenset[str]()
     away = False
 
     def __init__(self, settings: object) -> None:
@@ -42,11 +43,14 @@ class FakeRegistry:
         return [replace(version(name, at[name]), aliases=(alias,)) for alias, at in self.aliases.items() if name in at]
 
     def resolve(self, name: str, which: str) -> ModelVersion:
-        if which.isdigit():
+        if which.isdigit() and which not in self.deleted:
             return version(name, which)
         if name not in self.aliases.get(which, {}):
             raise RegistryError(f"{name} has no alias {which}")
         return version(name, self.aliases[which][name])
+
+    def named(self, name: str, alias: str) -> ModelVersion:
+        return self.resolve(name, alias)
 
 
 class Loads:
@@ -147,6 +151,24 @@ def test_the_versions_stay_if_the_registry_does_not_name_any(registry: type[Fake
             registry.aliases["champion"] = {}
         await served.refresh()
         assert (served.numbers, served.told) == ({"small": "1"}, [])
+
+    asyncio.run(steps())
+
+
+def test_a_deleted_version_does_not_stop_the_updates_of_other_models(registry: type[FakeRegistry], monkeypatch: pytest.MonkeyPatch) -> None:
+    async def steps() -> None:
+        served = Served()
+        served.config = {"models": ["small", "other", "chosen"], "alias": "champion"}
+        registry.aliases["champion"] = {"small": "1", "other": "5", "chosen": "1"}
+        await served.choose(version("chosen", "8"), "8")
+        await served.refresh()
+        assert served.numbers == {"small": "1", "other": "5", "chosen": "8"}
+        registry.aliases["champion"] = {"other": "6", "chosen": "1"}
+        monkeypatch.setattr(registry, "deleted", frozenset({"8"}))
+        await served.refresh()
+        assert served.numbers == {"small": "1", "other": "6", "chosen": "8"}, "a version that is served stays"
+        assert served.failed == {"small": "small has no alias champion", "chosen": "chosen has no alias 8"}
+        assert served.told[-1] == {"small": True, "other": False, "chosen": True}
 
     asyncio.run(steps())
 

@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
@@ -29,8 +29,11 @@ POLL_S = 0.5  # between two looks at the event queue
 
 
 def console() -> Console:
-    """Return the console of a job. On a terminal it shows bars and colors, elsewhere plain lines. Lines are not wrapped."""
-    return Console(highlight=False, soft_wrap=True) if sys.stdout.isatty() else Console(highlight=False, width=140, soft_wrap=True)
+    """Return the console of a job. On a terminal it shows bars and colors, elsewhere plain lines. Lines are not wrapped.
+
+    Brackets and colons are printed as they are, also in tables: they are part of names, paths and tags.
+    """
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
 
 def shell(settings: Settings) -> str:
@@ -69,7 +72,7 @@ class Watch:
         self.out, self.events = out, events
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), TextColumn("{task.fields[text]}", markup=False))
         self.bars = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
         self.tasks: dict[str, TaskID] = {}
 
@@ -97,11 +100,11 @@ class Watch:
         """Show one event."""
         name, kind = event["model"], event["kind"]
         if kind == "stage":
-            self.out.print(f"[{name}] {event['text']}", markup=False)
+            self.out.print(f"[{name}] {event['text']}")
             return
         if not self.out.is_terminal:
             if kind == "step":
-                self.out.print(f"[{name}] {step_line(event)}", markup=False)
+                self.out.print(f"[{name}] {step_line(event)}")
             return
         if name not in self.tasks:
             self.tasks[name] = self.bars.add_task(name, total=1.0, text="")
@@ -175,9 +178,9 @@ def _empty_trade_off_table(title: str, size: Sequence[str], rows: Sequence[Mappi
 def _quality(row: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[str, str, str, str]:
     """Return the cells perplexity, its ratio to the base model's, KL divergence and equal top tokens."""
     divergence = divergence_of(row)
-    ratio = row["perplexity"] / base["perplexity"] if base else math.nan
+    ratio = f"{row['perplexity'] / base['perplexity']:.2f}" if base else ""
     close = (f"{divergence['kl_nats']:.4f}", f"{divergence['same_top_share']:.1%}") if divergence else ("", "")
-    return f"{row['perplexity']:.2f} ± {row['perplexity'] * row['stderr']:.2f}", f"{ratio:.2f}", *close
+    return f"{row['perplexity']:.2f} ± {row['perplexity'] * row['stderr']:.2f}", ratio, *close
 
 
 def _worst(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -229,8 +232,7 @@ def _with_error(name: str, values: dict[str, float], form: str) -> str:
 
 
 def lines(out: Console, rows: dict[str, str]) -> None:
-    """Print aligned `name  value` lines without markup."""
+    """Print aligned `name  value` lines."""
     width = max(map(len, rows))
-    show: Callable[..., None] = out.print
     for name, value in rows.items():
-        show(f"  {name:{width}s}  {value}", markup=False)
+        out.print(f"  {name:{width}s}  {value}")

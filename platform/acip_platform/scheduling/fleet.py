@@ -284,9 +284,17 @@ class _Reader(YamlFile):
         for key in ("gpus", "cpus"):
             if (value := fields.get(key, -1.0)) < 0 and value != -1:
                 raise self.fail(node, f"{key} is {value:g}; it must be at least 0, or -1 to leave it to the cluster.")
+        if (gpus := fields.get("gpus", 0.0)) > 1 and not gpus.is_integer():
+            raise self.fail(node, f"gpus is {gpus:g}; above 1, it must be a whole number, because Ray divides only single GPUs.")
+        self.sizes(node, fields)
+
+    def sizes(self, node: yaml.Node, fields: dict[str, Any]) -> None:
+        """Check the sizes of the curve."""
         if not fields.get("sizes", Job.sizes):
             raise self.fail(node, "sizes is empty; list the sizes of the curve, including 1.0.")
         for key in ("sizes", "byte_sizes"):
             for size in fields.get(key, ()):
                 if not 0 < size <= 1:
                     raise self.fail(node, f"{key} contains {size!r}; each must be above 0 and at most 1.")
+                if fields[key].count(size) > 1:
+                    raise self.fail(node, f"{key} contains {size!r} twice; it would be measured twice.")

@@ -119,7 +119,9 @@ def application(
     keys: Keys,
 ) -> serve.Application:
     """Return the application that serves these versions, which `config` selects. `BUILD_ARGS` describes the arguments."""
+    default_size = str(default_size)  # a ratio in YAML is a number
     check_limits(default_max_tokens, max_answers, timeout_s, drain_s, cors_origins, default_size, code_copies, max_size, memory_gb)
+    _check_counts(max_requests=max_requests, replicas=replicas, http_replicas=http_replicas)
     if max_size is not None:
         max_size = str(max_size)
         default_size = max_size if default_size == DEFAULT_SIZE else default_size
@@ -179,9 +181,7 @@ def check_limits(
     for size in (default_size, max_size):
         if size is not None:
             Budget.parse(str(size))
-    for name, count in (("default_max_tokens", default_max_tokens), ("max_answers", max_answers)):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise AcipError(f"{name} is {count!r}; it must be a whole number, at least 1.")
+    _check_counts(default_max_tokens=default_max_tokens, max_answers=max_answers)
     for name, value, unit, minimum in (
         ("timeout_s", timeout_s, " of seconds", 1), ("drain_s", drain_s, " of seconds", 0), ("code_copies", code_copies, "", 0),
     ):  # fmt: skip
@@ -190,6 +190,12 @@ def check_limits(
     for origin in [cors_origins] if isinstance(cors_origins, str) else cors_origins:
         if isinstance(cors_origins, str) or not re.fullmatch(r"\*|https?://[^/\s]+", str(origin)):
             raise AcipError(f'cors_origins has {origin!r}; it must be a list of origins like ["https://host:8443"], or ["*"] for all.')
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise AcipError(f"{name} is {count!r}; it must be a whole number, at least 1.")
 
 
 class Api:

@@ -91,15 +91,15 @@ class ServedVersions(Mapping[str, ModelVersion]):
         """Serve what the registry, `user_config` and the choices of requests select now.
 
         A new version is served when it is loaded. The present one is served meanwhile, and stays if that fails (the engines try again, less
-        and less often), or if the registry does not answer.
+        and less often), if the selected version was deleted, or if the registry does not answer.
         """
         async with self._refreshing:
             try:
-                selected = await asyncio.to_thread(_selected, self.config, self.chosen)
+                selected, failed = await asyncio.to_thread(_selected, self.config, self.chosen)
             except (RegistryError, RegistryAwayError) as error:
                 log.warning("the served versions stay as they are: %s", error)
                 return
-            versions, failed = {}, {}
+            versions = {}
             for version in selected:
                 name, served = version.name, self._served.get(version.name)
                 if served is None or key_of(served) != key_of(version):
@@ -109,10 +109,13 @@ class ServedVersions(Mapping[str, ModelVersion]):
                         served = version
                     except AcipError as error:
                         failed[name] = f"version {version.version} can't be loaded: {error}"
-                        if self.failed.get(name) != failed[name]:
-                            log.error("%s, %s; the served version stays", name, failed[name])
                 if served is not None:
                     versions[name] = served
+            for name, reason in failed.items():
+                if name in self._served:
+                    versions.setdefault(name, self._served[name])
+                if self.failed.get(name) != reason:
+                    log.error("%s, %s; the served version stays", name, reason)
             self._served, self.failed = versions, failed
             self.on_failed({name: name in failed for name in [*versions, *failed]})
 
@@ -135,16 +138,20 @@ class ServedVersions(Mapping[str, ModelVersion]):
 # ---- what the registry holds
 
 
-def registered(settings: Settings, names: list[str] | None, alias: str) -> list[ModelVersion]:
+def registered(settings: Settings, names: list[str] | None, alias: str, missing: dict[str, str] | None = None) -> list[ModelVersion]:
     """Return the versions to serve: those of `names`, or of every registered model with the alias.
 
-    Raise a RegistryAwayError if the registry is not available, and a RegistryError if there is no such version.
+    Raise a RegistryAwayError if the registry is not available, and a RegistryError if there is no such version. With `missing`, the names
+    without a version are added to it, with the reason, and the other versions are returned.
     """
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise RegistryError(f"models is {names!r}; it must be a list of names, like [small, other@3], or null for all models.")
+    alias = str(alias)  # a version number in YAML is a number
     with reached(settings):
         database = sqlite_path(settings.tracking_uri)
         new = database is not None and not database.exists()  # opening the registry would create it
         registry = None if new else Registry(settings)
-        versions = [] if registry is None else _named(registry, names, alias) if names else _with_alias(registry, alias)
+        versions = [] if registry is None else _named(registry, names, alias, missing) if names else _with_alias(registry, alias)
         if not versions:
             aliases = _aliases(registry) if registry is not None else ""
             raise RegistryError(
@@ -154,10 +161,17 @@ def registered(settings: Settings, names: list[str] | None, alias: str) -> list[
         return versions
 
 
-def _named(registry: Registry, names: list[str], alias: str) -> list[ModelVersion]:
+def _named(registry: Registry, names: list[str], alias: str, missing: dict[str, str] | None) -> list[ModelVersion]:
     """Return the version of each of `names`, like NAME or NAME@WHICH."""
     versions: dict[str, ModelVersion] = {}
-    for version in (registry.named(name, alias) for name in names):
+    for name in names:
+        try:
+            version = registry.named(name, alias)
+        except RegistryError as error:
+            if missing is None:
+                raise
+            missing[name.partition("@")[0]] = str(error)
+            continue
         other = versions.setdefault(version.name, version)
         if other.version != version.version:
             raise RegistryError(f"{version.name} is requested at versions {other.version} and {version.version}; choose one.")
@@ -178,16 +192,22 @@ def _aliases(registry: Registry) -> str:
     return "; ".join(f"{name} has {', '.join(aliases) or 'none'}" for name, aliases in by_model.items())
 
 
-def _selected(config: dict[str, Any], chosen: Choices) -> list[ModelVersion]:
-    """Return the versions that `user_config` and the choices of requests select. Raise a RegistryError or RegistryAwayError.
+def _selected(config: dict[str, Any], chosen: Choices) -> tuple[list[ModelVersion], dict[str, str]]:
+    """Return the versions that `user_config` and the choices of requests select, and the models without such a version, with the reason.
 
-    A new `user_config` ends the choices that were made before.
+    Raise a RegistryError if there is no version at all, or a RegistryAwayError. A new `user_config` ends the choices that were made before.
     """
-    settings = Settings.from_env()
+    settings, missing = Settings.from_env(), dict[str, str]()
     with few_retries():
-        versions = registered(settings, config.get("models"), config.get("alias", CHAMPION))
-    valid = {name: which for name, (which, at_that_time) in chosen.items() if at_that_time == config}
-    return [_resolved(version.name, valid[version.name]) if version.name in valid else version for version in versions]
+        versions = {each.name: each for each in registered(settings, config.get("models"), config.get("alias", CHAMPION), missing)}
+    for name, (which, at_that_time) in chosen.items():
+        if name in versions and at_that_time == config:
+            try:
+                versions[name] = _resolved(name, which)
+            except RegistryError as error:
+                missing[name] = str(error)
+                del versions[name]
+    return list(versions.values()), missing
 
 
 def _resolved(name: str, which: str) -> ModelVersion:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from acip.errors import AcipError, cited
@@ -147,8 +146,8 @@ def reason(error: OSError) -> str:
 def path_of(uri: str) -> Path:
     """Return the path of a path or a file:// URI; StoreError if it can't be one."""
     try:
-        path = Path(url2pathname(urlparse(uri).path) if uri.startswith("file://") else uri)
+        path = Path(url2pathname(uri.removeprefix("file://")) if uri.startswith("file:///") else uri)
         path.exists()
-    except (OSError, ValueError) as error:  # for example too long, not accessible, not UTF-8, or with an invalid host
+    except (OSError, ValueError) as error:  # for example too long, not accessible, or not UTF-8
         raise StoreError(f"{cited(uri)} can't be a folder: {error}. Check the URI.") from error
     return path

@@ -177,7 +177,7 @@ class Store:
 
 def _backend(uri: str) -> Disk | S3:
     if not uri.startswith("s3://"):
-        if "://" in uri and not uri.startswith("file://"):
+        if "://" in uri and not uri.startswith("file:///"):
             raise StoreError(f"{uri} is not supported; allowed: a folder, file:///folder, or s3://bucket/prefix.")
         return Disk()
     split(uri)  # raises for a bucket without a prefix

@@ -21,7 +21,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelInput, LoggedModelOutput, LoggedModelStatus, Metric
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    Experiment,
+    InputTag,
+    LifecycleStage,
+    LoggedModel,
+    LoggedModelInput,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+)  # fmt: skip
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_MODEL_IS_EXTERNAL
@@ -251,22 +262,24 @@ def log_export(settings: Settings, version: ModelVersion, provenance: Mapping[st
 
 
 def experiment_of(run: Run, artifact: Artifact | None) -> str:
-    """Return the experiment of the run that made an artifact, or that of `run` if MLflow does not have that run."""
-    return (_maker_experiment(run.client, artifact) if artifact is not None else None) or run.experiment_id
+    """Return the id of the experiment of the run that made an artifact, or of the one of `run` if MLflow does not have that one."""
+    experiment = _maker_experiment(run.client, artifact) if artifact is not None else None
+    return run.experiment_id if experiment is None else str(experiment.experiment_id)
 
 
 def experiment_name(settings: Settings, artifact: Artifact, otherwise: str) -> str:
-    """Return the name of the experiment of the run that made an artifact, or `otherwise` if MLflow does not have that run."""
-    client = MlflowClient(tracking_uri=settings.tracking_uri)
-    id = _maker_experiment(client, artifact)
-    return otherwise if id is None else str(client.get_experiment(id).name)
+    """Return the name of the experiment of the run that made an artifact, or `otherwise` if MLflow does not have it."""
+    experiment = _maker_experiment(MlflowClient(tracking_uri=settings.tracking_uri), artifact)
+    return otherwise if experiment is None else str(experiment.name)
 
 
-def _maker_experiment(client: MlflowClient, artifact: Artifact) -> str | None:
+def _maker_experiment(client: MlflowClient, artifact: Artifact) -> Experiment | None:
+    """Return the experiment of the run that made an artifact, unless it was deleted."""
     maker = artifact.manifest.get("provenance", {}).get("mlflow_run")
     try:
-        return str(client.get_run(maker).info.experiment_id) if maker else None
+        experiment = client.get_experiment(client.get_run(maker).info.experiment_id) if maker else None
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         return None
+    return experiment if experiment is not None and experiment.lifecycle_stage == LifecycleStage.ACTIVE else None

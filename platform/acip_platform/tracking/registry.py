@@ -8,7 +8,7 @@ is served.
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -97,7 +97,7 @@ class Registry:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        for known in map(self._version, self.client.search_model_versions(f"name = '{name}'")):
+        for known in map(self._version, self.client.search_model_versions(f"name = {_quoted(name)}")):
             if known.uri == uri:
                 return known
         source, pointers = (f"models:/{model_id}", {ARTIFACT_URI: uri, MODEL_ID: model_id}) if model_id else (uri, {})
@@ -142,20 +142,22 @@ class Registry:
         if CANDIDATE in self.resolve(version.name, version.version).aliases:
             self.client.delete_registered_model_alias(version.name, CANDIDATE)
 
-    def roll_back(self, name: str) -> ModelVersion:
-        """Roll back to the previous champion and return it. Deleted versions are skipped."""
+    def previous_champion(self, name: str) -> ModelVersion:
+        """Return the champion before the present one. Deleted versions are skipped."""
         current = self.resolve(name)
-        past = self.champions(name)[:-1]
-        while past:
-            try:
-                previous = self.resolve(name, past[-1])
-            except RegistryError:
-                past.pop()
-                continue
-            self._store_champions(name, past)
-            self.set_alias(previous)
-            return previous
+        for number in reversed(self.champions(name)[:-1]):
+            with suppress(RegistryError):
+                return self.resolve(name, number)
         raise RegistryError(f"{name} had no champion before version {current.version}. Name the version to promote.")
+
+    def roll_back(self, name: str) -> ModelVersion:
+        """Make the previous champion the champion again, and return it."""
+        previous, past = self.previous_champion(name), self.champions(name)[:-1]
+        while past[-1] != previous.version:
+            past.pop()
+        self._store_champions(name, past)
+        self.set_alias(previous)
+        return previous
 
     def champions(self, name: str) -> list[str]:
         """Return the versions that have been champion, the present one last. A champion that was set in MLflow's UI is included."""
@@ -179,7 +181,7 @@ class Registry:
 
     def versions(self, name: str, tags: Mapping[str, str]) -> list[ModelVersion]:
         """Return the versions of `name` that have all of `tags`, newest first."""
-        conditions = [f"name = '{name}'", *(f"tags.{key} = '{value}'" for key, value in tags.items())]
+        conditions = [f"name = {_quoted(name)}", *(f"tags.{key} = '{value}'" for key, value in tags.items())]
         listed = [self._version(version) for version in self.client.search_model_versions(" and ".join(conditions))]
         aliases = self.client.get_registered_model(name).aliases if listed else {}  # search results do not include aliases
         named = [replace(each, aliases=tuple(alias for alias, at in aliases.items() if str(at) == each.version)) for each in listed]
@@ -217,3 +219,8 @@ class Registry:
         aliases = tuple(version.aliases) if version.aliases else ()
         tags = dict(version.tags)
         return ModelVersion(version.name, str(version.version), tags.get(ARTIFACT_URI, version.source), aliases, tags)
+
+
+def _quoted(text: str) -> str:
+    """Return `text` as a value of MLflow's searches. Other programs register names with apostrophes."""
+    return f'"{text}"' if "'" in text else f"'{text}'"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from mlflow.entities import LoggedModelInput, Metric, Param, RunTag
+from mlflow.entities import LifecycleStage, LoggedModelInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
@@ -64,7 +64,7 @@ class Monitor(SystemMetricsMonitor):
 
 
 class Tracking:
-    """One experiment in one tracking store. It is created if it does not exist."""
+    """One experiment in one tracking store. It is created if it does not exist; RegistryError if it was deleted."""
 
     def __init__(self, settings: Settings, experiment: str) -> None:
         if database := sqlite_path(settings.tracking_uri):
@@ -80,6 +80,11 @@ class Tracking:
                 existing = self.client.get_experiment_by_name(experiment)
         if existing is not None:
             self.experiment_id = existing.experiment_id
+            if existing.lifecycle_stage != LifecycleStage.ACTIVE:
+                raise RegistryError(
+                    f"the experiment {experiment!r} was deleted in MLflow. Restore it (mlflow experiments restore --experiment-id "
+                    f"{self.experiment_id}), or remove it for good (mlflow gc --experiment-ids {self.experiment_id})."
+                )
             if EXPERIMENT_NOTE not in existing.tags:  # a description that a person wrote is kept
                 self.client.set_experiment_tag(existing.experiment_id, EXPERIMENT_NOTE, AXES)
 

@@ -3,7 +3,8 @@
 import io
 from typing import Any
 
-from acip_platform.reporting.console import curve_tables, evaluation_table, example_size
+import pytest
+from acip_platform.reporting.console import console, curve_tables, evaluation_table, example_size, lines
 from rich.console import Console
 
 from acip.evaluate.generated_tasks import shares
@@ -29,6 +30,13 @@ def printed(*tables: Any) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip(" │┃|").replace("┃", "│").split("│")] for line in text.splitlines()]
 
 
+def test_brackets_and_colons_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a[v2] b[/v3] :100:"
+    console().print(name, curve_tables(name, RANKS, 0.4))
+    lines(console(), {name: name})
+    assert capsys.readouterr().out.count(name) == 4
+
+
 def test_bytes_come_before_ranks() -> None:
     lines = printed(curve_tables("small, version 1", [*RANKS, *CODED], 0.4))
     headings = [i for i, cells in enumerate(lines) if "KL to base" in cells]
@@ -39,6 +47,10 @@ def test_bytes_come_before_ranks() -> None:
     assert rows[0][2] == ["0.42", "0.4200", "84.0", "4.20", "20.20 ± 2.02", "1.01", "0.0400", "90.0%"]
     assert [cells[0] for cells in rows[0]] == ["base", "0.5", "0.42", "0.37"]
     assert rows[1][1][:8] == ["0.60", "0.6000", "0.6000", "10", "120.0", "30.00 ± 3.00", "1.50", "1.0000"]
+
+
+def test_a_curve_without_the_base_model_has_no_ratios_to_it() -> None:
+    assert not {"nan", "1.00"} & {cell for cells in printed(curve_tables("small", RANKS[1:], 0.4)) for cell in cells}
 
 
 def test_a_curve_of_one_kind_is_one_table() -> None:

@@ -41,6 +41,15 @@ def test_registry_round_trip(settings: Settings) -> None:
         registry.named("tiny@" + 20 * "9")
 
 
+def test_registry_holds_names_with_apostrophes(settings: Settings) -> None:
+    """Other programs that share the registry may register them."""
+    registry, run = Registry(settings), Tracking(settings, "fleet").start("model", "f2", {})
+    registry.register("bob's model", "/somewhere/b", run.run_id, {})
+    assert [version.uri for version in registry.versions("bob's model", {})] == ["/somewhere/b"]
+    with pytest.raises(RegistryError, match="model \"bob's model\" has no version or alias 'champion'; it has 1"):
+        registry.resolve("bob's model")
+
+
 def test_passwords_are_not_shown() -> None:
     shown = repr(Settings.from_env({"MLFLOW_TRACKING_URI": "postgresql://user:hunter2@db/mlflow"}))
     assert "hunter2" not in shown
@@ -51,12 +60,46 @@ def test_storage_locations_are_absolute(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     settings = Settings.from_env({"ACIP_ARTIFACT_URI": "here/artifacts", "ACIP_CHECKPOINT_URI": "s3://bucket/runs"})
     assert (settings.store, settings.runs) == (str(tmp_path / "here" / "artifacts"), "s3://bucket/runs")
-    with pytest.raises(
-        AcipError, match=r"ACIP_ARTIFACT_URI is 'gs://bucket/x'; it must be a folder, file:///folder, or s3://bucket/prefix"
-    ):
-        Settings.from_env({"ACIP_ARTIFACT_URI": "gs://bucket/x"})
     with pytest.raises(StoreError, match=r"http://x/y is not supported"):
         Store.of(settings).open("http://x/y")
+
+
+@pytest.mark.parametrize(
+    "uri", ["gs://bucket/x", "s3://", "s3:///x", "s3:/bucket/x", "file:/x", "file://x/y", "file:///x#1", "file:///x?y"]
+)
+def test_uris_that_name_another_place_are_refused(uri: str) -> None:
+    with pytest.raises(AcipError, match=r"ACIP_ARTIFACT_URI is '.*'; it must be a folder, file:///folder, or s3://bucket/prefix"):
+        Settings.from_env({"ACIP_ARTIFACT_URI": uri})
+
+
+def test_special_characters_of_a_file_uri_stay_in_the_path(tmp_path: Path) -> None:
+    """An artifact that is stored at file:///folder#1 must not replace the folder."""
+    (tmp_path / "run").mkdir()
+    kept = tmp_path / "run" / "kept"
+    kept.touch()
+    for name in ("run#1", "run?1"):
+        new = tmp_path / "new"
+        new.mkdir()
+        (new / "manifest.json").touch()
+        store = Store(f"file://{tmp_path}/{name}", tmp_path / "cache")
+        assert store.exists(store.put(new, "small"))
+        assert (tmp_path / name / "small" / "manifest.json").is_file()
+    assert kept.is_file()
+    with pytest.raises(StoreError, match=r"file://host/x is not supported"):
+        Store("file://host/x", tmp_path / "cache").exists("file://host/x")
+
+
+@pytest.mark.parametrize("name", ["ACIP_HOME", "ACIP_ARTIFACT_URI", "ACIP_CHECKPOINT_URI", "MLFLOW_TRACKING_URI"])
+def test_home_folder_of_an_unknown_user_is_an_error(name: str) -> None:
+    with pytest.raises(AcipError, match=f"{name} is '~no-such-user/x', whose home folder is not known"):
+        Settings.from_env({name: "~no-such-user/x"})
+
+
+def test_white_space_around_settings_is_ignored(tmp_path: Path) -> None:
+    env = {"ACIP_HOME": f"{tmp_path}\n", "ACIP_ARTIFACT_URI": " s3://bucket/x\n", "MLFLOW_TRACKING_URI": "http://mlflow:5000\n"}
+    settings = Settings.from_env(env)
+    assert (settings.home, settings.store, settings.tracking_uri) == (tmp_path, "s3://bucket/x", "http://mlflow:5000")
+    assert Settings.from_env(env | {"MLFLOW_TRACKING_URI": " "}).tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def test_secrets_are_not_passed_to_workers(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:

@@ -1,5 +1,6 @@
 """MLflow's LoggedModels: each size is one, nothing is logged twice, and versions, fine-tunings and exports lead to each other."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from acip_platform.settings import Settings
 from acip_platform.tracking import logged_models
 from acip_platform.tracking.datasets import dataset_of, digest
 from acip_platform.tracking.logged_models import Description, log_artifact, log_models
-from acip_platform.tracking.registry import Registry
+from acip_platform.tracking.registry import Registry, RegistryError
 from acip_platform.tracking.runs import Run, Tracking
 from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.exceptions import MlflowException
@@ -117,6 +118,19 @@ def test_two_processes_create_one_model(run: Run, monkeypatch: pytest.MonkeyPatc
     (id,) = log_models(run, [model])
     assert [each.model_id for each in models_of(run)] == [id]
     assert log_models(run, [model]) == [id]
+
+
+def test_deleted_experiment_is_named_and_receives_no_models(settings: Settings, run: Run, artifact: Artifact) -> None:
+    """A person has deleted the experiment of a calibration in MLflow's UI, and evaluates or fine-tunes its artifact."""
+    made = dataclasses.replace(artifact, manifest=artifact.manifest | {"provenance": {"mlflow_run": run.run_id}})
+    evaluation = Tracking(settings, "acip/evaluation").start("small", "evaluation", {})
+    assert logged_models.experiment_of(evaluation, made) == run.experiment_id
+    assert logged_models.experiment_name(settings, made, "acip/finetune") == "acip/test"
+    run.client.delete_experiment(run.experiment_id)
+    assert logged_models.experiment_of(evaluation, made) == evaluation.experiment_id
+    assert logged_models.experiment_name(settings, made, "acip/finetune") == "acip/finetune"
+    with pytest.raises(RegistryError, match=r"experiment 'acip/test' was deleted in MLflow. Restore it \(mlflow experiments restore"):
+        Tracking(settings, "acip/test")
 
 
 def test_metrics_on_several_texts_do_not_replace_each_other(run: Run) -> None:

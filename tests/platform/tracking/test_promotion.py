@@ -193,9 +193,13 @@ def test_rollback_command(contest: Contest, monkeypatch: pytest.MonkeyPatch, cap
     assert code == 2 and "no version or alias '9'; it has 3, 1 (champion)." in output
     assert "did you mean 'champion'" in command("small@champio")[1]
     assert "was version 1 champion version 3" in command("small@3")[1]
+    contest.registry.tag(contest.registry.resolve("small", "1"), {"verdict": "checked [/by hand]"})
+    assert "checked [/by hand]" in command("small")[1]
     rmtree(contest.registry.resolve("small", "1").uri)
-    code, output = command("small", "1")
-    assert code == 2 and "version 1 of small points at" in output and contest.alias("champion") == "3"
+    for args in (("small", "1"), ("small", "--rollback")):
+        code, output = command(*args)
+        assert code == 2 and "version 1 of small points at" in output and contest.alias("champion") == "3"
+    assert contest.registry.champions("small") == ["1", "3"]
 
 
 def test_finished_jobs_are_found_among_all_versions(contest: Contest, small_base: str) -> None:

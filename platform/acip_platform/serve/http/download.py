@@ -93,7 +93,7 @@ def archive_name(record: Mapping[str, Any]) -> str:
 def downloads(materializations: Materializations) -> APIRouter:
     router = APIRouter()
 
-    @router.api_route("/v1/materializations/{id}/archive", methods=["GET", "HEAD"], response_class=Response)
+    @router.get("/v1/materializations/{id}/archive", response_class=Response)
     async def archive(id: str, request: Request) -> Response:
         """Return a materialization as a tar file. Range requests are supported."""
         record = await materializations.get(id)
@@ -105,6 +105,11 @@ def downloads(materializations: Materializations) -> APIRouter:
             source, sizes = await run_in_threadpool(materializations.store.source, record["uri"])
         except StoreError as error:
             raise RequestError(str(error), None, "store_unavailable", 503) from error
+        if sum(sizes.values()) != record["bytes"]:
+            message = (
+                f"files of materialization {id} were removed from {record['uri']}. Remove what is left there, and request the size again."
+            )
+            raise RequestError(message, None, "not_materialized", 409)
         archive, tag = Archive(source, sizes, name), f'"{record["sha256"]}"'
         headers = {"Accept-Ranges": "bytes", "ETag": tag, "Content-Disposition": f'attachment; filename="{name}.tar"'}
         condition = request.headers.get("if-range")

@@ -32,8 +32,7 @@ LOST = "the server stopped or was replaced before the response was complete. Try
 class Edge:
     """An ASGI middleware that normalizes requests, rejects requests that no route can answer, and formats errors.
 
-    It normalizes absolute request targets (http://host/path) and trailing slashes. A HEAD request is answered like GET, without the
-    body.
+    It normalizes absolute request targets (http://host/path) and trailing slashes, and drops the body of responses to HEAD.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -46,9 +45,8 @@ class Edge:
         if rejection := _refusal(scope):
             await rejection(scope, receive, send)
             return
-        head = scope["method"] == "HEAD"
-        scope = {**scope, "path": _path(scope["path"]), "method": "GET" if head else scope["method"]}
-        answer = _Answer(send, head)
+        scope = {**scope, "path": _path(scope["path"])}
+        answer = _Answer(send, scope["method"] == "HEAD")
         try:
             await self.app(scope, receive, answer)
         finally:

@@ -36,7 +36,7 @@ class Keys:
         if listed := env.get(KEYS):
             keys += _checked(KEYS, "key", enumerate(listed.split(","), 1))
         if path := env.get(f"{KEYS}_FILE"):
-            keys += _checked(path, "line", _lines(Path(path).expanduser()))
+            keys += _checked(path, "line", _lines(path))
         return cls(tuple(_digest(key) for key in dict.fromkeys(keys)))
 
     def __bool__(self) -> bool:
@@ -62,12 +62,12 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode(errors="surrogatepass")).digest()
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: str) -> Iterator[tuple[int, str]]:
     """Yield the number and content of the lines that are not empty."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: the user in ~user does not exist
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", "there is no such user")
         raise AcipError(f"{KEYS}_FILE is {path}, which can't be read: {reason}.") from None  # the cause could show the content
     for number, line in enumerate(lines, 1):
         if content := re.split(r"(?:^|\s)#", line)[0].strip():

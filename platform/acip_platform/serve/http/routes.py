@@ -179,6 +179,9 @@ def routes(endpoint: Endpoint, cors_origins: Sequence[str] = ()) -> FastAPI:
     app.include_router(downloads(endpoint.materializations))
     _answer_errors(app)
     describe(app, OPEN)
+    for route in app.routes:
+        if isinstance(route, Route) and route.methods and "GET" in route.methods:
+            route.methods.add("HEAD")  # not in the reference; `Edge` drops the body
     return app
 
 
@@ -243,15 +246,14 @@ def _answer_errors(app: FastAPI) -> None:
             allow = sorted({*allow, *(["HEAD"] if "GET" in allow else []), *(["OPTIONS"] if allow else [])})
             if allow and request.method == "OPTIONS":
                 return Response(status_code=204, headers={"Allow": ", ".join(allow)})
-            missing = f"{request.method[:20]} {path[:200]}"
+            method = "GET" if request.method == "HEAD" else request.method  # their headers are equal
+            missing = f"{method[:20]} {path[:200]}"
             message, code = f"there is no route {missing}. Allowed: {listed} and GET /health.", "unknown_route"
             moved = [
-                known
-                for known in (f"/v1{path}", path.removeprefix("/v1"))
-                if any(_takes(route, request.method, known) for route in known_routes)
+                known for known in (f"/v1{path}", path.removeprefix("/v1")) if any(_takes(route, method, known) for route in known_routes)
             ]
             instead = [INSTEAD[known] for known in INSTEAD if f"{path}/".startswith(f"{known}/")]
-            if alternatives := [f"{request.method} {known}" for known in moved] or instead:
+            if alternatives := [f"{method} {known}" for known in moved] or instead:
                 message = f"there is no route {missing}. Use {alternatives[0]}."
             return answer(
                 error.status_code, error_body(error.status_code, message, None, code), {"Allow": ", ".join(allow)} if allow else None
