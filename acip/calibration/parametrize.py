@@ -11,7 +11,8 @@ from acip.base import own_code
 from acip.calibration.activation_covariance import Feed, feed_tokens
 from acip.calibration.bases import bases
 from acip.calibration.basis_cache import BasisCache, basis_keys
-from acip.errors import BaseModelError
+from acip.data import check_windows
+from acip.errors import BaseModelError, DataError
 from acip.layers import sharding
 from acip.layers.adapters import LoRA
 from acip.layers.elastic_linear import ElasticLinear
@@ -37,7 +38,8 @@ def parametrize(
     a model that has other inputs. `cache` stores the bases for later calls, `spread` distributes their eigenproblems. `progress(done,
     total)` counts layers. The outputs of the model stay the same, up to rounding.
 
-    Raises BaseModelError if the model is parametrized already, has nothing to compress, or does not match the text.
+    Raises BaseModelError if the model is parametrized already, has nothing to compress, or does not match the text, and DataError if
+    `windows` are not [n, T] or hold negative ids.
     """
     check_base(model, windows if feed is feed_tokens else None)
     linears = find_linears(model, recipe.exclude)
@@ -67,16 +69,24 @@ def parametrize(
 
 
 def check_base(model: nn.Module, windows: Tensor | None) -> None:
-    """Raise BaseModelError if the model is parametrized already, needs remote code, or has no embedding for a token id in `windows`."""
+    """Raise BaseModelError if the model is parametrized already, needs remote code, or has no embedding for a token id in `windows`.
+
+    Raise DataError if `windows` are not [n, T] or hold negative ids.
+    """
     if targets(model):
         raise BaseModelError("this model is parametrized already. Call restore(model) first.")
     own_code(model, None, str(getattr(getattr(model, "config", None), "_name_or_path", "")))
+    if windows is None:
+        return
+    check_windows(windows)
     embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    if windows is not None and isinstance(embeddings, nn.Embedding) and windows.numel() and int(windows.max()) >= embeddings.num_embeddings:
+    if isinstance(embeddings, nn.Embedding) and int(windows.max()) >= embeddings.num_embeddings:
         raise BaseModelError(
             f"the text contains the token id {int(windows.max()):,}, but the model has {embeddings.num_embeddings:,} embeddings: the "
             "tokenizer is larger than the model. Resize the embeddings with model.resize_token_embeddings(len(tokenizer)) and save both."
         )
+    if int(windows.min()) < 0:
+        raise DataError(f"the windows contain the token id {int(windows.min())}; ids are at least 0. Remove ids that mark ignored tokens.")
 
 
 def adapters(W_MN: Tensor, recipe: Recipe, device: torch.device | None = None) -> dict[str, LoRA]:

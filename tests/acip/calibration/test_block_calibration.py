@@ -16,7 +16,7 @@ from acip.calibration.loop import calibrate
 from acip.calibration.parametrize import parametrize
 from acip.calibration.result import Calibration
 from acip.data import TokenBatches
-from acip.errors import BaseModelError, CalibrationError
+from acip.errors import BaseModelError, CalibrationError, DataError
 from acip.layers.block_chain import BlockChain
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import targets
@@ -189,3 +189,17 @@ def test_a_text_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     chain = BlockChain(model_of(LLAMA))
     with pytest.raises(BaseModelError, match="token id 9,999"):
         calibrate_by_block(chain, RECIPE, WINDOWS + 9999 - int(WINDOWS.max()), lambda i: WINDOWS, tmp_path, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        (WINDOWS[:0], r"are \[0, 12\]; they must be \[n, T\]"), (WINDOWS[:, :0], r"are \[9, 0\]"), (WINDOWS[:, :1], "T at least 2"),
+        (WINDOWS[0], r"are \[12\]"), (-WINDOWS, "ids are at least 0"),
+    ],
+)  # fmt: skip
+def test_windows_without_a_token_to_predict_or_with_negative_ids_are_refused(windows: torch.Tensor, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        parametrize(model_of(LLAMA), RECIPE, windows)
+    with pytest.raises(DataError, match=message):
+        calibrate_by_block(BlockChain(model_of(LLAMA)), RECIPE, windows, lambda i: windows, tmp_path, "cpu")

@@ -128,6 +128,14 @@ def test_the_standard_error_is_over_windows(small_base: str, heldout_tokens: tor
     assert perplexity(model, windows[:1]).stderr == math.inf
 
 
+def test_windows_without_a_token_to_predict_have_no_perplexity(small_base: str, heldout_tokens: torch.Tensor) -> None:
+    model = load_base(small_base, "float32").model
+    with pytest.raises(EvaluationError, match="no windows of text"):
+        perplexity(model, [])
+    with pytest.raises(EvaluationError, match="has 1 tokens; it must have at least 2"):
+        perplexity(model, heldout_tokens[:2, :1])
+
+
 # ---- divergence from the base
 
 
