@@ -103,6 +103,9 @@ class ModelLoader:
         keep_attention_cap(config)
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = _model_class(config)._from_config(config, dtype=config.dtype)
+        for module in model.modules():
+            module._is_hf_initialized = False  # type: ignore[assignment]
+        model.initialize_weights()  # computes buffers again, in float32 as for the base model, and not in config.dtype
         return model
 
     def _with_generation_config(self, model: PreTrainedModel) -> PreTrainedModel:

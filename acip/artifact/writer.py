@@ -182,12 +182,17 @@ def _folded(layer: ElasticLinear, rank: int, side: int) -> Tensor:
 
 
 def _rest(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Return every tensor of the base model that is not part of a target layer; tied tensors once, biases included."""
+    """Return every tensor of the base model that is not part of a target layer, biases included.
+
+    Tied tensors come once, by the name of the one that `tie_weights` gives to the others.
+    """
     skipped = {id(tensor) for layer in layers.values() for tensor in layer.parameters() if tensor is not layer.bias}
     persistent = model.state_dict(keep_vars=True)
     buffers = [(name, tensor) for name, tensor in model.named_buffers() if name in persistent]
     rest: dict[str, Tensor] = {}
-    for name, tensor in (*model.named_parameters(), *buffers):
+    tied = getattr(model, "all_tied_weights_keys", {})
+    parameters = sorted(model.named_parameters(remove_duplicate=False), key=lambda pair: pair[0] in tied)
+    for name, tensor in (*parameters, *buffers):
         if id(tensor) not in skipped:
             rest[name.replace(".original.", ".")] = tensor
             skipped.add(id(tensor))
