@@ -1,5 +1,7 @@
 """The curve of an artifact with coded layers: sizes of ranks and sizes in bytes are measured alike, and never mixed up."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +84,29 @@ def test_a_curve_with_one_block_in_memory_equals_that_of_the_whole_model(artifac
     blocks = any_size.model.config.num_hidden_layers
     assert done == [(i + 1, parts * blocks) for i in range(parts * blocks)]
     assert all(layer.original.weight.is_meta and not layer.coded and not len(layer.left) for layer in any_size.layers.values())
+
+
+def test_the_divergence_is_from_the_base_model_where_size_one_is_not(tmp_path: Path) -> None:
+    """Without dense_if_no_saving, size 1.0 is the product of all directions, which is rounded."""
+    torch.manual_seed(0)
+    base, calibration, codes = calibrated_with_codes(llama(dtype=torch.bfloat16))
+    everywhere = replace(calibration, recipe=replace(calibration.recipe, dense_if_no_saving=False))
+    artifact = Artifact.save(tmp_path / "artifact", base, everywhere, {}, codes)
+    setup = CurveSetup(TEXT.tokens(artifact.tokenizer()), TEXT.source, 0.9, divergence=DivergenceOn(TEXT))
+    whole, partial, streamed = (
+        [divergence_of(row)["kl_nats"] for row in rows]
+        for rows in (
+            trade_off(artifact.load(), [1.0, 0.5], setup),
+            trade_off(artifact.load(size=Budget(0.5)), [1.0, 0.5], setup),
+            streamed_trade_off(artifact.unloaded(), [1.0, 0.5], setup),
+        )
+    )
+    assert [partial[1], streamed[1]] == pytest.approx([whole[1]] * 2, rel=0.5)
+    assert streamed[0] != 0
+    any_size = artifact.load(size=Budget(1.0))
+    assert None not in {layer.rank for layer in any_size.layers.values()}
+    any_size.resize(Budget(1.0, "bytes"))
+    assert {layer.rank for layer in any_size.layers.values()} == {None}
 
 
 def test_rows_state_what_a_size_counts(artifact: Artifact) -> None:
