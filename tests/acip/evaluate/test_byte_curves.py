@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from acip.artifact.artifact import Artifact
+from acip.errors import EvaluationError
 from acip.evaluate import (
     CurveSetup,
     DivergenceOn,
@@ -23,6 +25,8 @@ from acip.evaluate import (
     streamed_trade_off,
     trade_off,
 )
+from acip.export.folder import export
+from acip.modeling import from_pretrained
 from acip.sizing.budget import Budget, Curve, is_coded
 from tests.acip.artifact.test_codes_file import calibrated_with_codes, llama
 from tests.support.near_ties import assert_close_divergence
@@ -162,3 +166,22 @@ def test_efficiency_tells_stored_bytes_from_memory(artifact: Artifact) -> None:
     sizes = any_size.table.byte_sizes
     assert sizes is not None and part["values"]["resident_bytes"] == sizes.memory(cut.versions or {})
     assert sizes.memory(cut.versions or {}) > (cut.bytes or 0)
+
+
+def test_a_loaded_export_has_the_numbers_and_bytes_of_its_size(artifact: Artifact, tmp_path: Path) -> None:
+    """So has the model that `from_pretrained` returns, before and after it is compressed."""
+    for budget in (Budget(0.5), byte_budgets(artifact)[1]):
+        any_size = artifact.load(size=budget)
+        export(any_size, artifact, tmp_path / "export")
+        elastic: Any = from_pretrained(artifact, budget)
+        for model in (elastic, elastic.compress(), AutoModelForCausalLM.from_pretrained(tmp_path / "export")):
+            row = evaluate(model, artifact.tokenizer(), [])
+            assert any_size.cut is not None and (row["params"], row["bytes"]) == (any_size.cut.params, any_size.cut.bytes)
+
+
+def test_a_measurement_that_fails_leaves_the_model_in_training_mode(artifact: Artifact) -> None:
+    any_size = artifact.load()
+    any_size.model.train()
+    with pytest.raises(EvaluationError, match="positions"):
+        evaluate(any_size, artifact.tokenizer(), [PerplexityOn(Text(context=65))])
+    assert any_size.model.training
