@@ -99,8 +99,27 @@ def test_transformers_loads_an_artifact(small_artifact: Artifact, heldout_tokens
     assert texts[0]["generated_text"].startswith("The")
     with pytest.raises(ArtifactError, match=r"loaded with quantization_config; allowed are size"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config={"bits": 4})
-    with pytest.raises(ArtifactError, match="to one device"):
-        AutoModelForCausalLM.from_pretrained(folder, device_map={"a": 0, "b": 1})
+    with pytest.raises(ArtifactError, match="loaded with state_dict, tp_plan; allowed are size"):
+        AutoModelForCausalLM.from_pretrained(folder, state_dict=model.state_dict(), tp_plan="auto")
+    for device_map in ({"a": 0, "b": 1}, "balanced"):
+        with pytest.raises(ArtifactError, match="to one device"):
+            AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
+
+
+def test_an_artifact_in_a_subfolder_is_loaded(small_artifact: Artifact, tmp_path: Path) -> None:
+    shutil.copytree(small_artifact.folder, tmp_path / "repository" / "half")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "repository", subfolder="half", size=0.5)
+    assert model.cut.got <= 0.5 and model.artifact.folder == tmp_path / "repository" / "half"
+
+
+def test_a_model_loaded_by_a_relative_path_grows_in_another_working_directory(
+    small_artifact: Artifact, heldout_tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(small_artifact.folder.parent)
+    model: Any = acip.from_pretrained(small_artifact.folder.name, size=0.5)
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(logits(model.resize(0.9), heldout_tokens[:2]), logits(acip.from_pretrained(small_artifact, 0.9), heldout_tokens[:2]))
+    assert model.save_pretrained("export")["size"]["asked"] == 0.9
 
 
 def test_an_artifact_without_acip_is_an_import_error(small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
