@@ -171,7 +171,8 @@ class ModelLoader:
         for some in _parts(missing, {name: self.codes.facts[name][version].bytes for name, version in missing.items()}):
             packed = self.codes.read(some)
             for name, version in some.items():
-                layers[name].coded[str(version)] = self.coded(name, packed.pop(name).unpack(), layers[name].bias)
+                layer = layers[name]  # the model may have been moved since it was loaded
+                layer.coded[str(version)] = self.coded(name, packed.pop(name).unpack(), layer.bias).to(layer.left.values.device)
 
     def coded(self, name: str, codes: Codes, bias: Tensor | None) -> CodedLinear:
         """Return the layer `name` with these codes."""
