@@ -54,12 +54,17 @@ class CalibrationState:
 
     @classmethod
     def tuning(cls, model: nn.Module, scores: ScoreMap, recipe: Recipe) -> "CalibrationState":
-        """Return the state that fine-tunes the adapters of a calibrated model at its present size, with a fresh optimizer."""
+        """Return the state that fine-tunes the adapters of a calibrated model at its present size, with a fresh optimizer.
+
+        Raises CalibrationError if it has no adapters.
+        """
         layers, ranks = targets(model), []
         for core in layers.values():
             assert isinstance(core, ElasticLinear)
             ranks.append(min(weight_MN(core.exact).shape) if core.rank is None else core.rank)
         params = _parameters(layers)
+        if not params:
+            raise CalibrationError("fine-tuning needs a model with adapters. Call attach(any_size, recipe) first.")
         optimizer = _adamw(params, recipe.lr)
         return cls(layers, scores, params, optimizer, 0.0, torch.zeros_like(scores.score), stop_step=0, stop_ranks=ranks)
 
