@@ -106,6 +106,10 @@ def test_recording_a_curve_changes_nothing_else(small_artifact: Artifact, tmp_pa
     assert changed.curve == [{"asked": 1.0, "perplexity": 4.0}]
     assert {**changed.manifest, "curve": []} == small_artifact.manifest
     assert Artifact.open(folder, verify=True).curve == changed.curve
+    for row in ({"got": 2.0, "loss": 1.0}, {"got": 0.5, "loss": "low"}):
+        with pytest.raises(ArtifactError, match="malformed row of the curve"):
+            changed.record_curve([row])
+    assert Artifact.open(folder, verify=True).curve == changed.curve, "a curve that could not be read back is not written"
 
 
 def _edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
@@ -178,6 +182,20 @@ def test_a_crash_while_writing_leaves_no_artifact(
         Artifact.save(tmp_path / "half", base, calibration, {})
     with pytest.raises(ArtifactError, match="cut short"):
         Artifact.open(tmp_path / "half")
+
+
+def test_files_of_others_do_not_become_a_part_of_an_artifact(
+    calibrated: tuple[Any, Calibration], small_artifact: Artifact, tmp_path: Path
+) -> None:
+    base, calibration = calibrated
+    folder = shutil.copytree(small_artifact.folder, tmp_path / "artifact")
+    assert Artifact.save(folder, base, calibration, {"seed": 0}).manifest == small_artifact.manifest, "an earlier attempt is overwritten"
+    with pytest.raises(ArtifactError, match=r"holds other files \(adapters.safetensors, .*Choose an empty folder"):
+        small_artifact.tuned(folder, {}, {}, {})
+    (folder / "chat_template.jinja").write_text("{{ messages }}")  # of another tokenizer
+    with pytest.raises(ArtifactError, match=r"holds other files \(chat_template.jinja\)"):
+        Artifact.save(folder, base, calibration, {})
+    assert Artifact.open(folder, verify=True).manifest == small_artifact.manifest
 
 
 def test_the_code_of_the_format_description_reads_an_artifact(small_artifact: Artifact) -> None:
