@@ -160,8 +160,9 @@ class CalibrationState:
         if scalars["stop_step"] is not None and self.stop_step is None:
             self.end_pruning(model, recipe)
         self.stop_step = scalars["stop_step"]
-        if {f"param/{name}" for name in self.params} != {key for key in tensors if key.startswith("param/")}:
-            raise CalibrationError(f"the checkpoint in {folder} belongs to another model or recipe: its parameter names differ.")
+        saved = {key.removeprefix("param/"): tensor.shape for key, tensor in tensors.items() if key.startswith("param/")}
+        if saved != {name: param.shape for name, param in self.params.items()}:
+            raise CalibrationError(f"the checkpoint in {folder} belongs to another model or recipe: its parameters differ.")
         with torch.no_grad():
             for name, param in self.params.items():
                 param.copy_(tensors[f"param/{name}"])
@@ -177,7 +178,7 @@ def damage(folder: Path) -> str | None:
     try:
         sums = json.loads((folder / SUMS).read_text())
         wrong = [name for name in FILES if sha256(folder / name) != sums[name]]
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         return f"{Path(error.filename).name} is missing"
     except (ValueError, KeyError, TypeError) as error:
         return f"{SUMS} cannot be read ({error})"

@@ -245,7 +245,7 @@ def test_an_opened_artifact_with_codes_computes_its_sizes(artifact: Artifact) ->
 
 def test_codes_are_loaded_to_where_the_model_was_moved(artifact: Artifact) -> None:
     any_size = artifact.load(size=Budget(stored_bytes=limits(artifact)[0]))
-    any_size.model.to("meta")
+    torch.nn.Module.to(any_size.model, "meta")
     any_size.resize(Budget(stored_bytes=limits(artifact)[-1]))
     assert {codes.codes.device.type for layer in any_size.layers.values() for codes in layer.coded.values()} == {"meta"}
 
