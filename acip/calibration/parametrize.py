@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from acip.base import own_code
+from acip.base import own_code, positions
 from acip.calibration.activation_covariance import Feed, feed_tokens
 from acip.calibration.bases import bases
 from acip.calibration.basis_cache import BasisCache, basis_keys
@@ -69,9 +69,10 @@ def parametrize(
 
 
 def check_base(model: nn.Module, windows: Tensor | None) -> None:
-    """Raise BaseModelError if the model is parametrized already, needs remote code, or has no embedding for a token id in `windows`.
+    """Raise BaseModelError for a model that is parametrized already, needs remote code, or does not match the token ids `windows`.
 
-    Raise DataError if `windows` are not [n, T] or hold negative ids.
+    It does not match if it has no embedding for an id, or less positions than a window has tokens. Raise DataError if `windows` are not
+    [n, T] or hold negative ids.
     """
     if targets(model):
         raise BaseModelError("this model is parametrized already. Call restore(model) first.")
@@ -79,6 +80,8 @@ def check_base(model: nn.Module, windows: Tensor | None) -> None:
     if windows is None:
         return
     check_windows(windows)
+    if isinstance(model, PreTrainedModel) and (most := positions(model.config)) is not None and windows.shape[1] > most:
+        raise BaseModelError(f"the windows have {windows.shape[1]:,} tokens, but this model has {most:,} positions. Use a smaller seq_len.")
     embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     if isinstance(embeddings, nn.Embedding) and int(windows.max()) >= embeddings.num_embeddings:
         raise BaseModelError(

@@ -21,7 +21,7 @@ from acip.layers.block_chain import BlockChain
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import targets
 from acip.recipe import Recipe
-from tests.acip.layers.test_architectures import GROUPED, random_model
+from tests.acip.layers.test_architectures import GROUPED, OPT, random_model
 
 WINDOWS = torch.randint(3, 256, (9, 12), generator=torch.Generator().manual_seed(1))
 RECIPE = Recipe(sample_windows=6, batch_size=4, seq_len=12, post_tune_steps=0, adapter_rank=2, dtype="float32", seed=3)
@@ -189,6 +189,14 @@ def test_a_text_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     chain = BlockChain(model_of(LLAMA))
     with pytest.raises(BaseModelError, match="token id 9,999"):
         calibrate_by_block(chain, RECIPE, WINDOWS + 9999 - int(WINDOWS.max()), lambda i: WINDOWS, tmp_path, "cpu")
+
+
+def test_windows_longer_than_the_context_of_the_model_are_refused(tmp_path: Path) -> None:
+    windows = WINDOWS.repeat(1, 6)
+    with pytest.raises(BaseModelError, match="have 72 tokens, but this model has 64 positions"):
+        parametrize(model_of(OPTConfig(**OPT, word_embed_proj_dim=32)), RECIPE, windows)
+    with pytest.raises(BaseModelError, match="have 72 tokens, but this model has 64 positions"):
+        calibrate_by_block(BlockChain(model_of(LLAMA)), RECIPE, windows, lambda i: windows, tmp_path, "cpu")
 
 
 @pytest.mark.parametrize(
