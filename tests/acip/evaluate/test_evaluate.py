@@ -105,6 +105,7 @@ def test_each_protocol_cuts_the_text_as_documented(tmp_path: Path) -> None:
         (lambda: Text("package:austin").tokens(byte_tokenizer()), "did you mean 'austen'"),
         (lambda: TaskScore("piqa", limit=-1), "limit is -1 for task piqa"),
         (lambda: Efficiency(new_tokens=1), "new_tokens must be at least 2"),
+        (lambda: Samples(new_tokens=0), "new_tokens is 0; it must be at least 1"),
         (lambda: check(["package:piqaa"]), "did you mean 'package:piqa'"),
         (lambda: check(["custom"], "/no/such/folder"), "task folder '/no/such/folder' does not exist"),
     ],
@@ -126,6 +127,11 @@ def test_the_standard_error_is_over_windows(small_base: str, heldout_tokens: tor
         assert result.loss == pytest.approx(float(each.mean()), abs=1e-5)
         assert result.stderr == pytest.approx(float(each.std() / 6**0.5), abs=1e-5)
     assert perplexity(model, windows[:1]).stderr == math.inf
+
+
+def test_a_prompt_without_a_token_is_refused(any_size: ElasticModel, small_artifact: Artifact) -> None:
+    with pytest.raises(EvaluationError, match="prompt '' has no token"):
+        evaluate(any_size, small_artifact.tokenizer(), [Samples(("",), 3)])
 
 
 def test_windows_without_a_token_to_predict_have_no_perplexity(small_base: str, heldout_tokens: torch.Tensor) -> None:
