@@ -43,7 +43,7 @@ def parametrize(
     """
     check_base(model, windows if feed is feed_tokens else None)
     linears = find_linears(model, recipe.exclude)
-    model.requires_grad_(False)
+    model.eval().requires_grad_(False)  # without dropout
     torch.manual_seed(recipe.seed)  # for the initial adapters
     device = sharding.device() if sharding.workers() > 1 else None
     loras = {name: adapters(weight_MN(linear), recipe, device) for name, linear in linears.items()}

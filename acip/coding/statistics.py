@@ -48,7 +48,7 @@ def layer_statistics(
 ) -> dict[str, LayerStatistics]:
     """Return the statistics of each layer from token ids [n, T]. `model` maps input_ids to an object with `logits`.
 
-    The model is in evaluation mode. Its parameters get no gradients. Tokens are drawn with `seed`. Raises CalibrationError if the loss
+    The model is run in evaluation mode. Its parameters get no gradients. Tokens are drawn with `seed`. Raises CalibrationError if the loss
     does not depend on a layer, and DataError if `windows` are not [n, T].
     """
     check_windows(windows)

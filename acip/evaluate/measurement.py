@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from acip.calibration.losses import as_base
+from acip.calibration.training_mode import evaluating
 from acip.errors import EvaluationError
 from acip.evaluate.heldout_text import Text
 from acip.modeling_acip import CodedLinear, QuantLinear, encoded_tensors
@@ -112,10 +113,8 @@ def evaluate(
     if not isinstance(model, ElasticModel):
         model = getattr(model, "any_size", None) or model
     subject = Subject(model.model, tokenizer, model) if isinstance(model, ElasticModel) else Subject(model, tokenizer, reference=base)
-    was_training = subject.model.training
-    subject.model.eval()
     parts = []
-    try:
+    with evaluating(subject.model):
         for measurement in (item.read_by(tokenizer) for item in what):
             key = measurement.key
             if key not in parts_by_key:
@@ -124,8 +123,6 @@ def evaluate(
                 parts_by_key[key] = part | {"seconds": round(time.perf_counter() - start, 3)}
                 on_part(parts_by_key[key])
             parts.append(parts_by_key[key])
-    finally:
-        subject.model.train(was_training)
     return {**size_facts(model), "evaluation": parts}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from acip.base import positions
 from acip.calibration.losses import CHUNK, next_token
+from acip.calibration.training_mode import evaluating
 from acip.errors import EvaluationError
 from acip.evaluate.heldout_text import Text, content, join_ids
 from acip.evaluate.measurement import Measurement, Part, Subject, label
@@ -49,11 +50,12 @@ def perplexity(model: nn.Module, windows: Iterable[Tensor], batch_size: int = 1)
     device = next(model.parameters()).device
     losses: list[float] = []
     longest = 0
-    for batch in _batches(windows, batch_size):
-        ids_BT = batch.long().to(device)
-        logits_BTV = next_token.logits(model, ids_BT)
-        losses.extend(map(mean_loss, logits_BTV, ids_BT))
-        longest = max(longest, ids_BT.shape[1])
+    with evaluating(model):
+        for batch in _batches(windows, batch_size):
+            ids_BT = batch.long().to(device)
+            logits_BTV = next_token.logits(model, ids_BT)
+            losses.extend(map(mean_loss, logits_BTV, ids_BT))
+            longest = max(longest, ids_BT.shape[1])
     if lost := lost_windows(losses):
         raise EvaluationError(f"the perplexity cannot be measured: {lost}. Load the model in a wider dtype.")
     loss, stderr = mean_and_stderr(losses)

@@ -191,6 +191,13 @@ def test_a_text_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
         calibrate_by_block(chain, RECIPE, WINDOWS + 9999 - int(WINDOWS.max()), lambda i: WINDOWS, tmp_path, "cpu")
 
 
+def test_a_model_in_training_mode_has_the_same_result() -> None:
+    """GPT-2 has dropout by default."""
+    model = model_of(CONFIGS[3]).train()
+    parametrize(model, RECIPE, WINDOWS)
+    assert_same(calibrate(model, TokenBatches(WINDOWS, RECIPE.batch_size, RECIPE.seed), RECIPE), held(CONFIGS[3]))
+
+
 def test_windows_longer_than_the_context_of_the_model_are_refused(tmp_path: Path) -> None:
     windows = WINDOWS.repeat(1, 6)
     with pytest.raises(BaseModelError, match="have 72 tokens, but this model has 64 positions"):

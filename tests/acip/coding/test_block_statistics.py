@@ -128,6 +128,17 @@ def test_a_layer_that_is_not_reached_is_named(tmp_path: Path) -> None:
         gathered(model, tmp_path)
 
 
+def test_a_model_in_training_mode_has_the_same_statistics_and_stays_in_it(tmp_path: Path) -> None:
+    """GPT-2 has dropout by default."""
+    model = random_model(GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=4)).requires_grad_(False)
+    linears = dict(find_linears(model))
+    expected = layer_statistics(model, linears, WINDOWS, seed=5)
+    model.train()
+    for found in (layer_statistics(model, linears, WINDOWS, seed=5), gathered(model, tmp_path)):
+        assert all(torch.equal(found[name].metric, each.metric) for name, each in expected.items())
+    assert all(module.training for module in model.modules())
+
+
 def test_windows_without_a_token_to_predict_are_refused(tmp_path: Path) -> None:
     model = llama()
     linears = dict(find_linears(model))

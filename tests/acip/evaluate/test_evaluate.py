@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers import GPT2Config
 
 from acip.artifact.artifact import Artifact
 from acip.base import load_base
@@ -45,6 +46,7 @@ from acip.export.card import _curve
 from acip.export.folder import tensor_bytes
 from acip.sizing.budget import Curve
 from acip.sizing.elastic_model import ElasticModel
+from tests.acip.layers.test_architectures import random_model
 from tests.conftest import byte_tokenizer, logits, read
 from tests.support.near_ties import assert_close_divergence
 
@@ -127,6 +129,13 @@ def test_the_standard_error_is_over_windows(small_base: str, heldout_tokens: tor
         assert result.loss == pytest.approx(float(each.mean()), abs=1e-5)
         assert result.stderr == pytest.approx(float(each.std() / 6**0.5), abs=1e-5)
     assert perplexity(model, windows[:1]).stderr == math.inf
+
+
+def test_a_perplexity_is_measured_without_dropout(heldout_tokens: torch.Tensor) -> None:
+    model = random_model(GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=4))
+    expected = perplexity(model, heldout_tokens[:4])
+    assert perplexity(model.train(), heldout_tokens[:4]) == expected
+    assert model.training
 
 
 def test_a_prompt_without_a_token_is_refused(any_size: ElasticModel, small_artifact: Artifact) -> None:
