@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, pipeline
 
 import acip
 from acip import modeling, modeling_acip
@@ -104,6 +105,21 @@ def test_transformers_loads_an_artifact(small_artifact: Artifact, heldout_tokens
     for device_map in ({"a": 0, "b": 1}, "balanced"):
         with pytest.raises(ArtifactError, match="to one device"):
             AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
+
+
+def test_parameters_of_other_threads_are_not_changed_while_a_model_is_built(
+    small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, on_meta = PreTrainedModel._from_config.__func__, list[bool]()  # type: ignore[attr-defined]
+
+    def checked(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            on_meta.append(pool.submit(lambda: torch.nn.Linear(1, 1).weight.is_meta).result())
+        return build(cls, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "_from_config", classmethod(checked))
+    acip.from_pretrained(small_artifact, 0.5)
+    assert on_meta == [False, False], "one is the base model, the other the model of any size"
 
 
 def test_an_artifact_in_a_subfolder_is_loaded(small_artifact: Artifact, tmp_path: Path) -> None:
