@@ -181,6 +181,12 @@ def token_windows(docs: Iterable[Document], tokenizer: Any, seq_len: int, count:
     return torch.stack(windows)
 
 
+def check_windows(windows: Tensor) -> None:
+    """Raise DataError unless `windows` are token ids [n, T] with a token to predict."""
+    if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
+        raise DataError(f"the windows are {list(windows.shape)}; they must be [n, T] token ids, with n at least 1 and T at least 2.")
+
+
 def _token_ids(docs: Iterable[Document], tokenizer: Any) -> Iterator[list[int]]:
     for doc in docs:
         for piece in pieces(blocks_of(doc, tokenizer), tokenizer):

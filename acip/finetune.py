@@ -17,7 +17,7 @@ With `Recipe.quantize` (paper 3.4), the kept directions and the dense layers are
 compensate for the loss. The artifact stores the sum in the model's dtype. A 4-bit export rounds the sum once more, as factors
 (acip.export.quantization).
 
-    any_size = artifact.load(size=0.5)
+    any_size = artifact.load(size=Budget(0.5))  # a ratio alone would count bytes if the artifact has codes
     recipe = tuning(artifact, 0.5, post_tune_steps=1000)
     attach(any_size, recipe)
     finetune(any_size, scores_of(artifact), batches, recipe)
@@ -88,7 +88,7 @@ def attach(any_size: ElasticModel, recipe: Recipe) -> None:
     """
     if any_size.cut is not None and any_size.cut.versions is not None:
         raise BudgetError(
-            "a size of coded layers can't be fine-tuned: adapters belong to directions. Load a size of ranks, such as 0.6 (linear)."
+            "a size of coded layers can't be fine-tuned: adapters belong to directions. Load a size of ranks, such as Budget(0.6)."
         )
     torch.manual_seed(recipe.seed)  # for the initial adapters
     any_size.load_missing = None
@@ -110,7 +110,7 @@ def finetune(
     """Train the adapters that `attach` added, in place: `recipe.post_tune_steps` steps with a fresh optimizer (Appendix B).
 
     With `recipe.distill_weight` > 0, the base model's own layers must be loaded as well. `resume` is a folder that
-    `CalibrationState.save` wrote. Raises CalibrationError if the loss is not finite.
+    `CalibrationState.save` wrote. Raises CalibrationError if there are no adapters, or if the loss is not finite.
     """
     assert any_size.cut is not None, "load a size first"
     size = any_size.cut.sizes["linear"]

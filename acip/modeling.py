@@ -35,8 +35,8 @@ from acip.utils.hub_ids import HUB_ID
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 IGNORED_ARGUMENTS = (  # transformers passes them to every model
-    "adapter_kwargs", "code_revision", "_commit_hash", "_from_auto", "low_cpu_mem_usage", "subfolder", "tp_plan",
-    "trust_remote_code", "use_safetensors", "state_dict", "_from_pipeline",
+    "adapter_kwargs", "code_revision", "_commit_hash", "_from_auto", "low_cpu_mem_usage", "trust_remote_code", "use_safetensors",
+    "_from_pipeline",
 )  # fmt: skip
 
 
@@ -91,6 +91,7 @@ def load_artifact(
     torch_dtype: Any = None,
     device_map: Any = None,
     attn_implementation: str | None = None,
+    subfolder: str | None = None,
     **others: Any,
 ) -> PreTrainedModel:
     """Load an artifact for `AutoModelForCausalLM.from_pretrained`, from a folder or from the hub, as a model of any size.
@@ -101,16 +102,16 @@ def load_artifact(
     if unsupported := sorted(key for key, value in others.items() if value is not None and key not in IGNORED_ARGUMENTS):
         raise ArtifactError(
             f"an artifact can't be loaded with {', '.join(unsupported)}; allowed are size, quantize, dtype, device_map (one device), "
-            f"attn_implementation, {', '.join(HUB_ARGUMENTS)}."
+            f"attn_implementation, subfolder, {', '.join(HUB_ARGUMENTS)}."
         )
     if isinstance(device_map, dict) and len(device_map) == 1:
         (device_map,) = device_map.values()
     if device_map == "auto":
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
-    if not isinstance(device_map, str | int | torch.device | None):
-        raise ArtifactError(f"device_map is {device_map!r}; an artifact is loaded to one device: give its name, like 'cuda:0'.")
+    with foreign_errors(ArtifactError, f"device_map is {device_map!r}, but an artifact is loaded to one device", "Name it, like 'cuda:0'."):
+        device = torch.device("cpu" if device_map is None else device_map)
     folder = source if Path(source).is_dir() else snapshot(str(source), **hub)
-    model = from_pretrained(folder, size, quantize, torch.device("cpu" if device_map is None else device_map))
+    model = from_pretrained(Path(folder, subfolder or ""), size, quantize, device)
     dtype = dtype if dtype is not None else torch_dtype
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)

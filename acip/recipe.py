@@ -27,7 +27,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of a calibration. Raises RecipeError for values out of range."""
+    """All settings of a calibration. Raises RecipeError for wrong types and for values out of range."""
 
     # Parametrization (2.2.1)
     # a layer's directions (acip.calibration.bases): the best prefixes for the model's predictions, from the second moments of inputs and
@@ -87,6 +87,8 @@ class Recipe:
     code_tune_steps: int = 100  # training steps, of one window each, for the step sizes of the codes (ours); >= 0
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, coerce(field.name, getattr(self, field.name), field.type))
         for name, rule, ok in (
             ("sample_windows", ">= 1", self.sample_windows >= 1),
             ("mask_scale", "> 0", self.mask_scale > 0),
@@ -153,8 +155,8 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], start: "Recipe | None" = None) -> "Recipe":
-        """Return `start` (default: the default recipe) with `fields` changed. Raises RecipeError for unknown names and wrong types."""
-        known = {field.name: field.type for field in dataclasses.fields(cls)}
+        """Return `start` (default: the default recipe) with `fields` changed. Raises RecipeError for unknown names and wrong values."""
+        known = [field.name for field in dataclasses.fields(cls)]
         changes: dict[str, Any] = {}
         for given_name, value in fields.items():
             name = renamed.recipe_field(given_name)
@@ -162,7 +164,7 @@ class Recipe:
                 raise RecipeError(f"unknown recipe field {cited(name)}{did_you_mean(name, known)}. Allowed: {', '.join(known)}.")
             if name in changes:
                 raise RecipeError(f"{name} is given twice, once under an old name. Keep only {name}.")
-            changes[name] = coerce(name, value, known[name])
+            changes[name] = value
         return dataclasses.replace(start or cls(), **changes)
 
 

@@ -337,16 +337,11 @@ def _known(names: list[str], file: Path) -> list[str]:
 def _document(row: Any, where: str) -> Document | None:
     """Return the document in a row, or None if it is empty."""
     if isinstance(row, Mapping) and isinstance(row.get("text"), str):
-        text: str = row["text"]
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"{where}: the text contains half of a surrogate pair ({error.reason}), which is not a character."
-                ) from error
-        return text if text.strip() else None
+        _check_characters(row["text"], where)
+        return row["text"] if row["text"].strip() else None
     if isinstance(row, Mapping) and _is_chat(row.get("messages")):
+        for message in row["messages"]:
+            _check_characters(message["content"], where)
         return row["messages"]
     if not isinstance(row, Mapping):
         actual = f"is {_shown(row)}"
@@ -357,6 +352,14 @@ def _document(row: Any, where: str) -> Document | None:
     raise DataError(
         f'{where} {actual}; it must be an object with a string "text", or with "messages", a list of {{"role": ..., "content": ...}}.'
     )
+
+
+def _check_characters(text: str, where: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: the text contains half of a surrogate pair ({error.reason}), which is not a character.") from error
 
 
 def _is_chat(messages: Any) -> bool:

@@ -39,7 +39,8 @@ class Artifact(ArtifactReader):
     ) -> "Artifact":
         """Write a calibrated model to `folder`, and open it. Files of an earlier, interrupted attempt are overwritten.
 
-        `codes` are coded versions of the target layers of the base model, for sizes in bytes.
+        `codes` are coded versions of the target layers of the base model, for sizes in bytes. Raise ArtifactError if `codes` are of other
+        layers, or if `folder` holds other files.
         """
         writer.write_artifact(Path(folder), base, calibration, provenance, codes)
         return cls.open(folder)
@@ -49,7 +50,7 @@ class Artifact(ArtifactReader):
         """Write coded versions of the target layers of `base`, and no directions, to `folder`, and open it.
 
         `recipe.code` is "bits". The only size in ranks is 1.0, the base model; all others are budgets of bytes. Files of an earlier,
-        interrupted attempt are overwritten. Raise ArtifactError if `codes` are of other layers.
+        interrupted attempt are overwritten. Raise ArtifactError if `codes` are of other layers, or if `folder` holds other files.
         """
         writer.write_coded(Path(folder), base, recipe, codes, provenance)
         return cls.open(folder)
@@ -74,7 +75,7 @@ class Artifact(ArtifactReader):
     def record_curve(self, rows: list[dict[str, Any]]) -> "Artifact":
         """Store the measured trade-off curve in the manifest, and return the artifact opened again.
 
-        Nothing else changes. Raise ArtifactError if the artifact is not in a local folder.
+        Nothing else changes. Raise ArtifactError if the artifact is not in a local folder, or if `rows` are malformed.
         """
         if not (self.folder / manifest.MANIFEST).is_file():
             raise ArtifactError(f"{self.source.where} can't be changed in place. Fetch it, record the curve, publish the manifest.")

@@ -5,6 +5,7 @@ stay in memory, so a later, larger size reads only the difference.
 """
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -29,6 +29,22 @@ from acip.modeling_acip import CodedLinear, keep_attention_cap, set_module
 from acip.sizing.cut_table import Cut
 
 READ_AT_ONCE = 1 << 28  # stored bytes of codes that are in memory while they are decoded
+BUILDING = threading.Lock()  # transformers sets torch's default dtype, which is global, while it builds a model
+
+
+def without_weights(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype | None, **options: Any) -> PreTrainedModel:
+    """Return a model whose parameters are on the device meta, as are its stored buffers. Those that are computed are on the CPU.
+
+    Several threads may call this at the same time. The buffers are computed in float32, as transformers does when it loads a model.
+    """
+    with BUILDING, torch.device("meta"):
+        model: PreTrainedModel = model_class._from_config(config, dtype=dtype, **options)
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            if (buffer := module._buffers[name]) is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    model.initialize_weights()
+    return model
 
 
 class ModelLoader:
@@ -101,9 +117,7 @@ class ModelLoader:
     def _empty_base(self) -> PreTrainedModel:
         config = copy.deepcopy(self.artifact.config)  # the model may change its copy
         keep_attention_cap(config)
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = _model_class(config)._from_config(config, dtype=config.dtype)
-        return model
+        return without_weights(_model_class(config), config, config.dtype)
 
     def _with_generation_config(self, model: PreTrainedModel) -> PreTrainedModel:
         if "generation_config.json" in self.artifact.manifest["files"]:
@@ -168,7 +182,8 @@ class ModelLoader:
         for some in _parts(missing, {name: self.codes.facts[name][version].bytes for name, version in missing.items()}):
             packed = self.codes.read(some)
             for name, version in some.items():
-                layers[name].coded[str(version)] = self.coded(name, packed.pop(name).unpack(), layers[name].bias)
+                layer = layers[name]  # the model may have been moved since it was loaded
+                layer.coded[str(version)] = self.coded(name, packed.pop(name).unpack(), layer.bias).to(layer.left.values.device)
 
     def coded(self, name: str, codes: Codes, bias: Tensor | None) -> CodedLinear:
         """Return the layer `name` with these codes."""

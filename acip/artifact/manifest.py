@@ -81,7 +81,11 @@ def check_manifest(manifest: Any, where: str) -> None:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest to `folder` atomically and durably. It must be the last file of an artifact to be written."""
+    """Write the manifest to `folder` atomically and durably. It must be the last file of an artifact to be written.
+
+    Raise ArtifactError, and write nothing, if it could not be read back.
+    """
+    check_manifest(dict(manifest), str(folder))
     with atomic_file(folder / MANIFEST) as partial, partial.open("w", encoding="utf-8") as file:
         json.dump(dict(manifest), file, indent=1)
 

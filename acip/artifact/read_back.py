@@ -3,6 +3,7 @@
     check                                                          reason
     the classes of the model and tokenizer are transformers' own   an artifact holds no code
     config.json survives the conversion to JSON                    the loaded model must have the base model's shape
+    the generation settings do not contradict each other           transformers does not write them otherwise
     every token id of the tokenizer has an embedding               otherwise some texts fail during the calibration
     a tiny model of the same class is saved as an artifact,        everything else
     opened again, resized, and generates
@@ -47,6 +48,12 @@ def read_back(base: Base, recipe: Recipe) -> None:
     own_code(base.model, base.tokenizer, base.source)
     check_tokenizer(base)
     _check_config(base)
+    if (generation := getattr(base.model, "generation_config", None)) is not None:
+        with foreign_errors(
+            BaseModelError, f"the generation settings of base {base.source!r} can't be stored",
+            "Correct its generation_config.json; for example, settings of sampling need do_sample: true.",
+        ):  # fmt: skip
+            generation.validate(strict=True)
     find_linears(base.model, recipe.exclude)
     with torch.random.fork_rng(devices=[]):  # the checks leave the random state unchanged
         _try_tiny(base, recipe)

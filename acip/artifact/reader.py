@@ -47,7 +47,7 @@ class ArtifactReader:
         The bytes are read from `source` (default: `folder`). `verify` also reads every file and compares its sha256.
         Raise ArtifactError if the artifact is incomplete, corrupted, or of a schema that this code does not read.
         """
-        folder = Path(folder)
+        folder = Path(folder).absolute()  # later reads must not depend on the working directory
         source = source or Folder(folder)
         try:
             (raw,) = source.read(MANIFEST, [(0, source.size(MANIFEST))])

@@ -4,6 +4,8 @@ Every function writes the manifest last. A folder whose writing was interrupted 
 """
 
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -47,7 +49,8 @@ def write_artifact(
 ) -> None:
     """Write a calibrated model to `folder`, with coded versions of its target layers if they are given.
 
-    Files of an earlier, interrupted attempt are overwritten. Raise ArtifactError if `codes` are of other layers.
+    Files of an earlier, interrupted attempt are overwritten. Raise ArtifactError if `codes` are of other layers, or if `folder` holds
+    other files.
     """
     recipe, layers = calibration.recipe, calibration.table.layers
     stored = {shape.name: shape.stored_rank(recipe.adapter_rows, recipe.storage, recipe.dense_if_no_saving) for shape in layers}
@@ -66,7 +69,8 @@ def write_artifact(
 def write_coded(folder: Path, base: Base, recipe: Recipe, codes: CodedModel, provenance: Mapping[str, Any]) -> None:
     """Write an artifact that holds codes and the base model, and no directions, to `folder`.
 
-    Files of an earlier, interrupted attempt are overwritten. Raise ArtifactError if `codes` are of other layers.
+    Files of an earlier, interrupted attempt are overwritten. Raise ArtifactError if `codes` are of other layers, or if `folder` holds
+    other files.
     """
     linears = find_linears(base.model, recipe.exclude)
     weights = {name: weight_MN(linear) for name, linear in linears.items()}
@@ -102,13 +106,17 @@ def _write(
     """Write an artifact with these `contents` of TENSOR_FILES and these facts in its manifest."""
     if codes is not None and codes.versions.keys() != {row["name"] for row in facts["layers"]}:
         raise ArtifactError("the coded layers are not the target layers of the calibration. Code the layers of the same recipe.")
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in (folder / MANIFEST, folder / f"{CODES}.safetensors", *folder.glob(f".{MANIFEST}.*{SUFFIX}")):
-        left.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as base_files:
+        _write_base_files(Path(base_files), base)
+        removed = {MANIFEST, f"{CODES}.safetensors", *(path.name for path in folder.glob(f".{MANIFEST}.*{SUFFIX}"))}
+        _require_only(folder, {*removed, *_files(Path(base_files)), *(f"{file}.safetensors" for file in (*TENSOR_FILES, DIGESTS))})
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in removed:
+            (folder / file).unlink(missing_ok=True)
+        shutil.copytree(base_files, folder, dirs_exist_ok=True)
     for file, tensors in zip(TENSOR_FILES, contents, strict=True):
         save_tensors(tensors, folder / f"{file}.safetensors", compress=codes is not None)
     coded = {} if codes is None else {CODES: write_codes(folder / f"{CODES}.safetensors", codes)}
-    _write_base_files(folder, base)
     seal(folder, {
         "schema": SCHEMA if coded else UNCODED_SCHEMA,
         "base": {"source": base.source, "revision": base.revision, "digest": base.digest},
@@ -119,6 +127,20 @@ def _write(
     })  # fmt: skip
 
 
+def _require_only(folder: Path, allowed: set[str]) -> None:
+    """Raise ArtifactError if `folder` holds files that are not `allowed`: they would become a part of the artifact."""
+    if others := [file for file in _files(folder) if file not in allowed]:
+        raise ArtifactError(
+            f"{folder} holds other files ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}), which would become a part of the "
+            "artifact. Choose an empty folder."
+        )
+
+
+def _files(folder: Path) -> list[str]:
+    """Return the paths of all files in a folder, relative to it."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
 def write_tuned(
     artifact: ArtifactReader, folder: Path, factors: Mapping[str, Tensor], adapters: Mapping[str, Tensor], provenance: Mapping[str, Any]
 ) -> None:
@@ -126,8 +148,9 @@ def write_tuned(
 
     `factors` holds new first rows by tensor name, `adapters` whole tensors. The other rows, the order, and all other files stay
     bit for bit the same, coded layers included: they are those of the base model. The curve is left empty, because it must be
-    measured again.
+    measured again. Raise ArtifactError if `folder` is not empty.
     """
+    _require_only(folder, set())
     rewritten = {f"{file}.safetensors" for file in ("factors", "adapters", DIGESTS)}
     for file in artifact.manifest["files"]:
         if file not in rewritten:
@@ -146,8 +169,7 @@ def write_tuned(
 def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Complete the artifact in `folder`: write the digests, then `manifest` with an empty curve, and size and sha256 of every file."""
     save_file(dict(_digests(folder)), folder / f"{DIGESTS}.safetensors")
-    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    facts = {file: {"bytes": (folder / file).stat().st_size, "sha256": sha256(folder / file)} for file in files}
+    facts = {file: {"bytes": (folder / file).stat().st_size, "sha256": sha256(folder / file)} for file in _files(folder)}
     write_manifest(folder, {**manifest, "curve": [], "files": facts})
 
 
@@ -182,12 +204,17 @@ def _folded(layer: ElasticLinear, rank: int, side: int) -> Tensor:
 
 
 def _rest(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Return every tensor of the base model that is not part of a target layer; tied tensors once, biases included."""
+    """Return every tensor of the base model that is not part of a target layer, biases included.
+
+    Tied tensors come once, by the name of the one that `tie_weights` gives to the others.
+    """
     skipped = {id(tensor) for layer in layers.values() for tensor in layer.parameters() if tensor is not layer.bias}
     persistent = model.state_dict(keep_vars=True)
     buffers = [(name, tensor) for name, tensor in model.named_buffers() if name in persistent]
     rest: dict[str, Tensor] = {}
-    for name, tensor in (*model.named_parameters(), *buffers):
+    tied = getattr(model, "all_tied_weights_keys", {})
+    parameters = sorted(model.named_parameters(remove_duplicate=False), key=lambda pair: pair[0] in tied)
+    for name, tensor in (*parameters, *buffers):
         if id(tensor) not in skipped:
             rest[name.replace(".original.", ".")] = tensor
             skipped.add(id(tensor))

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from acip.base import Base
 from acip.baselines import asvd, calibrated, covariance, dobi, svd, svdllm
 from acip.baselines.prefix_factors import Progress, stored
-from acip.errors import DataError, RecipeError
+from acip.data import check_windows
+from acip.errors import RecipeError
 from acip.evaluate.measurement import stored_bytes
 from acip.layers.targets import find_linears
 from acip.modeling_acip import LowRankLinear, PivotLinear
@@ -127,8 +128,7 @@ def compress(
     check_options(name, options)
     for size in sizes:
         Budget(ratio=size)
-    if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
-        raise DataError(f"the windows are {list(windows.shape)}; they must be [n, T] token ids, with n at least 1 and T at least 2.")
+    check_windows(windows)
     linears = find_linears(base.model, options.get("exclude", ()))
     dense = stored(base.model, linears)
     for size, model in chosen.run(base, windows, sizes, progress, **chosen.preset, **options):

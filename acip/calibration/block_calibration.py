@@ -57,8 +57,8 @@ def calibrate_by_block(
 
     The bases read the first `recipe.sample_windows` of `windows`, token ids [n, T]; `batch(i)` is the i-th batch for Fisher scores. Files
     are in `folder`, which must stay as long as the result is used. Raises CalibrationError if the recipe trains, if the disk is too small,
-    if the files are damaged or of another model, recipe or text, and BaseModelError if the loss does not depend on a layer or if the model
-    does not match the text.
+    if the files are damaged or of another model, recipe or text, BaseModelError if the loss does not depend on a layer or if the model
+    does not match the text, and DataError if `windows` are not [n, T] or hold negative ids.
     """
     if recipe.trains or recipe.quantize != "none":
         raise CalibrationError(

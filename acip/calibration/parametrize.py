@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from acip.base import own_code
+from acip.base import own_code, positions
 from acip.calibration.activation_covariance import Feed, feed_tokens
 from acip.calibration.bases import bases
 from acip.calibration.basis_cache import BasisCache, basis_keys
-from acip.errors import BaseModelError
+from acip.data import check_windows
+from acip.errors import BaseModelError, DataError
 from acip.layers import sharding
 from acip.layers.adapters import LoRA
 from acip.layers.elastic_linear import ElasticLinear
@@ -37,11 +38,12 @@ def parametrize(
     a model that has other inputs. `cache` stores the bases for later calls, `spread` distributes their eigenproblems. `progress(done,
     total)` counts layers. The outputs of the model stay the same, up to rounding.
 
-    Raises BaseModelError if the model is parametrized already, has nothing to compress, or does not match the text.
+    Raises BaseModelError if the model is parametrized already, has nothing to compress, or does not match the text, and DataError if
+    `windows` are not [n, T] or hold negative ids.
     """
     check_base(model, windows if feed is feed_tokens else None)
     linears = find_linears(model, recipe.exclude)
-    model.requires_grad_(False)
+    model.eval().requires_grad_(False)  # without dropout
     torch.manual_seed(recipe.seed)  # for the initial adapters
     device = sharding.device() if sharding.workers() > 1 else None
     loras = {name: adapters(weight_MN(linear), recipe, device) for name, linear in linears.items()}
@@ -67,16 +69,27 @@ def parametrize(
 
 
 def check_base(model: nn.Module, windows: Tensor | None) -> None:
-    """Raise BaseModelError if the model is parametrized already, needs remote code, or has no embedding for a token id in `windows`."""
+    """Raise BaseModelError for a model that is parametrized already, needs remote code, or does not match the token ids `windows`.
+
+    It does not match if it has no embedding for an id, or less positions than a window has tokens. Raise DataError if `windows` are not
+    [n, T] or hold negative ids.
+    """
     if targets(model):
         raise BaseModelError("this model is parametrized already. Call restore(model) first.")
     own_code(model, None, str(getattr(getattr(model, "config", None), "_name_or_path", "")))
+    if windows is None:
+        return
+    check_windows(windows)
+    if isinstance(model, PreTrainedModel) and (most := positions(model.config)) is not None and windows.shape[1] > most:
+        raise BaseModelError(f"the windows have {windows.shape[1]:,} tokens, but this model has {most:,} positions. Use a smaller seq_len.")
     embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    if windows is not None and isinstance(embeddings, nn.Embedding) and windows.numel() and int(windows.max()) >= embeddings.num_embeddings:
+    if isinstance(embeddings, nn.Embedding) and int(windows.max()) >= embeddings.num_embeddings:
         raise BaseModelError(
             f"the text contains the token id {int(windows.max()):,}, but the model has {embeddings.num_embeddings:,} embeddings: the "
             "tokenizer is larger than the model. Resize the embeddings with model.resize_token_embeddings(len(tokenizer)) and save both."
         )
+    if int(windows.min()) < 0:
+        raise DataError(f"the windows contain the token id {int(windows.min())}; ids are at least 0. Remove ids that mark ignored tokens.")
 
 
 def adapters(W_MN: Tensor, recipe: Recipe, device: torch.device | None = None) -> dict[str, LoRA]:

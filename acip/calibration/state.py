@@ -54,12 +54,17 @@ class CalibrationState:
 
     @classmethod
     def tuning(cls, model: nn.Module, scores: ScoreMap, recipe: Recipe) -> "CalibrationState":
-        """Return the state that fine-tunes the adapters of a calibrated model at its present size, with a fresh optimizer."""
+        """Return the state that fine-tunes the adapters of a calibrated model at its present size, with a fresh optimizer.
+
+        Raises CalibrationError if it has no adapters.
+        """
         layers, ranks = targets(model), []
         for core in layers.values():
             assert isinstance(core, ElasticLinear)
             ranks.append(min(weight_MN(core.exact).shape) if core.rank is None else core.rank)
         params = _parameters(layers)
+        if not params:
+            raise CalibrationError("fine-tuning needs a model with adapters. Call attach(any_size, recipe) first.")
         optimizer = _adamw(params, recipe.lr)
         return cls(layers, scores, params, optimizer, 0.0, torch.zeros_like(scores.score), stop_step=0, stop_ranks=ranks)
 
@@ -155,8 +160,9 @@ class CalibrationState:
         if scalars["stop_step"] is not None and self.stop_step is None:
             self.end_pruning(model, recipe)
         self.stop_step = scalars["stop_step"]
-        if {f"param/{name}" for name in self.params} != {key for key in tensors if key.startswith("param/")}:
-            raise CalibrationError(f"the checkpoint in {folder} belongs to another model or recipe: its parameter names differ.")
+        saved = {key.removeprefix("param/"): tensor.shape for key, tensor in tensors.items() if key.startswith("param/")}
+        if saved != {name: param.shape for name, param in self.params.items()}:
+            raise CalibrationError(f"the checkpoint in {folder} belongs to another model or recipe: its parameters differ.")
         with torch.no_grad():
             for name, param in self.params.items():
                 param.copy_(tensors[f"param/{name}"])
@@ -172,7 +178,7 @@ def damage(folder: Path) -> str | None:
     try:
         sums = json.loads((folder / SUMS).read_text())
         wrong = [name for name in FILES if sha256(folder / name) != sums[name]]
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         return f"{Path(error.filename).name} is missing"
     except (ValueError, KeyError, TypeError) as error:
         return f"{SUMS} cannot be read ({error})"

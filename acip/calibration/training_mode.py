@@ -1,4 +1,4 @@
-"""The modes that a model is in while it is trained or differentiated: adapter dropout, gradient checkpointing, frozen parameters."""
+"""The modes that a model is in while it is trained, differentiated or measured: dropout, gradient checkpointing, frozen parameters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,13 +39,26 @@ def recomputing(model: nn.Module, on: bool) -> Iterator[None]:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Turn off dropout inside the block: all modules are in evaluation mode."""
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+@contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Compute no gradients of the model's parameters inside the block."""
+    """Compute no gradients of the model's parameters inside the block, without dropout."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)

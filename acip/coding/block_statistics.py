@@ -15,6 +15,7 @@ from acip.calibration.losses import DrawnTokens, sampled_loss
 from acip.calibration.memory_plan import statistics_bytes
 from acip.calibration.training_mode import frozen
 from acip.coding.statistics import LayerStatistics, LayerSums, require_reached
+from acip.data import check_windows
 from acip.layers.block_chain import BlockChain, placed
 from acip.layers.targets import hooked, weight_MN
 
@@ -31,8 +32,10 @@ def block_statistics(
     """Return the statistics of `linears`, layers of the blocks of `chain`, from token ids [n, T]. They are read from files when asked for.
 
     The model's parameters get no gradients, and stay where they are; those of a block are on `device` while it is computed. `progress`
-    counts blocks, twice each. Raises CalibrationError if the loss does not depend on a layer, or if a file cannot be written.
+    counts blocks, twice each. Raises CalibrationError if the loss does not depend on a layer, or if a file cannot be written,
+    and DataError if `windows` are not [n, T].
     """
+    check_windows(windows)
     width = max(weight_MN(layer).shape[1] for layer in linears.values())
     hidden_bytes = windows.numel() * width * weight_MN(next(iter(linears.values()))).itemsize
     files.require_space("the statistics", pass_bytes(linears, len(chain), hidden_bytes))

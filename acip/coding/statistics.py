@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from acip.calibration.losses import DrawnTokens, sampled_loss
 from acip.calibration.training_mode import frozen
+from acip.data import check_windows
 from acip.errors import CalibrationError
 from acip.layers.targets import hooked, weight_MN
 
@@ -47,9 +48,10 @@ def layer_statistics(
 ) -> dict[str, LayerStatistics]:
     """Return the statistics of each layer from token ids [n, T]. `model` maps input_ids to an object with `logits`.
 
-    The model is in evaluation mode. Its parameters get no gradients. Tokens are drawn with `seed`. Raises CalibrationError if the loss
-    does not depend on a layer.
+    The model is run in evaluation mode. Its parameters get no gradients. Tokens are drawn with `seed`. Raises CalibrationError if the loss
+    does not depend on a layer, and DataError if `windows` are not [n, T].
     """
+    check_windows(windows)
     sums = {name: LayerSums(layer) for name, layer in linears.items()}
     drawn = DrawnTokens(seed)
     hooks = hooked(layer.register_forward_hook(sums[name].hook) for name, layer in linears.items())

@@ -134,7 +134,7 @@ def streamed_trade_off(
     chain, table = BlockChain(any_size.model), any_size.table
     device = next(chain.outside()).device
     budgets = [budget for together in _passes(table, sizes) for budget in together]
-    cuts = [table.cut(Budget(ratio=1.0)), *map(table.cut, budgets)]  # the base model, then every size
+    cuts = [table.base, *map(table.cut, budgets)]  # the base model, then every size
     base_losses: OfDomains = defaultdict(Outcomes)
     outcomes: list[OfDomains] = [defaultdict(Outcomes) for _ in budgets]
     read = [(domain, window[None].long().to(device)) for domain, window in setup.all_windows]

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from acip.errors import EvaluationError
-from acip.evaluate.measurement import Measurement, Part, Subject, label, stored_bytes
+from acip.evaluate.measurement import Measurement, Part, Subject, label, saved_bytes, stored_bytes
 
 LABEL_FIELDS = ("batch", "prompt", "new_tokens")  # speed depends on them; values other than the defaults are part of the label
 
@@ -54,7 +54,7 @@ class Efficiency(Measurement):
         times = [decode(model, prompt_BT, self.new_tokens) for _ in range(self.repeats)]
         prefill_s, decode_s = (statistics.median(column) for column in zip(*times, strict=True))
         values = {
-            "stored_bytes": weights if cut is None or cut.versions is None else cut.bytes,
+            "stored_bytes": saved_bytes(model) if cut is None or cut.versions is None else cut.bytes,
             "resident_bytes": weights,
             "latency_s": statistics.median(sum(pair) for pair in times),
             "prefill_tokens_per_s": self.batch * self.prompt / prefill_s,

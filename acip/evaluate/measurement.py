@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from acip.calibration.losses import as_base
+from acip.calibration.training_mode import evaluating
 from acip.errors import EvaluationError
 from acip.evaluate.heldout_text import Text
-from acip.modeling_acip import QuantLinear
+from acip.modeling_acip import CodedLinear, QuantLinear, encoded_tensors
 from acip.sizing.budget import BITS_PER_WEIGHT
 from acip.sizing.elastic_model import ElasticModel
 
@@ -105,22 +106,23 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure `model` at its present size. Return a row. `base` is the base model for KL, if `model` does not contain it.
 
+    A model of `acip.from_pretrained` is measured as its ElasticModel until it is compressed.
     Parts whose key is in `known` are taken from there; new parts are stored there at once, and `on_part(part)` is called for each of them.
     """
     parts_by_key: Known = {} if known is None else known
+    if not isinstance(model, ElasticModel):
+        model = getattr(model, "any_size", None) or model
     subject = Subject(model.model, tokenizer, model) if isinstance(model, ElasticModel) else Subject(model, tokenizer, reference=base)
-    was_training = subject.model.training
-    subject.model.eval()
     parts = []
-    for measurement in (item.read_by(tokenizer) for item in what):
-        key = measurement.key
-        if key not in parts_by_key:
-            start = time.perf_counter()
-            part = part_of(measurement, measurement.measure(subject))
-            parts_by_key[key] = part | {"seconds": round(time.perf_counter() - start, 3)}
-            on_part(parts_by_key[key])
-        parts.append(parts_by_key[key])
-    subject.model.train(was_training)
+    with evaluating(subject.model):
+        for measurement in (item.read_by(tokenizer) for item in what):
+            key = measurement.key
+            if key not in parts_by_key:
+                start = time.perf_counter()
+                part = part_of(measurement, measurement.measure(subject))
+                parts_by_key[key] = part | {"seconds": round(time.perf_counter() - start, 3)}
+                on_part(parts_by_key[key])
+            parts.append(parts_by_key[key])
     return {**size_facts(model), "evaluation": parts}
 
 
@@ -134,13 +136,13 @@ def size_facts(model: PreTrainedModel | ElasticModel) -> dict[str, Any]:
     """Return the size of a model in the fields of a trade-off curve's row.
 
     Bytes are those of the saved files. For an ElasticModel that is not from an artifact, they are those of the parameters, up to 1 % less.
-    A quantized matrix [M, N] counts as M N parameters. `got` is a share of the base model's bytes for a coded size, else a `linear`
-    ratio. `flops` are those of a token, without attention (`CutTable.flops`).
+    A quantized or coded matrix [M, N] counts as M N parameters. `got` is a share of the base model's bytes for a coded size, else a
+    `linear` ratio. `flops` are those of a token, without attention (`CutTable.flops`).
     """
     if not isinstance(model, ElasticModel):
-        matrices = (layer for layer in model.modules() if isinstance(layer, QuantLinear))  # their codes are buffers, not parameters
+        matrices = (layer for layer in model.modules() if isinstance(layer, QuantLinear | CodedLinear))  # their codes are buffers
         params = sum(p.numel() for p in model.parameters()) + sum(layer.out_features * layer.in_features for layer in matrices)
-        return {"params": params, "bytes": stored_bytes(model)}
+        return {"params": params, "bytes": saved_bytes(model)}
     cut = model.cut
     assert cut is not None, "resize first"
     if cut.bits_per_weight is not None:
@@ -154,6 +156,13 @@ def size_facts(model: PreTrainedModel | ElasticModel) -> dict[str, Any]:
         "bytes": cut.params * model.model.dtype.itemsize if cut.bytes is None else cut.bytes,
         **({} if model.table.decoder is None else {"flops": model.table.flops(cut.removed)}),
     }
+
+
+def saved_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of the tensors in the files of a model, which are encoded for a model with coded layers."""
+    if (getattr(model.config, "acip", None) or {}).get("bfloat16") is None:
+        return stored_bytes(model)
+    return sum(tensor.nbytes for tensor in encoded_tensors(model)[0].values())
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from acip.base import positions
 from acip.calibration.losses import CHUNK, next_token
+from acip.calibration.training_mode import evaluating
 from acip.errors import EvaluationError
 from acip.evaluate.heldout_text import Text, content, join_ids
 from acip.evaluate.measurement import Measurement, Part, Subject, label
@@ -43,16 +44,18 @@ class Perplexity:
 def perplexity(model: nn.Module, windows: Iterable[Tensor], batch_size: int = 1) -> Perplexity:
     """Measure the perplexity on `windows`, token ids [n, T] or an iterable of [T]. Each window predicts its T - 1 next tokens.
 
-    All windows have equal weight, including short ones. Raises EvaluationError if a loss is not finite.
+    All windows have equal weight, including short ones. Raises EvaluationError if a loss is not finite, if there are no windows, or if one
+    has less than two tokens.
     """
     device = next(model.parameters()).device
     losses: list[float] = []
     longest = 0
-    for batch in _batches(windows, batch_size):
-        ids_BT = batch.long().to(device)
-        logits_BTV = next_token.logits(model, ids_BT)
-        losses.extend(map(mean_loss, logits_BTV, ids_BT))
-        longest = max(longest, ids_BT.shape[1])
+    with evaluating(model):
+        for batch in _batches(windows, batch_size):
+            ids_BT = batch.long().to(device)
+            logits_BTV = next_token.logits(model, ids_BT)
+            losses.extend(map(mean_loss, logits_BTV, ids_BT))
+            longest = max(longest, ids_BT.shape[1])
     if lost := lost_windows(losses):
         raise EvaluationError(f"the perplexity cannot be measured: {lost}. Load the model in a wider dtype.")
     loss, stderr = mean_and_stderr(losses)
@@ -61,6 +64,8 @@ def perplexity(model: nn.Module, windows: Iterable[Tensor], batch_size: int = 1)
 
 def mean_loss(logits_TV: Tensor, ids_T: Tensor) -> float:
     """Return the mean cross-entropy of each next token in nats. Only a chunk of the logits is in the accumulation dtype at once."""
+    if len(ids_T) < 2:
+        raise EvaluationError(f"a window has {len(ids_T)} tokens; it must have at least 2, because each token predicts the next one.")
     parts = max(1, CHUNK // logits_TV.shape[-1])
     chunks = zip(logits_TV[:-1].split(parts), ids_T[1:].split(parts), strict=True)
     return sum(float(F.cross_entropy(widened(logits), ids, reduction="sum")) for logits, ids in chunks) / (len(ids_T) - 1)
@@ -78,7 +83,9 @@ def lost_windows(losses: list[float]) -> str:
 
 
 def mean_and_stderr(values: list[float]) -> tuple[float, float]:
-    """Return the mean and its standard error, which is infinite for a single value."""
+    """Return the mean and its standard error, which is infinite for a single value. Raises EvaluationError if there are no values."""
+    if not values:
+        raise EvaluationError("there are no windows of text to measure. Give at least one.")
     all_values = torch.tensor(values, dtype=torch.float64)
     return float(all_values.mean()), float(all_values.std() / len(values) ** 0.5) if len(values) > 1 else math.inf
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from acip.data import start_tokens
+from acip.errors import EvaluationError
 from acip.evaluate.measurement import Measurement, Part, Subject
 
 PROMPTS = ("The capital of France is", "Once upon a time, there was a little", "Water boils when")
@@ -19,12 +20,20 @@ class Samples(Measurement):
     prompts: tuple[str, ...] = PROMPTS
     new_tokens: int = 32
 
+    def __post_init__(self) -> None:
+        if self.new_tokens < 1:
+            raise EvaluationError(f"new_tokens is {self.new_tokens}; it must be at least 1.")
+
     @torch.no_grad()
     def measure(self, subject: Subject) -> Part:
         model: Any = subject.model
         samples = []
         for prompt in self.prompts:
             ids = [*start_tokens(subject.tokenizer), *subject.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+            if not ids:
+                raise EvaluationError(
+                    f"the prompt {prompt!r} has no token, and the tokenizer puts none before a text. Give another prompt."
+                )
             ids_1T = torch.tensor([ids], device=model.device)
             whole = model.generate(
                 ids_1T, attention_mask=torch.ones_like(ids_1T), max_new_tokens=self.new_tokens, do_sample=False,

@@ -24,12 +24,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from acip.artifact.artifact import Artifact
 from acip.artifact.byte_sources import Folder
+from acip.artifact.loading import without_weights
 from acip.artifact.safetensors_ranges import TensorFile
 from acip.base import quiet_progress
 from acip.errors import ArtifactError
@@ -98,9 +98,7 @@ def empty_model(plain: PreTrainedModel, mixin: type | None = None) -> PreTrained
     config = config_class.from_dict(fields | {"acip": {"base_class": base_class, "quantize": None, "layers": {}}})
     if mixin is not None:
         model_class = elastic_class(mixin, model_class)
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = model_class._from_config(config, dtype=plain.dtype)
-    return model
+    return without_weights(model_class, config, plain.dtype)
 
 
 def base_class_of(model: PreTrainedModel) -> str:

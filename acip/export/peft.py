@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acip.artifact.artifact import Artifact
+from acip.errors import ArtifactError
 from acip.modeling_acip import widened
 from acip.sizing.cut_table import Cut
 
@@ -17,11 +18,14 @@ def save_peft(artifact: Artifact, folder: str | Path, cut: Cut, base: str) -> No
     """Write what the adapters add to the directions of `cut` as a PEFT LoRA for the base model `base`.
 
     The scale is folded in, so alpha / R = 1. Adapters beside the layer give a LoRA of rank R (more after fine-tuning). Adapters on the
-    factors give rank 2 R: (U + c d)(V + b a) - U V = [U b + c d b | c] [a ; d V].
+    factors give rank 2 R: (U + c d)(V + b a) - U V = [U b + c d b | c] [a ; d V]. Raise ArtifactError if the artifact has no adapters.
     """
     adapters, factors = artifact.tensors("adapters"), artifact.tensors("factors")
+    if not adapters.entries:
+        raise ArtifactError(f"{artifact.source.where} has no adapters. Calibrate with adapter_rank above 0.")
     tensors: dict[str, Tensor] = {}
-    names = [name for name, rank in cut.ranks.items() if rank is not None]
+    adapted = {key.rsplit(".", 2)[0] for key in adapters.entries}  # fine-tuning adds adapters only to layers that its size compresses
+    names = [name for name, rank in cut.ranks.items() if rank is not None and name in adapted]
     for name in names:
         keys = [key for key in adapters.entries if key.startswith(f"{name}.")]
         lora = {key: widened(value) for key, value in adapters.read(keys).items()}

@@ -274,6 +274,15 @@ class CutTable:
         n, got = self._by_curve(budget) if budget.by_curve else self._by_amount(budget)
         return self._of_ranks(n, budget, got)
 
+    @property
+    def base(self) -> Cut:
+        """The base model: every layer is dense, also where size 1.0 is the product of all directions (`dense_if_no_saving`)."""
+        return self._base(Budget(ratio=1.0), 1.0)
+
+    def _base(self, budget: Budget, got: float) -> Cut:
+        cut = self._of_ranks(0, budget, got)
+        return replace(cut, ranks=dict.fromkeys(cut.ranks))
+
     def _of_ranks(self, n: int, budget: Budget, got: float) -> Cut:
         """Return the size after n removals."""
         linear = int(self.stored()[n])
@@ -298,9 +307,8 @@ class CutTable:
     def _coded(self, budget: Budget, byte_sizes: ByteSizes) -> Cut:
         """Return the best size in bytes: coded layers, or the base model."""
         steps, got = byte_sizes.choose(budget, sum(self._beside(budget)) if budget.memory_mb is not None else 0)
-        base = self._of_ranks(0, budget, got)
-        share, predicted = byte_sizes.share(steps), byte_sizes.predicted(steps)
-        base = replace(base, ranks=dict.fromkeys(base.ranks), bytes=byte_sizes.bytes(steps), sizes={**base.sizes, "bytes": share})
+        base, share, predicted = self._base(budget, got), byte_sizes.share(steps), byte_sizes.predicted(steps)
+        base = replace(base, bytes=byte_sizes.bytes(steps), sizes={**base.sizes, "bytes": share})
         if steps is None:
             return replace(base, predicted=predicted or base.predicted)
         return replace(

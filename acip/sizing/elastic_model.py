@@ -42,7 +42,7 @@ class ElasticModel:
         cut = self.table.cut(self.table.budget(budget))
         if self.load_missing is not None:
             self.load_missing(self.layers, cut)
-        if self.cut is None or cut.key != self.cut.key:
+        if self.cut is None or (cut.ranks, cut.versions) != (self.cut.ranks, self.cut.versions):
             set_size(self.layers, cut)
             for layer in self.layers.values():
                 layer.forget_versions()
@@ -52,7 +52,7 @@ class ElasticModel:
     def load_base(self) -> None:
         """Load the dense weights that are not loaded yet. The size does not change."""
         if self.load_missing is not None:
-            self.load_missing(self.layers, self.table.cut(Budget(ratio=1.0)))
+            self.load_missing(self.layers, self.table.base)
 
     def materialize(self) -> PreTrainedModel:
         """Return the current size as a plain model: every target layer in its smallest form, with adapters folded in, or coded.

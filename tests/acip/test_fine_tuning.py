@@ -1,5 +1,6 @@
 """Fine-tuning starts from the served model, improves one size, changes nothing else, and resumes bit for bit."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from acip.calibration.loop import calibrate
 from acip.calibration.parametrize import parametrize
 from acip.calibration.state import CalibrationState, StepReport
 from acip.data import TokenBatches
-from acip.errors import BudgetError, CalibrationError, RecipeError
+from acip.errors import ArtifactError, BudgetError, CalibrationError, RecipeError
 from acip.evaluate import perplexity
 from acip.export.folder import export
 from acip.export.peft import save_peft
@@ -207,6 +208,24 @@ def test_impossible_tunings_are_refused(small_artifact: Artifact, literal_artifa
         tuning(small_artifact, SIZE, distil=1.0)
     with pytest.raises(RecipeError, match=r"adapter_rank is 64; it must be"):
         tuning(literal_artifact, 0.8, adapter_rank=64)
+    with pytest.raises(CalibrationError, match=r"needs a model with adapters\. Call attach"):
+        finetune(small_artifact.load(size=SIZE), scores_of(small_artifact), TokenBatches(golden_tokens, 4), tuning(small_artifact, SIZE))
     any_size, recipe = prepared(small_artifact, lr=1e12)
     with pytest.raises(CalibrationError, match="diverged"):
         finetune(any_size, scores_of(small_artifact), TokenBatches(golden_tokens, 4), recipe)
+
+
+def test_peft_gets_the_adapters_that_only_fine_tuning_added(small_base: str, golden_tokens: torch.Tensor, tmp_path: Path) -> None:
+    """Fine-tuning adds adapters to the layers that its size compresses. A smaller size compresses more."""
+    recipe = Recipe(basis="svd", scores="singular_values", adapter_rank=0, post_tune_steps=0, dtype="float32", batch_size=4, seq_len=64)
+    base = load_base(small_base, recipe.dtype)
+    parametrize(base.model, recipe)
+    artifact = Artifact.save(tmp_path / "bare", base, calibrate(base.model, TokenBatches(golden_tokens, 4), recipe), {})
+    with pytest.raises(ArtifactError, match="has no adapters"):
+        save_peft(artifact, tmp_path / "peft", artifact.table().cut(Budget(SIZE)), small_base)
+    large, small = (artifact.table().cut(Budget(size)) for size in (0.95, 0.3))
+    any_size, tuned_recipe = prepared(artifact, 0.95, post_tune_steps=1)
+    finetune(any_size, scores_of(artifact), TokenBatches(golden_tokens, 4), tuned_recipe)
+    save_peft(save(tmp_path / "tuned", artifact, any_size, {}), tmp_path / "peft", small, small_base)
+    modules = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["target_modules"]
+    assert set(modules) == {name for name, rank in large.ranks.items() if rank is not None} < set(small.ranks)

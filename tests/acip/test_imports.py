@@ -33,6 +33,9 @@ def test_recipes_are_validated() -> None:
         Recipe.from_dict({"bassis": "svd"})
     with pytest.raises(RecipeError, match="allowed: 'fisher', 'covariance', 'svd'"):
         Recipe.from_dict({"basis": "pca"})
+    for wrong in ({"basis": "pca"}, {"dtype": "fp16"}, {"exclude": "q_proj"}, {"lr": float("inf")}, {"seq_len": 64.5}, {"quantize": None}):
+        with pytest.raises(RecipeError, match=next(iter(wrong))):
+            Recipe(**wrong)
     with pytest.raises(RecipeError, match="stop_ratio"):
         Recipe.from_dict({"scores_until": 2.0})
     with pytest.raises(RecipeError, match="nothing to post-tune"):

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, pipeline
 
 import acip
 from acip import modeling, modeling_acip
@@ -99,8 +100,42 @@ def test_transformers_loads_an_artifact(small_artifact: Artifact, heldout_tokens
     assert texts[0]["generated_text"].startswith("The")
     with pytest.raises(ArtifactError, match=r"loaded with quantization_config; allowed are size"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config={"bits": 4})
-    with pytest.raises(ArtifactError, match="to one device"):
-        AutoModelForCausalLM.from_pretrained(folder, device_map={"a": 0, "b": 1})
+    with pytest.raises(ArtifactError, match="loaded with state_dict, tp_plan; allowed are size"):
+        AutoModelForCausalLM.from_pretrained(folder, state_dict={}, tp_plan="auto")
+    for device_map in ({"a": 0, "b": 1}, "balanced"):
+        with pytest.raises(ArtifactError, match="to one device"):
+            AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
+
+
+def test_parameters_of_other_threads_are_not_changed_while_a_model_is_built(
+    small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, on_meta = PreTrainedModel._from_config.__func__, list[bool]()  # type: ignore[attr-defined]
+
+    def checked(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            on_meta.append(pool.submit(lambda: torch.nn.Linear(1, 1).weight.is_meta).result())
+        return build(cls, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "_from_config", classmethod(checked))
+    acip.from_pretrained(small_artifact, 0.5)
+    assert on_meta == [False, False], "one is the base model, the other the model of any size"
+
+
+def test_an_artifact_in_a_subfolder_is_loaded(small_artifact: Artifact, tmp_path: Path) -> None:
+    shutil.copytree(small_artifact.folder, tmp_path / "repository" / "half")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "repository", subfolder="half", size=0.5)
+    assert model.cut.got <= 0.5 and model.artifact.folder == tmp_path / "repository" / "half"
+
+
+def test_a_model_loaded_by_a_relative_path_grows_in_another_working_directory(
+    small_artifact: Artifact, heldout_tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(small_artifact.folder.parent)
+    model: Any = acip.from_pretrained(small_artifact.folder.name, size=0.5)
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(logits(model.resize(0.9), heldout_tokens[:2]), logits(acip.from_pretrained(small_artifact, 0.9), heldout_tokens[:2]))
+    assert model.save_pretrained("export")["size"]["asked"] == 0.9
 
 
 def test_an_artifact_without_acip_is_an_import_error(small_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "string.jsonl": (b'{"text": "a"}\n"b"\n', 'line 2 is "b"; it must be'),
     "chat.jsonl": (b'{"messages": [{"role": "user"}]}\n', "line 1 has messages .*; it must be"),
     "half.jsonl": (b'{"text": "\\ud83d"}\n', "line 1: the text contains half of a surrogate pair"),
+    "half-chat.jsonl": (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}\n', "line 1: the text contains half of a surrogate pair"),
     "zipped.jsonl": (gzip.compress(LINES.encode()), "contains gzip, but its name indicates text in UTF-8"),
     "named.jsonl.gz": (LINES.encode(), "contains something else, but its name indicates gzip"),
     "twice.jsonl.gz": (gzip.compress(gzip.compress(LINES.encode())), "contains gzip after decompression"),

@@ -20,6 +20,7 @@ With --serve, the artifact is exported by jobs/materialize.py, and loaded by the
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -39,6 +40,7 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": True,
 }  # fmt: skip
 BLOCK_BYTES, REST_BYTES = 2 * (3 * 1024**2 + 3 * 1024 * 2816), 2 * 32000 * 1024
+LEAST_BLOCKS = 2
 PHASES = {  # begin with the stage of this text
     "loading": "loading", "codes of": "saving", "fisher basis of": "scores", "fisher basis and": "saving",
     "artifact saved": "measuring the curve",
@@ -57,7 +59,7 @@ def write_base(folder: Path, size_gb: float) -> None:
 
     from tests.support.small import byte_tokenizer
 
-    blocks = max(2, round((size_gb * 1e9 - REST_BYTES) / BLOCK_BYTES))
+    blocks = round((size_gb * 1e9 - REST_BYTES) / BLOCK_BYTES)
     config = LlamaConfig(**SHAPE, num_hidden_layers=blocks, architectures=["LlamaForCausalLM"], dtype="bfloat16")
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
@@ -282,19 +284,23 @@ def described(taken: dict[str, float]) -> str:
 
 
 def main() -> int:
+    from acip_platform.cli import positive_number
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="0.4 GB of weights in 1 GB, and the same held in memory")
     parser.add_argument("--check", action="store_true", help=f"exit with 1 if the ratio is below {GOAL:g}")
-    parser.add_argument("--size-gb", type=float, default=6.0, help="of the weights (default: 6)")
-    parser.add_argument("--limit-gb", type=float, default=1.5, help="of the control group (default: 1.5)")
+    parser.add_argument("--size-gb", type=positive_number, default=6.0, help="of the weights (default: 6)")
+    parser.add_argument("--limit-gb", type=positive_number, default=1.5, help="of the control group (default: 1.5)")
     parser.add_argument("--code", choices=("bits", "ranks", "both"), default="bits", help="of the recipe (default: bits)")
     parser.add_argument("--held", action="store_true", help="also run the job without a limit")
     parser.add_argument("--home", type=Path, default=Path("/tmp/acip-streaming"), help="of checkpoint and results")
     parser.add_argument(
-        "--serve", action="store_true", help="export the sizes 0.42 and 0.37 of the artifact of a job that has ended, and serve both"
+        "--serve",
+        action="store_true",
+        help=f"export the sizes {' and '.join(map(str, SERVED))} of the artifact of a job that has ended, and serve both",
     )
-    parser.add_argument("--serve-gb", type=float, default=4.0, help="of the control group of each of these (default: 4)")
-    parser.add_argument("--memory-gb", type=float, help="of them, for the weights that are served (default: 0.8 less)")
+    parser.add_argument("--serve-gb", type=positive_number, default=4.0, help="of the control group of each of these (default: 4)")
+    parser.add_argument("--memory-gb", type=positive_number, help="of them, for the weights that are served (default: 0.8 less)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--server", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -306,6 +312,8 @@ def main() -> int:
         return 0
     if args.quick:
         args.size_gb, args.limit_gb, args.held = 0.4, 1.0, True
+    if args.size_gb < (least := (REST_BYTES + LEAST_BLOCKS * BLOCK_BYTES) / 1e9):
+        parser.error(f"--size-gb is {args.size_gb:g}; it must be at least {math.ceil(least * 100) / 100:g}, for {LEAST_BLOCKS} blocks.")
     base = args.home / f"base-{args.size_gb:g}"
     if not (base / "config.json").is_file():
         base.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import CamembertConfig, GPTJConfig, PreTrainedConfig
 
 import acip
 from acip.artifact.artifact import Artifact
@@ -20,10 +21,13 @@ from acip.base import load_base
 from acip.calibration.result import Calibration
 from acip.errors import ArtifactError
 from acip.layers.elastic_linear import ElasticLinear
-from acip.layers.targets import targets
+from acip.layers.targets import find_linears, targets
 from acip.modeling_acip import PivotLinear
+from acip.recipe import Recipe
 from acip.sizing.model_sizes import set_size
-from tests.conftest import logits
+from tests.acip.layers.test_architectures import WIDE, random_model
+from tests.conftest import byte_tokenizer, logits
+from tests.support.coded import rounded
 
 
 def test_size_one_is_the_base_bit_for_bit(small_artifact: Artifact, small_base: str, heldout_tokens: torch.Tensor) -> None:
@@ -33,6 +37,22 @@ def test_size_one_is_the_base_bit_for_bit(small_artifact: Artifact, small_base: 
     cut = any_size.resize(1.0)
     assert torch.equal(logits(any_size.model, heldout_tokens[:4]), logits(base, heldout_tokens[:4]))
     assert cut.params == sum(p.numel() for p in base.parameters())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPTJConfig(vocab_size=256, n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=64),  # a computed table of positions
+        CamembertConfig(**WIDE),  # its head, which is tied to the embeddings, comes before them
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_size_one_in_16_bit_is_the_base_bit_for_bit(config: PreTrainedConfig, tmp_path: Path) -> None:
+    random_model(config).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    base, ids = load_base(str(tmp_path / "base"), "bfloat16"), torch.arange(3, 27)[None]
+    artifact = Artifact.save_coded(tmp_path / "artifact", base, Recipe(code="bits"), rounded(find_linears(base.model)), {})
+    assert torch.equal(artifact.load().model(input_ids=ids).logits, base.model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("size", [0.45, 0.6, 0.85])
@@ -86,6 +106,10 @@ def test_recording_a_curve_changes_nothing_else(small_artifact: Artifact, tmp_pa
     assert changed.curve == [{"asked": 1.0, "perplexity": 4.0}]
     assert {**changed.manifest, "curve": []} == small_artifact.manifest
     assert Artifact.open(folder, verify=True).curve == changed.curve
+    for row in ({"got": 2.0, "loss": 1.0}, {"got": 0.5, "loss": "low"}):
+        with pytest.raises(ArtifactError, match="malformed row of the curve"):
+            changed.record_curve([row])
+    assert Artifact.open(folder, verify=True).curve == changed.curve, "a curve that could not be read back is not written"
 
 
 def _edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
@@ -158,6 +182,20 @@ def test_a_crash_while_writing_leaves_no_artifact(
         Artifact.save(tmp_path / "half", base, calibration, {})
     with pytest.raises(ArtifactError, match="cut short"):
         Artifact.open(tmp_path / "half")
+
+
+def test_files_of_others_do_not_become_a_part_of_an_artifact(
+    calibrated: tuple[Any, Calibration], small_artifact: Artifact, tmp_path: Path
+) -> None:
+    base, calibration = calibrated
+    folder = shutil.copytree(small_artifact.folder, tmp_path / "artifact")
+    assert Artifact.save(folder, base, calibration, {"seed": 0}).manifest == small_artifact.manifest, "an earlier attempt is overwritten"
+    with pytest.raises(ArtifactError, match=r"holds other files \(adapters.safetensors, .*Choose an empty folder"):
+        small_artifact.tuned(folder, {}, {}, {})
+    (folder / "chat_template.jinja").write_text("{{ messages }}")  # of another tokenizer
+    with pytest.raises(ArtifactError, match=r"holds other files \(chat_template.jinja\)"):
+        Artifact.save(folder, base, calibration, {})
+    assert Artifact.open(folder, verify=True).manifest == small_artifact.manifest
 
 
 def test_the_code_of_the_format_description_reads_an_artifact(small_artifact: Artifact) -> None:

@@ -243,6 +243,13 @@ def test_an_opened_artifact_with_codes_computes_its_sizes(artifact: Artifact) ->
     assert any_size.cut is not None and any_size.cut.got <= 0.6
 
 
+def test_codes_are_loaded_to_where_the_model_was_moved(artifact: Artifact) -> None:
+    any_size = artifact.load(size=Budget(stored_bytes=limits(artifact)[0]))
+    torch.nn.Module.to(any_size.model, "meta")
+    any_size.resize(Budget(stored_bytes=limits(artifact)[-1]))
+    assert {codes.codes.device.type for layer in any_size.layers.values() for codes in layer.coded.values()} == {"meta"}
+
+
 # ---- hostile input
 
 

@@ -110,6 +110,15 @@ def test_a_special_token_outside_of_the_vocabulary_is_named(folder: Path) -> Non
         read_back(load_base(str(folder), "float32"), RECIPE)
 
 
+def test_generation_settings_that_transformers_does_not_write_are_named(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    for base in (load_base(str(folder), "float32"), outline(str(folder), "float32")):
+        with pytest.raises(
+            BaseModelError, match=r"generation settings .*temperature.* Correct its generation_config.json; .* do_sample: true"
+        ):
+            read_back(base, RECIPE)
+
+
 def test_a_model_that_needs_remote_code_is_refused(folder: Path) -> None:
     (folder / "my_lm.py").write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\n\n\nclass MyConfig(LlamaConfig):\n    model_type = 'mylm'\n\n\n"

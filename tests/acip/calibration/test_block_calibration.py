@@ -16,12 +16,12 @@ from acip.calibration.loop import calibrate
 from acip.calibration.parametrize import parametrize
 from acip.calibration.result import Calibration
 from acip.data import TokenBatches
-from acip.errors import BaseModelError, CalibrationError
+from acip.errors import BaseModelError, CalibrationError, DataError
 from acip.layers.block_chain import BlockChain
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.targets import targets
 from acip.recipe import Recipe
-from tests.acip.layers.test_architectures import GROUPED, random_model
+from tests.acip.layers.test_architectures import GROUPED, OPT, random_model
 
 WINDOWS = torch.randint(3, 256, (9, 12), generator=torch.Generator().manual_seed(1))
 RECIPE = Recipe(sample_windows=6, batch_size=4, seq_len=12, post_tune_steps=0, adapter_rank=2, dtype="float32", seed=3)
@@ -189,3 +189,32 @@ def test_a_text_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     chain = BlockChain(model_of(LLAMA))
     with pytest.raises(BaseModelError, match="token id 9,999"):
         calibrate_by_block(chain, RECIPE, WINDOWS + 9999 - int(WINDOWS.max()), lambda i: WINDOWS, tmp_path, "cpu")
+
+
+def test_a_model_in_training_mode_has_the_same_result() -> None:
+    """GPT-2 has dropout by default."""
+    model = model_of(CONFIGS[3]).train()
+    parametrize(model, RECIPE, WINDOWS)
+    assert_same(calibrate(model, TokenBatches(WINDOWS, RECIPE.batch_size, RECIPE.seed), RECIPE), held(CONFIGS[3]))
+
+
+def test_windows_longer_than_the_context_of_the_model_are_refused(tmp_path: Path) -> None:
+    windows = WINDOWS.repeat(1, 6)
+    with pytest.raises(BaseModelError, match="have 72 tokens, but this model has 64 positions"):
+        parametrize(model_of(OPTConfig(**OPT, word_embed_proj_dim=32)), RECIPE, windows)
+    with pytest.raises(BaseModelError, match="have 72 tokens, but this model has 64 positions"):
+        calibrate_by_block(BlockChain(model_of(LLAMA)), RECIPE, windows, lambda i: windows, tmp_path, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        (WINDOWS[:0], r"are \[0, 12\]; they must be \[n, T\]"), (WINDOWS[:, :0], r"are \[9, 0\]"), (WINDOWS[:, :1], "T at least 2"),
+        (WINDOWS[0], r"are \[12\]"), (-WINDOWS, "ids are at least 0"),
+    ],
+)  # fmt: skip
+def test_windows_without_a_token_to_predict_or_with_negative_ids_are_refused(windows: torch.Tensor, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        parametrize(model_of(LLAMA), RECIPE, windows)
+    with pytest.raises(DataError, match=message):
+        calibrate_by_block(BlockChain(model_of(LLAMA)), RECIPE, windows, lambda i: windows, tmp_path, "cpu")

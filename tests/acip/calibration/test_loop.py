@@ -113,11 +113,14 @@ def test_a_checkpoint_of_another_recipe_is_refused(
     parametrize(base.model, quick_recipe, golden_tokens)
     with pytest.raises(KeyboardInterrupt):
         calibrate(base.model, batches, quick_recipe, observe=keep)
-    other = Recipe.from_dict({"exclude": ["up_proj"]}, quick_recipe)
-    base = load_base(small_base, "float32")
-    parametrize(base.model, other, golden_tokens)
-    with pytest.raises(CalibrationError, match="another model or recipe"):
-        calibrate(base.model, batches, other, resume=tmp_path)
+    for change in ({"exclude": ["up_proj"]}, {"adapter_rank": 2}, {"adapter": "layer"}):
+        other = Recipe.from_dict(change, quick_recipe)
+        base = load_base(small_base, "float32")
+        parametrize(base.model, other, golden_tokens)
+        with pytest.raises(CalibrationError, match="another model or recipe"):
+            calibrate(base.model, batches, other, resume=tmp_path)
+    with pytest.raises(CalibrationError, match=r"sha256\.json is missing"):
+        calibrate(base.model, batches, other, resume=tmp_path / "state.json")
 
 
 def test_scores_order_by_the_step_and_then_by_the_moment_of_crossing() -> None:

@@ -16,7 +16,7 @@ from acip.coding.block_statistics import StoredStatistics, block_statistics
 from acip.coding.coded_model import code_model
 from acip.coding.scratch import Scratch
 from acip.coding.statistics import layer_statistics
-from acip.errors import BaseModelError, CalibrationError
+from acip.errors import BaseModelError, CalibrationError, DataError
 from acip.layers.block_chain import BlockChain
 from acip.layers.targets import find_linears
 from tests.acip.layers.test_architectures import GROUPED, random_model
@@ -126,6 +126,27 @@ def test_a_layer_that_is_not_reached_is_named(tmp_path: Path) -> None:
     model = random_model(MixtralConfig(**GROUPED, num_local_experts=2, num_experts_per_tok=1))
     with pytest.raises(BaseModelError, match="experts"):
         gathered(model, tmp_path)
+
+
+def test_a_model_in_training_mode_has_the_same_statistics_and_stays_in_it(tmp_path: Path) -> None:
+    """GPT-2 has dropout by default."""
+    model = random_model(GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=4)).requires_grad_(False)
+    linears = dict(find_linears(model))
+    expected = layer_statistics(model, linears, WINDOWS, seed=5)
+    model.train()
+    for found in (layer_statistics(model, linears, WINDOWS, seed=5), gathered(model, tmp_path)):
+        assert all(torch.equal(found[name].metric, each.metric) for name, each in expected.items())
+    assert all(module.training for module in model.modules())
+
+
+def test_windows_without_a_token_to_predict_are_refused(tmp_path: Path) -> None:
+    model = llama()
+    linears = dict(find_linears(model))
+    for windows in (WINDOWS[:0], WINDOWS[:, :0]):
+        with pytest.raises(DataError, match="n at least 1 and T at least 2"):
+            layer_statistics(model, linears, windows)
+        with pytest.raises(DataError, match="n at least 1 and T at least 2"):
+            block_statistics(BlockChain(model), linears, windows, PassFiles(tmp_path), "cpu")
 
 
 def test_a_disk_that_is_too_small_is_reported_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

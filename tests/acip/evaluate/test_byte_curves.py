@@ -1,11 +1,15 @@
 """The curve of an artifact with coded layers: sizes of ranks and sizes in bytes are measured alike, and never mixed up."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from acip.artifact.artifact import Artifact
+from acip.errors import EvaluationError
 from acip.evaluate import (
     CurveSetup,
     DivergenceOn,
@@ -21,6 +25,8 @@ from acip.evaluate import (
     streamed_trade_off,
     trade_off,
 )
+from acip.export.folder import export
+from acip.modeling import from_pretrained
 from acip.sizing.budget import Budget, Curve, is_coded
 from tests.acip.artifact.test_codes_file import calibrated_with_codes, llama
 from tests.support.near_ties import assert_close_divergence
@@ -84,6 +90,29 @@ def test_a_curve_with_one_block_in_memory_equals_that_of_the_whole_model(artifac
     assert all(layer.original.weight.is_meta and not layer.coded and not len(layer.left) for layer in any_size.layers.values())
 
 
+def test_the_divergence_is_from_the_base_model_where_size_one_is_not(tmp_path: Path) -> None:
+    """Without dense_if_no_saving, size 1.0 is the product of all directions, which is rounded."""
+    torch.manual_seed(0)
+    base, calibration, codes = calibrated_with_codes(llama(dtype=torch.bfloat16))
+    everywhere = replace(calibration, recipe=replace(calibration.recipe, dense_if_no_saving=False))
+    artifact = Artifact.save(tmp_path / "artifact", base, everywhere, {}, codes)
+    setup = CurveSetup(TEXT.tokens(artifact.tokenizer()), TEXT.source, 0.9, divergence=DivergenceOn(TEXT))
+    whole, partial, streamed = (
+        [divergence_of(row)["kl_nats"] for row in rows]
+        for rows in (
+            trade_off(artifact.load(), [1.0, 0.5], setup),
+            trade_off(artifact.load(size=Budget(0.5)), [1.0, 0.5], setup),
+            streamed_trade_off(artifact.unloaded(), [1.0, 0.5], setup),
+        )
+    )
+    assert [partial[1], streamed[1]] == pytest.approx([whole[1]] * 2, rel=0.5)
+    assert streamed[0] != 0
+    any_size = artifact.load(size=Budget(1.0))
+    assert None not in {layer.rank for layer in any_size.layers.values()}
+    any_size.resize(Budget(1.0, "bytes"))
+    assert {layer.rank for layer in any_size.layers.values()} == {None}
+
+
 def test_rows_state_what_a_size_counts(artifact: Artifact) -> None:
     table, rows = artifact.table(), measured(artifact)
     for row in rows:
@@ -137,3 +166,22 @@ def test_efficiency_tells_stored_bytes_from_memory(artifact: Artifact) -> None:
     sizes = any_size.table.byte_sizes
     assert sizes is not None and part["values"]["resident_bytes"] == sizes.memory(cut.versions or {})
     assert sizes.memory(cut.versions or {}) > (cut.bytes or 0)
+
+
+def test_a_loaded_export_has_the_numbers_and_bytes_of_its_size(artifact: Artifact, tmp_path: Path) -> None:
+    """So has the model that `from_pretrained` returns, before and after it is compressed."""
+    for budget in (Budget(0.5), byte_budgets(artifact)[1]):
+        any_size = artifact.load(size=budget)
+        export(any_size, artifact, tmp_path / "export")
+        elastic: Any = from_pretrained(artifact, budget)
+        for model in (elastic, elastic.compress(), AutoModelForCausalLM.from_pretrained(tmp_path / "export")):
+            row = evaluate(model, artifact.tokenizer(), [])
+            assert any_size.cut is not None and (row["params"], row["bytes"]) == (any_size.cut.params, any_size.cut.bytes)
+
+
+def test_a_measurement_that_fails_leaves_the_model_in_training_mode(artifact: Artifact) -> None:
+    any_size = artifact.load()
+    any_size.model.train()
+    with pytest.raises(EvaluationError, match="positions"):
+        evaluate(any_size, artifact.tokenizer(), [PerplexityOn(Text(context=65))])
+    assert any_size.model.training

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers import GPT2Config
 
 from acip.artifact.artifact import Artifact
 from acip.base import load_base
@@ -45,6 +46,7 @@ from acip.export.card import _curve
 from acip.export.folder import tensor_bytes
 from acip.sizing.budget import Curve
 from acip.sizing.elastic_model import ElasticModel
+from tests.acip.layers.test_architectures import random_model
 from tests.conftest import byte_tokenizer, logits, read
 from tests.support.near_ties import assert_close_divergence
 
@@ -105,6 +107,7 @@ def test_each_protocol_cuts_the_text_as_documented(tmp_path: Path) -> None:
         (lambda: Text("package:austin").tokens(byte_tokenizer()), "did you mean 'austen'"),
         (lambda: TaskScore("piqa", limit=-1), "limit is -1 for task piqa"),
         (lambda: Efficiency(new_tokens=1), "new_tokens must be at least 2"),
+        (lambda: Samples(new_tokens=0), "new_tokens is 0; it must be at least 1"),
         (lambda: check(["package:piqaa"]), "did you mean 'package:piqa'"),
         (lambda: check(["custom"], "/no/such/folder"), "task folder '/no/such/folder' does not exist"),
     ],
@@ -126,6 +129,26 @@ def test_the_standard_error_is_over_windows(small_base: str, heldout_tokens: tor
         assert result.loss == pytest.approx(float(each.mean()), abs=1e-5)
         assert result.stderr == pytest.approx(float(each.std() / 6**0.5), abs=1e-5)
     assert perplexity(model, windows[:1]).stderr == math.inf
+
+
+def test_a_perplexity_is_measured_without_dropout(heldout_tokens: torch.Tensor) -> None:
+    model = random_model(GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=4))
+    expected = perplexity(model, heldout_tokens[:4])
+    assert perplexity(model.train(), heldout_tokens[:4]) == expected
+    assert model.training
+
+
+def test_a_prompt_without_a_token_is_refused(any_size: ElasticModel, small_artifact: Artifact) -> None:
+    with pytest.raises(EvaluationError, match="prompt '' has no token"):
+        evaluate(any_size, small_artifact.tokenizer(), [Samples(("",), 3)])
+
+
+def test_windows_without_a_token_to_predict_have_no_perplexity(small_base: str, heldout_tokens: torch.Tensor) -> None:
+    model = load_base(small_base, "float32").model
+    with pytest.raises(EvaluationError, match="no windows of text"):
+        perplexity(model, [])
+    with pytest.raises(EvaluationError, match="has 1 tokens; it must have at least 2"):
+        perplexity(model, heldout_tokens[:2, :1])
 
 
 # ---- divergence from the base

@@ -27,10 +27,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import DynamicCache
 
+from acip.artifact.loading import without_weights
 from acip.errors import AcipError
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.mixed_sizes import Mixer, Size, padded
@@ -191,8 +191,7 @@ def _reduced_copy(model: Any, layers: Mapping[str, ElasticLinear]) -> Any:
         for rope in _ropes(part):
             if rope.get("llama_4_scaling_beta") is not None and rope.get("original_max_position_embeddings"):
                 rope["original_max_position_embeddings"] = min(rope["original_max_position_embeddings"], REDUCED)
-    with init_empty_weights(include_buffers=False):
-        reduced = type(model)._from_config(config, dtype=model.dtype, attn_implementation=model.config._attn_implementation)
+    reduced: Any = without_weights(type(model), config, model.dtype, attn_implementation=model.config._attn_implementation)
     kept = set(model.state_dict(keep_vars=True))
     replaced: list[str] = []
     for name, module in model.named_modules():
