@@ -28,7 +28,7 @@ from acip.self_text import sample
 from tests.conftest import byte_tokenizer
 
 RECIPE = Recipe(
-    basis="svd", scores="singular_values", adapter_rank=4, post_tune_steps=4, sample_windows=4, batch_size=4, seq_len=32,
+    basis="svd", scores="singular_values", adapter_rank=4, post_tune_steps=5, sample_windows=4, batch_size=4, seq_len=32,
     dtype="float32", seed=3,
 )  # fmt: skip
 MIXED = Mixture((("package:wikipedia", 3.0), ("package:austen", 1.0)))
