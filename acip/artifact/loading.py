@@ -32,7 +32,7 @@ READ_AT_ONCE = 1 << 28  # stored bytes of codes that are in memory while they ar
 BUILDING = threading.Lock()  # transformers sets torch's default dtype, which is global, while it builds a model
 
 
-def without_weights(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype | None, **options: Any) -> PreTrainedModel:
+def without_weights(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype | str | None, **options: Any) -> PreTrainedModel:
     """Return a model whose parameters are on the device meta, as are its stored buffers. Those that are computed are on the CPU.
 
     Several threads may call this at the same time. The buffers are computed in float32, as transformers does when it loads a model.
