@@ -206,6 +206,8 @@ def test_impossible_tunings_are_refused(small_artifact: Artifact, literal_artifa
         tuning(small_artifact, SIZE, post_tune_steps=0)
     with pytest.raises(RecipeError, match="did you mean 'distill_weight'"):
         tuning(small_artifact, SIZE, distil=1.0)
+    with pytest.raises(RecipeError, match="seq_len is 100,000, but this model has 512 positions"):
+        tuning(small_artifact, SIZE, seq_len=100_000)
     with pytest.raises(RecipeError, match=r"adapter_rank is 64; it must be"):
         tuning(literal_artifact, 0.8, adapter_rank=64)
     with pytest.raises(CalibrationError, match=r"needs a model with adapters\. Call attach"):
