@@ -414,8 +414,8 @@ class _Prediction:
         )
 
     def hidden(self) -> float:
-        """Return the bytes of the hidden states of all windows before a block, their gradients, and a copy that is written."""
-        return 3.0 * self.s * self.windows * self.recipe.seq_len * max(block.width for block in self.blocks)
+        """Return the bytes of the hidden states of all windows after a block, or of their gradients before it, and of a copy to write."""
+        return 2.0 * self.s * self.windows * self.recipe.seq_len * max(block.width for block in self.blocks)
 
     def block(self) -> float:
         """Return the bytes of the target layers of the largest block."""

@@ -212,6 +212,8 @@ def prepare(job: Job, base: Base, windows: torch.Tensor, settings: Settings, emi
     began = time.monotonic()
     cache = BasisCache(settings.home / "cache" / "bases", in_bytes(settings.basis_cache_gb, GIGA))
     workers = IdleWorkers(device.type == "cuda")
+    if recipe.basis != "svd":
+        emit("stage", text=f"reading {min(len(windows), recipe.sample_windows)} windows for the {recipe.basis} basis")
     parametrize(base.model, recipe, windows, lambda done, total: emit("parametrize", done=done, total=total), cache=cache, spread=workers)
     emit("stage", text=f"{recipe.basis} basis of {len(targets(base.model))} layers in {time.monotonic() - began:.0f} s{workers.text}")
     return batches

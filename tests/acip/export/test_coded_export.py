@@ -243,7 +243,7 @@ def test_a_ratio_counts_bytes_if_the_artifact_has_codes_and_the_model_is_not_qua
 
 def test_coded_layers_are_not_fine_tuned(any_size: ElasticModel, artifact: Artifact) -> None:
     with pytest.raises(BudgetError, match="a size of coded layers can't be fine-tuned"):
-        attach(any_size, tuning(artifact, 0.5))
+        attach(any_size, tuning(artifact, 0.5, seq_len=64))
 
 
 def test_the_card_of_an_artifact_of_codes_only_offers_what_it_has(tmp_path: Path) -> None:
