@@ -142,7 +142,7 @@ class Recipe:
 
     @property
     def score_windows(self) -> int:
-        """The number of windows for the Fisher scores: they are K numbers per layer, and the moments of the basis are up to N * N."""
+        """The number of windows for the Fisher scores, a quarter of the sample windows: K scores need fewer than N x N second moments."""
         return -(-self.sample_windows // 4)
 
     @property

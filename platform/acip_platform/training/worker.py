@@ -213,7 +213,7 @@ def prepare(job: Job, base: Base, windows: torch.Tensor, settings: Settings, emi
     cache = BasisCache(settings.home / "cache" / "bases", in_bytes(settings.basis_cache_gb, GIGA))
     workers = IdleWorkers(device.type == "cuda")
     if recipe.basis != "svd":
-        emit("stage", text=f"reading {min(len(windows), recipe.sample_windows)} windows for the {recipe.basis} basis")
+        emit("stage", text=f"{recipe.basis} basis of {min(len(windows), recipe.sample_windows)} windows: from the cache, or computed now")
     parametrize(base.model, recipe, windows, lambda done, total: emit("parametrize", done=done, total=total), cache=cache, spread=workers)
     emit("stage", text=f"{recipe.basis} basis of {len(targets(base.model))} layers in {time.monotonic() - began:.0f} s{workers.text}")
     return batches
