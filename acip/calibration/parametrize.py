@@ -71,7 +71,7 @@ def parametrize(
 def check_base(model: nn.Module, windows: Tensor | None) -> None:
     """Raise BaseModelError for a model that is parametrized already, needs remote code, or does not match the token ids `windows`.
 
-    It does not match if it has no embedding for an id, or less positions than a window has tokens. Raise DataError if `windows` are not
+    It does not match if it has no embedding for an id, or fewer positions than a window has tokens. Raise DataError if `windows` are not
     [n, T] or hold negative ids.
     """
     if targets(model):

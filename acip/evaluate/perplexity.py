@@ -45,7 +45,7 @@ def perplexity(model: nn.Module, windows: Iterable[Tensor], batch_size: int = 1)
     """Measure the perplexity on `windows`, token ids [n, T] or an iterable of [T]. Each window predicts its T - 1 next tokens.
 
     All windows have equal weight, including short ones. Raises EvaluationError if a loss is not finite, if there are no windows, or if one
-    has less than two tokens.
+    has fewer than two tokens.
     """
     device = next(model.parameters()).device
     losses: list[float] = []
