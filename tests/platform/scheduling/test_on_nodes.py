@@ -74,14 +74,14 @@ def square(item: Task) -> int:
 
 
 def helped(folder: Path, function: Function = square) -> Function:
-    """Return a function that computes in this process only after two idle workers have computed something."""
+    """Return a function that computes in this process only after at least two idle workers have computed something."""
     own = os.getpid()
 
     def computed(item: Task) -> int:
         if os.getpid() != own:
             (folder / str(os.getpid())).touch()
             return function(item)
-        until(lambda: len(list(folder.iterdir())) == 2, "no idle workers compute tasks")
+        until(lambda: len(list(folder.iterdir())) >= 2, "no idle workers compute tasks")
         return square(item)
 
     return computed
@@ -94,10 +94,11 @@ def idle_gpus() -> float:
 def test_idle_workers_compute_a_share_of_the_tasks_in_order(cluster: Cluster, tmp_path: Path) -> None:
     workers = IdleWorkers(gpu=True, look_s=0.05)
     assert list(workers(helped(tmp_path), tasks(40), threads=1)) == [i**2 for i in range(40)]
-    assert len(workers.shares) == 3
-    assert all(workers.shares)
-    assert sum(workers.shares) == 40
-    assert workers.text == f"; 2 idle workers computed {sum(workers.shares[1:])} of 40 parts"
+    own, *others = workers.shares
+    assert own > 0
+    assert len([share for share in others if share]) == 2
+    assert own + sum(others) == 40
+    assert workers.text == f"; 2 idle workers computed {sum(others)} of 40 parts"
     until(lambda: idle_gpus() == 2, "the idle workers hold their GPUs")
 
 
