@@ -26,7 +26,7 @@ from acip.base import Base, check_tokenizer, own_code, quiet
 from acip.calibration.result import Calibration
 from acip.errors import BaseModelError, cited, foreign_errors
 from acip.layers.elastic_linear import ElasticLinear
-from acip.layers.targets import find_linears, weight_MN
+from acip.layers.targets import find_linears, require_matches, weight_MN
 from acip.modeling_acip import set_module
 from acip.recipe import Recipe
 from acip.sizing.model_sizes import cut_table
@@ -54,6 +54,7 @@ def read_back(base: Base, recipe: Recipe) -> None:
             "Correct its generation_config.json; for example, settings of sampling need do_sample: true.",
         ):  # fmt: skip
             generation.validate(strict=True)
+    require_matches(base.model, recipe.exclude)
     find_linears(base.model, recipe.exclude)
     with torch.random.fork_rng(devices=[]):  # the checks leave the random state unchanged
         _try_tiny(base, recipe)

@@ -30,7 +30,7 @@ from acip.baselines.prefix_factors import Progress, stored
 from acip.data import check_windows
 from acip.errors import RecipeError
 from acip.evaluate.measurement import stored_bytes
-from acip.layers.targets import find_linears
+from acip.layers.targets import find_linears, require_matches
 from acip.modeling_acip import LowRankLinear, PivotLinear
 from acip.recipe import named
 from acip.sizing.budget import Budget
@@ -129,6 +129,7 @@ def compress(
     for size in sizes:
         Budget(ratio=size)
     check_windows(windows)
+    require_matches(base.model, options.get("exclude", ()))
     linears = find_linears(base.model, options.get("exclude", ()))
     dense = stored(base.model, linears)
     for size, model in chosen.run(base, windows, sizes, progress, **chosen.preset, **options):

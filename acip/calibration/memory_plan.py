@@ -37,7 +37,7 @@ from acip.calibration.bases import STACK
 from acip.calibration.fixed_scores import scored_at_once
 from acip.calibration.losses import CHUNK
 from acip.layers.directions import QUANT_BLOCK
-from acip.layers.targets import find_linears, weight_MN
+from acip.layers.targets import find_linears, require_matches, weight_MN
 from acip.modeling_acip import accumulation_dtype
 from acip.recipe import Recipe
 from acip.self_text import TOGETHER
@@ -270,6 +270,7 @@ class _Prediction:
         self.four_bit = recipe.quantize != "none"
         self.tokens = max(1, recipe.batch_size // workers) * recipe.seq_len
         self.windows = recipe.sample_windows
+        require_matches(model, recipe.exclude)
         linears = find_linears(model, recipe.exclude)
         names = list(_block_names(model, linears))
 

@@ -17,7 +17,7 @@ from acip.layers import sharding
 from acip.layers.adapters import LoRA
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.svd_linear import SVDLinear
-from acip.layers.targets import find_linears, targets, weight_MN
+from acip.layers.targets import find_linears, require_matches, targets, weight_MN
 from acip.modeling_acip import set_module
 from acip.recipe import Recipe
 from acip.utils.threads import Spread, each_in_turn
@@ -42,6 +42,7 @@ def parametrize(
     `windows` are not [n, T] or hold negative ids.
     """
     check_base(model, windows if feed is feed_tokens else None)
+    require_matches(model, recipe.exclude)
     linears = find_linears(model, recipe.exclude)
     model.eval().requires_grad_(False)  # without dropout
     torch.manual_seed(recipe.seed)  # for the initial adapters

@@ -73,6 +73,23 @@ def find_linears(model: nn.Module, exclude: tuple[str, ...] = ()) -> dict[str, n
     return linears
 
 
+def require_matches(model: nn.Module, exclude: tuple[str, ...]) -> None:
+    """Raise BaseModelError if an element of `exclude` is in no module's name: with a misspelled one, its layers would be compressed."""
+    matching = with_matches(model, exclude)
+    if unmatched := [part for part in exclude if part not in matching]:
+        found = dict.fromkeys(name.rpartition(".")[2] for name in find_linears(model, matching))
+        raise BaseModelError(
+            f"exclude has {unmatched[0]!r}, but no module of {type(model).__name__} has this in its name. The names of its linear layers "
+            f"end with {', '.join(found)}. Correct {unmatched[0]!r}, or remove it."
+        )
+
+
+def with_matches(model: nn.Module, exclude: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the elements of `exclude` that are in the name of a module."""
+    names = [name for name, _ in model.named_modules() if name]
+    return tuple(part for part in exclude if any(part in name for name in names))
+
+
 def _fused(name: str, module: nn.Module) -> Tensor | None:
     """Return a fused weight of several experts: [experts, M, N], or [experts * M, N] in a module called experts. Else None."""
     if isinstance(module, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d | nn.Conv3d):

@@ -30,7 +30,7 @@ from acip.coding.step_tuning import tune_steps
 from acip.data import TokenBatches
 from acip.errors import BaseModelError, foreign_errors
 from acip.evaluate.domains import CONTEXT
-from acip.layers.targets import find_linears
+from acip.layers.targets import find_linears, with_matches
 from acip_platform.scheduling.fleet import Job
 
 SAMPLED = 8  # windows of the statistics, the basis and the scores that are timed
@@ -78,13 +78,14 @@ class _Rehearsal:
     """All phases of the calibration of a model with a few blocks."""
 
     def __init__(self, job: Job, base: Base, device: torch.device, blocks: int) -> None:
-        self.job, self.recipe, self.device = job, job.recipe, device
+        self.job, self.device = job, device
         config = copy.deepcopy(base.model.config)
         keep_layers(config.get_text_config(), blocks)
         torch.manual_seed(0)
         with quiet():
             model = type(base.model)._from_config(config, dtype=getattr(torch, job.recipe.dtype)).eval().requires_grad_(False)
         self.base = Base(model, base.tokenizer, base.source, None, digest(model))
+        self.recipe = replace(job.recipe, exclude=with_matches(model, job.recipe.exclude))  # some may name later blocks
         nn.Module.to(model, device)
         self.vocabulary = config.get_text_config().vocab_size
         self.seconds: dict[str, float] = {}

@@ -9,9 +9,10 @@ from torch import Tensor
 from acip.base import load_base
 from acip.calibration.loop import Calibration, calibrate, transfer
 from acip.calibration.losses import next_token
+from acip.calibration.memory_plan import predict
 from acip.calibration.parametrize import parametrize
 from acip.data import TokenBatches
-from acip.errors import CalibrationError, RecipeError
+from acip.errors import BaseModelError, CalibrationError, RecipeError
 from acip.evaluate import perplexity
 from acip.layers.elastic_linear import ElasticLinear
 from acip.layers.svd_linear import SVDLinear
@@ -152,6 +153,17 @@ def test_excluded_layers_do_not_change(run: Run) -> None:
     assert not any("up_proj" in name for name in cut.ranks)
     assert type(without.model.get_submodule("model.layers.0.mlp.up_proj")) is torch.nn.Linear
     assert without.table.rest_params > sum(p.numel() for name, p in without.model.named_parameters() if name.endswith("up_proj.weight"))
+
+
+def test_a_part_that_matches_no_module_is_refused(small_base: str, golden_tokens: Tensor) -> None:
+    """A misspelled part would leave its layers compressed. A part that matches a module without target layers is allowed."""
+    model = load_base(small_base, "float32").model
+    typo = recipe(exclude=["up_porj", "q_proj"])
+    for check in (lambda: parametrize(model, typo, golden_tokens), lambda: predict(model, typo)):
+        with pytest.raises(BaseModelError, match=r"'up_porj', but no module of .* end with k_proj, .*, up_proj, .* Correct 'up_porj'"):
+            check()
+    assert not targets(model)
+    assert len(parametrize(model, recipe(exclude=["embed_tokens"]), golden_tokens)) == 7 * model.config.num_hidden_layers
 
 
 def test_the_total_number_of_steps_is_kept(run: Run, plain: Calibration) -> None:

@@ -92,6 +92,12 @@ def test_blocks_of_all_types_are_rehearsed() -> None:
     assert base.model.config.num_hidden_layers == 3, "the model is left as it was"
 
 
+def test_parts_of_exclude_may_name_blocks_that_are_not_rehearsed(small_base: str) -> None:
+    last = load_base(small_base).model.config.num_hidden_layers - 1
+    exclude = (f"layers.{last}.", "up_proj")
+    assert rehearse(job_of(exclude=exclude, code="bits", code_tune_steps=0), load_base(small_base), CPU).total_s > 0
+
+
 def test_a_model_that_cannot_be_shortened_is_refused(small_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base = load_base(small_base)
     monkeypatch.setattr(type(base.model), "_from_config", lambda *args, **options: 1 / 0)
