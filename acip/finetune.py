@@ -113,7 +113,7 @@ def finetune(
     """Train the adapters that `attach` added, in place: `recipe.post_tune_steps` steps with a fresh optimizer (Appendix B).
 
     With `recipe.distill_weight` > 0, the base model's own layers must be loaded as well. `resume` is a folder that
-    `CalibrationState.save` wrote. Raises CalibrationError if there are no adapters, or if the loss is not finite.
+    `CalibrationState.save` wrote. Raises CalibrationError if there are no adapters, or if the training diverges.
     """
     assert any_size.cut is not None, "load a size first"
     size = any_size.cut.sizes["linear"]

@@ -172,6 +172,8 @@ class Loop:
                 live = sum(state.stop_ranks)
                 reports.append(StepReport(step, "post_tune", loss, size, state.lambda_, live, progress, _none_if_nan(task_loss)))
             state.record(reports, recipe)
+            if state.step == end:
+                state.require_finite(recipe)  # of the last step: no later loss shows it
             observe(reports, state)
 
     def step(self, state: CalibrationState, distill_weight: float, stopped: Tensor | None = None, balance_sizes: bool = False) -> Tensor:

@@ -84,11 +84,13 @@ class CalibrationState:
         """Append `reports` to the history. Raises CalibrationError if a loss is not finite."""
         for report in reports:
             if not math.isfinite(report.loss):
-                raise CalibrationError(
-                    f"the loss is {report.loss} at step {report.step}: the calibration diverged. "
-                    f"Lower lr (now {recipe.lr}), or use dtype float32."
-                )
+                raise _diverged(f"the loss is {report.loss} at step {report.step}", recipe)
         self.history += reports
+
+    def require_finite(self, recipe: Recipe) -> None:
+        """Raise CalibrationError if a trained number is not finite."""
+        if not all(p.detach().isfinite().all() for p in self.params.values()):
+            raise _diverged(f"the adapters are not finite after step {self.step}", recipe)
 
     def pack(self) -> None:
         """Drop pruned directions from the multiplications of layers that have lost enough of them since they were last packed."""
@@ -202,3 +204,7 @@ def _parameters(layers: Mapping[str, SVDLinear | ElasticLinear]) -> dict[str, nn
 
 def _adamw(params: dict[str, nn.Parameter], lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(params.values(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+
+
+def _diverged(what: str, recipe: Recipe) -> CalibrationError:
+    return CalibrationError(f"{what}: the calibration diverged. Lower lr (now {recipe.lr}), or use dtype float32.")

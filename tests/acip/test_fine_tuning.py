@@ -1,6 +1,8 @@
 """Fine-tuning starts from the served model, improves one size, changes nothing else, and resumes bit for bit."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from acip.artifact.artifact import Artifact
 from acip.base import load_base
 from acip.calibration.loop import calibrate
+from acip.calibration.losses import next_token
 from acip.calibration.parametrize import parametrize
 from acip.calibration.state import CalibrationState, StepReport
 from acip.data import TokenBatches
@@ -215,6 +218,22 @@ def test_impossible_tunings_are_refused(small_artifact: Artifact, literal_artifa
     any_size, recipe = prepared(small_artifact, lr=1e12)
     with pytest.raises(CalibrationError, match="diverged"):
         finetune(any_size, scores_of(small_artifact), TokenBatches(golden_tokens, 4), recipe)
+
+
+def test_a_tuning_that_diverges_in_its_last_step_is_refused(small_artifact: Artifact, golden_tokens: torch.Tensor) -> None:
+    """The loss of that step was computed before its update."""
+    any_size, recipe = prepared(small_artifact, post_tune_steps=2)
+    losses = []
+
+    def loss(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> torch.Tensor:
+        losses.append(next_token.loss(logits_BTV, ids_BT))
+        if len(losses) == 2:
+            losses[1].register_hook(lambda gradient: gradient * math.nan)
+        return losses[-1]
+
+    task = replace(next_token, loss=loss)
+    with pytest.raises(CalibrationError, match=r"adapters are not finite after step 2: the calibration diverged\. Lower lr"):
+        finetune(any_size, scores_of(small_artifact), TokenBatches(golden_tokens, 4), recipe, task=task)
 
 
 def test_peft_gets_the_adapters_that_only_fine_tuning_added(small_base: str, golden_tokens: torch.Tensor, tmp_path: Path) -> None:
