@@ -94,6 +94,7 @@ def test_every_domain_is_measured_unless_the_fleet_says_otherwise(tmp_path: Path
         ("models:\n- {name: a, base: b/c}\n- {nmae: a, base: b/c}", 3, "unknown field 'nmae' of a model (did you mean 'name'?)"),
         ("models:\n- base: b/c", 2, "a model needs a 'name'"),
         ("models:\n- name: a", 2, "a model needs a 'base'"),
+        ("models:\n- name: a\n  base: ''", 3, "base is empty; give a base model"),
         ("models:\n- {name: a, base: b/c, recipe: papr}", 2, "unknown recipe 'papr' (did you mean 'paper'?)"),
         (
             "models:\n- name: a\n  base: b/c\n  set:\n    stop_ration: 0.4",
