@@ -1,11 +1,12 @@
 """Sample calibration text from the base model itself, for a model without any other text at hand.
 
-    document   start token -> text
+    document   start token, random token -> text
     chat       chat template up to a user's message -> message -> chat template -> answer
 
-Documents are those of data-free calibration (LLM-QAT, Liu et al. 2023), chats those of Magpie (Xu et al. 2024). Every second text is a
-chat if the tokenizer has a chat template. A text ends at the end token, or at the length of a window; a user's message takes at most
-half of it. Tokens are drawn from the whole distribution of the model.
+Documents are those of data-free calibration (LLM-QAT, Liu et al. 2023). Their first token is drawn uniformly from the vocabulary, so that
+they are of many kinds; the other tokens are drawn from the whole distribution of the model. Chats are those of Magpie (Xu et al. 2024).
+Every second text is a chat if the tokenizer has a chat template. A text ends at the end token, or at the length of a window; a user's
+message takes at most half of it.
 
 Batch i is a function of the model, the seed and i on one machine. On other machines the model's probabilities, and so the texts, may
 differ.
@@ -22,7 +23,7 @@ from acip.data import chat_text, start_tokens
 from acip.errors import DataError
 from acip.utils.generation import continued, end_tokens
 
-SAMPLING = 1  # version of this process, part of fingerprints
+SAMPLING = 2  # version of this process, part of fingerprints
 TEMPERATURE = 1.0
 BATCH = 64  # texts
 TOGETHER = 32  # texts that are sampled at once; they limit the memory
@@ -50,9 +51,26 @@ def sample(model: PreTrainedModel, tokenizer: Any, seq_len: int, seed: int, batc
 
 def _documents(model: PreTrainedModel, tokenizer: Any, seq_len: int) -> list[Row]:
     start = first_tokens(tokenizer)
-    written = _continued(model, tokenizer, [start] * TOGETHER, seq_len - len(start))
-    texts = ((tokenizer.decode(ids, skip_special_tokens=True), len(ids)) for ids in written)
-    return [{"text": text, "tokens": count} for text, count in texts if text.strip()]
+    prompts = [[*start, token] for token in _words(tokenizer)] or [start] * TOGETHER
+    written = _continued(model, tokenizer, prompts, max(1, seq_len - len(prompts[0])))
+    rows = []
+    for prompt, ids in zip(prompts, written, strict=True):
+        text = tokenizer.decode(prompt[len(start) :] + ids, skip_special_tokens=True)
+        if ids and text.strip():
+            rows.append({"text": text, "tokens": len(ids)})
+    return rows
+
+
+def _words(tokenizer: Any) -> list[int]:
+    """Return at most TOGETHER random tokens that are text by themselves: no special tokens, white space or parts of a character."""
+    special, drawn = _special(tokenizer), torch.randint(len(tokenizer), (8 * TOGETHER,)).tolist()
+    texts = zip(drawn, tokenizer.batch_decode([[token] for token in drawn]), strict=True)
+    return [token for token, text in texts if token not in special and text.strip() and "\ufffd" not in text][:TOGETHER]
+
+
+def _special(tokenizer: Any) -> set[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
 
 
 def first_tokens(tokenizer: Any) -> list[int]:
@@ -67,9 +85,8 @@ def _chats(model: PreTrainedModel, tokenizer: Any, seq_len: int) -> list[Row]:
     before, mark, after = chat_text([{"role": "user", "content": MARK}], tokenizer).rpartition(MARK)
     if not mark:
         raise DataError("the chat template omits the user's message, so no chats can be sampled. Use another source than self.")
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {*tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
-    prompt, stops = _ids(tokenizer, before), [token for token in _ids(tokenizer, after) if token in special][:1]
+    special, prompt = _special(tokenizer), _ids(tokenizer, before)
+    stops = [token for token in _ids(tokenizer, after) if token in special][:1]
     rows: list[Row] = []
     for ids in _continued(model, tokenizer, [prompt] * TOGETHER, max(1, seq_len // 2 - len(prompt)), stops):
         text = tokenizer.decode(ids, skip_special_tokens=True)

@@ -118,7 +118,7 @@ def test_sampled_text_is_made_once(text_of: Texts, base: Base, monkeypatch: pyte
     content = b"".join(file.read_bytes() for file in files)
     expected = [json.loads(line) for line in content.splitlines()]
     assert first.sampled == {
-        "sampling": 1, "seed": 3, "temperature": 1.0, "documents": len(expected), "chats": sum("messages" in row for row in expected),
+        "sampling": 2, "seed": 3, "temperature": 1.0, "documents": len(expected), "chats": sum("messages" in row for row in expected),
         "tokens": sum(row["tokens"] for row in expected), "sha256": hashlib.sha256(content).hexdigest(),
     }  # fmt: skip
 
