@@ -3,10 +3,10 @@
     document   start token, random token -> text
     chat       chat template up to a user's message -> message -> chat template -> answer
 
-Documents are those of data-free calibration (LLM-QAT, Liu et al. 2023). Their first token is drawn uniformly from the vocabulary, so that
-they are of many kinds; the other tokens are drawn from the whole distribution of the model. Chats are those of Magpie (Xu et al. 2024).
-Every second text is a chat if the tokenizer has a chat template. A text ends at the end token, or at the length of a window; a user's
-message takes at most half of it.
+Documents are those of data-free calibration (LLM-QAT, Liu et al. 2023). Their first token is drawn uniformly from those that are text by
+themselves, so that they are of many kinds; the other tokens are drawn from the whole distribution of the model. Chats are those of Magpie
+(Xu et al. 2024). Every second text is a chat if the tokenizer has a chat template. A text ends at the end token, or at the length of a
+window; a user's message takes at most half of it.
 
 Batch i is a function of the model, the seed and i on one machine. On other machines the model's probabilities, and so the texts, may
 differ.
@@ -51,7 +51,8 @@ def sample(model: PreTrainedModel, tokenizer: Any, seq_len: int, seed: int, batc
 
 def _documents(model: PreTrainedModel, tokenizer: Any, seq_len: int) -> list[Row]:
     start = first_tokens(tokenizer)
-    prompts = [[*start, token] for token in _words(tokenizer)] or [start] * TOGETHER
+    prompts = [[*start, word] for word in _words(model, tokenizer)] or [start]
+    prompts = (prompts * TOGETHER)[:TOGETHER]
     written = _continued(model, tokenizer, prompts, max(1, seq_len - len(prompts[0])))
     rows = []
     for prompt, ids in zip(prompts, written, strict=True):
@@ -61,9 +62,10 @@ def _documents(model: PreTrainedModel, tokenizer: Any, seq_len: int) -> list[Row
     return rows
 
 
-def _words(tokenizer: Any) -> list[int]:
+def _words(model: PreTrainedModel, tokenizer: Any) -> list[int]:
     """Return at most TOGETHER random tokens that are text by themselves: no special tokens, white space or parts of a character."""
-    special, drawn = _special(tokenizer), torch.randint(len(tokenizer), (8 * TOGETHER,)).tolist()
+    embeddings: Any = model.get_input_embeddings().weight
+    drawn, special = torch.randint(min(len(tokenizer), len(embeddings)), (8 * TOGETHER,)).tolist(), _special(tokenizer)
     texts = zip(drawn, tokenizer.batch_decode([[token] for token in drawn]), strict=True)
     return [token for token, text in texts if token not in special and text.strip() and "\ufffd" not in text][:TOGETHER]
 

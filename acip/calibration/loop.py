@@ -120,6 +120,7 @@ def calibrate(
                 state.pack()
             observe(reports, state)  # before `end_pruning`: shared_pruning saves the state that the last pruning step left
         if state.stop_step is None:
+            state.require_finite(recipe)
             state.stop_ranks = live_ranks(state.flat_masks(), state.scores).tolist()
             state.end_pruning(model, recipe)
         assert state.stop_step is not None

@@ -90,7 +90,7 @@ class CalibrationState:
     def require_finite(self, recipe: Recipe) -> None:
         """Raise CalibrationError if a trained number is not finite."""
         if not all(p.detach().isfinite().all() for p in self.params.values()):
-            raise _diverged(f"the adapters are not finite after step {self.step}", recipe)
+            raise _diverged(f"the trained weights are not finite after step {self.step}", recipe)
 
     def pack(self) -> None:
         """Drop pruned directions from the multiplications of layers that have lost enough of them since they were last packed."""

@@ -232,7 +232,7 @@ def test_a_tuning_that_diverges_in_its_last_step_is_refused(small_artifact: Arti
         return losses[-1]
 
     task = replace(next_token, loss=loss)
-    with pytest.raises(CalibrationError, match=r"adapters are not finite after step 2: the calibration diverged\. Lower lr"):
+    with pytest.raises(CalibrationError, match=r"trained weights are not finite after step 2: the calibration diverged\. Lower lr"):
         finetune(any_size, scores_of(small_artifact), TokenBatches(golden_tokens, 4), recipe, task=task)
 
 

@@ -36,7 +36,7 @@ from acip.evaluate.measurement import Subject, stored_bytes
 from acip.evaluate.tasks import check as check_tasks
 from acip.evaluate.tasks import expand, score
 from acip.evaluate.tasks import measurements as task_measurements
-from acip.layers.targets import find_linears
+from acip.layers.targets import find_linears, require_matches
 from acip.recipe import Dtype
 from acip.sizing.budget import Budget
 from acip.utils.atomic import atomic_file
@@ -253,6 +253,7 @@ def rows(arena: Arena, entry: Entry, progress: Callable[[str, int, int], None]) 
     check_tokenizer(base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nn.Module.to(base.model, device)
+    require_matches(base.model, arena.exclude)
     common = {"method": entry.method, "device": device_or_threads(device)}
     texts, _ = measurements(arena)
     for text in texts:

@@ -96,9 +96,10 @@ def test_idle_workers_compute_a_share_of_the_tasks_in_order(cluster: Cluster, tm
     assert list(workers(helped(tmp_path), tasks(40), threads=1)) == [i**2 for i in range(40)]
     own, *others = workers.shares
     assert own > 0
-    assert len([share for share in others if share]) == 2
+    helpers = len([share for share in others if share])
+    assert helpers >= 2
     assert own + sum(others) == 40
-    assert workers.text == f"; 2 idle workers computed {sum(others)} of 40 parts"
+    assert workers.text == f"; {helpers} idle workers computed {sum(others)} of 40 parts"
     until(lambda: idle_gpus() == 2, "the idle workers hold their GPUs")
 
 
