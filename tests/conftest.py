@@ -34,7 +34,8 @@ from acip.sizing.elastic_model import ElasticModel
 from tests.support import fuzzing
 from tests.support.browser import Visit, launched, visiting
 from tests.support.engines import ENGINE, write_wide_base
-from tests.support.server import Server, Shared, free_port, make_home
+from tests.support.ports import free_port
+from tests.support.server import Server, Shared, make_home
 from tests.support.small import GOLDEN, byte_tokenizer, write_small_base  # noqa: F401  (other tests import these names from here)
 from tests.support.waiting import stop, until
 

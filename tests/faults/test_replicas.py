@@ -24,7 +24,8 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from acip.artifact.artifact import Artifact
-from tests.support.server import free_port, make_home
+from tests.support.ports import free_port
+from tests.support.server import make_home
 from tests.support.waiting import PATIENCE_S, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")]

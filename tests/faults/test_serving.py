@@ -16,7 +16,8 @@ from acip_platform.tracking.registry import RegistryAwayError
 from acip.artifact.artifact import Artifact
 from acip.artifact.manifest import MANIFEST
 from tests.support.application import Application
-from tests.support.server import JOB, free_port
+from tests.support.ports import free_port
+from tests.support.server import JOB
 from tests.support.waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")

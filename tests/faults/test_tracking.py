@@ -28,7 +28,7 @@ from acip.calibration.parametrize import parametrize
 from acip.calibration.state import CalibrationState, StepReport
 from acip.data import TokenBatches
 from acip.recipe import Recipe
-from tests.support.server import free_port
+from tests.support.ports import free_port
 from tests.support.waiting import PATIENCE_S, until
 
 

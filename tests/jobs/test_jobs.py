@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from transformers import AutoModelForCausalLM
 
 from acip.artifact.artifact import Artifact
 from tests.infra.test_readme import RUN_BY_TEST_JOBS, blocks
+from tests.support.ports import free_port
 from tests.support.waiting import JOB_S, PATIENCE_S, until
 
 ROOT = Path(__file__).parents[2]
@@ -39,12 +39,6 @@ RECIPE_FIELDS = (
     "{sample_windows: 64, adapter_rank: 4, adapter_alpha: 4.0, dtype: float32, batch_size: 4, seq_len: 64, lr: 3.0e-3, "
     "lambda_factor: 1.2, post_tune_steps: 30}"
 )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class DemoHome:
@@ -56,9 +50,7 @@ class DemoHome:
         self.write_fleet(f"- {{name: tiny, base: {base}}}")
         self.ray_temp = tempfile.mkdtemp(prefix="r")  # it holds sockets, whose paths must be short
         self.dashboard = free_port()
-        options = (
-            f"--temp-dir={self.ray_temp} --num-cpus=2 --dashboard-agent-listen-port={free_port()} --ray-client-server-port={free_port()}"
-        )
+        options = f"--temp-dir={self.ray_temp} --num-cpus=2 --ray-client-server-port={free_port()}"
         self.env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
             "ACIP_HOME": str(self.home),
             "ACIP_RAY_PORT": str(free_port()),

@@ -16,7 +16,7 @@ from acip.sizing.budget import Budget
 from tests.serve.conftest import in_bytes
 from tests.support.application import Application
 from tests.support.browser import Visit, hash_of, visiting
-from tests.support.server import free_port
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from acip.artifact.artifact import Artifact
 from acip.evaluate import CurveSetup, trade_off
 from acip.utils.checksums import sha256
 from tests.support.engines import ENGINE
+from tests.support.ports import free_port
 from tests.support.waiting import PATIENCE_S, until
 
 JOB = Path(__file__).parents[2] / "jobs" / "serve.py"
@@ -168,19 +168,3 @@ class Shared:
 
 def text(answer: dict[str, Any]) -> str:
     return answer["choices"][0]["text"]
-
-
-def free_port() -> int:
-    """Return a free port `p` such that `p + 10000` is also free, because SeaweedFS uses both."""
-    for _ in range(1000):
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            if port > 55_000:
-                continue
-            try:
-                second.bind(("127.0.0.1", port + 10_000))
-            except OSError:
-                continue
-            return port
-    raise AssertionError("none of 1000 free ports p has a free port p + 10000")

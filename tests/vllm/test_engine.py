@@ -28,7 +28,7 @@ from acip.sizing.budget import Budget
 from tests.acip.artifact.test_codes_file import calibrated_with_codes
 from tests.support.exports import Choice, half_coded, mixed, of_form, write_export
 from tests.support.near_ties import assert_greedy_ids
-from tests.support.server import free_port
+from tests.support.ports import free_port
 from tests.support.waiting import PATIENCE_S, stop, until
 
 pytestmark = pytest.mark.vllm

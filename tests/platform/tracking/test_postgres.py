@@ -20,7 +20,7 @@ from acip.artifact.artifact import Artifact
 from tests.conftest import write_fleet
 from tests.platform.tracking.test_promotion_races import Contest
 from tests.support import postgres
-from tests.support.server import free_port
+from tests.support.ports import free_port
 from tests.support.waiting import PATIENCE_S, exit_code, stop, until
 
 pytestmark = pytest.mark.slow  # some minutes, for the database, the tables of MLflow, and four calibrations
