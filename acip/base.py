@@ -29,6 +29,7 @@ from acip import packaged_gguf
 from acip.errors import AcipError, BaseModelError, foreign_errors
 from acip.modeling_acip import keep_attention_cap, widened
 from acip.recipe import Dtype
+from acip.utils.half_products import speed_up_products
 from acip.utils.hub_ids import HUB_ID, REVISION
 
 METADATA_BYTES = 256 << 20  # of a GGUF file, at most
@@ -73,6 +74,7 @@ def outline(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = Fa
     If the checkpoint is on this machine, names and shapes of the weights are compared with it, unless `weights` is False. Only the
     configuration and the tokenizer are downloaded. Raises BaseModelError like `load_base`.
     """
+    speed_up_products(getattr(torch, dtype))
     where, kwargs = _found(source, trust_remote_code)
     if weights and (Path(where).is_dir() or _is_cached(where, kwargs.get("revision"))):
         return _loaded(source, dtype, trust_remote_code, device_map="meta")
@@ -122,6 +124,19 @@ def positions(config: PreTrainedConfig) -> int | None:
     return length
 
 
+def room(config: PreTrainedConfig, prompt: int, new_tokens: int, error: type[AcipError], what: str) -> int:
+    """Return how many of `new_tokens` fit into the context of a model after `prompt` tokens. Raise `error` if none does."""
+    require_positions(config, prompt + 1, error, f"{what} has {prompt:,} tokens, and a new one follows", "Use a shorter prompt.")
+    return min(new_tokens, (positions(config) or prompt + new_tokens) - prompt)
+
+
+def require_positions(config: PreTrainedConfig, tokens: int, error: type[AcipError], what: str, remedy: str) -> None:
+    """Raise `error` if the context of a model is shorter than `tokens`. The message begins with `what` and ends with `remedy`."""
+    most = positions(config)
+    if most is not None and tokens > most:
+        raise error(f"{what}, but this model has {most:,} positions. {remedy}")
+
+
 def _loaded(source: str, dtype: Dtype, trust_remote_code: bool, **options: Any) -> Base:
     """Load model and tokenizer, and check the load report. `digest` stays empty."""
     where, kwargs = _found(source, trust_remote_code)
@@ -150,6 +165,7 @@ def with_report(where: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
     """Load a model with transformers; return it, and the load report that `check_report` reads."""
     load: Any = AutoModelForCausalLM.from_pretrained
     loaded: tuple[Any, dict[str, Any]] = load(where, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    speed_up_products(loaded[0].dtype)
     return loaded
 
 

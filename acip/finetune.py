@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acip.artifact.artifact import Artifact
-from acip.base import positions
+from acip.base import require_positions
 from acip.calibration.loop import Batches, Loop, Observe, training
 from acip.calibration.losses import Task, next_token
 from acip.calibration.state import CalibrationState, StepReport
@@ -74,8 +74,7 @@ def tuning(artifact: Artifact, size: float, **changes: Any) -> Recipe:
     recipe = Recipe.from_dict(changes, recipe)
     if recipe.post_tune_steps < 1:
         raise RecipeError(f"steps is {recipe.post_tune_steps}; it must be at least 1.")
-    if (most := positions(artifact.config)) is not None and recipe.seq_len > most:
-        raise RecipeError(f"seq_len is {recipe.seq_len:,}, but this model has {most:,} positions. Use a smaller seq_len.")
+    require_positions(artifact.config, recipe.seq_len, RecipeError, f"seq_len is {recipe.seq_len:,}", "Use a smaller seq_len.")
     if calibration.adapter_rows not in (0, recipe.adapter_rank):
         raise RecipeError(
             f"adapter_rank is {recipe.adapter_rank}; it must be {calibration.adapter_rank}, because the adapters beside these layers "

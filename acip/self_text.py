@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from acip.base import require_positions
 from acip.data import chat_text, start_tokens
-from acip.errors import DataError
+from acip.errors import BaseModelError, DataError
 from acip.utils.generation import continued, end_tokens
 
 SAMPLING = 2  # version of this process, part of fingerprints
@@ -36,9 +37,11 @@ Row = dict[str, Any]  # "text" or "messages", and the number of sampled "tokens"
 def sample(model: PreTrainedModel, tokenizer: Any, seq_len: int, seed: int, batch: int) -> list[Row]:
     """Return batch number `batch` of the texts that `model` writes: at most BATCH, without empty ones, documents and chats in turn.
 
-    The state of torch's random number generators does not change. Raises DataError if the model writes less than one token per text, or
-    if its tokenizer has no token to start from.
+    The state of torch's random number generators does not change. Raises DataError if the model writes less than one token per text, if
+    its tokenizer has no token to start from, or if its chat template fills half of a window; BaseModelError if `seq_len` is longer than
+    the context of the model.
     """
+    require_positions(model.config, seq_len, BaseModelError, f"seq_len is {seq_len:,}", "Use a smaller seq_len.")
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed * 1_000_003 + batch)
         has_chats = getattr(tokenizer, "chat_template", None) is not None
@@ -87,15 +90,22 @@ def _chats(model: PreTrainedModel, tokenizer: Any, seq_len: int) -> list[Row]:
     before, mark, after = chat_text([{"role": "user", "content": MARK}], tokenizer).rpartition(MARK)
     if not mark:
         raise DataError("the chat template omits the user's message, so no chats can be sampled. Use another source than self.")
-    special, prompt = _special(tokenizer), _ids(tokenizer, before)
+    special, prompt = _special(tokenizer), _ids(tokenizer, before) or first_tokens(tokenizer)
+    if len(prompt) >= seq_len // 2:
+        raise DataError(
+            f"the chat template takes {len(prompt):,} of the {seq_len:,} tokens of a window, so no message fits into its first half. Use a "
+            f"seq_len of at least {4 * len(prompt):,}, or another source than self."
+        )
     stops = [token for token in _ids(tokenizer, after) if token in special][:1]
     rows: list[Row] = []
-    for ids in _continued(model, tokenizer, [prompt] * TOGETHER, max(1, seq_len // 2 - len(prompt)), stops):
+    for ids in _continued(model, tokenizer, [prompt] * TOGETHER, seq_len // 2 - len(prompt), stops):
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if message := (text.partition(after.strip())[0] if after.strip() else text).strip():
             rows.append({"messages": [{"role": "user", "content": message}], "tokens": len(ids)})
-    prompts = [_ids(tokenizer, chat_text(row["messages"], tokenizer, add_generation_prompt=True)) for row in rows]
-    most = max(1, seq_len - max(map(len, prompts), default=0))
+    asked = [_ids(tokenizer, chat_text(row["messages"], tokenizer, add_generation_prompt=True)) for row in rows]
+    fitting = [(row, ids) for row, ids in zip(rows, asked, strict=True) if len(ids) < seq_len]
+    rows, prompts = [row for row, _ in fitting], [ids for _, ids in fitting]
+    most = seq_len - max(map(len, prompts), default=0)
     for row, ids in zip(rows, _continued(model, tokenizer, prompts, most, stops) if rows else [], strict=True):
         row["messages"].append({"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True).strip()})
         row["tokens"] += len(ids)

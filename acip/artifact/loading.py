@@ -27,6 +27,7 @@ from acip.layers.packing import PackedLinear
 from acip.layers.targets import weight_MN
 from acip.modeling_acip import CodedLinear, keep_attention_cap, set_module
 from acip.sizing.cut_table import Cut
+from acip.utils.half_products import speed_up_products
 
 READ_AT_ONCE = 1 << 28  # stored bytes of codes that are in memory while they are decoded
 BUILDING = threading.Lock()  # transformers sets torch's default dtype, which is global, while it builds a model
@@ -117,6 +118,7 @@ class ModelLoader:
     def _empty_base(self) -> PreTrainedModel:
         config = copy.deepcopy(self.artifact.config)  # the model may change its copy
         keep_attention_cap(config)
+        speed_up_products(config.dtype)
         return without_weights(_model_class(config), config, config.dtype)
 
     def _with_generation_config(self, model: PreTrainedModel) -> PreTrainedModel:

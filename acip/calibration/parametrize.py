@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from acip.base import own_code, positions
+from acip.base import own_code, require_positions
 from acip.calibration.activation_covariance import Feed, feed_tokens
 from acip.calibration.bases import bases
 from acip.calibration.basis_cache import BasisCache, basis_keys
@@ -81,8 +81,9 @@ def check_base(model: nn.Module, windows: Tensor | None) -> None:
     if windows is None:
         return
     check_windows(windows)
-    if isinstance(model, PreTrainedModel) and (most := positions(model.config)) is not None and windows.shape[1] > most:
-        raise BaseModelError(f"the windows have {windows.shape[1]:,} tokens, but this model has {most:,} positions. Use a smaller seq_len.")
+    tokens = windows.shape[1]
+    if isinstance(model, PreTrainedModel):
+        require_positions(model.config, tokens, BaseModelError, f"the windows have {tokens:,} tokens", "Use a smaller seq_len.")
     embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     if isinstance(embeddings, nn.Embedding) and int(windows.max()) >= embeddings.num_embeddings:
         raise BaseModelError(

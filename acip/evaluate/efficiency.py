@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from acip.base import positions, require_positions
 from acip.errors import EvaluationError
 from acip.evaluate.measurement import Measurement, Part, Subject, label, saved_bytes, stored_bytes
 
@@ -37,7 +38,7 @@ class Efficiency(Measurement):
     prompt: int = 128  # tokens each
     new_tokens: int = 32  # decoded per sequence
     repeats: int = 3
-    flop_tokens: int = 512  # length of the sequence whose FLOPs are counted
+    flop_tokens: int = 512  # length of the sequence whose FLOPs are counted, at most the context of the model
     device: str = ""  # name of the device, if measurements on several devices must have different keys
 
     def __post_init__(self) -> None:
@@ -46,6 +47,9 @@ class Efficiency(Measurement):
 
     @torch.no_grad()
     def measure(self, subject: Subject) -> Part:
+        tokens, what = self.prompt + self.new_tokens, f"the prompt has {self.prompt:,} tokens, and {self.new_tokens:,} new ones follow"
+        require_positions(subject.model.config, tokens, EvaluationError, what, "Use smaller values for prompt and new_tokens.")
+        flop_tokens = min(self.flop_tokens, positions(subject.model.config) or self.flop_tokens)
         model, cut = subject.plain(), None if subject.any_size is None else subject.any_size.cut
         weights, vocabulary = stored_bytes(model), model.config.get_text_config().vocab_size
         prompt_BT = torch.arange(self.batch * self.prompt, device=model.device).view(self.batch, -1) % vocabulary
@@ -60,11 +64,12 @@ class Efficiency(Measurement):
             "prefill_tokens_per_s": self.batch * self.prompt / prefill_s,
             "decode_tokens_per_s": self.batch * (self.new_tokens - 1) / decode_s,
             "tokens_per_s": self.batch * self.new_tokens / (prefill_s + decode_s),
-            "flops": flops(model, self.flop_tokens),
+            "flops": flops(model, flop_tokens),
         }
         if peak:
             values["peak_memory_bytes"] = weights + peak[0]
-        facts = {"device": device_name(model.device), "threads": torch.get_num_threads(), "dtype": str(model.dtype).removeprefix("torch.")}
+        dtype = str(model.dtype).removeprefix("torch.")
+        facts = {"device": device_name(model.device), "threads": torch.get_num_threads(), "dtype": dtype, "flop_tokens": flop_tokens}
         defaults = Efficiency()
         chosen = label(*(f"{key}{value}" for key, value in vars(self).items() if key in LABEL_FIELDS and value != getattr(defaults, key)))
         return {"label": f"{self.kind}/{chosen}" if chosen else self.kind, "values": values, **facts}

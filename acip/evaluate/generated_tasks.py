@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
+from acip.base import room
 from acip.data import start_tokens
 from acip.errors import EvaluationError
 from acip.evaluate.measurement import Measurement, Part, Subject, label
@@ -88,15 +89,20 @@ class GeneratedTask(Measurement):
         return f"{self.kind}/{label(self.task, f'first{self.limit}' if self.limit else '')}"
 
     def answers(self, model: Any, tokenizer: Any, items: Sequence[Item]) -> list[str]:
-        """Return the greedy answer of `model` to each item, up to the end token, or for a plain model the end of the line."""
+        """Return the greedy answer of `model` to each item, up to the end token, or for a plain model the end of the line.
+
+        An answer has at most `new_tokens` tokens, fewer if the context of the model is too short for them after the longest prompt.
+        EvaluationError if that prompt fills the context.
+        """
         chat = getattr(tokenizer, "chat_template", None) is not None
         prompts = [self.prompt(tokenizer, item, chat) for item in items]
-        ends = end_tokens(model, tokenizer)
+        longest, ends = max(map(len, prompts)), end_tokens(model, tokenizer)
+        most = room(model.config, longest, self.new_tokens, EvaluationError, f"a prompt of {self.task}")
         found: dict[int, str] = {}
         order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
         for at in range(0, len(order), BATCH):
             some = order[at : at + BATCH]
-            for i, ids in zip(some, continued(model, [prompts[i] for i in some], self.new_tokens, ends), strict=True):
+            for i, ids in zip(some, continued(model, [prompts[i] for i in some], most, ends), strict=True):
                 text = tokenizer.decode(ids, skip_special_tokens=True).strip()
                 found[i] = text if chat else text.partition("\nQuestion:")[0].strip()
         return [found[i] for i in range(len(items))]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acip.base import positions
+from acip.base import require_positions
 from acip.calibration.losses import CHUNK, next_token
 from acip.calibration.training_mode import evaluating
 from acip.errors import EvaluationError
@@ -107,9 +107,8 @@ class OnText(Measurement):
 
     def windows(self, subject: Subject) -> list[Tensor]:
         """Return the windows of the text, read once per subject. EvaluationError if they are longer than the model's positions."""
-        most = positions(subject.model.config)
-        if most is not None and self.text.context > most:
-            raise EvaluationError(f"context is {self.text.context}, but this model has {most} positions. Use a smaller context.")
+        context = self.text.context
+        require_positions(subject.model.config, context, EvaluationError, f"context is {context:,}", "Use a smaller context.")
         if self.text not in subject.windows:
             subject.windows[self.text] = self.text.tokens(subject.tokenizer)
         return subject.windows[self.text]

@@ -5,8 +5,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from acip.base import room
 from acip.data import start_tokens
-from acip.errors import EvaluationError
+from acip.errors import EvaluationError, cited
 from acip.evaluate.measurement import Measurement, Part, Subject
 
 PROMPTS = ("The capital of France is", "Once upon a time, there was a little", "Water boils when")
@@ -14,7 +15,10 @@ PROMPTS = ("The capital of France is", "Once upon a time, there was a little", "
 
 @dataclass(frozen=True)
 class Samples(Measurement):
-    """Continuations of `prompts` by `new_tokens` tokens."""
+    """Continuations of `prompts` by `new_tokens` tokens, or up to the end of the model's context.
+
+    EvaluationError if a prompt has no tokens or fills the context.
+    """
 
     kind: ClassVar[str] = "samples"
     prompts: tuple[str, ...] = PROMPTS
@@ -34,9 +38,10 @@ class Samples(Measurement):
                 raise EvaluationError(
                     f"the prompt {prompt!r} has no token, and the tokenizer puts none before a text. Give another prompt."
                 )
+            most = room(model.config, len(ids), self.new_tokens, EvaluationError, f"the prompt {cited(prompt)}")
             ids_1T = torch.tensor([ids], device=model.device)
             whole = model.generate(
-                ids_1T, attention_mask=torch.ones_like(ids_1T), max_new_tokens=self.new_tokens, do_sample=False,
+                ids_1T, attention_mask=torch.ones_like(ids_1T), max_new_tokens=most, do_sample=False,
                 pad_token_id=subject.tokenizer.eos_token_id or 0,  # not used, but transformers warns without it
             )  # fmt: skip
             samples.append({"prompt": prompt, "text": subject.tokenizer.decode(whole[0, ids_1T.shape[1] :], skip_special_tokens=True)})

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from acip.base import Base, load_base
-from acip.errors import DataError
+from acip.errors import BaseModelError, DataError
 from acip.self_text import BATCH, first_tokens, sample
 from tests.conftest import byte_tokenizer
 
@@ -71,6 +71,16 @@ def test_a_model_that_writes_nothing_is_refused(small_base: str) -> None:
     base.model.lm_head = silent
     with pytest.raises(DataError, match="ends its texts at once"):
         sample(base.model, base.tokenizer, T, seed=0, batch=0)
+
+
+def test_windows_without_room_for_a_message_or_longer_than_the_context_are_refused(base: Base) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ 'x' * 30 }}" + TEMPLATE
+    with pytest.raises(DataError, match=r"takes 36 of the 72 tokens of a window.*at least 144, or another source"):
+        sample(base.model, tokenizer, 72, seed=0, batch=0)
+    most = base.model.config.max_position_embeddings
+    with pytest.raises(BaseModelError, match=f"seq_len is {most + 1}, but this model has {most} positions. Use a smaller seq_len"):
+        sample(base.model, byte_tokenizer(), most + 1, seed=0, batch=0)
 
 
 def test_a_document_begins_with_the_start_of_a_text_else_bos_else_eos() -> None:

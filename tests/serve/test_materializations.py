@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, rmtree
 from typing import Any
 
 import boto3
@@ -232,6 +232,28 @@ def test_failed_materialization_reports_why_and_can_be_retried(settings: Setting
         again = await sizes.start(version, Budget(ratio=0.6))
         assert again["id"] == failed["id"] and again["error"] is None
         assert (await finished_record(sizes, again["id"]))["status"] == "succeeded"
+
+    run(scenario())
+
+
+def test_an_export_that_was_deleted_from_the_store_is_gone(
+    settings: Settings, version: ModelVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("acip_platform.serve.materializations.REFRESH_INTERVAL_S", -1.0)  # the store is listed at once
+
+    async def scenario() -> None:
+        sizes = materializations(settings)
+        kept, gone = [await finished_record(sizes, (await sizes.start(version, Budget(ratio=ratio)))["id"]) for ratio in (0.7, 0.6)]
+        assert [record["id"] for record in await sizes.list()] == [gone["id"], kept["id"]]
+        rmtree(gone["uri"])
+        with pytest.raises(RequestError, match=f"'{gone['id']}' was deleted from the store") as missing:
+            await sizes.get(gone["id"])
+        assert (missing.value.status, missing.value.code) == (404, "materialization_not_found")
+        assert [record["id"] for record in await sizes.list()] == [kept["id"]]
+        again = await finished_record(sizes, (await sizes.start(version, Budget(ratio=0.6)))["id"])
+        assert (again["id"], again["status"]) == (gone["id"], "succeeded")
+        await sizes.get(gone["id"])
+        assert await sizes.get(kept["id"]) == kept
 
     run(scenario())
 

@@ -53,6 +53,8 @@ class Materializations:
         self.store = Store.of(settings)
         self._stored: dict[str, Record] = {}  # complete exports in the store, as far as they are known
         self._refreshing, self._refreshed = asyncio.Lock(), -REFRESH_INTERVAL_S
+        self._listed: set[str] = set()  # URIs of the last listing of the store
+        self._listed_at = 0.0  # time of that listing, in seconds since 1970
         self._tables: dict[str, tuple[CutTable, int]] = {}  # by artifact: its table, and the number of directions removed at the stop ratio
 
     async def start(self, version: ModelVersion, budget: Budget, quantize: str | None = None) -> dict[str, Any]:
@@ -82,7 +84,7 @@ class Materializations:
         return (await asyncio.to_thread(self._table, version.uri))[0].convention
 
     async def get(self, id: str) -> dict[str, Any]:
-        """Return the record with this id. Raises RequestError 404 if there is none."""
+        """Return the record with this id. Raises RequestError 404 if there is none, or if its export was deleted from the store."""
         record = await self._ask("record", id) or self._stored.get(id)
         if record is None and re.fullmatch(r"mat-[0-9a-f]{16}", id):
             await self._refresh()
@@ -90,12 +92,16 @@ class Materializations:
         if record is None:
             message = f"no materialization {id!r}. GET /v1/materializations lists them; POST starts one."
             raise RequestError(message, "id", "materialization_not_found", 404)
+        if record.status == "succeeded" and not await asyncio.to_thread(self._exists, record):
+            self._stored.pop(id, None)
+            message = f"the export of materialization {id!r} was deleted from the store. POST /v1/materializations makes it again."
+            raise RequestError(message, "id", "materialization_not_found", 404)
         return record.as_json()
 
     async def list(self) -> Sequence[dict[str, Any]]:
-        """Return all records, newest first."""
+        """Return all records, newest first. Exports that were deleted from the store are left out once it was listed again."""
         await self._refresh()
-        records = {record.id: record for record in await self._ask("records")}
+        records = {record.id: record for record in await self._ask("records") if not self._is_deleted(record)}
         records |= {id: record for id, record in self._stored.items() if id not in records or records[id].status == "failed"}
         return [record.as_json() for record in sorted(records.values(), key=lambda record: -record.created)[: self.keep]]
 
@@ -133,10 +139,23 @@ class Materializations:
             self._tables[uri] = table, at_stop
         return self._tables[uri]
 
+    def _exists(self, record: Record) -> bool:
+        try:
+            return self.store.exists(str(record.uri), PROVENANCE)
+        except StoreError as error:
+            raise RequestError(str(error), None, "store_unavailable", 503) from error
+
+    def _is_deleted(self, record: Record) -> bool:
+        """Return whether a record of the coordinator is of an export that the last listing of the store would hold, but does not."""
+        listed_later = record.finished is not None and record.finished + REFRESH_INTERVAL_S < self._listed_at
+        return record.status == "succeeded" and listed_later and record.uri not in self._listed
+
     def _read(self, under: str, wanted: set[str] | None, known: set[str] | None = None) -> Sequence[Record]:
         """Return complete exports in the store, oldest first: those `wanted`, or, for None, the newest that are not `known`."""
         try:
-            times = self.store.complete(under, PROVENANCE)
+            listed_at, times = time.time(), self.store.complete(under, PROVENANCE)
+            if wanted is None:
+                self._listed, self._listed_at = set(times), listed_at
             ids = {uri: f"mat-{match[1]}" for uri in times if (match := re.search(r"/size-[^/]*-([0-9a-f]{16})-[0-9a-f]{8}$", uri))}
             uris = [uri for uri in ids if (ids[uri] not in (known or set()) if wanted is None else ids[uri] in wanted)]
             uris = sorted(uris, key=lambda uri: (times[uri], uri))[-self.keep :]
@@ -153,6 +172,7 @@ class Materializations:
                 return
             for record in await asyncio.to_thread(self._read, EXPORTS, None, set(self._stored)):
                 self._stored[record.id] = record
+            self._stored = {id: record for id, record in self._stored.items() if record.uri in self._listed}
             for id in list(self._stored)[: -self.keep]:
                 del self._stored[id]
             self._refreshed = time.monotonic()

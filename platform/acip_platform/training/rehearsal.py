@@ -4,11 +4,13 @@
     the model with 2n blocks   the same
     the model                  both grow by the same amount for every n blocks
 
-Training is timed for a step, the curve for a window, and passes over the sample windows for a few of them. Loading the base model,
+Training is timed for a step, the curve for a window, passes over the sample windows for a few of them, and text that the model writes
+itself for a few tokens, as if none of it were on the machine yet. Loading the base model,
 uploads and pauses of the cluster are not included.
 """
 
 import copy
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,13 +29,18 @@ from acip.calibration.parametrize import parametrize, restore
 from acip.coding.coded_model import CodedModel, assembled, code_layers, step_scales
 from acip.coding.statistics import layer_statistics
 from acip.coding.step_tuning import tune_steps
-from acip.data import TokenBatches
+from acip.data import SELF, TokenBatches
 from acip.errors import BaseModelError, foreign_errors
 from acip.evaluate.domains import CONTEXT
 from acip.layers.targets import find_linears, with_matches
+from acip.mixture import Mixture
+from acip.self_text import BATCH, TOGETHER
+from acip.utils.generation import continued
 from acip_platform.scheduling.fleet import Job
+from acip_platform.training.calibration_text import samples_text
 
 SAMPLED = 8  # windows of the statistics, the basis and the scores that are timed
+WRITTEN = 8  # tokens of each sampled text that are timed
 TUNED = 2  # steps of the step sizes that are timed
 WINDOWS = 160  # of held-out text, if the job does not limit them, about as many as WikiText-2 has at 2048 tokens
 
@@ -94,6 +101,8 @@ class _Rehearsal:
         """Run all phases."""
         recipe, model = self.recipe, self.base.model
         windows = self.ids(max(recipe.sample_windows, recipe.batch_size), recipe.seq_len)
+        if samples_text(self.job):
+            self.sample_text()
         codes = self.codes(windows) if recipe.code != "ranks" else None
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "artifact"
@@ -118,6 +127,13 @@ class _Rehearsal:
                     Artifact.save(folder, self.base, calibration, {}, codes)
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         return Forecast(self.seconds, float(size))
+
+    def sample_text(self) -> None:
+        """Time a few tokens of the text that the model itself writes, in the middle of a window. It is written in whole batches."""
+        T = self.recipe.seq_len
+        batches = math.ceil(Mixture.of(self.job.data).counts(self.job.windows)[SELF] / BATCH)
+        with self.clock("sampled text", batches * (BATCH // TOGETHER) * T / WRITTEN):
+            continued(self.base.model, self.ids(TOGETHER, max(1, T // 2)).tolist(), WRITTEN, (), do_sample=True, top_k=0)
 
     def parametrize(self, windows: Tensor) -> None:
         """Parametrize the model with a few windows, and again with twice as many, because only a part of the time depends on them."""

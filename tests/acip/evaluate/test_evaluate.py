@@ -23,6 +23,7 @@ from acip.evaluate import (
     CurveSetup,
     DivergenceOn,
     Efficiency,
+    GeneratedTask,
     Measurement,
     Part,
     PerplexityOn,
@@ -141,6 +142,21 @@ def test_a_perplexity_is_measured_without_dropout(heldout_tokens: torch.Tensor) 
 def test_a_prompt_without_a_token_is_refused(any_size: ElasticModel, small_artifact: Artifact) -> None:
     with pytest.raises(EvaluationError, match="prompt '' has no token"):
         evaluate(any_size, small_artifact.tokenizer(), [Samples(("",), 3)])
+
+
+def test_generated_text_ends_with_the_learned_positions_of_a_model() -> None:
+    """A model with learned positions can't go beyond them: it has no embedding for the next one."""
+    model, tokenizer = random_model(GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=4, n_positions=24)), byte_tokenizer()
+    model.generation_config.eos_token_id = None
+    row = evaluate(model, tokenizer, [Samples(("one two", "three"), 99), Efficiency(prompt=8, new_tokens=4, repeats=1)])
+    assert len(part(row, "samples")["samples"]) == 2
+    assert part(row, "efficiency")["flop_tokens"] == 24
+    with pytest.raises(EvaluationError, match=r"the prompt 'x+' has 30 tokens, and a new one follows, but this model has 24 positions"):
+        evaluate(model, tokenizer, [Samples(("x" * 30,), 1)])
+    with pytest.raises(EvaluationError, match=r"the prompt has 20 tokens, and 8 new ones follow, .* 24 positions\. Use smaller values"):
+        evaluate(model, tokenizer, [Efficiency(prompt=20, new_tokens=8)])
+    with pytest.raises(EvaluationError, match=r"a prompt of generated:arithmetic has \d+ tokens, .* this model has 24 positions"):
+        evaluate(model, tokenizer, [GeneratedTask("generated:arithmetic", 1)])
 
 
 def test_windows_without_a_token_to_predict_have_no_perplexity(small_base: str, heldout_tokens: torch.Tensor) -> None:

@@ -1,5 +1,6 @@
 """A rehearsal runs all phases of a calibration on a few blocks, and predicts those of the whole model."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from acip.coding.coded_model import code_model
 from acip.coding.statistics import layer_statistics
 from acip.errors import BaseModelError
 from acip.layers.targets import find_linears
+from acip.mixture import Mixture
 from acip.recipe import Recipe
 from tests.acip.layers.test_architectures import GROUPED, random_model
 from tests.support.small import byte_tokenizer
@@ -53,6 +55,17 @@ def test_every_phase_of_the_recipe_has_a_time(changes: dict[str, Any], phases: s
     assert forecast.seconds.keys() == phases
     assert all(seconds > 0 for seconds in forecast.seconds.values())
     assert forecast.total_s == pytest.approx(sum(forecast.seconds.values()))
+
+
+def test_text_that_the_model_writes_has_a_time_per_batch(small_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, ticks = load_base(small_base), itertools.count()
+    monkeypatch.setattr(rehearsal.time, "perf_counter", lambda: float(next(ticks)))  # every phase of every rehearsal takes a second
+    seconds = []
+    for windows in (64, 65):
+        half = job_of(code="bits", code_tune_steps=0, sample_windows=2 * windows)
+        job = replace(half, data=Mixture((("package:wikipedia", 1.0), ("self", 1.0))))
+        seconds.append(rehearse(job, base, CPU).seconds["sampled text"])
+    assert seconds == [2 * 64 / rehearsal.WRITTEN, 2 * 2 * 64 / rehearsal.WRITTEN], "batches have 64 texts, 32 at once, of 64 tokens"
 
 
 def test_only_a_few_of_the_sample_windows_are_read(small_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
