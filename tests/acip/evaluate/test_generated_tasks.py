@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from acip.artifact.artifact import Artifact
 from acip.errors import EvaluationError
@@ -82,7 +82,8 @@ class Answering:
     """A model that answers every prompt with the same text, and records the prompts."""
 
     def __init__(self, tokenizer: Any, text: str) -> None:
-        self.device, self.generation_config, self.tokenizer, self.text = torch.device("cpu"), GenerationConfig(), tokenizer, text
+        self.device, self.config, self.generation_config = torch.device("cpu"), PreTrainedConfig(), GenerationConfig()
+        self.tokenizer, self.text = tokenizer, text
         self.prompts: list[str] = []
 
     def generate(self, ids_BT: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> torch.Tensor:
