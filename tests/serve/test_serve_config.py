@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import yaml
 from acip_platform.serve.api import BUILD_ARGS, build
 from acip_platform.serve.served_versions import registered
 from acip_platform.settings import Settings
-from acip_platform.tracking.registry import Registry
+from acip_platform.tracking.registry import Registry, RegistryError
 from acip_platform.tracking.runs import Tracking
+from mlflow.tracking import MlflowClient
 from ray.serve.schema import ServeDeploySchema
 
 from acip.artifact.artifact import Artifact
@@ -50,6 +52,26 @@ def test_engines_scale_between_the_bounds(settings: Settings) -> None:
     scaling = engine(build({"replicas": 4, "min_replicas": 0})).autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (0, 4)
     assert engine(build({"replicas": 3})).num_replicas == 3
+
+
+class _Echo(mlflow.pyfunc.PythonModel):
+    def predict(self, context: Any, model_input: list[str]) -> list[str]:
+        return model_input
+
+
+def test_champions_of_other_programs_are_not_served(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry may be shared. A model that another program has logged with MLflow is served only if it is named, with an error."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", settings.tracking_uri)
+    monkeypatch.chdir(tmp_path)  # for the files of the model
+    with mlflow.start_run():
+        mlflow.pyfunc.log_model(name="model", python_model=_Echo(), registered_model_name="other", pip_requirements=["mlflow"])
+    MlflowClient(settings.tracking_uri).set_registered_model_alias("other", "champion", "1")
+    assert [version.name for version in registered(settings, None, "champion")] == ["small"]
+    (named,) = registered(settings, ["other"], "champion")
+    assert named.is_foreign
+    Registry(settings).client.delete_registered_model_alias("small", "champion")
+    with pytest.raises(RegistryError, match=r"there is nothing to serve\. Choose another --alias \(other has champion; small has none\)"):
+        registered(settings, None, "champion")
 
 
 def test_numbers_of_yaml_are_sizes_and_versions(settings: Settings) -> None:

@@ -139,7 +139,7 @@ class ServedVersions(Mapping[str, ModelVersion]):
 
 
 def registered(settings: Settings, names: list[str] | None, alias: str, missing: dict[str, str] | None = None) -> list[ModelVersion]:
-    """Return the versions to serve: those of `names`, or of every registered model with the alias.
+    """Return the versions to serve: those of `names`, or of every registered model with the alias that is not another program's.
 
     Raise a RegistryAwayError if the registry is not available, and a RegistryError if there is no such version. With `missing`, the names
     without a version are added to it, with the reason, and the other versions are returned.
@@ -183,7 +183,7 @@ def _with_alias(registry: Registry, alias: str) -> list[ModelVersion]:
     for name in registry.models():
         with contextlib.suppress(RegistryError):
             versions.append(registry.resolve(name, alias))
-    return versions
+    return [version for version in versions if not version.is_foreign]
 
 
 def _aliases(registry: Registry) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 MODEL_ID = "model_id"  # tag of a version: its LoggedModel
+MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")  # of models that other programs log to MLflow
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,11 @@ class ModelVersion:
     aliases: tuple[str, ...]
     tags: Mapping[str, str]
     alias: str = ""  # by which the version was selected; "" = by its number
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether this is a model of another program in a shared registry: it is in MLflow, where our artifacts never are."""
+        return self.uri.startswith(MLFLOW_SCHEMES)
 
     @property
     def model_id(self) -> str:
