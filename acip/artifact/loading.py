@@ -118,8 +118,9 @@ class ModelLoader:
     def _empty_base(self) -> PreTrainedModel:
         config = copy.deepcopy(self.artifact.config)  # the model may change its copy
         keep_attention_cap(config)
-        speed_up_products(config.dtype)
-        return without_weights(_model_class(config), config, config.dtype)
+        model = without_weights(_model_class(config), config, config.dtype)
+        speed_up_products(model.dtype)
+        return model
 
     def _with_generation_config(self, model: PreTrainedModel) -> PreTrainedModel:
         if "generation_config.json" in self.artifact.manifest["files"]:

@@ -54,9 +54,8 @@ def test_engines_scale_between_the_bounds(settings: Settings) -> None:
     assert engine(build({"replicas": 3})).num_replicas == 3
 
 
-class _Echo(mlflow.pyfunc.PythonModel):
-    def predict(self, context: Any, model_input: list[str]) -> list[str]:
-        return model_input
+def echo(model_input: list[str]) -> list[str]:
+    return model_input
 
 
 def test_champions_of_other_programs_are_not_served(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +63,7 @@ def test_champions_of_other_programs_are_not_served(settings: Settings, tmp_path
     monkeypatch.setenv("MLFLOW_TRACKING_URI", settings.tracking_uri)
     monkeypatch.chdir(tmp_path)  # for the files of the model
     with mlflow.start_run():
-        mlflow.pyfunc.log_model(name="model", python_model=_Echo(), registered_model_name="other", pip_requirements=["mlflow"])
+        mlflow.pyfunc.log_model(name="model", python_model=echo, registered_model_name="other", pip_requirements=["mlflow"])
     MlflowClient(settings.tracking_uri).set_registered_model_alias("other", "champion", "1")
     assert [version.name for version in registered(settings, None, "champion")] == ["small"]
     (named,) = registered(settings, ["other"], "champion")
