@@ -37,13 +37,14 @@ PRODUCTS: dict[str, Callable[..., Tensor]] = {
     "no rows": lambda x, weight, bias: F.linear(x[:0], weight, bias),
     "factors": lambda x, weight, bias: (x @ weight.T) @ weight,
     "scaled sum": lambda x, weight, bias: torch.addmm(bias, x, weight.T, beta=0.5, alpha=2.0),
+    "ignored sum": lambda x, weight, bias: torch.addmm(torch.full_like(bias, torch.nan), x, weight.T, beta=0.0),
     "batches": lambda x, weight, bias: x.view(3, -1, x.shape[1]) @ weight.T.expand(3, -1, -1),
     "scaled sum of batches": lambda x, weight, bias: torch.baddbmm(
         bias, x.view(3, -1, x.shape[1]), weight.T.expand(3, -1, -1), beta=0.5, alpha=2.0
     ),
-    "attention": lambda x, weight, bias: F.scaled_dot_product_attention(*(x.view(1, 3, -1, x.shape[1]),) * 3, is_causal=True),
+    "attention": lambda x, weight, bias: F.scaled_dot_product_attention(*(x.view(1, 1, -1, x.shape[1]),) * 3, is_causal=True),
     "attention with a mask": lambda x, weight, bias: F.scaled_dot_product_attention(
-        *(x.view(1, 3, -1, x.shape[1]),) * 3, attn_mask=torch.ones(11, 11, dtype=x.dtype).tril().log()
+        *(x.view(1, 1, -1, x.shape[1]),) * 3, attn_mask=torch.ones(33, 33, dtype=x.dtype).tril().log()
     ),
     "attention of few rows": lambda x, weight, bias: F.scaled_dot_product_attention(
         x.view(1, 3, -1, x.shape[1])[..., :2, :], *(x.view(1, 3, -1, x.shape[1]),) * 2
@@ -53,13 +54,13 @@ PRODUCTS: dict[str, Callable[..., Tensor]] = {
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_and_gradients_are_those_of_float64(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They differ by the rounding of a few results to 16 bit, also if the operands are converted in many blocks."""
+    """They differ by the rounding of a few results to 16 bit, also if the operands are converted in many tiles."""
     product = PRODUCTS[name]
     seed = torch.Generator().manual_seed(0)
     operands = [torch.randn(*shape, generator=seed).div(4).to(dtype) for shape in ((33, 40), (24, 40), (24,))]
     expected = outcome(product, [operand.double() for operand in operands])
-    for block in (1 << 24, 100):
-        monkeypatch.setattr(half_products, "BLOCK", block)
+    for tile in (half_products.TILE, 100):
+        monkeypatch.setattr(half_products, "TILE", tile)
         found = outcome(product, operands)
         for value, correct in zip(found, expected, strict=True):
             assert value.dtype == dtype and value.shape == correct.shape
