@@ -58,7 +58,8 @@ def load_base(source: str, dtype: Dtype = "bfloat16", trust_remote_code: bool = 
     """Load `source` (see the table above) in `dtype`, in evaluation mode, on the CPU.
 
     Every weight comes from the checkpoint and is finite; no weight is initialized at random. Code in the model's repository runs only
-    with `trust_remote_code`. Raises BaseModelError, which names the source, the problem and the remedy.
+    with `trust_remote_code`. On a CPU without instructions for `dtype`, products of this type are computed in float32 in this process from
+    now on (acip.utils.half_products). Raises BaseModelError, which names the source, the problem and the remedy.
     """
     base = _loaded(source, dtype, trust_remote_code)
     for name, weight in base.model.named_parameters():

@@ -31,6 +31,7 @@ from acip.data import TokenBatches
 from acip.export.folder import export
 from acip.recipe import Recipe
 from acip.sizing.elastic_model import ElasticModel
+from acip.utils.half_products import speed_up_products
 from tests.support import fuzzing
 from tests.support.browser import Visit, launched, visiting
 from tests.support.engines import ENGINE, write_wide_base
@@ -57,6 +58,8 @@ models:
 
 
 settings.load_profile("quick")
+for dtype in (torch.bfloat16, torch.float16):  # loading a model does this, and else results would depend on the order of the tests
+    speed_up_products(dtype)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

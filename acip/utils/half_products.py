@@ -27,7 +27,7 @@ _libraries: list[Any] = []  # holds the new kernels
 
 def speed_up_products(dtype: torch.dtype) -> None:
     """Replace PyTorch's kernels for products of `dtype` on this CPU in the present process if they are slow. Loading a model calls it."""
-    if is_slow(dtype):
+    if is_slow(dtype) and hasattr(torch.library, "get_kernel"):  # older versions of PyTorch can't call the kernels that were replaced
         with _lock:
             _slow.add(dtype)
             if not _libraries:
@@ -36,9 +36,10 @@ def speed_up_products(dtype: torch.dtype) -> None:
 
 def is_slow(dtype: torch.dtype) -> bool:
     """Return whether `dtype` is a 16-bit type that oneDNN does not multiply on this CPU."""
-    if dtype == torch.bfloat16:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    if dtype not in (torch.bfloat16, torch.float16) or not torch.backends.mkldnn.is_available():
+        return False
+    kernels = torch.ops.mkldnn
+    return not (kernels._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else kernels._is_mkldnn_fp16_supported())
 
 
 def _replace() -> Any:

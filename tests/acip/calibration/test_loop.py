@@ -201,6 +201,26 @@ def test_a_diverging_run_stops_with_a_reason(small_base: str, quick_recipe: Reci
         calibrate(base.model, TokenBatches(golden_tokens, 4), wild)
 
 
+@pytest.mark.parametrize("phase", ["prune", "post_tune"])
+def test_a_last_step_that_diverges_is_noticed(
+    phase: str, small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No loss follows the last step of a phase, so its result is checked itself."""
+    record = CalibrationState.record
+
+    def poisoned(self: CalibrationState, reports: list[StepReport], recipe: Recipe) -> None:
+        record(self, reports, recipe)
+        is_last = reports[-1].size <= recipe.stop_ratio if phase == "prune" else self.step == recipe.end(self.stop_step or 0)
+        if reports[-1].phase == phase and is_last:
+            next(iter(self.params.values())).data.view(-1)[0] = torch.nan
+
+    monkeypatch.setattr(CalibrationState, "record", poisoned)
+    base = load_base(small_base, "float32")
+    parametrize(base.model, quick_recipe, golden_tokens)
+    with pytest.raises(CalibrationError, match=r"the trained weights are not finite after step \d+.*Lower lr"):
+        calibrate(base.model, TokenBatches(golden_tokens, 4), quick_recipe)
+
+
 def test_calibration_works_without_adapters(
     small_base: str, quick_recipe: Recipe, golden_tokens: torch.Tensor, tmp_path: Path, heldout_tokens: torch.Tensor
 ) -> None:
