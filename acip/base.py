@@ -125,9 +125,9 @@ def positions(config: PreTrainedConfig) -> int | None:
     return length
 
 
-def room(config: PreTrainedConfig, prompt: int, new_tokens: int, error: type[AcipError], what: str) -> int:
+def room(config: PreTrainedConfig, prompt: int, new_tokens: int, error: type[AcipError], what: str, remedy: str) -> int:
     """Return how many of `new_tokens` fit into the context of a model after `prompt` tokens. Raise `error` if none does."""
-    require_positions(config, prompt + 1, error, f"{what} has {prompt:,} tokens, and a new one follows", "Use a shorter prompt.")
+    require_positions(config, prompt + 1, error, f"{what} has {prompt:,} tokens, and a new one follows", remedy)
     return min(new_tokens, (positions(config) or prompt + new_tokens) - prompt)
 
 

@@ -28,6 +28,7 @@ SAMPLING = 2  # version of this process, part of fingerprints
 TEMPERATURE = 1.0
 BATCH = 64  # texts
 TOGETHER = 32  # texts that are sampled at once; they limit the memory
+REMEDY = "Use a longer seq_len, or another source than self."
 MARK = "MESSAGE"  # stands for a user's message in the chat template
 
 Row = dict[str, Any]  # "text" or "messages", and the number of sampled "tokens"
@@ -93,8 +94,7 @@ def _chats(model: PreTrainedModel, tokenizer: Any, seq_len: int) -> list[Row]:
     special, prompt = _special(tokenizer), _ids(tokenizer, before) or first_tokens(tokenizer)
     if len(prompt) >= seq_len // 2:
         raise DataError(
-            f"the chat template takes {len(prompt):,} of the {seq_len:,} tokens of a window, so no message fits into its first half. Use a "
-            f"seq_len of at least {4 * len(prompt):,}, or another source than self."
+            f"the chat template takes {len(prompt):,} of the {seq_len:,} tokens of a window: no message fits into its first half. {REMEDY}"
         )
     stops = [token for token in _ids(tokenizer, after) if token in special][:1]
     rows: list[Row] = []
@@ -104,6 +104,8 @@ def _chats(model: PreTrainedModel, tokenizer: Any, seq_len: int) -> list[Row]:
             rows.append({"messages": [{"role": "user", "content": message}], "tokens": len(ids)})
     asked = [_ids(tokenizer, chat_text(row["messages"], tokenizer, add_generation_prompt=True)) for row in rows]
     fitting = [(row, ids) for row, ids in zip(rows, asked, strict=True) if len(ids) < seq_len]
+    if rows and not fitting:
+        raise DataError(f"the chat template and a message fill the {seq_len:,} tokens of a window, so no answer fits. {REMEDY}")
     rows, prompts = [row for row, _ in fitting], [ids for _, ids in fitting]
     most = seq_len - max(map(len, prompts), default=0)
     for row, ids in zip(rows, _continued(model, tokenizer, prompts, most, stops) if rows else [], strict=True):

@@ -48,7 +48,7 @@ class Efficiency(Measurement):
     @torch.no_grad()
     def measure(self, subject: Subject) -> Part:
         tokens, what = self.prompt + self.new_tokens, f"the prompt has {self.prompt:,} tokens, and {self.new_tokens:,} new ones follow"
-        require_positions(subject.model.config, tokens, EvaluationError, what, "Use smaller values for prompt and new_tokens.")
+        require_positions(subject.model.config, tokens, EvaluationError, what, "Use fewer of both.")
         flop_tokens = min(self.flop_tokens, positions(subject.model.config) or self.flop_tokens)
         model, cut = subject.plain(), None if subject.any_size is None else subject.any_size.cut
         weights, vocabulary = stored_bytes(model), model.config.get_text_config().vocab_size

@@ -96,8 +96,8 @@ class GeneratedTask(Measurement):
         """
         chat = getattr(tokenizer, "chat_template", None) is not None
         prompts = [self.prompt(tokenizer, item, chat) for item in items]
-        longest, ends = max(map(len, prompts)), end_tokens(model, tokenizer)
-        most = room(model.config, longest, self.new_tokens, EvaluationError, f"a prompt of {self.task}")
+        longest, ends = max(map(len, prompts), default=0), end_tokens(model, tokenizer)
+        most = room(model.config, longest, self.new_tokens, EvaluationError, f"a prompt of {self.task}", "Leave this task out.")
         found: dict[int, str] = {}
         order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
         for at in range(0, len(order), BATCH):

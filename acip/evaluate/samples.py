@@ -38,7 +38,7 @@ class Samples(Measurement):
                 raise EvaluationError(
                     f"the prompt {prompt!r} has no token, and the tokenizer puts none before a text. Give another prompt."
                 )
-            most = room(model.config, len(ids), self.new_tokens, EvaluationError, f"the prompt {cited(prompt)}")
+            most = room(model.config, len(ids), self.new_tokens, EvaluationError, f"the prompt {cited(prompt)}", "Use a shorter one.")
             ids_1T = torch.tensor([ids], device=model.device)
             whole = model.generate(
                 ids_1T, attention_mask=torch.ones_like(ids_1T), max_new_tokens=most, do_sample=False,

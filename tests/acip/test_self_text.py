@@ -76,7 +76,7 @@ def test_a_model_that_writes_nothing_is_refused(small_base: str) -> None:
 def test_windows_without_room_for_a_message_or_longer_than_the_context_are_refused(base: Base) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ 'x' * 30 }}" + TEMPLATE
-    with pytest.raises(DataError, match=r"takes 36 of the 72 tokens of a window.*at least 144, or another source"):
+    with pytest.raises(DataError, match=r"takes 36 of the 72 tokens of a window: no message .* Use a longer seq_len"):
         sample(base.model, tokenizer, 72, seed=0, batch=0)
     most = base.model.config.max_position_embeddings
     with pytest.raises(BaseModelError, match=f"seq_len is {most + 1}, but this model has {most} positions. Use a smaller seq_len"):

@@ -3,8 +3,8 @@
     python tests/benchmarks/half_products.py [--quick] [--check]
 
 One thread. On a CPU that has instructions for a type, nothing is replaced, and the type is left out. Each line has the time of PyTorch's
-kernel and that of the new one. --check exits with 1 if a product became slower. The last line is the result: the smallest speedup, and the
-geometric mean.
+kernel and that of the new one. --check exits with 1 if a product became slower by more than a tenth. The last line is the result: the
+smallest speedup, and the geometric mean.
 """
 
 import argparse
@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acip.utils.half_products import is_slow, speed_up_products
+from acip.utils.half_products import QUERIES, is_slow, speed_up_products
 
 SHAPES = {"SmolLM2-135M": (1536, 576), "Llama 1B": (5632, 2048)}
 ROWS = (8, 64, 512)
 HEADS, HEAD_SIZE = 9, 64
-GAIN = 1.0
+GAIN = 0.9
 
 
 def products(M: int, N: int, rows: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -36,12 +36,14 @@ def products(M: int, N: int, rows: int, dtype: torch.dtype) -> dict[str, Callabl
     def attention() -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
-    return {
+    runs: dict[str, Callable[[], object]] = {
         "y = x W'": lambda: x @ weight.T,
         "dx = dy W": lambda: grad @ weight,
         "dW = dy' x": lambda: grad.T @ x,
-        "attention, forward and backward": lambda: attention().sum().backward(),
     }
+    if rows >= QUERIES:
+        runs["attention, forward and backward"] = lambda: attention().sum().backward()
+    return runs
 
 
 def seconds(run: Callable[[], object], repeats: int) -> float:
@@ -58,7 +60,7 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the small model's shape only")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a product became slower")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a product became slower by more than a tenth")
     args = parser.parse_args()
     torch.set_num_threads(1)
     repeats, speedups = 3 if args.quick else 5, []

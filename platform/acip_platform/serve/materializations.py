@@ -70,7 +70,7 @@ class Materializations:
         if known and known.status == "failed":  # the artifact may have been replaced
             self._tables.pop(version.uri, None)
             record, work = await asyncio.to_thread(self._plan, version, budget, quantize)
-        stored = await asyncio.to_thread(self._read, f"{EXPORTS}/{_name(version)}", {record.id})
+        stored = await asyncio.to_thread(self._read, f"{EXPORTS}/{_name(version.name, version.version)}", {record.id})
         if stored:
             return (known if known and known.uri == stored[0].uri else stored[0]).as_json()
         started = await self._ask("export", self.settings, record, work, known)
@@ -84,7 +84,11 @@ class Materializations:
         return (await asyncio.to_thread(self._table, version.uri))[0].convention
 
     async def get(self, id: str) -> dict[str, Any]:
-        """Return the record with this id. Raises RequestError 404 if there is none, or if its export was deleted from the store."""
+        """Return the record with this id.
+
+        Raises RequestError with 404 if there is none or if its export was deleted from the store, and with 503 if the store is not
+        available.
+        """
         record = await self._ask("record", id) or self._stored.get(id)
         if record is None and re.fullmatch(r"mat-[0-9a-f]{16}", id):
             await self._refresh()
@@ -93,9 +97,11 @@ class Materializations:
             message = f"no materialization {id!r}. GET /v1/materializations lists them; POST starts one."
             raise RequestError(message, "id", "materialization_not_found", 404)
         if record.status == "succeeded" and not await asyncio.to_thread(self._exists, record):
-            self._stored.pop(id, None)
-            message = f"the export of materialization {id!r} was deleted from the store. POST /v1/materializations makes it again."
-            raise RequestError(message, "id", "materialization_not_found", 404)
+            again = await asyncio.to_thread(self._read, f"{EXPORTS}/{_name(record.model, record.version)}", {id})
+            if not again:
+                message = f"the export of materialization {id!r} was deleted from the store. POST /v1/materializations makes it again."
+                raise RequestError(message, "id", "materialization_not_found", 404)
+            record = again[-1]  # another server has made it again
         return record.as_json()
 
     async def list(self) -> Sequence[dict[str, Any]]:
@@ -122,8 +128,8 @@ class Materializations:
         size = f"{cut.sizes['linear']:.4f}" if cut.versions is None else f"{cut.sizes['bytes']:.4f}-bytes"
         size += f"-{kind}" if kind else ""
         facts = {key: getattr(record, key) for key in ("id", "model", "version", "size", "quantize")}
-        title = f"{_name(version).partition('/')[0]}-{size}"
-        key = f"{EXPORTS}/{_name(version)}/size-{size}-{code}"
+        name = _name(version.name, version.version)
+        title, key = f"{name.partition('/')[0]}-{size}", f"{EXPORTS}/{name}/size-{size}-{code}"
         return record, Work(version.uri, budget, cut.key, kind, title, key, facts)
 
     def _table(self, uri: str) -> tuple[CutTable, int]:
@@ -151,13 +157,16 @@ class Materializations:
         return record.status == "succeeded" and listed_later and record.uri not in self._listed
 
     def _read(self, under: str, wanted: set[str] | None, known: set[str] | None = None) -> Sequence[Record]:
-        """Return complete exports in the store, oldest first: those `wanted`, or, for None, the newest that are not `known`."""
+        """Return complete exports in the store, oldest first.
+
+        They are those with the ids `wanted`, or, for None, the newest at URIs that are not `known`.
+        """
         try:
             listed_at, times = time.time(), self.store.complete(under, PROVENANCE)
             if wanted is None:
                 self._listed, self._listed_at = set(times), listed_at
             ids = {uri: f"mat-{match[1]}" for uri in times if (match := re.search(r"/size-[^/]*-([0-9a-f]{16})-[0-9a-f]{8}$", uri))}
-            uris = [uri for uri in ids if (ids[uri] not in (known or set()) if wanted is None else ids[uri] in wanted)]
+            uris = [uri for uri in ids if (uri not in (known or set()) if wanted is None else ids[uri] in wanted)]
             uris = sorted(uris, key=lambda uri: (times[uri], uri))[-self.keep :]
             raws = self.store.read([f"{uri}/{PROVENANCE}" for uri in uris])
         except StoreError as error:
@@ -170,7 +179,8 @@ class Materializations:
         async with self._refreshing:
             if time.monotonic() - self._refreshed < REFRESH_INTERVAL_S:
                 return
-            for record in await asyncio.to_thread(self._read, EXPORTS, None, set(self._stored)):
+            known = {str(record.uri) for record in self._stored.values()}
+            for record in await asyncio.to_thread(self._read, EXPORTS, None, known):
                 self._stored[record.id] = record
             self._stored = {id: record for id, record in self._stored.items() if record.uri in self._listed}
             for id in list(self._stored)[: -self.keep]:
@@ -198,6 +208,6 @@ def _kind(quantize: str | None) -> Kind | None:
     raise RequestError(f'quantize is {quantize!r}; it must be "nf4", "fp4", "int8" or null.', "quantize")
 
 
-def _name(version: ModelVersion) -> str:
-    """Return NAME/VERSION as part of a key, with unsafe characters of the name replaced."""
-    return re.sub(r"^\.+|[^A-Za-z0-9._-]", "_", version.name) + f"/{version.version}"
+def _name(model: str, version: str) -> str:
+    """Return MODEL/VERSION as part of a key, with unsafe characters of the name replaced."""
+    return re.sub(r"^\.+|[^A-Za-z0-9._-]", "_", model) + f"/{version}"

@@ -187,8 +187,13 @@ def _with_alias(registry: Registry, alias: str) -> list[ModelVersion]:
 
 
 def _aliases(registry: Registry) -> str:
-    """Return a text that lists the aliases of each model."""
-    by_model = {name: [alias for version in registry.versions(name, {}) for alias in version.aliases] for name in registry.models()}
+    """Return a text that lists the aliases of each model that is not another program's."""
+    versions = {name: registry.versions(name, {}) for name in registry.models()}
+    by_model = {
+        name: [alias for each in own for alias in each.aliases]
+        for name, own in versions.items()
+        if not any(each.is_foreign for each in own)
+    }
     return "; ".join(f"{name} has {', '.join(aliases) or 'none'}" for name, aliases in by_model.items())
 
 

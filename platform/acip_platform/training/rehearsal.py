@@ -129,11 +129,11 @@ class _Rehearsal:
         return Forecast(self.seconds, float(size))
 
     def sample_text(self) -> None:
-        """Time a few tokens of the text that the model itself writes, in the middle of a window. It is written in whole batches."""
+        """Time the first tokens of the text that the model itself writes. It is written in whole batches, from short prompts."""
         T = self.recipe.seq_len
         batches = math.ceil(Mixture.of(self.job.data).counts(self.job.windows)[SELF] / BATCH)
         with self.clock("sampled text", batches * (BATCH // TOGETHER) * T / WRITTEN):
-            continued(self.base.model, self.ids(TOGETHER, max(1, T // 2)).tolist(), WRITTEN, (), do_sample=True, top_k=0)
+            continued(self.base.model, self.ids(TOGETHER, 1).tolist(), WRITTEN, (), do_sample=True, top_k=0)
 
     def parametrize(self, windows: Tensor) -> None:
         """Parametrize the model with a few windows, and again with twice as many, because only a part of the time depends on them."""

@@ -151,9 +151,11 @@ def test_generated_text_ends_with_the_learned_positions_of_a_model() -> None:
     row = evaluate(model, tokenizer, [Samples(("one two", "three"), 99), Efficiency(prompt=8, new_tokens=4, repeats=1)])
     assert len(part(row, "samples")["samples"]) == 2
     assert part(row, "efficiency")["flop_tokens"] == 24
-    with pytest.raises(EvaluationError, match=r"the prompt 'x+' has 30 tokens, and a new one follows, but this model has 24 positions"):
+    with pytest.raises(
+        EvaluationError, match=r"the prompt 'x+' has 30 tokens, and a new one follows, but this model has 24 positions. Use a shorter one"
+    ):
         evaluate(model, tokenizer, [Samples(("x" * 30,), 1)])
-    with pytest.raises(EvaluationError, match=r"the prompt has 20 tokens, and 8 new ones follow, .* 24 positions\. Use smaller values"):
+    with pytest.raises(EvaluationError, match=r"the prompt has 20 tokens, and 8 new ones follow, .* 24 positions\. Use fewer of both"):
         evaluate(model, tokenizer, [Efficiency(prompt=20, new_tokens=8)])
     with pytest.raises(EvaluationError, match=r"a prompt of generated:arithmetic has \d+ tokens, .* this model has 24 positions"):
         evaluate(model, tokenizer, [GeneratedTask("generated:arithmetic", 1)])
