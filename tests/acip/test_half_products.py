@@ -78,7 +78,12 @@ def outcome(product: Callable[..., Tensor], operands: list[Tensor]) -> list[Tens
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_only_products_that_are_faster_are_converted(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     converted: list[torch.dtype] = []
-    monkeypatch.setattr(Tensor, "float", lambda tensor: converted.append(tensor.dtype) or tensor.to(torch.float32))
+
+    def record(tensor: Tensor) -> Tensor:
+        converted.append(tensor.dtype)
+        return tensor.to(torch.float32)
+
+    monkeypatch.setattr(Tensor, "float", record)
     operands = [torch.ones(*shape, dtype=dtype) for shape in ((33, 40), (24, 40), (24,))]
     PRODUCTS[name](*operands)
     assert bool(converted) == (name not in ("few rows", "no rows") and "attention" not in name), "attention: only its gradients"
