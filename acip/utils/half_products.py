@@ -1,8 +1,8 @@
 """Fast products of 16-bit matrices on a CPU that has no instructions for them.
 
 PyTorch leaves such products to oneDNN if the CPU supports the type: bfloat16 needs AVX-512 on x86, float16 needs AVX512-FP16. On other
-CPUs it uses kernels of its own that are fast for a single row only. For many rows they take 4 to 36 times as long as the same product in
-float32 (tests/benchmarks/CALIBRATION.md).
+CPUs it uses kernels of its own that are fast for a single row only. For 64 rows or more in bfloat16 they take 4 to 36 times
+as long as the new ones (tests/benchmarks/CALIBRATION.md).
 
 `speed_up_products` replaces these kernels. The new ones convert the operands to float32, multiply, and round the result. The old ones also
 add in float32, so the results differ by rounding only. Products of matrices are converted a tile at a time.
