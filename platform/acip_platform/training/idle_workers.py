@@ -52,7 +52,7 @@ class IdleWorkers:
         self.shares = [0]
 
     def __call__(self, function: Callable[[T], R], items: Iterable[T], threads: int = 0) -> Iterator[R]:
-        """Yield `function(item)` of each item in their order. An error of the function is raised."""
+        """Yield `function(item)` of each item in their order. Its error is raised; of several at a time, the one of the earliest item."""
         source, lost, results = enumerate(items), list[tuple[int, T]](), dict[int, R]()
         running: dict[Future[R], tuple[int, T, _Worker | None]] = {}
         own, at = 1 + (threads or torch.get_num_threads()), 0
@@ -82,7 +82,8 @@ class IdleWorkers:
                         start(waiting, worker)
                 if not running:
                     return
-                for future in wait(running, self.look_s, FIRST_COMPLETED).done:
+                finished = wait(running, self.look_s, FIRST_COMPLETED).done
+                for future in sorted(finished, key=lambda each: running[each][0]):
                     number, item, computed_by = running.pop(future)
                     if computed_by is not None and future.exception() is not None:
                         lost.append((number, item))
