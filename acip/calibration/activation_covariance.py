@@ -21,8 +21,6 @@ from acip.layers import sharding
 from acip.layers.targets import hooked, weight_MN
 from acip.modeling_acip import accumulation_dtype, widened
 
-BATCH = 4  # windows per forward pass
-
 Feed = Callable[[nn.Module, Tensor], Any]
 
 
@@ -53,27 +51,24 @@ def activation_covariances(
     linears: Mapping[str, nn.Module],
     windows: Tensor,
     feed: Feed = feed_tokens,
-    batch_size: int = BATCH,
     calls: Counter[str] | None = None,
     inputs_only: bool = False,
 ) -> dict[str, Tensor]:
-    """Return the mean of x x^T [n, n] per layer, for its inputs x [N] or outputs x [M] (see `of_outputs`), from one forward pass per batch.
+    """Return the mean of x x^T [n, n] per layer, for its inputs x [N] or outputs x [M] (see `of_outputs`).
 
-    Layers with the same input tensor (q, k, v; gate, up) share one matrix. The matrices are in the accumulation dtype. A layer that is
-    never called is missing in the result. `feed(model, windows[i:j])` runs a model on other inputs, such as images; the matrix is then a
-    multiple of the mean, with the same eigenvectors. `calls` is the number of calls of each layer in one forward pass, if known; a pass
-    then ends after the last of them.
+    There is one forward pass per window. Layers with the same input tensor (q, k, v; gate, up) share one matrix. The matrices are in the
+    accumulation dtype. A layer that is never called is missing in the result. `feed(model, windows[i:j])` runs a model on other inputs,
+    such as images; the matrix is then a multiple of the mean, with the same eigenvectors. `calls` is the number of calls of each layer in
+    one forward pass, if known; a pass then ends after the last of them.
     """
     sums = MomentSums(linears, Counter(calls), inputs_only)
     rank, size = sharding.rank(), sharding.workers()
     with sums.hooks():
-        for some in windows.split(size * batch_size):
-            batch = some[rank::size]
-            sums.start(counts=len(batch) > 0)
-            if not len(batch):  # layers of a sharded model are gathered by all workers together
-                batch = some[:1]
+        for i in range(0, len(windows), size):  # layers of a sharded model are gathered by all workers together, also for the last window
+            window = min(i + rank, len(windows) - 1)
+            sums.start(counts=i + rank == window)
             with suppress(_Done):
-                feed(model, batch.to(next(model.parameters()).device))
+                feed(model, windows[window][None].to(next(model.parameters()).device))
     return sums.means(windows.numel())
 
 
@@ -143,7 +138,7 @@ class MomentSums:
     def add(self, owner: str, x: Tensor) -> None:
         if not self.counts:
             return
-        x_Sn = widened(x.reshape(-1, x.shape[-1]))
+        x_Sn = widened(x.detach().reshape(-1, x.shape[-1]))
         if owner not in self.matrices:
             self.matrices[owner] = x_Sn.new_zeros(x_Sn.shape[1], x_Sn.shape[1])
         _add_outer(self.matrices[owner], x_Sn)

@@ -21,6 +21,7 @@ Legend: M = out features, N = in features, n = M or N, S = samples (tokens), b =
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from acip.calibration.activation_covariance import Feed, activation_covariances, covariance_matrix_bytes, feed_tokens, grouped, probe
 from acip.calibration.basis_cache import BasisCache, basis_keys
-from acip.calibration.gradient_covariance import gradient_covariances
+from acip.calibration.fisher_moments import FisherMoments, fisher_moments
 from acip.errors import BaseModelError
 from acip.layers import sharding
 from acip.layers.targets import weight_MN
@@ -62,7 +63,7 @@ def bases(
 
     Directions are on the device of the weight and in its dtype. `model` must not change until the last pair. Layers are processed in
     groups whose covariances take at most `covariance_bytes` (or of one layer), with one pass per group over the first
-    `recipe.sample_windows` of `windows`, and one with its backward pass for the Fisher basis. Bases in `cache` are not computed. `spread`
+    `recipe.sample_windows` of `windows`, and its backward pass for the Fisher basis. Bases in `cache` are not computed. `spread`
     distributes the eigenproblems.
 
     Under torch.distributed, each rank runs its share of the windows and solves its share of the layers. All ranks get the same
@@ -96,12 +97,13 @@ def bases(
         layers = {name: missing[name] for name in group}
         C: dict[str, Tensor] = {}
         G: dict[str, Tensor] = {}
-        if samples is not None:
+        if samples is not None and recipe.basis == "fisher":
+            C, G = fisher_moments(model, layers, samples, feed, recipe.seed)
+            require_called(layers, C)
+            require_reached(layers, G)
+        elif samples is not None:
             C = activation_covariances(model, layers, samples, feed, calls=Counter(name for name, _ in trace))
             require_called(layers, C)
-        if samples is not None and recipe.basis == "fisher":
-            G = gradient_covariances(model, layers, samples, feed, recipe.seed)
-            require_reached(layers, G)
 
         def keep(name: str, directions_KM: Tensor) -> None:
             nonlocal done
@@ -113,6 +115,30 @@ def bases(
         C.clear()
         G.clear()
         yield from solved.items()
+
+
+@contextmanager
+def fisher_bases_cached(
+    model: nn.Module, linears: Mapping[str, nn.Module], recipe: Recipe, windows: Tensor, cache: BasisCache, spread: Spread = each_in_turn
+) -> Iterator[None]:
+    """Compute Fisher bases from passes that the caller makes for another purpose, and put them in `cache`, where `bases` finds them.
+
+    In this context, the caller differentiates the `sampled_loss` of each of the first `recipe.sample_windows` of `windows`, with the seed
+    of the recipe, as `acip.coding.statistics.layer_statistics` does. One worker holds the model, and the moments of all layers are in
+    memory.
+    """
+    samples = windows[: recipe.sample_windows]
+    keys = basis_keys(model, linears, recipe, samples)
+    if cache.holds(keys.values()):
+        yield
+        return
+    moments = FisherMoments(linears)
+    with moments.summed():
+        yield
+    C, G = moments.results(samples.numel())
+    require_called(linears, C)
+    require_reached(linears, G)
+    solve(linears, C, G, lambda name, directions: cache.put(keys[name], directions), spread)
 
 
 def require_called(layers: Iterable[str], C: Container[str]) -> None:

@@ -20,7 +20,7 @@ from acip.recipe import Recipe
 from acip.utils.atomic import SUFFIX, atomic_file
 from acip.utils.threads import one_thread_each
 
-VERSION = 1  # part of every key; increase it when the same inputs give another basis
+VERSION = 2  # part of every key; increase it when the same inputs give another basis
 log = logging.getLogger(__name__)
 
 
@@ -79,19 +79,20 @@ class BasisCache:
         """
         names = sorted(keys)
         with ExitStack() as stack:
-            if not self._all(names):
+            if not self.holds(names):
                 # If the folder cannot be written or locked, every process computes the bases. Some versions of filelock raise
                 # NotImplementedError for a file system without locks.
                 with suppress(OSError, NotImplementedError):
                     self.folder.mkdir(parents=True, exist_ok=True)
                     path = self.folder / f"{hashlib.sha256(repr(names).encode()).hexdigest()}.lock"
                     lock = stack.enter_context(FileLock(path))
-                    if self._all(names):
+                    if self.holds(names):
                         lock.release()
             yield
 
-    def _all(self, names: list[str]) -> bool:
-        return all(self._path(name).exists() for name in names)
+    def holds(self, keys: Iterable[str]) -> bool:
+        """Return whether all of these keys are in the cache."""
+        return all(self._path(key).exists() for key in keys)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acip.calibration.activation_covariance import BATCH, MomentSums
+from acip.calibration.activation_covariance import MomentSums
 from acip.calibration.bases import require_called, require_reached, solve
 from acip.calibration.block_pass import BlockPass, PassFiles
+from acip.calibration.fisher_moments import gradient_sums
 from acip.calibration.fixed_scores import require_gradients, scored_parts, singular_values
-from acip.calibration.gradient_covariance import gradient_sums, loss_of
-from acip.calibration.losses import next_token
+from acip.calibration.losses import next_token, sampled_loss
 from acip.calibration.parametrize import adapters, check_base
 from acip.calibration.result import Calibration
 from acip.errors import CalibrationError
@@ -136,11 +136,11 @@ class _Blocks:
         """Compute the files `directions` that do not exist yet."""
         recipe = self.recipe
         missing = [{} if self.kind(i) else part for i, part in enumerate(self.parts)]
-        gradients = self.pass_of("gradients", (window[None] for window in windows), missing)
-        inputs = self.pass_of("inputs", windows.split(BATCH), [])
+        gradients = self.pass_of("gradients", windows.split(1), missing)
+        inputs = self.pass_of("inputs", windows.split(1), [])
         if recipe.basis == "fisher" and any(missing):
             gradients.run(
-                lambda number, logits_1TV, ids_1T: loss_of(number, logits_1TV[0], recipe.seed),
+                lambda number, logits_1TV, ids_1T: sampled_loss(logits_1TV[0], number, recipe.seed),
                 _reached,
                 lambda done, total: self.progress("gradients", done, total),
             )

@@ -111,19 +111,12 @@ class Divergence(torch.autograd.Function):
         return logits_grad.mul_(grad), None, None
 
 
-class DrawnTokens:
-    """Tokens that are drawn from the model's predictions, one window after the other."""
+def sampled_loss(logits_SV: Tensor, window: int, seed: int) -> Tensor:
+    """Return the negative log likelihood of classes that are drawn from the predictions [S, V] themselves, summed over the window.
 
-    def __init__(self, seed: int = 0) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def of(self, logits_SV: Tensor) -> Tensor:
-        """Return the tokens [S] of the next window."""
-        probabilities_SV = logits_SV.detach().softmax(-1).cpu()
-        return torch.multinomial(probabilities_SV, 1, generator=self.generator)[:, 0].to(logits_SV.device)
-
-
-def sampled_loss(logits_SV: Tensor, drawn: DrawnTokens) -> Tensor:
-    """Return the negative log likelihood of tokens that are drawn from the predictions themselves, summed over the window."""
+    The draws depend on the number of the window and on the seed only, so that several workers, or several passes, get the same ones.
+    """
     logits_SV = logits_SV.float()
-    return F.cross_entropy(logits_SV, drawn.of(logits_SV), reduction="sum")
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + window)
+    drawn_S = torch.multinomial(logits_SV.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+    return F.cross_entropy(logits_SV, drawn_S.to(logits_SV.device), reduction="sum")

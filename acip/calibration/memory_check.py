@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import nn
 
-from acip.calibration.memory_plan import Memory, Phase, predict, predict_streamed
+from acip.calibration.memory_plan import Memory, Phase, predict, predict_shared, predict_streamed
 from acip.errors import CalibrationError
 from acip.recipe import Recipe
 from acip.utils.free_memory import free_memory
@@ -42,6 +42,12 @@ def plan(
         return phase if held else streamed.get(phase.name, phase)
 
     return Memory(tuple(planned(phase) for phase in phases if phase.name not in left_out))
+
+
+def fits_shared(model: nn.Module, recipe: Recipe, available: float, device: str | torch.device | None = None) -> bool:
+    """Return whether the moments of the Fisher basis can be summed in the passes that gather the statistics of codes, and fit then."""
+    phase = predict_shared(model, recipe, device)
+    return phase is not None and fits(phase, available)
 
 
 def check(

@@ -32,7 +32,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from acip.calibration.activation_covariance import BATCH
 from acip.calibration.bases import STACK
 from acip.calibration.fixed_scores import scored_at_once
 from acip.calibration.losses import CHUNK
@@ -150,6 +149,14 @@ def predict_streamed(
 ) -> dict[str, Phase]:
     """Predict the phases of `predict` that can be streamed, as they are then, by name."""
     return {phase.name: phase for phase in _Prediction(model, recipe, _is_cpu(model, device), workers).streamed(context)}
+
+
+def predict_shared(model: nn.Module, recipe: Recipe, device: str | torch.device | None = None) -> Phase | None:
+    """Predict the phase `code` if the moments of the Fisher basis are summed in the same passes (`acip.calibration.bases`).
+
+    None: the recipe has no use for them, or they or the statistics are too large to be in memory at once.
+    """
+    return _Prediction(model, recipe, _is_cpu(model, device), 1).coded.shared()
 
 
 def _is_cpu(model: nn.Module, device: str | torch.device | None) -> bool:
@@ -379,9 +386,29 @@ class _Prediction:
 
     # moments
 
+    def moments(self, layers: list[_Layer]) -> float:
+        """Return the bytes of the second moments from which the bases of `layers` are computed."""
+        if self.recipe.basis == "svd":
+            return 0.0
+        return float(self.wide * sum(layer.moment + (self.recipe.basis == "fisher") * layer.K**2 for layer in layers))
+
+    def shared(self) -> Phase | None:
+        """Return the peak of coding if the moments of the Fisher basis are summed in the same passes. See `predict_shared`."""
+        recipe, moments = self.recipe, self.moments(self.layers)
+        if (recipe.code, recipe.basis) != ("both", "fisher") or self.gathered() > STATISTICS or moments > COVARIANCES:
+            return None
+        phase = self.code()
+        solving = self.s * sum(layer.K * layer.M for layer in self.layers) + self.solving(self.layers)
+        solved = Phase("code", self.rest, self.dense, statistics=self.gathered() + moments, transient=solving)
+        return max(replace(phase, statistics=phase.statistics + moments), solved, key=lambda phase: phase.total)
+
+    def gathered(self) -> float:
+        """Return the bytes of the statistics of all layers."""
+        return float(sum(statistics_bytes(layer.M, layer.N) for layer in self.layers))
+
     def code(self) -> Phase:
         """Return the peak of coding: at the loss or in the backward pass of a window, or while one layer is coded."""
-        gathered = float(sum(statistics_bytes(layer.M, layer.N) for layer in self.layers))
+        gathered = self.gathered()
         if gathered > STATISTICS:  # they are gathered a block at a time, and are in files
             return replace(self.code_streamed(), originals=self.dense, streamed=False)
         s, L = self.s, self.logits
@@ -474,10 +501,10 @@ class _Prediction:
         recipe, s, w, frozen = self.recipe, self.s, self.wide, self.start("parametrize")
         dense = self.dense / self.workers
         fisher = recipe.basis == "fisher"
-        moments = w * sum(layer.moment + fisher * layer.K**2 for layer in self.layers) if recipe.basis != "svd" else 0.0
+        moments = self.moments(self.layers)
         group = min(1.0, COVARIANCES / max(1.0, moments))  # share of the layers that are solved at once
         widest = max(max(4 * s, s + w) * layer.N + 3 * s * layer.M for layer in self.layers)
-        forward = widest * min(BATCH, recipe.sample_windows) * recipe.seq_len if moments else 0.0
+        forward = widest * recipe.seq_len if moments else 0.0
         solved = group * s * sum(layer.K * layer.M for layer in self.layers)
         gathered = group * self.dense / self.workers if self.workers > 1 else 0.0
         unsolved = (1 - group) * frozen.directions
@@ -507,7 +534,7 @@ class _Prediction:
             solved = s * sum(layer.K * layer.M for layer in layers)
             coordinates = max((8.0 if fisher else w) * (3 * layer.M * layer.N + 2 * layer.K * (layer.M + layer.N)) for layer in layers)
             widest = max(max(4 * s, s + w) * layer.N + 3 * s * layer.M for layer in layers)
-            forward = self.hidden() + widest * min(BATCH, recipe.sample_windows) * recipe.seq_len if C else 0.0
+            forward = self.hidden() + widest * recipe.seq_len if C else 0.0
             start = Phase("parametrize", self.rest, self.block(), trainable=self.A + self.B, streamed=True)
             at_loss, backward = self.differentiated(start)
             moments += [at_loss, replace(backward, statistics=2 * G)] if fisher else []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from acip.calibration.block_pass import BlockPass, PassFiles
-from acip.calibration.losses import DrawnTokens, sampled_loss
+from acip.calibration.losses import sampled_loss
 from acip.calibration.memory_plan import statistics_bytes
 from acip.calibration.training_mode import frozen
 from acip.coding.statistics import LayerStatistics, LayerSums, require_reached
@@ -39,7 +39,7 @@ def block_statistics(
     width = max(weight_MN(layer).shape[1] for layer in linears.values())
     hidden_bytes = windows.numel() * width * weight_MN(next(iter(linears.values()))).itemsize
     files.require_space("the statistics", pass_bytes(linears, len(chain), hidden_bytes))
-    parts, drawn = chain.parts(linears), DrawnTokens(seed)
+    parts = chain.parts(linears)
 
     @contextmanager
     def gather(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
@@ -52,7 +52,7 @@ def block_statistics(
 
     with placed(chain.outside(), device), frozen(chain.model):
         passes = BlockPass(chain, parts, (window[None] for window in windows), files, device)
-        passes.run(lambda number, logits_1TV, ids_1T: sampled_loss(logits_1TV[0], drawn), gather, progress)
+        passes.run(lambda number, logits_1TV, ids_1T: sampled_loss(logits_1TV[0], number, seed), gather, progress)
     return StoredStatistics(files, parts)
 
 

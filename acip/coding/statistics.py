@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acip.calibration.losses import DrawnTokens, sampled_loss
+from acip.calibration.losses import sampled_loss
 from acip.calibration.training_mode import frozen
 from acip.data import check_windows
 from acip.errors import CalibrationError
@@ -53,20 +53,19 @@ def layer_statistics(
     """
     check_windows(windows)
     sums = {name: LayerSums(layer) for name, layer in linears.items()}
-    drawn = DrawnTokens(seed)
     hooks = hooked(layer.register_forward_hook(sums[name].hook) for name, layer in linears.items())
     with frozen(model), hooks, torch.enable_grad():
-        for done, window in enumerate(windows):
-            _differentiate(model, window, drawn)
-            progress(done + 1, len(windows))
+        for number, window in enumerate(windows):
+            _differentiate(model, window, number, seed)
+            progress(number + 1, len(windows))
     require_reached(sums)
     return {name: each.statistics(windows.numel()) for name, each in sums.items()}
 
 
-def _differentiate(model: nn.Module, window: Tensor, drawn: DrawnTokens) -> None:
+def _differentiate(model: nn.Module, window: Tensor, number: int, seed: int) -> None:
     """Run the backward pass of one window. On return, nothing of it is in memory."""
     device = next(model.parameters()).device
-    loss = sampled_loss(model(input_ids=window[None].long().to(device)).logits[0], drawn)
+    loss = sampled_loss(model(input_ids=window[None].long().to(device)).logits[0], number, seed)
     if loss.requires_grad:  # false if no layer was called
         loss.backward()
 

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
-from shutil import copytree, rmtree
+from shutil import copytree, move, rmtree
 from typing import Any
 
 import boto3
@@ -254,6 +254,11 @@ def test_an_export_that_was_deleted_from_the_store_is_gone(
         assert (again["id"], again["status"]) == (gone["id"], "succeeded")
         await sizes.get(gone["id"])
         assert await sizes.get(kept["id"]) == kept
+        remade = f"{again['uri'][:-8]}{0:08}"
+        move(again["uri"], remade)  # as if another server made it again, with another checksum
+        found = await sizes.get(gone["id"])
+        assert (found["uri"], found["sha256"]) == (remade, again["sha256"])
+        assert {record["uri"] for record in await sizes.list()} == {kept["uri"], remade}
 
     run(scenario())
 

@@ -109,7 +109,8 @@ class Materializations:
         await self._refresh()
         records = {record.id: record for record in await self._ask("records") if not self._is_deleted(record)}
         records |= {id: record for id, record in self._stored.items() if id not in records or records[id].status == "failed"}
-        return [record.as_json() for record in sorted(records.values(), key=lambda record: -record.created)[: self.keep]]
+        oldest_first = sorted(records.values(), key=lambda record: record.created)
+        return [record.as_json() for record in reversed(oldest_first[-self.keep :])]
 
     def _plan(self, version: ModelVersion, budget: Budget, quantize: str | None) -> tuple[Record, Work]:
         """Return a new record, and the work that it stands for."""

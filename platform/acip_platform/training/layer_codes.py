@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from acip.artifact.read_back import tiny_model
 from acip.base import Base
+from acip.calibration import memory_check
+from acip.calibration.bases import fisher_bases_cached
+from acip.calibration.basis_cache import BasisCache
 from acip.calibration.block_pass import PassFiles
 from acip.calibration.memory_plan import STATISTICS, UNSAVED_CODES, statistics_bytes
 from acip.coding.block_statistics import StoredStatistics, block_statistics
@@ -50,12 +53,14 @@ def codes_of(
     checkpoints: Checkpoints,
     device: torch.device | None = None,
     streamed: bool = False,
+    cache: BasisCache | None = None,
 ) -> CodedModel | None:
     """Return coded versions of the target layers of `base`, or None if the recipe asks for none.
 
     The statistics are those of the first `sample_windows` of `windows`, token ids [n, T]. `base.model` is not parametrized yet. Layers
     whose codes are stored beside the `checkpoints` are read back. Layers are computed on `device` (None = that of the model). If the job
-    is `streamed`, the model is in the memory of the CPU or mapped from its files, and one block at a time is on `device`.
+    is `streamed`, the model is in the memory of the CPU or mapped from its files, and one block at a time is on `device`. Fisher bases, if
+    the recipe has them and the memory has room, are computed from the same passes over the text and put in `cache`.
 
     Seconds and megabytes are logged to the run. Raises RecipeError if several workers share the model, and BaseModelError if a model can't
     be run a block at a time but has to be.
@@ -81,14 +86,17 @@ def codes_of(
     missing = {name: layer for name, layer in linears.items() if name not in coded}
     by_block = streamed or sum(statistics_bytes(*weight_MN(layer).shape) for layer in missing.values()) > STATISTICS
     files = PassFiles(checkpoints.store.cache / "statistics" / checkpoints.attempt / stored.prefix)
-    statistics = gathered_statistics(base, missing, text, recipe, files if by_block else None, device, emit, streamed)
+    workers = IdleWorkers(device.type == "cuda")
+    room = not (by_block or coded) and memory_check.fits_shared(base.model, recipe, memory_check.available(base.model, device), device)
+    shared = cache if room else None
+    with fisher_bases_cached(base.model, missing, recipe, text, shared, workers) if shared else nullcontext():
+        statistics = gathered_statistics(base, missing, text, recipe, files if by_block else None, device, emit, streamed)
     gathered = time.monotonic()
     scales = scales or step_scales(missing, statistics, device=device)
 
     def progress(done: int) -> None:
         emit("code", what="codes", done=len(linears) - len(missing) + done, total=len(linears))
 
-    workers = IdleWorkers(device.type == "cuda")
     for some in unsaved(code_layers(missing, statistics, scales, device, workers), len(missing), stored.every_s, progress):
         if stored.write(scales, some) and isinstance(statistics, StoredStatistics):
             statistics.drop(some)
@@ -101,7 +109,9 @@ def codes_of(
     emit(
         "stage",
         text=f"codes of {len(linears)} layers: {model.bytes / MEGA:.1f} MB in {ended - began:.0f} s, "
-        f"of which {gathered - began:.0f} s for the Fisher statistics" + ", a block at a time" * by_block + workers.text,
+        f"of which {gathered - began:.0f} s for the Fisher statistics"
+        + (" and the Fisher bases" if shared else ", a block at a time" * by_block)
+        + workers.text,
     )
     with suppress(MlflowException), few_retries():  # two metrics must not stop a calibration while MLflow is down
         run.metrics([(0, {"coding_seconds": ended - began, "codes_mb": model.bytes / MEGA})])

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from acip.artifact.artifact import Artifact
 from acip.artifact.read_back import keep_layers, layers_of_all_types
 from acip.base import Base, digest, quiet
+from acip.calibration import memory_check
+from acip.calibration.fisher_moments import FisherMoments
 from acip.calibration.loop import calibrate, trial_step
 from acip.calibration.parametrize import parametrize, restore
 from acip.coding.coded_model import CodedModel, assembled, code_layers, step_scales
@@ -76,16 +78,20 @@ def rehearse(job: Job, base: Base, device: torch.device) -> Forecast:
     config = base.model.config.get_text_config()
     unit = min(layers_of_all_types(config), config.num_hidden_layers)
     with foreign_errors(BaseModelError, f"{type(base.model).__name__} can't be made with fewer blocks"):
+        shared = memory_check.fits_shared(base.model, job.recipe, memory_check.available(base.model, device), device)
         # the first run compiles kernels and loads libraries
-        _, one, two = (_Rehearsal(job, base, device, count).run() for count in (unit, unit, 2 * unit))
+        _, one, two = (_Rehearsal(job, base, device, count, shared).run() for count in (unit, unit, 2 * unit))
     return one.extrapolated(two, config.num_hidden_layers / unit)
 
 
 class _Rehearsal:
-    """All phases of the calibration of a model with a few blocks."""
+    """All phases of the calibration of a model with a few blocks.
 
-    def __init__(self, job: Job, base: Base, device: torch.device, blocks: int) -> None:
-        self.job, self.device = job, device
+    `shared` says whether the moments of the basis are summed in the passes of the statistics.
+    """
+
+    def __init__(self, job: Job, base: Base, device: torch.device, blocks: int, shared: bool) -> None:
+        self.job, self.device, self.shared = job, device, shared
         config = copy.deepcopy(base.model.config)
         keep_layers(config.get_text_config(), blocks)
         torch.manual_seed(0)
@@ -139,9 +145,11 @@ class _Rehearsal:
         """Parametrize the model with a few windows, and again with twice as many, because only a part of the time depends on them."""
         recipe, count = self.recipe, self.recipe.sample_windows
         few = count if recipe.basis == "svd" or count <= 2 * SAMPLED else SAMPLED
+        if self.shared:
+            few, count = min(SAMPLED, max(1, count // 2)), 0  # the passes are those of the statistics
         with self.clock("basis"):
             parametrize(self.base.model, replace(recipe, sample_windows=few), windows)
-        if few < count:
+        if few != count:
             once = self.seconds["basis"]
             restore(self.base.model)
             with self.clock("basis"):
@@ -153,7 +161,7 @@ class _Rehearsal:
         recipe, model = self.recipe, self.base.model
         linears = dict(find_linears(model, recipe.exclude))
         few = min(SAMPLED, recipe.sample_windows)
-        with self.clock("statistics", recipe.sample_windows / few):
+        with self.clock("statistics", recipe.sample_windows / few), FisherMoments(linears).summed() if self.shared else nullcontext():
             statistics = layer_statistics(model, linears, windows[:few], recipe.seed)
         with self.clock("codes"):
             scales = step_scales(linears, statistics, device=self.device)

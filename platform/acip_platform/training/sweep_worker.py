@@ -45,7 +45,7 @@ from acip_platform.training.calibration_text import CalibrationText, read_once
 from acip_platform.training.completion import Heldout, finish, stored
 from acip_platform.training.layer_codes import codes_of
 from acip_platform.training.sweep_space import Trial
-from acip_platform.training.worker import Observer, check_memory, prepare
+from acip_platform.training.worker import Observer, bases_of, check_memory, prepare
 
 SMALLEST = 0.4  # the smallest size of the area that the winner is chosen by
 RUNGS = (1, 2, 4, 8)  # in eighths of the post-tuning
@@ -235,7 +235,7 @@ def _artifact(trial: Trial, state: tune.Checkpoint | None, settings: Settings, r
         checkpoints = Checkpoints(settings, f"{job.name}-{job.fingerprint}", emit)
         check_memory(job, base, device, emit, held=True)
         text = CalibrationText.of(job, base, settings, emit)
-        codes = codes_of(job, base, text.windows, run, emit, checkpoints, device)
+        codes = codes_of(job, base, text.windows, run, emit, checkpoints, device, cache=bases_of(settings))
         batches = prepare(job, base, text.windows, settings, emit, device)
         with _from(state) as folder:
             calibration = calibrate(base.model, batches, job.recipe, resume=folder)

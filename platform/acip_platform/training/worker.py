@@ -175,7 +175,7 @@ def _calibrate(
     recipe = job.recipe
     check_memory(job, base, device, emit)
     text = CalibrationText.of(job, base, settings, emit, streamed)
-    codes = codes_of(job, base, text.windows, run, emit, checkpoints, device, streamed)
+    codes = codes_of(job, base, text.windows, run, emit, checkpoints, device, streamed, bases_of(settings))
     observer = Observer(job, run, emit, device, checkpoints, events)
     origin = provenance(job) | text.provenance | {"attempt": key, "mlflow_run": run.run_id}
     if recipe.code == "bits":
@@ -210,13 +210,21 @@ def prepare(job: Job, base: Base, windows: torch.Tensor, settings: Settings, emi
     recipe = job.recipe
     batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
     began = time.monotonic()
-    cache = BasisCache(settings.home / "cache" / "bases", in_bytes(settings.basis_cache_gb, GIGA))
     workers = IdleWorkers(device.type == "cuda")
     if recipe.basis != "svd":
         emit("stage", text=f"{recipe.basis} basis of {min(len(windows), recipe.sample_windows)} windows: from the cache, or computed now")
-    parametrize(base.model, recipe, windows, lambda done, total: emit("parametrize", done=done, total=total), cache=cache, spread=workers)
+
+    def progress(done: int, total: int) -> None:
+        emit("parametrize", done=done, total=total)
+
+    parametrize(base.model, recipe, windows, progress, cache=bases_of(settings), spread=workers)
     emit("stage", text=f"{recipe.basis} basis of {len(targets(base.model))} layers in {time.monotonic() - began:.0f} s{workers.text}")
     return batches
+
+
+def bases_of(settings: Settings) -> BasisCache:
+    """Return the cache of bases on this node."""
+    return BasisCache(settings.home / "cache" / "bases", in_bytes(settings.basis_cache_gb, GIGA))
 
 
 def run_trial_step(model: torch.nn.Module, batches: TokenBatches, recipe: Recipe, emit: Emit) -> None:

@@ -22,20 +22,14 @@ from torch.multiprocessing import spawn
 
 from acip.base import load_base
 from acip.calibration.activation_covariance import activation_covariances, feed_tokens, grouped
-from acip.calibration.bases import accuracy, bases, basis, fisher_basis, solve
+from acip.calibration.bases import accuracy, bases, basis, solve
 from acip.calibration.basis_cache import BasisCache
-from acip.calibration.gradient_covariance import gradient_covariances
-from acip.calibration.loop import calibrate
-from acip.calibration.losses import DrawnTokens, sampled_loss
+from acip.calibration.fisher_moments import fisher_moments
 from acip.calibration.parametrize import parametrize
-from acip.data import TokenBatches
 from acip.errors import BaseModelError
 from acip.layers import sharding
-from acip.layers.svd_linear import coordinates
-from acip.layers.targets import find_linears, hooked, targets, weight_MN
+from acip.layers.targets import find_linears, weight_MN
 from acip.recipe import Recipe
-from acip.sizing.budget import Budget
-from acip.sizing.model_sizes import set_size
 from tests.conftest import GOLDEN
 from tests.support.waiting import PATIENCE_S
 
@@ -177,100 +171,6 @@ def test_a_stack_of_layers_is_solved_like_single_layers() -> None:
                 assert accuracy(W_MN, C_NN if with_c else None, basis_MK.T).excess.max() < 1e-6
 
 
-# ---- the Fisher basis
-
-
-def shaped(M: int, N: int, W: torch.Tensor, G_MM: torch.Tensor) -> torch.Tensor:
-    """Return the second moment that `fisher_basis` takes, from that of the gradients at the outputs."""
-    return G_MM if M <= N else W.T @ G_MM @ W
-
-
-@pytest.mark.parametrize(("M", "N"), [(24, 24), (40, 16), (16, 40)])
-def test_every_fisher_prefix_is_the_optimum_for_inputs_and_gradients(M: int, N: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The optimum of tr(G dW C dW^T) at rank r is the sum of the dropped squared singular values of G^1/2 W C^1/2."""
-    monkeypatch.setattr("acip.calibration.bases.GRADIENT_DAMPING", 0.0)
-    torch.manual_seed(0)
-    W, X, g = torch.randn(M, N).double(), torch.randn(500, N).double() * torch.logspace(0, 1, N), torch.randn(500, M).double()
-    g = g * torch.logspace(0, 1, M)
-    C, G = X.T @ X, g.T @ g
-    dropped = torch.linalg.svdvals(torch.linalg.cholesky(G).T @ W @ torch.linalg.cholesky(C)) ** 2
-    for given in [C] if M >= N else [C, W @ C @ W.T]:
-        U = fisher_basis(W, given, shaped(M, N, W, G))
-        V = coordinates(W, U.T, refine=0, orthonormal=False)
-        torch.testing.assert_close(U.norm(dim=0), torch.ones(min(M, N)).double())
-        torch.testing.assert_close(U @ V, W, rtol=0, atol=1e-6)
-        for r in (1, 5, 10, 15):
-            error = W - U[:, :r] @ V[:r]
-            torch.testing.assert_close(torch.trace(error.T @ G @ error @ C), dropped[r:].sum(), rtol=1e-4, atol=0.0)
-
-
-@pytest.mark.parametrize(("M", "N"), [(96, 96), (160, 64), (64, 160)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weight_of_any_condition_gets_a_lossless_fisher_basis(M: int, N: int, dtype: torch.dtype) -> None:
-    """The weights are random, of low rank, nearly of low rank, and zero; gradients have full rank, few samples, and none."""
-    W, C = correlated(M, N, 500)
-    generator = torch.Generator().manual_seed(1)
-    low = W[:, :8] @ torch.randn(8, N, generator=generator)
-    for weight in (W, low, low + 1e-3 * W, torch.zeros(M, N)):
-        for samples in (500, 5, 0):
-            g = torch.randn(samples, M, generator=generator)
-            U = fisher_basis(weight.to(dtype), C, shaped(M, N, weight, g.T @ g))
-            left = U.T.to(dtype).contiguous()
-            V = coordinates(weight.to(dtype), left, refine=2, orthonormal=False)
-            assert U.isfinite().all() and V.isfinite().all()
-            error = (left.double().T @ V.double() - weight.to(dtype).double()).norm()
-            assert error <= (1e-2 if dtype == torch.bfloat16 else 1e-3) * weight.norm()
-
-
-def test_gradient_covariances_are_those_of_each_layer_alone(model: Any, golden_tokens: torch.Tensor) -> None:
-    """Layers with the same input have separate gradients. The reference differentiates by an offset at each layer's output."""
-    linears, windows = find_linears(model), golden_tokens[:2]
-    found = gradient_covariances(model, linears, windows, seed=3)
-    offsets: dict[str, list[torch.Tensor]] = {name: [] for name in linears}
-
-    def hook(name: str) -> Callable[..., torch.Tensor]:
-        def add_offset(_layer: nn.Module, _args: Any, out: torch.Tensor) -> torch.Tensor:
-            offsets[name].append(torch.zeros_like(out, requires_grad=True))
-            return out + offsets[name][-1]
-
-        return add_offset
-
-    with hooked(layer.register_forward_hook(hook(name)) for name, layer in linears.items()):
-        for i, window in enumerate(windows):
-            sampled_loss(model(input_ids=window[None]).logits[0], DrawnTokens(3 * 1_000_003 + i)).backward()
-    for name, layer in linears.items():
-        W = weight_MN(layer)
-        g = torch.cat([offset.grad.flatten(0, 1) for offset in offsets[name] if offset.grad is not None])
-        g = g @ W if len(W) > W.shape[1] else g
-        torch.testing.assert_close(found[name], g.T @ g, rtol=1e-3, atol=1e-4 * float((g.T @ g).diagonal().mean()))
-
-
-def test_the_fisher_basis_has_less_divergence_than_the_covariance_basis(small_base: str, golden_tokens: torch.Tensor) -> None:
-    divergences = {}
-    for kind in ("covariance", "fisher"):
-        base = load_base(small_base, "float32")
-        recipe = Recipe(basis=kind, dtype="float32", sample_windows=32, batch_size=4, seq_len=64, adapter_rank=0, post_tune_steps=0)
-        with torch.no_grad():
-            expected = base.model(input_ids=golden_tokens[32:40]).logits.log_softmax(-1)
-        parametrize(base.model, recipe, golden_tokens)
-        table = calibrate(base.model, TokenBatches(golden_tokens, 4, 0), recipe).table
-        set_size(targets(base.model), table.cut(Budget(0.6)))
-        with torch.no_grad():
-            found = base.model(input_ids=golden_tokens[32:40]).logits.log_softmax(-1)
-        divergences[kind] = float((expected.exp() * (expected - found)).sum(-1).mean())
-    assert divergences["fisher"] < divergences["covariance"], divergences
-
-
-def test_a_feed_without_logits_has_no_fisher_basis(model: Any, golden_tokens: torch.Tensor) -> None:
-    linears = find_linears(model)
-    with pytest.raises(BaseModelError, match=r"feed returned NoneType\. Return the logits.*set basis to 'covariance'"):
-        list(bases(model, linears, replace(RECIPE, basis="fisher"), golden_tokens, feed=CountingFeed()))
-    recipe = replace(RECIPE, basis="fisher")
-    own = dict(bases(model, linears, recipe, golden_tokens))
-    given = dict(bases(model, linears, recipe, golden_tokens, feed=lambda model, ids: model(input_ids=ids)))
-    assert same(own, given)
-
-
 # ---- gathering covariances
 
 
@@ -308,7 +208,7 @@ def test_a_layer_with_a_bias_gathers_its_inputs() -> None:
 def test_several_groups_for_little_memory_give_the_same_bases(solve_all: Callable[..., tuple[Directions, int]]) -> None:
     in_one, passes = solve_all()
     in_many, more = solve_all(covariance_bytes=1)
-    assert passes == 2, "two batches of four windows"
+    assert passes == RECIPE.sample_windows
     assert more > 2 * passes
     assert same(in_many, dict(sorted(in_one.items(), key=lambda item: list(in_many).index(item[0]))))
 
@@ -367,9 +267,10 @@ def test_cached_bases_are_the_same_and_not_computed_again(
     first, _ = solve_all(recipe, cache=cache)
     steps: list[tuple[int, int]] = []
     again, none = solve_all(recipe, cache=BasisCache(tmp_path / "bases"), progress=lambda *step: steps.append(step))
-    assert same(plain, first) and same(first, again)
+    assert same(first, again)
+    assert dtype == torch.bfloat16 or same(plain, first)  # in 16 bit, products may depend on the addresses of the tensors
     assert {directions.dtype for directions in again.values()} == {dtype}
-    assert passes == (2 if kind == "covariance" else 0) and none == 0
+    assert passes == (RECIPE.sample_windows if kind == "covariance" else 0) and none == 0
     assert steps == [(i + 1, len(again)) for i in range(len(again))]
 
 
@@ -393,7 +294,7 @@ def test_a_changed_exclude_reuses_the_rest(solve_all: Callable[..., tuple[Direct
     some, _ = solve_all(replace(RECIPE, exclude=("layers.0.mlp",)), cache=cache)
     files = {path: path.stat().st_ino for path in tmp_path.iterdir()}
     all_layers, passes = solve_all(cache=cache)
-    assert passes == 2
+    assert passes == RECIPE.sample_windows
     assert all(path.stat().st_ino == inode for path, inode in files.items()), "existing files were written again"
     assert len(list(tmp_path.iterdir())) == len(all_layers) > len(some)
     assert solve_all(replace(RECIPE, exclude=("layers.1",)), cache=cache)[1] == 0
@@ -476,6 +377,7 @@ def test_a_killed_process_releases_its_lock(tmp_path: Path) -> None:
 import time
 from pathlib import Path
 from acip.calibration.basis_cache import BasisCache
+from acip.calibration.fisher_moments import fisher_moments
 
 with BasisCache(Path({str(tmp_path)!r})).exclusive(["a"]):
     print("locked", flush=True)
@@ -532,7 +434,7 @@ def _process(rank: int, size: int, folder: str, small_base: str) -> None:
         feed.calls = 0
     for linear in (linears := find_linears(model)).values():
         sharding.shard(linear)
-    torch.save(gradient_covariances(model, linears, windows[:3]), f"{folder}/{rank}-gradients.pt")
+    torch.save(fisher_moments(model, linears, windows[:3]), f"{folder}/{rank}-fisher.pt")
     torch.save(activation_covariances(model, linears, windows[:9]), f"{folder}/{rank}-activations.pt")
     dist.destroy_process_group()
 
@@ -553,11 +455,10 @@ def test_processes_share_the_work(model: Any, golden_tokens: torch.Tensor, small
             torch.testing.assert_close(first[0].T @ first[0], first[1].T @ first[1], rtol=0, atol=1e-4)
     assert turns[1][0][0].keys() == turns[2][0][0].keys() == alone.keys()
     # one worker has no window in the last pass
-    gradients, activations = (
-        gradient_covariances(model, linears, golden_tokens[:3]),
-        activation_covariances(model, linears, golden_tokens[:9]),
-    )
-    for kind, expected in (("gradients", gradients), ("activations", activations)):
-        for found in (torch.load(tmp_path / f"{rank}-{kind}.pt") for rank in (0, 1)):
-            for name, moment in expected.items():
-                torch.testing.assert_close(found[name], moment, rtol=1e-3, atol=1e-3 * float(moment.diagonal().max()))
+    expected = (*fisher_moments(model, linears, golden_tokens[:3]), activation_covariances(model, linears, golden_tokens[:9]))
+    for rank in (0, 1):
+        found = *torch.load(tmp_path / f"{rank}-fisher.pt"), torch.load(tmp_path / f"{rank}-activations.pt")
+        for moments, own in zip(found, expected, strict=True):
+            assert moments.keys() == own.keys() == linears.keys()
+            for name, moment in own.items():
+                torch.testing.assert_close(moments[name], moment, rtol=1e-3, atol=1e-3 * float(moment.diagonal().max()))

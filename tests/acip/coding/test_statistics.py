@@ -40,9 +40,9 @@ def run_with_outputs(model: Any, linears: dict[str, nn.Module], window_T: Tensor
 
 def token_by_token(model: Any, linears: dict[str, nn.Module], windows: Tensor, seed: int) -> dict[str, LayerStatistics]:
     """Return the statistics with the same drawn tokens, from the gradient of each layer's output at each token."""
-    generator = torch.Generator().manual_seed(seed)
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in linears}
-    for window_T in windows:
+    for number, window_T in enumerate(windows):
+        generator = torch.Generator().manual_seed(1_000_003 * seed + number)
         calls, logits_TV = run_with_outputs(model, linears, window_T)
         drawn_T = torch.multinomial(logits_TV.detach().softmax(-1), 1, generator=generator)[:, 0]
         loss = -logits_TV.log_softmax(-1)[torch.arange(len(window_T)), drawn_T].sum()

@@ -77,12 +77,12 @@ def test_steps_are_rounded_as_they_are_stored(subject: Subject) -> None:
         assert all(torch.equal(each.steps, stored_steps(each.steps)) for each in versions)
 
 
-def test_exactly_the_versions_of_sizes_up_to_the_largest_rate_are_trained(subject: Subject) -> None:
+def test_only_versions_of_sizes_up_to_the_largest_rate_are_trained(subject: Subject) -> None:
     order = subject.coded.order
     reached = order.at(order.within(subject.limit(MAX_RATE)))
     for name, versions in subject.coded.versions.items():
         changed = [not torch.equal(before.steps, after.steps) for before, after in zip(versions, subject.tuned.versions[name], strict=True)]
-        assert changed[order.first[name]]
+        assert any(changed[: reached[name] + 1])  # sizes are drawn, so that some versions may not have been in use
         assert not any(changed[reached[name] + 1 :])
 
 

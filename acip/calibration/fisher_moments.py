@@ -1,8 +1,8 @@
-"""Second moments of gradients at the outputs of layers, from which the Fisher basis is computed together with those of activations.
+"""Second moments of activations and of gradients, from which the Fisher basis is computed, in one forward and backward pass per window.
 
 The loss is the negative log likelihood of classes that are drawn from the model's own predictions, so that a change dW of a layer moves
 the predictions, to second order, by KL = 1/2 mean over tokens of (g^T dW x)^2, with the input x and the gradient g at the output of the
-layer (acip.coding.statistics).
+layer (acip.coding.statistics). The statistics of codes come from the same passes, and both can be summed in one (`FisherMoments`).
 
 Legend: M = out features, N = in features, n = the smaller one, S = samples (tokens), V = classes.
 """
@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from acip.calibration.activation_covariance import Feed, feed_tokens
-from acip.calibration.losses import DrawnTokens, sampled_loss
+from acip.calibration.activation_covariance import Feed, MomentSums, feed_tokens
+from acip.calibration.losses import sampled_loss
 from acip.calibration.training_mode import frozen
 from acip.errors import BaseModelError
 from acip.layers import sharding
@@ -25,45 +25,60 @@ from acip.layers.targets import hooked, weight_MN
 from acip.modeling_acip import accumulation_dtype, widened
 
 
-def gradient_covariances(
+def fisher_moments(
     model: nn.Module, linears: Mapping[str, nn.Module], windows: Tensor, feed: Feed = feed_tokens, seed: int = 0
-) -> dict[str, Tensor]:
-    """Return the sum of g g^T [M, M] over tokens per layer, or of (W^T g)(W^T g)^T [N, N] if the layer has more outputs than inputs.
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the second moments of activations (those of `activation_covariances`) and of gradients, per layer.
 
-    There is one backward pass per window. Classes are drawn with `seed`. The matrices are in the accumulation dtype. `feed(model,
-    windows[i:j])` runs a model on other inputs and returns its logits [..., V], or an object that has them. A layer that the loss does
-    not depend on is missing in the result. Raises BaseModelError if `feed` returns no logits.
+    The moment of gradients is the sum of g g^T [M, M] over tokens, or of (W^T g)(W^T g)^T [N, N] if the layer has more outputs than inputs.
+    There is one forward and backward pass per window. Classes are drawn with `seed`. The matrices are in the accumulation dtype.
+    `feed(model, windows[i:j])` runs a model on other inputs and returns its logits [..., V], or an object that has them. A layer that is
+    never called, or that the loss does not depend on, is missing in the results. Raises BaseModelError if `feed` returns no logits.
     """
-    sums: dict[str, Tensor] = {}
+    moments = FisherMoments(linears)
     rank, size = sharding.rank(), sharding.workers()
-    for name, layer in linears.items() if size > 1 else ():
-        W_MN = weight_MN(layer)
-        sums[name] = torch.zeros(min(W_MN.shape), min(W_MN.shape), dtype=accumulation_dtype(W_MN.dtype), device=sharding.device())
     with frozen(model), torch.enable_grad():
         for i in range(0, len(windows), size):  # layers of a sharded model are gathered by all workers together, also for the last window
             window = min(i + rank, len(windows) - 1)
-            counted = sums if i + rank == window else {}
-            with hooked(_hook(name, layer, counted) for name, layer in linears.items()):
+            with moments.summed(counts=i + rank == window):
                 logits_SV = _logits(model, windows[window][None].to(next(model.parameters()).device), feed)
-                loss = loss_of(window, logits_SV, seed)
+                loss = sampled_loss(logits_SV, window, seed)
                 if loss.requires_grad:  # false if no layer was called
                     loss.backward()
-    for each in sums.values() if size > 1 else ():
-        dist.all_reduce(each)
-    return sums
+    return moments.results(windows.numel())
+
+
+class FisherMoments:
+    """The sums of all layers over the forward and backward passes in the contexts `summed`."""
+
+    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
+        self.linears, self.activations, self.gradients = linears, MomentSums(linears, ends=False), dict[str, Tensor]()
+        for name, layer in linears.items() if sharding.workers() > 1 else ():  # all workers sum the same matrices
+            W_MN = weight_MN(layer)
+            n = min(W_MN.shape)
+            self.gradients[name] = torch.zeros(n, n, dtype=accumulation_dtype(W_MN.dtype), device=sharding.device())
+
+    @contextmanager
+    def summed(self, counts: bool = True) -> Iterator[None]:
+        """Add the passes in this context to the sums, if it `counts`."""
+        self.activations.start(counts)
+        # the hooks for gradients replace inputs, by which layers with the same input are recognized, so they come second
+        with self.activations.hooks(), gradient_sums(self.linears, self.gradients if counts else {}):
+            yield
+
+    def results(self, tokens: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the two results of `fisher_moments` for sums over this number of tokens, summed over all workers."""
+        for each in self.gradients.values() if sharding.workers() > 1 else ():
+            dist.all_reduce(each)
+        return self.activations.means(tokens), self.gradients
 
 
 @contextmanager
-def gradient_sums(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Yield a dict that receives the matrices of `gradient_covariances` from the backward passes in the context."""
-    sums: dict[str, Tensor] = {}
+def gradient_sums(linears: Mapping[str, nn.Module], sums: dict[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
+    """Yield `sums` (None = a new dict), to which the backward passes in the context add the moments of gradients of `fisher_moments`."""
+    sums = {} if sums is None else sums
     with hooked(_hook(name, layer, sums) for name, layer in linears.items()):
         yield sums
-
-
-def loss_of(window: int, logits_SV: Tensor, seed: int) -> Tensor:
-    """Return the loss of a window, given its number, for `gradient_covariances`. It is the same for every number of workers."""
-    return sampled_loss(logits_SV, DrawnTokens(seed * 1_000_003 + window))
 
 
 def _logits(model: nn.Module, batch: Tensor, feed: Feed) -> Tensor:
