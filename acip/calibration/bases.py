@@ -135,10 +135,15 @@ def fisher_bases_cached(
     moments = FisherMoments(linears)
     with moments.summed():
         yield
+    cache_bases(moments, samples, keys, cache, spread)
+
+
+def cache_bases(moments: FisherMoments, samples: Tensor, keys: Mapping[str, str], cache: BasisCache, spread: Spread = each_in_turn) -> None:
+    """Compute the Fisher bases of the layers of `moments`, sums over `samples`, token ids [n, T], and put them in `cache`."""
     C, G = moments.results(samples.numel())
-    require_called(linears, C)
-    require_reached(linears, G)
-    solve(linears, C, G, lambda name, directions: cache.put(keys[name], directions), spread)
+    require_called(moments.linears, C)
+    require_reached(moments.linears, G)
+    solve(moments.linears, C, G, lambda name, directions: cache.put(keys[name], directions), spread)
 
 
 def require_called(layers: Iterable[str], C: Container[str]) -> None:

@@ -25,6 +25,8 @@ from acip.artifact.artifact import Artifact
 from acip.artifact.read_back import keep_layers, layers_of_all_types
 from acip.base import Base, digest, quiet
 from acip.calibration import memory_check
+from acip.calibration.bases import cache_bases
+from acip.calibration.basis_cache import BasisCache, basis_keys
 from acip.calibration.fisher_moments import FisherMoments
 from acip.calibration.loop import calibrate, trial_step
 from acip.calibration.parametrize import parametrize, restore
@@ -92,6 +94,7 @@ class _Rehearsal:
 
     def __init__(self, job: Job, base: Base, device: torch.device, blocks: int, shared: bool) -> None:
         self.job, self.device, self.shared = job, device, shared
+        self.moments: FisherMoments | None = None
         config = copy.deepcopy(base.model.config)
         keep_layers(config.get_text_config(), blocks)
         torch.manual_seed(0)
@@ -119,7 +122,10 @@ class _Rehearsal:
                     Artifact.save_coded(folder, self.base, recipe, codes, {})
             else:
                 self.measure()
-                self.parametrize(windows)
+                if self.moments is None:
+                    self.parametrize(windows)
+                else:
+                    self.parametrize_shared(windows, self.moments)
                 batches = TokenBatches(windows, recipe.batch_size, recipe.seed)
                 with self.clock("training", self.job.steps * recipe.gradient_accumulation_steps):
                     trial_step(model, batches, recipe)
@@ -145,23 +151,31 @@ class _Rehearsal:
         """Parametrize the model with a few windows, and again with twice as many, because only a part of the time depends on them."""
         recipe, count = self.recipe, self.recipe.sample_windows
         few = count if recipe.basis == "svd" or count <= 2 * SAMPLED else SAMPLED
-        if self.shared:
-            few, count = min(SAMPLED, max(1, count // 2)), 0  # the passes are those of the statistics
         with self.clock("basis"):
             parametrize(self.base.model, replace(recipe, sample_windows=few), windows)
-        if few != count:
+        if few < count:
             once = self.seconds["basis"]
             restore(self.base.model)
             with self.clock("basis"):
                 parametrize(self.base.model, replace(recipe, sample_windows=2 * few), windows)
             self.seconds["basis"] += (count / few - 2) * max(0.0, self.seconds["basis"] - once)
 
+    def parametrize_shared(self, windows: Tensor, moments: FisherMoments) -> None:
+        """Parametrize the model with moments that were summed in the passes of the statistics."""
+        model, recipe = self.base.model, replace(self.recipe, sample_windows=min(SAMPLED, self.recipe.sample_windows))
+        samples = windows[: recipe.sample_windows]
+        with tempfile.TemporaryDirectory() as folder, self.clock("basis"):
+            cache = BasisCache(Path(folder))
+            cache_bases(moments, samples, basis_keys(model, moments.linears, recipe, samples), cache)
+            parametrize(model, recipe, windows, cache=cache)
+
     def codes(self, windows: Tensor) -> CodedModel:
         """Code the layers."""
         recipe, model = self.recipe, self.base.model
         linears = dict(find_linears(model, recipe.exclude))
         few = min(SAMPLED, recipe.sample_windows)
-        with self.clock("statistics", recipe.sample_windows / few), FisherMoments(linears).summed() if self.shared else nullcontext():
+        self.moments = FisherMoments(linears) if self.shared else None
+        with self.clock("statistics", recipe.sample_windows / few), self.moments.summed() if self.moments else nullcontext():
             statistics = layer_statistics(model, linears, windows[:few], recipe.seed)
         with self.clock("codes"):
             scales = step_scales(linears, statistics, device=self.device)

@@ -31,6 +31,7 @@ from transformers import (
 from acip.calibration import memory_plan
 from acip.calibration.block_calibration import calibrate_by_block
 from acip.calibration.block_pass import PassFiles
+from acip.calibration.fisher_moments import FisherMoments
 from acip.calibration.loop import calibrate, recomputing, trial_step
 from acip.calibration.losses import next_token, objective
 from acip.calibration.memory_check import available, check, fits, plan
@@ -174,13 +175,24 @@ def test_coding_uses_the_predicted_memory(name: str, dtype: Dtype, monkeypatch: 
     monkeypatch.setattr(memory_plan, "VERSIONS", 3)
     model = causal(name, dtype).requires_grad_(False)
     linears, statistics, live = find_linears(model), dict[str, LayerStatistics](), LiveBytes(model)
-    prediction = _Prediction(model, replace(RECIPE, dtype=dtype, code="both"), False, 1).coded
+    prediction = _Prediction(model, replace(RECIPE, dtype=dtype, code="both", basis="fisher"), False, 1).coded
     gathering = live.peak_of(lambda: statistics.update(layer_statistics(model, linears, IDS_BT[:2])))
     scales = step_scales(linears, statistics, [2.0, 3.0, 4.0])
     coding = live.peak_of(lambda: [code_layer(layer, statistics[name], scales) for name, layer in linears.items()])
     assert -0.05 < prediction.code().total / max(gathering, coding) - 1 < 0.05
+    moments = FisherMoments(linears)
+
+    def gather() -> None:
+        with moments.summed():
+            statistics.update(layer_statistics(model, linears, IDS_BT[:2]))
+
+    statistics.clear()
+    together = live.peak_of(gather)
     monkeypatch.setattr(_Prediction, "coding", lambda self, layer: 0.0)
+    monkeypatch.setattr(_Prediction, "solving", lambda self, layers: 0.0)
     assert -0.05 < prediction.code().total / gathering - 1 < 0.05
+    shared = prediction.shared()
+    assert shared is not None and -0.05 < shared.total / together - 1 < 0.1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

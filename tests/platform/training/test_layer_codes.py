@@ -85,7 +85,7 @@ def calibrated(
     [
         ({"code": "bits"}, ["code", "measure"]),
         ({"code": "ranks", "basis": "fisher", "scores": "fisher", "adapter_rank": 2}, ["parametrize", "scores"]),
-        ({"code": "both"}, ["code", "parametrize", "measure"]),
+        ({"code": "both", "basis": "fisher", "scores": "fisher"}, ["code", "parametrize", "scores", "measure"]),
     ],
     ids=["bits", "ranks", "both"],
 )
@@ -99,7 +99,8 @@ def test_a_streamed_job_writes_the_same_artifact_and_curve(
     least = max(phase.total for phase in memory_plan.predict_streamed(model, recipe, context=64).values()) * 1.06
     assert memory_check.plan(model, recipe, math.inf, context=64).streamed == ()
     assert set(memory_check.plan(model, recipe, least, context=64).streamed) >= set(phases)
-    expected, _ = calibrated(small_base, recipe, tmp_path / "whole", math.inf, monkeypatch)
+    expected, held = calibrated(small_base, recipe, tmp_path / "whole", math.inf, monkeypatch)
+    assert any("and the Fisher bases" in event.get("text", "") for event in held) == (recipe.code == "both")
     streamed, events = calibrated(small_base, recipe, tmp_path / "streamed", least, monkeypatch)
     assert any(f"a block at a time: {', '.join(phases)}" in event.get("text", "") for event in events)
     assert not any(event.get("text", "").startswith("trial step") for event in events)
@@ -108,6 +109,23 @@ def test_a_streamed_job_writes_the_same_artifact_and_curve(
         assert (row["bytes"], row["asked"], row["got"]) == (other["bytes"], other["asked"], other["got"])
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
     assert not [*(tmp_path / "streamed" / "cache" / "statistics").glob("*/*"), *(tmp_path / "streamed" / "cache" / "ranks").glob("*/*")]
+
+
+def test_bases_from_the_passes_of_the_codes_need_memory_and_are_the_same(
+    small_base: str, golden_tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, recipe = load_base(small_base, "float32").model, replace(RECIPE, basis="fisher", scores="fisher")
+    shared = memory_plan.predict_shared(model, recipe)
+    assert shared is not None
+    assert shared.total > next(phase.total for phase in memory_plan.predict(model, recipe).phases if phase.name == "code")
+    assert [memory_check.fits_shared(model, recipe, shared.total * factor) for factor in (1.0, 1.1)] == [False, True]
+    for other in (replace(recipe, code="bits"), replace(recipe, code="ranks"), replace(recipe, basis="covariance")):
+        assert not memory_check.fits_shared(model, other, math.inf)
+    together, _ = calibrated(small_base, recipe, tmp_path / "together", math.inf, monkeypatch)
+    monkeypatch.setattr(memory_check, "fits_shared", lambda *args: False)
+    apart, events = calibrated(small_base, recipe, tmp_path / "apart", math.inf, monkeypatch)
+    assert not any("and the Fisher bases" in event.get("text", "") for event in events)
+    assert together.manifest["files"] == apart.manifest["files"]
 
 
 def test_a_streamed_job_that_was_stopped_continues_with_its_files(small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
