@@ -22,6 +22,7 @@ from acip.data import TokenBatches
 from acip.errors import ArtifactError
 from tests.acip.layers.test_architectures import GROUPED, RECIPE, random_model
 from tests.conftest import byte_tokenizer, logits
+from tests.support.waiting import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +101,10 @@ def test_another_process_reads_a_pickled_model(kind: str, small_artifact: Artifa
         file.write_bytes(pickle.dumps(model))
     torch.save(tokens, tmp_path / "tokens")
     arguments = [str(file), str(tmp_path / "tokens"), str(tmp_path / "logits")]
-    subprocess.run([sys.executable, "-c", READ, *arguments], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", READ, *arguments], check=True, timeout=PATIENCE_S)
     small, whole = torch.load(tmp_path / "logits")
-    assert torch.allclose(small, at_60, atol=1e-5)
-    assert torch.allclose(whole, logits(model.resize(1.0), tokens), atol=1e-5)
+    assert torch.allclose(small, at_60, atol=1e-4)
+    assert torch.allclose(whole, logits(model.resize(1.0), tokens), atol=1e-4)
 
 
 def test_exports_and_compressed_models_are_pickled(small_artifact: Artifact, exported: Path, tokens: torch.Tensor) -> None:
@@ -127,7 +128,7 @@ def test_training_after_compress_is_saved_and_kept_outside_of_the_targets(
     optimizer.step()
     model.eval()
     model.save_pretrained(tmp_path / "trained")
-    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "trained"), tokens), logits(model, tokens), atol=1e-5)
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "trained"), tokens), logits(model, tokens), atol=1e-4)
     norm = model.model.norm.weight.clone()
     model.resize(1.0)
     assert torch.equal(model.model.norm.weight, norm)

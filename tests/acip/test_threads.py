@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from acip.utils.threads import each_in_turn
+from tests.support.waiting import PATIENCE_S
 
 FREES = """
 import psutil, torch
@@ -33,7 +34,7 @@ def test_results_are_in_the_order_of_the_items() -> None:
 
     def square(number: int) -> int:
         if number == 0 and threads > 1:
-            assert later.wait(60), "the next item is computed at the same time"
+            assert later.wait(PATIENCE_S), "the next item is computed at the same time"
         if number == 1:
             later.set()
         return number**2

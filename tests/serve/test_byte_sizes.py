@@ -244,6 +244,7 @@ def test_a_size_that_does_not_fit_into_memory_is_refused(narrow: Artifact, engin
     with pytest.raises(MemoryFullError, match=r"small needs .* bytes of memory .* may use .* Request a smaller size, or raise memory_gb"):
         tokens(engine, model, Budget(ratio=1.0))
     assert len(tokens(engine, model, Budget(ratio=0.35, convention="bytes"))) == 8
+    until(lambda: not model.weights.in_use, "the request keeps its size")
     assert models.used_bytes <= models.limit_bytes
     monkeypatch.setattr(model_cache, "WAIT_S", 0.2)
     version: Any = SimpleNamespace(name="other", version="1", uri=str(narrow.folder))

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.server import Server
 
-PROGRAM = Path(__file__).with_name("clients.py")
+PROGRAM = Path(__file__).parents[1] / "support" / "clients.py"
 PACKAGES = {  # each takes less than a minute to install
     "langchain": "langchain-openai==1.7.4",
     "pydantic_ai": "pydantic-ai-slim[openai]==2.68.0",

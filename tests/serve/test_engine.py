@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -211,45 +212,57 @@ def test_error_for_an_unreachable_size_names_the_smallest(ask: Ask, served: Resi
 
 def test_canceled_request_frees_its_slots(engine: TextEngine, served: ResidentModel) -> None:
     received: list[TextEvent] = []
-    ticket = engine.submit(
-        served, CompletionRequest.parse({"prompt": ["a"] * 16, "n": 2, "max_tokens": 511, "ignore_eos": True}), received.extend
-    )
+    canceled = Event()
+
+    def receive(events: Any) -> None:
+        received.extend(events)
+        if len(batch_of(served).active) == 32:
+            assert canceled.wait(PATIENCE_S), "the engine pauses until the request is canceled"
+
+    ticket = engine.submit(served, CompletionRequest.parse({"prompt": ["a"] * 16, "n": 2, "max_tokens": 511, "ignore_eos": True}), receive)
     wait_until(lambda: len(batch_of(served).active) == 32, "fewer than 32 sequences are running")
     assert engine.sequences == 32
     engine.cancel(ticket)
+    canceled.set()
     wait_until(lambda: engine.sequences == 0 and engine.open == 0, "the slots of a canceled request are not free")
     assert received[-1].kind == "text"
-    assert ENGINE != "acip" or not batch_of(served).cache.keys
+    wait_until(lambda: ENGINE != "acip" or not batch_of(served).cache.keys, "the keys of a canceled request are not free")
 
 
 @pytest.fixture
-def zero_timeout_engine(served: ResidentModel) -> Iterator[TextEngine]:
+def limited(small_artifact: Artifact) -> ResidentModel:
+    """Return another copy of the model: two engines must not have the same one."""
+    return Resident(ModelVersion("small", "7", str(small_artifact.folder), ("champion",), {}), small_artifact)
+
+
+@pytest.fixture
+def zero_timeout_engine(limited: ResidentModel) -> Iterator[TextEngine]:
     """Yield an engine in which every request exceeds its deadline after the first step."""
     engine = TextEngine(timeout_s=0.0)
-    engine.add(served)
+    engine.add(limited)
     yield engine
     engine.close()
 
 
-def test_deadline_ends_the_answer_with_the_tokens_so_far(zero_timeout_engine: TextEngine, served: ResidentModel) -> None:
+def test_deadline_ends_the_answer_with_the_tokens_so_far(zero_timeout_engine: TextEngine, limited: ResidentModel) -> None:
     answer = whole_answer(
-        zero_timeout_engine, served, CompletionRequest.parse({"prompt": ["a"] * 4, "max_tokens": 500, "ignore_eos": True})
+        zero_timeout_engine, limited, CompletionRequest.parse({"prompt": ["a"] * 4, "max_tokens": 500, "ignore_eos": True})
     )
     assert [choice["finish_reason"] for choice in answer["choices"]] == ["length"] * 4
     assert 4 <= answer["usage"]["completion_tokens"] < 4 * 500
     assert answer["timed_out"] is True
     assert answer["max_tokens"] == 500
-    wait_until(lambda: not served.batch, "the slots of a request that reached its deadline are not free")
+    wait_until(lambda: not limited.batch, "the slots of a request that reached its deadline are not free")
 
 
 @embedded_only
-def test_deadline_before_the_first_token_is_an_error(zero_timeout_engine: TextEngine, served: ResidentModel) -> None:
+def test_deadline_before_the_first_token_is_an_error(zero_timeout_engine: TextEngine, limited: ResidentModel) -> None:
     with pytest.raises(RequestError, match=r"no token within 0 s") as caught:
         whole_answer(
-            zero_timeout_engine, served, CompletionRequest.parse({"prompt": "a" * 400, "max_tokens": 1})
+            zero_timeout_engine, limited, CompletionRequest.parse({"prompt": "a" * 400, "max_tokens": 1})
         )  # prefilled in several steps
     assert caught.value.status == 408
-    wait_until(lambda: not served.batch, "the slots of a request without an answer are not free")
+    wait_until(lambda: not limited.batch, "the slots of a request without an answer are not free")
 
 
 @embedded_only
@@ -298,6 +311,8 @@ def test_long_prompt_is_prefilled_in_chunks_between_decoding_steps(ask: Ask, eng
 
     def count(_module: torch.nn.Module, _args: Any, fields: dict[str, Any]) -> None:
         counts.append(fields["input_ids"].shape[1])
+        if len(counts) == 7:
+            wait_until(lambda: bool(batch_of(served).waiting), "the long prompt does not arrive")
 
     hook = batch_of(served).model.register_forward_pre_hook(count, with_kwargs=True)
     with ThreadPoolExecutor(2) as pool:
@@ -423,9 +438,12 @@ def test_prompt_may_be_token_ids(ask: Ask) -> None:
 
 
 def test_model_is_removed_only_if_no_request_uses_it(engine: TextEngine, served: ResidentModel) -> None:
-    ticket = engine.submit(served, CompletionRequest.parse({"prompt": "a", "max_tokens": 500, "ignore_eos": True}), lambda _: None)
+    tried = Event()
+    endless = CompletionRequest.parse({"prompt": "a", "max_tokens": 500, "ignore_eos": True})
+    ticket = engine.submit(served, endless, lambda _: tried.wait(PATIENCE_S))
     assert not engine.remove(served)
     engine.cancel(ticket)
+    tried.set()
     wait_until(lambda: engine.open == 0, "the canceled request is still open")
     assert engine.remove(served)
     with pytest.raises(ModelUnloadedError, match="was unloaded"):

@@ -55,7 +55,8 @@ def test_model_cards_describe_the_served_models(server: Server, served_home: Pat
     fitting = server.client.get(f"/v1/models/small@fit:{half['got']['bytes']}bytes").json()["got"]
     assert fitting["bytes"] <= half["got"]["bytes"] == fitting["asked"]
     assert server.client.get("/health").json() == {"status": "ok"}
-    assert server.client.get("/ready").json() == {"status": "ready", "models": ["small", "talker"]}
+    ready = until(lambda: (answer := server.client.get("/ready")).status_code == 200 and answer.json(), "the server is not ready")
+    assert ready == {"status": "ready", "models": ["small", "talker"]}
 
 
 def test_tradeoff_lists_sizes_ranks_and_memory(server: Server, small_artifact: Artifact) -> None:
@@ -128,9 +129,9 @@ def test_metrics_count_requests_and_tokens(server: Server) -> None:
     labels = 'model="talker",size="0.85"'  # no other test requests it
     server.ask(model="talker", max_tokens=7, size_ratio=0.85, ignore_eos=True)
     until(lambda: server.metric("acip_generated_tokens_total", labels) == 7, "the tokens are not counted")
-    assert server.metric("acip_time_to_first_token_seconds_count", labels) == 1
-    assert server.metric("acip_requests_total", 'model="talker",status="200"') >= 1
-    assert server.open == 0
+    until(lambda: server.metric("acip_time_to_first_token_seconds_count", labels) == 1, "the time of the first token is not counted")
+    until(lambda: server.metric("acip_requests_total", 'model="talker",status="200"') >= 1, "the request is not counted")
+    until(lambda: server.open == 0, "the request is still counted as open")
 
 
 def test_answer_reports_requested_and_actual_size(server: Server) -> None:

@@ -44,6 +44,9 @@ def press(page: Page, *keys: str) -> None:
     page.evaluate(";".join(PRESS.format(key) for key in keys))
 
 
+KEEP_COPIED = """const wait = window.setTimeout; window.setTimeout = (call, ms) => (ms === 2000 ? 0 : wait(call, ms))"""  # of "Copied."
+
+
 def test_both_panes_stream_the_servers_answers(visit: Visit, server: Server) -> None:
     visit.page.add_init_script(
         "addEventListener('DOMContentLoaded', () => { window.lengths = new Set(); new MutationObserver(() =>"
@@ -204,9 +207,11 @@ def test_gigabytes_are_converted_to_exact_bytes(visit: Visit) -> None:
 def test_copied_commands_repeat_the_request(visit: Visit, server: Server) -> None:
     prompt = 'It\'s a "$HOME" `day`\\ and\nmore '
     visit.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    visit.page.add_init_script(KEEP_COPIED)
     page = visit.open(hash_of(prompt=prompt)).done().page
 
     def copied(button: str) -> str:
+        page.evaluate("document.querySelector('#copied').textContent = ''")
         page.click(button)
         expect(page.locator("#copied")).to_have_text("Copied.")
         return page.evaluate("navigator.clipboard.readText()")
@@ -227,6 +232,7 @@ def test_copied_commands_repeat_the_request(visit: Visit, server: Server) -> Non
 
 def test_edited_fields_are_copied_at_once_and_sent_on_run(visit: Visit) -> None:
     visit.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    visit.page.add_init_script(KEEP_COPIED)
     page = visit.open(hash_of()).done().page
     before = len(visit.requested_models())
     page.click("#advanced summary")

@@ -17,7 +17,7 @@ from tests.serve.conftest import in_bytes
 from tests.support.application import Application
 from tests.support.browser import Visit, hash_of, visiting
 from tests.support.ports import free_port
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
 
@@ -47,7 +47,7 @@ def visit_bytes(browser: Browser, url: str) -> Iterator[Visit]:
 
 @pytest.fixture
 def facts(url: str) -> dict[str, Any]:
-    return httpx.get(f"{url}/v1/models/small/tradeoff").json()
+    return httpx.get(f"{url}/v1/models/small/tradeoff", timeout=PATIENCE_S).json()
 
 
 def at(rows: list[dict[str, Any]], size: float) -> dict[str, Any]:

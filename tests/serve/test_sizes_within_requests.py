@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Iterator
+from functools import partial
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -122,9 +124,16 @@ def test_engine_without_changes_of_size_refuses_parts(engine: Engine, model: Res
 def test_sequences_are_smaller_while_others_wait(engine: Engine, model: ResidentModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "MAX_SEQUENCES", 2)
     received: list[list[Any]] = [[] for _ in range(6)]
-    for i, events in enumerate(received):
+    submitted = Event()
+
+    def receive(i: int, events: Any) -> None:
+        received[i].extend(events)
+        assert submitted.wait(PATIENCE_S), "the engine pauses until all requests are submitted"
+
+    for i in range(6):
         fields: dict[str, Any] = {} if i == 1 else {"min_budget": Budget(ratio=0.4)}
-        engine.submit(model, request(budget=Budget(ratio=1.0), max_tokens=20 + i, **fields), events.extend)
+        engine.submit(model, request(budget=Budget(ratio=1.0), max_tokens=20 + i, **fields), partial(receive, i))
+    submitted.set()
     until(lambda: engine.open == 0, "the requests do not end")
     counts = [by_size(events[-1]) for events in received]
     assert counts[1] == {1.0: 21}, "a request without a smallest size keeps its size"

@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from tests.support.server import Server
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE_S, until
 
-DRAIN_S = 5
+DRAIN_S = 20
 STREAMS = 8
 LONG: dict[str, Any] = {"prompt": ["a"] * 16, "n": 8, "max_tokens": 500, "ignore_eos": True, "stream": True}  # half a million tokens in all
 
@@ -36,7 +36,7 @@ def ask(server: Server, method: str, path: str) -> httpx.Response | None:
     """Return the response, or None if the server no longer listens."""
     body = {"model": "small", "prompt": "a", "max_tokens": 1} if method == "POST" else None
     try:
-        return httpx.request(method, server.url + path, json=body, timeout=60)
+        return httpx.request(method, server.url + path, json=body, timeout=PATIENCE_S)
     except httpx.TransportError:
         return None
 
@@ -61,4 +61,4 @@ def test_stopping_server_refuses_requests_and_ends_streams_with_an_error(stoppin
             assert stream.result().status_code == 200
             *_, last = [line for line in stream.result().text.split("\n\n") if line]
             assert json.loads(last.removeprefix("data: "))["error"]["type"] == "service_unavailable"
-    assert server.process.wait(300) == 0
+    assert server.process.wait(PATIENCE_S) == 0

@@ -141,6 +141,6 @@ def chromium() -> str:
 def launched() -> Iterator[Browser]:
     sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium's sandbox does not work for root
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=sandbox)
+        browser = playwright.chromium.launch(executable_path=chromium(), args=sandbox, timeout=PATIENCE_MS)
         yield browser
         browser.close()

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 CASES: Counter[str] = Counter()  # passed cases, by test
-LIMIT_S = 30.0  # per case: the longest takes a second on an idle machine, but two cores may be shared
+LIMIT_S = 300.0  # per case: the longest takes a second on an idle machine, but two cores may be shared
 
 settings.register_profile("quick", max_examples=100, derandomize=True, database=None)
 settings.register_profile("thorough", max_examples=600, print_blob=True)

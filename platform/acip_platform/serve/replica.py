@@ -103,8 +103,8 @@ class EngineReplica:
             for version in versions:
                 try:
                     self._warm_current(version)
-                    self.warm = True
                     self.failed.pop(version.name, None)
+                    self.warm = True
                 except Exception as error:
                     log.exception("%s can't be loaded", version.name)
                     reason = str(error) if isinstance(error, AcipError) else f"{type(error).__name__} while it was loaded; see the log."

@@ -79,7 +79,7 @@ def test_a_curve_with_one_block_in_memory_equals_that_of_the_whole_model(artifac
     setup = CurveSetup(windows, TEXT.source, 0.9, divergence=DivergenceOn(TEXT))
     rows = streamed_trade_off(any_size, sizes, setup, hidden_bytes, lambda *each: done.append(each))
     assert [{**row, "evaluation": None} for row in rows] == [
-        {**row, "evaluation": None, "loss": pytest.approx(row["loss"]), "stderr": pytest.approx(row["stderr"]),
+        {**row, "evaluation": None, "loss": pytest.approx(row["loss"]), "stderr": pytest.approx(row["stderr"], abs=1e-5),
          "perplexity": pytest.approx(row["perplexity"])} for row in expected
     ]  # fmt: skip
     for row, other in zip(rows, expected, strict=True):

@@ -25,6 +25,7 @@ from acip.sizing.excess_loss_area import excess_loss_area
 from jobs import report
 from tests.acip.artifact.test_codes_file import calibrated_with_codes, llama
 from tests.support.browser import LAPTOP, PHONE, launched
+from tests.support.waiting import PATIENCE_S
 
 MARKUP = '</script><script>alert(1)</script><img src=x onerror="alert(2)"> $x_{'
 SIZES = (1.0, 0.8, 0.6, 0.4)
@@ -62,6 +63,7 @@ class ReportPage:
 
     def __init__(self, browser: Browser, path: Path, **context: Any) -> None:
         self.context = browser.new_context(**{"viewport": LAPTOP, **context})
+        self.context.set_default_timeout(PATIENCE_S * 1000)
         self.tab = self.context.new_page()
         self.requests: list[str] = []
         self.errors: list[str] = []

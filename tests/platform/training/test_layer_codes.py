@@ -45,6 +45,7 @@ from acip.sizing.budget import Budget, is_coded
 from acip.sizing.excess_loss_area import excess_loss_area
 from tests.conftest import logits, write_fleet
 from tests.support.coded import load_bytes
+from tests.support.waiting import PATIENCE_S
 
 RECIPE = Recipe(
     basis="svd", scores="singular_values", adapter_rank=0, post_tune_steps=0, sample_windows=4, batch_size=4, seq_len=64, dtype="float32",
@@ -443,7 +444,7 @@ def uninterrupted(small_base: str, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_killed_process_codes_only_the_missing_layers(small_base: str, tmp_path: Path, uninterrupted: CodedModel) -> None:
     process = multiprocessing.get_context("spawn").Process(target=code_until_killed, args=(small_base, tmp_path))
     process.start()
-    process.join(300)
+    process.join(PATIENCE_S)
     assert process.exitcode == -signal.SIGKILL
     coded, events = code(small_base, tmp_path)
     assert f"read back the codes of {FINISHED} of {LAYERS} layers" in stages(events)

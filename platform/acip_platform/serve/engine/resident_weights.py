@@ -144,12 +144,14 @@ class ResidentWeights:
     @property
     def in_use(self) -> bool:
         """Whether a request holds a size."""
-        return bool(self._held)
+        with self._lock:
+            return bool(self._held)
 
     @property
     def sizes(self) -> int:
         """The number of sizes that requests hold."""
-        return len(self._held)
+        with self._lock:
+            return len(self._held)
 
     def close(self) -> bool:
         """Accept no more requests. Return False, and change nothing, if one holds a size."""
