@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two thread pools that spin on two cores are ten times slower
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_worker_niceness", "0")  # with 15, the default, a busy machine lets them wait for minutes
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the name of the machine may not resolve
 
 import contextlib

@@ -106,8 +106,7 @@ class MomentSums:
                 matrices[owner] = torch.zeros(n, n, dtype=accumulation_dtype(W_MN.dtype), device=W_MN.device)
             if size > 1:
                 dist.all_reduce(matrices[owner])
-            lower_nn = matrices[owner].div_(tokens).tril_()
-            lower_nn += lower_nn.tril(-1).T
+            complete(matrices[owner].div_(tokens))
         return {name: matrices[shares[name]] for name in self.linears if name in shares}
 
     def start(self, counts: bool = True) -> None:
@@ -141,7 +140,7 @@ class MomentSums:
         x_Sn = widened(x.detach().reshape(-1, x.shape[-1]))
         if owner not in self.matrices:
             self.matrices[owner] = x_Sn.new_zeros(x_Sn.shape[1], x_Sn.shape[1])
-        _add_outer(self.matrices[owner], x_Sn)
+        add_outer(self.matrices[owner], x_Sn)
 
     def end(self, name: str) -> None:
         self.called[name] += 1
@@ -151,12 +150,19 @@ class MomentSums:
                 raise _Done
 
 
-def _add_outer(C_nn: Tensor, x_Sn: Tensor) -> None:
+def add_outer(C_nn: Tensor, x_Sn: Tensor) -> None:
     """Add x^T x to the lower triangle of C, in strips from the diagonal down: little more than half of the operations."""
     n = len(C_nn)
     step = max(128, -(-n // 8))
     for i in range(0, n, step):
         C_nn[i:, i : i + step].addmm_(x_Sn[:, i:].T, x_Sn[:, i : i + step])
+
+
+def complete(lower_nn: Tensor) -> Tensor:
+    """Fill the upper triangle of a symmetric matrix from the lower one, in place, and return it."""
+    lower_nn.tril_()
+    lower_nn += lower_nn.tril(-1).T
+    return lower_nn
 
 
 def probe(

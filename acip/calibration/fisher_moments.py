@@ -8,7 +8,7 @@ Legend: M = out features, N = in features, n = the smaller one, S = samples (tok
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from acip.calibration.activation_covariance import Feed, MomentSums, feed_tokens
+from acip.calibration.activation_covariance import Feed, MomentSums, add_outer, complete, feed_tokens
 from acip.calibration.losses import sampled_loss
 from acip.calibration.training_mode import frozen
 from acip.errors import BaseModelError
@@ -63,22 +63,31 @@ class FisherMoments:
         """Add the passes in this context to the sums, if it `counts`."""
         self.activations.start(counts)
         # the hooks for gradients replace inputs, by which layers with the same input are recognized, so they come second
-        with self.activations.hooks(), gradient_sums(self.linears, self.gradients if counts else {}):
+        with self.activations.hooks(), _hooks(self.linears, self.gradients if counts else {}):
             yield
 
     def results(self, tokens: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the two results of `fisher_moments` for sums over this number of tokens, summed over all workers."""
-        for each in self.gradients.values() if sharding.workers() > 1 else ():
-            dist.all_reduce(each)
+        for each in self.gradients.values():
+            if sharding.workers() > 1:
+                dist.all_reduce(each)
+            complete(each)
         return self.activations.means(tokens), self.gradients
 
 
 @contextmanager
-def gradient_sums(linears: Mapping[str, nn.Module], sums: dict[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
-    """Yield `sums` (None = a new dict), to which the backward passes in the context add the moments of gradients of `fisher_moments`."""
-    sums = {} if sums is None else sums
-    with hooked(_hook(name, layer, sums) for name, layer in linears.items()):
+def gradient_sums(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Yield a dict that holds, at the end of the context, the moments of gradients of `fisher_moments` from the backward passes in it."""
+    sums: dict[str, Tensor] = {}
+    with _hooks(linears, sums):
         yield sums
+    for each in sums.values():
+        complete(each)
+
+
+def _hooks(linears: Mapping[str, nn.Module], sums: dict[str, Tensor]) -> AbstractContextManager[None]:
+    """Add the moments of gradients, as lower triangles, to `sums` in the backward passes in this context."""
+    return hooked(_hook(name, layer, sums) for name, layer in linears.items())
 
 
 def _logits(model: nn.Module, batch: Tensor, feed: Feed) -> Tensor:
@@ -99,10 +108,9 @@ def _hook(name: str, layer: nn.Module, sums: dict[str, Tensor]) -> RemovableHand
 
     def add(gradient: Tensor) -> None:
         g_Sn = widened(gradient.reshape(-1, gradient.shape[-1]))
-        if name in sums:
-            sums[name].addmm_(g_Sn.T, g_Sn)
-        else:
-            sums[name] = g_Sn.T @ g_Sn
+        if name not in sums:
+            sums[name] = g_Sn.new_zeros(g_Sn.shape[1], g_Sn.shape[1])
+        add_outer(sums[name], g_Sn)
 
     def of_input(_layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acip.errors import CalibrationError
 from acip.layers.compressible import Compressible
 from acip.modeling_acip import accumulation_dtype, widened
 
@@ -115,8 +116,16 @@ def sampled_loss(logits_SV: Tensor, window: int, seed: int) -> Tensor:
     """Return the negative log likelihood of classes that are drawn from the predictions [S, V] themselves, summed over the window.
 
     The draws depend on the number of the window and on the seed only, so that several workers, or several passes, get the same ones.
+    Raises CalibrationError for logits that are not finite.
     """
     logits_SV = logits_SV.float()
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + window)
-    drawn_S = torch.multinomial(logits_SV.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-    return F.cross_entropy(logits_SV, drawn_S.to(logits_SV.device), reduction="sum")
+    return F.cross_entropy(logits_SV, _drawn(logits_SV.detach(), seed * 1_000_003 + window), reduction="sum")
+
+
+def _drawn(logits_SV: Tensor, seed: int) -> Tensor:
+    """Return a class [S] of each row: that of a random place in its cumulative distribution."""
+    cumulative_SV = logits_SV.softmax(-1).cumsum(-1)
+    if not bool(cumulative_SV[:, -1].isfinite().all()):
+        raise CalibrationError("the logits of the base model are not finite. Use dtype float32 or bfloat16.")
+    places_S1 = torch.rand(len(logits_SV), 1, generator=torch.Generator().manual_seed(seed)).clamp_max(1 - 1e-6)  # rounding may reach 1
+    return torch.searchsorted(cumulative_SV, places_S1.to(logits_SV.device) * cumulative_SV[:, -1:], right=True)[:, 0]

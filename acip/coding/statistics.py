@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acip.calibration.activation_covariance import add_outer, complete
 from acip.calibration.losses import sampled_loss
 from acip.calibration.training_mode import frozen
 from acip.data import check_windows
@@ -76,7 +77,7 @@ class LayerSums:
     def __init__(self, layer: nn.Module) -> None:
         M, N = weight_MN(layer).shape
         device = weight_MN(layer).device
-        self.weighted_NN = torch.zeros(N, N, device=device)  # sum of |g|^2 x x^T
+        self.weighted_NN = torch.zeros(N, N, device=device)  # sum of |g|^2 x x^T, lower triangle
         self.squares_M = torch.zeros(M, device=device)  # sum of g^2
         self.reached = False  # by the loss
 
@@ -87,7 +88,7 @@ class LayerSums:
             x_SN = inputs_SN.float()
             g_SM = grad.reshape(-1, grad.shape[-1]).float()
             squares_SM = g_SM.square()
-            self.weighted_NN.addmm_((x_SN * squares_SM.sum(1, keepdim=True)).T, x_SN)
+            add_outer(self.weighted_NN, x_SN * squares_SM.sum(1, keepdim=True).sqrt())
             self.squares_M.add_(squares_SM.sum(0))
             self.reached |= len(g_SM) > 0
 
@@ -98,7 +99,7 @@ class LayerSums:
     def statistics(self, tokens: int) -> LayerStatistics:
         """Turn the sums into means over this number of tokens, in place, and return them."""
         total = self.squares_M.sum().clamp_min(torch.finfo(torch.float32).tiny)
-        return LayerStatistics(self.weighted_NN.div_(total), self.squares_M.div_(tokens))
+        return LayerStatistics(complete(self.weighted_NN.div_(total)), self.squares_M.div_(tokens))
 
 
 def require_reached(sums: Mapping[str, LayerSums]) -> None:

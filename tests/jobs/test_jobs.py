@@ -56,6 +56,7 @@ class DemoHome:
             "ACIP_RAY_PORT": str(free_port()),
             "ACIP_DASHBOARD_PORT": str(self.dashboard),
             "ACIP_RAY_START": options,
+            "RAY_worker_niceness": "0",
         }
         self.settings = Settings.from_env(self.env)
 

@@ -22,7 +22,6 @@ from acip.errors import DataError, EvaluationError
 from acip.evaluate import CurveSetup, DivergenceOn, Samples, Text, evaluate, streamed_trade_off, trade_off
 from acip.evaluate.domains import CHAT, CONTEXT, chat_windows, text_windows
 from acip.evaluate.measurement import Subject
-from acip.export.peft import save_peft
 from acip.mixture import Mixture
 from acip.sizing.budget import Budget
 from acip.sizing.domains import domain_name
@@ -183,6 +182,8 @@ def log_artifact(job: Job, artifact: Artifact, uri: str, run: Run) -> None:
     run.json({key: manifest[key] for key in ("base", "recipe", "provenance", "stop_step", "steps")}, "provenance.json")
     log_figures(job, artifact, run)
     if job.recipe.adapter_rank and job.recipe.code != "bits":
+        from acip.export.peft import save_peft  # importing peft takes seconds
+
         with tempfile.TemporaryDirectory() as folder:
             cut = table.cut(Budget(job.recipe.stop_ratio, job.recipe.convention))
             save_peft(artifact, folder, cut, job.base)

@@ -18,7 +18,7 @@ from acip.calibration.losses import sampled_loss
 from acip.calibration.parametrize import parametrize
 from acip.coding.statistics import layer_statistics
 from acip.data import TokenBatches
-from acip.errors import BaseModelError
+from acip.errors import BaseModelError, CalibrationError
 from acip.layers.svd_linear import coordinates
 from acip.layers.targets import find_linears, hooked, targets, weight_MN
 from acip.recipe import Recipe
@@ -163,3 +163,33 @@ def test_bases_come_from_the_passes_that_gather_the_statistics_of_codes(model: A
         W, r = weight_MN(linears[name]), len(directions) // 2
         halves = [each[:r].T @ coordinates(W, each, refine=2, orthonormal=False)[:r] for each in (cached[name], directions)]
         assert (halves[0] - halves[1]).norm() < 0.05 * W.norm()
+
+
+def drawn(logits_SV: torch.Tensor, window: int = 0, seed: int = 0) -> torch.Tensor:
+    """Return the classes [S] of a loss, from its gradient: the probabilities minus one at the class."""
+    logits_SV = logits_SV.clone().requires_grad_()
+    (gradient_SV,) = torch.autograd.grad(sampled_loss(logits_SV, window, seed), logits_SV)
+    return gradient_SV.argmin(1)
+
+
+def test_classes_are_drawn_from_the_predictions() -> None:
+    """The shares of 20,000 draws have a standard error of at most 0.0035."""
+    shares = torch.tensor([0.0, 0.5, 0.3, 0.2, 0.0])
+    classes = drawn(shares.log().expand(20_000, 5))
+    torch.testing.assert_close(classes.bincount(minlength=5) / 20_000, shares, rtol=0, atol=0.02)
+    assert set(classes.tolist()) == {1, 2, 3}, "a class that is impossible is never drawn"
+
+
+def test_draws_depend_on_the_window_and_the_seed_alone() -> None:
+    logits_SV = torch.zeros(100, 50)
+    first, same, window, seed = (drawn(logits_SV, *numbers) for numbers in ((3, 1), (3, 1), (4, 1), (3, 2)))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, window) and not torch.equal(first, seed)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_predictions_that_are_not_finite_are_refused(value: float) -> None:
+    logits_SV = torch.zeros(4, 8)
+    logits_SV[2, 3] = value
+    with pytest.raises(CalibrationError, match="logits of the base model are not finite"):
+        sampled_loss(logits_SV, 0, 0)

@@ -42,9 +42,9 @@ def token_by_token(model: Any, linears: dict[str, nn.Module], windows: Tensor, s
     """Return the statistics with the same drawn tokens, from the gradient of each layer's output at each token."""
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in linears}
     for number, window_T in enumerate(windows):
-        generator = torch.Generator().manual_seed(1_000_003 * seed + number)
+        places_T1 = torch.rand(len(window_T), 1, generator=torch.Generator().manual_seed(1_000_003 * seed + number))
         calls, logits_TV = run_with_outputs(model, linears, window_T)
-        drawn_T = torch.multinomial(logits_TV.detach().softmax(-1), 1, generator=generator)[:, 0]
+        drawn_T = (logits_TV.detach().double().softmax(-1).cumsum(-1) <= places_T1).sum(1)
         loss = -logits_TV.log_softmax(-1)[torch.arange(len(window_T)), drawn_T].sum()
         grads = torch.autograd.grad(loss, [out for _, out in calls.values()])
         for (name, (x_TN, _)), grad in zip(calls.items(), grads, strict=True):
