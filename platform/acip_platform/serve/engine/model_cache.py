@@ -198,10 +198,11 @@ class ModelCache:
         deadline = time.monotonic() + WAIT_S
         while True:
             with self._lock:
+                shared = self._shared(memory)  # as it was before: a request that ends meanwhile makes room for the next attempt
                 if self._free(weight_bytes, memory):
                     memory.add(weight_bytes)
                     return
-                if memory.weight_bytes + weight_bytes > self.limit_bytes and (time.monotonic() > deadline or not self._shared(memory)):
+                if memory.weight_bytes + weight_bytes > self.limit_bytes and (time.monotonic() > deadline or not shared):
                     raise MemoryFullError(
                         f"{memory.name} needs {memory.weight_bytes + weight_bytes:,} bytes of memory for this size and the others in use; "
                         f"this server may use {self.limit_bytes:,}. Request a smaller size, or raise memory_gb."
