@@ -110,7 +110,7 @@ class MomentSums:
         return {name: matrices[shares[name]] for name in self.linears if name in shares}
 
     def start(self, counts: bool = True) -> None:
-        """Start a forward pass, whose inputs are summed if it `counts`."""
+        """Start a forward pass, or several if passes do not end early. Inputs are summed if it `counts`."""
         self.counts = counts
         self.expected = self.expected or Counter(self.called)
         self.called.clear()

@@ -19,6 +19,7 @@ eigenvectors suffice, since their error enters squared; `accuracy` measures it a
 Legend: M = out features, N = in features, n = M or N, S = samples (tokens), b = layers in one stack.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -119,31 +120,57 @@ def bases(
 
 @contextmanager
 def fisher_bases_cached(
-    model: nn.Module, linears: Mapping[str, nn.Module], recipe: Recipe, windows: Tensor, cache: BasisCache, spread: Spread = each_in_turn
-) -> Iterator[None]:
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    recipe: Recipe,
+    windows: Tensor,
+    cache: BasisCache,
+    spread: Spread = each_in_turn,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[int]:
     """Compute Fisher bases from passes that the caller makes for another purpose, and put them in `cache`, where `bases` finds them.
+
+    Yields the number of bases that are computed: none that the cache holds already, and none at all if it can't hold the missing ones.
 
     In this context, the caller differentiates the `sampled_loss` of each of the first `recipe.sample_windows` of `windows`, with the seed
     of the recipe, as `acip.coding.statistics.layer_statistics` does. One worker holds the model, and the moments of all layers are in
-    memory.
+    memory. Raises BaseModelError if a layer is never called, or if the loss does not depend on one.
     """
     samples = windows[: recipe.sample_windows]
     keys = basis_keys(model, linears, recipe, samples)
-    if cache.holds(keys.values()):
-        yield
+    missing = {name: layer for name, layer in linears.items() if not cache.holds([keys[name]])}
+    if not missing or not cache.has_room(sum(math.prod(_shape_KM(layer)) * weight_MN(layer).itemsize for layer in missing.values())):
+        yield 0
         return
-    moments = FisherMoments(linears)
+    moments = FisherMoments(missing)
     with moments.summed():
-        yield
-    cache_bases(moments, samples, keys, cache, spread)
+        yield len(missing)
+    cache_bases(moments, samples, keys, cache, spread, progress)
 
 
-def cache_bases(moments: FisherMoments, samples: Tensor, keys: Mapping[str, str], cache: BasisCache, spread: Spread = each_in_turn) -> None:
-    """Compute the Fisher bases of the layers of `moments`, sums over `samples`, token ids [n, T], and put them in `cache`."""
+def cache_bases(
+    moments: FisherMoments,
+    samples: Tensor,
+    keys: Mapping[str, str],
+    cache: BasisCache,
+    spread: Spread = each_in_turn,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Compute the Fisher bases of the layers of `moments`, sums over `samples`, token ids [n, T], and put them in `cache`.
+
+    Raises BaseModelError if a layer has no moments.
+    """
     C, G = moments.results(samples.numel())
     require_called(moments.linears, C)
     require_reached(moments.linears, G)
-    solve(moments.linears, C, G, lambda name, directions: cache.put(keys[name], directions), spread)
+    done = 0
+
+    def keep(name: str, directions_KM: Tensor) -> None:
+        nonlocal done
+        cache.put(keys[name], directions_KM)
+        progress(done := done + 1, len(moments.linears))
+
+    solve(moments.linears, C, G, keep, spread)
 
 
 def require_called(layers: Iterable[str], C: Container[str]) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -70,6 +71,16 @@ class BasisCache:
         except OSError as error:
             self._writable = False
             log.warning("%s cannot be written, so bases are no longer cached: %s", self.folder, error)
+
+    def has_room(self, content_bytes: float) -> bool:
+        """Return whether the folder can be written, and may hold this many bytes."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+        except OSError:
+            return False
+        limit = free if self.limit_bytes is None else min(free, self.limit_bytes)
+        return self._writable and os.access(self.folder, os.W_OK) and content_bytes <= limit
 
     @contextmanager
     def exclusive(self, keys: Iterable[str]) -> Iterator[None]:

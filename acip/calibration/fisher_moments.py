@@ -33,7 +33,8 @@ def fisher_moments(
     The moment of gradients is the sum of g g^T [M, M] over tokens, or of (W^T g)(W^T g)^T [N, N] if the layer has more outputs than inputs.
     There is one forward and backward pass per window. Classes are drawn with `seed`. The matrices are in the accumulation dtype.
     `feed(model, windows[i:j])` runs a model on other inputs and returns its logits [..., V], or an object that has them. A layer that is
-    never called, or that the loss does not depend on, is missing in the results. Raises BaseModelError if `feed` returns no logits.
+    never called, or that the loss does not depend on, is missing in the results (with several workers, its gradients are zero). Raises
+    BaseModelError if `feed` returns no logits, and CalibrationError if they are not finite.
     """
     moments = FisherMoments(linears)
     rank, size = sharding.rank(), sharding.workers()
@@ -64,7 +65,10 @@ class FisherMoments:
         self.activations.start(counts)
         # the hooks for gradients replace inputs, by which layers with the same input are recognized, so they come second
         with self.activations.hooks(), _hooks(self.linears, self.gradients if counts else {}):
-            yield
+            try:
+                yield
+            finally:
+                self.activations.last = None  # it would keep the graph of a pass in memory
 
     def results(self, tokens: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the two results of `fisher_moments` for sums over this number of tokens, summed over all workers."""

@@ -126,6 +126,7 @@ def _drawn(logits_SV: Tensor, seed: int) -> Tensor:
     """Return a class [S] of each row: that of a random place in its cumulative distribution."""
     cumulative_SV = logits_SV.softmax(-1).cumsum(-1)
     if not bool(cumulative_SV[:, -1].isfinite().all()):
-        raise CalibrationError("the logits of the base model are not finite. Use dtype float32 or bfloat16.")
-    places_S1 = torch.rand(len(logits_SV), 1, generator=torch.Generator().manual_seed(seed)).clamp_max(1 - 1e-6)  # rounding may reach 1
+        raise CalibrationError("the logits of the base model are not finite. Use dtype float32 or bfloat16, or check its weights.")
+    generator = torch.Generator().manual_seed(seed)
+    places_S1 = torch.rand(len(logits_SV), 1, generator=generator, dtype=torch.float32).clamp_max(1 - 1e-6)  # rounding may reach 1
     return torch.searchsorted(cumulative_SV, places_S1.to(logits_SV.device) * cumulative_SV[:, -1:], right=True)[:, 0]

@@ -3,9 +3,10 @@
 A calibration has phases. The peak of each phase is a sum of parts:
 
     sample        text that the base model writes, if it is the calibration text: keys and values (acip.self_text)
-    code          statistics of layer inputs, and codes of one layer, if the recipe asks for codes (acip.coding)
+    code          statistics of layer inputs, and codes of one layer, if the recipe asks for codes (acip.coding). The moments of the Fisher
+                  basis may be summed in the same passes (`predict_shared`)
     tune          a training step for the step sizes of the codes
-    parametrize   second moments of layer inputs, and eigenvectors
+    parametrize   second moments of layer inputs, and of gradients for the Fisher basis, and eigenvectors
     scores        Fisher scores: forward and backward pass through the base model
     prune         a step with masks; every calibration takes at least one, the trial step
     post-tune     a step with adapters, and the optimizer state of them
@@ -68,7 +69,7 @@ class Phase:
     name: str
     rest: float = 0.0  # embeddings, head, norms, layers that are not compressed
     originals: float = 0.0  # the weights of the target layers
-    statistics: float = 0.0  # of the layers to be coded
+    statistics: float = 0.0  # of the layers to be coded, and other second moments that are gathered with them
     codes: float = 0.0  # 8-bit codes of one version of each layer
     directions: float = 0.0  # their left and right rows
     trainable: float = 0.0  # masks and adapters, in the accumulation dtype
@@ -386,7 +387,7 @@ class _Prediction:
 
     # moments
 
-    def moments(self, layers: list[_Layer]) -> float:
+    def moment_bytes(self, layers: list[_Layer]) -> float:
         """Return the bytes of the second moments from which the bases of `layers` are computed."""
         if self.recipe.basis == "svd":
             return 0.0
@@ -394,20 +395,22 @@ class _Prediction:
 
     def shared(self) -> Phase | None:
         """Return the peak of coding if the moments of the Fisher basis are summed in the same passes. See `predict_shared`."""
-        recipe, moments = self.recipe, self.moments(self.layers)
+        recipe, moments = self.recipe, self.moment_bytes(self.layers)
         if (recipe.code, recipe.basis) != ("both", "fisher") or self.gathered() > STATISTICS or moments > COVARIANCES:
             return None
-        phase = self.code()
         solving = self.s * sum(layer.K * layer.M for layer in self.layers) + self.solving(self.layers)
         solved = Phase("code", self.rest, self.dense, statistics=self.gathered() + moments, transient=solving)
-        return max(replace(phase, statistics=phase.statistics + moments), solved, key=lambda phase: phase.total)
+        return max(self.code(moments), solved, key=lambda phase: phase.total)
 
     def gathered(self) -> float:
         """Return the bytes of the statistics of all layers."""
         return float(sum(statistics_bytes(layer.M, layer.N) for layer in self.layers))
 
-    def code(self) -> Phase:
-        """Return the peak of coding: at the loss or in the backward pass of a window, or while one layer is coded."""
+    def code(self, moment_bytes: float = 0.0) -> Phase:
+        """Return the peak of coding: at the loss or in the backward pass of a window, or while one layer is coded.
+
+        `moment_bytes` are those of other second moments that are summed in the same passes.
+        """
         gathered = self.gathered()
         if gathered > STATISTICS:  # they are gathered a block at a time, and are in files
             return replace(self.code_streamed(), originals=self.dense, streamed=False)
@@ -416,9 +419,10 @@ class _Prediction:
         at_loss, _ = self.activations("scores")  # the inputs of the layers, and what the other operations of the base model keep
         flow = max((2 * s + 4 + widened) * (layer.M + layer.N) for layer in self.layers) * self.tokens
         start = Phase("code", self.rest, self.dense, statistics=gathered)
+        gathering = replace(start, statistics=gathered + moment_bytes, activations=at_loss)
         moments = (
-            replace(start, activations=at_loss, loss=12.0 * L),
-            replace(start, activations=at_loss, loss=float(s * L), transient=flow),
+            replace(gathering, loss=12.0 * L),
+            replace(gathering, loss=float(s * L), transient=flow),
             replace(start, transient=self.coded_at_once()),
         )
         return max(moments, key=lambda phase: phase.total)
@@ -501,7 +505,7 @@ class _Prediction:
         recipe, s, w, frozen = self.recipe, self.s, self.wide, self.start("parametrize")
         dense = self.dense / self.workers
         fisher = recipe.basis == "fisher"
-        moments = self.moments(self.layers)
+        moments = self.moment_bytes(self.layers)
         group = min(1.0, COVARIANCES / max(1.0, moments))  # share of the layers that are solved at once
         widest = max(max(4 * s, s + w) * layer.N + 3 * s * layer.M for layer in self.layers)
         forward = widest * recipe.seq_len if moments else 0.0

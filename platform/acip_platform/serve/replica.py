@@ -127,7 +127,8 @@ class EngineReplica:
                 from acip_platform.tracking.registry import Registry, few_retries, reached  # it imports MLflow, which takes seconds
 
                 with reached(self.settings), few_retries():
-                    self._warm(Registry(self.settings).resolve(version.name, version.alias))
+                    current = Registry(self.settings).resolve(version.name, version.alias)
+                self._warm(current)
                 return
             except AcipError as error:
                 log.warning("the version of %s with the alias %s can't be loaded: %s", version.name, version.alias, error)

@@ -8,6 +8,7 @@ is served.
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -33,6 +34,11 @@ CHAMPIONS = "champions"  # tag of a registered model: its past and present champ
 RETRY_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # seconds; the defaults add up to minutes
 
 
+_lock = threading.Lock()
+_inside: Counter[str] = Counter()  # blocks of `environment` that set each variable
+_outside: dict[str, str | None] = {}  # its value outside of them, None = not set
+
+
 class RegistryError(AcipError):
     """The registry does not hold a model, version or alias. The message lists what it holds."""
 
@@ -47,27 +53,34 @@ def few_retries() -> Iterator[None]:
 
     Limits that are set in the environment stay as they are.
     """
-    with environment({name: value for name, value in RETRY_LIMITS.items() if name not in os.environ}):
+    with environment(RETRY_LIMITS, override=False):
         yield
 
 
-_ENVIRONMENT = threading.RLock()
-
-
 @contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables inside the block. Other threads that set some wait."""
-    with _ENVIRONMENT:
-        before = {name: os.environ.get(name) for name in variables}
-        os.environ.update(variables)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                if value is None:
+def environment(variables: Mapping[str, str], override: bool = True) -> Iterator[None]:
+    """Set environment variables inside the block; without `override`, only those that are not set outside of such blocks.
+
+    Several threads may be inside at the same time, with equal values. The last one to leave restores the variables.
+    """
+    with _lock:
+        own = [name for name in variables if override or _outside.get(name, os.environ.get(name)) is None]
+        for name in own:
+            _outside.setdefault(name, os.environ.get(name))
+            _inside[name] += 1
+            os.environ[name] = variables[name]
+    try:
+        yield
+    finally:
+        with _lock:
+            for name in own:
+                _inside[name] -= 1
+                if _inside[name]:
+                    continue
+                if (before := _outside.pop(name)) is None:
                     os.environ.pop(name, None)
                 else:
-                    os.environ[name] = value
+                    os.environ[name] = before
 
 
 @contextmanager

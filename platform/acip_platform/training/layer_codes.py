@@ -43,6 +43,8 @@ from acip_platform.tracking.registry import few_retries
 from acip_platform.tracking.runs import Run
 from acip_platform.training.idle_workers import IdleWorkers
 
+VERSION = 2  # part of the identity of codes; increase it when the same inputs give others
+
 
 def codes_of(
     job: Job,
@@ -88,8 +90,12 @@ def codes_of(
     files = PassFiles(checkpoints.store.cache / "statistics" / checkpoints.attempt / stored.prefix)
     workers = IdleWorkers(device.type == "cuda")
     room = not (by_block or coded) and memory_check.fits_shared(base.model, recipe, memory_check.available(base.model, device), device)
-    shared = cache if room else None
-    with fisher_bases_cached(base.model, missing, recipe, text, shared, workers) if shared else nullcontext():
+
+    def solved(done: int, total: int) -> None:
+        emit("code", what="bases", done=done, total=total)
+
+    together = fisher_bases_cached(base.model, missing, recipe, text, cache, workers, solved) if cache and room else nullcontext(0)
+    with together as bases:
         statistics = gathered_statistics(base, missing, text, recipe, files if by_block else None, device, emit, streamed)
     gathered = time.monotonic()
     scales = scales or step_scales(missing, statistics, device=device)
@@ -110,7 +116,7 @@ def codes_of(
         "stage",
         text=f"codes of {len(linears)} layers: {model.bytes / MEGA:.1f} MB in {ended - began:.0f} s, "
         f"of which {gathered - began:.0f} s for the Fisher statistics"
-        + (" and the Fisher bases" if shared else ", a block at a time" * by_block)
+        + (f" and {bases} Fisher bases" if bases else ", a block at a time" * by_block)
         + workers.text,
     )
     with suppress(MlflowException), few_retries():  # two metrics must not stop a calibration while MLflow is down
@@ -179,7 +185,8 @@ def tuned(job: Job, base: Base, linears: Mapping[str, nn.Module], coded: CodedMo
 
 def identity_of(base: Base, recipe: Recipe, text: Tensor) -> str:
     """Return a checksum of everything that decides the codes."""
-    settings = {"base": base.digest, "rates": RATES, "exclude": recipe.exclude, "dtype": recipe.dtype, "seed": recipe.seed}
+    settings = {"version": VERSION, "base": base.digest, "rates": RATES}
+    settings |= {name: getattr(recipe, name) for name in ("exclude", "dtype", "seed")}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + text.contiguous().numpy().tobytes()).hexdigest()[:12]
 
 

@@ -79,8 +79,8 @@ def rehearse(job: Job, base: Base, device: torch.device) -> Forecast:
     """
     config = base.model.config.get_text_config()
     unit = min(layers_of_all_types(config), config.num_hidden_layers)
+    shared = memory_check.fits_shared(base.model, job.recipe, memory_check.available(base.model, device), device)
     with foreign_errors(BaseModelError, f"{type(base.model).__name__} can't be made with fewer blocks"):
-        shared = memory_check.fits_shared(base.model, job.recipe, memory_check.available(base.model, device), device)
         # the first run compiles kernels and loads libraries
         _, one, two = (_Rehearsal(job, base, device, count, shared).run() for count in (unit, unit, 2 * unit))
     return one.extrapolated(two, config.num_hidden_layers / unit)
@@ -168,6 +168,7 @@ class _Rehearsal:
             cache = BasisCache(Path(folder))
             cache_bases(moments, samples, basis_keys(model, moments.linears, recipe, samples), cache)
             parametrize(model, recipe, windows, cache=cache)
+        self.moments = None
 
     def codes(self, windows: Tensor) -> CodedModel:
         """Code the layers."""

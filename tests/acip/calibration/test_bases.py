@@ -377,7 +377,6 @@ def test_a_killed_process_releases_its_lock(tmp_path: Path) -> None:
 import time
 from pathlib import Path
 from acip.calibration.basis_cache import BasisCache
-from acip.calibration.fisher_moments import fisher_moments
 
 with BasisCache(Path({str(tmp_path)!r})).exclusive(["a"]):
     print("locked", flush=True)

@@ -1,5 +1,7 @@
 """The Fisher basis is optimal for second moments of inputs and gradients, which other passes over the text can gather for it."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from acip.base import load_base
 from acip.calibration.activation_covariance import activation_covariances
 from acip.calibration.bases import bases, fisher_bases_cached, fisher_basis
 from acip.calibration.basis_cache import BasisCache
-from acip.calibration.fisher_moments import fisher_moments
+from acip.calibration.fisher_moments import FisherMoments, fisher_moments
 from acip.calibration.loop import calibrate
 from acip.calibration.losses import sampled_loss
 from acip.calibration.parametrize import parametrize
@@ -148,21 +150,61 @@ def test_bases_come_from_the_passes_that_gather_the_statistics_of_codes(model: A
             solved.append(len(item[0]))
             yield function(item)
 
-    for count in (len(linears), 0):
+    steps: list[tuple[int, int]] = []
+    for lost, count in ((0, len(linears)), (0, 0), (1, 1)):
+        for file in sorted(tmp_path.glob("*.safetensors"))[:lost]:
+            file.unlink()
         solved.clear()
-        with fisher_bases_cached(model, linears, RECIPE, golden_tokens, cache, spread):
+        steps.clear()
+        with fisher_bases_cached(model, linears, RECIPE, golden_tokens, cache, spread, lambda *step: steps.append(step)) as computed:
             found = layer_statistics(model, linears, golden_tokens[:8], RECIPE.seed)
-        assert sum(solved) == count
+        assert computed == sum(solved) == count
+        assert steps == [(i + 1, count) for i in range(count)]
         for name, each in found.items():
             torch.testing.assert_close(each.metric, expected[name].metric, rtol=1e-5, atol=0.0)
             torch.testing.assert_close(each.importance, expected[name].importance, rtol=1e-5, atol=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("acip.calibration.bases.fisher_moments", lambda *args: pytest.fail("the bases are not in the cache"))
-        cached = dict(bases(model, linears, RECIPE, golden_tokens, cache=cache, keys=None))
+        cached = dict(bases(model, linears, RECIPE, golden_tokens, cache=cache))
     for name, directions in bases(model, linears, RECIPE, golden_tokens):
         W, r = weight_MN(linears[name]), len(directions) // 2
         halves = [each[:r].T @ coordinates(W, each, refine=2, orthonormal=False)[:r] for each in (cached[name], directions)]
         assert (halves[0] - halves[1]).norm() < 0.05 * W.norm()
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in model.modules())
+
+
+def test_nothing_is_shared_through_a_cache_that_cannot_hold_the_bases(model: Any, golden_tokens: torch.Tensor, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for cache in (BasisCache(tmp_path / "file" / "bases"), BasisCache(tmp_path / "small", 1000)):
+        with fisher_bases_cached(model, find_linears(model), RECIPE, golden_tokens, cache) as computed:
+            assert computed == hooks_of(model) == 0
+    assert not list(tmp_path.glob("*/*"))
+
+
+def test_an_error_in_the_passes_leaves_no_hooks_and_no_bases(model: Any, golden_tokens: torch.Tensor, tmp_path: Path) -> None:
+
+    def interrupted(done: int, total: int) -> None:
+        assert hooks_of(model) > 0
+        raise KeyboardInterrupt
+
+    linears = find_linears(model)
+    with pytest.raises(KeyboardInterrupt), fisher_bases_cached(model, linears, RECIPE, golden_tokens, BasisCache(tmp_path)):
+        layer_statistics(model, linears, golden_tokens[:8], progress=interrupted)
+    assert hooks_of(model) == 0 and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_no_activation_outlives_the_passes(model: Any, golden_tokens: torch.Tensor) -> None:
+    linears = find_linears(model)
+    inputs: list[weakref.ref[torch.Tensor]] = []
+    watched = hooked(layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0]))) for layer in linears.values())
+    moments = FisherMoments(linears)
+    with watched, moments.summed():
+        layer_statistics(model, linears, golden_tokens[:1])
+    gc.collect()
+    assert inputs and not any(each() is not None for each in inputs)
 
 
 def drawn(logits_SV: torch.Tensor, window: int = 0, seed: int = 0) -> torch.Tensor:

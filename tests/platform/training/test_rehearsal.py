@@ -45,11 +45,12 @@ def base_of(config: Any) -> Base:
         ({}, RANKS | CODES),
         ({"sample_windows": 40}, RANKS | CODES),
         ({"code": "ranks"}, RANKS),
+        ({"code": "ranks", "sample_windows": 40}, RANKS),
         ({"code": "bits"}, CODES),
         ({"code": "bits", "code_tune_steps": 0}, CODES - {"step sizes"}),
         ({"code": "ranks", "scores": "order", "adapter_rank": 0, "post_tune_steps": 0, "max_prune_steps": 50}, RANKS - {"scores"}),
     ],
-    ids=["both", "both, many windows", "ranks", "bits", "bits without training", "pruning"],
+    ids=["both", "both, many windows", "ranks", "ranks, many windows", "bits", "bits without training", "pruning"],
 )
 def test_every_phase_of_the_recipe_has_a_time(changes: dict[str, Any], phases: set[str], small_base: str) -> None:
     forecast = rehearse(job_of(**changes), load_base(small_base), CPU)
