@@ -118,7 +118,7 @@ def test_bases_from_the_passes_of_the_codes_need_memory_and_are_the_same(
     model, recipe = load_base(small_base, "float32").model, replace(RECIPE, basis="fisher", scores="fisher")
     shared = memory_plan.predict_shared(model, recipe)
     assert shared is not None
-    assert shared.total > next(phase.total for phase in memory_plan.predict(model, recipe).phases if phase.name == "code")
+    assert shared.total >= next(phase.total for phase in memory_plan.predict(model, recipe).phases if phase.name == "code")
     assert [memory_check.fits_shared(model, recipe, shared.total * factor) for factor in (1.0, 1.1)] == [False, True]
     for other in (replace(recipe, code="bits"), replace(recipe, code="ranks"), replace(recipe, basis="covariance")):
         assert not memory_check.fits_shared(model, other, math.inf)
